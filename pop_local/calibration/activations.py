@@ -24,7 +24,7 @@ class Reading:
         self._api = bindings()
         self._ctx, self._wanted, self._batch = ctx, wanted, batch
         self._interrupt = Interrupt()
-        backend.set_reading(ctx, True)
+        backend.set_reading(ctx, backend.Reading.SOME)
         taps.set_taps(ctx, wanted)
 
     def window(self, tokens: Sequence[int]) -> Tapped:

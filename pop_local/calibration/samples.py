@@ -61,13 +61,14 @@ def _fill(
         return
     n_batch = n if n_known == 1 else max(n, _READ_AGAIN)
     shape = {"n_ctx": n * n_window, "n_batch": n_batch, "n_ubatch": n_batch, "n_seq_max": n}
-    with model.context(**shape) as ctx, closing(TokenBatch(n, is_step=True)) as batch:
+    with model.context(**shape) as ctx, closing(TokenBatch(n)) as batch:
         for sequence, row in enumerate(tokens[:, : n_known - 1]):
             _read_again(ctx, sequence, row, n_batch)
             yield n_known
         for step in range(n_known, n_window):
             logs.forget_errors()
-            code = batch.decode(ctx, tokens[:, step - 1], step - 1, Outputs.ALL)
+            at = (np.full(n, step - 1), np.arange(n), np.ones(n, bool))
+            code = batch.run(ctx, tokens[:, step - 1], *at)
             if code != 0:
                 raise logs.not_decoded(code)
             logits = np.ctypeslib.as_array(bindings().llama_get_logits(ctx), (n, model.n_vocab))
@@ -83,10 +84,11 @@ def _fill(
 
 
 def _read_again(ctx: Any, sequence: int, tokens: NDArray[np.int32], n_batch: int) -> None:
-    with closing(TokenBatch(n_batch, sequence=sequence)) as batch:
+    with closing(TokenBatch(n_batch)) as batch:
         for start in range(0, len(tokens), n_batch):
             logs.forget_errors()
-            code = batch.decode(ctx, tokens[start : start + n_batch], start, Outputs.NONE)
+            piece = tokens[start : start + n_batch]
+            code = batch.decode(ctx, piece, start, Outputs.NONE, sequence)
             if code != 0:
                 raise logs.not_decoded(code)
 

@@ -29,12 +29,13 @@ class Opener:
     """Opens a model as the options say.
 
     Called with a name, it opens that one, with the sidecar and mmproj beside it. `asked`: names of
-    the options that the command line has.
+    the options that the command line has. `n_parallel`: see `open_model`.
     """
 
     model: str | None
     options: ModelOptions
     asked: Collection[str] = ()
+    n_parallel: int | None = 1
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
         options = self.options
@@ -51,6 +52,7 @@ class Opener:
                 learns=options.learn is Switch.ON,
                 mmproj=None if name else options.mmproj,
                 image_tokens=options.image_tokens,
+                n_parallel=self.n_parallel,
             )
         if options.mmproj and not name:
             opened.prompter.open_eye()  # what does not fit is said now, not with the first picture

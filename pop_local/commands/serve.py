@@ -73,6 +73,13 @@ class ServerOptions(Group):
         min=0,
         default=2048,
     )
+    parallel: int | None = option(
+        "Requests that are answered at once, each with a context of its own. Default: 2 with 8 GB"
+        " of free memory, else 1; 1 for a model that learns, and with --repeatable.",
+        "N",
+        min=1,
+        max=64,
+    )
     max_waiting: int = option(
         "Requests that may wait; those beyond are refused (503).", min=1, default=256
     )
@@ -95,8 +102,8 @@ def serve(
 ) -> None:
     """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's.
 
-    A model answers one request at a time, the others wait in line. A request may carry "pop": false
-    to be read in full. /health and /metrics (Prometheus) tell how the server is.
+    --parallel says how many requests are answered at once; others wait in line. A request may carry
+    "pop": false to be read in full. /health and /metrics (Prometheus) tell how the server is.
     """
     _require_usage(model, to, how)
     _require_packages()
@@ -106,7 +113,8 @@ def serve(
     from pop_local.server.app import create_app_of, run_app
     from pop_local.server.front import LOOPBACK
 
-    models = _models(model, to, Opener(model, how, opt.given_names(call)))
+    opener = Opener(model, how, opt.given_names(call), _n_parallel(to, how))
+    models = _models(model, to, opener)
     try:
         app = create_app_of(
             models,
@@ -149,7 +157,7 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
 
     def opened_by(name: str | None) -> Opened:
         opened = opener(name)
-        opened.cache.prompts = prompts
+        opened.keep_prompts(prompts)
         return Opened(opened, opener.lessons(opened))
 
     how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
@@ -158,8 +166,14 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
         one = opened_by(None)
         name = to.name or _default_name(model, one.model.path)
         return Models.of_one(File(name, one.model.path), one, **how)
-    n_ctx, ram_bytes = opener.options.ctx, int((to.ram or 0) * 2**30)
-    shelf = Shelf(lambda: models_in(folder), lambda path: opened_by(str(path)), n_ctx, can_see=True)
+    ram_bytes = int((to.ram or 0) * 2**30)
+    shelf = Shelf(
+        lambda: models_in(folder),
+        lambda path: opened_by(str(path)),
+        opener.options.ctx,
+        can_see=True,
+        n_parallel=opener.n_parallel or 2,  # at most, where the model decides
+    )
     if model is None:
         return Models(shelf, ram_bytes=ram_bytes, **how)
     files = shelf.files()
@@ -170,6 +184,20 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
     models = Models(shelf, ram_bytes=ram_bytes, default=file.name, **how)
     models.load(file)
     return models
+
+
+def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
+    """Return how many requests are answered at once, None where the model decides."""
+    reasons = {
+        "--repeatable": to.repeatable,
+        "--select": opt.selected(how.select),
+        "--refill answer": how.refill is opt.RefillName.ANSWER,
+    }
+    one = next((name for name, is_so in reasons.items() if is_so), None)
+    if one is not None and (to.parallel or 1) > 1:
+        message = f"{one} is for one request at a time: leave it out, or take --parallel 1"
+        raise typer.BadParameter(message, param_hint="--parallel")
+    return 1 if one else to.parallel
 
 
 def _default_name(model: str, path: Path) -> str:
@@ -232,8 +260,8 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _announce(models: "Models", to: ServerOptions) -> None:
-    for seat in models.seats:
-        _announce_model(seat.name, seat.model)
+    for served in models.loaded:
+        _announce_model(served.name, served.model)
     if to.models is not None:
         kept = f"within {to.ram:g} GiB of memory" if to.ram else "one at a time"
         names = ", ".join(models.names) or "none yet"

@@ -119,13 +119,13 @@ class _Turn:
         self._text = TextStream((*prompt.stops, *options.stops))
         self._pieces = Pieces(context, options.calls.shown if options.calls else ())
         n_top = options.n_top_logprobs
-        self._logprobs = None if n_top is None else Logprobs(context, n_top)
+        self._logprobs = None if n_top is None else Logprobs(parts.cache.slot, n_top)
         has_form = options.grammar is not None
         self._repeats = Repeats() if options.ends_repeats and not has_form else None
         self._is_repeating = False
         self._n_shown = 0
         self._constraint = constraint()
-        self._sampler = Sampler(context, options, self._constraint)
+        self._sampler = Sampler(parts.cache.slot, options, self._constraint)
         self._sampled: Generator[int] | None = None
         self._n_decoded = 0
         self._decode_s = 0.0

@@ -39,20 +39,20 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     total = np.zeros(context.n_embd, np.float64)
     step = min(_MAX_ROWS, context.n_batch)
     cache.clear()
-    backend.set_reading(context.ctx, True)
-    api.llama_set_embeddings(context.ctx, True)
-    try:
-        with context.interrupt.watching(context.ctx):
+    cache.slot.begin_reading()
+    with cache.slot.alone(), cache.slot.watching():
+        api.llama_set_embeddings(context.ctx, True)
+        try:
             for start in range(0, len(tokens), step):
                 piece = tokens[start : start + step]
                 cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
-                context.interrupt.check()
+                cache.slot.check()
                 found = api.llama_get_embeddings(context.ctx)
                 rows = np.ctypeslib.as_array(found, (len(piece), context.n_embd))
                 is_last = pooling == gguf.PoolingType.LAST
                 total = rows[-1].astype(np.float64) if is_last else total + rows.sum(0)
-    finally:
-        api.llama_set_embeddings(context.ctx, False)
-        cache.clear()
+        finally:
+            api.llama_set_embeddings(context.ctx, False)
+            cache.clear()
     vector: NDArray[np.float32] = (total / max(float(np.linalg.norm(total)), 1e-12)).astype("f4")
     return vector

@@ -17,6 +17,7 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
 from pop_local.engine.answer import Answering, Parts, answer
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.decode.constraint import Constraint, LLTokenizer, tokenizer_of
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.recommended import recommended
@@ -29,8 +30,10 @@ from pop_local.engine.learning.learner import N_WINDOW, Learned, Learner, defaul
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batching import shared_slots
 from pop_local.engine.llama.context import Context, ContextOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt import templates
@@ -51,7 +54,8 @@ class OpenModel:
 
     Its parts: `context` (llama.cpp's), `cache` (the KV cache), `prompter` (conversations to
     prompts), `refiller` (depth for pruned rows), `eye` (its mmproj, or None). `rule`: which rows of
-    a prompt are full. A converted model starts in mode CONTEXT. Raises PopError.
+    a prompt are full. `sequences`: `n_parallel` caches, the first of them `cache`, each with its
+    refiller. A converted model starts in mode CONTEXT. Raises PopError.
     """
 
     def __init__(
@@ -98,13 +102,19 @@ class OpenModel:
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
 
     def _begin(self, select: float | None, *, keep_states: bool) -> None:
-        self.cache = KvCache(self.context, self.eye)
+        self.sequences = self._sequences()
+        self.cache, self.refiller = self.sequences[0]
         self.prompter = Prompter(self.context, self.eye)
         self._tries: dict[frozenset[int], LLTokenizer] = {}
         self._require_template()
-        self.refiller = Refiller(self.cache)
         self.rule = RowRule.of(self.meta)
         self.set_depth(select, keep_states=keep_states)
+
+    def _sequences(self) -> tuple[tuple[KvCache, Refiller], ...]:
+        n = self.context.options.n_parallel
+        slots = shared_slots(self.context, n) if n > 1 else [Slot(self.context)]
+        caches = [KvCache(self.context, self.eye, slot) for slot in slots]
+        return tuple((cache, Refiller(cache)) for cache in caches)
 
     def _require_template(self) -> None:
         """Say now, not with the first question, that a template is broken."""
@@ -152,6 +162,8 @@ class OpenModel:
         """
         options = self.context.options
         cannot = self.exact or options.rpc or self.shape.no_refill
+        if options.n_parallel > 1:
+            raise PopError("a model learns from one prompt at a time", "open it with n_parallel=1")
         if cannot or pop_meta(self.context.source.first) is not None:
             raise PopError(
                 "nothing can be learned of this model: it is converted itself, leaves layers out"
@@ -195,12 +207,17 @@ class OpenModel:
             raise
         if was_full:
             self.set_mode(Mode.OFF)
-        self.cache.prompts = before.prompts
+        self.keep_prompts(before.prompts)
         if state is not None:
             with suppress(PopError):  # it is read again
                 self.cache.restore(state)
         if self.learner is not None:
             self.learner.attach(self.cache)
+
+    def keep_prompts(self, prompts: PromptCache | None) -> None:
+        """Keep the states of earlier prompts there; None keeps none."""
+        for cache, _ in self.sequences:
+            cache.prompts = prompts
 
     # About the model
 
@@ -290,7 +307,8 @@ class OpenModel:
 
     def set_mode(self, mode: Mode) -> None:
         """Switch how prompts are read; see KvCache.set_mode."""
-        self.cache.set_mode(mode)
+        for cache, _ in self.sequences:
+            cache.set_mode(mode)
 
     @property
     def pruning(self) -> bool:
@@ -349,11 +367,18 @@ class OpenModel:
                 "none can be selected where layers with a sliding window keep only its rows",
                 "open the model with swa_full, or with select=0",
             )
+        if share and self.boundary and len(self.sequences) > 1:
+            raise PopError(
+                "tokens are selected for one prompt at a time",
+                "open the model with select=0, or with n_parallel=1",
+                cause="one-sequence",
+            )
         can_redo = bool(self.boundary) and not self.no_refill
         self.rule = replace(self.rule, select=share if can_redo else 0.0)
         self._wants_refill = keep_states
         self.refills = can_redo and keep_states
-        self.cache.keep_states(self.refills or self.rule.select > 0)
+        for cache, _ in self.sequences:
+            cache.keep_states(self.refills or self.rule.select > 0)
         if not self.cache.keeps_states:
             self.refiller.refill_answers(0)
 
@@ -383,18 +408,20 @@ class OpenModel:
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
         """Sample the tokens that follow what was read, one after the other and without end."""
-        return self.parts.sampled(Sampler(self.context, options, self._constraint(options)))
+        return self.parts.sampled(Sampler(self.cache.slot, options, self._constraint(options)))
 
-    def answer(self, prompt: Prompt, options: TurnOptions) -> Answering:
+    def answer(self, prompt: Prompt, options: TurnOptions, parts: Parts | None = None) -> Answering:
         """Answer a prompt; the last chunk carries the figures.
 
-        Closing the iterator, or an exception in it, leaves the model usable. Raises PopError when
-        the prompt does not fit the context.
+        `parts`: of another sequence. Closing the iterator, or an exception in it, leaves the model
+        usable. Raises PopError when the prompt does not fit the context.
         """
-        return self._answer(lambda: prompt, options)
+        return self._answer(lambda: prompt, options, parts)
 
-    def _answer(self, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
-        return answer(self.parts, render, options, lambda: self._constraint(options))
+    def _answer(
+        self, render: Callable[[], Prompt], options: TurnOptions, parts: Parts | None = None
+    ) -> Answering:
+        return answer(parts or self.parts, render, options, lambda: self._constraint(options))
 
     def _constraint(self, options: TurnOptions) -> Allowed | None:
         grammar, calls = options.grammar, options.calls

@@ -19,7 +19,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.passes import deepen
 from pop_local.engine.llama import backend, logs
-from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
@@ -155,7 +155,7 @@ class Forced:
         mode = pruning.continuation
         # Attention is counted in mode CONTEXT; the rows are full there, too: they ask for logits.
         backend.set_mode(self._ctx, Mode.CONTEXT if pruning.n_refilled else mode)
-        backend.set_reading(self._ctx, False)
+        backend.set_reading(self._ctx, Reading.NONE)
         backend.reset_counters(self._ctx)
         logits = np.empty((len(tokens), self._n_vocab), np.float32)
         logits[:1] = self._next

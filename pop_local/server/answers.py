@@ -1,5 +1,6 @@
 """From the chunks of jobs to the response, whole or in pieces, in the form that a Reply gives."""
 
+import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from starlette.concurrency import run_in_threadpool
@@ -20,6 +21,8 @@ _PAUSE_S = 0.02
 _LONG_PAUSE_S = 1.0
 # So that proxies and clients do not take a long prefill for a dead connection.
 _PING_S = 10.0
+# How often a stream tells how far its prompt is.
+_PROGRESS_S = 0.5
 
 
 async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Response:
@@ -49,9 +52,13 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
         for index, job in enumerate(jobs):
             yield last + framed(reply.begin(index, job.task))
             reading = _Reading(job)
-            async for batch in job.batches(_PAUSE_S, _PING_S):
+            shown, shown_s = "", time.monotonic()
+            async for batch in job.batches(_PAUSE_S, _PROGRESS_S):
                 if not batch:
-                    yield reply.ping
+                    is_news = job.progress != shown
+                    if is_news or time.monotonic() - shown_s >= _PING_S:
+                        shown, shown_s = job.progress, time.monotonic()
+                        yield reply.comment(shown)
                     continue
                 parts = [reply.pieces(*part) for part in await reading.parts(batch)]
                 yield b"".join(map(framed, parts))

@@ -22,7 +22,7 @@ from pop_local.server.bodies import ChatBody, CompletionBody
 from pop_local.server.doors.house import AnyBody, AnyNamed, Made
 from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.listing import About, File
-from pop_local.server.models import Models, Seat
+from pop_local.server.models import Models, Served
 from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_pictures
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.worker import Job, Task
@@ -101,15 +101,15 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = await self.read(request, ChatBody)
-        seat = await self.seat(request, body.model)
-        reply = ChatReply(seat.name, wants_usage=body.wants_usage)
-        return await self.answer(request, seat, body, seat.tasks.chat, reply)
+        served = await self.served(request, body.model)
+        reply = ChatReply(served.name, wants_usage=body.wants_usage)
+        return await self.answer(request, served, body, served.tasks.chat, reply)
 
     async def complete(self, request: Request) -> Response:
         body = await self.read(request, CompletionBody)
-        seat = await self.seat(request, body.model)
-        reply = Reply(seat.name, wants_usage=body.wants_usage)
-        return await self.answer(request, seat, body, seat.tasks.completions, reply)
+        served = await self.served(request, body.model)
+        reply = Reply(served.name, wants_usage=body.wants_usage)
+        return await self.answer(request, served, body, served.tasks.completions, reply)
 
     def file(self, request: Request, name: str | None) -> File:
         file = self.models.find(name)
@@ -123,17 +123,17 @@ class Api:
         request.state.answering = file.name
         return file
 
-    async def seat(self, request: Request, name: str | None) -> Seat:
+    async def served(self, request: Request, name: str | None) -> Served:
         lease = await self.models.lease(self.file(request, name))
         request.state.held.callback(lease.end)
         self._gone(request).add_done_callback(lambda _: lease.refuse(hung_up()))
-        return await lease.seat
+        return await lease.served
 
-    async def work(self, request: Request, seat: Seat, work: Callable[[], Made]) -> Made:
-        return await self._done(seat, work, self._gone(request))
+    async def work(self, request: Request, served: Served, work: Callable[[], Made]) -> Made:
+        return await self._done(served, work, self._gone(request))
 
     async def made(
-        self, request: Request, seat: Seat, body: AnyBody, make: Callable[[AnyBody], list[Task]]
+        self, request: Request, served: Served, body: AnyBody, make: Callable[[AnyBody], list[Task]]
     ) -> list[Task]:
         """Check grammars and pictures one at a time, so that they take the memory of one."""
         async with AsyncExitStack() as limits:
@@ -141,11 +141,13 @@ class Api:
                 await limits.enter_async_context(self._grammar_limit)
             if body.has_pictures:
                 await limits.enter_async_context(self._picture_limit)
-            return await self.work(request, seat, lambda: make(body))
+            return await self.work(request, served, lambda: make(body))
 
-    async def _done(self, seat: Seat, work: Callable[[], Made], gone: "asyncio.Task[None]") -> Made:
+    async def _done(
+        self, served: Served, work: Callable[[], Made], gone: "asyncio.Task[None]"
+    ) -> Made:
         """Return what is made in a thread until the client has hung up."""
-        worker = seat.worker
+        worker = served.worker
 
         def done() -> Made:
             worker.require_open()
@@ -183,7 +185,7 @@ class Api:
     async def answer(
         self,
         request: Request,
-        seat: Seat,
+        served: Served,
         body: AnyBody,
         make: Callable[[AnyBody], list[Task]],
         reply: Reply,
@@ -192,11 +194,11 @@ class Api:
         gone = self._gone(request)
 
         def submit(task: Task) -> Job:
-            job = seat.worker.submit(task)
+            job = served.worker.submit(task)
             gone.add_done_callback(lambda _: job.cancel())
             return job
 
-        first, *others = await self.made(request, seat, body, make)
+        first, *others = await self.made(request, served, body, make)
         jobs = chain([submit(first)], map(submit, others))
         if not body.stream:
             return await whole_answer(request.state, jobs, reply)

@@ -13,7 +13,7 @@ from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import has_pillow
-from pop_local.engine.llama.loading import default_ctx
+from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import can_infill
 from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
@@ -46,6 +46,7 @@ class About:
     can_see: bool
     can_infill: bool
     is_loaded: bool
+    n_parallel: int
 
     @classmethod
     def of_model(cls, name: str, model: PopModel) -> "About":
@@ -58,10 +59,11 @@ class About:
             model.can_see,
             can_infill(model.context),
             is_loaded=True,
+            n_parallel=len(model.sequences),
         )
 
     @classmethod
-    def of_file(cls, file: File, n_ctx: int | None) -> "About":
+    def of_file(cls, file: File, n_ctx: int | None, n_parallel: int) -> "About":
         """`n_ctx`: that of all models, None for their own. Raises PopError for a damaged file."""
         stat = file.path.stat()
         source = _source(file.path, (stat.st_mtime_ns, stat.st_size))
@@ -77,6 +79,7 @@ class About:
             has_pillow() and mmproj_beside(file.path) is not None,
             can_infill=False,
             is_loaded=False,
+            n_parallel=n_parallel,
         )
 
     @property
@@ -87,11 +90,11 @@ class About:
     @property
     def needed_bytes(self) -> int:
         """About the memory that it takes: its file, K/V in F16, states at the boundary in F32."""
-        n_bytes = self.source.size_bytes
+        n_bytes, n_cells = self.source.size_bytes, self.n_ctx * self.n_parallel
         with suppress(PopError):
             shape = source_shape(self.source)
-            n_bytes += 2 * self.n_ctx * sum(map(shape.n_kv, range(shape.n_layer)))
-            n_bytes += 4 * self.n_ctx * shape.n_embd * bool(self.boundary)
+            n_bytes += kv_bytes(shape, n_cells)
+            n_bytes += 4 * n_cells * shape.n_embd * bool(self.boundary)
         return n_bytes
 
 

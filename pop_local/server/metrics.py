@@ -44,6 +44,11 @@ class Metrics:
             "pop_queue_length", "Requests that wait for the model", registry=self._registry
         )
         self.open = Gauge("pop_models_open", "Models in memory", registry=self._registry)
+        self.unread = Gauge(
+            "pop_unread_tokens",
+            "Tokens that are still to be read of the prompts that are being read",
+            registry=self._registry,
+        )
         for kind in ("pruned", "exact", "full", "cached"):
             self._prompt.labels(kind)
 

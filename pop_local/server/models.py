@@ -41,13 +41,14 @@ class Shelf:
     """Where models come from.
 
     `files`: those that are there now, by name. `open` may raise PopError. `n_ctx`: the context of
-    each, None for its own. `can_see`: whether one might.
+    each, None for its own. `can_see`: whether one might. `n_parallel`: sequences of each.
     """
 
     files: Callable[[], Mapping[str, Path]]
     open: Callable[[Path], Opened]
     n_ctx: int | None
     can_see: bool
+    n_parallel: int
 
     @property
     def most_ctx(self) -> int:
@@ -55,7 +56,7 @@ class Shelf:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Served:
     """An open model by its name in the API, what makes its tasks, and the thread that has it."""
 
     name: str
@@ -71,31 +72,32 @@ class Seat:
         if self.worker.is_alive():
             self.worker.join()
         try:
-            self.model.cache.put_aside(Prompt([]))
+            for cache, _ in self.model.sequences:
+                cache.put_aside(Prompt([]))
         finally:
             self.model.close()
 
 
 class Lease:
-    """A request's claim to a model: `seat` comes once that is open, and is kept until `end`."""
+    """A request's claim to a model: `served` comes once that is open, and is kept until `end`."""
 
     def __init__(self, file: File, needed_bytes: int, on_end: Callable[["Lease"], None]) -> None:
         self.file, self.needed_bytes = file, needed_bytes
-        self.seat: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
+        self.served: asyncio.Future[Served] = asyncio.get_running_loop().create_future()
         self.is_granted = False
         self._on_end = on_end
 
-    def grant(self, seat: Seat) -> None:
+    def grant(self, served: Served) -> None:
         self.is_granted = True
-        self.seat.set_result(seat)
+        self.served.set_result(served)
 
     def refuse(self, error: ApiError) -> None:
         """Without effect on one that is granted."""
-        if not self.seat.done():
-            self.seat.set_exception(error)
+        if not self.served.done():
+            self.served.set_exception(error)
 
     def end(self) -> None:
-        self.seat.cancel()
+        self.served.cancel()
         self._on_end(self)
 
 
@@ -123,20 +125,22 @@ class Models:
         self.metrics = Metrics()
         self._max_waiting, self._repeatable = max_waiting, repeatable
         self._ram_bytes, self._default = ram_bytes, default
-        self._seats: dict[Path, Seat] = {}  # the least recently used first
+        self._loaded: dict[Path, Served] = {}  # the least recently used first
         self._n_leases: Counter[Path] = Counter()
         self._waiting: list[Lease] = []
         self._change: threading.Thread | None = None
-        self._leaving: Sequence[Seat] = ()  # in the change
+        self._leaving: Sequence[Served] = ()  # in the change
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.metrics.open.set_function(lambda: len(self._seats))
+        self.metrics.open.set_function(lambda: len(self._loaded))
 
     @classmethod
     def of_one(cls, file: File, opened: Opened, **how: Any) -> "Models":
         """Make models of a single one, which is open already; `how` as for the constructor."""
         model, files = opened.model, {file.name: file.path}
-        models = cls(Shelf(lambda: files, lambda _: opened, model.n_ctx, model.can_see), **how)
+        n_parallel = len(model.sequences)
+        shelf = Shelf(lambda: files, lambda _: opened, model.n_ctx, model.can_see, n_parallel)
+        models = cls(shelf, **how)
         models.load(file)
         return models
 
@@ -150,7 +154,7 @@ class Models:
     def default(self) -> File | None:
         """The model that answers where none is named; None where there is none at all."""
         files = self.shelf.files()
-        asked_for = [seat.name for seat in self.seats]
+        asked_for = [served.name for served in self.loaded]
         asked_for += [lease.file.name for lease in self._still_waiting()]
         names = (self._default, *reversed(asked_for), *files)
         return next((File(name, files[name]) for name in names if name in files), None)
@@ -168,24 +172,27 @@ class Models:
         return sorted([*opened, *closed], key=lambda about: about.name.lower())
 
     @property
-    def seats(self) -> list[Seat]:
+    def loaded(self) -> list[Served]:
         """The open models, the one that was used last at the end."""
-        return list(self._seats.values())
+        return list(self._loaded.values())
 
     @property
     def opened(self) -> list[About]:
         """Describe the open models."""
-        return [About.of_model(seat.name, seat.model) for seat in self.seats]
+        return [About.of_model(served.name, served.model) for served in self.loaded]
 
     async def about(self, file: File) -> About:
         """Describe a model. Raises PopError for a damaged file."""
-        if seat := self._seats.get(file.path):
-            return About.of_model(file.name, seat.model)
-        return await run_in_threadpool(About.of_file, file, self.shelf.n_ctx)
+        if served := self._loaded.get(file.path):
+            return About.of_model(file.name, served.model)
+        return await run_in_threadpool(self._read, file)
+
+    def _read(self, file: File) -> About:
+        return About.of_file(file, self.shelf.n_ctx, self.shelf.n_parallel)
 
     def _described(self, file: File) -> About | None:
         try:
-            return About.of_file(file, self.shelf.n_ctx)
+            return self._read(file)
         except (PopError, OSError) as error:
             log.warning("%s is left out: %s", file.name, error)
             return None
@@ -203,9 +210,9 @@ class Models:
         lease = Lease(file, needed_bytes, self._ended)
         self._waiting = self._still_waiting()
         n_waiting = len(self._waiting)
-        seat = self._seats.get(file.path)
-        if seat is not None and (self._change is not None or not n_waiting):
-            self._grant(lease, seat)
+        served = self._loaded.get(file.path)
+        if served is not None and (self._change is not None or not n_waiting):
+            self._grant(lease, served)
             return lease
         # Those that ask for an open model wait as well: it might never be idle for the first one.
         if n_waiting >= self._max_waiting:
@@ -215,16 +222,20 @@ class Models:
         return lease
 
     def _still_waiting(self) -> list[Lease]:
-        return [lease for lease in self._waiting if not lease.seat.done()]
+        return [lease for lease in self._waiting if not lease.served.done()]
 
     def n_waiting(self) -> int:
         """Requests that wait for any model, open or not."""
-        return len(self._still_waiting()) + sum(seat.worker.n_waiting() for seat in self.seats)
+        return len(self._still_waiting()) + sum(served.worker.n_waiting() for served in self.loaded)
 
-    def _grant(self, lease: Lease, seat: Seat) -> None:
-        self._seats[seat.path] = self._seats.pop(seat.path)
-        self._n_leases[seat.path] += 1
-        lease.grant(seat)
+    def n_unread(self) -> int:
+        """Rows that are still to be read of the prompts that are being read."""
+        return sum(served.worker.n_unread() for served in self.loaded)
+
+    def _grant(self, lease: Lease, served: Served) -> None:
+        self._loaded[served.path] = self._loaded.pop(served.path)
+        self._n_leases[served.path] += 1
+        lease.grant(served)
 
     def _ended(self, lease: Lease) -> None:
         if lease.is_granted:
@@ -238,9 +249,9 @@ class Models:
             if not self._waiting:
                 return
             first = self._waiting[0]
-            if seat := self._seats.get(first.file.path):
+            if served := self._loaded.get(first.file.path):
                 for lease in self._for_the_same(first):  # a change for each would be slow
-                    self._grant(lease, seat)
+                    self._grant(lease, served)
             elif (leaving := self._to_close(first.needed_bytes)) is not None:
                 self._begin(first, leaving)
             else:
@@ -249,20 +260,20 @@ class Models:
     def _for_the_same(self, lease: Lease) -> list[Lease]:
         return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
-    def _to_close(self, needed_bytes: int) -> list[Seat] | None:
+    def _to_close(self, needed_bytes: int) -> list[Served] | None:
         """Choose idle models to close; None while busy ones leave no room."""
-        n_bytes = needed_bytes + sum(seat.needed_bytes for seat in self._seats.values())
-        leaving: list[Seat] = []
-        for seat in self.seats:
-            if n_bytes > self._ram_bytes and not self._n_leases[seat.path]:
-                leaving.append(seat)
-                n_bytes -= seat.needed_bytes
-        is_alone = len(leaving) == len(self._seats)
+        n_bytes = needed_bytes + sum(served.needed_bytes for served in self._loaded.values())
+        leaving: list[Served] = []
+        for served in self.loaded:
+            if n_bytes > self._ram_bytes and not self._n_leases[served.path]:
+                leaving.append(served)
+                n_bytes -= served.needed_bytes
+        is_alone = len(leaving) == len(self._loaded)
         return leaving if is_alone or n_bytes <= self._ram_bytes else None
 
     # Opening and closing
 
-    def load(self, file: File) -> Seat:
+    def load(self, file: File) -> Served:
         """Open a model; its thread is yet to be started. Raises PopError."""
         with stopped_by(self._stopping.is_set):
             opened = self.shelf.open(file.path)
@@ -270,23 +281,24 @@ class Models:
         tasks = Tasks(model, repeatable=self._repeatable)
         worker = Worker(model, self.metrics, self._max_waiting, opened.teacher)
         self.metrics.queue.set_function(self.n_waiting)
+        self.metrics.unread.set_function(self.n_unread)
         needed_bytes = About.of_model(file.name, model).needed_bytes
-        seat = Seat(file.name, file.path, model, tasks, worker, needed_bytes)
-        self._seats[file.path] = seat
-        return seat
+        served = Served(file.name, file.path, model, tasks, worker, needed_bytes)
+        self._loaded[file.path] = served
+        return served
 
-    def _begin(self, lease: Lease, leaving: list[Seat]) -> None:
-        for seat in leaving:
-            del self._seats[seat.path]
+    def _begin(self, lease: Lease, leaving: list[Served]) -> None:
+        for served in leaving:
+            del self._loaded[served.path]
         self._leaving = leaving
         loop = asyncio.get_running_loop()
 
         def change() -> None:
             error: Exception | None = None
             try:
-                for seat in leaving:
-                    seat.leave()
-                    log.info("%s was closed", seat.name)
+                for served in leaving:
+                    served.leave()
+                    log.info("%s was closed", served.name)
                 worker = self.load(lease.file).worker
                 if self._stopping.is_set():
                     worker.stop()
@@ -328,14 +340,14 @@ class Models:
     def start(self) -> None:
         """Let the models that are open work. Call it in the event loop."""
         self._loop = asyncio.get_running_loop()
-        for seat in self.seats:
-            seat.worker.start()
+        for served in self.loaded:
+            served.worker.start()
 
     def stop(self) -> None:
         """End running answers and loading, and refuse what waits. Call it anywhere."""
         self._stopping.set()
-        for seat in self.seats:
-            seat.worker.stop()
+        for served in self.loaded:
+            served.worker.stop()
         if self._loop is not None:
             with suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._refuse_all)
@@ -346,21 +358,21 @@ class Models:
 
     def silent_s(self) -> float:
         """Return for how many seconds a model has hung, 0 while none has."""
-        seats = [*self.seats, *self._leaving]
-        return max((seat.worker.silent_s() for seat in seats), default=0.0)
+        in_memory = [*self.loaded, *self._leaving]
+        return max((served.worker.silent_s() for served in in_memory), default=0.0)
 
     def join(self) -> None:
         """Wait until no thread uses a model any more; `stop` comes before."""
         if (change := self._change) is not None:
             change.join()
-        for seat in self.seats:
-            if seat.worker.is_alive():
-                seat.worker.join()
+        for served in self.loaded:
+            if served.worker.is_alive():
+                served.worker.join()
 
     def close(self) -> None:
         """Stop, and close all models."""
         self.stop()
         self.join()
-        for seat in self.seats:
-            seat.model.close()
-        self._seats.clear()
+        for served in self.loaded:
+            served.model.close()
+        self._loaded.clear()

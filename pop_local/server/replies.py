@@ -78,12 +78,12 @@ class Reply:
     """The answers of a request, whole or in pieces: OpenAI's text completions.
 
     `wants_logprobs` tells an empty list from none asked for. `n_written`: characters of the text so
-    far, where the next token begins. `ping` shows that a stream lives.
+    far, where the next token begins.
     """
 
     id_prefix = "cmpl"
     whole_kind = piece_kind = "text_completion"
-    media_type, ping = "text/event-stream", b": working\n\n"
+    media_type = "text/event-stream"
 
     def __init__(self, model: str, *, wants_usage: bool = False) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
@@ -91,6 +91,10 @@ class Reply:
         self._model = model
         # Without it the pieces of a stream have no such field.
         self._nothing_yet: Json = {"usage": None} if wants_usage else {}
+
+    def comment(self, progress: str) -> bytes:
+        """Return what shows that a stream lives, and clients ignore; `progress`: see Job."""
+        return f": {progress or 'working'}\n\n".encode()
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         """Begin an answer; return the pieces before its first token."""

@@ -182,12 +182,16 @@ class Tasks:
             given["temperature"] = 0.0
         if body.seed is not None and body.seed != -1:
             given["seed"] = body.seed % (MOST_SEED + 1)
+        repeatable = self._repeatable if body.repeatable is None else body.repeatable
+        if repeatable and len(self._model.sequences) > 1:
+            message = "answers are repeatable where the server answers one request at a time"
+            raise ApiError(400, f"{message}: --parallel 1", param="repeatable")
         return TurnOptions(
             max_tokens=max_tokens,
             stops=tuple(body.stop or ()),
             grammar=self._grammar(body),
             n_top_logprobs=n_top_logprobs,
-            repeatable=self._repeatable if body.repeatable is None else body.repeatable,
+            repeatable=repeatable,
             **{**self._model.recommended, **given},
         )
 

@@ -1,4 +1,4 @@
-"""The one thread that owns the model, and the queue before it: first come, first served."""
+"""The threads that have the model, one for each of its sequences, and the queue before them."""
 
 import asyncio
 import logging
@@ -7,10 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.answer import Parts
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.embedding import embedding
@@ -19,6 +21,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.seats import Seats
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
 from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.metrics import Metrics
@@ -52,11 +55,14 @@ class Task:
 class Job:
     """A task in progress: the event loop makes it and reads the answer, the thread works on it.
 
-    `queued_s` is 0 until the work begins.
+    `queued_s` is 0 until the work begins. `read` says how many rows of its prompt have been read,
+    and of how many. `place` finds its place in the queue.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
         self.task = task
+        self.read = (0, 0)
+        self._place = place
         self.queued_s = 0.0
         self.submitted_s = time.perf_counter()
         self.cancelled = threading.Event()
@@ -78,6 +84,14 @@ class Job:
         if self._is_awaited or isinstance(item, Exception) or item.stats is not None:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
                 self._loop.call_soon_threadsafe(self._wake)
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words for a stream's comments; "" where there is nothing to tell."""
+        if place := self._place(self):
+            return f"queued {place}"
+        n_read, n_rows = self.read
+        return f"read {n_read} of {n_rows}" if n_read < n_rows else ""
 
     def _wake(self) -> None:
         if not self._awaited.done():
@@ -116,7 +130,11 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """Serves jobs one after the other. The KV cache keeps the last prompt for the next job."""
+    """Serves jobs, as many at once as the model has sequences.
+
+    One thread at a time has the turn: it waits for the next job, and reads its prompt. Others write
+    answers meanwhile. The KV caches keep the last prompts for the next jobs.
+    """
 
     def __init__(
         self,
@@ -127,25 +145,28 @@ class Worker(threading.Thread):
     ) -> None:
         super().__init__(name="pop-local model", daemon=True)
         self._model, self._teacher = model, teacher
+        self._seats = Seats(model)
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         metrics.queue.set_function(self.n_waiting)
-        # When the model last showed that it lives; None where it has nothing to do.
-        self._seen_s: float | None = None
+        # When each running job last showed that it lives.
+        self._seen_s: dict[Job, float] = {}
+        metrics.unread.set_function(self.n_unread)
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """End the running answer, and refuse those that wait. Call it anywhere."""
+        """End the running answers, and refuse those that wait. Call it anywhere."""
         self._stopping.set()
         self._calls.put(None)
 
     def silent_s(self) -> float:
         """Return for how many seconds the model has hung, 0 while it has not."""
-        seen_s = self._seen_s
+        seen_s = min(self._seen_s.copy().values(), default=None)
         silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return silent_s if silent_s > _HUNG_S else 0.0
 
@@ -163,9 +184,19 @@ class Worker(threading.Thread):
         with self._lock:
             return sum(not job.cancelled.is_set() for job in self._waiting)
 
+    def n_unread(self) -> int:
+        """Rows that are still to be read of the prompts that are being read."""
+        return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
+
+    def place(self, job: Job) -> int:
+        """Return a job's place in the queue, from 1 on; 0 once it has left it."""
+        with self._lock:
+            waiting = [one for one in self._waiting if not one.cancelled.is_set()]
+            return waiting.index(job) + 1 if job in waiting else 0
+
     def submit(self, task: Task) -> Job:
         """Raises ApiError when too many wait already."""
-        job = Job(task)
+        job = Job(task, self.place)
         with self._lock:
             self._waiting = deque(one for one in self._waiting if not one.cancelled.is_set())
             if len(self._waiting) >= self._max_waiting:
@@ -176,33 +207,41 @@ class Worker(threading.Thread):
         return job
 
     def run(self) -> None:
-        while True:
-            self._wait()
-            if self._stopping.is_set():
-                break
-            job = self._next()
-            if job is not None and not job.cancelled.is_set():
-                self._serve(job)
+        others = [
+            threading.Thread(target=self._serve_all, name=f"{self.name} {number}", daemon=True)
+            for number in range(2, len(self._model.sequences) + 1)
+        ]
+        for thread in others:
+            thread.start()
+        self._serve_all()
+        for thread in others:
+            thread.join()
         while (job := self._next()) is not None:
             job.put(ApiError(503, STOPPING))
 
+    def _serve_all(self) -> None:
+        while not self._stopping.is_set():
+            with ExitStack() as turn:
+                turn.enter_context(self._turn)
+                self._wait()
+                job = None if self._stopping.is_set() else self._next()
+                if job is not None and not job.cancelled.is_set():
+                    self._serve(job, turn.close)
+
     def _wait(self) -> None:
-        """Wait for a call; meanwhile refill cached prompts, and learn."""
-        while True:
-            is_free = self._calls.empty() and not on_battery()
-            if is_free and self._can_refill:
-                self._refill()
+        """Wait for a call; while nothing runs, refill cached prompts, and learn."""
+        while not self._stopping.is_set():
+            is_free = self._calls.empty() and not self._seen_s and not on_battery()
+            index = self._seats.refillable()
+            if is_free and index is not None:
+                self._refill(index)
             elif is_free and self._can_learn:
                 self._learn()
-            has_work = self._can_refill or self._can_learn
+            has_work = not self._seen_s and (index is not None or self._can_learn)
             with suppress(queue.Empty):
                 waits_s = (RECHECK_S if on_battery() else 0.0) if has_work else None
                 self._calls.get(timeout=waits_s)
                 return
-
-    @property
-    def _can_refill(self) -> bool:
-        return bool(self._model.refills and self._model.refiller.n_refillable)
 
     @property
     def _can_learn(self) -> bool:
@@ -211,9 +250,11 @@ class Worker(threading.Thread):
     def _is_called(self) -> bool:
         return not self._calls.empty() or on_battery()
 
-    def _refill(self) -> None:
+    def _refill(self, index: int) -> None:
+        _, refiller = self._model.sequences[index]
         try:
-            n_rows = self._model.refill(should_stop=self._is_called)
+            n_rows = refiller.refill(self._is_called)
+            self._seats.refilled(index)
         except Exception:  # requests are answered all the same
             log.exception("refilling failed, and goes on no longer")
             self._model.set_depth(self._model.rule.select)
@@ -235,15 +276,22 @@ class Worker(threading.Thread):
         with self._lock:
             return self._waiting.popleft() if self._waiting else None
 
-    def _serve(self, job: Job) -> None:
+    def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
+        """Answer a job; the turn ends once its prompt has been read."""
         job.queued_s = time.perf_counter() - job.submitted_s
-        self._seen_s = time.monotonic()
+        self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
+        index = self._seats.take(job.task.prompt)
+        parts = self._seats.parts(index)
         try:
-            for chunk in self._answer(job):
-                if chunk.stats is not None:
-                    self._metrics.answered(chunk.stats)
-                job.put(chunk)
+            with parts.cache.slot.work():
+                # Empties the KV cache where it changes, which never mixes full and pruned prompts.
+                parts.cache.set_mode(job.task.mode)
+                self._seats.share(index, job.task.prompt)
+                for chunk in self._answer(job, parts, end_turn):
+                    if chunk.stats is not None:
+                        self._metrics.answered(chunk.stats)
+                    job.put(chunk)
         except StoppedError:
             job.put(ApiError(503, STOPPING))
         except Exception as error:
@@ -251,38 +299,32 @@ class Worker(threading.Thread):
                 log.exception("an answer failed")
             job.put(error)
         finally:
-            self._seen_s = None
+            self._seats.give_back(index)
+            del self._seen_s[job]
+            if len(self._model.sequences) > 1:
+                self._calls.put(None)  # whoever waits may refill now
 
-    def _embedded(self, task: Task, should_stop: Callable[[], bool]) -> Chunk:
-        """The cached rows go to the cache of prompts first."""
-        started_s, n = time.perf_counter(), len(task.prompt)
-        self._model.cache.put_aside(task.prompt)
-        with stopped_by(should_stop):
-            vector = embedding(self._model.cache, task.prompt.tokens)
-        took_s = time.perf_counter() - started_s
-        stats = TurnStats(n, 0, 0, n, took_s, took_s, 0, 0.0, "stop")
-        return Chunk("", stats, embedding=tuple(vector.tolist()))
-
-    def _answer(self, job: Job) -> Iterator[Chunk]:
+    def _answer(self, job: Job, parts: Parts, end_turn: Callable[[], None]) -> Iterator[Chunk]:
         def should_stop() -> bool:
-            self._seen_s = time.monotonic()
+            self._seen_s[job] = time.monotonic()
             return job.cancelled.is_set() or self._stopping.is_set()
 
-        task = job.task
+        def has_read(n_done: int, n_rows: int) -> None:
+            job.read = (n_done, n_rows)
+            if n_done == n_rows:
+                end_turn()
+
+        task, cache = job.task, parts.cache
         n_prompt = len(task.prompt)
-        # Empties the KV cache where it changes: one cache never mixes full and pruned prompts.
-        self._model.set_mode(task.mode)
-        options = replace(task.options, should_stop=should_stop)
+        options = replace(task.options, should_stop=should_stop, on_prefill=has_read)
         if task.embeds:
-            yield self._embedded(task, should_stop)
+            yield _embedded(cache, task, should_stop)
             return
         read: list[TokenLogprob] = []
         started_s = time.perf_counter()
         if task.n_prompt_logprobs is not None:
             with stopped_by(should_stop):
-                read = prompt_logprobs(
-                    self._model.cache, task.prompt.tokens, task.n_prompt_logprobs
-                )
+                read = prompt_logprobs(cache, task.prompt.tokens, task.n_prompt_logprobs)
         read_s = time.perf_counter() - started_s if read else 0.0
         if task.echo or read:
             yield Chunk(task.echo, logprobs=tuple(read))
@@ -291,10 +333,22 @@ class Worker(threading.Thread):
             n_full = len(read)
             yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
             return
-        for chunk in self._model.answer(task.prompt, options):
+        for chunk in self._model.answer(task.prompt, options, parts):
+            end_turn()
             if read and (stats := chunk.stats) is not None:
                 # The answer found in the cache what was read for it before.
                 ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s
                 stats = replace(stats, n_cached=0, n_full=n_prompt, ttft_s=ttft_s)
                 chunk = replace(chunk, stats=replace(stats, prefill_s=prefill_s))
             yield chunk
+
+
+def _embedded(cache: KvCache, task: Task, should_stop: Callable[[], bool]) -> Chunk:
+    """The cached rows go to the cache of prompts first."""
+    started_s, n = time.perf_counter(), len(task.prompt)
+    cache.put_aside(task.prompt)
+    with stopped_by(should_stop):
+        vector = embedding(cache, task.prompt.tokens)
+    took_s = time.perf_counter() - started_s
+    stats = TurnStats(n, 0, 0, n, took_s, took_s, 0, 0.0, "stop")
+    return Chunk("", stats, embedding=tuple(vector.tolist()))

@@ -1,13 +1,17 @@
 """From a model's name or path to its files, and to an opened model."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import FormatError, PopError
 from pop_local.base.numbers import size
 from pop_local.calibration.needs import free_bytes
+from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import (
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
 
+# From so much free memory on, two prompts are answered at once.
+_MEMORY_FOR_TWO = 8e9
 # The catalog's best models by the free memory that they want, in bytes.
 _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
@@ -52,13 +58,15 @@ def open_model(
     learns: bool = False,
     mmproj: Path | None = None,
     image_tokens: int | None = None,
+    n_parallel: int | None = 1,
 ) -> "PopModel":
     """Open a model by name or path, None for the catalog's default; see `model_files`.
 
     `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
     that fits stays, to switch pruning on later. `select`, `keep_states`, `image_tokens`: as
     for PopModel. `learns`: from what it reads, if that is possible. `mmproj`: None for the one
-    beside the model, if there is one.
+    beside the model, if there is one. `n_parallel`: sequences, None for two where memory allows and
+    nothing stands against it.
     Raises PopError, StoppedError.
     """
     files = (_files if in_full else model_files)(model, sidecar, watch)
@@ -71,16 +79,29 @@ def open_model(
     from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import PopModel
 
-    opened = PopModel(
-        files.path,
-        sidecar=files.sidecar,
-        n_ctx=n_ctx,
-        select=select,
-        keep_states=keep_states,
-        mmproj=mmproj or mmproj_beside(files.path),
-        image_tokens=image_tokens,
-        **vars(hardware),
-    )
+    def opened_with(n: int) -> PopModel:
+        if n > 1:
+            _tell_memory(files.path, n_ctx, n, watch)
+        return PopModel(
+            files.path,
+            sidecar=files.sidecar,
+            n_ctx=n_ctx,
+            n_parallel=n,
+            select=select,
+            keep_states=keep_states,
+            mmproj=mmproj or mmproj_beside(files.path),
+            image_tokens=image_tokens,
+            **vars(hardware),
+        )
+
+    will_learn = learns and not in_full and not (files.sidecar or _is_converted(files.path))
+    may_be_two = not (will_learn or hardware.rpc) and free_bytes() >= _MEMORY_FOR_TWO
+    try:
+        opened = opened_with(n_parallel or 1 + may_be_two)
+    except PopError as error:
+        if n_parallel is not None or error.cause != "one-sequence":
+            raise
+        opened = opened_with(1)
     if n_ctx and opened.n_ctx > n_ctx:
         watch.on_note(f"The context holds {opened.n_ctx:,} tokens: llama.cpp rounds it up.")
     if n_ctx and n_ctx > opened.n_ctx_train:
@@ -101,6 +122,18 @@ def open_model(
         except PopError as error:
             watch.on_note(f"It does not learn: {error.message}.")
     return opened
+
+
+def _is_converted(path: Path) -> bool:
+    return pop_meta(read_source(path).first) is not None
+
+
+def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
+    source = read_source(path)
+    n_each = n_ctx or default_ctx(source.first)
+    with suppress(PopError):
+        n_bytes = kv_bytes(source_shape(source), n * n_each)
+        watch.on_note(f"{n} requests at once, {n_each:,} tokens each: {size(n_bytes)} of K and V.")
 
 
 def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:

@@ -95,7 +95,7 @@ def logits(model: PopModel, tokens: list[int]) -> Logits:
     """Return those of all rows of a prompt read in full [n, n_vocab]; the next overwrites them."""
     model.pruning = False
     model.cache.clear()
-    backend.set_reading(model.context.ctx, True)
+    backend.set_reading(model.context.ctx, backend.Reading.SOME)
     with closing(TokenBatch(len(tokens))) as rows:
         if code := rows.decode(model.context.ctx, tokens, 0, Outputs.ALL):
             raise logs.not_decoded(code)

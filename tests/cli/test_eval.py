@@ -93,7 +93,7 @@ def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
 ):
     """All rows become full behind the command's back; only the backend's counters can tell."""
     real = backend.set_full_from
-    monkeypatch.setattr(backend, "set_full_from", lambda ctx, *_: real(ctx, 0))
+    monkeypatch.setattr(backend, "set_full_from", lambda ctx, sequence, _: real(ctx, sequence, 0))
     done = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0, "--json")
     assert done.exit_code == 1
     assert "43 should" in " ".join(done.stderr.split())

@@ -52,7 +52,7 @@ def test_a_hung_model_is_reported_and_a_signal_ends_the_server(path):
     changed = """
 import ctypes
 from pop_local.server import worker
-worker.Worker._answer = lambda self, job: ctypes.CDLL(None).sleep(600)
+worker.Worker._answer = lambda self, *_: ctypes.CDLL(None).sleep(600)
 worker._HUNG_S = 0.1
 app._AT_LAST_S = 0.5
 """
@@ -168,7 +168,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
-def work(self, job):
+def work(self, job, *_):
     rng, cache, small, most, before = random.Random(0), PromptCache(1 << 26), {}, 0, resident()
     for number in range(200):
         size = rng.randrange(1 << 21, 1 << 24)

@@ -50,7 +50,8 @@ class Library:
     may_open: threading.Event = field(default_factory=threading.Event)
     problem: Exception | None = None
     n_tried: int = 0
-    served: Any = None
+    n_parallel: int = 1
+    behind: Any = None
 
     def __post_init__(self) -> None:
         self.may_open.set()
@@ -60,8 +61,8 @@ class Library:
         self.n_tried += 1
         if self.problem is not None:
             raise self.problem
-        model = opened(path, n_ctx=N_CTX)
-        model.cache.prompts = self.prompts
+        model = opened(path, n_ctx=N_CTX, n_parallel=self.n_parallel)
+        model.keep_prompts(self.prompts)
         self.models.append(model)
         return Opened(model, self.teacher)
 
@@ -70,7 +71,13 @@ class Library:
         return [model.path.stem for model in self.models if not model.context.is_closed]
 
     def shelf(self) -> Shelf:
-        return Shelf(lambda: models_in(self.folder), self.open, N_CTX, can_see=False)
+        return Shelf(
+            lambda: models_in(self.folder),
+            self.open,
+            N_CTX,
+            can_see=False,
+            n_parallel=self.n_parallel,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,7 @@ def library(folder):
 
 @contextmanager
 def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
-    library.served = models = Models(library.shelf(), **how)
+    library.behind = models = Models(library.shelf(), **how)
     with asking(create_app_of(models, strict_model=strict_model)) as client:
         yield client
     assert not any(models._n_leases.values())
@@ -174,7 +181,7 @@ def test_as_many_stay_open_as_the_memory_holds(library, expected):
         for name in NAMES * 2:
             assert text_of(complete(client, model=name)) == expected[name]
         assert library.open_ones == list(NAMES)
-        (one, *_) = library.served.seats
+        (one, *_) = library.behind.loaded
     library.models.clear()
     with asked(library, ram_bytes=int(one.needed_bytes * 2.5)) as client:
         for name in ("one", "two", "one", "three"):
@@ -192,8 +199,12 @@ def test_a_model_that_takes_more_is_open_alone(library, expected, caplog):
     assert "one takes about" in caplog.text
 
 
-@pytest.mark.parametrize("ram_bytes", [0, 1 << 40])
-def test_eight_threads_that_ask_for_two_models_get_their_own_answers(library, expected, ram_bytes):
+@pytest.mark.parametrize(("ram_bytes", "n_parallel"), [(0, 1), (0, 2), (1 << 40, 1)])
+def test_eight_threads_that_ask_for_two_models_get_their_own_answers(
+    library, expected, ram_bytes, n_parallel
+):
+    library.n_parallel = n_parallel
+
     def ask(number: int) -> list[bool]:
         found = []
         for turn in range(8):
@@ -236,18 +247,18 @@ def test_a_busy_model_cannot_keep_others_from_being_opened(library, n_files):
                 return await models.lease(file_of(library, name))
 
             first = await ask("one")
-            assert (await first.seat).name == "one"
+            assert (await first.served).name == "one"
             beside = await ask("one")  # nobody waits
             second, third = await ask("two"), await ask("one")
             with pytest.raises(ApiError, match="2 requests wait for models already"):
                 await ask("one")
             first.end()
-            assert not second.seat.done() and library.open_ones == ["one"]
+            assert not second.served.done() and library.open_ones == ["one"]
             beside.end()
-            assert (await second.seat).name == "two"
+            assert (await second.served).name == "two"
             assert models._change is None and library.open_ones == ["two"]
             second.end()
-            assert (await third.seat).name == "one"
+            assert (await third.served).name == "one"
             third.end()
 
     asyncio.run(asyncio.wait_for(take_turns(), 60))
@@ -262,7 +273,7 @@ def test_all_that_wait_for_a_model_get_it_at_once(library):
             leases = [await models.lease(file_of(library, name)) for name in asked]
             library.may_open.set()
             for lease in (leases[0], leases[2], leases[4], leases[1], leases[3]):
-                await lease.seat
+                await lease.served
                 lease.end()
             assert [model.path.stem for model in library.models] == ["one", "two"]
 
@@ -324,7 +335,7 @@ def test_the_end_of_the_server_ends_all_waiting(library):
         models.stop()
         for lease in leases:
             with pytest.raises(ApiError, match="stopping"):
-                await lease.seat
+                await lease.served
             lease.end()
         library.may_open.set()
         await asyncio.to_thread(models.join)
@@ -421,8 +432,9 @@ def test_a_model_that_is_refilled_makes_room(folder, tmp_path, monkeypatch):
             assert works.wait(30)
 
 
-def test_prompts_outlive_the_closing_of_their_model(library, expected):
-    library.prompts = PromptCache(1 << 26)
+@pytest.mark.parametrize("n_parallel", [1, 2])
+def test_prompts_outlive_the_closing_of_their_model(library, expected, n_parallel):
+    library.prompts, library.n_parallel = PromptCache(1 << 26), n_parallel
     with asked(library) as client:
         for name in ("one", "two", "one", "two"):
             answer = complete(client, model=name)
@@ -454,7 +466,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, e
         library.problem = PopError("the memory is full", "take a smaller context")
         library.may_open.clear()
         waiting = [others.submit(chat, client, model="two") for _ in range(3)]
-        wait_for(lambda: library.served.n_waiting() == 3)
+        wait_for(lambda: library.behind.n_waiting() == 3)
         library.may_open.set()
         for each in waiting:
             response = each.result()
@@ -572,7 +584,7 @@ def test_the_command_serves_a_folder(folder, expected, monkeypatch):
     found: list[str] = []
 
     def ask_instead(app, listening):
-        found.append(",".join(seat.name for seat in app.state.models.seats))
+        found.append(",".join(served.name for served in app.state.models.loaded))
         with asking(app) as client:
             found.append(text_of(complete(client)))
             found.append(text_of(complete(client, model="two")))

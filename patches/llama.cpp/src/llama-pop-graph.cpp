@@ -233,5 +233,9 @@ std::unique_ptr<llm_graph_context> llama_pop_build_graph(const llama_model & mod
     }
     drop_nodes(res, build.n_nodes, ggml_graph_n_nodes(res.get_gf()), [&](const ggml_tensor * node) { return writes(node) || node == res.t_logits; });
 
-    return plan.rows.empty() ? std::move(llm) : build_deep(model, params);
+    if (plan.rows.empty()) {
+        return llm;
+    }
+    build.n_context = ggml_graph_n_nodes(res.get_gf());
+    return build_deep(model, params);
 }

@@ -176,11 +176,12 @@ enum kernel_rows {
 
 static const int KERNEL_OP_PARAM = 15;
 
-static kernel_rows get_kernel_rows(const llama_pop_cparams & pop) {
+static kernel_rows get_kernel_rows(const llama_pop_cparams & pop, bool of_answers) {
     if (!pop.kernels) {
         return KERNEL_ROWS_NONE;
     }
-    return pop.reading || pop.deepening ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
+    const bool reads = pop.reading == LLAMA_POP_READING_SOME || (pop.reading == LLAMA_POP_READING_CONTEXT && !of_answers);
+    return reads || pop.deepening ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
 }
 
 static bool has_kernels(ggml_op op) {
@@ -196,13 +197,13 @@ static bool has_kernels(ggml_op op) {
     }
 }
 
-void llama_pop_mark_graph(ggml_cgraph * gf, const llama_pop_cparams & pop) {
-    const auto rows = get_kernel_rows(pop);
+void llama_pop_mark_graph(llm_graph_result & res, const llama_pop_cparams & pop) {
+    ggml_cgraph * gf = res.get_gf();
 
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         ggml_tensor * node = ggml_graph_node(gf, i);
         if (has_kernels(node->op)) {
-            node->op_params[KERNEL_OP_PARAM] = rows;
+            node->op_params[KERNEL_OP_PARAM] = get_kernel_rows(pop, res.pop.n_context >= 0 && i >= res.pop.n_context);
         }
     }
 }
@@ -213,7 +214,7 @@ bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b
 
     const auto & pop_a = a.cparams.pop;
     const auto & pop_b = b.cparams.pop;
-    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep || pop_a.taps != pop_b.taps || get_kernel_rows(pop_a) != get_kernel_rows(pop_b) ||
+    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep || pop_a.taps != pop_b.taps || pop_a.kernels != pop_b.kernels || pop_a.reading != pop_b.reading ||
             llama_pop_make_scored(a.cparams, a.ubatch).rows.size() != llama_pop_make_scored(b.cparams, b.ubatch).rows.size() || pop_a.boundary != pop_b.boundary) {
         return false;
     }
@@ -305,7 +306,7 @@ static const bool is_told = [] {
 }();
 
 int32_t llama_pop_abi(void) {
-    return 7;
+    return 8;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {
@@ -422,8 +423,12 @@ int32_t llama_pop_set_kernels(llama_context * ctx, bool kernels) {
     return 0;
 }
 
-int32_t llama_pop_set_reading(llama_context * ctx, bool reading) {
-    ctx->pop().reading = reading;
+int32_t llama_pop_set_reading(llama_context * ctx, int32_t reading) {
+    if (reading < LLAMA_POP_READING_NONE || reading > LLAMA_POP_READING_CONTEXT) {
+        LLAMA_LOG_ERROR("%s: unknown rows %d\n", __func__, reading);
+        return -1;
+    }
+    ctx->pop().reading = (llama_pop_reading) reading;
     return 0;
 }
 

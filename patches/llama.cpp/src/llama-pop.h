@@ -64,6 +64,12 @@ extern "C" {
         int64_t n_deep;    // rows of deep passes
     };
 
+    enum llama_pop_reading {
+        LLAMA_POP_READING_NONE    = 0,
+        LLAMA_POP_READING_SOME    = 1, // full rows, too
+        LLAMA_POP_READING_CONTEXT = 2, // context rows alone: the full ones are of answers
+    };
+
     enum llama_pop_deepen_result {
         LLAMA_POP_DEEPEN_REFUSED = -1, // nothing was done, the log says why
         LLAMA_POP_DEEPEN_FAILED  = -2, // the pass is to be done again, or the rows are to be removed
@@ -133,9 +139,9 @@ extern "C" {
     // whether the CPU's kernels for prompts (ggml-cpu/pop) may compute: true at first
     LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, bool kernels);
 
-    // true: rows of a prompt are among those of each llama_decode() from now on. its products and attention are then left to
-    // these kernels however few rows there are, so that no row depends on how the prompt was cut. deep passes always are
-    LLAMA_API int32_t llama_pop_set_reading(struct llama_context * ctx, bool reading);
+    // which rows of each llama_decode() from now on are a prompt's. their products and attention are left to these kernels
+    // however few rows there are, so that no row depends on how the prompt was cut. deep passes always are
+    LLAMA_API int32_t llama_pop_set_reading(struct llama_context * ctx, int32_t reading);
 
     // taps: each ubatch of several rows, which all run all layers, hands out what was asked for here. so
     // does a deep pass, from the boundary on. architectures whose K and V cannot be fitted hand out none
@@ -243,7 +249,8 @@ struct llama_pop_cparams {
     bool deepening = false; // the next graph is a deep pass
     bool keep      = false; // the states at the boundary
     bool kernels   = true;  // the CPU's kernels for prompts may compute
-    bool reading   = false; // rows of a prompt are among those of the next ubatches
+
+    llama_pop_reading reading = LLAMA_POP_READING_NONE;
 };
 
 // what a context keeps of its rows, by the cells of their stream. a cell that another row takes forgets that it was kept,
@@ -306,7 +313,7 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b);
 
 // tells the CPU's kernels for prompts which operations of a new graph are theirs
-void llama_pop_mark_graph(ggml_cgraph * gf, const llama_pop_cparams & pop);
+void llama_pop_mark_graph(llm_graph_result & res, const llama_pop_cparams & pop);
 
 //
 // building
@@ -330,6 +337,7 @@ struct llama_pop_build {
 
     int32_t boundary    = 0;  // 0: nothing is to be done at any layer
     int32_t n_nodes     = -1; // those of the graph when the boundary was met in this pass, -1: not yet
+    int32_t n_context   = -1; // nodes before those of the deep pass, -1: there is none beside another pass
     int32_t n_projected = 0;  // layers that took their fitted projections
 
     ggml_tensor * state = nullptr; // at the boundary, of all rows

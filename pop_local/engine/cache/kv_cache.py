@@ -16,6 +16,7 @@ from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.prompt.prompt import Prompt
 
 
@@ -36,7 +37,7 @@ class Watcher(Protocol):
 
 
 class KvCache:
-    """The rows that a context has cached, in one mode.
+    """The rows that a sequence of a context has cached, in one mode.
 
     The cache belongs to one mode and boundary, and switching either empties it. It stays where it
     is the full model's own: where rows leave exactly, or all of them got their depth.
@@ -47,9 +48,12 @@ class KvCache:
     `learner` follows what is read.
     """
 
-    def __init__(self, context: Context, eye: Mmproj | None = None) -> None:
-        """`eye`: what pictures are read with."""
+    def __init__(
+        self, context: Context, eye: Mmproj | None = None, slot: Slot | None = None
+    ) -> None:
+        """`eye`: what pictures are read with. `slot`: the sequence, None for the only one."""
         self.context, self.eye = context, eye
+        self.slot = slot or Slot(context)
         self.rows = CachedRows(context.n_ctx)
         self.images: dict[int, str] = {}
         self.n_tokens = 0
@@ -58,7 +62,7 @@ class KvCache:
         self.epoch = 0
         self.prompts: PromptCache | None = None
         self.learner: Watcher | None = None
-        self.mode = backend.get_mode(context.ctx)
+        self.mode = self.slot.mode
         self.exact = self._exact_now()
         self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
         self._conversion = conversion(context.meta, context.source, context.sidecar)
@@ -122,7 +126,7 @@ class KvCache:
 
         Raises PopError for a model that has neither.
         """
-        self.context.interrupt.require_idle()
+        self.slot.require_idle()
         if mode is self.mode:
             return
         if mode is not Mode.OFF and not (self.boundary or self.exact):
@@ -136,12 +140,12 @@ class KvCache:
             self._keep()
         # A prompt read in full is read again with pruning, so that the two can be compared.
         is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
-        backend.set_mode(self.context.ctx, mode)
+        self.slot.set_mode(mode)
         self._switched(keeps=is_its_own or bool(self.exact))
 
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
-        self.context.interrupt.require_idle()
+        self.slot.require_idle()
         backend.set_boundary(self.context.ctx, layer)
         self.exact = self._exact_now()
         self._switched(keeps=False)
@@ -176,7 +180,7 @@ class KvCache:
         return 0 if 0 < self.boundary < exact else exact
 
     def _switched(self, *, keeps: bool) -> None:
-        self.mode = backend.get_mode(self.context.ctx)
+        self.mode = self.slot.mode
         if not keeps:
             self.clear()
 
@@ -184,21 +188,25 @@ class KvCache:
 
     def clear(self) -> None:
         """Forget everything. Raises PopError while a batch is computed."""
-        self.context.interrupt.require_idle()
-        self.n_tokens = 0
-        self.images.clear()
-        self.has_logits = False
-        self.rows.forget_from(0)
-        self.context.forget_all()
-        self.epoch += 1
+        self.slot.require_idle()
+        with self.slot.held():
+            self.n_tokens = 0
+            self.images.clear()
+            self.has_logits = False
+            self.rows.forget_from(0)
+            self.slot.forget_all()
+            self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
         """Forget all rows but the first `n_rows`, which end with no part of an image.
 
         Returns False for a memory that cannot do so. Raises PopError while a batch is computed.
         """
-        self.context.interrupt.require_idle()
-        n_rows = max(0, min(n_rows, self.n_tokens))
+        self.slot.require_idle()
+        with self.slot.held():
+            return self._truncate(max(0, min(n_rows, self.n_tokens)))
+
+    def _truncate(self, n_rows: int) -> bool:
         if self._lacks_rows_before(n_rows) or not self._forget_from(n_rows):
             return False
         if n_rows < self.n_tokens:
@@ -219,7 +227,7 @@ class KvCache:
             raise PopError("the state is ahead of the tokens that were read", "read them again")
 
     def _forget_from(self, row: int) -> bool:
-        return self.context.forget_from(int(self.rows.positions[row]))
+        return self.slot.forget_from(int(self.rows.positions[row]))
 
     def _lacks_rows_before(self, row: int) -> bool:
         """Whether a sliding window has dropped rows that this one attends to.
@@ -228,7 +236,32 @@ class KvCache:
         """
         window = self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
-        return bool(window) and self.context.first_kept > seen_from
+        return bool(window) and self.slot.first_kept > seen_from
+
+    # Sharing
+
+    def share(self, other: "KvCache", prompt: Prompt) -> None:
+        """Have the rows of another sequence that a prompt begins with, if they are more than here.
+
+        Both have them then, and nothing is computed. Nothing is done where they are of another key.
+        """
+        with self.slot.held():
+            n = min(other.n_same(prompt), other.n_tokens)
+            n = next((start for start, end in prompt.spans if start < n < end), n)
+            if n <= self.n_same(prompt) or other.mode_key != self.mode_key:
+                return
+            self.put_aside(prompt)
+            self.clear()
+            self.slot.share(other.slot, int(other.rows.positions[n]))
+            self._tokens[:n] = other.tokens[:n]
+            self.images = {start: key for start, key in other.images.items() if start < n}
+            self.rows.share(other.rows, n)
+            self.n_tokens = n
+
+    def follow(self, other: "KvCache") -> None:
+        """Rows of another sequence were redone; those that this one shares are its own, too."""
+        if self.rows.follow(other.rows, min(self.n_tokens, other.n_tokens)):
+            self.has_logits = False
 
     # Saving
 
@@ -246,7 +279,7 @@ class KvCache:
             tokens=self.tokens.copy(),
             is_full=self.rows.is_full[:n].copy(),
             positions=self.rows.positions[: n + 1].copy(),
-            cells=self.context.state(),
+            cells=self.slot.state(),
             images=dict(self.images),
         )
 
@@ -275,7 +308,7 @@ class KvCache:
         self.clear()
         n = state.n_tokens
         end = int(state.positions[n - 1]) + 1 if n else 0
-        if not self.context.restore(state.cells) or self.context.end != end:
+        if not self.slot.restore(state.cells) or self.slot.end != end:
             self.clear()
             raise PopError("the saved state does not fit this model and context")
         self._tokens[:n] = state.tokens
@@ -305,7 +338,7 @@ class KvCache:
     def _keep(self) -> None:
         if self.prompts is None or not self.n_tokens:
             return
-        if self.context.state_size() <= self.prompts.capacity_bytes:
+        if self.slot.state_size() <= self.prompts.capacity_bytes:
             with suppress(PopError):  # a state that is ahead of its tokens is of no use
                 self.prompts.add(self._prompts_key, self.save())
 
@@ -314,6 +347,7 @@ class KvCache:
     def make_room(self, n_rows: int) -> None:
         """Raise PopError unless so many more rows fit."""
         context = self.context
+        self.slot.require_idle()
         context.require_usable()
         total = self.n_tokens + n_rows
         if total > context.n_ctx:
@@ -334,7 +368,7 @@ class KvCache:
     def step(self, token: int) -> None:
         """Append a token of an answer, which runs all layers unless the mode is ALWAYS."""
         self.make_room(1)
-        backend.set_reading(self.context.ctx, False)
+        self.slot.begin_step()
         self.append([token], Outputs.LAST, np.ones(1, bool))
 
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
@@ -344,7 +378,7 @@ class KvCache:
         """
         self.has_logits = False
         first = self.position
-        self.context.decode(tokens, first, outputs)
+        self.slot.decode(tokens, first, outputs)
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
         self._have_read(tokens, positions, full, keeps_states=self.keeps_states)
         self.has_logits = outputs is not Outputs.NONE
@@ -362,9 +396,10 @@ class KvCache:
         self.has_logits = False
         first = self.position
         logs.forget_errors()
-        read = self.eye.decode(context.ctx, image, first, context.n_batch)
+        with self.slot.alone() as sequence:
+            read = self.eye.decode(context.ctx, image, first, context.n_batch, sequence)
         if read.code != 0:
-            context.interrupt.check()
+            self.slot.check()
             raise PopError(logs.first_error() or f"the image could not be read (code {read.code})")
         positions = first + np.arange(n + 1, dtype=np.int32)
         if context.is_mrope:

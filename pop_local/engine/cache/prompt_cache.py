@@ -13,7 +13,7 @@ class PromptCache:
     """Saved states by key and tokens, up to `capacity_bytes` of cells; the oldest goes first.
 
     A prompt takes the place of those that it goes on from, and one that is too large drives no
-    others out. Several models may share one, each in a thread of its own.
+    others out. Several models, and threads, may share one.
     """
 
     def __init__(self, capacity_bytes: int) -> None:

@@ -1,8 +1,11 @@
 """The rows of a KV cache: the position of each, and whether it is projected, deep or exact."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
+
+_serial = itertools.count(1)
 
 
 class CachedRows:
@@ -13,12 +16,14 @@ class CachedRows:
     boundary (`has_state`) is what a row needs to be redone.
 
     `positions`: of each row, and of the one that comes next: the rows of an image may share one.
+    `readings`: a number for each reading, by which sequences know the rows that they share.
     """
 
     def __init__(self, n_ctx: int) -> None:
         self.is_full = np.zeros(n_ctx, dtype=bool)
         self.has_state = np.zeros(n_ctx, dtype=bool)
         self.positions = np.zeros(n_ctx + 1, dtype=np.int32)
+        self.readings = np.zeros(n_ctx, dtype=np.int64)
         self.n_exact = 0
 
     def read(
@@ -32,6 +37,7 @@ class CachedRows:
         self.positions[start : end + 1] = positions
         self.forget_from(start)
         self.is_full[start:end] = full
+        self.readings[start:end] = next(_serial)
         self.has_state[start:end] = keeps_states
         if self.n_exact == start and full.all():
             self.n_exact = end
@@ -48,6 +54,7 @@ class CachedRows:
         self.n_exact = min(self.n_exact, n_rows)
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False
+        self.readings[n_rows:] = 0
 
     def take_over(self, is_full: np.ndarray, positions: np.ndarray, *, is_exact: bool) -> None:
         """Rows came with a saved state, which holds no states at the boundary."""
@@ -56,6 +63,26 @@ class CachedRows:
         self.forget_from(0)
         self.is_full[:n] = is_full
         self.n_exact = n if is_exact else 0
+
+    def share(self, other: "CachedRows", n_rows: int) -> None:
+        """Have the first rows of another sequence."""
+        self.forget_from(0)
+        self.positions[: n_rows + 1] = other.positions[: n_rows + 1]
+        for own, given in zip(self._of_each(), other._of_each(), strict=True):
+            own[:n_rows] = given[:n_rows]
+        self.n_exact = min(other.n_exact, n_rows)
+
+    def follow(self, other: "CachedRows", n_rows: int) -> bool:
+        """Take over what was redone of the rows that both share; whether that is any."""
+        differ = self.readings[:n_rows] != other.readings[:n_rows]
+        n_shared = int(np.append(differ, True).argmax())
+        n_exact = min(other.n_exact, n_shared)
+        self.is_full[:n_shared] |= other.is_full[:n_shared]
+        is_more, self.n_exact = n_exact > self.n_exact, max(n_exact, self.n_exact)
+        return is_more
+
+    def _of_each(self) -> tuple[np.ndarray, ...]:
+        return self.is_full, self.has_state, self.readings
 
     def can_be_redone(self, n_rows: int) -> bool:
         """Whether the rest of `n_rows` has states; False as well if there is no rest."""

@@ -7,10 +7,8 @@ from numpy.typing import NDArray
 
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.text import Pieces
-from pop_local.engine.llama import backend
-from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.turn import Likely, TokenLogprob
 
 # Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
@@ -23,10 +21,9 @@ class Logprobs:
     They are the model's own: of its logits as they are, before temperature, penalties or grammar.
     """
 
-    def __init__(self, context: Context, n_top: int) -> None:
-        self._ctx = context.ctx
-        self._n_vocab = context.n_vocab
-        self._pieces = Pieces(context)
+    def __init__(self, slot: Slot, n_top: int) -> None:
+        self._slot = slot
+        self._pieces = Pieces(slot.context)
         self._n_top = n_top
         self._end = 0
         # With the byte of the answer where each begins.
@@ -34,9 +31,7 @@ class Logprobs:
 
     def push(self, token: int) -> None:
         """Keep the token's. The next decode overwrites the logits, so this comes before it."""
-        row = bindings().llama_get_logits_ith(self._ctx, -1)
-        logits = np.ctypeslib.as_array(row, (self._n_vocab,))
-        logprob = _of_token(self._pieces, logits, token, self._n_top)
+        logprob = _of_token(self._pieces, self._slot.logits, token, self._n_top)
         self._waiting.append((self._end, logprob))
         self._end += len(logprob.text)
 
@@ -65,12 +60,12 @@ def _all_logits(cache: KvCache, tokens: Sequence[int]) -> Iterator[NDArray[np.fl
     cache.clear()
     context = cache.context
     step = min(_MAX_ROWS, context.n_batch)
-    backend.set_reading(context.ctx, True)
-    with context.interrupt.watching(context.ctx):
+    cache.slot.begin_reading()
+    with cache.slot.alone(), cache.slot.watching():
         for start in range(0, len(tokens), step):
             piece = tokens[start : start + step]
             cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
-            context.interrupt.check()
+            cache.slot.check()
             yield context.logits(len(piece))
 
 

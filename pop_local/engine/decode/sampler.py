@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pop_local.engine.llama.backend import bindings
-from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.turn import TurnOptions
 
 _N_PENALISED = 64  # the last tokens that penalties look at
@@ -29,13 +29,11 @@ class Allowed(Protocol):
 
 
 class Sampler:
-    """Samples one answer from a context's last logits."""
+    """Samples one answer from a sequence's last logits."""
 
-    def __init__(
-        self, context: Context, options: TurnOptions, constraint: Allowed | None = None
-    ) -> None:
+    def __init__(self, slot: Slot, options: TurnOptions, constraint: Allowed | None = None) -> None:
         """`constraint`: what the answer is kept to."""
-        self._context, self._constraint = context, constraint
+        self._slot, self._constraint = slot, constraint
         self._api = bindings()
         self._chain: Any = None
         penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
@@ -49,7 +47,7 @@ class Sampler:
         def add(make: Callable[..., Any], *values: Any) -> None:
             api.llama_sampler_chain_add(chain, make(*values))
 
-        add(api.llama_sampler_init_penalties, self._context.n_vocab, _N_PENALISED, *penalties)
+        add(api.llama_sampler_init_penalties, self._slot.context.n_vocab, _N_PENALISED, *penalties)
         if options.temperature == 0:
             add(api.llama_sampler_init_greedy)
             return chain
@@ -65,27 +63,22 @@ class Sampler:
     def sample(self) -> int:
         """Choose the next token. Raises PopError where the constraint allows none."""
         ids = None if self._constraint is None else self._constraint.allowed()
-        token = self._any() if ids is None else self._one_of(ids)
+        token = self._one_of(ids)
         if self._constraint is not None:
             self._constraint.accept(token)
         return token
 
-    def _any(self) -> int:
+    def _one_of(self, ids: np.ndarray | None) -> int:
+        logits = self._slot.logits if ids is None else self._slot.logits[ids]
         if self._chain is not None:
-            return int(self._api.llama_sampler_sample(self._chain, self._context.ctx, -1))
-        return int(self._logits().argmax())
+            return self._from_chain(ids, logits)
+        best = logits.argmax()
+        return int(best if ids is None else ids[best])
 
-    def _one_of(self, ids: np.ndarray) -> int:
-        logits = self._logits()[ids]
-        return int(ids[logits.argmax()]) if self._chain is None else self._from_chain(ids, logits)
-
-    def _logits(self) -> np.ndarray:
-        row = self._api.llama_get_logits_ith(self._context.ctx, -1)
-        return np.ctypeslib.as_array(row, (self._context.n_vocab,))
-
-    def _from_chain(self, ids: np.ndarray, logits: np.ndarray) -> int:
-        candidates = np.zeros(len(ids), _CANDIDATE)
-        candidates["id"], candidates["logit"] = ids, logits
+    def _from_chain(self, ids: np.ndarray | None, logits: np.ndarray) -> int:
+        candidates = np.zeros(len(logits), _CANDIDATE)
+        candidates["id"] = np.arange(len(logits)) if ids is None else ids
+        candidates["logit"] = logits
         data = candidates.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
         array = self._api.llama_token_data_array(data, len(logits), -1, False)
         self._api.llama_sampler_apply(self._chain, ctypes.byref(array))

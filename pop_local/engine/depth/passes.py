@@ -7,7 +7,6 @@ import numpy as np
 
 from pop_local.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import stopped_by
 
 # The length of a chunk of refilling. On the CPU the abort callback ends it between two nodes. A
@@ -28,12 +27,12 @@ def deepen(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None
     for start in range(0, len(rows), context.n_ubatch):
         piece = rows[start : start + context.n_ubatch]
         at_end = start + len(piece) == len(rows)
-        with context.interrupt.watching(context.ctx):
-            if backend.deepen(context.ctx, np.asarray(piece, np.int32), logits=logits and at_end):
+        with cache.slot.watching():
+            if cache.slot.deepen(np.asarray(piece, np.int32), logits=logits and at_end):
                 cache.rows.deepened(piece)
                 if cache.learner is not None:
                     cache.learner.computed()
-            context.interrupt.check()
+            cache.slot.check()
     cache.has_logits = logits
 
 

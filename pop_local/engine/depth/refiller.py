@@ -53,6 +53,7 @@ class Refiller:
         chunk runs and after it. `on_progress` gets (done_rows, total_rows).
         """
         cache = self._cache
+        cache.slot.require_idle()
         cache.context.require_usable()
         first, total = cache.n_exact, self.n_refillable
 
@@ -62,7 +63,7 @@ class Refiller:
 
         try:
             if total:
-                with cache.context.interrupt.watching(cache.context.ctx):
+                with cache.slot.watching():
                     self._passes.refill(cache.n_tokens, should_stop, advance)
         finally:
             n = cache.n_exact - first

@@ -199,8 +199,10 @@ class Mmproj:
     def _n_known(self) -> int:
         return sum(len(seen.tokens) for seen in self._known.values())
 
-    def decode(self, ctx: Any, image: ImageChunk, pos: int, n_batch: int) -> ImageRead:
-        """Encode an image and decode its rows from position `pos` on, in sequence 0."""
+    def decode(
+        self, ctx: Any, image: ImageChunk, pos: int, n_batch: int, sequence: int
+    ) -> ImageRead:
+        """Encode an image and decode its rows from position `pos` on."""
         mtmd = self._mtmd
         started_s = time.perf_counter()
         cut = self._cut_up(image.picture)
@@ -214,7 +216,7 @@ class Mmproj:
         nobody = mtmd.mtmd_helper_post_decode_callback(0)
         embeddings = mtmd.mtmd_get_output_embd(self._ctx)
         code = mtmd.mtmd_helper_decode_image_chunk(
-            *(self._ctx, ctx, cut[image.number], embeddings, pos, 0, n_batch),
+            *(self._ctx, ctx, cut[image.number], embeddings, pos, sequence, n_batch),
             *(ctypes.byref(after), nobody, None),
         )
         return ImageRead(int(code), encode_s)

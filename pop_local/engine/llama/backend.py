@@ -21,7 +21,7 @@ from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 7
+ABI = 8
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
@@ -29,6 +29,14 @@ INSTALL_HINT = (
 # Spins of libgomp at a barrier. Its own 300,000 last for milliseconds: beside other work, threads
 # would spend their time slices on waiting for each other.
 SPINS = "1000"
+
+
+class Reading(IntEnum):
+    """Which rows are a prompt's. CONTEXT: no full ones, which are those of answers."""
+
+    NONE = 0
+    SOME = 1
+    CONTEXT = 2
 
 
 class Mode(IntEnum):
@@ -82,7 +90,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_question": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_get_scores": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
     "llama_pop_set_kernels": ([_POINTER, ctypes.c_bool], _INT32),
-    "llama_pop_set_reading": ([_POINTER, ctypes.c_bool], _INT32),
+    "llama_pop_set_reading": ([_POINTER, _INT32], _INT32),
     "llama_pop_add_tap": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_remove_taps": ([_POINTER], None),
     "llama_pop_n_tapped": ([_POINTER], _INT32),
@@ -209,9 +217,9 @@ def set_boundary(ctx: Any, layer: int) -> None:
     _set("llama_pop_set_boundary", ctx, layer)
 
 
-def set_full_from(ctx: Any, position: int) -> None:
-    """Rows of the first sequence at or past the position are full; -1: none by position."""
-    _set("llama_pop_set_full_from", ctx, 0, position)
+def set_full_from(ctx: Any, sequence: int, position: int) -> None:
+    """Rows of a sequence at or past the position are full; -1: none by position."""
+    _set("llama_pop_set_full_from", ctx, sequence, position)
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
@@ -229,15 +237,15 @@ def keep_size(ctx: Any) -> int:
     return int(require_patched().llama_pop_keep_size(ctx))
 
 
-def deepen(ctx: Any, positions: np.ndarray, *, logits: bool = False) -> bool:
-    """Run the layers from the boundary on for rows of sequence 0, at most a ubatch of them.
+def deepen(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = False) -> bool:
+    """Run the layers from the boundary on for rows of a sequence, at most a ubatch of them.
 
     `positions`: int32, ascending. Returns False when the abort callback ended it: then it is to be
     done again. Raises PopError where the backend refuses, which names the reason.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
-    status = require_patched().llama_pop_deepen(ctx, 0, pointer, len(positions), logits)
+    status = require_patched().llama_pop_deepen(ctx, sequence, pointer, len(positions), logits)
     if status not in (0, _ABORTED):
         raise PopError(logs.first_error() or f"the deep pass failed (code {status})")
     return bool(status == 0)
@@ -287,13 +295,13 @@ def set_kernels(ctx: Any, are_on: bool) -> None:
     _set("llama_pop_set_kernels", ctx, are_on)
 
 
-def set_reading(ctx: Any, is_on: bool) -> None:
-    """Say whether batches are of a prompt from now on, so that no row depends on how it is cut.
+def set_reading(ctx: Any, reading: Reading) -> None:
+    """Say which rows are of a prompt from now on, so that none of them depends on how it is cut.
 
     That holds with our kernels and flash attention: they compute it however few rows are left.
     While a token is decoded they compute only what they are faster at.
     """
-    _set("llama_pop_set_reading", ctx, is_on)
+    _set("llama_pop_set_reading", ctx, reading)
 
 
 def add_tap(ctx: Any, kind: int, layer: int) -> None:

@@ -43,33 +43,46 @@ def decode_rows(
 
 
 class TokenBatch:
-    """Up to `n_batch` tokens of one sequence at consecutive positions.
+    """Up to `n_batch` tokens."""
 
-    With `is_step` they are one of each sequence instead, all at one position.
-    """
-
-    def __init__(self, n_batch: int, *, is_step: bool = False, sequence: int = 0) -> None:
+    def __init__(self, n_batch: int) -> None:
         self._api = bindings()
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)
         self._token = self._view("token", n_batch)
         self._pos = self._view("pos", n_batch)
         self._logits = self._view("logits", n_batch)
         self._view("n_seq_id", n_batch)[:] = 1
-        for row in range(n_batch):
-            self._batch.seq_id[row][0] = row if is_step else sequence
-        self._offsets = np.arange(n_batch, dtype=np.int32) * (not is_step)
+        self._sequences = np.full(n_batch, -1, np.int32)
+        self._offsets = np.arange(n_batch, dtype=np.int32)
 
     def _view(self, field: str, n_batch: int) -> np.ndarray:
         return np.ctypeslib.as_array(getattr(self._batch, field), (n_batch,))
 
-    def decode(self, ctx: object, tokens: Tokens, first_pos: int, outputs: Outputs) -> int:
-        """Evaluate the tokens; returns what llama_decode returns, 0 when all is well."""
+    def decode(
+        self, ctx: object, tokens: Tokens, first_pos: int, outputs: Outputs, sequence: int = 0
+    ) -> int:
+        """Decode tokens of one sequence at consecutive positions, as `run` does."""
+        n = len(tokens)
+        wanted = np.full(n, outputs is Outputs.ALL)
+        wanted[-1] = outputs is not Outputs.NONE
+        return self.run(ctx, tokens, first_pos + self._offsets[:n], np.full(n, sequence), wanted)
+
+    def run(
+        self,
+        ctx: object,
+        tokens: Tokens,
+        positions: Tokens,
+        sequences: Tokens,
+        wants_logits: Sequence[bool] | np.ndarray,
+    ) -> int:
+        """Decode tokens; returns what llama_decode returns, 0 when all is well."""
         n = len(tokens)
         self._batch.n_tokens = n
-        self._token[:n] = tokens
-        np.add(self._offsets[:n], first_pos, out=self._pos[:n])
-        self._logits[:n] = outputs is Outputs.ALL
-        self._logits[n - 1] = outputs is not Outputs.NONE
+        self._token[:n], self._pos[:n], self._logits[:n] = tokens, positions, wants_logits
+        changed = np.flatnonzero(self._sequences[:n] != sequences)
+        self._sequences[:n] = sequences
+        for row in changed.tolist():
+            self._batch.seq_id[row][0] = self._sequences[row]
         return int(self._api.llama_decode(ctx, self._batch))
 
     def close(self) -> None:

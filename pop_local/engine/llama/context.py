@@ -29,7 +29,8 @@ _N_BATCH = 512
 class ContextOptions:
     """How a model is opened.
 
-    `n_ctx`: None takes the model's own context, at most 8192 tokens. `n_threads`: for prefill
+    `n_ctx`: None takes the model's own context, at most 8192 tokens. `n_parallel`: sequences, with
+    so many tokens each; their rows share batches. `n_threads`: for prefill
     (unless `n_threads_batch` says otherwise) and decode; None takes the physical cores.
     `n_gpu_layers`: -1 for all, without effect where there is no GPU. `rpc`: servers (HOST:PORT)
     that hold these layers, before local GPUs; if one goes away, llama.cpp ends the process.
@@ -40,6 +41,7 @@ class ContextOptions:
     """
 
     n_ctx: int | None = None
+    n_parallel: int = 1
     n_batch: int = _N_BATCH
     n_ubatch: int = _N_BATCH
     n_threads: int | None = None
@@ -141,7 +143,8 @@ class Context:
         # It also refuses a file whose context has no sensible size.
         default = loading.default_ctx(self.source.first)
         n_ctx = options.n_ctx or default
-        params.n_ctx = min(n_ctx, 2**32 - 1)  # more would wrap around
+        params.n_ctx = min(n_ctx * options.n_parallel, 2**32 - 1)  # more would wrap around
+        params.n_seq_max, params.kv_unified = options.n_parallel, True
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
@@ -178,7 +181,7 @@ class Context:
         if not self._ctx:
             raise PopError(f"{self.path} cannot be opened: {logs.first_error()}")
         # llama.cpp rounds the context up.
-        self.n_ctx = int(api.llama_n_ctx(self._ctx))
+        self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
         self.n_batch, self.n_ubatch = self._params.n_batch, self._params.n_ubatch
         self._batch = TokenBatch(self.n_batch)
         self.lora_sha256 = self._add_lora() if options.lora_path else ""
@@ -249,10 +252,6 @@ class Context:
         return self._vocab
 
     @property
-    def _memory(self) -> Any:
-        return self._api.llama_get_memory(self.ctx)
-
-    @property
     def is_closed(self) -> bool:
         return self._ctx is None
 
@@ -280,11 +279,7 @@ class Context:
         return bool(recurrent or api.llama_model_is_hybrid(self.model))
 
     def require_usable(self) -> None:
-        """Raise PopError while a batch is computed, in a fork, and once a file was replaced.
-
-        A fork has no threads of it.
-        """
-        self.interrupt.require_idle()
+        """Raise PopError in a fork, which has no threads of it, and once a file was replaced."""
         if os.getpid() != self._opened_by:
             raise PopError(
                 "the model was opened by another process, whose threads a fork does not have",
@@ -304,18 +299,31 @@ class Context:
         """
         return tokenized(self.vocab, text, add_bos=add_bos, special=special)
 
-    def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
-        """Decode tokens at consecutive positions of sequence 0.
+    def decode(
+        self, tokens: Sequence[int], first_position: int, outputs: Outputs, sequence: int = 0
+    ) -> None:
+        """Decode tokens at consecutive positions of a sequence.
 
         Raises PopError where llama.cpp refuses them; when interrupted, StoppedError or whatever
         Ctrl-C raises.
         """
         assert self._batch is not None
         logs.forget_errors()
-        code = self._batch.decode(self.ctx, tokens, first_position, outputs)
+        code = self._batch.decode(self.ctx, tokens, first_position, outputs, sequence)
         if code != 0:
             self.interrupt.check()
             raise logs.not_decoded(code)
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wants_logits: Sequence[bool],
+    ) -> int:
+        """Decode tokens of several sequences; returns what llama_decode returns."""
+        assert self._batch is not None
+        return self._batch.run(self.ctx, tokens, positions, sequences, wants_logits)
 
     @property
     def n_embd(self) -> int:
@@ -326,49 +334,6 @@ class Context:
         """Return the last batch's outputs, float32 [n_rows, n_vocab], until the next decode."""
         found = self._api.llama_get_logits(self.ctx)
         return np.ctypeslib.as_array(found, (n_rows, self.n_vocab))
-
-    @property
-    def end(self) -> int:
-        """The position after the last one in llama.cpp's memory."""
-        memory = self._memory
-        return int(self._api.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
-
-    @property
-    def first_kept(self) -> int:
-        """The first position that is in it."""
-        return int(self._api.llama_memory_seq_pos_min(self._memory, 0))
-
-    def forget_from(self, position: int) -> bool:
-        """Forget what is cached from this position on; False for a memory that cannot."""
-        if self.end > position:
-            return bool(self._api.llama_memory_seq_rm(self._memory, 0, position, -1))
-        return True
-
-    def forget_all(self) -> None:
-        """Empty llama.cpp's memory."""
-        if memory := self._memory:
-            self._api.llama_memory_clear(memory, True)
-
-    def state_size(self) -> int:
-        """Return the bytes of `state`, at most."""
-        return int(self._api.llama_state_get_size(self.ctx))
-
-    def state(self) -> bytes:
-        """Return all that the context holds (llama_state_get_data)."""
-        buffer = np.empty(self.state_size(), dtype=np.uint8)
-        n = self._api.llama_state_get_data(self.ctx, _bytes_at(buffer), buffer.size)
-        return buffer[:n].tobytes()
-
-    def restore(self, state: bytes) -> bool:
-        """Take over a `state`; what the context holds is undefined where that is False.
-
-        Nothing is no state, though llama.cpp reads 0 bytes of it, as many as there are.
-        """
-        if not state:
-            return False
-        buffer = np.frombuffer(state, dtype=np.uint8).copy()
-        n = self._api.llama_state_set_data(self.ctx, _bytes_at(buffer), buffer.size)
-        return bool(n == buffer.size)
 
     def close(self) -> None:
         """Free the model. Where this thread reads a prompt, that is stopped first."""
@@ -409,7 +374,3 @@ def _fill(params: Any, others: Mapping[str, Any]) -> None:
     for name, _ in params._fields_:
         if others.get(name) is not None:
             setattr(params, name, others[name])
-
-
-def _bytes_at(buffer: np.ndarray) -> Any:
-    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

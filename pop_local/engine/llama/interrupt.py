@@ -26,6 +26,11 @@ def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
         _should_stop.reset(token)
 
 
+def whether_to_stop() -> Callable[[], bool]:
+    """Return what `stopped_by` asks now, for another thread that works for this one."""
+    return _should_stop.get() or (lambda: False)
+
+
 class DisplacedError(PopError):
     """Another prompt has taken the KV cache of an answer."""
 
@@ -85,7 +90,7 @@ class Interrupt:
         The caller's wish to stop ends it as well; the model cannot be opened then.
         """
         self._put_off_signals()
-        should_stop = _should_stop.get() or (lambda: False)
+        should_stop = whether_to_stop()
         callback = self._api.llama_progress_callback(
             lambda *_: not (self._pending or should_stop())
         )

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from pop_converter.architecture.keys import require_loadable, trained_ctx
-from pop_converter.architecture.shape import source_shape
+from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
@@ -64,6 +64,13 @@ def n_positions(source: Source) -> int:
     return dims[-1] if dims else 0
 
 
+def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int:
+    """Return the bytes of K and V in F16 of a context."""
+    windows = shape.windows if is_windowed else [0] * shape.n_layer
+    cells = [min(n_ctx, window or n_ctx) for window in windows]
+    return int(2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer)))))
+
+
 def require_room(
     source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, holds_states: bool
 ) -> None:
@@ -77,10 +84,8 @@ def require_room(
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
         shape = source_shape(source)
-        windows = shape.windows if is_windowed else [0] * shape.n_layer
-        cells = [min(n_ctx, window or n_ctx) for window in windows]
         if holds_kv:
-            needed_bytes = 2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer))))
+            needed_bytes = kv_bytes(shape, n_ctx, is_windowed=is_windowed)
         if holds_states:
             needed_bytes += 4 * n_ctx * shape.n_embd
     if needed_bytes > free_bytes:

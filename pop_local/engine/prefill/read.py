@@ -171,8 +171,7 @@ class _Reading:
         )
         self._selection = NONE_SELECTED
         self._encode_s = 0.0
-        backend.reset_counters(self._ctx)
-        backend.set_reading(self._ctx, True)
+        cache.slot.begin_reading()
 
     @property
     def _ctx(self) -> Any:
@@ -182,7 +181,7 @@ class _Reading:
     def so_far(self) -> Read:
         """Say how the prompt was read, or how far."""
         cache = self._cache
-        counters = backend.get_counters(self._ctx)
+        counters = cache.slot.counters
         return Read(
             n_prompt=self._n_cached + len(self._prompt),
             # A batch that was stopped has been counted in part, and dropped.
@@ -202,20 +201,17 @@ class _Reading:
             return
         # After the last image there is text, and each row is a position further on.
         full_from = self._position_of(self._plan.full_from - self._n_cached)
-        backend.set_sink(self._ctx, self._rule.sink_tokens)
-        backend.set_full_from(self._ctx, full_from)
+        self._cache.slot.set_full(self._rule.sink_tokens, full_from)
         self._run(self._rule, full_from, Outputs.LAST)
 
     def run_context(self) -> None:
         """Read all of it as context."""
-        backend.set_full_from(self._ctx, NOWHERE)
-        backend.set_sink(self._ctx, 0)
+        self._cache.slot.set_full(0, NOWHERE)
         self._run(NO_ENDS, NOWHERE, Outputs.NONE)
 
     def _run(self, rule: RowRule, full_from: int, last: Outputs) -> None:
         cache, prompt = self._cache, self._prompt
-        interrupt = cache.context.interrupt
-        with interrupt.watching(self._ctx):
+        with cache.slot.watching():
             for start, end in self._plan.chunks:
                 outputs = last if end == len(prompt) else Outputs.NONE
                 n = end - start
@@ -228,7 +224,7 @@ class _Reading:
                     positions = cache.position + np.arange(n)
                     full = full_rows(positions, rule, full_from, outputs)
                     cache.append(prompt.tokens[start:end], outputs, full)
-                interrupt.check()
+                cache.slot.check()
                 if cache.epoch != self._epoch:
                     raise DisplacedError
                 self._report(end)

@@ -86,6 +86,6 @@ class Embeddings:
     async def _answer(
         self, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
     ) -> Response:
-        seat = await self._house.seat(request, body.model)
-        whole, make = body.model_copy(update={"stream": False}), seat.tasks.embeddings
-        return await self._house.answer(request, seat, whole, make, reply(seat.name))
+        served = await self._house.served(request, body.model)
+        whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
+        return await self._house.answer(request, served, whole, make, reply(served.name))

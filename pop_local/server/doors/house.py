@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from pop_local.server.bodies import Body, Named
 from pop_local.server.listing import File
-from pop_local.server.models import Models, Seat
+from pop_local.server.models import Models, Served
 from pop_local.server.replies import Reply
 from pop_local.server.worker import Task
 
@@ -28,7 +28,7 @@ class House(Protocol):
     def file(self, request: Request, name: str | None) -> File:
         """Return the model that answers to a name, which may be another one. Raises ApiError."""
 
-    async def seat(self, request: Request, name: str | None) -> Seat:
+    async def served(self, request: Request, name: str | None) -> Served:
         """Return the model that answers to a name, open until the response is sent.
 
         Raises ApiError, also once the client has hung up.
@@ -37,7 +37,7 @@ class House(Protocol):
     async def answer(
         self,
         request: Request,
-        seat: Seat,
+        served: Served,
         body: AnyBody,
         make: Callable[[AnyBody], list[Task]],
         reply: Reply,
@@ -45,9 +45,9 @@ class House(Protocol):
         """Answer tasks one after the other; others may be answered in between."""
 
     async def made(
-        self, request: Request, seat: Seat, body: AnyBody, make: Callable[[AnyBody], list[Task]]
+        self, request: Request, served: Served, body: AnyBody, make: Callable[[AnyBody], list[Task]]
     ) -> list[Task]:
         """Make the tasks of a request in a thread, those with grammars one after the other."""
 
-    async def work(self, request: Request, seat: Seat, work: Callable[[], Made]) -> Made:
+    async def work(self, request: Request, served: Served, work: Callable[[], Made]) -> Made:
         """Do it in a thread, until the client has hung up."""

@@ -182,12 +182,15 @@ class MessagesBody(CountBody):
 class MessagesReply(EventReply):
     """A message, whole or as events. Reasoning is left out."""
 
-    id_prefix, ping = "msg", b'event: ping\ndata: {"type": "ping"}\n\n'
+    id_prefix = "msg"
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
         self._content: list[Json] = []
         self._arguments = ""
+
+    def comment(self, progress: str) -> bytes:
+        return super().comment(progress) + b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         super().begin(index, task)
@@ -275,15 +278,15 @@ class Messages:
     async def create(self, request: Request) -> Response:
         body = await self._house.read(request, MessagesBody)
         chat = await run_in_threadpool(lambda: body.as_chat)
-        seat = await self._house.seat(request, body.model)
-        reply = MessagesReply(seat.name)
-        return await self._house.answer(request, seat, chat, seat.tasks.chat, reply)
+        served = await self._house.served(request, body.model)
+        reply = MessagesReply(served.name)
+        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
 
     async def count(self, request: Request) -> Response:
         body = await self._house.read(request, CountBody)
         chat = await run_in_threadpool(body.chat)
-        seat = await self._house.seat(request, body.model)
-        [task] = await self._house.made(request, seat, chat, seat.tasks.chat)
+        served = await self._house.served(request, body.model)
+        [task] = await self._house.made(request, served, chat, served.tasks.chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 
 

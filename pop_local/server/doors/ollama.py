@@ -150,7 +150,10 @@ class OllamaGenerate(OllamaBody):
 class OllamaReply(OwnReply):
     """Answers in lines of JSON: those of /api/generate."""
 
-    media_type, ping = "application/x-ndjson", b""
+    media_type = "application/x-ndjson"
+
+    def comment(self, progress: str) -> bytes:
+        return b""  # a line has no comments
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown((piece,), logprobs),)
@@ -262,22 +265,22 @@ class Ollama:
     async def chat(self, request: Request) -> Response:
         body = await self._house.read(request, OllamaChat)
         ours = body.chat(body.messages, tools=body.tools) if body.messages else None
-        seat = await self._house.seat(request, body.model)
-        reply = OllamaChatReply(seat.name)
+        served = await self._house.served(request, body.model)
+        reply = OllamaChatReply(served.name)
         if ours is None:
             return reply.nothing()
-        return await self._house.answer(request, seat, ours, seat.tasks.chat, reply)
+        return await self._house.answer(request, served, ours, served.tasks.chat, reply)
 
     async def generate(self, request: Request) -> Response:
         body = await self._house.read(request, OllamaGenerate)
-        seat = await self._house.seat(request, body.model)
-        reply, tasks = OllamaReply(seat.name), seat.tasks
+        served = await self._house.served(request, body.model)
+        reply, tasks = OllamaReply(served.name), served.tasks
         if not (body.prompt or body.images or body.suffix):
             return reply.nothing()
         if body.raw or body.suffix:
             ours = body.completion()
-            return await self._house.answer(request, seat, ours, tasks.completions, reply)
-        return await self._house.answer(request, seat, body.as_chat(), tasks.chat, reply)
+            return await self._house.answer(request, served, ours, tasks.completions, reply)
+        return await self._house.answer(request, served, body.as_chat(), tasks.chat, reply)
 
 
 def _details(about: About) -> Json:

@@ -384,9 +384,9 @@ class Responses:
         body = await self._house.read(request, ResponsesBody)
         earlier = self._memory.of(body.previous_response_id)
         chat = await run_in_threadpool(body.chat, earlier)
-        seat = await self._house.seat(request, body.model)
-        reply = ResponsesReply(seat.name, body, earlier, self._memory)
-        return await self._house.answer(request, seat, chat, seat.tasks.chat, reply)
+        served = await self._house.served(request, body.model)
+        reply = ResponsesReply(served.name, body, earlier, self._memory)
+        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
 
 
 def _size(value: Any) -> int:

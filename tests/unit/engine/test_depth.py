@@ -57,7 +57,7 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
     assert model.refill(on_progress=lambda done, total: said.append((done, total))) == 200
     assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
     assert (model.cache.n_exact, model.refiller.n_refillable, model.cache.key) == (200, 0, FULL)
-    assert model.context.state()[-1000:] == full.context.state()[-1000:]
+    assert model.cache.slot.state()[-1000:] == full.cache.slot.state()[-1000:]
     assert kv_bytes(model) == kv_bytes(full)
     assert model.refill() == 0
 

@@ -99,10 +99,10 @@ def read_raw(model: PopModel, made: Prompt) -> None:
     """Decode a prompt as the engine does, but the images as batches made here."""
     context = model.context
     plan = plan_prefill(0, len(made), model.rule, context.n_batch, made.spans)
-    context.forget_all()
+    model.cache.slot.forget_all()
     batch = TokenBatch(context.n_batch)
     pos = 0
-    backend.set_reading(context.ctx, True)
+    backend.set_reading(context.ctx, backend.Reading.SOME)
     for start, end in plan.chunks:
         if start in made.images:
             pos += decode_raw(model, made.images[start], pos)
@@ -202,7 +202,7 @@ def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
                 pytest.raises(StoppedError),
             ):
                 append(model, tokens)
-            n_left += model.context.end > model.cache.rows.positions[model.cache.n_tokens]
+            n_left += model.cache.slot.end > model.cache.rows.positions[model.cache.n_tokens]
             model.cache.restore(model.cache.save())
         assert n_left, "it was stopped between two ubatches"
 

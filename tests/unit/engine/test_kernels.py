@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import backend, context
-from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.devices import Device, GgmlLibrary, kernels_read_prompts
 from pop_local.engine.sessions.conversation import Conversation
@@ -69,7 +69,7 @@ class Watched:
 
     def deepened(self, rows: range) -> set[tuple[str, int]]:
         self._marks.clear()
-        assert backend.deepen(self.ctx, np.asarray(rows, np.int32))
+        assert backend.deepen(self.ctx, 0, np.asarray(rows, np.int32))
         return set(self._marks)
 
 
@@ -83,10 +83,10 @@ def test_a_prompt_is_theirs_however_few_its_rows_and_a_step_is_not(watched):
     step = watched.decoded(1)
     assert {mark for _, mark in step} == {FAST}
     assert MARKED - {"MUL_MAT_ID"} <= {name for name, _ in step}
-    backend.set_reading(watched.ctx, True)
+    backend.set_reading(watched.ctx, Reading.SOME)
     for n in (N_UBATCH, 3, 1):
         assert watched.decoded(n) == {(name, ALL) for name, _ in step}
-    backend.set_reading(watched.ctx, False)
+    backend.set_reading(watched.ctx, Reading.NONE)
     # Graphs are reused: the last batch had as many rows.
     assert watched.decoded(1) == step
 
@@ -103,7 +103,7 @@ def test_nothing_is_theirs_where_they_are_off(pop_file):
         backend.set_kernels(watched.ctx, False)
         backend.set_keep(watched.ctx, True)
         assert {mark for _, mark in watched.decoded(1)} == {NONE}
-        backend.set_reading(watched.ctx, True)
+        backend.set_reading(watched.ctx, Reading.SOME)
         assert {mark for _, mark in watched.decoded(40)} == {NONE}
         assert {mark for _, mark in watched.deepened(range(2))} == {NONE}
         backend.set_kernels(watched.ctx, True)
@@ -112,22 +112,22 @@ def test_nothing_is_theirs_where_they_are_off(pop_file):
 
 def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
-    said: list[tuple[int, bool]] = []
+    said: list[tuple[int, Reading]] = []
     set_reading = backend.set_reading
 
-    def noted(ctx, is_on):
-        said.append((model.cache.n_tokens, is_on))
-        set_reading(ctx, is_on)
+    def noted(ctx, reading):
+        said.append((model.cache.n_tokens, reading))
+        set_reading(ctx, reading)
 
     monkeypatch.setattr(backend, "set_reading", noted)
     answered = greedy(model, prompt(100))
-    steps = [(100 + n, False) for n in range(len(answered) - 1)]
-    assert said == [(0, True), *steps]
+    steps = [(100 + n, Reading.NONE) for n in range(len(answered) - 1)]
+    assert said == [(0, Reading.SOME), *steps]
     model.cache.truncate(100)
     model.refill()
     said.clear()
     greedy(model, prompt(100))
-    assert said == [(99, True), *steps]
+    assert said == [(99, Reading.SOME), *steps]
 
 
 # --- what comes of it

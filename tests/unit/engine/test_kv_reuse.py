@@ -200,7 +200,7 @@ def test_a_longer_prompt_takes_the_place_of_its_beginning(pop_file):
 def test_one_state_too_many_drives_out_the_oldest(pop_file):
     model = opened(pop_file)
     n_read(model, prompt(100))
-    cache = PromptCache(3 * len(model.context.state()))
+    cache = PromptCache(3 * len(model.cache.slot.state()))
     model.cache.prompts = cache
     for seed in range(1, 6):
         n_read(model, prompt(100, seed))
@@ -280,7 +280,7 @@ def test_a_state_that_cannot_go_back_is_neither_read_on_nor_saved(pop_file, monk
     for use in (lambda: append(model, [1]), model.cache.save):
         read(model, prompt(100))
         with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the tokens"):
-            patched.setattr(model.context, "forget_from", lambda position: False)
+            patched.setattr(model.cache.slot, "forget_from", lambda position: False)
             use()
         assert model.cache.n_tokens == 0
 

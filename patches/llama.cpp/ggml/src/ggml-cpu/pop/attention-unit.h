@@ -176,7 +176,8 @@ struct scratch {
 
 constexpr uint16_t MASKED = 0xfc00; // -infinity
 
-// Some queries of one sequence and K/V head. Its rows are those of the first query head, then those of the next.
+// Some queries of one sequence and K/V head. Its rows are those of the first query, then those of the next: a group's rows see
+// mostly the same cells, also where each query is of another answer.
 struct unit {
     const attention & a;
     const scratch &   s;
@@ -186,18 +187,22 @@ struct unit {
     unit(const attention & a, const scratch & s, int seq, int kv_head, int first, int n) :
         a(a), s(s), seq(seq), kv_head(kv_head), first(first), n(n), n_rows(n * a.n_shared), n_groups(groups_of(a, n)) {}
 
-    int head_of(int row) const { return kv_head * a.n_shared + row / n; }
+    int query_of(int row) const { return first + row / a.n_shared; }
+    int head_of(int row) const { return kv_head * a.n_shared + row % a.n_shared; }
+
+    // of the mask's rows in use
+    int mask_index(int row) const { return row * a.mask_rows(n) / n_rows; }
 
     const uint16_t * mask_row(int row) const {
         const ggml_tensor * m  = a.mask;
         const size_t        at = head_of(row) % m->ne[2] * m->nb[2] + seq % m->ne[3] * m->nb[3];
-        return (const uint16_t *) ((const char *) m->data + (first + row % n) * m->nb[1] + at);
+        return (const uint16_t *) ((const char *) m->data + query_of(row) * m->nb[1] + at);
     }
 
     // of a tile's cells
     const uint16_t * mask_of(int row, int cell) const {
         const bool is_edge = cell + TILE_CELLS > a.n_cells;
-        return is_edge ? s.edge + (size_t) (row % a.mask_rows(n)) * TILE_CELLS : mask_row(row) + cell;
+        return is_edge ? s.edge + (size_t) mask_index(row) * TILE_CELLS : mask_row(row) + cell;
     }
 
     const char * cells_of(const ggml_tensor * t, int cell) const {
@@ -205,7 +210,7 @@ struct unit {
     }
 
     const float * q_row(int row) const {
-        const size_t at = (first + row % n) * a.q->nb[1] + head_of(row) * a.q->nb[2] + seq * a.q->nb[3];
+        const size_t at = query_of(row) * a.q->nb[1] + head_of(row) * a.q->nb[2] + seq * a.q->nb[3];
         return (const float *) ((const char *) a.q->data + at);
     }
 
@@ -276,8 +281,8 @@ struct unit {
 
     void fill_edge(int cell) const {
         const int n_cells = a.n_cells - cell;
-        for (int row = 0; row < a.mask_rows(n); row++) {
-            uint16_t * edge = s.edge + (size_t) row * TILE_CELLS;
+        for (int row = 0; row < n_rows; row += n_rows / a.mask_rows(n)) {
+            uint16_t * edge = s.edge + (size_t) mask_index(row) * TILE_CELLS;
             if (a.mask) {
                 memcpy(edge, mask_row(row) + cell, n_cells * sizeof(uint16_t));
             } else {
@@ -294,9 +299,10 @@ struct unit {
         if (is_edge) {
             fill_edge(cell);
         }
-        for (int row = 0; row < a.mask_rows(n); row++) {
-            s.states[row] = a.mask || is_edge ? state_of_mask(mask_of(row, cell)) : MASK_NONE;
-            any           = any || s.states[row] != MASK_ALL;
+        for (int row = 0; row < n_rows; row += n_rows / a.mask_rows(n)) {
+            const mask_state state = a.mask || is_edge ? state_of_mask(mask_of(row, cell)) : MASK_NONE;
+            s.states[mask_index(row)] = state;
+            any                       = any || state != MASK_ALL;
         }
         return any;
     }
@@ -304,10 +310,9 @@ struct unit {
     void attend_group(int i, const kv_tile & tile, int cell, const partial & to) const {
         row_group  group  = s.group(a, to, i);
         const int  n_here = std::min(TILE_ROWS, n_rows - i * TILE_ROWS);
-        const int  n_mask = a.mask_rows(n);
         bool       all = true, masked = false;
         for (int c = 0; c < n_here; c++) {
-            const mask_state state = s.states[(i * TILE_ROWS + c) % n_mask];
+            const mask_state state = s.states[mask_index(i * TILE_ROWS + c)];
             all                    = all && state == MASK_ALL;
             masked                 = masked || state != MASK_NONE;
         }
@@ -355,7 +360,7 @@ struct unit {
             }
             const bool   seen = group.top[c] != NO_TOP;
             const float  factor = (seen ? 1.0f / sum : 0.0f) + nothing_of(q_row(row), a.dims.dk);
-            const size_t to   = ((size_t) seq * a.n_queries + first + row % n) * a.n_heads + head_of(row);
+            const size_t to   = ((size_t) seq * a.n_queries + query_of(row)) * a.n_heads + head_of(row);
             write_row(group.out + (size_t) c * a.dims.dv, a.dims.dv, factor, (float *) a.out->data + to * a.dims.dv);
         }
     }

@@ -1,0 +1,291 @@
+"""Several sequences in one context: each is read and written as if it were alone."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.batching import Pace
+from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.prefill.read import Read
+from pop_local.engine.prefill.read import read as read_prompt
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.seats import Seats
+from support.calls import NOISE, opened, prompt
+from support.converted import tiny
+
+LONG = prompt(200)
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("sequences"))
+
+
+@pytest.fixture
+def model(pop_file):
+    return opened(pop_file, n_parallel=3, keep_states=True)
+
+
+@pytest.fixture(scope="module")
+def alone(pop_file):
+    return opened(pop_file)
+
+
+def read_in(model, index: int, tokens: Sequence[int]) -> Read:
+    return read_prompt(model.sequences[index][0], Prompt(list(tokens)), model.rule)
+
+
+def logits(model, index: int) -> np.ndarray:
+    return model.sequences[index][0].slot.logits
+
+
+def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
+    """Of a prompt that is read anew, and of an answer to it."""
+    model.cache.clear()
+    model.read(Prompt(list(tokens)))
+    for token in answer:
+        model.cache.step(token)
+    return model.cache.slot.logits.copy()
+
+
+def together(*work) -> list[BaseException | None]:
+    """Do each in a thread of its own; return what each raised."""
+    raised: list[BaseException | None] = [None] * len(work)
+
+    def run(number: int) -> None:
+        try:
+            work[number]()
+        except BaseException as error:
+            raised[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    return raised
+
+
+def test_each_is_read_and_counted_for_itself(model, alone):
+    for index, seed in ((1, 1), (0, 0), (2, 2)):
+        tokens = prompt(150 + index, seed)
+        counters = read_in(model, index, tokens).counters
+        expected = alone.read(Prompt(tokens)).counters
+        assert (counters.n_context, counters.n_full) == (expected.n_context, expected.n_full)
+        np.testing.assert_allclose(logits(model, index), logits_of(alone, tokens), atol=NOISE)
+    assert [cache.n_tokens for cache, _ in model.sequences] == [150, 151, 152]
+
+
+def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypatch):
+    prompts = [prompt(100, seed) for seed in (1, 2)]
+    sizes = []
+    run = model.context.run
+
+    def counted(tokens, *rest):
+        sizes.append(len(tokens))
+        return run(tokens, *rest)
+
+    monkeypatch.setattr(model.context, "run", counted)
+    answered: list[list[int]] = [[], []]
+    for index in (0, 1):
+        read_in(model, index, prompts[index])
+    begun = threading.Barrier(3)
+
+    def answer(index: int) -> None:
+        cache = model.sequences[index][0]
+        with cache.slot.work():
+            begun.wait()
+            for _ in range(20):
+                token = int(cache.slot.logits.argmax())
+                answered[index].append(token)
+                cache.step(token)
+
+    def read_third() -> None:
+        with model.sequences[2][0].slot.work():
+            begun.wait()
+            read_in(model, 2, LONG)
+
+    sizes.clear()
+    assert together(lambda: answer(0), lambda: answer(1), read_third) == [None] * 3
+    assert sum(sizes) == 200 + 40
+    assert max(sizes) == 64  # a batch
+    assert sizes.count(2) <= 20  # the two answers by themselves
+    assert sum(size > 2 for size in sizes) >= 3  # and with rows of the prompt
+    np.testing.assert_allclose(logits(model, 2), logits_of(alone, LONG), atol=NOISE)
+    for index in (0, 1):
+        expected = logits_of(alone, prompts[index], answered[index])
+        np.testing.assert_allclose(logits(model, index), expected, atol=NOISE)
+
+
+def test_a_mode_is_of_one_sequence(model, pop_file):
+    full = opened(pop_file)
+    full.set_mode(Mode.OFF)
+    model.sequences[1][0].set_mode(Mode.OFF)
+    assert read_in(model, 0, LONG).counters.n_context > 0
+    counters = read_in(model, 1, LONG).counters
+    assert (counters.n_context, counters.n_full) == (0, 200)
+    np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
+    assert model.sequences[1][0].n_exact == 200
+    assert model.sequences[0][0].mode is Mode.CONTEXT
+    with pytest.raises(PopError, match="ALWAYS"):
+        model.sequences[0][0].set_mode(Mode.ALWAYS)
+
+
+def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
+    read_in(model, 0, LONG)
+    other = LONG[:150] + prompt(20, seed=3)
+    seats = Seats(model)
+    first = seats.take(Prompt(LONG))
+    assert first == 0
+    index = seats.take(Prompt(other))
+    seats.share(index, Prompt(other))
+    found = read_in(model, index, other)
+    assert (found.n_cached, found.n_prompt) == (150, 170)
+    logits_of(alone, LONG)
+    assert alone.read(Prompt(other)).n_cached == 150
+    np.testing.assert_allclose(logits(model, index), alone.cache.slot.logits, atol=NOISE)
+    seats.give_back(index)
+    assert model.sequences[0][0].n_tokens == 200
+
+
+def test_shared_rows_are_refilled_once(model):
+    read_in(model, 0, LONG)
+    seats = Seats(model)
+    seats.take(Prompt(LONG))
+    index = seats.take(Prompt(LONG[:150]))
+    seats.share(index, Prompt(LONG[:150]))
+    seats.give_back(0)
+    assert seats.refillable() == 0
+    assert model.sequences[0][1].refill() == 200
+    seats.refilled(0)
+    cache, refiller = model.sequences[index]
+    assert (cache.n_tokens, cache.n_exact, refiller.n_refillable) == (150, 150, 0)
+    cache.truncate(100)
+    read_in(model, index, LONG[:100] + prompt(100, seed=9))
+    model.sequences[0][0].truncate(120)
+    seats.refilled(0)
+    assert cache.n_exact < 200  # what it has of its own is as it was
+
+
+def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
+    full = opened(pop_file)
+    full.set_mode(Mode.OFF)
+    read_in(model, 0, prompt(90, seed=5))
+    read_in(model, 1, LONG)
+    model.sequences[1][1].refill()
+    longer = [*LONG, 7, 8]
+    model.rule = model.rule.__class__(min_prompt=1000)
+    read_in(model, 1, longer)
+    np.testing.assert_allclose(logits(model, 1), logits_of(full, longer), atol=NOISE)
+
+
+def test_one_of_several_is_stopped(model, alone):
+    """The batch goes on with what the other one wants."""
+    begun = threading.Barrier(2)
+
+    def stopped() -> None:
+        cache = model.sequences[0][0]
+        with cache.slot.work(), stopped_by(lambda: cache.n_tokens >= 64):
+            begun.wait()
+            read_in(model, 0, LONG)
+
+    def whole() -> None:
+        with model.sequences[1][0].slot.work():
+            begun.wait()
+            read_in(model, 1, LONG)
+
+    raised = together(stopped, whole)
+    assert isinstance(raised[0], StoppedError)
+    assert raised[1] is None
+    assert model.sequences[0][0].n_tokens < 200
+    np.testing.assert_allclose(logits(model, 1), logits_of(alone, LONG), atol=NOISE)
+    read_in(model, 0, LONG)
+    np.testing.assert_allclose(logits(model, 0), logits_of(alone, LONG), atol=NOISE)
+
+
+def test_what_fails_in_a_batch_fails_for_those_in_it(model, monkeypatch):
+    read_in(model, 1, LONG[:50])
+    monkeypatch.setattr(model.context, "run", lambda *_: 1)
+    with pytest.raises(PopError):
+        model.sequences[1][0].step(5)
+    monkeypatch.undo()
+    read_in(model, 1, LONG[:60])
+    assert model.sequences[1][0].n_tokens == 60
+
+
+def test_prompts_that_are_driven_out_come_back_from_the_cache_of_prompts(model):
+    model.keep_prompts(PromptCache(2**24))
+    read_in(model, 1, LONG)
+    read_in(model, 1, prompt(120, seed=4))
+    found = read_in(model, 2, LONG)
+    assert found.n_cached >= 150
+
+
+def test_what_cannot_be_several_is_refused(pop_file, model):
+    with pytest.raises(PopError, match="one prompt at a time"):
+        opened(pop_file, n_parallel=2, select=0.1)
+    with pytest.raises(PopError, match="batches of 2 tokens are too small"):
+        opened(pop_file, n_parallel=2, n_batch=2, n_ubatch=2)
+    with pytest.raises(PopError, match="learns from one prompt at a time"):
+        model.learn()
+
+
+def test_several_have_a_context_each(model):
+    assert model.n_ctx == 1024
+    for index in range(3):
+        read_in(model, index, prompt(1000, seed=index))
+    assert [cache.n_tokens for cache, _ in model.sequences] == [1000] * 3
+
+
+def test_all_logits_are_of_one_sequence_alone(model, alone):
+    read_in(model, 0, LONG)
+    cache = model.sequences[1][0]
+    with cache.slot.alone(), cache.slot.watching():
+        cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
+        last = model.context.logits(50)[-1].copy()
+    alone.cache.clear()
+    alone.cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
+    np.testing.assert_allclose(last, alone.context.logits(50)[-1], atol=NOISE)
+
+
+@pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
+def test_answers_keep_half_of_their_speed(step_s):
+    pace = Pace(512)
+    assert pace.rows_beside(0) == 512
+    pace.took(0, 8, 0.500)  # too few to tell
+    assert pace.rows_beside(2) == 64
+
+    def seconds(n_rows: int) -> float:
+        return step_s + (0.010 + 0.0008 * n_rows if n_rows else 0.0)
+
+    pace.took(0, 512, 512 * 0.0008)
+    pace.took(2, 0, seconds(0))
+    taken = []
+    for _ in range(200):
+        n_rows = pace.rows_beside(2)
+        taken.append((n_rows, seconds(n_rows)))
+        pace.took(2, *taken[-1])
+    total_s = sum(each for _, each in taken)
+    assert 0.5 <= step_s * len(taken) / total_s <= 0.6
+    assert sum(n for n, _ in taken) / total_s > 0.4 / 0.0008  # rows per second
+    assert max(each for _, each in taken[20:]) <= step_s + max(0.25, step_s) + 0.02
+
+
+def test_a_step_alone_pays_back_what_a_prompt_took():
+    pace = Pace(512)
+    pace.took(0, 512, 0.4)
+    pace.took(1, 0, 0.05)
+    pace.took(1, 200, 0.25)
+    n_alone = 0
+    while not pace.rows_beside(1):
+        pace.took(1, 0, 0.05)
+        n_alone += 1
+    assert n_alone == 4
+    assert pace.rows_beside(600 - 90) == 2
