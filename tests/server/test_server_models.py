@@ -127,7 +127,7 @@ def wait_for(condition):
 
 def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected):
     with asked(library) as client:
-        for name in ("one", "two", "one", "TWO", "two:latest", "two.gguf"):
+        for name in ("one", "two", "one", "TWO", "two:LATEST", "two.gguf"):
             answer = complete(client, model=name).json()
             known = name.lower().removesuffix(":latest").removesuffix(".gguf")
             assert answer["model"] == known
