@@ -10,6 +10,7 @@
 #   (CATALOG=names for some of them, SIDECAR_name=options for others)
 # make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
 # make test-wheels: installs them alone in a fresh environment, and asks one question
+# make test-page: the server's page in a browser, which must be there (docs/server.md)
 # make test-gpu: the GPUs of a build for them (CMAKE_ARGS, or macOS) against the CPU
 # make test-vulkan: a Vulkan build against the CPU, on the device VULKAN_DEVICE=0, of which Mesa's
 #   lavapipe in software is one (Debian: libvulkan-dev glslc spirv-headers mesa-vulkan-drivers)
@@ -36,7 +37,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check docs fuzz sanitize test-gpu test-vulkan sidecars wheels test-wheels lint backend \
+.PHONY: demo test check docs fuzz sanitize test-page test-gpu test-vulkan sidecars wheels test-wheels lint backend \
 	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
@@ -89,6 +90,11 @@ wheels: | $(VENV)/.ready
 
 test-wheels: | $(SMOLLM2).gguf
 	$(PYTHON) tests/smoke.py $(WHEELS) $(SMOLLM2).gguf
+
+test-page: $(VENV)/.tools | $(SMOLLM2).gguf
+	@{ command -v chromium && $(BIN)/python -c "import playwright"; } >/dev/null || \
+	{ echo "docs/server.md has the two commands that install the browser"; exit 1; }
+	$(BIN)/pytest tests/page $(ARGS)
 
 GPU_TESTS := POP_TEST_GPU_LAYERS=99 $(BIN)/pytest -rP tests/oracle/test_devices.py
 test-gpu: $(VENV)/.tools

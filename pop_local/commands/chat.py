@@ -1,7 +1,9 @@
 """`pop-local chat [MODEL]`: talk to a model in the terminal."""
 
 import sys
-from dataclasses import replace
+import threading
+import webbrowser
+from dataclasses import fields, replace
 from typing import Annotated
 
 import typer
@@ -10,6 +12,7 @@ from pop_local.base.errors import PopError
 from pop_local.base.numbers import size
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener, without_refill
+from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.commands.unfolding import unfolded
 from pop_local.models.names import not_fetched
 from pop_local.ui.chat.dialogue import Dialogue
@@ -32,6 +35,20 @@ def _best() -> str:
     return best.name
 
 
+def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
+    """Serve the page to this machine on a free port, and open it."""
+    no_effect = asked & {"system", "theme", *(each.name for each in fields(opt.SamplingOptions))}
+    if no_effect:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))
+        raise typer.BadParameter(f"the page does not take {flags}", param_hint="--web")
+
+    def show(root: str) -> None:
+        # Some browsers run in the terminal, and come back once they are left.
+        threading.Thread(target=webbrowser.open, args=(root,), daemon=True).start()
+
+    serve_named(model or _best(), ServerOptions(port=0), opened, asked, show)
+
+
 @unfolded
 def chat(
     call: typer.Context,
@@ -45,12 +62,19 @@ def chat(
     ] = None,
     *,
     system: opt.System = "",
+    web: Annotated[
+        bool, typer.Option("--web", help="In the browser, on a page that this program serves.")
+    ] = False,
     opened: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
-    screen, asked = Screen(look(theme)), opt.given_names(call)
+    asked = opt.given_names(call)
+    if web:
+        _in_browser(model, opened, asked)
+        return
+    screen = Screen(look(theme))
     # A pipe does not wait: its next line is there already.
     if not sys.stdin.isatty() and opened.refill is opt.RefillName.IDLE:
         opened = without_refill(opened, "piped lines do not wait", asked)

@@ -6,6 +6,7 @@ import logging
 import re
 import socket
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,10 +101,23 @@ def serve(
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
 ) -> None:
-    """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's.
+    """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's, and a page.
 
     --parallel says how many requests are answered at once; others wait in line. A request may carry
     "pop": false to be read in full. /health and /metrics (Prometheus) tell how the server is.
+    """
+    serve_named(model, to, how, opt.given_names(call))
+
+
+def serve_named(
+    model: str | None,
+    to: ServerOptions,
+    how: opt.ModelOptions,
+    asked: Collection[str],
+    on_ready: Callable[[str], None] = lambda root: None,
+) -> None:
+    """Serve until a signal. `asked`: names of the options that the command line has. `on_ready`
+    gets the address once connections are taken.
     """
     _require_usage(model, to, how)
     _require_packages()
@@ -113,8 +127,7 @@ def serve(
     from pop_local.server.app import create_app_of, run_app
     from pop_local.server.front import LOOPBACK
 
-    opener = Opener(model, how, opt.given_names(call), _n_parallel(to, how))
-    models = _models(model, to, opener)
+    models = _models(model, to, Opener(model, how, asked, _n_parallel(to, how)))
     try:
         app = create_app_of(
             models,
@@ -124,8 +137,10 @@ def serve(
             origins=origins,
         )
         listening.listen(128)
+        root = _root(listening)
         _announce(models, to)
-        _announce_address(listening, is_open=to.host not in LOOPBACK and not to.api_key)
+        _announce_address(root, is_open=to.host not in LOOPBACK and not to.api_key)
+        on_ready(root)
         run_app(app, listening)
     finally:
         listening.close()
@@ -259,6 +274,11 @@ def _bound(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _root(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _announce(models: "Models", to: ServerOptions) -> None:
     for served in models.loaded:
         _announce_model(served.name, served.model)
@@ -279,12 +299,10 @@ def _announce_model(name: str, opened: "PopModel") -> None:
         note(f"Pictures are read, by {opened.mmproj.name}, out of data: URLs.")
 
 
-def _announce_address(listening: socket.socket, is_open: bool) -> None:
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+def _announce_address(root: str, is_open: bool) -> None:
     if is_open:
         warn("Anyone who reaches this machine can use the model: set --api-key.")
-    note(f"Serving at http://{shown}:{port}/v1 (Ctrl-C stops)")
+    note(f"Serving at {root}/v1, a page at {root}/ (Ctrl-C stops)")
 
 
 def _log_to_stderr() -> None:

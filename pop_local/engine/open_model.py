@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.gguf.source import Source, read_source
-from pop_converter.popfile.format import PopMeta, pop_meta
+from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
 from pop_local.engine.answer import Answering, Parts, answer
@@ -26,7 +26,12 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.images.pictures import Picture, has_pillow
-from pop_local.engine.learning.learner import N_WINDOW, Learned, Learner, default_memory
+from pop_local.engine.learning.learner import (
+    Learned,
+    Learner,
+    default_memory,
+    require_learnable,
+)
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -160,23 +165,7 @@ class OpenModel:
         `memory_bytes`: for what is kept, None for a part of what is free. Raises PopError for a
         model that cannot be pruned by fits, or computes elsewhere.
         """
-        options = self.context.options
-        cannot = self.exact or options.rpc or self.shape.no_refill
-        if options.n_parallel > 1:
-            raise PopError("a model learns from one prompt at a time", "open it with n_parallel=1")
-        if cannot or pop_meta(self.context.source.first) is not None:
-            raise PopError(
-                "nothing can be learned of this model: it is converted itself, leaves layers out"
-                " exactly, its rows have several positions, or are computed on another machine",
-                "open it without learning",
-                cause="cannot-learn",
-            )
-        if not N_WINDOW <= self.context.n_ubatch == self.context.n_batch:
-            raise PopError(
-                f"learning needs batches and ubatches of {N_WINDOW} tokens or more, of one size",
-                "open it without learning",
-                cause="cannot-learn",
-            )
+        require_learnable(self.context, cannot=bool(self.exact or self.shape.no_refill))
         file = SumsFile.of(self.context.source)
         self.learner = Learner(self.cache, self.shape, file, memory_bytes or default_memory())
 

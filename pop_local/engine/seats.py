@@ -49,6 +49,12 @@ class Seats:
         found = (i for i in reversed(self._free) if self._model.sequences[i][1].n_refillable)
         return next(found, None) if self._model.refills else None
 
+    def n_refillable(self) -> int:
+        """How many cached rows are still to run the skipped layers."""
+        if not self._model.refills:
+            return 0
+        return sum(refiller.n_refillable for _, refiller in self._model.sequences)
+
     def refilled(self, index: int) -> None:
         """Rows of a sequence were redone: others may share them."""
         cache = self.cache(index)

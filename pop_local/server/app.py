@@ -32,6 +32,7 @@ from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.listing import File
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.models import Models, Opened
+from pop_local.server.page import routes as page
 
 _LAST_WORDS_S = 5
 _AT_LAST_S = 8.0
@@ -102,6 +103,7 @@ def create_app_of(
         *Responses(api).routes,
         *Messages(api).routes,
         *Embeddings(api).routes,
+        *page.routes(),
     ]
     app = Starlette(
         routes=routes,

@@ -260,6 +260,7 @@ class Body(Named, Sampling):
     )
     pop: bool | None = None
     repeatable: bool | None = None
+    cache_prompt: bool | None = None
 
     @property
     def has_pictures(self) -> bool:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pop_local.server.errors import HUNG_UP, ApiError
 from pop_local.server.metrics import Metrics
+from pop_local.server.page.routes import is_public
 from pop_local.server.worker import STOPPING
 
 log = logging.getLogger("pop_local.server")
@@ -106,7 +107,7 @@ def refusal(scope: Scope, entry: Entry) -> ApiError | None:
         for given in (bearer, headers.get("x-api-key", "")):  # as Anthropic's clients send it
             if hmac.compare_digest(given.encode("latin-1"), wanted):
                 return None
-        if scope["path"] in _HEALTH:
+        if scope["path"] in _HEALTH or is_public(scope):
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
     asked, origin, host = headers.get("host", ""), headers.get("origin"), entry.host.lower()

@@ -49,6 +49,11 @@ class Metrics:
             "Tokens that are still to be read of the prompts that are being read",
             registry=self._registry,
         )
+        self.refillable = Gauge(
+            "pop_refillable_tokens",
+            "Cached tokens that are still to run the skipped layers",
+            registry=self._registry,
+        )
         for kind in ("pruned", "exact", "full", "cached"):
             self._prompt.labels(kind)
 

@@ -191,7 +191,7 @@ class Tasks:
             stops=tuple(body.stop or ()),
             grammar=self._grammar(body),
             n_top_logprobs=n_top_logprobs,
-            repeatable=repeatable,
+            repeatable=repeatable or body.cache_prompt is False,
             **{**self._model.recommended, **given},
         )
 

@@ -157,6 +157,7 @@ class Worker(threading.Thread):
         # When each running job last showed that it lives.
         self._seen_s: dict[Job, float] = {}
         metrics.unread.set_function(self.n_unread)
+        metrics.refillable.set_function(self._seats.n_refillable)
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -287,7 +288,8 @@ class Worker(threading.Thread):
             with parts.cache.slot.work():
                 # Empties the KV cache where it changes, which never mixes full and pruned prompts.
                 parts.cache.set_mode(job.task.mode)
-                self._seats.share(index, job.task.prompt)
+                if not job.task.options.repeatable:
+                    self._seats.share(index, job.task.prompt)
                 for chunk in self._answer(job, parts, end_turn):
                     if chunk.stats is not None:
                         self._metrics.answered(chunk.stats)

@@ -49,7 +49,7 @@ class Answer:
 
 @dataclass
 class Round:
-    """What came of all clients at once."""
+    """The answers to all clients at once."""
 
     answers: list[Answer] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from pop_converter.fit import least_squares as fit
+from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import fitted_tensors
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
@@ -45,6 +46,23 @@ _LEAST_ROWS = 32
 LEAST_SAVED = 2048
 # Sums are written after so many rows, and at the end.
 _ROWS_TO_SAVE = 16_384
+
+
+def require_learnable(context: Context, *, cannot: bool) -> None:
+    """Raises PopError where nothing can be learned; `cannot`: fits cannot prune the model."""
+    options = context.options
+    message, hint = "", "open it without learning"
+    if options.n_parallel > 1:
+        message, hint = "a model learns from one prompt at a time", "open it with n_parallel=1"
+    elif cannot or options.rpc or pop_meta(context.source.first) is not None:
+        message = (
+            "nothing can be learned of this model: it is converted itself, leaves layers out"
+            " exactly, its rows have several positions, or are computed on another machine"
+        )
+    elif not N_WINDOW <= context.n_ubatch == context.n_batch:
+        message = f"learning needs batches and ubatches of {N_WINDOW} tokens or more, of one size"
+    if message:
+        raise PopError(message, hint, cause="cannot-learn")
 
 
 @dataclass(frozen=True)

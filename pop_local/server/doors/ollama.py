@@ -11,7 +11,7 @@ import gguf
 from pydantic import Field, model_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pop_converter.gguf.source import read_source, sampled_sha256
@@ -233,7 +233,6 @@ class Ollama:
     @property
     def routes(self) -> list[Route]:
         return [
-            Route("/", self.root),
             Route("/api/version", self.version),
             Route("/api/tags", self.tags),
             Route("/api/ps", self.running),
@@ -241,9 +240,6 @@ class Ollama:
             Route("/api/chat", self.chat, methods=["POST"]),
             Route("/api/generate", self.generate, methods=["POST"]),
         ]
-
-    async def root(self, request: Request) -> Response:
-        return PlainTextResponse("Ollama is running")  # plug-ins look for these words
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": _VERSION, "pop_local": __version__})

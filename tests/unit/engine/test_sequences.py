@@ -18,6 +18,8 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.seats import Seats
 from support.calls import NOISE, opened, prompt
 from support.converted import tiny
+from support.seeing import Seeing, make_seeing
+from support.seeing import prompt as seeing_prompt
 
 LONG = prompt(200)
 
@@ -46,7 +48,7 @@ def logits(model, index: int) -> np.ndarray:
 
 
 def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
-    """Of a prompt that is read anew, and of an answer to it."""
+    """The logits after a prompt that is read anew, and an answer to it."""
     model.cache.clear()
     model.read(Prompt(list(tokens)))
     for token in answer:
@@ -289,3 +291,15 @@ def test_a_step_alone_pays_back_what_a_prompt_took():
         n_alone += 1
     assert n_alone == 4
     assert pace.rows_beside(600 - 90) == 2
+
+
+def test_a_picture_is_read_in_any_sequence(tmp_path):
+    seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
+    with seeing.opened() as one, seeing.opened(n_parallel=2) as model:
+        made = seeing_prompt(one, "a b c d", 3)
+        expected = one.read(made)
+        read_in(model, 0, made.tokens[:1])
+        found = read_prompt(model.sequences[1][0], seeing_prompt(model, "a b c d", 3), model.rule)
+        assert found.counters == expected.counters
+        np.testing.assert_allclose(logits(model, 1), one.cache.slot.logits, atol=NOISE)
+        assert model.sequences[1][0].images == one.cache.images

@@ -1,0 +1,61 @@
+"""Files of strangers, read in a child process with limits."""
+
+import base64
+from pathlib import Path
+
+from pop_local.base.errors import PopError
+from pop_local.engine.images.pictures import read_picture
+from pop_local.engine.limited.child import serve
+from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
+from pop_local.texts.documents import read_document
+
+LIMIT_S = 60.0
+LIMIT_BYTES = 2**30
+# More than any context holds.
+MAX_CHARACTERS = 8_000_000
+_HINT = "save it as plain text first"
+
+
+class Work:
+    """The calls that the child answers."""
+
+    @staticmethod
+    def text(path: str) -> str:
+        text = read_document(path).text
+        if len(text) > MAX_CHARACTERS:
+            message = f"{path} has {len(text):,} characters, more than any context holds"
+            raise PopError(message, "give a part of it")
+        return text.encode(errors="replace").decode()  # a PDF may have halves of characters
+
+    @staticmethod
+    def picture(path: str) -> str:
+        """Return the file as base64; its pixels are decoded once the model is shown them."""
+        return base64.b64encode(read_picture(path).content).decode()
+
+
+def main(limit_s: float, limit_bytes: int) -> None:
+    """Answer calls of Work until standard input is closed."""
+    serve(Work(), limit_s, limit_bytes)
+
+
+class _Reader(KeptProcess):
+    """The caller's side. Messages call a file by its `name`; raises PopError."""
+
+    def text(self, path: Path, name: str) -> str:
+        return self._read("text", path, name)
+
+    def picture(self, path: Path, name: str) -> str:
+        return self._read("picture", path, name)
+
+    def _read(self, kind: str, path: Path, name: str) -> str:
+        try:
+            found: str = self.call(kind, str(path))
+        except RefusedError as error:
+            message = error.message.replace(str(path), name)
+            raise PopError(message, error.hint or _HINT) from error
+        except BeyondLimitsError as error:
+            raise PopError(f"reading {name} takes {self.limits}", _HINT) from error
+        return found
+
+
+reader = _Reader(__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)

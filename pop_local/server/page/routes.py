@@ -1,0 +1,114 @@
+"""The page, its parts, and the endpoint that reads files for it.
+
+`/page/file?name=NAME` takes a file's bytes, of a picture where the content type says so. It answers
+with the `text` of a document, or a picture as the `url` that chats take.
+"""
+
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Scope
+
+from pop_local.base.errors import PopError
+from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
+from pop_local.engine.limited.process import NoChildError
+from pop_local.server.errors import ApiError
+from pop_local.server.page.reader import reader
+from pop_local.texts.documents import MAX_BYTES as MAX_DOCUMENT_BYTES
+
+STATIC = Path(__file__).parent / "static"
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
+        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        " require-trusted-types-for 'script'; trusted-types dompurify"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+# The system's own table may call a module something else, which no browser runs.
+_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+_FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
+_LONGEST_NAME = 200
+_PICTURE = re.compile(r"image/[\w.+-]{1,40}")
+
+
+def is_public(scope: Scope) -> bool:
+    """Whether a request is for the page alone, which asks for the key itself."""
+    path: str = scope["path"]
+    return scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
+
+
+def routes() -> list[Route]:
+    return [
+        Route("/", _root),
+        Route("/page/file", _file, methods=["POST"]),
+        Route("/page/{name:path}", _part),
+    ]
+
+
+async def _root(request: Request) -> Response:
+    if "text/html" in request.headers.get("accept", ""):
+        response = _shown("index.html")
+    else:
+        response = PlainTextResponse("Ollama is running")  # plug-ins look for these words
+    response.headers["Vary"] = "Accept"
+    return response
+
+
+async def _part(request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in _FILES:
+        raise ApiError(404, f"the page has no part {name!r}")
+    return _shown(name)
+
+
+def _shown(name: str) -> Response:
+    path = _FILES[name]
+    kind = _TYPES.get(path.suffix, "text/plain")
+    return FileResponse(path, media_type=kind, headers=HEADERS)
+
+
+async def _file(request: Request) -> Response:
+    name = request.query_params.get("name", "")[-_LONGEST_NAME:] or "the file"
+    picture = _PICTURE.match(request.headers.get("content-type", ""))
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        ending = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
+        path = Path(folder) / f"sent{ending[0] if ending else ''}"
+        await _receive(request, path, MAX_PICTURE_BYTES if picture else MAX_DOCUMENT_BYTES, name)
+        try:
+            if picture is None:
+                text = await run_in_threadpool(reader.text, path, name)
+                return JSONResponse({"name": name, "text": text})
+            letters = await run_in_threadpool(reader.picture, path, name)
+            return JSONResponse({"name": name, "url": f"data:{picture[0]};base64,{letters}"})
+        except NoChildError:
+            raise
+        except PopError as error:
+            raise ApiError(400, f"{error.message}; {error.hint}", code="unreadable") from error
+
+
+async def _receive(request: Request, path: Path, most: int, name: str) -> None:
+    """Write a request's body to a file. Raises ApiError beyond `most` bytes."""
+    too_large = ApiError(413, f"{name} is larger than {most:,} bytes", code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
+    n_bytes = 0
+    with path.open("wb") as file:
+        async for piece in request.stream():
+            n_bytes += len(piece)
+            if n_bytes > most:
+                raise too_large
+            file.write(piece)

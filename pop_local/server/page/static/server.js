@@ -1,0 +1,81 @@
+// Requests to the server, with its key where it has one, and the events of a stream.
+
+let asking = null;
+
+const askKey = () => new Promise((resolve) => {
+  const entry = document.getElementById("entry");
+  entry.onclose = () => resolve(entry.querySelector("input").value);
+  entry.showModal();
+});
+
+const because = (words) => (error) => {
+  throw error?.name === "AbortError" ? error : new Error(words);
+};
+
+// Fetches. Throws an Error with the server's reason, or AbortError.
+export async function call(path, options = {}) {
+  for (;;) {
+    const key = sessionStorage.apiKey;
+    const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
+    const response = await fetch(path, { ...options, headers })
+      .catch(because("The server does not answer."));
+    if (response.ok) return response;
+    if (response.status !== 401) {
+      const told = await response.json().catch(() => null);
+      throw new Error(told?.error?.message ?? `The server refused: ${response.status}.`);
+    }
+    asking ??= askKey().finally(() => (asking = null));
+    sessionStorage.apiKey = await asking;
+  }
+}
+
+// Yields { comment } and { data }. Throws when the stream ends before its last word.
+async function* events(response) {
+  const cut = because("The answer was cut off: the connection ended.");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read().catch(cut);
+    if (done) cut();
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
+      if (!line.startsWith("data: ")) continue;
+      const data = JSON.parse(line.slice("data: ".length));
+      if (data.error) throw new Error(data.error.message);
+      yield { data };
+    }
+  }
+}
+
+// Streams an answer to `on.comment`, `on.text` and `on.end` (why it ended); resolves to its usage.
+export async function answer(asked, signal, on) {
+  const body = JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } });
+  const headers = { "Content-Type": "application/json" };
+  const response = await call("v1/chat/completions", { method: "POST", headers, body, signal });
+  let usage = null;
+  for await (const { comment, data } of events(response)) {
+    const choice = data?.choices[0];
+    if (comment) on.comment(comment);
+    if (choice?.delta.content) on.text(choice.delta.content);
+    if (choice?.finish_reason) on.end(choice.finish_reason);
+    usage = data?.usage ?? usage;
+  }
+  return usage;
+}
+
+// Sends a file to the server's readers; resolves to a document's `text` or a picture's `url`.
+export async function readByServer(file) {
+  const body = await file.arrayBuffer().catch(because(`${file.name} cannot be read.`));
+  const headers = { "Content-Type": file.type || "application/octet-stream" };
+  const path = `page/file?name=${encodeURIComponent(file.name)}`;
+  return (await call(path, { method: "POST", headers, body })).json();
+}
+
+// Resolves to the number of cached tokens that are still to be refilled.
+export async function refillable() {
+  const text = await (await call("metrics")).text();
+  const found = [...text.matchAll(/^pop_refillable_tokens(?:\{.*\})? (\S+)$/gm)];
+  return found.reduce((sum, [, n]) => sum + Number(n), 0);
+}

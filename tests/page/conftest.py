@@ -1,0 +1,79 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright. Skipped without them."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.paths import TESTS
+from support.serving import Served, served
+
+SHOTS = TESTS / "page" / "build"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# A stream that a test feeds, in the place of the server's.
+FED = """
+const ask = window.fetch;
+window.fetch = async (path, options) => {
+  if (!path.includes("chat/completions")) return ask(path, options);
+  (window.asked ??= []).push(JSON.parse(options.body));
+  return new Response(new ReadableStream({ start: (control) => (window.control = control) }));
+};
+window.feed = (text) => control.enqueue(new TextEncoder().encode(text));
+"""
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def server(browser: Any, smollm2: Path) -> Iterator[Served]:
+    with served(smollm2, "--ctx", 4096) as server:
+        yield server
+
+
+@pytest.fixture
+def context(browser: Any, server: Served) -> Iterator[Any]:
+    """A browser's profile. Requests to others, errors and what the policy forbids fail the test."""
+    found: list[str] = []
+
+    def watch(page: Any) -> None:
+        page.on("request", lambda one: found.append(one.url))
+        page.on("pageerror", lambda error: found.append(str(error)))
+        page.on("console", lambda one: found.append(one.text) if one.type == "error" else None)
+
+    context = browser.new_context(viewport={"width": 1200, "height": 800}, base_url=server.root)
+    context.on("page", watch)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    yield context
+    context.close()
+    own = (server.root, "data:", "Failed to load resource: the server responded")
+    assert [one for one in found if not one.startswith(own)] == []
+
+
+@pytest.fixture
+def page(context: Any) -> Any:
+    page = context.new_page()
+    page.goto("/")
+    page.wait_for_selector("#send:enabled")
+    return page
+
+
+@pytest.fixture
+def fed(context: Any) -> Any:
+    """A page whose answers a test feeds, as it does those of others in this profile."""
+    context.add_init_script(FED)
+    page = context.new_page()
+    page.goto("/")
+    page.wait_for_selector("#send:enabled")
+    return page

@@ -1,0 +1,338 @@
+"""One chat in a browser: documents, streams, both readings, storage, and bad input."""
+
+import base64
+import io
+import json
+import struct
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from support.converted import tiny
+from support.paths import ROOT, TESTS
+from support.serving import served
+from support.synthetic import TEMPLATE
+
+pytestmark = pytest.mark.slow
+
+SHOTS = TESTS / "page" / "build"
+STORY = ROOT / "pop_local" / "data" / "document.md"
+QUESTION = "What rule was painted above the lamp-room door?"
+ANSWERED = "article.assistant[aria-busy=false] .actions"
+BODY = "document.querySelector('.assistant .body')?.textContent"
+LATE_MS = 120_000
+DROP = """([name, type, content]) => {
+  const transfer = new DataTransfer();
+  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+  transfer.items.add(new File([bytes], name, { type }));
+  document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true }));
+}"""
+
+
+def drop(page: Any, name: str, content: bytes, kind: str = "") -> None:
+    page.evaluate(DROP, [name, kind, base64.b64encode(content).decode()])
+
+
+def ask(page: Any, question: str) -> None:
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+
+
+def said(page: Any) -> str:
+    text: str = page.locator("article.assistant").last.locator(".body").first.text_content()
+    return text
+
+
+def event(text: str = "", **more: Any) -> str:
+    choice = {"delta": {"content": text}, "finish_reason": None}
+    return f"data: {json.dumps({'choices': [choice]} | more)}\n\n"
+
+
+def feed(page: Any, *pieces: str) -> None:
+    page.wait_for_function("() => window.control")
+    for piece in pieces:
+        page.evaluate("(piece) => feed(piece)", piece)
+
+
+def answer(page: Any, text: str) -> None:
+    """Feed a whole answer."""
+    feed(page, event(text), "data: [DONE]\n\n")
+    page.evaluate("control = null")
+    page.wait_for_selector(ANSWERED)
+
+
+def shot(page: Any, name: str) -> None:
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def test_a_document_is_dropped_and_asked_about(page):
+    shot(page, "empty")
+    drop(page, "story.md", STORY.read_bytes())
+    page.wait_for_selector("#files :text('characters')")
+    ask(page, QUESTION)
+    page.wait_for_selector("#reading", state="visible")
+    shot(page, "reading")
+    page.wait_for_function(f"() => {BODY}")
+    begun = said(page).strip()
+    page.wait_for_selector(ANSWERED, timeout=LATE_MS)
+    assert said(page).startswith(begun) and len(said(page)) > len(begun)
+    figures = page.text_content(".assistant .figures")
+    assert "First token after" in figures and "pruned" in figures
+    page.wait_for_selector("#refilling", state="visible")
+    shot(page, "answer")
+    page.wait_for_selector("#refilling", state="hidden", timeout=LATE_MS)
+    whole = said(page)
+    page.reload()
+    page.wait_for_selector(ANSWERED)
+    assert said(page) == whole
+    assert page.text_content("#list a") == QUESTION
+    page.click("#theme")
+    shot(page, "dark")
+    page.set_viewport_size({"width": 390, "height": 800})
+    shot(page, "phone")
+    wide = "document.documentElement.scrollWidth > innerWidth"
+    assert not page.evaluate(wide)
+    page.click("#menu")
+    shot(page, "phone-chats")
+    page.click("#chats :text('New chat')")
+    page.wait_for_selector("#empty", state="visible")
+    assert not page.is_visible("#chats")
+
+
+def test_both_readings_are_compared(page):
+    drop(page, "story.md", STORY.read_bytes())
+    page.wait_for_selector("#files :text('characters')")
+    page.fill("#question", QUESTION)
+    page.click("#compare")
+    page.wait_for_selector(".ratio", timeout=LATE_MS)
+    full, pruned = (float(text.split()[0]) for text in page.locator(".time").all_text_contents())
+    ratio = float(page.text_content(".ratio").split()[1])
+    assert full > 0 and pruned > 0
+    assert ratio == pytest.approx(full / pruned, abs=0.02)
+    figures = page.locator(".sides .figures").all_text_contents()
+    assert "pruned" not in figures[0] and "pruned" in figures[1]
+    assert "cached" not in "".join(figures)
+    page.locator("#scroll").evaluate("(view) => (view.scrollTop = 0)")
+    shot(page, "compare")
+
+
+def test_escape_stops_and_what_came_is_kept(page, server):
+    ask(page, "Count from 1 to 500.")
+    page.wait_for_function(f"() => {BODY}.length > 9")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".note:text('Stopped.')")
+    assert len(said(page)) > 9
+    while not server.metrics().get('pop_requests_total{path="/v1/chat/completions",status="499"}'):
+        time.sleep(0.1)
+    page.reload()
+    page.wait_for_selector(".note:text('Stopped.')")
+    assert len(said(page)) > 9
+
+
+def test_an_answer_stays_text(fed):
+    ask(fed, "<b>Hello</b>")
+    answer(
+        fed,
+        "<script>window.is_hacked = 1</script> <img src=x onerror='window.is_hacked = 1'>\n\n"
+        "![pixel](http://evil.example/a.png) [run](javascript:is_hacked=1) [go](http://a.example)"
+        "\n\n```html\n<script>alert(1)</script>\n```\n\n| a | b |\n|---|---|\n| 1 | **2** |\n",
+    )
+    assert fed.text_content(".user .body") == "<b>Hello</b>"
+    assert "<script>window.is_hacked = 1</script>" in said(fed)
+    assert "![pixel](http://evil.example/a.png)" in said(fed)
+    assert fed.locator(".body :is(script, img)").count() == 0
+    assert fed.locator(".body [onerror], .body [href^=javascript]").count() == 0
+    assert fed.get_attribute(".body a[href]", "rel") == "noopener noreferrer"
+    assert fed.text_content(".body td strong") == "2"
+    assert fed.evaluate("window.is_hacked") is None
+    fed.click(".code button")
+    fed.wait_for_selector(".code :text('Copied')")
+    assert fed.evaluate("navigator.clipboard.readText()") == "<script>alert(1)</script>\n"
+    shot(fed, "markdown")
+
+
+def test_markdown_is_shown_while_it_streams_and_reading_has_a_bar(fed):
+    ask(fed, "Hello")
+    feed(fed, ": queued 2\n\n")
+    fed.wait_for_selector("#reading :text('Waiting for 2 before this')")
+    feed(fed, ": read 512 of 2048\n\n")
+    fed.wait_for_selector("#reading :text('512 of 2,048')")
+    assert fed.locator("#reading progress").evaluate("(bar) => bar.position") == 0.25
+    shot(fed, "bar")
+    whole = event("# A title\n\n**bo")
+    feed(fed, whole[:9], whole[9:])  # cut anywhere
+    fed.wait_for_selector(".body h1:text('A title')")
+    assert not fed.is_visible("#reading")
+    assert fed.get_attribute("article.assistant", "aria-busy") == "true"
+    answer(fed, "ld**")
+    assert fed.text_content(".body strong") == "bold"
+
+
+def test_a_message_is_edited_and_sent_again(fed):
+    ask(fed, "One")
+    answer(fed, "1")
+    ask(fed, "Two")
+    answer(fed, "2")
+    fed.click(".user >> nth=0 >> text=Edit")
+    assert fed.input_value("#question") == "One"
+    fed.keyboard.press("Escape")
+    assert fed.input_value("#question") == "" and fed.locator(".user").count() == 2
+    fed.click(".user >> nth=0 >> text=Edit")
+    ask(fed, "Three")
+    answer(fed, "3")
+    assert fed.locator("article .body").all_text_contents() == ["Three", "3\n"]
+    fed.click("text=Try again")
+    answer(fed, "4")
+    assert fed.locator("article .body").all_text_contents() == ["Three", "4\n"]
+    messages = [[one["role"] for one in body["messages"]] for body in fed.evaluate("asked")]
+    assert [len(roles) for roles in messages] == [1, 3, 1, 1]
+    fed.click("#pruning")
+    ask(fed, "Five")
+    answer(fed, "5")
+    assert [body["pop"] for body in fed.evaluate("asked")][-2:] == [True, False]
+    fed.click(".assistant >> nth=0 >> text=Copy")
+    fed.wait_for_selector("text=Copied")
+    assert fed.evaluate("navigator.clipboard.readText()") == "4"
+
+
+def test_the_keyboard_is_enough(fed):
+    fed.keyboard.type("a")
+    fed.keyboard.press("Shift+Enter")
+    fed.keyboard.type("b")
+    fed.keyboard.press("Enter")
+    answer(fed, "c")
+    assert fed.text_content(".user .body") == "a\nb"
+    fed.focus("#question")
+    reached = []
+    for _ in range(20):
+        fed.keyboard.press("Tab")
+        reached.append(
+            fed.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent")
+        )
+    names = ["Files", "Compare", "Send", "New chat", "Model", "Dark or light", "Edit", "Try again"]
+    assert {*names, "Delete a\nb", "Copy this message"} <= set(reached)
+
+
+def test_two_tabs_lose_nothing(fed, context):
+    ask(fed, "One")
+    answer(fed, "1")
+    other = context.new_page()
+    other.goto(fed.url)
+    other.wait_for_selector(ANSWERED)
+    ask(fed, "Two")
+    other.wait_for_selector(".user:has-text('Two')")  # told of it
+    answer(fed, "2")
+    other.wait_for_selector(".assistant:has-text('2')")
+    ask(other, "Three")
+    ask(fed, "Four")
+    answer(fed, "4")
+    answer(other, "3")
+    fed.wait_for_selector("#list a:text('(copy)')")
+    assert fed.url != other.url
+    for page, last in ((fed, "Four4"), (other, "Three3")):
+        before = page.locator(".body").all_text_contents()
+        page.reload()
+        page.wait_for_selector(ANSWERED)
+        assert page.locator(".body").all_text_contents() == before
+        words = "".join(before).replace("\n", "")
+        assert words.startswith("One1Two2") and words.endswith(last)
+
+
+def test_an_answer_that_is_cut_off_is_kept(fed):
+    ask(fed, "One")
+    feed(fed, event("Half an an"))
+    fed.evaluate("control.close()")
+    fed.wait_for_selector(".note:text('cut off')")
+    assert said(fed) == "Half an an\n"
+    fed.reload()
+    fed.wait_for_selector(".note:text('cut off')")
+    assert said(fed) == "Half an an\n"
+
+
+def test_a_page_that_is_left_keeps_what_was_asked(fed):
+    ask(fed, "One")
+    feed(fed, event("Half"))
+    fed.wait_for_selector(".body :text('Half')")
+    fed.wait_for_function("() => location.hash")
+    fed.reload()
+    fed.wait_for_selector(".note:text('Unfinished.')")
+    assert fed.text_content(".user .body") == "One"
+
+
+def test_a_document_of_500_mb_is_refused_unread(page, tmp_path):
+    path = tmp_path / "huge.txt"
+    with path.open("wb") as file:
+        file.truncate(500_000_000)
+    page.fill("#question", "kept")
+    page.set_input_files("#file", path)
+    page.wait_for_selector("#notice:text('huge.txt is too large: over 100 MB.')")
+    assert page.input_value("#question") == "kept"
+    assert page.locator("#files li").count() == 0
+    shot(page, "refused")
+
+
+def _bomb() -> bytes:
+    """A PNG whose head promises 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 60_000))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_a_picture_is_shown_and_a_bomb_is_not(fed):
+    drop(fed, "bomb.png", _bomb(), "image/png")
+    fed.wait_for_selector("#notice:text('bomb.png: the model reads no pictures.')")
+    fed.route("**/v1/models", _with_eyes)
+    fed.reload()
+    fed.wait_for_selector("#send:enabled")
+    drop(fed, "bomb.png", _bomb(), "image/png")
+    fed.wait_for_selector("#notice:text('bomb.png has more than 50 million pixels')")
+    drop(fed, "broken.pdf", b"%PDF-1.7 nothing")
+    fed.wait_for_selector("#notice:text('broken.pdf cannot be read as PDF')")
+    assert fed.locator("img").count() == 0
+    content = io.BytesIO()
+    Image.new("RGB", (40, 30), "teal").save(content, "PNG")
+    drop(fed, "teal.png", content.getvalue(), "image/png")
+    fed.wait_for_selector("#files img")
+    ask(fed, "Which colour?")
+    answer(fed, "Teal.")
+    assert fed.locator(".user img").evaluate("(image) => image.naturalWidth") == 40
+    ((message,),) = [body["messages"] for body in fed.evaluate("asked")]
+    assert [part["type"] for part in message["content"]] == ["image_url", "text"]
+
+
+def _with_eyes(route: Any) -> None:
+    response = route.fetch()
+    body = response.json()
+    body["data"][0]["pop"]["images"] = True
+    route.fulfill(response=response, json=body)
+
+
+def test_the_key_is_asked_for(browser, tmp_path):
+    model = tiny(tmp_path, chat_template=TEMPLATE)
+    with served(model, "--api-key", "secret") as server:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(server.root)
+        for key in ("wrong", "secret"):
+            page.wait_for_selector("#entry[open]")
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        page.wait_for_selector("#send:enabled")
+        page.reload()
+        page.wait_for_selector("#send:enabled")
+        page.set_input_files("#file", Path(STORY))
+        page.wait_for_selector("#files :text('characters')")
+        context.close()

@@ -1,0 +1,240 @@
+"""The page without a browser: its parts, their headers, who may see them, and files to be read."""
+
+import asyncio
+import hashlib
+import importlib.metadata
+import io
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
+from pop_local.server.app import create_app
+from pop_local.server.page import reader, routes
+from pop_local.texts.documents import MAX_BYTES as MAX_DOCUMENT_BYTES
+from support.asked import NAME
+from support.calls import opened
+from support.paths import ROOT
+from support.program import called
+from support.serving import asking, counted
+
+STATIC = ROOT / "pop_local" / "server" / "page" / "static"
+OURS = [path for kind in ("html", "css", "js") for path in sorted(STATIC.glob(f"*.{kind}"))]
+MOST_LINES = 700
+BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+
+
+def sent(client, content, name="a.txt", **headers):
+    return client.post("/page/file", params={"name": name}, content=content, headers=headers)
+
+
+def refusal(response, status):
+    assert response.status_code == status, response.text
+    return response.json()["error"]["message"]
+
+
+def test_a_browser_gets_the_page_and_others_their_words(client):
+    page = client.get("/", headers=BROWSER)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<!doctype html>" in page.text
+    assert "Accept" in page.headers["vary"]
+    assert client.get("/").text == "Ollama is running"
+    assert client.head("/", headers=BROWSER).status_code == 200
+
+
+@pytest.mark.parametrize("file", sorted(STATIC.rglob("*.*")), ids=lambda file: file.name)
+def test_each_part_has_its_type_and_the_policy(client, file):
+    part = client.get(f"/page/{file.relative_to(STATIC).as_posix()}")
+    assert part.content == file.read_bytes()
+    if file.suffix in (".js", ".mjs"):  # a module of another type is not run
+        assert part.headers["content-type"].startswith("text/javascript")
+    policy = part.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy and "http" not in policy
+    assert part.headers["x-content-type-options"] == "nosniff"
+    assert part.headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("name", ["", "none.js", "../routes.py", "%2e%2e/routes.py", "vendor"])
+def test_nothing_else_is_there(client, name):
+    assert client.get(f"/page/{name}").status_code == 404
+
+
+def test_it_is_short_and_asks_nobody_else():
+    lines = sum(len(path.read_text("utf-8").splitlines()) for path in OURS)
+    assert len(OURS) >= 6 and lines <= MOST_LINES
+    for path in OURS:
+        text = path.read_text("utf-8")
+        assert "//" not in re.sub(r"^ *// .*$| // .*$", "", text, flags=re.M), path
+        assert not re.search(r"innerHTML *=|insertAdjacentHTML|document\.write|\beval\b", text)
+    page = (STATIC / "index.html").read_text("utf-8")
+    assert not re.search(r"<script>|<style|style=|\son\w+=", page)  # which the policy forbids
+
+
+def test_it_has_the_limits_of_the_readers():
+    found = re.search(r"document: ([\d_]+), picture: (\d+) \* 2 \*\* (\d+)", _main())
+    assert found is not None
+    assert int(found[1]) == MAX_DOCUMENT_BYTES
+    assert int(found[2]) * 2 ** int(found[3]) == MAX_PICTURE_BYTES
+
+
+def _main() -> str:
+    return (STATIC / "main.js").read_text("utf-8")
+
+
+def test_libraries_are_as_released_and_named():
+    table = (STATIC / "vendor" / "LICENSES.md").read_text("utf-8")
+    hashes = dict(re.findall(r"^\| `([\w.]+)` .* `([0-9a-f]{64})` \|$", table, re.M))
+    files = [*(STATIC / "vendor").glob("*js")]
+    assert hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    notice = (ROOT / "NOTICE").read_text("utf-8")
+    assert "marked" in notice and "DOMPurify" in notice
+
+
+def test_the_wheel_has_all_of_it():
+    files = {str(path) for path in importlib.metadata.files("pop-local") or ()}
+    parts = {path.relative_to(ROOT).as_posix() for path in STATIC.rglob("*.*")}
+    assert parts <= files
+
+
+def test_with_a_key_the_page_is_public_and_all_else_is_not(path):
+    client = asking(create_app(opened(path), NAME, api_key="secret"))
+    assert client.get("/", headers=BROWSER).status_code == 200
+    assert client.get("/page/main.js").status_code == 200
+    for response in (sent(client, b"text"), client.get("/metrics"), client.get("/v1/models")):
+        assert response.status_code == 401
+    assert sent(client, b"text", Authorization="Bearer secret").json()["text"] == "text"
+
+
+def test_documents_are_read(client):
+    assert sent(client, "Grüße\n".encode()).json() == {"name": "a.txt", "text": "Grüße\n"}
+    mail = b"Subject: Lamps\nFrom: a@b.example\n\nLit at six.\n"
+    assert "Lit at six." in sent(client, mail, "note.EML").json()["text"]
+    name = "../../etc/passwd" + "x" * 300
+    assert sent(client, b"text", name).json()["name"] == name[-200:]
+
+
+def test_pictures_come_back_as_chats_take_them(client):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    kind = {"Content-Type": "image/png"}
+    url = sent(client, content.getvalue(), "a.png", **kind).json()["url"]
+    assert url.startswith("data:image/png;base64,iVBOR")
+    message = refusal(sent(client, b"<svg/>", "a.svg", **{"Content-Type": "image/svg+xml"}), 400)
+    assert message.startswith("a.svg is no picture that can be read; give a PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        (b"", "empty.txt", "empty.txt holds no text"),
+        (b"\x80\x81", "a.bin", "a.bin is not UTF-8 text; convert it"),
+        (b"%PDF-1.7 nothing", "a.pdf", "a.pdf cannot be read as PDF"),
+        (b"PK", "a.docx", "a.docx cannot be read as DOCX"),
+        (b"\x80", "", "the file is not UTF-8 text"),
+    ],
+)
+def test_each_bad_file_gets_one_clear_word(client, content, name, words):
+    message = refusal(sent(client, content, name), 400)
+    assert message.startswith(words)
+    assert tempfile.gettempdir() not in message
+
+
+def test_a_file_too_large_is_refused_before_it_is_read(client):
+    read = []
+
+    def body():
+        read.append(1)
+        yield b""
+
+    headers = {"Content-Length": "500000000"}
+    words = refusal(sent(client, body(), "huge.pdf", **headers), 413)
+    assert words == "huge.pdf is larger than 100,000,000 bytes"
+    headers |= {"Content-Type": "image/png", "Content-Length": str(MAX_PICTURE_BYTES + 1)}
+    assert "huge.png is larger than" in refusal(sent(client, body(), "huge.png", **headers), 413)
+    assert read == []
+
+
+def test_a_file_of_no_stated_length_is_refused_while_it_comes(client, monkeypatch, tmp_path):
+    monkeypatch.setattr(routes, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pieces = (b"x" * 100 for _ in range(20))
+    assert "larger than 1,000 bytes" in refusal(sent(client, pieces), 413)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_body_that_is_cut_off_leaves_nothing(client, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    events = [
+        {"type": "http.request", "body": b"half", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive():
+        if len(events) == 1:
+            assert len([*tmp_path.rglob("sent*")]) == 1
+        return events.pop(0)
+
+    async def send(message):
+        pass
+
+    headers = [(b"host", b"localhost:8080")]
+    scope: dict[str, object] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/page/file",
+        "headers": headers,
+    }
+    scope |= {"query_string": b"name=a.txt", "http_version": "1.1"}
+    asyncio.run(client.app(scope, receive, send))
+    assert events == [] and [*tmp_path.iterdir()] == []
+
+
+def test_a_reader_that_takes_too_long_is_ended(monkeypatch, tmp_path):
+    slow = reader._Reader(reader.__name__, limit_s=0.0, limit_bytes=2**30)
+    path = tmp_path / "a.txt"
+    path.write_text("text " * 1_000_000)
+    with pytest.raises(Exception, match=r"reading story takes more than 0 s"):
+        slow.text(path, "story")
+    slow.close()
+
+
+def test_how_much_is_to_be_refilled_is_told(client):
+    assert counted(client)["pop_refillable_tokens"] == 0
+
+
+def test_no_document_is_longer_than_any_context(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x" * (reader.MAX_CHARACTERS + 1))
+    with pytest.raises(Exception, match=r"^a\.txt has 8,000,001 characters, more than any context"):
+        reader.reader.text(path, "a.txt")
+
+
+def test_the_browser_is_opened_at_the_page(path, monkeypatch):
+    opened_at: list[str] = []
+    served_at: list[str] = []
+
+    def serve_instead(app, listening):
+        served_at.append("http://127.0.0.1:{1}".format(*listening.getsockname()))
+        assert asking(app).get("/", headers=BROWSER).status_code == 200
+
+    monkeypatch.setattr("webbrowser.open", opened_at.append)
+    monkeypatch.setattr("pop_local.server.app.run_app", serve_instead)
+    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    assert called("chat", path, "--web").returncode == 0
+    assert opened_at == served_at
+
+
+@pytest.mark.parametrize("option", [("--temperature", "0"), ("--system", "x"), ("--seed", "1")])
+def test_options_that_the_page_lacks_are_refused(path, option):
+    done = called("chat", path, "--web", *option)
+    assert done.returncode == 2
+    assert f"does not take {option[0]}" in " ".join(done.stderr.split())
+
+
+def test_nobody_reads_files_of_the_server(client):
+    assert Path("/etc/passwd").exists()
+    assert sent(client, b"mine", "/etc/passwd").json()["text"] == "mine"

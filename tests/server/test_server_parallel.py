@@ -1,0 +1,192 @@
+"""Several requests at once: each as if it were alone, none waits for another one's answer."""
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import takewhile
+
+import httpx2
+import pytest
+
+from pop_local.server.app import create_app
+from support.asked import LONG, N_CTX, NAME, chat, complete, message_of, text_of
+from support.calls import opened
+from support.serving import asking, counted, served
+
+ENDLESS = "root ::= [a-z] root"
+N_CLIENTS = 6
+SLOTS = 3
+# Comments of streams come more often, so that none of the states is missed.
+EAGER = "from pop_local.server import answers; answers._PROGRESS_S = 0.001"
+
+
+@pytest.fixture(scope="module")
+def several(path):
+    """A server in another process: a test client here would wait for whole answers."""
+    with (
+        served(path, "--parallel", SLOTS, "--ctx", 65536, changed=EAGER) as server,
+        httpx2.Client(base_url=server.root, timeout=60) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def endless(client, content: str = LONG):
+    """An answer that goes on, and the lines that have come of it."""
+    messages = [{"role": "user", "content": content}]
+    body = {"messages": messages, "grammar": ENDLESS, "temperature": 0, "stream": True}
+    with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+        lines = stream.iter_lines()  # whose end would hang up
+        yield lines
+
+
+def is_text(line: str) -> bool:
+    return '"content": ' in line and '"content": ""' not in line
+
+
+def begun(lines) -> None:
+    """Wait for the first text of an answer."""
+    next(filter(is_text, lines))
+
+
+def test_a_short_request_is_answered_while_a_long_answer_is_written(several):
+    with endless(several) as lines:
+        begun(lines)
+        for number in range(3):
+            asked = chat(several, f"number {number}", grammar=f'root ::= "mark-{number}"')
+            assert text_of(asked) == f"mark-{number}"
+        begun(lines)
+        assert counted(several)["pop_queue_length"] == 0
+
+
+def test_answers_are_those_that_each_prompt_gets_alone(several, client):
+    """Greedy, of different lengths, and with marks that no other answer may have."""
+    prompts = [f"{LONG}{LONG[: 40 * number]} number {number}" for number in range(N_CLIENTS)]
+
+    def ask(number: int) -> tuple[str, str]:
+        free = text_of(chat(several, prompts[number], max_tokens=2))
+        marked = text_of(complete(several, prompts[number], grammar=f'root ::= "mark-{number}"'))
+        return free, marked
+
+    with ThreadPoolExecutor(N_CLIENTS) as clients:
+        for _ in range(3):
+            found = list(clients.map(ask, range(N_CLIENTS)))
+            assert [marked for _, marked in found] == [f"mark-{n}" for n in range(N_CLIENTS)]
+    # The first token is of the prompt's own logits; other batches may change later ones.
+    alone = [text_of(chat(client, prompt, max_tokens=2)) for prompt in prompts]
+    same = sum(one[0][:1] == other[:1] for one, other in zip(found, alone, strict=True))
+    assert same >= N_CLIENTS - 1
+
+
+def test_a_prompt_that_is_here_already_is_not_read_again(several):
+    first = chat(several, "a. " + LONG)
+    with endless(several, "b. " + LONG) as lines:
+        begun(lines)
+        again = chat(several, "a. " + LONG)
+    for usage in (first.json()["usage"], again.json()["usage"]):
+        assert usage["pop"]["reason"] is None
+    cached = again.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 0.7 * again.json()["usage"]["prompt_tokens"]
+
+
+def test_a_stream_tells_its_place_and_how_far_its_prompt_is(several):
+    with ExitStack() as running:
+        for number in range(SLOTS):
+            lines = running.enter_context(endless(several, f"{number} {LONG * 16}"))
+            said = list(takewhile(lambda line: not is_text(line), lines))
+        assert any(re.fullmatch(r": read \d+ of \d+", line) for line in said)
+        with endless(several, "one more") as lines:
+            assert ": queued 1" in (next(lines), next(lines), next(lines), next(lines))
+            assert counted(several)["pop_queue_length"] == 1
+
+
+def test_who_hangs_up_leaves_its_place_to_the_next(several):
+    for _ in range(5):
+        with ExitStack() as running:
+            for _ in range(SLOTS):
+                begun(running.enter_context(endless(several)))
+        assert text_of(chat(several, "a", grammar='root ::= "yes"')) == "yes"
+
+
+def test_a_request_in_full_beside_pruned_ones(several):
+    with endless(several) as lines:
+        begun(lines)
+        full = chat(several, "in full. " + LONG, pop=False).json()["usage"]["pop"]
+        again = chat(several, "pruned. " + LONG).json()["usage"]["pop"]
+    assert (full["reading"], full["n_pruned"], again["reading"]) == ("full", 0, "pruned")
+
+
+def test_embeddings_and_log_probabilities_beside_an_answer(several, client):
+    asked = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    with endless(several) as lines:
+        begun(lines)
+        vector = several.post("/v1/embeddings", json={"input": "one two"}).json()["data"][0]
+        found = complete(several, "one two three", **asked).json()["choices"][0]["logprobs"]
+    expected = client.post("/v1/embeddings", json={"input": "one two"}).json()["data"][0]
+    assert vector["embedding"] == pytest.approx(expected["embedding"], abs=1e-3)
+    alone = complete(client, "one two three", **asked).json()["choices"][0]["logprobs"]
+    assert found["token_logprobs"][1:] == pytest.approx(alone["token_logprobs"][1:], abs=0.01)
+
+
+def test_tools_at_once(several):
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "parameters": {"type": "object", "additionalProperties": False},
+        },
+    }
+
+    def ask(number: int) -> str:
+        sent = {"tools": [tool], "tool_choice": "required", "max_tokens": 512}
+        message, reason = message_of(chat(several, f"{number} look", **sent))
+        assert reason == "tool_calls"
+        return message["tool_calls"][0]["function"]["name"]
+
+    with ThreadPoolExecutor(3) as clients:
+        assert set(clients.map(ask, range(6))) == {"look"}
+
+
+def test_every_sequence_is_refilled_while_nobody_asks(path):
+    model = opened(path, n_ctx=N_CTX, n_parallel=2, keep_states=True)
+    with asking(create_app(model, NAME)) as client:
+        with ThreadPoolExecutor(2) as clients:
+            list(clients.map(lambda text: chat(client, text), ["one. " + LONG, "two. " + LONG]))
+        until_s = time.monotonic() + 30
+        while any(refiller.n_refillable for _, refiller in model.sequences):
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+        assert all(cache.n_exact == cache.n_tokens > 200 for cache, _ in model.sequences)
+        for text in ("one. " + LONG, "two. " + LONG):
+            pop = chat(client, text).json()["usage"]["pop"]
+            assert pop["n_refilled"] > 200
+    model.close()
+
+
+def test_answers_that_have_to_be_repeatable_are_refused(several):
+    refused = chat(several, repeatable=True)
+    assert refused.status_code == 400
+    assert "--parallel 1" in refused.json()["error"]["message"]
+
+
+def test_a_stopping_server_ends_all_answers(path):
+    model = opened(path, n_ctx=N_CTX, n_parallel=3)
+    app = create_app(model, NAME)
+    with asking(app) as client, ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(chat, client, grammar=ENDLESS, max_tokens=900) for _ in range(3)]
+        until_s = time.monotonic() + 30
+        while len(app.state.worker._seen_s) < 3:
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        app.state.worker.stop()
+        assert {one.result(timeout=30).status_code for one in asked} == {503}
+    assert not app.state.worker.is_alive()
+    model.close()
+
+
+def test_a_prompt_can_be_read_anew(several):
+    chat(several, "anew. " + LONG)
+    again = chat(several, "anew. " + LONG, cache_prompt=False).json()["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == 0
+    assert again["pop"]["n_pruned"] > 200
