@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +227,10 @@ class Models:
 
     def n_waiting(self) -> int:
         """Requests that wait for any model, open or not."""
-        return len(self._still_waiting()) + sum(served.worker.n_waiting() for served in self.loaded)
+        return len(self._still_waiting()) + self._total(lambda worker: worker.n_waiting())
 
-    def n_unread(self) -> int:
-        """Rows that are still to be read of the prompts that are being read."""
-        return sum(served.worker.n_unread() for served in self.loaded)
+    def _total(self, figure: Callable[[Worker], int]) -> int:
+        return sum(figure(served.worker) for served in self.loaded)
 
     def _grant(self, lease: Lease, served: Served) -> None:
         self._loaded[served.path] = self._loaded.pop(served.path)
@@ -280,8 +280,11 @@ class Models:
         model = opened.model
         tasks = Tasks(model, repeatable=self._repeatable)
         worker = Worker(model, self.metrics, self._max_waiting, opened.teacher)
-        self.metrics.queue.set_function(self.n_waiting)
-        self.metrics.unread.set_function(self.n_unread)
+        self.metrics.queue.set_function(self.n_waiting)  # the worker has set its own
+        self.metrics.unread.set_function(partial(self._total, lambda worker: worker.n_unread()))
+        self.metrics.refillable.set_function(
+            partial(self._total, lambda worker: worker.n_refillable())
+        )
         needed_bytes = About.of_model(file.name, model).needed_bytes
         served = Served(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served

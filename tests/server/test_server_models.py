@@ -30,6 +30,7 @@ from pop_local.server.app import create_app, create_app_of
 from pop_local.server.errors import ApiError
 from pop_local.server.listing import File, models_in
 from pop_local.server.models import Lease, Models, Opened, Shelf
+from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, chat, complete, text_of
 from support.calls import opened
 from support.converted import converted
@@ -431,6 +432,18 @@ def test_a_model_that_is_refilled_makes_room(folder, tmp_path, monkeypatch):
             assert answer["model"] == name
             assert answer["usage"]["pop"]["n_pruned"] > 0
             assert works.wait(30)
+
+
+def test_gauges_are_of_all_models(library, monkeypatch):
+    with asked(library, ram_bytes=1 << 40) as client:
+        for name in ("one", "two"):
+            complete(client, model=name)
+        for figure in ("n_waiting", "n_unread", "n_refillable"):
+            monkeypatch.setattr(Worker, figure, lambda self: 3)
+        figures = counted(client)
+        monkeypatch.undo()
+    for name in ("queue_length", "unread_tokens", "refillable_tokens"):
+        assert figures[f"pop_{name}"] == 6
 
 
 @pytest.mark.parametrize("n_parallel", [1, 2])
