@@ -23,6 +23,8 @@ from pop_local.engine.llama.devices import kernels_read_prompts
 _N_PRODUCT = 1024
 # Kernels of ours read faster than numpy multiplies: four times with AMX, of others less is known.
 _READING_GAIN = 2
+# Sampled tokens come a few at once, and no kernel of ours reads them.
+_SAMPLING_COST = 3
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 100 * 10**6
 # A search fits few boundaries where the sums of all would take more.
@@ -173,23 +175,38 @@ def plan_needs(
     return Needs(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
-def fit_seconds(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> float:
-    """Return about how long the fit of all plans takes here. Raises PopError, see `Plan.macs`.
+class FitWork(NamedTuple):
+    """The parts of a fit, in products that this machine could do in the time that they take."""
+
+    sampling: float
+    reading: float
+    solving: float
+
+
+def reading_work(plan: Plan, n_tokens: int) -> float:
+    """Return what a window of so many tokens takes in full. Raises PopError, see `Plan.macs`."""
+    return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if kernels_read_prompts() else 1)
+
+
+def fit_work(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> FitWork:
+    """Return what the fit of all plans takes. Raises PopError, see `Plan.macs`.
 
     The text is read in each pass, sums grow with each row, and each pair is solved in float64.
     Measuring what was fitted is not in it.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
-    n_read = n_windows * len(needs.groups) + needs.n_sampled
-    n_macs = n_read * plans[0].macs(N_WINDOW, None, N_WINDOW)
-    reading = n_macs / (_READING_GAIN if kernels_read_prompts() else 1)
+    window = reading_work(plans[0], N_WINDOW)
     pairs, n_inputs = [pair for group in needs.groups for pair in group], needs.n_inputs
     n_out = [shape.n_kv(pair.layer) for pair in pairs]
     n_boundaries = len({pair.boundary for pair in pairs})
     adding = n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
     solving = 2 * sum(n_inputs**2 * (n_inputs // 3 + n) for n in n_out)
-    return (reading + adding + solving) / macs_per_s()
+    return FitWork(
+        needs.n_sampled * plans[0].macs(N_WINDOW, None, N_WINDOW) * _SAMPLING_COST,
+        n_windows * len(needs.groups) * window,
+        adding + solving,
+    )
 
 
 def macs_per_s() -> float:

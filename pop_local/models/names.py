@@ -1,7 +1,10 @@
 """Models by name: the catalog and the folders of models."""
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ import tomlkit
 
 from pop_local.base.errors import PopError
 from pop_local.base.nearest import nearest_hint
+from pop_local.base.output import replacing
 from pop_local.config import settings
 from pop_local.models.stored import known_name, models_by_name
 
 # The demo takes it, and so does a chat where the memory holds no larger one.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-_REMOTE = ("hf:", "https://", "http://")
+_URL = ("https://", "http://")
+HUB_PREFIX = "hf:"
+# In the models folder: which file a hub's name was fetched as.
+_FETCHED = ".fetched.json"
 # A clone has these folders.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
 MODELS_VARIABLE = settings.find("models_dir").variable
@@ -65,7 +72,8 @@ class Model:
     @property
     def origin(self) -> str:
         """Its publisher, licence and packaging, in words."""
-        return f"{self.source}, licence {self.licence}, in wheels of third parties, checked by hash"
+        wheels = "in wheels of third parties, which pip reaches without a hub"
+        return f"{self.source}, licence {self.licence}, {wheels}; checked by hash"
 
     @property
     def wheel_bytes(self) -> int:
@@ -73,10 +81,45 @@ class Model:
         return sum(part.wheel_bytes for part in self.parts)
 
 
+def _toml() -> dict[str, Any]:
+    text = Path(__file__).with_name("catalog.toml").read_text("utf-8")
+    return tomlkit.parse(text).unwrap()
+
+
 def load_catalog() -> tuple[Model, ...]:
     """Read the models of catalog.toml."""
-    text = Path(__file__).with_name("catalog.toml").read_text("utf-8")
-    return tuple(_model(**entry) for entry in tomlkit.parse(text).unwrap()["model"])
+    return tuple(_model(**entry) for entry in _toml()["model"])
+
+
+def hub_names() -> dict[str, str]:
+    """Return the known names of a hub's models, and OWNER/REPO[:FILE] for each."""
+    return dict(_toml()["hub"])
+
+
+def plain(name: str) -> str:
+    """Return a name as it is compared, since Ollama writes llama3.2:3b for llama-3.2-3b."""
+    return re.sub("[-:]", "", name.lower().removesuffix(":latest"))
+
+
+def hub_name(name: str) -> str | None:
+    """Return hf:OWNER/REPO[:FILE] for a name that means a model of a hub, None for others."""
+    if name.lower().startswith(HUB_PREFIX):
+        return name
+    repos = (repo for known, repo in hub_names().items() if plain(known) == plain(name))
+    return next((HUB_PREFIX + repo for repo in repos), None)
+
+
+def remember(name: str, file: Path) -> None:
+    """Note which file of the models folder a hub's name means from now on."""
+    known = _fetched(file.parent) | {name.lower(): file.name}
+    with replacing(file.with_name(_FETCHED), force=True) as output:
+        output.write(json.dumps(known, indent=1).encode())
+
+
+def _fetched(folder: Path) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads((folder / _FETCHED).read_text("utf-8")))
+    return {}
 
 
 def _model(aliases: list[str], wheels: dict[str, Any], **fields: Any) -> Model:
@@ -143,8 +186,10 @@ def stored(name: str) -> Path | None:
     It takes precedence over the catalog's, since `list` and `rm` use that name.
     """
     here = _here()
-    known = known_name(name, here)
-    return here[known][0] if known else None
+    if known := known_name(name, here):
+        return here[known][0]
+    fetched = (_fetched(folder).get((hub_name(name) or "").lower()) for folder in models_dirs())
+    return next((path for file in fetched if file and (path := kept(file))), None)
 
 
 def _here() -> dict[str, tuple[Path, ...]]:
@@ -194,7 +239,9 @@ def _not_there(model: str) -> PopError:
         return PopError(f"{model} is a folder", "give the GGUF file itself")
     if Path(model).exists():
         return PopError(f"{model} is a pipe or a device, not a file", "give a GGUF file")
-    if model.lower().startswith(_REMOTE):
+    if hub_name(model):
+        return to_fetch(model)
+    if model.lower().startswith(_URL):
         return PopError(
             f"{model} has to be fetched first",
             "fetch it, and give the file",
@@ -211,6 +258,12 @@ def _not_there(model: str) -> PopError:
     return _unknown(f"there is no model named {model!r}", model, here)
 
 
+def to_fetch(model: str) -> PopError:
+    """Return the error for a hub's model that is not here."""
+    hint = "fetch it first: pop_local.workflows.fetch.fetch_named"
+    return PopError(f"{model} has to be fetched first", hint, cause="not-fetched", model=model)
+
+
 def _nearest_file_hint(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either: check the path"
@@ -221,6 +274,7 @@ def _nearest_file_hint(path: Path) -> str:
 def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
     catalog = load_catalog()
     known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
+    known |= {each: each for each in hub_names()}
     listed = f"known: {', '.join(model.short_name for model in catalog)}; or give a GGUF file"
     hint = nearest_hint(name, here | known, listed)
     return PopError(message, hint, cause="unknown-model")

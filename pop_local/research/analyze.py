@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from pop_converter.architecture.shape import ModelShape, source_shape
@@ -16,6 +17,7 @@ from pop_local.base.errors import PopError
 from pop_local.calibration import needs as memory
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import default_tokens
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
@@ -30,21 +32,24 @@ from pop_local.measure.quality import (
     measure_against,
     read_reference,
 )
-from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
 from pop_local.research.importance import Importance, Windows, gates_device, importance
 from pop_local.research.options import AnalyzeOptions
+from pop_local.workflows.conversion.course import fit_steps
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
-from pop_local.workflows.events import Watch
+from pop_local.workflows.events import Step, Watch
 from pop_local.workflows.measuring import opened
+from pop_local.workflows.open import base_file
 from pop_local.workflows.options import Hardware
 
 # Draws of random tokens, which give the retention to some percent.
 _N_DRAWS = 2
 # The part of `convert`'s tokens that is enough to compare depths.
 _FIT_SHARE = 4
+# A window takes so many times as long by torch, forwards and backwards, as it is read.
+_GATES_COST = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def analyze(
     The model is given by path or name, and is not converted. Without torch, or for an architecture
     that it does not compute, the gates are left out with a warning. Raises PopError, StoppedError.
     """
-    source = read_source(resolve_base(os.fspath(model)))
+    source = read_source(base_file(os.fspath(model), watch))
     require_unconverted(source)
     shipped = Text("prose of pop-local", (shipped_part("prose"),))
     text = given_text(options.text) if options.text else shipped
@@ -91,6 +96,7 @@ def analyze(
     if options.with_fit:
         run.require_memory()
     device = gates_device(source, options, hardware, watch) if options.n_gated else None
+    watch.on_course(run.course(options.n_gated if device else 0))
     depths, reference, windows = run.probed(options.n_gated if device else 0)
     measure = run.fitted if options.with_fit else run.unfitted
     wanted = worth_measuring(depths)
@@ -152,13 +158,39 @@ class _Run:
         """A plan with the full rows that a conversion has."""
         return self._plan(self.shape.n_layer - 1)
 
+    @property
+    def _fitted(self) -> list[Plan]:
+        return [plan for plan in map(self._plan, boundaries(self.shape)) if plan.fitted_layers]
+
+    @cached_property
+    def _needs(self) -> memory.Needs | None:
+        plans = self._fitted if self.options.with_fit else []
+        return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
+
+    def course(self, n_gated: int) -> tuple[Step, ...]:
+        """Return the steps of the analysis at the most, with `n_gated` windows for the gates."""
+        options, ends, n_tried = self.options, self.ends, len(boundaries(self.shape))
+        draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
+        probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
+        gates = _GATES_COST * n_gated * memory.reading_work(ends, options.n_window)
+        fit = None
+        if self._needs:
+            fit = memory.fit_work(self._fitted, self._fit_options(), self._needs)
+        return (
+            Step("Reading in full", probes),
+            Step("Looking for the cliff", n_tried * draws),
+            *fit_steps(fit),
+            Step("Measuring boundary", probes, n_tried)
+            if options.with_fit
+            else Step("Measuring with own projections", n_tried * probes),
+            *([Step("Virtual gates", gates)] if n_gated else []),
+        )
+
     def require_memory(self) -> None:
         """Raise PopError where memory does not do for the fits."""
-        plans = [plan for plan in map(self._plan, boundaries(self.shape)) if plan.fitted_layers]
-        if not plans:
+        if (needs := self._needs) is None:
             return
         free_bytes = memory.free_bytes()
-        needs = memory.fit_needs(plans, self.source, self._fit_options())
         needed_bytes = needs.total_bytes + self.source.size_bytes
         if needed_bytes > free_bytes:
             raise TooLittleMemoryError(
@@ -210,7 +242,13 @@ class _Run:
         return [*map(_Prose, found)]
 
     def _plan(self, boundary: int) -> Plan:
-        return make_plan(self.shape, boundary=boundary, projection=Projection.FITTED)
+        return make_plan(
+            self.shape, boundary=boundary, projection=Projection.FITTED, macs=self._macs
+        )
+
+    @cached_property
+    def _macs(self) -> GraphMacs:
+        return GraphMacs(self.source.first.path)
 
     def _fit_options(self) -> FitOptions:
         n_tokens = self.options.fit_tokens or default_tokens(self.shape.n_embd) // _FIT_SHARE

@@ -77,7 +77,7 @@ BY_CAUSE = {
     "singular": "fit on more varied text; eval --fit takes a larger --ridge",
     "text-too-short": "give a longer text (--text), fewer windows, or shorter ones (--context)",
     "too-few-tokens": "give --tokens {n_least} or more; the default is {n_default}",
-    "unknown-model": "{hint}; `pop-local list` shows what is here",
+    "unknown-model": "{hint}; `pop-local list` shows what is here, `pop-local pull` what is known",
     "unreadable-tensor": "convert with --projection own, or take another quantisation",
     "windows-too-long": (
         "give shorter windows (--context, --continuation), or documents (--recall)"

@@ -8,10 +8,10 @@ from types import FrameType
 
 
 class CtrlC:
-    """`asked`: whether Ctrl-C has been pressed."""
+    """`asked`: whether Ctrl-C has been pressed; `at_once`: it raises, as at a question."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.at_once = False
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def deferred_interrupt() -> Iterator[CtrlC]:
         return
 
     def remember(number: int, frame: FrameType | None) -> None:
-        if interrupt.asked:
+        if interrupt.asked or interrupt.at_once:
             raise KeyboardInterrupt
         interrupt.asked = True
 

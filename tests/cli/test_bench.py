@@ -12,8 +12,16 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import speed
-from pop_local.measure.speed import Run, measure_speed, random_prompt, require_rows, run_rounds
+from pop_local.measure.speed import (
+    Run,
+    Spread,
+    measure_speed,
+    random_prompt,
+    require_rows,
+    run_rounds,
+)
 from pop_local.measure.upstream import Upstream
+from pop_local.ui.views.speed import show_speed
 from pop_local.workflows import bench as workflow
 from support.calls import read
 from support.converted import converted, tiny
@@ -67,6 +75,15 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert (row["n_image"], row["encode_s"]) == (0, 0)
         assert row["read_speedup"] == row["speedup"]
         assert len(row) == 15
+
+
+@pytest.mark.parametrize(("limit", "is_above"), [(1.45, False), (1.35, True)])
+def test_a_speedup_above_the_limit_is_explained(capsys, limit, is_above):
+    some, ratio, pair = Spread(1.0, 1.0, 1.0), Spread(1.5, 1.4, 1.6), speed.ModePair(1, 1)
+    row = speed.SpeedRow(512, 495, 0, 0, some, some, ratio, limit, 1.5 / limit, pair, 0, 0, ratio)
+    found = workflow.Bench("m.gguf", None, "CPU", "", 4, False, 8, 0)
+    show_speed(workflow.Speed(found, (row,), None))
+    assert ("Above the limit" in capsys.readouterr().out) == is_above
 
 
 def test_table_is_markdown_on_stdout(pop_file):

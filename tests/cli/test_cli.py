@@ -136,7 +136,7 @@ def test_version():
     assert (done.returncode, done.stdout.strip()) == (0, f"pop-local {__version__}")
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["pull"], ["pull", "--nonsense"], ["run"]])
+@pytest.mark.parametrize("arguments", [["nonsense"], ["rm"], ["pull", "--nonsense"], ["run"]])
 def test_wrong_usage_is_exit_2(arguments):
     done = called(*arguments)
     assert done.returncode == 2
@@ -155,7 +155,7 @@ def test_mistyped_command_is_suggested():
 
 
 def test_an_error_is_two_lines_on_stderr_and_exit_1():
-    done = called("pull", "smolm2")
+    done = called("inspect", "smolm2")
     assert done.returncode == 1
     assert done.stdout == ""
     first, second = done.stderr.splitlines()
@@ -238,7 +238,7 @@ def test_pull_into_what_is_no_folder(tmp_path):
 
 
 def test_debug_shows_the_trace_before_the_two_lines():
-    done = run("--debug", "pull", "smolm2")
+    done = run("--debug", "inspect", "smolm2")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.splitlines()[-2].startswith("error: ")

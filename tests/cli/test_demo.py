@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from pop_local.measure.speed import Spread
+from pop_local.ui.views.demo import show_demonstration
+from pop_local.workflows.demo import Demonstration, TimedAnswer
 from support.converted import converted
 from support.program import Done, called, run
 from support.synthetic import make_gguf
@@ -41,6 +44,16 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     assert done.stdout.count("The light is never late") == 2, "both know it from the document"
     assert "(1.42 times fewer multiply-accumulates)" in done.stdout
     assert "they skipped 10 of 30 layers" in done.stdout
+
+
+@pytest.mark.parametrize(("least", "is_above"), [(1.42, False), (1.43, True)])
+def test_a_speedup_above_the_count_is_explained(capsys, least, is_above):
+    answer = TimedAnswer("Yes.", 1.0, 10, 7)
+    speedup = Spread(1.5, least, 1.6)
+    show_demonstration(
+        Demonstration("m.gguf", 4, 8, "Why?", 17, answer, answer, 3, speedup, limit=1.425)
+    )
+    assert ("More than the count" in capsys.readouterr().out) == is_above
 
 
 def test_json_has_all_figures_and_the_counters_add_up(tiny_file):

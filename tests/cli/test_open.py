@@ -15,7 +15,7 @@ from pop_converter.popfile.format import read_binding
 from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.base.errors import PopError
 from pop_local.cli import app
-from pop_local.commands import chat
+from pop_local.commands.opening import default_model
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models
 from pop_local.models import sidecars
@@ -36,12 +36,12 @@ def store(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     entry = replace(find(DEFAULT_MODEL), file="tiny.gguf")
 
-    def fetch(name: str, on_progress: object) -> Path:
+    def fetch(name: str, *_: object, **__: object) -> Path:
         return Path(shutil.copy(source, folder / "tiny.gguf"))
 
     monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
     monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
-    monkeypatch.setattr(opening, "fetch", fetch)
+    monkeypatch.setattr("pop_local.workflows.fetch.fetch", fetch)
     return folder
 
 
@@ -89,7 +89,8 @@ def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, f
 
     monkeypatch.setattr("pop_local.commands.opening.open_model", open_model)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=free_gb * 10**9))
-    assert f"it would be {find(best).name}" in called("chat").stderr
+    for command in ("chat", "serve"):
+        assert f"it would be {find(best).name}" in called(command).stderr
     monkeypatch.setenv("POP_LOCAL_MODEL", "gemma3")
     assert "it would be gemma3" in called("chat").stderr
 
@@ -100,10 +101,10 @@ def test_a_person_is_asked_before_the_default_model_is_fetched(store, monkeypatc
     asked = Mock(return_value=False)
     monkeypatch.setattr("typer.confirm", asked)
     with pytest.raises(PopError, match="no model was fetched"):
-        chat._best()
+        default_model()
     assert asked.call_args.args == (f"Fetch {DEFAULT_MODEL} (92.9 MB)?",)
     (store / "tiny.gguf").touch()
-    assert chat._best() == DEFAULT_MODEL
+    assert default_model() == DEFAULT_MODEL
     assert asked.call_count == 1
 
 

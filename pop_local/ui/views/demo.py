@@ -18,5 +18,10 @@ def show_demonstration(found: Demonstration) -> None:
     pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
     fewer = f"{found.limit:.2f} times fewer multiply-accumulates"
     say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
+    if speedup.min > found.limit:
+        say(
+            "More than the count: skipped layers also save what is no multiplication, and their"
+            " attention takes longer than products of matrices."
+        )
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
     say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,}; they skipped {skipped}")

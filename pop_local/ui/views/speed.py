@@ -34,6 +34,8 @@ def show_speed(found: Speed) -> None:
     if any(row.n_image for row in found.rows):
         columns = (columns[0], _IMAGE, *columns[1:-3], *_ENCODING, *columns[-3:])
     say(markdown(Table.of(columns, found.rows)))
+    if any(row.read_speedup.min > row.limit for row in found.rows):
+        say(_ABOVE)
     if any(row.n_image for row in found.rows):
         say(_NOT_ENCODING)
 
@@ -99,6 +101,9 @@ _ENCODING = (
 _NOT_ENCODING = (
     "\nEncoding the picture is part of both TTFTs, and pruning does not shorten it; the limit is"
     " that of the rest."
+)
+_ABOVE = (
+    "\nAbove the limit: that is a measurement, too, whose noise is more than the full tokens cost."
 )
 _UPSTREAM = Column("upstream_ttft_s", "TTFT llama.cpp (s)", _PRECISE, numeric=True)
 _KERNELS = Column("kernels_speedup", "by kernels", _RATIO, numeric=True)

@@ -14,6 +14,7 @@ from pop_local.base.errors import PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
+from pop_local.workflows.conversion.course import course
 from pop_local.workflows.conversion.distiller import MakeDistiller
 from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.conversion.output import OutputName
@@ -27,6 +28,7 @@ from pop_local.workflows.conversion.plan import (
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Phase, Stopwatch, Watch
+from pop_local.workflows.open import base_file
 from pop_local.workflows.options import Hardware, RowOptions
 
 
@@ -72,7 +74,8 @@ def convert(
     output stays then, and nothing new is left. Raises StoppedError when the watch says so.
     """
     options = ConvertOptions(goal, fit, rows, output, resume, distiller, hardware)
-    return run_conversion(plan_conversion(model, out, options), force=force, watch=watch)
+    planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
+    return run_conversion(planned, force=force, watch=watch)
 
 
 def run_conversion(
@@ -96,6 +99,7 @@ def run_conversion(
         )
     phases = Stopwatch()
     watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
+    watch.on_course(course(conversion))
     bench = Workbench(conversion.source, conversion.options.hardware, watched)
     done = conversion.goal.carry_out(ConversionRun(conversion, force, bench))
     meta = done.meta

@@ -19,7 +19,7 @@ from pop_converter.popfile.plan import Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, Fitted, Sizes
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, StoppedError, WriteError
-from pop_local.calibration.needs import Needs, fit_needs, fit_seconds, spaced
+from pop_local.calibration.needs import FitWork, Needs, fit_needs, fit_work, macs_per_s, spaced
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.names import resolve_base
@@ -144,7 +144,11 @@ class Conversion:
     @cached_property
     def fit_seconds(self) -> float | None:
         """About how long that takes."""
-        return fit_seconds(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
+        return None if self.fit_work is None else sum(self.fit_work) / macs_per_s()
+
+    @property
+    def fit_work(self) -> FitWork | None:
+        return fit_work(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
 
     def limit(self, plan: Plan) -> float | None:
         """The speed-up of a plan at most; None where its work cannot be counted."""

@@ -223,7 +223,7 @@ def test_pieces_are_numbered_as_their_wheels_are():
 def test_the_user_is_told_who_made_a_model_and_who_packaged_it():
     assert find("qwen-0.5b").origin == (
         "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF, licence Apache-2.0,"
-        " in wheels of third parties, checked by hash"
+        " in wheels of third parties, which pip reaches without a hub; checked by hash"
     )
 
 

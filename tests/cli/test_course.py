@@ -1,0 +1,103 @@
+"""The time left is of the whole: every stage was announced, and no more come than were."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from pop_local.calibration import needs
+from pop_local.calibration.options import FitOptions
+from pop_local.measure.budget import BALANCED
+from pop_local.research import analyze as analyses
+from pop_local.research.options import AnalyzeOptions
+from pop_local.workflows import bench
+from pop_local.workflows.conversion.convert import convert
+from pop_local.workflows.conversion.goals import Boundary, Fastest, Goal, Within
+from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
+from pop_local.workflows.events import Step, Unit, Watch
+from pop_local.workflows.options import Hardware
+
+ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)
+LOOSE = replace(BALANCED, max_kl=50.0, max_ppl_ratio=1e3, max_copy_ratio=1e3, least_retention=0.0)
+
+pytestmark = pytest.mark.slow
+
+
+class Followed:
+    """The steps that were announced, and how many stages of each began."""
+
+    def __init__(self) -> None:
+        self.begun: dict[Step, int] = {}
+        self.watch = Watch(on_course=self._set_out, on_stage=self._begin)
+
+    def _set_out(self, steps: Sequence[Step]) -> None:
+        assert not self.begun and all(step.work > 0 for step in steps)
+        self.begun = dict.fromkeys(steps, 0)
+
+    def _begin(self, name: str, unit: Unit) -> None:
+        found = [step for step in self.begun if name.startswith(step.name)]
+        assert found, f"{name} was not announced"
+        self.begun[max(found, key=lambda step: len(step.name))] += 1
+
+    def check(self) -> None:
+        assert sum(self.begun.values()) > 1
+        for step, n in self.begun.items():
+            # Both halves of writing are one step.
+            assert n <= step.n_most * step.n_parts + (step is [*self.begun][-1]), step
+
+
+@pytest.mark.parametrize("goal", [Within(LOOSE), Within(LOOSE, Boundary(4)), Boundary(4)])
+def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, goal: Goal):
+    if isinstance(goal, Within):
+        request.getfixturevalue("short_search")
+    monkeypatch.setattr(needs, "MOST_COST", dict.fromkeys(needs.MOST_COST, 1.0))
+    followed = Followed()
+    fit = FitOptions(2048, texts=(letters,))
+    out = tmp_path / "out.gguf"
+    convert(tiny, out, goal=goal, fit=fit, force=True, hardware=ONE_THREAD, watch=followed.watch)
+    followed.check()
+
+
+def test_without_a_fit_and_fastest(tiny, tmp_path):
+    followed = Followed()
+    out = tmp_path / "out.gguf"
+    convert(
+        tiny, out, goal=Fastest(), fit=None, force=True, hardware=ONE_THREAD, watch=followed.watch
+    )
+    followed.check()
+
+
+@pytest.mark.parametrize("with_fit", [False, True])
+def test_an_analysis(tiny, with_fit):
+    followed = Followed()
+    options = AnalyzeOptions(None, 64, 10, 2, 2, with_fit=with_fit, fit_tokens=2048)
+    analyses.analyze(tiny, options, hardware=ONE_THREAD, watch=followed.watch)
+    followed.check()
+
+
+def test_nothing_is_announced_where_distilling_takes_most(tiny):
+    from pop_local.research.distilled import Distiller
+    from pop_local.workflows.conversion.course import course
+
+    planned = plan_conversion(tiny, None, ConvertOptions(Boundary(4), distiller=Distiller))
+    assert course(planned) == ()
+
+
+def test_sampling_takes_several_times_as_long_as_reading(tiny):
+    planned = plan_conversion(tiny, None, ConvertOptions(Within(BALANCED)))
+    assert planned.fit is not None and planned.needs is not None
+    work = needs.fit_work(planned.plans, planned.fit, planned.needs)
+    n_read = planned.fit.n_tokens(planned.deepest.shape.n_embd)
+    n_sampled = planned.needs.n_sampled * needs.N_WINDOW
+    assert work.sampling / n_sampled > 2 * work.reading / n_read
+    none = replace(planned.needs, n_sampled=0)
+    assert needs.fit_work(planned.plans, planned.fit, none).sampling == 0
+
+
+def test_a_benchmark_counts_how_it_chooses_what_to_compare_with(tiny, monkeypatch):
+    said: list[str] = []
+    watch = Watch(on_stage=lambda name, unit: said.append(name))
+    options = bench.BenchOptions((32,), 1, 4, 32, None, ONE_THREAD)
+    monkeypatch.setattr(bench, "kernels_read_prompts", lambda: True)
+    bench.bench(str(tiny), None, options, watch)
+    assert said == ["Trying settings of llama.cpp", "Measuring"]

@@ -1,0 +1,112 @@
+"""A model of a hub goes wherever a command takes a model: it is fetched when a person says so."""
+
+from collections.abc import Iterator
+from unittest.mock import Mock
+
+import pytest
+
+from pop_local.models import names
+from pop_local.models.names import hub_name, hub_names, load_catalog, resolve
+from pop_local.workflows.events import Watch
+from pop_local.workflows.open import base_file
+from support.hub_server import Hub, Repo, serving
+from support.program import called
+from support.synthetic import make_gguf
+
+TINY = "hf:acme/tiny-GGUF:Q4_0"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
+    content = make_gguf(tmp_path / "tiny.gguf", "llama").read_bytes()
+    files = {f"tiny-{quant}.gguf": content + quant.encode() for quant in ("Q4_0", "Q8_0")}
+    files["tiny-Q4_0.gguf"] = content
+    with serving(Hub(repos={"acme/tiny-GGUF": Repo(files)})) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setenv(names.MODELS_VARIABLE, str(tmp_path / "store"))
+        yield hub
+
+
+def test_a_person_is_asked_once_and_the_name_is_that_file_from_then_on(hub, tmp_path):
+    may = Mock(return_value=True)
+    watch = Watch(may=may)
+    path = base_file(TINY, watch)
+    assert path == tmp_path / "store" / "tiny-Q4_0.gguf"
+    [question] = may.call_args.args
+    assert question.startswith("Fetch ") and question.endswith(" from acme/tiny-GGUF?")
+    hub.requests.clear()
+    assert base_file(TINY.upper().replace("HF", "hf"), watch) == resolve(TINY) == path
+    assert may.call_count == 1 and not hub.requests
+
+
+def test_what_is_there_under_another_name_is_taken_unasked(hub):
+    path = base_file(TINY, Watch(may=lambda question: True))
+    assert base_file("hf:acme/tiny-GGUF", Watch()) == path
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "bench", "convert", "analyze", "inspect"])
+def test_without_a_terminal_each_command_says_what_fetches_it(hub, command):
+    done = called(command, TINY, *["hi"] * (command == "run"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-2:] == [
+        f"error: {TINY} has to be fetched first",
+        f"hint: run `pop-local pull {TINY}`",
+    ]
+    assert not hub.downloads()
+
+
+def test_convert_asks_too(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("pop_local.ui.watch.asked", lambda question: True)
+    done = called("convert", TINY, "--skip", "2", "--projection", "own", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "store" / "tiny-Q4_0.gguf").exists()
+
+
+def test_names_of_the_table(hub, tmp_path, monkeypatch):
+    table = {"model": [], "hub": {"tiny-3.2-1b": "acme/tiny-GGUF:Q8_0"}}
+    monkeypatch.setattr(names, "_toml", lambda: table)
+    for name in ("tiny-3.2-1b", "Tiny3.2:1b"):
+        assert hub_name(name) == "hf:acme/tiny-GGUF:Q8_0"
+    done = called("pull", "tiny3.2:1b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'store' / 'tiny-Q8_0.gguf'}\n"
+    assert resolve("tiny-3.2-1b").name == "tiny-Q8_0.gguf"
+
+
+def test_the_table_has_no_name_of_the_catalog_and_each_is_one_of_a_hub():
+    known = hub_names()
+    assert len({names.plain(name) for name in known}) == len(known) >= 30
+    for each in load_catalog():
+        assert not any(hub_name(alias) for alias in (each.name, *each.aliases))
+    assert all(repo.count("/") == 1 for repo in known.values())
+
+
+def test_an_unknown_name_is_searched_for(hub):
+    hub.repos |= {f"acme/tiny-{n}-GGUF": Repo({}) for n in range(9)}
+    done = called("pull", "tiny")
+    assert (done.returncode, done.stdout) == (1, "")
+    hits = [line for line in done.stderr.splitlines() if line.startswith("pop-local pull hf:")]
+    assert hits == ["pop-local pull hf:acme/tiny-GGUF"] + [
+        f"pop-local pull hf:acme/tiny-{n}-GGUF" for n in range(4)
+    ]
+    assert "there is no model named 'tiny'" in done.stderr
+
+
+def test_a_hub_that_cannot_be_searched_changes_nothing(hub):
+    hub.redirects_to = "http://127.0.0.1:1/"
+    done = called("pull", "qwen3-8c")
+    assert done.returncode == 1
+    said, error, _ = done.stderr.splitlines()
+    assert said.startswith("qwen3-8c was not searched for: the hub cannot be reached")
+    assert error.startswith("error: there is no model named 'qwen3-8c'")
+    assert "qwen3-8b" in done.stderr
+
+
+def test_pull_without_a_name_shows_them():
+    done = called("pull")
+    assert done.returncode == 0
+    assert "smollm2" in done.stdout and "qwen3-8b" in done.stdout
