@@ -2,128 +2,33 @@
 
 import asyncio
 import json
-import logging
-import os
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.testclient import TestClient
 
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
-from pop_local.engine.learning.lesson import Lesson, Teacher
+from pop_local.engine.learning.lesson import Lesson
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.engine.model import PopModel
-from pop_local.server.app import create_app, create_app_of
+from pop_local.server.app import create_app_of
 from pop_local.server.errors import ApiError
-from pop_local.server.listing import File, models_in
-from pop_local.server.models import Lease, Models, Opened, Shelf
+from pop_local.server.listing import File
+from pop_local.server.models import Lease, Models, Opened
 from pop_local.server.worker import Worker
-from support.asked import LONG, N_CTX, chat, complete, text_of
+from support.asked import LONG, N_CTX, complete, text_of
 from support.calls import opened
 from support.converted import converted
-from support.program import called
-from support.serving import asking, counted, served
-from support.synthetic import TEMPLATE, make_gguf
-
-NAMES = ("one", "three", "two")
-
-
-@dataclass
-class Library:
-    """Opens the models of a folder; `models` are those that it has opened, in order."""
-
-    folder: Path
-    models: list[PopModel] = field(default_factory=list)
-    prompts: PromptCache | None = None
-    teacher: Teacher | None = None
-    may_open: threading.Event = field(default_factory=threading.Event)
-    problem: Exception | None = None
-    n_tried: int = 0
-    n_parallel: int = 1
-    behind: Any = None
-
-    def __post_init__(self) -> None:
-        self.may_open.set()
-
-    def open(self, path: Path) -> Opened:
-        assert self.may_open.wait(60)
-        self.n_tried += 1
-        if self.problem is not None:
-            raise self.problem
-        model = opened(path, n_ctx=N_CTX, n_parallel=self.n_parallel)
-        model.keep_prompts(self.prompts)
-        self.models.append(model)
-        return Opened(model, self.teacher)
-
-    @property
-    def open_ones(self) -> list[str]:
-        return [model.path.stem for model in self.models if not model.context.is_closed]
-
-    def shelf(self) -> Shelf:
-        return Shelf(
-            lambda: models_in(self.folder),
-            self.open,
-            N_CTX,
-            can_see=False,
-            n_parallel=self.n_parallel,
-        )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    here = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(NAMES):
-        make_gguf(here / f"{name}.gguf", "llama", seed=seed, chat_template=TEMPLATE)
-    return here
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    """The completion of each model alone."""
-    found = {}
-    for name in NAMES:
-        model = opened(folder / f"{name}.gguf", n_ctx=N_CTX)
-        with asking(create_app(model, name)) as client:
-            found[name] = text_of(complete(client))
-        model.close()
-    assert len(set(found.values())) == len(NAMES)
-    return found
-
-
-@pytest.fixture
-def library(folder):
-    return Library(folder)
-
-
-@contextmanager
-def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
-    library.behind = models = Models(library.shelf(), **how)
-    with asking(create_app_of(models, strict_model=strict_model)) as client:
-        yield client
-    assert not any(models._n_leases.values())
-    assert models.n_waiting() == 0
-    models.close()
-    assert library.open_ones == []
-
-
-def wait_for(condition):
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+from support.library import NAMES, Library, asked, wait_for
+from support.serving import counted, served
 
 
 def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected):
@@ -454,163 +359,3 @@ def test_prompts_outlive_the_closing_of_their_model(library, expected, n_paralle
             answer = complete(client, model=name)
         assert text_of(answer) == expected["two"]
         assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
-
-
-# --- what goes wrong
-
-
-def test_a_damaged_file_closes_nothing(folder, tmp_path, expected):
-    shutil.copy(folder / "one.gguf", tmp_path)
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
-    library = Library(tmp_path)
-    with asked(library) as client:
-        assert text_of(complete(client, model="one")) == expected["one"]
-        for _ in range(2):
-            response = complete(client, model="broken")
-            assert response.status_code == 500
-            assert "broken cannot be loaded" in response.json()["error"]["message"]
-        assert library.open_ones == ["one"]
-        assert text_of(complete(client, model="one")) == expected["one"]
-        assert len(library.models) == 1
-
-
-def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, expected, caplog):
-    with asked(library) as client, ThreadPoolExecutor(3) as others:
-        assert text_of(complete(client, model="one")) == expected["one"]
-        library.problem = PopError("the memory is full", "take a smaller context")
-        library.may_open.clear()
-        waiting = [others.submit(chat, client, model="two") for _ in range(3)]
-        wait_for(lambda: library.behind.n_waiting() == 3)
-        library.may_open.set()
-        for each in waiting:
-            response = each.result()
-            assert response.status_code == 500
-            message = "two cannot be loaded: the memory is full; take a smaller context"
-            assert response.json()["error"]["message"] == message
-        assert message in caplog.text
-        assert library.n_tried == 2
-        library.problem = ValueError("on purpose")
-        assert "unexpected ValueError" in complete(client, model="two").text
-        library.problem = None
-        assert text_of(complete(client, model="one")) == expected["one"]
-        assert text_of(complete(client, model="two")) == expected["two"]
-
-
-def test_other_names_are_answered_by_the_default(library, expected):
-    with asked(library) as client:
-        answer = complete(client)
-        assert answer.json()["model"] == "one"  # the first
-        assert text_of(complete(client, model="two")) == expected["two"]
-        assert complete(client).json()["model"] == "two"  # the last
-        answer = complete(client, model="gpt-4o")
-        assert (answer.json()["model"], answer.headers["x-model"]) == ("two", "two")
-        assert client.get("/v1/models/gpt-4o").status_code == 404
-    with asked(library, default="three", strict_model=True) as client:
-        assert text_of(complete(client)) == expected["three"]
-        refused = complete(client, model="gpt-4o")
-        assert refused.status_code == 404
-        assert "'one', 'three', 'two'" in refused.json()["error"]["message"]
-        assert library.open_ones == ["three"]
-
-
-def test_names_of_the_catalog_find_its_files(folder, tmp_path, expected):
-    shutil.copy(folder / "one.gguf", tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    shutil.copy(folder / "two.gguf", tmp_path)
-    with asked(Library(tmp_path)) as client:
-        assert text_of(complete(client, model="two")) == expected["two"]
-        assert text_of(complete(client, model="smollm2")) == expected["one"]
-
-
-def test_a_folder_may_be_empty_at_first(folder, tmp_path, expected):
-    with asked(Library(tmp_path)) as client:
-        assert client.get("/v1/models").json()["data"] == []
-        assert complete(client, model="one").status_code == 404
-        assert complete(client).status_code == 404
-        shutil.copy(folder / "one.gguf", tmp_path)
-        assert text_of(complete(client)) == expected["one"]
-
-
-# --- listings
-
-
-def test_listings_open_nothing(folder, tmp_path, caplog):
-    for name in NAMES:
-        shutil.copy(folder / f"{name}.gguf", tmp_path)
-    converted(tmp_path / "one.gguf", tmp_path, boundary=4)
-    for name in ("broken", "mmproj-one", "gone.pop-sidecar", "part-00002-of-00002"):
-        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF" + bytes(100))
-    library = Library(tmp_path)
-    names = ["one", "one.pop", "three", "two"]
-    if sys.platform == "linux":
-        shutil.copy(folder / "two.gguf", Path(os.fsdecode(bytes(tmp_path) + b"/z\xff.gguf")))
-        names += ["z\ufffd"]
-    caplog.set_level(logging.WARNING, "pop_local.server")
-    with asked(library) as client:
-        cards = client.get("/v1/models").json()["data"]
-        assert [card["id"] for card in cards] == names
-        assert not any(card["pop"]["loaded"] for card in cards)
-        assert [card["pop"]["boundary"] for card in cards[:4]] == [0, 4, 0, 0]
-        assert "broken is left out" in caplog.text
-        tags = client.get("/api/tags").json()["models"]
-        assert [tag["name"] for tag in tags] == [f"{name}:latest" for name in names]
-        assert len({tag["digest"] for tag in tags}) == 4  # one file is there twice
-        assert client.get("/api/ps").json() == {"models": []}
-        assert client.get("/v1/models/two").json() == cards[3]
-        shown = client.post("/api/show", json={"model": "two"}).json()
-        assert shown["model_info"]["llama.context_length"] == N_CTX
-        assert shown["capabilities"] == ["completion", "tools"]
-        assert client.get("/v1/models/broken").status_code == 500
-        assert library.models == []
-        complete(client, model="one.pop", max_tokens=1)
-        cards = client.get("/v1/models").json()["data"]
-        assert [card["id"] for card in cards if card["pop"]["loaded"]] == ["one.pop"]
-        (running,) = client.get("/api/ps").json()["models"]
-        assert (running["name"], running["context_length"]) == ("one.pop:latest", N_CTX)
-        (tmp_path / "three.gguf").unlink()
-        assert len(client.get("/v1/models").json()["data"]) == len(names) - 1
-        (tmp_path / "one.pop.gguf").unlink()  # open
-        for path in ("/v1/models", "/api/tags", "/api/ps"):
-            assert client.get(path).status_code == 200
-
-
-# --- the command
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        ("x.gguf --ram 2", "give --models"),
-        ("--models {folder} --name x", "belongs to one model"),
-        ("--models {folder} --sidecar x", "belongs to one model"),
-        ("--models {folder} --mmproj x", "belongs to one model"),
-        ("--models {folder}/nowhere", "does not exist"),
-        ("--models {folder} --ram inf", "finite"),
-    ],
-)
-def test_options_that_do_not_go_together(folder, words, reason):
-    done = called("serve", *words.format(folder=folder).split())
-    assert done.returncode == 2
-    assert reason in " ".join(done.stderr.replace("│", "").split())
-
-
-def test_the_command_serves_a_folder(folder, expected, monkeypatch):
-    found: list[str] = []
-
-    def ask_instead(app, listening):
-        found.append(",".join(served.name for served in app.state.models.loaded))
-        with asking(app) as client:
-            found.append(text_of(complete(client)))
-            found.append(text_of(complete(client, model="two")))
-
-    monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
-    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
-    options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024, "--learn", "off")
-    done = called("serve", *options)
-    assert done.returncode == 0, done.stderr
-    assert "one at a time: one, three, two." in " ".join(done.stderr.split())
-    assert called("serve", "three.gguf", *options, "--ram", 4).returncode == 0
-    one, two, three = expected["one"], expected["two"], expected["three"]
-    assert found == ["", one, two, "three", three, two]
-    wrong = called("serve", "thre", *options)
-    assert wrong.returncode == 1
-    assert "did you mean three?" in wrong.stderr
