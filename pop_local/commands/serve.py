@@ -3,18 +3,18 @@
 import errno
 import importlib.util
 import logging
-import os
 import re
 import socket
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pop_local.base.errors import PopError
+from pop_local.base.nearest import nearest_hint
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener, default_model
 from pop_local.commands.unfolding import Group, option, unfolded
@@ -23,6 +23,7 @@ from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
+    from pop_local.server.models import Models
 
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
@@ -45,7 +46,22 @@ class ServerOptions(Group):
         default="",
     )
     strict_model: bool = option(
-        "Refuse requests for other models, which this one answers otherwise.", default=False
+        "Refuse requests for other models, which MODEL answers otherwise.", default=False
+    )
+    models: Path | None = option(
+        "Serve the models of this folder by the names that `list` shows, each opened when it is"
+        " asked for. MODEL is one of them, opened at the start; it answers where no name is given."
+        " Without it the one that was asked for last does, at first the first one.",
+        "FOLDER",
+        exists=True,
+        file_okay=False,
+    )
+    ram: float | None = option(
+        "With --models: memory for open models, idle ones are closed for others. Default: one at a"
+        " time is open.",
+        "GIB",
+        min=0.0,
+        callback=opt.finite,
     )
     cors: list[str] | None = option(
         "Web pages of this origin may ask without a key, as those of this machine may; again for"
@@ -107,39 +123,86 @@ def serve_named(
     """Serve until a signal. `asked`: names of the options that the command line has. `on_ready`
     gets the address once connections are taken.
     """
+    _require_usage(to, how)
     _require_packages()
     origins = [_origin(given) for given in to.cors or ()]
     listening = _bound(to.host, to.port)
     _log_to_stderr()
-    from pop_local.engine.cache.prompt_cache import PromptCache
-    from pop_local.server.app import create_app, run_app
+    from pop_local.server.app import create_app_of, run_app
     from pop_local.server.front import LOOPBACK
 
-    model = model or default_model()
-    open_named = Opener(model, how, asked, _n_parallel(to, how))
-    opened = open_named()
-    opened.keep_prompts(PromptCache(to.cache_ram * 2**20) if to.cache_ram else None)
+    if to.models is None:
+        model = model or default_model()
+    models = _models(model, to, Opener(model, how, asked, _n_parallel(to, how)))
     try:
-        name = to.name or _default_name(model, opened.path)
-        app = create_app(
-            opened,
-            name,
+        app = create_app_of(
+            models,
             api_key=to.api_key,
             host=to.host,
-            max_waiting=to.max_waiting,
-            repeatable=to.repeatable,
-            teacher=open_named.lessons(opened),
             strict_model=to.strict_model,
             origins=origins,
         )
         listening.listen(128)
         root = _root(listening)
-        _announce(opened, name, root, is_open=to.host not in LOOPBACK and not to.api_key)
+        _announce(models, to)
+        _announce_address(root, is_open=to.host not in LOOPBACK and not to.api_key)
         on_ready(root)
         run_app(app, listening)
     finally:
         listening.close()
-        opened.close()
+        models.close()
+
+
+def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
+    """Raises BadParameter for options that do not go together."""
+    if to.models is None:
+        if to.ram is not None:
+            raise typer.BadParameter("it is for several models: give --models", param_hint="--ram")
+        return
+    of_one = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
+    for name, value in of_one.items():
+        if value:
+            reason = "it belongs to one model, and --models serves several"
+            raise typer.BadParameter(reason, param_hint=name)
+
+
+def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
+    """Make the models of the server; MODEL is opened."""
+    from pop_local.engine.cache.prompt_cache import PromptCache
+    from pop_local.server.listing import File, find, models_in
+    from pop_local.server.models import Models, Opened, Shelf
+
+    prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
+
+    def opened_by(name: str | None) -> Opened:
+        opened = opener(name)
+        opened.keep_prompts(prompts)
+        return Opened(opened, opener.lessons(opened))
+
+    how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
+    if (folder := to.models) is None:
+        assert model is not None
+        one = opened_by(None)
+        name = to.name or _default_name(model, one.model.path)
+        return Models.of_one(File(name, one.model.path), one, **how)
+    ram_bytes = int((to.ram or 0) * 2**30)
+    shelf = Shelf(
+        lambda: models_in(folder),
+        lambda path: opened_by(str(path)),
+        opener.options.ctx,
+        can_see=True,
+        n_parallel=opener.n_parallel or 2,  # at most, where the model decides
+    )
+    if model is None:
+        return Models(shelf, ram_bytes=ram_bytes, **how)
+    files = shelf.files()
+    file = find(model, files)
+    if file is None:
+        hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
+        raise PopError(f"there is no model {model!r} in {folder}", hint)
+    models = Models(shelf, ram_bytes=ram_bytes, default=file.name, **how)
+    models.load(file)
+    return models
 
 
 def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
@@ -158,7 +221,9 @@ def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
 
 def _default_name(model: str, path: Path) -> str:
     """Return the name that was given if the catalog has it, as requests are likely to use it."""
-    return model if lookup(model) else os.fsencode(path.stem).decode(errors="replace")
+    from pop_local.server.listing import shown
+
+    return model if lookup(model) else shown(path.stem)
 
 
 def _origin(given: str) -> str:
@@ -218,7 +283,16 @@ def _root(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _announce(opened: "PopModel", name: str, root: str, is_open: bool) -> None:
+def _announce(models: "Models", to: ServerOptions) -> None:
+    for served in models.loaded:
+        _announce_model(served.name, served.model)
+    if to.models is not None:
+        kept = f"within {to.ram:g} GiB of memory" if to.ram else "one at a time"
+        names = ", ".join(models.names) or "none yet"
+        note(f"Models of {to.models}, opened when they are asked for, {kept}: {names}.")
+
+
+def _announce_model(name: str, opened: "PopModel") -> None:
     pruning = f"pruned from layer {opened.boundary} on" if opened.mode else "not pruned"
     if opened.mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"
@@ -227,6 +301,9 @@ def _announce(opened: "PopModel", name: str, root: str, is_open: bool) -> None:
         warn("No pictures are read, since Pillow is missing: pip install 'pop-local[images]'")
     elif opened.mmproj:
         note(f"Pictures are read, by {opened.mmproj.name}, out of data: URLs.")
+
+
+def _announce_address(root: str, is_open: bool) -> None:
     if is_open:
         warn("Anyone who reaches this machine can use the model: set --api-key.")
     note(f"Serving at {root}/v1, a page at {root}/ (Ctrl-C stops)")

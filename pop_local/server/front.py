@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -42,17 +43,15 @@ class Entry:
 class Front:
     """ASGI middleware. The scope's state may say `hung_up`, and a `note` for the log.
 
-    Where the state has a name as `asked`, the client asked for another model than `name`. `paths`:
-    those that are counted each for itself.
+    Where the state has a name as `asked`, the client asked for a model that is not here, and
+    `answering` names the other one. The state's `held` is closed at the end. `paths`: those that
+    are counted each for itself.
     """
 
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics, entry: Entry, name: str, paths: frozenset[str]
-    ) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, entry: Entry, paths: frozenset[str]) -> None:
         self._app = app
         self._metrics = metrics
         self._entry = entry
-        self._model = quote(name, safe=" :+@,()").encode()
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,11 +65,13 @@ class Front:
             nonlocal status, is_started
             if message["type"] == "http.response.start":
                 status, is_started = message["status"], True
-                if "asked" in state:
-                    message["headers"] = [*message["headers"], (b"x-model", self._model)]
+                if "asked" in state and "answering" in state:
+                    name = quote(state["answering"], safe=" :+@,()").encode()
+                    message["headers"] = [*message["headers"], (b"x-model", name)]
             await send(message)
 
         state: dict[str, Any] = scope.setdefault("state", {})
+        held = state["held"] = ExitStack()
         try:
             error = refusal(scope, self._entry)
             app = self._app if error is None else error.response(scope["path"])
@@ -81,6 +82,7 @@ class Front:
             stopping = ApiError(503, STOPPING).response(scope["path"])
             await stopping(scope, receive, watched_send)
         finally:
+            held.close()
             status = HUNG_UP if state.get("hung_up") else status
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()

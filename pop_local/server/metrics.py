@@ -43,6 +43,7 @@ class Metrics:
         self.queue = Gauge(
             "pop_queue_length", "Requests that wait for the model", registry=self._registry
         )
+        self.open = Gauge("pop_models_open", "Models in memory", registry=self._registry)
         self.unread = Gauge(
             "pop_unread_tokens",
             "Tokens that are still to be read of the prompts that are being read",

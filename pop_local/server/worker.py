@@ -157,7 +157,7 @@ class Worker(threading.Thread):
         # When each running job last showed that it lives.
         self._seen_s: dict[Job, float] = {}
         metrics.unread.set_function(self.n_unread)
-        metrics.refillable.set_function(self._seats.n_refillable)
+        metrics.refillable.set_function(self.n_refillable)
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -188,6 +188,10 @@ class Worker(threading.Thread):
     def n_unread(self) -> int:
         """Rows that are still to be read of the prompts that are being read."""
         return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
+
+    def n_refillable(self) -> int:
+        """Cached rows that are still to run the skipped layers."""
+        return self._seats.n_refillable()
 
     def place(self, job: Job) -> int:
         """Return a job's place in the queue, from 1 on; 0 once it has left it."""

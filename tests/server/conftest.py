@@ -4,12 +4,13 @@ import pytest
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.server.app import create_app
-from support.asked import N_CTX, NAME
+from support.asked import N_CTX, NAME, complete, text_of
 from support.calls import opened
 from support.converted import tiny
 from support.filling import make_filler
+from support.library import NAMES, Library
 from support.serving import asking
-from support.synthetic import TEMPLATE
+from support.synthetic import TEMPLATE, make_gguf
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,29 @@ def filler(tmp_path_factory):
     with asking(create_app(model, NAME)) as client:
         yield model, client
     model.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    here = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(NAMES):
+        make_gguf(here / f"{name}.gguf", "llama", seed=seed, chat_template=TEMPLATE)
+    return here
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """The completion of each model alone."""
+    found = {}
+    for name in NAMES:
+        model = opened(folder / f"{name}.gguf", n_ctx=N_CTX)
+        with asking(create_app(model, name)) as client:
+            found[name] = text_of(complete(client))
+        model.close()
+    assert len(set(found.values())) == len(NAMES)
+    return found
+
+
+@pytest.fixture
+def library(folder):
+    return Library(folder)

@@ -29,7 +29,8 @@ def test_health_models_and_metrics(client):
     assert client.get("/health").json() == {"status": "ok"}
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == NAME
-    assert model["pop"] == {"n_ctx": N_CTX, "boundary": 4, "images": False, "exact": 0}
+    about = {"n_ctx": N_CTX, "boundary": 4, "images": False, "exact": 0, "loaded": True}
+    assert model["pop"] == about
     assert client.get(f"/v1/models/{NAME}").json() == model
 
 

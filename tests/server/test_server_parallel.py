@@ -173,15 +173,16 @@ def test_answers_that_have_to_be_repeatable_are_refused(several):
 def test_a_stopping_server_ends_all_answers(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=3)
     app = create_app(model, NAME)
+    (served,) = app.state.models.loaded
     with asking(app) as client, ThreadPoolExecutor(3) as clients:
         asked = [clients.submit(chat, client, grammar=ENDLESS, max_tokens=900) for _ in range(3)]
         until_s = time.monotonic() + 30
-        while len(app.state.worker._seen_s) < 3:
+        while len(served.worker._seen_s) < 3:
             assert time.monotonic() < until_s
             time.sleep(0.01)
-        app.state.worker.stop()
+        app.state.models.stop()
         assert {one.result(timeout=30).status_code for one in asked} == {503}
-    assert not app.state.worker.is_alive()
+    assert not served.worker.is_alive()
     model.close()
 
 

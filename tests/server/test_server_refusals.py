@@ -251,7 +251,8 @@ def test_the_command_says_how_many_may_wait(path, monkeypatch):
             worker.submit(task)
 
     def fill_instead(app, listening):
-        asyncio.run(fill(app.state.worker))
+        (served,) = app.state.models.loaded
+        asyncio.run(fill(served.worker))
 
     monkeypatch.setattr("pop_local.server.app.run_app", fill_instead)
     monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)

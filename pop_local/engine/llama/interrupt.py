@@ -85,9 +85,15 @@ class Interrupt:
 
     @contextmanager
     def opening(self, model_params: Any) -> Iterator[None]:
-        """Stop the loading of a model at a signal (llama_progress_callback), and handle it then."""
+        """Stop the loading of a model (llama_progress_callback) at a signal, and handle it then.
+
+        The caller's wish to stop ends it as well; the model cannot be opened then.
+        """
         self._put_off_signals()
-        callback = self._api.llama_progress_callback(lambda _part, _data: not self._pending)
+        should_stop = whether_to_stop()
+        callback = self._api.llama_progress_callback(
+            lambda *_: not (self._pending or should_stop())
+        )
         model_params.progress_callback = callback
         try:
             yield

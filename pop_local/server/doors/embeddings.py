@@ -1,7 +1,7 @@
 """OpenAI's embeddings, and Ollama's."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,18 +71,21 @@ class Embeddings:
 
     async def create(self, request: Request) -> Response:
         body = await self._house.read(request, EmbeddingsBody)
-        return await self._answer(request, body, EmbeddingsReply(self._house.name, body))
+        return await self._answer(request, body, lambda name: EmbeddingsReply(name, body))
 
     async def embed(self, request: Request) -> Response:
         body = await self._house.read(request, EmbeddingsBody)
-        return await self._answer(request, body, OllamaReply(self._house.name))
+        return await self._answer(request, body, OllamaReply)
 
     async def embed_one(self, request: Request) -> Response:
         """Ollama's older endpoint."""
         asked = await self._house.read(request, OneText)
         body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
-        return await self._answer(request, body, OneReply(self._house.name))
+        return await self._answer(request, body, OneReply)
 
-    async def _answer(self, request: Request, body: EmbeddingsBody, reply: OwnReply) -> Response:
-        whole = body.model_copy(update={"stream": False})
-        return await self._house.answer(request, whole, self._house.tasks.embeddings, reply)
+    async def _answer(
+        self, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
+    ) -> Response:
+        served = await self._house.served(request, body.model)
+        whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
+        return await self._house.answer(request, served, whole, make, reply(served.name))

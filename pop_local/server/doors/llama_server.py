@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -19,6 +20,7 @@ from pop_local.engine.turn import TokenLogprob, TurnOptions
 from pop_local.server.bodies import CompletionBody, Lenient, Named, Sampling
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
+from pop_local.server.models import Served
 from pop_local.server.replies import End, Json, OwnReply, chat_logprob, content_of
 from pop_local.server.worker import Task
 
@@ -142,14 +144,15 @@ class LlamaServer:
         ]
 
     async def props(self, request: Request) -> Response:
-        model = self._house.model
+        served = await self._house.served(request, request.query_params.get("model"))
+        model = served.model
         template = model.prompter.template
         settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
         return JSONResponse(
             {
                 "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
                 "total_slots": 1,
-                "model_alias": self._house.name,
+                "model_alias": served.name,
                 "model_path": os.fsencode(model.path.name).decode(errors="replace"),
                 "modalities": {"vision": model.can_see, "audio": False},
                 "chat_template": template.source,
@@ -162,7 +165,8 @@ class LlamaServer:
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._house.read(request, TokenizeBody)
-        model = self._house.model
+        served = await self._house.served(request, body.model)
+        model = served.model
 
         def work() -> list[Any]:
             tokens = model.tokenize(
@@ -173,42 +177,45 @@ class LlamaServer:
             pieces = Pieces(model.context, range(model.context.n_vocab))
             return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
 
-        return JSONResponse({"tokens": await self._house.work(request, work)})
+        return JSONResponse({"tokens": await self._house.work(request, served, work)})
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._house.read(request, DetokenizeBody)
+        served = await self._house.served(request, body.model)
 
         def work() -> str:
-            self._house.tasks.check_tokens(body.tokens, "tokens")
-            context = self._house.model.context
+            served.tasks.check_tokens(body.tokens, "tokens")
+            context = served.model.context
             pieces = Pieces(context, range(context.n_vocab))
             return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
 
-        return JSONResponse({"content": await self._house.work(request, work)})
+        return JSONResponse({"content": await self._house.work(request, served, work)})
 
     async def complete(self, request: Request) -> Response:
         body = await self._house.read(request, LlamaBody)
-        return await self._house.answer(request, body, self._house.tasks.completions, self._reply)
+        served = await self._house.served(request, body.model)
+        make = served.tasks.completions
+        return await self._house.answer(request, served, body, make, _reply(served))
 
     async def infill(self, request: Request) -> Response:
         body = await self._house.read(request, InfillBody)
-        return await self._house.answer(request, body, self._infilling, self._reply)
+        served = await self._house.served(request, body.model)
+        make = partial(_infilling, served)
+        return await self._house.answer(request, served, body, make, _reply(served))
 
-    @property
-    def _reply(self) -> LlamaReply:
-        return LlamaReply(self._house.name, self._house.model.n_ctx)
 
-    def _infilling(self, body: InfillBody) -> list[Task]:
-        files = [(file.filename, file.text) for file in body.input_extra]
-        try:
-            tokens = infilling(
-                self._house.model.context, body.input_prefix, body.input_suffix, body.prompt, files
-            )
-        except PopError as error:
-            raise ApiError(400, error.message) from error
-        return self._house.tasks.completions(
-            body.model_copy(update={"prompt": tokens, "suffix": None})
-        )
+def _reply(served: Served) -> LlamaReply:
+    return LlamaReply(served.name, served.model.n_ctx)
+
+
+def _infilling(served: Served, body: InfillBody) -> list[Task]:
+    files = [(file.filename, file.text) for file in body.input_extra]
+    context = served.model.context
+    try:
+        tokens = infilling(context, body.input_prefix, body.input_suffix, body.prompt, files)
+    except PopError as error:
+        raise ApiError(400, error.message) from error
+    return served.tasks.completions(body.model_copy(update={"prompt": tokens, "suffix": None}))
 
 
 def _settings(options: TurnOptions) -> Json:

@@ -278,13 +278,15 @@ class Messages:
     async def create(self, request: Request) -> Response:
         body = await self._house.read(request, MessagesBody)
         chat = await run_in_threadpool(lambda: body.as_chat)
-        reply = MessagesReply(self._house.name)
-        return await self._house.answer(request, chat, self._house.tasks.chat, reply)
+        served = await self._house.served(request, body.model)
+        reply = MessagesReply(served.name)
+        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
 
     async def count(self, request: Request) -> Response:
         body = await self._house.read(request, CountBody)
         chat = await run_in_threadpool(body.chat)
-        [task] = await self._house.made(request, chat, self._house.tasks.chat)
+        served = await self._house.served(request, body.model)
+        [task] = await self._house.made(request, served, chat, served.tasks.chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import lru_cache
 from math import isfinite
+from pathlib import Path
 from typing import Annotated, Any
 
 import gguf
@@ -13,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pop_converter.gguf.source import sampled_sha256
+from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local import __version__
-from pop_local.engine.prompt.infill import can_infill
+from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob
 from pop_local.server.bodies import (
@@ -28,6 +30,7 @@ from pop_local.server.bodies import (
 )
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
+from pop_local.server.listing import About
 from pop_local.server.pictures import MAX_PICTURES
 from pop_local.server.replies import (
     End,
@@ -242,88 +245,107 @@ class Ollama:
         return JSONResponse({"version": _VERSION, "pop_local": __version__})
 
     async def tags(self, request: Request) -> Response:
-        return JSONResponse({"models": [await run_in_threadpool(lambda: self._card)]})
+        listed = await self._house.models.listed()
+        return JSONResponse({"models": await run_in_threadpool(_cards, listed)})
 
     async def running(self, request: Request) -> Response:
-        more = {"expires_at": _NEVER, "size_vram": 0, "context_length": self._house.model.n_ctx}
-        card = await run_in_threadpool(lambda: self._card)
-        return JSONResponse({"models": [card | more]})
+        more = {"expires_at": _NEVER, "size_vram": 0}
+        cards = await run_in_threadpool(_cards, self._house.models.opened)
+        return JSONResponse({"models": [card | more for card in cards]})
 
     async def show(self, request: Request) -> Response:
-        await self._house.read(request, Named)
-        return JSONResponse(await run_in_threadpool(lambda: self._shown))
+        body = await self._house.read(request, Named)
+        about = await self._house.models.about(self._house.file(request, body.model))
+        return JSONResponse(await run_in_threadpool(_shown, about))
 
     async def chat(self, request: Request) -> Response:
-        body, reply = await self._house.read(request, OllamaChat), OllamaChatReply(self._house.name)
-        if not body.messages:
+        body = await self._house.read(request, OllamaChat)
+        ours = body.chat(body.messages, tools=body.tools) if body.messages else None
+        served = await self._house.served(request, body.model)
+        reply = OllamaChatReply(served.name)
+        if ours is None:
             return reply.nothing()
-        ours = body.chat(body.messages, tools=body.tools)
-        return await self._house.answer(request, ours, self._house.tasks.chat, reply)
+        return await self._house.answer(request, served, ours, served.tasks.chat, reply)
 
     async def generate(self, request: Request) -> Response:
-        body, reply = await self._house.read(request, OllamaGenerate), OllamaReply(self._house.name)
+        body = await self._house.read(request, OllamaGenerate)
+        served = await self._house.served(request, body.model)
+        reply, tasks = OllamaReply(served.name), served.tasks
         if not (body.prompt or body.images or body.suffix):
             return reply.nothing()
-        tasks = self._house.tasks
         if body.raw or body.suffix:
-            return await self._house.answer(request, body.completion(), tasks.completions, reply)
-        return await self._house.answer(request, body.as_chat(), tasks.chat, reply)
+            ours = body.completion()
+            return await self._house.answer(request, served, ours, tasks.completions, reply)
+        return await self._house.answer(request, served, body.as_chat(), tasks.chat, reply)
 
-    @cached_property
-    def _details(self) -> Json:
-        context = self._house.model.context
-        family = str(context.header.get("general.architecture"))
-        size = sum(tensor.n_elements for tensor in context.source.tensors)
-        kind = context.header.get("general.file_type")
-        kinds = {int(one): one.name.removeprefix("MOSTLY_") for one in gguf.LlamaFileType}
-        return {
-            "parent_model": "",
-            "format": "gguf",
-            "family": family,
-            "families": [family],
-            "parameter_size": f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M",
-            "quantization_level": next((kinds[one] for one in kinds if one == kind), "unknown"),
-        }
 
-    @cached_property
-    def _card(self) -> Json:
-        source, name = self._house.model.context.source, self._house.name
-        tagged = name if ":" in name else f"{name}:latest"
-        changed = datetime.fromtimestamp(source.first.path.stat().st_mtime, timezone.utc)
-        return {
-            "name": tagged,
-            "model": tagged,
-            "modified_at": changed.isoformat(),
-            "size": source.size_bytes,
-            "digest": sampled_sha256(source),
-            "details": self._details,
-        }
+def _details(about: About) -> Json:
+    header = about.source.first
+    family = str(header.get("general.architecture"))
+    size = sum(tensor.n_elements for tensor in about.source.tensors)
+    kind = header.get("general.file_type")
+    kinds = {int(one): one.name.removeprefix("MOSTLY_") for one in gguf.LlamaFileType}
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": family,
+        "families": [family],
+        "parameter_size": f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M",
+        "quantization_level": next((kinds[one] for one in kinds if one == kind), "unknown"),
+    }
 
-    @cached_property
-    def _shown(self) -> Json:
-        model = self._house.model
-        header = model.context.header
-        keys = {
-            name: key.value
-            for name, key in header.keys.items()
-            if (isinstance(key.value, int | float) and isfinite(key.value))
-            or (isinstance(key.value, str) and len(key.value) <= _LONGEST_KEY)
-        }
-        # Clients cut their prompts by it.
-        keys[f"{self._details['family']}.context_length"] = model.n_ctx
-        parameters = {"num_ctx": model.n_ctx, **model.recommended}
-        has_tools = model.prompter.has_template
-        can = {"vision": model.can_see, "insert": can_infill(model.context), "tools": has_tools}
-        return {
-            "license": keys.get("general.license", ""),
-            "modelfile": f"FROM {self._house.name}",
-            "parameters": "\n".join(f"{name} {value}" for name, value in parameters.items()),
-            "template": model.prompter.template.source,
-            "details": self._details,
-            "model_info": keys,
-            "capabilities": ["completion", *(name for name, has in can.items() if has)],
-            "modified_at": self._card["modified_at"],
-        }
+
+def _cards(listed: Sequence[About]) -> list[Json]:
+    """Those whose files are there; an open model may have lost its own."""
+    return [_card(one) for one in listed if one.source.first.path.is_file()]
+
+
+def _card(about: About) -> Json:
+    tagged = about.name if ":" in about.name else f"{about.name}:latest"
+    path = about.source.first.path
+    return {
+        "name": tagged,
+        "model": tagged,
+        "modified_at": _changed(about),
+        "size": about.source.size_bytes,
+        "digest": _digest(path, path.stat().st_mtime_ns),
+        "details": _details(about),
+        "context_length": about.n_ctx,
+    }
+
+
+def _changed(about: About) -> str:
+    changed_s = about.source.first.path.stat().st_mtime
+    return datetime.fromtimestamp(changed_s, timezone.utc).isoformat()
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, _changed_ns: int) -> str:
+    return sampled_sha256(read_source(path))
+
+
+def _shown(about: About) -> Json:
+    header, details = about.source.first, _details(about)
+    keys = {
+        name: key.value
+        for name, key in header.keys.items()
+        if (isinstance(key.value, int | float) and isfinite(key.value))
+        or (isinstance(key.value, str) and len(key.value) <= _LONGEST_KEY)
+    }
+    # Clients cut their prompts by it.
+    keys[f"{details['family']}.context_length"] = about.n_ctx
+    parameters = {"num_ctx": about.n_ctx, **recommended(header)}
+    can = {"vision": about.can_see, "insert": about.can_infill, "tools": bool(about.template)}
+    return {
+        "license": keys.get("general.license", ""),
+        "modelfile": f"FROM {about.name}",
+        "parameters": "\n".join(f"{name} {value}" for name, value in parameters.items()),
+        "template": about.template or PLAIN_TEMPLATE,
+        "details": details,
+        "model_info": keys,
+        "capabilities": ["completion", *(name for name, has in can.items() if has)],
+        "modified_at": _changed(about),
+    }
 
 
 def _image(letters: str) -> Json:

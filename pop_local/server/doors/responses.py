@@ -383,9 +383,10 @@ class Responses:
     async def create(self, request: Request) -> Response:
         body = await self._house.read(request, ResponsesBody)
         earlier = self._memory.of(body.previous_response_id)
-        reply = ResponsesReply(self._house.name, body, earlier, self._memory)
         chat = await run_in_threadpool(body.chat, earlier)
-        return await self._house.answer(request, chat, self._house.tasks.chat, reply)
+        served = await self._house.served(request, body.model)
+        reply = ResponsesReply(served.name, body, earlier, self._memory)
+        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
 
 
 def _size(value: Any) -> int:

@@ -1,10 +1,15 @@
 """Which K/V are reused: never those of the other mode, nor context rows in a prompt's tail."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from pop_local.base.errors import PopError
+from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.cache.state import SavedState
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt
@@ -201,6 +206,24 @@ def test_one_state_too_many_drives_out_the_oldest(pop_file):
         n_read(model, prompt(100, seed))
         assert cache.size_bytes <= cache.capacity_bytes
     assert [n_read(model, prompt(100, seed)) <= 16 for seed in (4, 1)] == [True, False]
+
+
+def test_models_in_several_threads_share_a_cache():
+    cache, interval_s = PromptCache(100), sys.getswitchinterval()
+
+    def use(key: int) -> None:
+        for number in range(300):
+            tokens = np.full(2 + number % 7, number, np.int32)
+            cache.add(str(key), SavedState(FULL, "", tokens, tokens, tokens, bytes(1)))
+            cache.longest(str(key), Prompt(tokens.tolist()))
+
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(use, range(4))) == [None] * 4
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert len(cache) == 100
 
 
 def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):

@@ -1,0 +1,132 @@
+"""The models that a server has: found by name, and described from their headers."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import PopError
+from pop_local.engine.images.pictures import has_pillow
+from pop_local.engine.llama.loading import default_ctx, kv_bytes
+from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.infill import can_infill
+from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
+from pop_local.models.names import load_catalog
+from pop_local.models.sidecars import sidecar_of
+from pop_local.models.stored import known_name, models_by_name
+
+_LATEST = ":latest"  # as Ollama's clients see it
+
+
+class File(NamedTuple):
+    """A model's name in the API, and its file."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class About:
+    """A model as the listings show it. Only an open one knows `exact`, and whether it can infill.
+
+    `boundary`: 0 where nothing is pruned.
+    """
+
+    name: str
+    source: Source
+    n_ctx: int
+    boundary: int
+    exact: int | None
+    can_see: bool
+    can_infill: bool
+    is_loaded: bool
+    n_parallel: int
+
+    @classmethod
+    def of_model(cls, name: str, model: PopModel) -> "About":
+        return cls(
+            name,
+            model.context.source,
+            model.n_ctx,
+            model.boundary,
+            model.exact,
+            model.can_see,
+            can_infill(model.context),
+            is_loaded=True,
+            n_parallel=len(model.sequences),
+        )
+
+    @classmethod
+    def of_file(cls, file: File, n_ctx: int | None, n_parallel: int) -> "About":
+        """`n_ctx`: that of all models, None for their own. Raises PopError for a damaged file."""
+        stat = file.path.stat()
+        source = _source(file.path, (stat.st_mtime_ns, stat.st_size))
+        if source.first.get("general.architecture") == ARCHITECTURE:
+            raise PopError(f"{file.path} is an mmproj: it reads pictures for a model")
+        meta = pop_of(source, sidecar_of(source))
+        return cls(
+            file.name,
+            source,
+            n_ctx or default_ctx(source.first),
+            meta.boundary if meta else 0,
+            None,
+            has_pillow() and mmproj_beside(file.path) is not None,
+            can_infill=False,
+            is_loaded=False,
+            n_parallel=n_parallel,
+        )
+
+    @property
+    def template(self) -> str:
+        """The template of its file, "" for a base model."""
+        return str(self.source.first.get("tokenizer.chat_template") or "")
+
+    @property
+    def needed_bytes(self) -> int:
+        """About the memory that it takes: its file, K/V in F16, states at the boundary in F32."""
+        n_bytes, n_cells = self.source.size_bytes, self.n_ctx * self.n_parallel
+        with suppress(PopError):
+            shape = source_shape(self.source)
+            n_bytes += kv_bytes(shape, n_cells)
+            n_bytes += 4 * n_cells * shape.n_embd * bool(self.boundary)
+        return n_bytes
+
+
+@lru_cache(maxsize=256)
+def _source(path: Path, _state: tuple[int, int]) -> Source:
+    return read_source(path)
+
+
+def models_in(folder: Path) -> dict[str, Path]:
+    """Return the first file of each model in a folder, by the name that `list` shows."""
+    found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
+    return {shown(name): files[0] for name, files in found if "mmproj" not in name}
+
+
+def shown(name: str) -> str:
+    """Return a file's name as text that can be sent."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def find(name: str, files: Mapping[str, Path]) -> File | None:
+    """Return the file of that name, None for none; those of the catalog have its names, too."""
+    untagged = name[: -len(_LATEST)] if name.lower().endswith(_LATEST) else name
+    for wanted in (name, untagged, *_catalog_files().get(untagged.lower(), ())):
+        if known := known_name(wanted, files):
+            return File(known, files[known])
+    return None
+
+
+@lru_cache(maxsize=1)
+def _catalog_files() -> dict[str, tuple[str, str]]:
+    return {
+        name: (model.pop_file, model.file)
+        for model in load_catalog()
+        for name in (model.name.lower(), *model.aliases)
+    }

@@ -1,0 +1,381 @@
+"""The open models of a server: each request leases one, and idle ones make room for others."""
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from pop_local.base.errors import PopError
+from pop_local.base.numbers import size
+from pop_local.engine.learning.lesson import Teacher
+from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.loading import DEFAULT_CTX
+from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.server.errors import ApiError, as_api_error
+from pop_local.server.listing import About, File, find
+from pop_local.server.metrics import Metrics
+from pop_local.server.tasks import Tasks
+from pop_local.server.worker import STOPPING, Worker
+
+log = logging.getLogger("pop_local.server")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was opened, and whoever makes fits of what it learns."""
+
+    model: PopModel
+    teacher: Teacher | None = None
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where models come from.
+
+    `files`: those that are there now, by name. `open` may raise PopError. `n_ctx`: the context of
+    each, None for its own. `can_see`: whether one might. `n_parallel`: sequences of each.
+    """
+
+    files: Callable[[], Mapping[str, Path]]
+    open: Callable[[Path], Opened]
+    n_ctx: int | None
+    can_see: bool
+    n_parallel: int
+
+    @property
+    def most_ctx(self) -> int:
+        return self.n_ctx or DEFAULT_CTX
+
+
+@dataclass(frozen=True)
+class Served:
+    """An open model by its name in the API, what makes its tasks, and the thread that has it."""
+
+    name: str
+    path: Path
+    model: PopModel
+    tasks: Tasks
+    worker: Worker
+    needed_bytes: int
+
+    def leave(self) -> None:
+        """Close the model; what its KV cache holds is kept for when it is opened again."""
+        self.worker.stop()
+        if self.worker.is_alive():
+            self.worker.join()
+        try:
+            for cache, _ in self.model.sequences:
+                cache.put_aside(Prompt([]))
+        finally:
+            self.model.close()
+
+
+class Lease:
+    """A request's claim to a model: `served` comes once that is open, and is kept until `end`."""
+
+    def __init__(self, file: File, needed_bytes: int, on_end: Callable[["Lease"], None]) -> None:
+        self.file, self.needed_bytes = file, needed_bytes
+        self.served: asyncio.Future[Served] = asyncio.get_running_loop().create_future()
+        self.is_granted = False
+        self._on_end = on_end
+
+    def grant(self, served: Served) -> None:
+        self.is_granted = True
+        self.served.set_result(served)
+
+    def refuse(self, error: ApiError) -> None:
+        """Without effect on one that is granted."""
+        if not self.served.done():
+            self.served.set_exception(error)
+
+    def end(self) -> None:
+        self.served.cancel()
+        self._on_end(self)
+
+
+class Models:
+    """Opens models as they are asked for, one at a time, and closes idle ones before.
+
+    All but `load`, `stop`, `join` and `close` is for the event loop. `metrics` are of all models.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        *,
+        max_waiting: int = 256,
+        repeatable: bool = False,
+        ram_bytes: int = 0,
+        default: str = "",
+    ) -> None:
+        """`ram_bytes`: for all that are open; a model that takes more is the only one.
+
+        `default`: the model that answers where none is named, "" for the one that was asked for
+        last, at first the first one.
+        """
+        self.shelf = shelf
+        self.metrics = Metrics()
+        self._max_waiting, self._repeatable = max_waiting, repeatable
+        self._ram_bytes, self._default = ram_bytes, default
+        self._loaded: dict[Path, Served] = {}  # the least recently used first
+        self._n_leases: Counter[Path] = Counter()
+        self._waiting: list[Lease] = []
+        self._change: threading.Thread | None = None
+        self._leaving: Sequence[Served] = ()  # in the change
+        self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.metrics.open.set_function(lambda: len(self._loaded))
+
+    @classmethod
+    def of_one(cls, file: File, opened: Opened, **how: Any) -> "Models":
+        """Make models of a single one, which is open already; `how` as for the constructor."""
+        model, files = opened.model, {file.name: file.path}
+        n_parallel = len(model.sequences)
+        shelf = Shelf(lambda: files, lambda _: opened, model.n_ctx, model.can_see, n_parallel)
+        models = cls(shelf, **how)
+        models.load(file)
+        return models
+
+    # By name
+
+    def find(self, name: str | None) -> File | None:
+        """Return the model of that name, None for none."""
+        return find(name, self.shelf.files()) if name else None
+
+    @property
+    def default(self) -> File | None:
+        """The model that answers where none is named; None where there is none at all."""
+        files = self.shelf.files()
+        asked_for = [served.name for served in self.loaded]
+        asked_for += [lease.file.name for lease in self._still_waiting()]
+        names = (self._default, *reversed(asked_for), *files)
+        return next((File(name, files[name]) for name in names if name in files), None)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.shelf.files())
+
+    async def listed(self) -> list[About]:
+        """Describe all models; those whose files are damaged are left out, and named in the log."""
+        opened = self.opened
+        here = {about.name for about in opened}
+        files = [File(*each) for each in self.shelf.files().items() if each[0] not in here]
+        closed = await run_in_threadpool(lambda: [*filter(None, map(self._described, files))])
+        return sorted([*opened, *closed], key=lambda about: about.name.lower())
+
+    @property
+    def loaded(self) -> list[Served]:
+        """The open models, the one that was used last at the end."""
+        return list(self._loaded.values())
+
+    @property
+    def opened(self) -> list[About]:
+        """Describe the open models."""
+        return [About.of_model(served.name, served.model) for served in self.loaded]
+
+    async def about(self, file: File) -> About:
+        """Describe a model. Raises PopError for a damaged file."""
+        if served := self._loaded.get(file.path):
+            return About.of_model(file.name, served.model)
+        return await run_in_threadpool(self._read, file)
+
+    def _read(self, file: File) -> About:
+        return About.of_file(file, self.shelf.n_ctx, self.shelf.n_parallel)
+
+    def _described(self, file: File) -> About | None:
+        try:
+            return self._read(file)
+        except (PopError, OSError) as error:
+            log.warning("%s is left out: %s", file.name, error)
+            return None
+
+    # Leases
+
+    async def lease(self, file: File) -> Lease:
+        """Begin a lease; whoever has it ends it. Raises ApiError when too many wait already."""
+        try:
+            needed_bytes = (await self.about(file)).needed_bytes
+        except (PopError, OSError) as error:
+            raise self._failed(file, error) from error
+        if self._stopping.is_set():
+            raise ApiError(503, STOPPING)
+        lease = Lease(file, needed_bytes, self._ended)
+        self._waiting = self._still_waiting()
+        n_waiting = len(self._waiting)
+        served = self._loaded.get(file.path)
+        if served is not None and (self._change is not None or not n_waiting):
+            self._grant(lease, served)
+            return lease
+        # Those that ask for an open model wait as well: it might never be idle for the first one.
+        if n_waiting >= self._max_waiting:
+            raise ApiError(503, f"{n_waiting} requests wait for models already; try again later")
+        self._waiting.append(lease)
+        self._advance()
+        return lease
+
+    def _still_waiting(self) -> list[Lease]:
+        return [lease for lease in self._waiting if not lease.served.done()]
+
+    def n_waiting(self) -> int:
+        """Requests that wait for any model, open or not."""
+        return len(self._still_waiting()) + self._total(lambda worker: worker.n_waiting())
+
+    def _total(self, figure: Callable[[Worker], int]) -> int:
+        return sum(figure(served.worker) for served in self.loaded)
+
+    def _grant(self, lease: Lease, served: Served) -> None:
+        self._loaded[served.path] = self._loaded.pop(served.path)
+        self._n_leases[served.path] += 1
+        lease.grant(served)
+
+    def _ended(self, lease: Lease) -> None:
+        if lease.is_granted:
+            self._n_leases[lease.file.path] -= 1
+        self._advance()
+
+    def _advance(self) -> None:
+        """Grant what waits, in order, and begin to open what the first one waits for."""
+        while self._change is None and not self._stopping.is_set():
+            self._waiting = self._still_waiting()
+            if not self._waiting:
+                return
+            first = self._waiting[0]
+            if served := self._loaded.get(first.file.path):
+                for lease in self._for_the_same(first):  # a change for each would be slow
+                    self._grant(lease, served)
+            elif (leaving := self._to_close(first.needed_bytes)) is not None:
+                self._begin(first, leaving)
+            else:
+                return
+
+    def _for_the_same(self, lease: Lease) -> list[Lease]:
+        return [one for one in self._still_waiting() if one.file.path == lease.file.path]
+
+    def _to_close(self, needed_bytes: int) -> list[Served] | None:
+        """Choose idle models to close; None while busy ones leave no room."""
+        n_bytes = needed_bytes + sum(served.needed_bytes for served in self._loaded.values())
+        leaving: list[Served] = []
+        for served in self.loaded:
+            if n_bytes > self._ram_bytes and not self._n_leases[served.path]:
+                leaving.append(served)
+                n_bytes -= served.needed_bytes
+        is_alone = len(leaving) == len(self._loaded)
+        return leaving if is_alone or n_bytes <= self._ram_bytes else None
+
+    # Opening and closing
+
+    def load(self, file: File) -> Served:
+        """Open a model; its thread is yet to be started. Raises PopError."""
+        with stopped_by(self._stopping.is_set):
+            opened = self.shelf.open(file.path)
+        model = opened.model
+        tasks = Tasks(model, repeatable=self._repeatable)
+        worker = Worker(model, self.metrics, self._max_waiting, opened.teacher)
+        self.metrics.queue.set_function(self.n_waiting)  # the worker has set its own
+        self.metrics.unread.set_function(partial(self._total, lambda worker: worker.n_unread()))
+        self.metrics.refillable.set_function(
+            partial(self._total, lambda worker: worker.n_refillable())
+        )
+        needed_bytes = About.of_model(file.name, model).needed_bytes
+        served = Served(file.name, file.path, model, tasks, worker, needed_bytes)
+        self._loaded[file.path] = served
+        return served
+
+    def _begin(self, lease: Lease, leaving: list[Served]) -> None:
+        for served in leaving:
+            del self._loaded[served.path]
+        self._leaving = leaving
+        loop = asyncio.get_running_loop()
+
+        def change() -> None:
+            error: Exception | None = None
+            try:
+                for served in leaving:
+                    served.leave()
+                    log.info("%s was closed", served.name)
+                worker = self.load(lease.file).worker
+                if self._stopping.is_set():
+                    worker.stop()
+                worker.start()
+            except Exception as caught:
+                error = caught
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._changed, lease, error)
+
+        self._change = threading.Thread(target=change, name="pop-local loading", daemon=True)
+        self._change.start()
+
+    def _changed(self, lease: Lease, error: Exception | None) -> None:
+        self._change, self._leaving = None, ()
+        if error is None:
+            log.info("%s was opened", lease.file.name)
+            if 0 < self._ram_bytes < lease.needed_bytes:
+                asked, given = size(lease.needed_bytes), size(self._ram_bytes)
+                log.warning(
+                    "%s takes about %s, more than the %s given", lease.file.name, asked, given
+                )
+        else:
+            for each in self._for_the_same(lease):
+                each.refuse(self._failed(lease.file, error))
+        self._advance()
+
+    def _failed(self, file: File, error: Exception) -> ApiError:
+        """Return why a model is not there, once more for each request, and log it."""
+        if self._stopping.is_set():
+            return ApiError(503, STOPPING)
+        if not isinstance(error, PopError | OSError):
+            log.error("%s cannot be loaded", file.name, exc_info=error)
+        told = as_api_error(error).detail
+        log.error("%s cannot be loaded: %s", file.name, told)
+        return ApiError(500, f"{file.name} cannot be loaded: {told}", param="model")
+
+    # From start to end
+
+    def start(self) -> None:
+        """Let the models that are open work. Call it in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        for served in self.loaded:
+            served.worker.start()
+
+    def stop(self) -> None:
+        """End running answers and loading, and refuse what waits. Call it anywhere."""
+        self._stopping.set()
+        for served in self.loaded:
+            served.worker.stop()
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._refuse_all)
+
+    def _refuse_all(self) -> None:
+        for lease in self._waiting:
+            lease.refuse(ApiError(503, STOPPING))
+
+    def silent_s(self) -> float:
+        """Return for how many seconds a model has hung, 0 while none has."""
+        in_memory = [*self.loaded, *self._leaving]
+        return max((served.worker.silent_s() for served in in_memory), default=0.0)
+
+    def join(self) -> None:
+        """Wait until no thread uses a model any more; `stop` comes before."""
+        if (change := self._change) is not None:
+            change.join()
+        for served in self.loaded:
+            if served.worker.is_alive():
+                served.worker.join()
+
+    def close(self) -> None:
+        """Stop, and close all models."""
+        self.stop()
+        self.join()
+        for served in self.loaded:
+            served.model.close()
+        self._loaded.clear()

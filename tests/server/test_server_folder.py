@@ -1,0 +1,174 @@
+"""A folder of models: what goes wrong with one, names, listings, the command."""
+
+import logging
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pop_local.base.errors import PopError
+from support.asked import N_CTX, chat, complete, text_of
+from support.converted import converted
+from support.library import NAMES, Library, asked, wait_for
+from support.program import called
+from support.serving import asking
+
+
+def test_a_damaged_file_closes_nothing(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    library = Library(tmp_path)
+    with asked(library) as client:
+        assert text_of(complete(client, model="one")) == expected["one"]
+        for _ in range(2):
+            response = complete(client, model="broken")
+            assert response.status_code == 500
+            assert "broken cannot be loaded" in response.json()["error"]["message"]
+        assert library.open_ones == ["one"]
+        assert text_of(complete(client, model="one")) == expected["one"]
+        assert len(library.models) == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, expected, caplog):
+    with asked(library) as client, ThreadPoolExecutor(3) as others:
+        assert text_of(complete(client, model="one")) == expected["one"]
+        library.problem = PopError("the memory is full", "take a smaller context")
+        library.may_open.clear()
+        waiting = [others.submit(chat, client, model="two") for _ in range(3)]
+        wait_for(lambda: library.behind.n_waiting() == 3)
+        library.may_open.set()
+        for each in waiting:
+            response = each.result()
+            assert response.status_code == 500
+            message = "two cannot be loaded: the memory is full; take a smaller context"
+            assert response.json()["error"]["message"] == message
+        assert message in caplog.text
+        assert library.n_tried == 2
+        library.problem = ValueError("on purpose")
+        assert "unexpected ValueError" in complete(client, model="two").text
+        library.problem = None
+        assert text_of(complete(client, model="one")) == expected["one"]
+        assert text_of(complete(client, model="two")) == expected["two"]
+
+
+def test_other_names_are_answered_by_the_default(library, expected):
+    with asked(library) as client:
+        answer = complete(client)
+        assert answer.json()["model"] == "one"  # the first
+        assert text_of(complete(client, model="two")) == expected["two"]
+        assert complete(client).json()["model"] == "two"  # the last
+        answer = complete(client, model="gpt-4o")
+        assert (answer.json()["model"], answer.headers["x-model"]) == ("two", "two")
+        assert client.get("/v1/models/gpt-4o").status_code == 404
+    with asked(library, default="three", strict_model=True) as client:
+        assert text_of(complete(client)) == expected["three"]
+        refused = complete(client, model="gpt-4o")
+        assert refused.status_code == 404
+        assert "'one', 'three', 'two'" in refused.json()["error"]["message"]
+        assert library.open_ones == ["three"]
+
+
+def test_names_of_the_catalog_find_its_files(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    shutil.copy(folder / "two.gguf", tmp_path)
+    with asked(Library(tmp_path)) as client:
+        assert text_of(complete(client, model="two")) == expected["two"]
+        assert text_of(complete(client, model="smollm2")) == expected["one"]
+
+
+def test_a_folder_may_be_empty_at_first(folder, tmp_path, expected):
+    with asked(Library(tmp_path)) as client:
+        assert client.get("/v1/models").json()["data"] == []
+        assert complete(client, model="one").status_code == 404
+        assert complete(client).status_code == 404
+        shutil.copy(folder / "one.gguf", tmp_path)
+        assert text_of(complete(client)) == expected["one"]
+
+
+# --- listings
+
+
+def test_listings_open_nothing(folder, tmp_path, caplog):
+    for name in NAMES:
+        shutil.copy(folder / f"{name}.gguf", tmp_path)
+    converted(tmp_path / "one.gguf", tmp_path, boundary=4)
+    for name in ("broken", "mmproj-one", "gone.pop-sidecar", "part-00002-of-00002"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF" + bytes(100))
+    library = Library(tmp_path)
+    names = ["one", "one.pop", "three", "two"]
+    if sys.platform == "linux":
+        shutil.copy(folder / "two.gguf", Path(os.fsdecode(bytes(tmp_path) + b"/z\xff.gguf")))
+        names += ["z\ufffd"]
+    caplog.set_level(logging.WARNING, "pop_local.server")
+    with asked(library) as client:
+        cards = client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == names
+        assert not any(card["pop"]["loaded"] for card in cards)
+        assert [card["pop"]["boundary"] for card in cards[:4]] == [0, 4, 0, 0]
+        assert "broken is left out" in caplog.text
+        tags = client.get("/api/tags").json()["models"]
+        assert [tag["name"] for tag in tags] == [f"{name}:latest" for name in names]
+        assert len({tag["digest"] for tag in tags}) == 4  # one file is there twice
+        assert client.get("/api/ps").json() == {"models": []}
+        assert client.get("/v1/models/two").json() == cards[3]
+        shown = client.post("/api/show", json={"model": "two"}).json()
+        assert shown["model_info"]["llama.context_length"] == N_CTX
+        assert shown["capabilities"] == ["completion", "tools"]
+        assert client.get("/v1/models/broken").status_code == 500
+        assert library.models == []
+        complete(client, model="one.pop", max_tokens=1)
+        cards = client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards if card["pop"]["loaded"]] == ["one.pop"]
+        (running,) = client.get("/api/ps").json()["models"]
+        assert (running["name"], running["context_length"]) == ("one.pop:latest", N_CTX)
+        (tmp_path / "three.gguf").unlink()
+        assert len(client.get("/v1/models").json()["data"]) == len(names) - 1
+        (tmp_path / "one.pop.gguf").unlink()  # open
+        for path in ("/v1/models", "/api/tags", "/api/ps"):
+            assert client.get(path).status_code == 200
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("x.gguf --ram 2", "give --models"),
+        ("--models {folder} --name x", "belongs to one model"),
+        ("--models {folder} --sidecar x", "belongs to one model"),
+        ("--models {folder} --mmproj x", "belongs to one model"),
+        ("--models {folder}/nowhere", "does not exist"),
+        ("--models {folder} --ram inf", "finite"),
+    ],
+)
+def test_options_that_do_not_go_together(folder, words, reason):
+    done = called("serve", *words.format(folder=folder).split())
+    assert done.returncode == 2
+    assert reason in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_the_command_serves_a_folder(folder, expected, monkeypatch):
+    found: list[str] = []
+
+    def ask_instead(app, listening):
+        found.append(",".join(served.name for served in app.state.models.loaded))
+        with asking(app) as client:
+            found.append(text_of(complete(client)))
+            found.append(text_of(complete(client, model="two")))
+
+    monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
+    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024, "--learn", "off")
+    done = called("serve", *options)
+    assert done.returncode == 0, done.stderr
+    assert "one at a time: one, three, two." in " ".join(done.stderr.split())
+    assert called("serve", "three.gguf", *options, "--ram", 4).returncode == 0
+    one, two, three = expected["one"], expected["two"], expected["three"]
+    assert found == ["", one, two, "three", three, two]
+    wrong = called("serve", "thre", *options)
+    assert wrong.returncode == 1
+    assert "did you mean three?" in wrong.stderr

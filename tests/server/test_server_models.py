@@ -1,0 +1,361 @@
+"""Several models by name: opened when asked for, leased, and closed for others."""
+
+import asyncio
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+
+from pop_local.base.errors import PopError
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.depth.refiller import Refiller
+from pop_local.engine.learning.lesson import Lesson
+from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.server.app import create_app_of
+from pop_local.server.errors import ApiError
+from pop_local.server.listing import File
+from pop_local.server.models import Lease, Models, Opened
+from pop_local.server.worker import Worker
+from support.asked import LONG, N_CTX, complete, text_of
+from support.calls import opened
+from support.converted import converted
+from support.library import NAMES, Library, asked, wait_for
+from support.serving import counted, served
+
+
+def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected):
+    with asked(library) as client:
+        for name in ("one", "two", "one", "TWO", "two:LATEST", "two.gguf"):
+            answer = complete(client, model=name).json()
+            known = name.lower().removesuffix(":latest").removesuffix(".gguf")
+            assert answer["model"] == known
+            assert answer["choices"][0]["text"] == expected[known]
+            assert "x-model" not in complete(client, model=name).headers
+            assert library.open_ones == [known]
+        assert [model.path.stem for model in library.models] == ["one", "two", "one", "two"]
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("pop-local model") == 1
+
+
+def test_all_doors_lead_to_the_model_that_is_named(library):
+    said = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    requests: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": said,
+        "/v1/messages": said,
+        "/v1/messages/count_tokens": said,
+        "/v1/responses": {"input": "hello", "max_output_tokens": 2},
+        "/v1/embeddings": {"input": "hello"},
+        "/api/embed": {"input": "hello"},
+        "/api/chat": said | {"stream": False, "options": {"num_predict": 2}},
+        "/api/generate": {"prompt": "a", "stream": False, "options": {"num_predict": 2}},
+        "/completion": {"prompt": "a", "n_predict": 2},
+        "/tokenize": {"content": "hello"},
+        "/detokenize": {"tokens": [5]},
+    }
+    with asked(library) as client:
+        for number, (path, body) in enumerate(requests.items()):
+            name = NAMES[number % 3]
+            response = client.post(path, json=body | {"model": name})
+            assert response.status_code == 200, response.text
+            assert response.json().get("model", name) == name
+            assert library.open_ones == [name]
+        assert client.get("/props", params={"model": "one"}).json()["model_alias"] == "one"
+
+
+def test_a_stream_keeps_its_model_to_its_end(library, expected):
+    body = {"model": "one", "prompt": LONG, "temperature": 0, "max_tokens": 200, "stream": True}
+    with asked(library) as client, ThreadPoolExecutor(1) as other:
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            answer = other.submit(complete, client, model="two")
+            said = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert len("".join(one["choices"][0]["text"] for one in said)) > len(expected["one"])
+        assert said[-1]["choices"][0]["finish_reason"] == "length"
+        assert text_of(answer.result()) == expected["two"]
+
+
+def test_as_many_stay_open_as_the_memory_holds(library, expected):
+    with asked(library, ram_bytes=1 << 40) as client:
+        for name in NAMES * 2:
+            assert text_of(complete(client, model=name)) == expected[name]
+        assert library.open_ones == list(NAMES)
+        (one, *_) = library.behind.loaded
+    library.models.clear()
+    with asked(library, ram_bytes=int(one.needed_bytes * 2.5)) as client:
+        for name in ("one", "two", "one", "three"):
+            assert text_of(complete(client, model=name)) == expected[name]
+        assert library.open_ones == ["one", "three"]  # two was used least recently
+        figures = counted(client)
+        assert figures["pop_models_open"] == 2 and figures["pop_queue_length"] == 0
+
+
+def test_a_model_that_takes_more_is_open_alone(library, expected, caplog):
+    with asked(library, ram_bytes=1000) as client:
+        for name in ("one", "two"):
+            assert text_of(complete(client, model=name)) == expected[name]
+            assert library.open_ones == [name]
+    assert "one takes about" in caplog.text
+
+
+@pytest.mark.parametrize(("ram_bytes", "n_parallel"), [(0, 1), (0, 2), (1 << 40, 1)])
+def test_eight_threads_that_ask_for_two_models_get_their_own_answers(
+    library, expected, ram_bytes, n_parallel
+):
+    library.n_parallel = n_parallel
+
+    def ask(number: int) -> list[bool]:
+        found = []
+        for turn in range(8):
+            name = ("one", "two")[(number + turn) % 2]
+            found.append(text_of(complete(client, model=name)) == expected[name])
+        return found
+
+    with asked(library, ram_bytes=ram_bytes) as client, ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, range(8))) == [[True] * 8] * 8
+    if ram_bytes:
+        assert len(library.models) == 2
+
+
+# --- whose turn it is
+
+
+@asynccontextmanager
+async def begun(models: Models) -> AsyncIterator[Models]:
+    models.start()
+    try:
+        yield models
+    finally:
+        models.stop()
+        await asyncio.to_thread(models.close)
+
+
+def file_of(library: Library, name: str) -> File:
+    return File(name, library.folder / f"{name}.gguf")
+
+
+@pytest.mark.parametrize("n_files", [0, 2])  # with its K/V one model fits, two do not
+def test_a_busy_model_cannot_keep_others_from_being_opened(library, n_files):
+    ram_bytes = n_files * (library.folder / "one.gguf").stat().st_size
+
+    async def take_turns() -> None:
+        shelf = library.shelf()
+        async with begun(Models(shelf, max_waiting=2, ram_bytes=ram_bytes)) as models:
+
+            async def ask(name: str) -> Lease:
+                return await models.lease(file_of(library, name))
+
+            first = await ask("one")
+            assert (await first.served).name == "one"
+            beside = await ask("one")  # nobody waits
+            second, third = await ask("two"), await ask("one")
+            with pytest.raises(ApiError, match="2 requests wait for models already"):
+                await ask("one")
+            first.end()
+            assert not second.served.done() and library.open_ones == ["one"]
+            beside.end()
+            assert (await second.served).name == "two"
+            assert models._change is None and library.open_ones == ["two"]
+            second.end()
+            assert (await third.served).name == "one"
+            third.end()
+
+    asyncio.run(asyncio.wait_for(take_turns(), 60))
+
+
+def test_all_that_wait_for_a_model_get_it_at_once(library):
+    library.may_open.clear()
+
+    async def wait() -> None:
+        async with begun(Models(library.shelf())) as models:
+            asked = ["one", "two", "one", "two", "one"]
+            leases = [await models.lease(file_of(library, name)) for name in asked]
+            library.may_open.set()
+            for lease in (leases[0], leases[2], leases[4], leases[1], leases[3]):
+                await lease.served
+                lease.end()
+            assert [model.path.stem for model in library.models] == ["one", "two"]
+
+    asyncio.run(asyncio.wait_for(wait(), 60))
+
+
+async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
+    """The status of a completion, whose client hangs up once it is `gone`."""
+    statuses, is_sent = [], False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal is_sent
+        if not is_sent:
+            is_sent = True
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    await app(scope | {"headers": [(b"host", b"localhost")]}, receive, send)
+    return statuses[0]
+
+
+def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
+    library.may_open.clear()
+    models = Models(library.shelf())
+    app = create_app_of(models)
+
+    async def hang_up() -> None:
+        async with app.router.lifespan_context(app):
+            gone, stays = asyncio.Event(), asyncio.Event()
+            first = asyncio.create_task(sent(app, gone, model="one", prompt="a"))
+            second = asyncio.create_task(sent(app, gone, model="two", prompt="a"))
+            while models.n_waiting() < 2:
+                await asyncio.sleep(0.01)
+            gone.set()
+            assert (await first, await second) == (499, 499)
+            assert models.n_waiting() == 0
+            library.may_open.set()
+            assert await sent(app, stays, model="three", prompt="a") == 200
+            assert library.open_ones == ["three"]
+            assert len(library.models) == 2  # the third was not opened for nobody
+            stays.set()
+
+    asyncio.run(asyncio.wait_for(hang_up(), 60))
+    models.close()
+
+
+def test_the_end_of_the_server_ends_all_waiting(library):
+    library.may_open.clear()
+    models = Models(library.shelf())
+
+    async def end() -> None:
+        models.start()
+        leases = [await models.lease(file_of(library, name)) for name in ("one", "two")]
+        models.stop()
+        for lease in leases:
+            with pytest.raises(ApiError, match="stopping"):
+                await lease.served
+            lease.end()
+        library.may_open.set()
+        await asyncio.to_thread(models.join)
+        with pytest.raises(ApiError, match="stopping"):
+            await models.lease(file_of(library, "one"))
+
+    asyncio.run(asyncio.wait_for(end(), 60))
+    models.close()
+    assert library.open_ones == []
+
+
+def test_a_wish_to_stop_ends_the_loading_of_a_model(folder):
+    with stopped_by(lambda: True), pytest.raises(PopError, match="cannot be opened"):
+        opened(folder / "one.gguf")
+
+
+SLOW = """
+import time
+from pop_local.engine.llama.backend import bindings
+progress = bindings().llama_progress_callback
+
+def slow(callback):
+    def wait(*state):
+        print("a tensor", flush=True)
+        time.sleep(0.2)
+        return callback(*state)
+    return progress(wait)
+
+bindings().llama_progress_callback = slow
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_ends_the_loading_of_a_model(folder):
+    with served(f"--models={folder}", changed=SLOW) as server, ThreadPoolExecutor(1) as other:
+        waiting = other.submit(server.post, "completions", model="one", prompt="a")
+        wait_for(lambda: "a tensor" in server.log)
+        begun_s = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 143
+        assert time.monotonic() - begun_s < 6  # it would go on for 16
+        assert waiting.result().status_code == 503
+        assert "the server is stopping" in waiting.result().text
+        assert "Traceback" not in server.log and "ended without it" not in server.log
+
+
+class Endless:
+    """A teacher that works until it is asked to stop."""
+
+    loss = None
+    has_work = True
+
+    def __init__(self) -> None:
+        self.works = threading.Event()
+
+    def idle(self, should_stop) -> Lesson | None:
+        self.works.set()
+        while not should_stop():
+            time.sleep(0.001)
+        return None
+
+
+def test_a_model_that_learns_makes_room(library, expected):
+    library.teacher = teacher = Endless()
+    with asked(library) as client:
+        for name in ("one", "two", "one"):
+            teacher.works.clear()
+            assert text_of(complete(client, model=name)) == expected[name]
+            assert teacher.works.wait(30)
+
+
+def test_a_model_that_is_refilled_makes_room(folder, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        converted(folder / f"{name}.gguf", tmp_path, boundary=4)
+    works = threading.Event()
+
+    def refill(self, should_stop):
+        works.set()
+        while not should_stop():
+            time.sleep(0.001)
+        return 0
+
+    monkeypatch.setattr(Refiller, "refill", refill)
+    library = Library(tmp_path)
+    monkeypatch.setattr(
+        library, "open", lambda path: Opened(opened(path, n_ctx=N_CTX, keep_states=True))
+    )
+    with asked(library) as client:
+        for name in ("one.pop", "two.pop", "one.pop"):
+            works.clear()
+            answer = complete(client, model=name).json()
+            assert answer["model"] == name
+            assert answer["usage"]["pop"]["n_pruned"] > 0
+            assert works.wait(30)
+
+
+def test_gauges_are_of_all_models(library, monkeypatch):
+    with asked(library, ram_bytes=1 << 40) as client:
+        for name in ("one", "two"):
+            complete(client, model=name)
+        for figure in ("n_waiting", "n_unread", "n_refillable"):
+            monkeypatch.setattr(Worker, figure, lambda self: 3)
+        figures = counted(client)
+        monkeypatch.undo()
+    for name in ("queue_length", "unread_tokens", "refillable_tokens"):
+        assert figures[f"pop_{name}"] == 6
+
+
+@pytest.mark.parametrize("n_parallel", [1, 2])
+def test_prompts_outlive_the_closing_of_their_model(library, expected, n_parallel):
+    library.prompts, library.n_parallel = PromptCache(1 << 26), n_parallel
+    with asked(library) as client:
+        for name in ("one", "two", "one", "two"):
+            answer = complete(client, model=name)
+        assert text_of(answer) == expected["two"]
+        assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100

@@ -1,0 +1,82 @@
+"""A folder of tiny models, and a server of them in this process."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.learning.lesson import Teacher
+from pop_local.engine.model import PopModel
+from pop_local.server.app import create_app_of
+from pop_local.server.listing import models_in
+from pop_local.server.models import Models, Opened, Shelf
+from support.asked import N_CTX
+from support.calls import opened
+from support.serving import asking
+
+NAMES = ("one", "three", "two")
+
+
+@dataclass
+class Library:
+    """Opens the models of a folder; `models` are those that it has opened, in order."""
+
+    folder: Path
+    models: list[PopModel] = field(default_factory=list)
+    prompts: PromptCache | None = None
+    teacher: Teacher | None = None
+    may_open: threading.Event = field(default_factory=threading.Event)
+    problem: Exception | None = None
+    n_tried: int = 0
+    n_parallel: int = 1
+    behind: Any = None
+
+    def __post_init__(self) -> None:
+        self.may_open.set()
+
+    def open(self, path: Path) -> Opened:
+        assert self.may_open.wait(60)
+        self.n_tried += 1
+        if self.problem is not None:
+            raise self.problem
+        model = opened(path, n_ctx=N_CTX, n_parallel=self.n_parallel)
+        model.keep_prompts(self.prompts)
+        self.models.append(model)
+        return Opened(model, self.teacher)
+
+    @property
+    def open_ones(self) -> list[str]:
+        return [model.path.stem for model in self.models if not model.context.is_closed]
+
+    def shelf(self) -> Shelf:
+        return Shelf(
+            lambda: models_in(self.folder),
+            self.open,
+            N_CTX,
+            can_see=False,
+            n_parallel=self.n_parallel,
+        )
+
+
+@contextmanager
+def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
+    library.behind = models = Models(library.shelf(), **how)
+    with asking(create_app_of(models, strict_model=strict_model)) as client:
+        yield client
+    assert not any(models._n_leases.values())
+    assert models.n_waiting() == 0
+    models.close()
+    assert library.open_ones == []
+
+
+def wait_for(condition):
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
