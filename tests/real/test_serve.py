@@ -33,7 +33,7 @@ HUNG_UP = 'pop_requests_total{path="/v1/chat/completions",status="499"}'
 
 
 # Rows that were refilled between two requests change the second answer.
-REPEATABLE = ("--ctx", 2048, "--refill", "off")
+REPEATABLE = ("--ctx", 2048, "--refill", "off", "--parallel", 1)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(tiny_file, number, code):
         assert server.log.count("POST '/v1/completions' 200") == 1
 
 
-@pytest.mark.parametrize(("arguments", "is_kept"), [((), True), (("--cache-ram", 0), False)])
+@pytest.mark.parametrize(("arguments", "is_kept"), [((), True), (("--cache-ram", 0, "--parallel", 1), False)])
 def test_prompts_in_turn_are_kept(tiny_file, arguments, is_kept):
     with served(tiny_file, *arguments) as server:
         for text in ("a" * 300, "b" * 300, "a" * 300):

@@ -315,10 +315,10 @@ def test_a_server_refills_once_it_is_on_mains_power_again(pop_file, monkeypatch)
 def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
 
-    def refill(**_):
+    def refill(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(model, "refill", refill)
+    monkeypatch.setattr(model.refiller, "refill", refill)
     with asking(create_app(model, "tiny")) as client:
         for _ in range(2):
             body = {"prompt": WORDS, "max_tokens": 2}
