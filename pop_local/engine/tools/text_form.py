@@ -23,13 +23,14 @@ To call a function, write nothing but its name and arguments as JSON between the
 Its result comes with the next message. Answer without a call where none is of use."""
 _CALL = "<tool_call>"
 _SPACE = r"/[ \n]{0,4}/"
-_END = r"/\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
-# In front of a call: a tag, or at the beginning of an answer a fence or nothing.
+_END = r"/\}?\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
+# In front of a call: a tag, or at the beginning of an answer a fence or nothing. Qwen2.5's template
+# shows calls in double braces, which its models imitate.
 _OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<tools?>\s*)?)"
-_CLOSE = re.compile(r"\s*\}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
-_CLOSING = re.compile(r"\s*\}?\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # a part of that
+_CLOSE = re.compile(r"\s*\}{1,2}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
+_CLOSING = re.compile(r"\s*\}{0,2}\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # a part of that
 _BEGUN = re.compile(
-    r'\s*(?:`{0,3}|```\w*\s*)(?:<[tols_ca>]{0,10}\s*)?(?:\{\s*(?:"\w{0,4}|"name".{0,200})?)?',
+    r'\s*(?:`{0,3}|```\w*\s*)(?:<[tols_ca>]{0,10}\s*)?(?:\{{1,2}\s*(?:"\w{0,4}|"name".{0,200})?)?',
     re.DOTALL,
 )
 
@@ -86,7 +87,7 @@ def opening(names: Sequence[str]) -> re.Pattern[str]:
     """Match a call of one of the functions, the group `name`, up to its arguments, `rest`."""
     either = "|".join(map(re.escape, names))
     return re.compile(
-        rf'{_OPEN}\{{\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'
+        rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'
         r'"(?:arguments|parameters)"\s*:\s*(?P<rest>)'
     )
 

@@ -29,6 +29,7 @@ ASKED = Message("user", "How is it there?")
 CALL = ToolCall("abcdefgh1", "get_weather", '{"city": "Rome"}')
 NATIVE = '<tool_call>\n{"name": "get_weather", "arguments": {"city":"Rome"}}\n</tool_call>'
 FENCED = '```json\n{\n  "name": "get_weather",\n  "arguments": {"city": "Rome"}\n}\n```'
+DOUBLED = '{{"name": "get_weather", "arguments": {"city": "Rome"}}}'
 
 
 @pytest.fixture(scope="module", params=["native", "text"])
@@ -73,7 +74,7 @@ def test_where_a_call_must_come_no_text_comes_first(model):
     assert taken(model, form, NATIVE.replace("Rome", "Oslo")).endswith('"city":"')
 
 
-@pytest.mark.parametrize("call", [NATIVE, FENCED], ids=["tags", "fence"])
+@pytest.mark.parametrize("call", [NATIVE, FENCED, DOUBLED], ids=["tags", "fence", "braces"])
 def test_where_it_may_come_arguments_are_those_of_the_schema_from_its_beginning_on(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
     assert taken(model, form, "Any text, {, `, and <tool>.") == "Any text, {, `, and <tool>."
@@ -82,7 +83,7 @@ def test_where_it_may_come_arguments_are_those_of_the_schema_from_its_beginning_
     assert "Oslo" not in taken(model, form, call.replace("Rome", "Oslo"))
 
 
-@pytest.mark.parametrize("call", [NATIVE, FENCED], ids=["tags", "fence"])
+@pytest.mark.parametrize("call", [NATIVE, FENCED, DOUBLED], ids=["tags", "fence", "braces"])
 def test_a_call_is_read_and_other_json_is_content(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
     content, calls = read(form, call)
