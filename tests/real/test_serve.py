@@ -259,7 +259,9 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(tiny_file, number, code):
         assert server.log.count("POST '/v1/completions' 200") == 1
 
 
-@pytest.mark.parametrize(("arguments", "is_kept"), [((), True), (("--cache-ram", 0, "--parallel", 1), False)])
+@pytest.mark.parametrize(
+    ("arguments", "is_kept"), [((), True), (("--cache-ram", 0, "--parallel", 1), False)]
+)
 def test_prompts_in_turn_are_kept(tiny_file, arguments, is_kept):
     with served(tiny_file, *arguments) as server:
         for text in ("a" * 300, "b" * 300, "a" * 300):
