@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
@@ -174,6 +175,21 @@ def test_shared_rows_are_refilled_once(model):
     model.sequences[0][0].truncate(120)
     seats.refilled(0)
     assert cache.n_exact < 200  # what it has of its own is as it was
+
+
+def test_restored_rows_are_shared_with_nobody(model):
+    first, second = model.sequences[0][0], model.sequences[1][0]
+    read_in(model, 0, prompt(100, seed=1))
+    model.sequences[0][1].refill()
+    read_in(model, 1, prompt(120, seed=2))
+    exact, pruned = first.save(), second.save()
+    first.restore(exact)
+    second.restore(pruned)
+    read_in(model, 0, prompt(100, seed=1) + prompt(80, seed=3))
+    assert model.sequences[0][1].refill() == 80
+    Seats(model).refilled(0)
+    assert second.n_exact == 0
+    assert second.key != FULL
 
 
 def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
