@@ -53,6 +53,14 @@ class _Request:
     def is_over(self) -> bool:
         return self.error is not None or self.n_left == 0
 
+    def gives_logits(self, n: int) -> bool:
+        """Whether the last of the next `n` rows does."""
+        return self.outputs is Outputs.LAST and n == self.n_left
+
+    def are_context(self, n: int) -> bool:
+        """Whether none of the next `n` rows is full."""
+        return not self.gives_logits(n) and self.slot.is_context(self.first + self.n_done, n)
+
 
 class Pace:
     """How many rows of a prompt go beside answers, by the time that earlier batches took.
@@ -199,7 +207,7 @@ class Batcher:
             first = one.first + one.n_done
             positions += range(first, first + n)
             sequences += [one.slot.sequence] * n
-            wanted += [False] * (n - 1) + [one.outputs is Outputs.LAST and n == one.n_left]
+            wanted += [False] * (n - 1) + [one.gives_logits(n)]
         logs.forget_errors()
         self._in_batch = [one for one, _ in parts]
         self._api.llama_set_abort_callback(ctx, self._callback, None)
@@ -236,8 +244,7 @@ def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
     of_prompts = [(one, n) for one, n in parts if one.slot.is_reading]
     if not of_prompts:
         return Reading.NONE
-    are_context = all(one.slot.is_context(one.first + one.n_done, n) for one, n in of_prompts)
-    return Reading.CONTEXT if are_context else Reading.SOME
+    return Reading.CONTEXT if all(one.are_context(n) for one, n in of_prompts) else Reading.SOME
 
 
 def added(known: Counters, before: Counters, now: Counters) -> Counters:
@@ -316,7 +323,7 @@ class SharedSlot(Slot):
             super().set_full(sink_tokens, full_from)
 
     def is_context(self, first: int, n: int) -> bool:
-        """Whether none of the rows from a position on is full."""
+        """Whether none of the rows from a position on is full by its position."""
         return self._context_rows.start <= first and first + n <= self._context_rows.stop
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:

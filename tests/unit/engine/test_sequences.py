@@ -9,7 +9,8 @@ import pytest
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.batching import Pace
 from pop_local.engine.llama.interrupt import stopped_by
@@ -18,9 +19,10 @@ from pop_local.engine.prefill.read import read as read_prompt
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.seats import Seats
 from support.calls import NOISE, opened, prompt
-from support.converted import tiny
+from support.converted import converted, tiny
 from support.seeing import Seeing, make_seeing
 from support.seeing import prompt as seeing_prompt
+from support.synthetic import make_gguf
 
 LONG = prompt(200)
 
@@ -202,6 +204,24 @@ def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
     model.rule = model.rule.__class__(min_prompt=1000)
     read_in(model, 1, longer)
     np.testing.assert_allclose(logits(model, 1), logits_of(full, longer), atol=NOISE)
+
+
+@pytest.mark.parametrize("tail_tokens", [0, 16])
+def test_a_row_with_logits_is_a_full_row_of_the_prompt(tmp_path, monkeypatch, tail_tokens):
+    """The backend leaves full rows beside context alone to the kernels of answers."""
+    plan = {"boundary": 4, "tail_tokens": tail_tokens, "min_prompt": 0}
+    path = converted(make_gguf(tmp_path / "llama.gguf", "llama"), tmp_path, **plan)
+    levels = []
+    set_reading = backend.set_reading
+
+    def noted(ctx, reading):
+        levels.append(reading)
+        set_reading(ctx, reading)
+
+    monkeypatch.setattr(backend, "set_reading", noted)
+    read_in(opened(path, n_parallel=2), 1, prompt(192))
+    assert levels[0] is levels[-1] is Reading.SOME  # with the sink, with the logits
+    assert Reading.CONTEXT in levels
 
 
 def test_one_of_several_is_stopped(model, alone):
