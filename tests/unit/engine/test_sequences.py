@@ -160,6 +160,24 @@ def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
     assert model.sequences[0][0].n_tokens == 200
 
 
+def test_a_row_is_there_once_all_is_known_of_it(model, monkeypatch):
+    """What was read before is still in its place; others look while the row is noted."""
+    cache = model.sequences[0][0]
+    read_in(model, 0, LONG)
+    cache.truncate(150)
+    note, found = cache.rows.read, []
+
+    def looked_for(*given, **how):
+        found.append(cache.n_same(Prompt(LONG)))
+        note(*given, **how)
+        found.append(cache.n_same(Prompt(LONG)))
+
+    monkeypatch.setattr(cache.rows, "read", looked_for)
+    cache.step(LONG[150])
+    assert found == [150, 150]
+    assert cache.n_same(Prompt(LONG)) == 151
+
+
 def test_shared_rows_are_refilled_once(model):
     read_in(model, 0, LONG)
     seats = Seats(model)
