@@ -10,6 +10,8 @@ import httpx2
 import pytest
 
 from pop_local.server.app import create_app
+from pop_local.server.metrics import Metrics
+from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, NAME, chat, complete, message_of, text_of
 from support.calls import opened
 from support.serving import asking, counted, served
@@ -184,6 +186,16 @@ def test_a_stopping_server_ends_all_answers(path):
         assert {one.result(timeout=30).status_code for one in asked} == {503}
     assert not served.worker.is_alive()
     model.close()
+
+
+def test_an_answer_that_waits_for_another_is_no_hung_model(path):
+    with opened(path, n_ctx=N_CTX, n_parallel=2) as model:
+        worker = Worker(model, Metrics(), 1)
+        now_s = time.monotonic()
+        worker._seen_s.update({"waits": now_s - 100, "computes": now_s})
+        assert worker.silent_s() == 0
+        del worker._seen_s["computes"]
+        assert worker.silent_s() >= 100
 
 
 def test_a_prompt_can_be_read_anew(several):
