@@ -172,6 +172,10 @@ def test_answers_that_have_to_be_repeatable_are_refused(several):
     assert "--parallel 1" in refused.json()["error"]["message"]
 
 
+def test_clients_are_told_how_many_are_answered_at_once(several):
+    assert several.get("/props").json()["total_slots"] == SLOTS
+
+
 def test_a_stopping_server_ends_all_answers(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=3)
     app = create_app(model, NAME)

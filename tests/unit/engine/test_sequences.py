@@ -143,6 +143,13 @@ def test_a_mode_is_of_one_sequence(model, pop_file):
         model.sequences[0][0].set_mode(Mode.ALWAYS)
 
 
+def test_a_boundary_is_of_all_sequences(model):
+    read_in(model, 1, LONG)
+    model.set_boundary(3)
+    cache = model.sequences[1][0]
+    assert (cache.n_tokens, cache.boundary) == (0, 3)
+
+
 def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
     read_in(model, 0, LONG)
     other = LONG[:150] + prompt(20, seed=3)
