@@ -170,8 +170,11 @@ class Batcher:
     def _compute(self) -> None:
         """Decode a batch of what is wanted, at most one request's rows of a prompt among them."""
         for request in self._wanted:
-            if request.should_stop():
-                request.error = StoppedError()
+            try:
+                if request.should_stop():
+                    request.error = StoppedError()
+            except BaseException as error:  # for whoever asks so, who may be in another thread
+                request.error = error
         steps = [one for one in self._wanted if not (one.is_over or one.slot.is_reading)]
         prompts = [one for one in self._wanted if not one.is_over and one.slot.is_reading]
         try:

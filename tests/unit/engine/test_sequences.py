@@ -273,6 +273,15 @@ def test_one_of_several_is_stopped(model, alone):
     np.testing.assert_allclose(logits(model, 0), logits_of(alone, LONG), atol=NOISE)
 
 
+def test_what_a_wish_to_stop_raises_is_raised_for_its_own_sequence_alone(model):
+    def broken() -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), stopped_by(broken):
+        read_in(model, 0, LONG)
+    assert read_in(model, 1, LONG).n_prompt == 200
+
+
 def test_what_fails_in_a_batch_fails_for_those_in_it(model, monkeypatch):
     read_in(model, 1, LONG[:50])
     monkeypatch.setattr(model.context, "run", lambda *_: 1)
@@ -289,6 +298,20 @@ def test_prompts_that_are_driven_out_come_back_from_the_cache_of_prompts(model):
     read_in(model, 1, prompt(120, seed=4))
     found = read_in(model, 2, LONG)
     assert found.n_cached >= 150
+
+
+def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog):
+    """llama.cpp saves them in another form, and the rows in their place would be gone."""
+    prompts = PromptCache(2**24)
+    with opened(pop_file) as one:
+        one.keep_prompts(prompts)
+        one.read(Prompt(LONG))
+        one.cache.put_aside(Prompt([]))
+    model.keep_prompts(prompts)
+    read_in(model, 1, LONG[:50])
+    assert len(prompts) == 1
+    assert read_in(model, 1, LONG).n_cached > 0
+    assert "state" not in caplog.text
 
 
 def test_what_cannot_be_several_is_refused(pop_file, model):
