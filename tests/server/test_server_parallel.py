@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
+from typing import Any
 
 import httpx2
 import pytest
@@ -195,10 +196,11 @@ def test_a_stopping_server_ends_all_answers(path):
 def test_an_answer_that_waits_for_another_is_no_hung_model(path):
     with opened(path, n_ctx=N_CTX, n_parallel=2) as model:
         worker = Worker(model, Metrics(), 1)
+        seen_s: dict[Any, float] = worker._seen_s
         now_s = time.monotonic()
-        worker._seen_s.update({"waits": now_s - 100, "computes": now_s})
+        seen_s |= {"waits": now_s - 100, "computes": now_s}
         assert worker.silent_s() == 0
-        del worker._seen_s["computes"]
+        del seen_s["computes"]
         assert worker.silent_s() >= 100
 
 
