@@ -130,6 +130,8 @@ def test_embeddings_and_log_probabilities_beside_an_answer(several, client):
     assert vector["embedding"] == pytest.approx(expected["embedding"], abs=1e-3)
     alone = complete(client, "one two three", **asked).json()["choices"][0]["logprobs"]
     assert found["token_logprobs"][1:] == pytest.approx(alone["token_logprobs"][1:], abs=0.01)
+    asked = asked | {"max_tokens": 1, "temperature": 1, "seed": 1}
+    assert "four five" in text_of(complete(several, "four five", **asked))
 
 
 def test_tools_at_once(several):

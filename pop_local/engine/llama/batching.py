@@ -332,7 +332,7 @@ class SharedSlot(Slot):
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.is_held:
             super().decode(tokens, first_position, outputs)
-            if outputs is Outputs.LAST:
+            if outputs is not Outputs.NONE:
                 self.handed = super().logits.copy()
             return
         request = _Request(self, tokens, first_position, outputs, whether_to_stop())

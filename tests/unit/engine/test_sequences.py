@@ -9,6 +9,7 @@ import pytest
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
@@ -339,6 +340,17 @@ def test_all_logits_are_of_one_sequence_alone(model, alone):
     alone.cache.clear()
     alone.cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
     np.testing.assert_allclose(last, alone.context.logits(50)[-1], atol=NOISE)
+
+
+def test_an_answer_goes_on_from_log_probabilities_of_its_prompt(model, pop_file):
+    full = opened(pop_file)
+    full.set_mode(Mode.OFF)
+    cache = model.sequences[1][0]
+    read_in(model, 1, prompt(50, seed=8))
+    cache.set_mode(Mode.OFF)
+    prompt_logprobs(cache, LONG, 1)
+    assert read_in(model, 1, LONG).n_cached == 200
+    np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
 
 
 @pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
