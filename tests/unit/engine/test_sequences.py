@@ -389,6 +389,17 @@ def test_a_step_alone_pays_back_what_a_prompt_took():
     assert pace.rows_beside(600 - 90) == 2
 
 
+def test_a_prompt_goes_on_after_its_process_was_halted():
+    pace = Pace(512)
+    pace.took(1, 0, 0.05)
+    pace.took(1, 64, 3600.0)
+    n_alone = 0
+    while not pace.rows_beside(1):
+        pace.took(1, 0, 0.05)
+        n_alone += 1
+    assert n_alone * 0.05 < 25
+
+
 def test_a_picture_is_read_in_any_sequence(tmp_path):
     seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
     with seeing.opened() as one, seeing.opened(n_parallel=2) as model:
