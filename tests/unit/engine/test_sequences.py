@@ -169,7 +169,7 @@ def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
 
 
 def test_a_row_is_there_once_all_is_known_of_it(model, monkeypatch):
-    """What was read before is still in its place; others look while the row is noted."""
+    """Another token is still in its place, and others look while the row is noted."""
     cache = model.sequences[0][0]
     read_in(model, 0, LONG)
     cache.truncate(150)
