@@ -316,7 +316,8 @@ class OpenModel:
 
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
-        self.cache.set_boundary(layer)
+        for cache, _ in self.sequences:
+            cache.set_boundary(layer)
 
     @property
     def exact(self) -> int:

@@ -75,6 +75,8 @@ class Served:
         try:
             for cache, _ in self.model.sequences:
                 cache.put_aside(Prompt([]))
+        except Exception:  # such as a lack of memory; whoever waits for it is to get it
+            log.exception("what %s had cached is not kept", self.name)
         finally:
             self.model.close()
 

@@ -167,7 +167,8 @@ class Worker(threading.Thread):
 
     def silent_s(self) -> float:
         """Return for how many seconds the model has hung, 0 while it has not."""
-        seen_s = min(self._seen_s.copy().values(), default=None)
+        # Others wait while one has the model alone, such as for an embedding.
+        seen_s = max(self._seen_s.copy().values(), default=None)
         silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return silent_s if silent_s > _HUNG_S else 0.0
 

@@ -101,6 +101,7 @@ def open_model(
     except PopError as error:
         if n_parallel is not None or error.cause != "one-sequence":
             raise
+        watch.on_note(f"One request at a time: {error.message}.")
         opened = opened_with(1)
     if n_ctx and opened.n_ctx > n_ctx:
         watch.on_note(f"The context holds {opened.n_ctx:,} tokens: llama.cpp rounds it up.")

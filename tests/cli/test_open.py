@@ -23,7 +23,9 @@ from pop_local.models.names import DEFAULT_MODEL, find
 from pop_local.models.stored import ModelFiles, stock
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
-from support.converted import paired
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
+from support.converted import paired, tiny
 from support.program import called
 from support.synthetic import make_gguf
 
@@ -93,6 +95,36 @@ def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, f
         assert f"it would be {find(best).name}" in called(command).stderr
     monkeypatch.setenv("POP_LOCAL_MODEL", "gemma3")
     assert "it would be gemma3" in called("chat").stderr
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "how", "n"),
+    [
+        (7.9, {}, 1),
+        (8, {}, 2),
+        (8, {"n_parallel": 1}, 1),
+        (7.9, {"n_parallel": 3}, 3),
+        (8, {"select": 0.1, "keep_states": True}, 1),
+    ],
+)
+def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
+    monkeypatch.setattr(opening, "free_bytes", lambda: free_gb * 10**9)
+    notes: list[str] = []
+    wanted = {"n_ctx": 256, "n_parallel": None, "hardware": Hardware(n_threads=1)} | how
+    with opening.open_model(
+        str(tiny(tmp_path)), None, watch=Watch(on_note=notes.append), **wanted
+    ) as model:
+        assert len(model.sequences) == n
+    assert ("One request at a time: tokens are selected" in " ".join(notes)) == ("select" in how)
+    assert notes == [] or f"{max(2, n)} requests at once, 256 tokens each" in notes[0]
+
+
+def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "free_bytes", lambda: 10**12)
+    how = {"n_ctx": 512, "n_parallel": None, "hardware": Hardware(n_threads=1), "learns": True}
+    path = make_gguf(tmp_path / "tiny.gguf", "llama")
+    with opening.open_model(str(path), None, watch=Watch(), **how) as model:
+        assert len(model.sequences) == 1 and model.learner is not None
 
 
 def test_a_person_is_asked_before_the_default_model_is_fetched(store, monkeypatch):

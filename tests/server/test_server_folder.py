@@ -126,7 +126,9 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
         assert (running["name"], running["context_length"]) == ("one.pop:latest", N_CTX)
         (tmp_path / "three.gguf").unlink()
         assert len(client.get("/v1/models").json()["data"]) == len(names) - 1
-        (tmp_path / "one.pop.gguf").unlink()  # open
+        (tmp_path / "one.pop.gguf").write_bytes(b"GGUF" + bytes(100))  # open
+        assert client.get("/api/ps").json() == {"models": []}
+        (tmp_path / "one.pop.gguf").unlink()
         for path in ("/v1/models", "/api/tags", "/api/ps"):
             assert client.get(path).status_code == 200
 

@@ -15,6 +15,7 @@ import pytest
 from starlette.applications import Starlette
 
 from pop_local.base.errors import PopError
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.learning.lesson import Lesson
@@ -349,6 +350,20 @@ def test_gauges_are_of_all_models(library, monkeypatch):
         monkeypatch.undo()
     for name in ("queue_length", "unread_tokens", "refillable_tokens"):
         assert figures[f"pop_{name}"] == 6
+
+
+def test_a_model_is_closed_though_its_prompts_find_no_memory(library, expected, monkeypatch):
+    def put_aside(self, prompt):
+        if not len(prompt):
+            raise MemoryError
+
+    with asked(library, ram_bytes=1 << 40) as client:
+        for name in ("one", "two"):
+            complete(client, model=name)
+        monkeypatch.setattr(KvCache, "put_aside", put_aside)
+        library.behind._ram_bytes = 0
+        assert text_of(complete(client, model="three")) == expected["three"]
+        assert library.open_ones == ["three"]
 
 
 @pytest.mark.parametrize("n_parallel", [1, 2])

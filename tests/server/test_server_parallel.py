@@ -5,11 +5,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
+from typing import Any
 
 import httpx2
 import pytest
 
 from pop_local.server.app import create_app
+from pop_local.server.metrics import Metrics
+from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, NAME, chat, complete, message_of, text_of
 from support.calls import opened
 from support.serving import asking, counted, served
@@ -127,6 +130,8 @@ def test_embeddings_and_log_probabilities_beside_an_answer(several, client):
     assert vector["embedding"] == pytest.approx(expected["embedding"], abs=1e-3)
     alone = complete(client, "one two three", **asked).json()["choices"][0]["logprobs"]
     assert found["token_logprobs"][1:] == pytest.approx(alone["token_logprobs"][1:], abs=0.01)
+    asked = asked | {"max_tokens": 1, "temperature": 1, "seed": 1}
+    assert "four five" in text_of(complete(several, "four five", **asked))
 
 
 def test_tools_at_once(several):
@@ -170,6 +175,10 @@ def test_answers_that_have_to_be_repeatable_are_refused(several):
     assert "--parallel 1" in refused.json()["error"]["message"]
 
 
+def test_clients_are_told_how_many_are_answered_at_once(several):
+    assert several.get("/props").json()["total_slots"] == SLOTS
+
+
 def test_a_stopping_server_ends_all_answers(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=3)
     app = create_app(model, NAME)
@@ -184,6 +193,17 @@ def test_a_stopping_server_ends_all_answers(path):
         assert {one.result(timeout=30).status_code for one in asked} == {503}
     assert not served.worker.is_alive()
     model.close()
+
+
+def test_an_answer_that_waits_for_another_is_no_hung_model(path):
+    with opened(path, n_ctx=N_CTX, n_parallel=2) as model:
+        worker = Worker(model, Metrics(), 1)
+        seen_s: dict[Any, float] = worker._seen_s
+        now_s = time.monotonic()
+        seen_s |= {"waits": now_s - 100, "computes": now_s}
+        assert worker.silent_s() == 0
+        del seen_s["computes"]
+        assert worker.silent_s() >= 100
 
 
 def test_a_prompt_can_be_read_anew(several):

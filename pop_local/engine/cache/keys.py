@@ -56,11 +56,13 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
 
 
 def opened_with(context: Context) -> str:
-    """Return, in words, the options that K/V depend on where they are not the defaults."""
+    """Return, in words, the options that saved K/V depend on where they are not the defaults."""
     defaults = bindings().llama_context_default_params()
     defaults.flash_attn_type = 0
     found = {name: getattr(context.settings, name) for name in _FIELDS}
     given = [f"{k} {value:g}" for k, value in found.items() if value != getattr(defaults, k)]
+    if context.options.n_parallel > 1:
+        given.append("a state for each sequence")
     if context.lora_sha256:
         given.append(f"LoRA {context.lora_sha256[:16]} x {context.options.lora_scale:g}")
     return "".join(f", {each}" for each in given)

@@ -421,7 +421,7 @@ class KvCache:
     ) -> None:
         if self.exact or self.mode is not Mode.CONTEXT:
             full = np.full(len(tokens), self.mode is not Mode.ALWAYS)
-        start = self.n_tokens
-        self.n_tokens = start + len(tokens)
-        self._tokens[start : self.n_tokens] = tokens
+        start, end = self.n_tokens, self.n_tokens + len(tokens)
+        self._tokens[start:end] = tokens
         self.rows.read(start, full, keeps_states=keeps_states, positions=positions)
+        self.n_tokens = end  # last, as other sequences look for rows meanwhile

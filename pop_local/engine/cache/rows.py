@@ -62,6 +62,7 @@ class CachedRows:
         self.positions[: n + 1] = positions
         self.forget_from(0)
         self.is_full[:n] = is_full
+        self.readings[:n] = next(_serial)
         self.n_exact = n if is_exact else 0
 
     def share(self, other: "CachedRows", n_rows: int) -> None:

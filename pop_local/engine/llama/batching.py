@@ -25,6 +25,8 @@ _FIRST_ROWS = 64
 _WAIT_S = 0.25
 # Answers keep this share of their speed while a prompt is read.
 _SHARE = 0.52
+# A process that was halted meanwhile is not made up for.
+_MOST_OWED_S = 10.0
 _SMOOTHING = 0.3
 _NO_COUNTERS = Counters(0, 0)
 
@@ -52,6 +54,14 @@ class _Request:
     @property
     def is_over(self) -> bool:
         return self.error is not None or self.n_left == 0
+
+    def gives_logits(self, n: int) -> bool:
+        """Whether the last of the next `n` rows does."""
+        return self.outputs is Outputs.LAST and n == self.n_left
+
+    def are_context(self, n: int) -> bool:
+        """Whether none of the next `n` rows is full."""
+        return not self.gives_logits(n) and self.slot.is_context(self.first + self.n_done, n)
 
 
 class Pace:
@@ -92,7 +102,7 @@ class Pace:
         else:
             self._step_s[n_answers] = _smoothed(self._step_s.get(n_answers), seconds)
         owed_s = self._owed_s + _SHARE * seconds - self._step_of(n_answers)
-        self._owed_s = max(0.0, owed_s)
+        self._owed_s = min(max(0.0, owed_s), _MOST_OWED_S)
 
     def _step_of(self, n_answers: int) -> float:
         """The seconds of a batch of so many answers, or of the nearest number that is known."""
@@ -162,8 +172,11 @@ class Batcher:
     def _compute(self) -> None:
         """Decode a batch of what is wanted, at most one request's rows of a prompt among them."""
         for request in self._wanted:
-            if request.should_stop():
-                request.error = StoppedError()
+            try:
+                if request.should_stop():
+                    request.error = StoppedError()
+            except BaseException as error:  # for whoever asks so, who may be in another thread
+                request.error = error
         steps = [one for one in self._wanted if not (one.is_over or one.slot.is_reading)]
         prompts = [one for one in self._wanted if not one.is_over and one.slot.is_reading]
         try:
@@ -199,7 +212,7 @@ class Batcher:
             first = one.first + one.n_done
             positions += range(first, first + n)
             sequences += [one.slot.sequence] * n
-            wanted += [False] * (n - 1) + [one.outputs is Outputs.LAST and n == one.n_left]
+            wanted += [False] * (n - 1) + [one.gives_logits(n)]
         logs.forget_errors()
         self._in_batch = [one for one, _ in parts]
         self._api.llama_set_abort_callback(ctx, self._callback, None)
@@ -236,8 +249,7 @@ def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
     of_prompts = [(one, n) for one, n in parts if one.slot.is_reading]
     if not of_prompts:
         return Reading.NONE
-    are_context = all(one.slot.is_context(one.first + one.n_done, n) for one, n in of_prompts)
-    return Reading.CONTEXT if are_context else Reading.SOME
+    return Reading.CONTEXT if all(one.are_context(n) for one, n in of_prompts) else Reading.SOME
 
 
 def added(known: Counters, before: Counters, now: Counters) -> Counters:
@@ -316,13 +328,13 @@ class SharedSlot(Slot):
             super().set_full(sink_tokens, full_from)
 
     def is_context(self, first: int, n: int) -> bool:
-        """Whether none of the rows from a position on is full."""
+        """Whether none of the rows from a position on is full by its position."""
         return self._context_rows.start <= first and first + n <= self._context_rows.stop
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.is_held:
             super().decode(tokens, first_position, outputs)
-            if outputs is Outputs.LAST:
+            if outputs is not Outputs.NONE:
                 self.handed = super().logits.copy()
             return
         request = _Request(self, tokens, first_position, outputs, whether_to_stop())

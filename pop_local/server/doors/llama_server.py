@@ -151,7 +151,7 @@ class LlamaServer:
         return JSONResponse(
             {
                 "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
-                "total_slots": 1,
+                "total_slots": len(model.sequences),
                 "model_alias": served.name,
                 "model_path": os.fsencode(model.path.name).decode(errors="replace"),
                 "modalities": {"vision": model.can_see, "audio": False},

@@ -1,6 +1,7 @@
 """Ollama's API (docs/api.md in its repository), by its own client's types."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from math import isfinite
@@ -16,6 +17,7 @@ from starlette.routing import Route
 
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local import __version__
+from pop_local.base.errors import PopError
 from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
@@ -296,8 +298,12 @@ def _details(about: About) -> Json:
 
 
 def _cards(listed: Sequence[About]) -> list[Json]:
-    """Those whose files are there; an open model may have lost its own."""
-    return [_card(one) for one in listed if one.source.first.path.is_file()]
+    """Those whose files are there and sound; an open model may have lost its own."""
+    cards: list[Json] = []
+    for one in listed:
+        with suppress(PopError, OSError):
+            cards.append(_card(one))
+    return cards
 
 
 def _card(about: About) -> Json:

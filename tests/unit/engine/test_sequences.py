@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.llama.backend import Mode
+from pop_local.engine.decode.logprobs import prompt_logprobs
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.batching import Pace
 from pop_local.engine.llama.interrupt import stopped_by
@@ -17,9 +20,10 @@ from pop_local.engine.prefill.read import read as read_prompt
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.seats import Seats
 from support.calls import NOISE, opened, prompt
-from support.converted import tiny
+from support.converted import converted, tiny
 from support.seeing import Seeing, make_seeing
 from support.seeing import prompt as seeing_prompt
+from support.synthetic import make_gguf
 
 LONG = prompt(200)
 
@@ -140,6 +144,13 @@ def test_a_mode_is_of_one_sequence(model, pop_file):
         model.sequences[0][0].set_mode(Mode.ALWAYS)
 
 
+def test_a_boundary_is_of_all_sequences(model):
+    read_in(model, 1, LONG)
+    model.set_boundary(3)
+    cache = model.sequences[1][0]
+    assert (cache.n_tokens, cache.boundary) == (0, 3)
+
+
 def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
     read_in(model, 0, LONG)
     other = LONG[:150] + prompt(20, seed=3)
@@ -155,6 +166,24 @@ def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
     np.testing.assert_allclose(logits(model, index), alone.cache.slot.logits, atol=NOISE)
     seats.give_back(index)
     assert model.sequences[0][0].n_tokens == 200
+
+
+def test_a_row_is_there_once_all_is_known_of_it(model, monkeypatch):
+    """Another token is still in its place, and others look while the row is noted."""
+    cache = model.sequences[0][0]
+    read_in(model, 0, LONG)
+    cache.truncate(150)
+    note, found = cache.rows.read, []
+
+    def looked_for(*given, **how):
+        found.append(cache.n_same(Prompt(LONG)))
+        note(*given, **how)
+        found.append(cache.n_same(Prompt(LONG)))
+
+    monkeypatch.setattr(cache.rows, "read", looked_for)
+    cache.step(LONG[150])
+    assert found == [150, 150]
+    assert cache.n_same(Prompt(LONG)) == 151
 
 
 def test_shared_rows_are_refilled_once(model):
@@ -176,6 +205,21 @@ def test_shared_rows_are_refilled_once(model):
     assert cache.n_exact < 200  # what it has of its own is as it was
 
 
+def test_restored_rows_are_shared_with_nobody(model):
+    first, second = model.sequences[0][0], model.sequences[1][0]
+    read_in(model, 0, prompt(100, seed=1))
+    model.sequences[0][1].refill()
+    read_in(model, 1, prompt(120, seed=2))
+    exact, pruned = first.save(), second.save()
+    first.restore(exact)
+    second.restore(pruned)
+    read_in(model, 0, prompt(100, seed=1) + prompt(80, seed=3))
+    assert model.sequences[0][1].refill() == 80
+    Seats(model).refilled(0)
+    assert second.n_exact == 0
+    assert second.key != FULL
+
+
 def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
     full = opened(pop_file)
     full.set_mode(Mode.OFF)
@@ -186,6 +230,24 @@ def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
     model.rule = model.rule.__class__(min_prompt=1000)
     read_in(model, 1, longer)
     np.testing.assert_allclose(logits(model, 1), logits_of(full, longer), atol=NOISE)
+
+
+@pytest.mark.parametrize("tail_tokens", [0, 16])
+def test_a_row_with_logits_is_a_full_row_of_the_prompt(tmp_path, monkeypatch, tail_tokens):
+    """The backend leaves full rows beside context alone to the kernels of answers."""
+    plan = {"boundary": 4, "tail_tokens": tail_tokens, "min_prompt": 0}
+    path = converted(make_gguf(tmp_path / "llama.gguf", "llama"), tmp_path, **plan)
+    levels = []
+    set_reading = backend.set_reading
+
+    def noted(ctx, reading):
+        levels.append(reading)
+        set_reading(ctx, reading)
+
+    monkeypatch.setattr(backend, "set_reading", noted)
+    read_in(opened(path, n_parallel=2), 1, prompt(192))
+    assert levels[0] is levels[-1] is Reading.SOME  # with the sink, with the logits
+    assert Reading.CONTEXT in levels
 
 
 def test_one_of_several_is_stopped(model, alone):
@@ -212,6 +274,15 @@ def test_one_of_several_is_stopped(model, alone):
     np.testing.assert_allclose(logits(model, 0), logits_of(alone, LONG), atol=NOISE)
 
 
+def test_what_a_wish_to_stop_raises_is_raised_for_its_own_sequence_alone(model):
+    def broken() -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), stopped_by(broken):
+        read_in(model, 0, LONG)
+    assert read_in(model, 1, LONG).n_prompt == 200
+
+
 def test_what_fails_in_a_batch_fails_for_those_in_it(model, monkeypatch):
     read_in(model, 1, LONG[:50])
     monkeypatch.setattr(model.context, "run", lambda *_: 1)
@@ -228,6 +299,20 @@ def test_prompts_that_are_driven_out_come_back_from_the_cache_of_prompts(model):
     read_in(model, 1, prompt(120, seed=4))
     found = read_in(model, 2, LONG)
     assert found.n_cached >= 150
+
+
+def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog):
+    """llama.cpp saves them in another form, and the rows in their place would be gone."""
+    prompts = PromptCache(2**24)
+    with opened(pop_file) as one:
+        one.keep_prompts(prompts)
+        one.read(Prompt(LONG))
+        one.cache.put_aside(Prompt([]))
+    model.keep_prompts(prompts)
+    read_in(model, 1, LONG[:50])
+    assert len(prompts) == 1
+    assert read_in(model, 1, LONG).n_cached > 0
+    assert "state" not in caplog.text
 
 
 def test_what_cannot_be_several_is_refused(pop_file, model):
@@ -255,6 +340,17 @@ def test_all_logits_are_of_one_sequence_alone(model, alone):
     alone.cache.clear()
     alone.cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
     np.testing.assert_allclose(last, alone.context.logits(50)[-1], atol=NOISE)
+
+
+def test_an_answer_goes_on_from_log_probabilities_of_its_prompt(model, pop_file):
+    full = opened(pop_file)
+    full.set_mode(Mode.OFF)
+    cache = model.sequences[1][0]
+    read_in(model, 1, prompt(50, seed=8))
+    cache.set_mode(Mode.OFF)
+    prompt_logprobs(cache, LONG, 1)
+    assert read_in(model, 1, LONG).n_cached == 200
+    np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
 
 
 @pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
@@ -291,6 +387,17 @@ def test_a_step_alone_pays_back_what_a_prompt_took():
         n_alone += 1
     assert n_alone == 4
     assert pace.rows_beside(600 - 90) == 2
+
+
+def test_a_prompt_goes_on_after_its_process_was_halted():
+    pace = Pace(512)
+    pace.took(1, 0, 0.05)
+    pace.took(1, 64, 3600.0)
+    n_alone = 0
+    while not pace.rows_beside(1):
+        pace.took(1, 0, 0.05)
+        n_alone += 1
+    assert n_alone * 0.05 < 25
 
 
 def test_a_picture_is_read_in_any_sequence(tmp_path):
