@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import psutil
@@ -110,7 +111,8 @@ def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, f
 def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
     monkeypatch.setattr(opening, "free_bytes", lambda: free_gb * 10**9)
     notes: list[str] = []
-    wanted = {"n_ctx": 256, "n_parallel": None, "hardware": Hardware(n_threads=1)} | how
+    asked = {"n_ctx": 256, "n_parallel": None, "hardware": Hardware(n_threads=1)}
+    wanted: dict[str, Any] = asked | how
     with opening.open_model(
         str(tiny(tmp_path)), None, watch=Watch(on_note=notes.append), **wanted
     ) as model:
