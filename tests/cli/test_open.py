@@ -123,7 +123,8 @@ def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
 
 def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "free_bytes", lambda: 10**12)
-    how = {"n_ctx": 512, "n_parallel": None, "hardware": Hardware(n_threads=1), "learns": True}
+    hardware = Hardware(n_threads=1)
+    how: dict[str, Any] = {"n_ctx": 512, "n_parallel": None, "hardware": hardware, "learns": True}
     path = make_gguf(tmp_path / "tiny.gguf", "llama")
     with opening.open_model(str(path), None, watch=Watch(), **how) as model:
         assert len(model.sequences) == 1 and model.learner is not None
