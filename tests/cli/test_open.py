@@ -111,11 +111,9 @@ def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, f
 def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
     monkeypatch.setattr(opening, "free_bytes", lambda: free_gb * 10**9)
     notes: list[str] = []
-    asked = {"n_ctx": 256, "n_parallel": None, "hardware": Hardware(n_threads=1)}
-    wanted: dict[str, Any] = asked | how
-    with opening.open_model(
-        str(tiny(tmp_path)), None, watch=Watch(on_note=notes.append), **wanted
-    ) as model:
+    wanted: dict[str, Any] = {"n_ctx": 256, "n_parallel": None, "hardware": Hardware(n_threads=1)}
+    watch, path = Watch(on_note=notes.append), str(tiny(tmp_path))
+    with opening.open_model(path, None, watch=watch, **(wanted | how)) as model:
         assert len(model.sequences) == n
     assert ("One request at a time: tokens are selected" in " ".join(notes)) == ("select" in how)
     assert notes == [] or f"{max(2, n)} requests at once, 256 tokens each" in notes[0]
@@ -123,10 +121,10 @@ def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
 
 def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "free_bytes", lambda: 10**12)
-    hardware = Hardware(n_threads=1)
-    how: dict[str, Any] = {"n_ctx": 512, "n_parallel": None, "hardware": hardware, "learns": True}
+    how: dict[str, Any] = {"n_ctx": 512, "n_parallel": None, "learns": True}
     path = make_gguf(tmp_path / "tiny.gguf", "llama")
-    with opening.open_model(str(path), None, watch=Watch(), **how) as model:
+    one = Hardware(n_threads=1)
+    with opening.open_model(str(path), None, watch=Watch(), hardware=one, **how) as model:
         assert len(model.sequences) == 1 and model.learner is not None
 
 

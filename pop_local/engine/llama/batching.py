@@ -386,10 +386,11 @@ class SharedSlot(Slot):
 
 def shared_slots(context: Context, n: int) -> list[SharedSlot]:
     """Return the sequences of a context. Raises PopError for one that cannot have several."""
-    if context.is_recurrent or context.window:
+    # llama.cpp gives cells that a sequence's window has passed to others, also with swa_full: a
+    # sequence cannot go back then, or be refilled.
+    if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):
         raise PopError(
-            "a model with recurrent layers, or with a cache of its sliding window alone, reads one"
-            " prompt at a time",
+            "a model with recurrent layers or sliding windows reads one prompt at a time",
             "open it with n_parallel=1",
             cause="one-sequence",
         )
