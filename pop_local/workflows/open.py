@@ -95,7 +95,8 @@ def open_model(
         )
 
     will_learn = learns and not in_full and not (files.sidecar or _is_converted(files.path))
-    may_be_two = not (will_learn or hardware.rpc) and free_bytes() >= _MEMORY_FOR_TWO
+    is_one = will_learn or hardware.rpc or _has_windows(files.path)
+    may_be_two = not is_one and free_bytes() >= _MEMORY_FOR_TWO
     try:
         opened = opened_with(n_parallel or 1 + may_be_two)
     except PopError as error:
@@ -127,6 +128,13 @@ def open_model(
 
 def _is_converted(path: Path) -> bool:
     return pop_meta(read_source(path).first) is not None
+
+
+def _has_windows(path: Path) -> bool:
+    """Whether layers have a sliding window, so that there is one sequence; see shared_slots."""
+    with suppress(PopError):
+        return any(source_shape(read_source(path)).windows)
+    return False
 
 
 def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:

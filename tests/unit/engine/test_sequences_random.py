@@ -1,0 +1,105 @@
+"""Random work on several sequences: full rows are the full model's, whatever came before."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.read import read
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.seats import Seats
+from support.calls import opened, prompt
+from support.converted import tiny
+
+N_STEPS = 1000
+# Other cells and batches change logits by 0.003 at most, rows of another prompt by 0.07 and more.
+NOISE = 0.03
+STEMS = [prompt(120, seed) for seed in range(3)]
+
+
+class Work:
+    """Reads, shares, steps, refills and stops, on a model of three sequences."""
+
+    def __init__(self, model: PopModel, full: PopModel, seed: int) -> None:
+        self._model, self._full = model, full
+        self._rng = random.Random(seed)
+        self._seats = Seats(model)
+        self._busy: list[int] = []
+        self.n_checked = 0
+
+    def run(self) -> None:
+        for _ in range(N_STEPS):
+            [step] = self._rng.choices(
+                [self._read, self._step, self._end, self._refill], [5, 3, 1, 1]
+            )
+            step()
+
+    def _read(self) -> None:
+        if len(self._busy) == 3:
+            return
+        stem = self._rng.choice(STEMS)[: self._rng.randrange(20, 120)]
+        asked = Prompt(stem + prompt(self._rng.randrange(1, 90), self._rng.randrange(6)))
+        index = self._seats.take(asked)
+        self._busy.append(index)
+        cache = self._seats.cache(index)
+        cache.set_mode(self._rng.choice([Mode.OFF, Mode.CONTEXT, Mode.CONTEXT]))
+        if self._rng.random() < 0.8:
+            self._seats.share(index, asked)
+        rule = replace(self._model.rule, reuses=self._rng.random() < 0.8)
+        read(cache, asked, rule)
+        assert cache.tokens.tolist() == asked.tokens
+        assert cache.slot.end == len(asked)
+        if cache.mode is Mode.OFF:
+            self._check(cache)
+
+    def _step(self) -> None:
+        if self._busy:
+            cache = self._seats.cache(self._rng.choice(self._busy))
+            was_exact = cache.n_exact == cache.n_tokens
+            cache.step(self._rng.randrange(3, 300))
+            if was_exact:
+                self._check(cache)
+
+    def _end(self) -> None:
+        if self._busy:
+            index = self._rng.choice(self._busy)
+            self._busy.remove(index)
+            self._seats.give_back(index)
+
+    def _refill(self) -> None:
+        while self._busy:
+            self._end()
+        index = self._seats.refillable()
+        if index is None:
+            return
+        left = [False] * self._rng.choice([1, 20, 400])
+        self._model.sequences[index][1].refill(lambda: not left or left.pop())
+        self._seats.refilled(index)
+        for cache, _ in self._model.sequences:
+            if 0 < cache.n_tokens == cache.n_exact:
+                cache.step(5)
+                self._check(cache)
+
+    def _check(self, cache: KvCache) -> None:
+        """The logits are those that the full model gives to the same tokens."""
+        self._full.cache.clear()
+        self._full.read(Prompt(cache.tokens.tolist()))
+        expected = self._full.cache.slot.logits
+        np.testing.assert_allclose(cache.slot.logits, expected, rtol=0, atol=NOISE)
+        self.n_checked += 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_full_rows_are_the_full_models_after_anything(tmp_path, arch):
+    path = tiny(tmp_path, arch)
+    with opened(path, n_parallel=3, keep_states=True) as model, opened(path) as full:
+        full.set_mode(Mode.OFF)
+        model.keep_prompts(PromptCache(2**22))
+        work = Work(model, full, seed=1)
+        work.run()
+        assert work.n_checked > 20
