@@ -143,6 +143,8 @@ class Context:
         # It also refuses a file whose context has no sensible size.
         default = loading.default_ctx(self.source.first)
         n_ctx = options.n_ctx or default
+        if options.n_parallel < 1:
+            raise PopError(f"n_parallel is {options.n_parallel}", "give 1 or more")
         params.n_ctx = min(n_ctx * options.n_parallel, 2**32 - 1)  # more would wrap around
         params.n_seq_max, params.kv_unified = options.n_parallel, True
         params.n_batch = min(n_ctx, options.n_batch)

@@ -5,9 +5,11 @@ with the `text` of a document, or a picture as the `url` that chats take.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -42,6 +44,7 @@ _TYPES = {
 }
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
 _LONGEST_NAME = 200
+_AT_ONCE = 4  # files, so that the disk holds them
 _PICTURE = re.compile(r"image/[\w.+-]{1,40}")
 
 
@@ -54,7 +57,7 @@ def is_public(scope: Scope) -> bool:
 def routes() -> list[Route]:
     return [
         Route("/", _root),
-        Route("/page/file", _file, methods=["POST"]),
+        Route("/page/file", partial(_file, anyio.CapacityLimiter(_AT_ONCE)), methods=["POST"]),
         Route("/page/{name:path}", _part),
     ]
 
@@ -81,7 +84,12 @@ def _shown(name: str) -> Response:
     return FileResponse(path, media_type=kind, headers=HEADERS)
 
 
-async def _file(request: Request) -> Response:
+async def _file(at_once: anyio.CapacityLimiter, request: Request) -> Response:
+    async with at_once:
+        return await _read(request)
+
+
+async def _read(request: Request) -> Response:
     name = request.query_params.get("name", "")[-_LONGEST_NAME:] or "the file"
     picture = _PICTURE.match(request.headers.get("content-type", ""))
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:

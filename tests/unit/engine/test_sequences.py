@@ -320,6 +320,8 @@ def test_what_cannot_be_several_is_refused(pop_file, model, tmp_path):
         opened(tiny(tmp_path, "gemma3"), n_parallel=2)
     with pytest.raises(PopError, match="one prompt at a time"):
         opened(pop_file, n_parallel=2, select=0.1)
+    with pytest.raises(PopError, match="n_parallel is 0"):
+        opened(pop_file, n_parallel=0)
     with pytest.raises(PopError, match="batches of 2 tokens are too small"):
         opened(pop_file, n_parallel=2, n_batch=2, n_ubatch=2)
     with pytest.raises(PopError, match="learns from one prompt at a time"):
