@@ -1,5 +1,6 @@
 """`pop-local chat [MODEL]`: talk to a model in the terminal."""
 
+import socket
 import sys
 import threading
 import webbrowser
@@ -18,9 +19,12 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
 
+# Browsers keep chats by the address.
+_PORT = 8081
+
 
 def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
-    """Serve the page to this machine on a free port, and open it."""
+    """Serve the page to this machine, and open it."""
     no_effect = asked & {"system", "theme", *(each.name for each in fields(opt.SamplingOptions))}
     if no_effect:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))
@@ -30,7 +34,13 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
         # Some browsers run in the terminal, and come back once they are left.
         threading.Thread(target=webbrowser.open, args=(root,), daemon=True).start()
 
-    serve_named(model, ServerOptions(port=0), opened, asked, show)
+    port = _PORT
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        note(f"Port {port} is in use; the chats that were kept there are not shown.")
+        port = 0
+    serve_named(model, ServerOptions(port=port), opened, asked, show)
 
 
 @unfolded

@@ -88,6 +88,8 @@ class Opener:
         refills = opened.refills or opened.learner is not None  # which may prune it
         if options.refill is not RefillName.OFF and "refill" in self.asked and not refills:
             warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
+        if options.learn is Switch.ON and "learn" in self.asked and len(opened.sequences) > 1:
+            warn("--learn has no effect: a model learns from one prompt at a time (--parallel 1)")
         if options.image_tokens and opened.eye is None:
             warn("--image-tokens has no effect: this model has no mmproj")
         elif options.image_tokens and opened.eye is not None and opened.eye.is_fixed:

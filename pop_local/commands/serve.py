@@ -142,7 +142,10 @@ def serve_named(
             strict_model=to.strict_model,
             origins=origins,
         )
-        listening.listen(128)
+        try:
+            listening.listen(128)
+        except OSError as error:  # another program was faster
+            raise _cannot_listen(to.host, to.port, error) from error
         root = _root(listening)
         _announce(models, to)
         _announce_address(root, is_open=to.host not in LOOPBACK and not to.api_key)
@@ -194,7 +197,9 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
         n_parallel=opener.n_parallel or 2,  # at most, where the model decides
     )
     if model is None:
-        return Models(shelf, ram_bytes=ram_bytes, **how)
+        models = Models(shelf, ram_bytes=ram_bytes, **how)
+        models.check()
+        return models
     files = shelf.files()
     file = find(model, files)
     if file is None:
@@ -271,11 +276,15 @@ def _bound(host: str, port: int) -> socket.socket:
         listening.bind(address)
     except OSError as error:
         listening.close()
-        raise PopError(
-            f"cannot listen on {host} port {port}: {error.strerror}",
-            _BIND_HINTS.get(error.errno or 0, "try --port 0 for any free one"),
-        ) from error
+        raise _cannot_listen(host, port, error) from error
     return listening
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> PopError:
+    return PopError(
+        f"cannot listen on {host} port {port}: {error.strerror}",
+        _BIND_HINTS.get(error.errno or 0, "try --port 0 for any free one"),
+    )
 
 
 def _root(listening: socket.socket) -> str:

@@ -184,7 +184,8 @@ def _explained(repo: str) -> Iterator[None]:
     except (errors.HTTPError, OSError) as error:
         raise PopError(
             f"the hub cannot be reached: {reason_of(error)}",
-            "check the network, proxies and HF_ENDPOINT",
+            "check the network, proxies and HF_ENDPOINT; `pop-local list` shows models that come"
+            " without it",
         ) from error
     except ValueError as error:  # of an answer, or of what the environment says
         raise PopError(

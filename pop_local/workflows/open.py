@@ -118,7 +118,7 @@ def open_model(
         watch.on_warning(PopError("nothing is selected: this model is not pruned"))
     if in_full:
         opened.set_mode(Mode.OFF)
-    if learns and not in_full:
+    if learns and not in_full and len(opened.sequences) == 1:
         try:
             opened.learn()
         except PopError as error:

@@ -32,6 +32,16 @@ def test_a_damaged_file_closes_nothing(folder, tmp_path, expected):
         assert len(library.models) == 1
 
 
+def test_a_damaged_file_does_not_answer_where_none_is_named(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    library = Library(tmp_path)
+    with asked(library) as client:
+        library.behind.check()
+        for more in ({}, {"model": "gpt-4o"}):
+            assert text_of(complete(client, **more)) == expected["one"]
+
+
 def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, expected, caplog):
     with asked(library) as client, ThreadPoolExecutor(3) as others:
         assert text_of(complete(client, model="one")) == expected["one"]

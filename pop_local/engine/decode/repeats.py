@@ -8,7 +8,7 @@ _LONGEST = 64
 _N_TOKENS, _N_TIMES = 128, 3
 # Numbers, words, equal rows of a table and code may be wanted: they count from here on.
 _N_TIMES_OF_ANY = 256
-_WORDS = re.compile(r"(?:[^\W\d_]+[,;:]? ){4}[^\W\d_]+")
+_WORDS = re.compile(r"(?:[\"'“]?[^\W\d_]+[\"'”]?[,;:]? ){4}[\"'“]?[^\W\d_]+")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”»*]?\s")
 
 

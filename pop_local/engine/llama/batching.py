@@ -25,8 +25,6 @@ _FIRST_ROWS = 64
 _WAIT_S = 0.25
 # Answers keep this share of their speed while a prompt is read.
 _SHARE = 0.52
-# A process that was halted meanwhile is not made up for.
-_MOST_OWED_S = 10.0
 _SMOOTHING = 0.3
 _NO_COUNTERS = Counters(0, 0)
 
@@ -101,8 +99,10 @@ class Pace:
             self._prompt_s = max(0.0, _smoothed(self._prompt_s, rest_s))
         else:
             self._step_s[n_answers] = _smoothed(self._step_s.get(n_answers), seconds)
-        owed_s = self._owed_s + _SHARE * seconds - self._step_of(n_answers)
-        self._owed_s = min(max(0.0, owed_s), _MOST_OWED_S)
+        step_s = self._step_of(n_answers)
+        owed_s = self._owed_s + _SHARE * seconds - step_s
+        # What other programs took is not made up for: a prompt would wait for that.
+        self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
         """The seconds of a batch of so many answers, or of the nearest number that is known."""

@@ -27,6 +27,7 @@ def n_before(text: str) -> int | None:
     [
         ("", SENTENCE),
         ("Well: ", SENTENCE),
+        ("", 'The cat is named "Otter". '),
         ("", "I do not know. " * 2 + SENTENCE),
         ("", SENTENCE * 4),
     ],

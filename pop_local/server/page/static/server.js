@@ -3,8 +3,9 @@
 let asking = null;
 
 const askKey = () => new Promise((resolve) => {
-  const entry = document.getElementById("entry");
-  entry.onclose = () => resolve(entry.querySelector("input").value);
+  const [entry, key] = ["entry", "key"].map((id) => document.getElementById(id));
+  Object.assign(key, { value: "", placeholder: sessionStorage.apiKey ? "That key is wrong" : "" });
+  entry.onclose = () => resolve(key.value);
   entry.showModal();
 });
 
