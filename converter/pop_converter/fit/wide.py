@@ -112,7 +112,7 @@ def decode_input(
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
     """Return the standard deviation [n] of all rows of [n_rows, n], one window in memory."""
-    n_rows, total, squares = 0, np.float64(0), np.float64(0)
+    n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)
         total = total + window.sum(0, dtype=np.float64)

@@ -215,7 +215,10 @@ class Batcher:
             wanted += [False] * (n - 1) + [one.gives_logits(n)]
         logs.forget_errors()
         self._in_batch = [one for one, _ in parts]
-        self._api.llama_set_abort_callback(ctx, self._callback, None)
+        # Asked at each node, it waits for other threads of Python. A step of answers is short.
+        has_prompt = len(tokens) > len(parts)
+        asked = self._callback if has_prompt else self._api.ggml_abort_callback(0)
+        self._api.llama_set_abort_callback(ctx, asked, None)
         try:
             code = self._context.run(tokens, positions, sequences, wanted)
         finally:
