@@ -184,8 +184,7 @@ def _explained(repo: str) -> Iterator[None]:
     except (errors.HTTPError, OSError) as error:
         raise PopError(
             f"the hub cannot be reached: {reason_of(error)}",
-            "check the network, proxies and HF_ENDPOINT; `pop-local list` shows models that come"
-            " without it",
+            "check the network, proxies and HF_ENDPOINT",
         ) from error
     except ValueError as error:  # of an answer, or of what the environment says
         raise PopError(

@@ -58,6 +58,7 @@ BY_CAUSE = {
     "nothing-to-evaluate": (
         "convert it (pop-local convert {model}), or choose --skip, --boundary or --sweep"
     ),
+    "one-sequence": "take --parallel 1",
     "output-exists": "choose another name, or replace it: --force",
     "outside-budget": "`pop-local convert` without --skip and --boundary finds the deepest inside",
     "over-budget": (

@@ -101,7 +101,7 @@ class Pace:
             self._step_s[n_answers] = _smoothed(self._step_s.get(n_answers), seconds)
         step_s = self._step_of(n_answers)
         owed_s = self._owed_s + _SHARE * seconds - step_s
-        # What other programs took is not made up for: a prompt would wait for that.
+        # Time that other programs took is not made up for: a prompt would wait for that.
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
