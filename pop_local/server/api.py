@@ -130,24 +130,7 @@ class Api:
         return await lease.served
 
     async def work(self, request: Request, served: Served, work: Callable[[], Made]) -> Made:
-        return await self._done(served, work, self._gone(request))
-
-    async def made(
-        self, request: Request, served: Served, body: AnyBody, make: Callable[[AnyBody], list[Task]]
-    ) -> list[Task]:
-        """Check grammars and pictures one at a time, so that they take the memory of one."""
-        async with AsyncExitStack() as limits:
-            if body.has_grammar:
-                await limits.enter_async_context(self._grammar_limit)
-            if body.has_pictures:
-                await limits.enter_async_context(self._picture_limit)
-            return await self.work(request, served, lambda: make(body))
-
-    async def _done(
-        self, served: Served, work: Callable[[], Made], gone: "asyncio.Task[None]"
-    ) -> Made:
-        """Return what is made in a thread until the client has hung up."""
-        worker = served.worker
+        gone, worker = self._gone(request), served.worker
 
         def done() -> Made:
             worker.require_open()
@@ -159,6 +142,17 @@ class Api:
         except StoppedError:
             worker.require_open()
             raise hung_up() from None
+
+    async def made(
+        self, request: Request, served: Served, body: AnyBody, make: Callable[[AnyBody], list[Task]]
+    ) -> list[Task]:
+        """Check grammars and pictures one at a time, so that they take the memory of one."""
+        async with AsyncExitStack() as limits:
+            if body.has_grammar:
+                await limits.enter_async_context(self._grammar_limit)
+            if body.has_pictures:
+                await limits.enter_async_context(self._picture_limit)
+            return await self.work(request, served, lambda: make(body))
 
     async def read(self, request: Request, kind: type[AnyNamed]) -> AnyNamed:
         raw = bytearray()

@@ -136,7 +136,11 @@ class Models:
         self._leaving: Sequence[Served] = ()  # in the change
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.metrics.open.set_function(lambda: len(self._loaded))
+        metrics = self.metrics
+        metrics.open.set_function(lambda: len(self._loaded))
+        metrics.queue.set_function(self.n_waiting)
+        metrics.unread.set_function(partial(self._total, lambda worker: worker.n_unread()))
+        metrics.refillable.set_function(partial(self._total, lambda worker: worker.n_refillable()))
 
     @classmethod
     def of_one(cls, file: File, opened: Opened, **how: Any) -> "Models":
@@ -294,11 +298,6 @@ class Models:
         model = opened.model
         tasks = Tasks(model, repeatable=self._repeatable)
         worker = Worker(model, self.metrics, self._max_waiting, opened.teacher)
-        self.metrics.queue.set_function(self.n_waiting)  # the worker has set its own
-        self.metrics.unread.set_function(partial(self._total, lambda worker: worker.n_unread()))
-        self.metrics.refillable.set_function(
-            partial(self._total, lambda worker: worker.n_refillable())
-        )
         needed_bytes = About.of_model(file.name, model).needed_bytes
         served = Served(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served

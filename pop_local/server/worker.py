@@ -153,11 +153,8 @@ class Worker(threading.Thread):
         self._turn = threading.Lock()
         # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
-        metrics.queue.set_function(self.n_waiting)
         # When each running job last showed that it lives.
         self._seen_s: dict[Job, float] = {}
-        metrics.unread.set_function(self.n_unread)
-        metrics.refillable.set_function(self.n_refillable)
         self._stopping = threading.Event()
 
     def stop(self) -> None:

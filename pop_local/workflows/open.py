@@ -94,11 +94,11 @@ def open_model(
             **vars(hardware),
         )
 
-    will_learn = learns and not in_full and not (files.sidecar or _is_converted(files.path))
-    is_one = will_learn or hardware.rpc or _has_windows(files.path)
-    may_be_two = not is_one and free_bytes() >= _MEMORY_FOR_TWO
+    n = n_parallel
+    if n is None:
+        n = _n_at_once(files, hardware, learns=learns and not in_full)
     try:
-        opened = opened_with(n_parallel or 1 + may_be_two)
+        opened = opened_with(n)
     except PopError as error:
         if n_parallel is not None or error.cause != "one-sequence":
             raise
@@ -126,15 +126,15 @@ def open_model(
     return opened
 
 
-def _is_converted(path: Path) -> bool:
-    return pop_meta(read_source(path).first) is not None
-
-
-def _has_windows(path: Path) -> bool:
-    """Whether layers have a sliding window, so that there is one sequence; see shared_slots."""
+def _n_at_once(files: ModelFiles, hardware: Hardware, *, learns: bool) -> int:
+    """Return two where memory allows and nothing stands against it, such as `shared_slots`."""
+    source = read_source(files.path)
+    will_learn = learns and files.sidecar is None and pop_meta(source.first) is None
+    if will_learn or hardware.rpc or free_bytes() < _MEMORY_FOR_TWO:
+        return 1
     with suppress(PopError):
-        return any(source_shape(read_source(path)).windows)
-    return False
+        return 1 if any(source_shape(source).windows) else 2
+    return 2
 
 
 def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:

@@ -262,6 +262,7 @@ def test_the_command_says_how_many_may_wait(path, monkeypatch):
 def test_who_hung_up_does_not_keep_others_from_waiting(full):
     metrics = Metrics()
     worker = Worker(full, metrics, max_waiting=2)  # not started: whoever comes has to wait
+    metrics.queue.set_function(worker.n_waiting)
     task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
 
     async def hang_up() -> None:

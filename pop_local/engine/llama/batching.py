@@ -274,7 +274,6 @@ class SharedSlot(Slot):
         super().__init__(context, sequence)
         self._batcher = batcher
         self._mode = super().mode
-        self.sequence = sequence
         self.is_reading = False
         self.counted = _NO_COUNTERS
         self._context_rows = range(0)

@@ -21,7 +21,7 @@ class Slot:
 
     def __init__(self, context: Context, sequence: int = 0) -> None:
         self.context = context
-        self._sequence = sequence
+        self.sequence = sequence
         self._api = backend.bindings()
 
     @property
@@ -45,7 +45,7 @@ class Slot:
     def alone(self) -> AbstractContextManager[int]:
         """Have the context for this sequence alone: its batches are computed at once, and those of
         others wait. Gives the sequence's number."""
-        return nullcontext(self._sequence)
+        return nullcontext(self.sequence)
 
     def watching(self) -> AbstractContextManager[None]:
         """Stop what is computed meanwhile where the caller wants it, see Interrupt."""
@@ -88,11 +88,11 @@ class Slot:
         """Say which rows are full: those below the sink's number of tokens, those from a position
         on; -1: none by position."""
         backend.set_sink(self._ctx, sink_tokens)
-        backend.set_full_from(self._ctx, self._sequence, full_from)
+        backend.set_full_from(self._ctx, self.sequence, full_from)
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         """Decode tokens at consecutive positions. Raises as Context.decode does."""
-        self.context.decode(tokens, first_position, outputs, self._sequence)
+        self.context.decode(tokens, first_position, outputs, self.sequence)
 
     @property
     def logits(self) -> np.ndarray:
@@ -102,7 +102,7 @@ class Slot:
 
     def deepen(self, positions: np.ndarray, *, logits: bool) -> bool:
         """Run rows deep, see backend.deepen."""
-        return backend.deepen(self._ctx, self._sequence, positions, logits=logits)
+        return backend.deepen(self._ctx, self.sequence, positions, logits=logits)
 
     # Cells
 
@@ -110,17 +110,17 @@ class Slot:
     def end(self) -> int:
         """The position after the last one in llama.cpp's memory."""
         memory = self._memory
-        return int(self._api.llama_memory_seq_pos_max(memory, self._sequence)) + 1 if memory else 0
+        return int(self._api.llama_memory_seq_pos_max(memory, self.sequence)) + 1 if memory else 0
 
     @property
     def first_kept(self) -> int:
         """The first position that is in it."""
-        return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
+        return int(self._api.llama_memory_seq_pos_min(self._memory, self.sequence))
 
     def forget_from(self, position: int) -> bool:
         """Forget what is cached from this position on; False for a memory that cannot."""
         if self.end > position:
-            return bool(self._api.llama_memory_seq_rm(self._memory, self._sequence, position, -1))
+            return bool(self._api.llama_memory_seq_rm(self._memory, self.sequence, position, -1))
         return True
 
     def forget_all(self) -> None:
@@ -130,7 +130,7 @@ class Slot:
 
     def share(self, other: "Slot", n_positions: int) -> None:
         """Have the first cells of another sequence as well (llama_memory_seq_cp)."""
-        self._api.llama_memory_seq_cp(self._memory, other._sequence, self._sequence, 0, n_positions)
+        self._api.llama_memory_seq_cp(self._memory, other.sequence, self.sequence, 0, n_positions)
 
     def state_size(self) -> int:
         """Return the bytes of `state`, at most."""
