@@ -1,4 +1,4 @@
-"""GEGLU, and RMS_NORM with the MUL behind it, against float64, and beside upstream's."""
+"""GLU, MUL of rows, RMS_NORM with the MUL behind it: against float64, and beside upstream's."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,32 +6,38 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from support.ggml import GeGlu, RmsNormMul, Rows, compute
+from support.ggml import Glu, MulRows, RmsNormMul, Rows, compute
 from support.kernels import (
-    expected_geglu,
+    expected_glu,
     expected_rms_norm_mul,
     first_rows,
     geglu,
+    mul_rows,
     rms_norm_mul,
+    swiglu_oai,
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-Make = Callable[..., GeGlu | RmsNormMul]
+Make = Callable[..., Glu | RmsNormMul]
 
 
-def halves(rng: np.random.Generator, *shape: int) -> GeGlu:
+def halves(rng: np.random.Generator, *shape: int) -> Glu:
     op = geglu(rng, *shape)
-    return GeGlu(np.concatenate([op.x, op.y], -1))
+    return Glu(np.concatenate([op.x, op.y], -1))
 
 
-def swapped_halves(rng: np.random.Generator, *shape: int) -> GeGlu:
+def swapped_halves(rng: np.random.Generator, *shape: int) -> Glu:
     return replace(halves(rng, *shape), swapped=True)
 
 
-def twice_the_same(rng: np.random.Generator, *shape: int) -> GeGlu:
+def swapped_oai_halves(rng: np.random.Generator, *shape: int) -> Glu:
+    return replace(swapped_halves(rng, *shape), is_oai=True)
+
+
+def twice_the_same(rng: np.random.Generator, *shape: int) -> Glu:
     x = geglu(rng, *shape).x
-    return GeGlu(x, x)
+    return Glu(x, x)
 
 
 KINDS: dict[str, Make] = {
@@ -39,13 +45,15 @@ KINDS: dict[str, Make] = {
     "geglu of swapped halves": swapped_halves,
     "geglu of two": geglu,
     "geglu of twice the same": twice_the_same,
+    "swiglu_oai of two": swiglu_oai,
+    "swiglu_oai of swapped halves": swapped_oai_halves,
     "rms_norm": rms_norm_mul,
 }
 each = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
 
 
-def expected(op: GeGlu | RmsNormMul) -> np.ndarray:
-    return expected_geglu(op) if isinstance(op, GeGlu) else expected_rms_norm_mul(op)
+def expected(op: Glu | RmsNormMul) -> np.ndarray:
+    return expected_glu(op) if isinstance(op, Glu) else expected_rms_norm_mul(op)
 
 
 @each
@@ -102,7 +110,7 @@ def test_what_is_no_number_stays_so_and_alone(make: Make, rng: np.random.Generat
     op = make(rng, 9, 64)
     x = op.x.copy()
     x[4, 37] = np.nan
-    changed = replace(op, x=x, y=x) if isinstance(op, GeGlu) and op.y is op.x else replace(op, x=x)
+    changed = replace(op, x=x, y=x) if isinstance(op, Glu) and op.y is op.x else replace(op, x=x)
     want, got = compute(op), compute(changed)
     row = isinstance(op, RmsNormMul)
     hit = np.zeros(want.shape, bool)
@@ -111,8 +119,11 @@ def test_what_is_no_number_stays_so_and_alone(make: Make, rng: np.random.Generat
     np.testing.assert_array_equal(got[~hit], want[~hit])
 
 
-def test_the_second_of_geglu_may_be_no_number(rng: np.random.Generator) -> None:
-    op = geglu(rng, 9, 64)
+@pytest.mark.parametrize("make", [geglu, swiglu_oai])
+def test_the_second_of_a_glu_may_be_no_number(
+    make: Callable[..., Glu], rng: np.random.Generator
+) -> None:
+    op = make(rng, 9, 64)
     assert op.y is not None
     y = op.y.copy()
     y[4, 37] = np.nan
@@ -129,3 +140,20 @@ def test_the_norms_epsilon_counts(rng: np.random.Generator) -> None:
     for eps in (0, 1e-12, 1.0):
         op = replace(rms_norm_mul(rng, 20, 96), eps=eps)
         np.testing.assert_allclose(compute(op), expected(op), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (5, 6, 96), (7, 100), (2, 3, 5, 64)])
+def test_rows_times_numbers_have_upstreams_bits(
+    shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    op = mul_rows(rng, *shape)
+    for each in (op, replace(op, stride=shape[-1] + 5)):
+        for rows, n_threads in ((Rows.ALL, 1), (Rows.FAST, 3), (Rows.NONE, 1)):
+            np.testing.assert_array_equal(compute(each, rows, n_threads), op.x * op.factors)
+
+
+def test_rows_that_share_their_numbers_are_left_to_upstream(rng: np.random.Generator) -> None:
+    op = mul_rows(rng, 4, 6, 32)
+    for factors in (op.factors[:1], op.factors[:, :1], op.factors[:1, :1]):
+        shared = MulRows(op.x, np.ascontiguousarray(factors))
+        np.testing.assert_array_equal(compute(shared), op.x * factors)

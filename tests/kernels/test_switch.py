@@ -21,6 +21,7 @@ from support.kernels import (
     mul_mat_id,
     reads,
     rms_norm_mul,
+    swiglu_oai,
 )
 
 N_ROWS = (1, 8, 64)
@@ -38,7 +39,7 @@ def samples() -> list[Op]:
         for n_rows in N_ROWS
     ]
     for n_rows in N_ROWS:
-        ops += [geglu(rng, n_rows, 192), rms_norm_mul(rng, n_rows, 192)]
+        ops += [make(rng, n_rows, 192) for make in (geglu, swiglu_oai, rms_norm_mul)]
     return ops
 
 
@@ -91,7 +92,7 @@ def test_nothing_behind_a_tensor_is_touched(kernels: str) -> None:
     for type_ in (Type.F16, Type.Q8_0):
         for n_dims in (64, 128):
             ops.append(attention(rng, 40, n_kv=104, n_dims=n_dims, type_=type_))
-        ops += [geglu(rng, 5, n_dims), rms_norm_mul(rng, 5, n_dims)]
+        ops += [make(rng, 5, n_dims) for make in (geglu, swiglu_oai, rms_norm_mul)]
     done = in_child(ops, guarded=True, n_threads=2)
     assert_same([compute(op) for op in ops], done.results)
 

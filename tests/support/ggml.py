@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from pop_local.engine.llama.backend import bindings
-from support.ggml_ops import Attention, GeGlu, MulMat, MulMatId, Op, RmsNormMul, Rows, Stored
+from support.ggml_ops import (
+    OAI,
+    Attention,
+    Glu,
+    MulMat,
+    MulMatId,
+    MulRows,
+    Op,
+    RmsNormMul,
+    Rows,
+    Stored,
+)
 
 _ROWS_PARAM = 15  # GGML_POP_OP_PARAM
 _ALIGNMENT = 32  # of tensors in a model's file
-_N_DIMS, _N_TENSORS = 4, 16
-_GEGLU = 1  # GGML_GLU_OP_GEGLU
+_N_DIMS, _N_TENSORS = 4, 64
+_GEGLU, _SWIGLU_OAI = 1, 3  # GGML_GLU_OP_*
 
 
 class Tensor(ctypes.Structure):
@@ -46,6 +58,14 @@ class Tensor(ctypes.Structure):
         ("name", ctypes.c_char * 64),
         ("extra", ctypes.c_void_p),
     )
+
+
+class Between(Enum):
+    """What a graph does between two operations: with a result, or with what they read."""
+
+    ADD = auto()
+    ROPE = auto()
+    OVERWRITE = auto()
 
 
 @dataclass(frozen=True)
@@ -72,15 +92,40 @@ def compute(
     n_heads, n_dims], for others [..., n_rows, n]. Raises LookupError where the processor or the
     library has no such buffer, or no layout there for the weights.
     """
+    [found] = compute_all([op], rows, n_threads, guarded=guarded, reference=reference)
+    return found
+
+
+def compute_all(
+    ops: Sequence[Op],
+    rows: Rows = Rows.ALL,
+    n_threads: int = 1,
+    *,
+    between: Between | None = None,
+    guarded: bool = False,
+    reference: bool = False,
+) -> list[np.ndarray]:
+    """Compute operations in one graph, in turn; what has the same array reads the same tensor.
+
+    `between` is done behind each. All else as of `compute`.
+    """
     graph = _Graph(guarded)
     try:
-        found = graph.compute(graph.build(op, rows), n_threads, reference)
-        if isinstance(op, Attention):
-            return found
-        n_dims = max(op.x.ndim, op.weights.data.ndim) if isinstance(op, MulMat) else op.x.ndim
-        return found[(0,) * (_N_DIMS - n_dims)]
+        nodes, results = [], []
+        for op in ops:
+            results.append(graph.build(op, rows))
+            nodes += [results[-1], *(graph.build_between(between, results[-1], op))]
+        found = graph.compute(nodes, results, n_threads, reference)
+        return [_of_dims(each, op) for each, op in zip(found, ops, strict=True)]
     finally:
         graph.close()
+
+
+def _of_dims(found: np.ndarray, op: Op) -> np.ndarray:
+    if isinstance(op, Attention):
+        return found
+    n_dims = max(op.x.ndim, op.weights.data.ndim) if isinstance(op, MulMat) else op.x.ndim
+    return found[(0,) * (_N_DIMS - n_dims)]
 
 
 def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
@@ -161,6 +206,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_glu_split": ([*[_POINTER] * 3, _INT], _POINTER),
     "ggml_rms_norm": ([_POINTER, _POINTER, _FLOAT], _POINTER),
     "ggml_mul": ([_POINTER] * 3, _POINTER),
+    "ggml_add": ([_POINTER] * 3, _POINTER),
+    "ggml_add_inplace": ([_POINTER] * 3, _POINTER),
+    "ggml_reshape_4d": ([_POINTER, _POINTER, *[_INT64] * 4], _POINTER),
+    "ggml_rope": ([*[_POINTER] * 3, _INT, _INT], _POINTER),
     "ggml_mul_mat": ([_POINTER] * 3, _POINTER),
     "ggml_mul_mat_id": ([_POINTER] * 4, _POINTER),
     "ggml_flash_attn_ext": ([*[_POINTER] * 5, *[_FLOAT] * 3], _POINTER),
@@ -260,6 +309,8 @@ class _Graph:
         self._guarded = guarded
         self._buffers: list[int] = []
         self._pages: list[mmap.mmap] = []
+        # By an array and how it is seen.
+        self._known: dict[tuple[int, int], int] = {}
         size = _N_TENSORS * self._base.ggml_tensor_overhead()
         size += self._base.ggml_graph_overhead_custom(_N_TENSORS, False)
         self._ctx = self._base.ggml_init(_InitParams(size, None, True))
@@ -274,32 +325,60 @@ class _Graph:
         if isinstance(op, RmsNormMul):
             norm, result = self._rms_norm_mul(op)
             Tensor.from_address(norm).op_params[_ROWS_PARAM] = rows
+            self._place(result)
             return result
         if isinstance(op, MulMat):
             result = self._mul_mat(op)
         elif isinstance(op, MulMatId):
             result = self._mul_mat_id(op)
-        elif isinstance(op, GeGlu):
-            result = self._geglu(op)
+        elif isinstance(op, Glu):
+            result = self._glu(op)
+        elif isinstance(op, MulRows):
+            x = self._rows(op.x, op.stride)
+            result = int(self._base.ggml_mul(self._ctx, x, self._array(op.factors)))
         else:
             result = self._attention(op)
         Tensor.from_address(result).op_params[_ROWS_PARAM] = rows
+        self._place(result)
         return result
 
-    def compute(self, result: int, n_threads: int, reference: bool) -> np.ndarray:
+    def build_between(self, between: Between | None, result: int, op: Op) -> list[int]:
+        base, ctx, made = self._base, self._ctx, 0
+        if between is Between.ADD:
+            made = base.ggml_add(ctx, result, result)
+        elif between is Between.ROPE:
+            n_values, n_rows = Tensor.from_address(result).ne[:2]
+            heads = base.ggml_reshape_4d(ctx, result, n_values // 2, 2, n_rows, 1)
+            base.ggml_backend_view_init(heads)
+            made = base.ggml_rope(ctx, heads, self._array(np.arange(n_rows, dtype=np.int32)), 16, 0)
+        elif between is Between.OVERWRITE:
+            assert isinstance(op, MulMat)
+            x = self._rows(op.x, op.stride)
+            made = base.ggml_add_inplace(ctx, x, x)
+        if between is Between.OVERWRITE:
+            base.ggml_backend_view_init(made)
+        elif made:
+            self._place(made)
+        return [made] if made else []
+
+    def compute(
+        self, nodes: Sequence[int], results: Sequence[int], n_threads: int, reference: bool
+    ) -> list[np.ndarray]:
         base, cpu = self._base, _cpu()
-        tensor = Tensor.from_address(result)
-        found = np.empty(tuple(tensor.ne)[::-1], np.float32)
-        self._place(result)
-        # An element that nobody writes is not a number.
-        base.ggml_backend_tensor_memset(result, 255, 0, found.nbytes)
+        shapes = [tuple(Tensor.from_address(each).ne)[::-1] for each in results]
+        found = [np.empty(shape, np.float32) for shape in shapes]
+        for result, array in zip(results, found, strict=True):
+            # An element that nobody writes is not a number.
+            base.ggml_backend_tensor_memset(result, 255, 0, array.nbytes)
         graph = base.ggml_new_graph_custom(self._ctx, _N_TENSORS, False)
-        base.ggml_build_forward_expand(graph, result)
+        for node in nodes:
+            base.ggml_build_forward_expand(graph, node)
         cpu.set_n_threads(cpu.backend, n_threads)
         cpu.set_use_ref(cpu.backend, reference)
         if status := base.ggml_backend_graph_compute(cpu.backend, graph):
             raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
-        base.ggml_backend_tensor_get(result, found.ctypes.data, 0, found.nbytes)
+        for result, array in zip(results, found, strict=True):
+            base.ggml_backend_tensor_get(result, array.ctypes.data, 0, array.nbytes)
         return found
 
     def _mul_mat(self, op: MulMat) -> int:
@@ -311,8 +390,8 @@ class _Graph:
 
     def _mul_mat_id(self, op: MulMatId) -> int:
         weights = self._stored(op.weights, op.buffer)
-        ids = self._view(self._array(op.ids), n_values=op.n_used)
-        return int(self._base.ggml_mul_mat_id(self._ctx, weights, self._array(op.x), ids))
+        inputs, ids = self._rows(op.x), self._rows(op.ids, n_values=op.n_used)
+        return int(self._base.ggml_mul_mat_id(self._ctx, weights, inputs, ids))
 
     def _attention(self, op: Attention) -> int:
         q = self._permuted(self._array(op.q))
@@ -328,12 +407,15 @@ class _Graph:
             self._base.ggml_flash_attn_ext_add_sinks(result, self._array(op.sinks))
         return int(result)
 
-    def _geglu(self, op: GeGlu) -> int:
-        x = self._rows(op.x, op.stride)
+    def _glu(self, op: Glu) -> int:
+        x, kind = self._rows(op.x, op.stride), _SWIGLU_OAI if op.is_oai else _GEGLU
         if op.y is None:
-            return int(self._base.ggml_glu(self._ctx, x, _GEGLU, op.swapped))
-        y = x if op.y is op.x else self._rows(op.y, op.stride)
-        return int(self._base.ggml_glu_split(self._ctx, x, y, _GEGLU))
+            result = self._base.ggml_glu(self._ctx, x, kind, op.swapped)
+        else:
+            result = self._base.ggml_glu_split(self._ctx, x, self._rows(op.y, op.stride), kind)
+        floats = (ctypes.c_float * 2)(*OAI)
+        ctypes.memmove(ctypes.byref(Tensor.from_address(result).op_params, 8), floats, 8)
+        return int(result)
 
     def _rms_norm_mul(self, op: RmsNormMul) -> tuple[int, int]:
         """The norm, and the result."""
@@ -341,13 +423,16 @@ class _Graph:
         self._place(norm)
         return norm, int(self._base.ggml_mul(self._ctx, norm, self._array(op.gain)))
 
-    def _rows(self, x: np.ndarray, stride: int) -> int:
-        """Rows of x, between which nothing is a number."""
-        n_values = x.shape[-1]
-        if stride:
-            between = np.full((*x.shape[:-1], stride - n_values), np.nan, np.float32)
-            x = np.concatenate([x, between], -1)
-        return self._view(self._array(x), n_values=n_values)
+    def _rows(self, x: np.ndarray, stride: int = 0, n_values: int = 0) -> int:
+        """Rows of x, or the first values of each; between longer rows nothing is a number."""
+        n_values = n_values or x.shape[-1]
+        key = id(x), n_values
+        if key not in self._known:
+            if stride:
+                between = np.full((*x.shape[:-1], stride - n_values), np.nan, np.float32)
+                x = np.concatenate([x, between], -1)
+            self._known[key] = self._view(self._array(x), n_values=n_values)
+        return self._known[key]
 
     def _array(self, values: np.ndarray) -> int:
         types = {"float32": Type.F32, "float16": Type.F16, "int32": Type.I32}

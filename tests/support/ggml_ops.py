@@ -91,8 +91,8 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class GeGlu:
-    """GLU by gelu: gelu(x) * y, both float32 [..., n_rows, n].
+class Glu:
+    """GLU: by gelu gelu(x) * y, both float32 [..., n_rows, n], or as gpt-oss has it.
 
     `y`: None, and x has 2 n values a row, of which the first n are x and the others y, or the other
     way round where it is `swapped`; the same array as x: one tensor is both. `stride`: floats from
@@ -103,13 +103,26 @@ class GeGlu:
     y: np.ndarray | None = None
     swapped: bool = False
     stride: int = 0
+    is_oai: bool = False
+
+
+@dataclass(frozen=True)
+class MulRows:
+    """MUL of rows of x, float32 [..., n_rows, n], by `factors`, float32 [..., n_rows, 1].
+
+    `stride`: as of Glu.
+    """
+
+    x: np.ndarray
+    factors: np.ndarray
+    stride: int = 0
 
 
 @dataclass(frozen=True)
 class RmsNormMul:
     """RMS_NORM of x, float32 [..., n_rows, n], and MUL by `gain`, float32 [n].
 
-    `stride`: as of GeGlu.
+    `stride`: as of Glu.
     """
 
     x: np.ndarray
@@ -118,4 +131,7 @@ class RmsNormMul:
     stride: int = 0
 
 
-Op = MulMat | MulMatId | Attention | GeGlu | RmsNormMul
+# alpha and limit of gpt-oss's GLU
+OAI = (1.702, 7.0)
+
+Op = MulMat | MulMatId | Attention | Glu | MulRows | RmsNormMul

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from support.ggml import Attention, GeGlu, MulMat, MulMatId, Op, RmsNormMul, Stored
+from support.ggml import OAI, Attention, Glu, MulMat, MulMatId, MulRows, Op, RmsNormMul, Stored
 
 # Where a block of the type has float16: its scale, and that of its minimum.
 SCALES: dict[Type, tuple[int, ...]] = {
@@ -190,23 +190,39 @@ def mul_mat_id(
     )
 
 
-def geglu(rng: np.random.Generator, *shape: int) -> GeGlu:
+def geglu(rng: np.random.Generator, *shape: int) -> Glu:
     """Compare two tensors [..., n_rows, n], the first as large as one of a feed-forward may be."""
     x = 3 * rng.standard_normal(shape)
     large = rng.choice([-1e4, -87, -20, -9.99, 0, 1e-30, 10.01, 20, 1e4], shape)
     x = np.where(rng.random(shape) < 0.1, large, x).astype(np.float32)
-    return GeGlu(x, activations(rng, *shape))
+    return Glu(x, activations(rng, *shape))
 
 
-def expected_geglu(op: GeGlu) -> np.ndarray:
-    """Gelu by tanh times the other, in float64."""
+def swiglu_oai(rng: np.random.Generator, *shape: int) -> Glu:
+    """The GLU of gpt-oss, of the same tensors, and some of the second past its limit."""
+    op = geglu(rng, *shape)
+    assert op.y is not None
+    return replace(op, y=6 * op.y, is_oai=True)
+
+
+def expected_glu(op: Glu) -> np.ndarray:
+    """In float64."""
     x, y = op.x.astype(np.float64), op.y
     if y is None:
         x, y = np.split(x, 2, -1)
         if op.swapped:
             x, y = y, x
+    if op.is_oai:
+        alpha, limit = OAI
+        x, y = np.minimum(x, limit), np.clip(y.astype(np.float64), -limit, limit)
+        return x / (1 + np.exp(-np.maximum(alpha * x, -700))) * (y + 1)
     twice = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3)
     return x / (1 + np.exp(-np.maximum(twice, -700))) * y
+
+
+def mul_rows(rng: np.random.Generator, *shape: int) -> MulRows:
+    """Rows [..., n_rows, n], and a number for each."""
+    return MulRows(activations(rng, *shape), activations(rng, *shape[:-1], 1))
 
 
 def rms_norm_mul(rng: np.random.Generator, *shape: int) -> RmsNormMul:
@@ -274,8 +290,10 @@ def first_rows(op: Op, n_rows: int) -> Op:
         return replace(op, q=op.q[:, :n_rows], mask=mask)
     if isinstance(op, MulMatId):
         return replace(op, x=op.x[:n_rows], ids=op.ids[:n_rows])
-    if isinstance(op, GeGlu) and op.y is not None:
+    if isinstance(op, Glu) and op.y is not None:
         return replace(op, x=op.x[..., :n_rows, :], y=op.y[..., :n_rows, :])
+    if isinstance(op, MulRows):
+        return replace(op, x=op.x[..., :n_rows, :], factors=op.factors[..., :n_rows, :])
     return replace(op, x=op.x[..., :n_rows, :])
 
 

@@ -8,6 +8,8 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+#include "ops.h"
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -129,6 +131,9 @@ static float * column(const ggml_tensor * t, int64_t i) {
     return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
 }
 
+// ROPE keeps so many floats of each thread at the beginning of the work buffer, where no product has anything.
+constexpr int64_t ROPE_DIMS = 512, ROPE_FLOATS = ROPE_DIMS + CACHE_LINE_SIZE_F32;
+
 // both kinds of products keep this in the work buffer
 struct product_work {
     float **  out;     // [n_cols]
@@ -138,6 +143,7 @@ struct product_work {
     size_t    each;    // bytes of scratch
 
     product_work(arena & a, const gemm & g, const ggml_tensor * op, int64_t tiles_at_most, int n_threads) {
+        a.take<float>(n_threads * ROPE_FLOATS);
         tile    = op->src[0]->ne[0] / 32 * g.tile;
         each    = GGML_PAD(g.scratch, 64);
         out     = a.take<float *>(ggml_nrows(op));
@@ -169,7 +175,7 @@ static size_t mul_mat_size(const gemm & g, const ggml_tensor * op, int n_threads
     return a.needed();
 }
 
-static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_tensor * op) {
+static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_tensor * op, bool is_packed) {
     const ggml_tensor * weights = op->src[0];
     const int64_t n_cols = ggml_nrows(op), tiles = n_tiles(g, n_cols);
     arena a(params->wdata);
@@ -183,7 +189,9 @@ static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_ten
             cols[i] = column(op->src[1], first + i);
             w.out[first + i] = column(op, first + i);
         }
-        g.pack(cols, (int) n, (int) (weights->ne[0] / 32), w.tiles + t * w.tile);
+        if (!is_packed) {
+            g.pack(cols, (int) n, (int) (weights->ne[0] / 32), w.tiles + t * w.tile);
+        }
     }
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
@@ -275,7 +283,7 @@ static void sort_by_expert(const gemm & g, ggml_tensor * op, const expert_work &
     }
 }
 
-static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_tensor * op) {
+static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_tensor * op, bool is_packed) {
     const ggml_tensor * weights = op->src[0];
     arena a(params->wdata);
     const expert_work w(a, g, op, params->nth);
@@ -288,7 +296,7 @@ static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_
     ggml_barrier(params->threadpool);
 
     const int n_blocks = (int) (weights->ne[0] / 32);
-    for (int64_t e = 0; e < *w.n_experts; e++) {
+    for (int64_t e = 0; e < *w.n_experts && !is_packed; e++) {
         const expert & x = w.experts[e];
         for (int64_t t = 0; t < n_tiles(g, x.n_cols); t++) {
             if ((x.first_tile + t) % params->nth == params->ith) {
@@ -304,6 +312,59 @@ static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_
         const expert & x = w.experts[i / panels];
         multiply_panel(g, weights, x.matrix, i % panels, w.product, x.first_tile, x.first_col, x.n_cols, params->ith);
     }
+}
+
+static bool multiply(const ggml_compute_params * params, ggml_tensor * op, bool is_packed) {
+    const gemm * g = kernel_of(op);
+    if (g) {
+        (op->op == GGML_OP_MUL_MAT ? mul_mat : mul_mat_id)(params, *g, op, is_packed);
+    }
+    return g;
+}
+
+//
+// products of the same columns: of Q, K and V, of a gate and what it opens
+//
+
+// whether an operation leaves alone what a product packed into the work buffer
+static bool leaves_packed(const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_ADD:
+        case GGML_OP_ADD_ID:
+        case GGML_OP_MUL:
+        case GGML_OP_RMS_NORM: return op->src[0]->type == GGML_TYPE_F32;
+        case GGML_OP_ROPE:     return op->ne[0] <= ROPE_DIMS;
+        default:               return false;
+    }
+}
+
+static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * p = (const char *) a->data, * q = (const char *) b->data;
+    return p < q + ggml_nbytes(b) && q < p + ggml_nbytes(a);
+}
+
+// whether the columns of a product lie in the work buffer, since the product before it in the graph has them, too
+static bool find_packed(const ggml_cgraph * graph, int n) {
+    const ggml_tensor * op = graph->nodes[n];
+    const gemm * g = kernel_of(op);
+    for (int i = n - 1; g && i >= 0; i--) {
+        const ggml_tensor * before = graph->nodes[i];
+        if (ggml_op_is_empty(before->op)) {
+            continue;
+        }
+        if (!(before->flags & GGML_TENSOR_FLAG_COMPUTE) || overlap(before, op->src[1])) {
+            return false;
+        }
+        if (before->op == op->op) {
+            const gemm * h = rows_asked(before) == GGML_POP_ROWS_NONE ? nullptr : kernel_of(before);
+            return h && h->pack == g->pack && h->n_cols == g->n_cols && h->tile == g->tile && before->src[1] == op->src[1] &&
+                   before->src[2] == op->src[2] && before->src[0]->ne[2] == op->src[0]->ne[2];
+        }
+        if (!leaves_packed(before)) {
+            return false;
+        }
+    }
+    return false;
 }
 
 } // namespace pop
@@ -330,14 +391,16 @@ bool ggml_pop_compute_forward(const ggml_compute_params * params, ggml_tensor * 
     }
     switch (op->op) {
         case GGML_OP_FLASH_ATTN_EXT: return pop::attention_forward(params, op);
-        case GGML_OP_GLU:            return pop::geglu(params, op);
+        case GGML_OP_GLU:            return pop::glu(params, op);
+        case GGML_OP_MUL:            return pop::mul_rows(params, op);
         default:                     break;
     }
-    const pop::gemm * g = pop::kernel_of(op);
-    if (g) {
-        (op->op == GGML_OP_MUL_MAT ? pop::mul_mat : pop::mul_mat_id)(params, *g, op);
-    }
-    return g;
+    return pop::multiply(params, op, false);
+}
+
+bool ggml_pop_multiply_packed(const ggml_compute_params * params, const ggml_cgraph * graph, int n) {
+    ggml_tensor * op = graph->nodes[n];
+    return !params->use_ref && may_compute(op) && pop::find_packed(graph, n) && pop::multiply(params, op, true);
 }
 
 bool ggml_pop_rms_norm_mul(const ggml_compute_params * params, const ggml_tensor * norm, ggml_tensor * mul) {

@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct ggml_cgraph;
 struct ggml_compute_params;
 
 #ifdef __cplusplus
@@ -29,6 +30,10 @@ size_t ggml_pop_work_size(int n_threads, const struct ggml_tensor * op);
 
 // false: these kernels do not compute the operation, and nothing was done
 bool ggml_pop_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op);
+
+// Node n of a graph whose nodes before it were computed: a product of columns that the last product packed, and nobody has overwritten.
+// false: it is none, and nothing was done
+bool ggml_pop_multiply_packed(const struct ggml_compute_params * params, const struct ggml_cgraph * graph, int n);
 
 // an RMS_NORM and the MUL of its result, likewise
 bool ggml_pop_rms_norm_mul(const struct ggml_compute_params * params, const struct ggml_tensor * norm, struct ggml_tensor * mul);

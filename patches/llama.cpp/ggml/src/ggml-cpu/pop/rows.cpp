@@ -30,19 +30,63 @@ static inline floats gelu(floats x) {
     return div(x, add(exp2_of(min(mul(cubic, minus), splat(100.0f))), splat(1.0f)));
 }
 
-bool geglu(const ggml_compute_params * params, ggml_tensor * op) {
+// x * sigmoid(alpha * x) * (y + 1), both clamped, as gpt-oss has it; what is no number stays so
+struct swiglu_oai {
+    floats alpha, limit;
+
+    explicit swiglu_oai(const ggml_tensor * op) :
+        alpha(splat(-LOG2_E * ggml_get_op_params_f32(op, 2))), limit(splat(ggml_get_op_params_f32(op, 3))) {}
+
+    floats operator()(floats x, floats y) const {
+        x = min(limit, x);
+        y = max(sub(splat(0.0f), limit), min(limit, y));
+        const floats gated = div(x, add(exp2_of(min(mul(x, alpha), splat(100.0f))), splat(1.0f)));
+        return fma(gated, y, gated);
+    }
+};
+
+// activate(x, y) of the halves of each row, or of two tensors
+template <typename Activate> static void gated_rows(const ggml_compute_params * params, ggml_tensor * op, const Activate & activate) {
     const ggml_tensor * a = op->src[0], * b = op->src[1] ? op->src[1] : a;
     const int64_t n = op->ne[0];
-    if (ggml_get_glu_op(op) != GGML_GLU_OP_GEGLU || !of_rows(op, n) || !of_rows(a, n) || !of_rows(b, n)) {
-        return false;
-    }
     const bool is_split = !op->src[1], swapped = ggml_get_op_params_i32(op, 1);
     share_rows(params, ggml_nrows(op), [&](int64_t i) {
         const float * x = (const float *) ((const char *) a->data + i * a->nb[1]) + (is_split && swapped ? n : 0);
         const float * y = (const float *) ((const char *) b->data + i * b->nb[1]) + (is_split && !swapped ? n : 0);
         float *     out = (float *) ((char *) op->data + i * op->nb[1]);
         for (int64_t k = 0; k < n; k += LANES) {
-            store(out + k, mul(gelu(load(x + k)), load(y + k)));
+            store(out + k, activate(load(x + k), load(y + k)));
+        }
+    });
+}
+
+bool glu(const ggml_compute_params * params, ggml_tensor * op) {
+    const int64_t n = op->ne[0];
+    if (!of_rows(op, n) || !of_rows(op->src[0], n) || (op->src[1] && !of_rows(op->src[1], n))) {
+        return false;
+    }
+    switch (ggml_get_glu_op(op)) {
+        case GGML_GLU_OP_GEGLU:      gated_rows(params, op, [](floats x, floats y) { return mul(gelu(x), y); }); return true;
+        case GGML_GLU_OP_SWIGLU_OAI: gated_rows(params, op, swiglu_oai(op)); return true;
+        default:                     return false;
+    }
+}
+
+bool mul_rows(const ggml_compute_params * params, ggml_tensor * op) {
+    const ggml_tensor * x = op->src[0], * factors = op->src[1];
+    const int64_t n = op->ne[0];
+    const bool is_covered = of_rows(op, n) && of_rows(x, n) && factors->type == GGML_TYPE_F32 && factors->ne[0] == 1 &&
+                            factors->ne[1] == op->ne[1] && factors->ne[2] == op->ne[2] && factors->ne[3] == op->ne[3] &&
+                            ggml_is_contiguous(factors);
+    if (!is_covered) {
+        return false;
+    }
+    share_rows(params, ggml_nrows(op), [&](int64_t i) {
+        const float * in     = (const float *) ((const char *) x->data + i * x->nb[1]);
+        float *       out    = (float *) ((char *) op->data + i * op->nb[1]);
+        const floats  factor = splat(((const float *) factors->data)[i]);
+        for (int64_t k = 0; k < n; k += LANES) {
+            store(out + k, mul(load(in + k), factor));
         }
     });
     return true;
@@ -76,7 +120,11 @@ bool rms_norm_mul(const ggml_compute_params * params, const ggml_tensor * norm, 
 
 #else
 
-bool pop::geglu(const ggml_compute_params *, ggml_tensor *) {
+bool pop::glu(const ggml_compute_params *, ggml_tensor *) {
+    return false;
+}
+
+bool pop::mul_rows(const ggml_compute_params *, ggml_tensor *) {
     return false;
 }
 
