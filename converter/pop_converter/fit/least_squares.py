@@ -28,6 +28,8 @@ from pop_local.base.errors import PopError
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
+# Rows for each input that sums hold in full.
+ROWS_KEPT = 64
 # Inputs whose gain makes them this much weaker than the average (in power) keep their own weights:
 # dividing by such a gain would spoil the scale of the quantised block that they share.
 WEAK_INPUT = 1e-4
@@ -94,10 +96,15 @@ class Gram:
         self.n_rows += len(x)
 
     def merge(self, other: "Gram") -> None:
-        """Add the sums of other rows, of the same inputs and layers."""
-        self.xx += other.xx
-        for layer, xy in self.xy.items():
-            xy += other.xy[layer]
+        """Add the sums of later rows, of the same inputs and layers.
+
+        Of more than ROWS_KEPT for each input the older ones fade, by as many as are added.
+        """
+        n_kept = ROWS_KEPT * len(self.xx)
+        is_full = self.n_rows + other.n_rows > n_kept
+        keep = np.float32(max(0.0, 1 - other.n_rows / n_kept) if is_full else 1.0)
+        self.xx = keep * self.xx + other.xx
+        self.xy = {layer: keep * xy + other.xy[layer] for layer, xy in self.xy.items()}
         self.n_rows += other.n_rows
 
     def of_first(self, n_inputs: int) -> "Gram":

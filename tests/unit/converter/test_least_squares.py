@@ -37,6 +37,19 @@ def summed(x, y, weights) -> Gram:
     return gram
 
 
+def test_older_rows_fade_once_there_are_many():
+    one, two = (summed(*problem(seed)[:3]) for seed in (0, 1))
+    n_kept = fit.ROWS_KEPT * (N + 1)
+    whole = Gram(one.xx, dict(one.xy), n_kept - two.n_rows)
+    whole.merge(two)
+    np.testing.assert_array_equal(whole.xx, one.xx + two.xx)
+    assert whole.n_rows == n_kept
+    whole.merge(two)
+    keep = 1 - two.n_rows / n_kept
+    np.testing.assert_allclose(whole.xx, keep * (one.xx + two.xx) + two.xx, rtol=1e-6)
+    np.testing.assert_allclose(whole.xy[1], keep * (one.xy[1] + two.xy[1]) + two.xy[1], rtol=1e-5)
+
+
 def joined(layer: KvProjection) -> tuple[np.ndarray, np.ndarray]:
     return layer.weight, layer.bias
 
