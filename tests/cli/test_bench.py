@@ -266,6 +266,3 @@ def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     assert (row["n_pruned"], row["n_skipped_exact"]) == (0, 99)
     table = bench(model, "--prompt", "100", "--repeat", 1).stdout
     assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())
-    searched = bench(model, "--find-break-even", "--prompt", "100")
-    assert searched.returncode == 1
-    assert "loses nothing" in searched.stderr
