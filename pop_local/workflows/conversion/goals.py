@@ -9,9 +9,7 @@ from typing import Any
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan, make_plan, parse_skip
-from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
-from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE
 from pop_local.workflows.conversion.plan import ConversionRun, Goal, Outcome
 
 # No model was seen to copy with fewer than a third of its layers left.
@@ -24,10 +22,6 @@ class Named(Goal):
     @abstractmethod
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
         """Plan it for a model; `rows` go to make_plan. Raises PlanError."""
-
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        return KINDS_OF_ONE
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         return (self.plan(shape, **rows),)
@@ -77,10 +71,6 @@ class Within(Goal):
     def is_named(self) -> bool:
         return self.at is not None
 
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        return self.at.kinds if self.at else KINDS_OF_MANY
-
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         if rows.get("select"):
             raise PopError(
@@ -106,10 +96,6 @@ class Fastest(Goal):
     @property
     def is_named(self) -> bool:
         return False
-
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        return KINDS_OF_MANY
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         from pop_local.workflows.conversion.fastest import recipes
