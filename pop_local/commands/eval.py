@@ -48,8 +48,6 @@ class AblationOptions(Group):
 
     select: str | None = option(opt.SELECT, "SHARE")
     refill: int = option("Rows to give their depth with each scored token.", min=0, default=0)
-    sink: int | None = option("First tokens in full, whatever the file says.", min=0)
-    tail: int | None = option("Last context tokens in full, likewise.", min=0)
     no_boundary: bool = option("Prune the context's last token as well.", default=False)
     baseline: BaselineName | None = option(
         "Compare with skipping the same layers for every token, answers too."
@@ -119,8 +117,6 @@ def eval(  # noqa: A001
         select=opt.selected(ablation.select),
         n_refilled=ablation.refill,
         baseline=None if ablation.baseline is None else "always-skip",
-        sink_tokens=ablation.sink,
-        tail_tokens=ablation.tail,
         n_ctx=measured.n_ctx,
     )
     with stoppable_watch() as watch:

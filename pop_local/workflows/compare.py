@@ -15,7 +15,6 @@ from pop_local.base.errors import PopError, StoppedError, WriteError
 from pop_local.base.files import read_file
 from pop_local.base.output import replacing
 from pop_local.engine.images.mmproj import fingerprint
-from pop_local.engine.model import PopModel
 from pop_local.measure.prompts import (
     Answered,
     Comparison,
@@ -72,30 +71,18 @@ def compare_answers(
     seeing = {"n_ctx": options.n_ctx, "mmproj": mmproj}
     with opened(files, hardware, watch, **seeing) as loaded, kept.told(watch):
         for mode, is_pruning in _MODES.items():
-            _answer_all(loaded, mode, is_pruning, given, options, kept, watch)
+            loaded.pruning = is_pruning
+            advance, n = watch.stage(f"Answering, {mode}"), len(given.prompts)
+            for number, prompt in enumerate(given.prompts):
+                advance(number, n)
+                if (mode, prompt.line) not in kept.found:
+                    kept.add(mode, prompt.line, answered(loaded, prompt, options.max_tokens))
+            advance(n, n)
         found = tuple(
             compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))
             for prompt in given.prompts
         )
     return Comparison(given, found)
-
-
-def _answer_all(
-    model: PopModel,
-    mode: str,
-    is_pruning: bool,
-    given: PromptFile,
-    options: CompareOptions,
-    kept: "_Kept",
-    watch: Watch,
-) -> None:
-    model.pruning = is_pruning
-    advance = watch.stage(f"Answering, {mode}")
-    for number, prompt in enumerate(given.prompts):
-        advance(number, len(given.prompts))
-        if (mode, prompt.line) not in kept.found:
-            kept.add(mode, prompt.line, answered(model, prompt, options.max_tokens))
-    advance(len(given.prompts), len(given.prompts))
 
 
 def _identity(

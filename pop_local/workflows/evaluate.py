@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
-from pop_local.measure.forced import Pruning, always_skip, forced, use_rule
+from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, TextTokens, given_text, shipped_text, tokenize
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, choose_windows, measure_prunings
@@ -52,8 +52,7 @@ class EvaluateOptions:
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
     `n_documents` of each length. `select`: the share of context rows that run all layers, as the
     question needs them, None for the file's. `n_refilled`: rows that are given their depth with
-    each token of the continuation. `sink_tokens`, `tail_tokens`: None for the file's. `n_ctx`: None
-    for as much as is needed.
+    each token of the continuation. `n_ctx`: None for as much as is needed.
     """
 
     text: Path | None = None
@@ -63,8 +62,6 @@ class EvaluateOptions:
     select: float | None = None
     n_refilled: int = 0
     baseline: Baseline | None = None
-    sink_tokens: int | None = None
-    tail_tokens: int | None = None
     n_ctx: int | None = None
 
 
@@ -244,18 +241,11 @@ class _Run:
 
         Raises PopError where it has no room for the windows, or documents for their facts.
         """
-        options = self.options
         files = ModelFiles(self.source.first.path, sidecar)
         with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx()) as model:
-            rule = model.rule
-            if options.sink_tokens is not None:
-                rule = replace(rule, sink_tokens=options.sink_tokens)
-            if options.tail_tokens is not None:
-                rule = replace(rule, tail_tokens=options.tail_tokens)
-            use_rule(model, rule)
             tokens = tokenize(model, self.text)
             with forced(model) as reader:
-                choose_windows(reader, tokens, options.settings)
+                choose_windows(reader, tokens, self.options.settings)
             if self._recall:
                 make_documents(model, self._asked(min(self._recall)))
             yield model, tokens

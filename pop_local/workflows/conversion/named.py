@@ -94,18 +94,15 @@ class Examination:
     def of_fit(self, files: ModelFiles) -> Measured:
         """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
         self.bench.watch.on_note("Measuring what was written on held-out text")
-        quality = self._measure(files, QualitySettings(N_WINDOWS))
+        with self.bench.opened(self.plan, files) as model:
+            tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
+            advance = self.bench.watch.stage("Measuring")
+            settings = QualitySettings(N_WINDOWS)
+            [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
         if not (self.allow_broken_copy or copies(FAST, quality)):
             raise self._refusal(figures_in_words(quality))
         self._warn_outside(quality)
         return measured(quality)
-
-    def _measure(self, files: ModelFiles, settings: QualitySettings) -> Quality:
-        with self.bench.opened(self.plan, files) as model:
-            tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
-            advance = self.bench.watch.stage("Measuring")
-            [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
-        return quality
 
     def _warn_outside(self, quality: Quality) -> None:
         boundary = quality.boundary
@@ -138,14 +135,14 @@ class Examination:
         with self.bench.opened(self.plan) as model:
             advance = self.bench.watch.stage("Reading in full")
             tokens = tokenize(model, shipped_text())
-            reference = read_reference(model, tokens, _own_settings(), advance)
+            settings = QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
+            reference = read_reference(model, tokens, settings, advance)
             for boundary in range(first, self.plan.shape.n_layer):
                 advance = self.bench.watch.stage(f"Trying boundary {boundary}")
                 [kept] = measure_retention(reference, model, (boundary,), advance)
                 if not keeps(FAST, kept):
                     continue
-                pruning = Pruning(boundary)
-                [found] = measure_against(reference, model, (pruning,), advance)
+                [found] = measure_against(reference, model, (Pruning(boundary),), advance)
                 if copies(FAST, found):
                     return boundary
         return None
@@ -161,7 +158,3 @@ def _require_windows(model: PopModel) -> None:
             "lower sink_tokens and tail_tokens, or take own projections, which may go unmeasured",
             cause="fit-not-measurable",
         ) from error
-
-
-def _own_settings() -> QualitySettings:
-    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
