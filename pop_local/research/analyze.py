@@ -21,7 +21,6 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
-from pop_local.measure.depth import boundaries
 from pop_local.measure.forced import Pruning, as_planned
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
@@ -145,7 +144,9 @@ class _Run:
 
     @property
     def _fitted(self) -> list[Plan]:
-        return [plan for plan in map(self._plan, boundaries(self.shape)) if plan.fitted_layers]
+        return [
+            plan for plan in map(self._plan, budget.boundaries(self.shape)) if plan.fitted_layers
+        ]
 
     @cached_property
     def _needs(self) -> memory.Needs | None:
@@ -154,7 +155,7 @@ class _Run:
 
     def course(self, n_gated: int) -> tuple[Step, ...]:
         """Return the steps of the analysis at the most, with `n_gated` windows for the gates."""
-        options, ends, n_tried = self.options, self.ends, len(boundaries(self.shape))
+        options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
         draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
         probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
         gates = _GATES_COST * n_gated * memory.reading_work(ends, options.n_window)

@@ -14,8 +14,7 @@ from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.projection import Projection
 from pop_local.base.progress import Progress
 from pop_local.engine.model import PopModel
-from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
-from pop_local.measure.depth import boundaries
+from pop_local.measure.budget import BALANCED, FAST, boundaries, deepest_inside, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.quality import Quality, Reference, measure_retention
 

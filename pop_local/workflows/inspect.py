@@ -31,8 +31,6 @@ from pop_local.workflows.events import Unit, Watch
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """All tensors of one type."""
-
     type: str
     n_tensors: int
     size_bytes: int

@@ -10,6 +10,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan, make_plan, parse_skip
 from pop_local.base.errors import PopError
+from pop_local.measure.budget import boundaries
 from pop_local.workflows.conversion.plan import ConversionRun, Goal, Outcome
 
 # No model was seen to copy with fewer than a third of its layers left.
@@ -78,8 +79,6 @@ class Within(Goal):
             )
         if self.at is not None:
             return self.at.plans(shape, **rows)
-        from pop_local.measure.depth import boundaries
-
         tried = boundaries(shape, LEAST_DIVISOR)
         return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
 

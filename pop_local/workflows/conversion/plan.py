@@ -61,7 +61,6 @@ class Goal(ABC):
 
     @property
     def is_named(self) -> bool:
-        """Whether the caller named the boundary."""
         return True
 
     @property
@@ -298,7 +297,6 @@ class ConversionRun:
     def write_measured(
         self, plan: Plan, fitted: Fitted | None, found: Measured, trials: tuple[Trial, ...] = ()
     ) -> Outcome:
-        """Write a plan whose quality was measured already."""
         return self.write(plan, fitted, lambda written: found, trials)
 
     @contextmanager
