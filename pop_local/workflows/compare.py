@@ -14,6 +14,7 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError, StoppedError, WriteError
 from pop_local.base.files import read_file
 from pop_local.base.output import replacing
+from pop_local.base.progress import counting
 from pop_local.engine.images.mmproj import fingerprint
 from pop_local.measure.prompts import (
     Answered,
@@ -72,12 +73,11 @@ def compare_answers(
     with opened(files, hardware, watch, **seeing) as loaded, kept.told(watch):
         for mode, is_pruning in _MODES.items():
             loaded.pruning = is_pruning
-            advance, n = watch.stage(f"Answering, {mode}"), len(given.prompts)
-            for number, prompt in enumerate(given.prompts):
-                advance(number, n)
+            ran = counting(len(given.prompts), watch.stage(f"Answering, {mode}"))
+            for prompt in given.prompts:
                 if (mode, prompt.line) not in kept.found:
                     kept.add(mode, prompt.line, answered(loaded, prompt, options.max_tokens))
-            advance(n, n)
+                ran(1)
         found = tuple(
             compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))
             for prompt in given.prompts
@@ -118,8 +118,8 @@ class _Kept:
         if path.exists():
             self._load(path, identity)
         with replacing(path, force=True) as file:
-            file.write(_line(identity))
-            file.writelines(_line(_entry(*key, answer)) for key, answer in self.found.items())
+            file.write(_json_line(identity))
+            file.writelines(_entry(*key, answer) for key, answer in self.found.items())
 
     def add(self, mode: str, line: int, answer: Answered) -> None:
         self.found[mode, line] = answer
@@ -127,7 +127,7 @@ class _Kept:
             return
         try:
             with self._path.open("ab") as file:
-                file.write(_line(_entry(mode, line, answer)))
+                file.write(_entry(mode, line, answer))
         except OSError as error:
             raise WriteError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -166,11 +166,11 @@ def _checked(answer: Answered) -> Answered:
     return answer
 
 
-def _entry(mode: str, line: int, answer: Answered) -> dict[str, Any]:
-    return {"mode": mode, "line": line, **asdict(answer)}
+def _entry(mode: str, line: int, answer: Answered) -> bytes:
+    return _json_line({"mode": mode, "line": line, **asdict(answer)})
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _json_line(value: dict[str, Any]) -> bytes:
     return (json.dumps(value) + "\n").encode()
 
 
