@@ -100,7 +100,7 @@ def inspect(
 ) -> Inspection:
     """Look into a file given by path or name, and into its sidecar: given, beside it or shipped.
 
-    Of a sidecar, the model beside it is looked into. `with_hash` reads all of it. Raises PopError,
+    A sidecar stands for the model beside it. `with_hash` reads all of it. Raises PopError,
     StoppedError.
     """
     path = resolve(model)
