@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import Source
 from pop_local.base.errors import PopError, UnsupportedArchitectureError
+from pop_local.calibration import needs
 from pop_local.measure.estimate import Estimate, mean, redrawn
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
@@ -77,10 +78,11 @@ def gates_device(
 
     shape, n_batch = source_shape(source), min(_N_BATCH, options.n_gated)
     needed = needed_bytes(shape, hyper, options.n_window, options.n_answer, n_batch)
-    if needed > device.free_bytes:
+    free = needs.free_bytes()
+    if device.name == "cpu" and needed > free:
         hint = f"{_SHORTER}, close other programs, or leave them out"
         raise TooLittleMemoryError(
-            "the gates need", needed, device.free_bytes, hint, cause="no-memory-for-gates"
+            "the gates need", needed, free, hint, cause="no-memory-for-gates"
         )
     return device
 
