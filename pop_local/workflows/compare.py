@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -70,14 +68,19 @@ def compare_answers(
     mmproj = options.mmproj or mmproj_beside(files.path)
     kept = _Kept(options.answers, _identity(files, mmproj, given, options.max_tokens))
     seeing = {"n_ctx": options.n_ctx, "mmproj": mmproj}
-    with opened(files, hardware, watch, **seeing) as loaded, kept.told(watch):
-        for mode, is_pruning in _MODES.items():
-            loaded.pruning = is_pruning
-            ran = counting(len(given.prompts), watch.stage(f"Answering, {mode}"))
-            for prompt in given.prompts:
-                if (mode, prompt.line) not in kept.found:
-                    kept.add(mode, prompt.line, answered(loaded, prompt, options.max_tokens))
-                ran(1)
+    with opened(files, hardware, watch, **seeing) as loaded:
+        try:
+            for mode, is_pruning in _MODES.items():
+                loaded.pruning = is_pruning
+                ran = counting(len(given.prompts), watch.stage(f"Answering, {mode}"))
+                for prompt in given.prompts:
+                    if (mode, prompt.line) not in kept.found:
+                        kept.add(mode, prompt.line, answered(loaded, prompt, options.max_tokens))
+                    ran(1)
+        except (KeyboardInterrupt, StoppedError):
+            if (path := options.answers) is not None:
+                watch.on_note(f"{path} keeps {len(kept.found)} answers: the same goes on then.")
+            raise
         found = tuple(
             compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))
             for prompt in given.prompts
@@ -130,18 +133,6 @@ class _Kept:
                 file.write(_entry(mode, line, answer))
         except OSError as error:
             raise WriteError(f"cannot write {self._path}: {error.strerror}") from error
-
-    @contextmanager
-    def told(self, watch: Watch) -> Iterator[None]:
-        """Around the work: when that is stopped, it is said what is kept."""
-        try:
-            yield
-        except (KeyboardInterrupt, StoppedError):
-            if self._path is not None:
-                watch.on_note(
-                    f"{self._path} keeps {len(self.found)} answers: the same goes on then."
-                )
-            raise
 
     def _load(self, path: Path, identity: dict[str, Any]) -> None:
         # A line that was cut off when the machine was is given again.
