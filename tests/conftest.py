@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from support.own_core import WORKER  # isort: skip
-from pop_local.engine.llama.quantise import quantise
+from pop_local.engine.llama.backend import bindings
 from pop_local.fetching.catalog import fetch
 from support.converted import converted
 from support.paths import MODELS, PACKAGE, TESTS
@@ -103,7 +103,12 @@ def smollm2_q4_0(smollm2: Path, made_once: Made) -> Path:
     """SmolLM2 quantised further: x86 reads it in 0.4 of the time. Shared, so never write there."""
 
     def make(folder: Path) -> None:
-        quantise(smollm2, folder / "SmolLM2.gguf", "Q4_0", 1, lambda: False)
+        api = bindings()
+        settings = api.llama_model_quantize_default_params()
+        settings.ftype, settings.nthread = api.LLAMA_FTYPE_MOSTLY_Q4_0, 1
+        settings.allow_requantize = True
+        target = str(folder / "SmolLM2.gguf")
+        assert api.llama_model_quantize(str(smollm2).encode(), target.encode(), settings) == 0
 
     return made_once("smollm2", make) / "SmolLM2.gguf"
 

@@ -78,8 +78,6 @@ def calibrate(
 
 
 class _Job:
-    """One calibration."""
-
     def __init__(
         self,
         plans: Sequence[Plan],

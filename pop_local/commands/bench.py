@@ -24,9 +24,6 @@ class PromptOptions(Group):
     repeat: int = option("Pairs of runs for each length.", min=1, default=5)
     boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
     batch: int = option("Tokens that are read at once.", min=1, default=512)
-    find_break_even: bool = option(
-        "Search for the shortest prompt that gains, up to the longest of --prompt.", default=False
-    )
     select: str | None = option(opt.SELECT, "SHARE")
 
 
@@ -48,10 +45,6 @@ def bench(
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
-    if read.find_break_even and read.repeat < 2:
-        raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
-    if read.find_break_even and image is not None:
-        raise typer.BadParameter("--find-break-even is of text: leave out --image")
     if image is None and opt.given(**vars(pictures)):
         raise typer.BadParameter("--mmproj and --image-tokens are for an --image: give one")
     from pop_local.workflows import bench as workflow
@@ -67,15 +60,8 @@ def bench(
         image=image,
         **vars(pictures),
     )
-    if read.find_break_even:
-        from pop_local.research import break_even
-
-        with stoppable_watch() as watch:
-            gained = break_even.find_break_even(model, measured.sidecar, options, watch)
-        print_json(view.gain_json(gained)) if json else view.show_gain(gained, max(n_prompts))
-    else:
-        with stoppable_watch() as watch:
-            speed = workflow.bench(model, measured.sidecar, options, watch)
-        print_json(view.speed_json(speed)) if json else view.show_speed(speed)
-        if read.repeat < 2:
-            warn("One pair of runs says nothing of noise: give --repeat 3, say.")
+    with stoppable_watch() as watch:
+        speed = workflow.bench(model, measured.sidecar, options, watch)
+    print_json(view.speed_json(speed)) if json else view.show_speed(speed)
+    if read.repeat < 2:
+        warn("One pair of runs says nothing of noise: give --repeat 3, say.")

@@ -44,19 +44,13 @@ class WindowOptions(Group):
 class AblationOptions(Group):
     """Other ways to prune, and what to compare with."""
 
-    panel: ClassVar[str] = "Ablations and yardsticks"
+    panel: ClassVar[str] = "Ablations"
 
     select: str | None = option(opt.SELECT, "SHARE")
     refill: int = option("Rows to give their depth with each scored token.", min=0, default=0)
-    sink: int | None = option("First tokens in full, whatever the file says.", min=0)
-    tail: int | None = option("Last context tokens in full, likewise.", min=0)
     no_boundary: bool = option("Prune the context's last token as well.", default=False)
-    second_turn: bool = option("Also the answer after that, refilled or not.", default=False)
     baseline: BaselineName | None = option(
         "Compare with skipping the same layers for every token, answers too."
-    )
-    yardstick: bool = option(
-        "Also measure the model quantised as Q4_0, Q3_K_M, Q2_K.", default=False
     )
 
 
@@ -96,8 +90,6 @@ def eval(  # noqa: A001
 ) -> None:
     """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
     no_boundary = ablation.no_boundary
-    if ablation.second_turn and (sweep is not None or fit):
-        raise typer.BadParameter("--second-turn is of one boundary: leave --sweep and --fit out")
     if ablation.baseline is not None and no_boundary:
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary out")
     lengths = tuple(filter(None, opt.lengths(on.recall or "512", "--recall", least=0)))
@@ -114,9 +106,7 @@ def eval(  # noqa: A001
         raise typer.BadParameter("--fit makes projections of its own: leave --sidecar out")
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
-    from pop_local.research.turns import second_turn as measure_second_turn
-    from pop_local.research.yardstick import quantised
-    from pop_local.workflows.evaluate import EvaluateOptions, begin
+    from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 
     mode = Mode.ALWAYS if no_boundary else Mode.CONTEXT
     options = EvaluateOptions(
@@ -127,22 +117,22 @@ def eval(  # noqa: A001
         select=opt.selected(ablation.select),
         n_refilled=ablation.refill,
         baseline=None if ablation.baseline is None else "always-skip",
-        sink_tokens=ablation.sink,
-        tail_tokens=ablation.tail,
         n_ctx=measured.n_ctx,
     )
     with stoppable_watch() as watch:
-        how = (given or FitOptions()) if fit else None
-        run = begin(model, options, boundaries, how, measured.sidecar, measured.hardware, watch)
-        second = measure_second_turn(run) if ablation.second_turn else None
-        found = run.evaluation()
-        beside = view.Beside(second, tuple(quantised(run)) if ablation.yardstick else ())
-    if sweep is not None:
-        print_json(view.sweep_json(found, beside)) if json else view.show_sweep(found, beside)
-    else:
-        print_json(view.evaluation_json(found, beside)) if json else view.show_evaluation(
-            found, beside
+        found = evaluate(
+            model,
+            options,
+            at=boundaries,
+            fit=(given or FitOptions()) if fit else None,
+            sidecar=measured.sidecar,
+            hardware=measured.hardware,
+            watch=watch,
         )
+    if sweep is not None:
+        print_json(view.sweep_json(found)) if json else view.show_sweep(found)
+    else:
+        print_json(view.evaluation_json(found)) if json else view.show_evaluation(found)
 
 
 def _boundaries(at: opt.BoundaryOptions, sweep: str | None) -> "tuple[Named, ...]":

@@ -50,7 +50,6 @@ class Setting:
 
     @property
     def variable(self) -> str:
-        """The variable of the environment that sets it."""
         return PREFIX + self.key.upper()
 
 
@@ -124,7 +123,6 @@ def state_dir() -> Path:
 
 
 def sessions_dir() -> Path:
-    """Return the folder of saved sessions."""
     return state_dir() / "sessions"
 
 
@@ -134,12 +132,10 @@ def unsaved_dir() -> Path:
 
 
 def learned_dir() -> Path:
-    """Return the folder of what was learned while reading."""
     return state_dir() / "learned"
 
 
 def history_file() -> Path:
-    """Return the file that keeps the lines typed in the chat."""
     return state_dir() / "history"
 
 

@@ -46,7 +46,6 @@ class HubModel:
 
     @property
     def size_bytes(self) -> int:
-        """The size of all its files in bytes."""
         return sum(file.size_bytes for file in self.all_files)
 
     def targets(self, folder: Path) -> tuple[Path, ...]:

@@ -21,7 +21,6 @@ def harmless(name: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

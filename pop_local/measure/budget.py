@@ -8,8 +8,10 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from pop_converter.popfile.format import NO_LIMIT, Budget
+from pop_local.base.errors import PlanError
 
 if TYPE_CHECKING:
+    from pop_converter.architecture.shape import ModelShape
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.quality import Quality
     from pop_local.measure.recall import Recall
@@ -111,6 +113,17 @@ def may_copy(budget: Budget, retention: "Estimate | None") -> bool:
 def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
     """Tell whether so little of copying with own projections is left that no fit brings it back."""
     return retention is not None and retention.value < budget.least_retention - _LOST_RETENTION
+
+
+def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
+    """Return the boundaries from the last layer alone down to half of all, or to n_layer / divisor.
+
+    Layers that take features of images are kept. Raises PlanError for a model of one layer.
+    """
+    if shape.n_layer < 2:
+        raise PlanError("a model of one layer has none that could be skipped")
+    lowest = max(1, shape.n_deepstack, shape.n_layer // divisor)
+    return tuple(range(shape.n_layer - 1, lowest - 1, -1))
 
 
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:

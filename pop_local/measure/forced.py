@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from pop_converter.popfile.plan import Plan
 from pop_local.base.errors import PopError
 from pop_local.engine.depth.online import OnlineRefill
-from pop_local.engine.depth.passes import deepen
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
@@ -110,16 +109,13 @@ class Forced:
         self._is_recurrent = model.context.is_recurrent
         self._state = b""
 
-    def read(self, context: Tokens, pruning: Pruning, *, keep_states: bool = False) -> None:
-        """Read a context into an empty cache. Raises PopError unless it is pruned as planned.
-
-        `keep_states`: so that the model can be told to refill it.
-        """
+    def read(self, context: Tokens, pruning: Pruning) -> None:
+        """Read a context into an empty cache. Raises PopError unless it is pruned as planned."""
         cache = self._cache
         cache.clear()
         if pruning.context is not Mode.OFF:
             cache.set_boundary(pruning.boundary)
-            needs = keep_states or pruning.n_refilled > 0 or pruning.select > 0
+            needs = pruning.n_refilled > 0 or pruning.select > 0
             if needs and self.model.no_refill:
                 raise PopError(
                     f"this model's rows cannot be given their depth later: {self.model.no_refill}",
@@ -131,18 +127,6 @@ class Forced:
         self._require("context", len(context), n_pruned(self.rule, len(context), pruning))
         self._n_context = len(context)
         self._keep()
-
-    def follow(self, tokens: Tokens) -> None:
-        """Let a text follow the context, in full, and be part of it from now on."""
-        append(self._cache, Prompt(tokens), replace(self.rule, min_prompt=len(tokens) + 1))
-        self._n_context += len(tokens)
-        self._keep()
-
-    def refill(self) -> None:
-        """Give all rows their depth; the last one predicts anew."""
-        self.model.refill()
-        deepen(self._cache, [self._n_context - 1], logits=True)
-        self._next = self._context.logits().copy()
 
     def predict(self, tokens: Tokens, pruning: Pruning = FULL) -> Logits:
         """Logits (len(tokens), n_vocab) for a text right after the context.

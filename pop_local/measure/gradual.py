@@ -29,7 +29,6 @@ class Gradual:
 
     reference: Reference
     boundary: int
-    select: float = 0.0
     quality: Quality | None = None
     _scores: list[Scores] = field(default_factory=list)
     _repeated_nll: Floats | None = None
@@ -65,7 +64,7 @@ class Gradual:
         counts windows and draws of this call. Raises PopError as `measure_prunings` does.
         """
         reference, n_done = self.reference, len(self._scores)
-        pruning = Pruning(self.boundary, reference.settings.mode, select=self.select)
+        pruning = Pruning(self.boundary)
         n_draws = reference.settings.n_draws if self._repeated_nll is None else 0
         pairs = list(zip(reference.windows, reference.full, strict=True))
         order = sorted(range(len(pairs)), key=lambda i: (i % 4 > 0, i % 2 > 0))

@@ -37,7 +37,6 @@ def shipped_text() -> Text:
 
 
 def shipped_part(name: str) -> str:
-    """Return one kind of the shipped text."""
     return (_HELDOUT / f"{name}.txt").read_text("utf-8")
 
 

@@ -5,13 +5,9 @@ within a round: a machine that slows down for a while slows down all of them. Ea
 an empty KV cache. The backend's row counters must show that every prompt token was evaluated, and
 pruned or not as expected; otherwise nothing is reported.
 
-A run is the time that a user waits: prefill and the sampling of the first token. Some more tokens
-are then decoded, which always run all layers. TTFT of a prompt with a picture includes the
-encoding, which pruning does not touch: the limit is that of the rest.
-
-The limit is measured, too. In the last run of a round every token is context, and no logits are
-computed: a pruned prompt takes longer by its full tokens. Multiply-accumulates would be no limit:
-attention, products and the rest have speeds of their own.
+A run is prefill and the sampling of the first token; some more are then decoded, which always run
+all layers. TTFT of a prompt with a picture includes the encoding, which pruning does not touch: the
+limit is that of the rest. It is measured, too: in the last run of a round every token is context.
 """
 
 import statistics

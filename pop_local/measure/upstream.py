@@ -6,11 +6,13 @@ llama.cpp's best cannot be measured in a process that has ours.
 
 import os
 import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
@@ -18,42 +20,30 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.speed import Run, run
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 _opened: PopModel  # in the child
 
 
-class Upstream:
-    """A model that llama.cpp reads in full, by its own kernels.
+@contextmanager
+def upstream(path: Path, **options: Any) -> Iterator[Callable[[Prompt], Run]]:
+    """Give what reads a prompt in full by llama.cpp's own kernels, as `speed.run` does.
 
-    `options` are PopModel's. Whatever its process raises is raised by `run`.
+    `options` are PopModel's. Whatever the process raises is raised then; PopError where it has
+    ended.
     """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        loaded = pool.submit(_open, path, options)
 
-    def __init__(self, path: Path, **options: Any) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
-        self._loaded = self._pool.submit(_open, path, options)
+        def read(prompt: Prompt) -> Run:
+            try:
+                loaded.result()
+                return pool.submit(_run, prompt).result()
+            except BrokenProcessPool as error:
+                raise PopError(
+                    "the process that runs llama.cpp by itself ended",
+                    "is there memory for the model twice?",
+                ) from error
 
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def run(self, prompt: Prompt) -> Run:
-        """As `speed.run`, of the full model. Raises PopError where the process has ended."""
-        try:
-            self._loaded.result()
-            return self._pool.submit(_run, prompt).result()
-        except BrokenProcessPool as error:
-            raise PopError(
-                "the process that runs llama.cpp by itself ended",
-                "is there memory for the model twice?",
-            ) from error
-
-    def close(self) -> None:
-        """End the process."""
-        self._pool.shutdown()
+        yield read
 
 
 def _open(path: Path, options: dict[str, Any]) -> None:

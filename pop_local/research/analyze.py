@@ -21,12 +21,10 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
-from pop_local.measure.depth import boundaries
 from pop_local.measure.forced import Pruning, as_planned
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
 from pop_local.measure.quality import (
-    Quality,
     QualitySettings,
     Reference,
     measure_against,
@@ -96,18 +94,13 @@ def analyze(
     if options.with_fit:
         run.require_memory()
     device = gates_device(source, options, hardware, watch) if options.n_gated else None
-    watch.on_course(run.course(options.n_gated if device else 0))
-    depths, reference, windows = run.probed(options.n_gated if device else 0)
-    measure = run.fitted if options.with_fit else run.unfitted
-    wanted = worth_measuring(depths)
-    measured = measure(reference, wanted) if wanted else ()
-    prose = {each.quality.boundary: each for each in measured}
-    depths = tuple(
-        replace(each, quality=found.quality, projection=found.projection)
-        if (found := prose.get(each.boundary))
-        else each
-        for each in depths
-    )
+    n_gated = options.n_gated if device else 0
+    watch.on_course(run.course(n_gated))
+    depths, reference, windows = run.probed(n_gated)
+    if wanted := worth_measuring(depths):
+        measure = run.fitted if options.with_fit else run.unfitted
+        measured = {depth.boundary: depth for depth in measure(reference, wanted)}
+        depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
     gates = None if device is None else importance(source, device, windows, options, watch)
     return Analysis(
         model=source.first.path,
@@ -115,7 +108,7 @@ def analyze(
         seed=options.seed,
         importance=gates,
         depths=depths,
-        calibration=next((each.calibration for each in prose.values() if each.calibration), None),
+        calibration=next((depth.calibration for depth in depths if depth.calibration), None),
         budget=budget.BALANCED,
         chosen=deepest_within(budget.BALANCED, depths),
     )
@@ -131,15 +124,6 @@ def require_unconverted(source: Source) -> None:
             cause="analyze-converted",
             path=path,
         )
-
-
-@dataclass(frozen=True)
-class _Prose:
-    """One boundary on prose; `calibration` of its fit, None without one."""
-
-    quality: Quality
-    projection: Projection = Projection.OWN
-    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +144,9 @@ class _Run:
 
     @property
     def _fitted(self) -> list[Plan]:
-        return [plan for plan in map(self._plan, boundaries(self.shape)) if plan.fitted_layers]
+        return [
+            plan for plan in map(self._plan, budget.boundaries(self.shape)) if plan.fitted_layers
+        ]
 
     @cached_property
     def _needs(self) -> memory.Needs | None:
@@ -169,7 +155,7 @@ class _Run:
 
     def course(self, n_gated: int) -> tuple[Step, ...]:
         """Return the steps of the analysis at the most, with `n_gated` windows for the gates."""
-        options, ends, n_tried = self.options, self.ends, len(boundaries(self.shape))
+        options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
         draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
         probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
         gates = _GATES_COST * n_gated * memory.reading_work(ends, options.n_window)
@@ -220,26 +206,36 @@ class _Run:
             depths = measure_cliff(model, reference, self.watch.stage("Looking for the cliff"))
         return depths, reference, [[*start, *text] for text in texts]
 
-    def fitted(self, reference: Reference, tried: Sequence[int]) -> Sequence[_Prose]:
+    def fitted(self, reference: Reference, tried: Sequence[DepthCost]) -> list[DepthCost]:
         """Fit the boundaries and measure each; the last layer alone has nothing to fit."""
+        known = {depth.boundary: depth for depth in tried}
 
-        def measure(plan: Plan, sidecar: Path) -> _Prose:
+        def measure(plan: Plan, sidecar: Path) -> DepthCost:
             advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
             with self._opened(sidecar) as model:
                 [found] = measure_against(reference, model, (Pruning(plan.boundary),), advance)
             meta = pop_of(self.source, sidecar)
             assert meta is not None, "it was written for this model"
-            return _Prose(found, meta.projection, meta.calibration)
+            return replace(
+                known[plan.boundary],
+                quality=found,
+                projection=meta.projection,
+                calibration=meta.calibration,
+            )
 
-        plans, fit = [*map(self._plan, tried)], self._fit_options()
+        plans, fit = [*map(self._plan, known)], self._fit_options()
         return measure_fits(plans, self.source, fit, self.hardware, self.watch, measure)
 
-    def unfitted(self, reference: Reference, tried: Sequence[int]) -> Sequence[_Prose]:
+    def unfitted(self, reference: Reference, tried: Sequence[DepthCost]) -> list[DepthCost]:
         """Measure with the layers' own projections."""
         with self._opened_as_planned() as model:
             advance = self.watch.stage("Measuring with own projections")
-            found = measure_against(reference, model, [*map(Pruning, tried)], advance)
-        return [*map(_Prose, found)]
+            prunings = [Pruning(depth.boundary) for depth in tried]
+            found = measure_against(reference, model, prunings, advance)
+        return [
+            replace(depth, quality=quality, projection=Projection.OWN)
+            for depth, quality in zip(tried, found, strict=True)
+        ]
 
     def _plan(self, boundary: int) -> Plan:
         return make_plan(

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
-from pop_converter.popfile.format import Budget
+from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.projection import Projection
 from pop_local.base.progress import Progress
 from pop_local.engine.model import PopModel
-from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
-from pop_local.measure.depth import boundaries
+from pop_local.measure.budget import BALANCED, FAST, boundaries, deepest_inside, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.quality import Quality, Reference, measure_retention
 
@@ -32,7 +31,7 @@ class DepthCost:
     `retention`: as in `Quality`, with the layers' own projections. `lost_retention`: the part of
     the full model's gain that skipping the layer at the boundary loses on top of those above it.
     Both are None where the full model has no gain. `quality` on prose, with `projection`; both are
-    None where it was not worth measuring.
+    None where it was not worth measuring. `calibration` of its fit, None without one.
     """
 
     boundary: int
@@ -42,6 +41,7 @@ class DepthCost:
     lost_retention: float | None
     quality: Quality | None = None
     projection: Projection | None = None
+    calibration: Calibration | None = None
 
     @property
     def is_cliff(self) -> bool:
@@ -82,7 +82,7 @@ def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
     return [before - now for before, now in pairwise((1.0, *kept))]
 
 
-def worth_measuring(depths: Sequence[DepthCost]) -> tuple[int, ...]:
+def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
     """Return the boundaries that may keep enough of copying, and the one past them.
 
     Enough is what the loosest budget asks. The likeliest to be chosen comes first, the shallowest
@@ -90,11 +90,11 @@ def worth_measuring(depths: Sequence[DepthCost]) -> tuple[int, ...]:
     """
     hopeful = [may_copy(FAST, depth.retention) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
-    wanted = [d.boundary for d in depths[:n_worth] if d.speedup_limit >= LEAST_LIMIT]
+    wanted = [depth for depth in depths[:n_worth] if depth.speedup_limit >= LEAST_LIMIT]
     guess = deepest_inside(
         {d.boundary: may_copy(BALANCED, d.retention) for d in depths if d.retention is not None}
     )
-    return tuple(sorted(wanted, key=lambda boundary: abs(boundary - (guess or boundary))))
+    return sorted(wanted, key=lambda d: abs(d.boundary - (guess or d.boundary)))
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:

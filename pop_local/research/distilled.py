@@ -64,14 +64,13 @@ class Distiller:
         n_windows = self.options.n_distilled(plan.shape.n_embd)
         takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
         is_read = self.reference is not None and self.reference.first <= plan.boundary
-        main, there = takes.main + (0 if is_read else takes.reference), takes.device
-        if device.name == "cpu":
-            main, there = main + there, 0
-        for needed, free in ((main, needs.free_bytes()), (there, device.free_bytes)):
-            if needed > free:
-                raise TooLittleMemoryError(
-                    "distilling the fit needs", needed, free, _HINT, cause="no-memory-to-distill"
-                )
+        needed, free = takes.main + (0 if is_read else takes.reference), needs.free_bytes()
+        if device.name == "cpu":  # a GPU says itself what is too much for it
+            needed += takes.device
+        if needed > free:
+            raise TooLittleMemoryError(
+                "distilling the fit needs", needed, free, _HINT, cause="no-memory-to-distill"
+            )
         return device
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:

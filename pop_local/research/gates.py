@@ -1,26 +1,14 @@
 """Virtual gates: the importance of each layer, apart for reading and for answering.
 
-The importance analysis of the paper (arXiv 2602.03295, the section on virtual gates), as follows. A
-gate g_l = 1 multiplies the output that layer l adds to the residual stream:
+The importance analysis of the paper (arXiv 2602.03295), as docs/analysis.md explains it. The gate
+g_l = 1 multiplies what layer l adds to the residual stream, once in the rows of a window's context
+and once in those of its answer. The loss L is that of one target for each answer row, drawn from
+the model's own distribution, so that dL/dg_l has expectation zero and I_l = E[(dL/dg_l)^2] grows
+with the number of rows.
 
-    h_(l+1) = h_l + g_l (layer_l(h_l) - h_l)
-
-so that a closed gate skips the layer, as pruning does. A window is a context and the answer tokens
-after it. The gate exists twice: one multiplies the rows of the context only (*prefill*), the other
-those of the answer only (*decode*).
-The loss L of a window is the negative log-likelihood of one target for each answer row. The targets
-are not the text's but drawn from the model's own distribution. Then the importance
-
-    I_l = E[(dL/dg_l)^2]
-
-is the Fisher information of the gate: the second derivative of the KL divergence between the model
-and the gated one. Closing the gate costs about I_l / 2 nats over the window's answer rows. With
-such targets the expectation of dL/dg_l is zero, so that its square adds up over rows: I_l grows in
-proportion to the number of answer rows.
-
-Context rows have no loss of their own: what counts is what answer rows attend to. The last context
-row, which predicts the first answer token, is one of the answer's here, as it is a full row in POP.
-One window gives one sample of each square, whose relative standard deviation is at least sqrt(2).
+The last context row, which predicts the first answer token, is one of the answer's, as it is a full
+row in POP. One window gives one sample of each square, whose relative standard deviation is at
+least sqrt(2).
 """
 
 from dataclasses import dataclass

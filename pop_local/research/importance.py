@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import Source
 from pop_local.base.errors import PopError, UnsupportedArchitectureError
+from pop_local.calibration import needs
 from pop_local.measure.estimate import Estimate, mean, redrawn
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
@@ -20,8 +21,6 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
-    from pop_local.base.progress import Progress
-    from pop_local.research.decoder import Decoder
     from pop_local.research.options import AnalyzeOptions
 
 Windows = Sequence[Sequence[int]]
@@ -79,10 +78,11 @@ def gates_device(
 
     shape, n_batch = source_shape(source), min(_N_BATCH, options.n_gated)
     needed = needed_bytes(shape, hyper, options.n_window, options.n_answer, n_batch)
-    if needed > device.free_bytes:
+    free = needs.free_bytes()
+    if device.name == "cpu" and needed > free:
         hint = f"{_SHORTER}, close other programs, or leave them out"
         raise TooLittleMemoryError(
-            "the gates need", needed, device.free_bytes, hint, cause="no-memory-for-gates"
+            "the gates need", needed, free, hint, cause="no-memory-for-gates"
         )
     return device
 
@@ -90,33 +90,20 @@ def gates_device(
 def importance(
     source: Source, device: TorchDevice, windows: Windows, options: AnalyzeOptions, watch: Watch
 ) -> Importance:
-    """Measure the importance of each layer on windows. Raises PopError, StoppedError."""
-    from pop_local.research.decoder import Decoder
+    """Estimate the importance of each layer from windows of equal length.
 
+    Their first tokens are as the model wants a text to begin. Raises PopError, StoppedError.
+    """
+    from pop_local.research.decoder import Decoder
+    from pop_local.research.gates import gate_gradients
+
+    tokens, n_context = np.array(windows, np.int32), options.n_context
     stage = watch.stage("Virtual gates")
     with computing("the gates", f"{_SHORTER}, or leave them out", cause="no-memory-for-gates"):
         decoder = Decoder(source, device.name)
-        return measure_importance(decoder, windows, options.n_context, options.seed, stage)
-
-
-def measure_importance(
-    decoder: Decoder,
-    windows: Windows,
-    n_context: int,
-    seed: int,
-    on_progress: Progress,
-) -> Importance:
-    """Estimate the importance of layers from windows of equal length.
-
-    Their first tokens are as the model wants a text to begin. `on_progress` is as in
-    `gate_gradients`.
-    """
-    from pop_local.research.gates import gate_gradients
-
-    tokens = np.array(windows, np.int32)
-    found = gate_gradients(
-        decoder, tokens, n_context, n_batch=_N_BATCH, seed=seed, on_progress=on_progress
-    )
+        found = gate_gradients(
+            decoder, tokens, n_context, n_batch=_N_BATCH, seed=options.seed, on_progress=stage
+        )
     return Importance(
         n_windows=len(tokens),
         n_context=n_context,

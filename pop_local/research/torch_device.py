@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
-from pop_local.calibration import needs
 from pop_local.engine.llama.threads import default_threads
 from pop_local.workflows.options import Hardware
 
@@ -18,10 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TorchDevice:
-    """A device by torch's name, what is free on it, and its fast type of matrices."""
+    """A device by torch's name, and its fast type of matrices."""
 
     name: str
-    free_bytes: int
     matrices: torch.dtype
 
 
@@ -35,11 +33,11 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
         ) from None
     torch.set_num_threads(hardware.n_threads or default_threads())
     if hardware.n_gpu_layers != 0 and torch.cuda.is_available():
-        return TorchDevice("cuda", torch.cuda.mem_get_info()[0], torch.bfloat16)
+        return TorchDevice("cuda", torch.bfloat16)
     # Other processors have bfloat16 as well, but slower than float32.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     is_fast = capabilities.get("avx512_bf16") is True
-    return TorchDevice("cpu", needs.free_bytes(), torch.bfloat16 if is_fast else torch.float32)
+    return TorchDevice("cpu", torch.bfloat16 if is_fast else torch.float32)
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """Time to first token with and without pruning, on the same weights."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pop_converter.architecture.keys import trained_ctx
-from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
@@ -25,7 +24,7 @@ from pop_local.measure.speed import (
     random_prompt,
     run_rounds,
 )
-from pop_local.measure.upstream import Upstream
+from pop_local.measure.upstream import upstream
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
@@ -65,10 +64,6 @@ class BenchOptions:
     mmproj: Path | None = None
     image_tokens: int | None = None
 
-    @property
-    def n_longest(self) -> int:
-        return max(self.n_prompts)
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -104,7 +99,7 @@ class Speed:
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
     """Measure each prompt length. Raises PopError, StoppedError."""
     picture = None if options.image is None else read_picture(options.image)
-    with opened_to_bench(model, sidecar, options, watch) as (loaded, _, found):
+    with _opened(model, sidecar, options, watch) as (loaded, found):
         is_ours = found.kernels and kernels_read_prompts() and picture is None
         with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as beside:
             setting, read = beside
@@ -119,36 +114,40 @@ def _upstream(
     model: PopModel, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
     """The same model by llama.cpp's own kernels, in the setting that reads fastest, and which."""
-    opening: dict[str, Any] = {
-        "n_ctx": model.n_ctx,
-        "n_batch": options.n_batch,
-        "n_ubatch": options.n_batch,
-        "n_threads": model.context.n_threads,
-        "n_gpu_layers": 0,
-    }
-    path, prompt = model.path, random_prompt(model, min(_N_TRIED, options.n_longest))
-    times_s = {}
+
+    def reading(name: str) -> AbstractContextManager[Callable[[Prompt], Run]]:
+        repack, flash_attn = _SETTINGS[name]
+        return upstream(
+            model.path,
+            repack=repack,
+            flash_attn=flash_attn,
+            n_ctx=model.n_ctx,
+            n_batch=options.n_batch,
+            n_ubatch=options.n_batch,
+            n_threads=model.context.n_threads,
+            n_gpu_layers=0,
+        )
+
+    prompt, times_s = random_prompt(model, min(_N_TRIED, max(options.n_prompts))), {}
     tried = counting(len(_SETTINGS), watch.stage("Trying settings of llama.cpp"))
-    for name, (repack, flash_attn) in _SETTINGS.items():  # one at a time, for the memory
-        with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as upstream:
-            times_s[name] = run_rounds([partial(upstream.run, prompt)], 1)[0][0].ttft_s
+    for name in _SETTINGS:  # one at a time, for the memory
+        with reading(name) as read:
+            times_s[name] = run_rounds([partial(read, prompt)], 1)[0][0].ttft_s
         tried(1)
     best = min(times_s, key=lambda name: times_s[name])
-    repack, flash_attn = _SETTINGS[best]
-    with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as upstream:
-        yield best, upstream.run
+    with reading(best) as read:
+        yield best, read
 
 
 @contextmanager
-def opened_to_bench(
+def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
-) -> Iterator[tuple[PopModel, ModelShape, Bench]]:
+) -> Iterator[tuple[PopModel, Bench]]:
     """The model at the boundary to measure, and the circumstances. Raises PopError."""
     find = model_files if options.boundary is None else files_at_boundary
     files = find(model, sidecar, watch)
     source = read_source(files.path)
-    shape = source_shape(source)
-    is_plain = pop_of(source, files.sidecar) is None and not shape.exact
+    is_plain = pop_of(source, files.sidecar) is None and not source_shape(source).exact
     if options.boundary is None and is_plain:
         raise PopError(
             f"{files.path} is not converted: there is nothing to compare",
@@ -156,22 +155,25 @@ def opened_to_bench(
             cause="nothing-to-compare",
             model=files.path,
         )
-    n_ctx, n_batch = _context(source, options), options.n_batch
-    reading: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch}
-    reading |= {
-        "mmproj": options.mmproj or mmproj_beside(files.path),
-        "image_tokens": options.image_tokens,
-    }
-    with opened(files, options.hardware, watch, **reading) as loaded:
+    with opened(
+        files,
+        options.hardware,
+        watch,
+        n_ctx=_context(source, options),
+        n_batch=options.n_batch,
+        n_ubatch=options.n_batch,
+        mmproj=options.mmproj or mmproj_beside(files.path),
+        image_tokens=options.image_tokens,
+    ) as loaded:
         if options.boundary is not None:
             loaded.set_boundary(options.boundary)
         loaded.set_depth(options.select)
-        yield loaded, shape, _bench(files, shape, loaded, options.hardware)
+        yield loaded, _bench(files, loaded, options.hardware)
 
 
 def _context(source: Source, options: BenchOptions) -> int:
     """The context to open, which must hold the longest prompt and what is decoded after it."""
-    n_needed, trained = options.n_longest + N_DECODE, trained_ctx(source.first)
+    n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
     what = f"the longest prompt takes {n_needed} tokens of context"
     if options.n_ctx is not None and options.n_ctx < n_needed:
         raise PopError(
@@ -186,7 +188,7 @@ def _context(source: Source, options: BenchOptions) -> int:
     return options.n_ctx or n_needed
 
 
-def _bench(files: ModelFiles, shape: ModelShape, model: PopModel, hardware: Hardware) -> Bench:
+def _bench(files: ModelFiles, model: PopModel, hardware: Hardware) -> Bench:
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
@@ -203,6 +205,6 @@ def _bench(files: ModelFiles, shape: ModelShape, model: PopModel, hardware: Hard
         kernels=kernels,
         boundary=model.boundary or model.exact,
         is_exact=model.exact > 0,
-        n_layer=shape.n_layer,
+        n_layer=model.shape.n_layer,
         min_prompt=model.rule.min_prompt,
     )

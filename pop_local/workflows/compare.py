@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError, StoppedError, WriteError
 from pop_local.base.files import read_file
 from pop_local.base.output import replacing
+from pop_local.base.progress import counting
 from pop_local.engine.images.mmproj import fingerprint
-from pop_local.engine.model import PopModel
 from pop_local.measure.prompts import (
     Answered,
     Comparison,
@@ -70,32 +68,24 @@ def compare_answers(
     mmproj = options.mmproj or mmproj_beside(files.path)
     kept = _Kept(options.answers, _identity(files, mmproj, given, options.max_tokens))
     seeing = {"n_ctx": options.n_ctx, "mmproj": mmproj}
-    with opened(files, hardware, watch, **seeing) as loaded, kept.told(watch):
-        for mode, is_pruning in _MODES.items():
-            _answer_all(loaded, mode, is_pruning, given, options, kept, watch)
+    with opened(files, hardware, watch, **seeing) as loaded:
+        try:
+            for mode, is_pruning in _MODES.items():
+                loaded.pruning = is_pruning
+                ran = counting(len(given.prompts), watch.stage(f"Answering, {mode}"))
+                for prompt in given.prompts:
+                    if (mode, prompt.line) not in kept.found:
+                        kept.add(mode, prompt.line, answered(loaded, prompt, options.max_tokens))
+                    ran(1)
+        except (KeyboardInterrupt, StoppedError):
+            if (path := options.answers) is not None:
+                watch.on_note(f"{path} keeps {len(kept.found)} answers: the same goes on then.")
+            raise
         found = tuple(
             compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))
             for prompt in given.prompts
         )
     return Comparison(given, found)
-
-
-def _answer_all(
-    model: PopModel,
-    mode: str,
-    is_pruning: bool,
-    given: PromptFile,
-    options: CompareOptions,
-    kept: "_Kept",
-    watch: Watch,
-) -> None:
-    model.pruning = is_pruning
-    advance = watch.stage(f"Answering, {mode}")
-    for number, prompt in enumerate(given.prompts):
-        advance(number, len(given.prompts))
-        if (mode, prompt.line) not in kept.found:
-            kept.add(mode, prompt.line, answered(model, prompt, options.max_tokens))
-    advance(len(given.prompts), len(given.prompts))
 
 
 def _identity(
@@ -131,8 +121,8 @@ class _Kept:
         if path.exists():
             self._load(path, identity)
         with replacing(path, force=True) as file:
-            file.write(_line(identity))
-            file.writelines(_line(_entry(*key, answer)) for key, answer in self.found.items())
+            file.write(_json_line(identity))
+            file.writelines(_entry(*key, answer) for key, answer in self.found.items())
 
     def add(self, mode: str, line: int, answer: Answered) -> None:
         self.found[mode, line] = answer
@@ -140,21 +130,9 @@ class _Kept:
             return
         try:
             with self._path.open("ab") as file:
-                file.write(_line(_entry(mode, line, answer)))
+                file.write(_entry(mode, line, answer))
         except OSError as error:
             raise WriteError(f"cannot write {self._path}: {error.strerror}") from error
-
-    @contextmanager
-    def told(self, watch: Watch) -> Iterator[None]:
-        """Around the work: when that is stopped, it is said what is kept."""
-        try:
-            yield
-        except (KeyboardInterrupt, StoppedError):
-            if self._path is not None:
-                watch.on_note(
-                    f"{self._path} keeps {len(self.found)} answers: the same goes on then."
-                )
-            raise
 
     def _load(self, path: Path, identity: dict[str, Any]) -> None:
         # A line that was cut off when the machine was is given again.
@@ -179,11 +157,11 @@ def _checked(answer: Answered) -> Answered:
     return answer
 
 
-def _entry(mode: str, line: int, answer: Answered) -> dict[str, Any]:
-    return {"mode": mode, "line": line, **asdict(answer)}
+def _entry(mode: str, line: int, answer: Answered) -> bytes:
+    return _json_line({"mode": mode, "line": line, **asdict(answer)})
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _json_line(value: dict[str, Any]) -> bytes:
     return (json.dumps(value) + "\n").encode()
 
 

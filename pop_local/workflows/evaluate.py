@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
@@ -23,7 +23,7 @@ from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
-from pop_local.measure.forced import Pruning, always_skip, forced, use_rule
+from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, TextTokens, given_text, shipped_text, tokenize
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, choose_windows, measure_prunings
@@ -52,8 +52,7 @@ class EvaluateOptions:
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
     `n_documents` of each length. `select`: the share of context rows that run all layers, as the
     question needs them, None for the file's. `n_refilled`: rows that are given their depth with
-    each token of the continuation. `sink_tokens`, `tail_tokens`: None for the file's. `n_ctx`: None
-    for as much as is needed.
+    each token of the continuation. `n_ctx`: None for as much as is needed.
     """
 
     text: Path | None = None
@@ -63,8 +62,6 @@ class EvaluateOptions:
     select: float | None = None
     n_refilled: int = 0
     baseline: Baseline | None = None
-    sink_tokens: int | None = None
-    tail_tokens: int | None = None
     n_ctx: int | None = None
 
 
@@ -113,30 +110,20 @@ def evaluate(
     Without it, other boundaries than the file's have own projections. Raises PopError, and
     StoppedError.
     """
-    return begin(model, options, at, fit, sidecar, hardware, watch).evaluation()
-
-
-def begin(
-    model: str | os.PathLike[str],
-    options: EvaluateOptions,
-    at: Sequence[Named],
-    fit: FitOptions | None,
-    sidecar: Path | None,
-    hardware: Hardware,
-    watch: Watch,
-) -> "EvaluationRun":
-    """Settle what `evaluate` measures. Raises PopError for what it would refuse."""
     find = files_at_boundary if fit is not None or at else model_files
     files = find(os.fspath(model), sidecar, watch)
     source = read_source(files.path)
     shape = source_shape(source)
     boundaries = _boundaries(source, files, shape, at)
     text = shipped_text() if options.text is None else given_text(options.text)
+    run = _Run(source, shape, options, text, hardware, watch)
     if fit is None:
         _require_projections(source, files.sidecar, boundaries)
+        rows = run.rows(boundaries, files.sidecar)
     else:
         fit.require_text(shape.n_embd)
-    return EvaluationRun(source, files, shape, boundaries, options, text, fit, hardware, watch)
+        rows = run.fitted(boundaries, fit)
+    return Evaluation(files.path, text, rows)
 
 
 def _boundaries(
@@ -175,133 +162,99 @@ def _require_projections(source: Source, sidecar: Path | None, boundaries: Seque
 
 
 @dataclass(frozen=True)
-class EvaluationRun:
-    """One evaluation under way, at `boundaries`."""
+class _Run:
+    """One evaluation under way."""
 
     source: Source
-    files: ModelFiles
     shape: ModelShape
-    boundaries: tuple[int, ...]
     options: EvaluateOptions
     text: Text
-    fit: FitOptions | None
     hardware: Hardware
     watch: Watch
 
-    def evaluation(self) -> Evaluation:
-        """Measure each depth. Raises PopError, StoppedError."""
-        if self.fit is None:
-            rows = self._rows(self.prunings, self.files.sidecar)
-        else:
-            rows = self._fitted(self.fit)
-        return Evaluation(self.files.path, self.text, rows)
-
-    def _fitted(self, fit: FitOptions) -> tuple[Row, ...]:
-        macs = GraphMacs(self.files.path)
+    def fitted(self, boundaries: Sequence[int], fit: FitOptions) -> tuple[Row, ...]:
+        """Measure each boundary with a fit of its own. Raises PopError, StoppedError."""
+        macs = GraphMacs(self.source.first.path)
         plans = [
             make_plan(self.shape, boundary=b, projection=Projection.FITTED, macs=macs)
-            for b in self.boundaries
+            for b in boundaries
         ]
         require_fit(plans)
-        with self.opened(self.files):
+        with self._opened(None):
             pass  # a text too short is an error before minutes of fitting
-        prunings = {pruning.boundary: pruning for pruning in self.prunings}
 
         def measure(plan: Plan, sidecar: Path) -> Row:
-            [row] = self._rows((prunings[plan.boundary],), sidecar)
+            [row] = self.rows((plan.boundary,), sidecar)
             return row
 
         return tuple(measure_fits(plans, self.source, fit, self.hardware, self.watch, measure))
 
-    @property
-    def select(self) -> float:
-        """The share of context rows that run all layers, as given, else the file's."""
-        if self.options.select is not None:
-            return self.options.select
-        meta = pop_of(self.source, self.files.sidecar)
-        return meta.select if meta else 0.0
-
-    @property
-    def prunings(self) -> tuple[Pruning, ...]:
-        """One at each boundary."""
-        first = Pruning(0, self.options.settings.mode, select=self.select)
-        first = replace(first, n_refilled=self.options.n_refilled)
-        return tuple(replace(first, boundary=boundary) for boundary in self.boundaries)
-
-    @property
-    def full_rows(self) -> dict[str, Any]:
-        """The ends of a context that were given, others than the file's."""
-        ends = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
-        return {end: n_tokens for end, n_tokens in ends.items() if n_tokens is not None}
-
-    @property
-    def recall(self) -> tuple[int, ...]:
-        """None in other modes: generated tokens would be pruned as well, or nothing would be."""
-        return self.options.recall if self.options.settings.mode is Mode.CONTEXT else ()
-
-    def _rows(self, pops: Sequence[Pruning], sidecar: Path | None) -> tuple[Row, ...]:
-        """Measure the boundaries on one loaded model."""
-        settings, shape = self.options.settings, self.shape
-        meta = pop_of(self.source, sidecar)
-        prunings = [*pops]
-        if self.options.baseline is not None:
-            prunings += [always_skip(pruning.boundary) for pruning in pops]
-        files = ModelFiles(self.source.first.path, sidecar)
-        with self.opened(files) as (model, tokens):
+    def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
+        """Measure the boundaries on one loaded model. Raises PopError, StoppedError."""
+        options, settings, meta = self.options, self.options.settings, pop_of(self.source, sidecar)
+        select = options.select
+        if select is None:
+            select = meta.select if meta else 0.0
+        pops = [
+            Pruning(boundary, settings.mode, select=select, n_refilled=options.n_refilled)
+            for boundary in boundaries
+        ]
+        always = [always_skip(boundary) for boundary in boundaries if options.baseline is not None]
+        with self._opened(sidecar) as (model, tokens):
             advance = self.watch.stage("Measuring")
-            qualities = measure_prunings(model, tokens, settings, prunings, advance)
-            recalls = [self._recall(model, n_tokens, pops) for n_tokens in self.recall]
+            qualities = measure_prunings(model, tokens, settings, [*pops, *always], advance)
+            recalls = [
+                measure_recall(model, self._asked(n), pops, self.watch.stage("Asking"))
+                for n in self._recall
+            ]
             n_full = model.rule.sink_tokens + model.rule.tail_tokens
-            n_full += round(self.select * (LIMIT_PROMPT - n_full))
-            limits = [speedup_limit(model.macs, LIMIT_PROMPT, p.boundary, n_full) for p in pops]
-        n = len(pops)
-        calibration = None if meta is None else meta.calibration
-        projection = meta.projection if meta is not None else Projection.OWN
+            n_full += round(select * (LIMIT_PROMPT - n_full))
+            limits = [speedup_limit(model.macs, LIMIT_PROMPT, b, n_full) for b in boundaries]
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
         return tuple(
             Row(
-                n_skipped=shape.n_layer - quality.boundary,
-                projection=projection,
-                calibration=calibration,
+                n_skipped=self.shape.n_layer - boundary,
+                projection=Projection.OWN if meta is None else meta.projection,
+                calibration=None if meta is None else meta.calibration,
                 kv_type=stored_type(tensors),
                 speedup_limit=limits[number],
-                quality=quality,
+                quality=qualities[number],
                 recall=tuple(of_length[number] for of_length in recalls),
-                select=self.select,
-                n_refilled=self.options.n_refilled,
-                always_skip=baseline,
+                select=select,
+                n_refilled=options.n_refilled,
+                always_skip=qualities[len(pops) + number] if always else None,
             )
-            for number, (quality, baseline) in enumerate(
-                zip(qualities[:n], qualities[n:] or (None,) * n, strict=True)
-            )
+            for number, boundary in enumerate(boundaries)
         )
 
+    @property
+    def _recall(self) -> tuple[int, ...]:
+        """None in other modes: generated tokens would be pruned as well, or nothing would be."""
+        return self.options.recall if self.options.settings.mode is Mode.CONTEXT else ()
+
+    def _asked(self, n_tokens: int) -> RecallSettings:
+        return RecallSettings(self.options.n_documents, n_tokens, self.options.settings.seed)
+
     @contextmanager
-    def opened(
-        self, files: ModelFiles, n_following: int | None = None
-    ) -> Iterator[tuple[PopModel, TextTokens]]:
-        """The model, and the text in its tokens; `n_following` as for `context`.
+    def _opened(self, sidecar: Path | None) -> Iterator[tuple[PopModel, TextTokens]]:
+        """The model, and the text in its tokens.
 
         Raises PopError where it has no room for the windows, or documents for their facts.
         """
-        n_ctx = self.context(n_following)
-        with opened(files, self.hardware, self.watch, n_ctx=n_ctx) as model:
-            use_rule(model, replace(model.rule, **self.full_rows))
+        files = ModelFiles(self.source.first.path, sidecar)
+        with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx()) as model:
             tokens = tokenize(model, self.text)
             with forced(model) as reader:
                 choose_windows(reader, tokens, self.options.settings)
-            if self.recall:
-                make_documents(model, self.asked(min(self.recall)))
+            if self._recall:
+                make_documents(model, self._asked(min(self._recall)))
             yield model, tokens
 
-    def context(self, n_following: int | None = None) -> int:
-        """The context in tokens that is opened. Raises PopError when it is too small.
-
-        `n_following` tokens are read after the context of a window, None for its continuation.
-        """
+    def _n_ctx(self) -> int:
+        """Return the context in tokens that is opened. Raises PopError when it is too small."""
         settings, given = self.options.settings, self.options.n_ctx
-        windows = settings.n_context + (n_following or settings.n_continuation)
-        asked = max(self.recall, default=-N_AROUND) + N_AROUND
+        windows = settings.n_context + settings.n_continuation
+        asked = max(self._recall, default=-N_AROUND) + N_AROUND
         needed = max(windows, 2 * N_REPEATED + 1, asked)
         trained = trained_ctx(self.source.first)
         limit, there = given or trained, "are given" if given else "are all that the model has"
@@ -312,13 +265,3 @@ class EvaluationRun:
                 cause="windows-too-long",
             )
         return given or needed
-
-    def _recall(
-        self, model: PopModel, n_tokens: int, prunings: Sequence[Pruning]
-    ) -> tuple[Recall, ...]:
-        advance = self.watch.stage("Asking")
-        return measure_recall(model, self.asked(n_tokens), prunings, advance)
-
-    def asked(self, n_tokens: int) -> RecallSettings:
-        options = self.options
-        return RecallSettings(options.n_documents, n_tokens, options.settings.seed)

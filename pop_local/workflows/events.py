@@ -10,8 +10,6 @@ from pop_local.base.progress import Progress
 
 
 class Unit(Enum):
-    """The unit that a stage counts in."""
-
     TOKENS = "tokens"
     BYTES = "bytes"
 
@@ -45,9 +43,10 @@ class Course:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps, self._began_s = steps, time.monotonic()
-        self._n_left = [step.n_most for step in steps]
+        # In parts.
+        self._n_left = [step.n_most * step.n_parts for step in steps]
         self._at: int | None = None
-        self._name, self._n_parts = "", 0
+        self._name = ""
         self._first = self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
@@ -60,11 +59,11 @@ class Course:
         is_last = self._at == len(self._steps) - 1
         for i, step in enumerate(self._steps[: self._at]):
             self._n_left[i] *= not (is_last or step.n_most == 1)
-        if name == self._name and self._n_parts:
-            self._n_parts -= 1
-        else:
-            self._name, self._n_parts = name, self._steps[self._at].n_parts - 1
-            self._n_left[self._at] = max(0, self._n_left[self._at] - 1)
+        if name != self._name:
+            # The stage before may have done with fewer parts.
+            pairs = zip(self._n_left, self._steps, strict=True)
+            self._name, self._n_left = name, [n - n % step.n_parts for n, step in pairs]
+        self._n_left[self._at] = max(0, self._n_left[self._at] - 1)
 
     def advance(self, done: int, total: int) -> None:
         self._share = done / total if total else 0.0
@@ -76,10 +75,9 @@ class Course:
         elapsed_s, passed = time.monotonic() - self._began_s, self._passed
         if elapsed_s < _LEAST_S or not passed:
             return None
-        steps = zip(self._n_left, self._steps, strict=True)
-        ahead = sum(n * step.n_parts * step.work for n, step in steps)
+        ahead = sum(n * step.work for n, step in zip(self._n_left, self._steps, strict=True))
         if self._at is not None:
-            ahead += (self._n_parts + 1 - self._share) * self._steps[self._at].work
+            ahead += (1 - self._share) * self._steps[self._at].work
         return elapsed_s * ahead / passed
 
     @property

@@ -19,6 +19,7 @@ is read: their tokens per second before and while it is read, their longest paus
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import threading
@@ -35,12 +36,22 @@ from typing import Any
 import httpx2
 
 from measure_speed import machine
-from overhead import pinned
 from pop_local.measure.speed import Spread, spread
 from shared import Served, served
 
 PATIENCE_S = 1800
 ROOM = 256  # of a slot, beside what is asked
+
+
+@contextmanager
+def pinned(cpu: int | None) -> Iterator[None]:
+    """Children that are started meanwhile stay on that CPU."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before if cpu is None else {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @dataclass(frozen=True)

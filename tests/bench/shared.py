@@ -8,29 +8,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "patches" / "llama-
 
 from support.asked import BOMB
 from support.f32_copy import write_f32
-from support.recipes import Name, make
 from support.rpc import rpc_server
 from support.seeing import make_seeing
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, add_keys, shapes
 from support.synthetic import Recipe, add_header
-from support.talkable import talkable
 from support.terminal import Terminal
 
 __all__ = [
     "BOMB",
     "GEMMA4_E2B",
-    "Name",
     "Recipe",
     "Served",
     "Terminal",
     "add_header",
     "add_keys",
-    "make",
     "make_seeing",
     "rpc_server",
     "served",
     "shapes",
-    "talkable",
     "write_f32",
 ]

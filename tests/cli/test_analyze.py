@@ -9,7 +9,7 @@ import pytest
 
 from pop_local.base.errors import PlanError, PopError
 from pop_local.calibration import needs
-from pop_local.measure.depth import boundaries
+from pop_local.measure.budget import boundaries
 from pop_local.measure.estimate import Estimate
 from pop_local.research import depths
 from support.analyzed import FITTED, UNFITTED, analyze, report

@@ -20,7 +20,7 @@ from pop_local.measure.speed import (
     require_rows,
     run_rounds,
 )
-from pop_local.measure.upstream import Upstream
+from pop_local.measure.upstream import upstream
 from pop_local.ui.views.speed import show_speed
 from pop_local.workflows import bench as workflow
 from support.calls import read
@@ -233,8 +233,8 @@ def test_what_was_read_for_the_limit_answers_nothing(model):
 
 def test_what_upstream_takes_is_measured_beside_ours(model):
     options = {"n_ctx": 512, "n_threads": 1, "repack": False}
-    with Upstream(Path(model.path), **options) as upstream:
-        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=upstream.run)
+    with upstream(Path(model.path), **options) as ran:
+        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=ran)
     assert row.upstream_ttft_s is not None and row.kernels_speedup is not None
     ratio = row.upstream_ttft_s.median / row.full_ttft_s.median
     assert row.kernels_speedup.median == pytest.approx(ratio)
@@ -242,10 +242,10 @@ def test_what_upstream_takes_is_measured_beside_ours(model):
 
 def test_what_upstream_cannot_open_is_said(tmp_path):
     with (
-        Upstream(tmp_path / "none.gguf") as upstream,
+        upstream(tmp_path / "none.gguf") as ran,
         pytest.raises(PopError, match=r"none\.gguf"),
     ):
-        upstream.run(Prompt([1]))
+        ran(Prompt([1]))
 
 
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):
@@ -266,6 +266,3 @@ def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     assert (row["n_pruned"], row["n_skipped_exact"]) == (0, 99)
     table = bench(model, "--prompt", "100", "--repeat", 1).stdout
     assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())
-    searched = bench(model, "--find-break-even", "--prompt", "100")
-    assert searched.returncode == 1
-    assert "loses nothing" in searched.stderr

@@ -14,7 +14,7 @@ from pop_converter.fit import weights
 from pop_converter.popfile.format import read_pop_meta
 from pop_converter.projection import Projection
 from pop_local.cli import app
-from pop_local.measure import budget, depth
+from pop_local.measure import budget
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
@@ -66,7 +66,7 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_pat
 
 
 def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     arguments = (tiny, "--boundary", 6, "--text", words, "--tokens", 2048)
     with monkeypatch.context() as unfitted:
         unfitted.setattr(fits, "calibrate", None)
@@ -99,7 +99,7 @@ def test_no_search_is_begun_that_could_not_measure(tiny, words, monkeypatch, dep
 
 
 def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, monkeypatch):
-    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     monkeypatch.setattr(fits, "calibrate", None)
     given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--quality", "fast", "--force")
     done = convert(tiny, *given)
@@ -144,7 +144,7 @@ def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
 def test_a_refusal_leaves_the_fit_of_another_depth(tiny, words, tmp_path, monkeypatch):
     state = tmp_path / ".tiny.pop.gguf.calibration"
     state.write_bytes(b"kept by a run that was stopped")
-    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     done = convert(tiny, "--boundary", 6, "--text", words, "--tokens", 2048, "--resume")
     assert done.exit_code == 1
     assert "no fit brings that back" in done.stderr
@@ -152,7 +152,7 @@ def test_a_refusal_leaves_the_fit_of_another_depth(tiny, words, tmp_path, monkey
 
 
 def test_attention_is_fitted_where_own_projections_copy_nothing(tiny, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     allow(monkeypatch, ANYTHING, ANYTHING)
     given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--projection", "fitted-attention")
     assert convert(tiny, *given).exit_code == 0

@@ -49,25 +49,6 @@ def measured(*arguments):
     return json.loads(done.stdout)
 
 
-def test_a_yardstick_is_the_model_quantised_further(tmp_path, text):
-    # Rows of 256 values, which K-quants are made of.
-    plain = make_gguf(tmp_path / "plain.gguf", "llama", n_embd=256, n_ff=256, n_layer=3)
-    arguments = (plain, "--boundary", 2, "--text", text, "--yardstick")
-    report = measured(*arguments)
-    sticks = report["yardstick"]
-    assert [each["name"] for each in sticks] == ["Q4_0", "Q3_K_M", "Q2_K"]
-    sizes = [each["size_bytes"] for each in sticks]
-    assert plain.stat().st_size > sizes[0] > sizes[2]
-    losses = [each["kl_mean"] for each in sticks]
-    assert 0 < losses[0] < losses[2]
-    assert {each["n_pruned"] for each in sticks} == {0}
-    shown = evaluate(*arguments, *SHORT, "--documents", 2)
-    assert shown.exit_code == 0, shown.output
-    rows = [[cell.strip() for cell in line.split("|")] for line in shown.stdout.splitlines()]
-    [q2] = [row for row in rows if "Q2_K" in row]
-    assert q2[1:4] == ["-", "Q2_K", "-"] and "/" in q2[-2]
-
-
 def test_json_has_the_keys_of_one_depth(pop_file, text):
     report = measured(pop_file, "--text", text)
     assert set(report) >= KEYS
@@ -76,16 +57,8 @@ def test_json_has_the_keys_of_one_depth(pop_file, text):
     assert report["projection"] == "own"
 
 
-@pytest.mark.parametrize(
-    ("options", "n_pruned"),
-    [
-        (["--tail", 4], 2 * 55),
-        (["--tail", 4, "--sink", 0], 2 * 56),
-        (["--no-boundary"], 2 * 60),
-    ],
-)
-def test_ablations_change_the_tokens_pruned(pop_file, text, options, n_pruned):
-    assert measured(pop_file, "--text", text, *options)["n_pruned"] == n_pruned
+def test_without_boundary_handling_every_token_is_pruned(pop_file, text):
+    assert measured(pop_file, "--text", text, "--no-boundary")["n_pruned"] == 2 * 60
 
 
 def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
@@ -145,8 +118,6 @@ def test_people_get_facts_or_a_table(pop_file, text):
         ["--no-boundary", "--recall", "0", "--documents", "4"],
         ["--recall", "512,x"],
         ["--recall", "-1"],
-        ["--second-turn", "--sweep", "2,4"],
-        ["--second-turn", "--skip", "1/3", "--fit"],
         ["--skip", "soon"],
         ["--sweep", "1/3,soon"],
         ["--sweep", ""],
@@ -299,23 +270,6 @@ def test_selection_is_measured(pop_file, text):
     refilled = measured(pop_file, "--text", text, "--refill", "60")
     assert refilled["kl_mean"] < plain["kl_mean"]
     assert (plain["n_refilled"], refilled["n_refilled"]) == (0, 60)
-
-
-def test_the_second_answer_is_that_of_the_full_model_once_refilled(pop_file, text):
-    second = measured(pop_file, "--text", text, "--second-turn")["second_turn"]
-    assert second["kl_refilled"] < 1e-4 < second["kl_pruned"]
-    assert second["n_windows"] == 2
-    assert measured(pop_file, "--text", text)["second_turn"] is None
-    shown = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0, "--second-turn").stdout
-    assert "Second answer" in shown
-
-
-def test_a_text_too_short_for_the_second_answer_is_said_first(pop_file, text, monkeypatch):
-    monkeypatch.setattr("pop_local.workflows.evaluate.measure_prunings", None)
-    long = ("--context", "500", "--continuation", "200", "--second-turn")
-    done = evaluate(pop_file, "--text", text, *SHORT, *long)
-    assert done.exit_code == 1
-    assert "tokens are needed" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("share", ["-1", "101%", "much", "nan"])

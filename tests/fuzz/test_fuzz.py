@@ -31,7 +31,7 @@ from pop_local.engine.sessions.schema import (
     encoded_array,
 )
 from pop_local.engine.sessions.session_file import Sessions
-from pop_local.measure.depth import boundaries
+from pop_local.measure.budget import boundaries
 from pop_local.workflows import inspect as inspection
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.events import Watch

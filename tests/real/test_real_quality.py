@@ -109,7 +109,7 @@ def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, 
     assert found[-1].retention is not None
     assert found[-1].retention.value < 0.3
     # Down to the layer of the cliff, not past it.
-    assert min(worth_measuring(found)) == min(cliff)
+    assert min(each.boundary for each in worth_measuring(found)) == min(cliff)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
@@ -128,13 +128,18 @@ def test_logits_of_real_models_are_those_of_the_backend(request, name):
 def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
     pytest.importorskip("torch")
-    from pop_local.research.decoder import Decoder
-    from pop_local.research.importance import measure_importance
+    from pop_local.research.importance import importance
+    from pop_local.research.options import AnalyzeOptions
+    from pop_local.research.torch_device import torch_device
+    from pop_local.workflows.events import Watch
+    from pop_local.workflows.options import Hardware
 
     model = PopModel(smollm2, n_ctx=64, n_threads=1)
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))
     windows = spread_windows(text, 4, 96)
-    found = measure_importance(Decoder(read_source(smollm2)), windows, 64, 0, ignore)
+    device = torch_device(Hardware(1, 0), "")
+    options = AnalyzeOptions(n_context=64)
+    found = importance(read_source(smollm2), device, windows, options, Watch())
     assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
     assert found.prefill.median_ratio.value < 0.5
     assert found.decode.median_ratio.value > 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from pop_local.measure.heldout import Text
     from pop_local.measure.quality import Quality
     from pop_local.measure.recall import Recall
-    from pop_local.research.turns import SecondTurn
-    from pop_local.research.yardstick import Quantised
     from pop_local.workflows.evaluate import Evaluation, Row
 
 ALWAYS_SKIP = "always-skip"
@@ -34,7 +32,7 @@ def bare(estimate: Estimate | None, spec: str) -> str:
     return "-" if estimate is None else format(estimate.value, spec)
 
 
-def figures(quality: Quality | Recall | SecondTurn) -> dict[str, Any]:
+def figures(quality: Quality | Recall) -> dict[str, Any]:
     """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean."""
     values: dict[str, Any] = {}
     for field in fields(quality):
@@ -53,36 +51,18 @@ def text_json(text: Text) -> dict[str, str]:
     return {"name": text.name, "sha256": text.sha256}
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Beside an evaluation: the second answer at its only boundary, the model quantised."""
-
-    second_turn: SecondTurn | None = None
-    yardstick: tuple[Quantised, ...] = ()
-
-
-def evaluation_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
+def evaluation_json(found: Evaluation) -> dict[str, Any]:
     """The only boundary as one object."""
-    second = beside.second_turn and figures(beside.second_turn)
-    return _json_head(found, beside) | _row_json(found.rows[0]) | {"second_turn": second}
+    return _json_head(found) | _row_json(found.rows[0])
 
 
-def sweep_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
+def sweep_json(found: Evaluation) -> dict[str, Any]:
     """All boundaries, in a list of rows."""
-    return _json_head(found, beside) | {"rows": [_row_json(row) for row in found.rows]}
+    return _json_head(found) | {"rows": [_row_json(row) for row in found.rows]}
 
 
-def _json_head(found: Evaluation, beside: Beside) -> dict[str, Any]:
-    yardstick = [
-        {
-            "name": each.name,
-            "size_bytes": each.size_bytes,
-            **figures(each.quality),
-            "recall": [figures(recall) for recall in each.recall],
-        }
-        for each in beside.yardstick
-    ]
-    return {"model": str(found.model), "text": text_json(found.text), "yardstick": yardstick}
+def _json_head(found: Evaluation) -> dict[str, Any]:
+    return {"model": str(found.model), "text": text_json(found.text)}
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -102,27 +82,24 @@ def _row_json(row: Row) -> dict[str, Any]:
     }
 
 
-def show_evaluation(found: Evaluation, beside: Beside) -> None:
+def show_evaluation(found: Evaluation) -> None:
     """Facts for one boundary; a table for several, or with a baseline."""
-    if len(found.rows) > 1 or found.rows[0].always_skip is not None or beside.yardstick:
-        show_sweep(found, beside)
+    if len(found.rows) > 1 or found.rows[0].always_skip is not None:
+        show_sweep(found)
         return
     model, text = ("Model", str(found.model)), ("Text", found.text.name)
-    print_facts([model, text, *_facts(found.rows[0], beside.second_turn)])
+    print_facts([model, text, *_facts(found.rows[0])])
 
 
-def show_sweep(found: Evaluation, beside: Beside) -> None:
+def show_sweep(found: Evaluation) -> None:
     """A table with a row for each boundary, and one below it for its baseline."""
-    from pop_local.workflows.evaluate import Row
-
     q = found.rows[0].quality
     rows = [line for row in found.rows for line in (row, *_baseline(row))]
-    rows += [Row(0, each.name, nan, each.quality, each.recall) for each in beside.yardstick]
     say(f"{found.model}: {q.n_windows} windows of {q.n_context} + {q.n_continuation} tokens")
     say(f"{found.text.name}; ± one standard error\n\n{markdown(Table.of(_COLUMNS, rows))}")
 
 
-def _facts(row: Row, second: SecondTurn | None) -> Iterator[Fact]:
+def _facts(row: Row) -> Iterator[Fact]:
     q, made = row.quality, row.calibration
     if made is not None:
         how = f"{made.n_tokens:,} tokens, ridge {made.ridge:g}, weighting {made.weighting}"
@@ -153,9 +130,6 @@ def _facts(row: Row, second: SecondTurn | None) -> Iterator[Fact]:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
-    if second is not None:
-        after = with_se(second.kl_refilled, ".4f")
-        yield "Second answer", f"KL {with_se(second.kl_pruned, '.4f')}, refilled {after}"
     for recall in row.recall:
         found, in_full = with_se(recall.exact_pruned, ".0%"), with_se(recall.exact_full, ".0%")
         yield f"Recall at {recall.n_tokens:,}", f"{found} of the facts, in full {in_full}"
@@ -185,7 +159,7 @@ def _estimate(name: str, title: str, spec: str, show: Callable[..., str] = with_
 
 
 _COLUMNS = (
-    Column("n_skipped", "Skipped", lambda n: str(n) if n else "-", numeric=True),
+    Column("n_skipped", "Skipped", numeric=True),
     Column("projection", "K/V", numeric=True),
     Column("speedup_limit", "Limit", _limit, numeric=True),
     _estimate("ppl_ratio", "PPL ratio", ".3f"),

@@ -8,7 +8,6 @@ from pop_local.ui.tables import Column, Table, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.research.break_even import BreakEven
     from pop_local.workflows.bench import Speed
 
 
@@ -40,41 +39,9 @@ def show_speed(found: Speed) -> None:
         say(_NOT_ENCODING)
 
 
-def gain_json(found: BreakEven) -> dict[str, object]:
-    """The search as one object; `min_prompt`: the file's, now."""
-    return vars(found.bench) | {"break_even": found.n_prompt, "tried": found.tried}
-
-
-def show_gain(found: BreakEven, n_longest: int) -> None:
-    """A table with one row for each length tried, and what to make of it."""
-    bench = found.bench
-    say(f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}")
-    say("Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.\n")
-    say(f"{markdown(Table.of(_TRIED, found.tried))}\n\n{_advice(found, n_longest)}")
-
-
-def _advice(found: BreakEven, n_longest: int) -> str:
-    now = "the file names no shortest prompt"
-    if found.bench.min_prompt:
-        now = f"the file prunes from {found.bench.min_prompt:,} tokens on"
-    if found.n_prompt is None:
-        return f"Pruning gains nothing here up to {n_longest:,} tokens; {now}."
-    return (
-        f"Pruning gains from {found.n_prompt:,} tokens on; {now}"
-        f" (pop-local convert --min-prompt {found.n_prompt})."
-    )
-
-
 # The text of a Spread.
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
-_TRIED = (
-    Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
-    Column("n_pruned", "pruned", "{:,}".format, numeric=True),
-    Column("speedup", "Speed-up", _PRECISE, numeric=True),
-    Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
-    Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
-)
 
 
 def _columns(left: str, name: str, how: str) -> tuple[Column, ...]:

@@ -6,7 +6,6 @@ from the fastest on, and the first one that is as good as the full model is take
 """
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +14,10 @@ from pop_converter.popfile.format import Budget, Refilled
 from pop_converter.popfile.plan import Plan, make_plan
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
-from pop_local.engine.turn import TurnOptions
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
 from pop_local.measure.recall import N_AROUND, Recall, RecallReference, RecallSettings
-from pop_local.measure.speed import random_prompt
 from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import RecallLostError
 from pop_local.workflows.events import Watch
@@ -37,7 +34,6 @@ _N_WINDOWS = 16
 # Refilled token by token, a window takes as long as several read at once.
 _N_REFILLED_WINDOWS = 4
 N_REFILLED = 8
-_N_TIMED = 24
 
 
 def recipes(shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
@@ -121,7 +117,6 @@ def _decided(
         f" with {quality.copy_ppl_ratio.value:.2f} times the perplexity, with {N_REFILLED} tokens"
         f" refilled before each of the answer {refilled.copy_ppl_ratio:.2f} times."
     )
-    watch.on_note(_affordable(model))
     budget = Budget(
         FASTEST,
         max_kl=quality.kl_mean.value,
@@ -132,18 +127,3 @@ def _decided(
         tried="; ".join(tried),
     )
     return replace(plan, budget=budget, refilled=refilled, recall=recalled(recall)), quality
-
-
-def _affordable(model: PopModel) -> str:
-    """Say how many rows this machine can refill with each token of an answer."""
-    model.set_depth(model.rule.select, keep_states=True)
-    model.refiller.refill_answers(None)
-    model.read(random_prompt(model, _SETTINGS.n_tokens))
-    with closing(model.sampled(TurnOptions(temperature=0.0))) as sampled:
-        for _ in range(_N_TIMED):
-            next(sampled)
-    n_rows = model.refiller.online.n_rows or 0
-    model.refiller.refill_answers(0)
-    if n_rows == 0:
-        return "This machine computes at its limit: nothing is refilled while it answers."
-    return f"This machine can refill {n_rows} rows with each token of an answer."

@@ -9,9 +9,8 @@ from typing import Any
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan, make_plan, parse_skip
-from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
-from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE
+from pop_local.measure.budget import boundaries
 from pop_local.workflows.conversion.plan import ConversionRun, Goal, Outcome
 
 # No model was seen to copy with fewer than a third of its layers left.
@@ -24,10 +23,6 @@ class Named(Goal):
     @abstractmethod
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
         """Plan it for a model; `rows` go to make_plan. Raises PlanError."""
-
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        return KINDS_OF_ONE
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         return (self.plan(shape, **rows),)
@@ -77,10 +72,6 @@ class Within(Goal):
     def is_named(self) -> bool:
         return self.at is not None
 
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        return self.at.kinds if self.at else KINDS_OF_MANY
-
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         if rows.get("select"):
             raise PopError(
@@ -88,8 +79,6 @@ class Within(Goal):
             )
         if self.at is not None:
             return self.at.plans(shape, **rows)
-        from pop_local.measure.depth import boundaries
-
         tried = boundaries(shape, LEAST_DIVISOR)
         return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
 
@@ -106,10 +95,6 @@ class Fastest(Goal):
     @property
     def is_named(self) -> bool:
         return False
-
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        return KINDS_OF_MANY
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         from pop_local.workflows.conversion.fastest import recipes

@@ -6,8 +6,8 @@ from pop_converter.popfile.format import Measured
 from pop_converter.popfile.plan import Plan
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
+from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
-from pop_local.measure import depth
 from pop_local.measure.budget import (
     BALANCED,
     FAST,
@@ -18,8 +18,10 @@ from pop_local.measure.budget import (
     keeps,
     limits_in_words,
 )
+from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import shipped_text, tokenize
+from pop_local.measure.probes import measure_induction, read_repeated
 from pop_local.measure.quality import (
     Quality,
     QualitySettings,
@@ -28,6 +30,7 @@ from pop_local.measure.quality import (
     measure_prunings,
     measure_retention,
     read_reference,
+    retention,
 )
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.conversion.plan import ConversionRun, Outcome
@@ -84,7 +87,7 @@ class Examination:
             kept = None
             if not (self.allow_broken_copy or self.plan.projection == Projection.ATTENTION):
                 advance = self.bench.watch.stage("Trying the boundary without a fit")
-                kept = depth.own_retention(model, self.plan, advance)
+                kept = own_retention(model, self.plan.boundary, advance)
         if kept is not None and is_hopeless(FAST, kept):
             raise self._refusal(
                 f"{kept.value:.0%} of copying random tokens is kept with own projections, and no "
@@ -94,18 +97,15 @@ class Examination:
     def of_fit(self, files: ModelFiles) -> Measured:
         """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
         self.bench.watch.on_note("Measuring what was written on held-out text")
-        quality = self._measure(files, QualitySettings(N_WINDOWS))
+        with self.bench.opened(self.plan, files) as model:
+            tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
+            advance = self.bench.watch.stage("Measuring")
+            settings = QualitySettings(N_WINDOWS)
+            [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
         if not (self.allow_broken_copy or copies(FAST, quality)):
             raise self._refusal(figures_in_words(quality))
         self._warn_outside(quality)
         return measured(quality)
-
-    def _measure(self, files: ModelFiles, settings: QualitySettings) -> Quality:
-        with self.bench.opened(self.plan, files) as model:
-            tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
-            advance = self.bench.watch.stage("Measuring")
-            [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
-        return quality
 
     def _warn_outside(self, quality: Quality) -> None:
         boundary = quality.boundary
@@ -144,11 +144,27 @@ class Examination:
                 [kept] = measure_retention(reference, model, (boundary,), advance)
                 if not keeps(FAST, kept):
                     continue
-                pruning = Pruning(boundary)
-                [found] = measure_against(reference, model, (pruning,), advance)
+                [found] = measure_against(reference, model, (Pruning(boundary),), advance)
                 if copies(FAST, found):
                     return boundary
         return None
+
+
+def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Estimate | None:
+    """Measure `Quality.induction_retention` without a fit, in seconds.
+
+    `on_progress` counts draws.
+    """
+    settings = _own_settings()
+    with forced(model) as reader:
+        ran = counting(2 * settings.n_draws, on_progress)
+        repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
+        [found] = measure_induction(reader, repeated, [Pruning(boundary)], ran)
+    return retention(repeated, found)
+
+
+def _own_settings() -> QualitySettings:
+    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
 
 
 def _require_windows(model: PopModel) -> None:
@@ -161,7 +177,3 @@ def _require_windows(model: PopModel) -> None:
             "lower sink_tokens and tail_tokens, or take own projections, which may go unmeasured",
             cause="fit-not-measurable",
         ) from error
-
-
-def _own_settings() -> QualitySettings:
-    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)

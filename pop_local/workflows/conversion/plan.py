@@ -19,7 +19,16 @@ from pop_converter.popfile.plan import Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, Fitted, Sizes
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, StoppedError, WriteError
-from pop_local.calibration.needs import FitWork, Needs, fit_needs, fit_work, macs_per_s, spaced
+from pop_local.calibration.needs import (
+    KINDS_OF_MANY,
+    KINDS_OF_ONE,
+    FitWork,
+    Needs,
+    fit_needs,
+    fit_work,
+    macs_per_s,
+    spaced,
+)
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.names import resolve_base
@@ -52,13 +61,12 @@ class Goal(ABC):
 
     @property
     def is_named(self) -> bool:
-        """Whether the caller named the boundary."""
         return True
 
     @property
-    @abstractmethod
     def kinds(self) -> tuple[Projection, ...]:
         """The kinds of fit that are tried where the options leave it open."""
+        return KINDS_OF_ONE if self.is_named else KINDS_OF_MANY
 
     @abstractmethod
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
@@ -289,7 +297,6 @@ class ConversionRun:
     def write_measured(
         self, plan: Plan, fitted: Fitted | None, found: Measured, trials: tuple[Trial, ...] = ()
     ) -> Outcome:
-        """Write a plan whose quality was measured already."""
         return self.write(plan, fitted, lambda written: found, trials)
 
     @contextmanager

@@ -216,10 +216,7 @@ class Search:
             if candidate.recall is not None:
                 return deepest
             # On all windows, and asked for facts, it may be outside after all.
-            if candidate.gradual is not None and not candidate.gradual.is_whole:
-                self._judge(candidate, lambda quality: False)
-            else:
-                self._ask(candidate)
+            self._settle(candidate)
 
     def _searched(self, boundary: int) -> Contender:
         return self.tried[boundary, Stage.SEARCHED]

@@ -12,7 +12,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan, require_fit
 from pop_converter.projection import Projection
 from pop_local.base.errors import FormatError, PlanError, UnsupportedArchitectureError
-from pop_local.measure.depth import boundaries
+from pop_local.measure.budget import boundaries
 from support.shapes import read_shape
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split, renamed
 

@@ -102,7 +102,7 @@ def test_what_the_backend_loses_on_other_text_becomes_less(letters, tmp_path, mo
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(60)], np.int32)
     others = np.array([prompt(N_TOKENS, seed) for seed in range(200, 204)], np.int32)
     counted: list[tuple[int, int]] = []
-    device = TorchDevice("cpu", 0, torch.float32)
+    device = TorchDevice("cpu", torch.float32)
     watch = Watch(on_progress=lambda *each: counted.append(each))
     options = FitOptions(kv_type=fit.KvType.F32)
     distiller = Distiller(read_source(path), options, Hardware(), watch)

@@ -1,0 +1,96 @@
+"""From which length on prompts are pruned; what short prompts are called."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.plan import make_plan
+from pop_local.cli import app
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.turn import Message
+from pop_local.ui.views.stats import stats_line
+from support.converted import converted
+from support.shapes import read_shape
+from support.synthetic import make_gguf
+
+
+def min_prompt_of(path: Path) -> int:
+    meta = read_pop_meta(path)
+    assert meta is not None
+    return meta.min_prompt
+
+
+# --- the default of convert
+
+
+def test_convert_writes_twice_the_full_rows_unless_told(tmp_path, monkeypatch):
+    source = make_gguf(tmp_path / "m.gguf", "llama")
+    runner = CliRunner()
+    for options, name in (([], "a.gguf"), (["--min-prompt", "7"], "b.gguf")):
+        given = ["convert", str(source), str(tmp_path / name), "--skip", "1/3", *options]
+        given += ["--projection", "own", "--threads", "1"]
+        assert runner.invoke(app, given).exit_code == 0
+    plan = make_plan(read_shape(source))
+    assert min_prompt_of(tmp_path / "a.gguf") == plan.min_prompt == 66
+    assert min_prompt_of(tmp_path / "b.gguf") == 7
+
+
+# --- what short prompts are called
+
+
+@pytest.fixture(scope="module")
+def picky(tmp_path_factory) -> PopModel:
+    """Prompts of less than 120 tokens are short."""
+    folder = tmp_path_factory.mktemp("picky")
+    source = make_gguf(folder / "m.gguf", "llama")
+    return PopModel(converted(source, folder, boundary=4, min_prompt=120), n_ctx=512, n_threads=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "n_words", "reading"),
+    [
+        (Mode.CONTEXT, 200, "pruned"),
+        (Mode.CONTEXT, 3, "short"),
+        (Mode.OFF, 200, "full"),
+        (Mode.OFF, 3, "full"),
+    ],
+)
+def test_figures_say_how_the_prompt_was_read_and_why(picky, mode, n_words, reading):
+    picky.set_mode(mode)
+    picky.cache.clear()
+    message = Message("user", "a " * n_words)
+    *_, last = picky.chat_turn([message], max_tokens=2, temperature=0.0)
+    rows = backend.get_counters(picky.context.ctx)
+    assert last.stats.reading == reading
+    assert (rows.n_context > 0) is (reading == "pruned")
+    assert last.stats.n_pruned == rows.n_context
+    assert ("pruned: short" in stats_line(last.stats)) is (reading == "short")
+
+
+def test_a_short_question_after_a_cached_document_is_short(picky):
+    picky.set_mode(Mode.CONTEXT)
+    picky.cache.clear()
+    document = [Message("user", "a " * 200)]
+    *_, first = picky.chat_turn(document, max_tokens=1, temperature=0.0)
+    backend.reset_counters(picky.context.ctx)
+    more = [*document, Message("assistant", "b"), Message("user", "c")]
+    *_, second = picky.chat_turn(more, max_tokens=1, temperature=0.0)
+    assert (first.stats.reading, second.stats.reading) == ("pruned", "short")
+    assert second.stats.n_cached > 100
+    assert backend.get_counters(picky.context.ctx) == Counters(0, second.stats.n_full)
+
+
+def test_run_says_it_in_json(tmp_path):
+    source = make_gguf(tmp_path / "m.gguf", "llama")
+    target = converted(source, tmp_path, boundary=4, min_prompt=120)
+    done = CliRunner().invoke(
+        app, ["run", str(target), "Hello", "--json", "--max-tokens", "2", "--threads", "1"]
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["full"], report["reading"], report["stats"]["n_pruned"]) == (False, "short", 0)
