@@ -16,9 +16,9 @@ class FitOptions:
     `tokens`: how many to read, None for a number by the model. `texts`: files and folders, none for
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
-    None for nowhere. `mmproj`: with it the fit is on pictures, too, those in the folder `images`.
-    `distill_tokens`: of text for a fit that is distilled, too, None for as many as are read, 64k at
-    least.
+    None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
+    or drawn ones. `distill_tokens`: of text for a fit that is distilled, too, None for as many as
+    are read, 64k at least.
     """
 
     tokens: int | None = None
@@ -38,7 +38,7 @@ class FitOptions:
         """The text, and the pictures if there are any, for people."""
         from pop_local.calibration.texts import DEFAULT_NAME
 
-        shown = f"; pictures ({self.images})" if self.mmproj else ""
+        shown = f"; pictures ({self.images or 'drawn'})" if self.mmproj else ""
         return f"{', '.join(map(str, self.texts)) or DEFAULT_NAME}{shown}"
 
     def n_tokens(self, n_embd: int) -> int:

@@ -118,7 +118,7 @@ class ConvertFitOptions(opt.FittingOptions):
     """How projections are fitted."""
 
     mmproj: Path | None = option("Fit on pictures, too, as this mmproj shows them.", "FILE")
-    images: Path | None = option("Pictures to fit on, with --mmproj.", "DIR")
+    images: Path | None = option("Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR")
     distill_tokens: int | None = option(
         "Tokens of text for --distill: more are better, and take as many times the time. Default:"
         " as many as are fitted on, 65536 at least.",
@@ -162,7 +162,7 @@ def convert(
         raise typer.BadParameter(
             "--select goes with --skip or --boundary alone; --quality fastest chooses its own"
         )
-    if (fitting.images is None) != (fitting.mmproj is None):
+    if fitting.images is not None and fitting.mmproj is None:
         raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
     if fitting.distill_tokens is not None and not how.distill:
         raise typer.BadParameter("it goes with --distill", param_hint="--distill-tokens")

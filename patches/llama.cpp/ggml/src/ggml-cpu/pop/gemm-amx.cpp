@@ -24,19 +24,23 @@
 namespace pop {
 
 constexpr int COLS   = 16;        // of a tile
-constexpr int STEP   = 64;        // blocks that are unpacked at once
+constexpr int STEP   = 48;        // blocks that are unpacked at once
 constexpr int UNPACK = 8;         // of these, so that their codes stay in the nearest cache
-constexpr int PANELS = 4;         // that meet a tile of columns while it is in the nearest cache
+constexpr int PANELS = 8;         // that meet two tiles of columns, and stay with them in the second cache
 constexpr int TILE   = COLS * 64; // bytes: 16 rows of 32 bf16, or 16 pairs along K of 16 rows
 
 static void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
-    for (int c = 0; c < COLS; c++) {
-        for (int b = 0; b < n_blocks; b++) {
-            __m512i x = _mm512_setzero_si512();
-            if (c < n) {
-                x = (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps(cols[c] + 32 * b + 16), _mm512_loadu_ps(cols[c] + 32 * b));
+    constexpr int part = 8; // blocks of a tile, which stay in the nearest cache until all columns are there
+    for (int first = 0; first < n_blocks; first += part) {
+        const int end = std::min(first + part, n_blocks);
+        for (int c = 0; c < COLS; c++) {
+            for (int b = first; b < end; b++) {
+                __m512i x = _mm512_setzero_si512();
+                if (c < n) {
+                    x = (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps(cols[c] + 32 * b + 16), _mm512_loadu_ps(cols[c] + 32 * b));
+                }
+                _mm512_store_si512(tile + (size_t) b * TILE + c * 64, x);
             }
-            _mm512_store_si512(tile + (size_t) b * TILE + c * 64, x);
         }
     }
 }
