@@ -86,7 +86,7 @@ class OpenModel:
         given = ContextOptions.of(options)
         source = read_source(Path(path))
         if "tokenizer.chat_template" in source.first.keys:
-            templates.start()  # while the model is loaded
+            templates.renderer.start()  # while the model is loaded
         self.learner: Learner | None = None
         self._load(source, sidecar, given, select, keep_states=keep_states)
         self.eye = self._eye(mmproj, image_tokens)

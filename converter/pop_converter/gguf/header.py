@@ -62,14 +62,8 @@ _WITHOUT_PRODUCT = (
 )
 
 Scalar = int | float | bool | str
-
-
-@dataclass(frozen=True)
-class Array:
-    """An array key: its length, and its items unless they are strings or too many."""
-
-    length: int
-    items: tuple[Scalar, ...] | None
+# An array's items; none of one with strings, or with too many.
+Array = tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
@@ -183,12 +177,12 @@ class _Cursor:
         kind, length = self.number("I"), self.number("Q")
         if kind == GGUFValueType.STRING:
             self._skip_texts(length)
-            return Array(length, None)
+            return ()
         code = self._code(kind)
         start = self.skip(length * struct.calcsize("<" + code))
         if length > MAX_KEPT_ITEMS:
-            return Array(length, None)
-        return Array(length, struct.unpack_from(f"<{length}{code}", self.view, start))
+            return ()
+        return struct.unpack_from(f"<{length}{code}", self.view, start)
 
     def _skip_texts(self, count: int) -> None:
         # A vocabulary has up to half a million entries: no method call for each.

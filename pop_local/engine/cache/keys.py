@@ -63,8 +63,6 @@ def opened_with(context: Context) -> str:
     given = [f"{k} {value:g}" for k, value in found.items() if value != getattr(defaults, k)]
     if context.options.n_parallel > 1:
         given.append("a state for each sequence")
-    if context.lora_sha256:
-        given.append(f"LoRA {context.lora_sha256[:16]} x {context.options.lora_scale:g}")
     return "".join(f", {each}" for each in given)
 
 

@@ -1,12 +1,13 @@
 """The KV cache of a context: whose its rows are, what is known of each, and what may be reused."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import numpy as np
 
-from pop_local.base.errors import PopError
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.cache.keys import FULL, KvKey, conversion, opened_with, own_sha256
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.rows import CachedRows
@@ -14,7 +15,7 @@ from pop_local.engine.cache.state import SavedState
 from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.batch import Outputs, decode_rows
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.slot import Slot
 from pop_local.engine.prompt.prompt import Prompt
@@ -194,7 +195,7 @@ class KvCache:
             self.images.clear()
             self.has_logits = False
             self.rows.forget_from(0)
-            self.slot.forget_all()
+            self.slot.forget_from(0)
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
@@ -386,30 +387,64 @@ class KvCache:
             self.learner.read(self.n_tokens - len(tokens), tokens)
             self.learner.computed()
 
+    def append_all(self, tokens: Sequence[int], step: int) -> Iterator[int]:
+        """Read a text in the place of all that is cached, each row in full and with its outputs.
+
+        Gives the number of rows of each piece, at most `step`, once it is decoded.
+        """
+        self.clear()
+        step = min(step, self.context.n_batch)
+        self.slot.begin_reading()
+        with self.slot.alone(), self.slot.watching():
+            for start in range(0, len(tokens), step):
+                piece = tokens[start : start + step]
+                self.append(piece, Outputs.ALL, np.ones(len(piece), bool))
+                self.slot.check()
+                yield len(piece)
+
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
         """Encode an image and decode its rows; returns the seconds that encoding took.
 
         Raises PopError where it cannot be read.
         """
         assert self.eye is not None, "an eye has made the image"
-        context, start, n = self.context, self.n_tokens, image.n_rows
+        start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = self.position
-        logs.forget_errors()
-        with self.slot.alone() as sequence:
-            read = self.eye.decode(context.ctx, image, first, context.n_batch, sequence)
-        if read.code != 0:
-            self.slot.check()
-            raise PopError(logs.first_error() or f"the image could not be read (code {read.code})")
+        with self.slot.alone():
+            encode_s = self._decode_image(self.eye, image)
         positions = first + np.arange(n + 1, dtype=np.int32)
-        if context.is_mrope:
+        if self.context.is_mrope:
             positions[1:-1] = first
         positions[-1] = first + image.n_pos
         # A row that has seen later ones is not what a deep pass would make of it.
         has_states = self.keeps_states and not image.is_mutual
         self._have_read([NO_TOKEN] * n, positions, full, keeps_states=has_states)
         self.images[start] = image.key
-        return read.encode_s
+        return encode_s
+
+    def _decode_image(self, eye: Mmproj, image: ImageChunk) -> float:
+        context, sequence = self.context, self.slot.sequence
+        started_s = time.perf_counter()
+        try:
+            rows = eye.embedded(image)
+        except StoppedError:
+            self.slot.check()  # it may have been Ctrl-C
+            raise
+        encode_s = time.perf_counter() - started_s
+        positions = eye.positions(image, self.position)
+        logs.forget_errors()
+        for at in range(0, image.n_rows, context.n_batch):
+            piece = slice(at, at + context.n_batch)
+            code = decode_rows(
+                *(context.ctx, rows[piece], positions[:, piece]),
+                sequence=sequence,
+                is_mutual=image.is_mutual,
+            )
+            if code != 0:
+                self.slot.check()
+                raise logs.not_decoded(code)
+        return encode_s
 
     def _have_read(
         self,

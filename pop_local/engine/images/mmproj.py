@@ -9,7 +9,6 @@ import functools
 import os
 import re
 import threading
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -76,14 +75,6 @@ class Seen:
 
     tokens: tuple[int, ...]
     images: Mapping[int, ImageChunk]
-
-
-@dataclass(frozen=True)
-class ImageRead:
-    """The code that llama_decode returned for an image, -1 where encoding was ended."""
-
-    code: int
-    encode_s: float
 
 
 # Width, height and bytes, as of Picture.rgb.
@@ -199,35 +190,16 @@ class Mmproj:
     def _n_known(self) -> int:
         return sum(len(seen.tokens) for seen in self._known.values())
 
-    def decode(
-        self, ctx: Any, image: ImageChunk, pos: int, n_batch: int, sequence: int
-    ) -> ImageRead:
-        """Encode an image and decode its rows from position `pos` on."""
-        mtmd = self._mtmd
-        started_s = time.perf_counter()
-        cut = self._cut_up(image.picture)
-        with self._lock:
-            self._kept.pop(image.picture.sha256, None)
-        is_encoded = self._encode(cut[image.number])
-        encode_s = time.perf_counter() - started_s
-        if not is_encoded:
-            return ImageRead(-1, encode_s)
-        after = ctypes.c_int32()
-        nobody = mtmd.mtmd_helper_post_decode_callback(0)
-        embeddings = mtmd.mtmd_get_output_embd(self._ctx)
-        code = mtmd.mtmd_helper_decode_image_chunk(
-            *(self._ctx, ctx, cut[image.number], embeddings, pos, sequence, n_batch),
-            *(ctypes.byref(after), nobody, None),
-        )
-        return ImageRead(int(code), encode_s)
-
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return what the encoder makes of an image, float32 [n_rows, n_embd_inp].
 
         Raises PopError where it fails, StoppedError where `should_stop` ended it.
         """
+        cut = self._cut_up(image.picture)
+        with self._lock:
+            self._kept.pop(image.picture.sha256, None)
         logs.forget_errors()
-        if not self._encode(self._cut_up(image.picture)[image.number]):
+        if not self._encode(cut[image.number]):
             if self._was_stopped:
                 raise StoppedError
             raise PopError(logs.first_error() or "the image cannot be encoded")

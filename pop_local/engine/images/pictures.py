@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.base.files import read_file
-from pop_local.engine.limited.child import serve
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess
 
 if TYPE_CHECKING:
@@ -133,11 +132,6 @@ class Work:
         """As Picture.rgb, with bytes as base64."""
         width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
-
-
-def main(limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of Work until standard input is closed."""
-    serve(Work(), limit_s, limit_bytes)
 
 
 class _Decoder(KeptProcess):

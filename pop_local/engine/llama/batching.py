@@ -220,7 +220,7 @@ class Batcher:
         asked = self._callback if has_prompt else self._api.ggml_abort_callback(0)
         self._api.llama_set_abort_callback(ctx, asked, None)
         try:
-            code = self._context.run(tokens, positions, sequences, wanted)
+            code = self._context.batch.run(ctx, tokens, positions, sequences, wanted)
         finally:
             self._api.llama_set_abort_callback(ctx, self._api.ggml_abort_callback(0), None)
         if code != 0:
@@ -286,11 +286,11 @@ class SharedSlot(Slot):
         return self._batcher.held()
 
     @contextmanager
-    def alone(self) -> Iterator[int]:
+    def alone(self) -> Iterator[None]:
         with self.held(), super().watching():
             before = backend.get_counters(self._ctx)
             backend.set_reading(self._ctx, Reading.SOME)
-            yield self.sequence
+            yield
             self.counted = added(self.counted, before, backend.get_counters(self._ctx))
 
     def watching(self) -> AbstractContextManager[None]:
@@ -349,23 +349,6 @@ class SharedSlot(Slot):
     def deepen(self, positions: np.ndarray, *, logits: bool) -> bool:
         with self.held(), super().watching():
             return super().deepen(positions, logits=logits)
-
-    @property
-    def end(self) -> int:
-        with self.held():
-            return super().end
-
-    @property
-    def first_kept(self) -> int:
-        with self.held():
-            return super().first_kept
-
-    def forget_from(self, position: int) -> bool:
-        with self.held():
-            return super().forget_from(position)
-
-    def forget_all(self) -> None:
-        self.forget_from(0)
 
     def state_size(self) -> int:
         with self.held():

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from pop_converter.gguf.header import Header
-from pop_converter.gguf.source import Source, read_source, sampled_sha256
+from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, loading, logs
-from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices, kernels_read_prompts
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
@@ -53,8 +53,6 @@ class ContextOptions:
     repack: bool = True
     use_mmap: bool = True
     use_mlock: bool = False
-    lora_path: str | os.PathLike[str] | None = None
-    lora_scale: float = 1.0
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -100,8 +98,6 @@ class Context:
         """
         self._ctx: Any = None
         self._model: Any = None
-        self._batch: TokenBatch | None = None
-        self._lora: Any = None
         backend.require_patched()
         self._api = backend.bindings()
         self.source, self.meta, self.sidecar, self.options = source, meta, sidecar, options
@@ -185,20 +181,15 @@ class Context:
         # llama.cpp rounds the context up.
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
         self.n_batch, self.n_ubatch = self._params.n_batch, self._params.n_ubatch
-        self._batch = TokenBatch(self.n_batch)
-        self.lora_sha256 = self._add_lora() if options.lora_path else ""
+        self.batch = TokenBatch(self.n_batch)
         backend.set_kernels(self._ctx, options.kernels)
-
-    @property
-    def _is_mapped(self) -> bool:
-        return self.options.use_mmap and self.options.lora_path is None
 
     def _mapped(self) -> dict[Path, tuple[int, ...]]:
         """Return what tells the mapped files from others; those that are gone stay mapped."""
         sidecar = self.sidecar
         if sidecar is not None and is_learned(sidecar):
             sidecar = None  # it is only ever renamed over, and stays mapped
-        files = (*self.source.paths, *filter(None, [sidecar])) if self._is_mapped else ()
+        files = (*self.source.paths, *filter(None, [sidecar])) if self.options.use_mmap else ()
         marks: dict[Path, tuple[int, ...]] = {}
         for path in files:
             with suppress(OSError):
@@ -213,25 +204,10 @@ class Context:
 
     def _load_mode(self) -> int:
         api, options = self._api, self.options
-        if self._is_mapped:
+        if options.use_mmap:
             mapped = api.LLAMA_LOAD_MODE_MMAP_MLOCK if options.use_mlock else None
             return int(mapped or api.LLAMA_LOAD_MODE_MMAP)
         return int(api.LLAMA_LOAD_MODE_MLOCK if options.use_mlock else api.LLAMA_LOAD_MODE_NONE)
-
-    def _add_lora(self) -> str:
-        """Apply the LoRA adapter; returns what tells it from others."""
-        api, path = self._api, Path(os.fspath(self.options.lora_path or ""))
-        self._lora = api.llama_adapter_lora_init(self._model, os.fsencode(path))
-        if not self._lora:
-            raise PopError(
-                f"{self.path} cannot be opened: {path} is no LoRA adapter for it",
-                "give one that was made for this model",
-            )
-        adapters = (api.llama_adapter_lora_p_ctypes * 1)(self._lora)
-        scales = (ctypes.c_float * 1)(self.options.lora_scale)
-        if api.llama_set_adapters_lora(self._ctx, adapters, 1, scales):
-            raise PopError(f"{self.path} cannot be opened: {path} cannot be applied")
-        return sampled_sha256(read_source(path))
 
     @property
     def ctx(self) -> Any:
@@ -301,32 +277,6 @@ class Context:
         """
         return tokenized(self.vocab, text, add_bos=add_bos, special=special)
 
-    def decode(
-        self, tokens: Sequence[int], first_position: int, outputs: Outputs, sequence: int = 0
-    ) -> None:
-        """Decode tokens at consecutive positions of a sequence.
-
-        Raises PopError where llama.cpp refuses them; when interrupted, StoppedError or whatever
-        Ctrl-C raises.
-        """
-        assert self._batch is not None
-        logs.forget_errors()
-        code = self._batch.decode(self.ctx, tokens, first_position, outputs, sequence)
-        if code != 0:
-            self.interrupt.check()
-            raise logs.not_decoded(code)
-
-    def run(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        sequences: Sequence[int],
-        wants_logits: Sequence[bool],
-    ) -> int:
-        """Decode tokens of several sequences; returns what llama_decode returns."""
-        assert self._batch is not None
-        return self._batch.run(self.ctx, tokens, positions, sequences, wants_logits)
-
     @property
     def n_embd(self) -> int:
         """The width of a row's state."""
@@ -341,14 +291,11 @@ class Context:
         """Free the model. Where this thread reads a prompt, that is stopped first."""
         if self._model is None or self.interrupt.postponed(self.close):
             return
-        if self._batch is not None:
-            self._batch.close()
-        if self._lora:
-            self._api.llama_adapter_lora_free(self._lora)
         if self._ctx:
+            self.batch.close()
             self._api.llama_free(self._ctx)
         self._api.llama_model_free(self._model)
-        self._model = self._ctx = self._batch = self._lora = self._servers = None
+        self._model = self._ctx = self._servers = None
 
     def __del__(self) -> None:
         self.close()

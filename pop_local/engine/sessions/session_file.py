@@ -10,7 +10,7 @@
 Where the model has another conversation cached, n_tokens is 0 and there is session.json alone.
 
 The K/V are used again only by the same model and mmproj (size and hash of headers and tensors'
-beginnings), POP mode, boundary and projections (KvKey), backend version, LoRA adapter and RoPE
+beginnings), POP mode, boundary and projections (KvKey), backend version and RoPE
 options; otherwise the transcript alone is.
 zip's CRC-32 tells a damaged file.
 """

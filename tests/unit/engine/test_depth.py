@@ -51,8 +51,8 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
         False,
     )
     # As large as a batch, whatever it takes.
-    monkeypatch.setattr(model.refiller._passes, "_adapt", lambda n_rows, took_s: None)
-    monkeypatch.setattr(model.refiller._passes, "_chunk", N_BATCH)
+    monkeypatch.setattr(model.refiller, "_adapt", lambda n_rows, took_s: None)
+    monkeypatch.setattr(model.refiller, "_chunk", N_BATCH)
     said = []
     assert model.refill(on_progress=lambda done, total: said.append((done, total))) == 200
     assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
