@@ -46,7 +46,6 @@ class Parts:
     rule: RowRule
 
     def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
-        """Read a prompt for an answer, as prefill.read.read does."""
         self.refiller.online.end()
         return read(self.cache, prompt, self.rule, on_prefill)
 
@@ -207,17 +206,17 @@ class _Turn:
 
     def _stats(self, reason: FinishReason) -> TurnStats:
         found = self._read
-        counters, selection = found.counters, found.selection
+        counters = found.counters
         return TurnStats(
             n_prompt=len(self._prompt),
             n_cached=found.n_cached,
-            n_pruned=counters.n_context - selection.n_deep,
-            n_selected=selection.n_selected,
+            n_pruned=counters.n_context - found.n_deep,
+            n_selected=found.n_selected,
             n_refilled=self._n_refilled,
             n_exact=found.n_exact,
             n_skipped_exact=counters.n_exact,
             exact_layer=self._parts.cache.exact,
-            n_full=counters.n_full + selection.n_deep,
+            n_full=counters.n_full + found.n_deep,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
             n_decoded=self._n_decoded,

@@ -267,7 +267,6 @@ class OpenModel:
 
     @cached_property
     def macs(self) -> GraphMacs:
-        """The multiply-accumulates of reading prompts."""
         return GraphMacs(self.path, self.sidecar)
 
     @cached_property
@@ -291,7 +290,6 @@ class OpenModel:
 
     @property
     def mode(self) -> Mode:
-        """How prompts are read."""
         return self.cache.mode
 
     def set_mode(self, mode: Mode) -> None:
@@ -389,7 +387,6 @@ class OpenModel:
 
     @property
     def parts(self) -> Parts:
-        """The parts that answers take."""
         return Parts(self.cache, self.refiller, self.rule)
 
     def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:

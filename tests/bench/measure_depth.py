@@ -81,7 +81,7 @@ def one_round(
             assert model.refill() == len(prompt)
             refilled_s = clock() - started_s
         if name == "selected":
-            n_selected = done.selection.n_selected
+            n_selected = done.n_selected
     return Round(
         took_s["full"],
         took_s["pruned"],

@@ -86,7 +86,6 @@ class Content:
 
     @property
     def size_bytes(self) -> int:
-        """The size of the file in bytes."""
         return len(self.header) + self.data_bytes + sum(map(len, self.added))
 
     def with_keys(self, keys: tuple[bytes, ...]) -> "Content":

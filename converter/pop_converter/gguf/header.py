@@ -9,7 +9,6 @@ import math
 import mmap
 import stat
 import struct
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,12 +198,10 @@ class _Cursor:
 
 
 def truncated(path: Path, detail: str) -> TruncatedError:
-    """Return the error for a file that ends too early."""
     return TruncatedError(f"{path} is cut short: {detail}", "download or copy the file again")
 
 
 def corrupt(path: Path, detail: str) -> FormatError:
-    """Return the error for a file that has what no GGUF has."""
     return FormatError(f"{path} is not a valid GGUF file: it has {detail}", "download it again")
 
 
@@ -247,8 +244,6 @@ def _check_magic(path: Path, start: bytes) -> None:
             f"{path} has GGUF version {version}; known are {' and '.join(map(str, VERSIONS))}",
             "convert the model anew with a current llama.cpp",
         )
-    if sys.byteorder != "little":
-        raise FormatError("this machine is big-endian, which pop-local does not support")
 
 
 def _scan(path: Path, view: mmap.mmap) -> Header:

@@ -89,7 +89,6 @@ class KvCache:
 
     @property
     def boundary(self) -> int:
-        """The first layer that context tokens skip; 0 when there is none."""
         return backend.get_boundary(self.context.ctx)
 
     @property
@@ -142,14 +141,16 @@ class KvCache:
         # A prompt read in full is read again with pruning, so that the two can be compared.
         is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
         self.slot.set_mode(mode)
-        self._switched(keeps=is_its_own or bool(self.exact))
+        self.mode = self.slot.mode
+        if not (is_its_own or self.exact):
+            self.clear()
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
         self.slot.require_idle()
         backend.set_boundary(self.context.ctx, layer)
         self.exact = self._exact_now()
-        self._switched(keeps=False)
+        self.mode = self.slot.mode
+        self.clear()
 
     def keep_states(self, keep: bool) -> None:
         """Keep the state at the boundary of each row from now on, or drop all."""
@@ -180,11 +181,6 @@ class KvCache:
         exact = backend.model_exact(self.context.model)
         return 0 if 0 < self.boundary < exact else exact
 
-    def _switched(self, *, keeps: bool) -> None:
-        self.mode = self.slot.mode
-        if not keeps:
-            self.clear()
-
     # Forgetting
 
     def clear(self) -> None:
@@ -205,18 +201,16 @@ class KvCache:
         """
         self.slot.require_idle()
         with self.slot.held():
-            return self._truncate(max(0, min(n_rows, self.n_tokens)))
-
-    def _truncate(self, n_rows: int) -> bool:
-        if self._lacks_rows_before(n_rows) or not self._forget_from(n_rows):
-            return False
-        if n_rows < self.n_tokens:
-            self.n_tokens = n_rows
-            self.images = {start: key for start, key in self.images.items() if start < n_rows}
-            self.rows.forget_from(n_rows)
-            self.has_logits = False
-            self.epoch += 1
-        return True
+            kept = max(0, min(n_rows, self.n_tokens))
+            if self._lacks_rows_before(kept) or not self._forget_from(kept):
+                return False
+            if kept < self.n_tokens:
+                self.n_tokens = kept
+                self.images = {start: key for start, key in self.images.items() if start < kept}
+                self.rows.forget_from(kept)
+                self.has_logits = False
+                self.epoch += 1
+            return True
 
     def forget_unfinished(self) -> None:
         """Forget what was decoded of a batch that failed.

@@ -26,7 +26,6 @@ class PromptCache:
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes of cells are kept."""
         return sum(len(state.cells) for state in self._states.values())
 
     def add(self, key: str, state: SavedState) -> None:

@@ -50,7 +50,6 @@ class CachedRows:
             self.n_exact = max(self.n_exact, last + 1)
 
     def forget_from(self, n_rows: int) -> None:
-        """Rows from this position on are gone."""
         self.n_exact = min(self.n_exact, n_rows)
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False

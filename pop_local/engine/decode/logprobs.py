@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.slot import Slot
-from pop_local.engine.turn import Likely, TokenLogprob
+from pop_local.engine.turn import TokenLogprob
 
 # Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
 _MAX_ROWS = 64
@@ -62,5 +62,5 @@ def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: in
     return TokenLogprob(
         text=pieces[token],
         logprob=float(logits[token]) - norm,
-        top=tuple(Likely(pieces[int(i)], float(logits[i]) - norm) for i in ranked),
+        top=tuple(TokenLogprob(pieces[int(i)], float(logits[i]) - norm) for i in ranked),
     )

@@ -37,7 +37,6 @@ class Refiller:
         self.online = OnlineRefill(self._cache, n_rows if self._cache.keeps_states else 0)
 
     def before_step(self) -> None:
-        """Do what is to be done before the next token of an answer is decoded."""
         if self.online.n_rows != 0 and not on_battery():
             self.online.before_row(self._cache.n_tokens)
 

@@ -68,7 +68,6 @@ class KeptProcess:
 
     @property
     def limits(self) -> str:
-        """The limits of one call, for messages."""
         return f"more than {self.limit_s:g} s, or more than {self.limit_bytes >> 20} MiB"
 
     def start(self) -> subprocess.Popen[bytes]:

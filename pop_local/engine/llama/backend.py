@@ -63,7 +63,6 @@ class Counters:
 
     @property
     def n_rows(self) -> int:
-        """Rows that were read."""
         return self.n_context + self.n_full + self.n_exact
 
 
@@ -142,7 +141,6 @@ def bindings() -> ModuleType:
 
 
 def version() -> str:
-    """The version of llama_cpp."""
     bindings()
     import llama_cpp
 

@@ -48,8 +48,6 @@ def decode_rows(
 
 
 class TokenBatch:
-    """Up to `n_batch` tokens."""
-
     def __init__(self, n_batch: int) -> None:
         self._api = bindings()
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)

@@ -30,8 +30,7 @@ class ContextOptions:
     """How a model is opened.
 
     `n_ctx`: None takes the model's own context, at most 8192 tokens. `n_parallel`: sequences, with
-    so many tokens each; their rows share batches. `n_threads`: for prefill
-    (unless `n_threads_batch` says otherwise) and decode; None takes the physical cores.
+    so many tokens each; their rows share batches. `n_threads`: None takes the physical cores.
     `n_gpu_layers`: -1 for all, without effect where there is no GPU. `rpc`: servers (HOST:PORT)
     that hold these layers, before local GPUs; if one goes away, llama.cpp ends the process.
     `kernels`: whether prompts are read with our kernels, where there are any for this CPU.
@@ -45,14 +44,12 @@ class ContextOptions:
     n_batch: int = _N_BATCH
     n_ubatch: int = _N_BATCH
     n_threads: int | None = None
-    n_threads_batch: int | None = None
     n_gpu_layers: int = -1
     rpc: Sequence[str] = ()
     kernels: bool = True
     flash_attn: bool | None = None
     repack: bool = True
     use_mmap: bool = True
-    use_mlock: bool = False
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -78,9 +75,10 @@ class ContextOptions:
 class Context:
     """A model's weights and vocabulary, and one llama_context on them.
 
-    `model`, `vocab` and `ctx` are llama.cpp's pointers. `window`: how many positions layers with a
-    sliding window keep, 0 where they keep all. Raises PopError with llama.cpp's reason when the
-    file cannot be opened. For one thread at a time; closing from another one is postponed.
+    `model`, `vocab` and `ctx` are llama.cpp's pointers, `settings` its llama_context_params.
+    `window`: how many positions layers with a sliding window keep, 0 where they keep all. Raises
+    PopError with llama.cpp's reason when the file cannot be opened. For one thread at a time;
+    closing from another one is postponed.
     """
 
     def __init__(
@@ -103,15 +101,14 @@ class Context:
         self.source, self.meta, self.sidecar, self.options = source, meta, sidecar, options
         self.path = source.first.path
         self.n_threads = options.n_threads or default_threads()
-        self.n_threads_batch = options.n_threads_batch or self.n_threads
         has_gpu = any(device.is_gpu for device in devices())
         self.on_device = options.n_gpu_layers != 0 and (bool(options.rpc) or has_gpu)
-        self._params = self._context_params(has_gpu)
+        self.settings = self._context_params(has_gpu)
         # llama.cpp keeps all rows otherwise.
         is_windowed = options.others.get("swa_full") is False
         loading.require_room(
             self.source,
-            self._params.n_ctx,
+            self.settings.n_ctx,
             is_windowed=is_windowed,
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
@@ -145,7 +142,7 @@ class Context:
         params.n_seq_max, params.kv_unified = options.n_parallel, True
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
-        params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
+        params.n_threads = params.n_threads_batch = self.n_threads
         header = self.source.first
         if header.get(f"{header.get('general.architecture')}.pooling_type") is not None:
             params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
@@ -160,11 +157,12 @@ class Context:
         return params
 
     def _model_params(self) -> Any:
-        options = self.options
-        params = self._api.llama_model_default_params()
+        api, options = self._api, self.options
+        params = api.llama_model_default_params()
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
         params.use_extra_bufts = options.repack
-        params.load_mode = self._load_mode()
+        mapped, copied = api.LLAMA_LOAD_MODE_MMAP, api.LLAMA_LOAD_MODE_NONE
+        params.load_mode = mapped if options.use_mmap else copied
         _fill(params, options.others)
         return params
 
@@ -175,12 +173,12 @@ class Context:
         )
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
-        self._ctx = api.llama_init_from_model(self._model, self._params)
+        self._ctx = api.llama_init_from_model(self._model, self.settings)
         if not self._ctx:
             raise PopError(f"{self.path} cannot be opened: {logs.first_error()}")
         # llama.cpp rounds the context up.
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
-        self.n_batch, self.n_ubatch = self._params.n_batch, self._params.n_ubatch
+        self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
         self.batch = TokenBatch(self.n_batch)
         backend.set_kernels(self._ctx, options.kernels)
 
@@ -201,13 +199,6 @@ class Context:
     def replaced(self) -> list[Path]:
         """The files that are no longer those that were opened."""
         return [path for path, mark in self._mapped().items() if self._files.get(path) != mark]
-
-    def _load_mode(self) -> int:
-        api, options = self._api, self.options
-        if options.use_mmap:
-            mapped = api.LLAMA_LOAD_MODE_MMAP_MLOCK if options.use_mlock else None
-            return int(mapped or api.LLAMA_LOAD_MODE_MMAP)
-        return int(api.LLAMA_LOAD_MODE_MLOCK if options.use_mlock else api.LLAMA_LOAD_MODE_NONE)
 
     @property
     def ctx(self) -> Any:
@@ -237,11 +228,6 @@ class Context:
     def header(self) -> Header:
         """The keys of the model's file."""
         return self.source.first
-
-    @property
-    def settings(self) -> Any:
-        """The llama_context_params that it was opened with."""
-        return self._params
 
     @property
     def bos(self) -> tuple[int, ...]:

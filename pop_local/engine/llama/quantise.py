@@ -52,7 +52,6 @@ def quantise(
 
 
 def main(source: str, target: str, name: str, n_threads: str) -> int:
-    """Quantise, and return the exit status."""
     api = bindings()
     settings = api.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = TYPES[name], int(n_threads)

@@ -63,7 +63,6 @@ class Slot:
 
     @property
     def mode(self) -> Mode:
-        """How prompts are read."""
         return backend.get_mode(self._ctx)
 
     def set_mode(self, mode: Mode) -> None:
@@ -168,5 +167,4 @@ class Slot:
 
 
 def bytes_at(buffer: np.ndarray) -> Any:
-    """Return a pointer to the bytes of an array."""
     return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

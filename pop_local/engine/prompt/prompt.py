@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk
+from pop_local.engine.images.mmproj import ImageChunk
 
 # For base models, which come without a template; it needs no special tokens.
 PLAIN_TEMPLATE = (
@@ -34,7 +34,6 @@ class Prompt:
 
     @property
     def n_image(self) -> int:
-        """How many rows are of images."""
         return sum(image.n_rows for image in self.images.values())
 
     @property
@@ -65,6 +64,3 @@ class Prompt:
             if start < n and (images.get(start) != image.key or start + image.n_rows > n):
                 return start
         return n
-
-
-__all__ = ["NO_TOKEN", "PLAIN_STOPS", "PLAIN_TEMPLATE", "THINK", "Prompt"]

@@ -117,7 +117,7 @@ class Prompter:
                 cause="no-mmproj",
             )
         context = self._context
-        return self._eye.open(context.model, context.n_threads_batch)
+        return self._eye.open(context.model, context.settings.n_threads_batch)
 
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, Seen]

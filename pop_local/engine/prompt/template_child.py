@@ -50,8 +50,6 @@ def _compiled(template: str) -> Template:
 
 
 class Work:
-    """The calls that are answered."""
-
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
         """Render a template; without arguments, only see whether it is one.

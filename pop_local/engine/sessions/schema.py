@@ -103,7 +103,6 @@ def decoded(content: bytes, picture: ReadPicture) -> Session:
 
 
 def encoded_array(values: np.ndarray) -> bytes:
-    """Return the array as a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     return buffer.getvalue()

@@ -62,7 +62,6 @@ class Tools:
 
     @property
     def only_callable(self) -> "Tools":
-        """The same without tools that may not be called."""
         return replace(self, told=self.callable_)
 
     @property

@@ -88,7 +88,7 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
 def test_a_selection_is_that_of_the_local_cpu(pair):
     models = pair(select=0.1)
     for model in models:
-        assert append(model, prompt(300)).selection.n_selected > 20
+        assert append(model, prompt(300)).n_selected > 20
     assert_same(*models)
 
 
