@@ -147,7 +147,6 @@ class _Turn:
             if options.should_stop is None:  # whoever watches the model stops more than this answer
                 raise
             found, token = error.read, -1
-        self._epoch = self._parts.cache.epoch
         now_s = time.perf_counter()
         self._read, self._ttft_s = found, now_s - self._started_s
         self._prefill_s = now_s - prefill_started_s - found.encode_s
@@ -189,8 +188,6 @@ class _Turn:
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _next_token(self) -> int:
-        if self._parts.cache.epoch != self._epoch:
-            raise DisplacedError
         assert self._sampled is not None, "a first token came of it"
         started_s = time.perf_counter()
         token = next(self._sampled)

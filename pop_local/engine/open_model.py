@@ -118,7 +118,7 @@ class OpenModel:
     def _sequences(self) -> tuple[tuple[KvCache, Refiller], ...]:
         n = self.context.options.n_parallel
         slots = shared_slots(self.context, n) if n > 1 else [Slot(self.context)]
-        caches = [KvCache(self.context, self.eye, slot) for slot in slots]
+        caches = [KvCache(slot, self.eye) for slot in slots]
         return tuple((cache, Refiller(cache)) for cache in caches)
 
     def _require_template(self) -> None:

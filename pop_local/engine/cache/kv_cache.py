@@ -1,22 +1,20 @@
 """The KV cache of a context: whose its rows are, what is known of each, and what may be reused."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import numpy as np
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_local.base.errors import PopError
 from pop_local.engine.cache.keys import FULL, KvKey, conversion, opened_with, own_sha256
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.rows import CachedRows
 from pop_local.engine.cache.state import SavedState
 from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
-from pop_local.engine.llama import backend, logs
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.batch import Outputs, decode_rows
-from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.slot import Slot
 from pop_local.engine.prompt.prompt import Prompt
 
@@ -49,12 +47,10 @@ class KvCache:
     `learner` follows what is read.
     """
 
-    def __init__(
-        self, context: Context, eye: Mmproj | None = None, slot: Slot | None = None
-    ) -> None:
-        """`eye`: what pictures are read with. `slot`: the sequence, None for the only one."""
-        self.context, self.eye = context, eye
-        self.slot = slot or Slot(context)
+    def __init__(self, slot: Slot, eye: Mmproj | None = None) -> None:
+        """`eye`: what pictures are read with."""
+        context = slot.context
+        self.context, self.eye, self.slot = context, eye, slot
         self.rows = CachedRows(context.n_ctx)
         self.images: dict[int, str] = {}
         self.n_tokens = 0
@@ -406,7 +402,7 @@ class KvCache:
         self.has_logits = False
         first = self.position
         with self.slot.alone():
-            encode_s = self._decode_image(self.eye, image)
+            encode_s = self.eye.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)
         if self.context.is_mrope:
             positions[1:-1] = first
@@ -415,29 +411,6 @@ class KvCache:
         has_states = self.keeps_states and not image.is_mutual
         self._have_read([NO_TOKEN] * n, positions, full, keeps_states=has_states)
         self.images[start] = image.key
-        return encode_s
-
-    def _decode_image(self, eye: Mmproj, image: ImageChunk) -> float:
-        context, sequence = self.context, self.slot.sequence
-        started_s = time.perf_counter()
-        try:
-            rows = eye.embedded(image)
-        except StoppedError:
-            self.slot.check()  # it may have been Ctrl-C
-            raise
-        encode_s = time.perf_counter() - started_s
-        positions = eye.positions(image, self.position)
-        logs.forget_errors()
-        for at in range(0, image.n_rows, context.n_batch):
-            piece = slice(at, at + context.n_batch)
-            code = decode_rows(
-                *(context.ctx, rows[piece], positions[:, piece]),
-                sequence=sequence,
-                is_mutual=image.is_mutual,
-            )
-            if code != 0:
-                self.slot.check()
-                raise logs.not_decoded(code)
         return encode_s
 
     def _have_read(

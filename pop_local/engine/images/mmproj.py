@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.images.pictures import MAX_SHOWN, Picture, require_pillow
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
+from pop_local.engine.llama.batch import decode_rows
+from pop_local.engine.llama.slot import Slot
 from pop_local.models.mmproj import ARCHITECTURE
 
 if TYPE_CHECKING:
@@ -189,6 +192,32 @@ class Mmproj:
 
     def _n_known(self) -> int:
         return sum(len(seen.tokens) for seen in self._known.values())
+
+    def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
+        """Encode an image, and decode its rows in a sequence from position `first` on.
+
+        Returns the seconds that encoding took. Raises PopError where it cannot be read; when
+        interrupted, StoppedError or whatever Ctrl-C raises.
+        """
+        ctx, n_batch = slot.context.ctx, slot.context.n_batch
+        started_s = time.perf_counter()
+        try:
+            rows = self.embedded(image)
+        except StoppedError:
+            slot.check()  # it may have been Ctrl-C
+            raise
+        encode_s = time.perf_counter() - started_s
+        positions = self.positions(image, first)
+        logs.forget_errors()
+        for at in range(0, image.n_rows, n_batch):
+            piece, places = rows[at : at + n_batch], positions[:, at : at + n_batch]
+            code = decode_rows(
+                ctx, piece, places, sequence=slot.sequence, is_mutual=image.is_mutual
+            )
+            if code != 0:
+                slot.check()
+                raise logs.not_decoded(code)
+        return encode_s
 
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return what the encoder makes of an image, float32 [n_rows, n_embd_inp].
