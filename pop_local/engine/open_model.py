@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.gguf.source import Source, read_source
+from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
@@ -87,26 +87,12 @@ class OpenModel:
         source = read_source(Path(path))
         if "tokenizer.chat_template" in source.first.keys:
             templates.renderer.start()  # while the model is loaded
-        self.learner: Learner | None = None
-        self._load(source, sidecar, given, select, keep_states=keep_states)
-        self.eye = self._eye(mmproj, image_tokens)
-        self._begin(select, keep_states=keep_states)
-
-    def _load(
-        self,
-        source: Source,
-        sidecar: str | os.PathLike[str] | None,
-        given: ContextOptions,
-        select: float | None,
-        *,
-        keep_states: bool,
-    ) -> None:
         beside = None if sidecar is None else Path(sidecar)
         meta = pop_of(source, beside)
         redoes = meta is not None and bool(keep_states or _share(meta, select))
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
-
-    def _begin(self, select: float | None, *, keep_states: bool) -> None:
+        self.eye = self._eye(mmproj, image_tokens)
+        self.learner: Learner | None = None
         self.sequences = self._sequences()
         self.cache, self.refiller = self.sequences[0]
         self.prompter = Prompter(self.context, self.eye)
@@ -182,24 +168,26 @@ class OpenModel:
         self.context.interrupt.require_idle()
         if self.eye is not None:
             raise PopError("a model that sees is not changed while it is open", "open it again")
-        before, select = self.cache, self.rule.select or None
-        was_full = self.can_switch and self.mode is Mode.OFF
-        state = before.save() if 0 < before.n_tokens == before.n_exact else None
-        context, parts = self.context, dict(self.__dict__)
-        try:
-            # Whoever still asks the context before keeps it open, such as a server's other thread.
-            self._load(context.source, sidecar, context.options, select, keep_states=True)
-            self.__dict__.pop("macs", None)
-            self._begin(select, keep_states=self._wants_refill)
-        except BaseException:
-            self.__dict__.update(parts)
-            raise
-        if was_full:
-            self.set_mode(Mode.OFF)
-        self.keep_prompts(before.prompts)
+        cache = self.cache
+        state = cache.save() if 0 < cache.n_tokens == cache.n_exact else None
+        opened = OpenModel(
+            self.path,
+            sidecar=sidecar,
+            select=self.rule.select or None,
+            keep_states=self._wants_refill,
+            **self.context.options.given,
+        )
+        if self.can_switch and self.mode is Mode.OFF:
+            opened.set_mode(Mode.OFF)
+        opened.keep_prompts(cache.prompts)
+        opened.prompter.parse_special = self.prompter.parse_special
         if state is not None:
             with suppress(PopError):  # it is read again
-                self.cache.restore(state)
+                opened.cache.restore(state)
+        opened.learner = self.learner
+        self.__dict__.pop("macs", None)
+        # Whoever still asks the context before keeps it open, such as a server's other thread.
+        self.__dict__.update(vars(opened))
         if self.learner is not None:
             self.learner.attach(self.cache)
 

@@ -7,10 +7,9 @@ from typing import Protocol
 import numpy as np
 
 from pop_local.base.errors import PopError
-from pop_local.engine.cache.keys import FULL, KvKey, conversion, opened_with, own_sha256
-from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.cache.keys import FULL, conversion, opened_with, own_sha256
+from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
 from pop_local.engine.cache.rows import CachedRows
-from pop_local.engine.cache.state import SavedState
 from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -94,16 +93,16 @@ class KvCache:
         return f"model {self._own_sha256[:16]}{opened_with(self.context)}, images {images}"
 
     @property
-    def key(self) -> KvKey:
-        """The key of what is cached."""
+    def key(self) -> str:
+        """The key of what is cached besides its tokens; K/V of two keys are never mixed."""
         return FULL if 0 < self.n_tokens == self.n_exact else self.mode_key
 
     @property
-    def mode_key(self) -> KvKey:
+    def mode_key(self) -> str:
         """The key of what is read now, whatever is cached."""
         if self.mode is Mode.OFF or self.exact:
             return FULL
-        return KvKey(self.mode, self.boundary, self._conversion)
+        return f"mode {self.mode.name}, boundary {self.boundary}, {self._conversion}"
 
     @property
     def fit(self) -> str:
@@ -115,7 +114,7 @@ class KvCache:
 
     def takes(self, key: str) -> bool:
         """Whether reading can go on after K/V of this key: its own, or the full model's."""
-        return key in (str(FULL), str(self.mode_key))
+        return key in (FULL, self.mode_key)
 
     def set_mode(self, mode: Mode) -> None:
         """Switch pruning, or exact skipping, and empty the cache if it is not the same in both.
@@ -284,7 +283,7 @@ class KvCache:
                 "the saved state belongs to another model, or one that was opened otherwise",
                 "read the prompt again",
             )
-        if not self.takes(str(state.key)):
+        if not self.takes(state.key):
             raise PopError(
                 f"the saved state belongs to {state.key}, the model is set to {self.key}",
                 "switch the model first, or read the prompt again",

@@ -186,12 +186,10 @@ class Mmproj:
         with self._lock:
             known = self._known.pop(picture.sha256, None) or self._pieces(picture)
             self._known[picture.sha256] = known
-            while len(self._known) > 1 and self._n_known() > _KNOWN_ROWS:
-                self._known.popitem(last=False)
+            n_rows = sum(len(seen.tokens) for seen in self._known.values())
+            while len(self._known) > 1 and n_rows > _KNOWN_ROWS:
+                n_rows -= len(self._known.popitem(last=False)[1].tokens)
         return known
-
-    def _n_known(self) -> int:
-        return sum(len(seen.tokens) for seen in self._known.values())
 
     def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
         """Encode an image, and decode its rows in a sequence from position `first` on.

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import logs
 
@@ -187,15 +186,6 @@ def is_mrope(model: Any) -> bool:
     api = bindings()
     kinds = (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
     return api.llama_model_rope_type(model) in kinds
-
-
-def require_boundary(model: Any, meta: PopMeta | None) -> None:
-    """Raises PopError when the loaded model does not prune as its keys say."""
-    wanted = meta.boundary if meta else 0
-    if (found := max(0, model_boundary(model))) != wanted:
-        raise PopError(
-            f"the backend prunes from layer {found}, the file says {wanted}", INSTALL_HINT
-        )
 
 
 def get_mode(ctx: Any) -> Mode:
