@@ -91,7 +91,14 @@ class OpenModel:
         meta = pop_of(source, beside)
         redoes = meta is not None and bool(keep_states or _share(meta, select))
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
-        self.eye = self._eye(mmproj, image_tokens)
+        self.eye: Mmproj | None = None
+        if mmproj is not None:
+            self.eye = Mmproj(
+                Path(mmproj),
+                use_gpu=given.n_gpu_layers != 0,
+                max_tokens=image_tokens,
+                should_stop=self.context.interrupt.is_wanted,
+            )
         self.learner: Learner | None = None
         self.sequences = self._sequences()
         self.cache, self.refiller = self.sequences[0]
@@ -115,16 +122,6 @@ class OpenModel:
             except PopError as error:
                 message = f"{self.path} cannot be opened: {error.message}"
                 raise PopError(message, error.hint) from error
-
-    def _eye(self, path: str | os.PathLike[str] | None, max_tokens: int | None) -> Mmproj | None:
-        if path is None:
-            return None
-        return Mmproj(
-            Path(path),
-            use_gpu=self.context.options.n_gpu_layers != 0,
-            max_tokens=max_tokens,
-            should_stop=self.context.interrupt.is_wanted,
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -184,7 +181,7 @@ class OpenModel:
         if state is not None:
             with suppress(PopError):  # it is read again
                 opened.cache.restore(state)
-        opened.learner = self.learner
+        opened.learner, opened._tries = self.learner, self._tries
         self.__dict__.pop("macs", None)
         # Whoever still asks the context before keeps it open, such as a server's other thread.
         self.__dict__.update(vars(opened))
@@ -198,18 +195,14 @@ class OpenModel:
 
     # About the model
 
-    @cached_property
-    def token_trie(self) -> LLTokenizer:
-        """The vocabulary for Constraint, read when it is first needed."""
-        return tokenizer_of(self.context)
+    def token_trie(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
+        """The vocabulary for Constraint, read when it is first needed.
 
-    def trie_with(self, shown: frozenset[int]) -> LLTokenizer:
-        """The vocabulary for answers that show these special tokens; the last one is kept."""
-        if not shown:
-            return self.token_trie
-        found = self._tries.get(shown) or tokenizer_of(self.context, shown)
-        self._tries = {shown: found}
-        return found
+        `shown`: the special tokens that answers show.
+        """
+        if shown not in self._tries:
+            self._tries[shown] = tokenizer_of(self.context, shown)
+        return self._tries[shown]
 
     @property
     def path(self) -> Path:
@@ -402,11 +395,11 @@ class OpenModel:
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context, calls.shown)
-            return Triggered(self.trie_with(calls.shown), pieces, calls)
+            return Triggered(self.token_trie(calls.shown), pieces, calls)
         if grammar is None:
             return None
         return Constraint(
-            self.token_trie, Grammar.of_gbnf(grammar) if isinstance(grammar, str) else grammar
+            self.token_trie(), Grammar.of_gbnf(grammar) if isinstance(grammar, str) else grammar
         )
 
     def chat_turn(self, messages: Sequence[Message], **options: Any) -> Answering:

@@ -85,7 +85,7 @@ class Tasks:
             return self._model.chat_prompt(messages), None
         prompt, calls = self._model.tool_prompt(messages, _tools(body))
         if calls is not None:  # read before the model is asked for it
-            self._model.trie_with(calls.shown)
+            self._model.token_trie(calls.shown)
         return prompt, calls
 
     def completions(self, body: CompletionBody) -> list[Task]:
@@ -204,7 +204,7 @@ class Tasks:
             elif body.grammar is not None:
                 grammar = Grammar.of_gbnf(body.grammar)
             if grammar is not None:
-                Constraint(self._model.token_trie, grammar).allowed()
+                Constraint(self._model.token_trie(), grammar).allowed()
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
         return grammar

@@ -206,7 +206,7 @@ def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
         tools = Tools(TOOLS, TOOLS, must_call=True, several=several)
         _, form = prompt_with_tools(model.context, prompter, [ASKED], tools)
         assert form is not None
-        trie = model.trie_with(form.shown)
+        trie = model.token_trie(form.shown)
         constraint = Triggered(trie, Pieces(model.context, form.shown), form)
         for text in ("", "\n", " "):
             ids = constraint.allowed()

@@ -48,7 +48,7 @@ def form_of(model: Any, tools: Tools) -> CallForm:
 
 def taken(model: Any, form: CallForm, text: str) -> str:
     """As much of a text as the form allows, token by token."""
-    trie = model.trie_with(form.shown)
+    trie = model.token_trie(form.shown)
     constraint = Triggered(trie, Pieces(model.context, form.shown), form)
     found = b""
     for token in trie.greedy_tokenize(text):
