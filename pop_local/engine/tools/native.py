@@ -7,7 +7,6 @@ from typing import Any
 from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.prompt.templates import LIMIT_BYTES, LIMIT_S, Template
 from pop_local.engine.tools import chat_child
-from pop_local.engine.tools.tool import Tools
 
 _UNKNOWN = "unknown key"  # of a format that the child process has not seen, or not lately
 _SEVERAL = "root ::= tool-call | tool-calls"
@@ -49,7 +48,11 @@ _chat = KeptProcess(
 
 
 def render(
-    template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]], how: Tools
+    template: Template,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    *,
+    several: bool,
 ) -> Rendered:
     """Render messages and tools, both OpenAI's. Raises ValueError, PopError beyond limits."""
     request = {
@@ -58,7 +61,7 @@ def render(
         "eos": template.eos,
         "messages": messages,
         "tools": tools,
-        "parallel": how.several,
+        "parallel": several,
         "tool_choice": "auto",
     }
     made = _chat.call("render", request)
@@ -67,9 +70,7 @@ def render(
         required = _chat.call("render", {**request, "tool_choice": "required"})
         grammar = required["grammar"] and _with_root(required["grammar"], "tool-call")
     elif _SEVERAL in grammar:  # which may be nothing but spaces
-        grammar = _with_root(
-            grammar, "tool-call (space tool-call)*" if how.several else "tool-call"
-        )
+        grammar = _with_root(grammar, "tool-call (space tool-call)*" if several else "tool-call")
     return Rendered(
         made["prompt"],
         made["takes_tools"],

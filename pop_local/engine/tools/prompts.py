@@ -15,7 +15,7 @@ from pop_local.engine.prompt.prompter import Prompter, is_end
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.form import CallForm, Trigger
 from pop_local.engine.tools.native import Rendered
-from pop_local.engine.tools.tool import Tools
+from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn import Message
 
 _OWN_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
@@ -85,11 +85,15 @@ class _Native:
         except ValueError as error:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
 
-    def _render(self, contents: list[str], marked: Callable[[str], str]) -> Rendered:
+    def _render(
+        self, contents: list[str], marked: Callable[[str], str], told: Sequence[Tool] | None = None
+    ) -> Rendered:
+        """`told`: the tools, None for all."""
         said = zip(self._messages, contents, strict=True)
         messages = [_openai(message, content, marked) for message, content in said]
-        told = [_mapped(tool.openai, marked) for tool in self._tools.told]
-        return native.render(self._prompter.template, messages, told, self._tools)
+        tools = [_mapped(tool.openai, marked) for tool in told or self._tools.told]
+        several = self._tools.several
+        return native.render(self._prompter.template, messages, tools, several=several)
 
     def form(self, rules: dict[str, JsonRule]) -> CallForm:
         """Return the form of the answer; its grammar is that of the callable tools alone."""
@@ -97,8 +101,7 @@ class _Native:
         assert made is not None
         if tools.callable_ != tools.told:
             contents = [each.content for each in self._messages]
-            one = _Native(self._context, self._prompter, self._messages, tools.only_callable)
-            made = one._render(contents, str)
+            made = self._render(contents, str, tools.callable_)
         instead = {f"tool-{one.rule}-schema": rules[one.name] for one in tools.callable_}
         thinks = tools.must_call and made.prompt.rstrip().endswith(THINK)
         gbnf = _ROOT.sub(r"root ::= [ \\n]{0,4} (\1)", made.grammar) if thinks else made.grammar
