@@ -44,9 +44,6 @@ from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import Prompter
-from pop_local.engine.tools.form import CallForm
-from pop_local.engine.tools.prompts import prompt_with_tools
-from pop_local.engine.tools.tool import Tools
 from pop_local.engine.tools.triggered import Triggered
 from pop_local.engine.turn import Message, TurnOptions
 
@@ -430,12 +427,6 @@ class OpenModel:
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """Make the prompt of a conversation; see Prompter.conversation."""
         return self.prompter.conversation(messages)
-
-    def tool_prompt(
-        self, messages: Sequence[Message], tools: Tools
-    ) -> tuple[Prompt, CallForm | None]:
-        """Make the prompt that tells of tools; see prompt_with_tools."""
-        return prompt_with_tools(self.context, self.prompter, messages, tools)
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""

@@ -9,7 +9,6 @@ from typing import Any
 from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
 from pop_local.engine.decode.text import Pieces
-from pop_local.engine.llama.context import Context, tokenized
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, is_end
 from pop_local.engine.tools import native, text_form
@@ -27,7 +26,7 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 
 
 def prompt_with_tools(
-    context: Context, prompter: Prompter, messages: Sequence[Message], tools: Tools
+    prompter: Prompter, messages: Sequence[Message], tools: Tools
 ) -> tuple[Prompt, CallForm | None]:
     """Return the prompt that tells of the tools, and how its answer calls them.
 
@@ -38,7 +37,7 @@ def prompt_with_tools(
     if not prompter.has_template:
         raise PopError("the model has no chat template: it knows no tools", "send none")
     rules = {tool.name: json_rule(tool.schema) for tool in tools.told}
-    own = _Native(context, prompter, messages, tools)
+    own = _Native(prompter, messages, tools)
     if own.is_known and tools.callable_:
         return replace(own.prompt(), begun=""), own.form(rules)
     if own.is_known:
@@ -52,11 +51,8 @@ def prompt_with_tools(
 class _Native:
     """A conversation as the template has it, by llama.cpp."""
 
-    def __init__(
-        self, context: Context, prompter: Prompter, messages: Sequence[Message], tools: Tools
-    ) -> None:
-        self._context, self._prompter = context, prompter
-        self._messages, self._tools = _numbered(messages), tools
+    def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
+        self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
         self._rendered: Rendered | None = None
         with suppress(ValueError):  # the text form may say it otherwise
             self._rendered = self._render([each.content for each in messages], str)
@@ -116,10 +112,11 @@ class _Native:
 
     def _shown(self, made: Rendered) -> Iterator[int]:
         """The tokens of the form that have no text otherwise, but for those that end an answer."""
-        vocab, pieces = self._context.vocab, Pieces(self._context)
+        context = self._prompter.context
+        pieces = Pieces(context)
         for text in made.shown:
-            for token in tokenized(vocab, text, special=True):
-                if not pieces[token] and not is_end(self._context, token):
+            for token in context.tokenize(text, special=True):
+                if not pieces[token] and not is_end(context, token):
                     yield token
 
 
