@@ -123,8 +123,7 @@ class Mmproj:
         self.key = fingerprint(path)
         self._use_gpu = use_gpu
         self._should_stop = should_stop
-        self._was_stopped = False
-        self._raised: BaseException | None = None
+        self._ended: BaseException | None = None
         self._n_nodes = 0
         self._ctx: Any = None
         self._lock = threading.RLock()
@@ -225,23 +224,17 @@ class Mmproj:
         cut = self._cut_up(image.picture)
         with self._lock:
             self._kept.pop(image.picture.sha256, None)
+        if self._should_stop():
+            raise StoppedError
         logs.forget_errors()
-        if not self._encode(cut[image.number]):
-            if self._was_stopped:
-                raise StoppedError
+        self._ended = None
+        code = self._mtmd.mtmd_encode_chunk(self._ctx, cut[image.number])
+        if self._ended is not None:
+            raise self._ended
+        if code != 0:
             raise PopError(logs.first_error() or "the image cannot be encoded")
         rows = self._mtmd.mtmd_get_output_embd(self._ctx)
         return np.ctypeslib.as_array(rows, (image.n_rows, self._n_embd)).copy()
-
-    def _encode(self, chunk: Any) -> bool:
-        """Whether all of it was encoded. Raises what `should_stop` raised meanwhile."""
-        self._raised = None
-        self._was_stopped = self._should_stop()
-        if self._was_stopped or self._mtmd.mtmd_encode_chunk(self._ctx, chunk) != 0:
-            return False
-        if self._raised is not None:
-            raise self._raised
-        return not self._was_stopped
 
     def positions(self, image: ImageChunk, first: int) -> np.ndarray:
         """Return where an image's rows stand from position `first` on: int32 [n_pos, n_rows].
@@ -277,10 +270,11 @@ class Mmproj:
             self._n_nodes += 1
             return self._n_nodes % _NODES_AT_ONCE == 0
         try:
-            self._was_stopped = self._was_stopped or self._should_stop()
+            if self._ended is None and self._should_stop():
+                self._ended = StoppedError()
         except BaseException as error:  # ctypes would drop it
-            self._was_stopped, self._raised = True, error
-        return not self._was_stopped
+            self._ended = error
+        return self._ended is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
         """The last picture is kept cut up: it is likely to be decoded next, piece by piece.
