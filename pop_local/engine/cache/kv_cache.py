@@ -186,7 +186,7 @@ class KvCache:
             self.images.clear()
             self.has_logits = False
             self.rows.forget_from(0)
-            self.slot.forget_from(0)
+            self.slot.forget_all()
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:

@@ -343,6 +343,9 @@ class SharedSlot(Slot):
         with self.held(), super().watching():
             return super().deepen(positions, logits=logits)
 
+    def forget_all(self) -> None:
+        self.forget_from(0)
+
     def state_size(self) -> int:
         with self.held():
             return int(self._api.llama_state_seq_get_size(self._ctx, self.sequence))

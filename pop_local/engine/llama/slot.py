@@ -135,6 +135,11 @@ class Slot:
                 return True
             return bool(self._api.llama_memory_seq_rm(self._memory, self.sequence, position, -1))
 
+    def forget_all(self) -> None:
+        """Forget all that is cached, whatever a state of strangers has put there."""
+        if memory := self._memory:
+            self._api.llama_memory_clear(memory, True)
+
     def share(self, other: "Slot", n_positions: int) -> None:
         """Have the first cells of another sequence as well (llama_memory_seq_cp)."""
         self._api.llama_memory_seq_cp(self._memory, other.sequence, self.sequence, 0, n_positions)

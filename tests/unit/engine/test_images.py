@@ -100,7 +100,7 @@ def read_raw(model: PopModel, made: Prompt) -> None:
     """Decode a prompt as the engine does, but the images as libmtmd does."""
     context = model.context
     plan = plan_prefill(0, len(made), model.rule, context.n_batch, made.spans)
-    model.cache.slot.forget_from(0)
+    model.cache.slot.forget_all()
     batch = TokenBatch(context.n_batch)
     pos = 0
     backend.set_reading(context.ctx, backend.Reading.SOME)
