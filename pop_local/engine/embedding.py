@@ -18,8 +18,7 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 
     Raises PopError for a way that is neither the mean nor the last row.
     """
-    header = cache.context.header
-    kind = header.get(f"{header.get('general.architecture')}.pooling_type")
+    kind = cache.context.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
         return gguf.PoolingType.MEAN
     if kind == gguf.PoolingType.LAST:

@@ -140,7 +140,7 @@ class Context:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
         # It also refuses a file whose context has no sensible size.
-        default = loading.default_ctx(self.source.first)
+        default = loading.default_ctx(self.header)
         n_ctx = options.n_ctx or default
         if options.n_parallel < 1:
             raise PopError(f"n_parallel is {options.n_parallel}", "give 1 or more")
@@ -149,8 +149,7 @@ class Context:
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads = params.n_threads_batch = self.n_threads
-        header = self.source.first
-        if header.get(f"{header.get('general.architecture')}.pooling_type") is not None:
+        if self.header.of_arch("pooling_type") is not None:
             params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
         flash_attn = options.flash_attn
         if flash_attn is None:

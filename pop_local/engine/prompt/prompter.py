@@ -50,7 +50,7 @@ class Prompter:
 
     @cached_property
     def _special(self) -> SpecialTokens:
-        return SpecialTokens(self.context.vocab)
+        return SpecialTokens(self.context)
 
     def text(self, text: str) -> Prompt:
         """Return the prompt of a text that is to be continued. Raises PopError."""
