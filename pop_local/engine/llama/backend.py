@@ -263,21 +263,6 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     return found
 
 
-def tokenize(vocab: Any, raw: bytes, *, add_bos: bool, special: bool, callback: Any) -> list[int]:
-    """Return the tokens of a text, none where the callback ended it.
-
-    Raises PopError for a vocabulary that cannot split it.
-    """
-    logs.forget_errors()
-    room = len(raw) + 8
-    tokens = (_INT32 * room)()
-    found = require_patched().llama_pop_tokenize
-    n = found(vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
-    if n < 0 and (reason := logs.first_error()):
-        raise PopError(f"the text cannot be split into tokens: {reason}")
-    return tokens[: max(n, 0)]
-
-
 def set_kernels(ctx: Any, are_on: bool) -> None:
     """Say whether the CPU may compute prompts with our kernels instead of llama.cpp's."""
     _set("llama_pop_set_kernels", ctx, are_on)

@@ -303,11 +303,18 @@ def utf8(text: str) -> bytes:
 def tokenized(vocab: Any, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
     """Return the tokens of a text by llama.cpp's vocabulary.
 
-    Raises PopError; StoppedError, or whatever Ctrl-C raises, when it is interrupted.
+    Raises PopError for what it cannot split; StoppedError, or whatever Ctrl-C raises, when it is
+    interrupted.
     """
-    raw = utf8(text)
+    raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
+    room = len(raw) + 8
+    tokens = (ctypes.c_int32 * room)()
+    logs.forget_errors()
     with Interrupt().tokenizing() as callback:
-        return backend.tokenize(vocab, raw, add_bos=add_bos, special=special, callback=callback)
+        n = split(vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
+        if n < 0 and (reason := logs.first_error()):
+            raise PopError(f"the text cannot be split into tokens: {reason}")
+    return tokens[: max(n, 0)]
 
 
 def _fill(params: Any, others: Mapping[str, Any]) -> None:
