@@ -236,8 +236,7 @@ class KvCache:
         Both have them then, and nothing is computed. Nothing is done where they are of another key.
         """
         with self.slot.held():
-            n = other.n_same(prompt)
-            n = next((start for start, end in prompt.spans if start < n < end), n)
+            n = prompt.whole(other.n_same(prompt))
             if n <= self.n_same(prompt) or other.mode_key != self.mode_key:
                 return
             self.put_aside(prompt)

@@ -81,10 +81,7 @@ def read(
         n_exact = cache.n_exact
         return Read(len(prompt), n_usable, Counters(0, 0), n_exact=n_exact, is_short=is_short)
     # Logits come with a token: where all are cached, the last one is read again.
-    n_kept = min(n_usable, max(0, len(prompt) - 1))
-    for start, end in prompt.spans:
-        if start < n_kept < end:  # not a part of an image
-            n_kept = start
+    n_kept = prompt.whole(min(n_usable, max(0, len(prompt) - 1)))
     cache.has_logits = False
     if not cache.truncate(n_kept):
         cache.clear()

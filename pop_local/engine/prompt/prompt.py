@@ -51,6 +51,10 @@ class Prompt:
         images = {start - row: image for start, image in self.images.items() if start >= row}
         return Prompt(self.tokens[row:], self.stops, self.begun, images)
 
+    def whole(self, n_rows: int) -> int:
+        """Return how many of the first rows are there without a part of an image."""
+        return next((start for start, end in self.spans if start < n_rows < end), n_rows)
+
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
         """Count the rows, from the first on, that are the same.
 
