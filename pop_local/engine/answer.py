@@ -46,7 +46,6 @@ class Parts:
     rule: RowRule
 
     def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
-        """Read a prompt for an answer, as prefill.read.read does."""
         self.refiller.online.end()
         return read(self.cache, prompt, self.rule, on_prefill)
 
@@ -148,7 +147,6 @@ class _Turn:
             if options.should_stop is None:  # whoever watches the model stops more than this answer
                 raise
             found, token = error.read, -1
-        self._epoch = self._parts.cache.epoch
         now_s = time.perf_counter()
         self._read, self._ttft_s = found, now_s - self._started_s
         self._prefill_s = now_s - prefill_started_s - found.encode_s
@@ -190,8 +188,6 @@ class _Turn:
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _next_token(self) -> int:
-        if self._parts.cache.epoch != self._epoch:
-            raise DisplacedError
         assert self._sampled is not None, "a first token came of it"
         started_s = time.perf_counter()
         token = next(self._sampled)
@@ -207,17 +203,17 @@ class _Turn:
 
     def _stats(self, reason: FinishReason) -> TurnStats:
         found = self._read
-        counters, selection = found.counters, found.selection
+        counters = found.counters
         return TurnStats(
             n_prompt=len(self._prompt),
             n_cached=found.n_cached,
-            n_pruned=counters.n_context - selection.n_deep,
-            n_selected=selection.n_selected,
+            n_pruned=counters.n_context - found.n_deep,
+            n_selected=found.n_selected,
             n_refilled=self._n_refilled,
             n_exact=found.n_exact,
             n_skipped_exact=counters.n_exact,
             exact_layer=self._parts.cache.exact,
-            n_full=counters.n_full + selection.n_deep,
+            n_full=counters.n_full + found.n_deep,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
             n_decoded=self._n_decoded,

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.batch import Outputs
 
 _MAX_ROWS = 512
 
@@ -19,8 +18,7 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 
     Raises PopError for a way that is neither the mean nor the last row.
     """
-    header = cache.context.header
-    kind = header.get(f"{header.get('general.architecture')}.pooling_type")
+    kind = cache.context.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
         return gguf.PoolingType.MEAN
     if kind == gguf.PoolingType.LAST:
@@ -37,18 +35,12 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()
     total = np.zeros(context.n_embd, np.float64)
-    step = min(_MAX_ROWS, context.n_batch)
-    cache.clear()
-    cache.slot.begin_reading()
-    with cache.slot.alone(), cache.slot.watching():
+    with cache.slot.held():
         api.llama_set_embeddings(context.ctx, True)
         try:
-            for start in range(0, len(tokens), step):
-                piece = tokens[start : start + step]
-                cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
-                cache.slot.check()
+            for n_rows in cache.append_all(tokens, _MAX_ROWS):
                 found = api.llama_get_embeddings(context.ctx)
-                rows = np.ctypeslib.as_array(found, (len(piece), context.n_embd))
+                rows = np.ctypeslib.as_array(found, (n_rows, context.n_embd))
                 is_last = pooling == gguf.PoolingType.LAST
                 total = rows[-1].astype(np.float64) if is_last else total + rows.sum(0)
         finally:

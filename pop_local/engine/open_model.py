@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.gguf.source import Source, read_source
+from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
@@ -44,9 +44,6 @@ from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import Prompter
-from pop_local.engine.tools.form import CallForm
-from pop_local.engine.tools.prompts import prompt_with_tools
-from pop_local.engine.tools.tool import Tools
 from pop_local.engine.tools.triggered import Triggered
 from pop_local.engine.turn import Message, TurnOptions
 
@@ -86,27 +83,20 @@ class OpenModel:
         given = ContextOptions.of(options)
         source = read_source(Path(path))
         if "tokenizer.chat_template" in source.first.keys:
-            templates.start()  # while the model is loaded
-        self.learner: Learner | None = None
-        self._load(source, sidecar, given, select, keep_states=keep_states)
-        self.eye = self._eye(mmproj, image_tokens)
-        self._begin(select, keep_states=keep_states)
-
-    def _load(
-        self,
-        source: Source,
-        sidecar: str | os.PathLike[str] | None,
-        given: ContextOptions,
-        select: float | None,
-        *,
-        keep_states: bool,
-    ) -> None:
+            templates.renderer.start()  # while the model is loaded
         beside = None if sidecar is None else Path(sidecar)
         meta = pop_of(source, beside)
         redoes = meta is not None and bool(keep_states or _share(meta, select))
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
-
-    def _begin(self, select: float | None, *, keep_states: bool) -> None:
+        self.eye: Mmproj | None = None
+        if mmproj is not None:
+            self.eye = Mmproj(
+                Path(mmproj),
+                use_gpu=given.n_gpu_layers != 0,
+                max_tokens=image_tokens,
+                should_stop=self.context.interrupt.is_wanted,
+            )
+        self.learner: Learner | None = None
         self.sequences = self._sequences()
         self.cache, self.refiller = self.sequences[0]
         self.prompter = Prompter(self.context, self.eye)
@@ -118,7 +108,7 @@ class OpenModel:
     def _sequences(self) -> tuple[tuple[KvCache, Refiller], ...]:
         n = self.context.options.n_parallel
         slots = shared_slots(self.context, n) if n > 1 else [Slot(self.context)]
-        caches = [KvCache(self.context, self.eye, slot) for slot in slots]
+        caches = [KvCache(slot, self.eye) for slot in slots]
         return tuple((cache, Refiller(cache)) for cache in caches)
 
     def _require_template(self) -> None:
@@ -129,16 +119,6 @@ class OpenModel:
             except PopError as error:
                 message = f"{self.path} cannot be opened: {error.message}"
                 raise PopError(message, error.hint) from error
-
-    def _eye(self, path: str | os.PathLike[str] | None, max_tokens: int | None) -> Mmproj | None:
-        if path is None:
-            return None
-        return Mmproj(
-            Path(path),
-            use_gpu=self.context.options.n_gpu_layers != 0,
-            max_tokens=max_tokens,
-            should_stop=self.context.interrupt.is_wanted,
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -182,24 +162,26 @@ class OpenModel:
         self.context.interrupt.require_idle()
         if self.eye is not None:
             raise PopError("a model that sees is not changed while it is open", "open it again")
-        before, select = self.cache, self.rule.select or None
-        was_full = self.can_switch and self.mode is Mode.OFF
-        state = before.save() if 0 < before.n_tokens == before.n_exact else None
-        context, parts = self.context, dict(self.__dict__)
-        try:
-            # Whoever still asks the context before keeps it open, such as a server's other thread.
-            self._load(context.source, sidecar, context.options, select, keep_states=True)
-            self.__dict__.pop("macs", None)
-            self._begin(select, keep_states=self._wants_refill)
-        except BaseException:
-            self.__dict__.update(parts)
-            raise
-        if was_full:
-            self.set_mode(Mode.OFF)
-        self.keep_prompts(before.prompts)
+        cache = self.cache
+        state = cache.save() if 0 < cache.n_tokens == cache.n_exact else None
+        opened = OpenModel(
+            self.path,
+            sidecar=sidecar,
+            select=self.rule.select or None,
+            keep_states=self._wants_refill,
+            **self.context.options.given,
+        )
+        if self.can_switch and self.mode is Mode.OFF:
+            opened.set_mode(Mode.OFF)
+        opened.keep_prompts(cache.prompts)
+        opened.prompter.parse_special = self.prompter.parse_special
         if state is not None:
             with suppress(PopError):  # it is read again
-                self.cache.restore(state)
+                opened.cache.restore(state)
+        opened.learner, opened._tries = self.learner, self._tries
+        self.__dict__.pop("macs", None)
+        # Whoever still asks the context before keeps it open, such as a server's other thread.
+        self.__dict__.update(vars(opened))
         if self.learner is not None:
             self.learner.attach(self.cache)
 
@@ -210,18 +192,14 @@ class OpenModel:
 
     # About the model
 
-    @cached_property
-    def token_trie(self) -> LLTokenizer:
-        """The vocabulary for Constraint, read when it is first needed."""
-        return tokenizer_of(self.context)
+    def token_trie(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
+        """The vocabulary for Constraint, read when it is first needed.
 
-    def trie_with(self, shown: frozenset[int]) -> LLTokenizer:
-        """The vocabulary for answers that show these special tokens; the last one is kept."""
-        if not shown:
-            return self.token_trie
-        found = self._tries.get(shown) or tokenizer_of(self.context, shown)
-        self._tries = {shown: found}
-        return found
+        `shown`: the special tokens that answers show.
+        """
+        if shown not in self._tries:
+            self._tries[shown] = tokenizer_of(self.context, shown)
+        return self._tries[shown]
 
     @property
     def path(self) -> Path:
@@ -267,7 +245,6 @@ class OpenModel:
 
     @cached_property
     def macs(self) -> GraphMacs:
-        """The multiply-accumulates of reading prompts."""
         return GraphMacs(self.path, self.sidecar)
 
     @cached_property
@@ -291,7 +268,6 @@ class OpenModel:
 
     @property
     def mode(self) -> Mode:
-        """How prompts are read."""
         return self.cache.mode
 
     def set_mode(self, mode: Mode) -> None:
@@ -389,7 +365,6 @@ class OpenModel:
 
     @property
     def parts(self) -> Parts:
-        """The parts that answers take."""
         return Parts(self.cache, self.refiller, self.rule)
 
     def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:
@@ -417,11 +392,11 @@ class OpenModel:
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context, calls.shown)
-            return Triggered(self.trie_with(calls.shown), pieces, calls)
+            return Triggered(self.token_trie(calls.shown), pieces, calls)
         if grammar is None:
             return None
         return Constraint(
-            self.token_trie, Grammar.of_gbnf(grammar) if isinstance(grammar, str) else grammar
+            self.token_trie(), Grammar.of_gbnf(grammar) if isinstance(grammar, str) else grammar
         )
 
     def chat_turn(self, messages: Sequence[Message], **options: Any) -> Answering:
@@ -452,12 +427,6 @@ class OpenModel:
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """Make the prompt of a conversation; see Prompter.conversation."""
         return self.prompter.conversation(messages)
-
-    def tool_prompt(
-        self, messages: Sequence[Message], tools: Tools
-    ) -> tuple[Prompt, CallForm | None]:
-        """Make the prompt that tells of tools; see prompt_with_tools."""
-        return prompt_with_tools(self.context, self.prompter, messages, tools)
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""

@@ -24,16 +24,13 @@ class Seats:
         return best
 
     def give_back(self, index: int) -> None:
-        """The answer has ended."""
         self._free.append(index)
 
     def parts(self, index: int) -> Parts:
-        """The parts that an answer in a sequence takes."""
         cache, refiller = self._model.sequences[index]
         return Parts(cache, refiller, self._model.rule)
 
     def cache(self, index: int) -> KvCache:
-        """The KV cache of a sequence."""
         return self._model.sequences[index][0]
 
     def share(self, index: int, prompt: Prompt) -> None:

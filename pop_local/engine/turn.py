@@ -200,7 +200,6 @@ class SessionStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Only the tokens that were evaluated count; it is 0 when none was."""
         return _rate(self.n_pruned + self.n_skipped_exact + self.n_full, self.prefill_s)
 
     @property
@@ -210,20 +209,12 @@ class SessionStats:
 
 
 @dataclass(frozen=True)
-class Likely:
-    """A token that might have come, and its natural log probability."""
-
-    text: bytes
-    logprob: float
-
-
-@dataclass(frozen=True)
 class TokenLogprob:
-    """A token that did come; `top`: the likeliest ones in its place, best first."""
+    """A token and its natural log probability; `top`: the likeliest in its place, best first."""
 
     text: bytes
     logprob: float | None
-    top: tuple[Likely, ...] = ()
+    top: "tuple[TokenLogprob, ...]" = ()
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _row(
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context - rows.n_deep,
-        n_selected=pop[0].read.selection.n_selected,
+        n_selected=pop[0].read.n_selected,
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
@@ -198,7 +198,7 @@ def run(
         for _ in range(n_decode):
             next(sampled)
         decoded_s = clock()
-    n_selected = read.selection.n_selected
+    n_selected = read.n_selected
     require_rows(model, mode, len(prompt), read.counters, prompt.spans, n_selected)
     return Run(first_s - started_s, n_decode / (decoded_s - first_s), read)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.gguf.header import Array, Header
+from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 
@@ -140,8 +140,8 @@ def _number(header: Header, name: str, default: float | None = None) -> float:
     value = header.of_arch(name)
     if value is None and default is not None:
         return default
-    if isinstance(value, Array) and value.items:
-        value = value.items[0]
+    if isinstance(value, tuple) and value:
+        value = value[0]
     if isinstance(value, int | float):
         return value
     raise FormatError(f"{header.path} has no number {name}")

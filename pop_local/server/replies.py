@@ -244,7 +244,7 @@ def _top(token: TokenLogprob) -> Json | None:
     if token.logprob is None:
         return None
     # Two tokens may look alike as text; the likelier one counts.
-    by_text = {_text(token.text): token.logprob}
+    by_text: dict[str, float | None] = {_text(token.text): token.logprob}
     for likely in reversed(token.top):
         by_text[_text(likely.text)] = likely.logprob
     return by_text

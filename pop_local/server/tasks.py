@@ -16,6 +16,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn import Message, ToolCall, TurnOptions
 from pop_local.server.bodies import (
@@ -83,9 +84,9 @@ class Tasks:
     def _prompt(self, body: ChatBody, messages: list[Message]) -> tuple[Prompt, CallForm | None]:
         if not body.has_tools:
             return self._model.chat_prompt(messages), None
-        prompt, calls = self._model.tool_prompt(messages, _tools(body))
+        prompt, calls = prompt_with_tools(self._model.prompter, messages, _tools(body))
         if calls is not None:  # read before the model is asked for it
-            self._model.trie_with(calls.shown)
+            self._model.token_trie(calls.shown)
         return prompt, calls
 
     def completions(self, body: CompletionBody) -> list[Task]:
@@ -204,7 +205,7 @@ class Tasks:
             elif body.grammar is not None:
                 grammar = Grammar.of_gbnf(body.grammar)
             if grammar is not None:
-                Constraint(self._model.token_trie, grammar).allowed()
+                Constraint(self._model.token_trie(), grammar).allowed()
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
         return grammar

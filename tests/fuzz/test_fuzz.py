@@ -176,5 +176,5 @@ def test_what_llama_cpp_loads(tmp_path):
         campaign(attempt)
     finally:
         loader.close()
-        print(f"{said.total():,} opened: {dict(said)}, {loader.n_children} children")
+        print(f"{said.total():,} opened: {dict(said)}, {len(loader.children)} children")
     assert said[""] and said["refused"]

@@ -160,7 +160,7 @@ def test_what_leaves_the_cache_leaves_the_process(path):
 import random, resource
 import numpy as np
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.cache.state import SavedState
+from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.turn import Chunk, TurnStats
 from pop_local.server import worker
 

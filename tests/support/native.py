@@ -6,8 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pop_local.base.errors import PopError
-from pop_local.engine.limited.child import serve
-from pop_local.engine.limited.process import LimitedProcess
+from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.llama import logs
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
@@ -20,9 +19,8 @@ class Loader:
     """Opens files for the one who asks; the child goes on until one of them ends it."""
 
     def __init__(self, patience_s: float, limit_bytes: int = 4 << 30) -> None:
-        self._limits = (patience_s, limit_bytes)
-        self._child: LimitedProcess | None = None
-        self.n_children = 0
+        self._child = KeptProcess(__name__, limit_s=patience_s, limit_bytes=limit_bytes)
+        self.children: set[int] = set()
 
     def read(self, path: Path, sidecar: Path | None = None) -> str:
         """Inspect, open, tokenize, read with pruning, sample a token.
@@ -30,22 +28,27 @@ class Loader:
         Returns "", or what the user reads. Raises PopError where nobody says why: another
         exception, a crash, too much time or memory.
         """
-        if self._child is None or not self._child.is_alive:
-            limit_s, limit_bytes = self._limits
-            self._child = LimitedProcess("support.native", limit_s=limit_s, limit_bytes=limit_bytes)
-            self.n_children += 1
+        self.children.add(self._child.start().pid)
         said: str = self._child.call("read", str(path), sidecar and str(sidecar))
         if said.startswith("llama.cpp gave up"):
             self.close()
         return said
 
     def close(self) -> None:
-        if self._child is not None:
-            self._child.close()
-        self._child = None
+        self._child.close()
 
 
-class _Work:
+class Work:
+    def __init__(self) -> None:
+        stdout = os.dup(1)
+
+        def tell(reason: str) -> None:
+            os.write(
+                stdout, json.dumps({"result": f"llama.cpp gave up: {reason}"}).encode() + b"\n"
+            )
+
+        logs.on_abort = tell
+
     def read(self, path: str, sidecar: str | None) -> str:
         given = None if sidecar is None else Path(sidecar)
         with suppress(PopError):  # it counts on llama.cpp's graph
@@ -57,13 +60,3 @@ class _Work:
         except PopError as error:
             return error.message or "refused"
         return ""
-
-
-def main(limit_s: float, limit_bytes: int) -> None:
-    stdout = os.dup(1)
-
-    def tell(reason: str) -> None:
-        os.write(stdout, json.dumps({"result": f"llama.cpp gave up: {reason}"}).encode() + b"\n")
-
-    logs.on_abort = tell
-    serve(_Work(), limit_s, limit_bytes)

@@ -11,7 +11,7 @@ from pop_converter.architecture.names import (
     WINDOWS,
     refusal,
 )
-from pop_converter.gguf.header import Array, Header
+from pop_converter.gguf.header import Header
 from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 
 # Dimensions and counts have 32 bits in llama.cpp.
@@ -44,7 +44,7 @@ def require_loadable(header: Header) -> None:
 
     def numbers(name: str) -> list[float]:
         value = header.of_arch(name)
-        items = (value.items or ()) if isinstance(value, Array) else (value,)
+        items = value if isinstance(value, tuple) else (value,)
         return [item for item in items if isinstance(item, int | float)]
 
     def most(name: str) -> float:
@@ -115,8 +115,8 @@ class ArchKeys:
     def number(self, name: str, default: int | None = None) -> int:
         """Return a number; of one for each layer the first. Flags are 0 and 1."""
         value = self.header.of_arch(name)
-        if isinstance(value, Array):
-            value = next(iter(value.items or ()), None)
+        if isinstance(value, tuple):
+            value = value[0] if value else None
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
@@ -129,7 +129,7 @@ class ArchKeys:
         if self.arch not in SEVERAL_POSITIONS:
             return False
         sections = self.header.of_arch("rope.dimension_sections")
-        items = (sections.items or ())[:2] if isinstance(sections, Array) else ()
+        items = sections[:2] if isinstance(sections, tuple) else ()
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
 
     def windows(self, n_layer: int) -> tuple[int, ...]:
@@ -137,8 +137,8 @@ class ArchKeys:
         tokens = self.number("attention.sliding_window", WINDOWS.get(self.arch, 0))
         name = "attention.sliding_window_pattern"
         pattern = self.header.of_arch(name)
-        if isinstance(pattern, Array):
-            flags = (pattern.items or ())[:n_layer]
+        if isinstance(pattern, tuple):
+            flags = pattern[:n_layer]
             if len(flags) < n_layer:
                 raise self.wrong(f"has too short a {self.arch}.{name}")
             return tuple(tokens if flag else 0 for flag in flags)

@@ -29,7 +29,6 @@ class Skipping:
 
 
 def skipping_of(shape: ModelShape) -> Skipping:
-    """Return what can be skipped of a model."""
     first = max(1, shape.n_deepstack)
     fits = [boundary for boundary in range(first, shape.n_layer) if shape.fits(boundary)]
     kinds = {kind: None for layer in range(first, shape.n_layer) for kind in _left(shape, layer)}

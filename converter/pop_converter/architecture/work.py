@@ -10,8 +10,8 @@ the boundary. With attention among it, all rows have the boundary layer's Q, sco
 That is added here, for fits that no file has yet.
 """
 
+from collections.abc import Callable
 from itertools import compress
-from typing import Protocol
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.projection import Projection
@@ -21,14 +21,9 @@ from pop_local.base.errors import PopError
 LIMIT_PROMPT = 2048
 
 
-class Macs(Protocol):
-    """The multiply-accumulates of a prompt of one model."""
-
-    def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Count those of `n_prompt` tokens where `n_full` rows, the last one among them, are full.
-
-        `boundary` is the first skipped layer, None for the full model. Raises PopError.
-        """
+# Counts the multiply-accumulates of `n_prompt` tokens by the first skipped layer, None for the full
+# model, and by how many rows are full, the last one among them. Raises PopError.
+Macs = Callable[[int, int | None, int], int]
 
 
 def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:

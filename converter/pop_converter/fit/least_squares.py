@@ -14,7 +14,7 @@ The sums of the plain fit are among its own.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -65,6 +65,7 @@ class KvType(str, Enum):
         return GGMLQuantizationType[self.name]
 
 
+@dataclass(eq=False)
 class Gram:
     """The sums that the fits at a boundary need, in float32: the ridge is far above its rounding.
 
@@ -72,8 +73,9 @@ class Gram:
     The ones come last. `n_rows` were added.
     """
 
-    def __init__(self, xx: Floats, xy: dict[int, Floats], n_rows: int = 0) -> None:
-        self.xx, self.xy, self.n_rows = xx, xy, n_rows
+    xx: Floats
+    xy: dict[int, Floats]
+    n_rows: int = 0
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":

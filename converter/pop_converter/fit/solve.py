@@ -1,4 +1,4 @@
-"""Symmetric positive systems in float64: with torch, on its GPU, or with numpy."""
+"""Symmetric positive systems in float64: with torch, or with numpy."""
 
 import importlib.util
 from typing import Any
@@ -34,32 +34,15 @@ def solve_numpy(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
 
 
 def solve_torch(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
-    """Solve with torch, on a CUDA device with room if there is one; see `solve`.
-
-    Metal has no float64.
-    """
+    """Solve with torch, on the CPU; see `solve`."""
     import torch
 
-    if torch.cuda.is_available():
-        # The model that is read, and measured next, is there, too.
-        try:
-            return _solved_on("cuda", system, rest, least_pivot)
-        except torch.cuda.OutOfMemoryError:
-            pass
-        finally:
-            torch.cuda.empty_cache()
-    return _solved_on("cpu", system, rest, least_pivot)
-
-
-def _solved_on(device: str, system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
-    import torch
-
-    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(system).to(device))
+    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(system))
     if int(failed):
         raise SingularError
     _check(float(factor.diagonal().min()), least_pivot)
-    solution: Any = torch.cholesky_solve(torch.from_numpy(rest).to(device), factor)
-    return np.asarray(solution.cpu().numpy(), np.float64)
+    solution: Any = torch.cholesky_solve(torch.from_numpy(rest), factor)
+    return np.asarray(solution.numpy(), np.float64)
 
 
 def _check(least_root: float, least_pivot: float) -> None:

@@ -6,7 +6,6 @@ Every byte of the source goes through as it is: keys, tensor table and data.
 import hashlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from pop_local.base.progress import Ran
 
 # Larger writes took the kernel twice as long (docs/notebook).
 CHUNK_BYTES = 256 << 10
-N_BUFFERS = 8
 _COUNTS = struct.Struct("<IQQ")
 
 Write = Callable[[memoryview], object]
@@ -86,7 +84,6 @@ class Content:
 
     @property
     def size_bytes(self) -> int:
-        """The size of the file in bytes."""
         return len(self.header) + self.data_bytes + sum(map(len, self.added))
 
     def with_keys(self, keys: tuple[bytes, ...]) -> "Content":
@@ -214,17 +211,16 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
     """Pass all data to `write`, and return the sha256 of `hashed_header` and the data in hex.
 
-    `advance` gets the number of bytes of each step. Memory is bounded by N_BUFFERS chunks. Raises
-    FormatError when a source cannot be read, and whatever `write` raises.
+    `advance` gets the number of bytes of each step. Raises FormatError when a source cannot be
+    read, and whatever `write` raises.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        hashing = _Hashing(pool, hashed_header)
-        for stretch in content.stretches:
-            for chunk in _read(stretch, hashing.free_buffer):
-                hashing.add(chunk)
-                write(chunk)
-                advance(len(chunk))
-    return hashing.digest.hexdigest()
+    digest, buffer = hashlib.sha256(hashed_header), memoryview(bytearray(CHUNK_BYTES))
+    for stretch in content.stretches:
+        for chunk in _read(stretch, buffer):
+            digest.update(chunk)
+            write(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
@@ -237,7 +233,7 @@ def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool
     with written.open("rb") as file:
         file.seek(start)
         for stretch in content.stretches:
-            for chunk in _read(stretch, lambda: expected):
+            for chunk in _read(stretch, expected):
                 n_bytes = file.readinto(found[: len(chunk)])
                 # numpy, since memoryviews compare one element after the other.
                 if not np.array_equal(np.asarray(chunk), np.asarray(found[:n_bytes])):
@@ -247,34 +243,12 @@ def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool
         return added and not file.read(1)
 
 
-class _Hashing:
-    """Hashes chunks in order beside reading and writing, since hashlib drops the GIL."""
-
-    def __init__(self, pool: ThreadPoolExecutor, first: bytes) -> None:
-        self.digest = hashlib.sha256(first)
-        self._pool = pool
-        self._buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(N_BUFFERS)]
-        self._jobs: list[Future[None] | None] = [None] * N_BUFFERS
-        self._turn = 0
-
-    def free_buffer(self) -> memoryview:
-        """The buffer lent longest ago, once its chunk is hashed."""
-        self._turn = (self._turn + 1) % N_BUFFERS
-        if (job := self._jobs[self._turn]) is not None:
-            job.result()
-        return self._buffers[self._turn]
-
-    def add(self, chunk: memoryview) -> None:
-        self._jobs[self._turn] = self._pool.submit(self.digest.update, chunk)
-
-
-def _read(stretch: Stretch, free_buffer: Callable[[], memoryview]) -> Iterator[memoryview]:
+def _read(stretch: Stretch, buffer: memoryview) -> Iterator[memoryview]:
     try:
         with stretch.path.open("rb", buffering=0) as file:
             file.seek(stretch.start)
             left = stretch.size_bytes
             while left:
-                buffer = free_buffer()
                 n_bytes = file.readinto(buffer[:left])
                 if not n_bytes:
                     raise truncated(stretch.path, "it became shorter while it was read")

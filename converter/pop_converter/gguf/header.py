@@ -9,7 +9,6 @@ import math
 import mmap
 import stat
 import struct
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +61,8 @@ _WITHOUT_PRODUCT = (
 )
 
 Scalar = int | float | bool | str
-
-
-@dataclass(frozen=True)
-class Array:
-    """An array key: its length, and its items unless they are strings or too many."""
-
-    length: int
-    items: tuple[Scalar, ...] | None
+# An array's items; none of one with strings, or with too many.
+Array = tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
@@ -183,12 +176,12 @@ class _Cursor:
         kind, length = self.number("I"), self.number("Q")
         if kind == GGUFValueType.STRING:
             self._skip_texts(length)
-            return Array(length, None)
+            return ()
         code = self._code(kind)
         start = self.skip(length * struct.calcsize("<" + code))
         if length > MAX_KEPT_ITEMS:
-            return Array(length, None)
-        return Array(length, struct.unpack_from(f"<{length}{code}", self.view, start))
+            return ()
+        return struct.unpack_from(f"<{length}{code}", self.view, start)
 
     def _skip_texts(self, count: int) -> None:
         # A vocabulary has up to half a million entries: no method call for each.
@@ -205,12 +198,10 @@ class _Cursor:
 
 
 def truncated(path: Path, detail: str) -> TruncatedError:
-    """Return the error for a file that ends too early."""
     return TruncatedError(f"{path} is cut short: {detail}", "download or copy the file again")
 
 
 def corrupt(path: Path, detail: str) -> FormatError:
-    """Return the error for a file that has what no GGUF has."""
     return FormatError(f"{path} is not a valid GGUF file: it has {detail}", "download it again")
 
 
@@ -253,8 +244,6 @@ def _check_magic(path: Path, start: bytes) -> None:
             f"{path} has GGUF version {version}; known are {' and '.join(map(str, VERSIONS))}",
             "convert the model anew with a current llama.cpp",
         )
-    if sys.byteorder != "little":
-        raise FormatError("this machine is big-endian, which pop-local does not support")
 
 
 def _scan(path: Path, view: mmap.mmap) -> Header:

@@ -48,7 +48,6 @@ class Source:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files of all parts, in order."""
         return tuple(part.path for part in self.parts)
 
     @property
@@ -68,7 +67,6 @@ class Source:
 
     @property
     def size_bytes(self) -> int:
-        """The size of all parts in bytes."""
         return sum(part.size_bytes for part in self.parts)
 
 
@@ -127,7 +125,6 @@ def sampled_sha256(source: Source) -> str:
 
 
 def is_sidecar(header: Header) -> bool:
-    """Tell whether this is the header of a sidecar."""
     return header.get("general.architecture") == SIDECAR_ARCH
 
 

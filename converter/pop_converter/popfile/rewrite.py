@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import wide_weights
@@ -133,18 +134,29 @@ def convert(
     with replacing(dst, force=force) as file:
         file.write(draft.header)
         sha256 = copy_data(content, content.header, file.write, ran)
-        file.writelines(draft.added)
-        file.flush()
-        written = Path(file.name)
-        measured = examine(written) if examine else None
-        meta = replace(meta, source_sha256=sha256, measured=measured)
-        file.seek(0)
-        file.write(whole.with_keys(encode_keys(meta)).header)
-        file.flush()
-        if not _verify(written, content, whole, meta, ran):
+        meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode_keys)
+        if not _verify(Path(file.name), content, whole, meta, ran):
             raise WriteError(
                 f"what was written to {dst} is not what was read", "check the disk, then try again"
             )
+    return meta
+
+
+def finish(
+    file: BinaryIO,
+    whole: Content,
+    meta: PopMeta,
+    examine: Examine | None,
+    encode: Callable[[PopMeta], tuple[bytes, ...]],
+) -> PopMeta:
+    """Write what is added after the data, measure the file, and write its header anew with that."""
+    file.writelines(whole.added)
+    file.flush()
+    if examine:
+        meta = replace(meta, measured=examine(Path(file.name)))
+    file.seek(0)
+    file.write(whole.with_keys(encode(meta)).header)
+    file.flush()
     return meta
 
 

@@ -7,6 +7,7 @@ and tensor table, so that opening both reads no gigabytes. `pop.source.sha256` c
 import glob
 import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pop_converter.fit.least_squares import KvType
@@ -36,6 +37,7 @@ from pop_converter.popfile.rewrite import (
     Fitted,
     Sizes,
     draft_meta,
+    finish,
     planned_source,
     stored_bytes,
     unconverted,
@@ -206,22 +208,15 @@ def write_sidecar(
     binding = bind(source)
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     meta = draft_meta(plan, source, fitted, examine)
-    draft = whole.with_keys(encode_sidecar_keys(meta, binding))
+    encode = partial(encode_sidecar_keys, binding=binding)
+    draft = whole.with_keys(encode(meta))
     check_output(dst, source.paths, draft.size_bytes, force=force)
     ran = counting(original.data_bytes, progress)
     sha256 = copy_data(original, original.header, lambda chunk: None, ran)
     with replacing(dst, force=force) as file:
         file.write(draft.header)
-        file.writelines(draft.added)
-        file.flush()
-        written = Path(file.name)
-        measured = examine(written) if examine else None
-        meta = replace(meta, source_sha256=sha256, measured=measured)
-        final = whole.with_keys(encode_sidecar_keys(meta, binding))
-        file.seek(0)
-        file.write(final.header)
-        file.flush()
-        if not _holds(written, final):
+        meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode)
+        if not _holds(Path(file.name), whole.with_keys(encode(meta))):
             raise WriteError(
                 f"what was written to {dst} is not what was meant", "check the disk, then try again"
             )

@@ -1,7 +1,7 @@
 """Keys of K/V: under which model, mode, boundary and conversion they were computed."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import SAMPLED_BYTES, Source
 from pop_converter.popfile.format import PopMeta, encode_keys
 from pop_converter.projection import TENSOR_MARK, Projection
-from pop_local.engine.llama.backend import Mode, bindings
+from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 
+# The key of K/V that are the full model's own; see KvCache.key.
+FULL = "mode OFF"
 NO_CONVERSION = f"{Projection.OWN} projections"
 # Fields of llama_context_params that K/V depend on. With flash attention V is stored in another
 # order.
@@ -19,23 +21,6 @@ _FIELDS = (
     *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
     *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
 )
-
-
-@dataclass(frozen=True)
-class KvKey:
-    """The key of a prompt's K/V besides its tokens; K/V of two keys are never mixed."""
-
-    mode: Mode
-    boundary: int
-    conversion: str = NO_CONVERSION
-
-    def __str__(self) -> str:
-        if self.mode is Mode.OFF:
-            return "mode OFF"
-        return f"mode {self.mode.name}, boundary {self.boundary}, {self.conversion}"
-
-
-FULL = KvKey(Mode.OFF, 0)
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
@@ -63,8 +48,6 @@ def opened_with(context: Context) -> str:
     given = [f"{k} {value:g}" for k, value in found.items() if value != getattr(defaults, k)]
     if context.options.n_parallel > 1:
         given.append("a state for each sequence")
-    if context.lora_sha256:
-        given.append(f"LoRA {context.lora_sha256[:16]} x {context.options.lora_scale:g}")
     return "".join(f", {each}" for each in given)
 
 

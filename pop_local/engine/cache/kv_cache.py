@@ -7,15 +7,13 @@ from typing import Protocol
 import numpy as np
 
 from pop_local.base.errors import PopError
-from pop_local.engine.cache.keys import FULL, KvKey, conversion, opened_with, own_sha256
-from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.cache.keys import FULL, conversion, opened_with, own_sha256
+from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
 from pop_local.engine.cache.rows import CachedRows
-from pop_local.engine.cache.state import SavedState
 from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
-from pop_local.engine.llama import backend, logs
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.slot import Slot
 from pop_local.engine.prompt.prompt import Prompt
 
@@ -48,12 +46,10 @@ class KvCache:
     `learner` follows what is read.
     """
 
-    def __init__(
-        self, context: Context, eye: Mmproj | None = None, slot: Slot | None = None
-    ) -> None:
-        """`eye`: what pictures are read with. `slot`: the sequence, None for the only one."""
-        self.context, self.eye = context, eye
-        self.slot = slot or Slot(context)
+    def __init__(self, slot: Slot, eye: Mmproj | None = None) -> None:
+        """`eye`: what pictures are read with."""
+        context = slot.context
+        self.context, self.eye, self.slot = context, eye, slot
         self.rows = CachedRows(context.n_ctx)
         self.images: dict[int, str] = {}
         self.n_tokens = 0
@@ -88,7 +84,6 @@ class KvCache:
 
     @property
     def boundary(self) -> int:
-        """The first layer that context tokens skip; 0 when there is none."""
         return backend.get_boundary(self.context.ctx)
 
     @property
@@ -98,16 +93,16 @@ class KvCache:
         return f"model {self._own_sha256[:16]}{opened_with(self.context)}, images {images}"
 
     @property
-    def key(self) -> KvKey:
-        """The key of what is cached."""
+    def key(self) -> str:
+        """The key of what is cached besides its tokens; K/V of two keys are never mixed."""
         return FULL if 0 < self.n_tokens == self.n_exact else self.mode_key
 
     @property
-    def mode_key(self) -> KvKey:
+    def mode_key(self) -> str:
         """The key of what is read now, whatever is cached."""
         if self.mode is Mode.OFF or self.exact:
             return FULL
-        return KvKey(self.mode, self.boundary, self._conversion)
+        return f"mode {self.mode.name}, boundary {self.boundary}, {self._conversion}"
 
     @property
     def fit(self) -> str:
@@ -119,7 +114,7 @@ class KvCache:
 
     def takes(self, key: str) -> bool:
         """Whether reading can go on after K/V of this key: its own, or the full model's."""
-        return key in (str(FULL), str(self.mode_key))
+        return key in (FULL, self.mode_key)
 
     def set_mode(self, mode: Mode) -> None:
         """Switch pruning, or exact skipping, and empty the cache if it is not the same in both.
@@ -141,14 +136,16 @@ class KvCache:
         # A prompt read in full is read again with pruning, so that the two can be compared.
         is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
         self.slot.set_mode(mode)
-        self._switched(keeps=is_its_own or bool(self.exact))
+        self.mode = self.slot.mode
+        if not (is_its_own or self.exact):
+            self.clear()
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
         self.slot.require_idle()
         backend.set_boundary(self.context.ctx, layer)
         self.exact = self._exact_now()
-        self._switched(keeps=False)
+        self.mode = self.slot.mode
+        self.clear()
 
     def keep_states(self, keep: bool) -> None:
         """Keep the state at the boundary of each row from now on, or drop all."""
@@ -179,11 +176,6 @@ class KvCache:
         exact = backend.model_exact(self.context.model)
         return 0 if 0 < self.boundary < exact else exact
 
-    def _switched(self, *, keeps: bool) -> None:
-        self.mode = self.slot.mode
-        if not keeps:
-            self.clear()
-
     # Forgetting
 
     def clear(self) -> None:
@@ -204,18 +196,16 @@ class KvCache:
         """
         self.slot.require_idle()
         with self.slot.held():
-            return self._truncate(max(0, min(n_rows, self.n_tokens)))
-
-    def _truncate(self, n_rows: int) -> bool:
-        if self._lacks_rows_before(n_rows) or not self._forget_from(n_rows):
-            return False
-        if n_rows < self.n_tokens:
-            self.n_tokens = n_rows
-            self.images = {start: key for start, key in self.images.items() if start < n_rows}
-            self.rows.forget_from(n_rows)
-            self.has_logits = False
-            self.epoch += 1
-        return True
+            kept = max(0, min(n_rows, self.n_tokens))
+            if self._lacks_rows_before(kept) or not self._forget_from(kept):
+                return False
+            if kept < self.n_tokens:
+                self.n_tokens = kept
+                self.images = {start: key for start, key in self.images.items() if start < kept}
+                self.rows.forget_from(kept)
+                self.has_logits = False
+                self.epoch += 1
+            return True
 
     def forget_unfinished(self) -> None:
         """Forget what was decoded of a batch that failed.
@@ -246,8 +236,7 @@ class KvCache:
         Both have them then, and nothing is computed. Nothing is done where they are of another key.
         """
         with self.slot.held():
-            n = other.n_same(prompt)
-            n = next((start for start, end in prompt.spans if start < n < end), n)
+            n = prompt.whole(other.n_same(prompt))
             if n <= self.n_same(prompt) or other.mode_key != self.mode_key:
                 return
             self.put_aside(prompt)
@@ -293,7 +282,7 @@ class KvCache:
                 "the saved state belongs to another model, or one that was opened otherwise",
                 "read the prompt again",
             )
-        if not self.takes(str(state.key)):
+        if not self.takes(state.key):
             raise PopError(
                 f"the saved state belongs to {state.key}, the model is set to {self.key}",
                 "switch the model first, or read the prompt again",
@@ -386,30 +375,41 @@ class KvCache:
             self.learner.read(self.n_tokens - len(tokens), tokens)
             self.learner.computed()
 
+    def append_all(self, tokens: Sequence[int], step: int) -> Iterator[int]:
+        """Read a text in the place of all that is cached, each row in full and with its outputs.
+
+        Gives the number of rows of each piece, at most `step`, once it is decoded.
+        """
+        self.clear()
+        step = min(step, self.context.n_batch)
+        self.slot.begin_reading()
+        with self.slot.alone(), self.slot.watching():
+            for start in range(0, len(tokens), step):
+                piece = tokens[start : start + step]
+                self.append(piece, Outputs.ALL, np.ones(len(piece), bool))
+                self.slot.check()
+                yield len(piece)
+
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
         """Encode an image and decode its rows; returns the seconds that encoding took.
 
         Raises PopError where it cannot be read.
         """
         assert self.eye is not None, "an eye has made the image"
-        context, start, n = self.context, self.n_tokens, image.n_rows
+        start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = self.position
-        logs.forget_errors()
-        with self.slot.alone() as sequence:
-            read = self.eye.decode(context.ctx, image, first, context.n_batch, sequence)
-        if read.code != 0:
-            self.slot.check()
-            raise PopError(logs.first_error() or f"the image could not be read (code {read.code})")
+        with self.slot.alone():
+            encode_s = self.eye.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)
-        if context.is_mrope:
+        if self.context.is_mrope:
             positions[1:-1] = first
         positions[-1] = first + image.n_pos
         # A row that has seen later ones is not what a deep pass would make of it.
         has_states = self.keeps_states and not image.is_mutual
         self._have_read([NO_TOKEN] * n, positions, full, keeps_states=has_states)
         self.images[start] = image.key
-        return read.encode_s
+        return encode_s
 
     def _have_read(
         self,

@@ -1,10 +1,35 @@
-"""The KV caches of prompts that another one drove out."""
+"""Saved KV caches, and those of prompts that another one drove out."""
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from pop_local.engine.cache.state import SavedState
+import numpy as np
+
 from pop_local.engine.prompt.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The cells in use of a llama_context, and what is known of each row.
+
+    `tokens`: int32 [n], `is_full`: bool [n], `positions`: int32 [n + 1] as of CachedRows, `images`
+    as of Prompt.n_equal. `key`, `model`: KvCache.key and model_key.
+    """
+
+    key: str
+    model: str
+    tokens: np.ndarray
+    is_full: np.ndarray
+    positions: np.ndarray
+    cells: bytes
+    images: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
 
 _Name = tuple[str, bytes, frozenset[tuple[int, str]]]
 
@@ -26,7 +51,6 @@ class PromptCache:
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes of cells are kept."""
         return sum(len(state.cells) for state in self._states.values())
 
     def add(self, key: str, state: SavedState) -> None:

@@ -50,7 +50,6 @@ class CachedRows:
             self.n_exact = max(self.n_exact, last + 1)
 
     def forget_from(self, n_rows: int) -> None:
-        """Rows from this position on are gone."""
         self.n_exact = min(self.n_exact, n_rows)
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False
@@ -69,8 +68,9 @@ class CachedRows:
         """Have the first rows of another sequence."""
         self.forget_from(0)
         self.positions[: n_rows + 1] = other.positions[: n_rows + 1]
-        for own, given in zip(self._of_each(), other._of_each(), strict=True):
-            own[:n_rows] = given[:n_rows]
+        self.is_full[:n_rows] = other.is_full[:n_rows]
+        self.has_state[:n_rows] = other.has_state[:n_rows]
+        self.readings[:n_rows] = other.readings[:n_rows]
         self.n_exact = min(other.n_exact, n_rows)
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
@@ -81,9 +81,6 @@ class CachedRows:
         self.is_full[:n_shared] |= other.is_full[:n_shared]
         is_more, self.n_exact = n_exact > self.n_exact, max(n_exact, self.n_exact)
         return is_more
-
-    def _of_each(self) -> tuple[np.ndarray, ...]:
-        return self.is_full, self.has_state, self.readings
 
     def can_be_redone(self, n_rows: int) -> bool:
         """Whether the rest of `n_rows` has states; False as well if there is no rest."""

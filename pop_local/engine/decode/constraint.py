@@ -69,7 +69,6 @@ class Constraint:
         return found
 
     def accept(self, token: int) -> None:
-        """Go on after a token, one of those that were allowed."""
         self._matcher.consume_token(token)
         self._check()
 

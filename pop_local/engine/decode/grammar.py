@@ -114,7 +114,7 @@ class Grammar:
 
         Raises GrammarError for what is not valid.
         """
-        return cls(_checked(f"start: /{regex_to_lark(pattern)}/", "the regular expression")[0])
+        return cls.of_lark(f"start: /{regex_to_lark(pattern)}/", "the regular expression")
 
 
 def json_rule(schema: Any) -> JsonRule:

@@ -8,8 +8,6 @@ import threading
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from pop_local.engine.limited.child import serve
-
 # Messages without the state of its parser. Large expressions are not tried on all tokens at once,
 # so that a vocabulary does not change what compiling takes.
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
@@ -36,8 +34,3 @@ class Work:
 
     def _compiled(self, grammar: str) -> LLMatcher:
         return LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-
-
-def main(limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of Work until standard input is closed."""
-    serve(Work(), limit_s, limit_bytes)

@@ -1,15 +1,14 @@
 """Log probabilities of tokens, sampled ones and those of a prompt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.text import Pieces
-from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.slot import Slot
-from pop_local.engine.turn import Likely, TokenLogprob
+from pop_local.engine.turn import TokenLogprob
 
 # Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
 _MAX_ROWS = 64
@@ -49,24 +48,10 @@ def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[T
     """
     pieces = Pieces(cache.context, range(cache.context.n_vocab))
     found = [TokenLogprob(pieces[tokens[0]], None)]
-    for logits in _all_logits(cache, tokens):
-        for row in logits[: len(tokens) - len(found)]:
+    for n_rows in cache.append_all(tokens, _MAX_ROWS):
+        for row in cache.context.logits(n_rows)[: len(tokens) - len(found)]:
             found.append(_of_token(pieces, row, tokens[len(found)], n_top))
     return found
-
-
-def _all_logits(cache: KvCache, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """Give (n, n_vocab) for piece after piece of the prompt, valid until the next one."""
-    cache.clear()
-    context = cache.context
-    step = min(_MAX_ROWS, context.n_batch)
-    cache.slot.begin_reading()
-    with cache.slot.alone(), cache.slot.watching():
-        for start in range(0, len(tokens), step):
-            piece = tokens[start : start + step]
-            cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
-            cache.slot.check()
-            yield context.logits(len(piece))
 
 
 def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprob:
@@ -77,5 +62,5 @@ def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: in
     return TokenLogprob(
         text=pieces[token],
         logprob=float(logits[token]) - norm,
-        top=tuple(Likely(pieces[int(i)], float(logits[i]) - norm) for i in ranked),
+        top=tuple(TokenLogprob(pieces[int(i)], float(logits[i]) - norm) for i in ranked),
     )

@@ -32,7 +32,6 @@ class Sampler:
     """Samples one answer from a sequence's last logits."""
 
     def __init__(self, slot: Slot, options: TurnOptions, constraint: Allowed | None = None) -> None:
-        """`constraint`: what the answer is kept to."""
         self._slot, self._constraint = slot, constraint
         self._api = bindings()
         self._chain: Any = None
@@ -87,7 +86,6 @@ class Sampler:
         return token
 
     def close(self) -> None:
-        """Free the chain."""
         if self._chain is not None:
             self._api.llama_sampler_free(self._chain)
             self._chain = None

@@ -50,7 +50,6 @@ class TextStream:
         return self._release()
 
     def ignore_stops(self) -> None:
-        """From now on no stop string ends the text."""
         self._stops = ()
 
     def flush(self) -> str:

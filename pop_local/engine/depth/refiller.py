@@ -1,11 +1,21 @@
 """Depth, afterwards: cached rows become the full model's, between answers or during one."""
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from pop_local.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.online import OnlineRefill
-from pop_local.engine.depth.passes import DeepPasses
+from pop_local.engine.depth.passes import deepen
 from pop_local.engine.depth.power import on_battery
+from pop_local.engine.llama.interrupt import stopped_by
+
+# The length of a chunk of refilling. On the CPU the abort callback ends it between two nodes. A
+# device computes it to its end while a question waits.
+CHUNK_S = 1.0
+CHUNK_ON_DEVICE_S = 0.2
+_FIRST_CHUNK = 64
 
 
 class Refiller:
@@ -13,7 +23,8 @@ class Refiller:
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
-        self._passes = DeepPasses(cache)
+        self._chunk_s = CHUNK_ON_DEVICE_S if cache.context.on_device else CHUNK_S
+        self._chunk = min(_FIRST_CHUNK, cache.context.n_ubatch)
         self.online = OnlineRefill(cache, 0)
         self._n_refilled = 0
 
@@ -26,7 +37,6 @@ class Refiller:
         self.online = OnlineRefill(self._cache, n_rows if self._cache.keeps_states else 0)
 
     def before_step(self) -> None:
-        """Do what is to be done before the next token of an answer is decoded."""
         if self.online.n_rows != 0 and not on_battery():
             self.online.before_row(self._cache.n_tokens)
 
@@ -56,18 +66,29 @@ class Refiller:
         cache.slot.require_idle()
         cache.context.require_usable()
         first, total = cache.n_exact, self.n_refillable
-
-        def advance() -> None:
-            if on_progress is not None:
-                on_progress(cache.n_exact - first, total)
-
+        if not total:
+            return 0
         try:
-            if total:
-                with cache.slot.watching():
-                    self._passes.refill(cache.n_tokens, should_stop, advance)
+            with suppress(StoppedError), cache.slot.watching(), stopped_by(should_stop):
+                while cache.n_exact < cache.n_tokens and not (should_stop and should_stop()):
+                    self._run_chunk()
+                    if on_progress is not None:
+                        on_progress(cache.n_exact - first, total)
         finally:
             n = cache.n_exact - first
             if n > 0:
                 cache.has_logits = False  # the last ones came of the rows as they were
             self._n_refilled += n
         return n
+
+    def _run_chunk(self) -> None:
+        cache = self._cache
+        first = cache.n_exact
+        rows = range(first, min(first + self._chunk, cache.n_tokens))
+        started_s = time.perf_counter()
+        deepen(cache, rows)
+        self._adapt(len(rows), time.perf_counter() - started_s)
+
+    def _adapt(self, n_rows: int, took_s: float) -> None:
+        wanted = int(n_rows * self._chunk_s / max(took_s, 1e-6))
+        self._chunk = max(1, min(wanted, 2 * self._chunk, self._cache.context.n_ubatch))

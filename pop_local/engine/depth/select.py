@@ -6,28 +6,12 @@ over its neighbourhood.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 # A row's score reaches the rows behind it, where what it announces stands, and a few before it.
 N_BEHIND = 16
 N_BEFORE = 3
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The rows that a prompt's question got deep.
-
-    `n_selected` rows were chosen, `n_deep` rows of the prompt itself ran all layers: the chosen
-    ones that had not been cached before, sink and tail.
-    """
-
-    n_selected: int = 0
-    n_deep: int = 0
-
-
-NONE_SELECTED = Selection()
 
 
 def select_rows(

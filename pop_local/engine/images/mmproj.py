@@ -25,6 +25,8 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.images.pictures import MAX_SHOWN, Picture, require_pillow
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
+from pop_local.engine.llama.batch import decode_rows
+from pop_local.engine.llama.slot import Slot
 from pop_local.models.mmproj import ARCHITECTURE
 
 if TYPE_CHECKING:
@@ -78,14 +80,6 @@ class Seen:
     images: Mapping[int, ImageChunk]
 
 
-@dataclass(frozen=True)
-class ImageRead:
-    """The code that llama_decode returned for an image, -1 where encoding was ended."""
-
-    code: int
-    encode_s: float
-
-
 # Width, height and bytes, as of Picture.rgb.
 _Pixels = tuple[int, int, bytes]
 
@@ -129,8 +123,7 @@ class Mmproj:
         self.key = fingerprint(path)
         self._use_gpu = use_gpu
         self._should_stop = should_stop
-        self._was_stopped = False
-        self._raised: BaseException | None = None
+        self._ended: BaseException | None = None
         self._n_nodes = 0
         self._ctx: Any = None
         self._lock = threading.RLock()
@@ -192,57 +185,56 @@ class Mmproj:
         with self._lock:
             known = self._known.pop(picture.sha256, None) or self._pieces(picture)
             self._known[picture.sha256] = known
-            while len(self._known) > 1 and self._n_known() > _KNOWN_ROWS:
-                self._known.popitem(last=False)
+            n_rows = sum(len(seen.tokens) for seen in self._known.values())
+            while len(self._known) > 1 and n_rows > _KNOWN_ROWS:
+                n_rows -= len(self._known.popitem(last=False)[1].tokens)
         return known
 
-    def _n_known(self) -> int:
-        return sum(len(seen.tokens) for seen in self._known.values())
+    def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
+        """Encode an image, and decode its rows in a sequence from position `first` on.
 
-    def decode(
-        self, ctx: Any, image: ImageChunk, pos: int, n_batch: int, sequence: int
-    ) -> ImageRead:
-        """Encode an image and decode its rows from position `pos` on."""
-        mtmd = self._mtmd
+        Returns the seconds that encoding took. Raises PopError where it cannot be read; when
+        interrupted, StoppedError or whatever Ctrl-C raises.
+        """
+        ctx, n_batch = slot.context.ctx, slot.context.n_batch
         started_s = time.perf_counter()
-        cut = self._cut_up(image.picture)
-        with self._lock:
-            self._kept.pop(image.picture.sha256, None)
-        is_encoded = self._encode(cut[image.number])
+        try:
+            rows = self.embedded(image)
+        except StoppedError:
+            slot.check()  # it may have been Ctrl-C
+            raise
         encode_s = time.perf_counter() - started_s
-        if not is_encoded:
-            return ImageRead(-1, encode_s)
-        after = ctypes.c_int32()
-        nobody = mtmd.mtmd_helper_post_decode_callback(0)
-        embeddings = mtmd.mtmd_get_output_embd(self._ctx)
-        code = mtmd.mtmd_helper_decode_image_chunk(
-            *(self._ctx, ctx, cut[image.number], embeddings, pos, sequence, n_batch),
-            *(ctypes.byref(after), nobody, None),
-        )
-        return ImageRead(int(code), encode_s)
+        positions = self.positions(image, first)
+        logs.forget_errors()
+        for at in range(0, image.n_rows, n_batch):
+            piece, places = rows[at : at + n_batch], positions[:, at : at + n_batch]
+            code = decode_rows(
+                ctx, piece, places, sequence=slot.sequence, is_mutual=image.is_mutual
+            )
+            if code != 0:
+                slot.check()
+                raise logs.not_decoded(code)
+        return encode_s
 
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return what the encoder makes of an image, float32 [n_rows, n_embd_inp].
 
         Raises PopError where it fails, StoppedError where `should_stop` ended it.
         """
+        cut = self._cut_up(image.picture)
+        with self._lock:
+            self._kept.pop(image.picture.sha256, None)
+        if self._should_stop():
+            raise StoppedError
         logs.forget_errors()
-        if not self._encode(self._cut_up(image.picture)[image.number]):
-            if self._was_stopped:
-                raise StoppedError
+        self._ended = None
+        code = self._mtmd.mtmd_encode_chunk(self._ctx, cut[image.number])
+        if self._ended is not None:
+            raise self._ended
+        if code != 0:
             raise PopError(logs.first_error() or "the image cannot be encoded")
         rows = self._mtmd.mtmd_get_output_embd(self._ctx)
         return np.ctypeslib.as_array(rows, (image.n_rows, self._n_embd)).copy()
-
-    def _encode(self, chunk: Any) -> bool:
-        """Whether all of it was encoded. Raises what `should_stop` raised meanwhile."""
-        self._raised = None
-        self._was_stopped = self._should_stop()
-        if self._was_stopped or self._mtmd.mtmd_encode_chunk(self._ctx, chunk) != 0:
-            return False
-        if self._raised is not None:
-            raise self._raised
-        return not self._was_stopped
 
     def positions(self, image: ImageChunk, first: int) -> np.ndarray:
         """Return where an image's rows stand from position `first` on: int32 [n_pos, n_rows].
@@ -278,10 +270,11 @@ class Mmproj:
             self._n_nodes += 1
             return self._n_nodes % _NODES_AT_ONCE == 0
         try:
-            self._was_stopped = self._was_stopped or self._should_stop()
+            if self._ended is None and self._should_stop():
+                self._ended = StoppedError()
         except BaseException as error:  # ctypes would drop it
-            self._was_stopped, self._raised = True, error
-        return not self._was_stopped
+            self._ended = error
+        return self._ended is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
         """The last picture is kept cut up: it is likely to be decoded next, piece by piece.

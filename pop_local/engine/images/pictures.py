@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.base.files import read_file
-from pop_local.engine.limited.child import serve
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Picture:
         """
         is_webp = self.content[8:12] == b"WEBP"
         if is_webp and self.width * self.height > _MAX_HERE:
-            return _decoder.rgb(self, most)
+            return _rgb_by_child(self, most)
         return _rgb(self.content, self.name, most)
 
 
@@ -126,8 +125,6 @@ def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
 
 
 class Work:
-    """The calls that the child answers."""
-
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
         """As Picture.rgb, with bytes as base64."""
@@ -135,29 +132,20 @@ class Work:
         return width, height, base64.b64encode(pixels).decode()
 
 
-def main(limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of Work until standard input is closed."""
-    serve(Work(), limit_s, limit_bytes)
+_decoder = KeptProcess(__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
 
 
-class _Decoder(KeptProcess):
-    """The caller's side, which raises PopError beyond the limits."""
-
-    def rgb(self, picture: Picture, most: int) -> tuple[int, int, bytes]:
-        content = base64.b64encode(picture.content).decode()
-        try:
-            width, height, pixels = self.call("rgb", content, picture.name, most)
-        except BeyondLimitsError as error:
-            message = f"{picture.name} takes {self.limits} to decode"
-            raise PopError(message, "scale the picture down") from error
-        return width, height, base64.b64decode(pixels)
-
-
-_decoder = _Decoder(__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+def _rgb_by_child(picture: Picture, most: int) -> tuple[int, int, bytes]:
+    content = base64.b64encode(picture.content).decode()
+    try:
+        width, height, pixels = _decoder.call("rgb", content, picture.name, most)
+    except BeyondLimitsError as error:
+        message = f"{picture.name} takes {_decoder.limits} to decode"
+        raise PopError(message, "scale the picture down") from error
+    return width, height, base64.b64decode(pixels)
 
 
 def has_pillow() -> bool:
-    """Tell whether pictures can be read at all."""
     return importlib.util.find_spec("PIL") is not None
 
 

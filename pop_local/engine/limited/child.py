@@ -1,6 +1,7 @@
 """The child's side: answers calls, a line of JSON each, until one goes beyond the limits."""
 
 import faulthandler
+import importlib
 import json
 import os
 import signal
@@ -10,12 +11,13 @@ from pathlib import Path
 from pop_local.base.errors import PopError
 
 
-def serve(work: object, limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of `work`'s methods from standard input until it is closed.
+def main(module: str, limit_s: float, limit_bytes: int) -> None:
+    """Answer calls of a module's `Work` from standard input until it is closed.
 
     A call that takes longer than `limit_s` ends this process; memory is limited to `limit_bytes`
     more than there is in use now, on Linux. An error of a method is its refusal.
     """
+    work = importlib.import_module(module).Work()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever calls
     _limit_memory(limit_bytes)
     print("{}", flush=True)

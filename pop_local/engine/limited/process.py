@@ -13,13 +13,12 @@ from typing import Any
 from pop_local.base.errors import PopError
 
 _START = (
-    "import sys; sys.path[:] = sys.argv[2:]; import importlib, json;"
-    " module, *arguments = json.loads(sys.argv[1]);"
-    " importlib.import_module(module).main(*arguments)"
+    "import sys; sys.path[:] = sys.argv[2:]; import json;"
+    " from pop_local.engine.limited.child import main; main(*json.loads(sys.argv[1]))"
 )
 
 
-class RefusedError(PopError):
+class RefusedError(PopError, ValueError):
     """The child refuses; message and hint are its own."""
 
 
@@ -42,54 +41,79 @@ def _python() -> str:
     return python
 
 
-class LimitedProcess:
-    """A child that runs `main(*arguments, limit_s, limit_bytes)` of a module.
+class KeptProcess:
+    """A child that answers calls of a module's `Work`, begun again after it has ended.
 
-    One call at a time. A call that fails or is interrupted ends the child.
+    May be used from several threads, one call at a time. A call that fails or is interrupted ends
+    the child.
     """
 
-    def __init__(self, module: str, *arguments: Any, limit_s: float, limit_bytes: int) -> None:
-        self._owner = os.getpid()
+    def __init__(
+        self,
+        module: str,
+        *,
+        limit_s: float,
+        limit_bytes: int,
+        takes: str = "it takes",
+        hint: str = "",
+    ) -> None:
+        """`takes`, `hint`: the words of BeyondLimitsError."""
+        self.limit_s, self.limit_bytes = limit_s, limit_bytes
+        self._module, self._takes, self._hint = module, takes, hint
+        self._lock = threading.RLock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0
         self._is_ready = False
-        called = json.dumps([module, *arguments, limit_s, limit_bytes])
-        self._process = subprocess.Popen(
-            [_python(), "-I", "-c", _START, called, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        atexit.register(self.close)
 
     @property
-    def is_alive(self) -> bool:
-        """False after a fork, too: the child is the other process's."""
-        return self._owner == os.getpid() and self._process.poll() is None
+    def limits(self) -> str:
+        return f"more than {self.limit_s:g} s, or more than {self.limit_bytes >> 20} MiB"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the child, which takes a part of a second, before it is needed."""
+        with self._lock:
+            child = self._child
+            # After a fork it is the other process's.
+            if child is None or self._owner != os.getpid() or child.poll() is not None:
+                self.close()
+                given = json.dumps([self._module, self.limit_s, self.limit_bytes])
+                child = self._child = subprocess.Popen(
+                    [_python(), "-I", "-c", _START, given, *sys.path],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+                self._owner, self._is_ready = os.getpid(), False
+            return child
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a method; arguments and result are what JSON knows.
 
         Raises RefusedError, BeyondLimitsError, NoChildError.
         """
-        line = self._answer([name, *arguments])
-        if not line.endswith(b"\n"):
-            self.close()
-            if not self._is_ready:
-                raise NoChildError("a child process ended before its work began")
-            raise BeyondLimitsError("it goes beyond its limits")
+        with self._lock:
+            line = self._answer([name, *arguments])
+            if not line.endswith(b"\n"):
+                self.close()
+                if not self._is_ready:
+                    raise NoChildError("a child process ended before its work began")
+                raise BeyondLimitsError(f"{self._takes} {self.limits}", self._hint)
         answer = json.loads(line)
         if "refused" in answer:
             raise RefusedError(answer["refused"], answer.get("hint", ""))
         return answer["result"]
 
     def _answer(self, call: list[Any]) -> bytes:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        child = self.start()
+        assert child.stdin is not None and child.stdout is not None
         try:
             if not self._is_ready:
-                self._is_ready = stdout.readline().endswith(b"\n")
+                self._is_ready = child.stdout.readline().endswith(b"\n")
             with suppress(OSError):  # it ended before
-                stdin.write(json.dumps(call).encode() + b"\n")
-                stdin.flush()
-                return stdout.readline()
+                child.stdin.write(json.dumps(call).encode() + b"\n")
+                child.stdin.flush()
+                return child.stdout.readline()
         except BaseException:  # what it answers later belongs to no call
             self.close()
             raise
@@ -97,50 +121,12 @@ class LimitedProcess:
 
     def close(self) -> None:
         """End the child; that of another process is left alone."""
-        if self._owner != os.getpid():
+        child, self._child = self._child, None
+        if child is None or self._owner != os.getpid():
             return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
             assert pipe is not None
             with suppress(OSError):  # what it never read
                 pipe.close()
-
-
-class KeptProcess:
-    """The one child of this process for a module's work, begun again after it has ended.
-
-    May be used from several threads.
-    """
-
-    def __init__(self, module: str, *, limit_s: float, limit_bytes: int) -> None:
-        self.limit_s, self.limit_bytes = limit_s, limit_bytes
-        self._module = module
-        self._lock = threading.RLock()
-        self._process: LimitedProcess | None = None
-        atexit.register(self.close)
-
-    @property
-    def limits(self) -> str:
-        """The limits of one call, for messages."""
-        return f"more than {self.limit_s:g} s, or more than {self.limit_bytes >> 20} MiB"
-
-    def start(self) -> LimitedProcess:
-        """Start the child, which takes a part of a second, before it is needed."""
-        with self._lock:
-            if self._process is None or not self._process.is_alive:
-                self.close()
-                self._process = LimitedProcess(
-                    self._module, limit_s=self.limit_s, limit_bytes=self.limit_bytes
-                )
-            return self._process
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        """Call a method as LimitedProcess does."""
-        with self._lock:
-            return self.start().call(name, *arguments)
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
-        self._process = None

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import logs
 
@@ -63,7 +62,6 @@ class Counters:
 
     @property
     def n_rows(self) -> int:
-        """Rows that were read."""
         return self.n_context + self.n_full + self.n_exact
 
 
@@ -142,7 +140,6 @@ def bindings() -> ModuleType:
 
 
 def version() -> str:
-    """The version of llama_cpp."""
     bindings()
     import llama_cpp
 
@@ -189,15 +186,6 @@ def is_mrope(model: Any) -> bool:
     api = bindings()
     kinds = (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
     return api.llama_model_rope_type(model) in kinds
-
-
-def require_boundary(model: Any, meta: PopMeta | None) -> None:
-    """Raises PopError when the loaded model does not prune as its keys say."""
-    wanted = meta.boundary if meta else 0
-    if (found := max(0, model_boundary(model))) != wanted:
-        raise PopError(
-            f"the backend prunes from layer {found}, the file says {wanted}", INSTALL_HINT
-        )
 
 
 def get_mode(ctx: Any) -> Mode:
@@ -273,21 +261,6 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     if found < 0:
         raise PopError(logs.first_error() or f"work of {n_tokens} tokens cannot be counted")
     return found
-
-
-def tokenize(vocab: Any, raw: bytes, *, add_bos: bool, special: bool, callback: Any) -> list[int]:
-    """Return the tokens of a text, none where the callback ended it.
-
-    Raises PopError for a vocabulary that cannot split it.
-    """
-    logs.forget_errors()
-    room = len(raw) + 8
-    tokens = (_INT32 * room)()
-    found = require_patched().llama_pop_tokenize
-    n = found(vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
-    if n < 0 and (reason := logs.first_error()):
-        raise PopError(f"the text cannot be split into tokens: {reason}")
-    return tokens[: max(n, 0)]
 
 
 def set_kernels(ctx: Any, are_on: bool) -> None:

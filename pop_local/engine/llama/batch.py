@@ -20,9 +20,14 @@ class Outputs(Enum):
 
 
 def decode_rows(
-    ctx: object, rows: np.ndarray, positions: np.ndarray, *, is_mutual: bool = False
+    ctx: object,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    *,
+    sequence: int = 0,
+    is_mutual: bool = False,
 ) -> int:
-    """Decode rows of embeddings in sequence 0, without logits; returns what llama_decode returns.
+    """Decode rows of embeddings, without logits; returns what llama_decode returns.
 
     `rows`: float32 [n, n_embd_inp], at `positions`: int32 [n_pos, n]. `is_mutual`: each sees all.
     """
@@ -33,7 +38,7 @@ def decode_rows(
         ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
         ctypes.memmove(batch.pos, positions.ctypes.data, positions.nbytes)
         for row in range(len(rows)):
-            batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, 0, False
+            batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, sequence, False
         batch.n_tokens = len(rows)
         api.llama_set_causal_attn(ctx, not is_mutual)
         return int(api.llama_decode(ctx, batch))
@@ -43,8 +48,6 @@ def decode_rows(
 
 
 class TokenBatch:
-    """Up to `n_batch` tokens."""
-
     def __init__(self, n_batch: int) -> None:
         self._api = bindings()
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)

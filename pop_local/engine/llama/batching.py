@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,21 +30,17 @@ _SMOOTHING = 0.3
 _NO_COUNTERS = Counters(0, 0)
 
 
+@dataclass(eq=False)
 class _Request:
     """Rows that a sequence wants decoded; `n_done` of them are."""
 
-    def __init__(
-        self,
-        slot: "SharedSlot",
-        tokens: Sequence[int],
-        first: int,
-        outputs: Outputs,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.slot, self.tokens, self.first, self.outputs = slot, tokens, first, outputs
-        self.should_stop = should_stop
-        self.n_done = 0
-        self.error: BaseException | None = None
+    slot: "SharedSlot"
+    tokens: Sequence[int]
+    first: int
+    outputs: Outputs
+    should_stop: Callable[[], bool]
+    n_done: int = 0
+    error: BaseException | None = None
 
     @property
     def n_left(self) -> int:
@@ -88,7 +85,6 @@ class Pace:
         return min(max(int(wait_s / self._row_s), _FIRST_ROWS), self._n_batch - n_answers)
 
     def took(self, n_answers: int, n_rows: int, seconds: float) -> None:
-        """Learn from a batch."""
         if not n_answers:
             self._owed_s = 0.0
             if n_rows >= _FIRST_ROWS:
@@ -116,8 +112,6 @@ def _smoothed(known: float | None, seconds: float) -> float:
 
 
 class Batcher:
-    """The batches of a context with several sequences."""
-
     def __init__(self, context: Context) -> None:
         self._context = context
         self._api = backend.bindings()
@@ -220,7 +214,7 @@ class Batcher:
         asked = self._callback if has_prompt else self._api.ggml_abort_callback(0)
         self._api.llama_set_abort_callback(ctx, asked, None)
         try:
-            code = self._context.run(tokens, positions, sequences, wanted)
+            code = self._context.batch.run(ctx, tokens, positions, sequences, wanted)
         finally:
             self._api.llama_set_abort_callback(ctx, self._api.ggml_abort_callback(0), None)
         if code != 0:
@@ -256,7 +250,6 @@ def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
 
 
 def added(known: Counters, before: Counters, now: Counters) -> Counters:
-    """Add what was counted since `before`."""
     return Counters(
         known.n_context + now.n_context - before.n_context,
         known.n_full + now.n_full - before.n_full,
@@ -286,11 +279,11 @@ class SharedSlot(Slot):
         return self._batcher.held()
 
     @contextmanager
-    def alone(self) -> Iterator[int]:
+    def alone(self) -> Iterator[None]:
         with self.held(), super().watching():
             before = backend.get_counters(self._ctx)
             backend.set_reading(self._ctx, Reading.SOME)
-            yield self.sequence
+            yield
             self.counted = added(self.counted, before, backend.get_counters(self._ctx))
 
     def watching(self) -> AbstractContextManager[None]:
@@ -349,20 +342,6 @@ class SharedSlot(Slot):
     def deepen(self, positions: np.ndarray, *, logits: bool) -> bool:
         with self.held(), super().watching():
             return super().deepen(positions, logits=logits)
-
-    @property
-    def end(self) -> int:
-        with self.held():
-            return super().end
-
-    @property
-    def first_kept(self) -> int:
-        with self.held():
-            return super().first_kept
-
-    def forget_from(self, position: int) -> bool:
-        with self.held():
-            return super().forget_from(position)
 
     def forget_all(self) -> None:
         self.forget_from(0)

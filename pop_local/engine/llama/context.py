@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from pop_converter.gguf.header import Header
-from pop_converter.gguf.source import Source, read_source, sampled_sha256
+from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, loading, logs
-from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices, kernels_read_prompts
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
@@ -30,8 +30,7 @@ class ContextOptions:
     """How a model is opened.
 
     `n_ctx`: None takes the model's own context, at most 8192 tokens. `n_parallel`: sequences, with
-    so many tokens each; their rows share batches. `n_threads`: for prefill
-    (unless `n_threads_batch` says otherwise) and decode; None takes the physical cores.
+    so many tokens each; their rows share batches. `n_threads`: None takes the physical cores.
     `n_gpu_layers`: -1 for all, without effect where there is no GPU. `rpc`: servers (HOST:PORT)
     that hold these layers, before local GPUs; if one goes away, llama.cpp ends the process.
     `kernels`: whether prompts are read with our kernels, where there are any for this CPU.
@@ -45,16 +44,12 @@ class ContextOptions:
     n_batch: int = _N_BATCH
     n_ubatch: int = _N_BATCH
     n_threads: int | None = None
-    n_threads_batch: int | None = None
     n_gpu_layers: int = -1
     rpc: Sequence[str] = ()
     kernels: bool = True
     flash_attn: bool | None = None
     repack: bool = True
     use_mmap: bool = True
-    use_mlock: bool = False
-    lora_path: str | os.PathLike[str] | None = None
-    lora_scale: float = 1.0
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -76,13 +71,20 @@ class ContextOptions:
         ours = {name: value for name, value in given.items() if name in known}
         return cls(**ours, others=others)
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keywords that make the same."""
+        ours = {name: value for name, value in vars(self).items() if name != "others"}
+        return {**ours, **self.others}
+
 
 class Context:
     """A model's weights and vocabulary, and one llama_context on them.
 
-    `model`, `vocab` and `ctx` are llama.cpp's pointers. `window`: how many positions layers with a
-    sliding window keep, 0 where they keep all. Raises PopError with llama.cpp's reason when the
-    file cannot be opened. For one thread at a time; closing from another one is postponed.
+    `model`, `vocab` and `ctx` are llama.cpp's pointers, `settings` its llama_context_params.
+    `window`: how many positions layers with a sliding window keep, 0 where they keep all. Raises
+    PopError with llama.cpp's reason when the file cannot be opened. For one thread at a time;
+    closing from another one is postponed.
     """
 
     def __init__(
@@ -100,22 +102,19 @@ class Context:
         """
         self._ctx: Any = None
         self._model: Any = None
-        self._batch: TokenBatch | None = None
-        self._lora: Any = None
         backend.require_patched()
         self._api = backend.bindings()
         self.source, self.meta, self.sidecar, self.options = source, meta, sidecar, options
         self.path = source.first.path
         self.n_threads = options.n_threads or default_threads()
-        self.n_threads_batch = options.n_threads_batch or self.n_threads
         has_gpu = any(device.is_gpu for device in devices())
         self.on_device = options.n_gpu_layers != 0 and (bool(options.rpc) or has_gpu)
-        self._params = self._context_params(has_gpu)
+        self.settings = self._context_params(has_gpu)
         # llama.cpp keeps all rows otherwise.
         is_windowed = options.others.get("swa_full") is False
         loading.require_room(
             self.source,
-            self._params.n_ctx,
+            self.settings.n_ctx,
             is_windowed=is_windowed,
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
@@ -141,7 +140,7 @@ class Context:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
         # It also refuses a file whose context has no sensible size.
-        default = loading.default_ctx(self.source.first)
+        default = loading.default_ctx(self.header)
         n_ctx = options.n_ctx or default
         if options.n_parallel < 1:
             raise PopError(f"n_parallel is {options.n_parallel}", "give 1 or more")
@@ -149,9 +148,8 @@ class Context:
         params.n_seq_max, params.kv_unified = options.n_parallel, True
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
-        params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
-        header = self.source.first
-        if header.get(f"{header.get('general.architecture')}.pooling_type") is not None:
+        params.n_threads = params.n_threads_batch = self.n_threads
+        if self.header.of_arch("pooling_type") is not None:
             params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
         flash_attn = options.flash_attn
         if flash_attn is None:
@@ -164,11 +162,12 @@ class Context:
         return params
 
     def _model_params(self) -> Any:
-        options = self.options
-        params = self._api.llama_model_default_params()
+        api, options = self._api, self.options
+        params = api.llama_model_default_params()
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
         params.use_extra_bufts = options.repack
-        params.load_mode = self._load_mode()
+        mapped, copied = api.LLAMA_LOAD_MODE_MMAP, api.LLAMA_LOAD_MODE_NONE
+        params.load_mode = mapped if options.use_mmap else copied
         _fill(params, options.others)
         return params
 
@@ -179,26 +178,21 @@ class Context:
         )
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
-        self._ctx = api.llama_init_from_model(self._model, self._params)
+        self._ctx = api.llama_init_from_model(self._model, self.settings)
         if not self._ctx:
             raise PopError(f"{self.path} cannot be opened: {logs.first_error()}")
         # llama.cpp rounds the context up.
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
-        self.n_batch, self.n_ubatch = self._params.n_batch, self._params.n_ubatch
-        self._batch = TokenBatch(self.n_batch)
-        self.lora_sha256 = self._add_lora() if options.lora_path else ""
+        self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
+        self.batch = TokenBatch(self.n_batch)
         backend.set_kernels(self._ctx, options.kernels)
-
-    @property
-    def _is_mapped(self) -> bool:
-        return self.options.use_mmap and self.options.lora_path is None
 
     def _mapped(self) -> dict[Path, tuple[int, ...]]:
         """Return what tells the mapped files from others; those that are gone stay mapped."""
         sidecar = self.sidecar
         if sidecar is not None and is_learned(sidecar):
             sidecar = None  # it is only ever renamed over, and stays mapped
-        files = (*self.source.paths, *filter(None, [sidecar])) if self._is_mapped else ()
+        files = (*self.source.paths, *filter(None, [sidecar])) if self.options.use_mmap else ()
         marks: dict[Path, tuple[int, ...]] = {}
         for path in files:
             with suppress(OSError):
@@ -210,28 +204,6 @@ class Context:
     def replaced(self) -> list[Path]:
         """The files that are no longer those that were opened."""
         return [path for path, mark in self._mapped().items() if self._files.get(path) != mark]
-
-    def _load_mode(self) -> int:
-        api, options = self._api, self.options
-        if self._is_mapped:
-            mapped = api.LLAMA_LOAD_MODE_MMAP_MLOCK if options.use_mlock else None
-            return int(mapped or api.LLAMA_LOAD_MODE_MMAP)
-        return int(api.LLAMA_LOAD_MODE_MLOCK if options.use_mlock else api.LLAMA_LOAD_MODE_NONE)
-
-    def _add_lora(self) -> str:
-        """Apply the LoRA adapter; returns what tells it from others."""
-        api, path = self._api, Path(os.fspath(self.options.lora_path or ""))
-        self._lora = api.llama_adapter_lora_init(self._model, os.fsencode(path))
-        if not self._lora:
-            raise PopError(
-                f"{self.path} cannot be opened: {path} is no LoRA adapter for it",
-                "give one that was made for this model",
-            )
-        adapters = (api.llama_adapter_lora_p_ctypes * 1)(self._lora)
-        scales = (ctypes.c_float * 1)(self.options.lora_scale)
-        if api.llama_set_adapters_lora(self._ctx, adapters, 1, scales):
-            raise PopError(f"{self.path} cannot be opened: {path} cannot be applied")
-        return sampled_sha256(read_source(path))
 
     @property
     def ctx(self) -> Any:
@@ -261,11 +233,6 @@ class Context:
     def header(self) -> Header:
         """The keys of the model's file."""
         return self.source.first
-
-    @property
-    def settings(self) -> Any:
-        """The llama_context_params that it was opened with."""
-        return self._params
 
     @property
     def bos(self) -> tuple[int, ...]:
@@ -301,32 +268,6 @@ class Context:
         """
         return tokenized(self.vocab, text, add_bos=add_bos, special=special)
 
-    def decode(
-        self, tokens: Sequence[int], first_position: int, outputs: Outputs, sequence: int = 0
-    ) -> None:
-        """Decode tokens at consecutive positions of a sequence.
-
-        Raises PopError where llama.cpp refuses them; when interrupted, StoppedError or whatever
-        Ctrl-C raises.
-        """
-        assert self._batch is not None
-        logs.forget_errors()
-        code = self._batch.decode(self.ctx, tokens, first_position, outputs, sequence)
-        if code != 0:
-            self.interrupt.check()
-            raise logs.not_decoded(code)
-
-    def run(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        sequences: Sequence[int],
-        wants_logits: Sequence[bool],
-    ) -> int:
-        """Decode tokens of several sequences; returns what llama_decode returns."""
-        assert self._batch is not None
-        return self._batch.run(self.ctx, tokens, positions, sequences, wants_logits)
-
     @property
     def n_embd(self) -> int:
         """The width of a row's state."""
@@ -341,14 +282,11 @@ class Context:
         """Free the model. Where this thread reads a prompt, that is stopped first."""
         if self._model is None or self.interrupt.postponed(self.close):
             return
-        if self._batch is not None:
-            self._batch.close()
-        if self._lora:
-            self._api.llama_adapter_lora_free(self._lora)
         if self._ctx:
+            self.batch.close()
             self._api.llama_free(self._ctx)
         self._api.llama_model_free(self._model)
-        self._model = self._ctx = self._batch = self._lora = self._servers = None
+        self._model = self._ctx = self._servers = None
 
     def __del__(self) -> None:
         self.close()
@@ -365,11 +303,18 @@ def utf8(text: str) -> bytes:
 def tokenized(vocab: Any, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
     """Return the tokens of a text by llama.cpp's vocabulary.
 
-    Raises PopError; StoppedError, or whatever Ctrl-C raises, when it is interrupted.
+    Raises PopError for what it cannot split; StoppedError, or whatever Ctrl-C raises, when it is
+    interrupted.
     """
-    raw = utf8(text)
+    raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
+    room = len(raw) + 8
+    tokens = (ctypes.c_int32 * room)()
+    logs.forget_errors()
     with Interrupt().tokenizing() as callback:
-        return backend.tokenize(vocab, raw, add_bos=add_bos, special=special, callback=callback)
+        n = split(vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
+        if n < 0 and (reason := logs.first_error()):
+            raise PopError(f"the text cannot be split into tokens: {reason}")
+    return tokens[: max(n, 0)]
 
 
 def _fill(params: Any, others: Mapping[str, Any]) -> None:

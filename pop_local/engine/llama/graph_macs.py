@@ -81,15 +81,10 @@ class GraphMacs:
         meta = pop_of(source, self._sidecar)
         return loading.load_model(source, self._sidecar, meta, params, None)
 
-    def close(self) -> None:
-        """Free what was opened; the numbers stay."""
-        api = backend.bindings()
-        if self._ctx is not None:
-            api.llama_free(self._ctx)
-        if self._model is not None:
-            api.llama_model_free(self._model)
-        self._ctx = self._model = None
-
     def __del__(self) -> None:
         with suppress(Exception):
-            self.close()
+            api = backend.bindings()
+            if self._ctx is not None:
+                api.llama_free(self._ctx)
+            if self._model is not None:
+                api.llama_model_free(self._model)

@@ -13,7 +13,11 @@ from pop_local.engine.llama.backend import bindings
 
 # Another reason to stop, for the work of this thread alone.
 _should_stop: ContextVar[Callable[[], bool] | None] = ContextVar("should_stop", default=None)
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
+]
 
 
 @contextmanager
@@ -68,20 +72,18 @@ class Interrupt:
             finally:
                 self._raised = None
             return
-        self._put_off_signals()
-        self._api.llama_set_abort_callback(ctx, self._callback, None)
-        self._is_watching = True
-        try:
-            yield
-        finally:
-            self._is_watching = False
-            self._api.llama_set_abort_callback(ctx, self._no_callback, None)
-            self._restore_handlers()
-            self._raised = None
-            at_end, self._at_end = self._at_end, None
-            if at_end is not None:
-                at_end()
-            self._deliver()
+        with self._signals_put_off():
+            self._api.llama_set_abort_callback(ctx, self._callback, None)
+            self._is_watching = True
+            try:
+                yield
+            finally:
+                self._is_watching = False
+                self._api.llama_set_abort_callback(ctx, self._no_callback, None)
+                self._raised = None
+                at_end, self._at_end = self._at_end, None
+                if at_end is not None:
+                    at_end()
 
     @contextmanager
     def opening(self, model_params: Any) -> Iterator[None]:
@@ -89,29 +91,21 @@ class Interrupt:
 
         The caller's wish to stop ends it as well; the model cannot be opened then.
         """
-        self._put_off_signals()
         should_stop = whether_to_stop()
         callback = self._api.llama_progress_callback(
             lambda *_: not (self._pending or should_stop())
         )
         model_params.progress_callback = callback
-        try:
+        with self._signals_put_off():
             yield
-        finally:
-            self._restore_handlers()
-            self._deliver()
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
         """Yield the callback that stops llama_pop_tokenize, and raise why it did."""
-        self._put_off_signals()
-        try:
+        with self._signals_put_off():
             yield self._callback
             if self._raised is not None:
                 raise self._raised
-        finally:
-            self._restore_handlers()
-            self._deliver()
 
     def postponed(self, work: Callable[[], None]) -> bool:
         """Whether llama.cpp computes now: it is stopped then, and `work` is done at its end."""
@@ -152,21 +146,22 @@ class Interrupt:
                 self._is_asking = False
         return self._raised is not None
 
-    def _put_off_signals(self) -> None:
+    @contextmanager
+    def _signals_put_off(self) -> Iterator[None]:
+        """Handle signals at the end; of the main thread alone, as Python does."""
         self._pending.clear()
         self._handlers.clear()
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
-            handler = None if number is None else signal.getsignal(number)
-            if number is not None and callable(handler):
-                self._handlers[number] = handler
-                signal.signal(number, lambda *received: self._pending.append(received))
-
-    def _restore_handlers(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if callable(handler := signal.getsignal(number)):
+                    self._handlers[number] = handler
+                    signal.signal(number, lambda *received: self._pending.append(received))
+        try:
+            yield
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._deliver()
 
     def _deliver(self) -> None:
         while self._pending:

@@ -45,11 +45,12 @@ def load_model(
     if not model:
         named = path if sidecar is None else f"{path} with {sidecar}"
         raise PopError(f"{named} cannot be opened: {logs.first_error() or 'llama.cpp refuses it'}")
-    try:
-        backend.require_boundary(model, meta)
-    except PopError:
+    wanted = meta.boundary if meta else 0
+    if (found := max(0, backend.model_boundary(model))) != wanted:
         api.llama_model_free(model)
-        raise
+        raise PopError(
+            f"the backend prunes from layer {found}, the file says {wanted}", backend.INSTALL_HINT
+        )
     return model
 
 

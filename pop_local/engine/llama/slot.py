@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context
@@ -42,10 +42,10 @@ class Slot:
         """Keep others from changing what is cached."""
         return nullcontext()
 
-    def alone(self) -> AbstractContextManager[int]:
+    def alone(self) -> AbstractContextManager[None]:
         """Have the context for this sequence alone: its batches are computed at once, and those of
-        others wait. Gives the sequence's number."""
-        return nullcontext(self.sequence)
+        others wait."""
+        return nullcontext()
 
     def watching(self) -> AbstractContextManager[None]:
         """Stop what is computed meanwhile where the caller wants it, see Interrupt."""
@@ -63,7 +63,6 @@ class Slot:
 
     @property
     def mode(self) -> Mode:
-        """How prompts are read."""
         return backend.get_mode(self._ctx)
 
     def set_mode(self, mode: Mode) -> None:
@@ -91,8 +90,17 @@ class Slot:
         backend.set_full_from(self._ctx, self.sequence, full_from)
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
-        """Decode tokens at consecutive positions. Raises as Context.decode does."""
-        self.context.decode(tokens, first_position, outputs, self.sequence)
+        """Decode tokens at consecutive positions.
+
+        Raises PopError where llama.cpp refuses them; when interrupted, StoppedError or whatever
+        Ctrl-C raises.
+        """
+        ctx = self._ctx
+        logs.forget_errors()
+        code = self.context.batch.decode(ctx, tokens, first_position, outputs, self.sequence)
+        if code != 0:
+            self.context.interrupt.check()
+            raise logs.not_decoded(code)
 
     @property
     def logits(self) -> np.ndarray:
@@ -109,22 +117,26 @@ class Slot:
     @property
     def end(self) -> int:
         """The position after the last one in llama.cpp's memory."""
-        memory = self._memory
-        return int(self._api.llama_memory_seq_pos_max(memory, self.sequence)) + 1 if memory else 0
+        with self.held():
+            if not (memory := self._memory):
+                return 0
+            return int(self._api.llama_memory_seq_pos_max(memory, self.sequence)) + 1
 
     @property
     def first_kept(self) -> int:
         """The first position that is in it."""
-        return int(self._api.llama_memory_seq_pos_min(self._memory, self.sequence))
+        with self.held():
+            return int(self._api.llama_memory_seq_pos_min(self._memory, self.sequence))
 
     def forget_from(self, position: int) -> bool:
         """Forget what is cached from this position on; False for a memory that cannot."""
-        if self.end > position:
+        with self.held():
+            if self.end <= position:
+                return True
             return bool(self._api.llama_memory_seq_rm(self._memory, self.sequence, position, -1))
-        return True
 
     def forget_all(self) -> None:
-        """Forget all that is cached."""
+        """Forget all that is cached, whatever a state of strangers has put there."""
         if memory := self._memory:
             self._api.llama_memory_clear(memory, True)
 
@@ -137,7 +149,10 @@ class Slot:
         return int(self._api.llama_state_get_size(self._ctx))
 
     def state(self) -> bytes:
-        """Return all that the context holds (llama_state_get_data)."""
+        """Return all that the context holds (llama_state_get_data).
+
+        That of a sequence alone lacks rows that a sliding window has passed.
+        """
         buffer = np.empty(self.state_size(), dtype=np.uint8)
         n = self._api.llama_state_get_data(self._ctx, bytes_at(buffer), buffer.size)
         return buffer[:n].tobytes()
@@ -157,5 +172,4 @@ class Slot:
 
 
 def bytes_at(buffer: np.ndarray) -> Any:
-    """Return a pointer to the bytes of an array."""
     return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -43,14 +43,13 @@ NOWHERE = 2**31 - 1
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """A prompt of which `n_tokens` are to be decoded after those that are cached.
+    """How the tokens of a prompt that are not cached are decoded.
 
     `full_from` is a row, `text_from` the one after the last image. `chunks` are (start, end)
     offsets among the tokens to decode, of text or of one image. `n_pruned` rows stop at the
     boundary in mode CONTEXT.
     """
 
-    n_tokens: int
     text_from: int
     full_from: int
     chunks: tuple[tuple[int, int], ...]
@@ -76,7 +75,6 @@ def plan_prefill(
     # The last row asks for logits, so it is full whatever the tail.
     first_full = min(full_from, end - 1)
     return PrefillPlan(
-        n_tokens=n_tokens,
         text_from=text_from,
         full_from=full_from,
         chunks=tuple(_chunks(n_tokens, full_from - n_past, n_batch, images)),

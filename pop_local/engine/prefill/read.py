@@ -9,7 +9,7 @@ import numpy as np
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.passes import deepen
-from pop_local.engine.depth.select import NONE_SELECTED, Selection, select_rows
+from pop_local.engine.depth.select import select_rows
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
@@ -18,7 +18,6 @@ from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.prefill.plan import (
     NO_ENDS,
     NOWHERE,
-    PrefillPlan,
     RowRule,
     full_rows,
     plan_prefill,
@@ -36,15 +35,18 @@ OnPrefill = Callable[[int, int], None]
 class Read:
     """How a prompt was read.
 
-    `n_cached` rows were reused. `counters` are the backend's, of this reading alone. `encode_s`:
-    making rows of images. `n_exact`: rows that are the full model's own afterwards. `is_short`: it
-    would have been pruned, had it been longer.
+    `n_cached` rows were reused. `counters` are the backend's, of this reading alone. `n_selected`
+    rows were chosen by the question. `n_deep` rows of the prompt itself ran deep: those chosen that
+    had not been cached before, sink and tail. `encode_s`: making rows of images. `n_exact`: rows
+    that are the full model's own afterwards. `is_short`: it would have been pruned, had it been
+    longer.
     """
 
     n_prompt: int
     n_cached: int
     counters: Counters
-    selection: Selection = NONE_SELECTED
+    n_selected: int = 0
+    n_deep: int = 0
     encode_s: float = 0.0
     n_exact: int = 0
     is_short: bool = False
@@ -79,10 +81,7 @@ def read(
         n_exact = cache.n_exact
         return Read(len(prompt), n_usable, Counters(0, 0), n_exact=n_exact, is_short=is_short)
     # Logits come with a token: where all are cached, the last one is read again.
-    n_kept = min(n_usable, max(0, len(prompt) - 1))
-    for start, end in prompt.spans:
-        if start < n_kept < end:  # not a part of an image
-            n_kept = start
+    n_kept = prompt.whole(min(n_usable, max(0, len(prompt) - 1)))
     cache.has_logits = False
     if not cache.truncate(n_kept):
         cache.clear()
@@ -166,10 +165,10 @@ class _Reading:
         self._on_prefill = on_prefill
         self._epoch = cache.epoch
         self._n_cached = cache.n_tokens
-        self._plan: PrefillPlan = plan_prefill(
+        self._plan = plan_prefill(
             self._n_cached, len(prompt), self._rule, cache.context.n_batch, prompt.spans
         )
-        self._selection = NONE_SELECTED
+        self._n_selected = self._n_deep = 0
         self._encode_s = 0.0
         cache.slot.begin_reading()
 
@@ -179,7 +178,6 @@ class _Reading:
         return self._cache.context.ctx
 
     def so_far(self) -> Read:
-        """Say how the prompt was read, or how far."""
         cache = self._cache
         counters = cache.slot.counters
         return Read(
@@ -187,14 +185,14 @@ class _Reading:
             # A batch that was stopped has been counted in part, and dropped.
             n_cached=min(self._n_cached, max(0, cache.n_tokens - counters.n_rows)),
             counters=counters,
-            selection=self._selection,
+            n_selected=self._n_selected,
+            n_deep=self._n_deep,
             encode_s=self._encode_s,
             n_exact=cache.n_exact,
             is_short=_is_pruning(cache) and self._plan.n_pruned == 0,
         )
 
     def run(self) -> None:
-        """Read it."""
         self._report(0)
         if self._can_select():
             self._run_selecting()
@@ -262,7 +260,7 @@ class _Reading:
         sink = np.flatnonzero(~rows.is_full[: min(self._rule.sink_tokens, tail)])
         deep = [*sink.tolist(), *chosen, *range(tail, end)]
         deepen(self._cache, deep, logits=True)
-        self._selection = Selection(len(chosen), sum(row >= n_past for row in deep))
+        self._n_selected, self._n_deep = len(chosen), sum(row >= n_past for row in deep)
 
     def _select(self, question: int, tail: int, end: int) -> list[int]:
         """Choose among the rows before the tail those that the question up to `end` needs."""

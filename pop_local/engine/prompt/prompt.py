@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk
+from pop_local.engine.images.mmproj import ImageChunk
 
 # For base models, which come without a template; it needs no special tokens.
 PLAIN_TEMPLATE = (
@@ -34,7 +34,6 @@ class Prompt:
 
     @property
     def n_image(self) -> int:
-        """How many rows are of images."""
         return sum(image.n_rows for image in self.images.values())
 
     @property
@@ -52,6 +51,10 @@ class Prompt:
         images = {start - row: image for start, image in self.images.items() if start >= row}
         return Prompt(self.tokens[row:], self.stops, self.begun, images)
 
+    def whole(self, n_rows: int) -> int:
+        """Return how many of the first rows are there without a part of an image."""
+        return next((start for start, end in self.spans if start < n_rows < end), n_rows)
+
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
         """Count the rows, from the first on, that are the same.
 
@@ -65,6 +68,3 @@ class Prompt:
             if start < n and (images.get(start) != image.key or start + image.n_rows > n):
                 return start
         return n
-
-
-__all__ = ["NO_TOKEN", "PLAIN_STOPS", "PLAIN_TEMPLATE", "THINK", "Prompt"]

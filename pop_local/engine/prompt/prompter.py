@@ -32,7 +32,7 @@ class Prompter:
 
     def __init__(self, context: Context, eye: Mmproj | None = None) -> None:
         self.parse_special = False
-        self._context, self._eye = context, eye
+        self.context, self._eye = context, eye
 
     @property
     def has_template(self) -> bool:
@@ -41,20 +41,20 @@ class Prompter:
 
     @property
     def _source(self) -> str:
-        return str(self._context.header.get("tokenizer.chat_template") or "")
+        return str(self.context.header.get("tokenizer.chat_template") or "")
 
     @cached_property
     def template(self) -> Template:
         """The model's own, or a plain one. Raises PopError for one that is broken."""
-        return Template(self._source or PLAIN_TEMPLATE, self._context.vocab)
+        return Template(self._source or PLAIN_TEMPLATE, self.context.vocab)
 
     @cached_property
     def _special(self) -> SpecialTokens:
-        return SpecialTokens(self._context.vocab)
+        return SpecialTokens(self.context)
 
     def text(self, text: str) -> Prompt:
         """Return the prompt of a text that is to be continued. Raises PopError."""
-        return Prompt(self._context.tokenize(text, add_bos=True))
+        return Prompt(self.context.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message]) -> Prompt:
         """Return the prompt of a conversation, which ends where the answer begins.
@@ -85,7 +85,7 @@ class Prompter:
 
         while True:
             text = write([marked(content) for content in contents], marked)
-            tokens = self._context.tokenize(text, special=True)
+            tokens = self.context.tokenize(text, special=True)
             left = [marked(one) for one in texts]
             spelled = [] if self.parse_special else self._special.spelled(tokens, left)
             if not spelled:
@@ -93,7 +93,7 @@ class Prompter:
             marks |= {next(unused): one for one in spelled}
         if marks and not pictures:
             tokens = self._special.tokens(text, marks)
-        bos = list(self._context.bos)
+        bos = list(self.context.bos)
         images: dict[int, ImageChunk] = {}
         if pictures:
             shown = {mark: self.see(picture) for mark, picture in pictures.items()}
@@ -116,8 +116,7 @@ class Prompter:
                 "open it with the mmproj that was published with it",
                 cause="no-mmproj",
             )
-        context = self._context
-        return self._eye.open(context.model, context.n_threads_batch)
+        return self._eye.open(self.context.model, self.context.settings.n_threads_batch)
 
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, Seen]
@@ -136,7 +135,7 @@ class Prompter:
             elif piece and marks:
                 tokens += self._special.tokens(piece, dict(marks))
             elif piece:
-                tokens += self._context.tokenize(piece, special=True)
+                tokens += self.context.tokenize(piece, special=True)
         return tokens, images
 
     @cached_property

@@ -4,10 +4,9 @@ With `<|im_end|>` and the like in it, a document could end its turn and begin on
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from pop_local.engine.llama.backend import bindings
-from pop_local.engine.llama.context import tokenized
+from pop_local.engine.llama.context import Context
 
 _SPACES = " \t\n\v\f\r"  # of C's isspace
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a plane for private use
@@ -16,9 +15,8 @@ _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a plane for private use
 class SpecialTokens:
     """Those of a vocabulary that llama.cpp looks for in a text only when it is told to."""
 
-    def __init__(self, vocab: Any) -> None:
-        self._api = bindings()
-        self._vocab = vocab
+    def __init__(self, context: Context) -> None:
+        self._api, self._context = bindings(), context
 
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
         """The special tokens among `tokens` that one of the texts spells out."""
@@ -38,9 +36,9 @@ class SpecialTokens:
             part = text[at:end]
             part = part.lstrip(_SPACES) if is_stripped else part
             part = part.rstrip(_SPACES) if until_text else part
-            found.extend(self._tokens_of(part.translate(restored), False) if part else ())
+            found.extend(self._context.tokenize(part.translate(restored)) if part else ())
 
-        for token in self._tokens_of(text, True):
+        for token in self._context.tokenize(text, special=True):
             special = self._text(token) if self._is_special(token) else ""
             start = text.find(special, at) if special else -1
             if start < 0:
@@ -53,18 +51,15 @@ class SpecialTokens:
         add(len(text), False)
         return found
 
-    def _tokens_of(self, text: str, special: bool) -> list[int]:
-        return tokenized(self._vocab, text, special=special)
-
     def _attributes(self, token: int) -> int:
-        return int(self._api.llama_vocab_get_attr(self._vocab, token))
+        return int(self._api.llama_vocab_get_attr(self._context.vocab, token))
 
     def _is_special(self, token: int) -> bool:
         wanted = self._api.LLAMA_TOKEN_ATTR_CONTROL | self._api.LLAMA_TOKEN_ATTR_UNKNOWN
         return bool(self._attributes(token) & wanted)
 
     def _text(self, token: int) -> str:
-        text: bytes = self._api.llama_vocab_get_text(self._vocab, token)
+        text: bytes = self._api.llama_vocab_get_text(self._context.vocab, token)
         return text.decode(errors="replace")
 
 

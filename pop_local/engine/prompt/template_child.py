@@ -14,8 +14,6 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pop_local.engine.limited.child import serve
-
 MAX_CHARACTERS = 1 << 26
 
 
@@ -51,31 +49,22 @@ def _compiled(template: str) -> Template:
     return environment().from_string(template)
 
 
-def rendered(template: str, arguments: dict[str, Any] | None) -> str:
-    """Render a template; without arguments, only see whether it is one.
-
-    Raises ValueError where it refuses, and whatever it does besides.
-    """
-    if arguments is None:
-        _compiled(template)
-        return ""
-    functions = {
-        "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    text = _compiled(template).render(**arguments, **functions)
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"it makes {len(text):,} characters of it")
-    text.encode()
-    return text
-
-
 class Work:
-    """The calls that are answered."""
+    @staticmethod
+    def rendered(template: str, arguments: dict[str, Any] | None) -> str:
+        """Render a template; without arguments, only see whether it is one.
 
-    rendered = staticmethod(rendered)
-
-
-def main(limit_s: float, limit_bytes: int) -> None:
-    """Answer renders until standard input is closed."""
-    serve(Work(), limit_s, limit_bytes)
+        Raises ValueError where it refuses, and whatever it does besides.
+        """
+        if arguments is None:
+            _compiled(template)
+            return ""
+        functions = {
+            "raise_exception": _refuse,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
+        text = _compiled(template).render(**arguments, **functions)
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"it makes {len(text):,} characters of it")
+        text.encode()
+        return text

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pop_local.base.errors import PopError
-from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
+from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.llama import backend
 from pop_local.engine.prompt import template_child
 
@@ -12,6 +12,15 @@ LIMIT_S = 5.0
 LIMIT_BYTES = 512 * 2**20
 # Those of public models have some tens of thousands.
 MAX_TEMPLATE_CHARACTERS = 1 << 20
+_HINT = "take the model from another publisher"
+
+renderer = KeptProcess(
+    template_child.__name__,
+    limit_s=LIMIT_S,
+    limit_bytes=LIMIT_BYTES,
+    takes="the chat template takes",
+    hint=_HINT,
+)
 
 
 class Template:
@@ -28,17 +37,11 @@ class Template:
             for token in (api.llama_vocab_eos(vocab), api.llama_vocab_bos(vocab))
         )
         if len(source) > MAX_TEMPLATE_CHARACTERS:
-            raise PopError(
-                f"its chat template has {len(source):,} characters",
-                "take the model from another publisher",
-            )
+            raise PopError(f"its chat template has {len(source):,} characters", _HINT)
         try:
-            _renderer.render(source, None)
+            renderer.call("rendered", source, None)
         except ValueError as error:
-            raise PopError(
-                f"its chat template is broken: {error}",
-                "take the model from another publisher",
-            ) from error
+            raise PopError(f"its chat template is broken: {error}", _HINT) from error
 
     def render(self, messages: Sequence[Any], tools: Mapping[str, Any] | None = None) -> str:
         """Render messages, up to where the answer begins.
@@ -47,35 +50,12 @@ class Template:
         them, PopError where it goes beyond limits.
         """
         values = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
-        return _renderer.render(
-            self.source,
-            {
-                **values,
-                **(tools or {}),
-                "messages": list(messages),
-                "eos_token": self.eos,
-                "bos_token": self.bos,
-                "add_generation_prompt": True,
-            },
-        )
-
-
-def start() -> None:
-    """Start the child, which takes a part of a second, before it is needed."""
-    _renderer.start()
-
-
-class _Renderer(KeptProcess):
-    def render(self, template: str, arguments: dict[str, Any] | None) -> str:
-        try:
-            text: str = self.call("rendered", template, arguments)
-        except RefusedError as error:
-            raise ValueError(error.message) from error
-        except BeyondLimitsError as error:
-            raise PopError(
-                f"the chat template takes {self.limits}", "take the model from another publisher"
-            ) from error
-        return text
-
-
-_renderer = _Renderer(template_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+        arguments = {
+            **values,
+            **(tools or {}),
+            "messages": list(messages),
+            "eos_token": self.eos,
+            "bos_token": self.bos,
+            "add_generation_prompt": True,
+        }
+        return str(renderer.call("rendered", self.source, arguments))

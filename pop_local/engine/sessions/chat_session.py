@@ -30,8 +30,6 @@ GivenImage = str | os.PathLike[str] | bytes | Picture
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and its figures."""
-
     text: str
     stats: TurnStats
 

@@ -4,15 +4,15 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.conversation import Conversation
 
 T = TypeVar("T")
 
@@ -75,35 +75,13 @@ def decoded(content: bytes, picture: ReadPicture) -> Session:
     Raises OtherFormatError, and ValueError or RecursionError for what is none.
     """
     raw = _typed(json.loads(content), dict)
-    if (found := _typed(raw.get("format"), int)) != FORMAT:
+    if (found := _typed(raw.pop("format", None), int)) != FORMAT:
         raise OtherFormatError(f"it is of format {found}, this version reads format {FORMAT}")
-    fields = _object(raw, Session, "format")
-    fingerprint = _object(fields["fingerprint"], Fingerprint)
-    conversation = _object(fields["conversation"], Conversation)
-    if _text(fields["mode"]) not in Mode.__members__:
-        raise ValueError("another mode")
-    return Session(
-        name=_text(fields["name"]),
-        model=_text(fields["model"]),
-        n_tokens=_number(fields["n_tokens"], 2**31 - 1),
-        mode=Mode[fields["mode"]],
-        key=_text(fields["key"]),
-        fingerprint=Fingerprint(
-            _number(fingerprint["model_bytes"], 2**63 - 1),
-            _text(fingerprint["model_sha256"]),
-            _text(fingerprint["backend"]),
-            _text(fingerprint["mmproj"]),
-        ),
-        conversation=Conversation(
-            _text(conversation["system"]),
-            tuple(_turn(turn, picture) for turn in _typed(conversation["turns"], list)),
-        ),
-        images=tuple(_image(each) for each in _typed(fields["images"], list)),
-    )
+    session: Session = _value(Session, raw, picture)
+    return session
 
 
 def encoded_array(values: np.ndarray) -> bytes:
-    """Return the array as a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     return buffer.getvalue()
@@ -122,29 +100,28 @@ def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.nda
     return np.frombuffer(content, dtype, offset=head.end())
 
 
-def _image(value: object) -> tuple[int, str]:
-    start, key = _typed(value, list)
-    return _number(start, 2**31 - 1), _text(key)
+def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
+    """A value of a field's type; of a dataclass, these fields alone and all of them."""
+    if kind is Picture:
+        named = _fields(raw, {"name", "sha256"})
+        return picture(_text(named["name"]), _text(named["sha256"]))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        fields = _fields(raw, hints.keys())
+        return kind(**{name: _value(hint, fields[name], picture) for name, hint in hints.items()})
+    if get_origin(kind) is tuple:
+        items, kinds = _typed(raw, list), get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(items)
+        return tuple(_value(of, item, picture) for of, item in zip(kinds, items, strict=True))
+    if kind is Mode:
+        if (name := _text(raw)) not in Mode.__members__:
+            raise ValueError("another mode")
+        return Mode[name]
+    return _number(raw) if kind is int else _text(raw)
 
 
-def _turn(value: object, picture: ReadPicture) -> Turn:
-    turn = _object(value, Turn)
-    pictures = [_fields(each, {"name", "sha256"}) for each in _typed(turn["pictures"], list)]
-    documents = [_object(each, Document) for each in _typed(turn["documents"], list)]
-    return Turn(
-        _text(turn["question"]),
-        tuple(Document(_text(each["name"]), _text(each["text"])) for each in documents),
-        _text(turn["answer"]),
-        tuple(picture(_text(each["name"]), _text(each["sha256"])) for each in pictures),
-    )
-
-
-def _object(value: object, kind: type[Any], *more: str) -> dict[str, Any]:
-    """The fields of a dataclass, these alone and all of them."""
-    return _fields(value, {*(field.name for field in dataclasses.fields(kind)), *more})
-
-
-def _fields(value: object, names: set[str]) -> dict[str, Any]:
+def _fields(value: object, names: Set[str]) -> dict[str, Any]:
     fields: dict[str, Any] = _typed(value, dict)
     if fields.keys() != names:
         raise ValueError("other fields")
@@ -157,9 +134,9 @@ def _typed(value: object, kind: type[T]) -> T:
     return value
 
 
-def _number(value: object, most: int) -> int:
+def _number(value: object) -> int:
     number = _typed(value, int)
-    if not 0 <= number <= most:
+    if not 0 <= number < 2**63:
         raise ValueError("a number out of its range")
     return number
 

@@ -10,9 +10,8 @@
 Where the model has another conversation cached, n_tokens is 0 and there is session.json alone.
 
 The K/V are used again only by the same model and mmproj (size and hash of headers and tensors'
-beginnings), POP mode, boundary and projections (KvKey), backend version, LoRA adapter and RoPE
-options; otherwise the transcript alone is.
-zip's CRC-32 tells a damaged file.
+beginnings), POP mode, boundary and projections (KvCache.key), backend version and RoPE options;
+otherwise the transcript alone is. zip's CRC-32 tells a damaged file.
 """
 
 import dataclasses
@@ -30,9 +29,9 @@ import numpy as np
 from pop_converter.gguf.source import sampled_sha256
 from pop_local.base.errors import PopError
 from pop_local.base.output import make_private, replacing
-from pop_local.engine.cache.keys import FULL, opened_with
+from pop_local.engine.cache.keys import opened_with
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.cache.state import SavedState
+from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.images.mmproj import NO_TOKEN
 from pop_local.engine.images.pictures import Picture, picture_of
@@ -178,7 +177,7 @@ class Sessions:
             model=str(model.path),
             n_tokens=n_tokens,
             mode=model.mode,
-            key=str(model.cache.key),
+            key=model.cache.key,
             fingerprint=fingerprint(model),
             conversation=conversation,
             images=tuple(state.images.items()) if state else (),
@@ -225,10 +224,8 @@ class Sessions:
         model.set_mode(session.mode)
         if not model.cache.takes(session.key):
             return Restored(session, f"they belong to {session.key}")
-        # The key of the mode that is set by now.
-        key = FULL if session.key == str(FULL) else model.cache.mode_key
         try:
-            model.cache.take_over(dataclasses.replace(state, key=key))
+            model.cache.take_over(state)
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")
@@ -266,7 +263,7 @@ def _state(archive: zipfile.ZipFile, session: Session, cache: KvCache) -> SavedS
     """Read the saved KV cache. Raises ValueError for arrays of other lengths."""
     n = session.n_tokens
     return SavedState(
-        key=FULL if session.key == str(FULL) else cache.mode_key,
+        key=session.key,
         model=cache.model_key,
         tokens=decoded_array(_member(archive, "tokens.npy"), np.int32, n),
         is_full=decoded_array(_member(archive, "full.npy"), np.bool_, n),

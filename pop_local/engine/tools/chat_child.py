@@ -11,8 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pop_local.engine.limited.child import serve
-
 _NAMES = {"win32": "pop-chat.dll", "darwin": "libpop-chat.dylib"}
 
 
@@ -52,8 +50,3 @@ class Work:
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer
-
-
-def main(limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of Work until standard input is closed."""
-    serve(Work(), limit_s, limit_bytes)

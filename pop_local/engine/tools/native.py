@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from pop_local.base.errors import PopError
-from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
+from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.prompt.templates import LIMIT_BYTES, LIMIT_S, Template
 from pop_local.engine.tools import chat_child
-from pop_local.engine.tools.tool import Tools
 
 _UNKNOWN = "unknown key"  # of a format that the child process has not seen, or not lately
 _SEVERAL = "root ::= tool-call | tool-calls"
@@ -40,22 +38,21 @@ class Parsed:
     calls: tuple[tuple[str, str], ...] = ()
 
 
-class _Chat(KeptProcess):
-    def asked(self, work: str, request: dict[str, Any]) -> Any:
-        """Raises ValueError where llama.cpp refuses, PopError beyond limits."""
-        try:
-            return self.call(work, request)
-        except RefusedError as error:
-            raise ValueError(error.message) from error
-        except BeyondLimitsError as error:
-            raise PopError(f"the tool calls take {self.limits}", "send fewer or simpler") from error
-
-
-_chat = _Chat(chat_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+_chat = KeptProcess(
+    chat_child.__name__,
+    limit_s=LIMIT_S,
+    limit_bytes=LIMIT_BYTES,
+    takes="the tool calls take",
+    hint="send fewer or simpler",
+)
 
 
 def render(
-    template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]], how: Tools
+    template: Template,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    *,
+    several: bool,
 ) -> Rendered:
     """Render messages and tools, both OpenAI's. Raises ValueError, PopError beyond limits."""
     request = {
@@ -64,18 +61,16 @@ def render(
         "eos": template.eos,
         "messages": messages,
         "tools": tools,
-        "parallel": how.several,
+        "parallel": several,
         "tool_choice": "auto",
     }
-    made = _chat.asked("render", request)
+    made = _chat.call("render", request)
     grammar = made["grammar"]
     if not grammar:  # without a trigger there is none for `auto`
-        required = _chat.asked("render", {**request, "tool_choice": "required"})
+        required = _chat.call("render", {**request, "tool_choice": "required"})
         grammar = required["grammar"] and _with_root(required["grammar"], "tool-call")
     elif _SEVERAL in grammar:  # which may be nothing but spaces
-        grammar = _with_root(
-            grammar, "tool-call (space tool-call)*" if how.several else "tool-call"
-        )
+        grammar = _with_root(grammar, "tool-call (space tool-call)*" if several else "tool-call")
     return Rendered(
         made["prompt"],
         made["takes_tools"],
@@ -96,10 +91,10 @@ def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
     """Read an answer. Raises ValueError where it has not that form, PopError beyond limits."""
     request = {"key": form["key"], "text": text, "partial": partial}
     try:
-        read = _chat.asked("parse", request)
+        read = _chat.call("parse", request)
     except ValueError as error:
         if str(error) != _UNKNOWN:
             raise
-        read = _chat.asked("parse", {**request, "format": form})
+        read = _chat.call("parse", {**request, "format": form})
     calls = tuple((call["name"], call["arguments"]) for call in read["calls"])
     return Parsed(read["content"], read["reasoning"], calls)

@@ -9,13 +9,12 @@ from typing import Any
 from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
 from pop_local.engine.decode.text import Pieces
-from pop_local.engine.llama.context import Context, tokenized
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, is_end
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.form import CallForm, Trigger
 from pop_local.engine.tools.native import Rendered
-from pop_local.engine.tools.tool import Tools
+from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn import Message
 
 _OWN_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
@@ -27,7 +26,7 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 
 
 def prompt_with_tools(
-    context: Context, prompter: Prompter, messages: Sequence[Message], tools: Tools
+    prompter: Prompter, messages: Sequence[Message], tools: Tools
 ) -> tuple[Prompt, CallForm | None]:
     """Return the prompt that tells of the tools, and how its answer calls them.
 
@@ -38,7 +37,7 @@ def prompt_with_tools(
     if not prompter.has_template:
         raise PopError("the model has no chat template: it knows no tools", "send none")
     rules = {tool.name: json_rule(tool.schema) for tool in tools.told}
-    own = _Native(context, prompter, messages, tools)
+    own = _Native(prompter, messages, tools)
     if own.is_known and tools.callable_:
         return replace(own.prompt(), begun=""), own.form(rules)
     if own.is_known:
@@ -52,11 +51,8 @@ def prompt_with_tools(
 class _Native:
     """A conversation as the template has it, by llama.cpp."""
 
-    def __init__(
-        self, context: Context, prompter: Prompter, messages: Sequence[Message], tools: Tools
-    ) -> None:
-        self._context, self._prompter = context, prompter
-        self._messages, self._tools = _numbered(messages), tools
+    def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
+        self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
         self._rendered: Rendered | None = None
         with suppress(ValueError):  # the text form may say it otherwise
             self._rendered = self._render([each.content for each in messages], str)
@@ -85,11 +81,15 @@ class _Native:
         except ValueError as error:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
 
-    def _render(self, contents: list[str], marked: Callable[[str], str]) -> Rendered:
+    def _render(
+        self, contents: list[str], marked: Callable[[str], str], told: Sequence[Tool] | None = None
+    ) -> Rendered:
+        """`told`: the tools, None for all."""
         said = zip(self._messages, contents, strict=True)
         messages = [_openai(message, content, marked) for message, content in said]
-        told = [_mapped(tool.openai, marked) for tool in self._tools.told]
-        return native.render(self._prompter.template, messages, told, self._tools)
+        tools = [_mapped(tool.openai, marked) for tool in told or self._tools.told]
+        several = self._tools.several
+        return native.render(self._prompter.template, messages, tools, several=several)
 
     def form(self, rules: dict[str, JsonRule]) -> CallForm:
         """Return the form of the answer; its grammar is that of the callable tools alone."""
@@ -97,8 +97,7 @@ class _Native:
         assert made is not None
         if tools.callable_ != tools.told:
             contents = [each.content for each in self._messages]
-            one = _Native(self._context, self._prompter, self._messages, tools.only_callable)
-            made = one._render(contents, str)
+            made = self._render(contents, str, tools.callable_)
         instead = {f"tool-{one.rule}-schema": rules[one.name] for one in tools.callable_}
         thinks = tools.must_call and made.prompt.rstrip().endswith(THINK)
         gbnf = _ROOT.sub(r"root ::= [ \\n]{0,4} (\1)", made.grammar) if thinks else made.grammar
@@ -113,10 +112,11 @@ class _Native:
 
     def _shown(self, made: Rendered) -> Iterator[int]:
         """The tokens of the form that have no text otherwise, but for those that end an answer."""
-        vocab, pieces = self._context.vocab, Pieces(self._context)
+        context = self._prompter.context
+        pieces = Pieces(context)
         for text in made.shown:
-            for token in tokenized(vocab, text, special=True):
-                if not pieces[token] and not is_end(self._context, token):
+            for token in context.tokenize(text, special=True):
+                if not pieces[token] and not is_end(context, token):
                     yield token
 
 

@@ -37,14 +37,12 @@ class CallReader:
         self.n_calls = 0
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the text adds."""
         self._text += text
         if not self._text or text_form.may_open(self._text):
             return []
         return self._added(self._parsed(partial=True))
 
     def end(self) -> list[Piece]:
-        """Return what is left once the answer is complete."""
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:

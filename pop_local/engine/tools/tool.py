@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pop_local.base.errors import PopError
@@ -59,11 +59,6 @@ class Tools:
             if other := rules.get(tool.rule):
                 raise PopError(f"the tools {other!r} and {tool.name!r} are named alike")
             rules[tool.rule] = tool.name
-
-    @property
-    def only_callable(self) -> "Tools":
-        """The same without tools that may not be called."""
-        return replace(self, told=self.callable_)
 
     @property
     def names(self) -> Sequence[str]:

@@ -29,7 +29,6 @@ class Triggered:
 
     @property
     def is_calling(self) -> bool:
-        """Whether a call has begun."""
         return self._constraint is not None
 
     def allowed(self) -> np.ndarray | None:
@@ -48,7 +47,6 @@ class Triggered:
         return ids
 
     def accept(self, token: int) -> None:
-        """Go on after a token."""
         if self._constraint is not None:
             self._constraint.accept(token)
             self._call += self._pieces[token]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
-from pop_local.engine.limited.child import serve
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
 from pop_local.texts.documents import read_document
 
@@ -31,11 +30,6 @@ class Work:
     def picture(path: str) -> str:
         """Return the file as base64; its pixels are decoded once the model is shown them."""
         return base64.b64encode(read_picture(path).content).decode()
-
-
-def main(limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of Work until standard input is closed."""
-    serve(Work(), limit_s, limit_bytes)
 
 
 class _Reader(KeptProcess):

@@ -1,7 +1,6 @@
 """The fit: against a direct weighted least squares, its limits, its refusals, its encoding."""
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -184,22 +183,6 @@ def test_torch_and_numpy_solve_alike():
     found = [each(matrix, rest, 1e-12) for each in (solve.solve_numpy, solve.solve_torch)]
     assert np.abs(found[0] - found[1]).max() < 1e-9 * np.abs(found[0]).max()
     np.testing.assert_allclose(matrix @ found[1], rest, atol=1e-9)
-
-
-def test_a_gpu_without_room_leaves_it_to_the_cpu(monkeypatch):
-    torch = pytest.importorskip("torch")
-    solved_on, asked = solve._solved_on, []
-
-    def without_room(device: str, *system: Any) -> Any:
-        asked.append(device)
-        if device == "cuda":
-            raise torch.cuda.OutOfMemoryError
-        return solved_on(device, *system)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(solve, "_solved_on", without_room)
-    found = solve.solve_torch(np.eye(3), np.ones((3, 1)), 1e-12)
-    assert (asked, found.tolist()) == (["cuda", "cpu"], [[1.0]] * 3)
 
 
 @pytest.mark.parametrize("solver", ["solve_numpy", "solve_torch"])

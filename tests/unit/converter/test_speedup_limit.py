@@ -99,11 +99,8 @@ def test_longer_prompts_are_extrapolated_and_nothing_is_counted_twice(tmp_path, 
     # With as many full rows that does not hold: the context is a larger one.
     assert macs(400, 4, 60) > counted[1]
     first = macs(40, 4, 1)
-    macs.close()
-    (tmp_path / "model.gguf").unlink()
+    monkeypatch.setattr(module.backend, "count_macs", None)
     assert macs(40, 4, 1) == first
-    with pytest.raises(PopError):
-        macs(41, 4, 1)
 
 
 def test_what_cannot_be_counted_is_said(tmp_path):

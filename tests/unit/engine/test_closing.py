@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pop_local.base.errors import PopError, StoppedError
-from pop_local.engine.limited.process import LimitedProcess, NoChildError
+from pop_local.engine.limited.process import KeptProcess, NoChildError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt import template_child
@@ -131,13 +131,13 @@ def test_a_frozen_application_is_not_begun_again(monkeypatch):
     """Its executable is itself; who embeds Python names one, as for multiprocessing."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     limits: Any = {"limit_s": 5.0, "limit_bytes": 2**29}
+    child = KeptProcess(template_child.__name__, **limits)
     with pytest.raises(NoChildError) as refused:
-        LimitedProcess(template_child.__name__, **limits)
+        child.start()
     assert "multiprocessing.set_executable" in refused.value.hint
     named = Path(sys.executable)
     monkeypatch.setattr(sys, "executable", "application")
     monkeypatch.setattr(spawn, "_python_exe", os.fsencode(named))
-    child = LimitedProcess(template_child.__name__, **limits)
     assert child.call("rendered", "{{ 1 + 1 }}", {}) == "2"
     child.close()
 

@@ -30,7 +30,7 @@ def pop_file(tmp_path_factory):
 def test_of_a_prompt_that_is_all_question_its_own_rows_are_selected(pop_file):
     model = opened(pop_file, select=0.1)
     model.rule = replace(model.rule, tail_tokens=4, min_prompt=0)
-    selection = model.read(Prompt(prompt(24))).selection
+    selection = model.read(Prompt(prompt(24)))
     assert (selection.n_selected, selection.n_deep) == (2, 1 + 2 + 4)
 
 
@@ -51,8 +51,8 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
         False,
     )
     # As large as a batch, whatever it takes.
-    monkeypatch.setattr(model.refiller._passes, "_adapt", lambda n_rows, took_s: None)
-    monkeypatch.setattr(model.refiller._passes, "_chunk", N_BATCH)
+    monkeypatch.setattr(model.refiller, "_adapt", lambda n_rows, took_s: None)
+    monkeypatch.setattr(model.refiller, "_chunk", N_BATCH)
     said = []
     assert model.refill(on_progress=lambda done, total: said.append((done, total))) == 200
     assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
@@ -139,7 +139,7 @@ def test_an_exact_state_is_the_full_models(pop_file):
 def test_selected_rows_run_all_layers_with_the_tail(pop_file):
     model = opened(pop_file, select=0.1)
     tokens = prompt(300)
-    selection = append(model, tokens).selection
+    selection = append(model, tokens)
     sink, tail = model.rule.sink_tokens, model.rule.tail_tokens
     n = round(0.1 * (300 - sink - tail))
     counters = backend.get_counters(model.context.ctx)
@@ -197,10 +197,10 @@ def test_a_later_question_selects_among_all_rows(pop_file):
     said += prompt(30, seed=1)
     found = model.read(Prompt(said))
     # The question is too short to be pruned: all of it is deep.
-    n = found.selection.n_selected
+    n = found.n_selected
     assert n > 0
     assert found.counters == Counters(30, 0, 0, n + 30)
-    assert found.selection.n_deep == 30
+    assert found.n_deep == 30
 
 
 def test_none_can_be_selected_where_a_window_drops_rows(tmp_path):
@@ -222,7 +222,7 @@ def test_rows_without_states_are_read_again_for_a_selection(pop_file):
     model.cache.restore(state)
     said += prompt(30, seed=1)
     expected = read(opened(pop_file, select=0.1), said)
-    assert model.read(Prompt(said)).selection.n_selected > 20
+    assert model.read(Prompt(said)).n_selected > 20
     np.testing.assert_allclose(last_logits(model), expected, atol=NOISE)
 
 

@@ -1,5 +1,6 @@
 """Pictures in prompts, on tiny models of each kind: read, reused, stopped, saved, refused."""
 
+import ctypes
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
+from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
@@ -82,7 +83,7 @@ def test_two_pictures_in_a_conversation(seeing):
         ) == model.context.is_mrope
 
 
-def test_mtmd_reads_as_a_batch_of_embeddings_does(seeing):
+def test_an_image_is_read_as_mtmd_reads_it(seeing):
     with seeing.opened() as model:
         tokens = prompt(model, "a b c d", 3)
         append(model, tokens)
@@ -96,7 +97,7 @@ def logits(model: PopModel) -> np.ndarray:
 
 
 def read_raw(model: PopModel, made: Prompt) -> None:
-    """Decode a prompt as the engine does, but the images as batches made here."""
+    """Decode a prompt as the engine does, but the images as libmtmd does."""
     context = model.context
     plan = plan_prefill(0, len(made), model.rule, context.n_batch, made.spans)
     model.cache.slot.forget_all()
@@ -114,9 +115,17 @@ def read_raw(model: PopModel, made: Prompt) -> None:
 
 
 def decode_raw(model: PopModel, image: ImageChunk, pos: int) -> int:
-    assert model.eye is not None
-    rows, positions = model.eye.embedded(image), model.eye.positions(image, pos)
-    assert decode_rows(model.context.ctx, rows, positions, is_mutual=image.is_mutual) == 0
+    """Decode an image as libmtmd does."""
+    eye, context = model.eye, model.context
+    assert eye is not None
+    eye.embedded(image)
+    mtmd, after = eye._mtmd, ctypes.c_int32()
+    code = mtmd.mtmd_helper_decode_image_chunk(
+        *(eye._ctx, context.ctx, eye._cut_up(image.picture)[image.number]),
+        *(mtmd.mtmd_get_output_embd(eye._ctx), pos, 0, context.n_batch, ctypes.byref(after)),
+        *(mtmd.mtmd_helper_post_decode_callback(0), None),
+    )
+    assert code == 0 and after.value == pos + image.n_pos
     return image.n_pos
 
 

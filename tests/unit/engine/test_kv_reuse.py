@@ -8,8 +8,7 @@ import pytest
 
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.keys import FULL
-from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.cache.state import SavedState
+from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt

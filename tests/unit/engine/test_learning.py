@@ -101,7 +101,7 @@ def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkey
     read(full, tokens)
     read(pruned, tokens)
     assert pruned.learned.n_waiting == 0
-    monkeypatch.setattr(pruned.refiller._passes, "_chunk", N)
+    monkeypatch.setattr(pruned.refiller, "_chunk", N)
     pruned.refill()
     [seen], [refilled] = full.learner._waiting, pruned.learner._waiting
     assert (seen.position, seen.n_rows) == (refilled.position, refilled.n_rows) == (0, N)

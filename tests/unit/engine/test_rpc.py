@@ -77,8 +77,8 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
     models = pair(keep_states=True)
     for model in models:
         # As large as a batch, whatever it takes.
-        monkeypatch.setattr(model.refiller._passes, "_adapt", lambda n_rows, took_s: None)
-        monkeypatch.setattr(model.refiller._passes, "_chunk", 64)
+        monkeypatch.setattr(model.refiller, "_adapt", lambda n_rows, took_s: None)
+        monkeypatch.setattr(model.refiller, "_chunk", 64)
         append(model, prompt(200))
         assert model.refill() == 200
         assert model.cache.key == FULL
@@ -88,7 +88,7 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
 def test_a_selection_is_that_of_the_local_cpu(pair):
     models = pair(select=0.1)
     for model in models:
-        assert append(model, prompt(300)).selection.n_selected > 20
+        assert append(model, prompt(300)).n_selected > 20
     assert_same(*models)
 
 

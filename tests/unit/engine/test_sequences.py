@@ -92,13 +92,13 @@ def test_each_is_read_and_counted_for_itself(model, alone):
 def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypatch):
     prompts = [prompt(100, seed) for seed in (1, 2)]
     sizes = []
-    run = model.context.run
+    run = model.context.batch.run
 
-    def counted(tokens, *rest):
+    def counted(ctx, tokens, *rest):
         sizes.append(len(tokens))
-        return run(tokens, *rest)
+        return run(ctx, tokens, *rest)
 
-    monkeypatch.setattr(model.context, "run", counted)
+    monkeypatch.setattr(model.context.batch, "run", counted)
     answered: list[list[int]] = [[], []]
     for index in (0, 1):
         read_in(model, index, prompts[index])
@@ -285,7 +285,7 @@ def test_what_a_wish_to_stop_raises_is_raised_for_its_own_sequence_alone(model):
 
 def test_what_fails_in_a_batch_fails_for_those_in_it(model, monkeypatch):
     read_in(model, 1, LONG[:50])
-    monkeypatch.setattr(model.context, "run", lambda *_: 1)
+    monkeypatch.setattr(model.context.batch, "run", lambda *_: 1)
     with pytest.raises(PopError):
         model.sequences[1][0].step(5)
     monkeypatch.undo()

@@ -63,10 +63,10 @@ def test_the_prompt_is_what_llama_cpp_makes(template, vocab):
 @pytest.fixture
 def hurried(monkeypatch):
     """A child that has two seconds."""
-    monkeypatch.setattr(templates._renderer, "limit_s", 2.0)
-    templates._renderer.close()
+    monkeypatch.setattr(templates.renderer, "limit_s", 2.0)
+    templates.renderer.close()
     yield
-    templates._renderer.close()
+    templates.renderer.close()
 
 
 @pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
@@ -110,13 +110,13 @@ def test_pictures_move_with_what_is_said_after_the_system():
 def test_what_goes_beyond_its_limits_is_tried_once(hurried, tmp_path, monkeypatch):
     """Not once more for each way of writing a message's content."""
     rendered: list[object] = []
-    render = templates._renderer.render
+    call = templates.renderer.call
 
-    def counted(template: str, arguments: dict[str, Any] | None) -> str:
+    def counted(name: str, template: str, arguments: dict[str, Any] | None) -> str:
         rendered.append(arguments)
-        return render(template, arguments)
+        return str(call(name, template, arguments))
 
-    monkeypatch.setattr(templates._renderer, "render", counted)
+    monkeypatch.setattr(templates.renderer, "call", counted)
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
     with pytest.raises(PopError, match="more than 2 s"):
         PopModel(path, n_threads=1, n_ctx=128).chat("hello")
@@ -144,8 +144,8 @@ def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch, vocab)
         def close(self) -> None:
             pass
 
-    child = templates._renderer.start()
-    monkeypatch.setattr(child._process, "stdin", Interrupted())
+    child = templates.renderer.start()
+    monkeypatch.setattr(child, "stdin", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         ask("two")
     assert ask("three") == "three"

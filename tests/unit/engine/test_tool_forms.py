@@ -79,10 +79,10 @@ def written(model: Any, name: str, calls: tuple[ToolCall, ...]) -> Written:
     tools = Tools(TOOLS, TOOLS, several=len(calls) > 1)
 
     def text_of(*messages: Message) -> str:
-        prompt_with_tools(model.context, prompter, messages, tools)
+        prompt_with_tools(prompter, messages, tools)
         return prompter.shown
 
-    _, form = prompt_with_tools(model.context, prompter, [ASKED], tools)
+    _, form = prompt_with_tools(prompter, [ASKED], tools)
     assert form is not None
     results = [Message("tool", END, call_id=call.id) for call in calls]
     before, after = text_of(ASKED), text_of(ASKED, Message("assistant", "", calls=calls), *results)
@@ -194,7 +194,7 @@ AS_TEXT = {
 @pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
 def test_the_prompt_tells_of_each_tool(model, name):
     prompter = prompter_of(model, name)
-    _, form = prompt_with_tools(model.context, prompter, [ASKED], Tools(TOOLS, TOOLS))
+    _, form = prompt_with_tools(prompter, [ASKED], Tools(TOOLS, TOOLS))
     assert form is not None and (form.native is None) == (name in AS_TEXT)
     assert all(tool.name in prompter.shown for tool in TOOLS)
 
@@ -204,9 +204,9 @@ def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
     prompter = prompter_of(model, name)
     for several in (True, False):
         tools = Tools(TOOLS, TOOLS, must_call=True, several=several)
-        _, form = prompt_with_tools(model.context, prompter, [ASKED], tools)
+        _, form = prompt_with_tools(prompter, [ASKED], tools)
         assert form is not None
-        trie = model.trie_with(form.shown)
+        trie = model.token_trie(form.shown)
         constraint = Triggered(trie, Pieces(model.context, form.shown), form)
         for text in ("", "\n", " "):
             ids = constraint.allowed()
@@ -222,6 +222,6 @@ def test_ids_of_other_servers_are_taken_by_mistrals_template(model, id_):
     calls = tuple(replace(call, id=id_ and f"{id_}{n}") for n, call in enumerate(CALLS))
     results = [Message("tool", "rain", call_id=call.id) for call in calls]
     messages = [ASKED, Message("assistant", "", calls=calls), *results]
-    _, form = prompt_with_tools(model.context, prompter, messages, Tools(TOOLS, TOOLS))
+    _, form = prompt_with_tools(prompter, messages, Tools(TOOLS, TOOLS))
     assert form is not None and form.native is not None
     assert "call00001" in prompter.shown and "call00002" in prompter.shown

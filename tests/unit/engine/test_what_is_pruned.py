@@ -251,11 +251,6 @@ def test_states_need_room_too(pop_file, tmp_path, monkeypatch):
     opened(make_gguf(tmp_path / "plain.gguf", "llama"), n_ctx=n_cells, keep_states=True)
 
 
-def test_what_is_no_lora_adapter_is_refused(pop_file, tmp_path):
-    with pytest.raises(PopError, match="cannot be opened"):
-        opened(pop_file, lora_path=str(tmp_path / "nowhere.gguf"))
-
-
 def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
     model = opened(pop_file, keep_states=True)
     model.refiller.refill_answers(4)

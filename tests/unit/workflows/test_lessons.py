@@ -141,12 +141,13 @@ def test_after_a_new_start_it_learns_on(plain):
     again.read(Prompt(prompt(600, 9)))
 
 
-def test_a_user_who_reads_in_full_goes_on_doing_so(plain):
+def test_what_the_user_has_set_stays(plain):
     model, lessons = taught(plain)
     model.adopt(lessons.idle(never).sidecar)
     model.set_mode(Mode.OFF)
+    model.prompter.parse_special = True
     model.adopt(model.sidecar)
-    assert model.mode is Mode.OFF and not model.refills
+    assert model.mode is Mode.OFF and not model.refills and model.prompter.parse_special
 
 
 def test_what_is_forgotten_meanwhile_is_begun_anew(plain):
