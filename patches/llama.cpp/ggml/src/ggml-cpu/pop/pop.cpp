@@ -117,12 +117,16 @@ static const gemm * kernel_of(const ggml_tensor * op) {
     return is_enough ? g : nullptr;
 }
 
+constexpr int TASKS = 4; // for each thread, so that all end together; half of them where weights would be unpacked twice
+
 static int64_t n_tiles(const gemm & g, int64_t n_cols) {
     return (n_cols + g.n_cols - 1) / g.n_cols;
 }
 
-static int64_t n_panels(const gemm & g, const ggml_tensor * weights) {
-    return (weights->ne[1] + g.n_rows - 1) / g.n_rows;
+// rows of weights that one thread takes at a time: fewer where many threads share few
+static int64_t rows_at_once(const gemm & g, const ggml_tensor * op, int n_threads) {
+    const int64_t tasks = op->op == GGML_OP_MUL_MAT && n_threads > 1 ? TASKS * n_threads : 1;
+    return std::min<int64_t>(g.n_rows, GGML_PAD((op->ne[0] + tasks - 1) / tasks, 32));
 }
 
 // columns of a tensor of two to four dimensions, in the order of memory
@@ -152,15 +156,15 @@ struct product_work {
     }
 };
 
-static void multiply_panel(const gemm & g, const ggml_tensor * weights, int64_t matrix, int64_t panel, const product_work & w,
+static void multiply_rows(const gemm & g, const ggml_tensor * weights, int64_t matrix, int64_t row, int64_t n_rows, const product_work & w,
         int64_t first_tile, int64_t first_col, int64_t n_cols, int ith) {
     const int layout = layout_of(weights);
     const size_t stride = layout < X8 ? weights->nb[1] : row_bytes(layout, weights->ne[0]);
     gemm_share s;
-    s.row      = (size_t) panel * g.n_rows;
+    s.row      = (size_t) row;
     s.weights  = (const char *) weights->data + matrix * weights->nb[2] + s.row * stride;
     s.stride   = stride;
-    s.n_rows   = (int) std::min<int64_t>(g.n_rows, weights->ne[1] - (int64_t) s.row);
+    s.n_rows   = (int) std::min(n_rows, weights->ne[1] - row);
     s.n_blocks = (int) (weights->ne[0] / 32);
     s.tiles    = w.tiles + first_tile * w.tile;
     s.n_cols   = (int) n_cols;
@@ -199,8 +203,9 @@ static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_ten
     ggml_barrier(params->threadpool);
 
     // threads share a matrix of few rows by columns, too; each part unpacks its weights
-    const int64_t panels = n_panels(g, weights);
-    const int64_t parts  = params->nth == 1 ? 1 : (4 * params->nth + panels - 1) / panels;
+    const int64_t rows   = rows_at_once(g, op, params->nth);
+    const int64_t panels = (weights->ne[1] + rows - 1) / rows;
+    const int64_t parts  = params->nth == 1 ? 1 : (TASKS / 2 * params->nth + panels - 1) / panels;
     const int64_t step   = std::max<int64_t>(2, (tiles + parts - 1) / parts);
     for (int64_t i = params->ith;; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t tile = i / panels * step;
@@ -208,7 +213,7 @@ static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_ten
             break;
         }
         const int64_t first = tile * g.n_cols;
-        multiply_panel(g, weights, 0, i % panels, w, tile, first, std::min(step * g.n_cols, n_cols - first), params->ith);
+        multiply_rows(g, weights, 0, i % panels * rows, rows, w, tile, first, std::min(step * g.n_cols, n_cols - first), params->ith);
     }
 }
 
@@ -307,10 +312,11 @@ static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t panels = n_panels(g, weights);
+    const int64_t rows   = rows_at_once(g, op, params->nth);
+    const int64_t panels = (weights->ne[1] + rows - 1) / rows;
     for (int64_t i = params->ith; i < *w.n_experts * panels; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const expert & x = w.experts[i / panels];
-        multiply_panel(g, weights, x.matrix, i % panels, w.product, x.first_tile, x.first_col, x.n_cols, params->ith);
+        multiply_rows(g, weights, x.matrix, i % panels * rows, rows, w.product, x.first_tile, x.first_col, x.n_cols, params->ith);
     }
 }
 
