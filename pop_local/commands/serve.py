@@ -125,23 +125,18 @@ def serve_named(
     """
     _require_usage(to, how)
     _require_packages()
-    origins = [_origin(given) for given in to.cors or ()]
+    origins = tuple(map(_origin, to.cors or ()))
     listening = _bound(to.host, to.port)
     _log_to_stderr()
-    from pop_local.server.app import create_app_of, run_app
-    from pop_local.server.front import LOOPBACK
+    from pop_local.server.app import create_app, run_app
+    from pop_local.server.front import LOOPBACK, Entry
 
     if to.models is None:
         model = model or default_model()
     models = _models(model, to, Opener(model, how, asked, _n_parallel(to, how)))
     try:
-        app = create_app_of(
-            models,
-            api_key=to.api_key,
-            host=to.host,
-            strict_model=to.strict_model,
-            origins=origins,
-        )
+        entry = Entry(to.api_key, to.host, origins)
+        app = create_app(models, entry, strict_model=to.strict_model)
         try:
             listening.listen(128)
         except OSError as error:  # another program was faster
@@ -173,25 +168,26 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
     """Make the models of the server; MODEL is opened."""
     from pop_local.engine.cache.prompt_cache import PromptCache
     from pop_local.server.listing import File, find, models_in
-    from pop_local.server.models import Models, Opened, Shelf
+    from pop_local.server.models import Models, Shelf
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
-    def opened_by(name: str | None) -> Opened:
+    def opened_by(name: str | None) -> "PopModel":
         opened = opener(name)
         opened.keep_prompts(prompts)
-        return Opened(opened, opener.lessons(opened))
+        return opened
 
     how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
     if (folder := to.models) is None:
         assert model is not None
         one = opened_by(None)
-        name = to.name or _default_name(model, one.model.path)
-        return Models.of_one(File(name, one.model.path), one, **how)
+        name = to.name or _default_name(model, one.path)
+        return Models.of_one(File(name, one.path), one, opener.lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
     shelf = Shelf(
         lambda: models_in(folder),
         lambda path: opened_by(str(path)),
+        opener.lessons,
         opener.options.ctx,
         can_see=True,
         n_parallel=opener.n_parallel or 2,  # at most, where the model decides
@@ -232,7 +228,7 @@ def _default_name(model: str, path: Path) -> str:
 
 
 def _origin(given: str) -> str:
-    origin = given.strip().removesuffix("/")
+    origin = given.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
             f"{given!r} is no origin of web pages",

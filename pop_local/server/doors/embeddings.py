@@ -11,8 +11,8 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import EmbeddingsBody, Named
-from pop_local.server.doors.house import House
 from pop_local.server.replies import End, Json, OwnReply, total
 
 
@@ -58,8 +58,8 @@ class OneReply(OllamaReply):
 class Embeddings:
     """The endpoints."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, api: Api) -> None:
+        self._api = api
 
     @property
     def routes(self) -> list[Route]:
@@ -70,22 +70,22 @@ class Embeddings:
         ]
 
     async def create(self, request: Request) -> Response:
-        body = await self._house.read(request, EmbeddingsBody)
+        body = await self._api.read(request, EmbeddingsBody)
         return await self._answer(request, body, lambda name: EmbeddingsReply(name, body))
 
     async def embed(self, request: Request) -> Response:
-        body = await self._house.read(request, EmbeddingsBody)
+        body = await self._api.read(request, EmbeddingsBody)
         return await self._answer(request, body, OllamaReply)
 
     async def embed_one(self, request: Request) -> Response:
         """Ollama's older endpoint."""
-        asked = await self._house.read(request, OneText)
+        asked = await self._api.read(request, OneText)
         body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
         return await self._answer(request, body, OneReply)
 
     async def _answer(
         self, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
     ) -> Response:
-        served = await self._house.served(request, body.model)
+        served = await self._api.served(request, body.model)
         whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
-        return await self._house.answer(request, served, whole, make, reply(served.name))
+        return await self._api.answer(request, served, whole, make, reply(served.name))

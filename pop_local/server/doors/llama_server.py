@@ -17,8 +17,8 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob, TurnOptions
+from pop_local.server.api import Api
 from pop_local.server.bodies import CompletionBody, Lenient, Named, Sampling
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.models import Served
 from pop_local.server.replies import End, Json, OwnReply, chat_logprob, content_of
@@ -129,8 +129,8 @@ class LlamaReply(OwnReply):
 class LlamaServer:
     """The endpoints that are not OpenAI's."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, api: Api) -> None:
+        self._api = api
 
     @property
     def routes(self) -> list[Route]:
@@ -144,7 +144,7 @@ class LlamaServer:
         ]
 
     async def props(self, request: Request) -> Response:
-        served = await self._house.served(request, request.query_params.get("model"))
+        served = await self._api.served(request, request.query_params.get("model"))
         model = served.model
         template = model.prompter.template
         settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
@@ -164,8 +164,8 @@ class LlamaServer:
         )
 
     async def tokenize(self, request: Request) -> Response:
-        body = await self._house.read(request, TokenizeBody)
-        served = await self._house.served(request, body.model)
+        body = await self._api.read(request, TokenizeBody)
+        served = await self._api.served(request, body.model)
         model = served.model
 
         def work() -> list[Any]:
@@ -177,11 +177,11 @@ class LlamaServer:
             pieces = Pieces(model.context, range(model.context.n_vocab))
             return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
 
-        return JSONResponse({"tokens": await self._house.work(request, served, work)})
+        return JSONResponse({"tokens": await self._api.work(request, served, work)})
 
     async def detokenize(self, request: Request) -> Response:
-        body = await self._house.read(request, DetokenizeBody)
-        served = await self._house.served(request, body.model)
+        body = await self._api.read(request, DetokenizeBody)
+        served = await self._api.served(request, body.model)
 
         def work() -> str:
             served.tasks.check_tokens(body.tokens, "tokens")
@@ -189,19 +189,19 @@ class LlamaServer:
             pieces = Pieces(context, range(context.n_vocab))
             return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
 
-        return JSONResponse({"content": await self._house.work(request, served, work)})
+        return JSONResponse({"content": await self._api.work(request, served, work)})
 
     async def complete(self, request: Request) -> Response:
-        body = await self._house.read(request, LlamaBody)
-        served = await self._house.served(request, body.model)
+        body = await self._api.read(request, LlamaBody)
+        served = await self._api.served(request, body.model)
         make = served.tasks.completions
-        return await self._house.answer(request, served, body, make, _reply(served))
+        return await self._api.answer(request, served, body, make, _reply(served))
 
     async def infill(self, request: Request) -> Response:
-        body = await self._house.read(request, InfillBody)
-        served = await self._house.served(request, body.model)
+        body = await self._api.read(request, InfillBody)
+        served = await self._api.served(request, body.model)
         make = partial(_infilling, served)
-        return await self._house.answer(request, served, body, make, _reply(served))
+        return await self._api.answer(request, served, body, make, _reply(served))
 
 
 def _reply(served: Served) -> LlamaReply:

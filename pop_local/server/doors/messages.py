@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -21,7 +22,6 @@ from pop_local.server.bodies import (
     Named,
     require_supported,
 )
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.replies import End, EventReply, Json, arguments_of, encoded
 from pop_local.server.worker import Task
@@ -265,8 +265,8 @@ class MessagesReply(EventReply):
 class Messages:
     """The endpoints."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, api: Api) -> None:
+        self._api = api
 
     @property
     def routes(self) -> list[Route]:
@@ -276,17 +276,17 @@ class Messages:
         ]
 
     async def create(self, request: Request) -> Response:
-        body = await self._house.read(request, MessagesBody)
+        body = await self._api.read(request, MessagesBody)
         chat = await run_in_threadpool(lambda: body.as_chat)
-        served = await self._house.served(request, body.model)
+        served = await self._api.served(request, body.model)
         reply = MessagesReply(served.name)
-        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
+        return await self._api.answer(request, served, chat, served.tasks.chat, reply)
 
     async def count(self, request: Request) -> Response:
-        body = await self._house.read(request, CountBody)
+        body = await self._api.read(request, CountBody)
         chat = await run_in_threadpool(body.chat)
-        served = await self._house.served(request, body.model)
-        [task] = await self._house.made(request, served, chat, served.tasks.chat)
+        served = await self._api.served(request, body.model)
+        [task] = await self._api.made(request, served, chat, served.tasks.chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 
 

@@ -22,6 +22,7 @@ from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import (
     MAX_MESSAGES,
     MAX_TOOLS,
@@ -30,7 +31,6 @@ from pop_local.server.bodies import (
     Lenient,
     Named,
 )
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.listing import About
 from pop_local.server.pictures import MAX_PICTURES
@@ -229,8 +229,8 @@ class OllamaChatReply(OllamaReply):
 class Ollama:
     """The endpoints."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, api: Api) -> None:
+        self._api = api
 
     @property
     def routes(self) -> list[Route]:
@@ -247,38 +247,38 @@ class Ollama:
         return JSONResponse({"version": _VERSION, "pop_local": __version__})
 
     async def tags(self, request: Request) -> Response:
-        listed = await self._house.models.listed()
+        listed = await self._api.models.listed()
         return JSONResponse({"models": await run_in_threadpool(_cards, listed)})
 
     async def running(self, request: Request) -> Response:
         more = {"expires_at": _NEVER, "size_vram": 0}
-        cards = await run_in_threadpool(_cards, self._house.models.opened)
+        cards = await run_in_threadpool(_cards, self._api.models.opened)
         return JSONResponse({"models": [card | more for card in cards]})
 
     async def show(self, request: Request) -> Response:
-        body = await self._house.read(request, Named)
-        about = await self._house.models.about(self._house.file(request, body.model))
+        body = await self._api.read(request, Named)
+        about = await self._api.models.about(self._api.file(request, body.model))
         return JSONResponse(await run_in_threadpool(_shown, about))
 
     async def chat(self, request: Request) -> Response:
-        body = await self._house.read(request, OllamaChat)
+        body = await self._api.read(request, OllamaChat)
         ours = body.chat(body.messages, tools=body.tools) if body.messages else None
-        served = await self._house.served(request, body.model)
+        served = await self._api.served(request, body.model)
         reply = OllamaChatReply(served.name)
         if ours is None:
             return reply.nothing()
-        return await self._house.answer(request, served, ours, served.tasks.chat, reply)
+        return await self._api.answer(request, served, ours, served.tasks.chat, reply)
 
     async def generate(self, request: Request) -> Response:
-        body = await self._house.read(request, OllamaGenerate)
-        served = await self._house.served(request, body.model)
+        body = await self._api.read(request, OllamaGenerate)
+        served = await self._api.served(request, body.model)
         reply, tasks = OllamaReply(served.name), served.tasks
         if not (body.prompt or body.images or body.suffix):
             return reply.nothing()
         if body.raw or body.suffix:
             ours = body.completion()
-            return await self._house.answer(request, served, ours, tasks.completions, reply)
-        return await self._house.answer(request, served, body.as_chat(), tasks.chat, reply)
+            return await self._api.answer(request, served, ours, tasks.completions, reply)
+        return await self._api.answer(request, served, body.as_chat(), tasks.chat, reply)
 
 
 def _details(about: About) -> Json:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -24,7 +25,6 @@ from pop_local.server.bodies import (
     Named,
     require_supported,
 )
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.replies import End, EventReply, Json
 from pop_local.server.worker import Task
@@ -372,8 +372,8 @@ class ResponsesReply(EventReply):
 class Responses:
     """The endpoint."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, api: Api) -> None:
+        self._api = api
         self._memory = Memory()
 
     @property
@@ -381,12 +381,12 @@ class Responses:
         return [Route("/v1/responses", self.create, methods=["POST"])]
 
     async def create(self, request: Request) -> Response:
-        body = await self._house.read(request, ResponsesBody)
+        body = await self._api.read(request, ResponsesBody)
         earlier = self._memory.of(body.previous_response_id)
         chat = await run_in_threadpool(body.chat, earlier)
-        served = await self._house.served(request, body.model)
+        served = await self._api.served(request, body.model)
         reply = ResponsesReply(served.name, body, earlier, self._memory)
-        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
+        return await self._api.answer(request, served, chat, served.tasks.chat, reply)
 
 
 def _size(value: Any) -> int:
