@@ -2,13 +2,14 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from pop_local.config import settings
 from pop_local.ui import hints
 from pop_local.ui.errors import guard
 
@@ -31,25 +32,23 @@ class Entry:
 class LazyCommand(TyperCommand):
     """Stands in the group's listing; becomes the real command once it gets arguments.
 
-    `load` gives values for parameters by name; it is only called for a command that has one of
-    these `names`.
+    The settings are the defaults of its parameters. They are read for a command that has such
+    parameters only.
     """
 
-    def __init__(
-        self, entry: Entry, names: Collection[str], load: Callable[[], Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, entry: Entry) -> None:
         super().__init__(name=entry.name, help=entry.help)
-        self._entry, self._names, self._values = entry, names, load
+        self._entry = entry
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
         command = self._load()
         # Required arguments are never filled in: `rm` would take the default model.
-        wanted = {param.name for param in command.params if not param.required} & {*self._names}
+        wanted = {param.name for param in command.params if not param.required} & {*settings.KEYS}
         # Completion and help work whatever the values are.
         if wanted and not extra.get("resilient_parsing") and not {*args} & {*HELP_OPTIONS}:
-            values = self._values().items()
+            values = settings.given().items()
             extra["default_map"] = {name: value for name, value in values if name in wanted}
         given = [*args]  # which parsing takes apart
         try:
@@ -82,18 +81,13 @@ def _paragraphs(docstring: str | None) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-def lazy_group(
-    entries: Sequence[Entry], names: Collection[str], load: Callable[[], Mapping[str, Any]]
-) -> type[TyperGroup]:
-    """Return a group class of these commands, for `typer.Typer(cls=...)`.
-
-    `load` gives values for parameters of these `names`, used where no flag is given.
-    """
+def lazy_group(entries: Sequence[Entry]) -> type[TyperGroup]:
+    """Return a group class of these commands, for `typer.Typer(cls=...)`."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
-            self.commands = {entry.name: LazyCommand(entry, names, load) for entry in entries}
+            self.commands = {entry.name: LazyCommand(entry) for entry in entries}
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if words := not ctx.resilient_parsing and hints.FOREIGN_COMMANDS.get(args[0]):

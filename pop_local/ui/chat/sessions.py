@@ -11,7 +11,6 @@ from pop_local.base.numbers import size
 from pop_local.config.settings import sessions_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.refill import finish
-from pop_local.ui.chat.screen import Choice
 
 if TYPE_CHECKING:
     from pop_local.engine.sessions.session_file import Sessions
@@ -29,7 +28,7 @@ def save(chat: Dialogue, name: str) -> None:
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
-        choices = [Choice("r", "replace it"), Choice("k", "keep it, save nothing")]
+        choices = {"r": "replace it", "k": "keep it, save nothing"}
         if chat.screen.choose(f"There is a session {name} already.", choices) != "r":
             chat.refuse("Nothing is saved.")
             return

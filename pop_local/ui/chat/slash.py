@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pop_local.base.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
-from pop_local.ui.chat import attach, images, params, refill, sessions
+from pop_local.ui.chat import attach, params, refill, sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.views.stats import learned_lines, session_lines
 
@@ -124,7 +124,7 @@ def _context(chat: Dialogue, argument: str) -> None:
     if chat.documents:
         attach.attach_file(chat, "")
     if chat.pictures:
-        images.attach_image(chat, "")
+        attach.attach_image(chat, "")
 
 
 def _help(chat: Dialogue, argument: str) -> None:
@@ -168,7 +168,7 @@ COMMANDS = {
     "/stats": Command("/stats", "figures of the last answer and of all", _stats),
     "/context": Command("/context", "what fills the context", _context),
     "/file": Command("/file PATH", "read a file with the next question", attach.attach_file),
-    "/image": Command("/image PATH", "show a picture with the next question", images.attach_image),
+    "/image": Command("/image PATH", "show a picture with the next question", attach.attach_image),
     "/glob": Command("/glob PATTERN", "read several files", attach.attach_glob),
     "/retry": Command("/retry", "answer the last question again", _retry),
     "/undo": Command("/undo", "drop the last question and its answer", _undo),

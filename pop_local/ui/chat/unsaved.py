@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 
 from pop_local.base.output import make_private
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error
 
 if TYPE_CHECKING:
@@ -25,11 +24,7 @@ if TYPE_CHECKING:
     from pop_local.engine.sessions.conversation import Conversation
     from pop_local.engine.sessions.session_file import SavedFile
 
-_CHOICES = (
-    Choice("g", "go on with it"),
-    Choice("d", "delete it"),
-    Choice("k", "keep it, to be asked again"),
-)
+_CHOICES = {"g": "go on with it", "d": "delete it", "k": "keep it, to be asked again"}
 
 
 class Unsaved:
