@@ -1,9 +1,11 @@
 """The routes: `create_app` makes a Starlette application of models, `run_app` serves it."""
 
+import ctypes
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from types import FrameType
 
@@ -26,13 +28,14 @@ from pop_local.server.doors.ollama import Ollama
 from pop_local.server.doors.responses import Responses
 from pop_local.server.errors import as_api_error
 from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
-from pop_local.server.memory import return_large_blocks
 from pop_local.server.models import Models
 from pop_local.server.page import routes as page
 
 _LAST_WORDS_S = 5
 _AT_LAST_S = 8.0
 _BACKLOG = 128
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_LARGE_BYTES = 1 << 20
 
 log = logging.getLogger("pop_local.server")
 
@@ -118,7 +121,7 @@ def _end(sig: int) -> None:
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
     """Serve until a signal, and raise what it raises once nobody uses the model any more."""
-    return_large_blocks()
+    _return_large_blocks()
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -142,3 +145,14 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         server.models.join()
         if server.end is not None:
             server.end.cancel()
+
+
+def _return_large_blocks() -> None:
+    """Have this process give freed blocks of 1 MiB and more back to the system.
+
+    glibc raises that limit to the largest block that was freed, 32 MiB at most. Smaller blocks come
+    from heaps, where a cache's states of all sizes leave gaps as large as themselves. Without glibc
+    this does nothing.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -5,8 +5,7 @@ length has a limit.
 """
 
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -79,16 +78,20 @@ class Lenient(BaseModel):
 
 
 class Named(Lenient):
-    """A request to a model; None: to the one that is here."""
+    """A request to a model; None: to the one that is here.
 
+    `unsupported`: fields that would change the answer, and cannot.
+    """
+
+    unsupported: ClassVar[tuple[str, ...]] = ()
     model: str | None = None
 
-
-def require_supported(body: Lenient, unsupported: Iterable[str]) -> None:
-    """Raises ValueError for a field that would change the answer, and cannot."""
-    for name in unsupported:
-        if (body.model_extra or {}).get(name):
-            raise ValueError(f"{name} is not supported")
+    @model_validator(mode="after")
+    def _is_supported(self) -> "Named":
+        for name in self.unsupported:
+            if (self.model_extra or {}).get(name):
+                raise ValueError(f"{name} is not supported")
+        return self
 
 
 class StreamOptions(Lenient):
@@ -241,6 +244,7 @@ class Body(Named, Sampling):
     `repetition_penalty` mlx-lm's name of `repeat_penalty`.
     """
 
+    unsupported: ClassVar[tuple[str, ...]] = _UNSUPPORTED
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)
@@ -282,9 +286,8 @@ class Body(Named, Sampling):
         return self.grammar is not None or (form is not None and form.wanted is not None)
 
     @model_validator(mode="after")
-    def _is_supported(self) -> "Body":
+    def _is_usual(self) -> "Body":
         extra = self.model_extra or {}
-        require_supported(self, _UNSUPPORTED)
         for name, usual in _USUAL.items():
             if extra.get(name) not in (None, *usual):
                 raise ValueError(

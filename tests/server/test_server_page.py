@@ -198,7 +198,7 @@ def test_a_reader_that_takes_too_long_is_ended(monkeypatch, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text " * 1_000_000)
     with pytest.raises(Exception, match=r"reading story takes more than 0 s"):
-        slow.text(path, "story")
+        slow.read("text", path, "story")
     slow.close()
 
 
@@ -210,7 +210,7 @@ def test_no_document_is_longer_than_any_context(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("x" * (reader.MAX_CHARACTERS + 1))
     with pytest.raises(Exception, match=r"^a\.txt has 8,000,001 characters, more than any context"):
-        reader.reader.text(path, "a.txt")
+        reader.reader.read("text", path, "a.txt")
 
 
 def test_the_browser_is_opened_at_the_page(path, monkeypatch):

@@ -25,7 +25,6 @@ from pop_local.server.replies import End, Json, OwnReply, chat_logprob, content_
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
-_UNSUPPORTED = ("return_tokens", "post_sampling_probs")
 # Editors send these for their own comfort: the same answer comes without them, perhaps longer.
 _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
@@ -33,14 +32,13 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 class LlamaBody(CompletionBody):
     """/completion: OpenAI's fields by other names. `n_predict` 0 elsewhere only fills the cache."""
 
+    unsupported = (*CompletionBody.unsupported, "return_tokens", "post_sampling_probs")
+
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        for name in _UNSUPPORTED:
-            if given.get(name):
-                raise ValueError(f"{name} is not supported")
         renamed = {"n": given.get("n_cmpl"), "logprobs": given.get("n_probs") or None}
         if (schema := given.get("json_schema")) is not None:
             form = {"type": "json_schema", "json_schema": {"schema": schema}}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,19 +20,13 @@ from pop_local.server.bodies import (
     ChatBody,
     Lenient,
     Named,
-    require_supported,
+    TextPart,
 )
 from pop_local.server.errors import ApiError
 from pop_local.server.replies import End, EventReply, Json, arguments_of, encoded
 from pop_local.server.worker import Task
 
-_UNSUPPORTED = ("mcp_servers", "container")
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
-
-
-class Text(Lenient):
-    type: Literal["text"]
-    text: str
 
 
 class Base64(Lenient):
@@ -74,16 +68,16 @@ def _blocks(kind: Any) -> Any:
 class Result(Lenient):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: _blocks(Text | Image) = Field(default_factory=list)  # type: ignore[valid-type]
+    content: _blocks(TextPart | Image) = Field(default_factory=list)  # type: ignore[valid-type]
 
 
 class Said(Lenient):
     role: Literal["user", "assistant", "system"]
-    content: _blocks(Text | Image | Use | Result | Thinking)  # type: ignore[valid-type]
+    content: _blocks(TextPart | Image | Use | Result | Thinking)  # type: ignore[valid-type]
 
     def as_ours(self) -> Iterator[Json]:
         """A chat's messages: results come before the user's own words."""
-        shown = [block for block in self.content if isinstance(block, Text | Image)]
+        shown = [block for block in self.content if isinstance(block, TextPart | Image)]
         for block in self.content:
             if isinstance(block, Result):
                 parts = [_part(one) for one in block.content]
@@ -127,19 +121,15 @@ class Choice(Lenient):
 class CountBody(Named):
     """`thinking`, `metadata`, `cache_control` and other fields change nothing."""
 
+    unsupported = ("mcp_servers", "container")
     messages: Annotated[list[Said], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-    system: _blocks(Text) = Field(default_factory=list)  # type: ignore[valid-type]
+    system: _blocks(TextPart) = Field(default_factory=list)  # type: ignore[valid-type]
     tools: Annotated[
         list[Tool] | None,
         Field(fail_fast=True, max_length=MAX_TOOLS),
         BeforeValidator(_without_built_in),
     ] = None
     tool_choice: Choice | None = None
-
-    @model_validator(mode="after")
-    def _is_supported(self) -> "CountBody":
-        require_supported(self, _UNSUPPORTED)
-        return self
 
     def chat(self, **more: Any) -> ChatBody:
         """The same as a chat."""
@@ -290,8 +280,8 @@ class Messages:
         return JSONResponse({"input_tokens": len(task.prompt)})
 
 
-def _part(block: Text | Image) -> Json:
-    if isinstance(block, Text):
+def _part(block: TextPart | Image) -> Json:
+    if isinstance(block, TextPart):
         return {"type": "text", "text": block.text}
     url = f"data:{block.source.media_type};base64,{block.source.data}"
     return {"type": "image_url", "image_url": {"url": url}}

@@ -129,7 +129,7 @@ class OllamaGenerate(OllamaBody):
     context: list[int] | None = None
 
     @model_validator(mode="after")
-    def _is_supported(self) -> "OllamaGenerate":
+    def _is_answered(self) -> "OllamaGenerate":
         if self.template:
             raise ValueError("template is not supported: the model's own is used")
         if self.context:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,16 +23,11 @@ from pop_local.server.bodies import (
     ChatBody,
     Lenient,
     Named,
-    require_supported,
 )
 from pop_local.server.errors import ApiError
 from pop_local.server.replies import End, EventReply, Json
 from pop_local.server.worker import Task
 
-_UNSUPPORTED = (
-    *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
-    *("stop", "seed", "logit_bias"),
-)
 # Conversations that `previous_response_id` may go on from, in characters of their messages.
 _MOST_REMEMBERED = 1 << 25
 
@@ -142,6 +137,10 @@ def _without_built_in(tools: Any) -> Any:
 class ResponsesBody(Named):
     """`metadata`, `user`, `store`, `reasoning` and other fields change nothing."""
 
+    unsupported = (
+        *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
+        *("stop", "seed", "logit_bias"),
+    )
     input: Annotated[
         list[Item], Field(fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_as_items)
     ]
@@ -161,11 +160,6 @@ class ResponsesBody(Named):
     parallel_tool_calls: bool | None = None
     text: Wanted | None = None
     pop: bool | None = None
-
-    @model_validator(mode="after")
-    def _is_supported(self) -> "ResponsesBody":
-        require_supported(self, _UNSUPPORTED)
-        return self
 
     def chat(self, earlier: Sequence[Json]) -> ChatBody:
         """The same as a chat that goes on from these messages."""
