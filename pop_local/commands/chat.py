@@ -24,7 +24,6 @@ _PORT = 8081
 
 
 def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
-    """Serve the page to this machine, and open it."""
     no_effect = asked & {"system", "theme", *(each.name for each in fields(opt.SamplingOptions))}
     if no_effect:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))

@@ -32,8 +32,6 @@ from pop_local.workflows.options import RowOptions
 
 
 class QualityName(str, Enum):
-    """The named budgets."""
-
     NEAR_LOSSLESS = NEAR_LOSSLESS.quality
     BALANCED = BALANCED.quality
     FAST = FAST.quality
@@ -42,8 +40,6 @@ class QualityName(str, Enum):
 
 @dataclass(frozen=True)
 class HowOptions(Group):
-    """The output, and how it is made."""
-
     quality: QualityName | None = option(
         f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or --boundary.",
     )
@@ -79,8 +75,6 @@ def _limit(unit: str, words: str) -> Any:
 
 @dataclass(frozen=True)
 class LimitOptions(Group):
-    """Limits instead of a named budget."""
-
     panel: ClassVar[str] = "Limits of your own"
 
     max_kl: float | None = _limit("NATS", "KL divergence from the full model.")
@@ -92,8 +86,6 @@ class LimitOptions(Group):
 
 @dataclass(frozen=True)
 class FullRowOptions(Group):
-    """Tokens of a prompt that run in full."""
-
     panel: ClassVar[str] = "Tokens in full"
 
     sink: int = option("First tokens of a prompt.", min=0, default=PopMeta.sink_tokens)
@@ -109,14 +101,11 @@ class FullRowOptions(Group):
 
     @property
     def rows(self) -> RowOptions:
-        """The same for a workflow."""
         return RowOptions(self.sink, self.tail, self.min_prompt, opt.selected(self.select) or 0.0)
 
 
 @dataclass(frozen=True)
 class ConvertFitOptions(opt.FittingOptions):
-    """How projections are fitted."""
-
     mmproj: Path | None = option("Fit on pictures, too, as this mmproj shows them.", "FILE")
     images: Path | None = option("Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR")
     distill_tokens: int | None = option(

@@ -20,15 +20,11 @@ if TYPE_CHECKING:
 
 
 class BaselineName(str, Enum):
-    """Baselines to compare pruning with."""
-
     ALWAYS_SKIP = view.ALWAYS_SKIP
 
 
 @dataclass(frozen=True)
 class WindowOptions(Group):
-    """The text and the documents."""
-
     text: Path | None = option("Held-out text. Default: our own.", "FILE")
     context: int = option("Tokens to prune in each window.", min=2, default=512)
     continuation: int = option("Tokens to score after them.", min=2, default=128)
@@ -42,8 +38,6 @@ class WindowOptions(Group):
 
 @dataclass(frozen=True)
 class AblationOptions(Group):
-    """Other ways to prune, and what to compare with."""
-
     panel: ClassVar[str] = "Ablations and yardsticks"
 
     select: str | None = option(opt.SELECT, "SHARE")
@@ -62,8 +56,6 @@ class AblationOptions(Group):
 
 @dataclass(frozen=True)
 class EvalFitOptions(opt.FittingOptions):
-    """How projections are fitted."""
-
     ridge: float | None = option(
         f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
         min=0.0,

@@ -104,16 +104,12 @@ class RefillName(str, Enum):
 
 
 class Switch(str, Enum):
-    """Something that is done, or not."""
-
     ON = "on"
     OFF = "off"
 
 
 @dataclass(frozen=True)
 class ProcessorOptions(Group):
-    """The processors of this machine."""
-
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(_THREADS, **_CORES)
@@ -123,14 +119,11 @@ class ProcessorOptions(Group):
 
     @property
     def hardware(self) -> Hardware:
-        """The same for a workflow."""
         return Hardware(self.threads, self.gpu_layers)
 
 
 @dataclass(frozen=True)
 class HardwareOptions(ProcessorOptions):
-    """Processors of this machine and others."""
-
     rpc: str | None = option(
         "Machines that hold the layers, each with `pop-local rpc-server` running.",
         "HOST:PORT,...",
@@ -163,8 +156,6 @@ class MeasureOptions(HardwareOptions):
 
 @dataclass(frozen=True)
 class PictureOptions(Group):
-    """How a model sees."""
-
     panel: ClassVar[str] = "Pictures"
 
     mmproj: Path | None = option(MMPROJ, "FILE")
@@ -214,8 +205,6 @@ class ModelOptions(OpenOptions, PictureOptions):
 
 @dataclass(frozen=True)
 class SamplingOptions(Group):
-    """How answers are sampled."""
-
     panel: ClassVar[str] = "Answers"
 
     max_tokens: int | None = option("Longest answer. Default: what the context holds.", min=1)
@@ -259,8 +248,6 @@ class FittingOptions(Group):
 
 @dataclass(frozen=True)
 class BoundaryOptions(Group):
-    """A boundary by name or by share."""
-
     skip: str | None = option("Layers to skip: 1/3, 0.33, or a number.", "SHARE")
     boundary: int | None = option("The first layer to skip, instead of --skip.", "LAYER")
 

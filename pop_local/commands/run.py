@@ -120,7 +120,6 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 
 def _piped() -> bytes:
-    """Read stdin to its end."""
     timer = threading.Timer(
         _PATIENCE_S, note, ["Waiting for the end of the piped text; < /dev/null if there is none."]
     )
@@ -153,7 +152,6 @@ def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:
 
 
 def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> dict[str, Any]:
-    """The answer and its figures as one object."""
     pieces = list(chunks)
     stats = pieces[-1].stats
     assert stats is not None, "the last chunk carries the figures"

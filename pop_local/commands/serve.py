@@ -30,8 +30,6 @@ _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 @dataclass(frozen=True)
 class ServerOptions(Group):
-    """Who is served, and how."""
-
     host: str = option("Address to listen on; 0.0.0.0 for all networks.", default="127.0.0.1")
     port: int = option("0 takes any free one.", min=0, max=65535, default=8080)
     api_key: str = option(

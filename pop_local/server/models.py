@@ -150,7 +150,6 @@ class Models:
     # By name
 
     def find(self, name: str | None) -> File | None:
-        """Return the model of that name, None for none."""
         return find(name, self.shelf.files()) if name else None
 
     @property
@@ -184,7 +183,6 @@ class Models:
 
     @property
     def opened(self) -> list[About]:
-        """Describe the open models."""
         return [About.of_model(served.name, served.model) for served in self.loaded]
 
     async def about(self, file: File) -> About:
@@ -380,7 +378,6 @@ class Models:
                 served.worker.join()
 
     def close(self) -> None:
-        """Stop, and close all models."""
         self.stop()
         self.join()
         for served in self.loaded:

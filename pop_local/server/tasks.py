@@ -99,7 +99,6 @@ class Tasks:
         return [one for task in tasks for one in _seeded(task, body.n)]
 
     def embeddings(self, body: EmbeddingsBody) -> list[Task]:
-        """Make a task for each text."""
         if body.dimensions not in (None, n_embd := self._model.context.n_embd):
             message = f"dimensions must be {n_embd}: the vectors of this model are not cut"
             raise ApiError(400, message, param="dimensions")

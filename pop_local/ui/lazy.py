@@ -25,7 +25,6 @@ class Entry:
     help: str
 
     def function(self) -> Any:
-        """Return the function or app of this name, with an underscore for each hyphen."""
         return getattr(importlib.import_module(self.module), self.name.replace("-", "_"))
 
 

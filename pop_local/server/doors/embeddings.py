@@ -56,8 +56,6 @@ class OneReply(OllamaReply):
 
 
 class Embeddings:
-    """The endpoints."""
-
     def __init__(self, api: Api) -> None:
         self._api = api
 

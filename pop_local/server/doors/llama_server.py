@@ -125,8 +125,6 @@ class LlamaReply(OwnReply):
 
 
 class LlamaServer:
-    """The endpoints that are not OpenAI's."""
-
     def __init__(self, api: Api) -> None:
         self._api = api
 

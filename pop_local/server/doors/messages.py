@@ -132,7 +132,6 @@ class CountBody(Named):
     tool_choice: Choice | None = None
 
     def chat(self, **more: Any) -> ChatBody:
-        """The same as a chat."""
         system = [{"role": "system", "content": [_part(block) for block in self.system]}]
         said = [message for one in self.messages for message in one.as_ours()]
         asked: Json = {"messages": [*system[: len(self.system)], *said], "model": self.model}
@@ -253,8 +252,6 @@ class MessagesReply(EventReply):
 
 
 class Messages:
-    """The endpoints."""
-
     def __init__(self, api: Api) -> None:
         self._api = api
 

@@ -227,8 +227,6 @@ class OllamaChatReply(OllamaReply):
 
 
 class Ollama:
-    """The endpoints."""
-
     def __init__(self, api: Api) -> None:
         self._api = api
 

@@ -364,8 +364,6 @@ class ResponsesReply(EventReply):
 
 
 class Responses:
-    """The endpoint."""
-
     def __init__(self, api: Api) -> None:
         self._api = api
         self._memory = Memory()

@@ -77,7 +77,6 @@ class Dialogue:
         return self.session.model
 
     def pop_state(self) -> str:
-        """Say in a sentence whether prompts are pruned."""
         if self.model.exact:
             return self._exact_state()
         if not self.model.boundary:
@@ -136,7 +135,6 @@ class Dialogue:
         return True
 
     def warn_of_base(self) -> None:
-        """Warn if the model was never taught to answer."""
         if not self.model.prompter.has_template:
             self.screen.warn(
                 "This is a base model without a chat template:"
@@ -144,7 +142,6 @@ class Dialogue:
             )
 
     def warn_of_blindness(self) -> None:
-        """Warn if the conversation has pictures that the model cannot be shown."""
         if self.session.conversation.pictures and not self.model.can_see:
             self.screen.warn(
                 "This model is open without an mmproj, and cannot see the pictures of the"
@@ -164,13 +161,11 @@ class Dialogue:
 
     @property
     def n_answer(self) -> int:
-        """The room that an answer needs at least."""
         return least_answer(self.sampling.get("max_tokens"), self.model.n_ctx)
 
     # The conversation
 
     def resume(self, session: ChatSession, saved_as: str) -> None:
-        """Go on with a session that was saved."""
         self.forget()
         self.session, self.saved_as = session, saved_as
 

@@ -27,12 +27,10 @@ class Room:
 
 
 def least_answer(max_tokens: int | None, n_ctx: int) -> int:
-    """Return how many tokens an answer needs at least."""
     return min(max_tokens or ANSWER_TOKENS, ANSWER_TOKENS, max(1, n_ctx // 8))
 
 
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> Room:
-    """Ask the user how to make room for the question that was dropped."""
     message = (
         f"The context is too small by {error.n_short:,} tokens: the conversation and this question"
         f" have {error.n_prompt:,}, an answer needs {error.n_answer:,} or more,"

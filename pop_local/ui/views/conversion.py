@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 def show_plan(conversion: Conversion) -> None:
-    """Show the plan, before anything begins."""
     plan, first, limits = conversion.deepest, conversion.plans[0], conversion.goal.limits
     budget = [] if limits is None else [budget_fact(limits)]
     fits = fit_facts(conversion)
@@ -51,7 +50,6 @@ def show_plan(conversion: Conversion) -> None:
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
-    """Show the choice, its figures and the file."""
     if done.trials:
         show_trials(done.trials)
     is_known = conversion.goal.is_named and not done.trials
@@ -98,7 +96,6 @@ def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
 
 
 def _wished(conversion: Conversion) -> Plan:
-    """The deepest plan, distilled if that is asked for."""
     return replace(conversion.deepest, is_distilled=conversion.is_distilled)
 
 
@@ -202,7 +199,6 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
-    """Which tokens of a prompt run in full."""
     ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
     if not rows.select:
         return "Always in full", ends

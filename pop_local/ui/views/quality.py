@@ -49,7 +49,6 @@ def figures(quality: Quality | Recall | SecondTurn) -> dict[str, Any]:
 
 
 def text_json(text: Text) -> dict[str, str]:
-    """The text that was measured on."""
     return {"name": text.name, "sha256": text.sha256}
 
 
@@ -62,13 +61,11 @@ class Beside:
 
 
 def evaluation_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
-    """The only boundary as one object."""
     second = beside.second_turn and figures(beside.second_turn)
     return _json_head(found, beside) | _row_json(found.rows[0]) | {"second_turn": second}
 
 
 def sweep_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
-    """All boundaries, in a list of rows."""
     return _json_head(found, beside) | {"rows": [_row_json(row) for row in found.rows]}
 
 
@@ -86,7 +83,6 @@ def _json_head(found: Evaluation, beside: Beside) -> dict[str, Any]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    """The figures of pruning, and those of the baseline in an object with its name."""
     always = row.always_skip
     return {
         "n_skipped": row.n_skipped,

@@ -13,12 +13,10 @@ if TYPE_CHECKING:
 
 
 def speed_json(found: Speed) -> dict[str, object]:
-    """The rows as one object."""
     return vars(found.bench) | {"upstream": found.upstream, "rows": found.rows}
 
 
 def show_speed(found: Speed) -> None:
-    """A table with one row for each prompt length."""
     bench = found.bench
     layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
     layers += ", exactly" if bench.is_exact else ""
@@ -46,7 +44,6 @@ def gain_json(found: BreakEven) -> dict[str, object]:
 
 
 def show_gain(found: BreakEven, n_longest: int) -> None:
-    """A table with one row for each length tried, and what to make of it."""
     bench = found.bench
     say(f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}")
     say("Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.\n")
