@@ -58,7 +58,7 @@ def chat(
     web: Annotated[
         bool, typer.Option("--web", help="In the browser, on a page that this program serves.")
     ] = False,
-    opened: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
+    opened: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
@@ -69,9 +69,9 @@ def chat(
         return
     screen = Screen(look(theme))
     # A pipe does not wait: its next line is there already.
-    if not sys.stdin.isatty() and opened.refill is opt.RefillName.IDLE:
+    if not sys.stdin.isatty() and opened.refill == "idle":
         opened = without_refill(opened, "piped lines do not wait", asked)
-        opened = replace(opened, learn=opt.Switch.OFF)
+        opened = replace(opened, learn="off")
     open_named = Opener(model or default_model(), opened, asked)
     begun = Dialogue(
         open_named(),
@@ -79,7 +79,7 @@ def chat(
         screen,
         system=system,
         sampling=sampling.given,
-        refill=opened.refill.value,
+        refill=opened.refill,
         teach=open_named.lessons,
     )
     begun.warn_of_base()

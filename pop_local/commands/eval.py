@@ -1,9 +1,8 @@
 """`pop-local eval MODEL`: what pruning costs in quality, measured against the full model."""
 
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
@@ -17,10 +16,6 @@ from pop_local.ui.watch import stoppable_watch
 
 if TYPE_CHECKING:
     from pop_local.workflows.conversion.goals import Named
-
-
-class BaselineName(str, Enum):
-    ALWAYS_SKIP = view.ALWAYS_SKIP
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class AblationOptions(Group):
     tail: int | None = option("Last context tokens in full, likewise.", min=0)
     no_boundary: bool = option("Prune the context's last token as well.", default=False)
     second_turn: bool = option("Also the answer after that, refilled or not.", default=False)
-    baseline: BaselineName | None = option(
+    baseline: Literal["always-skip"] | None = option(
         "Compare with skipping the same layers for every token, answers too."
     )
     yardstick: bool = option(
@@ -118,7 +113,7 @@ def eval(  # noqa: A001
         n_documents=on.documents or EvaluateOptions.n_documents,
         select=opt.selected(ablation.select),
         n_refilled=ablation.refill,
-        baseline=None if ablation.baseline is None else "always-skip",
+        baseline=ablation.baseline,
         sink_tokens=ablation.sink,
         tail_tokens=ablation.tail,
         n_ctx=measured.n_ctx,

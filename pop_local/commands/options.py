@@ -4,9 +4,8 @@ import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -95,19 +94,6 @@ Theme = Annotated[
 Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
 
 
-class RefillName(str, Enum):
-    """When pruned tokens run the layers that they skipped."""
-
-    IDLE = "idle"
-    ANSWER = "answer"
-    OFF = "off"
-
-
-class Switch(str, Enum):
-    ON = "on"
-    OFF = "off"
-
-
 @dataclass(frozen=True)
 class ProcessorOptions(Group):
     panel: ClassVar[str] = "Hardware"
@@ -187,14 +173,14 @@ class ModelOptions(OpenOptions, PictureOptions):
 
     full: bool = option("Read prompts in full, without pruning.", default=False)
     select: str | None = option(SELECT, "SHARE")
-    refill: RefillName = option(
+    refill: Literal["idle", "answer", "off"] = option(
         "When pruned tokens run the skipped layers: while nothing is asked, also with each token of"
         " an answer, or never.",
-        default=RefillName.OFF,
+        default="off",
     )
-    learn: Switch = option(
+    learn: Literal["on", "off"] = option(
         "Learn from what is read, to read it faster later; sums are kept, no text.",
-        default=Switch.OFF,
+        default="off",
     )
     parse_special: bool = option(
         "Special tokens that messages and documents spell out act as such: only for text that you"

@@ -77,7 +77,7 @@ def run(
     messages = Conversation(system, (turn,)).messages
     screen = Screen(look(theme))
     asked = opt.given_names(call)
-    if how.full or how.refill is opt.RefillName.IDLE:
+    if how.full or how.refill == "idle":
         why = "--full prunes nothing" if how.full else "one question is asked"
         how = without_refill(how, why, asked)
     opened = Opener(model, how, asked)()

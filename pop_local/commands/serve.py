@@ -101,7 +101,7 @@ def serve(
     ] = None,
     *,
     to: ServerOptions,
-    how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
+    how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
 ) -> None:
     """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's, and a page.
 
@@ -209,7 +209,7 @@ def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     reasons = {
         "--repeatable": to.repeatable,
         "--select": opt.selected(how.select),
-        "--refill answer": how.refill is opt.RefillName.ANSWER,
+        "--refill answer": how.refill == "answer",
     }
     one = next((name for name, is_so in reasons.items() if is_so), None)
     if one is not None and (to.parallel or 1) > 1:

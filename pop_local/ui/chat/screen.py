@@ -8,21 +8,22 @@ from pop_local.base.errors import PopError
 from pop_local.ui import errors
 from pop_local.ui.chat.answer import AnswerView, MarkdownAnswer, PlainAnswer
 from pop_local.ui.progress import Advance, prefill_progress
-from pop_local.ui.theme import Look, note, out, warn
+from pop_local.ui.theme import note, out, warn
 
 
 class Screen:
     """The screen of a conversation; in a pipe the answers alone come out on stdout."""
 
-    def __init__(self, look: Look) -> None:
-        self._look = look
+    def __init__(self, code_theme: str) -> None:
+        """`code_theme`: see `theme.look`."""
+        self._code_theme = code_theme
         self._answer: AnswerView | None = None
 
     def text(self, piece: str) -> None:
         if self._answer is None:
             self._answer = PlainAnswer(sys.stdout)
-            if self._look.is_markdown:
-                self._answer = MarkdownAnswer(out, self._look.code_theme)
+            if self._code_theme:
+                self._answer = MarkdownAnswer(out, self._code_theme)
         self._answer.push(piece)
 
     def end_answer(self) -> None:
