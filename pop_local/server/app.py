@@ -21,11 +21,7 @@ from starlette.routing import Route
 from pop_local.base.errors import PopError
 from pop_local.server.api import Api
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
-from pop_local.server.doors.embeddings import Embeddings
-from pop_local.server.doors.llama_server import LlamaServer
-from pop_local.server.doors.messages import Messages
-from pop_local.server.doors.ollama import Ollama
-from pop_local.server.doors.responses import Responses
+from pop_local.server.doors import embeddings, llama_server, messages, ollama, responses
 from pop_local.server.errors import as_api_error
 from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.models import Models
@@ -56,11 +52,11 @@ def create_app(models: Models, entry: Entry, *, strict_model: bool = False) -> S
         Route("/v1/models/{name:path}", api.one_model),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
-        *Ollama(api).routes,
-        *LlamaServer(api).routes,
-        *Responses(api).routes,
-        *Messages(api).routes,
-        *Embeddings(api).routes,
+        *ollama.routes(api),
+        *llama_server.routes(api),
+        *responses.routes(api),
+        *messages.routes(api),
+        *embeddings.routes(api),
         *page.routes(),
     ]
     app = Starlette(

@@ -29,34 +29,15 @@ MAX_PARTS = 1_000
 MAX_TOOLS = 256
 
 _UNSUPPORTED = (
-    "functions",
-    "logit_bias",
-    "suffix",
-    "audio",
-    "web_search_options",
-    "prediction",
-    "json_schema",
-    "chat_template_kwargs",
-    "ignore_eos",
-    "mirostat",
-    "dry_multiplier",
-    "xtc_probability",
-    "min_tokens",
-    "stop_token_ids",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-    "dynatemp_range",
-    "bad_words",
-    "use_beam_search",
-    "truncate_prompt_tokens",
-    "lora",
-    "continue_final_message",
-    "samplers",
-    "n_indent",
-    "include_stop_str_in_output",
+    # OpenAI's
+    *("functions", "logit_bias", "suffix", "audio", "web_search_options", "prediction"),
+    # llama-server's
+    *("json_schema", "ignore_eos", "mirostat", "dry_multiplier", "xtc_probability"),
+    *("dynatemp_range", "lora", "samplers", "n_indent"),
+    # vLLM's
+    *("chat_template_kwargs", "min_tokens", "stop_token_ids", "guided_json", "guided_regex"),
+    *("guided_choice", "guided_grammar", "structured_outputs", "bad_words", "use_beam_search"),
+    *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
 )
 # Values that ask for what the server does anyway.
 _USUAL: dict[str, tuple[Any, ...]] = {
@@ -178,6 +159,17 @@ class Function(Lenient):
 class SentTool(Lenient):
     type: Literal["function"]
     function: Function
+
+
+def tools_of(*types: str | None) -> BeforeValidator:
+    """Keep the tools of these types: others would run on their makers' machines."""
+
+    def kept(tools: Any) -> Any:
+        if not isinstance(tools, list):
+            return tools
+        return [one for one in tools if not isinstance(one, dict) or one.get("type") in types]
+
+    return BeforeValidator(kept)
 
 
 class NamedFunction(Lenient):

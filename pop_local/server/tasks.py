@@ -67,7 +67,7 @@ class Tasks:
             shown = iter(pictures)
             messages = [_message(message, shown) for message in body.messages]
             prompt, calls = self._prompt(body, messages)
-        except (NoChildError, ApiError):
+        except NoChildError:
             raise
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param="tools") from error

@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,35 +56,34 @@ class OneReply(OllamaReply):
         return wholes[0]
 
 
-class Embeddings:
-    def __init__(self, api: Api) -> None:
-        self._api = api
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/v1/embeddings", partial(_create, api), methods=["POST"]),
+        Route("/api/embed", partial(_embed, api), methods=["POST"]),
+        Route("/api/embeddings", partial(_embed_one, api), methods=["POST"]),
+    ]
 
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/v1/embeddings", self.create, methods=["POST"]),
-            Route("/api/embed", self.embed, methods=["POST"]),
-            Route("/api/embeddings", self.embed_one, methods=["POST"]),
-        ]
 
-    async def create(self, request: Request) -> Response:
-        body = await self._api.read(request, EmbeddingsBody)
-        return await self._answer(request, body, lambda name: EmbeddingsReply(name, body))
+async def _create(api: Api, request: Request) -> Response:
+    body = await api.read(request, EmbeddingsBody)
+    return await _answer(api, request, body, lambda name: EmbeddingsReply(name, body))
 
-    async def embed(self, request: Request) -> Response:
-        body = await self._api.read(request, EmbeddingsBody)
-        return await self._answer(request, body, OllamaReply)
 
-    async def embed_one(self, request: Request) -> Response:
-        """Ollama's older endpoint."""
-        asked = await self._api.read(request, OneText)
-        body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
-        return await self._answer(request, body, OneReply)
+async def _embed(api: Api, request: Request) -> Response:
+    body = await api.read(request, EmbeddingsBody)
+    return await _answer(api, request, body, OllamaReply)
 
-    async def _answer(
-        self, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
-    ) -> Response:
-        served = await self._api.served(request, body.model)
-        whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
-        return await self._api.answer(request, served, whole, make, reply(served.name))
+
+async def _embed_one(api: Api, request: Request) -> Response:
+    """Ollama's older endpoint."""
+    asked = await api.read(request, OneText)
+    body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
+    return await _answer(api, request, body, OneReply)
+
+
+async def _answer(
+    api: Api, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
+) -> Response:
+    served = await api.served(request, body.model)
+    whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
+    return await api.answer(request, served, whole, make, reply(served.name))

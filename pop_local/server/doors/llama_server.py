@@ -124,80 +124,78 @@ class LlamaReply(OwnReply):
         }
 
 
-class LlamaServer:
-    def __init__(self, api: Api) -> None:
-        self._api = api
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/props", partial(_props, api)),
+        Route("/tokenize", partial(_tokenize, api), methods=["POST"]),
+        Route("/detokenize", partial(_detokenize, api), methods=["POST"]),
+        Route("/completion", partial(_complete, api), methods=["POST"]),
+        Route("/completions", partial(_complete, api), methods=["POST"]),
+        Route("/infill", partial(_infill, api), methods=["POST"]),
+    ]
 
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/props", self.props),
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
-            Route("/completion", self.complete, methods=["POST"]),
-            Route("/completions", self.complete, methods=["POST"]),
-            Route("/infill", self.infill, methods=["POST"]),
-        ]
 
-    async def props(self, request: Request) -> Response:
-        served = await self._api.served(request, request.query_params.get("model"))
-        model = served.model
-        template = model.prompter.template
-        settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
-        return JSONResponse(
-            {
-                "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
-                "total_slots": len(model.sequences),
-                "model_alias": served.name,
-                "model_path": os.fsencode(model.path.name).decode(errors="replace"),
-                "modalities": {"vision": model.can_see, "audio": False},
-                "chat_template": template.source,
-                "bos_token": template.bos,
-                "eos_token": template.eos,
-                "build_info": f"pop-local {__version__}",
-                "is_sleeping": False,
-            }
-        )
+async def _props(api: Api, request: Request) -> Response:
+    served = await api.served(request, request.query_params.get("model"))
+    model = served.model
+    template = model.prompter.template
+    settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
+    return JSONResponse(
+        {
+            "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
+            "total_slots": len(model.sequences),
+            "model_alias": served.name,
+            "model_path": os.fsencode(model.path.name).decode(errors="replace"),
+            "modalities": {"vision": model.can_see, "audio": False},
+            "chat_template": template.source,
+            "bos_token": template.bos,
+            "eos_token": template.eos,
+            "build_info": f"pop-local {__version__}",
+            "is_sleeping": False,
+        }
+    )
 
-    async def tokenize(self, request: Request) -> Response:
-        body = await self._api.read(request, TokenizeBody)
-        served = await self._api.served(request, body.model)
-        model = served.model
 
-        def work() -> list[Any]:
-            tokens = model.tokenize(
-                body.content, add_bos=body.add_special, special=body.parse_special
-            )
-            if not body.with_pieces:
-                return tokens
-            pieces = Pieces(model.context, range(model.context.n_vocab))
-            return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
+async def _tokenize(api: Api, request: Request) -> Response:
+    body = await api.read(request, TokenizeBody)
+    served = await api.served(request, body.model)
+    model = served.model
 
-        return JSONResponse({"tokens": await self._api.work(request, served, work)})
+    def work() -> list[Any]:
+        tokens = model.tokenize(body.content, add_bos=body.add_special, special=body.parse_special)
+        if not body.with_pieces:
+            return tokens
+        pieces = Pieces(model.context, range(model.context.n_vocab))
+        return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
 
-    async def detokenize(self, request: Request) -> Response:
-        body = await self._api.read(request, DetokenizeBody)
-        served = await self._api.served(request, body.model)
+    return JSONResponse({"tokens": await api.work(request, served, work)})
 
-        def work() -> str:
-            served.tasks.check_tokens(body.tokens, "tokens")
-            context = served.model.context
-            pieces = Pieces(context, range(context.n_vocab))
-            return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
 
-        return JSONResponse({"content": await self._api.work(request, served, work)})
+async def _detokenize(api: Api, request: Request) -> Response:
+    body = await api.read(request, DetokenizeBody)
+    served = await api.served(request, body.model)
 
-    async def complete(self, request: Request) -> Response:
-        body = await self._api.read(request, LlamaBody)
-        served = await self._api.served(request, body.model)
-        make = served.tasks.completions
-        return await self._api.answer(request, served, body, make, _reply(served))
+    def work() -> str:
+        served.tasks.check_tokens(body.tokens, "tokens")
+        context = served.model.context
+        pieces = Pieces(context, range(context.n_vocab))
+        return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
 
-    async def infill(self, request: Request) -> Response:
-        body = await self._api.read(request, InfillBody)
-        served = await self._api.served(request, body.model)
-        make = partial(_infilling, served)
-        return await self._api.answer(request, served, body, make, _reply(served))
+    return JSONResponse({"content": await api.work(request, served, work)})
+
+
+async def _complete(api: Api, request: Request) -> Response:
+    body = await api.read(request, LlamaBody)
+    served = await api.served(request, body.model)
+    make = served.tasks.completions
+    return await api.answer(request, served, body, make, _reply(served))
+
+
+async def _infill(api: Api, request: Request) -> Response:
+    body = await api.read(request, InfillBody)
+    served = await api.served(request, body.model)
+    make = partial(_infilling, served)
+    return await api.answer(request, served, body, make, _reply(served))
 
 
 def _reply(served: Served) -> LlamaReply:

@@ -1,6 +1,7 @@
 """Anthropic's Messages API."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -21,6 +22,7 @@ from pop_local.server.bodies import (
     Lenient,
     Named,
     TextPart,
+    tools_of,
 )
 from pop_local.server.errors import ApiError
 from pop_local.server.replies import End, EventReply, Json, arguments_of, encoded
@@ -95,14 +97,6 @@ class Tool(Lenient):
     input_schema: dict[str, Any]
 
 
-def _without_built_in(tools: Any) -> Any:
-    """Leave out tools that Anthropic's own machines would run."""
-    if not isinstance(tools, list):
-        return tools
-    own = (None, "custom")
-    return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") in own]
-
-
 class Form(Lenient):
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
@@ -127,7 +121,7 @@ class CountBody(Named):
     tools: Annotated[
         list[Tool] | None,
         Field(fail_fast=True, max_length=MAX_TOOLS),
-        BeforeValidator(_without_built_in),
+        tools_of(None, "custom"),
     ] = None
     tool_choice: Choice | None = None
 
@@ -251,30 +245,27 @@ class MessagesReply(EventReply):
         }
 
 
-class Messages:
-    def __init__(self, api: Api) -> None:
-        self._api = api
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/v1/messages", partial(_create, api), methods=["POST"]),
+        Route("/v1/messages/count_tokens", partial(_count, api), methods=["POST"]),
+    ]
 
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/v1/messages", self.create, methods=["POST"]),
-            Route("/v1/messages/count_tokens", self.count, methods=["POST"]),
-        ]
 
-    async def create(self, request: Request) -> Response:
-        body = await self._api.read(request, MessagesBody)
-        chat = await run_in_threadpool(lambda: body.as_chat)
-        served = await self._api.served(request, body.model)
-        reply = MessagesReply(served.name)
-        return await self._api.answer(request, served, chat, served.tasks.chat, reply)
+async def _create(api: Api, request: Request) -> Response:
+    body = await api.read(request, MessagesBody)
+    chat = await run_in_threadpool(lambda: body.as_chat)
+    served = await api.served(request, body.model)
+    reply = MessagesReply(served.name)
+    return await api.answer(request, served, chat, served.tasks.chat, reply)
 
-    async def count(self, request: Request) -> Response:
-        body = await self._api.read(request, CountBody)
-        chat = await run_in_threadpool(body.chat)
-        served = await self._api.served(request, body.model)
-        [task] = await self._api.made(request, served, chat, served.tasks.chat)
-        return JSONResponse({"input_tokens": len(task.prompt)})
+
+async def _count(api: Api, request: Request) -> Response:
+    body = await api.read(request, CountBody)
+    chat = await run_in_threadpool(body.chat)
+    served = await api.served(request, body.model)
+    [task] = await api.made(request, served, chat, served.tasks.chat)
+    return JSONResponse({"input_tokens": len(task.prompt)})
 
 
 def _part(block: TextPart | Image) -> Json:

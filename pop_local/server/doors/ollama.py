@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -226,57 +226,58 @@ class OllamaChatReply(OllamaReply):
         return {"message": message}
 
 
-class Ollama:
-    def __init__(self, api: Api) -> None:
-        self._api = api
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/api/version", partial(_version, api)),
+        Route("/api/tags", partial(_tags, api)),
+        Route("/api/ps", partial(_running, api)),
+        Route("/api/show", partial(_show, api), methods=["POST"]),
+        Route("/api/chat", partial(_chat, api), methods=["POST"]),
+        Route("/api/generate", partial(_generate, api), methods=["POST"]),
+    ]
 
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/api/version", self.version),
-            Route("/api/tags", self.tags),
-            Route("/api/ps", self.running),
-            Route("/api/show", self.show, methods=["POST"]),
-            Route("/api/chat", self.chat, methods=["POST"]),
-            Route("/api/generate", self.generate, methods=["POST"]),
-        ]
 
-    async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": _VERSION, "pop_local": __version__})
+async def _version(api: Api, request: Request) -> Response:
+    return JSONResponse({"version": _VERSION, "pop_local": __version__})
 
-    async def tags(self, request: Request) -> Response:
-        listed = await self._api.models.listed()
-        return JSONResponse({"models": await run_in_threadpool(_cards, listed)})
 
-    async def running(self, request: Request) -> Response:
-        more = {"expires_at": _NEVER, "size_vram": 0}
-        cards = await run_in_threadpool(_cards, self._api.models.opened)
-        return JSONResponse({"models": [card | more for card in cards]})
+async def _tags(api: Api, request: Request) -> Response:
+    listed = await api.models.listed()
+    return JSONResponse({"models": await run_in_threadpool(_cards, listed)})
 
-    async def show(self, request: Request) -> Response:
-        body = await self._api.read(request, Named)
-        about = await self._api.models.about(self._api.file(request, body.model))
-        return JSONResponse(await run_in_threadpool(_shown, about))
 
-    async def chat(self, request: Request) -> Response:
-        body = await self._api.read(request, OllamaChat)
-        ours = body.chat(body.messages, tools=body.tools) if body.messages else None
-        served = await self._api.served(request, body.model)
-        reply = OllamaChatReply(served.name)
-        if ours is None:
-            return reply.nothing()
-        return await self._api.answer(request, served, ours, served.tasks.chat, reply)
+async def _running(api: Api, request: Request) -> Response:
+    more = {"expires_at": _NEVER, "size_vram": 0}
+    cards = await run_in_threadpool(_cards, api.models.opened)
+    return JSONResponse({"models": [card | more for card in cards]})
 
-    async def generate(self, request: Request) -> Response:
-        body = await self._api.read(request, OllamaGenerate)
-        served = await self._api.served(request, body.model)
-        reply, tasks = OllamaReply(served.name), served.tasks
-        if not (body.prompt or body.images or body.suffix):
-            return reply.nothing()
-        if body.raw or body.suffix:
-            ours = body.completion()
-            return await self._api.answer(request, served, ours, tasks.completions, reply)
-        return await self._api.answer(request, served, body.as_chat(), tasks.chat, reply)
+
+async def _show(api: Api, request: Request) -> Response:
+    body = await api.read(request, Named)
+    about = await api.models.about(api.file(request, body.model))
+    return JSONResponse(await run_in_threadpool(_shown, about))
+
+
+async def _chat(api: Api, request: Request) -> Response:
+    body = await api.read(request, OllamaChat)
+    ours = body.chat(body.messages, tools=body.tools) if body.messages else None
+    served = await api.served(request, body.model)
+    reply = OllamaChatReply(served.name)
+    if ours is None:
+        return reply.nothing()
+    return await api.answer(request, served, ours, served.tasks.chat, reply)
+
+
+async def _generate(api: Api, request: Request) -> Response:
+    body = await api.read(request, OllamaGenerate)
+    served = await api.served(request, body.model)
+    reply, tasks = OllamaReply(served.name), served.tasks
+    if not (body.prompt or body.images or body.suffix):
+        return reply.nothing()
+    if body.raw or body.suffix:
+        ours = body.completion()
+        return await api.answer(request, served, ours, tasks.completions, reply)
+    return await api.answer(request, served, body.as_chat(), tasks.chat, reply)
 
 
 def _details(about: About) -> Json:
