@@ -1,24 +1,19 @@
 """The model that a command was given, opened; for a dialogue also others in its place."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.base.numbers import size
 from pop_local.commands.options import ModelOptions, selected
+from pop_local.engine.model import PopModel
+from pop_local.engine.open_model import OpenModel
 from pop_local.models.names import not_fetched
 from pop_local.ui.theme import warn
 from pop_local.ui.watch import asked, terminal_watch
+from pop_local.workflows.learning import Lessons
 from pop_local.workflows.open import best_model, open_model
-
-if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
-    from pop_local.engine.open_model import OpenModel
-    from pop_local.workflows.learning import Lessons
 
 
 def default_model() -> str:
@@ -78,8 +73,6 @@ class Opener:
         """Return the teacher of a model; None where it does not learn."""
         if model.learner is None:
             return None
-        from pop_local.workflows.learning import Lessons
-
         return Lessons(model)
 
     def _warn(self, opened: PopModel) -> None:

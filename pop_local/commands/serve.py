@@ -18,11 +18,12 @@ from pop_local.base.nearest import nearest_hint
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener, default_model
 from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.model import PopModel
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
     from pop_local.server.models import Models
 
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
@@ -164,13 +165,12 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
 
 def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
     """Make the models of the server; MODEL is opened."""
-    from pop_local.engine.cache.prompt_cache import PromptCache
     from pop_local.server.listing import File, find, models_in
     from pop_local.server.models import Models, Shelf
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
-    def opened_by(name: str | None) -> "PopModel":
+    def opened_by(name: str | None) -> PopModel:
         opened = opener(name)
         opened.keep_prompts(prompts)
         return opened
@@ -295,7 +295,7 @@ def _announce(models: "Models", to: ServerOptions) -> None:
         note(f"Models of {to.models}, opened when they are asked for, {kept}: {names}.")
 
 
-def _announce_model(name: str, opened: "PopModel") -> None:
+def _announce_model(name: str, opened: PopModel) -> None:
     pruning = f"pruned from layer {opened.boundary} on" if opened.mode else "not pruned"
     if opened.mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"

@@ -3,17 +3,19 @@
 It knows neither the terminal nor llama.cpp: answers come from a ChatSession and go to a Screen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pop_local.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.learning.lesson import Lesson, Teacher
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.open_model import OpenModel
+from pop_local.engine.sessions.chat_session import ChatSession, Stream
 from pop_local.engine.sessions.conversation import Document
 from pop_local.measure.full_cost import FullCosts
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
@@ -21,21 +23,15 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.interrupt import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
 
-if TYPE_CHECKING:
-    from pop_local.engine.learning.lesson import Lesson, Teacher
-    from pop_local.engine.model import PopModel
-    from pop_local.engine.open_model import OpenModel
-    from pop_local.engine.sessions.chat_session import ChatSession, Stream
-
 WARN_SHARE = 0.8
 
 
 # By name (None: the first one again) and context in tokens (None: as the options say).
-ModelOpener = Callable[[str | None, int | None], "PopModel"]
+ModelOpener = Callable[[str | None, int | None], PopModel]
 # Makes the teacher of a model; None where it does not learn.
-Teach = Callable[["OpenModel"], "Teacher | None"]
+Teach = Callable[[OpenModel], Teacher | None]
 # ChatSession's stream, retry or edit; they take the options of an answer.
-Ask = Callable[..., "Stream"]
+Ask = Callable[..., Stream]
 
 
 class Dialogue:

@@ -1,17 +1,12 @@
 """A question that does not fit the context: the user chooses, nothing is cut silently."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
+from pop_local.engine.open_model import OpenModel
+from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.ui.chat.screen import Screen
-
-if TYPE_CHECKING:
-    from pop_local.engine.open_model import OpenModel
-    from pop_local.engine.sessions.chat_session import ChatSession
 
 # A prompt that leaves less room for its answer does not fit.
 ANSWER_TOKENS = 128

@@ -1,24 +1,18 @@
 """/save, /load and /sessions."""
 
-from __future__ import annotations
-
 import time
-from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.base.nearest import nearest_hint
 from pop_local.base.numbers import size
 from pop_local.config.settings import sessions_dir
+from pop_local.engine.sessions.chat_session import load_session
+from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.refill import finish
 
-if TYPE_CHECKING:
-    from pop_local.engine.sessions.session_file import Sessions
-
 
 def saved() -> Sessions:
-    from pop_local.engine.sessions.session_file import Sessions
-
     return Sessions(sessions_dir())
 
 
@@ -42,8 +36,6 @@ def load(chat: Dialogue, name: str) -> None:
     if not name:
         chat.refuse("/load takes the name of a session; /sessions lists them.")
         return
-    from pop_local.engine.sessions.chat_session import load_session
-
     sessions, before = saved(), chat.model.mode
     path = sessions.path(name)
     if not path.is_file():
