@@ -190,17 +190,16 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
         can_see=True,
         n_parallel=opener.n_parallel or 2,  # at most, where the model decides
     )
-    if model is None:
-        models = Models(shelf, ram_bytes=ram_bytes, **how)
-        models.check()
-        return models
     files = shelf.files()
-    file = find(model, files)
-    if file is None:
+    file = find(model, files) if model else None
+    if model and file is None:
         hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
         raise PopError(f"there is no model {model!r} in {folder}", hint)
-    models = Models(shelf, ram_bytes=ram_bytes, default=file.name, **how)
-    models.load(file)
+    models = Models(shelf, ram_bytes=ram_bytes, default=file.name if file else "", **how)
+    if file:
+        models.load(file)
+    else:
+        models.check()
     return models
 
 

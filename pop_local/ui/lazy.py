@@ -16,6 +16,16 @@ from pop_local.ui.errors import guard
 HELP_OPTIONS = ["-h", "--help"]
 
 
+def sub_app(**how: Any) -> typer.Typer:
+    """Return an app of which a command is made; `how` goes to typer."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": HELP_OPTIONS},
+        **how,
+    )
+
+
 @dataclass(frozen=True)
 class Entry:
     """A command: its module holds a function, or a Typer app, of the command's own name."""
@@ -64,7 +74,7 @@ class LazyCommand(TyperCommand):
         function = self._entry.function()
         if isinstance(function, typer.Typer):
             return typer.main.get_command(function)
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single = sub_app()
         single.command(
             name=self._entry.name,
             help=_paragraphs(function.__doc__),

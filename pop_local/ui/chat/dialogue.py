@@ -237,13 +237,13 @@ class Dialogue:
         self.screen.note(stats_line(stats))
 
     def _make_room(self, error: ContextFullError) -> bool:
-        room = ask_for_room(self.screen, self.session, error)
-        if room.n_ctx:
-            return self.enlarge(room.n_ctx)
-        if room.n_dropped:
-            self.session.forget_oldest(room.n_dropped)
+        n_dropped, n_ctx = ask_for_room(self.screen, self.session, error)
+        if n_ctx:
+            return self.enlarge(n_ctx)
+        if n_dropped:
+            self.session.forget_oldest(n_dropped)
             self.saved_as = ""
-        return room.n_dropped > 0
+        return n_dropped > 0
 
     def _warn_when_full(self) -> None:
         if not self.session.answer_stats:

@@ -1,7 +1,5 @@
 """A question that does not fit the context: the user chooses, nothing is cut silently."""
 
-from dataclasses import dataclass
-
 from pop_local.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.open_model import OpenModel
@@ -13,19 +11,12 @@ ANSWER_TOKENS = 128
 _CTX_STEP = 1024
 
 
-@dataclass(frozen=True)
-class Room:
-    """Turns to drop, or tokens of a larger context; both 0 when the question is given up."""
-
-    n_dropped: int = 0
-    n_ctx: int = 0
-
-
 def least_answer(max_tokens: int | None, n_ctx: int) -> int:
     return min(max_tokens or ANSWER_TOKENS, ANSWER_TOKENS, max(1, n_ctx // 8))
 
 
-def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> Room:
+def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> tuple[int, int]:
+    """Return the turns to drop, and the tokens of a larger context; 0 each for none."""
     message = (
         f"The context is too small by {error.n_short:,} tokens: the conversation and this question"
         f" have {error.n_prompt:,}, an answer needs {error.n_answer:,} or more,"
@@ -45,7 +36,7 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     choices["x"] = "drop this question"
     chosen = screen.choose(message, choices)
     n_dropped = n_drop if chosen == "d" else n_turns if chosen == "n" else 0
-    return Room(n_dropped, n_larger if n_larger and chosen == "l" else 0)
+    return n_dropped, n_larger if n_larger and chosen == "l" else 0
 
 
 def too_long(model: OpenModel, error: ContextFullError) -> PopError:
