@@ -43,12 +43,12 @@ class Api:
         self._created = int(time.time())
         self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * models.shelf.most_ctx)
         self._max_picture_bytes = MAX_DATA_URL if models.shelf.can_see else 0
+        self._grammar_limit = anyio.CapacityLimiter(1)
+        self._picture_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._grammar_limit = anyio.CapacityLimiter(1)
-        self._picture_limit = anyio.CapacityLimiter(1)
         self.models.start()
         try:
             yield

@@ -14,8 +14,9 @@ from rich.control import Control
 from rich.segment import ControlType, Segment, Segments
 from rich.text import Text
 
+from pop_local.engine.tools.reader import Piece
 from pop_local.ui.chat.markdown import Lines, is_code, rendered, top_level
-from pop_local.ui.chat.thinking import Piece, ThinkingSplitter
+from pop_local.ui.chat.thinking import ThinkingSplitter
 
 # A model must not move the cursor or recolour the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -103,12 +104,12 @@ class MarkdownAnswer:
 
     def _take(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            if piece.is_thought:
+            if piece.reasoning:
                 self._is_thinking = True
-                self._console.print(Text(piece.text, "thinking"), end="", soft_wrap=True)
+                self._console.print(Text(piece.reasoning, "thinking"), end="", soft_wrap=True)
             else:
                 self._end_thinking()
-                self._pending += piece.text
+                self._pending += piece.content
 
     def _end_thinking(self) -> None:
         if self._is_thinking:

@@ -1,20 +1,12 @@
 """Splits the thoughts of a reasoning model from its answer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from pop_local.engine.prompt.prompt import THINK
+from pop_local.engine.tools.reader import Piece
 
 END = "</think>"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some text, and whether it is a thought."""
-
-    text: str
-    is_thought: bool
 
 
 class ThinkingSplitter:
@@ -37,17 +29,18 @@ class ThinkingSplitter:
             n_held = next(n for n in range(len(END) - 1, -1, -1) if thought.endswith(END[:n]))
             n_said = len(thought) - (0 if end else n_held)
             if n_said:
-                yield Piece(thought[:n_said], is_thought=True)
+                yield Piece(reasoning=thought[:n_said])
             self._at, self._held = ("gap", rest) if end else ("thought", thought[n_said:])
         if self._at == "gap":
             self._held = self._held.lstrip()
             self._at = "answer" if self._held else "gap"
         if self._at == "answer" and self._held:
-            yield Piece(self._held, is_thought=False)
+            yield Piece(self._held)
             self._held = ""
 
     def flush(self) -> Iterator[Piece]:
         """Return the text that was held back, at the end of the answer."""
         if self._held:
-            yield Piece(self._held, is_thought=self._at == "thought")
+            is_thought = self._at == "thought"
+            yield Piece(reasoning=self._held) if is_thought else Piece(self._held)
         self._held = ""
