@@ -30,10 +30,7 @@ class PromptOptions(Group):
 
 @unfolded
 def bench(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar."),
-    ],
+    model: opt.Converted,
     *,
     read: PromptOptions,
     json: opt.Json = False,

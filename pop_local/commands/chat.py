@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener, default_model, without_refill
+from pop_local.commands.opening import Opener, default_model, lessons, without_refill
 from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.commands.unfolding import unfolded
 from pop_local.ui.chat.dialogue import Dialogue
@@ -80,7 +80,7 @@ def chat(
         system=system,
         sampling=sampling.given,
         refill=opened.refill,
-        teach=open_named.lessons,
+        teach=lessons,
     )
     begun.warn_of_base()
     if sys.stdin.isatty():

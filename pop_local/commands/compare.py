@@ -23,9 +23,7 @@ class GreedyOptions(Group):
 
 @unfolded
 def compare(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar.")
-    ],
+    model: opt.Converted,
     prompts: Annotated[
         Path,
         typer.Argument(

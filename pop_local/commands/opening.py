@@ -69,12 +69,6 @@ class Opener:
         opened.prompter.parse_special = options.parse_special
         return opened
 
-    def lessons(self, model: OpenModel) -> Lessons | None:
-        """Return the teacher of a model; None where it does not learn."""
-        if model.learner is None:
-            return None
-        return Lessons(model)
-
     def _warn(self, opened: PopModel) -> None:
         """Name the options that were given and change nothing."""
         options = self.options
@@ -87,3 +81,8 @@ class Opener:
             warn("--image-tokens has no effect: this model has no mmproj")
         elif options.image_tokens and opened.eye is not None and opened.eye.is_fixed:
             warn("--image-tokens has no effect: the mmproj of this model takes no limit")
+
+
+def lessons(model: OpenModel) -> Lessons | None:
+    """Return the teacher of a model; None where it does not learn."""
+    return None if model.learner is None else Lessons(model)

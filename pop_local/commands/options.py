@@ -77,6 +77,9 @@ SELECT = (
     "Context tokens to run in full because the question needs them: 10%, 0 for none. Default: what"
     " the file says."
 )
+Converted = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[
     Path | None,

@@ -16,7 +16,7 @@ import typer
 from pop_local.base.errors import PopError
 from pop_local.base.nearest import nearest_hint
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener, default_model
+from pop_local.commands.opening import Opener, default_model, lessons
 from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
@@ -180,12 +180,12 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
         assert model is not None
         one = opened_by(None)
         name = to.name or _default_name(model, one.path)
-        return Models.of_one(File(name, one.path), one, opener.lessons, **how)
+        return Models.of_one(File(name, one.path), one, lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
     shelf = Shelf(
         lambda: models_in(folder),
         lambda path: opened_by(str(path)),
-        opener.lessons,
+        lessons,
         opener.options.ctx,
         can_see=True,
         n_parallel=opener.n_parallel or 2,  # at most, where the model decides
