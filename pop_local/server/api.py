@@ -30,7 +30,6 @@ _MAYBE_NO_NUMBER = re.compile(rb"[:,\[\s](?:NaN|-?Infinity|-?\d[\d.]*[eE]\+?\d{3
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
 
-
 AnyNamed = TypeVar("AnyNamed", bound=Named)
 AnyBody = TypeVar("AnyBody", bound=Body)
 Made = TypeVar("Made")
