@@ -137,9 +137,14 @@ def _or(usual: str) -> BeforeValidator:
     return BeforeValidator(lambda value: usual if value is None else value)
 
 
+def _as_json(arguments: Any) -> Any:
+    """Ollama's clients send an object."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
 class Called(Lenient):
     name: str
-    arguments: Annotated[str, _or("{}")] = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_json), _or("{}")] = "{}"
 
 
 class SentCall(Lenient):

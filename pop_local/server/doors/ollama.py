@@ -30,6 +30,7 @@ from pop_local.server.bodies import (
     CompletionBody,
     Lenient,
     Named,
+    SentCall,
 )
 from pop_local.server.errors import ApiError
 from pop_local.server.listing import About
@@ -57,15 +58,6 @@ _LONGEST_KEY = 1000  # characters of a key of the file that /api/show shows
 Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PICTURES)]
 
 
-class Called(Lenient):
-    name: str
-    arguments: dict[str, Any]
-
-
-class SentCall(Lenient):
-    function: Called
-
-
 class OllamaMessage(Lenient):
     role: str
     content: str | None = None
@@ -78,7 +70,7 @@ class OllamaMessage(Lenient):
         text = {"type": "text", "text": self.content or ""}
         said: Json = {"role": self.role, "content": [*shown, text]}
         if self.tool_calls:
-            said["tool_calls"] = [_call(call.function) for call in self.tool_calls]
+            said["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return said
 
 
@@ -356,11 +348,6 @@ def _shown(about: About) -> Json:
 def _image(letters: str) -> Json:
     url = {"url": f"data:image/any;base64,{letters}"}  # its kind is that of its first bytes
     return {"type": "image_url", "image_url": url}
-
-
-def _call(called: Called) -> Json:
-    function = {"name": called.name, "arguments": encoded(called.arguments)}
-    return {"id": "", "type": "function", "function": function}
 
 
 def _now() -> str:
