@@ -35,7 +35,7 @@ class EmbeddingsReply(OwnReply):
         return {"object": "list", "data": list(wholes), "model": self._model, "usage": usage}
 
 
-class OllamaReply(OwnReply):
+class EmbedReply(OwnReply):
     def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
         return {"embedding": end.embedding}
 
@@ -51,7 +51,7 @@ class OneText(Named):
     prompt: str
 
 
-class OneReply(OllamaReply):
+class OneEmbedReply(EmbedReply):
     def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
         return wholes[0]
 
@@ -71,14 +71,14 @@ async def _create(api: Api, request: Request) -> Response:
 
 async def _embed(api: Api, request: Request) -> Response:
     body = await api.read(request, EmbeddingsBody)
-    return await _answer(api, request, body, OllamaReply)
+    return await _answer(api, request, body, EmbedReply)
 
 
 async def _embed_one(api: Api, request: Request) -> Response:
     """Ollama's older endpoint."""
     asked = await api.read(request, OneText)
     body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
-    return await _answer(api, request, body, OneReply)
+    return await _answer(api, request, body, OneEmbedReply)
 
 
 async def _answer(
