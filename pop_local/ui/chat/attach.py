@@ -32,7 +32,7 @@ class _Counted:
 
 def attach_file(chat: Dialogue, argument: str) -> None:
     if argument:
-        _offer(chat, [given_path(argument)])
+        _offer(chat, [given_path(argument)], may_cut=True)
     else:
         _list_files(chat)
 
@@ -48,7 +48,7 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
         number = f"{len(paths)} files match" if paths else "No file matches"
         chat.refuse(f"{number} {argument}: nothing is attached.")
         return
-    _offer(chat, paths)
+    _offer(chat, paths, may_cut=False)
 
 
 def attach_image(chat: Dialogue, argument: str) -> None:
@@ -69,7 +69,7 @@ def attach_image(chat: Dialogue, argument: str) -> None:
     chat.screen.note(_NEXT)
 
 
-def _offer(chat: Dialogue, paths: Sequence[Path]) -> None:
+def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
     n_ctx = chat.model.n_ctx
     files = [counted for path in paths if (counted := _counted(chat, path))]
     for counted in files:
@@ -78,10 +78,10 @@ def _offer(chat: Dialogue, paths: Sequence[Path]) -> None:
         n_tokens = sum(counted.n_tokens for counted in files)
         chat.screen.note(counted_line(f"All {len(files)}", n_tokens, n_ctx))
     if files:
-        _attach(chat, files)
+        _attach(chat, files, may_cut)
 
 
-def _attach(chat: Dialogue, files: Sequence[_Counted]) -> None:
+def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
     room = _room_in(chat)
     sums = accumulate(counted.n_tokens for counted in files)
     fitting = [counted for counted, n in zip(files, sums, strict=True) if n <= room]
@@ -89,7 +89,7 @@ def _attach(chat: Dialogue, files: Sequence[_Counted]) -> None:
         _add(chat, files)
         return
     cuts = {}
-    if len(files) == 1 and room > 0:
+    if may_cut and room > 0:
         cuts["b"] = f"read its beginning, {room:,} tokens"
         cuts["e"] = f"read its end, {room:,} tokens"
     elif fitting:
@@ -100,7 +100,7 @@ def _attach(chat: Dialogue, files: Sequence[_Counted]) -> None:
     elif chosen in ("b", "e"):
         _add(chat, [_cut(chat, files[0], room, chosen)])
     elif chosen == "l":
-        _attach(chat, files)
+        _attach(chat, files, may_cut)
 
 
 def _room_in(chat: Dialogue) -> int:
