@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from pop_local import __version__
-from pop_local.config import settings
 from pop_local.ui.lazy import HELP_OPTIONS, Entry, lazy_group
 
 COMMANDS = (
@@ -35,7 +34,7 @@ COMMANDS = (
 
 app = typer.Typer(
     name="pop-local",
-    cls=lazy_group(COMMANDS, settings.KEYS, settings.given),
+    cls=lazy_group(COMMANDS),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": HELP_OPTIONS},

@@ -18,8 +18,6 @@ _N_GATED = 20
 
 @dataclass(frozen=True)
 class ProbeOptions(Group):
-    """The probes of layers, and those that are left out."""
-
     text: Path | None = option("Text to measure on. Default: our prose.", "FILE")
     context: int = option("Context tokens in each window.", min=32, default=192)
     continuation: int = option("Answer tokens after them.", min=2, default=64)

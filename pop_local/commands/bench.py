@@ -18,8 +18,6 @@ DEFAULT_PROMPTS = "512,1024,2048"
 
 @dataclass(frozen=True)
 class PromptOptions(Group):
-    """Prompts that are read, and how often."""
-
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
     repeat: int = option("Pairs of runs for each length.", min=1, default=5)
     boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
@@ -29,10 +27,7 @@ class PromptOptions(Group):
 
 @unfolded
 def bench(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar."),
-    ],
+    model: opt.Converted,
     *,
     read: PromptOptions,
     json: opt.Json = False,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener, default_model, without_refill
+from pop_local.commands.opening import Opener, default_model, lessons, without_refill
 from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.commands.unfolding import unfolded
 from pop_local.ui.chat.dialogue import Dialogue
@@ -24,7 +24,6 @@ _PORT = 8081
 
 
 def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
-    """Serve the page to this machine, and open it."""
     no_effect = asked & {"system", "theme", *(each.name for each in fields(opt.SamplingOptions))}
     if no_effect:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))
@@ -59,7 +58,7 @@ def chat(
     web: Annotated[
         bool, typer.Option("--web", help="In the browser, on a page that this program serves.")
     ] = False,
-    opened: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
+    opened: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
@@ -70,9 +69,9 @@ def chat(
         return
     screen = Screen(look(theme))
     # A pipe does not wait: its next line is there already.
-    if not sys.stdin.isatty() and opened.refill is opt.RefillName.IDLE:
+    if not sys.stdin.isatty() and opened.refill == "idle":
         opened = without_refill(opened, "piped lines do not wait", asked)
-        opened = replace(opened, learn=opt.Switch.OFF)
+        opened = replace(opened, learn="off")
     open_named = Opener(model or default_model(), opened, asked)
     begun = Dialogue(
         open_named(),
@@ -80,8 +79,8 @@ def chat(
         screen,
         system=system,
         sampling=sampling.given,
-        refill=opened.refill.value,
-        teach=open_named.lessons,
+        refill=opened.refill,
+        teach=lessons,
     )
     begun.warn_of_base()
     if sys.stdin.isatty():

@@ -15,8 +15,6 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class GreedyOptions(Group):
-    """How prompts are answered."""
-
     answers: Path | None = option("Keeps the answers; goes on where they end.", "FILE")
     # It must not be called max_tokens: the setting of that name is for conversations.
     longest: int = option("Longest answer.", flag="--max-tokens", min=1, default=256)
@@ -25,9 +23,7 @@ class GreedyOptions(Group):
 
 @unfolded
 def compare(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar.")
-    ],
+    model: opt.Converted,
     prompts: Annotated[
         Path,
         typer.Argument(

@@ -12,16 +12,11 @@ from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.config.settings import Scalar, Value, expanded, state_dir
 from pop_local.models.names import models_dir
-from pop_local.ui.lazy import HELP_OPTIONS
+from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import look, note, say, warn
 
-config = typer.Typer(
-    invoke_without_command=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": HELP_OPTIONS},
-)
+config = sub_app(invoke_without_command=True)
 
 _COLUMNS = (
     Column("key", "Setting"),

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -15,7 +14,7 @@ from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.commands.unfolding import Group, option, unfolded
-from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
+from pop_local.measure.budget import BALANCED, BUDGETS
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
@@ -30,20 +29,11 @@ from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.open import base_file
 from pop_local.workflows.options import RowOptions
 
-
-class QualityName(str, Enum):
-    """The named budgets."""
-
-    NEAR_LOSSLESS = NEAR_LOSSLESS.quality
-    BALANCED = BALANCED.quality
-    FAST = FAST.quality
-    FASTEST = "fastest"
+QualityName = Literal["near-lossless", "balanced", "fast", "fastest"]
 
 
 @dataclass(frozen=True)
 class HowOptions(Group):
-    """The output, and how it is made."""
-
     quality: QualityName | None = option(
         f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or --boundary.",
     )
@@ -79,8 +69,6 @@ def _limit(unit: str, words: str) -> Any:
 
 @dataclass(frozen=True)
 class LimitOptions(Group):
-    """Limits instead of a named budget."""
-
     panel: ClassVar[str] = "Limits of your own"
 
     max_kl: float | None = _limit("NATS", "KL divergence from the full model.")
@@ -92,8 +80,6 @@ class LimitOptions(Group):
 
 @dataclass(frozen=True)
 class FullRowOptions(Group):
-    """Tokens of a prompt that run in full."""
-
     panel: ClassVar[str] = "Tokens in full"
 
     sink: int = option("First tokens of a prompt.", min=0, default=PopMeta.sink_tokens)
@@ -109,14 +95,11 @@ class FullRowOptions(Group):
 
     @property
     def rows(self) -> RowOptions:
-        """The same for a workflow."""
         return RowOptions(self.sink, self.tail, self.min_prompt, opt.selected(self.select) or 0.0)
 
 
 @dataclass(frozen=True)
 class ConvertFitOptions(opt.FittingOptions):
-    """How projections are fitted."""
-
     mmproj: Path | None = option("Fit on pictures, too, as this mmproj shows them.", "FILE")
     images: Path | None = option("Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR")
     distill_tokens: int | None = option(
@@ -219,14 +202,14 @@ def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Nam
     """As asked for; limits that are not given are those of BALANCED."""
     if quality and limits:
         raise typer.BadParameter("give --quality, or limits of your own, not both")
-    if quality is QualityName.FASTEST:
+    if quality == "fastest":
         if named is not None:
             raise typer.BadParameter(
                 "--quality fastest chooses the boundary: leave out --skip and --boundary"
             )
         return Fastest()
     if quality:
-        return Within(BUDGETS[quality.value], named)
+        return Within(BUDGETS[quality], named)
     if limits:
         budget = replace(BALANCED, quality="custom", **limits)  # type: ignore[arg-type]
         return Within(budget, named)

@@ -101,7 +101,6 @@ def _backend() -> list[Check]:
 
 
 def _kernels(name: str) -> Check:
-    """Which of our kernels read prompts on the CPU, and why."""
     title, asked = "Kernels for prompts", os.environ.get(KERNELS_VARIABLE)
     if asked is not None:
         found = f"{name}: {KERNELS_VARIABLE}={asked}"

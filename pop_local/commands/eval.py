@@ -1,9 +1,8 @@
 """`pop-local eval MODEL`: what pruning costs in quality, measured against the full model."""
 
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
@@ -19,16 +18,8 @@ if TYPE_CHECKING:
     from pop_local.workflows.conversion.goals import Named
 
 
-class BaselineName(str, Enum):
-    """Baselines to compare pruning with."""
-
-    ALWAYS_SKIP = view.ALWAYS_SKIP
-
-
 @dataclass(frozen=True)
 class WindowOptions(Group):
-    """The text and the documents."""
-
     text: Path | None = option("Held-out text. Default: our own.", "FILE")
     context: int = option("Tokens to prune in each window.", min=2, default=512)
     continuation: int = option("Tokens to score after them.", min=2, default=128)
@@ -42,22 +33,18 @@ class WindowOptions(Group):
 
 @dataclass(frozen=True)
 class AblationOptions(Group):
-    """Other ways to prune, and what to compare with."""
-
     panel: ClassVar[str] = "Ablations"
 
     select: str | None = option(opt.SELECT, "SHARE")
     refill: int = option("Rows to give their depth with each scored token.", min=0, default=0)
     no_boundary: bool = option("Prune the context's last token as well.", default=False)
-    baseline: BaselineName | None = option(
+    baseline: Literal["always-skip"] | None = option(
         "Compare with skipping the same layers for every token, answers too."
     )
 
 
 @dataclass(frozen=True)
 class EvalFitOptions(opt.FittingOptions):
-    """How projections are fitted."""
-
     ridge: float | None = option(
         f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
         min=0.0,
@@ -116,7 +103,7 @@ def eval(  # noqa: A001
         n_documents=on.documents or EvaluateOptions.n_documents,
         select=opt.selected(ablation.select),
         n_refilled=ablation.refill,
-        baseline=None if ablation.baseline is None else "always-skip",
+        baseline=ablation.baseline,
         n_ctx=measured.n_ctx,
     )
     with stoppable_watch() as watch:

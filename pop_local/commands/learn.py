@@ -11,16 +11,11 @@ from pop_local.commands.options import Json
 from pop_local.engine.learning.store import SumsFile
 from pop_local.models.learned import LearnedFiles, learned_files, learned_name
 from pop_local.models.names import resolve_base
-from pop_local.ui.lazy import HELP_OPTIONS
+from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import note
 
-learn = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": HELP_OPTIONS},
-)
+learn = sub_app(no_args_is_help=True)
 
 _COLUMNS = (
     Column("model", "Model"),

@@ -1,24 +1,19 @@
 """The model that a command was given, opened; for a dialogue also others in its place."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.base.numbers import size
-from pop_local.commands.options import ModelOptions, RefillName, Switch, selected
+from pop_local.commands.options import ModelOptions, selected
+from pop_local.engine.model import PopModel
+from pop_local.engine.open_model import OpenModel
 from pop_local.models.names import not_fetched
 from pop_local.ui.theme import warn
 from pop_local.ui.watch import asked, terminal_watch
+from pop_local.workflows.learning import Lessons
 from pop_local.workflows.open import best_model, open_model
-
-if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
-    from pop_local.engine.open_model import OpenModel
-    from pop_local.workflows.learning import Lessons
 
 
 def default_model() -> str:
@@ -32,9 +27,9 @@ def default_model() -> str:
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
     """Switch refilling off, and tell whoever asked for it why it would have no effect."""
-    if options.refill is not RefillName.OFF and "refill" in asked:
-        warn(f"--refill {options.refill.value} has no effect: {why}")
-    return replace(options, refill=RefillName.OFF)
+    if options.refill != "off" and "refill" in asked:
+        warn(f"--refill {options.refill} has no effect: {why}")
+    return replace(options, refill="off")
 
 
 @dataclass(frozen=True)
@@ -61,8 +56,8 @@ class Opener:
                 watch=watch,
                 in_full=options.full,
                 select=selected(options.select),
-                keep_states=options.refill is not RefillName.OFF,
-                learns=options.learn is Switch.ON,
+                keep_states=options.refill != "off",
+                learns=options.learn == "on",
                 mmproj=None if name else options.mmproj,
                 image_tokens=options.image_tokens,
                 n_parallel=self.n_parallel,
@@ -70,27 +65,24 @@ class Opener:
         if options.mmproj and not name:
             opened.prompter.open_eye()  # what does not fit is said now, not with the first picture
         self._warn(opened)
-        opened.refiller.refill_answers(None if options.refill is RefillName.ANSWER else 0)
+        opened.refiller.refill_answers(None if options.refill == "answer" else 0)
         opened.prompter.parse_special = options.parse_special
         return opened
-
-    def lessons(self, model: OpenModel) -> Lessons | None:
-        """Return the teacher of a model; None where it does not learn."""
-        if model.learner is None:
-            return None
-        from pop_local.workflows.learning import Lessons
-
-        return Lessons(model)
 
     def _warn(self, opened: PopModel) -> None:
         """Name the options that were given and change nothing."""
         options = self.options
         refills = opened.refills or opened.learner is not None  # which may prune it
-        if options.refill is not RefillName.OFF and "refill" in self.asked and not refills:
+        if options.refill != "off" and "refill" in self.asked and not refills:
             warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
-        if options.learn is Switch.ON and "learn" in self.asked and len(opened.sequences) > 1:
+        if options.learn == "on" and "learn" in self.asked and len(opened.sequences) > 1:
             warn("--learn has no effect: a model learns from one prompt at a time (--parallel 1)")
         if options.image_tokens and opened.eye is None:
             warn("--image-tokens has no effect: this model has no mmproj")
         elif options.image_tokens and opened.eye is not None and opened.eye.is_fixed:
             warn("--image-tokens has no effect: the mmproj of this model takes no limit")
+
+
+def lessons(model: OpenModel) -> Lessons | None:
+    """Return the teacher of a model; None where it does not learn."""
+    return None if model.learner is None else Lessons(model)

@@ -4,9 +4,8 @@ import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -78,6 +77,9 @@ SELECT = (
     "Context tokens to run in full because the question needs them: 10%, 0 for none. Default: what"
     " the file says."
 )
+Converted = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[
     Path | None,
@@ -95,25 +97,8 @@ Theme = Annotated[
 Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
 
 
-class RefillName(str, Enum):
-    """When pruned tokens run the layers that they skipped."""
-
-    IDLE = "idle"
-    ANSWER = "answer"
-    OFF = "off"
-
-
-class Switch(str, Enum):
-    """Something that is done, or not."""
-
-    ON = "on"
-    OFF = "off"
-
-
 @dataclass(frozen=True)
 class ProcessorOptions(Group):
-    """The processors of this machine."""
-
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(_THREADS, **_CORES)
@@ -123,14 +108,11 @@ class ProcessorOptions(Group):
 
     @property
     def hardware(self) -> Hardware:
-        """The same for a workflow."""
         return Hardware(self.threads, self.gpu_layers)
 
 
 @dataclass(frozen=True)
 class HardwareOptions(ProcessorOptions):
-    """Processors of this machine and others."""
-
     rpc: str | None = option(
         "Machines that hold the layers, each with `pop-local rpc-server` running.",
         "HOST:PORT,...",
@@ -163,8 +145,6 @@ class MeasureOptions(HardwareOptions):
 
 @dataclass(frozen=True)
 class PictureOptions(Group):
-    """How a model sees."""
-
     panel: ClassVar[str] = "Pictures"
 
     mmproj: Path | None = option(MMPROJ, "FILE")
@@ -196,14 +176,14 @@ class ModelOptions(OpenOptions, PictureOptions):
 
     full: bool = option("Read prompts in full, without pruning.", default=False)
     select: str | None = option(SELECT, "SHARE")
-    refill: RefillName = option(
+    refill: Literal["idle", "answer", "off"] = option(
         "When pruned tokens run the skipped layers: while nothing is asked, also with each token of"
         " an answer, or never.",
-        default=RefillName.OFF,
+        default="off",
     )
-    learn: Switch = option(
+    learn: Literal["on", "off"] = option(
         "Learn from what is read, to read it faster later; sums are kept, no text.",
-        default=Switch.OFF,
+        default="off",
     )
     parse_special: bool = option(
         "Special tokens that messages and documents spell out act as such: only for text that you"
@@ -214,8 +194,6 @@ class ModelOptions(OpenOptions, PictureOptions):
 
 @dataclass(frozen=True)
 class SamplingOptions(Group):
-    """How answers are sampled."""
-
     panel: ClassVar[str] = "Answers"
 
     max_tokens: int | None = option("Longest answer. Default: what the context holds.", min=1)
@@ -259,8 +237,6 @@ class FittingOptions(Group):
 
 @dataclass(frozen=True)
 class BoundaryOptions(Group):
-    """A boundary by name or by share."""
-
     skip: str | None = option("Layers to skip: 1/3, 0.33, or a number.", "SHARE")
     boundary: int | None = option("The first layer to skip, instead of --skip.", "LAYER")
 

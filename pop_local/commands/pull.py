@@ -10,13 +10,11 @@ import typer
 
 from pop_converter.gguf.source import read_source
 from pop_local.base.errors import PopError
-from pop_local.fetching.catalog import kept_bytes
 from pop_local.fetching.hub import search_hub
-from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
+from pop_local.fetching.url import fetch_url, file_name, is_url
 from pop_local.measure.budget import BALANCED
-from pop_local.models.names import find, hub_name, hub_names, load_catalog, models_dir
+from pop_local.models.names import hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
-from pop_local.models.stored import PARTIAL_SUFFIX
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import Column, Table, print_table
 from pop_local.ui.theme import note, say, warn
@@ -27,7 +25,7 @@ from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.fetch import fetch_named
 
 _NAMES = (Column("name", "Name"), Column("source", "On the hub"))
-_GOES_ON = "the same command goes on from there."
+_STOPPED = "The same command goes on with what could be kept."
 
 
 def pull(
@@ -63,7 +61,7 @@ def pull(
     try:
         path = _fetched(model, folder, sha256, force=force)
     except KeyboardInterrupt:
-        note(_what_is_kept(model, folder, sha256))
+        note(_STOPPED)
         raise
     except PopError as error:
         if error.cause == "unknown-model":
@@ -94,20 +92,6 @@ def _tell_needs(path: Path) -> None:
             planned = plan_conversion(path, None, options)
             for label, value in fit_facts(planned):
                 note(f"`pop-local convert`, {label.lower()}: {value}.")
-
-
-def _what_is_kept(model: str, folder: Path, sha256: str | None) -> str:
-    """Say what the same command goes on with. A hub's files can all be gone on with."""
-    if hub_name(model):
-        if any(folder.glob(f"*{PARTIAL_SUFFIX}")):
-            return f"What has arrived is kept: {_GOES_ON}"
-        return "No file is half there: the same command fetches what is missing."
-    if is_url(model):
-        if kept_of_url(model, folder, _hash(sha256)):
-            return f"What has arrived is kept: {_GOES_ON}"
-    elif kept_bytes(folder / find(model).file):
-        return f"Parts that arrived whole are kept: {_GOES_ON}"
-    return "What has arrived cannot be gone on with: the same command begins anew."
 
 
 def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -17,6 +17,7 @@ from pop_local.commands.opening import Opener, without_refill
 from pop_local.commands.unfolding import unfolded
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
+from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.turn import Chunk
 from pop_local.texts.decoding import decoded
@@ -28,9 +29,6 @@ from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, note, warn
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
-
-if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
 
 # After which it is said what stdin is waited for.
 _PATIENCE_S = 5.0
@@ -77,7 +75,7 @@ def run(
     messages = Conversation(system, (turn,)).messages
     screen = Screen(look(theme))
     asked = opt.given_names(call)
-    if how.full or how.refill is opt.RefillName.IDLE:
+    if how.full or how.refill == "idle":
         why = "--full prunes nothing" if how.full else "one question is asked"
         how = without_refill(how, why, asked)
     opened = Opener(model, how, asked)()
@@ -120,7 +118,6 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 
 def _piped() -> bytes:
-    """Read stdin to its end."""
     timer = threading.Timer(
         _PATIENCE_S, note, ["Waiting for the end of the piped text; < /dev/null if there is none."]
     )
@@ -152,8 +149,7 @@ def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:
             screen.note(stats_line(chunk.stats))
 
 
-def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> dict[str, Any]:
-    """The answer and its figures as one object."""
+def _collected(opened: PopModel, chunks: Iterator[Chunk]) -> dict[str, Any]:
     pieces = list(chunks)
     stats = pieces[-1].stats
     assert stats is not None, "the last chunk carries the figures"

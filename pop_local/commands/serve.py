@@ -16,13 +16,14 @@ import typer
 from pop_local.base.errors import PopError
 from pop_local.base.nearest import nearest_hint
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener, default_model
+from pop_local.commands.opening import Opener, default_model, lessons
 from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.model import PopModel
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
     from pop_local.server.models import Models
 
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
@@ -30,8 +31,6 @@ _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 @dataclass(frozen=True)
 class ServerOptions(Group):
-    """Who is served, and how."""
-
     host: str = option("Address to listen on; 0.0.0.0 for all networks.", default="127.0.0.1")
     port: int = option("0 takes any free one.", min=0, max=65535, default=8080)
     api_key: str = option(
@@ -103,7 +102,7 @@ def serve(
     ] = None,
     *,
     to: ServerOptions,
-    how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
+    how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
 ) -> None:
     """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's, and a page.
 
@@ -125,23 +124,18 @@ def serve_named(
     """
     _require_usage(to, how)
     _require_packages()
-    origins = [_origin(given) for given in to.cors or ()]
+    origins = tuple(map(_origin, to.cors or ()))
     listening = _bound(to.host, to.port)
     _log_to_stderr()
-    from pop_local.server.app import create_app_of, run_app
-    from pop_local.server.front import LOOPBACK
+    from pop_local.server.app import create_app, run_app
+    from pop_local.server.front import LOOPBACK, Entry
 
     if to.models is None:
         model = model or default_model()
     models = _models(model, to, Opener(model, how, asked, _n_parallel(to, how)))
     try:
-        app = create_app_of(
-            models,
-            api_key=to.api_key,
-            host=to.host,
-            strict_model=to.strict_model,
-            origins=origins,
-        )
+        entry = Entry(to.api_key, to.host, origins)
+        app = create_app(models, entry, strict_model=to.strict_model)
         try:
             listening.listen(128)
         except OSError as error:  # another program was faster
@@ -171,42 +165,41 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
 
 def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
     """Make the models of the server; MODEL is opened."""
-    from pop_local.engine.cache.prompt_cache import PromptCache
     from pop_local.server.listing import File, find, models_in
-    from pop_local.server.models import Models, Opened, Shelf
+    from pop_local.server.models import Models, Shelf
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
-    def opened_by(name: str | None) -> Opened:
+    def opened_by(name: str | None) -> PopModel:
         opened = opener(name)
         opened.keep_prompts(prompts)
-        return Opened(opened, opener.lessons(opened))
+        return opened
 
     how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
     if (folder := to.models) is None:
         assert model is not None
         one = opened_by(None)
-        name = to.name or _default_name(model, one.model.path)
-        return Models.of_one(File(name, one.model.path), one, **how)
+        name = to.name or _default_name(model, one.path)
+        return Models.of_one(File(name, one.path), one, lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
     shelf = Shelf(
         lambda: models_in(folder),
         lambda path: opened_by(str(path)),
+        lessons,
         opener.options.ctx,
         can_see=True,
         n_parallel=opener.n_parallel or 2,  # at most, where the model decides
     )
-    if model is None:
-        models = Models(shelf, ram_bytes=ram_bytes, **how)
-        models.check()
-        return models
     files = shelf.files()
-    file = find(model, files)
-    if file is None:
+    file = find(model, files) if model else None
+    if model and file is None:
         hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
         raise PopError(f"there is no model {model!r} in {folder}", hint)
-    models = Models(shelf, ram_bytes=ram_bytes, default=file.name, **how)
-    models.load(file)
+    models = Models(shelf, ram_bytes=ram_bytes, default=file.name if file else "", **how)
+    if file:
+        models.load(file)
+    else:
+        models.check()
     return models
 
 
@@ -215,7 +208,7 @@ def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     reasons = {
         "--repeatable": to.repeatable,
         "--select": opt.selected(how.select),
-        "--refill answer": how.refill is opt.RefillName.ANSWER,
+        "--refill answer": how.refill == "answer",
     }
     one = next((name for name, is_so in reasons.items() if is_so), None)
     if one is not None and (to.parallel or 1) > 1:
@@ -232,7 +225,7 @@ def _default_name(model: str, path: Path) -> str:
 
 
 def _origin(given: str) -> str:
-    origin = given.strip().removesuffix("/")
+    origin = given.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
             f"{given!r} is no origin of web pages",
@@ -301,7 +294,7 @@ def _announce(models: "Models", to: ServerOptions) -> None:
         note(f"Models of {to.models}, opened when they are asked for, {kept}: {names}.")
 
 
-def _announce_model(name: str, opened: "PopModel") -> None:
+def _announce_model(name: str, opened: PopModel) -> None:
     pruning = f"pruned from layer {opened.boundary} on" if opened.mode else "not pruned"
     if opened.mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"

@@ -88,11 +88,6 @@ def download(remote: Remote, target: Path, advance: Progress) -> None:
         _Transfer(remote, target, advance).run()
 
 
-def kept_bytes(remote: Remote, target: Path) -> int:
-    """Return how many bytes of a stopped download would be used again."""
-    return _Transfer(remote, target, lambda done, total: None).kept_bytes()
-
-
 class _Transfer:
     def __init__(self, remote: Remote, target: Path, advance: Progress) -> None:
         self._remote, self._target, self._advance = remote, target, advance

@@ -5,7 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 from pop_local.base.errors import PopError
 from pop_local.base.progress import Progress
-from pop_local.fetching.download import Remote, download, kept_bytes, without_secrets
+from pop_local.fetching.download import Remote, download, without_secrets
 from pop_local.fetching.target import harmless, is_there
 from pop_local.models.stored import SUFFIX
 
@@ -28,11 +28,6 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
     folder.mkdir(parents=True, exist_ok=True)
     download(Remote(url, sha256=sha256), target, advance)
     return target
-
-
-def kept_of_url(url: str, folder: Path, sha256: str) -> int:
-    """Return how many bytes `fetch_url` would use again after it was stopped."""
-    return kept_bytes(Remote(url, sha256=sha256), folder / file_name(url))
 
 
 def file_name(url: str) -> str:

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints and the server's own, and the house that all doors lead to."""
+"""OpenAI's endpoints and the server's own, and what all doors share: bodies, models, answers."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from starlette.applications import Starlette
@@ -18,8 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from pop_local.base.errors import StoppedError
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.answers import streamed_answer, whole_answer
-from pop_local.server.bodies import ChatBody, CompletionBody
-from pop_local.server.doors.house import AnyBody, AnyNamed, Made
+from pop_local.server.bodies import Body, ChatBody, CompletionBody, Named
 from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.listing import About, File
 from pop_local.server.models import Models, Served
@@ -31,23 +30,24 @@ _MAYBE_NO_NUMBER = re.compile(rb"[:,\[\s](?:NaN|-?Infinity|-?\d[\d.]*[eE]\+?\d{3
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
 
+AnyNamed = TypeVar("AnyNamed", bound=Named)
+AnyBody = TypeVar("AnyBody", bound=Body)
+Made = TypeVar("Made")
+
 
 class Api:
-    """The endpoints; see House."""
-
-    def __init__(self, models: Models, max_body_bytes: int, strict_model: bool) -> None:
+    def __init__(self, models: Models, *, strict_model: bool) -> None:
         self.models = models
         self._is_strict = strict_model
         self._created = int(time.time())
-        by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * models.shelf.most_ctx)
-        self._max_body_bytes = max_body_bytes or by_context
+        self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * models.shelf.most_ctx)
         self._max_picture_bytes = MAX_DATA_URL if models.shelf.can_see else 0
+        self._grammar_limit = anyio.CapacityLimiter(1)
+        self._picture_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._grammar_limit = anyio.CapacityLimiter(1)
-        self._picture_limit = anyio.CapacityLimiter(1)
         self.models.start()
         try:
             yield
@@ -112,6 +112,7 @@ class Api:
         return await self.answer(request, served, body, served.tasks.completions, reply)
 
     def file(self, request: Request, name: str | None) -> File:
+        """Return the model that answers to a name, which may be another one. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
             if self._is_strict:
@@ -124,12 +125,17 @@ class Api:
         return file
 
     async def served(self, request: Request, name: str | None) -> Served:
+        """Return the model that answers to a name, open until the response is sent.
+
+        Raises ApiError, also once the client has hung up.
+        """
         lease = await self.models.lease(self.file(request, name))
         request.state.held.callback(lease.end)
         self._gone(request).add_done_callback(lambda _: lease.refuse(hung_up()))
         return await lease.served
 
     async def work(self, request: Request, served: Served, work: Callable[[], Made]) -> Made:
+        """Do it in a thread, until the client has hung up."""
         gone, worker = self._gone(request), served.worker
 
         def done() -> Made:
@@ -146,7 +152,9 @@ class Api:
     async def made(
         self, request: Request, served: Served, body: AnyBody, make: Callable[[AnyBody], list[Task]]
     ) -> list[Task]:
-        """Check grammars and pictures one at a time, so that they take the memory of one."""
+        """Make tasks in a thread; grammars and pictures one at a time, so that they take the
+        memory of one.
+        """
         async with AsyncExitStack() as limits:
             if body.has_grammar:
                 await limits.enter_async_context(self._grammar_limit)
@@ -155,6 +163,7 @@ class Api:
             return await self.work(request, served, lambda: make(body))
 
     async def read(self, request: Request, kind: type[AnyNamed]) -> AnyNamed:
+        """Return the body, within the limits. Raises ApiError and ValidationError."""
         raw = bytearray()
         async for piece in request.stream():
             raw += piece

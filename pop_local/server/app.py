@@ -1,11 +1,12 @@
-"""The routes: `create_app` makes a Starlette application of a model, `run_app` serves it."""
+"""The routes: `create_app` makes a Starlette application of models, `run_app` serves it."""
 
+import ctypes
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -18,77 +19,30 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pop_local.base.errors import PopError
-from pop_local.engine.learning.lesson import Teacher
-from pop_local.engine.model import PopModel
 from pop_local.server.api import Api
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
-from pop_local.server.doors.embeddings import Embeddings
-from pop_local.server.doors.llama_server import LlamaServer
-from pop_local.server.doors.messages import Messages
-from pop_local.server.doors.ollama import Ollama
-from pop_local.server.doors.responses import Responses
+from pop_local.server.doors import embeddings, llama_server, messages, ollama, responses
 from pop_local.server.errors import as_api_error
 from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
-from pop_local.server.listing import File
-from pop_local.server.memory import return_large_blocks
-from pop_local.server.models import Models, Opened
+from pop_local.server.models import Models
 from pop_local.server.page import routes as page
 
 _LAST_WORDS_S = 5
 _AT_LAST_S = 8.0
 _BACKLOG = 128
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_LARGE_BYTES = 1 << 20
 
 log = logging.getLogger("pop_local.server")
 
 
-def create_app(
-    model: PopModel,
-    name: str,
-    *,
-    max_waiting: int = 256,
-    repeatable: bool = False,
-    teacher: Teacher | None = None,
-    api_key: str = "",
-    host: str = "127.0.0.1",
-    max_body_bytes: int = 0,
-    strict_model: bool = False,
-    origins: Sequence[str] = (),
-) -> Starlette:
-    """Make the application of one model, by its name in the API; see Models and `create_app_of`.
+def create_app(models: Models, entry: Entry, *, strict_model: bool = False) -> Starlette:
+    """Make the application of models, which work during its lifespan, and belong to it.
 
-    The model belongs to it from the start of its lifespan to its end. `repeatable`: see
-    TurnOptions; a request may say otherwise. `teacher`: makes fits of what the model learns,
-    between requests.
+    `strict_model`: whether requests for other models are refused, not answered by the default one.
+    `app.state.models`: stop them to end running answers.
     """
-    file, opened = File(name, model.path), Opened(model, teacher)
-    return create_app_of(
-        Models.of_one(file, opened, max_waiting=max_waiting, repeatable=repeatable),
-        api_key=api_key,
-        host=host,
-        max_body_bytes=max_body_bytes,
-        strict_model=strict_model,
-        origins=origins,
-    )
-
-
-def create_app_of(
-    models: Models,
-    *,
-    api_key: str = "",
-    host: str = "127.0.0.1",
-    max_body_bytes: int = 0,
-    strict_model: bool = False,
-    origins: Sequence[str] = (),
-) -> Starlette:
-    """Make the application of models, which work during its lifespan.
-
-    `api_key`: "" for none. `host`: the address that the server listens on; without a key it
-    answers to this and loopback names only. `max_body_bytes` 0: by context. `strict_model`: whether
-    requests for other models are refused, not answered by the default one. `origins`: of web pages
-    that may ask without a key, beside those of this machine. `app.state.models`: stop them to end
-    running answers.
-    """
-    api = Api(models, max_body_bytes, strict_model)
+    api = Api(models, strict_model=strict_model)
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     routes = [
         Route("/health", api.health),
@@ -98,11 +52,11 @@ def create_app_of(
         Route("/v1/models/{name:path}", api.one_model),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
-        *Ollama(api).routes,
-        *LlamaServer(api).routes,
-        *Responses(api).routes,
-        *Messages(api).routes,
-        *Embeddings(api).routes,
+        *ollama.routes(api),
+        *llama_server.routes(api),
+        *responses.routes(api),
+        *messages.routes(api),
+        *embeddings.routes(api),
         *page.routes(),
     ]
     app = Starlette(
@@ -113,13 +67,13 @@ def create_app_of(
     app.add_middleware(
         Front,
         metrics=models.metrics,
-        entry=Entry(api_key, host, tuple(origin.lower() for origin in origins)),
+        entry=entry,
         paths=frozenset(route.path for route in routes),
     )
     app.add_middleware(
         CORSMiddleware,
         # With a key any page may ask: none has it unless its user gave it.
-        allow_origins=["*"] if api_key else [origin.lower() for origin in origins],
+        allow_origins=["*"] if entry.api_key else entry.origins,
         allow_origin_regex=LOCAL_ORIGIN,
         allow_methods=["*"],
         allow_headers=["*"],
@@ -163,7 +117,7 @@ def _end(sig: int) -> None:
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
     """Serve until a signal, and raise what it raises once nobody uses the model any more."""
-    return_large_blocks()
+    _return_large_blocks()
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -187,3 +141,14 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         server.models.join()
         if server.end is not None:
             server.end.cancel()
+
+
+def _return_large_blocks() -> None:
+    """Have this process give freed blocks of 1 MiB and more back to the system.
+
+    glibc raises that limit to the largest block that was freed, 32 MiB at most. Smaller blocks come
+    from heaps, where a cache's states of all sizes leave gaps as large as themselves. Without glibc
+    this does nothing.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

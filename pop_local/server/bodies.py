@@ -5,8 +5,7 @@ length has a limit.
 """
 
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -30,34 +29,15 @@ MAX_PARTS = 1_000
 MAX_TOOLS = 256
 
 _UNSUPPORTED = (
-    "functions",
-    "logit_bias",
-    "suffix",
-    "audio",
-    "web_search_options",
-    "prediction",
-    "json_schema",
-    "chat_template_kwargs",
-    "ignore_eos",
-    "mirostat",
-    "dry_multiplier",
-    "xtc_probability",
-    "min_tokens",
-    "stop_token_ids",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-    "dynatemp_range",
-    "bad_words",
-    "use_beam_search",
-    "truncate_prompt_tokens",
-    "lora",
-    "continue_final_message",
-    "samplers",
-    "n_indent",
-    "include_stop_str_in_output",
+    # OpenAI's
+    *("functions", "logit_bias", "suffix", "audio", "web_search_options", "prediction"),
+    # llama-server's
+    *("json_schema", "ignore_eos", "mirostat", "dry_multiplier", "xtc_probability"),
+    *("dynatemp_range", "lora", "samplers", "n_indent"),
+    # vLLM's
+    *("chat_template_kwargs", "min_tokens", "stop_token_ids", "guided_json", "guided_regex"),
+    *("guided_choice", "guided_grammar", "structured_outputs", "bad_words", "use_beam_search"),
+    *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
 )
 # Values that ask for what the server does anyway.
 _USUAL: dict[str, tuple[Any, ...]] = {
@@ -79,16 +59,20 @@ class Lenient(BaseModel):
 
 
 class Named(Lenient):
-    """A request to a model; None: to the one that is here."""
+    """A request to a model; None: to the one that is here.
 
+    `unsupported`: fields that would change the answer, and cannot.
+    """
+
+    unsupported: ClassVar[tuple[str, ...]] = ()
     model: str | None = None
 
-
-def require_supported(body: Lenient, unsupported: Iterable[str]) -> None:
-    """Raises ValueError for a field that would change the answer, and cannot."""
-    for name in unsupported:
-        if (body.model_extra or {}).get(name):
-            raise ValueError(f"{name} is not supported")
+    @model_validator(mode="after")
+    def _is_supported(self) -> "Named":
+        for name in self.unsupported:
+            if (self.model_extra or {}).get(name):
+                raise ValueError(f"{name} is not supported")
+        return self
 
 
 class StreamOptions(Lenient):
@@ -153,9 +137,14 @@ def _or(usual: str) -> BeforeValidator:
     return BeforeValidator(lambda value: usual if value is None else value)
 
 
+def _as_json(arguments: Any) -> Any:
+    """Ollama's clients send an object."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
 class Called(Lenient):
     name: str
-    arguments: Annotated[str, _or("{}")] = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_json), _or("{}")] = "{}"
 
 
 class SentCall(Lenient):
@@ -175,6 +164,17 @@ class Function(Lenient):
 class SentTool(Lenient):
     type: Literal["function"]
     function: Function
+
+
+def tools_of(*types: str | None) -> BeforeValidator:
+    """Keep the tools of these types: others would run on their makers' machines."""
+
+    def kept(tools: Any) -> Any:
+        if not isinstance(tools, list):
+            return tools
+        return [one for one in tools if not isinstance(one, dict) or one.get("type") in types]
+
+    return BeforeValidator(kept)
 
 
 class NamedFunction(Lenient):
@@ -241,6 +241,7 @@ class Body(Named, Sampling):
     `repetition_penalty` mlx-lm's name of `repeat_penalty`.
     """
 
+    unsupported: ClassVar[tuple[str, ...]] = _UNSUPPORTED
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)
@@ -282,9 +283,8 @@ class Body(Named, Sampling):
         return self.grammar is not None or (form is not None and form.wanted is not None)
 
     @model_validator(mode="after")
-    def _is_supported(self) -> "Body":
+    def _is_usual(self) -> "Body":
         extra = self.model_extra or {}
-        require_supported(self, _UNSUPPORTED)
         for name, usual in _USUAL.items():
             if extra.get(name) not in (None, *usual):
                 raise ValueError(

@@ -33,18 +33,15 @@ class ApiError(HTTPException):
 
     @property
     def of_ollama(self) -> dict[str, Any]:
-        """The body that Ollama's clients know."""
         return {"error": self.detail}
 
     @property
     def of_anthropic(self) -> dict[str, Any]:
-        """The body that Anthropic's clients know."""
         kind = _KINDS.get(self.status_code, self.body["error"]["type"])
         kind = "api_error" if kind == "server_error" else kind
         return {"type": "error", "error": {"type": kind, "message": self.detail}}
 
     def response(self, path: str) -> JSONResponse:
-        """Return the response to a request of this path."""
         body = self.of_ollama if path.startswith("/api/") else self.body
         body = self.of_anthropic if path.startswith("/v1/messages") else body
         return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))

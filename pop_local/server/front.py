@@ -32,12 +32,15 @@ _SHOWN = 80
 
 @dataclass(frozen=True)
 class Entry:
-    """Who is let in: those with the key, "" for none. `host`: the address that is listened on.
-    `origins`: of web pages that may ask, beside those of this machine."""
+    """Who is let in: those with the key, "" for none. Without one only this machine's names count,
+    and `host`, the address that is listened on.
 
-    api_key: str
-    host: str
-    origins: tuple[str, ...]
+    `origins`: of web pages that may ask, beside those of this machine; in small letters.
+    """
+
+    api_key: str = ""
+    host: str = "127.0.0.1"
+    origins: tuple[str, ...] = ()
 
 
 class Front:

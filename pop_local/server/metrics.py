@@ -15,6 +15,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         seconds = partial(Histogram, buckets=_BUCKETS, registry=self._registry)
         counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
         self._ttft = seconds(
             "pop_ttft_seconds", "From the start of a request's prefill to its first token"
         )
@@ -40,19 +41,14 @@ class Metrics:
         self.requests = counter(
             "pop_requests", "Requests by HTTP status; 499: the client hung up", ["path", "status"]
         )
-        self.queue = Gauge(
-            "pop_queue_length", "Requests that wait for the model", registry=self._registry
-        )
-        self.open = Gauge("pop_models_open", "Models in memory", registry=self._registry)
-        self.unread = Gauge(
+        self.queue = gauge("pop_queue_length", "Requests that wait for the model")
+        self.open = gauge("pop_models_open", "Models in memory")
+        self.unread = gauge(
             "pop_unread_tokens",
             "Tokens that are still to be read of the prompts that are being read",
-            registry=self._registry,
         )
-        self.refillable = Gauge(
-            "pop_refillable_tokens",
-            "Cached tokens that are still to run the skipped layers",
-            registry=self._registry,
+        self.refillable = gauge(
+            "pop_refillable_tokens", "Cached tokens that are still to run the skipped layers"
         )
         for kind in ("pruned", "exact", "full", "cached"):
             self._prompt.labels(kind)

@@ -30,23 +30,17 @@ log = logging.getLogger("pop_local.server")
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model that was opened, and whoever makes fits of what it learns."""
-
-    model: PopModel
-    teacher: Teacher | None = None
-
-
-@dataclass(frozen=True)
 class Shelf:
     """Where models come from.
 
-    `files`: those that are there now, by name. `open` may raise PopError. `n_ctx`: the context of
-    each, None for its own. `can_see`: whether one might. `n_parallel`: sequences of each.
+    `files`: those that are there now, by name. `open` may raise PopError. `teach` makes the
+    teacher of an open model, None where it does not learn. `n_ctx`: the context of each, None for
+    its own. `can_see`: whether one might. `n_parallel`: sequences of each.
     """
 
     files: Callable[[], Mapping[str, Path]]
-    open: Callable[[Path], Opened]
+    open: Callable[[Path], PopModel]
+    teach: Callable[[PopModel], Teacher | None]
     n_ctx: int | None
     can_see: bool
     n_parallel: int
@@ -143,11 +137,12 @@ class Models:
         metrics.refillable.set_function(partial(self._total, lambda worker: worker.n_refillable()))
 
     @classmethod
-    def of_one(cls, file: File, opened: Opened, **how: Any) -> "Models":
+    def of_one(
+        cls, file: File, model: PopModel, teach: Callable[[PopModel], Teacher | None], **how: Any
+    ) -> "Models":
         """Make models of a single one, which is open already; `how` as for the constructor."""
-        model, files = opened.model, {file.name: file.path}
-        n_parallel = len(model.sequences)
-        shelf = Shelf(lambda: files, lambda _: opened, model.n_ctx, model.can_see, n_parallel)
+        files, n = {file.name: file.path}, len(model.sequences)
+        shelf = Shelf(lambda: files, lambda _: model, teach, model.n_ctx, model.can_see, n)
         models = cls(shelf, **how)
         models.load(file)
         return models
@@ -155,7 +150,6 @@ class Models:
     # By name
 
     def find(self, name: str | None) -> File | None:
-        """Return the model of that name, None for none."""
         return find(name, self.shelf.files()) if name else None
 
     @property
@@ -189,7 +183,6 @@ class Models:
 
     @property
     def opened(self) -> list[About]:
-        """Describe the open models."""
         return [About.of_model(served.name, served.model) for served in self.loaded]
 
     async def about(self, file: File) -> About:
@@ -294,10 +287,9 @@ class Models:
     def load(self, file: File) -> Served:
         """Open a model; its thread is yet to be started. Raises PopError."""
         with stopped_by(self._stopping.is_set):
-            opened = self.shelf.open(file.path)
-        model = opened.model
+            model = self.shelf.open(file.path)
         tasks = Tasks(model, repeatable=self._repeatable)
-        worker = Worker(model, self.metrics, self._max_waiting, opened.teacher)
+        worker = Worker(model, self.metrics, self._max_waiting, self.shelf.teach(model))
         needed_bytes = About.of_model(file.name, model).needed_bytes
         served = Served(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served
@@ -386,7 +378,6 @@ class Models:
                 served.worker.join()
 
     def close(self) -> None:
-        """Stop, and close all models."""
         self.stop()
         self.join()
         for served in self.loaded:

@@ -68,7 +68,7 @@ class Tasks:
             shown = iter(pictures)
             messages = [_message(message, shown) for message in body.messages]
             prompt, calls = self._prompt(body, messages)
-        except (NoChildError, ApiError):
+        except NoChildError:
             raise
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param="tools") from error
@@ -100,7 +100,6 @@ class Tasks:
         return [one for task in tasks for one in _seeded(task, body.n)]
 
     def embeddings(self, body: EmbeddingsBody) -> list[Task]:
-        """Make a task for each text."""
         if body.dimensions not in (None, n_embd := self._model.context.n_embd):
             message = f"dimensions must be {n_embd}: the vectors of this model are not cut"
             raise ApiError(400, message, param="dimensions")

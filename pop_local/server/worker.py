@@ -179,9 +179,9 @@ class Worker(threading.Thread):
             raise ApiError(503, STOPPING)
 
     def n_waiting(self) -> int:
-        """Requests that wait for the model; those whose clients hung up do not count."""
+        """Requests that wait for the model."""
         with self._lock:
-            return sum(not job.cancelled.is_set() for job in self._waiting)
+            return len(self._still_waiting())
 
     def n_unread(self) -> int:
         """Rows that are still to be read of the prompts that are being read."""
@@ -194,14 +194,18 @@ class Worker(threading.Thread):
     def place(self, job: Job) -> int:
         """Return a job's place in the queue, from 1 on; 0 once it has left it."""
         with self._lock:
-            waiting = [one for one in self._waiting if not one.cancelled.is_set()]
+            waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
+
+    def _still_waiting(self) -> list[Job]:
+        """Those whose clients hung up do not count."""
+        return [job for job in self._waiting if not job.cancelled.is_set()]
 
     def submit(self, task: Task) -> Job:
         """Raises ApiError when too many wait already."""
         job = Job(task, self.place)
         with self._lock:
-            self._waiting = deque(one for one in self._waiting if not one.cancelled.is_set())
+            self._waiting = deque(self._still_waiting())
             if len(self._waiting) >= self._max_waiting:
                 raise ApiError(503, f"{self._max_waiting} requests wait already; try again later")
             self._waiting.append(job)

@@ -136,5 +136,4 @@ def hint_of(error: PopError) -> str:
 
 
 def os_hint(error: OSError) -> str:
-    """The hint for what the operating system refused."""
     return _BY_ERRNO.get(error.errno or 0, TRACE)

@@ -2,17 +2,28 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from pop_local.config import settings
 from pop_local.ui import hints
 from pop_local.ui.errors import guard
 
 HELP_OPTIONS = ["-h", "--help"]
+
+
+def sub_app(**how: Any) -> typer.Typer:
+    """Return an app of which a command is made; `how` goes to typer."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": HELP_OPTIONS},
+        **how,
+    )
 
 
 @dataclass(frozen=True)
@@ -24,56 +35,30 @@ class Entry:
     help: str
 
     def function(self) -> Any:
-        """Return the function or app of this name, with an underscore for each hyphen."""
         return getattr(importlib.import_module(self.module), self.name.replace("-", "_"))
 
 
-class LazyCommand(TyperCommand):
-    """Stands in the group's listing; becomes the real command once it gets arguments.
+def _loaded(entry: Entry) -> Any:
+    """Import a command."""
+    function = entry.function()
+    if isinstance(function, typer.Typer):
+        return typer.main.get_command(function)
+    single = sub_app()
+    single.command(
+        name=entry.name,
+        help=_paragraphs(function.__doc__),
+        no_args_is_help=False,
+        context_settings={"help_option_names": HELP_OPTIONS},
+    )(function)
+    return typer.main.get_command(single)
 
-    `load` gives values for parameters by name; it is only called for a command that has one of
-    these `names`.
-    """
 
-    def __init__(
-        self, entry: Entry, names: Collection[str], load: Callable[[], Mapping[str, Any]]
-    ) -> None:
-        super().__init__(name=entry.name, help=entry.help)
-        self._entry, self._names, self._values = entry, names, load
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
-    ) -> Any:
-        command = self._load()
-        # Required arguments are never filled in: `rm` would take the default model.
-        wanted = {param.name for param in command.params if not param.required} & {*self._names}
-        # Completion and help work whatever the values are.
-        if wanted and not extra.get("resilient_parsing") and not {*args} & {*HELP_OPTIONS}:
-            values = self._values().items()
-            extra["default_map"] = {name: value for name, value in values if name in wanted}
-        given = [*args]  # which parsing takes apart
-        try:
-            return command.make_context(info_name, args, parent=parent, **extra)
-        except Exception as error:
-            if unknown := getattr(error, "option_name", ""):
-                known = (option for option in hints.FOREIGN_OPTIONS if option in given)
-                for option in filter(lambda option: option.startswith(unknown), known):
-                    message = f"No such option: {option}: {hints.FOREIGN_OPTIONS[option]}"
-                    error.message = message  # type: ignore[attr-defined]
-            raise
-
-    def _load(self) -> Any:
-        function = self._entry.function()
-        if isinstance(function, typer.Typer):
-            return typer.main.get_command(function)
-        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(
-            name=self._entry.name,
-            help=_paragraphs(function.__doc__),
-            no_args_is_help=False,
-            context_settings={"help_option_names": HELP_OPTIONS},
-        )(function)
-        return typer.main.get_command(single)
+def _defaults(command: Any) -> dict[str, Any]:
+    """The settings, as defaults of a command's parameters."""
+    # Required arguments are never filled in: `rm` would take the default model.
+    wanted = {param.name for param in command.params if not param.required} & {*settings.KEYS}
+    found = settings.given() if wanted else {}
+    return {name: value for name, value in found.items() if name in wanted}
 
 
 def _paragraphs(docstring: str | None) -> str:
@@ -82,26 +67,39 @@ def _paragraphs(docstring: str | None) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-def lazy_group(
-    entries: Sequence[Entry], names: Collection[str], load: Callable[[], Mapping[str, Any]]
-) -> type[TyperGroup]:
-    """Return a group class of these commands, for `typer.Typer(cls=...)`.
-
-    `load` gives values for parameters of these `names`, used where no flag is given.
-    """
+def lazy_group(entries: Sequence[Entry]) -> type[TyperGroup]:
+    """Return a group class of these commands, for `typer.Typer(cls=...)`."""
+    by_name = {entry.name: entry for entry in entries}
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
-            self.commands = {entry.name: LazyCommand(entry, names, load) for entry in entries}
+            # They stand in the listing, and give way to the real ones.
+            self.commands = {each.name: TyperCommand(each.name, help=each.help) for each in entries}
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if words := not ctx.resilient_parsing and hints.FOREIGN_COMMANDS.get(args[0]):
                 ctx.fail(f"No such command {args[0]!r}: {words}")
-            return super().resolve_command(ctx, args)
+            name, known, given = super().resolve_command(ctx, args)
+            if name is None:
+                return name, known, given
+            command = _loaded(by_name[name])
+            # Completion and help work whatever the values are.
+            if not ctx.resilient_parsing and not {*given} & {*HELP_OPTIONS}:
+                ctx.default_map = {name: _defaults(command)}
+            ctx.obj = [*given]  # which parsing takes apart
+            return name, command, given
 
         def invoke(self, ctx: Any) -> Any:
             with guard(debug=ctx.params["debug"]):
-                return super().invoke(ctx)
+                try:
+                    return super().invoke(ctx)
+                except Exception as error:
+                    if unknown := getattr(error, "option_name", ""):
+                        known = (option for option in hints.FOREIGN_OPTIONS if option in ctx.obj)
+                        for option in filter(lambda option: option.startswith(unknown), known):
+                            message = f"No such option: {option}: {hints.FOREIGN_OPTIONS[option]}"
+                            error.message = message  # type: ignore[attr-defined]
+                    raise
 
     return LazyGroup

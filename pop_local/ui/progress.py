@@ -36,14 +36,14 @@ _SAID_EVERY_S = 20.0
 
 @dataclass
 class Pace:
-    """Bars that follow each other share it: when a line was said, and the course, if known."""
+    """Bars that follow each other share it: when a line was said, and the course of the whole."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
-    course: Course | None = None
+    course: Course = field(default_factory=lambda: Course(()))
 
     def left(self) -> str:
         """Return the time left of the whole in words, "" where it is not known."""
-        if self.course is None or (left_s := self.course.left_s) is None:
+        if (left_s := self.course.left_s) is None:
             return ""
         about = "at most" if self.course.is_at_most else "about"
         return f"{about} {duration(left_s)} left in all"

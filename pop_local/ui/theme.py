@@ -1,7 +1,6 @@
 """The one theme and the two consoles: answers and data on `out`, everything else on `err`."""
 
 import os
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
@@ -51,30 +50,18 @@ out = _console(stderr=False)
 err = _console(stderr=True)
 
 
-@dataclass(frozen=True)
-class Look:
-    """How answers are shown in a terminal; without Markdown, as the model wrote them."""
-
-    is_markdown: bool
-    code_theme: str = ""
+# The Pygments style of code in answers; "": no Markdown, as the model wrote them.
+LOOKS = {"terminal": "ansi_dark", "dark": "monokai", "light": "default", "plain": ""}
 
 
-LOOKS = {
-    "terminal": Look(is_markdown=True, code_theme="ansi_dark"),
-    "dark": Look(is_markdown=True, code_theme="monokai"),
-    "light": Look(is_markdown=True, code_theme="default"),
-    "plain": Look(is_markdown=False),
-}
-
-
-def look(name: str) -> Look:
-    """Return one of LOOKS, or that of a Pygments style. Raises PopError.
+def look(name: str) -> str:
+    """Return one of LOOKS, or the Pygments style of this name. Raises PopError.
 
     It is plain where colours are off, and on a terminal that cannot move its cursor.
     """
     from pygments.styles import get_all_styles
 
-    known = {**LOOKS, **{style: Look(True, style) for style in get_all_styles()}}
+    known = {style: style for style in get_all_styles()} | LOOKS
     if name not in known:
         hint = nearest_hint(name, {style: style for style in known}, "known: " + ", ".join(LOOKS))
         raise PopError(f"there is no theme {name}", hint)

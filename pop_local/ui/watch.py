@@ -36,16 +36,14 @@ class _Stages:
 
     def begin(self, name: str, unit: Unit) -> None:
         self.end()
-        if self._pace.course:
-            self._pace.course.begin(name)
+        self._pace.course.begin(name)
         self._stage = (name, unit)
 
     def advance(self, done: int, total: int) -> None:
         if self._bar is None:
             name, unit = self._stage
             self._bar = self._stack.enter_context(_BARS[unit](name, self._pace))
-        if self._pace.course:
-            self._pace.course.advance(done, total)
+        self._pace.course.advance(done, total)
         self._bar(done, total)
 
     def end(self) -> None:

@@ -171,7 +171,7 @@ def probe(tmp_path, monkeypatch) -> typer.Typer:
     (tmp_path / "probe_commands.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     entries = [Entry(name, "probe_commands", "") for name in ("probe", "must", "bare")]
-    program = typer.Typer(cls=lazy_group(entries, settings.KEYS, settings.given))
+    program = typer.Typer(cls=lazy_group(entries))
     program.callback()(lambda debug=False: None)
     return program
 

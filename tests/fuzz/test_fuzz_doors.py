@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from pop_local.base.errors import PopError
-from pop_local.server.app import create_app
 from support.asked import NAME
 from support.calls import opened
 from support.campaign import campaign
 from support.converted import tiny
 from support.mutants import mutated_bytes, mutated_json
-from support.serving import asking
+from support.serving import app_of, asking
 from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER
 
 pytestmark = pytest.mark.slow
@@ -99,7 +98,7 @@ def client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("doors")
     template = TEMPLATES[QWEN].read_text()
     path = tiny(folder, boundary=1, chat_template=template, n_layer=2, n_embd=64, n_ff=64)
-    with opened(path, n_ctx=2048) as model, asking(create_app(model, NAME)) as client:
+    with opened(path, n_ctx=2048) as model, asking(app_of(model, NAME)) as client:
         yield client
 
 

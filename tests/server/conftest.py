@@ -3,13 +3,13 @@
 import pytest
 
 from pop_local.engine.llama.backend import Mode
-from pop_local.server.app import create_app
+from pop_local.server import api
 from support.asked import N_CTX, NAME, complete, text_of
 from support.calls import opened
 from support.converted import tiny
 from support.filling import make_filler
 from support.library import NAMES, Library
-from support.serving import asking
+from support.serving import app_of, asking
 from support.synthetic import TEMPLATE, make_gguf
 
 
@@ -21,7 +21,10 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(path):
     model = opened(path, n_ctx=N_CTX)
-    with asking(create_app(model, NAME, max_body_bytes=100_000)) as client:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "_MIN_BODY_BYTES", 100_000)
+        app = app_of(model, NAME)
+    with asking(app) as client:
         yield client
     model.close()
 
@@ -38,7 +41,7 @@ def full(path):
 def filler(tmp_path_factory):
     """A model that can fill in between two texts, and its client."""
     model = opened(make_filler(tmp_path_factory.mktemp("fim")), n_ctx=N_CTX)
-    with asking(create_app(model, NAME)) as client:
+    with asking(app_of(model, NAME)) as client:
         yield model, client
     model.close()
 
@@ -57,7 +60,7 @@ def expected(folder):
     found = {}
     for name in NAMES:
         model = opened(folder / f"{name}.gguf", n_ctx=N_CTX)
-        with asking(create_app(model, name)) as client:
+        with asking(app_of(model, name)) as client:
             found[name] = text_of(complete(client))
         model.close()
     assert len(set(found.values())) == len(NAMES)

@@ -8,12 +8,11 @@ import pytest
 
 from pop_local.engine.turn import TurnOptions
 from pop_local.server import answers
-from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody
 from pop_local.server.tasks import Tasks
 from support.asked import LONG, N_CTX, NAME, chat, complete, events, text_of
 from support.calls import opened, read
-from support.serving import asking, counted
+from support.serving import app_of, asking, counted
 from support.synthetic import TEMPLATE, make_gguf
 
 
@@ -308,7 +307,7 @@ def test_a_last_token_has_its_log_probability_whatever_its_text(tmp_path):
     control = [f"<|{n}|>" for n in range(200)]
     path = make_gguf(tmp_path / "control.gguf", "llama", n_vocab=512, control=control)
     asked = {"max_tokens": 1, "logprobs": 1, "temperature": 10.0}
-    with asking(create_app(opened(path), NAME)) as client:
+    with asking(app_of(opened(path), NAME)) as client:
         choices = [complete(client, seed=n, **asked).json()["choices"][0] for n in range(12)]
     texts = [choice["text"] for choice in choices]
     assert "" in texts and any(texts)
@@ -331,7 +330,7 @@ def test_false_asks_for_no_log_probabilities(client):
 def test_a_form_has_no_room_for_a_begun_thought(tmp_path):
     thinks = TEMPLATE + "<think>\n"
     path = make_gguf(tmp_path / "thinks.gguf", "llama", chat_template=thinks)
-    with asking(create_app(opened(path), NAME)) as client:
+    with asking(app_of(opened(path), NAME)) as client:
         assert text_of(chat(client)).startswith("<think>")
         wanted = {"type": "json_object", "schema": {"enum": [5]}}
         assert json.loads(text_of(chat(client, response_format=wanted))) == 5

@@ -7,10 +7,9 @@ import pytest
 
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.embedding import embedding
-from pop_local.server.app import create_app
 from support.asked import LONG, N_CTX, NAME, chat
 from support.calls import opened
-from support.serving import asking
+from support.serving import app_of, asking
 
 
 def test_embeddings(client, full):
@@ -36,7 +35,7 @@ def test_embeddings(client, full):
 def test_embeddings_leave_what_the_cache_of_prompts_has(path):
     with opened(path, n_ctx=N_CTX) as model:
         model.cache.prompts = PromptCache(1 << 24)
-        with asking(create_app(model, NAME)) as client:
+        with asking(app_of(model, NAME)) as client:
             chat(client)
             client.post("/v1/embeddings", json={"input": "another text"})
             usage = chat(client).json()["usage"]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from pop_local.server.app import create_app
+from pop_local.server.front import Entry
 from support.calls import opened
 from support.converted import tiny
 from support.program import called
-from support.serving import asking, counted
+from support.serving import app_of, asking, counted
 
 NAME = "tiny"
 ORIGINS = ("https://friend.example", "app://notes")
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 
 def test_the_key(model):
-    client = asking(create_app(model, NAME, api_key="secret"))
+    client = asking(app_of(model, NAME, entry=Entry(api_key="secret")))
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         refused = client.get("/v1/models", headers=header)
         assert refused.status_code == 401
@@ -78,7 +78,7 @@ def test_the_key(model):
     ],
 )
 def test_without_a_key_only_this_machine_is_answered(model, host, headers, code):
-    client = asking(create_app(model, NAME, host=host, origins=ORIGINS))
+    client = asking(app_of(model, NAME, entry=Entry(host=host, origins=ORIGINS)))
     response = client.get("/v1/models", headers=headers)
     if code is None:
         assert response.status_code == 200
@@ -90,7 +90,7 @@ def test_without_a_key_only_this_machine_is_answered(model, host, headers, code)
 
 
 def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
-    client = asking(create_app(model, NAME))
+    client = asking(app_of(model, NAME))
     before = counted(client)
     headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
     body = json.dumps({"prompt": 5})  # were it let in: 400
@@ -101,7 +101,7 @@ def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
 
 
 def test_a_web_page_that_has_the_key_is_answered(model):
-    client = asking(create_app(model, NAME, api_key="secret"))
+    client = asking(app_of(model, NAME, entry=Entry(api_key="secret")))
     page = {"Host": "box.example", "Origin": "https://page.example"}
     allowed = client.options("/v1/chat/completions", headers=page | PREFLIGHT)
     assert allowed.status_code == 200
@@ -134,7 +134,7 @@ def test_a_web_page_that_has_the_key_is_answered(model):
     ],
 )
 def test_pages_of_this_machine_may_read_answers_without_a_key(model, origin, is_allowed):
-    client = asking(create_app(model, NAME, origins=ORIGINS))
+    client = asking(app_of(model, NAME, entry=Entry(origins=ORIGINS)))
     page = {"Origin": origin}
     allowed = client.options("/api/chat", headers=page | PREFLIGHT)
     assert allowed.status_code == (200 if is_allowed else 400)

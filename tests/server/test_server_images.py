@@ -15,9 +15,8 @@ from pop_local.engine import open_model
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
 from pop_local.server import pictures, tasks
-from pop_local.server.app import create_app
 from support.seeing import encoded, make_seeing, png
-from support.serving import Served, asking, counted, served
+from support.serving import Served, app_of, asking, counted, served
 
 LONG = "a b c d e f g h " * 8
 
@@ -30,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(path: Path) -> Iterator[TestClient]:
     model = PopModel(path, mmproj=path.parent / "mmproj.gguf", n_ctx=1024, n_threads=1)
-    with asking(create_app(model, "tiny")) as client:
+    with asking(app_of(model, "tiny")) as client:
         yield client
     model.close()
 
@@ -161,7 +160,7 @@ def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch)
         return rgb(picture, most)
 
     monkeypatch.setattr(Picture, "rgb", noted)
-    with asking(create_app(model, "tiny")) as client:
+    with asking(app_of(model, "tiny")) as client:
         response = post(client, *(image(data_url(png(seed))) for seed in range(20)), text("a"))
     model.close()
     assert response.json()["error"]["code"] == "context_length_exceeded"
@@ -253,7 +252,7 @@ def test_a_server_that_cannot_see(path, monkeypatch, lacks):
     eye = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
     monkeypatch.setattr(open_model, "has_pillow", lambda: lacks != "Pillow")
     model = PopModel(path, mmproj=eye, n_ctx=1024, n_threads=1)
-    with asking(create_app(model, "tiny")) as client:
+    with asking(app_of(model, "tiny")) as client:
         assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False
         response = post(client, image(data_url(png(3))), text("a"))
         assert response.status_code == 400

@@ -21,9 +21,10 @@ SERVER = """
 import logging, socket
 from pathlib import Path
 from support.calls import opened
+from support.serving import app_of
 logging.basicConfig()
 listening = socket.create_server(("127.0.0.1", 0))
-made = app.create_app(opened(Path(sys.argv[1])), "tiny")
+made = app_of(opened(Path(sys.argv[1])), "tiny")
 print(listening.getsockname()[1], flush=True)
 app.run_app(made, listening)
 """

@@ -7,11 +7,10 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from pop_local.server.app import create_app
 from support.asked import LONG, NAME, chat, message_of
 from support.calls import opened
 from support.converted import tiny
-from support.serving import asking
+from support.serving import app_of, asking
 from support.tooled import DOUBLE, QWEN, TEMPLATES
 
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
@@ -23,7 +22,7 @@ ASKED = {"role": "user", "content": LONG}
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     path = tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATES[QWEN].read_text())
-    with opened(path, n_ctx=8192) as model, asking(create_app(model, NAME)) as client:
+    with opened(path, n_ctx=8192) as model, asking(app_of(model, NAME)) as client:
         yield client
 
 

@@ -20,16 +20,16 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.learning.lesson import Lesson
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.server.app import create_app_of
+from pop_local.server.app import create_app
 from pop_local.server.errors import ApiError
 from pop_local.server.listing import File
-from pop_local.server.models import Lease, Models, Opened
+from pop_local.server.models import Lease, Models
 from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, complete, text_of
 from support.calls import opened
 from support.converted import converted
 from support.library import NAMES, Library, asked, wait_for
-from support.serving import counted, served
+from support.serving import LOCAL, counted, served
 
 
 def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected):
@@ -211,7 +211,7 @@ async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
 def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
     library.may_open.clear()
     models = Models(library.shelf())
-    app = create_app_of(models)
+    app = create_app(models, LOCAL)
 
     async def hang_up() -> None:
         async with app.router.lifespan_context(app):
@@ -328,9 +328,7 @@ def test_a_model_that_is_refilled_makes_room(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Refiller, "refill", refill)
     library = Library(tmp_path)
-    monkeypatch.setattr(
-        library, "open", lambda path: Opened(opened(path, n_ctx=N_CTX, keep_states=True))
-    )
+    monkeypatch.setattr(library, "open", lambda path: opened(path, n_ctx=N_CTX, keep_states=True))
     with asked(library) as client:
         for name in ("one.pop", "two.pop", "one.pop"):
             works.clear()

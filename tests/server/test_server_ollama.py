@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pop_local.server.app import create_app
+from pop_local.server.front import Entry
 from support.asked import LONG, N_CTX, NAME, chat, complete, text_of
-from support.serving import asking
+from support.serving import app_of, asking
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 EIGHT = {"temperature": 0, "num_predict": 8}
@@ -173,9 +173,9 @@ def test_so_have_other_errors(client, full):
     assert client.get("/api/chat").json() == {"error": "Method Not Allowed"}
     foreign = client.get("/api/tags", headers={"Host": "evil.example"})
     assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})
-    strict = asking(create_app(full, NAME, strict_model=True))
+    strict = asking(app_of(full, NAME, strict_model=True))
     assert "no model named 'other'" in strict.post("/api/show", json={"model": "other"}).text
-    keyed = asking(create_app(full, NAME, api_key="secret"))
+    keyed = asking(app_of(full, NAME, entry=Entry(api_key="secret")))
     assert keyed.get("/api/tags").status_code == 401
     assert "API key" in keyed.get("/api/tags").json()["error"]
 

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
-from pop_local.server.app import create_app
+from pop_local.server.front import Entry
 from pop_local.server.page import reader, routes
 from pop_local.texts.documents import MAX_BYTES as MAX_DOCUMENT_BYTES
 from support.asked import NAME
 from support.calls import opened
 from support.paths import ROOT
 from support.program import called
-from support.serving import asking, counted
+from support.serving import app_of, asking, counted
 
 STATIC = ROOT / "pop_local" / "server" / "page" / "static"
 OURS = [path for kind in ("html", "css", "js") for path in sorted(STATIC.glob(f"*.{kind}"))]
@@ -101,7 +101,7 @@ def test_the_wheel_has_all_of_it():
 
 
 def test_with_a_key_the_page_is_public_and_all_else_is_not(path):
-    client = asking(create_app(opened(path), NAME, api_key="secret"))
+    client = asking(app_of(opened(path), NAME, entry=Entry(api_key="secret")))
     assert client.get("/", headers=BROWSER).status_code == 200
     assert client.get("/page/main.js").status_code == 200
     for response in (sent(client, b"text"), client.get("/metrics"), client.get("/v1/models")):
@@ -198,7 +198,7 @@ def test_a_reader_that_takes_too_long_is_ended(monkeypatch, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text " * 1_000_000)
     with pytest.raises(Exception, match=r"reading story takes more than 0 s"):
-        slow.text(path, "story")
+        slow.read("text", path, "story")
     slow.close()
 
 
@@ -210,7 +210,7 @@ def test_no_document_is_longer_than_any_context(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("x" * (reader.MAX_CHARACTERS + 1))
     with pytest.raises(Exception, match=r"^a\.txt has 8,000,001 characters, more than any context"):
-        reader.reader.text(path, "a.txt")
+        reader.reader.read("text", path, "a.txt")
 
 
 def test_the_browser_is_opened_at_the_page(path, monkeypatch):

@@ -10,12 +10,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from pop_local.server.app import create_app
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, NAME, chat, complete, message_of, text_of
 from support.calls import opened
-from support.serving import asking, counted, served
+from support.serving import app_of, asking, counted, served
 
 ENDLESS = "root ::= [a-z] root"
 N_CLIENTS = 6
@@ -155,7 +154,7 @@ def test_tools_at_once(several):
 
 def test_every_sequence_is_refilled_while_nobody_asks(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=2, keep_states=True)
-    with asking(create_app(model, NAME)) as client:
+    with asking(app_of(model, NAME)) as client:
         with ThreadPoolExecutor(2) as clients:
             list(clients.map(lambda text: chat(client, text), ["one. " + LONG, "two. " + LONG]))
         until_s = time.monotonic() + 30
@@ -181,7 +180,7 @@ def test_clients_are_told_how_many_are_answered_at_once(several):
 
 def test_a_stopping_server_ends_all_answers(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=3)
-    app = create_app(model, NAME)
+    app = app_of(model, NAME)
     (served,) = app.state.models.loaded
     with asking(app) as client, ThreadPoolExecutor(3) as clients:
         asked = [clients.submit(chat, client, grammar=ENDLESS, max_tokens=900) for _ in range(3)]

@@ -9,7 +9,6 @@ from pydantic import TypeAdapter, ValidationError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
-from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody, Prompts
 from pop_local.server.doors.llama_server import DetokenizeBody, InfillBody
 from pop_local.server.doors.ollama import OllamaChat
@@ -19,7 +18,7 @@ from pop_local.server.worker import Task, Worker
 from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
 from support.program import called
-from support.serving import asking
+from support.serving import app_of, asking
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +195,13 @@ def test_another_model_is_answered_by_this_one_which_is_said(client, caplog):
 
 
 def test_a_name_of_any_letters_is_a_header(model):
-    named = asking(create_app(model, "a\nb \u20ac"))
+    named = asking(app_of(model, "a\nb \u20ac"))
     other = named.post("/api/show", json={"model": "gpt-4o"})
     assert other.headers["x-model"] == "a%0Ab %E2%82%AC"
 
 
 def test_a_strict_server_refuses_other_models(model):
-    strict = asking(create_app(model, NAME, strict_model=True))
+    strict = asking(app_of(model, NAME, strict_model=True))
     response = chat(strict, model="gpt-4o")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
@@ -221,7 +220,7 @@ def test_other_paths_and_methods_have_the_same_shape(client):
 
 def test_a_grammar_bomb_is_400_and_the_next_request_is_answered(path):
     model = opened(path, n_ctx=N_CTX)
-    with asking(create_app(model, NAME)) as client:
+    with asking(app_of(model, NAME)) as client:
         response = complete(client, grammar=f'root ::= a0 "z"\n{BOMB[:-2]}"a"')
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "invalid_grammar"
@@ -234,7 +233,7 @@ def test_a_grammar_bomb_is_400_and_the_next_request_is_answered(path):
 
 
 def test_a_full_queue_is_503(path):
-    with asking(create_app(opened(path), NAME, max_waiting=0)) as client:
+    with asking(app_of(opened(path), NAME, max_waiting=0)) as client:
         response = complete(client)
         assert response.status_code == 503
         assert "try again later" in response.json()["error"]["message"]
@@ -290,7 +289,7 @@ def test_a_model_without_keys_says_that_it_is_not_pruned(tmp_path):
     from support.synthetic import make_gguf
 
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
-    with asking(create_app(model, NAME)) as client:
+    with asking(app_of(model, NAME)) as client:
         pop = complete(client).json()["usage"]["pop"]
         assert (pop["n_pruned"], pop["reason"]) == (0, "the model has no pruning keys")
         assert complete(client, pop=False).status_code == 200

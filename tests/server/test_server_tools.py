@@ -9,14 +9,13 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import ToolCall, TurnOptions
-from pop_local.server.app import create_app
 from pop_local.server.doors.ollama import OllamaChatReply
 from pop_local.server.replies import End
 from pop_local.server.worker import Task
 from support.asked import NAME, chat, events, message_of
 from support.calls import opened
 from support.converted import tiny
-from support.serving import asking
+from support.serving import app_of, asking
 from support.synthetic import TEMPLATE
 from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER, function
 
@@ -44,7 +43,7 @@ for _ in range(150):
 def client(request, tmp_path_factory):
     template = TEMPLATES[QWEN].read_text() if request.param == "native" else TEMPLATE
     path = tiny(tmp_path_factory.mktemp("tools"), chat_template=template)
-    with opened(path, n_ctx=8192) as model, asking(create_app(model, NAME)) as client:
+    with opened(path, n_ctx=8192) as model, asking(app_of(model, NAME)) as client:
         yield client
 
 

@@ -13,12 +13,12 @@ from starlette.testclient import TestClient
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.model import PopModel
-from pop_local.server.app import create_app_of
+from pop_local.server.app import create_app
 from pop_local.server.listing import models_in
-from pop_local.server.models import Models, Opened, Shelf
+from pop_local.server.models import Models, Shelf
 from support.asked import N_CTX
 from support.calls import opened
-from support.serving import asking
+from support.serving import LOCAL, asking
 
 NAMES = ("one", "three", "two")
 
@@ -40,7 +40,7 @@ class Library:
     def __post_init__(self) -> None:
         self.may_open.set()
 
-    def open(self, path: Path) -> Opened:
+    def open(self, path: Path) -> PopModel:
         assert self.may_open.wait(60)
         self.n_tried += 1
         if self.problem is not None:
@@ -48,7 +48,7 @@ class Library:
         model = opened(path, n_ctx=N_CTX, n_parallel=self.n_parallel)
         model.keep_prompts(self.prompts)
         self.models.append(model)
-        return Opened(model, self.teacher)
+        return model
 
     @property
     def open_ones(self) -> list[str]:
@@ -58,6 +58,7 @@ class Library:
         return Shelf(
             lambda: models_in(self.folder),
             self.open,
+            lambda model: self.teacher,
             N_CTX,
             can_see=False,
             n_parallel=self.n_parallel,
@@ -67,7 +68,7 @@ class Library:
 @contextmanager
 def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
     library.behind = models = Models(library.shelf(), **how)
-    with asking(create_app_of(models, strict_model=strict_model)) as client:
+    with asking(create_app(models, LOCAL, strict_model=strict_model)) as client:
         yield client
     assert not any(models._n_leases.values())
     assert models.n_waiting() == 0

@@ -15,7 +15,7 @@ from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.turn import Chunk, Message, TurnStats
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
-from pop_local.ui.chat.screen import Choice, Screen
+from pop_local.ui.chat.screen import Screen
 from pop_local.ui.hints import hint_of
 
 STATS = TurnStats(
@@ -145,9 +145,9 @@ class Transcript(Screen):
     def error(self, error: PopError) -> None:
         self.shown += f"! {error.message}; {hint_of(error)}\n"
 
-    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
+    def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
         self.shown += f"? {question}\n"
-        self.shown += "".join(f"?   {choice.key}  {choice.text}\n" for choice in choices)
+        self.shown += "".join(f"?   {key}  {words}\n" for key, words in choices.items())
         key = self.read_line() if self.lines else ""
         return key or None
 

@@ -14,7 +14,14 @@ import httpx2
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from pop_local.engine.model import PopModel
+from pop_local.server.app import create_app
+from pop_local.server.front import Entry
+from pop_local.server.listing import File
+from pop_local.server.models import Models
+
 PATIENCE_S = 60
+LOCAL = Entry()
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,14 @@ def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
             return found[1]
         time.sleep(0.05)
     raise AssertionError(log_file.read_text())
+
+
+def app_of(
+    model: PopModel, name: str, *, teacher=None, strict_model=False, entry=LOCAL, **how
+) -> Starlette:
+    """The application of one model, by its name in the API; `how` as for Models."""
+    models = Models.of_one(File(name, model.path), model, lambda _: teacher, **how)
+    return create_app(models, entry, strict_model=strict_model)
 
 
 def asking(app: Starlette) -> TestClient:

@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import EmbeddingsBody, Named
-from pop_local.server.doors.house import House
 from pop_local.server.replies import End, Json, OwnReply, total
 
 
@@ -34,7 +35,7 @@ class EmbeddingsReply(OwnReply):
         return {"object": "list", "data": list(wholes), "model": self._model, "usage": usage}
 
 
-class OllamaReply(OwnReply):
+class EmbedReply(OwnReply):
     def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
         return {"embedding": end.embedding}
 
@@ -50,42 +51,39 @@ class OneText(Named):
     prompt: str
 
 
-class OneReply(OllamaReply):
+class OneEmbedReply(EmbedReply):
     def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
         return wholes[0]
 
 
-class Embeddings:
-    """The endpoints."""
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/v1/embeddings", partial(_create, api), methods=["POST"]),
+        Route("/api/embed", partial(_embed, api), methods=["POST"]),
+        Route("/api/embeddings", partial(_embed_one, api), methods=["POST"]),
+    ]
 
-    def __init__(self, house: House) -> None:
-        self._house = house
 
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/v1/embeddings", self.create, methods=["POST"]),
-            Route("/api/embed", self.embed, methods=["POST"]),
-            Route("/api/embeddings", self.embed_one, methods=["POST"]),
-        ]
+async def _create(api: Api, request: Request) -> Response:
+    body = await api.read(request, EmbeddingsBody)
+    return await _answer(api, request, body, lambda name: EmbeddingsReply(name, body))
 
-    async def create(self, request: Request) -> Response:
-        body = await self._house.read(request, EmbeddingsBody)
-        return await self._answer(request, body, lambda name: EmbeddingsReply(name, body))
 
-    async def embed(self, request: Request) -> Response:
-        body = await self._house.read(request, EmbeddingsBody)
-        return await self._answer(request, body, OllamaReply)
+async def _embed(api: Api, request: Request) -> Response:
+    body = await api.read(request, EmbeddingsBody)
+    return await _answer(api, request, body, EmbedReply)
 
-    async def embed_one(self, request: Request) -> Response:
-        """Ollama's older endpoint."""
-        asked = await self._house.read(request, OneText)
-        body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
-        return await self._answer(request, body, OneReply)
 
-    async def _answer(
-        self, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
-    ) -> Response:
-        served = await self._house.served(request, body.model)
-        whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
-        return await self._house.answer(request, served, whole, make, reply(served.name))
+async def _embed_one(api: Api, request: Request) -> Response:
+    """Ollama's older endpoint."""
+    asked = await api.read(request, OneText)
+    body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
+    return await _answer(api, request, body, OneEmbedReply)
+
+
+async def _answer(
+    api: Api, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
+) -> Response:
+    served = await api.served(request, body.model)
+    whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
+    return await api.answer(request, served, whole, make, reply(served.name))

@@ -17,15 +17,14 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob, TurnOptions
+from pop_local.server.api import Api
 from pop_local.server.bodies import CompletionBody, Lenient, Named, Sampling
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.models import Served
 from pop_local.server.replies import End, Json, OwnReply, chat_logprob, content_of
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
-_UNSUPPORTED = ("return_tokens", "post_sampling_probs")
 # Editors send these for their own comfort: the same answer comes without them, perhaps longer.
 _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
@@ -33,14 +32,13 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 class LlamaBody(CompletionBody):
     """/completion: OpenAI's fields by other names. `n_predict` 0 elsewhere only fills the cache."""
 
+    unsupported = (*CompletionBody.unsupported, "return_tokens", "post_sampling_probs")
+
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        for name in _UNSUPPORTED:
-            if given.get(name):
-                raise ValueError(f"{name} is not supported")
         renamed = {"n": given.get("n_cmpl"), "logprobs": given.get("n_probs") or None}
         if (schema := given.get("json_schema")) is not None:
             form = {"type": "json_schema", "json_schema": {"schema": schema}}
@@ -126,82 +124,78 @@ class LlamaReply(OwnReply):
         }
 
 
-class LlamaServer:
-    """The endpoints that are not OpenAI's."""
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/props", partial(_props, api)),
+        Route("/tokenize", partial(_tokenize, api), methods=["POST"]),
+        Route("/detokenize", partial(_detokenize, api), methods=["POST"]),
+        Route("/completion", partial(_complete, api), methods=["POST"]),
+        Route("/completions", partial(_complete, api), methods=["POST"]),
+        Route("/infill", partial(_infill, api), methods=["POST"]),
+    ]
 
-    def __init__(self, house: House) -> None:
-        self._house = house
 
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/props", self.props),
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
-            Route("/completion", self.complete, methods=["POST"]),
-            Route("/completions", self.complete, methods=["POST"]),
-            Route("/infill", self.infill, methods=["POST"]),
-        ]
+async def _props(api: Api, request: Request) -> Response:
+    served = await api.served(request, request.query_params.get("model"))
+    model = served.model
+    template = model.prompter.template
+    settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
+    return JSONResponse(
+        {
+            "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
+            "total_slots": len(model.sequences),
+            "model_alias": served.name,
+            "model_path": os.fsencode(model.path.name).decode(errors="replace"),
+            "modalities": {"vision": model.can_see, "audio": False},
+            "chat_template": template.source,
+            "bos_token": template.bos,
+            "eos_token": template.eos,
+            "build_info": f"pop-local {__version__}",
+            "is_sleeping": False,
+        }
+    )
 
-    async def props(self, request: Request) -> Response:
-        served = await self._house.served(request, request.query_params.get("model"))
-        model = served.model
-        template = model.prompter.template
-        settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
-        return JSONResponse(
-            {
-                "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
-                "total_slots": len(model.sequences),
-                "model_alias": served.name,
-                "model_path": os.fsencode(model.path.name).decode(errors="replace"),
-                "modalities": {"vision": model.can_see, "audio": False},
-                "chat_template": template.source,
-                "bos_token": template.bos,
-                "eos_token": template.eos,
-                "build_info": f"pop-local {__version__}",
-                "is_sleeping": False,
-            }
-        )
 
-    async def tokenize(self, request: Request) -> Response:
-        body = await self._house.read(request, TokenizeBody)
-        served = await self._house.served(request, body.model)
-        model = served.model
+async def _tokenize(api: Api, request: Request) -> Response:
+    body = await api.read(request, TokenizeBody)
+    served = await api.served(request, body.model)
+    model = served.model
 
-        def work() -> list[Any]:
-            tokens = model.tokenize(
-                body.content, add_bos=body.add_special, special=body.parse_special
-            )
-            if not body.with_pieces:
-                return tokens
-            pieces = Pieces(model.context, range(model.context.n_vocab))
-            return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
+    def work() -> list[Any]:
+        tokens = model.tokenize(body.content, add_bos=body.add_special, special=body.parse_special)
+        if not body.with_pieces:
+            return tokens
+        pieces = Pieces(model.context, range(model.context.n_vocab))
+        return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
 
-        return JSONResponse({"tokens": await self._house.work(request, served, work)})
+    return JSONResponse({"tokens": await api.work(request, served, work)})
 
-    async def detokenize(self, request: Request) -> Response:
-        body = await self._house.read(request, DetokenizeBody)
-        served = await self._house.served(request, body.model)
 
-        def work() -> str:
-            served.tasks.check_tokens(body.tokens, "tokens")
-            context = served.model.context
-            pieces = Pieces(context, range(context.n_vocab))
-            return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
+async def _detokenize(api: Api, request: Request) -> Response:
+    body = await api.read(request, DetokenizeBody)
+    served = await api.served(request, body.model)
 
-        return JSONResponse({"content": await self._house.work(request, served, work)})
+    def work() -> str:
+        served.tasks.check_tokens(body.tokens, "tokens")
+        context = served.model.context
+        pieces = Pieces(context, range(context.n_vocab))
+        return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
 
-    async def complete(self, request: Request) -> Response:
-        body = await self._house.read(request, LlamaBody)
-        served = await self._house.served(request, body.model)
-        make = served.tasks.completions
-        return await self._house.answer(request, served, body, make, _reply(served))
+    return JSONResponse({"content": await api.work(request, served, work)})
 
-    async def infill(self, request: Request) -> Response:
-        body = await self._house.read(request, InfillBody)
-        served = await self._house.served(request, body.model)
-        make = partial(_infilling, served)
-        return await self._house.answer(request, served, body, make, _reply(served))
+
+async def _complete(api: Api, request: Request) -> Response:
+    body = await api.read(request, LlamaBody)
+    served = await api.served(request, body.model)
+    make = served.tasks.completions
+    return await api.answer(request, served, body, make, _reply(served))
+
+
+async def _infill(api: Api, request: Request) -> Response:
+    body = await api.read(request, InfillBody)
+    served = await api.served(request, body.model)
+    make = partial(_infilling, served)
+    return await api.answer(request, served, body, make, _reply(served))
 
 
 def _reply(served: Served) -> LlamaReply:

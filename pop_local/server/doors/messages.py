@@ -1,9 +1,10 @@
 """Anthropic's Messages API."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -11,6 +12,7 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -19,20 +21,14 @@ from pop_local.server.bodies import (
     ChatBody,
     Lenient,
     Named,
-    require_supported,
+    TextPart,
+    tools_of,
 )
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.replies import End, EventReply, Json, arguments_of, encoded
 from pop_local.server.worker import Task
 
-_UNSUPPORTED = ("mcp_servers", "container")
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
-
-
-class Text(Lenient):
-    type: Literal["text"]
-    text: str
 
 
 class Base64(Lenient):
@@ -74,16 +70,16 @@ def _blocks(kind: Any) -> Any:
 class Result(Lenient):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: _blocks(Text | Image) = Field(default_factory=list)  # type: ignore[valid-type]
+    content: _blocks(TextPart | Image) = Field(default_factory=list)  # type: ignore[valid-type]
 
 
 class Said(Lenient):
     role: Literal["user", "assistant", "system"]
-    content: _blocks(Text | Image | Use | Result | Thinking)  # type: ignore[valid-type]
+    content: _blocks(TextPart | Image | Use | Result | Thinking)  # type: ignore[valid-type]
 
     def as_ours(self) -> Iterator[Json]:
         """A chat's messages: results come before the user's own words."""
-        shown = [block for block in self.content if isinstance(block, Text | Image)]
+        shown = [block for block in self.content if isinstance(block, TextPart | Image)]
         for block in self.content:
             if isinstance(block, Result):
                 parts = [_part(one) for one in block.content]
@@ -99,14 +95,6 @@ class Tool(Lenient):
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
-
-
-def _without_built_in(tools: Any) -> Any:
-    """Leave out tools that Anthropic's own machines would run."""
-    if not isinstance(tools, list):
-        return tools
-    own = (None, "custom")
-    return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") in own]
 
 
 class Form(Lenient):
@@ -127,22 +115,17 @@ class Choice(Lenient):
 class CountBody(Named):
     """`thinking`, `metadata`, `cache_control` and other fields change nothing."""
 
+    unsupported = ("mcp_servers", "container")
     messages: Annotated[list[Said], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-    system: _blocks(Text) = Field(default_factory=list)  # type: ignore[valid-type]
+    system: _blocks(TextPart) = Field(default_factory=list)  # type: ignore[valid-type]
     tools: Annotated[
         list[Tool] | None,
         Field(fail_fast=True, max_length=MAX_TOOLS),
-        BeforeValidator(_without_built_in),
+        tools_of(None, "custom"),
     ] = None
     tool_choice: Choice | None = None
 
-    @model_validator(mode="after")
-    def _is_supported(self) -> "CountBody":
-        require_supported(self, _UNSUPPORTED)
-        return self
-
     def chat(self, **more: Any) -> ChatBody:
-        """The same as a chat."""
         system = [{"role": "system", "content": [_part(block) for block in self.system]}]
         said = [message for one in self.messages for message in one.as_ours()]
         asked: Json = {"messages": [*system[: len(self.system)], *said], "model": self.model}
@@ -262,36 +245,31 @@ class MessagesReply(EventReply):
         }
 
 
-class Messages:
-    """The endpoints."""
-
-    def __init__(self, house: House) -> None:
-        self._house = house
-
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/v1/messages", self.create, methods=["POST"]),
-            Route("/v1/messages/count_tokens", self.count, methods=["POST"]),
-        ]
-
-    async def create(self, request: Request) -> Response:
-        body = await self._house.read(request, MessagesBody)
-        chat = await run_in_threadpool(lambda: body.as_chat)
-        served = await self._house.served(request, body.model)
-        reply = MessagesReply(served.name)
-        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
-
-    async def count(self, request: Request) -> Response:
-        body = await self._house.read(request, CountBody)
-        chat = await run_in_threadpool(body.chat)
-        served = await self._house.served(request, body.model)
-        [task] = await self._house.made(request, served, chat, served.tasks.chat)
-        return JSONResponse({"input_tokens": len(task.prompt)})
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/v1/messages", partial(_create, api), methods=["POST"]),
+        Route("/v1/messages/count_tokens", partial(_count, api), methods=["POST"]),
+    ]
 
 
-def _part(block: Text | Image) -> Json:
-    if isinstance(block, Text):
+async def _create(api: Api, request: Request) -> Response:
+    body = await api.read(request, MessagesBody)
+    chat = await run_in_threadpool(lambda: body.as_chat)
+    served = await api.served(request, body.model)
+    reply = MessagesReply(served.name)
+    return await api.answer(request, served, chat, served.tasks.chat, reply)
+
+
+async def _count(api: Api, request: Request) -> Response:
+    body = await api.read(request, CountBody)
+    chat = await run_in_threadpool(body.chat)
+    served = await api.served(request, body.model)
+    [task] = await api.made(request, served, chat, served.tasks.chat)
+    return JSONResponse({"input_tokens": len(task.prompt)})
+
+
+def _part(block: TextPart | Image) -> Json:
+    if isinstance(block, TextPart):
         return {"type": "text", "text": block.text}
     url = f"data:{block.source.media_type};base64,{block.source.data}"
     return {"type": "image_url", "image_url": {"url": url}}

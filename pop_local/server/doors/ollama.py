@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import (
     MAX_MESSAGES,
     MAX_TOOLS,
@@ -29,8 +30,8 @@ from pop_local.server.bodies import (
     CompletionBody,
     Lenient,
     Named,
+    SentCall,
 )
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.listing import About
 from pop_local.server.pictures import MAX_PICTURES
@@ -57,15 +58,6 @@ _LONGEST_KEY = 1000  # characters of a key of the file that /api/show shows
 Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PICTURES)]
 
 
-class Called(Lenient):
-    name: str
-    arguments: dict[str, Any]
-
-
-class SentCall(Lenient):
-    function: Called
-
-
 class OllamaMessage(Lenient):
     role: str
     content: str | None = None
@@ -78,7 +70,7 @@ class OllamaMessage(Lenient):
         text = {"type": "text", "text": self.content or ""}
         said: Json = {"role": self.role, "content": [*shown, text]}
         if self.tool_calls:
-            said["tool_calls"] = [_call(call.function) for call in self.tool_calls]
+            said["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return said
 
 
@@ -129,7 +121,7 @@ class OllamaGenerate(OllamaBody):
     context: list[int] | None = None
 
     @model_validator(mode="after")
-    def _is_supported(self) -> "OllamaGenerate":
+    def _is_answered(self) -> "OllamaGenerate":
         if self.template:
             raise ValueError("template is not supported: the model's own is used")
         if self.context:
@@ -226,59 +218,58 @@ class OllamaChatReply(OllamaReply):
         return {"message": message}
 
 
-class Ollama:
-    """The endpoints."""
+def routes(api: Api) -> list[Route]:
+    return [
+        Route("/api/version", partial(_version, api)),
+        Route("/api/tags", partial(_tags, api)),
+        Route("/api/ps", partial(_running, api)),
+        Route("/api/show", partial(_show, api), methods=["POST"]),
+        Route("/api/chat", partial(_chat, api), methods=["POST"]),
+        Route("/api/generate", partial(_generate, api), methods=["POST"]),
+    ]
 
-    def __init__(self, house: House) -> None:
-        self._house = house
 
-    @property
-    def routes(self) -> list[Route]:
-        return [
-            Route("/api/version", self.version),
-            Route("/api/tags", self.tags),
-            Route("/api/ps", self.running),
-            Route("/api/show", self.show, methods=["POST"]),
-            Route("/api/chat", self.chat, methods=["POST"]),
-            Route("/api/generate", self.generate, methods=["POST"]),
-        ]
+async def _version(api: Api, request: Request) -> Response:
+    return JSONResponse({"version": _VERSION, "pop_local": __version__})
 
-    async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": _VERSION, "pop_local": __version__})
 
-    async def tags(self, request: Request) -> Response:
-        listed = await self._house.models.listed()
-        return JSONResponse({"models": await run_in_threadpool(_cards, listed)})
+async def _tags(api: Api, request: Request) -> Response:
+    listed = await api.models.listed()
+    return JSONResponse({"models": await run_in_threadpool(_cards, listed)})
 
-    async def running(self, request: Request) -> Response:
-        more = {"expires_at": _NEVER, "size_vram": 0}
-        cards = await run_in_threadpool(_cards, self._house.models.opened)
-        return JSONResponse({"models": [card | more for card in cards]})
 
-    async def show(self, request: Request) -> Response:
-        body = await self._house.read(request, Named)
-        about = await self._house.models.about(self._house.file(request, body.model))
-        return JSONResponse(await run_in_threadpool(_shown, about))
+async def _running(api: Api, request: Request) -> Response:
+    more = {"expires_at": _NEVER, "size_vram": 0}
+    cards = await run_in_threadpool(_cards, api.models.opened)
+    return JSONResponse({"models": [card | more for card in cards]})
 
-    async def chat(self, request: Request) -> Response:
-        body = await self._house.read(request, OllamaChat)
-        ours = body.chat(body.messages, tools=body.tools) if body.messages else None
-        served = await self._house.served(request, body.model)
-        reply = OllamaChatReply(served.name)
-        if ours is None:
-            return reply.nothing()
-        return await self._house.answer(request, served, ours, served.tasks.chat, reply)
 
-    async def generate(self, request: Request) -> Response:
-        body = await self._house.read(request, OllamaGenerate)
-        served = await self._house.served(request, body.model)
-        reply, tasks = OllamaReply(served.name), served.tasks
-        if not (body.prompt or body.images or body.suffix):
-            return reply.nothing()
-        if body.raw or body.suffix:
-            ours = body.completion()
-            return await self._house.answer(request, served, ours, tasks.completions, reply)
-        return await self._house.answer(request, served, body.as_chat(), tasks.chat, reply)
+async def _show(api: Api, request: Request) -> Response:
+    body = await api.read(request, Named)
+    about = await api.models.about(api.file(request, body.model))
+    return JSONResponse(await run_in_threadpool(_shown, about))
+
+
+async def _chat(api: Api, request: Request) -> Response:
+    body = await api.read(request, OllamaChat)
+    ours = body.chat(body.messages, tools=body.tools) if body.messages else None
+    served = await api.served(request, body.model)
+    reply = OllamaChatReply(served.name)
+    if ours is None:
+        return reply.nothing()
+    return await api.answer(request, served, ours, served.tasks.chat, reply)
+
+
+async def _generate(api: Api, request: Request) -> Response:
+    body = await api.read(request, OllamaGenerate)
+    served = await api.served(request, body.model)
+    reply, tasks = OllamaReply(served.name), served.tasks
+    if not (body.prompt or body.images or body.suffix):
+        return reply.nothing()
+    if body.raw or body.suffix:
+        ours = body.completion()
+        return await api.answer(request, served, ours, tasks.completions, reply)
+    return await api.answer(request, served, body.as_chat(), tasks.chat, reply)
 
 
 def _details(about: About) -> Json:
@@ -357,11 +348,6 @@ def _shown(about: About) -> Json:
 def _image(letters: str) -> Json:
     url = {"url": f"data:image/any;base64,{letters}"}  # its kind is that of its first bytes
     return {"type": "image_url", "image_url": url}
-
-
-def _call(called: Called) -> Json:
-    function = {"name": called.name, "arguments": encoded(called.arguments)}
-    return {"id": "", "type": "function", "function": function}
 
 
 def _now() -> str:

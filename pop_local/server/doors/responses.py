@@ -1,13 +1,13 @@
 """OpenAI's Responses API, as its own clients speak it."""
 
-import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server.api import Api
 from pop_local.server.bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -22,17 +23,12 @@ from pop_local.server.bodies import (
     ChatBody,
     Lenient,
     Named,
-    require_supported,
+    tools_of,
 )
-from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.replies import End, EventReply, Json
 from pop_local.server.worker import Task
 
-_UNSUPPORTED = (
-    *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
-    *("stop", "seed", "logit_bias"),
-)
 # Conversations that `previous_response_id` may go on from, in characters of their messages.
 _MOST_REMEMBERED = 1 << 25
 
@@ -132,16 +128,13 @@ class Wanted(Lenient):
     format: Format | None = None
 
 
-def _without_built_in(tools: Any) -> Any:
-    """Leave out tools that OpenAI's own machines would run; Codex sends them."""
-    if not isinstance(tools, list):
-        return tools
-    return [one for one in tools if not isinstance(one, dict) or one.get("type") == "function"]
-
-
 class ResponsesBody(Named):
     """`metadata`, `user`, `store`, `reasoning` and other fields change nothing."""
 
+    unsupported = (
+        *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
+        *("stop", "seed", "logit_bias"),
+    )
     input: Annotated[
         list[Item], Field(fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_as_items)
     ]
@@ -155,17 +148,12 @@ class ResponsesBody(Named):
     tools: Annotated[
         list[Function] | None,
         Field(fail_fast=True, max_length=MAX_TOOLS),
-        BeforeValidator(_without_built_in),
+        tools_of("function"),
     ] = None
     tool_choice: Literal["auto", "none", "required"] | Choice | None = None
     parallel_tool_calls: bool | None = None
     text: Wanted | None = None
     pop: bool | None = None
-
-    @model_validator(mode="after")
-    def _is_supported(self) -> "ResponsesBody":
-        require_supported(self, _UNSUPPORTED)
-        return self
 
     def chat(self, earlier: Sequence[Json]) -> ChatBody:
         """The same as a chat that goes on from these messages."""
@@ -210,36 +198,33 @@ class ResponsesBody(Named):
 
 
 class Memory:
-    """The messages of the latest responses, by their ids."""
+    """The messages of the latest responses, by their ids. It is for the event loop."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, tuple[int, list[Json]]] = OrderedDict()
         self._n_kept = 0
-        self._lock = threading.Lock()
 
     def of(self, name: str | None) -> list[Json]:
         """Raises ApiError for a response that is not kept."""
         if not name:
             return []
-        with self._lock:
-            if name not in self._kept:
-                raise ApiError(
-                    400,
-                    f"there is no response {name!r} here, or no longer: send all messages",
-                    code="previous_response_not_found",
-                    param="previous_response_id",
-                )
-            self._kept.move_to_end(name)
-            return self._kept[name][1]
+        if name not in self._kept:
+            raise ApiError(
+                400,
+                f"there is no response {name!r} here, or no longer: send all messages",
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
+        self._kept.move_to_end(name)
+        return self._kept[name][1]
 
     def keep(self, name: str, messages: list[Json]) -> None:
         size = _size(messages)
-        with self._lock:
-            self._kept[name] = (size, messages)
-            self._n_kept += size
-            while self._n_kept > _MOST_REMEMBERED:
-                _, (size, _) = self._kept.popitem(last=False)
-                self._n_kept -= size
+        self._kept[name] = (size, messages)
+        self._n_kept += size
+        while self._n_kept > _MOST_REMEMBERED:
+            _, (size, _) = self._kept.popitem(last=False)
+            self._n_kept -= size
 
 
 class ResponsesReply(EventReply):
@@ -369,24 +354,17 @@ class ResponsesReply(EventReply):
         }
 
 
-class Responses:
-    """The endpoint."""
+def routes(api: Api) -> list[Route]:
+    return [Route("/v1/responses", partial(_create, api, Memory()), methods=["POST"])]
 
-    def __init__(self, house: House) -> None:
-        self._house = house
-        self._memory = Memory()
 
-    @property
-    def routes(self) -> list[Route]:
-        return [Route("/v1/responses", self.create, methods=["POST"])]
-
-    async def create(self, request: Request) -> Response:
-        body = await self._house.read(request, ResponsesBody)
-        earlier = self._memory.of(body.previous_response_id)
-        chat = await run_in_threadpool(body.chat, earlier)
-        served = await self._house.served(request, body.model)
-        reply = ResponsesReply(served.name, body, earlier, self._memory)
-        return await self._house.answer(request, served, chat, served.tasks.chat, reply)
+async def _create(api: Api, memory: Memory, request: Request) -> Response:
+    body = await api.read(request, ResponsesBody)
+    earlier = memory.of(body.previous_response_id)
+    chat = await run_in_threadpool(body.chat, earlier)
+    served = await api.served(request, body.model)
+    reply = ResponsesReply(served.name, body, earlier, memory)
+    return await api.answer(request, served, chat, served.tasks.chat, reply)
 
 
 def _size(value: Any) -> int:

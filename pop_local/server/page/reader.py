@@ -33,15 +33,8 @@ class Work:
 
 
 class _Reader(KeptProcess):
-    """The caller's side. Messages call a file by its `name`; raises PopError."""
-
-    def text(self, path: Path, name: str) -> str:
-        return self._read("text", path, name)
-
-    def picture(self, path: Path, name: str) -> str:
-        return self._read("picture", path, name)
-
-    def _read(self, kind: str, path: Path, name: str) -> str:
+    def read(self, kind: str, path: Path, name: str) -> str:
+        """Have a method of Work read a file, which messages call `name`. Raises PopError."""
         try:
             found: str = self.call(kind, str(path))
         except RefusedError as error:

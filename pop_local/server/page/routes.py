@@ -85,27 +85,23 @@ def _shown(name: str) -> Response:
 
 
 async def _file(at_once: anyio.CapacityLimiter, request: Request) -> Response:
-    async with at_once:
-        return await _read(request)
-
-
-async def _read(request: Request) -> Response:
     name = request.query_params.get("name", "")[-_LONGEST_NAME:] or "the file"
     picture = _PICTURE.match(request.headers.get("content-type", ""))
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        ending = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
-        path = Path(folder) / f"sent{ending[0] if ending else ''}"
-        await _receive(request, path, MAX_PICTURE_BYTES if picture else MAX_DOCUMENT_BYTES, name)
-        try:
-            if picture is None:
-                text = await run_in_threadpool(reader.text, path, name)
-                return JSONResponse({"name": name, "text": text})
-            letters = await run_in_threadpool(reader.picture, path, name)
-            return JSONResponse({"name": name, "url": f"data:{picture[0]};base64,{letters}"})
-        except NoChildError:
-            raise
-        except PopError as error:
-            raise ApiError(400, f"{error.message}; {error.hint}", code="unreadable") from error
+    async with at_once:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            ending = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
+            path = Path(folder) / f"sent{ending[0] if ending else ''}"
+            most = MAX_PICTURE_BYTES if picture else MAX_DOCUMENT_BYTES
+            await _receive(request, path, most, name)
+            kind = "picture" if picture else "text"
+            try:
+                found = await run_in_threadpool(reader.read, kind, path, name)
+            except NoChildError:
+                raise
+            except PopError as error:
+                raise ApiError(400, f"{error.message}; {error.hint}", code="unreadable") from error
+    shown = {"url": f"data:{picture[0]};base64,{found}"} if picture else {"text": found}
+    return JSONResponse({"name": name, **shown})
 
 
 async def _receive(request: Request, path: Path, most: int, name: str) -> None:

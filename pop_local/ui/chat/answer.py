@@ -6,14 +6,17 @@ than the screen holds. Nothing that has scrolled away is ever touched.
 
 import time
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TextIO
 
 from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType, Segment, Segments
 from rich.text import Text
 
+from pop_local.engine.tools.reader import Piece
 from pop_local.ui.chat.markdown import Lines, is_code, rendered, top_level
-from pop_local.ui.chat.tail import Tail
-from pop_local.ui.chat.thinking import Piece, ThinkingSplitter
+from pop_local.ui.chat.thinking import ThinkingSplitter
 
 # A model must not move the cursor or recolour the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -40,6 +43,32 @@ class PlainAnswer:
         if not self._last.endswith("\n"):
             self._stream.write("\n")
             self._stream.flush()
+
+
+class Tail:
+    """The last lines on a terminal, drawn over and over; all above is printed for good."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._widths: list[int] = []
+
+    def draw(self, above: Lines, lines: Lines) -> None:
+        """Put `above` and `lines` in place of the lines drawn last; `lines` may be replaced again.
+
+        All goes to the terminal in one write, so nothing flickers.
+        """
+        n_rows = sum(map(self._n_rows, self._widths))
+        with self._console:
+            if n_rows:
+                up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+                self._console.control(Control(ControlType.CARRIAGE_RETURN, *up * n_rows))
+            ended = chain.from_iterable([*line, Segment.line()] for line in [*above, *lines])
+            self._console.print(Segments(ended), end="", crop=False)
+        self._widths = [Segment.get_line_length(line) for line in lines]
+
+    def _n_rows(self, width: int) -> int:
+        """Count the rows of a line, which a terminal wraps when it becomes narrower."""
+        return max(1, -(-width // max(1, self._console.width)))
 
 
 class MarkdownAnswer:
@@ -75,12 +104,12 @@ class MarkdownAnswer:
 
     def _take(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            if piece.is_thought:
+            if piece.reasoning:
                 self._is_thinking = True
-                self._console.print(Text(piece.text, "thinking"), end="", soft_wrap=True)
+                self._console.print(Text(piece.reasoning, "thinking"), end="", soft_wrap=True)
             else:
                 self._end_thinking()
-                self._pending += piece.text
+                self._pending += piece.content
 
     def _end_thinking(self) -> None:
         if self._is_thinking:

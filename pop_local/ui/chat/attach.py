@@ -1,27 +1,27 @@
-"""/file and /glob: texts that go with the next question, counted before they are read."""
+"""/file, /glob and /image: what goes with the next question, counted before it is read."""
 
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
 from pop_local.base.errors import PopError
 from pop_local.config.settings import expanded
+from pop_local.engine.images.pictures import Picture, read_picture
 from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.documents import read_document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.overflow import larger_ctx
-from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error
-from pop_local.ui.views.stats import counted_line
+from pop_local.ui.views.stats import counted_line, picture_line
 
 # Tokens of a question without its files, with the template's marks.
 _QUESTION_TOKENS = 64
 _MAX_FILES = 500
-NEXT = "It goes with your next question."
+_NEXT = "It goes with your next question."
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def attach_file(chat: Dialogue, argument: str) -> None:
     if argument:
         _offer(chat, [given_path(argument)], may_cut=True)
     else:
-        _list(chat)
+        _list_files(chat)
 
 
 def attach_glob(chat: Dialogue, argument: str) -> None:
@@ -51,6 +51,24 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
     _offer(chat, paths, may_cut=False)
 
 
+def attach_image(chat: Dialogue, argument: str) -> None:
+    if not argument:
+        _list_pictures(chat)
+        return
+    try:
+        picture = read_picture(given_path(argument))
+        chat.screen.note(_picture_line(chat, picture))
+        n_tokens = chat.model.count_picture(picture)
+        while n_tokens > (room := _room_in(chat)):
+            if _choose(chat, n_tokens, room, {}) is None:
+                return
+    except (OSError, PopError) as error:
+        chat.fail(as_pop_error(error))
+        return
+    chat.pictures.append(picture)
+    chat.screen.note(_NEXT)
+
+
 def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
     n_ctx = chat.model.n_ctx
     files = [counted for path in paths if (counted := _counted(chat, path))]
@@ -64,21 +82,19 @@ def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
 
 
 def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
-    room = room_in(chat)
+    room = _room_in(chat)
     sums = accumulate(counted.n_tokens for counted in files)
     fitting = [counted for counted, n in zip(files, sums, strict=True) if n <= room]
     if len(fitting) == len(files):
         _add(chat, files)
         return
-    cuts = []
+    cuts = {}
     if may_cut and room > 0:
-        cuts = [
-            Choice("b", f"read its beginning, {room:,} tokens"),
-            Choice("e", f"read its end, {room:,} tokens"),
-        ]
+        cuts["b"] = f"read its beginning, {room:,} tokens"
+        cuts["e"] = f"read its end, {room:,} tokens"
     elif fitting:
-        cuts = [Choice("f", f"read the first {len(fitting)} of {len(files)}")]
-    chosen = choose(chat, sum(counted.n_tokens for counted in files), room, cuts)
+        cuts["f"] = f"read the first {len(fitting)} of {len(files)}"
+    chosen = _choose(chat, sum(counted.n_tokens for counted in files), room, cuts)
     if chosen == "f":
         _add(chat, fitting)
     elif chosen in ("b", "e"):
@@ -87,18 +103,17 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
         _attach(chat, files, may_cut)
 
 
-def room_in(chat: Dialogue) -> int:
+def _room_in(chat: Dialogue) -> int:
     """Return how many tokens may still be attached; it may be negative."""
     return chat.model.n_ctx - chat.n_used - chat.n_answer - _QUESTION_TOKENS
 
 
-def choose(chat: Dialogue, n_tokens: int, room: int, cuts: Sequence[Choice] = ()) -> str | None:
+def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
     """Ask for a way to attach too much: the key, "l" once the context is larger."""
-    n_ctx = chat.model.n_ctx
-    n_larger = larger_ctx(chat.model, n_tokens - room + n_ctx)
-    larger = [Choice("l", f"take a larger context (--ctx {n_larger})")] if n_larger else []
+    n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.n_ctx)
+    larger = {"l": f"take a larger context (--ctx {n_larger})"} if n_larger else {}
     question = f"That is {n_tokens - room:,} tokens more than there is room for ({max(0, room):,})."
-    chosen = chat.screen.choose(question, [*cuts, *larger, Choice("s", "skip it")])
+    chosen = chat.screen.choose(question, {**cuts, **larger, "s": "skip it"})
     if chosen == "l" and n_larger and chat.enlarge(n_larger):
         return "l"
     if chosen in (None, "s", "l"):
@@ -126,15 +141,26 @@ def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted
 
 def _add(chat: Dialogue, files: Sequence[_Counted]) -> None:
     chat.documents += [counted.document for counted in files]
-    chat.screen.note(NEXT if len(files) == 1 else "They go with your next question.")
+    chat.screen.note(_NEXT if len(files) == 1 else "They go with your next question.")
 
 
-def _list(chat: Dialogue) -> None:
+def _list_files(chat: Dialogue) -> None:
     if not chat.documents:
         chat.screen.note("Nothing is attached; /file PATH attaches a file.")
     for document in chat.documents:
         n_tokens = chat.count_tokens(document.text)
         chat.screen.note(counted_line(document.name, n_tokens, chat.model.n_ctx))
+
+
+def _list_pictures(chat: Dialogue) -> None:
+    if not chat.pictures:
+        chat.screen.note("No picture is attached; /image PATH attaches one.")
+    for picture in chat.pictures:
+        chat.screen.note(_picture_line(chat, picture))
+
+
+def _picture_line(chat: Dialogue, picture: Picture) -> str:
+    return picture_line(picture, chat.model.count_picture(picture), chat.model.n_ctx)
 
 
 def given_path(path: str) -> Path:

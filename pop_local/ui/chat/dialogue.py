@@ -3,17 +3,19 @@
 It knows neither the terminal nor llama.cpp: answers come from a ChatSession and go to a Screen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pop_local.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.learning.lesson import Lesson, Teacher
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.open_model import OpenModel
+from pop_local.engine.sessions.chat_session import ChatSession, Stream
 from pop_local.engine.sessions.conversation import Document
 from pop_local.measure.full_cost import FullCosts
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
@@ -21,21 +23,15 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.interrupt import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
 
-if TYPE_CHECKING:
-    from pop_local.engine.learning.lesson import Lesson, Teacher
-    from pop_local.engine.model import PopModel
-    from pop_local.engine.open_model import OpenModel
-    from pop_local.engine.sessions.chat_session import ChatSession, Stream
-
 WARN_SHARE = 0.8
 
 
 # By name (None: the first one again) and context in tokens (None: as the options say).
-ModelOpener = Callable[[str | None, int | None], "PopModel"]
+ModelOpener = Callable[[str | None, int | None], PopModel]
 # Makes the teacher of a model; None where it does not learn.
-Teach = Callable[["OpenModel"], "Teacher | None"]
+Teach = Callable[[OpenModel], Teacher | None]
 # ChatSession's stream, retry or edit; they take the options of an answer.
-Ask = Callable[..., "Stream"]
+Ask = Callable[..., Stream]
 
 
 class Dialogue:
@@ -77,7 +73,6 @@ class Dialogue:
         return self.session.model
 
     def pop_state(self) -> str:
-        """Say in a sentence whether prompts are pruned."""
         if self.model.exact:
             return self._exact_state()
         if not self.model.boundary:
@@ -136,7 +131,6 @@ class Dialogue:
         return True
 
     def warn_of_base(self) -> None:
-        """Warn if the model was never taught to answer."""
         if not self.model.prompter.has_template:
             self.screen.warn(
                 "This is a base model without a chat template:"
@@ -144,7 +138,6 @@ class Dialogue:
             )
 
     def warn_of_blindness(self) -> None:
-        """Warn if the conversation has pictures that the model cannot be shown."""
         if self.session.conversation.pictures and not self.model.can_see:
             self.screen.warn(
                 "This model is open without an mmproj, and cannot see the pictures of the"
@@ -164,13 +157,11 @@ class Dialogue:
 
     @property
     def n_answer(self) -> int:
-        """The room that an answer needs at least."""
         return least_answer(self.sampling.get("max_tokens"), self.model.n_ctx)
 
     # The conversation
 
     def resume(self, session: ChatSession, saved_as: str) -> None:
-        """Go on with a session that was saved."""
         self.forget()
         self.session, self.saved_as = session, saved_as
 
@@ -246,13 +237,13 @@ class Dialogue:
         self.screen.note(stats_line(stats))
 
     def _make_room(self, error: ContextFullError) -> bool:
-        room = ask_for_room(self.screen, self.session, error)
-        if room.n_ctx:
-            return self.enlarge(room.n_ctx)
-        if room.n_dropped:
-            self.session.forget_oldest(room.n_dropped)
+        n_dropped, n_ctx = ask_for_room(self.screen, self.session, error)
+        if n_ctx:
+            return self.enlarge(n_ctx)
+        if n_dropped:
+            self.session.forget_oldest(n_dropped)
             self.saved_as = ""
-        return room.n_dropped > 0
+        return n_dropped > 0
 
     def _warn_when_full(self) -> None:
         if not self.session.answer_stats:

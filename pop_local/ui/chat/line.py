@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
@@ -35,15 +35,9 @@ _MAX_REMEMBERED = 10_000
 _REFRESH_S = 0.5
 
 Words = Callable[[], Iterable[str]]
-
-
-class LineReader(Protocol):
-    """Gives the next line; `default` is there to be edited.
-
-    Raises EOFError, KeyboardInterrupt, and PopError for a line that is not UTF-8 text.
-    """
-
-    def __call__(self, default: str = "") -> str: ...
+# Gives the next line; its argument, if any, is there to be edited. Raises EOFError,
+# KeyboardInterrupt, and PopError for a line that is not UTF-8 text.
+LineReader = Callable[..., str]
 
 
 def line_reader(

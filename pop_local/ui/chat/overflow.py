@@ -1,38 +1,22 @@
 """A question that does not fit the context: the user chooses, nothing is cut silently."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from pop_local.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
-from pop_local.ui.chat.screen import Choice, Screen
-
-if TYPE_CHECKING:
-    from pop_local.engine.open_model import OpenModel
-    from pop_local.engine.sessions.chat_session import ChatSession
+from pop_local.engine.open_model import OpenModel
+from pop_local.engine.sessions.chat_session import ChatSession
+from pop_local.ui.chat.screen import Screen
 
 # A prompt that leaves less room for its answer does not fit.
 ANSWER_TOKENS = 128
 _CTX_STEP = 1024
 
 
-@dataclass(frozen=True)
-class Room:
-    """Turns to drop, or tokens of a larger context; both 0 when the question is given up."""
-
-    n_dropped: int = 0
-    n_ctx: int = 0
-
-
 def least_answer(max_tokens: int | None, n_ctx: int) -> int:
-    """Return how many tokens an answer needs at least."""
     return min(max_tokens or ANSWER_TOKENS, ANSWER_TOKENS, max(1, n_ctx // 8))
 
 
-def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> Room:
-    """Ask the user how to make room for the question that was dropped."""
+def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> tuple[int, int]:
+    """Return the turns to drop, and the tokens of a larger context; 0 each for none."""
     message = (
         f"The context is too small by {error.n_short:,} tokens: the conversation and this question"
         f" have {error.n_prompt:,}, an answer needs {error.n_answer:,} or more,"
@@ -41,19 +25,18 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
     n_larger = larger_ctx(session.model, error.n_prompt + error.n_answer)
-    options: list[tuple[Choice, Room]] = []
+    choices = {}
     if n_drop:
         turns = "the oldest turn" if n_drop == 1 else f"the {n_drop} oldest turns"
-        options.append((Choice("d", f"drop {turns}"), Room(n_dropped=n_drop)))
+        choices["d"] = f"drop {turns}"
     if n_turns and _fits(session, n_turns, error):
-        anew = Choice("n", "start anew with this question alone")
-        options.append((anew, Room(n_dropped=n_turns)))
+        choices["n"] = "start anew with this question alone"
     if n_larger:
-        larger = Choice("l", f"take a larger context (--ctx {n_larger}), read all again")
-        options.append((larger, Room(n_ctx=n_larger)))
-    options.append((Choice("x", "drop this question"), Room()))
-    chosen = screen.choose(message, [choice for choice, _ in options])
-    return next((room for choice, room in options if choice.key == chosen), Room())
+        choices["l"] = f"take a larger context (--ctx {n_larger}), read all again"
+    choices["x"] = "drop this question"
+    chosen = screen.choose(message, choices)
+    n_dropped = n_drop if chosen == "d" else n_turns if chosen == "n" else 0
+    return n_dropped, n_larger if n_larger and chosen == "l" else 0
 
 
 def too_long(model: OpenModel, error: ContextFullError) -> PopError:

@@ -1,19 +1,14 @@
 """While the user types: pruned rows run the skipped layers (/refill), and the model learns."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from pop_local.base.numbers import size
 from pop_local.engine.depth.power import RECHECK_S, on_battery
+from pop_local.engine.learning.lesson import Lesson
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.errors import as_pop_error
-
-if TYPE_CHECKING:
-    from pop_local.engine.learning.lesson import Lesson
-    from pop_local.ui.chat.dialogue import Dialogue
 
 MODES = ("idle", "answer", "off")
 

@@ -1,37 +1,29 @@
 """Where an answer goes: text on stdout, everything else on stderr."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 from pop_local.base.errors import PopError
 from pop_local.ui import errors
 from pop_local.ui.chat.answer import AnswerView, MarkdownAnswer, PlainAnswer
 from pop_local.ui.progress import Advance, prefill_progress
-from pop_local.ui.theme import Look, note, out, warn
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to go on; `key` is what is typed."""
-
-    key: str
-    text: str
+from pop_local.ui.theme import note, out, warn
 
 
 class Screen:
     """The screen of a conversation; in a pipe the answers alone come out on stdout."""
 
-    def __init__(self, look: Look) -> None:
-        self._look = look
+    def __init__(self, code_theme: str) -> None:
+        """`code_theme`: see `theme.look`."""
+        self._code_theme = code_theme
         self._answer: AnswerView | None = None
 
     def text(self, piece: str) -> None:
         if self._answer is None:
             self._answer = PlainAnswer(sys.stdout)
-            if self._look.is_markdown:
-                self._answer = MarkdownAnswer(out, self._look.code_theme)
+            if self._code_theme:
+                self._answer = MarkdownAnswer(out, self._code_theme)
         self._answer.push(piece)
 
     def end_answer(self) -> None:
@@ -57,16 +49,17 @@ class Screen:
         """Whether somebody types the lines, and can be asked."""
         return sys.stdin.isatty()
 
-    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
+    def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
         """Return the key of the user's choice; None for no choice, or when nobody can be asked.
 
-        The last choice is to do nothing; when it is the only one, nothing is asked.
+        `choices` are by the key that is typed. The last one is to do nothing; when it is the only
+        one, nothing is asked.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:
             return None
-        for choice in choices:
-            note(f"  {choice.key}  {choice.text}")
+        for key, words in choices.items():
+            note(f"  {key}  {words}")
         from pop_local.ui.chat.line import chosen_key
 
-        return chosen_key([choice.key for choice in choices])
+        return chosen_key([*choices])

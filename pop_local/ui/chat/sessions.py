@@ -1,25 +1,18 @@
 """/save, /load and /sessions."""
 
-from __future__ import annotations
-
 import time
-from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.base.nearest import nearest_hint
 from pop_local.base.numbers import size
 from pop_local.config.settings import sessions_dir
+from pop_local.engine.sessions.chat_session import load_session
+from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.refill import finish
-from pop_local.ui.chat.screen import Choice
-
-if TYPE_CHECKING:
-    from pop_local.engine.sessions.session_file import Sessions
 
 
 def saved() -> Sessions:
-    from pop_local.engine.sessions.session_file import Sessions
-
     return Sessions(sessions_dir())
 
 
@@ -29,7 +22,7 @@ def save(chat: Dialogue, name: str) -> None:
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
-        choices = [Choice("r", "replace it"), Choice("k", "keep it, save nothing")]
+        choices = {"r": "replace it", "k": "keep it, save nothing"}
         if chat.screen.choose(f"There is a session {name} already.", choices) != "r":
             chat.refuse("Nothing is saved.")
             return
@@ -43,8 +36,6 @@ def load(chat: Dialogue, name: str) -> None:
     if not name:
         chat.refuse("/load takes the name of a session; /sessions lists them.")
         return
-    from pop_local.engine.sessions.chat_session import load_session
-
     sessions, before = saved(), chat.model.mode
     path = sessions.path(name)
     if not path.is_file():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pop_local.base.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
-from pop_local.ui.chat import attach, images, params, refill, sessions
+from pop_local.ui.chat import attach, params, refill, sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.views.stats import learned_lines, session_lines
 
@@ -124,7 +124,7 @@ def _context(chat: Dialogue, argument: str) -> None:
     if chat.documents:
         attach.attach_file(chat, "")
     if chat.pictures:
-        images.attach_image(chat, "")
+        attach.attach_image(chat, "")
 
 
 def _help(chat: Dialogue, argument: str) -> None:
@@ -154,37 +154,32 @@ class Command:
     words: Callable[[], Iterable[str]] = tuple
 
 
-COMMANDS = {
-    "/help": Command("/help", "this list", _help),
-    "/full": Command(
+_ALL = (
+    Command("/help", "this list", _help),
+    Command(
         "/full on|off", "read in full, or skip layers while reading", _full, lambda: ("on", "off")
     ),
-    "/refill": Command(
+    Command(
         "/refill idle|answer|off",
         "when pruned tokens run the skipped layers; alone: how far they have",
         refill.set_mode,
         lambda: refill.MODES,
     ),
-    "/stats": Command("/stats", "figures of the last answer and of all", _stats),
-    "/context": Command("/context", "what fills the context", _context),
-    "/file": Command("/file PATH", "read a file with the next question", attach.attach_file),
-    "/image": Command("/image PATH", "show a picture with the next question", images.attach_image),
-    "/glob": Command("/glob PATTERN", "read several files", attach.attach_glob),
-    "/retry": Command("/retry", "answer the last question again", _retry),
-    "/undo": Command("/undo", "drop the last question and its answer", _undo),
-    "/edit": Command("/edit", "change the last question and ask it again", _edit),
-    "/clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
-    "/system": Command("/system TEXT", "set the system prompt; alone: show it", _system),
-    "/set": Command(
-        "/set PARAM VALUE", "how answers are sampled", params.set_param, lambda: params.PARAMS
-    ),
-    "/model": Command("/model NAME", "take another model; alone: show it", _model),
-    "/save": Command(
-        "/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()
-    ),
-    "/load": Command(
-        "/load NAME", "go on with a session", sessions.load, lambda: sessions.saved().names()
-    ),
-    "/sessions": Command("/sessions", "list the saved sessions", sessions.show),
-    "/exit": Command("/exit", "leave (Ctrl-D does too)", _leave),
-}
+    Command("/stats", "figures of the last answer and of all", _stats),
+    Command("/context", "what fills the context", _context),
+    Command("/file PATH", "read a file with the next question", attach.attach_file),
+    Command("/image PATH", "show a picture with the next question", attach.attach_image),
+    Command("/glob PATTERN", "read several files", attach.attach_glob),
+    Command("/retry", "answer the last question again", _retry),
+    Command("/undo", "drop the last question and its answer", _undo),
+    Command("/edit", "change the last question and ask it again", _edit),
+    Command("/clear", "forget the conversation, keep the system prompt", _clear),
+    Command("/system TEXT", "set the system prompt; alone: show it", _system),
+    Command("/set PARAM VALUE", "how answers are sampled", params.set_param, lambda: params.PARAMS),
+    Command("/model NAME", "take another model; alone: show it", _model),
+    Command("/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()),
+    Command("/load NAME", "go on with a session", sessions.load, lambda: sessions.saved().names()),
+    Command("/sessions", "list the saved sessions", sessions.show),
+    Command("/exit", "leave (Ctrl-D does too)", _leave),
+)
+COMMANDS = {command.usage.partition(" ")[0]: command for command in _ALL}

@@ -4,40 +4,27 @@ Every chat keeps its transcript, without K/V, in a file beside a lock, and remov
 ends. A file whose lock nobody holds belongs to a chat that died.
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from pop_local.base.output import make_private
+from pop_local.engine.sessions.chat_session import load_session
+from pop_local.engine.sessions.conversation import Conversation
+from pop_local.engine.sessions.session_file import SavedFile, Sessions
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from pop_local.engine.sessions.conversation import Conversation
-    from pop_local.engine.sessions.session_file import SavedFile
-
-_CHOICES = (
-    Choice("g", "go on with it"),
-    Choice("d", "delete it"),
-    Choice("k", "keep it, to be asked again"),
-)
+_CHOICES = {"g": "go on with it", "d": "delete it", "k": "keep it, to be asked again"}
 
 
 class Unsaved:
     """This chat's transcript in `folder`, removed when the block ends without an exception."""
 
     def __init__(self, folder: Path) -> None:
-        from pop_local.engine.sessions.session_file import Sessions
-
         self._folder = folder
         self._sessions = Sessions(folder)
         self._name = f"{time.strftime('%Y-%m-%d %H.%M.%S')} {token_hex(4)}"
@@ -45,7 +32,7 @@ class Unsaved:
         self._kept: Conversation | None = None
         self._is_possible = True
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Unsaved":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -95,8 +82,6 @@ class Unsaved:
         return chosen in ("g", None)
 
     def _go_on(self, chat: Dialogue, name: str) -> None:
-        from pop_local.engine.sessions.chat_session import load_session
-
         before = chat.model.mode
         chat.resume(load_session(chat.model, self._sessions.path(name)), "")
         self.keep(chat)

@@ -51,7 +51,6 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
 
 
 def show(found: Analysis) -> None:
-    """On stdout: a table, then the findings in words."""
     say(f"{markdown(_table(found))}\n")
     print_facts([*_facts(found)])
 
@@ -114,7 +113,6 @@ def _facts(found: Analysis) -> Iterator[Fact]:
 
 
 def _choice(found: Analysis) -> str:
-    """The boundary that the budget would take by these figures."""
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
         return f"no boundary that was measured is within the {name} budget"

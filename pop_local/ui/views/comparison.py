@@ -17,7 +17,6 @@ _N_SHARED = 15
 
 
 def show_comparison(found: Comparison) -> None:
-    """Facts, then a table of the answers that differ."""
     n = len(found.answers)
     facts: list[Fact] = [
         ("Prompts", f"{found.prompts.name}: {n}, answered greedily"),
@@ -40,7 +39,6 @@ def show_comparison(found: Comparison) -> None:
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:
-    """All figures, and all answers."""
     return {
         "prompts": {"name": found.prompts.name, "sha256": found.prompts.sha256},
         "n": len(found.answers),

@@ -18,7 +18,7 @@ from pop_local.ui.views.skipping import skipping_facts
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 
 if TYPE_CHECKING:
-    from pop_converter.popfile.format import PopMeta, Recalled, Refilled
+    from pop_converter.popfile.format import PopMeta
     from pop_converter.popfile.plan import Plan
     from pop_converter.popfile.rewrite import Sizes
     from pop_local.workflows.conversion.convert import Converted
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 def show_plan(conversion: Conversion) -> None:
-    """Show the plan, before anything begins."""
     plan, first, limits = conversion.deepest, conversion.plans[0], conversion.goal.limits
     budget = [] if limits is None else [budget_fact(limits)]
     fits = fit_facts(conversion)
@@ -51,7 +50,6 @@ def show_plan(conversion: Conversion) -> None:
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
-    """Show the choice, its figures and the file."""
     if done.trials:
         show_trials(done.trials)
     is_known = conversion.goal.is_named and not done.trials
@@ -98,7 +96,6 @@ def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
 
 
 def _wished(conversion: Conversion) -> Plan:
-    """The deepest plan, distilled if that is asked for."""
     return replace(conversion.deepest, is_distilled=conversion.is_distilled)
 
 
@@ -202,52 +199,36 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
-    """Which tokens of a prompt run in full."""
     ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
     if not rows.select:
         return "Always in full", ends
     return "In full", f"{ends}, and {rows.select:.0%} of the others, which the question needs"
 
 
-def measured_facts(meta: PopMeta) -> list[Fact]:
-    """The quality that a file states, or that was just found."""
+def measured_facts(meta: PopMeta) -> Iterator[Fact]:
+    """The quality that a file states, or that was just found; nothing where none was measured."""
     if (found := meta.measured) is None:
-        return []
-    quality = (
+        return
+    yield (
+        "Quality",
         f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the "
-        f"full model's, same first choice {found.top1_agreement:.1%}"
+        f"full model's, same first choice {found.top1_agreement:.1%}",
     )
-    copying = (
+    yield (
+        "Copying",
         f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, {found.copy_top1:.1%} of "
-        "its tokens the first choice"
+        "its tokens the first choice",
     )
-    broken = found.copy_ppl_ratio > FAST.max_copy_ratio
-    limit = f"BROKEN: above {FAST.max_copy_ratio:g} a model can no longer copy from its prompt"
-    warning = [("", limit)] if broken else []
-    return [
-        ("Quality", quality),
-        ("Copying", copying),
-        *warning,
-        *_recall_facts(meta.recall),
-        *_refilled_facts(meta.refilled),
-    ]
-
-
-def _recall_facts(found: Recalled | None) -> list[Fact]:
-    if found is None:
-        return []
-    shares = f"{found.pruned:.0%} found, {found.full:.0%} by the full model"
-    return [("Facts", f"{shares}, of {found.n_documents} documents")]
-
-
-def _refilled_facts(found: Refilled | None) -> list[Fact]:
-    if found is None:
-        return []
-    return [
-        (
+    if found.copy_ppl_ratio > FAST.max_copy_ratio:
+        limit = f"BROKEN: above {FAST.max_copy_ratio:g}"
+        yield "", f"{limit} a model can no longer copy from its prompt"
+    if (facts := meta.recall) is not None:
+        shares = f"{facts.pruned:.0%} found, {facts.full:.0%} by the full model"
+        yield "Facts", f"{shares}, of {facts.n_documents} documents"
+    if (deep := meta.refilled) is not None:
+        yield (
             "Refilled",
-            f"{found.n_rows} tokens before each of the answer: KL {found.kl_mean:.4f} ± "
-            f"{found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the full model's, copying "
-            f"{found.copy_ppl_ratio:.3f} times; all of them: the full model",
+            f"{deep.n_rows} tokens before each of the answer: KL {deep.kl_mean:.4f} ± "
+            f"{deep.kl_se:.4f}, perplexity {deep.ppl_ratio:.3f} times the full model's, copying "
+            f"{deep.copy_ppl_ratio:.3f} times; all of them: the full model",
         )
-    ]

@@ -5,7 +5,6 @@ from pop_local.workflows.demo import MAX_TOKENS, Demonstration
 
 
 def show_demonstration(found: Demonstration) -> None:
-    """The answers, and what they took."""
     full, pop, speedup = found.full, found.pop, found.speedup
     say(f"Model: {found.model}")
     say(f"Prompt: a document of ours and a question, {found.n_prompt:,} tokens")

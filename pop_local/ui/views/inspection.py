@@ -1,6 +1,6 @@
 """The output of `inspect`."""
 
-from pop_converter.popfile.format import Budget, PopMeta
+from pop_converter.popfile.format import PopMeta
 from pop_converter.projection import Projection
 from pop_local.base.numbers import size
 from pop_local.models.mmproj import ARCHITECTURE
@@ -12,7 +12,6 @@ from pop_local.workflows.inspect import Inspection, TensorGroup, Verification
 
 
 def inspection_facts(found: Inspection) -> list[Fact]:
-    """The inspection for people."""
     verified = _verification_facts(found.verification) if found.verification else []
     return [*_model_facts(found), *verified]
 
@@ -75,19 +74,13 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("K/V projections", "own: the layers' own weights" if own else _fitted(meta)),
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
-        *_budget_facts(meta.budget),
+        *([budget_fact(meta.budget)] if meta.budget else []),
+        *([("Boundaries tried", meta.budget.tried)] if meta.budget and meta.budget.tried else []),
         *measured_facts(meta),
         ("Converted from", meta.source_name or "unknown"),
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),
     ]
-
-
-def _budget_facts(budget: Budget | None) -> list[Fact]:
-    if budget is None:
-        return []
-    tried = [("Boundaries tried", budget.tried)] if budget.tried else []
-    return [budget_fact(budget), *tried]
 
 
 def _fitted(meta: PopMeta) -> str:

@@ -47,7 +47,6 @@ def figures(quality: Quality | Recall) -> dict[str, Any]:
 
 
 def text_json(text: Text) -> dict[str, str]:
-    """The text that was measured on."""
     return {"name": text.name, "sha256": text.sha256}
 
 
@@ -66,7 +65,6 @@ def _json_head(found: Evaluation) -> dict[str, Any]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    """The figures of pruning, and those of the baseline in an object with its name."""
     always = row.always_skip
     return {
         "n_skipped": row.n_skipped,

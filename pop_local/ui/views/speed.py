@@ -12,12 +12,10 @@ if TYPE_CHECKING:
 
 
 def speed_json(found: Speed) -> dict[str, object]:
-    """The rows as one object."""
     return vars(found.bench) | {"upstream": found.upstream, "rows": found.rows}
 
 
 def show_speed(found: Speed) -> None:
-    """A table with one row for each prompt length."""
     bench = found.bench
     layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
     layers += ", exactly" if bench.is_exact else ""

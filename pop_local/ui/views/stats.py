@@ -34,12 +34,10 @@ def stats_line(stats: TurnStats) -> str:
 
 
 def picture_line(picture: Picture, n_tokens: int, n_ctx: int) -> str:
-    """A picture's size, length in tokens, and share of the context."""
     return counted_line(f"{picture.name} ({picture.width} x {picture.height})", n_tokens, n_ctx)
 
 
 def counted_line(name: str, n_tokens: int, n_ctx: int) -> str:
-    """A file's length and its share of the context."""
     return f"{name}: {n_tokens:,} tokens, {n_tokens / n_ctx:.0%} of the context."
 
 

@@ -50,7 +50,6 @@ def budget_fact(budget: Budget) -> Fact:
 
 
 def show_trials(trials: Sequence[Trial]) -> None:
-    """A table on stdout, and an empty line."""
     print_table(Table.of(_COLUMNS, trials))
     out.file.write("\n")
 

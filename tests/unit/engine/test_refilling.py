@@ -19,14 +19,13 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.forced import Pruning, forced
 from pop_local.server import worker
-from pop_local.server.app import create_app
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from support.calls import NOISE, append, greedy, opened, prompt, read, steps
 from support.converted import tiny
 from support.scripted import Transcript
-from support.serving import asking
+from support.serving import app_of, asking
 
 WORDS = "a b c d e f g h " * 40
 
@@ -263,7 +262,7 @@ def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
 
 def test_a_server_refills_between_requests(pop_file):
     model = opened(pop_file, keep_states=True)
-    with asking(create_app(model, "tiny")) as client:
+    with asking(app_of(model, "tiny")) as client:
         body = {"model": "tiny", "prompt": WORDS, "max_tokens": 2, "temperature": 0}
         first = client.post("/v1/completions", json=body).json()["usage"]["pop"]
         assert (first["n_refilled"], first["n_exact"]) == (0, 0)
@@ -281,7 +280,7 @@ def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
     model = opened(pop_file, keep_states=True)
     model.refiller.refill_answers(8)
     model.cache.prompts = PromptCache(1 << 26)
-    with asking(create_app(model, "tiny", repeatable=by == "server")) as client:
+    with asking(app_of(model, "tiny", repeatable=by == "server")) as client:
 
         def ask(prompt: str, **more: bool):
             body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 1} | more
@@ -304,7 +303,7 @@ def test_a_server_refills_once_it_is_on_mains_power_again(pop_file, monkeypatch)
     for module in (power, worker):
         monkeypatch.setattr(module, "RECHECK_S", 0.01)
     model = opened(pop_file, keep_states=True)
-    with asking(create_app(model, "tiny")) as client:
+    with asking(app_of(model, "tiny")) as client:
         client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 2})
         time.sleep(0.05)
         assert (model.cache.n_exact, model.refiller.n_refillable > 0) == (0, True)
@@ -319,7 +318,7 @@ def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monke
         raise RuntimeError
 
     monkeypatch.setattr(model.refiller, "refill", refill)
-    with asking(create_app(model, "tiny")) as client:
+    with asking(app_of(model, "tiny")) as client:
         for _ in range(2):
             body = {"prompt": WORDS, "max_tokens": 2}
             assert client.post("/v1/completions", json=body).status_code == 200

@@ -164,8 +164,8 @@ def test_only_a_block_at_the_beginning_is_thinking(size):
             p for at in range(0, len(text), size) for p in splitter.push(text[at : at + size])
         ]
         pieces += splitter.flush()
-        assert "".join(p.text for p in pieces if p.is_thought) == thought
-        assert "".join(p.text for p in pieces if not p.is_thought) == said
+        assert "".join(p.reasoning for p in pieces) == thought
+        assert "".join(p.content for p in pieces) == said
 
 
 def test_a_model_cannot_move_the_cursor(monkeypatch):

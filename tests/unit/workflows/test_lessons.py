@@ -20,7 +20,6 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import gradual
 from pop_local.models.learned import learned_files
 from pop_local.models.sidecars import sidecar_of
-from pop_local.server.app import create_app
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.workflows import learning as lessons_module
@@ -29,7 +28,7 @@ from pop_local.workflows.learning import Lessons
 from support.calibrating import fitted_at, planned, settings, words
 from support.calls import last_logits, opened, prompt, read
 from support.scripted import Transcript
-from support.serving import asking
+from support.serving import app_of, asking
 from support.synthetic import TEMPLATE, make_gguf
 
 N = 512
@@ -244,7 +243,7 @@ def test_a_chat_says_that_it_learned(plain):
 
 def test_a_server_says_which_fit_read_a_prompt(plain):
     model, lessons = taught(plain)
-    with asking(create_app(model, "tiny", teacher=lessons)) as client:
+    with asking(app_of(model, "tiny", teacher=lessons)) as client:
         wait_for(lambda: model.boundary)
         body = {"prompt": "a b c d " * 300, "max_tokens": 2}
         used = client.post("/v1/completions", json=body).json()["usage"]["pop"]
