@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Model:
         return sum(part.wheel_bytes for part in self.parts)
 
 
+@cache
 def _toml() -> dict[str, Any]:
     text = Path(__file__).with_name("catalog.toml").read_text("utf-8")
     return tomlkit.parse(text).unwrap()

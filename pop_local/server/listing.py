@@ -17,7 +17,7 @@ from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import can_infill
 from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
-from pop_local.models.names import load_catalog
+from pop_local.models.names import lookup
 from pop_local.models.sidecars import sidecar_of
 from pop_local.models.stored import known_name, models_by_name
 
@@ -117,16 +117,8 @@ def shown(name: str) -> str:
 def find(name: str, files: Mapping[str, Path]) -> File | None:
     """Return the file of that name, None for none; those of the catalog have its names, too."""
     untagged = name[: -len(_LATEST)] if name.lower().endswith(_LATEST) else name
-    for wanted in (name, untagged, *_catalog_files().get(untagged.lower(), ())):
+    model = lookup(name)
+    for wanted in (name, untagged, *((model.pop_file, model.file) if model else ())):
         if known := known_name(wanted, files):
             return File(known, files[known])
     return None
-
-
-@lru_cache(maxsize=1)
-def _catalog_files() -> dict[str, tuple[str, str]]:
-    return {
-        name: (model.pop_file, model.file)
-        for model in load_catalog()
-        for name in (model.name.lower(), *model.aliases)
-    }
