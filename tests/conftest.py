@@ -19,10 +19,12 @@ from support.converted import converted
 from support.paths import MODELS, PACKAGE, TESTS
 
 # Whoever runs the tests may have settings; children inherit this, too. A process that imports
-# readline, as pytest does, hands a terminal's size to its children.
+# readline, as pytest does, hands a terminal's size to its children. All of them would compile the
+# same modules again where nobody writes what was compiled.
 for name in list(os.environ):
-    if name.startswith("POP_LOCAL_") or name in ("COLUMNS", "LINES"):
+    if name.startswith("POP_LOCAL_") or name in ("COLUMNS", "LINES", "PYTHONDONTWRITEBYTECODE"):
         del os.environ[name]
+sys.dont_write_bytecode = False
 os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
 
 
