@@ -259,16 +259,6 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(tiny_file, number, code):
         assert server.log.count("POST '/v1/completions' 200") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "is_kept"), [((), True), (("--cache-ram", 0, "--parallel", 1), False)]
-)
-def test_prompts_in_turn_are_kept(tiny_file, arguments, is_kept):
-    with served(tiny_file, *arguments) as server:
-        for text in ("a" * 300, "b" * 300, "a" * 300):
-            usage = server.post("completions", prompt=text, max_tokens=1).json()["usage"]
-        assert (usage["prompt_tokens_details"]["cached_tokens"] > 250) == is_kept
-
-
 def test_a_port_in_use_is_one_clear_error(tiny_file):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -302,11 +292,22 @@ def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
     assert "'pop-local[server]'" in done.stderr
 
 
-def test_an_open_address_without_a_key_is_warned_of(tiny_file):
-    with served(tiny_file, "--host", "0.0.0.0") as server:
-        assert "set --api-key" in server.log
-        for host, status in (("192.168.1.5", 200), ("evil.example", 403)):
-            response = httpx2.get(f"{server.api}/models", headers={"Host": host})
-            assert response.status_code == status
-    with served(tiny_file, "--host", "0.0.0.0", "--api-key", "secret") as server:
-        assert "set --api-key" not in server.log
+@pytest.mark.parametrize(
+    ("arguments", "is_kept"), [((), True), (("--cache-ram", 0, "--parallel", 1), False)]
+)
+def test_prompts_in_turn_are_kept_and_an_open_address_without_a_key_is_warned_of(
+    tiny_file, arguments, is_kept
+):
+    key = () if is_kept else ("--api-key", "secret")
+    with served(tiny_file, "--host", "0.0.0.0", *arguments, *key) as server:
+        assert ("set --api-key" in server.log) == (not key)
+        headers = {"Authorization": "Bearer secret"}
+        # Pages that a browser was sent to know no key.
+        for host, status in (("192.168.1.5", 200), ("evil.example", 200 if key else 403)):
+            named = {**headers, "Host": host}
+            assert httpx2.get(f"{server.api}/models", headers=named).status_code == status
+        for text in ("a" * 300, "b" * 300, "a" * 300):
+            body = {"prompt": text, "max_tokens": 1}
+            answer = httpx2.post(f"{server.api}/completions", json=body, headers=headers)
+            usage = answer.json()["usage"]
+        assert (usage["prompt_tokens_details"]["cached_tokens"] > 250) == is_kept

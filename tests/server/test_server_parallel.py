@@ -96,7 +96,7 @@ def test_a_prompt_that_is_here_already_is_not_read_again(several):
 def test_a_stream_tells_its_place_and_how_far_its_prompt_is(several):
     with ExitStack() as running:
         for number in range(SLOTS):
-            lines = running.enter_context(endless(several, f"{number} {LONG * 16}"))
+            lines = running.enter_context(endless(several, f"{number} {LONG * 6}"))
             said = list(takewhile(lambda line: not is_text(line), lines))
         assert any(re.fullmatch(r": read \d+ of \d+", line) for line in said)
         with endless(several, "one more") as lines:
