@@ -7,6 +7,7 @@ import pytest
 
 from pop_local.calibration.needs import macs_per_s
 from pop_local.measure import estimate, gradual, probes
+from pop_local.workflows import bench
 from pop_local.workflows.conversion import named, plan, within
 from support import calibrating
 from support.synthetic import make_gguf
@@ -17,10 +18,14 @@ MEASURED_ONCE = cache(macs_per_s)
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One draw of random tokens, one window of what own projections lose, few for its error."""
+    """One draw of random tokens, one window of what own projections lose, few for its error.
+
+    Upstream's library takes three processes more: a test of `bench` has them.
+    """
     monkeypatch.setattr(named, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
+    monkeypatch.setattr(bench, "kernels_read_prompts", lambda: False)
     monkeypatch.setattr(plan, "macs_per_s", MEASURED_ONCE)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
 

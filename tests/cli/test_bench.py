@@ -33,12 +33,6 @@ SPREAD = {"median", "min", "max"}
 ONE_PAIR = "One pair of runs says nothing of noise: give --repeat 3, say.\n"
 
 
-@pytest.fixture(autouse=True)
-def without_upstream(monkeypatch):
-    """Which takes three processes more; one test has them."""
-    monkeypatch.setattr(workflow, "kernels_read_prompts", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def pop_file(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("bench"))
