@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
 from support.cpu import has_amx
+from support.lora import make_lora
 from support.oracle import distance, random_tokens
 from support.pop_files import Keys, add_to
 from support.raw import Job, Step, run
 from support.shapes import read_shape
-from support.shared_kv import DEFAULTS, SharedKv, make_shared, shapes
+from support.shared_kv import DEFAULTS, make_shared, shapes
 
 N_VOCAB = 380
 Q8_0 = 8  # GGML_TYPE_Q8_0
@@ -269,7 +269,13 @@ def test_a_state_goes_from_either_library_to_the_other(
 def test_a_lora_adapter(plain: Path, tmp_path: Path, job: Job) -> None:
     """They include layers without K/V, and the per-layer projections."""
     arch = "gemma3n" if "gemma3n" in str(plain) else "gemma4"
-    lora = make_lora(tmp_path / "lora.gguf", DEFAULTS[arch])
+    wanted = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
+    dims = {
+        name: each
+        for name, each in shapes(DEFAULTS[arch])
+        if name.startswith("blk.") and name.split(".")[2] in wanted
+    }
+    lora = make_lora(tmp_path / "lora.gguf", arch, dims)
     tokens = random_tokens(257, N_VOCAB)
     got, want = compare(replace(job, lora=str(lora), n_ubatch=128), plain, tokens, tmp_path)
     assert rows(got) == (0, 5, 256)
@@ -277,26 +283,6 @@ def test_a_lora_adapter(plain: Path, tmp_path: Path, job: Job) -> None:
         np.testing.assert_array_equal(got[name], logits)
     without = run(replace(job, model=str(plain), steps=(Step("decode", "last", tokens=tokens),)))
     assert not np.array_equal(without["last"], want["last"])
-
-
-def make_lora(path: Path, recipe: SharedKv) -> Path:
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, recipe.base.arch)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    wanted = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
-    for name, dims in shapes(recipe):
-        if name.startswith("blk.") and name.split(".")[2] in wanted:
-            n_out, n_in = dims
-            for part, size in (("lora_a", (4, n_in)), ("lora_b", (n_out, 4))):
-                values = rng.standard_normal(size, dtype=np.float32) * np.float32(0.1)
-                writer.add_tensor(f"{name}.{part}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_control_vector(plain: Path, tmp_path: Path, job: Job) -> None:

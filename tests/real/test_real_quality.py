@@ -18,13 +18,10 @@ from pop_local.measure.recall import RecallSettings, measure_recall
 from pop_local.research import depths
 from pop_local.research.depths import measure_cliff, worth_measuring
 from pop_local.workflows.conversion import named
+from support.calls import ignore
 from support.searched import FEW, convert
 
 pytestmark = pytest.mark.slow
-
-
-def ignore(done: int, total: int) -> None:
-    return
 
 
 def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):

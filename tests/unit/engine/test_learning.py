@@ -22,15 +22,11 @@ from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from support.calibrating import planned
-from support.calls import opened, prompt
+from support.calls import never, opened, prompt
 from support.synthetic import make_gguf
 
 N = 512
 LARGE = {"n_batch": N, "n_ubatch": N, "n_ctx": 4 * N}
-
-
-def never() -> bool:
-    return False
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import _without_system
 from pop_local.engine.prompt.templates import Template
 from pop_local.engine.turn import Message
+from support.hurried import hurried
 from support.seeing import png
 from support.synthetic import make_gguf
 
@@ -61,17 +62,13 @@ def test_the_prompt_is_what_llama_cpp_makes(template, vocab):
 
 
 @pytest.fixture(scope="module")
-def hurried():
-    """A child that has one second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(templates._renderer, "limit_s", 1.0)
-        templates._renderer.close()
+def in_a_hurry():
+    with hurried(templates._renderer):
         yield
-    templates._renderer.close()
 
 
 @pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
-def test_a_wild_template_is_an_error_of_its_model_alone(hurried, tmp_path, template, vocab):
+def test_a_wild_template_is_an_error_of_its_model_alone(in_a_hurry, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
         PopModel(path, n_threads=1, n_ctx=128).chat("hello")
@@ -108,7 +105,7 @@ def test_pictures_move_with_what_is_said_after_the_system():
     assert [offset for offset, _ in joined.pictures] == [3, 5]
 
 
-def test_what_goes_beyond_its_limits_is_tried_once(hurried, tmp_path, monkeypatch):
+def test_what_goes_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeypatch):
     """Not once more for each way of writing a message's content."""
     rendered: list[object] = []
     render = templates._renderer.render
@@ -124,7 +121,7 @@ def test_what_goes_beyond_its_limits_is_tried_once(hurried, tmp_path, monkeypatc
     assert len([each for each in rendered if each is not None]) == 1
 
 
-def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(hurried, tmp_path):
+def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
     with LoadedModel(path, n_threads=1) as model, pytest.raises(PopError, match="more than 1 s"):
         _ = model.before_question

@@ -18,16 +18,11 @@ from pop_local.engine.turn import Message
 from pop_local.measure.forced import use_rule
 from pop_local.research.break_even import measure_break_even, search, wins
 from pop_local.ui.views.stats import stats_line
-from support.converted import converted, tiny
+from support.converted import converted
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 FULL_ROW_S, CONTEXT_ROW_S = 1.0, 0.75
-
-
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory) -> Path:
-    return tiny(tmp_path_factory.mktemp("short"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """From learned sums to a sidecar that a model adopts, on tiny random models."""
 
-import time
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -27,7 +26,7 @@ from pop_local.workflows import learning as lessons_module
 from pop_local.workflows.conversion import within
 from pop_local.workflows.learning import Lessons
 from support.calibrating import fitted_at, planned, settings, words
-from support.calls import last_logits, opened, prompt, read
+from support.calls import last_logits, never, opened, prompt, read, wait_for
 from support.scripted import Transcript
 from support.serving import asking
 from support.synthetic import TEMPLATE, make_gguf
@@ -60,17 +59,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(lessons_module, "LEAST_WINDOWS", 1)
     monkeypatch.setattr(learning, "N_APART", 3)
     monkeypatch.setattr(learning, "LEAST_SAVED", 1)
-
-
-def never() -> bool:
-    return False
-
-
-def wait_for(condition):
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 @pytest.fixture
