@@ -15,14 +15,16 @@ from filelock import FileLock
 from support.own_core import WORKER  # isort: skip
 from pop_local.engine.llama.backend import bindings
 from pop_local.fetching.catalog import fetch
-from support.converted import converted
+from support.converted import converted, tiny
 from support.paths import MODELS, PACKAGE, TESTS
 
 # Whoever runs the tests may have settings; children inherit this, too. A process that imports
-# readline, as pytest does, hands a terminal's size to its children.
+# readline, as pytest does, hands a terminal's size to its children. All of them would compile the
+# same modules again where nobody writes what was compiled.
 for name in list(os.environ):
-    if name.startswith("POP_LOCAL_") or name in ("COLUMNS", "LINES"):
+    if name.startswith("POP_LOCAL_") or name in ("COLUMNS", "LINES", "PYTHONDONTWRITEBYTECODE"):
         del os.environ[name]
+sys.dont_write_bytecode = False
 os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
 
 
@@ -62,6 +64,12 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("letters") / "words.txt"
     path.write_text(" ".join(bytes(word).decode() for word in drawn))
     return path
+
+
+@pytest.fixture(scope="session")
+def pop_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 8 layers that skips from 4 on; never write there."""
+    return tiny(tmp_path_factory.mktemp("pop"))
 
 
 @pytest.fixture(scope="session")

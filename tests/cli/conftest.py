@@ -1,21 +1,33 @@
 """Fixtures of all tests of commands: models that several of them convert, fit on and shorten."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from pop_local.measure import gradual, probes
-from pop_local.workflows.conversion import named, within
+from pop_local.calibration.needs import macs_per_s
+from pop_local.measure import estimate, gradual, probes
+from pop_local.workflows import bench
+from pop_local.workflows.conversion import fastest, named, plan, within
 from support import calibrating
 from support.synthetic import make_gguf
+
+# Each plan measures it, in a tenth of a second.
+MEASURED_ONCE = cache(macs_per_s)
 
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One draw of random tokens, and one window of what own projections lose."""
+    """One draw of random tokens, one window of what own projections lose, few for its error.
+
+    Upstream's library takes three processes more: a test of `bench` has them.
+    """
     monkeypatch.setattr(named, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
+    monkeypatch.setattr(bench, "kernels_read_prompts", lambda: False)
+    monkeypatch.setattr(plan, "macs_per_s", MEASURED_ONCE)
+    monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
 
 
 @pytest.fixture
@@ -40,3 +52,10 @@ def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(within, "N_WINDOWS", 2)
     monkeypatch.setattr(within, "N_DOCUMENTS", 2)
+
+
+@pytest.fixture
+def short_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "_SETTINGS", fastest.RecallSettings(2, 400))
+    monkeypatch.setattr(fastest, "_N_WINDOWS", 2)
+    monkeypatch.setattr(fastest, "_N_REFILLED_WINDOWS", 1)

@@ -24,24 +24,13 @@ from pop_local.measure.upstream import upstream
 from pop_local.ui.views.speed import show_speed
 from pop_local.workflows import bench as workflow
 from support.calls import read
-from support.converted import converted, tiny
+from support.converted import converted
 from support.program import Done, called
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
 SPREAD = {"median", "min", "max"}
 ONE_PAIR = "One pair of runs says nothing of noise: give --repeat 3, say.\n"
-
-
-@pytest.fixture(autouse=True)
-def without_upstream(monkeypatch):
-    """Which takes three processes more; one test has them."""
-    monkeypatch.setattr(workflow, "kernels_read_prompts", lambda: False)
-
-
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("bench"))
 
 
 def bench(*arguments: object) -> Done:
@@ -80,10 +69,19 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
 @pytest.mark.parametrize(("limit", "is_above"), [(1.45, False), (1.35, True)])
 def test_a_speedup_above_the_limit_is_explained(capsys, limit, is_above):
     some, ratio, pair = Spread(1.0, 1.0, 1.0), Spread(1.5, 1.4, 1.6), speed.ModePair(1, 1)
-    row = speed.SpeedRow(512, 495, 0, 0, some, some, ratio, limit, 1.5 / limit, pair, 0, 0, ratio)
-    found = workflow.Bench("m.gguf", None, "CPU", "", 4, False, 8, 0)
+    row = speed.SpeedRow(
+        *(512, 495, 0, 0, some, some, ratio, limit, 1.5 / limit, pair, 0, 0, ratio),
+        upstream_ttft_s=some,
+        kernels_speedup=ratio,
+    )
+    found = workflow.Bench("m.gguf", None, "CPU", "ours", 4, False, 8, 0)
     show_speed(workflow.Speed(found, (row,), None))
-    assert ("Above the limit" in capsys.readouterr().out) == is_above
+    shown = capsys.readouterr().out
+    assert ("Above the limit" in shown) == is_above and "ours" not in shown
+    show_speed(workflow.Speed(found, (row,), "without flash attention"))
+    shown = capsys.readouterr().out
+    assert "ours, beside llama.cpp's own (without flash attention)" in shown
+    assert "TTFT llama.cpp (s)" in shown
 
 
 def test_table_is_markdown_on_stdout(pop_file):
@@ -112,15 +110,14 @@ def test_a_prompt_too_short_to_be_pruned_has_none(tmp_path):
     assert long["n_pruned"] == 200 - 17 and long["limit"] != 1.0
 
 
-def test_selected_rows(pop_file):
+def test_selected_rows(pop_file, tmp_path):
     arguments = (pop_file, "--prompt", "200", "--repeat", 1, "--select", "10%")
     [row] = report(*arguments)["rows"]
     n_selected = round(0.1 * (200 - 17))
     assert (row["n_selected"], row["n_pruned"]) == (n_selected, 200 - 17 - n_selected)
     assert "selected" in bench(*arguments).stdout
-    [plain] = report(
-        make_gguf(pop_file.parent / "plain.gguf", "llama"), *arguments[1:], "--boundary", 4
-    )["rows"]
+    base = make_gguf(tmp_path / "plain.gguf", "llama")
+    [plain] = report(base, *arguments[1:], "--boundary", 4)["rows"]
     assert plain["n_selected"] == round(0.1 * (200 - 33))
 
 
@@ -255,8 +252,6 @@ def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch
     assert found["kernels"] == "some"
     assert "flash attention" in found["upstream"]
     assert set(found["rows"][0]["upstream_ttft_s"]) == SPREAD
-    table = bench(pop_file, "--prompt", "100", "--repeat", 1, "--gpu-layers", 0).stdout
-    assert "some, beside llama.cpp's own (" in table and "TTFT llama.cpp (s)" in table
 
 
 def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):

@@ -15,19 +15,13 @@ from support.searched import convert
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
+pytestmark = pytest.mark.usefixtures("short_fastest")
 QUICK = ("--projection", "own", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return make_gguf(tmp_path_factory.mktemp("select") / "model.gguf", "llama")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(fastest, "_SETTINGS", fastest.RecallSettings(2, 400))
-    monkeypatch.setattr(fastest, "_N_WINDOWS", 2)
-    monkeypatch.setattr(fastest, "_N_REFILLED_WINDOWS", 1)
 
 
 def meta_of(path):

@@ -65,7 +65,7 @@ from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
 main()
 """
-N_KILLS = 2  # tests/bench/measure_kills.py has more
+N_KILLS = 1  # tests/bench/measure_kills.py has more
 
 
 def convert(*arguments: object):

@@ -47,7 +47,7 @@ class Followed:
 
 
 @pytest.mark.parametrize("goal", [Within(LOOSE), Within(LOOSE, Boundary(4)), Boundary(4)])
-def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, goal: Goal):
+def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, short_examination, goal: Goal):
     if isinstance(goal, Within):
         request.getfixturevalue("short_search")
     monkeypatch.setattr(needs, "MOST_COST", dict.fromkeys(needs.MOST_COST, 1.0))
@@ -58,7 +58,7 @@ def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, goal: Goal)
     followed.check()
 
 
-def test_without_a_fit_and_fastest(tiny, tmp_path):
+def test_without_a_fit_and_fastest(tiny, tmp_path, short_fastest):
     followed = Followed()
     out = tmp_path / "out.gguf"
     convert(

@@ -8,6 +8,7 @@ import pytest
 
 from pop_local.measure.speed import Spread
 from pop_local.ui.views.demo import show_demonstration
+from pop_local.workflows import demo as workflow
 from pop_local.workflows.demo import Demonstration, TimedAnswer
 from support.converted import converted
 from support.program import Done, called, run
@@ -15,7 +16,6 @@ from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
 
-# A byte-level vocabulary needs about 9,000 tokens for the document.
 WIDE = ("--ctx", "16384")
 
 
@@ -46,6 +46,12 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     assert "they skipped 10 of 30 layers" in done.stdout
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """A part of the document, of which a byte-level vocabulary needs about 9,000 tokens."""
+    monkeypatch.setattr(workflow, "_text", lambda name, real=workflow._text: real(name)[:1000])
+
+
 @pytest.mark.parametrize(("least", "is_above"), [(1.42, False), (1.43, True)])
 def test_a_speedup_above_the_count_is_explained(capsys, least, is_above):
     answer = TimedAnswer("Yes.", 1.0, 10, 7)
@@ -56,7 +62,7 @@ def test_a_speedup_above_the_count_is_explained(capsys, least, is_above):
     assert ("More than the count" in capsys.readouterr().out) == is_above
 
 
-def test_json_has_all_figures_and_the_counters_add_up(tiny_file):
+def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
     found = json.loads(demo(tiny_file, *WIDE, "--pairs", 1, "--json").stdout)
     full, pop = found["full"], found["pop"]
     assert (full["n_pruned"], full["n_full"]) == (0, found["n_prompt"])
@@ -66,7 +72,7 @@ def test_json_has_all_figures_and_the_counters_add_up(tiny_file):
     assert full["text"] and pop["text"]
 
 
-def test_a_selection_counts_as_read_in_full(tmp_path, tiny_file):
+def test_a_selection_counts_as_read_in_full(tmp_path, tiny_file, short):
     source = tiny_file.with_name("m.gguf")
     selecting = converted(source, tmp_path, boundary=2, select=0.1)
     found = json.loads(demo(selecting, *WIDE, "--pairs", 1, "--json").stdout)
@@ -76,7 +82,7 @@ def test_a_selection_counts_as_read_in_full(tmp_path, tiny_file):
     assert found["pop"]["n_full"] == 17 + selected
 
 
-def test_the_speed_up_is_of_several_pairs(tiny_file):
+def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     done = demo(tiny_file, *WIDE, "--pairs", 2)
     said = re.search(r"Speed-up: (.+)x, (.+)-(.+) in 2 pairs \(1\.", done.stdout)
     assert said is not None, done.stdout

@@ -12,7 +12,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning
 from pop_local.measure.recall import N_FACTS, RecallSettings, make_documents, measure_recall
 from support.calibrating import words
-from support.converted import paired, tiny
+from support.converted import paired
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
@@ -32,11 +32,6 @@ KEYS = {
     "top1_agreement",
 }
 SHORT = ("--windows", "2", "--context", "60", "--continuation", "20", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("eval"))
 
 
 def evaluate(*arguments):

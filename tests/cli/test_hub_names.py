@@ -9,7 +9,7 @@ from pop_local.models import names
 from pop_local.models.names import hub_name, hub_names, load_catalog, resolve
 from pop_local.workflows.events import Watch
 from pop_local.workflows.open import base_file
-from support.hub_server import Hub, Repo, serving
+from support.hub_server import Hub, Repo, asked_here, serving
 from support.program import called
 from support.synthetic import make_gguf
 
@@ -22,11 +22,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     files = {f"tiny-{quant}.gguf": content + quant.encode() for quant in ("Q4_0", "Q8_0")}
     files["tiny-Q4_0.gguf"] = content
     with serving(Hub(repos={"acme/tiny-GGUF": Repo(files)})) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+        asked_here(hub, monkeypatch)
         monkeypatch.setenv(names.MODELS_VARIABLE, str(tmp_path / "store"))
         yield hub
 

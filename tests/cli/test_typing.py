@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def leave(terminal: Terminal) -> None:
     assert terminal.expect_end() == 0
 
 
+@pytest.fixture(scope="module")
+def open_chat(tmp_path_factory) -> Iterator[Terminal]:
+    started = chat(tmp_path_factory.mktemp("chat") / "history")
+    yield started
+    started.end_of_input()
+    assert started.expect_end() == 0
+
+
+@pytest.fixture
+def terminal(open_chat) -> Iterator[Terminal]:
+    """A chat at its prompt, which several tests share: each waits for the next one."""
+    yield open_chat
+    open_chat.resize(80, 24)
+
+
 def test_history_is_kept_across_runs(history):
     first = chat(history)
     first.line("the first question")
@@ -91,8 +107,7 @@ def test_a_history_that_others_could_read_is_closed_to_them(history):
     assert history.parent.stat().st_mode & 0o777 == 0o755
 
 
-def test_several_lines(history):
-    terminal = chat(history)
+def test_several_lines(terminal):
     terminal.send("one" + ALT_ENTER + "two")
     terminal.line("")
     terminal.expect("7 characters in 2 lines: one")
@@ -104,7 +119,7 @@ def test_several_lines(history):
     terminal.line('/system """Be brief.')
     terminal.line('Be kind."""')
     terminal.expect("The system prompt is set")
-    leave(terminal)
+    terminal.expect_prompt()
 
 
 def test_a_long_line_is_wrapped_without_marks(history):
@@ -146,8 +161,12 @@ def test_commands_and_paths_are_completed(history, tmp_path):
     leave(terminal)
 
 
-def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(history):
-    terminal = chat(history)
+def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
+    terminal.line("an answer")
+    terminal.expect_prompt()
+    terminal.line("/stats")
+    terminal.expect(r"Answers: (\d+)")
+    n_before = terminal.group(1)
     terminal.line("read slowly")
     terminal.expect(r"(?=Reading the prompt .*tokens/s)")  # what follows takes its place
     terminal.interrupt()
@@ -164,12 +183,11 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(history):
     terminal.interrupt()
     terminal.expect("To leave, type /exit or press Ctrl-D")
     terminal.line("/stats")
-    terminal.expect("Answers: 1")
-    leave(terminal)
+    terminal.expect(f"Answers: {n_before + 1}")
+    terminal.expect_prompt()
 
 
-def test_an_answer_while_the_terminal_is_resized(history):
-    terminal = chat(history)
+def test_an_answer_while_the_terminal_is_resized(terminal):
     terminal.line("speak slowly")
     terminal.expect("word9 ")
     terminal.resize(60, 20)
@@ -178,11 +196,11 @@ def test_an_answer_while_the_terminal_is_resized(history):
     terminal.expect("· stopped")
     lines = terminal.text.split("\n")
     assert max(map(len, lines)) <= 80
-    leave(terminal)
+    terminal.expect_prompt()
 
 
-def test_keys_typed_during_an_answer_wait_for_the_prompt(history):
-    terminal = chat(history)
+def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal):
+    n_before = terminal.text.count("word0 ")
     terminal.line("speak slowly, briefly")
     terminal.expect("word2")
     terminal.line("typed")
@@ -190,8 +208,8 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt(history):
     terminal.expect("5 characters in 1 lines: typed")
     terminal.line("!")
     terminal.expect("6 characters in 1 lines: ahead!")
-    assert terminal.text.count("word0 ") == 1, "the answer was drawn over itself"
-    leave(terminal)
+    assert terminal.text.count("word0 ") == n_before + 1, "the answer was drawn over itself"
+    terminal.expect_prompt()
 
 
 def test_an_answer_in_the_background_leaves_the_terminal_alone():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from support.lora import OF_KV, make_lora
 from support.oracle import Trio, make_trio, random_tokens
 from support.raw import Job, Step, run
 from support.synthetic import make_gguf
@@ -189,9 +190,7 @@ def test_a_copied_sequence_shares_its_states(llama: Trio, tmp_path: Path, job: J
 
 
 def test_a_lora_adapter_is_part_of_a_deep_pass(llama: Trio, tmp_path: Path, job: Job) -> None:
-    from oracle.test_oracle import make_lora
-
-    lora = make_lora(tmp_path / "lora.gguf", n_layer=8, n_embd=128, n_kv=64)
+    lora = make_lora(tmp_path / "lora.gguf", "llama", OF_KV)
     job = replace(job, lora=str(lora))
     prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

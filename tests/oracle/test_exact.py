@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
 from support.cpu import has_amx
+from support.lora import make_lora
 from support.oracle import distance, random_tokens
 from support.pop_files import Keys, add_to
 from support.raw import Job, Step, run
 from support.shapes import read_shape
-from support.shared_kv import DEFAULTS, SharedKv, make_shared, shapes
+from support.shared_kv import DEFAULTS, make_shared, shapes
 
 N_VOCAB = 380
 Q8_0 = 8  # GGML_TYPE_Q8_0
@@ -111,8 +111,10 @@ CASES = [
 def test_one_token_more_than_whole_ubatches_is_the_same_bit_for_bit(
     options: dict, model: Path, tmp_path: Path, job: Job
 ) -> None:
-    got, want = compare(replace(job, **options), model, random_tokens(513, N_VOCAB), tmp_path)
-    assert rows(got) == (0, 5, 512)
+    job = replace(job, **{"n_ubatch": 128} | options)
+    n = max(256, job.n_ubatch)
+    got, want = compare(job, model, random_tokens(n + 1, N_VOCAB), tmp_path)
+    assert rows(got) == (0, 5, n)
     for name, logits in want.items():
         np.testing.assert_array_equal(got[name], logits)
 
@@ -122,9 +124,9 @@ def test_rows_that_share_a_ubatch_are_within_the_unpatched_noise(
     options: dict, model: Path, tmp_path: Path, job: Job
 ) -> None:
     """All rows but one leave in the same ubatch; what they stored is the same bit for bit."""
-    job, tokens = replace(job, **options), random_tokens(300, N_VOCAB)
+    job, tokens = replace(job, **options), random_tokens(160, N_VOCAB)
     got, want = compare(job, model, tokens, tmp_path)
-    assert rows(got) == (0, 5, 299)
+    assert rows(got) == (0, 5, 159)
     check_noise(got, want, replace(job, model=str(model)), Step("decode", "last", tokens=tokens))
 
 
@@ -142,14 +144,14 @@ def check_noise(got: dict, want: dict, job: Job, *steps: Step) -> None:
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
 def test_sequences_in_one_batch(kv_unified: bool, model: Path, tmp_path: Path, job: Job) -> None:
     """Prompts of other lengths end in other ubatches: a stream's rows are never fewer."""
-    lengths = (200, 333, 100, 121)
+    lengths = (50, 83, 25, 31)
     prompts = [random_tokens(n, N_VOCAB, seed=n) for n in lengths]
     more = tuple((seq, 0, prompts[seq]) for seq in (1, 2, 3))
-    job = replace(job, n_seq_max=4, n_ctx=8192, kv_unified=kv_unified)
+    job = replace(job, n_seq_max=4, n_ctx=2048, n_ubatch=128, kv_unified=kv_unified)
 
     decode = Step("decode", "logits", tokens=prompts[0], more=more)
     next_more = tuple((seq, lengths[seq], prompts[seq][:2]) for seq in (1, 2, 3))
-    following = Step("decode", "next", tokens=prompts[0][:2], pos=200, more=next_more)
+    following = Step("decode", "next", tokens=prompts[0][:2], pos=lengths[0], more=next_more)
 
     def steps(who: str) -> tuple[Step, ...]:
         saves = (Step("save", path=str(tmp_path / f"{who}{s}"), seq=s) for s in range(4))
@@ -203,11 +205,11 @@ def test_an_observer_of_the_graph_sees_every_row(plain: Path, job: Job) -> None:
 
 def test_some_logits_of_a_batch(plain: Path, tmp_path: Path, job: Job) -> None:
     """Outputs in the middle of the batch, as a batch of several parts has them."""
-    tokens = random_tokens(300, N_VOCAB)
-    parts = tuple((0, start, tokens[start : start + 50]) for start in range(50, 300, 50))
-    six = Step("decode", "six", tokens=tokens[:50], more=parts)
+    tokens = random_tokens(150, N_VOCAB)
+    parts = tuple((0, start, tokens[start : start + 25]) for start in range(25, 150, 25))
+    six = Step("decode", "six", tokens=tokens[:25], more=parts)
     got, want = both(job, plain, (six,))
-    assert rows(got) == (0, 6, 294)
+    assert rows(got) == (0, 6, 144)
     check_noise(got, want, replace(job, model=str(plain)), six)
 
 
@@ -267,34 +269,20 @@ def test_a_state_goes_from_either_library_to_the_other(
 def test_a_lora_adapter(plain: Path, tmp_path: Path, job: Job) -> None:
     """They include layers without K/V, and the per-layer projections."""
     arch = "gemma3n" if "gemma3n" in str(plain) else "gemma4"
-    lora = make_lora(tmp_path / "lora.gguf", DEFAULTS[arch])
-    tokens = random_tokens(513, N_VOCAB)
+    wanted = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
+    dims = {
+        name: each
+        for name, each in shapes(DEFAULTS[arch])
+        if name.startswith("blk.") and name.split(".")[2] in wanted
+    }
+    lora = make_lora(tmp_path / "lora.gguf", arch, dims)
+    tokens = random_tokens(257, N_VOCAB)
     got, want = compare(replace(job, lora=str(lora), n_ubatch=128), plain, tokens, tmp_path)
-    assert rows(got) == (0, 5, 512)
+    assert rows(got) == (0, 5, 256)
     for name, logits in want.items():
         np.testing.assert_array_equal(got[name], logits)
     without = run(replace(job, model=str(plain), steps=(Step("decode", "last", tokens=tokens),)))
     assert not np.array_equal(without["last"], want["last"])
-
-
-def make_lora(path: Path, recipe: SharedKv) -> Path:
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, recipe.base.arch)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    wanted = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
-    for name, dims in shapes(recipe):
-        if name.startswith("blk.") and name.split(".")[2] in wanted:
-            n_out, n_in = dims
-            for part, size in (("lora_a", (4, n_in)), ("lora_b", (n_out, 4))):
-                values = rng.standard_normal(size, dtype=np.float32) * np.float32(0.1)
-                writer.add_tensor(f"{name}.{part}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_control_vector(plain: Path, tmp_path: Path, job: Job) -> None:

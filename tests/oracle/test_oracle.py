@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from support.lora import OF_KV, make_lora
 from support.oracle import (
     EXACT,
     Trio,
@@ -73,7 +73,7 @@ def test_full_and_context_rows_share_a_ubatch(llama: Trio, tmp_path: Path, job: 
 
 
 def test_a_lora_adapter_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job) -> None:
-    lora = make_lora(tmp_path / "lora.gguf", n_layer=8, n_embd=128, n_kv=64)
+    lora = make_lora(tmp_path / "lora.gguf", "llama", OF_KV)
     with_lora = replace(job, lora=str(lora))
     check_exact(llama, 300, N_VOCAB, tmp_path, with_lora)
     prompts = [random_tokens(300, N_VOCAB)]
@@ -92,7 +92,7 @@ def test_a_control_vector_equals_the_oracle(llama: Trio, tmp_path: Path, job: Jo
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_sequences_in_one_batch(arch: str, kv_unified: bool, tmp_path: Path, job: Job) -> None:
     trio = make_trio(make_gguf(tmp_path / "model.gguf", arch), tmp_path, boundary=5, n_sink=1)
-    lengths = (200, 333, 100, 121)
+    lengths = (50, 83, 25, 31)
     prompts = [random_tokens(n, N_VOCAB, seed=n) for n in lengths]
     more = tuple((seq, 0, prompts[seq]) for seq in (1, 2, 3))
     steps = (
@@ -100,7 +100,7 @@ def test_sequences_in_one_batch(arch: str, kv_unified: bool, tmp_path: Path, job
         Step("decode", "logits", tokens=prompts[0], more=more),
         Step("counters", "counters"),
     )
-    many = replace(job, n_seq_max=4, n_ctx=8192, kv_unified=kv_unified)
+    many = replace(job, n_seq_max=4, n_ctx=2048, n_ubatch=128, kv_unified=kv_unified)
     got = run(replace(many, model=str(trio.pruned), steps=steps, lib=None))
     np.testing.assert_array_equal(got["counters"], [sum(lengths) - 4 * 17, 4 * 17])
     want = expected(trio, prompts, 16, tmp_path, job)
@@ -193,23 +193,3 @@ def test_a_context_shift_equals_the_oracle(llama: Trio, job: Job, tmp_path: Path
     )
     got = run(replace(job, model=str(llama.pruned), steps=(prefill, shift, last), lib=None))
     np.testing.assert_array_equal(got["last"], want["last"])
-
-
-def make_lora(path: Path, n_layer: int, n_embd: int, n_kv: int) -> Path:
-    """A random adapter of rank 4 for the K and V projections of every layer."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    for layer in range(n_layer):
-        for name in ("attn_k", "attn_v"):
-            a = rng.standard_normal((4, n_embd), dtype=np.float32) * 0.1
-            b = rng.standard_normal((n_kv, 4), dtype=np.float32) * 0.1
-            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_a", a)
-            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_b", b)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path

@@ -9,7 +9,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Message, TurnOptions
-from support.calls import opened, prompt, read
+from support.calls import log_softmax, opened, prompt, read
 from support.converted import tiny
 
 
@@ -21,11 +21,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chatty(smollm2_pop):
     return PopModel(smollm2_pop, n_ctx=256, n_threads=1)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    return wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
 
 
 def test_of_a_sampled_token(model):

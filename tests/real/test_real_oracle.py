@@ -63,7 +63,7 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     indirect=["real"],
 )
 def test_real_models_equal_the_oracle(real: Trio, options: dict, tmp_path: Path, job: Job) -> None:
-    check_exact(real, 513, 40000, tmp_path, replace(job, **options))
+    check_exact(real, 257, 40000, tmp_path, replace(job, **{"n_ubatch": 128} | options))
 
 
 @pytest.fixture(scope="module")

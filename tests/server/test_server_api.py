@@ -11,15 +11,9 @@ from pop_local.server import answers
 from pop_local.server.bodies import ChatBody
 from pop_local.server.tasks import Tasks
 from support.asked import LONG, N_CTX, NAME, chat, complete, events, text_of
-from support.calls import opened, read
+from support.calls import log_softmax, opened, read
 from support.serving import app_of, asking, counted
 from support.synthetic import TEMPLATE, make_gguf
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    return wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
-
 
 # --- what is there
 

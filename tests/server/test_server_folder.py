@@ -11,8 +11,9 @@ import pytest
 
 from pop_local.base.errors import PopError
 from support.asked import N_CTX, chat, complete, text_of
+from support.calls import wait_for
 from support.converted import converted
-from support.library import NAMES, Library, asked, wait_for
+from support.library import NAMES, Library, asked
 from support.program import called
 from support.serving import asking
 

@@ -6,13 +6,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import httpx2
 import pytest
 
+from support.calls import wait_for
 from support.paths import ROOT, TESTS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits")
@@ -66,11 +66,8 @@ app._AT_LAST_S = 0.5
         root = f"http://127.0.0.1:{port}"
         asked = threading.Thread(target=ask, daemon=True)
         asked.start()
-        until_s = time.monotonic() + 30
-        while (health := httpx2.get(f"{root}/health")).status_code == 200:
-            assert time.monotonic() < until_s
-            time.sleep(0.02)
-        assert health.status_code == 503
+        wait_for(lambda: httpx2.get(f"{root}/health").status_code == 503)
+        health = httpx2.get(f"{root}/health")
         assert "the model has not come back" in health.json()["error"]["message"]
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from support.asked import LONG, NAME, chat, message_of
@@ -13,7 +12,6 @@ from support.converted import tiny
 from support.serving import app_of, asking
 from support.tooled import DOUBLE, QWEN, TEMPLATES
 
-EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 TOOL = {"name": "double", "input_schema": DOUBLE["function"]["parameters"]}
 FORCED = {"tools": [TOOL], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
 ASKED = {"role": "user", "content": LONG}
@@ -31,17 +29,22 @@ def create(client: Any, **body: Any) -> Any:
     return client.post("/v1/messages", json=fixed | body)
 
 
-def whole(response: Any) -> Message:
+def whole(response: Any) -> Any:
+    from anthropic.types import Message  # seconds, of whoever collects this file
+
     assert response.status_code == 200, response.text
     return Message.model_validate_json(response.text)
 
 
 def events(response: Any) -> list[Any]:
+    from anthropic.types import RawMessageStreamEvent
+
+    event: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
     found = []
     for block in response.text.strip().split("\n\n"):
         kind, data = block.split("\n")
         if kind != "event: ping":
-            found.append(EVENT.validate_json(data.removeprefix("data: ")))
+            found.append(event.validate_json(data.removeprefix("data: ")))
             assert kind == f"event: {found[-1].type}"
     return found
 

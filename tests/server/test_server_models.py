@@ -26,9 +26,9 @@ from pop_local.server.listing import File
 from pop_local.server.models import Lease, Models
 from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, complete, text_of
-from support.calls import opened
+from support.calls import opened, wait_for
 from support.converted import converted
-from support.library import NAMES, Library, asked, wait_for
+from support.library import NAMES, Library, asked
 from support.serving import LOCAL, counted, served
 
 

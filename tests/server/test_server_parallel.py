@@ -13,7 +13,7 @@ import pytest
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, NAME, chat, complete, message_of, text_of
-from support.calls import opened
+from support.calls import opened, wait_for
 from support.serving import app_of, asking, counted, served
 
 ENDLESS = "root ::= [a-z] root"
@@ -95,7 +95,7 @@ def test_a_prompt_that_is_here_already_is_not_read_again(several):
 def test_a_stream_tells_its_place_and_how_far_its_prompt_is(several):
     with ExitStack() as running:
         for number in range(SLOTS):
-            lines = running.enter_context(endless(several, f"{number} {LONG * 16}"))
+            lines = running.enter_context(endless(several, f"{number} {LONG * 6}"))
             said = list(takewhile(lambda line: not is_text(line), lines))
         assert any(re.fullmatch(r": read \d+ of \d+", line) for line in said)
         with endless(several, "one more") as lines:
@@ -157,10 +157,7 @@ def test_every_sequence_is_refilled_while_nobody_asks(path):
     with asking(app_of(model, NAME)) as client:
         with ThreadPoolExecutor(2) as clients:
             list(clients.map(lambda text: chat(client, text), ["one. " + LONG, "two. " + LONG]))
-        until_s = time.monotonic() + 30
-        while any(refiller.n_refillable for _, refiller in model.sequences):
-            assert time.monotonic() < until_s
-            time.sleep(0.05)
+        wait_for(lambda: not any(refiller.n_refillable for _, refiller in model.sequences))
         assert all(cache.n_exact == cache.n_tokens > 200 for cache, _ in model.sequences)
         for text in ("one. " + LONG, "two. " + LONG):
             pop = chat(client, text).json()["usage"]["pop"]
@@ -184,10 +181,7 @@ def test_a_stopping_server_ends_all_answers(path):
     (served,) = app.state.models.loaded
     with asking(app) as client, ThreadPoolExecutor(3) as clients:
         asked = [clients.submit(chat, client, grammar=ENDLESS, max_tokens=900) for _ in range(3)]
-        until_s = time.monotonic() + 30
-        while len(served.worker._seen_s) < 3:
-            assert time.monotonic() < until_s
-            time.sleep(0.01)
+        wait_for(lambda: len(served.worker._seen_s) == 3)
         app.state.models.stop()
         assert {one.result(timeout=30).status_code for one in asked} == {503}
     assert not served.worker.is_alive()

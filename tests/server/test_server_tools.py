@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from pop_local.engine.decode import grammar
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
@@ -15,6 +16,7 @@ from pop_local.server.worker import Task
 from support.asked import NAME, chat, events, message_of
 from support.calls import opened
 from support.converted import tiny
+from support.hurried import hurried
 from support.serving import app_of, asking
 from support.synthetic import TEMPLATE
 from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER, function
@@ -163,7 +165,6 @@ def test_keywords_that_are_not_enforced_are_named(client):
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "either tools or a form"),
         ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "either tools or a form"),
         ({"tools": [function("a", b={"type": "any"})]}, "a tool's schema is not valid"),
-        ({"tools": [function("a", b=BOMB)]}, ""),  # too long, or beyond the limits
         ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
     ],
 )
@@ -171,6 +172,12 @@ def test_refusals(client, body, reason):
     response = chat(client, **body)
     assert response.status_code == 400, response.text
     assert reason in response.json()["error"]["message"]
+
+
+def test_a_tool_beyond_the_limits_is_refused(client):
+    with hurried(grammar._child):
+        refused = chat(client, tools=[function("a", b=BOMB)])
+    assert refused.status_code == 400, refused.text
 
 
 def test_bombs_end_nothing(client):

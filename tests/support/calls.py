@@ -1,7 +1,8 @@
 """Calls of the engine that its tests share, on tiny random models."""
 
 import ctypes
-from collections.abc import Generator, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,27 @@ N_VOCAB = 384
 # switching the mode by 1.2, and 15 context rows in a prompt's tail by 0.14.
 NOISE = 0.01
 MODES = [Mode.OFF, Mode.CONTEXT]
+
+
+def never() -> bool:
+    """For who asks whether to stop."""
+    return False
+
+
+def ignore(done: int, total: int) -> None:
+    """For who tells of progress."""
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    return wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
 
 
 def opened(path: Path, **options: Any) -> PopModel:

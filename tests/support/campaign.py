@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from pop_local.base.errors import PopError
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "2"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "1"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FEWEST = 50  # on a machine that is too busy for more

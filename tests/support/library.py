@@ -1,7 +1,6 @@
 """A folder of tiny models, and a server of them in this process."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,10 +73,3 @@ def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[Te
     assert models.n_waiting() == 0
     models.close()
     assert library.open_ones == []
-
-
-def wait_for(condition):
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,7 +75,7 @@ class _Child:
         assert self._process.stdin and self._process.stdout
         start = self._log.seek(0, os.SEEK_END)
         try:
-            pickle.dump(asdict(job), self._process.stdin)
+            pickle.dump(job, self._process.stdin)
             self._process.stdin.flush()
             results: dict[str, np.ndarray] | None = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError):
@@ -406,12 +405,11 @@ def serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
     models = Models()
     while True:
         try:
-            raw = pickle.load(jobs)
+            job: Job = pickle.load(jobs)
         except EOFError:
             return
-        steps = tuple(Step(**step) for step in raw.pop("steps"))
         try:
-            answer = results(Job(steps=steps, **raw), models)
+            answer = results(job, models)
         except Exception:
             traceback.print_exc()
             answer = None

@@ -6,7 +6,6 @@ from random import Random
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from pop_local.engine.decode.constraint import Constraint
@@ -280,5 +279,8 @@ def wrong(schema: Any, text: str) -> str:
         value = json.loads(text)
     except ValueError as error:
         return f"{text!r}: {error}"
+    # All workers collect all tests, and its grammar of URIs takes seconds to build.
+    from jsonschema import Draft202012Validator
+
     validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
     return "; ".join(f"{text!r}: {error.message}" for error in validator.iter_errors(value))

@@ -29,16 +29,13 @@ from support.calibrating import (
     settings,
     words,
 )
+from support.calls import never
 from support.program import called
 from support.seeing import EYES, encoded, make_mmproj, make_seeing, png
 
 pytestmark = pytest.mark.slow
 LAYERS = (5, 6, 7)
 N_PICTURES = 12
-
-
-def never() -> bool:
-    return False
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3vl"])

@@ -45,7 +45,7 @@ def watch():
         time.sleep(0.005)
 
 threading.Thread(target=watch, daemon=True).start()
-options = settings(text, tokens=4096)
+options = settings(text, tokens=2048)
 fitted_at((1, 2), path, options, projections=(WIDE,))
 plans = [planned(path, boundary, WIDE) for boundary in (1, 2)]
 print(plan_needs(plans, read_source(path), options).total_bytes, most)

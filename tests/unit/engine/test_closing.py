@@ -24,11 +24,6 @@ from support.calls import NOISE, append, opened, prompt, read
 from support.converted import tiny
 
 
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("ends"))
-
-
 def test_ctrl_c_while_a_model_opens_ends_that(pop_file):
     """It arrives in llama.cpp's log, where ctypes drops what is raised."""
     presses: list[logging.LogRecord] = []

@@ -22,11 +22,6 @@ from support.converted import tiny
 N_BATCH = 64
 
 
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("depth"))
-
-
 def test_of_a_prompt_that_is_all_question_its_own_rows_are_selected(pop_file):
     model = opened(pop_file, select=0.1)
     model.rule = replace(model.rule, tail_tokens=4, min_prompt=0)

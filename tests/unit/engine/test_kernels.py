@@ -27,11 +27,6 @@ MARKED = {"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "GLU", "RMS_NORM"}
 N_UBATCH = 64
 
 
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("kernels"))
-
-
 class Watched:
     """A context, and by what marks its operations were left to which kernels."""
 

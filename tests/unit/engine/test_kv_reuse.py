@@ -32,11 +32,6 @@ from support.raw import Job, Step, run
 from support.synthetic import make_gguf
 
 
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("engine"))
-
-
 @pytest.mark.parametrize("first", MODES)
 def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
     (second,) = (mode for mode in MODES if mode is not first)

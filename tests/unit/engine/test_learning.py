@@ -22,16 +22,11 @@ from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from support.calibrating import planned
-from support.calls import opened, prompt
+from support.calls import never, opened, prompt
 from support.synthetic import make_gguf
 
 N = 512
-ARCHS = ["llama", "gemma3", "qwen3moe"]
 LARGE = {"n_batch": N, "n_ubatch": N, "n_ctx": 4 * N}
-
-
-def never() -> bool:
-    return False
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +36,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "state" / "learned"
 
 
-@pytest.fixture(params=ARCHS)
-def plain(request, tmp_path):
+@pytest.fixture
+def plain(tmp_path):
+    return make_gguf(tmp_path / "llama.gguf", "llama")
+
+
+@pytest.fixture(params=["llama", "gemma3", "qwen3moe"])
+def each(request, tmp_path):
+    """A model of each kind of layer: dense, with windows, with experts."""
     return make_gguf(tmp_path / f"{request.param}.gguf", request.param)
 
 
@@ -70,9 +71,9 @@ def same_sums(found: Sums, wanted: Sums, boundary: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
-def test_sums_of_full_readings_are_those_of_a_calibration(plain):
+def test_sums_of_full_readings_are_those_of_a_calibration(each):
     windows = [prompt(N, seed) for seed in range(3)]
-    model = learning_model(plain)
+    model = learning_model(each)
     for window in windows:
         read(model, window)
     model.learner.work(never)
@@ -82,7 +83,7 @@ def test_sums_of_full_readings_are_those_of_a_calibration(plain):
     for boundary in model.learner.boundaries:
         wanted.grams[boundary] = summing.empty(boundary, summing.layers(boundary))
     at = summing.wanted(model.learner.boundaries)
-    with LoadedModel(plain, n_threads=1) as loaded, reading(loaded, at, N) as calibration:
+    with LoadedModel(each, n_threads=1) as loaded, reading(loaded, at, N) as calibration:
         for window in windows:
             summing.add(wanted, calibration.window(window))
     for boundary in model.learner.boundaries:
@@ -239,10 +240,10 @@ def test_too_little_memory_is_said(plain):
         opened(plain, **LARGE).learn(1000)
 
 
-def test_attention_is_not_needed_to_add(plain):
+def test_attention_is_not_needed_to_add(each):
     """A memory without cells shows none: all rows weigh alike then."""
-    source = read_source(plain)
-    model = learning_model(plain)
+    source = read_source(each)
+    model = learning_model(each)
     read(model, prompt(N))
     [tapped] = model.learner._waiting
     kinds = model.learner.summing.projections
@@ -256,10 +257,10 @@ def test_attention_is_not_needed_to_add(plain):
     same_sums(found, wanted, boundary)
 
 
-def test_candidates_are_the_deepest_that_memory_allows(plain):
-    every = learning_model(plain).learner
+def test_candidates_are_the_deepest_that_memory_allows(each):
+    every = learning_model(each).learner
     assert every.boundaries == tuple(sorted(every.boundaries)) and every.boundaries[0] == 4
-    few: Any = opened(plain, **LARGE)
+    few: Any = opened(each, **LARGE)
     few.learn(2 * every._sums_bytes(4) + 1000)
     assert few.learner.boundaries == (4,)
 

@@ -22,7 +22,7 @@ from pop_local.server import worker
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
-from support.calls import NOISE, append, greedy, opened, prompt, read, steps
+from support.calls import NOISE, append, greedy, opened, prompt, read, steps, wait_for
 from support.converted import tiny
 from support.scripted import Transcript
 from support.serving import app_of, asking
@@ -44,13 +44,6 @@ def chat(pop_file):
         return Dialogue(model, lambda *_: model, screen, sampling=sampling, refill=mode)
 
     return dialogue
-
-
-def wait_for(condition):
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def test_rows_get_their_depth_while_a_line_is_typed(chat):

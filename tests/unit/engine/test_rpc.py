@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
@@ -166,18 +167,14 @@ def test_a_server_that_is_not_there_is_an_error():
 
 
 def test_what_is_no_rpc_server_is_an_error():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as client:
         name = f"127.0.0.1:{listening.getsockname()[1]}"
-        client = subprocess.Popen(
-            [sys.executable, "-c", f"from pop_local.engine.llama import rpc; rpc._ask('{name}')"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        asked = client.submit(rpc.Servers, [name])
         connection, _ = listening.accept()
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        _, said = client.communicate()
+        with pytest.raises(PopError, match=f"what answers at {name} is no RPC server"):
+            asked.result(60)
         connection.close()
-    assert f"what answers at {name} is no RPC server" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -228,14 +225,6 @@ def test_a_chat_whose_server_dies_says_so_and_is_kept(pop_file, tmp_path, last):
     assert bool(list(tmp_path.rglob("*.popsession"))) is bool(last)
 
 
-def test_a_port_that_is_taken_is_an_error(servers):
-    port = rpc.address(servers[0])[1]
-    done = run("rpc-server", "--port", port)
-    assert done.returncode == 1
-    assert f"error: cannot listen on 127.0.0.1 port {port}" in done.stderr
-    assert done.stdout == ""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_a_server():
     with rpc_server() as server:
@@ -243,9 +232,12 @@ def test_ctrl_c_ends_a_server():
         assert server.process.wait(timeout=10) == -signal.SIGINT
 
 
-def test_a_server_for_others_is_warned_of(servers):
+def test_a_server_for_others_is_warned_of_and_a_taken_port_is_an_error(servers):
     # The port is taken on one address, and so on all of them.
-    done = run("rpc-server", "--host", "0.0.0.0", "--port", rpc.address(servers[0])[1])
+    port = rpc.address(servers[0])[1]
+    done = run("rpc-server", "--host", "0.0.0.0", "--port", port)
     assert "Anyone who reaches this port" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"error: cannot listen on 0.0.0.0 port {port}" in done.stderr
     names = ("127.evil.example", "localhost.evil", "127.0.0.2", "LocalHost")
     assert [is_loopback(name) for name in names] == [False, False, True, True]

@@ -28,11 +28,6 @@ from support.synthetic import make_gguf
 LONG = prompt(200)
 
 
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("sequences"))
-
-
 @pytest.fixture
 def model(pop_file):
     return opened(pop_file, n_parallel=3, keep_states=True)

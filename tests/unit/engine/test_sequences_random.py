@@ -16,7 +16,7 @@ from pop_local.engine.seats import Seats
 from support.calls import opened, prompt
 from support.converted import tiny
 
-N_STEPS = 1000
+N_STEPS = 300
 # Other cells and batches change logits by 0.003 at most, rows of another prompt by 0.07 and more.
 NOISE = 0.03
 STEMS = [prompt(120, seed) for seed in range(3)]

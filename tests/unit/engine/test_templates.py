@@ -13,6 +13,7 @@ from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import _without_system
 from pop_local.engine.prompt.templates import Template
 from pop_local.engine.turn import Message
+from support.hurried import hurried
 from support.seeing import png
 from support.synthetic import make_gguf
 
@@ -35,7 +36,7 @@ WILD = {
     "{% endfor %}{{ ns.a }}": "more than",
     "{{ '%2000000000d' % 1 }}": "MemoryError",
     "{{ 'a' | center(2000000000) }}": "MemoryError",
-    "{{ messages[0].content * 20000000 }}": "100,000,000 characters",
+    "{{ messages[0].content * 14000000 }}": "70,000,000 characters",
     "{{ 1/0 }}": "ZeroDivisionError",
     "{{ 'x'.y.z }}": "UndefinedError",
     "{% if": "TemplateSyntaxError",
@@ -60,17 +61,14 @@ def test_the_prompt_is_what_llama_cpp_makes(template, vocab):
     assert ours.render(MESSAGES) == theirs(messages=MESSAGES).prompt != ""  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def hurried(monkeypatch):
-    """A child that has two seconds."""
-    monkeypatch.setattr(templates.renderer, "limit_s", 2.0)
-    templates.renderer.close()
-    yield
-    templates.renderer.close()
+@pytest.fixture(scope="module")
+def in_a_hurry():
+    with hurried(templates.renderer):
+        yield
 
 
 @pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
-def test_a_wild_template_is_an_error_of_its_model_alone(hurried, tmp_path, template, vocab):
+def test_a_wild_template_is_an_error_of_its_model_alone(in_a_hurry, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
         PopModel(path, n_threads=1, n_ctx=128).chat("hello")
@@ -107,7 +105,7 @@ def test_pictures_move_with_what_is_said_after_the_system():
     assert [offset for offset, _ in joined.pictures] == [3, 5]
 
 
-def test_what_goes_beyond_its_limits_is_tried_once(hurried, tmp_path, monkeypatch):
+def test_what_goes_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeypatch):
     """Not once more for each way of writing a message's content."""
     rendered: list[object] = []
     call = templates.renderer.call
@@ -118,14 +116,14 @@ def test_what_goes_beyond_its_limits_is_tried_once(hurried, tmp_path, monkeypatc
 
     monkeypatch.setattr(templates.renderer, "call", counted)
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
-    with pytest.raises(PopError, match="more than 2 s"):
+    with pytest.raises(PopError, match="more than 1 s"):
         PopModel(path, n_threads=1, n_ctx=128).chat("hello")
     assert len([each for each in rendered if each is not None]) == 1
 
 
-def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(hurried, tmp_path):
+def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
-    with LoadedModel(path, n_threads=1) as model, pytest.raises(PopError, match="more than 2 s"):
+    with LoadedModel(path, n_threads=1) as model, pytest.raises(PopError, match="more than 1 s"):
         _ = model.before_question
 
 

@@ -19,12 +19,6 @@ from support.converted import converted, tiny
 from support.shapes import read_shape
 from support.synthetic import add_keys, make_gguf, renamed
 
-
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("engine"))
-
-
 # --- what is pruned
 
 

@@ -1,16 +1,14 @@
 """Fetching from a hub with its real client, against a local server that answers as one."""
 
 import hashlib
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.hub_server import COMMIT, Hub, Repo, serving
+from support.hub_server import COMMIT, Hub, Repo, asked_here, serving
+from support.program import Done, called, run
 
 CHUNK = 1 << 16
 
@@ -31,26 +29,24 @@ FILES = {
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub(monkeypatch) -> Iterator[Hub]:
     with serving(Hub(repos={"acme/tiny-GGUF": Repo(FILES)})) as hub:
+        asked_here(hub, monkeypatch)
         yield hub
 
 
-def pull(
-    hub: Hub, folder: Path, name: str, *options: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def pull(folder: Path, name: str, *options: str, **environment: str) -> Done:
+    return called("pull", name, "--dir", folder, *options, **environment)
+
+
+def pull_by_environment(hub: Hub, folder: Path, **environment: str) -> Done:
+    """In a process of its own, since the client reads some variables once."""
     home = {"HF_HOME": str(folder.parent / "hf-home")}
-    return subprocess.run(
-        [sys.executable, "-m", "pop_local", "pull", name, "--dir", str(folder), *options],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | hub.environment() | home | environment,
-        timeout=60,
-    )
+    variables = hub.environment() | home | environment
+    return run("pull", "hf:acme/tiny-GGUF", "--dir", folder, **variables)
 
 
-def failed(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+def failed(done: Done) -> tuple[str, str]:
     """The two lines of an error."""
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     error, hint = done.stderr.splitlines()[-2:]
@@ -61,7 +57,7 @@ def failed(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
 
 def test_the_usual_quant_is_fetched_and_its_path_printed(hub, tmp_path):
     folder = tmp_path / "models"
-    done = pull(hub, folder, "hf:acme/tiny-GGUF")
+    done = pull_by_environment(hub, folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder / 'tiny-Q4_K_M.gguf'}\n"
     assert "licence apache-2.0" in done.stderr
@@ -75,7 +71,7 @@ def test_the_usual_quant_is_fetched_and_its_path_printed(hub, tmp_path):
 
 def test_the_parts_of_a_split_model_come_together(hub, tmp_path):
     folder = tmp_path / "models"
-    done = pull(hub, folder, "hf:acme/tiny-GGUF:bf16")
+    done = pull(folder, "hf:acme/tiny-GGUF:bf16")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder / 'tiny-BF16-00001-of-00002.gguf'}\n"
     for number in (1, 2):
@@ -88,7 +84,7 @@ def test_an_ending_in_capitals_becomes_the_usual_one(hub, tmp_path):
     files = {name.replace(".gguf", ".GGUF"): text for name, text in FILES.items()}
     hub.repos["acme/tiny-GGUF"] = Repo(files)
     folder = tmp_path / "models"
-    done = pull(hub, folder, "hf:acme/tiny-GGUF:bf16")
+    done = pull(folder, "hf:acme/tiny-GGUF:bf16")
     assert done.returncode == 0, done.stderr
     names = [f"tiny-BF16-0000{number}-of-00002.gguf" for number in (1, 2)]
     assert sorted(file.name for file in folder.iterdir()) == names
@@ -98,11 +94,11 @@ def test_an_ending_in_capitals_becomes_the_usual_one(hub, tmp_path):
 def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path):
     folder = tmp_path / "models"
     hub.drops = [3 * CHUNK, 0, 0, 0]
-    error, hint = failed(pull(hub, folder, "hf:acme/tiny-GGUF"))
+    error, hint = failed(pull(folder, "hf:acme/tiny-GGUF"))
     assert "broke off" in error
     assert "goes on" in hint
     hub.requests.clear()
-    done = pull(hub, folder, "hf:acme/tiny-GGUF")
+    done = pull(folder, "hf:acme/tiny-GGUF")
     assert done.returncode == 0, done.stderr
     assert [request.headers["range"] for request in hub.downloads()] == [f"bytes={3 * CHUNK}-"]
     assert [file.name for file in folder.iterdir()] == ["tiny-Q4_K_M.gguf"]
@@ -113,7 +109,7 @@ def test_bytes_that_are_not_the_hubs_file_are_refused(hub, tmp_path, monkeypatch
     folder = tmp_path / "models"
     wrong = content(9)
     monkeypatch.setattr("support.hub_server._Handler._by_hash", lambda self, sha256: wrong)
-    error, _ = failed(pull(hub, folder, "hf:acme/tiny-GGUF"))
+    error, _ = failed(pull(folder, "hf:acme/tiny-GGUF"))
     assert hashlib.sha256(wrong).hexdigest() in error
     assert hashlib.sha256(FILES["tiny-Q4_K_M.gguf"]).hexdigest() in error
     assert list(folder.iterdir()) == []
@@ -122,7 +118,7 @@ def test_bytes_that_are_not_the_hubs_file_are_refused(hub, tmp_path, monkeypatch
 def test_the_token_opens_and_stays_on_the_hub(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"].token = "hf_secret"
     hub.repos["acme/tiny-GGUF"].gated = True
-    done = pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN="hf_secret")
+    done = pull(tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr
     assert all("authorization" not in request.headers for request in hub.downloads())
 
@@ -130,7 +126,7 @@ def test_the_token_opens_and_stays_on_the_hub(hub, tmp_path):
 @pytest.mark.parametrize("token", ["", "hf_other"])
 def test_gated(hub, tmp_path, token):
     hub.repos["acme/tiny-GGUF"] = Repo(FILES, token="hf_secret", gated=True)
-    error, hint = failed(pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN=token))
+    error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN=token))
     assert "acme/tiny-GGUF is gated" in error
     assert "HF_TOKEN" in hint
 
@@ -138,22 +134,22 @@ def test_gated(hub, tmp_path, token):
 def test_private_or_missing(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"] = Repo(FILES, token="hf_secret")
     for name in ("acme/tiny-GGUF", "acme/nothing"):
-        error, hint = failed(pull(hub, tmp_path / "models", f"hf:{name}"))
+        error, hint = failed(pull(tmp_path / "models", f"hf:{name}"))
         assert f"there is no repository {name}, or it is private" in error
         assert "HF_TOKEN" in hint
     assert not (tmp_path / "models").exists()
 
 
 def test_ambiguous_lists_the_choices(hub, tmp_path):
-    error, hint = failed(pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF:q4_k"))
+    error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF:q4_k"))
     assert "'q4_k' names 2 files" in error
     assert "hf:acme/tiny-GGUF:NAME from tiny-Q4_K_M, tiny-Q4_K_S" in hint
 
 
-def test_no_hub_there(tmp_path):
+def test_no_hub_there(tmp_path, monkeypatch):
     with serving(Hub()) as hub:
-        pass
-    error, hint = failed(pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF"))
+        asked_here(hub, monkeypatch)
+    error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF"))
     assert "the hub cannot be reached" in error
     assert "HF_ENDPOINT" in hint
 
@@ -162,33 +158,33 @@ def test_no_hub_there(tmp_path):
     "texts", [{"HF_ENDPOINT": "SECRET.example/x"}, {"HTTP_PROXY": "foo://me:SECRET@127.0.0.1:1"}]
 )
 def test_what_the_client_says_itself_is_not_shown(hub, tmp_path, texts):
-    error, hint = failed(pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", **texts))
+    error, hint = failed(pull_by_environment(hub, tmp_path / "models", **texts))
     assert error.startswith("error: the hub cannot be ")
     assert "SECRET" not in error + hint and "secure" not in error
     assert "HF_ENDPOINT" in hint
 
 
 def test_a_token_that_no_header_can_hold(hub, tmp_path):
-    done = pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN="hf_s\u00e4cret")
+    done = pull(tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN="hf_s\u00e4cret")
     error, hint = failed(done)
     assert "HF_TOKEN" in hint and "cret" not in error
 
 
 def test_offline_is_said(hub, tmp_path):
-    done = pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", HF_HUB_OFFLINE="1")
+    done = pull_by_environment(hub, tmp_path / "models", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE" in failed(done)[0]
 
 
 @pytest.mark.parametrize("name", ["hf:tiny", "hf:a/b/c", "hf:", "hf:--/..", "hf:a/b:"])
 def test_what_names_no_repository(hub, tmp_path, name):
-    error, hint = failed(pull(hub, tmp_path / "models", name))
+    error, hint = failed(pull(tmp_path / "models", name))
     assert "names no" in error
     assert "hf:OWNER/REPO" in hint
 
 
 def test_a_file_without_a_hash_is_said_to_be_unchecked(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"].in_git = True
-    done = pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0")
+    done = pull(tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0")
     assert done.returncode == 0, done.stderr
     assert "was not checked" in done.stderr
 
@@ -197,10 +193,10 @@ def test_another_file_of_that_name_is_left_alone(hub, tmp_path):
     (tmp_path / "models").mkdir()
     target = tmp_path / "models" / "tiny-Q8_0.gguf"
     target.write_bytes(b"mine")
-    error, hint = failed(pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0"))
+    error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0"))
     assert "its sha256 differs" in error
     assert "--force" in hint
     assert target.read_bytes() == b"mine"
-    done = pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0", "--force")
+    done = pull(tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0", "--force")
     assert done.returncode == 0, done.stderr
     assert target.read_bytes() == FILES["tiny-Q8_0.gguf"]

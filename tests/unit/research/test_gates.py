@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pop_converter.gguf.source import read_source
-from support.calls import prompt
+from support.calls import ignore, prompt
 from support.synthetic import make_gguf
 
 torch = pytest.importorskip("torch")
@@ -19,10 +19,6 @@ from pop_local.research.gates import gate_gradients  # noqa: E402
 
 N_CONTEXT = 10
 SEED = 7
-
-
-def ignore(done: int, total: int) -> None:
-    return
 
 
 class DoubleDecoder(Decoder):
