@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -209,6 +210,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> FitWor
     )
 
 
+@cache
 def macs_per_s() -> float:
     """Measure the multiply-accumulates a second of this machine, in some tenths of a second."""
     a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)

@@ -1,19 +1,14 @@
 """Fixtures of all tests of commands: models that several of them convert, fit on and shorten."""
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from pop_local.calibration.needs import macs_per_s
 from pop_local.measure import estimate, gradual, probes
 from pop_local.workflows import bench
-from pop_local.workflows.conversion import fastest, named, plan, within
+from pop_local.workflows.conversion import fastest, named, within
 from support import calibrating
 from support.synthetic import make_gguf
-
-# Each plan measures it, in a tenth of a second.
-MEASURED_ONCE = cache(macs_per_s)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +21,6 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(bench, "kernels_read_prompts", lambda: False)
-    monkeypatch.setattr(plan, "macs_per_s", MEASURED_ONCE)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
 
 
