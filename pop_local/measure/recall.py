@@ -5,14 +5,14 @@ teacher-forced, so that a digit that is wrong does not decide the next one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pop_local.base.errors import PopError
 from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
-from pop_local.measure.divergence import Floats, likelihood, predictions
+from pop_local.measure.divergence import likelihood, predictions
 from pop_local.measure.estimate import Estimate, mean
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import shipped_part
@@ -20,8 +20,8 @@ from pop_local.measure.probes import bos
 
 N_FACTS = 6
 N_DIGITS = 5
-# [n_documents, 2], as RecallReference.answers has them.
-NO_ANSWERS: Floats = np.empty((0, 2))
+# NLL of each document's answer, and whether every token came first.
+Answers = list[tuple[float, bool]]
 # Tokens that question and answer add to a document, at the most.
 N_AROUND = 64
 
@@ -96,56 +96,53 @@ class RecallReference:
     """The full model's answers, to compare several files of the same model with."""
 
     settings: RecallSettings
-    asked: tuple[Asked, ...] = ()
-    full: Floats = field(default_factory=lambda: NO_ANSWERS)
+    asked: tuple[Asked, ...]
+    full: Answers
 
     @classmethod
     def read(
-        cls, model: PopModel, settings: RecallSettings, on_progress: Progress
-    ) -> "RecallReference":
-        """Ask in full. Raises PopError as `measure_recall` does."""
-        return cls(settings).more(model, settings.n_documents, on_progress)
-
-    def more(self, model: PopModel, n_documents: int, on_progress: Progress) -> "RecallReference":
-        """Ask in full about `n_documents`, the first of which are these."""
-        settings = replace(self.settings, n_documents=n_documents)
-        more = RecallReference(settings, tuple(make_documents(model, settings)))
-        return replace(more, full=more.answers(model, FULL, on_progress, self.full))
-
-    def answers(
-        self,
+        cls,
         model: PopModel,
-        pruning: Pruning,
+        settings: RecallSettings,
         on_progress: Progress,
-        known: Floats = NO_ANSWERS,
-    ) -> Floats:
-        """Ask a file of the same model under a pruning, about documents past those of `known`.
+        known: Answers | None = None,
+    ) -> "RecallReference":
+        """Ask in full, about documents past those of `known`. Raises PopError as `measure_recall`.
 
-        Returns the NLL and exactness of each document's answer, [n_documents, 2].
+        Each answer is added to `known`, so that a stop keeps those before it.
         """
-        new = self.asked[len(known) :]
-        scores, ran = np.empty((len(new), 2)), counting(len(new), on_progress)
-        with forced(model) as reader:
-            for number, one in enumerate(new):
-                scores[number] = _score(reader, one, pruning)
-                ran(1)
-        return np.concatenate([known, scores])
+        full = [] if known is None else known
+        found = cls(settings, tuple(make_documents(model, settings)), full)
+        found.ask(model, FULL, on_progress, full)
+        return replace(found, full=full[: settings.n_documents])
 
-    def compared(self, answers: Floats) -> Recall:
+    def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
+        """Ask a file of the same model under a pruning, likewise."""
+        new = self.asked[len(known) :]
+        ran = counting(len(new), on_progress)
+        with forced(model) as reader:
+            for each in new:
+                known.append(_score(reader, each, pruning))
+                ran(1)
+
+    def compared(self, answers: Answers) -> Recall:
         """Compare all answers with the full model's."""
+        full, pruned = np.array(self.full, float), np.array(answers, float)
         return Recall(
-            n_documents=len(self.full),
+            n_documents=len(full),
             n_tokens=self.settings.n_tokens,
-            nll_full=mean(self.full[:, 0]),
-            nll_pruned=mean(answers[:, 0]),
-            exact_full=mean(self.full[:, 1]),
-            exact_pruned=mean(answers[:, 1]),
-            exact_lost=mean(self.full[:, 1] - answers[:, 1]),
+            nll_full=mean(full[:, 0]),
+            nll_pruned=mean(pruned[:, 0]),
+            exact_full=mean(full[:, 1]),
+            exact_pruned=mean(pruned[:, 1]),
+            exact_lost=mean(full[:, 1] - pruned[:, 1]),
         )
 
     def measure(self, model: PopModel, pruning: Pruning, on_progress: Progress) -> Recall:
         """Ask a file of the same model under a pruning about all documents, and compare."""
-        return self.compared(self.answers(model, pruning, on_progress))
+        answers: Answers = []
+        self.ask(model, pruning, on_progress, answers)
+        return self.compared(answers)
 
 
 def _score(reader: Forced, asked: Asked, pruning: Pruning) -> tuple[float, bool]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -216,20 +215,20 @@ def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, mon
     lost = {2: {0, 5, 9, 11}, 3: {7, 11, 23}, 4: {7, 11}}
     asked: list[tuple[int, int]] = []
 
-    def answers(self, model, pruning, on_progress, known):
+    def ask(self, model, pruning, on_progress, known):
         on_progress(1, 1)
-        asked.append((pruning.boundary, len(self.asked) - len(known)))
-        found = [number not in lost[pruning.boundary] for number in range(len(self.asked))]
-        return np.array([(0.0, each) for each in found])
+        new = range(len(known), len(self.asked))
+        asked.append((pruning.boundary, len(new)))
+        known += [(0.0, number not in lost[pruning.boundary]) for number in new]
 
-    def more(self, model, n_documents, on_progress):
+    def read(model, settings, on_progress, known):
         on_progress(1, 1)
-        full = np.array([(0.0, 1.0)] * n_documents)
-        return replace(self, asked=(Asked((), ()),) * n_documents, full=full)
+        n = settings.n_documents
+        return RecallReference(settings, (Asked((), ()),) * n, [(0.0, True)] * n)
 
     monkeypatch.setattr(searching, "N_DOCUMENTS", 12)
-    monkeypatch.setattr(RecallReference, "answers", answers)
-    monkeypatch.setattr(RecallReference, "more", more)
+    monkeypatch.setattr(RecallReference, "ask", ask)
+    monkeypatch.setattr(RecallReference, "read", read)
     done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")

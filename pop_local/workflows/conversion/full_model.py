@@ -6,12 +6,8 @@ from functools import cached_property
 from pop_converter.popfile.plan import Plan
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
 from pop_local.measure.quality import FullScores, QualitySettings, Reference, read_reference
-from pop_local.measure.recall import RecallReference, RecallSettings
+from pop_local.measure.recall import Answers, RecallReference, RecallSettings
 from pop_local.workflows.conversion.workbench import Workbench
-
-_NONE = RecallReference(RecallSettings())
-# Documents that are asked about before the answers are kept.
-_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -27,6 +23,7 @@ class FullModel:
     settings: QualitySettings
     text: TextTokens | None = None
     _scores: list[FullScores] = field(default_factory=list)
+    _answers: Answers = field(default_factory=list)
     _recalls: dict[int, RecallReference] = field(default_factory=dict)
 
     @cached_property
@@ -43,12 +40,10 @@ class FullModel:
 
     def recall(self, n_documents: int) -> RecallReference:
         """How often it finds facts in this number of documents; it is asked once about each."""
-        if not (found := self._recalls.get(n_documents)):
-            fewer = [each for each in self._recalls.values() if len(each.asked) < n_documents]
-            found = max(fewer, key=lambda each: len(each.asked), default=_NONE)
+        if n_documents not in self._recalls:
             with self.bench.opened(self.plan) as model:
                 advance = self.bench.watch.stage("Asking for facts in full")
-                # A stop keeps those before it.
-                for n in (*range(len(found.asked) + _AT_ONCE, n_documents, _AT_ONCE), n_documents):
-                    found = self._recalls[n] = found.more(model, n, advance)
-        return found
+                settings = RecallSettings(n_documents)
+                found = RecallReference.read(model, settings, advance, self._answers)
+                self._recalls[n_documents] = found
+        return self._recalls[n_documents]

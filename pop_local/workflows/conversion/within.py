@@ -22,7 +22,7 @@ from pop_local.measure import budget as budgets
 from pop_local.measure.forced import Pruning
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.measure.recall import NO_ANSWERS, Recall
+from pop_local.measure.recall import Answers, Recall
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import Examination
@@ -56,6 +56,7 @@ class Contender:
     """A boundary at one stage, and all that is known of it.
 
     `fitted` is None before the fit, and for own projections. `is_inside` is the verdict so far.
+    `answers` about facts are kept when a search is stopped.
     """
 
     plan: Plan
@@ -63,6 +64,7 @@ class Contender:
     gradual: Gradual | None = None
     is_inside: bool | None = None
     recall: Recall | None = None
+    answers: Answers = field(default_factory=list)
 
     @property
     def is_ready(self) -> bool:
@@ -352,14 +354,13 @@ class Search:
 
     def _ask(self, candidate: Contender) -> None:
         """Ask for facts of pruned documents, of as many more where a few are lost, and judge."""
-        answers = NO_ANSWERS
         for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
             reference = self.full.recall(n_documents)
             with self.bench.tried(candidate.plan, candidate.fitted) as model:
                 advance = self.bench.watch.stage(f"Asking for facts, boundary {candidate}")
                 pruning = Pruning(candidate.plan.boundary)
-                answers = reference.answers(model, pruning, advance, answers)
-            recall = candidate.recall = reference.compared(answers)
+                reference.ask(model, pruning, advance, candidate.answers)
+            recall = candidate.recall = reference.compared(candidate.answers)
             candidate.is_inside = budgets.recalls(self.budget, recall)
             if not budgets.is_open(self.budget, recall):
                 return
