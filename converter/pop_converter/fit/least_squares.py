@@ -100,7 +100,7 @@ class Gram:
     def merge(self, other: "Gram") -> None:
         """Add the sums of later rows, of the same inputs and layers.
 
-        Of more than ROWS_KEPT for each input the older ones fade, by as many as are added.
+        Older rows fade by as many as are added, once there are ROWS_KEPT for each input.
         """
         n_kept = ROWS_KEPT * len(self.xx)
         is_full = self.n_rows + other.n_rows > n_kept
