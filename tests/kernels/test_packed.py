@@ -51,6 +51,13 @@ def test_rows_that_change_in_place_are_packed_anew(rng: np.random.Generator) -> 
     assert_alone(changed, compute_all(ops, between=Between.OVERWRITE))
 
 
+def test_what_a_wide_rope_overwrites_is_packed_anew(rng: np.random.Generator) -> None:
+    """It keeps more than 512 floats of each thread in the work buffer."""
+    x = activations(rng, 40, 256)
+    ops = [MulMat(weights(rng, Type.Q4_K, 2048, 256), x) for _ in range(2)]
+    assert_alone(ops, compute_all(ops, n_threads=3, between=Between.ROPE))
+
+
 def test_experts(rng: np.random.Generator) -> None:
     gate, up = (mul_mat_id(rng, Type.Q4_K, (0, 1, 8, 30, 21), n_used=2) for _ in range(2))
     same = replace(up, x=gate.x, ids=gate.ids)

@@ -61,7 +61,7 @@ class Tensor(ctypes.Structure):
 
 
 class Between(Enum):
-    """What a graph does between two operations: with a result, or with what they read."""
+    """Done in a graph between two operations: with a result, or with what they read."""
 
     ADD = auto()
     ROPE = auto()

@@ -100,13 +100,16 @@ class Gram:
     def merge(self, other: "Gram") -> None:
         """Add the sums of later rows, of the same inputs and layers.
 
-        Of more than ROWS_KEPT for each input the older ones fade, by as many as are added.
+        Older rows fade by as many as are added, once there are ROWS_KEPT for each input.
         """
         n_kept = ROWS_KEPT * len(self.xx)
         is_full = self.n_rows + other.n_rows > n_kept
         keep = np.float32(max(0.0, 1 - other.n_rows / n_kept) if is_full else 1.0)
-        self.xx = keep * self.xx + other.xx
-        self.xy = {layer: keep * xy + other.xy[layer] for layer, xy in self.xy.items()}
+        self.xx *= keep
+        self.xx += other.xx
+        for layer, xy in self.xy.items():
+            xy *= keep
+            xy += other.xy[layer]
         self.n_rows += other.n_rows
 
     def of_first(self, n_inputs: int) -> "Gram":

@@ -198,13 +198,13 @@ class Mmproj:
         """
         ctx, n_batch = slot.context.ctx, slot.context.n_batch
         started_s = time.perf_counter()
+        positions = self.positions(image, first)  # first: pixels are kept until rows are encoded
         try:
             rows = self.embedded(image)
         except StoppedError:
             slot.check()  # it may have been Ctrl-C
             raise
         encode_s = time.perf_counter() - started_s
-        positions = self.positions(image, first)
         logs.forget_errors()
         for at in range(0, image.n_rows, n_batch):
             piece, places = rows[at : at + n_batch], positions[:, at : at + n_batch]

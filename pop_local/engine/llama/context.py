@@ -178,13 +178,14 @@ class Context:
         )
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
+        self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
+        self.batch = TokenBatch(self.n_batch)
         self._ctx = api.llama_init_from_model(self._model, self.settings)
         if not self._ctx:
+            self.batch.close()
             raise PopError(f"{self.path} cannot be opened: {logs.first_error()}")
         # llama.cpp rounds the context up.
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
-        self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
-        self.batch = TokenBatch(self.n_batch)
         backend.set_kernels(self._ctx, options.kernels)
 
     def _mapped(self) -> dict[Path, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """The fit: against a direct weighted least squares, its limits, its refusals, its encoding."""
 
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -39,7 +40,7 @@ def summed(x, y, weights) -> Gram:
 def test_older_rows_fade_once_there_are_many():
     one, two = (summed(*problem(seed)[:3]) for seed in (0, 1))
     n_kept = fit.ROWS_KEPT * (N + 1)
-    whole = Gram(one.xx, dict(one.xy), n_kept - two.n_rows)
+    whole = Gram(one.xx.copy(), {1: one.xy[1].copy()}, n_kept - two.n_rows)
     whole.merge(two)
     np.testing.assert_array_equal(whole.xx, one.xx + two.xx)
     assert whole.n_rows == n_kept
@@ -47,6 +48,19 @@ def test_older_rows_fade_once_there_are_many():
     keep = 1 - two.n_rows / n_kept
     np.testing.assert_allclose(whole.xx, keep * (one.xx + two.xx) + two.xx, rtol=1e-6)
     np.testing.assert_allclose(whole.xy[1], keep * (one.xy[1] + two.xy[1]) + two.xy[1], rtol=1e-5)
+
+
+def test_adding_older_sums_takes_no_memory_of_their_size():
+    n = 300
+    one, two = (
+        Gram(np.ones((n, n), np.float32), {1: np.ones((n, 512), np.float32)}, fit.ROWS_KEPT * n)
+        for _ in range(2)
+    )
+    tracemalloc.start()
+    one.merge(two)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < n * n
 
 
 def joined(layer: KvProjection) -> tuple[np.ndarray, np.ndarray]:

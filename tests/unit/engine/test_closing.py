@@ -15,7 +15,7 @@ import pytest
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.limited.process import KeptProcess, NoChildError
-from pop_local.engine.llama import backend, logs
+from pop_local.engine.llama import backend, context, logs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt import template_child
 from pop_local.engine.prompt.prompt import Prompt
@@ -44,6 +44,15 @@ def test_ctrl_c_while_a_model_opens_ends_that(pop_file):
         logs.logger.removeHandler(handler)
         logs.logger.setLevel(level)
     assert presses
+
+
+def test_what_fails_after_the_weights_are_loaded_is_what_is_said(pop_file, monkeypatch):
+    def fail(n_batch: int) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(context, "TokenBatch", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        opened(pop_file)
 
 
 def test_a_model_that_is_closed_while_it_reads_stops_first(pop_file):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pop_local.base.errors import PopError
+from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import logs
 from pop_local.models.mmproj import mmproj_beside
@@ -203,6 +204,24 @@ def test_no_picture_is_decoded_for_its_tokens_and_again_for_its_rows(smol, decod
         asked(model, images)
         assert [name for name, *_ in decoded] == ["0", "1", "2", "3"]
         assert not model.eye._kept, "nothing needs them any more"
+
+
+def test_a_picture_that_comes_while_another_is_encoded_takes_nothing_from_it(
+    tmp_path, decoded, monkeypatch
+):
+    """A row of qwen2vl has several positions, for which the picture is cut up, too."""
+    first, other = (picture_of(png(seed), str(seed)) for seed in (3, 4))
+    with Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl")).opened() as model:
+        eye = model.prompter.open_eye()
+
+        def embedded(image: ImageChunk, real: Any = eye.embedded) -> Any:
+            rows = real(image)
+            eye.see(other)
+            return rows
+
+        monkeypatch.setattr(eye, "embedded", embedded)
+        model.chat("a", images=[first], max_tokens=1)
+    assert [name for name, *_ in decoded] == ["3", "4"]
 
 
 def test_pixels_that_wait_have_a_limit(smol, decoded, monkeypatch):

@@ -135,7 +135,7 @@ static float * column(const ggml_tensor * t, int64_t i) {
     return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
 }
 
-// ROPE keeps so many floats of each thread at the beginning of the work buffer, where no product has anything.
+// ROPE keeps so many floats of each thread at the beginning of the work buffer, where no product has packed columns.
 constexpr int64_t ROPE_DIMS = 512, ROPE_FLOATS = ROPE_DIMS + CACHE_LINE_SIZE_F32;
 
 // both kinds of products keep this in the work buffer
