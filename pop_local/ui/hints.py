@@ -72,7 +72,7 @@ BY_CAUSE = {
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
     "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",
     "rpc-unreachable": "start it there, from the same version: pop-local rpc-server --host ...",
-    "sidecar-alone": "say where it is: pop-local inspect MODEL --sidecar {sidecar}",
+    "sidecar-alone": "say where it is: pop-local inspect MODEL --sidecar {sidecar} --verify",
     "sidecar-as-model": "give the model itself ({model}), and --sidecar",
     "sidecar-for-converted": "leave out --sidecar, or give the file that it was converted from",
     "singular": "fit on more varied text; eval --fit takes a larger --ridge",

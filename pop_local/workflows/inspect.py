@@ -91,22 +91,35 @@ class Inspection:
     verification: Verification | None
 
 
+@dataclass(frozen=True)
+class SidecarInspection:
+    """The content of a sidecar; `model` None when its model does not lie beside it."""
+
+    file: str
+    size_bytes: int
+    model: str | None
+    tensors: tuple[TensorGroup, ...]
+    boundary: int
+    n_skipped: int
+    pop: PopMeta
+    verification: Verification | None
+
+
 def inspect(
     model: str,
     sidecar: Path | None,
     *,
     with_hash: bool,
     watch: Watch,
-) -> Inspection:
+) -> Inspection | SidecarInspection:
     """Look into a file given by path or name, and into its sidecar: given, beside it or shipped.
 
-    A sidecar stands for the model beside it. `with_hash` reads all of it. Raises PopError,
-    StoppedError.
+    `with_hash` reads all of it. Raises PopError, StoppedError.
     """
     path = resolve(model)
     header = read_header(path)
     if is_sidecar(header) and sidecar is None:
-        path, sidecar = _model_beside(header), path
+        return _of_sidecar(header, with_hash, watch)
     source = read_source(path)
     sidecar = sidecar or sidecar_of(source)
     meta = pop_of(source, sidecar)
@@ -114,11 +127,12 @@ def inspect(
     return _of_model(source, sidecar, meta, verified)
 
 
-def require_unchanged(found: Inspection) -> None:
+def require_unchanged(found: Inspection | SidecarInspection) -> None:
     """Raises FormatError when the hash is not that of the model that was converted."""
     if found.verification is not None and found.verification.unchanged is False:
+        path = found.file if isinstance(found, Inspection) else found.model
         raise FormatError(
-            f"{found.file} does not hold the model that was converted", "convert the model again"
+            f"{path} does not hold the model that was converted", "convert the model again"
         )
 
 
@@ -134,17 +148,30 @@ def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
     )
 
 
-def _model_beside(sidecar: Header) -> Path:
-    name = sidecar_meta(sidecar).source_name
-    path = base_path(sidecar.path, name)
-    if path is None:
+def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspection:
+    """With the model beside it, if it is there: it must be the right one then."""
+    meta = sidecar_meta(header)
+    path = base_path(header.path, meta.source_name)
+    source = read_source(path) if path else None
+    if source is not None:
+        pop_of(source, header.path)
+    if with_hash and source is None:
         raise FormatError(
-            f"the model {name} does not lie beside {sidecar.path}",
+            f"the model {meta.source_name} does not lie beside {header.path}",
             "say where it is: give the model, and this as its sidecar",
             cause="sidecar-alone",
-            sidecar=sidecar.path,
+            sidecar=header.path,
         )
-    return path
+    return SidecarInspection(
+        file=str(header.path),
+        size_bytes=header.size_bytes,
+        model=str(path) if path else None,
+        tensors=_groups(header.tensors),
+        boundary=meta.boundary,
+        n_skipped=meta.n_layer - meta.boundary,
+        pop=meta,
+        verification=verify(source, meta, watch) if with_hash and source else None,
+    )
 
 
 def _of_model(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pop_converter.fit.least_squares import KvType
+from pop_converter.fit.least_squares import ROWS_KEPT, KvType
 from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.plan import Plan, make_plan
@@ -39,8 +39,6 @@ _NAME = "prompts that were read here"
 LEAST_WINDOWS = 6
 _N_CONTINUATION = 128
 _N_DRAWS = 4
-# Rows by which the sums must have grown before the next try.
-_GROWTH = 1.5
 
 
 @dataclass
@@ -95,7 +93,7 @@ class Lessons:
         self._next_rows = float(model.learner.learned.n_wanted)
         meta = model.meta
         if meta and meta.calibration and meta.calibration.name == _NAME:
-            self._next_rows = max(self._next_rows, _GROWTH * meta.calibration.n_tokens)
+            self._next_rows = max(self._next_rows, self._later(meta.calibration.n_tokens))
 
     @property
     def has_work(self) -> bool:
@@ -205,7 +203,11 @@ class Lessons:
             return chosen.plan.boundary < in_use
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
+    def _later(self, n_rows: int) -> float:
+        """The rows of the next try: half as many more, but no more than the sums would forget."""
+        return n_rows + min(n_rows, ROWS_KEPT * self._model.shape.n_embd) / 2
+
     def _end(self) -> None:
         self._search = None
         learned = self._learner.learned
-        self._next_rows = max(learned.n_wanted, _GROWTH * learned.n_rows)
+        self._next_rows = max(learned.n_wanted, self._later(learned.n_rows))

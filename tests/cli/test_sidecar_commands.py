@@ -251,9 +251,11 @@ def test_inspect_of_the_model(base, sidecar):
     assert any("opens it as before" in line for line in lines)
 
 
-def test_inspect_of_the_sidecar_is_that_of_its_model(base, sidecar):
+def test_inspect_of_the_sidecar(base, sidecar):
     found = json.loads(command("inspect", sidecar, "--json", "--verify").stdout)
-    assert found == json.loads(command("inspect", base, "--json", "--verify").stdout)
+    assert (found["file"], found["model"]) == (str(sidecar), str(base))
+    assert found["verification"]["unchanged"] is True
+    assert "Sidecar of" in command("inspect", sidecar).stdout
 
 
 def test_inspect_of_the_sidecar_of_a_split_model(tmp_path):
@@ -262,7 +264,7 @@ def test_inspect_of_the_sidecar_of_a_split_model(tmp_path):
     found = json.loads(
         command("inspect", tmp_path / "model.pop-sidecar.gguf", "--verify", "--json").stdout
     )
-    assert found["file"] == str(first)
+    assert found["model"] == str(first)
     assert found["verification"]["unchanged"]
 
 
@@ -270,7 +272,8 @@ def test_inspect_of_a_sidecar_alone(base, sidecar, tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     alone = Path(shutil.move(sidecar, folder))
-    done = command("inspect", alone)
+    assert json.loads(command("inspect", alone, "--json").stdout)["model"] is None
+    done = command("inspect", alone, "--verify")
     assert done.exit_code == 1
     assert "does not lie beside" in done.stderr
     done = command("inspect", base, "--sidecar", alone, "--verify", "--json")

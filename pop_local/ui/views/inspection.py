@@ -1,4 +1,4 @@
-"""The output of `inspect`."""
+"""The output of `inspect` for models and sidecars."""
 
 from pop_converter.popfile.format import PopMeta
 from pop_converter.projection import Projection
@@ -8,12 +8,13 @@ from pop_local.ui.tables import Fact
 from pop_local.ui.views.conversion import full_fact, measured_facts
 from pop_local.ui.views.skipping import skipping_facts
 from pop_local.ui.views.trials import budget_fact
-from pop_local.workflows.inspect import Inspection, TensorGroup, Verification
+from pop_local.workflows.inspect import Inspection, SidecarInspection, TensorGroup, Verification
 
 
-def inspection_facts(found: Inspection) -> list[Fact]:
-    verified = _verification_facts(found.verification) if found.verification else []
-    return [*_model_facts(found), *verified]
+def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
+    """The inspection for people."""
+    facts = _model_facts(found) if isinstance(found, Inspection) else _sidecar_facts(found)
+    return facts + (_verification_facts(found.verification) if found.verification else [])
 
 
 def _model_facts(found: Inspection) -> list[Fact]:
@@ -40,6 +41,16 @@ def _model_facts(found: Inspection) -> list[Fact]:
         *(skipping_facts(found.skipping, found.work) if found.skipping else []),
         *([] if _is_exact(found) else _pruning_facts(found.pop)),
         ("Stock llama.cpp", _stock(found)),
+    ]
+
+
+def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
+    return [
+        ("File", found.file),
+        ("Size", size(found.size_bytes)),
+        ("Sidecar of", found.model or f"{found.pop.source_name}, which does not lie beside it"),
+        ("Tensors", _tensors(found.tensors)),
+        *_pruning_facts(found.pop),
     ]
 
 
