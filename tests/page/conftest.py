@@ -24,7 +24,8 @@ window.feed = (text) => control.enqueue(new TextEncoder().encode(text));
 """
 
 
-@pytest.fixture(scope="session")
+# Not the session's: while Playwright is there, no other test of the process can run an event loop.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
@@ -36,7 +37,7 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(browser: Any, smollm2: Path) -> Iterator[Served]:
     with served(smollm2, "--ctx", 4096) as server:
         yield server
