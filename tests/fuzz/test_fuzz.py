@@ -23,7 +23,7 @@ from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
-from pop_local.engine.sessions.schema import (
+from pop_local.engine.sessions.fields import (
     Fingerprint,
     Session,
     decoded_array,

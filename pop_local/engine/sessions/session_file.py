@@ -39,7 +39,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.sessions.schema import (
+from pop_local.engine.sessions.fields import (
     Fingerprint,
     OtherFormatError,
     Session,

@@ -10,7 +10,7 @@ import pytest
 
 from pop_local.base.errors import PopError
 from pop_local.engine.model import PopModel
-from pop_local.engine.sessions.schema import encoded_array
+from pop_local.engine.sessions.fields import encoded_array
 from pop_local.engine.sessions.session_file import Sessions
 from support.talking import QUESTION, answered, follow_up, opened
 
