@@ -3,7 +3,7 @@
     python tests/bench/record_learning.py MODEL TEXT --threads 1
 
 MODEL has no sidecar. Each piece is attached to a question, in a conversation of its own. While
-nothing is typed the chat learns; /stats shows how far it is.
+nothing is typed the chat learns; /stats shows how far it is. The last piece is read at the end.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=20.0, help="seconds between two questions")
     options = parser.parse_args()
     text = options.text.read_text("utf-8")
-    pieces = [text[at : at + options.piece] for at in range(0, len(text), options.piece)]
+    *pieces, new = (text[at : at + options.piece] for at in range(0, len(text), options.piece))
     arguments = ("chat", options.model, "--threads", options.threads, *OPTIONS)
     began_s = time.monotonic()
     chat = Terminal("-m", "pop_local", *arguments, width=WIDTH, height=HEIGHT)
@@ -56,6 +56,7 @@ def main() -> None:
             time.sleep(options.pause)
             chat.line("/stats")
             chat.expect_prompt(TIMEOUT_S)
+        path.write_text(new, "utf-8")
         ask(chat, path)
         chat.line("/stats")
         chat.expect_prompt(TIMEOUT_S)
