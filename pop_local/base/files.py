@@ -22,7 +22,8 @@ def read_file(path: Path, most: int = -1) -> bytes:
         with path.open("rb") as file:
             return file.read(most)
     if not stat.S_ISFIFO(mode):
-        raise PopError(f"{path} is neither a file nor a pipe", "give a file")
+        found = "is a folder" if stat.S_ISDIR(mode) else "is neither a file nor a pipe"
+        raise PopError(f"{path} {found}", "give a file")
     # Opened as files are, it would wait for a writer for ever.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:
         begun = _first_of(path, pipe.fileno())

@@ -7,6 +7,7 @@ import typer
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_meta
+from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.engine.learning.store import SumsFile
 from pop_local.models.learned import LearnedFiles, learned_files, learned_name
@@ -19,9 +20,9 @@ learn = sub_app(no_args_is_help=True)
 
 _COLUMNS = (
     Column("model", "Model"),
-    Column("n_tokens", "Tokens"),
-    Column("boundaries", "Boundaries"),
-    Column("size_bytes", "Bytes"),
+    Column("n_tokens", "Tokens", "{:,}".format, numeric=True),
+    Column("boundaries", "Boundaries", lambda found: ", ".join(map(str, found))),
+    Column("size_bytes", "Size", size, numeric=True),
     Column("pruned_from", "Pruned from"),
 )
 
@@ -53,11 +54,10 @@ def _shown(files: LearnedFiles) -> dict[str, Any]:
     pruned = None
     if files.sidecar.exists():
         pruned = sidecar_meta(read_header(files.sidecar)).boundary
-    boundaries = ", ".join(map(str, sorted(n_rows)))
     return {
         "model": files.name,
         "n_tokens": max(n_rows.values(), default=0),
-        "boundaries": boundaries,
+        "boundaries": sorted(n_rows),
         "size_bytes": files.size_bytes,
         "pruned_from": pruned,
     }

@@ -119,18 +119,18 @@ def refusal(scope: Scope, entry: Entry) -> ApiError | None:
     is_any_address = address is not None and own is not None and own.is_unspecified
     is_docker = name == _DOCKER and host not in LOOPBACK
     if name not in (*LOOPBACK, host) and not is_any_address and not is_docker:
-        return _refused(f"requests to the host name {asked!r}", "foreign_host")
+        return _refused(f"requests to the host name {asked!r}", "--api-key", "foreign_host")
     if origin is None or origin.lower() in entry.origins:
         return None
     if _host_name(origin) not in (*LOOPBACK, name):
-        return _refused(f"requests of web pages of {origin!r}", "foreign_origin")
+        allowing = "--cors ORIGIN, or --api-key,"
+        return _refused(f"requests of web pages of {origin!r}", allowing, "foreign_origin")
     return None
 
 
-def _refused(what: str, code: str) -> ApiError:
-    return ApiError(
-        403, f"{what} are refused; start the server with --api-key to allow them", code=code
-    )
+def _refused(what: str, allowing: str, code: str) -> ApiError:
+    words = f"{what} are refused; start the server with {allowing} to allow them"
+    return ApiError(403, words, code=code)
 
 
 def _host_name(url: str) -> str:

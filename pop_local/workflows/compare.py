@@ -24,7 +24,6 @@ from pop_local.measure.prompts import (
 )
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.evaluate import nothing_to_evaluate
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import model_files
@@ -95,7 +94,12 @@ def _identity(
     source = read_source(files.path)
     meta = pop_of(source, files.sidecar)
     if meta is None:
-        raise nothing_to_evaluate(source)
+        raise PopError(
+            f"{source.first.path} is not converted: there is nothing to compare",
+            "convert it",
+            cause="not-converted",
+            model=source.first.path,
+        )
     has_pictures = any(each.pictures for prompt in given.prompts for each in prompt.messages)
     return {
         "model": meta.source_sha256,

@@ -135,7 +135,8 @@ def test_prompts_that_do_not_fit_are_named(pop_file, mine):
 def test_a_model_that_prunes_nothing_is_refused(mine, tmp_path):
     refused = answered(make_gguf(tmp_path / "plain.gguf", "llama"), mine)
     assert refused.exit_code == 1
-    assert "there is nothing to measure" in refused.stderr
+    assert "there is nothing to compare" in refused.stderr
+    assert "convert it first: pop-local convert" in refused.stderr
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(pop_file, mine):

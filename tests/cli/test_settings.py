@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_read(file):
         load()
     file.unlink()
     file.mkdir()
-    with pytest.raises(PopError, match="neither a file nor a pipe"):
+    with pytest.raises(PopError, match="is a folder"):
         load()
 
 

@@ -87,6 +87,7 @@ def test_without_a_key_only_this_machine_is_answered(model, host, headers, code)
     error = response.json()["error"]
     assert (error["code"], error["type"]) == (code, "invalid_request_error")
     assert "--api-key" in error["message"]
+    assert ("--cors" in error["message"]) == (code == "foreign_origin")
 
 
 def test_a_web_page_cannot_post_what_browsers_send_unasked(model):

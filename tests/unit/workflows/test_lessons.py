@@ -1,5 +1,6 @@
 """From learned sums to a sidecar that a model adopts, on tiny random models."""
 
+import json
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -106,7 +107,9 @@ def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
     [files] = learned_files()
     assert files.sidecar == lesson.sidecar
     shown = CliRunner().invoke(app, ["learn", "show", "--json"]).stdout
-    assert '"pruned_from": 4' in shown and f'"n_tokens": {lesson.n_rows}' in shown
+    [shown] = json.loads(shown)["learned"]
+    assert (shown["pruned_from"], shown["n_tokens"]) == (4, lesson.n_rows)
+    assert lesson.boundary in shown["boundaries"]
     again, lessons = taught(plain, sidecar=lesson.sidecar, keep_states=True, n_prompts=0)
     n_rows = again.learned.n_rows
     assert not lessons.has_work
