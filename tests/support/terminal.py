@@ -89,6 +89,16 @@ class Terminal:
     def interrupt(self) -> None:
         self.send("\x03")
 
+    def interrupt_question(self) -> None:
+        """Press Ctrl-C, and again if nothing came of it: input() may miss one as it begins."""
+        for _ in range(6):
+            self.interrupt()
+            deadline = time.monotonic() + TIMEOUT_S / 6
+            while not self.has_ended and time.monotonic() < deadline:
+                self._read()
+            if self.has_ended:
+                return
+
     def end_of_input(self) -> None:
         self.send("\x04")
 
