@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from support.ggml import Between, MulMat, Rows, compute, compute_all
+from support.ggml import Between, MulMat, Rows, compute, compute_all, compute_with_rows_lost
 from support.kernels import activations, mul_mat_id, weights
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -66,3 +66,10 @@ def test_experts(rng: np.random.Generator) -> None:
     for n_threads in (1, 2):
         for op, result in zip(ops, compute_all(ops, n_threads=n_threads), strict=True):
             np.testing.assert_array_equal(result, compute(op))
+
+
+def test_they_are_packed_once(rng: np.random.Generator) -> None:
+    query, key, _, of_floats, _ = products(rng, activations(rng, 40, 512))
+    *shared, alone = compute_with_rows_lost([query, key, of_floats])
+    assert_alone([query, key], shared)
+    assert not alone.any()

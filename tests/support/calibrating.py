@@ -22,7 +22,7 @@ from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.llama.taps import Tapped, Wanted
-from support.ggml import Tensor
+from support.ggml_library import Tensor
 from support.shapes import read_shape
 
 OWN, FITTED, WIDE, ATTENTION = Projection

@@ -5,13 +5,12 @@ process computes with another library (LLAMA_CPP_LIB_PATH), or under another env
 """
 
 import ctypes
-import functools
 import mmap
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from pop_local.engine.llama.backend import bindings
+from support.ggml_library import ASKED, InitParams, Tensor, base, cpu, work_size
 from support.ggml_ops import (
     OAI,
     Attention,
@@ -38,26 +37,6 @@ _ROWS_PARAM = 15  # GGML_POP_OP_PARAM
 _ALIGNMENT = 32  # of tensors in a model's file
 _N_DIMS, _N_TENSORS = 4, 64
 _GEGLU, _SWIGLU_OAI = 1, 3  # GGML_GLU_OP_*
-
-
-class Tensor(ctypes.Structure):
-    """struct ggml_tensor of ggml.h, but for its padding."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-        ("extra", ctypes.c_void_p),
-    )
 
 
 class Between(Enum):
@@ -121,6 +100,17 @@ def compute_all(
         graph.close()
 
 
+def compute_with_rows_lost(ops: Sequence[Op]) -> list[np.ndarray]:
+    """Compute products in one graph; the rows that they read are zeros once the first is done."""
+    graph = _Graph()
+    try:
+        results = [graph.build(op, Rows.ALL) for op in ops]
+        found = graph.compute(results, results, 1, False, graph.lose_rows)
+        return [_of_dims(each, op) for each, op in zip(found, ops, strict=True)]
+    finally:
+        graph.close()
+
+
 def _of_dims(found: np.ndarray, op: Op) -> np.ndarray:
     if isinstance(op, Attention):
         return found
@@ -132,14 +122,14 @@ def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
     """Whether our kernels compute a product or attention."""
     graph = _Graph()
     try:
-        return bool(_work_size()(1, graph.build(op, rows)))
+        return bool(work_size()(1, graph.build(op, rows)))
     finally:
         graph.close()
 
 
 def kernels() -> str:
     """The kernels that are in use: "off", "none", or a name. Raises LookupError: unpatched."""
-    function = _cpu().kernels
+    function = cpu().kernels
     if function is None:
         raise LookupError("the CPU's kernels are unpatched: ggml_pop_kernels is missing")
     name: bytes = function()
@@ -148,7 +138,7 @@ def kernels() -> str:
 
 def buffers() -> set[str]:
     """The types of buffers with layouts for upstream's kernels, by name."""
-    return _cpu().buffer_types.keys() - {""}
+    return cpu().buffer_types.keys() - {""}
 
 
 def in_child(ops: Sequence[Op], lib: Path | None = None, env: Any = None, **how: Any) -> Answer:
@@ -184,128 +174,11 @@ def answer() -> None:
     stdout.close()
 
 
-class _InitParams(ctypes.Structure):
-    _fields_ = (
-        ("mem_size", ctypes.c_size_t),
-        ("mem_buffer", ctypes.c_void_p),
-        ("no_alloc", ctypes.c_bool),
-    )
-
-
-_POINTER, _INT, _INT64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
-_FLOAT = ctypes.c_float
-_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
-    "ggml_init": ([_InitParams], _POINTER),
-    "ggml_free": ([_POINTER], None),
-    "ggml_tensor_overhead": ([], _SIZE),
-    "ggml_graph_overhead_custom": ([_SIZE, ctypes.c_bool], _SIZE),
-    "ggml_new_tensor": ([_POINTER, _INT, _INT, ctypes.POINTER(_INT64)], _POINTER),
-    "ggml_view_4d": ([_POINTER, _POINTER, *[_INT64] * 4, *[_SIZE] * 4], _POINTER),
-    "ggml_permute": ([_POINTER, _POINTER, *[_INT] * 4], _POINTER),
-    "ggml_glu": ([_POINTER, _POINTER, _INT, ctypes.c_bool], _POINTER),
-    "ggml_glu_split": ([*[_POINTER] * 3, _INT], _POINTER),
-    "ggml_rms_norm": ([_POINTER, _POINTER, _FLOAT], _POINTER),
-    "ggml_mul": ([_POINTER] * 3, _POINTER),
-    "ggml_add": ([_POINTER] * 3, _POINTER),
-    "ggml_add_inplace": ([_POINTER] * 3, _POINTER),
-    "ggml_reshape_4d": ([_POINTER, _POINTER, *[_INT64] * 4], _POINTER),
-    "ggml_rope": ([*[_POINTER] * 3, _INT, _INT], _POINTER),
-    "ggml_mul_mat": ([_POINTER] * 3, _POINTER),
-    "ggml_mul_mat_id": ([_POINTER] * 4, _POINTER),
-    "ggml_flash_attn_ext": ([*[_POINTER] * 5, *[_FLOAT] * 3], _POINTER),
-    "ggml_flash_attn_ext_add_sinks": ([_POINTER, _POINTER], None),
-    "ggml_new_graph_custom": ([_POINTER, _SIZE, ctypes.c_bool], _POINTER),
-    "ggml_build_forward_expand": ([_POINTER, _POINTER], None),
-    "ggml_backend_buft_name": ([_POINTER], ctypes.c_char_p),
-    "ggml_backend_buft_alloc_buffer": ([_POINTER, _SIZE], _POINTER),
-    "ggml_backend_buft_get_alloc_size": ([_POINTER, _POINTER], _SIZE),
-    "ggml_backend_buffer_free": ([_POINTER], None),
-    "ggml_backend_buffer_get_base": ([_POINTER], _POINTER),
-    "ggml_backend_cpu_buffer_from_ptr": ([_POINTER, _SIZE], _POINTER),
-    "ggml_backend_dev_backend_reg": ([_POINTER], _POINTER),
-    "ggml_backend_dev_buffer_type": ([_POINTER], _POINTER),
-    "ggml_backend_dev_init": ([_POINTER, ctypes.c_char_p], _POINTER),
-    "ggml_backend_graph_compute": ([_POINTER, _POINTER], _INT),
-    "ggml_backend_reg_get_proc_address": ([_POINTER, ctypes.c_char_p], _POINTER),
-    "ggml_backend_tensor_alloc": ([_POINTER, _POINTER, _POINTER], _INT),
-    "ggml_backend_tensor_get": ([_POINTER, _POINTER, _SIZE, _SIZE], None),
-    "ggml_backend_tensor_memset": ([_POINTER, ctypes.c_uint8, _SIZE, _SIZE], None),
-    "ggml_backend_tensor_set": ([_POINTER, _POINTER, _SIZE, _SIZE], None),
-    "ggml_backend_view_init": ([_POINTER], _INT),
-}
-
-
-@functools.cache
-def _base() -> ctypes.CDLL:
-    """libggml-base with its functions declared."""
-    api = bindings()
-    from llama_cpp._ctypes_extensions import load_shared_library
-
-    library = load_shared_library("ggml-base", api._base_path)
-    for name, (argument_types, result_type) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = argument_types, result_type
-    return library
-
-
-@dataclass(frozen=True)
-class _Cpu:
-    """The CPU's device, its backend, and its buffer types by name; "": the usual one."""
-
-    backend: int
-    buffer_types: dict[str, int]
-    set_n_threads: Any
-    set_use_ref: Any
-    kernels: Any
-
-
-@functools.cache
-def _cpu() -> _Cpu:
-    ggml, base = bindings()._ggml, _base()
-    by_type = ggml.ggml_backend_dev_by_type
-    by_type.restype = _POINTER
-    device = by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
-    registry = base.ggml_backend_dev_backend_reg(device)
-
-    def function(name: str, result_type: Any, *argument_types: Any) -> Any:
-        address = base.ggml_backend_reg_get_proc_address(registry, name.encode())
-        return address and ctypes.CFUNCTYPE(result_type, *argument_types)(address)
-
-    bufts = ctypes.POINTER(_POINTER)
-    extra = function("ggml_backend_dev_get_extra_bufts", bufts, _POINTER)(device)
-    types = {"": base.ggml_backend_dev_buffer_type(device)}
-    for each in extra:
-        if each is None:
-            break
-        types[base.ggml_backend_buft_name(each).decode()] = each
-    return _Cpu(
-        base.ggml_backend_dev_init(device, None),
-        types,
-        function("ggml_backend_set_n_threads", None, _POINTER, _INT),
-        function("ggml_backend_cpu_set_use_ref", None, _POINTER, ctypes.c_bool),
-        function("ggml_pop_kernels", ctypes.c_char_p),
-    )
-
-
-@functools.cache
-def _work_size() -> Any:
-    """ggml_pop_work_size of the library with the CPU's kernels, which may be one of several."""
-    for path in sorted(Path(bindings()._base_path).glob("*ggml-cpu*")):
-        try:
-            library = ctypes.CDLL(str(path), mode=getattr(os, "RTLD_NOLOAD", 0))
-            function = library.ggml_pop_work_size
-        except (AttributeError, OSError):
-            continue
-        function.argtypes, function.restype = [_INT, _POINTER], _SIZE
-        return function
-    raise LookupError("the CPU's kernels are unpatched: ggml_pop_work_size is missing")
-
-
 class _Graph:
     """The tensors of one operation, each in a buffer of its own."""
 
     def __init__(self, guarded: bool = False) -> None:
-        self._base = _base()
+        self._base = base()
         self._guarded = guarded
         self._buffers: list[int] = []
         self._pages: list[mmap.mmap] = []
@@ -313,7 +186,7 @@ class _Graph:
         self._known: dict[tuple[int, int], int] = {}
         size = _N_TENSORS * self._base.ggml_tensor_overhead()
         size += self._base.ggml_graph_overhead_custom(_N_TENSORS, False)
-        self._ctx = self._base.ggml_init(_InitParams(size, None, True))
+        self._ctx = self._base.ggml_init(InitParams(size, None, True))
 
     def close(self) -> None:
         self._base.ggml_free(self._ctx)
@@ -342,6 +215,11 @@ class _Graph:
         self._place(result)
         return result
 
+    def lose_rows(self) -> None:
+        for tensor in self._known.values():
+            n_bytes = 4 * int(np.prod(Tensor.from_address(tensor).ne))
+            self._base.ggml_backend_tensor_memset(tensor, 0, 0, n_bytes)
+
     def build_between(self, between: Between | None, result: int, op: Op) -> list[int]:
         base, ctx, made = self._base, self._ctx, 0
         if between is Between.ADD:
@@ -362,9 +240,14 @@ class _Graph:
         return [made] if made else []
 
     def compute(
-        self, nodes: Sequence[int], results: Sequence[int], n_threads: int, reference: bool
+        self,
+        nodes: Sequence[int],
+        results: Sequence[int],
+        n_threads: int,
+        reference: bool,
+        after_node: Callable[[], None] | None = None,
     ) -> list[np.ndarray]:
-        base, cpu = self._base, _cpu()
+        base, device = self._base, cpu()
         shapes = [tuple(Tensor.from_address(each).ne)[::-1] for each in results]
         found = [np.empty(shape, np.float32) for shape in shapes]
         for result, array in zip(results, found, strict=True):
@@ -373,10 +256,21 @@ class _Graph:
         graph = base.ggml_new_graph_custom(self._ctx, _N_TENSORS, False)
         for node in nodes:
             base.ggml_build_forward_expand(graph, node)
-        cpu.set_n_threads(cpu.backend, n_threads)
-        cpu.set_use_ref(cpu.backend, reference)
-        if status := base.ggml_backend_graph_compute(cpu.backend, graph):
-            raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
+        device.set_n_threads(device.backend, n_threads)
+        device.set_use_ref(device.backend, reference)
+
+        def go_on(_: int) -> bool:
+            if after_node is not None:
+                after_node()
+            return False
+
+        asked = ASKED(go_on)
+        device.set_abort_callback(device.backend, asked, None)
+        try:
+            if status := base.ggml_backend_graph_compute(device.backend, graph):
+                raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
+        finally:
+            device.set_abort_callback(device.backend, ASKED(0), None)
         for result, array in zip(results, found, strict=True):
             base.ggml_backend_tensor_get(result, array.ctypes.data, 0, array.nbytes)
         return found
@@ -445,7 +339,7 @@ class _Graph:
     def _new(
         self, type_: Type, shape: tuple[int, ...], content: np.ndarray, buffer_type: str = ""
     ) -> int:
-        sizes = (_INT64 * len(shape))(*shape[::-1])
+        sizes = (ctypes.c_int64 * len(shape))(*shape[::-1])
         tensor = int(self._base.ggml_new_tensor(self._ctx, int(type_), len(shape), sizes))
         self._place(tensor, buffer_type)
         if buffer_type and not Tensor.from_address(tensor).extra:
@@ -455,7 +349,7 @@ class _Graph:
         return tensor
 
     def _place(self, tensor: int, buffer_type: str = "") -> None:
-        base, kind = self._base, _cpu().buffer_types.get(buffer_type)
+        base, kind = self._base, cpu().buffer_types.get(buffer_type)
         if kind is None:
             raise LookupError(f"no buffers of type {buffer_type} here")
         size = base.ggml_backend_buft_get_alloc_size(kind, tensor)

@@ -18,7 +18,7 @@ from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import Sessions
 from support.calls import append, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import converted, tiny
-from support.ggml import Tensor
+from support.ggml_library import Tensor
 from support.synthetic import make_gguf
 
 FAST, NONE, ALL = range(3)
