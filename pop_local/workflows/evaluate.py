@@ -135,18 +135,13 @@ def _boundaries(
     meta = pop_of(source, files.sidecar)
     if meta is None:
         require_prunable(shape)
-        raise nothing_to_evaluate(source)
+        raise PopError(
+            f"{source.first.path} is not converted: there is nothing to measure",
+            "convert it, or say at which boundary to measure it",
+            cause="nothing-to-evaluate",
+            model=source.first.path,
+        )
     return (meta.boundary,)
-
-
-def nothing_to_evaluate(source: Source) -> PopError:
-    """Return the error for a model that prunes nothing."""
-    return PopError(
-        f"{source.first.path} is not converted: there is nothing to measure",
-        "convert it, or say at which boundary to measure it",
-        cause="nothing-to-evaluate",
-        model=source.first.path,
-    )
 
 
 def _require_projections(source: Source, sidecar: Path | None, boundaries: Sequence[int]) -> None:
