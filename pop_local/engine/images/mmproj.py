@@ -227,10 +227,10 @@ class Mmproj:
         if self._should_stop():
             raise StoppedError
         logs.forget_errors()
-        self._ended = None
         code = self._mtmd.mtmd_encode_chunk(self._ctx, cut[image.number])
-        if self._ended is not None:
-            raise self._ended
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            raise ended
         if code != 0:
             raise PopError(logs.first_error() or "the image cannot be encoded")
         rows = self._mtmd.mtmd_get_output_embd(self._ctx)
