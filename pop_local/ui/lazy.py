@@ -61,6 +61,15 @@ def _defaults(command: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name in wanted}
 
 
+def _shown_without_type(command: Any, ctx: Any) -> None:
+    """Leave <bool> out behind each flag of a help page, where Typer writes it since 0.29."""
+    for param in command.get_params(ctx):
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    for each in getattr(command, "commands", {}).values():
+        _shown_without_type(each, ctx)
+
+
 def _paragraphs(docstring: str | None) -> str:
     """Join each paragraph's lines; Typer does so only in the first."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
@@ -77,6 +86,10 @@ def lazy_group(entries: Sequence[Entry]) -> type[TyperGroup]:
             # They stand in the listing, and give way to the real ones.
             self.commands = {each.name: TyperCommand(each.name, help=each.help) for each in entries}
 
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            _shown_without_type(self, ctx)
+            super().format_help(ctx, formatter)
+
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if words := not ctx.resilient_parsing and hints.FOREIGN_COMMANDS.get(args[0]):
                 ctx.fail(f"No such command {args[0]!r}: {words}")
@@ -84,6 +97,7 @@ def lazy_group(entries: Sequence[Entry]) -> type[TyperGroup]:
             if name is None:
                 return name, known, given
             command = _loaded(by_name[name])
+            _shown_without_type(command, ctx)
             # Completion and help work whatever the values are.
             if not ctx.resilient_parsing and not {*given} & {*HELP_OPTIONS}:
                 ctx.default_map = {name: _defaults(command)}
