@@ -2,8 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,24 @@ class Context:
         # llama.cpp rounds the context up.
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
         backend.set_kernels(self._ctx, options.kernels)
+
+    @contextmanager
+    def another(self, **params: Any) -> Iterator[Any]:
+        """Open another llama_context on the same weights, to be freed at the end.
+
+        `params`: llama_context_params that are not to be the defaults. Raises PopError.
+        """
+        settings = self._api.llama_context_default_params()
+        settings.n_threads = settings.n_threads_batch = self.n_threads
+        _fill(settings, params)
+        logs.forget_errors()
+        ctx = self._api.llama_init_from_model(self.model, settings)
+        if not ctx:
+            raise PopError(f"no context for {self.path}: {logs.first_error()}")
+        try:
+            yield ctx
+        finally:
+            self._api.llama_free(ctx)
 
     def _mapped(self) -> dict[Path, tuple[int, ...]]:
         """Return what tells the mapped files from others; those that are gone stay mapped."""

@@ -15,7 +15,7 @@ from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Fitted, convert, strip
 from pop_local.base.errors import StoppedError
 from pop_local.calibration import samples
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
@@ -62,8 +62,8 @@ def apart(llama: Path, letters: Path) -> list[Fitted]:
 def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
     tensors = {t.name: t for t in fitted(path, settings(letters, weighting=weighting)).tensors}
-    with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, (letters,), N_TOKENS // N_WINDOW, 128).windows
+    with loaded(path, n_threads=1) as context:
+        windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
     x = np.concatenate(
         [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]

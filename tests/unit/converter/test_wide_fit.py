@@ -21,8 +21,8 @@ from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.base.errors import StoppedError
 from pop_local.calibration import needs
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Calibrated
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, MOST_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
@@ -105,8 +105,8 @@ def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
     options = settings(letters, weighting=Weighting.NONE)
     tensors = matrices(fitted(path, options, projection=kind))
-    with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, (letters,), N_TOKENS // N_WINDOW, 128).windows
+    with loaded(path, n_threads=1) as context:
+        windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
     heads = (BOUNDARY,) if kind == ATTENTION else ()
     shown = recorded(path, windows.tolist(), heads=heads)
     x = inputs(path, tensors, shown)
@@ -251,7 +251,7 @@ class Losses:
             return {kind: quality(kind) for kind in made}
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
-        monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(fits, "loaded", lambda *_, **__: nullcontext())
         monkeypatch.setattr(Fitter, "_qualities", qualities)
 
 

@@ -14,8 +14,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
-from pop_local.calibration.activations import reading
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import Reading, loaded
 from pop_local.engine.learning import learner as learning
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Summing, Sums
@@ -83,9 +82,10 @@ def test_sums_of_full_readings_are_those_of_a_calibration(each):
     for boundary in model.learner.boundaries:
         wanted.grams[boundary] = summing.empty(boundary, summing.layers(boundary))
     at = summing.wanted(model.learner.boundaries)
-    with LoadedModel(each, n_threads=1) as loaded, reading(loaded, at, N) as calibration:
+    with loaded(each, n_threads=1) as context:
+        reading = Reading(context, at)
         for window in windows:
-            summing.add(wanted, calibration.window(window))
+            summing.add(wanted, reading.window(window))
     for boundary in model.learner.boundaries:
         same_sums(found, wanted, boundary)
 

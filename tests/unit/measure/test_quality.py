@@ -11,7 +11,9 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.base.progress import Progress
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
@@ -93,14 +95,10 @@ def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
         reader.read(text(60), Pruning(4, Mode.CONTEXT))
 
 
-@pytest.mark.parametrize("part", ["get", "set"])
-def test_a_state_that_is_not_kept_or_brought_back_is_an_error(model, part, monkeypatch):
-    with forced(model) as reader, pytest.raises(PopError, match="this model's state cannot"):
-        reader._is_recurrent = True
-        for each in {"get", part}:
-            n_bytes = int(each != part)
-            name = f"llama_state_seq_{each}_data_ext"
-            monkeypatch.setattr(reader._api, name, lambda *_, n=n_bytes: n)
+def test_a_recurrent_state_that_is_not_brought_back_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(Context, "is_recurrent", property(lambda _: True))
+    monkeypatch.setattr(Slot, "restore", lambda *_: False)
+    with forced(model) as reader, pytest.raises(PopError, match="the saved state does not fit"):
         reader.read(text(60), FULL)
         reader.predict(text(20))
 
