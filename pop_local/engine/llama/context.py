@@ -283,9 +283,18 @@ class Context:
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
         """Return the tokens of a text; what looks like a special token is text unless `special`.
 
-        Raises PopError for what cannot be written as UTF-8.
+        Raises PopError for what cannot be split, or written as UTF-8; StoppedError, or whatever
+        Ctrl-C raises, when it is interrupted.
         """
-        return tokenized(self.vocab, text, add_bos=add_bos, special=special)
+        raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
+        room = len(raw) + 8
+        tokens = (ctypes.c_int32 * room)()
+        logs.forget_errors()
+        with Interrupt().tokenizing() as callback:
+            n = split(self.vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
+            if n < 0 and (reason := logs.first_error()):
+                raise PopError(f"the text cannot be split into tokens: {reason}")
+        return tokens[: max(n, 0)]
 
     @property
     def n_embd(self) -> int:
@@ -317,23 +326,6 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
-
-
-def tokenized(vocab: Any, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
-    """Return the tokens of a text by llama.cpp's vocabulary.
-
-    Raises PopError for what it cannot split; StoppedError, or whatever Ctrl-C raises, when it is
-    interrupted.
-    """
-    raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
-    room = len(raw) + 8
-    tokens = (ctypes.c_int32 * room)()
-    logs.forget_errors()
-    with Interrupt().tokenizing() as callback:
-        n = split(vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
-        if n < 0 and (reason := logs.first_error()):
-            raise PopError(f"the text cannot be split into tokens: {reason}")
-    return tokens[: max(n, 0)]
 
 
 def _fill(params: Any, others: Mapping[str, Any]) -> None:
