@@ -94,7 +94,7 @@ class _Job:
         projections: dict[int, list[Projection]] = {}
         for plan in plans:
             projections.setdefault(plan.boundary, []).append(plan.projection)
-        self._summing = Summing(source, self._shape, projections, options.weighting)
+        self._summing = Summing(source, self._shape, projections)
         self._groups = plan_needs(plans, source, options).groups
         pictures = pictures_of(options.images) if options.mmproj else ()
         self._identity = _identity(plans, source, options, self._groups, pictures)
@@ -120,11 +120,9 @@ class _Job:
             self._state.n_done = 0
         if path:
             save(path, self._identity, self._state)
-        text, tensors, weighting = self._state.text, self._state.tensors, self._options.weighting
+        text, tensors = self._state.text, self._state.tensors
         n_image = sum(image.n_rows for image in images)
-        calibration = Calibration(
-            text.name, text.sha256, text.n_tokens, self._options.ridge, weighting.value
-        )
+        calibration = Calibration(text.name, text.sha256, text.n_tokens, self._options.ridge)
         fitted = tuple(
             Fitted(
                 calibration,
@@ -245,5 +243,5 @@ def _identity(
     parts += [source.name, source.size_bytes]
     parts += [(plan.schedule, plan.projection) for plan in plans]
     parts += [*map(tuple, chain.from_iterable(groups)), n_tokens]
-    parts += [options.ridge, options.weighting.value, options.kv_type.value]
+    parts += [options.ridge, options.kv_type.value]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

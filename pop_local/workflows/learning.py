@@ -67,7 +67,6 @@ class _LearnedFitter(Fitter):
             hashlib.sha256(gram.xx.tobytes()).hexdigest(),
             gram.n_rows,
             options.ridge,
-            options.weighting.value,
         )
         return Fitted(calibration, tuple(tensors), 0, plan.projection)
 

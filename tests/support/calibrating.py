@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan
@@ -107,6 +108,11 @@ def recorded(
 def kv(shown: Sequence[Tapped], layer: int) -> np.ndarray:
     """K and V of a layer: [n, n_k + n_v] of all rows but the windows' first ones."""
     return np.concatenate([np.hstack([each.k[layer], each.v[layer]])[1:] for each in shown])
+
+
+def weights(shown: Sequence[Tapped], layer: int) -> np.ndarray:
+    """The weights of all tokens but the windows' first ones, by one layer's attention."""
+    return np.concatenate([fit.token_weights(each.mass[layer][1:]) for each in shown])
 
 
 def words(folder: Path) -> Path:

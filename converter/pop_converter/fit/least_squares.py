@@ -48,13 +48,6 @@ class FitError(PopError):
     """The activations do not determine projections."""
 
 
-class Weighting(str, Enum):
-    """How tokens count in a fit: by the attention that they receive, or all alike."""
-
-    ATTENTION = "attention"
-    NONE = "none"
-
-
 class KvType(str, Enum):
     """How the fitted weights are stored."""
 
@@ -156,10 +149,10 @@ def with_bias(*inputs: Floats) -> Floats:
     return np.hstack([*inputs, np.ones((len(inputs[0]), 1), np.float32)])
 
 
-def token_weights(mass: Floats, weighting: Weighting) -> Floats:
+def token_weights(mass: Floats) -> Floats:
     """Return the weights [n] of tokens from the attention [n] that later ones pay to them."""
     mean = float(mass.mean())
-    if weighting is Weighting.NONE or mean <= 0:
+    if mean <= 0:
         return np.ones_like(mass)
     share = np.clip(mass / mean, 0, MOST_ATTENTION)
     return np.asarray(LEAST_WEIGHT + (1 - LEAST_WEIGHT) * share, np.float32)

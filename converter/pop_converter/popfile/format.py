@@ -31,15 +31,16 @@ NO_LIMIT = 1e9
 class Calibration:
     """The text that projections were fitted on.
 
-    `sha256` is of the text, or of the tokens where some were sampled. `n_distilled` tokens were
-    read to train the fit end to end (pop_local.research.distill), 0 where it was not.
+    `sha256` is of the text, or of the tokens where some were sampled. Tokens count by the attention
+    that they receive (`weighting`). `n_distilled` of them were read to train the fit end to end
+    (pop_local.research.distill), 0 where it was not.
     """
 
     name: str
     sha256: str
     n_tokens: int
     ridge: float
-    weighting: str
+    weighting: str = "attention"
     n_distilled: int = 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import Gram, Weighting
+from pop_converter.fit.least_squares import Gram
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import read_pop_meta
@@ -32,6 +32,7 @@ from support.calibrating import (
     recorded,
     settings,
     stopped_at,
+    weights,
 )
 from support.shapes import read_shape
 from support.synthetic import TEMPLATE, make_gguf
@@ -52,16 +53,10 @@ def apart(llama: Path, letters: Path) -> list[Fitted]:
 
 
 # Without weights on one, since all of the rest is the same.
-@pytest.mark.parametrize(
-    ("arch", "weighting"),
-    [
-        *((arch, Weighting.ATTENTION) for arch in ("llama", "qwen2", "qwen3", "gemma3", "phi3")),
-        ("llama", Weighting.NONE),
-    ],
-)
-def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path):
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
-    tensors = {t.name: t for t in fitted(path, settings(letters, weighting=weighting)).tensors}
+    tensors = {t.name: t for t in fitted(path, settings(letters)).tensors}
     with loaded(path, n_threads=1) as context:
         windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
@@ -69,7 +64,7 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
         [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]
     )
     y = kv(shown, 6)
-    d = np.mean([_weights(shown, layer, weighting) for layer in WEIGHING], axis=0)
+    d = np.mean([weights(shown, layer) for layer in WEIGHING], axis=0)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root
@@ -83,11 +78,6 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
     # Predictions, since qwen2's biases make the inputs nearly collinear with the column of ones.
     predicted = (x[:, :-1] * own.gain) @ found[0].T + found[1]
     np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
-
-
-def _weights(shown, layer: int, weighting: Weighting) -> np.ndarray:
-    """The weights of all tokens but the windows' first ones, by one layer's attention."""
-    return np.concatenate([fit.token_weights(each.mass[layer][1:], weighting) for each in shown])
 
 
 def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import FitError, Gram, KvType, Weighting
+from pop_converter.fit.least_squares import FitError, Gram, KvType
 from pop_converter.fit.weights import KvProjection, Weights
 from pop_converter.gguf.source import read_source
 from support.synthetic import add_tensor, make_gguf
@@ -127,10 +127,10 @@ def test_a_singular_gram_is_refused_unless_a_ridge_helps():
 
 def test_token_weights():
     mass = np.array([0, 1, 1, 2], np.float32)
-    np.testing.assert_allclose(fit.token_weights(mass, Weighting.ATTENTION), [0.2, 1, 1, 1.8])
-    np.testing.assert_array_equal(fit.token_weights(mass, Weighting.NONE), 1)
+    np.testing.assert_allclose(fit.token_weights(mass), [0.2, 1, 1, 1.8])
+    np.testing.assert_array_equal(fit.token_weights(0 * mass), 1)
     peak = np.append(np.zeros(999, np.float32), np.float32(1))
-    assert fit.token_weights(peak, Weighting.ATTENTION)[-1] == pytest.approx(0.2 + 0.8 * 50)
+    assert fit.token_weights(peak)[-1] == pytest.approx(0.2 + 0.8 * 50)
 
 
 def test_sums_take_what_is_announced():

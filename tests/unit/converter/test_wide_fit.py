@@ -10,7 +10,7 @@ import pytest
 
 from pop_converter.architecture.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import KvType, Weighting
+from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import MOST_NEURON, wide_input
 from pop_converter.gguf.source import read_source
@@ -39,6 +39,7 @@ from pop_local.workflows.options import Hardware
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
+    WEIGHING,
     fitted,
     fitted_at,
     kv,
@@ -46,6 +47,7 @@ from support.calibrating import (
     recorded,
     settings,
     stopped_at,
+    weights,
 )
 from support.converted import made_up
 from support.shapes import read_shape
@@ -103,7 +105,7 @@ def inputs(path: Path, tensors, shown) -> np.ndarray:
 )
 def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
-    options = settings(letters, weighting=Weighting.NONE)
+    options = settings(letters)
     tensors = matrices(fitted(path, options, projection=kind))
     with loaded(path, n_threads=1) as context:
         windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
@@ -118,8 +120,9 @@ def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
     start = np.vstack([own.gain[:, None] * own.weight.T, zeros, own.bias])
     ridge = np.append(np.full(x.shape[1] - 1, fit.RIDGE), fit.BIAS_RIDGE)
-    rows = np.vstack([x, np.diag(np.sqrt(np.square(x).sum(0) * ridge))])
-    rest = np.vstack([y - x @ start, np.zeros((x.shape[1], y.shape[1]))])
+    root = np.sqrt(np.mean([weights(shown, layer) for layer in WEIGHING], axis=0))[:, None]
+    rows = np.vstack([root * x, np.diag(np.sqrt(np.square(root * x).sum(0) * ridge))])
+    rest = np.vstack([root * (y - x @ start), np.zeros((x.shape[1], y.shape[1]))])
     wanted = x @ (start + np.linalg.lstsq(rows, rest, rcond=None)[0])
 
     def stored(part: str) -> np.ndarray:
