@@ -336,7 +336,7 @@ def test_a_fit_outlasts_a_stop_of_what_follows(
     assert stopped.exit_code == 130
     assert "goes on from there" in stopped.stderr
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
-    monkeypatch.setattr("pop_local.calibration.job.reading", None)
+    monkeypatch.setattr("pop_local.calibration.job.Reading", None)
     assert convert(*options).exit_code == 0
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
