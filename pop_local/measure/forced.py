@@ -3,7 +3,7 @@
 Logits exist only where they are requested, and rows that request logits are full in every mode but
 ALWAYS. So nothing of the context is ever scored but what its last token predicts. The row counters
 must show after each context, and after each text, that as many rows were pruned as planned;
-otherwise PopError. Whoever watches the model (Interrupt.should_stop) may stop it: StoppedError.
+otherwise PopError. Whoever watches the work (`stopped_by`) may stop it: StoppedError.
 """
 
 from collections.abc import Iterator, Sequence

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -257,7 +257,7 @@ class _Run:
             as_planned(model, self.ends)
             yield model
 
-    def _opened(self, sidecar: Path | None) -> PopModel:
+    def _opened(self, sidecar: Path | None) -> AbstractContextManager[PopModel]:
         files = ModelFiles(self.source.first.path, sidecar)
         n_ctx = max(self.options.n_window, 2 * N_REPEATED + 1)
         return opened(files, self.hardware, self.watch, n_ctx=n_ctx)
