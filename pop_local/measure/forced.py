@@ -67,16 +67,10 @@ def n_pruned(rule: RowRule, n_context: int, pruning: Pruning) -> int:
     return n_context if pruning.context is Mode.ALWAYS else 0
 
 
-def use_rule(model: PopModel, rule: RowRule) -> None:
-    """Let the model's prefills follow another rule; this empties the KV cache."""
-    model.rule = rule
-    model.cache.clear()
-
-
 def as_planned(model: PopModel, plan: Plan) -> None:
-    """Let the model's full tokens be those of the plan."""
-    rule = replace(model.rule, sink_tokens=plan.sink_tokens, tail_tokens=plan.tail_tokens)
-    use_rule(model, rule)
+    """Let the model's full tokens be those of the plan; this empties the KV cache."""
+    model.rule = replace(model.rule, sink_tokens=plan.sink_tokens, tail_tokens=plan.tail_tokens)
+    model.cache.clear()
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from PIL import Image
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Fitted, convert
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration.activations import Reading, loaded
@@ -32,6 +31,7 @@ from support.calibrating import (
 from support.calls import never
 from support.program import called
 from support.seeing import EYES, encoded, make_mmproj, make_seeing, png
+from support.shapes import read_pop_meta
 
 pytestmark = pytest.mark.slow
 LAYERS = (5, 6, 7)

@@ -11,7 +11,6 @@ from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import Gram
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Fitted, convert, strip
 from pop_local.base.errors import StoppedError
 from pop_local.calibration import samples
@@ -34,7 +33,7 @@ from support.calibrating import (
     stopped_at,
     weights,
 )
-from support.shapes import read_shape
+from support.shapes import read_pop_meta, read_shape
 from support.synthetic import TEMPLATE, make_gguf
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,6 @@ from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import MOST_NEURON, wide_input
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.rewrite import convert, measure, stored_bytes, stored_type, strip
 from pop_converter.popfile.sidecar import write_sidecar
@@ -50,7 +49,7 @@ from support.calibrating import (
     weights,
 )
 from support.converted import made_up
-from support.shapes import read_shape
+from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
 
 OWN, FITTED, WIDE, ATTENTION = Projection

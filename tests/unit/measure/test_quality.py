@@ -17,7 +17,7 @@ from pop_local.engine.llama.slot import Slot
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
-from pop_local.measure.forced import FULL, Pruning, forced, use_rule
+from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import (
@@ -137,7 +137,7 @@ def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
     ],
 )
 def test_tokens_pruned_follow_rule_and_mode(model, rule, mode, n_pruned):
-    use_rule(model, replace(model.rule, **rule))
+    model.rule = replace(model.rule, **rule)
     quality = measured(model, replace(SHORT, mode=mode))
     assert quality.n_pruned == 3 * n_pruned
 
@@ -205,15 +205,15 @@ def test_passages_are_pruned_tokens(model):
         (1, 127, 1, (1, 128)),
     ],
 )
-def test_random_tokens_are_scored_where_they_are_pruned(monkeypatch, sink, tail, n_bos, scored):
-    monkeypatch.setattr(probes, "bos", lambda model: (1,) * n_bos)
-    reader = SimpleNamespace(rule=RowRule(sink, tail), model=None)
+def test_random_tokens_are_scored_where_they_are_pruned(sink, tail, n_bos, scored):
+    model = SimpleNamespace(context=SimpleNamespace(bos=(1,) * n_bos))
+    reader = SimpleNamespace(rule=RowRule(sink, tail), model=model)
     assert probes._scored(reader) == scored  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tail", [126, 127, 200])
 def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
-    use_rule(model, replace(model.rule, tail_tokens=tail))
+    model.rule = replace(model.rule, tail_tokens=tail)
     found = measured(model, replace(SHORT, n_windows=1, n_context=260))
     assert found.n_pruned > 0
     assert np.isfinite(found.induction_delta_nll.value)
