@@ -71,12 +71,6 @@ class ContextOptions:
         ours = {name: value for name, value in given.items() if name in known}
         return cls(**ours, others=others)
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """The keywords that make the same."""
-        ours = {name: value for name, value in vars(self).items() if name != "others"}
-        return {**ours, **self.others}
-
 
 class Context:
     """A model's weights and vocabulary, and one llama_context on them.
