@@ -1,52 +1,71 @@
 """The activations of a model while it reads windows of a text in full, one by one."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import pop_meta
 from pop_local.base.errors import PopError
-from pop_local.calibration.loaded import LoadedModel
-from pop_local.engine.llama import backend, logs, taps
-from pop_local.engine.llama.backend import bindings
-from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
+from pop_local.calibration.texts import N_WINDOW
+from pop_local.engine.images.mmproj import ImageChunk, Mmproj
+from pop_local.engine.llama import taps
+from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.context import Context, ContextOptions
 from pop_local.engine.llama.devices import kernels_read_prompts
-from pop_local.engine.llama.interrupt import Interrupt
-from pop_local.engine.llama.taps import Rows, Tapped, Wanted
+from pop_local.engine.llama.slot import Slot
+from pop_local.engine.llama.taps import Tapped, Wanted
+
+
+def loaded(
+    path: Path,
+    *,
+    n_threads: int | None = None,
+    n_gpu_layers: int = -1,
+    rpc: Sequence[str] = (),
+) -> closing[Context]:
+    """Open a model to read windows of N_WINDOW tokens with. Raises PopError."""
+    has_kernels = kernels_read_prompts()
+    options = ContextOptions(
+        n_ctx=N_WINDOW,
+        n_batch=N_WINDOW,
+        n_ubatch=N_WINDOW,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        rpc=rpc,
+        flash_attn=has_kernels,
+        # Kernels of ours read the weights as they are in the file: a copy would only take room.
+        repack=not has_kernels,
+    )
+    source = read_source(path)
+    return closing(Context(source, pop_meta(source.first), options))
 
 
 class Reading:
-    """A context that reads windows one by one; each begins with an empty KV cache."""
+    """Reads windows one by one, each into an empty KV cache, which show what is wanted of them."""
 
-    def __init__(self, ctx: Any, wanted: Wanted, batch: TokenBatch) -> None:
-        self._api = bindings()
-        self._ctx, self._wanted, self._batch = ctx, wanted, batch
-        self._interrupt = Interrupt()
-        backend.set_reading(ctx, backend.Reading.SOME)
-        taps.set_taps(ctx, wanted)
+    def __init__(self, context: Context, wanted: Wanted) -> None:
+        self._slot, self._wanted = Slot(context), wanted
+        self._slot.begin_reading()
+        taps.set_taps(context.ctx, wanted)
 
     def window(self, tokens: Sequence[int]) -> Tapped:
         """Read one window, of two tokens at least.
 
         Raises PopError when llama.cpp fails, and whatever Ctrl-C raises.
         """
-        return self._read(lambda: self._batch.decode(self._ctx, tokens, 0, Outputs.NONE))
+        return self._read(lambda: self._slot.decode(tokens, 0, Outputs.NONE))
 
-    def image(self, rows: Rows, positions: NDArray[np.int32], *, is_mutual: bool) -> Tapped:
-        """Read an image as a window, see `decode_rows`. Raises as `window` does."""
-        return self._read(lambda: decode_rows(self._ctx, rows, positions, is_mutual=is_mutual))
+    def image(self, eye: Mmproj, image: ImageChunk) -> Tapped:
+        """Read an image as a window. Raises as `window` and Mmproj.decode do."""
+        return self._read(lambda: eye.decode(self._slot, image, 0))
 
-    def _read(self, decode: Callable[[], int]) -> Tapped:
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._ctx), False)
-        logs.forget_errors()
-        with self._interrupt.watching(self._ctx):
-            code = decode()
-            self._interrupt.check()
-        if code != 0:
-            raise logs.not_decoded(code)
-        tapped = taps.take(self._ctx)
+    def _read(self, decode: Callable[[], object]) -> Tapped:
+        self._slot.forget_all()
+        with self._slot.watching():
+            decode()
+            self._slot.check()
+        tapped = taps.take(self._slot.context.ctx)
         if tapped is None or not tapped.has(self._wanted):
             raise PopError(
                 "the backend does not show what layers of this model compute",
@@ -54,16 +73,3 @@ class Reading:
                 cause="activations-not-shown",
             )
         return tapped
-
-
-@contextmanager
-def reading(model: LoadedModel, wanted: Wanted, n_window: int) -> Iterator[Reading]:
-    """Open a context whose windows of up to `n_window` tokens show what is wanted of them."""
-    opened = model.context(
-        n_ctx=n_window,
-        n_batch=n_window,
-        n_ubatch=n_window,
-        flash_attn_type=int(kernels_read_prompts()),
-    )
-    with opened as ctx, closing(TokenBatch(n_window)) as batch:
-        yield Reading(ctx, wanted, batch)

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from pop_local.base.errors import PopError
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
-from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
+from pop_local.engine.images.mmproj import ImageChunk, Mmproj
 from pop_local.engine.images.pictures import (
     Picture,
     picture_of,
     read_picture,
     require_pillow,
 )
+from pop_local.engine.llama.context import Context
 
 N_DRAWN = 24
 _MAX_PICTURES = 200
@@ -26,31 +26,27 @@ _SIZES = ((512, 512), (640, 480), (480, 640), (768, 432))
 _WORDS = "total date amount name sum of page figure table left right red blue open file 2024 17 %"
 
 
-class CalibrationImages:
-    """The images of some pictures, cut up by an mmproj, of up to N_WINDOW rows each."""
+def opened_eye(context: Context, mmproj: Path, should_stop: Callable[[], bool]) -> Mmproj:
+    """Open an mmproj. Raises PopError where it is none, or belongs to another model."""
+    eye = Mmproj(
+        mmproj,
+        use_gpu=False,
+        max_tokens=N_WINDOW,
+        should_stop=lambda: context.interrupt.is_wanted() or should_stop(),
+    )
+    return eye.open(context.model, context.n_threads)
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        mmproj: Path,
-        pictures: Sequence[Picture],
-        should_stop: Callable[[], bool],
-    ) -> None:
-        """Raises PopError where the mmproj is none, or belongs to another model."""
-        self.eye = Mmproj(mmproj, use_gpu=False, max_tokens=N_WINDOW, should_stop=should_stop)
-        self.eye.open(model.handle, model.n_threads)
-        self._seen: list[Seen] = [self.eye.see(picture) for picture in pictures]
-        images = [image for seen in self._seen for image in seen.images.values()]
-        self.images: list[ImageChunk] = [image for image in images if image.n_rows <= N_WINDOW]
-        if not self.images:
-            raise CalibrationError(
-                f"{mmproj} makes more than {N_WINDOW} tokens of every picture",
-                "fit on text alone: leave the mmproj out",
-            )
 
-    @property
-    def n_rows(self) -> int:
-        return sum(image.n_rows for image in self.images)
+def images_of(eye: Mmproj, pictures: Sequence[Picture]) -> list[ImageChunk]:
+    """Cut pictures up into images of up to N_WINDOW rows each. Raises CalibrationError for none."""
+    every = [image for picture in pictures for image in eye.see(picture).images.values()]
+    found = [image for image in every if image.n_rows <= N_WINDOW]
+    if not found:
+        raise CalibrationError(
+            f"{eye.path} makes more than {N_WINDOW} tokens of every picture",
+            "fit on text alone: leave the mmproj out",
+        )
+    return found
 
 
 def pictures_of(folder: Path | None) -> Sequence[Picture]:

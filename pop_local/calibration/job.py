@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,10 +17,9 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.base.errors import StoppedError
 from pop_local.base.progress import Progress
-from pop_local.calibration.activations import Reading, reading
-from pop_local.calibration.images import CalibrationImages, pictures_of
+from pop_local.calibration.activations import Reading
 from pop_local.calibration.images import identity as images_identity
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.images import images_of, opened_eye, pictures_of
 from pop_local.calibration.needs import Pair, n_choosing, plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
@@ -31,10 +31,11 @@ from pop_local.calibration.texts import (
     own_text,
     sampled,
 )
-from pop_local.engine.images.mmproj import ImageChunk
+from pop_local.engine.images.mmproj import ImageChunk, Mmproj
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.sums import Summing
-from pop_local.engine.llama.taps import Rows, Tapped, Wanted
+from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.taps import Rows, Wanted
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
@@ -59,7 +60,7 @@ class Calibrated:
 
 def calibrate(
     plans: Sequence[Plan],
-    model: LoadedModel,
+    context: Context,
     source: Source,
     options: FitOptions,
     follow: Follow,
@@ -74,59 +75,54 @@ def calibrate(
     Raises PopError and StoppedError. With a state path the next call goes on from there, also after
     a finished one: the caller removes the file.
     """
-    return _Job(plans, model, source, options, follow, text).run()
+    return _Job(plans, context, source, options, follow, text).run()
 
 
 class _Job:
     def __init__(
         self,
         plans: Sequence[Plan],
-        model: LoadedModel,
+        context: Context,
         source: Source,
         options: FitOptions,
         follow: Follow,
         text: CalibrationText | None,
     ) -> None:
-        self._plans, self._model, self._options, self._follow = plans, model, options, follow
+        self._plans, self._context, self._options, self._follow = plans, context, options, follow
         self._shape = plans[0].shape
         self._given = text
         projections: dict[int, list[Projection]] = {}
         for plan in plans:
             projections.setdefault(plan.boundary, []).append(plan.projection)
-        self._summing = Summing(source, self._shape, projections, options.weighting)
+        self._summing = Summing(source, self._shape, projections)
         self._groups = plan_needs(plans, source, options).groups
         pictures = pictures_of(options.images) if options.mmproj else ()
         self._identity = _identity(plans, source, options, self._groups, pictures)
-        self._images = None
-        if options.mmproj:
-            self._images = CalibrationImages(model, options.mmproj, pictures, follow.should_stop)
+        self._pictures = pictures
         self._saved_s = time.monotonic()
 
     def run(self) -> Calibrated:
-        try:
-            return self._calibrated()
-        finally:
-            if self._images is not None:
-                self._images.eye.close()
+        if (mmproj := self._options.mmproj) is None:
+            return self._calibrated(None, [])
+        with closing(opened_eye(self._context, mmproj, self._follow.should_stop)) as eye:
+            return self._calibrated(eye, images_of(eye, self._pictures))
 
-    def _calibrated(self) -> Calibrated:
+    def _calibrated(self, eye: Mmproj | None, images: Sequence[ImageChunk]) -> Calibrated:
         path = self._options.state_path
         # A kept state has its own groups: there may have been more memory then, or less.
         self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
-        self._state.text = sampled(self._model, self._state.text, self._sampled)
+        self._state.text = sampled(self._context, self._state.text, self._sampled)
         while self._state.group < len(self._state.groups):
-            self._read(self._state.groups[self._state.group])
+            self._read(self._state.groups[self._state.group], eye, images)
             self._solve()
             self._state.sums.grams.clear()
             self._state.group += 1
             self._state.n_done = 0
         if path:
             save(path, self._identity, self._state)
-        text, tensors, weighting = self._state.text, self._state.tensors, self._options.weighting
-        n_image = self._images.n_rows if self._images else 0
-        calibration = Calibration(
-            text.name, text.sha256, text.n_tokens, self._options.ridge, weighting.value
-        )
+        text, tensors = self._state.text, self._state.tensors
+        n_image = sum(image.n_rows for image in images)
+        calibration = Calibration(text.name, text.sha256, text.n_tokens, self._options.ridge)
         fitted = tuple(
             Fitted(
                 calibration,
@@ -144,16 +140,17 @@ class _Job:
         options, n_embd = self._options, self._shape.n_embd
         count = options.n_tokens(n_embd) // N_WINDOW
         if options.texts:
-            return given_text(self._model, options.texts, count, n_embd)
-        return own_text(self._model, count)
+            return given_text(self._context, options.texts, count, n_embd)
+        return own_text(self._context, count)
 
     def _sampled(self, done: int, total: int) -> None:
         self._follow.on_sampling(done, total)
         self._keep()
 
-    def _read(self, pairs: Sequence[Pair]) -> None:
+    def _read(
+        self, pairs: Sequence[Pair], eye: Mmproj | None, images: Sequence[ImageChunk]
+    ) -> None:
         state, n_text = self._state, len(self._state.text.windows)
-        images = self._images.images if self._images else []
         n_all = n_text + len(images)
         boundaries = {pair.boundary for pair in pairs}
         self._choose_inputs(boundaries - state.sums.wides.keys())
@@ -161,24 +158,19 @@ class _Job:
             layers = [pair.layer for pair in pairs if pair.boundary == boundary]
             state.sums.grams[boundary] = self._summing.empty(boundary, layers)
         wanted = self._summing.wanted(boundaries)
-        with reading(self._model, wanted, N_WINDOW) as opened:
-            while state.n_done < n_all:
-                if state.n_done < n_text:
-                    tapped = opened.window(state.text.windows[state.n_done].tolist())
-                else:
-                    tapped = self._read_image(opened, images[state.n_done - n_text])
-                self._summing.add(state.sums, tapped)
-                state.n_done += 1
-                n_read = state.group * n_all + state.n_done
-                n_passes = len(state.groups)
-                self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
-                self._keep()
-
-    def _read_image(self, opened: Reading, image: ImageChunk) -> Tapped:
-        assert self._images is not None
-        eye = self._images.eye
-        rows, positions = eye.embedded(image), eye.positions(image, 0)
-        return opened.image(rows, positions, is_mutual=image.is_mutual)
+        reading = Reading(self._context, wanted)
+        while state.n_done < n_all:
+            if state.n_done < n_text:
+                tapped = reading.window(state.text.windows[state.n_done].tolist())
+            else:
+                assert eye is not None, "it made the images"
+                tapped = reading.image(eye, images[state.n_done - n_text])
+            self._summing.add(state.sums, tapped)
+            state.n_done += 1
+            n_read = state.group * n_all + state.n_done
+            n_passes = len(state.groups)
+            self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
+            self._keep()
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
         """Choose the wider inputs by some windows, spread over the text."""
@@ -189,12 +181,12 @@ class _Job:
         n_chosen = min(len(windows), n_choosing(self._shape.n_embd))
         chosen = np.linspace(0, len(windows) - 1, n_chosen).astype(int)
         seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
-        with reading(self._model, Wanted(tuple(wanted)), N_WINDOW) as opened:
-            for window in chosen:
-                tapped = opened.window(windows[window].tolist())
-                for boundary in wanted:
-                    seen[boundary].append(self._summing.state(boundary, tapped)[1:])
-                self._heed()
+        reading = Reading(self._context, Wanted(tuple(wanted)))
+        for window in chosen:
+            tapped = reading.window(windows[window].tolist())
+            for boundary in wanted:
+                seen[boundary].append(self._summing.state(boundary, tapped)[1:])
+            self._heed()
         for boundary in wanted:
             self._heed()
             chosen_input = self._summing.choose_input(boundary, seen.pop(boundary))
@@ -251,5 +243,5 @@ def _identity(
     parts += [source.name, source.size_bytes]
     parts += [(plan.schedule, plan.projection) for plan in plans]
     parts += [*map(tuple, chain.from_iterable(groups)), n_tokens]
-    parts += [options.ridge, options.weighting.value, options.kv_type.value]
+    parts += [options.ridge, options.kv_type.value]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

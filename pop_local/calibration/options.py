@@ -4,7 +4,7 @@ import glob
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pop_converter.fit.least_squares import RIDGE, KvType, Weighting
+from pop_converter.fit.least_squares import RIDGE, KvType
 from pop_converter.projection import Projection
 
 
@@ -25,7 +25,6 @@ class FitOptions:
     texts: tuple[Path, ...] = ()
     kv_type: KvType = KvType.Q8_0
     ridge: float = RIDGE
-    weighting: Weighting = Weighting.ATTENTION
     memory_bytes: int | None = None
     state_path: Path | None = None
     mmproj: Path | None = None

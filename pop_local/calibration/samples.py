@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_local.base.errors import PopError
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.context import Context
 
 MAX_SEQUENCES = 64
 NOT_SAMPLED = -1
@@ -22,7 +22,7 @@ _BLOCK = 256
 
 
 def sample_windows(
-    model: LoadedModel,
+    context: Context,
     windows: NDArray[np.int32],
     n_given: Sequence[int],
     *,
@@ -42,7 +42,7 @@ def sample_windows(
     n_parts = -(-len(windows) // MAX_SEQUENCES)
     parts = np.array_split(windows, n_parts), np.array_split(np.array(n_given), n_parts)
     for tokens, given in zip(*parts, strict=True):
-        for n_steps in _fill(tokens, given, model, rng):
+        for n_steps in _fill(tokens, given, context, rng):
             on_progress(done + len(tokens) * n_steps, windows.size)
         done += tokens.size
 
@@ -50,7 +50,7 @@ def sample_windows(
 def _fill(
     tokens: NDArray[np.int32],
     n_given: NDArray[Any],
-    model: LoadedModel,
+    context: Context,
     rng: np.random.Generator,
 ) -> Iterator[int]:
     """Sample what is missing of each row; this yields how many columns there are."""
@@ -61,17 +61,18 @@ def _fill(
         return
     n_batch = n if n_known == 1 else max(n, _READ_AGAIN)
     shape = {"n_ctx": n * n_window, "n_batch": n_batch, "n_ubatch": n_batch, "n_seq_max": n}
-    with model.context(**shape) as ctx, closing(TokenBatch(n)) as batch:
+    with context.another(**shape) as ctx, closing(TokenBatch(n_batch)) as batch:
         for sequence, row in enumerate(tokens[:, : n_known - 1]):
-            _read_again(ctx, sequence, row, n_batch)
+            for start in range(0, len(row), n_batch):
+                piece = row[start : start + n_batch]
+                logs.forget_errors()
+                _require(batch.decode(ctx, piece, start, Outputs.NONE, sequence))
             yield n_known
         for step in range(n_known, n_window):
             logs.forget_errors()
             at = (np.full(n, step - 1), np.arange(n), np.ones(n, bool))
-            code = batch.run(ctx, tokens[:, step - 1], *at)
-            if code != 0:
-                raise logs.not_decoded(code)
-            logits = np.ctypeslib.as_array(bindings().llama_get_logits(ctx), (n, model.n_vocab))
+            _require(batch.run(ctx, tokens[:, step - 1], *at))
+            logits = np.ctypeslib.as_array(bindings().llama_get_logits(ctx), (n, context.n_vocab))
             if np.isnan(logits.max(axis=1)).any():
                 raise PopError(
                     "the model's predictions are not numbers",
@@ -83,14 +84,9 @@ def _fill(
             yield step + 1
 
 
-def _read_again(ctx: Any, sequence: int, tokens: NDArray[np.int32], n_batch: int) -> None:
-    with closing(TokenBatch(n_batch)) as batch:
-        for start in range(0, len(tokens), n_batch):
-            logs.forget_errors()
-            piece = tokens[start : start + n_batch]
-            code = batch.decode(ctx, piece, start, Outputs.NONE, sequence)
-            if code != 0:
-                raise logs.not_decoded(code)
+def _require(code: int) -> None:
+    if code != 0:
+        raise logs.not_decoded(code)
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_local.base.errors import PopError
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.samples import NOT_SAMPLED, sample_windows
+from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import Context
+from pop_local.engine.prompt.prompter import Prompter
 from pop_local.texts.decoding import decoded, read_bytes
 from pop_local.texts.folders import read_kinds
 
@@ -90,7 +92,7 @@ def n_sampled_of(count: int) -> int:
     return count // 2
 
 
-def own_text(model: LoadedModel, count: int) -> CalibrationText:
+def own_text(context: Context, count: int) -> CalibrationText:
     """Make a text of Python's documentation, its library's code, and samples of the model.
 
     Half of the samples are text that the model writes by itself. The other half are questions and
@@ -98,8 +100,8 @@ def own_text(model: LoadedModel, count: int) -> CalibrationText:
     beginnings yet: `sampled` completes them.
     """
     n_cut = count - n_sampled_of(count)
-    cut = _spread(model, [_texts()], n_cut)
-    starts = _starts(model, count - n_cut)
+    cut = _spread(context, [_texts()], n_cut)
+    starts = _starts(context, count - n_cut)
     begun = np.full((len(starts), N_WINDOW), NOT_SAMPLED, np.int32)
     for row, start in zip(begun, starts, strict=True):
         row[: len(start)] = start
@@ -107,7 +109,7 @@ def own_text(model: LoadedModel, count: int) -> CalibrationText:
 
 
 def sampled(
-    model: LoadedModel, text: CalibrationText, on_progress: Callable[[int, int], object]
+    context: Context, text: CalibrationText, on_progress: Callable[[int, int], object]
 ) -> CalibrationText:
     """Complete the windows of `own_text` where they are; another text is returned as it is.
 
@@ -117,40 +119,45 @@ def sampled(
     if (windows != NOT_SAMPLED).all():
         return text
     n_sampled = n_sampled_of(len(windows))
-    n_given = [len(start) for start in _starts(model, n_sampled)]
-    sample_windows(model, windows[-n_sampled:], n_given, seed=SEED, on_progress=on_progress)
+    n_given = [len(start) for start in _starts(context, n_sampled)]
+    sample_windows(context, windows[-n_sampled:], n_given, seed=SEED, on_progress=on_progress)
     return replace(text, sha256=hashlib.sha256(windows.tobytes()).hexdigest())
 
 
-def _starts(model: LoadedModel, n_sampled: int) -> list[list[int]]:
-    chat = model.before_question[:N_WINDOW]
+def _starts(context: Context, n_sampled: int) -> list[list[int]]:
+    chat = context.tokenize(Prompter(context).before_question(), special=True)[:N_WINDOW]
     n_chat = n_sampled // 2 if chat else 0
-    return [chat] * n_chat + [[model.first_token]] * (n_sampled - n_chat)
+    return [chat] * n_chat + [[first_token(context)]] * (n_sampled - n_chat)
+
+
+def first_token(context: Context) -> int:
+    """Return the token that the model's own texts begin with: BOS, else EOS, else the first."""
+    api, vocab = bindings(), context.vocab
+    found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
+    return next((int(token) for token in found if token >= 0), 0)
 
 
 def to_distill(
-    model: LoadedModel, text: CalibrationText, paths: Sequence[Path], n_windows: int
+    context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> Windows:
     """Return the windows of a calibration, and more of its texts, or of what `paths` hold.
 
     They are `n_windows`, fewer where a text has no more that are different.
     """
     shelves = _shelves(paths, n_windows) if paths else [_texts()]
-    every = np.concatenate([text.windows, _spread(model, shelves, n_windows)])
+    every = np.concatenate([text.windows, _spread(context, shelves, n_windows)])
     _, first = np.unique(every, axis=0, return_index=True)
     return every[np.sort(first)[:n_windows]]
 
 
-def given_text(
-    model: LoadedModel, paths: Sequence[Path], count: int, n_embd: int
-) -> CalibrationText:
+def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Cut windows out of texts, as many of each path, and in a folder as many of each kind.
 
     Those too short for their share leave it to the others. Within a text they are spread evenly.
     Raises CalibrationError when the texts are empty, binary, too short, or of one phrase.
     """
     shelves = _shelves(paths, count)
-    windows, least = _spread(model, shelves, count), least_tokens(n_embd)
+    windows, least = _spread(context, shelves, count), least_tokens(n_embd)
     if windows.size < least:
         found = f"{windows.size:,} tokens in whole windows of {N_WINDOW}"
         raise _too_short(paths, found, least)
@@ -201,11 +208,11 @@ def _shelves(paths: Sequence[Path], count: int) -> list[list[str]]:
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
-def _spread(model: LoadedModel, shelves: Sequence[Sequence[str]], count: int) -> Windows:
+def _spread(context: Context, shelves: Sequence[Sequence[str]], count: int) -> Windows:
     """Cut windows: as many of each shelf, and as many of each text on it."""
 
     def of_shelf(shelf: Sequence[str], n: int) -> Windows:
-        return _shared(shelf, n, len, lambda text, n: _cut(model, text, n))
+        return _shared(shelf, n, len, lambda text, n: _cut(context, text, n))
 
     return _shared(shelves, count, lambda shelf: sum(map(len, shelf)), of_shelf)
 
@@ -238,16 +245,16 @@ def _library_code() -> str:
     return "\n\n".join(sources)
 
 
-def _cut(model: LoadedModel, text: str, count: int) -> Windows:
+def _cut(context: Context, text: str, count: int) -> Windows:
     """Cut up to `count` windows, spread evenly; each begins as the model wants a text to begin."""
-    prefix = list(model.prefix)
+    prefix = list(context.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN
     if len(text) > count * n_chars:
         starts = [i * (len(text) - n_chars) // max(count - 1, 1) for i in range(count)]
-        parts = [model.tokenize(text[start : start + n_chars])[:n_text] for start in starts]
+        parts = [context.tokenize(text[start : start + n_chars])[:n_text] for start in starts]
     else:
-        tokens = model.tokenize(text)
+        tokens = context.tokenize(text)
         n_whole = len(tokens) // n_text
         chosen = [i * n_whole // count for i in range(count)] if n_whole > count else range(n_whole)
         parts = [tokens[i * n_text : (i + 1) * n_text] for i in chosen]

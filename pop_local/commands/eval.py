@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
-from pop_converter.fit.least_squares import RIDGE, Weighting
+from pop_converter.fit.least_squares import RIDGE
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.commands.unfolding import Group, option, unfolded
@@ -50,9 +50,6 @@ class EvalFitOptions(opt.FittingOptions):
         min=0.0,
         callback=opt.finite,
     )
-    weighting: Weighting | None = option(
-        "Whether tokens count by the attention that they get. Default: attention."
-    )
     fit_text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
 
 
@@ -86,7 +83,7 @@ def eval(  # noqa: A001
         )
     boundaries = _boundaries(at, sweep)
     texts = tuple(fitting.fit_text or ()) or None
-    given = fitting.fit(texts=texts, ridge=fitting.ridge, weighting=fitting.weighting)
+    given = fitting.fit(texts=texts, ridge=fitting.ridge)
     if not fit:
         opt.no_fit(given, "there is no --fit")
     elif measured.sidecar is not None:

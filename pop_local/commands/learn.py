@@ -10,7 +10,7 @@ from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.engine.learning.store import SumsFile
-from pop_local.models.learned import LearnedFiles, learned_files, learned_name
+from pop_local.models.learned import LearnedFiles, learned_files
 from pop_local.models.names import resolve_base
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, Table, print_json, print_table
@@ -71,8 +71,8 @@ def forget(
     ] = None,
 ) -> None:
     """Forget what was learned of a model, or of all. Its sidecar goes, too."""
-    wanted = None if model is None else learned_name(read_source(resolve_base(model)))
-    forgotten = [each for each in learned_files() if wanted in (None, each.name)]
+    wanted = None if model is None else LearnedFiles.of(read_source(resolve_base(model)))
+    forgotten = [each for each in learned_files() if wanted in (None, each)]
     for each in forgotten:
         each.forget()
     note(f"Forgotten: {', '.join(each.name for each in forgotten) or 'nothing was learned'}.")

@@ -80,7 +80,7 @@ class OpenModel:
         `options` are those of ContextOptions, and fields of llama.cpp's own parameters.
         """
         backend.require_patched()
-        given = ContextOptions.of(options)
+        given, self._options = ContextOptions.of(options), options
         source = read_source(Path(path))
         if "tokenizer.chat_template" in source.first.keys:
             templates.renderer.start()  # while the model is loaded
@@ -169,7 +169,7 @@ class OpenModel:
             sidecar=sidecar,
             select=self.rule.select or None,
             keep_states=self._wants_refill,
-            **self.context.options.given,
+            **self._options,
         )
         if self.can_switch and self.mode is Mode.OFF:
             opened.set_mode(Mode.OFF)

@@ -3,12 +3,11 @@
 Logits exist only where they are requested, and rows that request logits are full in every mode but
 ALWAYS. So nothing of the context is ever scored but what its last token predicts. The row counters
 must show after each context, and after each text, that as many rows were pruned as planned;
-otherwise PopError. Whoever watches the model (Interrupt.should_stop) may stop it: StoppedError.
+otherwise PopError. Whoever watches the work (`stopped_by`) may stop it: StoppedError.
 """
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 
 from pop_converter.popfile.plan import Plan
 from pop_local.base.errors import PopError
+from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.depth.online import OnlineRefill
-from pop_local.engine.llama import backend, logs
-from pop_local.engine.llama.backend import Mode, Reading
-from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 from pop_local.engine.prefill.read import append
@@ -67,16 +67,10 @@ def n_pruned(rule: RowRule, n_context: int, pruning: Pruning) -> int:
     return n_context if pruning.context is Mode.ALWAYS else 0
 
 
-def use_rule(model: PopModel, rule: RowRule) -> None:
-    """Let the model's prefills follow another rule; this empties the KV cache."""
-    model.rule = rule
-    model.cache.clear()
-
-
 def as_planned(model: PopModel, plan: Plan) -> None:
-    """Let the model's full tokens be those of the plan."""
-    rule = replace(model.rule, sink_tokens=plan.sink_tokens, tail_tokens=plan.tail_tokens)
-    use_rule(model, rule)
+    """Let the model's full tokens be those of the plan; this empties the KV cache."""
+    model.rule = replace(model.rule, sink_tokens=plan.sink_tokens, tail_tokens=plan.tail_tokens)
+    model.cache.clear()
 
 
 @contextmanager
@@ -86,28 +80,19 @@ def forced(model: PopModel) -> Iterator["Forced"]:
     Contexts of any length are pruned: `min_prompt` is a matter of speed. Afterwards mode and
     boundary are as before, and the KV cache is empty.
     """
-    with model.cache.lent(), closing(TokenBatch(model.context.n_batch)) as rows:
-        yield Forced(model, rows)
+    with model.cache.lent():
+        yield Forced(model)
 
 
 class Forced:
-    """A model that is told what to read and what to predict; `forced` makes one.
+    """A model that is told what to read and what to predict; `forced` makes one."""
 
-    Text after a context goes round the KV cache's own record.
-    """
-
-    def __init__(self, model: PopModel, rows: TokenBatch) -> None:
+    def __init__(self, model: PopModel) -> None:
         self.rule = replace(model.rule, min_prompt=0, select=0.0)
-        self._api = backend.bindings()
         self.model = model
         self._cache, self._context = model.cache, model.context
-        self._ctx = model.context.ctx
-        self._n_vocab = model.context.n_vocab
-        self._rows = rows
-        self._n_context = 0
-        self._next = np.empty((0, self._n_vocab), np.float32)
-        self._is_recurrent = model.context.is_recurrent
-        self._state = b""
+        self._next = np.empty((0, model.context.n_vocab), np.float32)
+        self._state: SavedState | None = None
 
     def read(self, context: Tokens, pruning: Pruning) -> None:
         """Read a context into an empty cache. Raises PopError unless it is pruned as planned."""
@@ -125,8 +110,8 @@ class Forced:
         cache.set_mode(pruning.context)
         append(cache, Prompt(context), replace(self.rule, select=pruning.select))
         self._require("context", len(context), n_pruned(self.rule, len(context), pruning))
-        self._n_context = len(context)
-        self._keep()
+        self._next = self._context.logits().copy()
+        self._state = cache.save() if self._context.is_recurrent else None
 
     def predict(self, tokens: Tokens, pruning: Pruning = FULL) -> Logits:
         """Logits (len(tokens), n_vocab) for a text right after the context.
@@ -136,60 +121,36 @@ class Forced:
         context; rows of the context that were given their depth meanwhile stay deep. Raises
         PopError unless the text is pruned as the mode requires.
         """
-        mode = pruning.continuation
+        cache, mode = self._cache, pruning.continuation
+        n_context, n_decoded = cache.n_tokens, len(tokens) - 1
+        backend.reset_counters(self._context.ctx)
         # Attention is counted in mode CONTEXT; the rows are full there, too: they ask for logits.
-        backend.set_mode(self._ctx, Mode.CONTEXT if pruning.n_refilled else mode)
-        backend.set_reading(self._ctx, Reading.NONE)
-        backend.reset_counters(self._ctx)
-        logits = np.empty((len(tokens), self._n_vocab), np.float32)
+        cache.slot.set_mode(Mode.CONTEXT if pruning.n_refilled else mode)
+        cache.slot.begin_step()
+        logits = np.empty((len(tokens), self._context.n_vocab), np.float32)
         logits[:1] = self._next
         step = 1 if pruning.n_refilled else min(_MAX_SCORED_ROWS, self._context.n_batch)
-        refilling = OnlineRefill(self._cache, pruning.n_refilled)
+        refilling = OnlineRefill(cache, pruning.n_refilled)
         try:
-            for start in range(0, len(tokens) - 1, step):
-                piece = tokens[start : min(start + step, len(tokens) - 1)]
-                refilling.before_row(self._n_context + start)
-                self._decode(piece, self._n_context + start)
+            for start in range(0, n_decoded, step):
+                piece = tokens[start : min(start + step, n_decoded)]
+                refilling.before_row(cache.n_tokens)
+                with cache.slot.watching():
+                    cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
+                    cache.slot.check()
                 logits[start + 1 : start + 1 + len(piece)] = self._context.logits(len(piece))
         finally:
             refilling.end()
-            backend.set_mode(self._ctx, self._cache.mode)
-        n_decoded = len(tokens) - 1
+            cache.slot.set_mode(cache.mode)
         self._require("continuation", n_decoded, n_decoded if mode is Mode.ALWAYS else 0)
-        self._forget_from(self._n_context)
+        if self._state is not None:
+            cache.take_over(self._state)
+        elif not cache.truncate(n_context):
+            raise PopError("this model's KV cache cannot forget its last tokens")
         return logits
 
-    def _decode(self, tokens: Tokens, first_pos: int) -> None:
-        logs.forget_errors()
-        with self._context.interrupt.watching(self._ctx):
-            code = self._rows.decode(self._ctx, tokens, first_pos, Outputs.ALL)
-            self._context.interrupt.check()
-        if code != 0:
-            raise logs.not_decoded(code)
-
-    def _keep(self) -> None:
-        """Keep what the context's last token predicts, and recurrent states after it."""
-        self._next = self._context.logits().copy()
-        if self._is_recurrent:
-            flags = self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-            size = self._api.llama_state_seq_get_size_ext(self._ctx, 0, flags)
-            state = (ctypes.c_uint8 * size)()
-            if not self._api.llama_state_seq_get_data_ext(self._ctx, state, size, 0, flags):
-                raise PopError("this model's state cannot be kept")
-            self._state = bytes(state)
-
-    def _forget_from(self, position: int) -> None:
-        if self._is_recurrent:
-            flags = self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-            state = (ctypes.c_uint8 * len(self._state)).from_buffer_copy(self._state)
-            if not self._api.llama_state_seq_set_data_ext(self._ctx, state, len(state), 0, flags):
-                raise PopError("this model's state cannot be brought back")
-        memory = self._api.llama_get_memory(self._ctx)
-        if not self._api.llama_memory_seq_rm(memory, 0, position, -1):
-            raise PopError("this model's KV cache cannot forget its last tokens")
-
     def _require(self, what: str, n_tokens: int, expected: int) -> None:
-        counters = backend.get_counters(self._ctx)
+        counters = self._cache.slot.counters
         n_deep = counters.n_deep if what == "context" else 0
         if (counters.n_context - n_deep, counters.n_rows) != (expected, n_tokens):
             raise PopError(

@@ -97,7 +97,7 @@ def measure_induction(
 
 def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
     start, end = _scored(reader)
-    context = [*bos(reader.model), *tokens[:end]]
+    context = [*reader.model.context.bos, *tokens[:end]]
     reader.read(context[:1], FULL)
     predicted = predictions(reader.predict(context[1:]))
     nll = likelihood(predicted, np.asarray(context)[1:]).nll
@@ -106,7 +106,7 @@ def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
 
 def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> float:
     start, end = _scored(reader)
-    reader.read([*bos(reader.model), *tokens], pruning)
+    reader.read([*reader.model.context.bos, *tokens], pruning)
     return float(copied(reader, tokens[:end], pruning).nll[start - 1 :].mean())
 
 
@@ -115,14 +115,9 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
     The first token, which nothing announces, is never among them.
     """
-    start = max(1, reader.rule.sink_tokens - len(bos(reader.model)))
+    start = max(1, reader.rule.sink_tokens - len(reader.model.context.bos))
     end = N_REPEATED - reader.rule.tail_tokens
     return (start, end) if start < end else (1, N_REPEATED)
-
-
-def bos(model: PopModel) -> tuple[int, ...]:
-    """Return what the model wants at the start of every text: BOS or nothing."""
-    return model.context.bos
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:

@@ -32,7 +32,6 @@ from pop_local.measure.forced import FULL, Forced, Pruning, forced, n_pruned
 from pop_local.measure.heldout import TextTokens, spread_windows
 from pop_local.measure.probes import (
     Repeated,
-    bos,
     copied,
     measure_induction,
     pick_passage,
@@ -254,7 +253,7 @@ def choose_windows(
     Raises PopError when the text or the context is too short.
     """
     require_passage(settings.n_context, reader.rule)
-    start = bos(reader.model)
+    start = reader.model.context.bos
     n_text = settings.n_context - len(start)
     rng = np.random.default_rng(settings.seed)
     windows = []

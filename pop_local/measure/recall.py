@@ -16,7 +16,6 @@ from pop_local.measure.divergence import likelihood, predictions
 from pop_local.measure.estimate import Estimate, mean
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import shipped_part
-from pop_local.measure.probes import bos
 
 N_FACTS = 6
 N_DIGITS = 5
@@ -180,7 +179,7 @@ def _document(
         model.tokenize(" " + _FACT.format(place=place, code=code))
         for place, code in zip(places, codes, strict=True)
     ]
-    room = n_tokens - sum(map(len, facts)) - len(bos(model))
+    room = n_tokens - sum(map(len, facts)) - len(model.context.bos)
     if room < n_tokens // 4:
         raise PopError(
             f"{N_FACTS} facts leave no room in a document of {n_tokens} tokens",
@@ -199,4 +198,4 @@ def _document(
     question = model.tokenize(_QUESTION.format(place=places[which]))
     document = [token for piece in pieces for token in piece]
     answer = model.tokenize(" " + codes[which])
-    return Asked((*bos(model), *document, *question), tuple(answer))
+    return Asked((*model.context.bos, *document, *question), tuple(answer))

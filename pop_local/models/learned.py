@@ -13,9 +13,13 @@ SUMS = ".sums.npz"
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """The files of one model, by its name and hash."""
+    """The files of one model, by its name and hash; they need not be there."""
 
     name: str
+
+    @classmethod
+    def of(cls, base: Source) -> "LearnedFiles":
+        return cls(f"{Path(base.name).stem}-{sampled_sha256(base)[:16]}")
 
     @property
     def sums(self) -> Path:
@@ -34,15 +38,6 @@ class LearnedFiles:
         """Remove both, and what belongs to them."""
         for path in learned_dir().glob(f"{glob.escape(self.name)}.*"):
             path.unlink(missing_ok=True)
-
-
-def learned_name(base: Source) -> str:
-    return f"{Path(base.name).stem}-{sampled_sha256(base)[:16]}"
-
-
-def learned_path(base: Source, suffix: str) -> Path:
-    """Return a file of what was learned of a model, which need not be there."""
-    return learned_dir() / f"{learned_name(base)}{suffix}"
 
 
 def learned_files() -> list[LearnedFiles]:

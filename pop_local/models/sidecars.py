@@ -10,7 +10,7 @@ from pop_converter.popfile.format import pop_meta, read_binding
 from pop_converter.popfile.sidecar import SUFFIX, bind, read_sidecar, sidecar_beside
 from pop_local.base.errors import FormatError
 from pop_local.config.settings import learned_dir
-from pop_local.models.learned import learned_path
+from pop_local.models.learned import LearnedFiles
 
 # For the models of the catalog (docs/quality.md tells how each was made), which are known by their
 # hashes.
@@ -29,7 +29,7 @@ def sidecar_of(base: Source) -> Path | None:
 
 def _learned(base: Source) -> Path | None:
     """Return the one that was learned, None where there is none, or a damaged one."""
-    path = learned_path(base, SUFFIX)
+    path = LearnedFiles.of(base).sidecar
     with suppress(FormatError):
         if path.is_file():
             read_sidecar(path, base)

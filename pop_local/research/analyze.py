@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
 from pop_local.measure.forced import Pruning, as_planned
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
-from pop_local.measure.probes import N_REPEATED, bos, require_passage
+from pop_local.measure.probes import N_REPEATED, require_passage
 from pop_local.measure.quality import (
     QualitySettings,
     Reference,
@@ -199,7 +199,7 @@ class _Run:
         )
         with self._opened_as_planned() as model:
             tokens = tokenize(model, self.text)
-            start = bos(model)
+            start = model.context.bos
             texts = spread_windows(tokens, n_gated, options.n_window - len(start))
             advance = self.watch.stage("Reading in full")
             reference = read_reference(model, tokens, settings, advance)
@@ -257,7 +257,7 @@ class _Run:
             as_planned(model, self.ends)
             yield model
 
-    def _opened(self, sidecar: Path | None) -> PopModel:
+    def _opened(self, sidecar: Path | None) -> AbstractContextManager[PopModel]:
         files = ModelFiles(self.source.first.path, sidecar)
         n_ctx = max(self.options.n_window, 2 * N_REPEATED + 1)
         return opened(files, self.hardware, self.watch, n_ctx=n_ctx)

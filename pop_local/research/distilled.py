@@ -17,7 +17,7 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.calibration import needs
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, Windows, to_distill
 from pop_local.research.hyper import read_hyper
@@ -90,8 +90,8 @@ class Distiller:
 
     def _windows(self, plan: Plan, text: CalibrationText) -> Windows:
         n_windows = self.options.n_distilled(plan.shape.n_embd)
-        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
-            return to_distill(model, text, self.options.texts, n_windows)
+        with loaded(self.source.first.path, **vars(self.hardware)) as context:
+            return to_distill(context, text, self.options.texts, n_windows)
 
     def read(self, first: int, windows: Windows, device: TorchDevice) -> Reference:
         """Read windows [n_windows, N_WINDOW] in full, for boundaries from `first` on."""

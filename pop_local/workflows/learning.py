@@ -10,7 +10,7 @@ from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.plan import Plan, make_plan
 from pop_converter.popfile.rewrite import Fitted
-from pop_converter.popfile.sidecar import SUFFIX, write_sidecar
+from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration.needs import MOST_COST, fit_cost
@@ -23,7 +23,7 @@ from pop_local.engine.open_model import OpenModel
 from pop_local.measure.budget import BALANCED, is_inside
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.models.learned import learned_path
+from pop_local.models.learned import LearnedFiles
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.full_model import FullModel
@@ -67,7 +67,6 @@ class _LearnedFitter(Fitter):
             hashlib.sha256(gram.xx.tobytes()).hexdigest(),
             gram.n_rows,
             options.ridge,
-            options.weighting.value,
         )
         return Fitted(calibration, tuple(tensors), 0, plan.projection)
 
@@ -136,7 +135,7 @@ class Lessons:
         if not self._is_better(chosen):
             self._end()
             return None
-        target = learned_path(self._bench.source, SUFFIX)
+        target = LearnedFiles.of(self._bench.source).sidecar
         assert chosen.fitted is not None and chosen.fitted.calibration is not None
         found = measured(chosen.quality)
         write_sidecar(

@@ -1,11 +1,14 @@
 """A model opened to be measured, and the figures that a file stores of the result."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from math import isnan
 from typing import Any
 
 from pop_converter.popfile.format import Measured, Recalled
 from pop_local.base.errors import PopError
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.measure.quality import Quality
 from pop_local.measure.recall import Recall
@@ -14,11 +17,14 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 
 
-def opened(files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any) -> PopModel:
-    """A model that the watch may stop while llama.cpp reads; `options` as for PopModel."""
+@contextmanager
+def opened(
+    files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
+) -> Iterator[PopModel]:
+    """Open a model that the watch may stop while llama.cpp reads; `options` as for PopModel."""
     model = PopModel(files.path, sidecar=files.sidecar, **vars(hardware), **options)
-    model.context.interrupt.should_stop = watch.should_stop
-    return model
+    with model, stopped_by(watch.should_stop):
+        yield model
 
 
 def measured(quality: Quality) -> Measured:

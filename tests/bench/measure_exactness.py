@@ -36,7 +36,6 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats, Logits, divergence, likelihood, predictions
 from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile
 from pop_local.measure.heldout import given_text, shipped_text, spread_windows, tokenize
-from pop_local.measure.probes import bos
 from shared import write_f32
 
 
@@ -79,7 +78,7 @@ def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats
     how |= {"flash_attn": setting.flash_attn, "repack": setting.repack, "n_threads": 1}
     how |= {"n_ctx": n, "n_batch": n, "n_ubatch": n}
     with PopModel(folder / "f32" if setting.is_f32 else options.model, n_gpu_layers=0, **how) as m:
-        start, text = bos(m), given_text(options.text) if options.text else shipped_text()
+        start, text = m.context.bos, given_text(options.text) if options.text else shipped_text()
         windows = spread_windows(tokenize(m, text), options.chunks, n - len(start))
         for number, chunk in enumerate([*start, *window] for window in windows):
             path = folder / f"{number}.npy"

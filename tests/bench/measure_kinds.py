@@ -21,8 +21,8 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Follow, calibrate
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
@@ -47,10 +47,10 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
         source = read_source(options.model)
         plan = make_plan(source_shape(source), boundary=options.boundary, projection=WIDE)
         how = FitOptions(options.tokens, tuple(texts), projection=WIDE)
-        with LoadedModel(options.model, n_threads=1) as model, terminal_watch() as watch:
+        with loaded(options.model, n_threads=1) as context, terminal_watch() as watch:
             watch.stage(f"Sampling and fitting {name}")
             follow = Follow(watch.on_progress, watch.on_progress, watch.should_stop)
-            [fitted] = calibrate([plan], model, source, how, follow).fitted
+            [fitted] = calibrate([plan], context, source, how, follow).fitted
         write_sidecar(plan, options.model, sidecar, fitted=fitted)
     return sidecar
 

@@ -22,8 +22,8 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import Plan, make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Follow, calibrate
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
@@ -49,10 +49,10 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
         source = read_source(model)
         shape = source_shape(source)
         plans = [make_plan(shape, boundary=b, projection=kind) for b, kind in missing]
-        with terminal_watch() as watch, LoadedModel(model, **vars(ONE_THREAD)) as loaded:
+        with terminal_watch() as watch, loaded(model, **vars(ONE_THREAD)) as context:
             watch.stage("Sampling and fitting")
             follow = Follow(watch.on_progress, watch.on_progress, watch.should_stop)
-            done = calibrate(plans, loaded, source, FitOptions(), follow)
+            done = calibrate(plans, context, source, FitOptions(), follow)
         for plan, fitted in zip(plans, done.fitted, strict=True):
             write_sidecar(plan, model, sidecars[plan.boundary, plan.projection], fitted=fitted)
     return sidecars

@@ -11,7 +11,6 @@ import pytest
 import pop_local
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
@@ -26,6 +25,7 @@ from pop_local.workflows.conversion import within as searching
 from pop_local.workflows.conversion.within import Contender, Stage
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
+from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
 OWN, FITTED, WIDE, ATTENTION = Projection

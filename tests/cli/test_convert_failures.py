@@ -13,10 +13,10 @@ import pytest
 
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile import rewrite
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Sizes, check_target
 from pop_local.base.errors import FormatError, OutputExistsError, WriteError
 from support.converted import convert_default, names
+from support.shapes import read_pop_meta
 from support.synthetic import add_keys, make_gguf, make_split
 
 resource = pytest.importorskip("resource", reason="signals and limits of POSIX")

@@ -5,14 +5,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.popfile.format import read_pop_meta
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fastest
 from support.searched import convert
-from support.shapes import read_shape
+from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.usefixtures("short_fastest")

@@ -17,7 +17,6 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.projection import Projection
 from pop_local.calibration import texts
 from pop_local.cli import app
@@ -26,6 +25,7 @@ from pop_local.measure import budget
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
 from support.converted import names
+from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
@@ -336,7 +336,7 @@ def test_a_fit_outlasts_a_stop_of_what_follows(
     assert stopped.exit_code == 130
     assert "goes on from there" in stopped.stderr
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
-    monkeypatch.setattr("pop_local.calibration.job.reading", None)
+    monkeypatch.setattr("pop_local.calibration.job.Reading", None)
     assert convert(*options).exit_code == 0
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pop_converter.fit import weights
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.projection import Projection
 from pop_local.cli import app
 from pop_local.measure import budget
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
+from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_examination")]

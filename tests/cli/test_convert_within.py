@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.popfile import sidecar as sidecars
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
 from pop_local.calibration import activations, needs, texts
@@ -26,6 +25,7 @@ from pop_local.workflows.conversion import fits, full_model
 from pop_local.workflows.conversion import within as searching
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
+from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
 OWN, FITTED, WIDE, ATTENTION = Projection

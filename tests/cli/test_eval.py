@@ -166,7 +166,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
-    fit = ("--fit", "--tokens", 2048, "--kv-type", "f16", "--weighting", "none", "--ridge", 0.01)
+    fit = ("--fit", "--tokens", 2048, "--kv-type", "f16", "--ridge", 0.01)
     options = (plain, "--text", text, "--sweep", "1,2,4")
     own = measured(*options)["rows"]
     rows = measured(*options, *fit)["rows"]
@@ -177,7 +177,7 @@ def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
     assert rows[2]["kl_mean"] < 0.7 * own[2]["kl_mean"]
     for row in rows[1:]:
         found = row["calibration"]
-        assert (found["n_tokens"], found["ridge"], found["weighting"]) == (2048, 0.01, "none")
+        assert (found["n_tokens"], found["ridge"], found["weighting"]) == (2048, 0.01, "attention")
         assert row["kv_type"] == "f16"
     assert not list(temporary.iterdir())
 

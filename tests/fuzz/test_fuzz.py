@@ -16,7 +16,6 @@ from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import uncounted
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import read_sidecar, sidecar_beside, sidecar_meta
 from pop_converter.projection import Projection
@@ -42,7 +41,7 @@ from support.campaign import CHILD_PATIENCE_S, campaign
 from support.converted import paired, tiny
 from support.mutants import IN_PLACE, mutated_bytes, mutated_json
 from support.native import Loader
-from support.shapes import read_shape
+from support.shapes import read_pop_meta, read_shape
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 

@@ -14,7 +14,6 @@ from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, WriteError
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.cache.keys import conversion
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend
@@ -92,8 +91,6 @@ def test_the_engine(pair):
     assert both.boundary == 4 and both.mode is Mode.CONTEXT
     assert both.rule == single.rule
     np.testing.assert_array_equal(read(both, tokens), read(single, tokens))
-    with LoadedModel(pair.base, sidecar=pair.sidecar, n_threads=1) as model:
-        assert model.n_vocab == 384
 
 
 def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
@@ -112,8 +109,6 @@ def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
     monkeypatch.setattr(api, "llama_model_load_from_splits", load)
     with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
         opened(pair.base, sidecar=pair.sidecar)
-    with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
-        LoadedModel(pair.base, sidecar=pair.sidecar)
 
 
 # --- the states of two conversions

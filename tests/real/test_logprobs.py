@@ -6,6 +6,7 @@ import pytest
 from pop_local.base.errors import StoppedError
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Message, TurnOptions
@@ -74,9 +75,7 @@ def test_of_a_prompt_are_those_of_the_full_model(model):
 
 
 def test_reading_a_prompt_can_be_stopped(model):
-    model.context.interrupt.should_stop = lambda: model.cache.n_tokens >= 64
-    with pytest.raises(StoppedError):
+    with stopped_by(lambda: model.cache.n_tokens >= 64), pytest.raises(StoppedError):
         prompt_logprobs(model.cache, prompt(200), 0)
-    model.context.interrupt.should_stop = None
     assert model.cache.n_tokens == 64
     assert len(prompt_logprobs(model.cache, prompt(5), 0)) == 5

@@ -12,7 +12,6 @@ from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
-from pop_local.measure.probes import bos
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.measure.recall import RecallSettings, measure_recall
 from pop_local.research import depths
@@ -115,7 +114,7 @@ def test_logits_of_a_real_model_are_those_of_the_backend(smollm2):
 
     model = PopModel(smollm2, n_ctx=128, n_threads=1)
     text = model.tokenize(shipped_part("prose"))
-    tokens = [*bos(model), *text][:64]
+    tokens = [*model.context.bos, *text][:64]
     expected = backend_logits(model, tokens)
     assert mean_kl(expected, torch_logits(smollm2, tokens)) < 0.01
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan
 from pop_converter.projection import Projection
-from pop_local.calibration.activations import reading
+from pop_local.calibration.activations import Reading, loaded
 from pop_local.calibration.job import Follow, calibrate
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import N_WINDOW
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -55,8 +54,8 @@ def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[
     callback = bindings().ggml_backend_sched_eval_callback(see)
     sizes = {"n_ctx": n, "n_batch": n, "n_ubatch": n, "flash_attn_type": 0}
     with (
-        LoadedModel(path, n_threads=1) as model,
-        model.context(**sizes, cb_eval=callback) as ctx,
+        loaded(path, n_threads=1) as context,
+        context.another(**sizes, cb_eval=callback) as ctx,
         closing(TokenBatch(n)) as batch,
     ):
         assert batch.decode(ctx, tokens, 0, Outputs.NONE) == 0
@@ -93,21 +92,27 @@ def fitted_at(
     projections=(FITTED,),
 ):
     plans = [planned(path, boundary, each) for boundary in boundaries for each in projections]
-    with LoadedModel(path, n_threads=1) as model:
-        return calibrate(plans, model, read_source(path), options, follow).fitted
+    with loaded(path, n_threads=1) as context:
+        return calibrate(plans, context, read_source(path), options, follow).fitted
 
 
 def recorded(
     path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7), heads=()
 ) -> list[Tapped]:
     wanted = Wanted(boundaries, layers, heads, WEIGHING)
-    with LoadedModel(path, n_threads=1) as model, reading(model, wanted, N_WINDOW) as opened:
-        return [opened.window(window) for window in windows]
+    with loaded(path, n_threads=1) as context:
+        reading = Reading(context, wanted)
+        return [reading.window(window) for window in windows]
 
 
 def kv(shown: Sequence[Tapped], layer: int) -> np.ndarray:
     """K and V of a layer: [n, n_k + n_v] of all rows but the windows' first ones."""
     return np.concatenate([np.hstack([each.k[layer], each.v[layer]])[1:] for each in shown])
+
+
+def weights(shown: Sequence[Tapped], layer: int) -> np.ndarray:
+    """The weights of all tokens but the windows' first ones, by one layer's attention."""
+    return np.concatenate([fit.token_weights(each.mass[layer][1:]) for each in shown])
 
 
 def words(folder: Path) -> Path:

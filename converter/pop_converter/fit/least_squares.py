@@ -14,17 +14,20 @@ The sums of the plain fit are among its own.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
 
-from pop_converter.fit.solve import Doubles, SingularError, solve
 from pop_converter.fit.weights import Floats, KvProjection
 from pop_converter.gguf.content import NewTensor
 from pop_local.base.errors import PopError
+
+Doubles = NDArray[np.float64]
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
@@ -43,13 +46,6 @@ DAMAGED_HINT = "the model's file may be damaged: see whether the model answers"
 
 class FitError(PopError):
     """The activations do not determine projections."""
-
-
-class Weighting(str, Enum):
-    """How tokens count in a fit: by the attention that they receive, or all alike."""
-
-    ATTENTION = "attention"
-    NONE = "none"
 
 
 class KvType(str, Enum):
@@ -153,10 +149,10 @@ def with_bias(*inputs: Floats) -> Floats:
     return np.hstack([*inputs, np.ones((len(inputs[0]), 1), np.float32)])
 
 
-def token_weights(mass: Floats, weighting: Weighting) -> Floats:
+def token_weights(mass: Floats) -> Floats:
     """Return the weights [n] of tokens from the attention [n] that later ones pay to them."""
     mean = float(mass.mean())
-    if weighting is Weighting.NONE or mean <= 0:
+    if mean <= 0:
         return np.ones_like(mass)
     share = np.clip(mass / mean, 0, MOST_ATTENTION)
     return np.asarray(LEAST_WEIGHT + (1 - LEAST_WEIGHT) * share, np.float32)
@@ -200,20 +196,26 @@ def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
-    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first, in `xx`."""
+    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first, in `xx`.
+
+    Raises FitError where rounding would decide.
+    """
     power = xx.diagonal().copy()
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
     xx *= scale
     xx *= scale[:, None]
     xx[np.diag_indices_from(xx)] = np.where(power > 0, 1 + ridge, 1)
-    try:
-        return solve(xx, rest * scale[:, None], LEAST_PIVOT) * scale[:, None]
-    except SingularError as error:
+    least_root = 0.0
+    with suppress(np.linalg.LinAlgError):
+        least_root = float(np.linalg.cholesky(xx).diagonal().min())
+    if least_root**2 < LEAST_PIVOT:
         raise FitError(
             "the Gram matrix is singular",
             "fit on more varied text, or with a larger ridge",
             cause="singular",
-        ) from error
+        )
+    # numpy has no solver that takes the triangles.
+    return np.asarray(np.linalg.solve(xx, rest * scale[:, None]) * scale[:, None], np.float64)
 
 
 def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:

@@ -7,12 +7,11 @@ whose skipped layers use their own K/V projections opens everywhere.
 import re
 import struct
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gguf import GGUFValueType
 
-from pop_converter.gguf.header import Header, read_header
+from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import SIDECAR_ARCH
 from pop_converter.projection import Projection
 from pop_local.base.errors import FormatError
@@ -31,15 +30,16 @@ NO_LIMIT = 1e9
 class Calibration:
     """The text that projections were fitted on.
 
-    `sha256` is of the text, or of the tokens where some were sampled. `n_distilled` tokens were
-    read to train the fit end to end (pop_local.research.distill), 0 where it was not.
+    `sha256` is of the text, or of the tokens where some were sampled. Tokens count by the attention
+    that they receive (`weighting`). `n_distilled` of them were read to train the fit end to end
+    (pop_local.research.distill), 0 where it was not.
     """
 
     name: str
     sha256: str
     n_tokens: int
     ridge: float
-    weighting: str
+    weighting: str = "attention"
     n_distilled: int = 0
 
 
@@ -193,11 +193,6 @@ _GROUPS: dict[str, type[Any]] = {
 _BINDING = "pop.sidecar."
 # Whole numbers of so named keys are 64 bits wide.
 _SIZE = "_bytes"
-
-
-def read_pop_meta(path: Path) -> PopMeta | None:
-    """Read the POP keys of a file; None when it has none. Raises FormatError."""
-    return pop_meta(read_header(path))
 
 
 def pop_meta(header: Header) -> PopMeta | None:

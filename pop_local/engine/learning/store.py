@@ -22,7 +22,7 @@ from pop_local.base.archives import DAMAGES
 from pop_local.base.errors import PopError, WriteError
 from pop_local.base.output import make_private, replacing
 from pop_local.engine.learning.sums import Sums, stored_inputs
-from pop_local.models.learned import SUMS, learned_path
+from pop_local.models.learned import LearnedFiles
 
 log = logging.getLogger("pop_local.learning")
 
@@ -62,7 +62,7 @@ class SumsFile:
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
         """Return the file of a model, which need not be there."""
-        return cls(learned_path(source, SUMS), sampled_sha256(source))
+        return cls(LearnedFiles.of(source).sums, sampled_sha256(source))
 
     def load(self) -> Sums:
         """Return the sums, empty ones where there are none. A damaged file is put aside."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import DAMAGED_HINT, FitError, Gram, KvType, Weighting
+from pop_converter.fit.least_squares import DAMAGED_HINT, FitError, Gram, KvType
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import (
     Neurons,
@@ -97,7 +97,6 @@ class Summing:
         source: Source,
         shape: ModelShape,
         projections: Mapping[int, Sequence[Projection]],
-        weighting: Weighting = Weighting.ATTENTION,
         start: Mapping[str, NewTensor] | None = None,
     ) -> None:
         """`projections`: the kinds of fit at each boundary, own ones not among them.
@@ -105,7 +104,7 @@ class Summing:
         `start`: the tensors of an earlier fit, toward which the ridge pulls in the place of the
         layers' own projections.
         """
-        self.shape, self.projections, self._weighting = shape, projections, weighting
+        self.shape, self.projections = shape, projections
         self._start = start or {}
         self._weights = Weights(source)
         eps = source.first.of_arch("attention.layer_norm_rms_epsilon")
@@ -160,7 +159,7 @@ class Summing:
         below its own: nothing is added there.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
-        weights = [fit.token_weights(mass[1:], self._weighting) for mass in tapped.mass.values()]
+        weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]
         mean = np.mean(weights, axis=0) if weights else np.ones(tapped.n_rows - 1, np.float32)
         for boundary, gram in sums.grams.items():
             if boundary not in tapped.states:

@@ -2,8 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,6 @@ class ContextOptions:
             raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
         ours = {name: value for name, value in given.items() if name in known}
         return cls(**ours, others=others)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The keywords that make the same."""
-        ours = {name: value for name, value in vars(self).items() if name != "others"}
-        return {**ours, **self.others}
 
 
 class Context:
@@ -188,6 +182,24 @@ class Context:
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
         backend.set_kernels(self._ctx, options.kernels)
 
+    @contextmanager
+    def another(self, **params: Any) -> Iterator[Any]:
+        """Open another llama_context on the same weights, to be freed at the end.
+
+        `params`: llama_context_params that are not to be the defaults. Raises PopError.
+        """
+        settings = self._api.llama_context_default_params()
+        settings.n_threads = settings.n_threads_batch = self.n_threads
+        _fill(settings, params)
+        logs.forget_errors()
+        ctx = self._api.llama_init_from_model(self.model, settings)
+        if not ctx:
+            raise PopError(f"no context for {self.path}: {logs.first_error()}")
+        try:
+            yield ctx
+        finally:
+            self._api.llama_free(ctx)
+
     def _mapped(self) -> dict[Path, tuple[int, ...]]:
         """Return what tells the mapped files from others; those that are gone stay mapped."""
         sidecar = self.sidecar
@@ -265,9 +277,18 @@ class Context:
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
         """Return the tokens of a text; what looks like a special token is text unless `special`.
 
-        Raises PopError for what cannot be written as UTF-8.
+        Raises PopError for what cannot be split, or written as UTF-8; StoppedError, or whatever
+        Ctrl-C raises, when it is interrupted.
         """
-        return tokenized(self.vocab, text, add_bos=add_bos, special=special)
+        raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
+        room = len(raw) + 8
+        tokens = (ctypes.c_int32 * room)()
+        logs.forget_errors()
+        with Interrupt().tokenizing() as callback:
+            n = split(self.vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
+            if n < 0 and (reason := logs.first_error()):
+                raise PopError(f"the text cannot be split into tokens: {reason}")
+        return tokens[: max(n, 0)]
 
     @property
     def n_embd(self) -> int:
@@ -299,23 +320,6 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
-
-
-def tokenized(vocab: Any, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
-    """Return the tokens of a text by llama.cpp's vocabulary.
-
-    Raises PopError for what it cannot split; StoppedError, or whatever Ctrl-C raises, when it is
-    interrupted.
-    """
-    raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
-    room = len(raw) + 8
-    tokens = (ctypes.c_int32 * room)()
-    logs.forget_errors()
-    with Interrupt().tokenizing() as callback:
-        n = split(vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
-        if n < 0 and (reason := logs.first_error()):
-            raise PopError(f"the text cannot be split into tokens: {reason}")
-    return tokens[: max(n, 0)]
 
 
 def _fill(params: Any, others: Mapping[str, Any]) -> None:

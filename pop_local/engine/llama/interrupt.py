@@ -11,8 +11,8 @@ from typing import Any
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import bindings
 
-# Another reason to stop, for the work of this thread alone.
-_should_stop: ContextVar[Callable[[], bool] | None] = ContextVar("should_stop", default=None)
+# For the work of this thread alone.
+_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -32,7 +32,7 @@ def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
 
 def whether_to_stop() -> Callable[[], bool]:
     """Return what `stopped_by` asks now, for another thread that works for this one."""
-    return _should_stop.get() or (lambda: False)
+    return _should_stop.get()
 
 
 class DisplacedError(PopError):
@@ -62,7 +62,6 @@ class Interrupt:
         self._is_watching = False
         self._is_asking = False
         self._at_end: Callable[[], None] | None = None
-        self.should_stop: Callable[[], bool] | None = None
 
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
@@ -169,7 +168,4 @@ class Interrupt:
             self._handlers[number](number, frame)
 
     def _wanted(self) -> bool:
-        if self._at_end is not None:
-            return True
-        should_stop = _should_stop.get() or self.should_stop
-        return should_stop is not None and should_stop()
+        return self._at_end is not None or whether_to_stop()()

@@ -104,6 +104,21 @@ class Prompter:
         begun = THINK if text.rstrip().endswith(THINK) else ""
         return Prompt(tokens, () if self.has_template else PLAIN_STOPS, begun, images)
 
+    def before_question(self) -> str:
+        """Return what the model's template puts before a user's first question.
+
+        It is "" without one, and where that wants something else than a question. Raises PopError
+        where it goes beyond its limits.
+        """
+        if not self.has_template:
+            return ""
+        try:
+            shown = self.template.render([{"role": "user", "content": _PROBE}])
+        except ValueError:
+            return ""
+        before, found, _ = shown.partition(_PROBE)
+        return before if found else ""
+
     def see(self, picture: Picture) -> Seen:
         """Cut a picture up as the model wants it. Raises PopError as Mmproj.see does."""
         return self.open_eye().see(picture)
@@ -172,15 +187,6 @@ class Prompter:
             )
         except ValueError as error:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
-
-
-def start_of_question(template: Template) -> str:
-    """Return what a template puts before a user's first question, "" where it wants another."""
-    try:
-        before, found, _ = template.render([{"role": "user", "content": _PROBE}]).partition(_PROBE)
-    except ValueError:
-        return ""
-    return before if found else ""
 
 
 def is_end(context: Context, token: int) -> bool:

@@ -12,8 +12,8 @@ from pop_converter.gguf.source import Source
 from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Follow, calibrate
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
@@ -65,8 +65,8 @@ class Fitter:
         kind = self.options.projection or self.kind
         options = replace(self.options, state_path=state_path, projection=kind)
         wanted = in_kinds(plans, options, self.kinds)
-        with LoadedModel(self.bench.path, **vars(self.bench.hardware)) as model:
-            done = calibrate(wanted, model, self.bench.source, options, follow, self.text)
+        with loaded(self.bench.path, **vars(self.bench.hardware)) as context:
+            done = calibrate(wanted, context, self.bench.source, options, follow, self.text)
         self.text = done.text
         made: dict[int, dict[Projection, Fitted]] = {plan.boundary: {} for plan in plans}
         for plan, fitted in zip(wanted, done.fitted, strict=True):

@@ -10,8 +10,7 @@ import pytest
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
-from pop_local.calibration.activations import reading
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import Reading, loaded
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.engine.llama.taps import Wanted
 from support.calibrating import ARCHS, BOUNDARY, attention, kv, prompt, recorded
@@ -53,13 +52,11 @@ def test_what_a_signal_raises_comes_out(llama: Path):
 
     before = signal.signal(signal.SIGTERM, leave)
     try:
-        with (
-            LoadedModel(llama, n_threads=1) as model,
-            reading(model, Wanted((4,), (5,)), N_WINDOW) as opened,
-        ):
+        with loaded(llama, n_threads=1) as context:
+            reading = Reading(context, Wanted((4,), (5,)))
             threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()
             with pytest.raises(SystemExit):
                 while True:
-                    opened.window(prompt(N_WINDOW))
+                    reading.window(prompt(N_WINDOW))
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
 """Fits on pictures besides text: what is read, what it wins for their K/V, what is refused."""
 
+from contextlib import closing
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -11,13 +12,11 @@ from PIL import Image
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Fitted, convert
 from pop_local.base.errors import PopError, StoppedError
-from pop_local.calibration.activations import reading
-from pop_local.calibration.images import CalibrationImages, drawn, pictures_of
+from pop_local.calibration.activations import Reading, loaded
+from pop_local.calibration.images import drawn, images_of, opened_eye, pictures_of
 from pop_local.calibration.job import Follow
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
 from pop_local.engine.llama.taps import Tapped, Wanted
 from support.calibrating import (
@@ -32,6 +31,7 @@ from support.calibrating import (
 from support.calls import never
 from support.program import called
 from support.seeing import EYES, encoded, make_mmproj, make_seeing, png
+from support.shapes import read_pop_meta
 
 pytestmark = pytest.mark.slow
 LAYERS = (5, 6, 7)
@@ -67,16 +67,11 @@ def with_pictures(plain: Path, **others: object):
 
 def shown(plain: Path, seed: int) -> list[Tapped]:
     """States of the full model for images that nothing was fitted on."""
-    found = []
     mmproj = plain.parent / "mmproj.gguf"
-    with LoadedModel(plain, n_threads=1) as model:
-        held_out = CalibrationImages(model, mmproj, drawn(2, seed), never)
-        with reading(model, Wanted((BOUNDARY,), LAYERS), N_WINDOW) as opened:
-            for image in held_out.images:
-                rows, at = held_out.eye.embedded(image), held_out.eye.positions(image, 0)
-                found.append(opened.image(rows, at, is_mutual=image.is_mutual))
-        held_out.eye.close()
-    return found
+    with loaded(plain, n_threads=1) as context:
+        reading = Reading(context, Wanted((BOUNDARY,), LAYERS))
+        with closing(opened_eye(context, mmproj, never)) as eye:
+            return [reading.image(eye, image) for image in images_of(eye, drawn(2, seed))]
 
 
 def error(plain: Path, found: Fitted | None, held_out: list[Tapped]) -> float:
@@ -117,8 +112,8 @@ def test_pictures_win_for_pictures_and_cost_nothing_for_text(plain, on_both):
 def given(plain: Path, seed: int) -> list[Tapped]:
     """The full model on text like that of the fit, in another order."""
     found = plain.parent / "words.txt"
-    with LoadedModel(plain, n_threads=1) as model:
-        tokens = np.random.default_rng(seed).permutation(model.tokenize(found.read_text()[:9000]))
+    with loaded(plain, n_threads=1) as context:
+        tokens = np.random.default_rng(seed).permutation(context.tokenize(found.read_text()[:9000]))
     return recorded(plain, [tokens[:N_WINDOW].tolist()], layers=LAYERS)
 
 

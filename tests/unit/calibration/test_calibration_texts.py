@@ -7,7 +7,7 @@ import pytest
 
 from pop_local.base.errors import PopError
 from pop_local.calibration import texts
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import NOT_SAMPLED, draw, sample_windows
 from pop_local.calibration.texts import (
@@ -19,6 +19,7 @@ from pop_local.calibration.texts import (
     sampled,
     to_distill,
 )
+from pop_local.engine.prompt.prompter import Prompter
 from support.calibrating import SILENT, fitted, settings
 from support.synthetic import make_gguf
 
@@ -34,8 +35,8 @@ def test_default_tokens_grow_with_the_model():
 def test_texts_that_are_none_are_refused(llama, content: bytes, message: str, tmp_path: Path):
     path = tmp_path / "text"
     path.write_bytes(content)
-    with LoadedModel(llama, n_threads=1) as model, pytest.raises(PopError, match=message):
-        given_text(model, (path,), 4, 128)
+    with loaded(llama, n_threads=1) as context, pytest.raises(PopError, match=message):
+        given_text(context, (path,), 4, 128)
 
 
 def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
@@ -63,9 +64,9 @@ def test_no_folder_drowns_another(llama: Path, tmp_path: Path):
             words = " ".join(f"{folder}{i}of{word}" for word in range(300))
             (code / folder / f"{i}.py").write_text(words)
     notes.write_text(" ".join(f"note{word}" for word in range(2000)))
-    with LoadedModel(llama, n_threads=1) as model:
-        text = given_text(model, (code, notes), 12, 128)
-        marks = {name: model.tokenize(name) for name in ("large", "small", "note")}
+    with loaded(llama, n_threads=1) as context:
+        text = given_text(context, (code, notes), 12, 128)
+        marks = {name: context.tokenize(name) for name in ("large", "small", "note")}
         shown = ["".join(map(chr, row)) for row in text.windows.tolist()]
         counts = {
             name: sum("".join(map(chr, mark)) in row for row in shown)
@@ -78,10 +79,10 @@ def test_no_folder_drowns_another(llama: Path, tmp_path: Path):
 def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path):
     path = tmp_path / "words.txt"
     path.write_text(" ".join(f"w{number}" for number in range(3000)))
-    with LoadedModel(llama, n_threads=1) as model:
-        text = given_text(model, (path,), 4, 128)
-        windows = to_distill(model, text, (path,), 128)
-        few = to_distill(model, text, (path,), 6)
+    with loaded(llama, n_threads=1) as context:
+        text = given_text(context, (path,), 4, 128)
+        windows = to_distill(context, text, (path,), 128)
+        few = to_distill(context, text, (path,), 6)
     assert windows[:4].tolist() == text.windows.tolist()
     assert 8 < len(windows) == len(np.unique(windows, axis=0)) < 128
     assert few[:4].tolist() == text.windows.tolist() and len(few) == 6
@@ -96,10 +97,10 @@ def test_how_much_is_distilled_on():
 
 def test_samples_are_repeatable_and_begin_as_told(llama: Path):
     first, again, other = (np.full((3, 32), NOT_SAMPLED, np.int32) for _ in range(3))
-    with LoadedModel(llama, n_threads=1) as model:
+    with loaded(llama, n_threads=1) as context:
         for windows, seed in ((first, 0), (again, 0), (other, 1)):
             windows[:, 0], windows[1, :3] = (1, 5, 9), (5, 6, 7)
-            sample_windows(model, windows, [1, 3, 1], seed=seed, on_progress=SILENT.on_sampling)
+            sample_windows(context, windows, [1, 3, 1], seed=seed, on_progress=SILENT.on_sampling)
     assert first[:, 0].tolist() == other[:, 0].tolist() == [1, 5, 9]
     assert first[1, :3].tolist() == other[1, :3].tolist() == [5, 6, 7]
     np.testing.assert_array_equal(first, again)
@@ -109,13 +110,13 @@ def test_samples_are_repeatable_and_begin_as_told(llama: Path):
 @pytest.mark.parametrize("template", ["<s>user: {{ messages[0]['content'] }}\nassistant:", ""])
 def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(template, tmp_path):
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=template)
-    with LoadedModel(path, n_threads=1) as model:
-        before = model.tokenize("<s>user: ", special=True)
-        text = sampled(model, own_text(model, 8), SILENT.on_sampling)
+    with loaded(path, n_threads=1) as context:
+        before = context.tokenize("<s>user: ", special=True)
+        text = sampled(context, own_text(context, 8), SILENT.on_sampling)
         topics, code = (
-            texts._cut(model, whole, 2) for whole in (texts._topics(), texts._library_code())
+            texts._cut(context, whole, 2) for whole in (texts._topics(), texts._library_code())
         )
-        first = model.first_token
+        first = texts.first_token(context)
     np.testing.assert_array_equal(text.windows[:4], [*topics, *code])
     n_chat = 2 if template else 0
     begun = [row[: len(before)].tolist() == before for row in text.windows[4:]]
@@ -128,8 +129,8 @@ def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(te
 )
 def test_a_template_that_renders_no_question_gives_no_chat(template, tmp_path):
     path = make_gguf(tmp_path / "odd.gguf", "llama", chat_template=template)
-    with LoadedModel(path, n_threads=1) as model:
-        assert model.before_question == []
+    with loaded(path, n_threads=1) as context:
+        assert Prompter(context).before_question() == ""
 
 
 def test_draws_follow_the_probabilities():

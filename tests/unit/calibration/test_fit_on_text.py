@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import Gram, Weighting
+from pop_converter.fit.least_squares import Gram
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Fitted, convert, strip
 from pop_local.base.errors import StoppedError
 from pop_local.calibration import samples
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
@@ -32,8 +31,9 @@ from support.calibrating import (
     recorded,
     settings,
     stopped_at,
+    weights,
 )
-from support.shapes import read_shape
+from support.shapes import read_pop_meta, read_shape
 from support.synthetic import TEMPLATE, make_gguf
 
 pytestmark = pytest.mark.slow
@@ -52,24 +52,18 @@ def apart(llama: Path, letters: Path) -> list[Fitted]:
 
 
 # Without weights on one, since all of the rest is the same.
-@pytest.mark.parametrize(
-    ("arch", "weighting"),
-    [
-        *((arch, Weighting.ATTENTION) for arch in ("llama", "qwen2", "qwen3", "gemma3", "phi3")),
-        ("llama", Weighting.NONE),
-    ],
-)
-def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path):
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
-    tensors = {t.name: t for t in fitted(path, settings(letters, weighting=weighting)).tensors}
-    with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, (letters,), N_TOKENS // N_WINDOW, 128).windows
+    tensors = {t.name: t for t in fitted(path, settings(letters)).tensors}
+    with loaded(path, n_threads=1) as context:
+        windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
     x = np.concatenate(
         [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]
     )
     y = kv(shown, 6)
-    d = np.mean([_weights(shown, layer, weighting) for layer in WEIGHING], axis=0)
+    d = np.mean([weights(shown, layer) for layer in WEIGHING], axis=0)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root
@@ -83,11 +77,6 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
     # Predictions, since qwen2's biases make the inputs nearly collinear with the column of ones.
     predicted = (x[:, :-1] * own.gain) @ found[0].T + found[1]
     np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
-
-
-def _weights(shown, layer: int, weighting: Weighting) -> np.ndarray:
-    """The weights of all tokens but the windows' first ones, by one layer's attention."""
-    return np.concatenate([fit.token_weights(each.mass[layer][1:], weighting) for each in shown])
 
 
 def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit import solve
-from pop_converter.fit.least_squares import FitError, Gram, KvType, Weighting
+from pop_converter.fit.least_squares import FitError, Gram, KvType
 from pop_converter.fit.weights import KvProjection, Weights
 from pop_converter.gguf.source import read_source
 from support.synthetic import add_tensor, make_gguf
@@ -128,10 +127,10 @@ def test_a_singular_gram_is_refused_unless_a_ridge_helps():
 
 def test_token_weights():
     mass = np.array([0, 1, 1, 2], np.float32)
-    np.testing.assert_allclose(fit.token_weights(mass, Weighting.ATTENTION), [0.2, 1, 1, 1.8])
-    np.testing.assert_array_equal(fit.token_weights(mass, Weighting.NONE), 1)
+    np.testing.assert_allclose(fit.token_weights(mass), [0.2, 1, 1, 1.8])
+    np.testing.assert_array_equal(fit.token_weights(0 * mass), 1)
     peak = np.append(np.zeros(999, np.float32), np.float32(1))
-    assert fit.token_weights(peak, Weighting.ATTENTION)[-1] == pytest.approx(0.2 + 0.8 * 50)
+    assert fit.token_weights(peak)[-1] == pytest.approx(0.2 + 0.8 * 50)
 
 
 def test_sums_take_what_is_announced():
@@ -180,45 +179,3 @@ def test_a_scale_of_its_own_multiplies_a_projection(tmp_path: Path):
     found = Weights(read_source(scaled)).own_projection(3, 64, 64).weight
     np.testing.assert_array_equal(found[:64], plain[:64] / 4)
     np.testing.assert_array_equal(found[64:], plain[64:])
-
-
-def system(n: int, n_right: int):
-    """Positive, of unit diagonal, and right-hand sides."""
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((2 * n, n))
-    gram = rows.T @ rows
-    scale = 1 / np.sqrt(gram.diagonal())
-    return gram * scale * scale[:, None], rng.standard_normal((n, n_right))
-
-
-def test_torch_and_numpy_solve_alike():
-    pytest.importorskip("torch")
-    matrix, rest = system(300, 20)
-    found = [each(matrix, rest, 1e-12) for each in (solve.solve_numpy, solve.solve_torch)]
-    assert np.abs(found[0] - found[1]).max() < 1e-9 * np.abs(found[0]).max()
-    np.testing.assert_allclose(matrix @ found[1], rest, atol=1e-9)
-
-
-@pytest.mark.parametrize("solver", ["solve_numpy", "solve_torch"])
-def test_singular_systems_are_refused(solver: str):
-    if solver == "solve_torch":
-        pytest.importorskip("torch")
-    matrix, rest = system(30, 2)
-    matrix[1] = matrix[0]
-    matrix[:, 1] = matrix[:, 0]
-    with pytest.raises(solve.SingularError):
-        getattr(solve, solver)(matrix, rest, 1e-12)
-
-
-def test_small_systems_do_not_import_torch(monkeypatch):
-    monkeypatch.setattr(solve, "solve_torch", None)
-    matrix, rest = system(50, 2)
-    np.testing.assert_allclose(matrix @ solve.solve(matrix, rest, 1e-12), rest, atol=1e-9)
-
-
-def test_large_systems_are_solved_with_torch(monkeypatch):
-    pytest.importorskip("torch")
-    monkeypatch.setattr(solve, "TORCH_FROM", 50)
-    monkeypatch.setattr(solve, "solve_numpy", None)
-    matrix, rest = system(50, 2)
-    np.testing.assert_allclose(matrix @ solve.solve(matrix, rest, 1e-12), rest, atol=1e-9)

@@ -10,19 +10,18 @@ import pytest
 
 from pop_converter.architecture.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import KvType, Weighting
+from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import MOST_NEURON, wide_input
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.rewrite import convert, measure, stored_bytes, stored_type, strip
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.base.errors import StoppedError
 from pop_local.calibration import needs
+from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Calibrated
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, MOST_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
@@ -39,6 +38,7 @@ from pop_local.workflows.options import Hardware
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
+    WEIGHING,
     fitted,
     fitted_at,
     kv,
@@ -46,9 +46,10 @@ from support.calibrating import (
     recorded,
     settings,
     stopped_at,
+    weights,
 )
 from support.converted import made_up
-from support.shapes import read_shape
+from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
 
 OWN, FITTED, WIDE, ATTENTION = Projection
@@ -103,10 +104,10 @@ def inputs(path: Path, tensors, shown) -> np.ndarray:
 )
 def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
-    options = settings(letters, weighting=Weighting.NONE)
+    options = settings(letters)
     tensors = matrices(fitted(path, options, projection=kind))
-    with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, (letters,), N_TOKENS // N_WINDOW, 128).windows
+    with loaded(path, n_threads=1) as context:
+        windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
     heads = (BOUNDARY,) if kind == ATTENTION else ()
     shown = recorded(path, windows.tolist(), heads=heads)
     x = inputs(path, tensors, shown)
@@ -118,8 +119,9 @@ def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
     start = np.vstack([own.gain[:, None] * own.weight.T, zeros, own.bias])
     ridge = np.append(np.full(x.shape[1] - 1, fit.RIDGE), fit.BIAS_RIDGE)
-    rows = np.vstack([x, np.diag(np.sqrt(np.square(x).sum(0) * ridge))])
-    rest = np.vstack([y - x @ start, np.zeros((x.shape[1], y.shape[1]))])
+    root = np.sqrt(np.mean([weights(shown, layer) for layer in WEIGHING], axis=0))[:, None]
+    rows = np.vstack([root * x, np.diag(np.sqrt(np.square(root * x).sum(0) * ridge))])
+    rest = np.vstack([root * (y - x @ start), np.zeros((x.shape[1], y.shape[1]))])
     wanted = x @ (start + np.linalg.lstsq(rows, rest, rcond=None)[0])
 
     def stored(part: str) -> np.ndarray:
@@ -251,7 +253,7 @@ class Losses:
             return {kind: quality(kind) for kind in made}
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
-        monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(fits, "loaded", lambda *_, **__: nullcontext())
         monkeypatch.setattr(Fitter, "_qualities", qualities)
 
 

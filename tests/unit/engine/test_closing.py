@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import weakref
+from functools import partial
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.limited.process import KeptProcess, NoChildError
 from pop_local.engine.llama import backend, context, logs
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.prompt import template_child
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
@@ -69,9 +71,8 @@ def test_a_model_that_is_closed_while_it_reads_stops_first(pop_file):
         signal.raise_signal(signal.SIGTERM)
         return False
 
-    model.context.interrupt.should_stop = should_stop
     try:
-        with pytest.raises(SystemExit) as ended:
+        with stopped_by(should_stop), pytest.raises(SystemExit) as ended:
             append(model, prompt(300))
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -115,10 +116,9 @@ def test_a_model_that_computes_does_nothing_else(pop_file, use):
     model = opened(pop_file)
     expected = read(model, prompt(300))
     model.cache.clear()
-    model.context.interrupt.should_stop = lambda: bool(use(model))
-    with pytest.raises(PopError, match="only waits to hear"):
+    should_stop = partial(use, model)
+    with stopped_by(should_stop), pytest.raises(PopError, match="only waits to hear"):
         append(model, prompt(300))
-    model.context.interrupt.should_stop = None
     np.testing.assert_allclose(read(model, prompt(300)), expected, atol=NOISE)
 
 
@@ -156,8 +156,8 @@ def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
 
 def test_a_mode_is_not_switched_while_a_batch_is_computed(pop_file):
     model = opened(pop_file)
-    model.context.interrupt.should_stop = lambda: bool(model.set_mode(Mode.OFF))  # type: ignore[func-returns-value]
-    with pytest.raises(PopError, match="only waits to hear"):
+    should_stop: Any = partial(model.set_mode, Mode.OFF)
+    with stopped_by(should_stop), pytest.raises(PopError, match="only waits to hear"):
         append(model, prompt(300))
     assert model.mode is backend.get_mode(model.context.ctx) is Mode.CONTEXT
 

@@ -194,8 +194,7 @@ def test_half_an_encoding_is_none(smol):
         tokens = prompt(model, "a b", 3)
         image = next(iter(tokens.images.values()))
         left = iter([False, True])
-        model.context.interrupt.should_stop = lambda: next(left, False)
-        with pytest.raises(StoppedError):
+        with stopped_by(partial(next, left, False)), pytest.raises(StoppedError):
             model.eye.embedded(image)
 
 

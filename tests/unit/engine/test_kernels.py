@@ -2,14 +2,14 @@
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
 from pop_local.base.errors import PopError
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import loaded
 from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
@@ -31,22 +31,21 @@ class Watched:
     """A context, and by what marks its operations were left to which kernels."""
 
     def __init__(self, path, **options) -> None:
-        self._model = LoadedModel(path, n_threads=1)
+        self._opened = ExitStack()
+        context = self._opened.enter_context(loaded(path, n_threads=1))
         self._marks: set[tuple[str, int]] = set()
         self._callback = backend.bindings().ggml_backend_sched_eval_callback(self._note)
-        self._opened = self._model.context(
-            n_ctx=256, n_batch=N_UBATCH, n_ubatch=N_UBATCH, cb_eval=self._callback, **options
-        )
+        sizes = {"n_ctx": 256, "n_batch": N_UBATCH, "n_ubatch": N_UBATCH}
+        another = context.another(**sizes, cb_eval=self._callback, **options)
+        self.ctx = self._opened.enter_context(another)
         self._name = GgmlLibrary()
         self.n_tokens = 0
 
     def __enter__(self) -> "Watched":
-        self.ctx = self._opened.__enter__()
         return self
 
     def __exit__(self, *raised) -> None:
-        self._opened.__exit__(*raised)
-        self._model.__exit__(*raised)
+        self._opened.close()
 
     def _note(self, address: int, is_asked: bool, _: object) -> bool:
         tensor = Tensor.from_address(address)

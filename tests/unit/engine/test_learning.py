@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_converter.fit.least_squares import Weighting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
-from pop_local.calibration.activations import reading
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import Reading, loaded
 from pop_local.engine.learning import learner as learning
 from pop_local.engine.learning.store import SumsFile
-from pop_local.engine.learning.sums import Summing, Sums
+from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from support.calibrating import planned
@@ -83,9 +81,10 @@ def test_sums_of_full_readings_are_those_of_a_calibration(each):
     for boundary in model.learner.boundaries:
         wanted.grams[boundary] = summing.empty(boundary, summing.layers(boundary))
     at = summing.wanted(model.learner.boundaries)
-    with LoadedModel(each, n_threads=1) as loaded, reading(loaded, at, N) as calibration:
+    with loaded(each, n_threads=1) as context:
+        reading = Reading(context, at)
         for window in windows:
-            summing.add(wanted, calibration.window(window))
+            summing.add(wanted, reading.window(window))
     for boundary in model.learner.boundaries:
         same_sums(found, wanted, boundary)
 
@@ -242,18 +241,17 @@ def test_too_little_memory_is_said(plain):
 
 def test_attention_is_not_needed_to_add(each):
     """A memory without cells shows none: all rows weigh alike then."""
-    source = read_source(each)
     model = learning_model(each)
     read(model, prompt(N))
     [tapped] = model.learner._waiting
-    kinds = model.learner.summing.projections
-    alike = Summing(source, model.shape, kinds, Weighting.NONE)
-    boundary = model.learner.boundaries[0]
-    wides = {boundary: alike.choose_input(boundary, [alike.state(boundary, tapped)])}
-    found, wanted = (Sums(wides, {boundary: alike.empty(boundary, [7])}) for _ in range(2))
-    alike.add(wanted, tapped)
+    summing, boundary = model.learner.summing, model.learner.boundaries[0]
+    wides = {boundary: summing.choose_input(boundary, [summing.state(boundary, tapped)])}
+    found, wanted = (Sums(wides, {boundary: summing.empty(boundary, [7])}) for _ in range(2))
+    for mass in tapped.mass.values():
+        mass[:] = 1
+    summing.add(wanted, tapped)
     tapped.mass.clear()
-    model.learner.summing.add(found, tapped)
+    summing.add(found, tapped)
     same_sums(found, wanted, boundary)
 
 

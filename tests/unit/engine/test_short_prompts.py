@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.plan import make_plan
 from pop_local.cli import app
 from pop_local.engine.llama import backend
@@ -15,7 +14,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
 from pop_local.ui.views.stats import stats_line
 from support.converted import converted
-from support.shapes import read_shape
+from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
 
 

@@ -6,11 +6,11 @@ import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pop_local.base.errors import PopError
-from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.activations import loaded
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import templates
-from pop_local.engine.prompt.prompter import _without_system
+from pop_local.engine.prompt.prompter import Prompter, _without_system
 from pop_local.engine.prompt.templates import Template
 from pop_local.engine.turn import Message
 from support.hurried import hurried
@@ -50,8 +50,8 @@ WILD = {
 @pytest.fixture(scope="module")
 def vocab(tmp_path_factory):
     path = make_gguf(tmp_path_factory.mktemp("vocab") / "model.gguf", "llama")
-    with LoadedModel(path, n_threads=1) as model:
-        yield model.vocab
+    with loaded(path, n_threads=1) as context:
+        yield context.vocab
 
 
 @pytest.mark.parametrize("template", FAIR)
@@ -123,8 +123,8 @@ def test_what_goes_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeyp
 
 def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
-    with LoadedModel(path, n_threads=1) as model, pytest.raises(PopError, match="more than 1 s"):
-        _ = model.before_question
+    with loaded(path, n_threads=1) as context, pytest.raises(PopError, match="more than 1 s"):
+        Prompter(context).before_question()
 
 
 def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch, vocab):

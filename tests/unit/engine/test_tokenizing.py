@@ -11,7 +11,6 @@ import gguf
 import pytest
 
 from pop_local.base.errors import StoppedError
-from pop_local.engine.llama.context import tokenized
 from pop_local.engine.llama.interrupt import stopped_by
 from support.calls import opened, text_of
 from support.synthetic import make_gguf
@@ -54,14 +53,15 @@ def test_control_tokens_are_found_in_a_long_text_as_in_a_short_one(model):
 BPE = """
 import sys
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.context import tokenized
+from types import SimpleNamespace
+from pop_local.engine.llama.context import Context
 backend.require_patched()
 api = backend.bindings()
 params = api.llama_model_default_params()
 params.vocab_only = True
 model = api.llama_model_load_from_file(sys.argv[1].encode(), params)
-vocab = api.llama_model_get_vocab(model)
-print(*(len(tokenized(vocab, letter * 200_000)) for letter in "a! "))
+context = SimpleNamespace(vocab=api.llama_model_get_vocab(model))
+print(*(len(Context.tokenize(context, letter * 200_000)) for letter in "a! "))
 """
 
 
@@ -84,7 +84,7 @@ def test_a_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
 def test_it_can_be_stopped(model):
     began_s = time.process_time()
     with stopped_by(lambda: True), pytest.raises(StoppedError):
-        tokenized(model.context.vocab, UNKNOWN * 2_000_000)
+        model.tokenize(UNKNOWN * 2_000_000)
     assert time.process_time() - began_s < PATIENCE_S
     with stopped_by(lambda: False):
         assert len(model.tokenize(UNKNOWN * 1000)) == 4001
@@ -93,7 +93,7 @@ def test_it_can_be_stopped(model):
 def test_short_texts_are_not_stopped_however_many_came_before(model):
     with stopped_by(lambda: True):
         for _ in range(5000):
-            assert tokenized(model.context.vocab, "a short text")
+            assert model.tokenize("a short text")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

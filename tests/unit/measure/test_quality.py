@@ -11,11 +11,13 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.base.progress import Progress
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
-from pop_local.measure.forced import FULL, Pruning, forced, use_rule
+from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import (
@@ -93,14 +95,10 @@ def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
         reader.read(text(60), Pruning(4, Mode.CONTEXT))
 
 
-@pytest.mark.parametrize("part", ["get", "set"])
-def test_a_state_that_is_not_kept_or_brought_back_is_an_error(model, part, monkeypatch):
-    with forced(model) as reader, pytest.raises(PopError, match="this model's state cannot"):
-        reader._is_recurrent = True
-        for each in {"get", part}:
-            n_bytes = int(each != part)
-            name = f"llama_state_seq_{each}_data_ext"
-            monkeypatch.setattr(reader._api, name, lambda *_, n=n_bytes: n)
+def test_a_recurrent_state_that_is_not_brought_back_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(Context, "is_recurrent", property(lambda _: True))
+    monkeypatch.setattr(Slot, "restore", lambda *_: False)
+    with forced(model) as reader, pytest.raises(PopError, match="the saved state does not fit"):
         reader.read(text(60), FULL)
         reader.predict(text(20))
 
@@ -139,7 +137,7 @@ def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
     ],
 )
 def test_tokens_pruned_follow_rule_and_mode(model, rule, mode, n_pruned):
-    use_rule(model, replace(model.rule, **rule))
+    model.rule = replace(model.rule, **rule)
     quality = measured(model, replace(SHORT, mode=mode))
     assert quality.n_pruned == 3 * n_pruned
 
@@ -207,15 +205,15 @@ def test_passages_are_pruned_tokens(model):
         (1, 127, 1, (1, 128)),
     ],
 )
-def test_random_tokens_are_scored_where_they_are_pruned(monkeypatch, sink, tail, n_bos, scored):
-    monkeypatch.setattr(probes, "bos", lambda model: (1,) * n_bos)
-    reader = SimpleNamespace(rule=RowRule(sink, tail), model=None)
+def test_random_tokens_are_scored_where_they_are_pruned(sink, tail, n_bos, scored):
+    model = SimpleNamespace(context=SimpleNamespace(bos=(1,) * n_bos))
+    reader = SimpleNamespace(rule=RowRule(sink, tail), model=model)
     assert probes._scored(reader) == scored  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tail", [126, 127, 200])
 def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
-    use_rule(model, replace(model.rule, tail_tokens=tail))
+    model.rule = replace(model.rule, tail_tokens=tail)
     found = measured(model, replace(SHORT, n_windows=1, n_context=260))
     assert found.n_pruned > 0
     assert np.isfinite(found.induction_delta_nll.value)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.gguf.header import read_header
-from pop_converter.popfile.format import Budget, read_pop_meta
+from pop_converter.popfile.format import Budget
 from pop_converter.popfile.sidecar import sidecar_meta, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.cli import app
@@ -29,6 +29,7 @@ from support.calibrating import fitted_at, planned, settings, words
 from support.calls import last_logits, never, opened, prompt, read, wait_for
 from support.scripted import Transcript
 from support.serving import app_of, asking
+from support.shapes import read_pop_meta
 from support.synthetic import TEMPLATE, make_gguf
 
 N = 512
