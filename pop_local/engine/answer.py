@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
@@ -26,6 +27,16 @@ from pop_local.engine.turn import Chunk, FinishReason, TurnOptions, TurnStats
 Answering = Generator[Chunk, None, None]
 
 
+class Sampling(Protocol):
+    """Where tokens come from."""
+
+    def sample(self) -> int:
+        """Choose the next token from the last logits."""
+
+    def close(self) -> None:
+        """Free what is held."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of a model that answers take."""
@@ -38,14 +49,14 @@ class Parts:
         self.refiller.online.end()
         return read(self.cache, prompt, self.rule, on_prefill)
 
-    def sampled(self, sampler: Sampler) -> Generator[int]:
+    def sampled(self, sampler: Sampling) -> Generator[int]:
         """Sample the tokens that follow what was read, one after the other and without end.
 
         Raises DisplacedError where the cache has another prompt by then.
         """
         return self._sampled(sampler, self.cache.epoch)
 
-    def _sampled(self, sampler: Sampler, epoch: int) -> Generator[int]:
+    def _sampled(self, sampler: Sampling, epoch: int) -> Generator[int]:
         cache = self.cache
         try:
             while True:

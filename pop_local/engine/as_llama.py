@@ -110,25 +110,52 @@ def _generate(
     logits_processor: Any = None,
     **options: Any,
 ) -> Iterator[int]:
-    """As Llama.generate. Raises PopError for what our samplers do not know."""
+    """As Llama.generate; for what ours do not know the sampler is llama_cpp's own.
+
+    Raises PopError for these (`logits_processor`, mirostat, `typical_p`) along with a grammar.
+    """
     if not reset:
         raise PopError("generate goes on from what was read by itself", "leave reset out")
     is_foreign = logits_processor or options.get("mirostat_mode")
-    if is_foreign or options.get("typical_p", 1.0) != 1.0:
+    is_foreign = is_foreign or options.get("typical_p", 1.0) != 1.0
+    if grammar is not None and is_foreign:
         raise PopError(
-            "logits_processor, logit_bias, mirostat and typical_p are not supported",
-            "leave them out",
+            "logits_processor, logit_bias, mirostat and typical_p do not go with a grammar",
+            "leave one of them out",
         )
     model.read(Prompt(list(tokens)))
-    known = TurnOptions.__dataclass_fields__.keys() & options.keys()
-    chosen = {name: options[name] for name in known}
-    form = getattr(grammar, "_grammar", grammar)  # llama_cpp's has GBNF in it
-    how = TurnOptions(temperature=temp, grammar=form, seed=llama._seed, **chosen)
-    for token in model.sampled(how):
-        llama.input_ids, llama.n_tokens = model.cache.tokens, model.cache.n_tokens
+    if is_foreign:
+        chain = llama._init_sampler(temp=temp, logits_processor=logits_processor, **options)
+        steps = model.parts.sampled(_Chain(model, llama, chain))
+    else:
+        known = TurnOptions.__dataclass_fields__.keys() & options.keys()
+        chosen = {name: options[name] for name in known}
+        form = getattr(grammar, "_grammar", grammar)  # llama_cpp's has GBNF in it
+        seed = llama._seed
+        steps = model.sampled(TurnOptions(temperature=temp, grammar=form, seed=seed, **chosen))
+    for token in steps:
+        _show_tokens(model, llama)
         if stopping_criteria is not None and stopping_criteria(llama.input_ids, None):
             return
         yield token
+
+
+class _Chain:
+    """A sampler of llama_cpp, called as ours are."""
+
+    def __init__(self, model: OpenModel, llama: Any, chain: Any) -> None:
+        self._model, self._llama, self._chain = model, llama, chain
+
+    def sample(self) -> int:
+        _show_tokens(self._model, self._llama)  # which a logits_processor is given
+        return int(self._chain.sample(self._llama._ctx, -1))
+
+    def close(self) -> None:
+        self._chain.close()
+
+
+def _show_tokens(model: OpenModel, llama: Any) -> None:
+    llama.input_ids, llama.n_tokens = model.cache.tokens, model.cache.n_tokens
 
 
 def _chat_handler(model: OpenModel) -> Any:

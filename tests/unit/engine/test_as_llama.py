@@ -147,12 +147,41 @@ def test_a_form_that_cannot_be_kept_to_is_refused(model, form):
         chat(model, MESSAGES, response_format=form)
 
 
-@pytest.mark.parametrize(
-    "option", [{"logit_bias": {"5": 1.0}}, {"typical_p": 0.5}, {"mirostat_mode": 2}]
-)
-def test_what_our_samplers_do_not_know_is_refused(model, option):
-    with pytest.raises(PopError, match="are not supported"):
-        chat(model, MESSAGES, **option)
+def test_a_logits_processor_is_given_the_tokens_so_far(model):
+    given: list[list[int]] = []
+
+    def note(tokens: Any, logits: Any) -> Any:
+        given.append(tokens.tolist())
+        return logits
+
+    for text in (b"a b c", b"d e"):
+        given.clear()
+        llama = model.as_llama()
+        prompt = llama.tokenize(text)
+        steps = llama.generate(prompt, logits_processor=[note], temp=0.0)
+        sampled = [next(steps), next(steps)]
+        assert given == [prompt, [*prompt, sampled[0]]]
+
+
+def test_typical_p_is_kept_to(model):
+    """Where little is typical, less is left to choose from."""
+    llama = model.as_llama()
+    wide = {"temp": 5.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+    def first(seed: int, **options: Any) -> int:
+        llama.set_seed(seed)
+        return next(llama.generate(llama.tokenize(b"a b c"), **wide, **options))
+
+    n_wide, n_typical = (
+        len({first(seed, **options) for seed in range(30)}) for options in ({}, {"typical_p": 0.01})
+    )
+    assert n_typical < n_wide / 2
+
+
+@pytest.mark.parametrize("option", [{"logit_bias": {"5": 1.0}}, {"typical_p": 0.5}])
+def test_what_does_not_go_with_a_form_is_refused(model, option):
+    with pytest.raises(PopError, match="do not go with a grammar"):
+        chat(model, MESSAGES, response_format=FORMAT, **option)
 
 
 def test_tools_are_shown_by_the_template(tmp_path):
