@@ -12,6 +12,7 @@ from typing import Any
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob, ToolCall, TurnStats
 from pop_local.server.errors import ApiError
+from pop_local.server.models import Served
 from pop_local.server.worker import Task
 
 Json = dict[str, Any]
@@ -85,10 +86,10 @@ class Reply:
     whole_kind = piece_kind = "text_completion"
     media_type = "text/event-stream"
 
-    def __init__(self, model: str, *, wants_usage: bool = False) -> None:
+    def __init__(self, served: Served, *, wants_usage: bool = False) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = model
+        self._model = served.name
         # Without it the pieces of a stream have no such field.
         self._nothing_yet: Json = {"usage": None} if wants_usage else {}
 
