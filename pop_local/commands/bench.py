@@ -10,7 +10,7 @@ from pop_local.commands import options as opt
 from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import warn
-from pop_local.ui.views import speed as view
+from pop_local.ui.views.speed import show_speed
 from pop_local.ui.watch import stoppable_watch
 
 DEFAULT_PROMPTS = "512,1024,2048"
@@ -57,6 +57,6 @@ def bench(
     )
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)
-    print_json(view.speed_json(speed)) if json else view.show_speed(speed)
+    print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
         warn("One pair of runs says nothing of noise: give --repeat 3, say.")

@@ -1,4 +1,4 @@
-"""How `bench` shows time to first token: tables in Markdown, or one object."""
+"""How `bench` shows time to first token: a table in Markdown."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ if TYPE_CHECKING:
     from pop_local.workflows.bench import Speed
 
 
-def speed_json(found: Speed) -> dict[str, object]:
-    return vars(found.bench) | {"upstream": found.upstream, "rows": found.rows}
-
-
 def show_speed(found: Speed) -> None:
-    bench = found.bench
-    layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
-    layers += ", exactly" if bench.is_exact else ""
-    say(f"{bench.model}: context tokens skip layers {layers}")
-    say(f"{bench.backend}; medians, in brackets the extremes")
-    columns = _EXACT_ROWS if bench.is_exact else _ROWS
+    layers = f"{found.boundary} to {found.n_layer - 1} of {found.n_layer}"
+    layers += ", exactly" if found.is_exact else ""
+    say(f"{found.model}: context tokens skip layers {layers}")
+    say(f"{found.backend}; medians, in brackets the extremes")
+    columns = _EXACT_ROWS if found.is_exact else _ROWS
     if found.upstream is not None:
-        say(f"Kernels for prompts: {bench.kernels}, beside llama.cpp's own ({found.upstream})")
+        say(f"Kernels for prompts: {found.kernels}, beside llama.cpp's own ({found.upstream})")
         columns = (*columns[:2], _UPSTREAM, columns[2], _KERNELS, *columns[3:])
     say("")
     if any(row.n_selected for row in found.rows):
