@@ -15,13 +15,13 @@ from pop_local.fetching.url import fetch_url, file_name, is_url
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
-from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import Column, Table, print_table
 from pop_local.ui.theme import note, say, warn
 from pop_local.ui.views.conversion import fit_facts
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
+from pop_local.workflows.events import Unit
 from pop_local.workflows.fetch import fetch_named
 
 _NAMES = (Column("name", "Name"), Column("source", "On the hub"))
@@ -106,7 +106,8 @@ def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:
     if not sha256:
         unsafe = " and http:// is not protected either" if url.lower().startswith("http:") else ""
         warn(f"Without --sha256 nothing checks what arrives{unsafe}.")
-    with bytes_progress(f"Fetching {file_name(url)}") as advance:
+    with terminal_watch() as watch:
+        advance = watch.stage(f"Fetching {file_name(url)}", Unit.BYTES)
         return fetch_url(url, folder, sha256, advance, force=force)
 
 

@@ -132,7 +132,7 @@ def serve_named(
 
     if to.models is None:
         model = model or default_model()
-    models = _models(model, to, Opener(model, how, asked, _n_parallel(to, how)))
+    models = _models(model, to, Opener(model or "", how, asked, _n_parallel(to, how)))
     try:
         entry = Entry(to.api_key, to.host, origins)
         app = create_app(models, entry, strict_model=to.strict_model)
