@@ -23,8 +23,8 @@ from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch, terminal_watch
 from pop_local.workflows.conversion.convert import run_conversion
 from pop_local.workflows.conversion.distiller import MakeDistiller
-from pop_local.workflows.conversion.goals import Fastest, Named, Within
-from pop_local.workflows.conversion.plan import ConvertOptions, Goal, plan_conversion
+from pop_local.workflows.conversion.goals import Fastest, Goal, Named, Within
+from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.open import base_file
 from pop_local.workflows.options import RowOptions

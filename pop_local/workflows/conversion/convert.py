@@ -16,16 +16,19 @@ from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
 from pop_local.workflows.conversion.course import course
 from pop_local.workflows.conversion.distiller import MakeDistiller
-from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.conversion.fastest import write_first
+from pop_local.workflows.conversion.goals import Goal, Within
+from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.output import OutputName
 from pop_local.workflows.conversion.plan import (
     Conversion,
     ConversionRun,
     ConvertOptions,
-    Goal,
+    Outcome,
     plan_conversion,
 )
 from pop_local.workflows.conversion.refusals import Trial
+from pop_local.workflows.conversion.within import write_deepest
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Phase, Stopwatch, Watch
 from pop_local.workflows.open import base_file
@@ -101,7 +104,7 @@ def run_conversion(
     watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
     watch.on_course(course(conversion))
     bench = Workbench(conversion.source, conversion.options.hardware, watched)
-    done = conversion.goal.carry_out(ConversionRun(conversion, force, bench))
+    done = _done(ConversionRun(conversion, force, bench))
     meta = done.meta
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
     plan = replace(done.plan, projection=meta.projection, is_distilled=is_distilled)
@@ -114,3 +117,13 @@ def run_conversion(
         warnings=tuple(warnings),
         phases=phases.stop(),
     )
+
+
+def _done(run: ConversionRun) -> Outcome:
+    """Choose among the plans, fit, measure and write. Raises PopError, StoppedError."""
+    goal = run.conversion.goal
+    if goal.limits is not None:
+        return write_deepest(run, goal.limits)
+    if run.conversion.deepest.select:
+        return write_first(run, takes_any=goal.is_named and run.force)
+    return write_named(run)
