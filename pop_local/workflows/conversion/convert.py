@@ -15,8 +15,8 @@ from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
 from pop_local.workflows.conversion.course import course
-from pop_local.workflows.conversion.distiller import MakeDistiller
 from pop_local.workflows.conversion.fastest import write_first
+from pop_local.workflows.conversion.fits import MakeDistiller
 from pop_local.workflows.conversion.goals import Goal, Within
 from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.output import OutputName

@@ -42,8 +42,7 @@ from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Hardware, RowOptions
 
 if TYPE_CHECKING:
-    from pop_local.workflows.conversion.distiller import MakeDistiller
-    from pop_local.workflows.conversion.fits import Fitter
+    from pop_local.workflows.conversion.fits import Fitter, MakeDistiller
     from pop_local.workflows.conversion.full_model import FullModel
 
 STATE_SUFFIX = ".calibration"
