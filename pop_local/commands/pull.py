@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from pop_local.fetching.url import fetch_url, file_name, is_url
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import hub_names, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
-from pop_local.ui.tables import Column, Table, print_table
+from pop_local.ui.tables import Column, print_table
 from pop_local.ui.theme import note, say, warn
 from pop_local.ui.views.conversion import fit_facts
 from pop_local.ui.watch import terminal_watch
@@ -24,7 +25,7 @@ from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.events import Unit
 from pop_local.workflows.fetch import fetch_named
 
-_NAMES = (Column("name", "Name"), Column("source", "On the hub"))
+_NAMES = (Column("Name", itemgetter(0)), Column("On the hub", itemgetter(1)))
 _STOPPED = "The same command goes on with what could be kept."
 
 
@@ -53,7 +54,7 @@ def pull(
     not known is searched for on the hub.
     """
     if model is None:
-        print_table(Table(_NAMES, _known()))
+        print_table(_NAMES, _known())
         return
     if sha256 is not None and not is_url(model):
         raise typer.BadParameter("only for URLs: the others have theirs", param_hint="--sha256")
