@@ -71,14 +71,12 @@ class Conversion:
     """A conversion that is planned; nothing is measured or written yet.
 
     `plans`: the one whose boundary the caller named, or all that a search may choose, in its order.
-    `sizes`: of the deepest.
     """
 
     source: Source
     target: Path
     output: Output
     plans: tuple[Plan, ...]
-    sizes: Sizes
     options: ConvertOptions
 
     @property
@@ -145,6 +143,11 @@ class Conversion:
             return self._fittable
         return spaced(self._fittable, self.source, self.fit, self.goal.kinds)
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Those of the deepest plan."""
+        return self.sizes_of(self.deepest)
+
     def sizes_of(self, plan: Plan) -> Sizes:
         """Return the bytes that writing one of the plans reads and writes."""
         kv_type = (self.fit or FitOptions()).kv_type
@@ -175,9 +178,7 @@ def plan_conversion(
             weights.require_readable(layer)
     if options.distiller is not None:
         _require_distillable(options.distiller, source, plans, fit, options.hardware)
-    kv_type = (fit or FitOptions()).kv_type
-    sizes = output.measure(_deepest(plans), source.first.path, kv_type)
-    return Conversion(source, target, output, plans, sizes, options)
+    return Conversion(source, target, output, plans, options)
 
 
 def _deepest(plans: Sequence[Plan]) -> Plan:
