@@ -177,10 +177,9 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
 
     how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
     if (folder := to.models) is None:
-        assert model is not None
         one = opened_by(None)
         # One of the catalog is kept as it was given: requests are likely to use it.
-        name = to.name or (model if lookup(model) else shown(one.path.stem))
+        name = to.name or (opener.model if lookup(opener.model) else shown(one.path.stem))
         return Models.of_one(File(name, one.path), one, lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
     shelf = Shelf(

@@ -145,8 +145,8 @@ class Reply:
         self,
         kind: str,
         said: Json,
-        logprobs: Sequence[TokenLogprob] | None = None,
-        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] | None,
+        finish_reason: str | None,
     ) -> Json:
         shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
         choice = {"index": self._index, **said, "logprobs": shown, "finish_reason": finish_reason}
