@@ -21,7 +21,6 @@ class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
     repeat: int = option("Pairs of runs for each length.", min=1, default=5)
     boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
-    batch: int = option("Tokens that are read at once.", min=1, default=512)
     select: str | None = option(opt.SELECT, "SHARE")
 
 
@@ -48,7 +47,6 @@ def bench(
         n_prompts,
         n_pairs=read.repeat,
         boundary=read.boundary,
-        n_batch=read.batch,
         n_ctx=measured.n_ctx,
         hardware=measured.hardware,
         select=opt.selected(read.select),

@@ -48,15 +48,14 @@ class BenchOptions:
     """How to measure, and where.
 
     `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
-    file's. `n_batch`: tokens that are read at once. `n_ctx` None: what is measured needs.
-    `select`: the share of context tokens that run all layers, None for the file's. `image`: a
-    picture in each prompt, None for text alone; `mmproj` None: the one beside the model.
+    file's. `n_ctx` None: what is measured needs. `select`: the share of context tokens that run all
+    layers, None for the file's. `image`: a picture in each prompt, None for text alone; `mmproj`
+    None: the one beside the model.
     """
 
     n_prompts: tuple[int, ...]
     n_pairs: int
     boundary: int | None
-    n_batch: int
     n_ctx: int | None
     hardware: Hardware
     select: float | None = None
@@ -125,8 +124,6 @@ def _upstream(
             repack=repack,
             flash_attn=flash_attn,
             n_ctx=model.n_ctx,
-            n_batch=options.n_batch,
-            n_ubatch=options.n_batch,
             n_threads=model.context.n_threads,
             n_gpu_layers=0,
         )
@@ -163,8 +160,6 @@ def _opened(
         options.hardware,
         watch,
         n_ctx=_context(source, options),
-        n_batch=options.n_batch,
-        n_ubatch=options.n_batch,
         mmproj=options.mmproj or mmproj_beside(files.path),
         image_tokens=options.image_tokens,
     ) as loaded:
