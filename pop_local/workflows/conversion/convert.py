@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from pop_converter.architecture.keys import trained_ctx
@@ -30,9 +33,17 @@ from pop_local.workflows.conversion.plan import (
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.within import write_deepest
 from pop_local.workflows.conversion.workbench import Workbench
-from pop_local.workflows.events import Phase, Stopwatch, Watch
+from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.open import base_file
 from pop_local.workflows.options import Hardware, RowOptions
+
+
+@dataclass(frozen=True)
+class Phase:
+    """All stages of one name, with what follows each of them until the next."""
+
+    name: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -87,10 +98,15 @@ def run_conversion(
     """Do what is planned; see `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)
     warnings: list[PopError] = []
+    stages = [("", time.monotonic())]
 
     def warned(error: PopError) -> None:
         warnings.append(error)
         watch.on_warning(error)
+
+    def begun(name: str, unit: Unit) -> object:
+        stages.append((name, time.monotonic()))
+        return watch.on_stage(name, unit)
 
     trained = trained_ctx(conversion.source.first)
     if trained is not None and 0 < trained < N_WINDOW:
@@ -100,8 +116,7 @@ def run_conversion(
                 "expect little of its figures",
             )
         )
-    phases = Stopwatch()
-    watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
+    watched = replace(watch, on_warning=warned, on_stage=begun)
     watch.on_course(course(conversion))
     bench = Workbench(conversion.source, conversion.options.hardware, watched)
     done = _done(ConversionRun(conversion, force, bench))
@@ -115,8 +130,20 @@ def run_conversion(
         sizes=conversion.sizes_of(plan),
         trials=done.trials,
         warnings=tuple(warnings),
-        phases=phases.stop(),
+        phases=_phases(stages),
     )
+
+
+def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
+    """Add up the seconds of stages that began at these times, until now, in their order.
+
+    Time before the first one counts to it.
+    """
+    seconds: dict[str, float] = {}
+    for (name, began_s), (following, ended_s) in pairwise([*stages, ("", time.monotonic())]):
+        name = name or following
+        seconds[name] = seconds.get(name, 0.0) + ended_s - began_s
+    return tuple(Phase(*each) for each in seconds.items())
 
 
 def _done(run: ConversionRun) -> Outcome:
