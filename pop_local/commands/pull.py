@@ -12,9 +12,9 @@ import typer
 from pop_converter.gguf.source import read_source
 from pop_local.base.errors import PopError
 from pop_local.fetching.hub import search_hub
-from pop_local.fetching.url import fetch_url, file_name, is_url
+from pop_local.fetching.url import fetch_url, file_name
 from pop_local.measure.budget import BALANCED
-from pop_local.models.names import hub_names, load_catalog, models_dir
+from pop_local.models.names import hub_names, is_url, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
 from pop_local.ui.tables import Column, print_table
 from pop_local.ui.theme import note, say, warn

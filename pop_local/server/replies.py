@@ -228,7 +228,6 @@ def arguments_of(text: str) -> Any:
 
 
 def content_of(said: Sequence[Piece]) -> str:
-    """Join the contents of an answer's pieces."""
     return "".join(piece.content for piece in said)
 
 
