@@ -186,7 +186,7 @@ SIDECARS := pop_local/data/sidecars
 SIDECAR_smollm2 ?= --distill --distill-tokens 262144
 SIDECAR_gemma3 ?=
 SIDECAR_qwen-0.5b ?= --distill --distill-tokens 262144
-SIDECAR_qwen-1.5b ?= --boundary 17 --projection wide --quality balanced --distill --distill-tokens 131072
+SIDECAR_qwen-1.5b ?= --boundary 17 --projection fitted-wide --quality balanced --distill --distill-tokens 131072
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
 sidecars: $(addprefix sidecar-,$(CATALOG))
 sidecar-%: $(VENV)/.tools

@@ -4,77 +4,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pop_local.base.errors import OutputExistsError, PopError, StoppedError
-    from pop_local.calibration.options import FitOptions
-    from pop_local.engine.context_full import ContextFullError
-    from pop_local.engine.decode.grammar import Grammar, GrammarError
-    from pop_local.engine.model import PopModel
-    from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream
-    from pop_local.engine.sessions.conversation import Conversation, Document, Turn
-    from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
-    from pop_local.measure.budget import BALANCED, FAST, NEAR_LOSSLESS
-    from pop_local.measure.quality import QualitySettings
-    from pop_local.research.analyze import Analysis, analyze
-    from pop_local.research.options import AnalyzeOptions
-    from pop_local.texts.documents import read_document
-    from pop_local.workflows.conversion.convert import Converted, convert
-    from pop_local.workflows.conversion.goals import Boundary, Fastest, Skip, Within
-    from pop_local.workflows.conversion.refusals import (
-        CopyingBrokenError,
-        OverBudgetError,
-        RecallLostError,
-    )
-    from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
-    from pop_local.workflows.events import Watch
-    from pop_local.workflows.learning import Lessons
-    from pop_local.workflows.options import Hardware, RowOptions
+    from pop_local.base.errors import OutputExistsError as OutputExistsError
+    from pop_local.base.errors import PopError as PopError
+    from pop_local.base.errors import StoppedError as StoppedError
+    from pop_local.calibration.options import FitOptions as FitOptions
+    from pop_local.engine.context_full import ContextFullError as ContextFullError
+    from pop_local.engine.decode.grammar import Grammar as Grammar
+    from pop_local.engine.decode.grammar import GrammarError as GrammarError
+    from pop_local.engine.model import PopModel as PopModel
+    from pop_local.engine.sessions.chat_session import Answer as Answer
+    from pop_local.engine.sessions.chat_session import ChatSession as ChatSession
+    from pop_local.engine.sessions.chat_session import Stream as Stream
+    from pop_local.engine.sessions.conversation import Conversation as Conversation
+    from pop_local.engine.sessions.conversation import Document as Document
+    from pop_local.engine.sessions.conversation import Turn as Turn
+    from pop_local.engine.turn import AnswerOptions as AnswerOptions
+    from pop_local.engine.turn import SessionStats as SessionStats
+    from pop_local.engine.turn import TurnStats as TurnStats
+    from pop_local.measure.budget import BALANCED as BALANCED
+    from pop_local.measure.budget import FAST as FAST
+    from pop_local.measure.budget import NEAR_LOSSLESS as NEAR_LOSSLESS
+    from pop_local.measure.quality import QualitySettings as QualitySettings
+    from pop_local.research.analyze import Analysis as Analysis
+    from pop_local.research.analyze import analyze as analyze
+    from pop_local.research.options import AnalyzeOptions as AnalyzeOptions
+    from pop_local.texts.documents import read_document as read_document
+    from pop_local.workflows.conversion.convert import Converted as Converted
+    from pop_local.workflows.conversion.convert import convert as convert
+    from pop_local.workflows.conversion.goals import Boundary as Boundary
+    from pop_local.workflows.conversion.goals import Fastest as Fastest
+    from pop_local.workflows.conversion.goals import Skip as Skip
+    from pop_local.workflows.conversion.goals import Within as Within
+    from pop_local.workflows.conversion.refusals import CopyingBrokenError as CopyingBrokenError
+    from pop_local.workflows.conversion.refusals import OverBudgetError as OverBudgetError
+    from pop_local.workflows.conversion.refusals import RecallLostError as RecallLostError
+    from pop_local.workflows.evaluate import EvaluateOptions as EvaluateOptions
+    from pop_local.workflows.evaluate import Evaluation as Evaluation
+    from pop_local.workflows.evaluate import evaluate as evaluate
+    from pop_local.workflows.events import Watch as Watch
+    from pop_local.workflows.learning import Lessons as Lessons
+    from pop_local.workflows.options import Hardware as Hardware
+    from pop_local.workflows.options import RowOptions as RowOptions
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "BALANCED",
-    "FAST",
-    "NEAR_LOSSLESS",
-    "Analysis",
-    "AnalyzeOptions",
-    "Answer",
-    "AnswerOptions",
-    "Boundary",
-    "ChatSession",
-    "ContextFullError",
-    "Conversation",
-    "Converted",
-    "CopyingBrokenError",
-    "Document",
-    "EvaluateOptions",
-    "Evaluation",
-    "Fastest",
-    "FitOptions",
-    "Grammar",
-    "GrammarError",
-    "Hardware",
-    "Lessons",
-    "OutputExistsError",
-    "OverBudgetError",
-    "PopError",
-    "PopModel",
-    "QualitySettings",
-    "RecallLostError",
-    "RowOptions",
-    "SessionStats",
-    "Skip",
-    "StoppedError",
-    "Stream",
-    "Turn",
-    "TurnStats",
-    "Watch",
-    "Within",
-    "__version__",
-    "analyze",
-    "convert",
-    "evaluate",
-    "read_document",
-]
 
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
@@ -103,14 +75,14 @@ _MODULES = {
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    _WHERE = {name: module for module, names in _MODULES.items() for name in names}
+    __all__ = ["__version__", *_WHERE]
 
     def __getattr__(name: str) -> Any:
-        for module, names in _MODULES.items():
-            if name in names:
-                value = globals()[name] = getattr(import_module(module), name)
-                return value
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_WHERE[name]), name)
+        return value
 
-
-def __dir__() -> list[str]:
-    return sorted(globals().keys() | set(__all__))
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_WHERE})

@@ -5,36 +5,32 @@ from typing import Annotated
 import typer
 
 from pop_local import __version__
-from pop_local.ui.lazy import HELP_OPTIONS, Entry, lazy_group
+from pop_local.ui.lazy import HELP_OPTIONS, lazy_group
 
-COMMANDS = (
-    Entry("chat", "pop_local.commands.chat", "Talk to a model in the terminal."),
-    Entry("run", "pop_local.commands.run", "Ask one question, also about a file or piped text."),
-    Entry(
-        "serve",
-        "pop_local.commands.serve",
-        "Serve a model to programs, by OpenAI's and Ollama's API.",
-    ),
-    Entry("rpc-server", "pop_local.commands.rpc_server", "Lend this machine to another one."),
-    Entry("convert", "pop_local.commands.convert", "Make a pruned-prefill copy of a GGUF model."),
-    Entry("strip", "pop_local.commands.strip", "Turn a converted file back into the original."),
-    Entry("bench", "pop_local.commands.bench", "Measure time to first token, full against pruned."),
-    Entry("eval", "pop_local.commands.eval", "Measure quality, pruned against full."),
-    Entry("compare", "pop_local.commands.compare", "Answer your own prompts in full and pruned."),
-    Entry("analyze", "pop_local.commands.analyze", "Measure which layers reading can do without."),
-    Entry("demo", "pop_local.commands.demo", "Answer one long prompt with and without pruning."),
-    Entry("inspect", "pop_local.commands.inspect", "Show what is in a model file."),
-    Entry("pull", "pop_local.commands.pull", "Fetch a model by name, from a hub or a URL."),
-    Entry("list", "pop_local.commands.list", "Show the models that are here."),
-    Entry("rm", "pop_local.commands.rm", "Remove models."),
-    Entry("learn", "pop_local.commands.learn", "Show or forget what was learned while reading."),
-    Entry("config", "pop_local.commands.config", "Show and change the settings."),
-    Entry("doctor", "pop_local.commands.doctor", "Check this installation and say what to fix."),
-)
+COMMANDS = {
+    "chat": "Talk to a model in the terminal.",
+    "run": "Ask one question, also about a file or piped text.",
+    "serve": "Serve a model to programs, by OpenAI's and Ollama's API.",
+    "rpc-server": "Lend this machine to another one.",
+    "convert": "Make a pruned-prefill copy of a GGUF model.",
+    "strip": "Turn a converted file back into the original.",
+    "bench": "Measure time to first token, full against pruned.",
+    "eval": "Measure quality, pruned against full.",
+    "compare": "Answer your own prompts in full and pruned.",
+    "analyze": "Measure which layers reading can do without.",
+    "demo": "Answer one long prompt with and without pruning.",
+    "inspect": "Show what is in a model file.",
+    "pull": "Fetch a model by name, from a hub or a URL.",
+    "list": "Show the models that are here.",
+    "rm": "Remove models.",
+    "learn": "Show or forget what was learned while reading.",
+    "config": "Show and change the settings.",
+    "doctor": "Check this installation and say what to fix.",
+}
 
 app = typer.Typer(
     name="pop-local",
-    cls=lazy_group(COMMANDS),
+    cls=lazy_group("pop_local.commands", COMMANDS),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": HELP_OPTIONS},

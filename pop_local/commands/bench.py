@@ -10,7 +10,7 @@ from pop_local.commands import options as opt
 from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import warn
-from pop_local.ui.views import speed as view
+from pop_local.ui.views.speed import show_speed
 from pop_local.ui.watch import stoppable_watch
 
 DEFAULT_PROMPTS = "512,1024,2048"
@@ -21,7 +21,6 @@ class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
     repeat: int = option("Pairs of runs for each length.", min=1, default=5)
     boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
-    batch: int = option("Tokens that are read at once.", min=1, default=512)
     select: str | None = option(opt.SELECT, "SHARE")
 
 
@@ -48,7 +47,6 @@ def bench(
         n_prompts,
         n_pairs=read.repeat,
         boundary=read.boundary,
-        n_batch=read.batch,
         n_ctx=measured.n_ctx,
         hardware=measured.hardware,
         select=opt.selected(read.select),
@@ -57,6 +55,6 @@ def bench(
     )
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)
-    print_json(view.speed_json(speed)) if json else view.show_speed(speed)
+    print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
         warn("One pair of runs says nothing of noise: give --repeat 3, say.")

@@ -13,16 +13,16 @@ from pop_local.config import settings
 from pop_local.config.settings import Scalar, Value, expanded, state_dir
 from pop_local.models.names import models_dir
 from pop_local.ui.lazy import sub_app
-from pop_local.ui.tables import Column, Table, print_json, print_table
+from pop_local.ui.tables import Column, print_json, print_table
 from pop_local.ui.theme import look, note, say, warn
 
 config = sub_app(invoke_without_command=True)
 
 _COLUMNS = (
-    Column("key", "Setting"),
-    Column("value", "Value"),
-    Column("origin", "From"),
-    Column("variable", "Variable"),
+    Column("Setting", lambda value: value.key),
+    Column("Value", lambda value: _shown(value)),
+    Column("From", lambda value: value.origin),
+    Column("Variable", lambda value: settings.find(value.key).variable),
 )
 
 
@@ -44,17 +44,14 @@ def show(
         print_json({"file": file, "settings": values})
         return
     note(f"{file}{'' if file.exists() else ' (not there yet)'}:")
-    print_table(Table(_COLUMNS, tuple(_row(value) for value in values)))
+    print_table(_COLUMNS, values)
 
 
-def _row(value: Value) -> tuple[Scalar, ...]:
-    setting = settings.find(value.key)
-    shown = value.value
-    if shown is None:
-        folders = {"models_dir": models_dir, "state_dir": state_dir}
-        computed = folders.get(value.key)
-        shown = str(computed()) if computed else setting.default
-    return value.key, shown, value.origin, setting.variable
+def _shown(value: Value) -> object:
+    if value.value is not None:
+        return value.value
+    computed = {"models_dir": models_dir, "state_dir": state_dir}.get(value.key)
+    return computed() if computed else settings.find(value.key).default
 
 
 @config.command()

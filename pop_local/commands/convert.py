@@ -22,9 +22,8 @@ from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch, terminal_watch
 from pop_local.workflows.conversion.convert import run_conversion
-from pop_local.workflows.conversion.distiller import MakeDistiller
-from pop_local.workflows.conversion.goals import Fastest, Named, Within
-from pop_local.workflows.conversion.plan import ConvertOptions, Goal, plan_conversion
+from pop_local.workflows.conversion.goals import Fastest, Goal, Named, Within
+from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.open import base_file
 from pop_local.workflows.options import RowOptions
@@ -157,13 +156,18 @@ def convert(
         if how.resume or how.distill:
             raise typer.BadParameter("--projection own fits nothing: leave --resume, --distill out")
     fit = replace(fit or FitOptions(), projection=how.projection)
+    distiller = None
+    if how.distill:
+        from pop_local.research.distilled import Distiller
+
+        distiller = Distiller
     options = ConvertOptions(
         goal=_wanted(how.quality, own, named),
         fit=None if how.projection is Projection.OWN else fit,
         rows=full.rows,
         output="sidecar" if how.sidecar else "copy",
         resume=how.resume,
-        distiller=_distiller() if how.distill else None,
+        distiller=distiller,
         hardware=processors.hardware,
     )
     with terminal_watch() as watch:
@@ -190,12 +194,6 @@ def convert(
         print_json(view.converted_json(planned, done))
     else:
         view.show_converted(planned, done)
-
-
-def _distiller() -> MakeDistiller:
-    from pop_local.research.distilled import Distiller
-
-    return Distiller
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:

@@ -22,12 +22,9 @@ N_PAIRS = 3
 @unfolded
 def demo(
     model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help=f"A converted GGUF file, or a model of the catalog. Default: {DEFAULT_MODEL}",
-        ),
-    ] = None,
+        str,
+        typer.Argument(metavar="MODEL", help="A converted GGUF file, or a model of the catalog."),
+    ] = DEFAULT_MODEL,
     *,
     pairs: Annotated[
         int, typer.Option(min=1, help="How many times to answer in full and pruned.")

@@ -13,17 +13,17 @@ from pop_local.engine.learning.store import SumsFile
 from pop_local.models.learned import LearnedFiles, learned_files
 from pop_local.models.names import resolve_base
 from pop_local.ui.lazy import sub_app
-from pop_local.ui.tables import Column, Table, print_json, print_table
+from pop_local.ui.tables import Column, print_json, print_table
 from pop_local.ui.theme import note
 
 learn = sub_app(no_args_is_help=True)
 
 _COLUMNS = (
-    Column("model", "Model"),
-    Column("n_tokens", "Tokens", "{:,}".format, numeric=True),
-    Column("boundaries", "Boundaries", lambda found: ", ".join(map(str, found))),
-    Column("size_bytes", "Size", size, numeric=True),
-    Column("pruned_from", "Pruned from"),
+    Column("Model", lambda found: found["model"]),
+    Column("Tokens", lambda found: f"{found['n_tokens']:,}", numeric=True),
+    Column("Boundaries", lambda found: ", ".join(map(str, found["boundaries"]))),
+    Column("Size", lambda found: size(found["size_bytes"]), numeric=True),
+    Column("Pruned from", lambda found: found["pruned_from"]),
 )
 
 
@@ -46,7 +46,7 @@ def show(json: Json = False) -> None:
     if not found:
         note("Nothing was learned yet.")
         return
-    print_table(Table(_COLUMNS, tuple(tuple(each.values()) for each in found)))
+    print_table(_COLUMNS, found)
 
 
 def _shown(files: LearnedFiles) -> dict[str, Any]:

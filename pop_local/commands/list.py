@@ -4,17 +4,17 @@ from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.models.names import models_dirs, not_fetched
 from pop_local.models.stored import Stored, stock
-from pop_local.ui.tables import Column, Table, print_json, print_table
+from pop_local.ui.tables import Column, print_json, print_table
 from pop_local.ui.theme import note
 
 _COLUMNS = (
-    Column("name", "Model"),
-    Column("size_bytes", "Size", size, numeric=True),
-    Column("architecture", "Architecture"),
-    Column("boundary", "Boundary", numeric=True),
-    Column("projection", "K/V"),
-    Column("sidecar", "Sidecar", lambda path: path.name if path else ""),
-    Column("problem", "Problem"),
+    Column("Model", lambda model: model.name),
+    Column("Size", lambda model: size(model.size_bytes), numeric=True),
+    Column("Architecture", lambda model: model.architecture),
+    Column("Boundary", lambda model: model.boundary, numeric=True),
+    Column("K/V", lambda model: model.projection),
+    Column("Sidecar", lambda model: model.sidecar and model.sidecar.name),
+    Column("Problem", lambda model: model.problem),
 )
 
 
@@ -40,12 +40,6 @@ def list(  # noqa: A001
     note(f"In {where}:" if models else f"No models in {where} yet.")
     if absent:
         note(f"`pop-local pull {absent[0].name}` fetches one that is not here.")
-    print_table(_table(models + absent))
-
-
-def _table(models: tuple[Stored, ...]) -> Table:
-    """Without the columns that have nothing to say."""
-    columns = tuple(
-        column for column in _COLUMNS if {getattr(m, column.key) for m in models} - {None, ""}
-    )
-    return Table(columns, tuple(tuple(getattr(m, c.key) for c in columns) for m in models))
+    shown = models + absent
+    # Without the columns that have nothing to say.
+    print_table([each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}], shown)

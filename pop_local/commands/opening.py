@@ -40,7 +40,7 @@ class Opener:
     the options that the command line has. `n_parallel`: see `open_model`.
     """
 
-    model: str | None
+    model: str
     options: ModelOptions
     asked: Collection[str] = ()
     n_parallel: int | None = 1

@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -11,20 +12,20 @@ import typer
 from pop_converter.gguf.source import read_source
 from pop_local.base.errors import PopError
 from pop_local.fetching.hub import search_hub
-from pop_local.fetching.url import fetch_url, file_name, is_url
+from pop_local.fetching.url import fetch_url, file_name
 from pop_local.measure.budget import BALANCED
-from pop_local.models.names import hub_names, load_catalog, models_dir
+from pop_local.models.names import hub_names, is_url, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
-from pop_local.ui.progress import bytes_progress
-from pop_local.ui.tables import Column, Table, print_table
+from pop_local.ui.tables import Column, print_table
 from pop_local.ui.theme import note, say, warn
 from pop_local.ui.views.conversion import fit_facts
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
+from pop_local.workflows.events import Unit
 from pop_local.workflows.fetch import fetch_named
 
-_NAMES = (Column("name", "Name"), Column("source", "On the hub"))
+_NAMES = (Column("Name", itemgetter(0)), Column("On the hub", itemgetter(1)))
 _STOPPED = "The same command goes on with what could be kept."
 
 
@@ -53,7 +54,7 @@ def pull(
     not known is searched for on the hub.
     """
     if model is None:
-        print_table(Table(_NAMES, _known()))
+        print_table(_NAMES, _known())
         return
     if sha256 is not None and not is_url(model):
         raise typer.BadParameter("only for URLs: the others have theirs", param_hint="--sha256")
@@ -106,7 +107,8 @@ def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:
     if not sha256:
         unsafe = " and http:// is not protected either" if url.lower().startswith("http:") else ""
         warn(f"Without --sha256 nothing checks what arrives{unsafe}.")
-    with bytes_progress(f"Fetching {file_name(url)}") as advance:
+    with terminal_watch() as watch:
+        advance = watch.stage(f"Fetching {file_name(url)}", Unit.BYTES)
         return fetch_url(url, folder, sha256, advance, force=force)
 
 

@@ -132,7 +132,7 @@ def serve_named(
 
     if to.models is None:
         model = model or default_model()
-    models = _models(model, to, Opener(model, how, asked, _n_parallel(to, how)))
+    models = _models(model, to, Opener(model or "", how, asked, _n_parallel(to, how)))
     try:
         entry = Entry(to.api_key, to.host, origins)
         app = create_app(models, entry, strict_model=to.strict_model)
@@ -165,7 +165,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
 
 def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
     """Make the models of the server; MODEL is opened."""
-    from pop_local.server.listing import File, find, models_in
+    from pop_local.server.listing import File, find, models_in, shown
     from pop_local.server.models import Models, Shelf
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
@@ -177,9 +177,9 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
 
     how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
     if (folder := to.models) is None:
-        assert model is not None
         one = opened_by(None)
-        name = to.name or _default_name(model, one.path)
+        # One of the catalog is kept as it was given: requests are likely to use it.
+        name = to.name or (opener.model if lookup(opener.model) else shown(one.path.stem))
         return Models.of_one(File(name, one.path), one, lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
     shelf = Shelf(
@@ -215,13 +215,6 @@ def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
         message = f"{one} is for one request at a time: leave it out, or take --parallel 1"
         raise typer.BadParameter(message, param_hint="--parallel")
     return 1 if one else to.parallel
-
-
-def _default_name(model: str, path: Path) -> str:
-    """Return the name that was given if the catalog has it, as requests are likely to use it."""
-    from pop_local.server.listing import shown
-
-    return model if lookup(model) else shown(path.stem)
 
 
 def _origin(given: str) -> str:

@@ -13,8 +13,9 @@ from pop_local.base.errors import FormatError
 from pop_local.base.numbers import size
 from pop_local.commands.options import Json, Output, one_output
 from pop_local.models.names import resolve
-from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import print_facts, print_json
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.events import Unit
 
 
 def strip(
@@ -44,7 +45,8 @@ def strip(
     # The name comes from a file that may come from anywhere: its folder is not followed.
     name = Path(found.source_name).name if found else ""
     target = output or path.with_name(name or f"{path.name.removesuffix('.gguf')}.stripped.gguf")
-    with bytes_progress("Restoring") as advance:
+    with terminal_watch() as watch:
+        advance = watch.stage("Restoring", Unit.BYTES)
         meta = write_original(path, target, progress=advance, force=force)
     n_bytes, sha256 = target.stat().st_size, meta.source_sha256
     if json:

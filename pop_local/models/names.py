@@ -21,7 +21,6 @@ from pop_local.models.stored import known_name, models_by_name
 
 # The demo takes it, and so does a chat where the memory holds no larger one.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-_URL = ("https://", "http://")
 HUB_PREFIX = "hf:"
 # In the models folder: which file a hub's name was fetched as.
 _FETCHED = ".fetched.json"
@@ -98,6 +97,10 @@ def hub_names() -> dict[str, str]:
 def plain(name: str) -> str:
     """Return a name as it is compared, since Ollama writes llama3.2:3b for llama-3.2-3b."""
     return re.sub("[-:]", "", name.lower().removesuffix(":latest"))
+
+
+def is_url(name: str) -> bool:
+    return name.lower().startswith(("https://", "http://"))
 
 
 def hub_name(name: str) -> str | None:
@@ -240,7 +243,7 @@ def _not_there(model: str) -> PopError:
         return PopError(f"{model} is a pipe or a device, not a file", "give a GGUF file")
     if hub_name(model):
         return to_fetch(model)
-    if model.lower().startswith(_URL):
+    if is_url(model):
         return PopError(
             f"{model} has to be fetched first",
             "fetch it, and give the file",

@@ -35,7 +35,7 @@ _HINT = "close other programs, or leave it out"
 
 @dataclass
 class Distiller:
-    """Trains fits of one model end to end (pop_local.workflows.conversion.distiller).
+    """Trains fits of one model end to end (pop_local.workflows.conversion.fits).
 
     `reference` is the full model on the text, kept for further fits: about 0.5 GB for a state of
     500 dimensions.

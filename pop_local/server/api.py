@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from pop_local.server.listing import About, File
 from pop_local.server.models import Models, Served
 from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_pictures
 from pop_local.server.replies import ChatReply, Reply
+from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task
 
 _MAYBE_NO_NUMBER = re.compile(rb"[:,\[\s](?:NaN|-?Infinity|-?\d[\d.]*[eE]\+?\d{3})")
@@ -101,15 +103,13 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = await self.read(request, ChatBody)
-        served = await self.served(request, body.model)
-        reply = ChatReply(served.name, wants_usage=body.wants_usage)
-        return await self.answer(request, served, body, served.tasks.chat, reply)
+        reply = partial(ChatReply, wants_usage=body.wants_usage)
+        return await self.answer(request, body, Tasks.chat, reply)
 
     async def complete(self, request: Request) -> Response:
         body = await self.read(request, CompletionBody)
-        served = await self.served(request, body.model)
-        reply = Reply(served.name, wants_usage=body.wants_usage)
-        return await self.answer(request, served, body, served.tasks.completions, reply)
+        reply = partial(Reply, wants_usage=body.wants_usage)
+        return await self.answer(request, body, Tasks.completions, reply)
 
     def file(self, request: Request, name: str | None) -> File:
         """Return the model that answers to a name, which may be another one. Raises ApiError."""
@@ -150,7 +150,11 @@ class Api:
             raise hung_up() from None
 
     async def made(
-        self, request: Request, served: Served, body: AnyBody, make: Callable[[AnyBody], list[Task]]
+        self,
+        request: Request,
+        served: Served,
+        body: AnyBody,
+        make: Callable[[Tasks, AnyBody], list[Task]],
     ) -> list[Task]:
         """Make tasks in a thread; grammars and pictures one at a time, so that they take the
         memory of one.
@@ -160,7 +164,7 @@ class Api:
                 await limits.enter_async_context(self._grammar_limit)
             if body.has_pictures:
                 await limits.enter_async_context(self._picture_limit)
-            return await self.work(request, served, lambda: make(body))
+            return await self.work(request, served, lambda: make(served.tasks, body))
 
     async def read(self, request: Request, kind: type[AnyNamed]) -> AnyNamed:
         """Return the body, within the limits. Raises ApiError and ValidationError."""
@@ -188,13 +192,13 @@ class Api:
     async def answer(
         self,
         request: Request,
-        served: Served,
         body: AnyBody,
-        make: Callable[[AnyBody], list[Task]],
-        reply: Reply,
+        make: Callable[[Tasks, AnyBody], list[Task]],
+        reply: Callable[[Served], Reply],
     ) -> Response:
         """Answer tasks one after the other; others may be answered in between."""
-        gone = self._gone(request)
+        served, gone = await self.served(request, body.model), self._gone(request)
+        form = reply(served)
 
         def submit(task: Task) -> Job:
             job = served.worker.submit(task)
@@ -204,10 +208,10 @@ class Api:
         first, *others = await self.made(request, served, body, make)
         jobs = chain([submit(first)], map(submit, others))
         if not body.stream:
-            return await whole_answer(request.state, jobs, reply)
+            return await whole_answer(request.state, jobs, form)
         return StreamingResponse(
-            streamed_answer(request.state, jobs, reply),
-            media_type=reply.media_type,
+            streamed_answer(request.state, jobs, form),
+            media_type=form.media_type,
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 

@@ -84,7 +84,7 @@ class JsonSchema(Lenient):
 
 
 class ResponseFormat(Lenient):
-    """`schema` beside `json_object` is llama.cpp's."""
+    """`schema` beside `type` is how others than OpenAI's chat send it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -92,7 +92,7 @@ class ResponseFormat(Lenient):
 
     @model_validator(mode="after")
     def _has_schema(self) -> "ResponseFormat":
-        if self.type == "json_schema" and self.json_schema is None:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise ValueError("json_schema is missing")
         return self
 
@@ -103,7 +103,16 @@ class ResponseFormat(Lenient):
             return None
         if self.json_schema is not None:
             return self.json_schema.schema_
-        return self.schema_ or {"type": "object"}
+        return {"type": "object"} if self.schema_ is None else self.schema_
+
+
+def schema_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the `response_format` for a schema alone."""
+    return {"type": "json_schema", "schema": schema}
+
+
+def picture_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 class TextPart(Lenient):
@@ -366,8 +375,9 @@ def each_of(prompt: Any) -> list[Any]:
 
 
 class EmbeddingsBody(Body):
-    """`user` changes nothing; `dimensions` may be the model's alone."""
+    """`user` and `stream` change nothing; `dimensions` may be the model's alone."""
 
+    stream: Annotated[None, BeforeValidator(lambda sent: None)] = None
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None

@@ -12,6 +12,7 @@ from typing import Any
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob, ToolCall, TurnStats
 from pop_local.server.errors import ApiError
+from pop_local.server.models import Served
 from pop_local.server.worker import Task
 
 Json = dict[str, Any]
@@ -85,10 +86,10 @@ class Reply:
     whole_kind = piece_kind = "text_completion"
     media_type = "text/event-stream"
 
-    def __init__(self, model: str, *, wants_usage: bool = False) -> None:
+    def __init__(self, served: Served, *, wants_usage: bool = False) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = model
+        self._model = served.name
         # Without it the pieces of a stream have no such field.
         self._nothing_yet: Json = {"usage": None} if wants_usage else {}
 
@@ -144,8 +145,8 @@ class Reply:
         self,
         kind: str,
         said: Json,
-        logprobs: Sequence[TokenLogprob] | None = None,
-        finish_reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] | None,
+        finish_reason: str | None,
     ) -> Json:
         shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
         choice = {"index": self._index, **said, "logprobs": shown, "finish_reason": finish_reason}
@@ -227,7 +228,6 @@ def arguments_of(text: str) -> Any:
 
 
 def content_of(said: Sequence[Piece]) -> str:
-    """Join the contents of an answer's pieces."""
     return "".join(piece.content for piece in said)
 
 

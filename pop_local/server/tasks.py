@@ -53,14 +53,14 @@ class Tasks:
 
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
         """`repeatable`: whether answers are, unless a request says otherwise."""
-        self._model = model
+        self.model = model
         self._repeatable = repeatable
         self._is_full = model.can_switch and model.mode is Mode.OFF
 
     def chat(self, body: ChatBody) -> list[Task]:
         """Make `n` tasks, whose seeds differ."""
         urls = [url for message in body.messages for _, url in message.image_urls]
-        if urls and not self._model.can_see:
+        if urls and not self.model.can_see:
             raise ApiError(400, "this server reads no pictures", param="messages")
         pictures = sent_pictures(urls)
         try:
@@ -83,10 +83,10 @@ class Tasks:
 
     def _prompt(self, body: ChatBody, messages: list[Message]) -> tuple[Prompt, CallForm | None]:
         if not body.has_tools:
-            return self._model.chat_prompt(messages), None
-        prompt, calls = prompt_with_tools(self._model.prompter, messages, _tools(body))
+            return self.model.chat_prompt(messages), None
+        prompt, calls = prompt_with_tools(self.model.prompter, messages, _tools(body))
         if calls is not None:  # read before the model is asked for it
-            self._model.token_trie(calls.shown)
+            self.model.token_trie(calls.shown)
         return prompt, calls
 
     def completions(self, body: CompletionBody) -> list[Task]:
@@ -100,11 +100,11 @@ class Tasks:
         return [one for task in tasks for one in _seeded(task, body.n)]
 
     def embeddings(self, body: EmbeddingsBody) -> list[Task]:
-        if body.dimensions not in (None, n_embd := self._model.context.n_embd):
+        if body.dimensions not in (None, n_embd := self.model.context.n_embd):
             message = f"dimensions must be {n_embd}: the vectors of this model are not cut"
             raise ApiError(400, message, param="dimensions")
         try:
-            require_pooling(self._model.cache)
+            require_pooling(self.model.cache)
         except PopError as error:
             raise ApiError(400, error.message) from error
         tokens = [self._tokens(prompt, None) for prompt in each_of(body.input)]
@@ -118,7 +118,7 @@ class Tasks:
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        pieces = Pieces(self._model.context, range(self._model.context.n_vocab))
+        pieces = Pieces(self.model.context, range(self.model.context.n_vocab))
         shown = tokens if body.echo or body.logprobs is not None else []
         text = b"".join(pieces[token] for token in shown).decode(errors="replace")
         if body.echo:
@@ -126,7 +126,7 @@ class Tasks:
         return Task(Prompt(tokens), options, mode, reason, n_written=len(text))
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
-        if not self._model.can_switch:
+        if not self.model.can_switch:
             if pop:
                 raise ApiError(400, f"{NO_KEYS}: it cannot be pruned", param="pop")
             return Mode.OFF, NO_KEYS
@@ -140,16 +140,16 @@ class Tasks:
             self.check_tokens(prompt, "prompt")
         if suffix:
             try:
-                return infilling(self._model.context, prompt, suffix)
+                return infilling(self.model.context, prompt, suffix)
             except PopError as error:
                 raise ApiError(400, error.message, param="suffix") from error
         if isinstance(prompt, str):
-            return self._model.tokenize(prompt, add_bos=True, special=True)
+            return self.model.tokenize(prompt, add_bos=True, special=True)
         return prompt
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Raises ApiError for tokens that the vocabulary lacks."""
-        n_vocab = self._model.context.n_vocab
+        n_vocab = self.model.context.n_vocab
         if any(not 0 <= token < n_vocab for token in tokens):
             raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param=param)
 
@@ -157,11 +157,11 @@ class Tasks:
         """Stop at the first that does not fit: the others are not decoded."""
         n_shown = 0
         for picture in pictures:
-            n_shown += self._model.count_picture(picture)
+            n_shown += self.model.count_picture(picture)
             self._check_length(n_shown + 1, "messages")
 
     def _check_length(self, n_prompt: int, param: str) -> None:
-        n_ctx = self._model.n_ctx
+        n_ctx = self.model.n_ctx
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= n_ctx:
@@ -183,7 +183,7 @@ class Tasks:
         if body.seed is not None and body.seed != -1:
             given["seed"] = body.seed % (MOST_SEED + 1)
         repeatable = self._repeatable if body.repeatable is None else body.repeatable
-        if repeatable and len(self._model.sequences) > 1:
+        if repeatable and len(self.model.sequences) > 1:
             message = "answers are repeatable where the server answers one request at a time"
             raise ApiError(400, f"{message}: --parallel 1", param="repeatable")
         return TurnOptions(
@@ -192,7 +192,7 @@ class Tasks:
             grammar=self._grammar(body),
             n_top_logprobs=n_top_logprobs,
             repeatable=repeatable or body.cache_prompt is False,
-            **{**self._model.recommended, **given},
+            **{**self.model.recommended, **given},
         )
 
     def _grammar(self, body: Body) -> Grammar | None:
@@ -204,7 +204,7 @@ class Tasks:
             elif body.grammar is not None:
                 grammar = Grammar.of_gbnf(body.grammar)
             if grammar is not None:
-                Constraint(self._model.token_trie(), grammar).allowed()
+                Constraint(self.model.token_trie(), grammar).allowed()
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
         return grammar

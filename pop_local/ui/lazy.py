@@ -2,8 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -26,26 +25,19 @@ def sub_app(**how: Any) -> typer.Typer:
     )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A command: its module holds a function, or a Typer app, of the command's own name."""
-
-    name: str
-    module: str
-    help: str
-
-    def function(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.name.replace("-", "_"))
+def imported(package: str, name: str) -> Any:
+    """Return the function, or the Typer app, of a command: that of its name in its own module."""
+    word = name.replace("-", "_")
+    return getattr(importlib.import_module(f"{package}.{word}"), word)
 
 
-def _loaded(entry: Entry) -> Any:
-    """Import a command."""
-    function = entry.function()
+def _command(package: str, name: str) -> Any:
+    function = imported(package, name)
     if isinstance(function, typer.Typer):
         return typer.main.get_command(function)
     single = sub_app()
     single.command(
-        name=entry.name,
+        name=name,
         help=_paragraphs(function.__doc__),
         no_args_is_help=False,
         context_settings={"help_option_names": HELP_OPTIONS},
@@ -76,15 +68,17 @@ def _paragraphs(docstring: str | None) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-def lazy_group(entries: Sequence[Entry]) -> type[TyperGroup]:
-    """Return a group class of these commands, for `typer.Typer(cls=...)`."""
-    by_name = {entry.name: entry for entry in entries}
+def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
+    """Return a group class of a package's commands, for `typer.Typer(cls=...)`.
+
+    `commands`: the help of each, by its name.
+    """
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
             # They stand in the listing, and give way to the real ones.
-            self.commands = {each.name: TyperCommand(each.name, help=each.help) for each in entries}
+            self.commands = {name: TyperCommand(name, help=commands[name]) for name in commands}
 
         def format_help(self, ctx: Any, formatter: Any) -> None:
             _shown_without_type(self, ctx)
@@ -96,7 +90,7 @@ def lazy_group(entries: Sequence[Entry]) -> type[TyperGroup]:
             name, known, given = super().resolve_command(ctx, args)
             if name is None:
                 return name, known, given
-            command = _loaded(by_name[name])
+            command = _command(package, name)
             _shown_without_type(command, ctx)
             # Completion and help work whatever the values are.
             if not ctx.resilient_parsing and not {*given} & {*HELP_OPTIONS}:

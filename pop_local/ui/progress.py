@@ -24,7 +24,7 @@ from rich.text import Text
 from pop_local.base.numbers import duration
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err, note
-from pop_local.workflows.events import Course
+from pop_local.workflows.events import Course, Unit
 
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
@@ -49,21 +49,16 @@ class Pace:
         return f"{about} {duration(left_s)} left in all"
 
 
-def bytes_progress(what: str, pace: Pace | None = None) -> AbstractContextManager[Advance]:
-    """Show (done_bytes, total_bytes) while the block runs."""
-    wide = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return _bar(what, wide, pace or Pace())
-
-
-def token_progress(what: str, pace: Pace | None = None) -> AbstractContextManager[Advance]:
-    """Show (done_tokens, total_tokens) while the block runs."""
-    pace = pace or Pace()
+def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
+    """Show (done, total), counted in this unit, while the block runs."""
+    if unit is Unit.BYTES:
+        return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), pace)
     return _bar(what, (MofNCompleteColumn(), _TimeLeft(pace)), pace)
 
 
 @contextmanager
 def prefill_progress(what: str) -> Iterator[Advance]:
-    """As token_progress, with the speed; a short prompt gets no bar."""
+    """The same of a prompt's tokens, with the speed; a short one gets no bar."""
     with ExitStack() as stack:
         bars: list[Advance] = []
 
@@ -139,12 +134,12 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...], pace: Pace) -> Iterator[Ad
         expand=True,
         refresh_per_second=_DRAWN_PER_S,
     )
-    with shown as progress:
-        task = progress.add_task(printable(what), total=None, taken_s=0.0)
+    with shown:
+        task = shown.add_task(printable(what), total=None, taken_s=0.0)
         begun_s = time.monotonic()
 
         def advance(done: int, total: int) -> None:
             taken_s = time.monotonic() - begun_s
-            progress.update(task, completed=done, total=total or None, taken_s=taken_s)
+            shown.update(task, completed=done, total=total or None, taken_s=taken_s)
 
         yield advance

@@ -1,13 +1,12 @@
-"""One description of a table, drawn for a terminal, as Markdown or as JSON."""
+"""Tables, drawn for a terminal or in Markdown; facts, and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,70 +20,50 @@ from pop_local.ui.theme import out
 _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def _plain(value: object) -> str:
-    return "" if value is None else str(value)
-
-
 @dataclass(frozen=True)
 class Column:
-    """`title` is for people; `show` turns a value into text."""
+    """A column of a table: its title, and what it shows of a row, nothing for None."""
 
-    key: str
     title: str
-    show: Callable[[Any], str] = _plain
+    cell: Callable[[Any], object]
     numeric: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows hold the values themselves, in the order of the columns."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Any, ...], ...]
-
-    @classmethod
-    def of(cls, columns: tuple[Column, ...], items: Iterable[object]) -> Table:
-        """Make a row of each item; a column's key names its attribute, or one of an attribute."""
-        values = [attrgetter(column.key) for column in columns]
-        return cls(columns, tuple(tuple(value(item) for value in values) for item in items))
-
-    def texts(self) -> list[list[str]]:
-        return [
-            [printable(column.show(value)) for column, value in zip(self.columns, row, strict=True)]
-            for row in self.rows
-        ]
+def _texts(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[str]]:
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    return [["" if cell is None else printable(str(cell)) for cell in row] for row in cells]
 
 
-def rich_table(table: Table) -> RichTable:
+def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
     drawn = RichTable(header_style="title")
-    for column in table.columns:
+    for column in columns:
         # Folded, not cut: a name is there to be copied.
         drawn.add_column(
             column.title, justify="right" if column.numeric else "left", overflow="fold"
         )
-    for row in table.texts():
-        drawn.add_row(*(Text(cell) for cell in row))
+    for texts in _texts(columns, rows):
+        drawn.add_row(*map(Text, texts))
     return drawn
 
 
-def print_table(table: Table) -> None:
+def print_table(columns: Sequence[Column], rows: Sequence[Any]) -> None:
     """Print a table on stdout: drawn in a terminal, elsewhere Markdown."""
     if out.is_terminal:
-        out.print(rich_table(table))
+        out.print(rich_table(columns, rows))
     else:
-        out.file.write(markdown(table) + "\n")
+        out.file.write(markdown(columns, rows) + "\n")
 
 
-def markdown(table: Table) -> str:
+def markdown(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     """Return a Markdown table, its cells padded to read well as text."""
-    head = [column.title for column in table.columns]
-    body = [[cell.replace("|", "\\|") for cell in row] for row in table.texts()]
+    head = [column.title for column in columns]
+    body = [[text.replace("|", "\\|") for text in texts] for texts in _texts(columns, rows)]
     widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
     rules = [
         "-" * (width - 1) + ":" if column.numeric else "-" * width
-        for column, width in zip(table.columns, widths, strict=True)
+        for column, width in zip(columns, widths, strict=True)
     ]
-    sides = [">" if column.numeric else "<" for column in table.columns]
+    sides = [">" if column.numeric else "<" for column in columns]
     line = "| " + " | ".join(f"{{:{s}{w}}}" for s, w in zip(sides, widths, strict=True)) + " |"
     return "\n".join(line.format(*row) for row in [head, rules, *body])
 

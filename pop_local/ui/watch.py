@@ -10,11 +10,9 @@ import typer
 from pop_local.base.errors import PopError
 from pop_local.ui.hints import hint_of
 from pop_local.ui.interrupt import deferred_interrupt
-from pop_local.ui.progress import Advance, Pace, bytes_progress, token_progress
+from pop_local.ui.progress import Advance, Pace, stage_progress
 from pop_local.ui.theme import note, warn
 from pop_local.workflows.events import Course, Step, Unit, Watch
-
-_BARS = {Unit.TOKENS: token_progress, Unit.BYTES: bytes_progress}
 
 
 def asked(question: str) -> bool:
@@ -41,8 +39,7 @@ class _Stages:
 
     def advance(self, done: int, total: int) -> None:
         if self._bar is None:
-            name, unit = self._stage
-            self._bar = self._stack.enter_context(_BARS[unit](name, self._pace))
+            self._bar = self._stack.enter_context(stage_progress(*self._stage, self._pace))
         self._pace.course.advance(done, total)
         self._bar(done, total)
 

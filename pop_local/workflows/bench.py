@@ -48,15 +48,14 @@ class BenchOptions:
     """How to measure, and where.
 
     `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
-    file's. `n_batch`: tokens that are read at once. `n_ctx` None: what is measured needs.
-    `select`: the share of context tokens that run all layers, None for the file's. `image`: a
-    picture in each prompt, None for text alone; `mmproj` None: the one beside the model.
+    file's. `n_ctx` None: what is measured needs. `select`: the share of context tokens that run all
+    layers, None for the file's. `image`: a picture in each prompt, None for text alone; `mmproj`
+    None: the one beside the model.
     """
 
     n_prompts: tuple[int, ...]
     n_pairs: int
     boundary: int | None
-    n_batch: int
     n_ctx: int | None
     hardware: Hardware
     select: float | None = None
@@ -66,11 +65,13 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The circumstances: `backend` names the device and the threads.
+class Speed:
+    """The speed-ups by prompt length, and the circumstances.
 
-    `kernels`: those of ours that read the prompts (`prompt_kernels`), "" where a device does.
-    `is_exact`: the tokens that skip the layers from `boundary` on are of no use there.
+    `backend` names the device and the threads. `kernels`: those of ours that read the prompts
+    (`prompt_kernels`), "" where a device does. `is_exact`: the tokens that skip the layers from
+    `boundary` on are of no use there. `upstream`: which setting of llama.cpp without our kernels,
+    the faster one, was measured beside them; None where they do not compute.
     """
 
     model: str
@@ -81,32 +82,33 @@ class Bench:
     is_exact: bool
     n_layer: int
     min_prompt: int
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The speed-ups by prompt length.
-
-    `upstream`: which setting of llama.cpp without our kernels, the faster one, was measured beside
-    them; None where they do not compute.
-    """
-
-    bench: Bench
-    rows: tuple[SpeedRow, ...]
     upstream: str | None
+    rows: tuple[SpeedRow, ...]
 
 
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
     """Measure each prompt length. Raises PopError, StoppedError."""
     picture = None if options.image is None else read_picture(options.image)
-    with _opened(model, sidecar, options, watch) as (loaded, found):
-        is_ours = found.kernels and kernels_read_prompts() and picture is None
+    with _opened(model, sidecar, options, watch) as (loaded, files):
+        backend, kernels = _backend(loaded, options.hardware)
+        is_ours = kernels and kernels_read_prompts() and picture is None
         with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as beside:
             setting, read = beside
             advance = watch.stage("Measuring")
             lengths = options.n_prompts
             rows = measure_speed(loaded, lengths, options.n_pairs, advance, picture, read)
-    return Speed(found, rows, setting)
+        return Speed(
+            model=str(files.path),
+            sidecar=str(files.sidecar) if files.sidecar else None,
+            backend=backend,
+            kernels=kernels,
+            boundary=loaded.boundary or loaded.exact,
+            is_exact=loaded.exact > 0,
+            n_layer=loaded.shape.n_layer,
+            min_prompt=loaded.rule.min_prompt,
+            upstream=setting,
+            rows=rows,
+        )
 
 
 @contextmanager
@@ -122,8 +124,6 @@ def _upstream(
             repack=repack,
             flash_attn=flash_attn,
             n_ctx=model.n_ctx,
-            n_batch=options.n_batch,
-            n_ubatch=options.n_batch,
             n_threads=model.context.n_threads,
             n_gpu_layers=0,
         )
@@ -142,8 +142,8 @@ def _upstream(
 @contextmanager
 def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
-) -> Iterator[tuple[PopModel, Bench]]:
-    """The model at the boundary to measure, and the circumstances. Raises PopError."""
+) -> Iterator[tuple[PopModel, ModelFiles]]:
+    """The model at the boundary to measure, and its files. Raises PopError."""
     find = model_files if options.boundary is None else files_at_boundary
     files = find(model, sidecar, watch)
     source = read_source(files.path)
@@ -160,15 +160,13 @@ def _opened(
         options.hardware,
         watch,
         n_ctx=_context(source, options),
-        n_batch=options.n_batch,
-        n_ubatch=options.n_batch,
         mmproj=options.mmproj or mmproj_beside(files.path),
         image_tokens=options.image_tokens,
     ) as loaded:
         if options.boundary is not None:
             loaded.set_boundary(options.boundary)
         loaded.set_depth(options.select)
-        yield loaded, _bench(files, loaded, options.hardware)
+        yield loaded, files
 
 
 def _context(source: Source, options: BenchOptions) -> int:
@@ -188,7 +186,8 @@ def _context(source: Source, options: BenchOptions) -> int:
     return options.n_ctx or n_needed
 
 
-def _bench(files: ModelFiles, model: PopModel, hardware: Hardware) -> Bench:
+def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
+    """Return the device with its threads, and the kernels of ours that read prompts there."""
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
@@ -198,13 +197,4 @@ def _bench(files: ModelFiles, model: PopModel, hardware: Hardware) -> Bench:
     elif not device.is_gpu:
         kernels = prompt_kernels()
     threads = "1 thread" if model.context.n_threads == 1 else f"{model.context.n_threads} threads"
-    return Bench(
-        model=str(files.path),
-        sidecar=str(files.sidecar) if files.sidecar else None,
-        backend=f"{on}, {threads}",
-        kernels=kernels,
-        boundary=model.boundary or model.exact,
-        is_exact=model.exact > 0,
-        n_layer=model.shape.n_layer,
-        min_prompt=model.rule.min_prompt,
-    )
+    return f"{on}, {threads}", kernels

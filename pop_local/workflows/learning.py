@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pop_converter.fit.least_squares import ROWS_KEPT, KvType
@@ -41,18 +41,17 @@ _N_CONTINUATION = 128
 _N_DRAWS = 4
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _LearnedFitter(Fitter):
     """Solves the sums at each boundary, in the place of a calibration."""
 
-    learner: Learner | None = None
-    sums: Sums = field(default_factory=Sums)
+    learner: Learner
+    sums: Sums
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         return tuple(map(self._solved, plans))
 
     def _solved(self, plan: Plan) -> Fitted:
-        assert self.learner is not None
         options, summing, boundary = self.options, self.learner.summing, plan.boundary
         gram, stored = self.sums.grams[boundary], options.kv_type
         tensors: list[NewTensor] = []

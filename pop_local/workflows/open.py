@@ -46,7 +46,7 @@ def best_model() -> Model:
 
 
 def open_model(
-    model: str | None,
+    model: str,
     sidecar: Path | None,
     *,
     n_ctx: int | None,
@@ -60,7 +60,7 @@ def open_model(
     image_tokens: int | None = None,
     n_parallel: int | None = 1,
 ) -> "PopModel":
-    """Open a model by name or path, None for the catalog's default; see `model_files`.
+    """Open a model by name or path; see `model_files`.
 
     `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
     that fits stays, to switch pruning on later. `select`, `keep_states`, `image_tokens`: as
@@ -145,7 +145,7 @@ def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
         watch.on_note(f"{n} requests at once, {n_each:,} tokens each: {size(n_bytes)} of K and V.")
 
 
-def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
+def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
     """Return the files to open (`_files`); a sidecar that was not asked for is named."""
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
@@ -158,7 +158,7 @@ def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelF
     return files
 
 
-def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
+def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
     """Return the files to open: with the sidecar given, the one beside the model or a shipped one.
 
     One of the catalog is fetched first, and its sidecar is shipped.
@@ -169,14 +169,14 @@ def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
                 f"there is no sidecar {sidecar}", "convert the model to one", cause="no-sidecar"
             )
         return ModelFiles(base_file(model, watch), sidecar)
-    entry = _entry(model)
-    if entry is not None and (converted := kept(entry.pop_file)):
+    is_catalogs = not (Path(model).is_file() or stored(model))
+    if is_catalogs and (entry := lookup(model)) and (converted := kept(entry.pop_file)):
         return ModelFiles(converted)
     base = base_file(model, watch)
     return ModelFiles(base, sidecar_of(read_source(base)))
 
 
-def files_at_boundary(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
+def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
     """Return the files to open for a boundary that fitted projections cannot have.
 
     So no sidecar is looked for, and of the catalog's model the unconverted file is taken.
@@ -186,22 +186,14 @@ def files_at_boundary(model: str | None, sidecar: Path | None, watch: Watch) -> 
     return model_files(model, sidecar, watch)
 
 
-def _entry(model: str | None) -> Model | None:
-    """The catalog's entry; None for a path, and for what is stored under that name."""
-    if model is None:
-        return find(DEFAULT_MODEL)
-    return None if Path(model).is_file() or stored(model) else lookup(model)
-
-
-def base_file(model: str | None, watch: Watch) -> Path:
+def base_file(model: str, watch: Watch) -> Path:
     """Return the model without POP keys; one of the catalog or of a hub is fetched first.
 
     Raises PopError.
     """
-    name = DEFAULT_MODEL if model is None else model
     try:
-        return resolve_base(name)
+        return resolve_base(model)
     except PopError as error:
         if error.cause != "not-fetched":
             raise
-    return fetch_named(name, models_dir(), watch)
+    return fetch_named(model, models_dir(), watch)

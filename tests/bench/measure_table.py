@@ -1,6 +1,6 @@
 """A model's table of docs/quality.md: what each depth loses, and how fast it reads. Not a test.
 
-    python tests/bench/measure_table.py MODEL.gguf --fits 18:fitted,16:wide,14:attention
+    python tests/bench/measure_table.py MODEL.gguf --fits 18:fitted,16:fitted-wide
         --out FOLDER [--prompts 512,2048] [--repeat 3] [--windows 16] [--texts FILE ...] [--cpu N]
 
 All are fitted in one pass over convert's text, and measured as `pop-local eval` does, with the full

@@ -1,6 +1,7 @@
 """`pop-local bench`: its JSON and table, what it refuses; a cached prefix is never timed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,11 @@ def test_a_speedup_above_the_limit_is_explained(capsys, limit, is_above):
         upstream_ttft_s=some,
         kernels_speedup=ratio,
     )
-    found = workflow.Bench("m.gguf", None, "CPU", "ours", 4, False, 8, 0)
-    show_speed(workflow.Speed(found, (row,), None))
+    found = workflow.Speed("m.gguf", None, "CPU", "ours", 4, False, 8, 0, None, (row,))
+    show_speed(found)
     shown = capsys.readouterr().out
     assert ("Above the limit" in shown) == is_above and "ours" not in shown
-    show_speed(workflow.Speed(found, (row,), "without flash attention"))
+    show_speed(replace(found, upstream="without flash attention"))
     shown = capsys.readouterr().out
     assert "ours, beside llama.cpp's own (without flash attention)" in shown
     assert "TTFT llama.cpp (s)" in shown

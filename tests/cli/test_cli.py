@@ -18,6 +18,7 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.cli import COMMANDS, app
 from pop_local.commands.options import finite, positive
 from pop_local.ui import errors, hints
+from pop_local.ui.lazy import imported
 from support.blocked import BLOCKER
 from support.converted import tiny
 from support.program import called, run
@@ -30,7 +31,7 @@ import json
 from typer.testing import CliRunner
 from pop_local.cli import COMMANDS, app
 found = {}
-for command in ("", *(entry.name for entry in COMMANDS)):
+for command in ("", *COMMANDS):
     done = CliRunner().invoke(app, [*command.split(), "--help"])
     found[command] = (repr(done.exception), done.stdout)
 print(json.dumps(found))
@@ -46,7 +47,7 @@ def help_without_heavy() -> dict[str, tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("command", ["", *(entry.name for entry in COMMANDS)])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_imports_neither_torch_nor_llama_cpp(command, help_without_heavy):
     raised, printed = help_without_heavy[command]
     assert raised in ("None", "SystemExit(0)")
@@ -127,9 +128,9 @@ def test_the_blocker_blocks():
 
 def test_every_command_is_listed_with_its_help():
     output = CliRunner().invoke(app, ["--help"]).output
-    for entry in COMMANDS:
-        assert entry.name in output
-        assert entry.help in output
+    for name, words in COMMANDS.items():
+        assert name in output
+        assert words in output
 
 
 def test_version():
@@ -363,10 +364,10 @@ def test_numbers_without_end_are_wrong_usage(arguments):
 
 def test_every_option_that_is_a_float_is_checked():
     floats = [
-        (f"{entry.name} {name}", hint.__metadata__[0])
-        for entry in COMMANDS
-        if inspect.isfunction(command := entry.function())
-        for name, hint in get_type_hints(command, include_extras=True).items()
+        (f"{command} {name}", hint.__metadata__[0])
+        for command in COMMANDS
+        if inspect.isfunction(function := imported("pop_local.commands", command))
+        for name, hint in get_type_hints(function, include_extras=True).items()
         if hasattr(hint, "__metadata__") and float in (hint.__origin__, *get_args(hint.__origin__))
     ]
     assert len(floats) > 6

@@ -10,6 +10,7 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fastest
+from pop_local.workflows.conversion.goals import Fastest
 from support.searched import convert
 from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
@@ -66,9 +67,8 @@ def test_the_first_recipe_that_recalls_is_taken(plain, tmp_path, found):
     found += [0.2, 0.74, 0.76, 0.9]
     done = convert(plain, out, "--quality", "fastest", "--json", *QUICK)
     assert done.exit_code == 0, done.output
-    tried = [plan.boundary for plan in fastest.recipes(read_shape(plain), macs=GraphMacs(plain))][
-        :3
-    ]
+    recipes = Fastest().plans(read_shape(plain), macs=GraphMacs(plain))
+    tried = [plan.boundary for plan in recipes[:3]]
     report = json.loads(done.stdout)
     meta = meta_of(out)
     assert meta.budget is not None
@@ -80,7 +80,7 @@ def test_the_first_recipe_that_recalls_is_taken(plain, tmp_path, found):
 
 
 def test_dry_run_names_all_recipes(plain):
-    recipes = fastest.recipes(read_shape(plain), macs=GraphMacs(plain))
+    recipes = Fastest().plans(read_shape(plain), macs=GraphMacs(plain))
     wanted = (plain, "--quality", "fastest", "--dry-run")
     facts = " ".join(convert(*wanted).stdout.split())
     assert ", ".join(f"{plan.boundary} with {plan.select:.0%}" for plan in recipes) in facts
@@ -92,9 +92,8 @@ def test_dry_run_names_all_recipes(plain):
 
 
 def test_recipes_come_from_the_fastest_on(plain):
-    limits = [
-        plan.speedup_limit for plan in fastest.recipes(read_shape(plain), macs=GraphMacs(plain))
-    ]
+    recipes = Fastest().plans(read_shape(plain), macs=GraphMacs(plain))
+    limits = [plan.speedup_limit for plan in recipes]
     assert limits == sorted(limits, reverse=True)
     assert len(limits) == 6
 

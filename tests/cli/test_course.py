@@ -97,7 +97,7 @@ def test_sampling_takes_several_times_as_long_as_reading(tiny):
 def test_a_benchmark_counts_how_it_chooses_what_to_compare_with(tiny, monkeypatch):
     said: list[str] = []
     watch = Watch(on_stage=lambda name, unit: said.append(name))
-    options = bench.BenchOptions((32,), 1, 4, 32, None, ONE_THREAD)
+    options = bench.BenchOptions((32,), 1, 4, None, ONE_THREAD)
     monkeypatch.setattr(bench, "kernels_read_prompts", lambda: True)
     bench.bench(str(tiny), None, options, watch)
     assert said == ["Trying settings of llama.cpp", "Measuring"]

@@ -38,7 +38,7 @@ RUNS_PIP = "fetching/catalog.py"
 
 # At the end of a piece its name follows from a variable: f"--{name}".
 OPTION = re.compile(r"(?<![\w-])--(?:[a-z]|$)")
-COMMAND = re.compile(rf"pop-local (?:{'|'.join(entry.name for entry in COMMANDS)})\b")
+COMMAND = re.compile(rf"pop-local (?:{'|'.join(COMMANDS)})\b")
 SLASH_COMMAND = re.compile(rf"(?<![\w.}}/])(?:{'|'.join(SLASH_COMMANDS)})\b(?!/)")
 
 

@@ -48,7 +48,7 @@ def store(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def files(model: str | None) -> ModelFiles:
+def files(model: str) -> ModelFiles:
     with terminal_watch() as watch:
         return opening.model_files(model, None, watch)
 
@@ -69,7 +69,7 @@ def shipped(store, tmp_path, monkeypatch) -> Path:
     return made.sidecar.rename(folder / "any-name.pop-sidecar.gguf")
 
 
-@pytest.mark.parametrize("name", [None, "smollm2"])
+@pytest.mark.parametrize("name", [DEFAULT_MODEL, "smollm2"])
 def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shipped, capsys, name):
     assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     said = capsys.readouterr()

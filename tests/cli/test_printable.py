@@ -12,6 +12,7 @@ from pop_local.cli import app
 from pop_local.ui import errors, progress, theme
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json
+from pop_local.workflows.events import Unit
 from support.synthetic import make_gguf
 
 # Sets the title, clears the screen, turns the text around; C1's CSI does so without an escape.
@@ -67,7 +68,7 @@ def test_the_label_of_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(theme.err, "_force_terminal", True)
     monkeypatch.setattr(theme.err, "is_interactive", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.token_progress(EVIL) as advance:
+    with progress.stage_progress(EVIL, Unit.TOKENS, progress.Pace()) as advance:
         advance(1, 2)
     shown = capsys.readouterr().err
     assert r"a\x1b]0" in shown

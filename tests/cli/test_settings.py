@@ -15,7 +15,7 @@ from pop_local.cli import app
 from pop_local.config import settings
 from pop_local.config.settings import Value, config_path, given, load
 from pop_local.models.names import models_dir
-from pop_local.ui.lazy import Entry, lazy_group
+from pop_local.ui.lazy import lazy_group
 from support.program import run
 
 
@@ -168,10 +168,13 @@ def bare() -> None:
 
 @pytest.fixture
 def probe(tmp_path, monkeypatch) -> typer.Typer:
-    (tmp_path / "probe_commands.py").write_text(MODULE)
+    folder = tmp_path / "probe_commands"
+    folder.mkdir()
+    commands = dict.fromkeys(("probe", "must", "bare"), "")
+    for name in commands:
+        (folder / f"{name}.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    entries = [Entry(name, "probe_commands", "") for name in ("probe", "must", "bare")]
-    program = typer.Typer(cls=lazy_group(entries))
+    program = typer.Typer(cls=lazy_group("probe_commands", commands))
     program.callback()(lambda debug=False: None)
     return program
 

@@ -32,7 +32,7 @@ from support.synthetic import make_gguf, make_split
 pytestmark = pytest.mark.slow
 
 
-def model_files(model: str | None, sidecar: Path | None = None) -> ModelFiles:
+def model_files(model: str, sidecar: Path | None = None) -> ModelFiles:
     with terminal_watch() as watch:
         return opening.model_files(model, sidecar, watch)
 
@@ -177,11 +177,11 @@ def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
     entry = replace(find(DEFAULT_MODEL), file=base.name)
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
     monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
-    assert model_files(None) == ModelFiles(base, sidecar)
+    assert model_files(DEFAULT_MODEL) == ModelFiles(base, sidecar)
     assert command("convert", "--projection", "own", "--boundary", 4, base).exit_code == 0
     copy = tmp_path / "tiny.pop.gguf"
-    assert model_files(None) == ModelFiles(copy)
-    assert model_files(None, sidecar) == ModelFiles(base, sidecar)
+    assert model_files(DEFAULT_MODEL) == ModelFiles(copy)
+    assert model_files(DEFAULT_MODEL, sidecar) == ModelFiles(base, sidecar)
 
 
 # --- the commands

@@ -30,6 +30,8 @@ def test_embeddings(client, full):
     assert np.allclose(by_tokens["data"][0]["embedding"], vectors[1])
     of_ollama = client.post("/api/embed", json=asked).json()
     assert np.allclose(of_ollama["embeddings"], vectors)
+    older = client.post("/api/embeddings", json={"model": NAME, "prompt": texts[1]}).json()
+    assert np.allclose(older["embedding"], vectors[1])
 
 
 def test_embeddings_leave_what_the_cache_of_prompts_has(path):

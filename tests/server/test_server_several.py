@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from starlette.datastructures import State
@@ -91,7 +93,8 @@ def test_the_others_are_not_begun_for_who_hung_up():
 
     async def hang_up() -> None:
         state = State()
-        stream = streamed_answer(state, jobs(), Reply(NAME))
+        served: Any = SimpleNamespace(name=NAME)
+        stream = streamed_answer(state, jobs(), Reply(served))
         while b'"a"' not in await anext(stream):
             pass
         await stream.aclose()  # as Starlette does

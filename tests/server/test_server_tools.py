@@ -1,6 +1,7 @@
 """Tools through the API, as OpenAI's clients send them, on a small random model."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,7 +215,8 @@ def test_ollamas_calls_are_told_at_the_end_and_only_whole_ones():
     ]
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "pop": dict.fromkeys(TIMES, 0.0)}
     end = End("length", "", usage)
-    reply = OllamaChatReply(NAME)
+    served: Any = SimpleNamespace(name=NAME)
+    reply = OllamaChatReply(served)
     reply.begin(0, Task(Prompt([1]), TurnOptions(), Mode.OFF))
     calls = [{"function": {"name": "double", "arguments": {"n": 2}}}]
     whole = reply.whole(said, (), end)["message"]

@@ -1,7 +1,7 @@
 """OpenAI's embeddings, and Ollama's."""
 
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,15 @@ from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
 from pop_local.server.bodies import EmbeddingsBody, Named
+from pop_local.server.models import Served
 from pop_local.server.replies import End, Json, OwnReply, total
+from pop_local.server.tasks import Tasks
 
 
 class EmbeddingsReply(OwnReply):
-    def __init__(self, model: str, body: EmbeddingsBody) -> None:
-        super().__init__(model)
-        self._is_packed = body.encoding_format == "base64"
+    def __init__(self, served: Served, *, is_packed: bool) -> None:
+        super().__init__(served)
+        self._is_packed = is_packed
 
     def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
         found: Any = end.embedding
@@ -66,24 +68,17 @@ def routes(api: Api) -> list[Route]:
 
 async def _create(api: Api, request: Request) -> Response:
     body = await api.read(request, EmbeddingsBody)
-    return await _answer(api, request, body, lambda name: EmbeddingsReply(name, body))
+    reply = partial(EmbeddingsReply, is_packed=body.encoding_format == "base64")
+    return await api.answer(request, body, Tasks.embeddings, reply)
 
 
 async def _embed(api: Api, request: Request) -> Response:
     body = await api.read(request, EmbeddingsBody)
-    return await _answer(api, request, body, EmbedReply)
+    return await api.answer(request, body, Tasks.embeddings, EmbedReply)
 
 
 async def _embed_one(api: Api, request: Request) -> Response:
     """Ollama's older endpoint."""
     asked = await api.read(request, OneText)
     body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
-    return await _answer(api, request, body, OneEmbedReply)
-
-
-async def _answer(
-    api: Api, request: Request, body: EmbeddingsBody, reply: Callable[[str], OwnReply]
-) -> Response:
-    served = await api.served(request, body.model)
-    whole, make = body.model_copy(update={"stream": False}), served.tasks.embeddings
-    return await api.answer(request, served, whole, make, reply(served.name))
+    return await api.answer(request, body, Tasks.embeddings, OneEmbedReply)

@@ -18,10 +18,11 @@ from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob, TurnOptions
 from pop_local.server.api import Api
-from pop_local.server.bodies import CompletionBody, Lenient, Named, Sampling
+from pop_local.server.bodies import CompletionBody, Lenient, Named, Sampling, schema_form
 from pop_local.server.errors import ApiError
 from pop_local.server.models import Served
 from pop_local.server.replies import End, Json, OwnReply, chat_logprob, content_of
+from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
@@ -41,8 +42,7 @@ class LlamaBody(CompletionBody):
             return given
         renamed = {"n": given.get("n_cmpl"), "logprobs": given.get("n_probs") or None}
         if (schema := given.get("json_schema")) is not None:
-            form = {"type": "json_schema", "json_schema": {"schema": schema}}
-            renamed["response_format"] = form
+            renamed["response_format"] = schema_form(schema)
         limit = given.get("n_predict")
         renamed["n_predict"] = -1 if limit is None else limit or 1
         return {**given, **renamed, "n_cmpl": None, "json_schema": None}
@@ -83,9 +83,9 @@ class DetokenizeBody(Named):
 class LlamaReply(OwnReply):
     """Answers of /completion and /infill."""
 
-    def __init__(self, model: str, n_ctx: int) -> None:
-        super().__init__(model)
-        self._n_ctx = n_ctx
+    def __init__(self, served: Served) -> None:
+        super().__init__(served)
+        self._n_ctx = served.model.n_ctx
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         self._options = task.options
@@ -186,30 +186,22 @@ async def _detokenize(api: Api, request: Request) -> Response:
 
 async def _complete(api: Api, request: Request) -> Response:
     body = await api.read(request, LlamaBody)
-    served = await api.served(request, body.model)
-    make = served.tasks.completions
-    return await api.answer(request, served, body, make, _reply(served))
+    return await api.answer(request, body, Tasks.completions, LlamaReply)
 
 
 async def _infill(api: Api, request: Request) -> Response:
     body = await api.read(request, InfillBody)
-    served = await api.served(request, body.model)
-    make = partial(_infilling, served)
-    return await api.answer(request, served, body, make, _reply(served))
+    return await api.answer(request, body, _infilling, LlamaReply)
 
 
-def _reply(served: Served) -> LlamaReply:
-    return LlamaReply(served.name, served.model.n_ctx)
-
-
-def _infilling(served: Served, body: InfillBody) -> list[Task]:
+def _infilling(tasks: Tasks, body: InfillBody) -> list[Task]:
     files = [(file.filename, file.text) for file in body.input_extra]
-    context = served.model.context
+    context = tasks.model.context
     try:
         tokens = infilling(context, body.input_prefix, body.input_suffix, body.prompt, files)
     except PopError as error:
         raise ApiError(400, error.message) from error
-    return served.tasks.completions(body.model_copy(update={"prompt": tokens, "suffix": None}))
+    return tasks.completions(body.model_copy(update={"prompt": tokens, "suffix": None}))
 
 
 def _settings(options: TurnOptions) -> Json:

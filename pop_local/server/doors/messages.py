@@ -21,13 +21,19 @@ from pop_local.server.bodies import (
     ChatBody,
     Lenient,
     Named,
+    ResponseFormat,
     TextPart,
+    picture_part,
     tools_of,
 )
 from pop_local.server.errors import ApiError
+from pop_local.server.models import Served
 from pop_local.server.replies import End, EventReply, Json, arguments_of, encoded
+from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Task
 
+# Fields that a chat has by the same name.
+_SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "pop"}
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -97,13 +103,8 @@ class Tool(Lenient):
     input_schema: dict[str, Any]
 
 
-class Form(Lenient):
-    type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
-
-
 class Output(Lenient):
-    format: Form | None = None
+    format: ResponseFormat | None = None
 
 
 class Choice(Lenient):
@@ -124,11 +125,21 @@ class CountBody(Named):
         tools_of(None, "custom"),
     ] = None
     tool_choice: Choice | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: Annotated[list[str] | None, Field(max_length=MAX_STOPS)] = None
+    stream: bool | None = None
+    pop: bool | None = None
+    output_config: Output | None = None
 
-    def chat(self, **more: Any) -> ChatBody:
+    def chat(self) -> ChatBody:
         system = [{"role": "system", "content": [_part(block) for block in self.system]}]
         said = [message for one in self.messages for message in one.as_ours()]
-        asked: Json = {"messages": [*system[: len(self.system)], *said], "model": self.model}
+        asked = self.model_dump(include=_SAME) | {"messages": [*system[: len(self.system)], *said]}
+        asked["stop"] = [stop for stop in self.stop_sequences or () if stop] or None
+        if self.output_config is not None:
+            asked["response_format"] = self.output_config.format
         if self.tools:
             asked["tools"] = [_function(tool) for tool in self.tools]
         if self.tool_choice is not None:
@@ -138,28 +149,11 @@ class CountBody(Named):
                 "any": "required",
                 "tool": {"type": "function", "function": {"name": self.tool_choice.name or ""}},
             }.get(self.tool_choice.type, self.tool_choice.type)
-        return ChatBody.model_validate(asked | more)
+        return ChatBody.model_validate(asked)
 
 
 class MessagesBody(CountBody):
     max_tokens: int = Field(ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop_sequences: Annotated[list[str] | None, Field(max_length=MAX_STOPS)] = None
-    stream: bool | None = None
-    pop: bool | None = None
-    output_config: Output | None = None
-
-    @property
-    def as_chat(self) -> ChatBody:
-        names = {"max_tokens", "temperature", "top_p", "top_k", "stream", "pop"}
-        stops = [stop for stop in self.stop_sequences or () if stop]
-        more: Json = {"stop": stops or None}
-        if self.output_config is not None and self.output_config.format is not None:
-            schema = {"schema": self.output_config.format.schema_}
-            more["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return self.chat(**self.model_dump(include=names), **more)
 
 
 class MessagesReply(EventReply):
@@ -167,8 +161,8 @@ class MessagesReply(EventReply):
 
     id_prefix = "msg"
 
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
+    def __init__(self, served: Served) -> None:
+        super().__init__(served)
         self._content: list[Json] = []
         self._arguments = ""
 
@@ -254,25 +248,22 @@ def routes(api: Api) -> list[Route]:
 
 async def _create(api: Api, request: Request) -> Response:
     body = await api.read(request, MessagesBody)
-    chat = await run_in_threadpool(lambda: body.as_chat)
-    served = await api.served(request, body.model)
-    reply = MessagesReply(served.name)
-    return await api.answer(request, served, chat, served.tasks.chat, reply)
+    chat = await run_in_threadpool(body.chat)
+    return await api.answer(request, chat, Tasks.chat, MessagesReply)
 
 
 async def _count(api: Api, request: Request) -> Response:
     body = await api.read(request, CountBody)
     chat = await run_in_threadpool(body.chat)
     served = await api.served(request, body.model)
-    [task] = await api.made(request, served, chat, served.tasks.chat)
+    [task] = await api.made(request, served, chat, Tasks.chat)
     return JSONResponse({"input_tokens": len(task.prompt)})
 
 
 def _part(block: TextPart | Image) -> Json:
     if isinstance(block, TextPart):
         return {"type": "text", "text": block.text}
-    url = f"data:{block.source.media_type};base64,{block.source.data}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    return picture_part(f"data:{block.source.media_type};base64,{block.source.data}")
 
 
 def _call(block: Use) -> Json:

@@ -31,9 +31,12 @@ from pop_local.server.bodies import (
     Lenient,
     Named,
     SentCall,
+    picture_part,
+    schema_form,
 )
 from pop_local.server.errors import ApiError
 from pop_local.server.listing import About
+from pop_local.server.models import Served
 from pop_local.server.pictures import MAX_PICTURES
 from pop_local.server.replies import (
     End,
@@ -44,6 +47,7 @@ from pop_local.server.replies import (
     content_of,
     encoded,
 )
+from pop_local.server.tasks import Tasks
 
 # Clients ask for a version that has what they need; this one's API is what is here.
 _VERSION = "0.6.4"
@@ -66,7 +70,8 @@ class OllamaMessage(Lenient):
 
     @property
     def as_ours(self) -> Json:
-        shown = [_image(letters) for letters in self.images or ()]
+        # The kind of a picture is that of its first bytes.
+        shown = [picture_part(f"data:image/any;base64,{one}") for one in self.images or ()]
         text = {"type": "text", "text": self.content or ""}
         said: Json = {"role": self.role, "content": [*shown, text]}
         if self.tool_calls:
@@ -92,11 +97,10 @@ class OllamaBody(Named):
         if self.format == "json":
             found["response_format"] = {"type": "json_object"}
         elif isinstance(self.format, dict):
-            schema = {"schema": self.format}
-            found["response_format"] = {"type": "json_schema", "json_schema": schema}
+            found["response_format"] = schema_form(self.format)
         elif self.format:
             raise ApiError(400, 'format: give "json" or a schema', param="format")
-        return found | {"stream": self.stream is not False}
+        return found | {"model": self.model, "stream": self.stream is not False}
 
     def chat(self, messages: Sequence[OllamaMessage], **more: Any) -> ChatBody:
         said = [message.as_ours for message in messages]
@@ -192,8 +196,8 @@ class OllamaReply(OwnReply):
 class OllamaChatReply(OllamaReply):
     """Answers of /api/chat. A call is told as a whole, with its arguments as an object."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
+    def __init__(self, served: Served) -> None:
+        super().__init__(served)
         self._called: list[Piece] = []
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
@@ -252,24 +256,19 @@ async def _show(api: Api, request: Request) -> Response:
 
 async def _chat(api: Api, request: Request) -> Response:
     body = await api.read(request, OllamaChat)
-    ours = body.chat(body.messages, tools=body.tools) if body.messages else None
-    served = await api.served(request, body.model)
-    reply = OllamaChatReply(served.name)
-    if ours is None:
-        return reply.nothing()
-    return await api.answer(request, served, ours, served.tasks.chat, reply)
+    if not body.messages:
+        return OllamaChatReply(await api.served(request, body.model)).nothing()
+    ours = body.chat(body.messages, tools=body.tools)
+    return await api.answer(request, ours, Tasks.chat, OllamaChatReply)
 
 
 async def _generate(api: Api, request: Request) -> Response:
     body = await api.read(request, OllamaGenerate)
-    served = await api.served(request, body.model)
-    reply, tasks = OllamaReply(served.name), served.tasks
     if not (body.prompt or body.images or body.suffix):
-        return reply.nothing()
+        return OllamaReply(await api.served(request, body.model)).nothing()
     if body.raw or body.suffix:
-        ours = body.completion()
-        return await api.answer(request, served, ours, tasks.completions, reply)
-    return await api.answer(request, served, body.as_chat(), tasks.chat, reply)
+        return await api.answer(request, body.completion(), Tasks.completions, OllamaReply)
+    return await api.answer(request, body.as_chat(), Tasks.chat, OllamaReply)
 
 
 def _details(about: About) -> Json:
@@ -343,11 +342,6 @@ def _shown(about: About) -> Json:
         "capabilities": ["completion", *(name for name, has in can.items() if has)],
         "modified_at": _changed(about),
     }
-
-
-def _image(letters: str) -> Json:
-    url = {"url": f"data:image/any;base64,{letters}"}  # its kind is that of its first bytes
-    return {"type": "image_url", "image_url": url}
 
 
 def _now() -> str:

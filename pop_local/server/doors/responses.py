@@ -21,14 +21,21 @@ from pop_local.server.bodies import (
     MAX_PARTS,
     MAX_TOOLS,
     ChatBody,
+    Function,
     Lenient,
     Named,
+    ResponseFormat,
+    picture_part,
     tools_of,
 )
 from pop_local.server.errors import ApiError
+from pop_local.server.models import Served
 from pop_local.server.replies import End, EventReply, Json
+from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Task
 
+# Fields that a chat has by the same name.
+_SAME = {"model", "temperature", "top_p", "stream", "pop", "parallel_tool_calls"}
 # Conversations that `previous_response_id` may go on from, in characters of their messages.
 _MOST_REMEMBERED = 1 << 25
 
@@ -48,7 +55,7 @@ class Image(Lenient):
 
     @property
     def as_ours(self) -> Json:
-        return {"type": "image_url", "image_url": {"url": self.image_url}}
+        return picture_part(self.image_url)
 
 
 def _as_list(content: Any) -> Any:
@@ -107,11 +114,8 @@ def _as_items(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
-class Function(Lenient):
+class Tool(Function):
     type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
 
 
 class Choice(Lenient):
@@ -119,13 +123,8 @@ class Choice(Lenient):
     name: str
 
 
-class Format(Lenient):
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-
-
 class Wanted(Lenient):
-    format: Format | None = None
+    format: ResponseFormat | None = None
 
 
 class ResponsesBody(Named):
@@ -146,7 +145,7 @@ class ResponsesBody(Named):
     stream: bool | None = None
     store: bool | None = None
     tools: Annotated[
-        list[Function] | None,
+        list[Tool] | None,
         Field(fail_fast=True, max_length=MAX_TOOLS),
         tools_of("function"),
     ] = None
@@ -158,27 +157,17 @@ class ResponsesBody(Named):
     def chat(self, earlier: Sequence[Json]) -> ChatBody:
         """The same as a chat that goes on from these messages."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        choice = self.tool_choice
-        form = self.text.format if self.text else None
-        more: Json = {}
-        if form is not None and form.type != "text":
-            wanted = {"schema": form.schema_ or {"type": "object"}}
-            more["response_format"] = {"type": "json_schema", "json_schema": wanted}
-        if self.tools:
-            more["tools"] = [
-                {"type": "function", "function": tool.model_dump()} for tool in self.tools
-            ]
+        choice: Any = self.tool_choice
         if isinstance(choice, Choice):
-            more["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
-        elif choice:
-            more["tool_choice"] = choice
+            choice = {"type": "function", "function": {"name": choice.name}}
         return ChatBody.model_validate(
             {
                 "messages": [*system, *earlier, *self.messages()],
                 "max_tokens": self.max_output_tokens,
-                "parallel_tool_calls": self.parallel_tool_calls,
-                **self.model_dump(include={"model", "temperature", "top_p", "stream", "pop"}),
-                **more,
+                "tools": [{"type": "function", "function": tool} for tool in self.tools or ()],
+                "tool_choice": choice,
+                "response_format": self.text and self.text.format,
+                **self.model_dump(include=_SAME),
             }
         )
 
@@ -233,9 +222,9 @@ class ResponsesReply(EventReply):
     id_prefix = "resp"
 
     def __init__(
-        self, model: str, body: ResponsesBody, earlier: list[Json], memory: Memory
+        self, served: Served, *, body: ResponsesBody, earlier: list[Json], memory: Memory
     ) -> None:
-        super().__init__(model)
+        super().__init__(served)
         self._body, self._earlier, self._memory = body, earlier, memory
         self._output: list[Json] = []
         self._n_events = 0
@@ -331,9 +320,8 @@ class ResponsesReply(EventReply):
         given = body.model_dump(
             include={
                 *("instructions", "previous_response_id", "max_output_tokens", "temperature"),
-                *("top_p", "tool_choice", "text"),
+                *("top_p", "tool_choice"),
             },
-            by_alias=True,
         )
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
@@ -345,6 +333,7 @@ class ResponsesReply(EventReply):
             "error": None,
             "incomplete_details": cut,
             **given,
+            "text": body.text and body.text.model_dump(by_alias=True, exclude_unset=True),
             "tool_choice": given["tool_choice"] or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
@@ -362,9 +351,8 @@ async def _create(api: Api, memory: Memory, request: Request) -> Response:
     body = await api.read(request, ResponsesBody)
     earlier = memory.of(body.previous_response_id)
     chat = await run_in_threadpool(body.chat, earlier)
-    served = await api.served(request, body.model)
-    reply = ResponsesReply(served.name, body, earlier, memory)
-    return await api.answer(request, served, chat, served.tasks.chat, reply)
+    reply = partial(ResponsesReply, body=body, earlier=earlier, memory=memory)
+    return await api.answer(request, chat, Tasks.chat, reply)
 
 
 def _size(value: Any) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pop_converter.projection import Projection
-from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
+from pop_local.ui.tables import Column, Fact, markdown, print_facts
 from pop_local.ui.theme import say
 from pop_local.ui.views.quality import bare, figures, text_json, with_se
 
@@ -51,51 +51,39 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
 
 
 def show(found: Analysis) -> None:
-    say(f"{markdown(_table(found))}\n")
+    gates = found.importance
+    layers = sorted(depth.boundary for depth in found.depths)
+    if gates is not None:
+        layers = [*range(len(gates.prefill.layers))]
+    say(f"{markdown([*_columns(found)], layers)}\n")
     print_facts([*_facts(found)])
 
 
-_GATES = (Column("prefill", "Prefill", numeric=True), Column("decode", "Decode", numeric=True))
-_DEPTHS = (
-    Column("speedup_limit", "Limit", numeric=True),
-    Column("projection", "K/V"),
-    Column("kl_mean", "KL", numeric=True),
-    Column("copy_ppl_ratio", "Copy", numeric=True),
-    Column("induction_retention", "Induction", numeric=True),
-    Column("lost_retention", "Lost", numeric=True),
-    Column("note", "Note"),
-)
+def _columns(found: Analysis) -> Iterator[Column]:
+    """Each row is a layer, which is the boundary, too: the cost of pruning from there on."""
+    gates, depths = found.importance, {depth.boundary: depth for depth in found.depths}
 
+    def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
+        return Column(title, lambda at: show(depths[at]) if at in depths else None, numeric)
 
-def _table(found: Analysis) -> Table:
-    """A line for each layer, which is the boundary, too: the cost of pruning from there on."""
-    gates = found.importance
-    stages = () if gates is None else (gates.prefill, gates.decode)
-    by_layer = {depth.boundary: depth for depth in found.depths}
-    layers = range(len(stages[0].layers)) if stages else sorted(by_layer)
-    rows = [
-        (
-            layer,
-            *(with_se(stage.layers[layer], ".2f") for stage in stages),
-            *(_cells(by_layer[layer], found) if layer in by_layer else ("",) * len(_DEPTHS)),
-        )
-        for layer in layers
-    ]
-    head = Column("layer", "Layer", numeric=True)
-    return Table((head, *(_GATES if stages else ()), *_DEPTHS), tuple(rows))
-
-
-def _cells(depth: DepthCost, found: Analysis) -> tuple[str, ...]:
-    quality, kept, lost = depth.quality, depth.retention, depth.lost_retention
-    return (
-        f"{depth.speedup_limit:.2f}x",
-        depth.projection or "",
-        bare(quality.kl_mean, ".3f") if quality else "",
-        bare(quality.copy_ppl_ratio, ".2f") if quality else "",
-        "-" if kept is None else _share(kept.value),
-        "-" if lost is None else _share(lost),
-        found.budget.quality if depth is found.chosen else "cliff" if depth.is_cliff else "",
+    yield Column("Layer", lambda layer: layer, numeric=True)
+    if gates is not None:
+        prefill, decode = gates.prefill.layers, gates.decode.layers
+        yield Column("Prefill", lambda layer: with_se(prefill[layer], ".2f"), numeric=True)
+        yield Column("Decode", lambda layer: with_se(decode[layer], ".2f"), numeric=True)
+    yield of_depth("Limit", lambda depth: f"{depth.speedup_limit:.2f}x")
+    yield of_depth("K/V", lambda depth: depth.projection, numeric=False)
+    yield of_depth("KL", lambda depth: depth.quality and bare(depth.quality.kl_mean, ".3f"))
+    yield of_depth(
+        "Copy", lambda depth: depth.quality and bare(depth.quality.copy_ppl_ratio, ".2f")
     )
+    yield of_depth("Induction", lambda d: "-" if d.retention is None else _share(d.retention.value))
+    yield of_depth("Lost", lambda depth: _share(depth.lost_retention))
+    yield of_depth("Note", lambda depth: _note(depth, found), numeric=False)
+
+
+def _note(depth: DepthCost, found: Analysis) -> str:
+    return found.budget.quality if depth is found.chosen else "cliff" if depth.is_cliff else ""
 
 
 def _facts(found: Analysis) -> Iterator[Fact]:
@@ -144,10 +132,10 @@ def _cliff(found: Analysis) -> str:
         return "the full model does not copy random tokens: induction says nothing here"
     if not found.cliff:
         return f"no single layer loses it, down to boundary {deepest.boundary}"
-    layers = [f"{depth.boundary} ({_share(depth.lost_retention or 0.0)})" for depth in found.cliff]
+    layers = [f"{depth.boundary} ({_share(depth.lost_retention)})" for depth in found.cliff]
     return f"lost with layer {' and '.join(layers)}"
 
 
-def _share(value: float) -> str:
+def _share(value: float | None) -> str:
     """Without a minus before 0 %."""
-    return f"{round(value, 2) + 0.0:.0%}"
+    return "-" if value is None else f"{round(value, 2) + 0.0:.0%}"

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from pop_local.ui.tables import Column, Fact, Table, print_facts, print_table
+from pop_local.ui.tables import Column, Fact, print_facts, print_table
 from pop_local.ui.theme import out
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def show_comparison(found: Comparison) -> None:
     print_facts(facts)
     if found.different:
         out.file.write("\n")
-        rows = tuple(_row(each) for each in found.different)
-        print_table(Table(_COLUMNS, rows))
+        print_table(_COLUMNS, found.different)
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:
@@ -56,29 +55,21 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _row(each: Compared) -> tuple[Any, ...]:
-    texts = (each.full.text, each.pruned.text)
-    pairs = zip(*texts, strict=False)
+def _shown(each: Compared, text: str) -> str:
+    """One of both texts, from a little before their first difference on."""
+    pairs = zip(each.full.text, each.pruned.text, strict=False)
     n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     start = max(0, n_alike - _N_SHARED)
-    shown = [_cut(text, start) for text in texts]
-    return (each.line, each.first_difference, each.is_full_right, each.is_pruned_right, *shown)
-
-
-def _cut(text: str, start: int) -> str:
     end = start + _N_SHOWN
     return "…" * (start > 0) + " ".join(text[start:end].split()) + "…" * (end < len(text))
 
 
-def _verdict(is_right: bool | None) -> str:
-    return {True: "right", False: "wrong", None: "-"}[is_right]
-
-
+_VERDICTS = {True: "right", False: "wrong", None: "-"}
 _COLUMNS = (
-    Column("line", "Line", numeric=True),
-    Column("first_difference", "Same tokens", numeric=True),
-    Column("is_full_right", "Full", _verdict),
-    Column("is_pruned_right", "Pruned", _verdict),
-    Column("full", "In full"),
-    Column("pruned", "Pruned answer"),
+    Column("Line", lambda each: each.line, numeric=True),
+    Column("Same tokens", lambda each: each.first_difference, numeric=True),
+    Column("Full", lambda each: _VERDICTS[each.is_full_right]),
+    Column("Pruned", lambda each: _VERDICTS[each.is_pruned_right]),
+    Column("In full", lambda each: _shown(each, each.full.text)),
+    Column("Pruned answer", lambda each: _shown(each, each.pruned.text)),
 )

@@ -63,7 +63,8 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one object; of a search, the boundaries or recipes that may be chosen."""
-    wished, plans, limits = _wished(conversion), conversion.plans, conversion.goal.limits
+    plans, limits = conversion.plans, conversion.goal.limits
+    wished = replace(conversion.deepest, is_distilled=conversion.is_distilled)
     budget = {} if limits is None else {"budget": limits}
     if conversion.goal.is_named:
         return _object(conversion, wished, conversion.sizes, None) | budget
@@ -93,10 +94,6 @@ def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
-
-
-def _wished(conversion: Conversion) -> Plan:
-    return replace(conversion.deepest, is_distilled=conversion.is_distilled)
 
 
 def _object(

@@ -12,7 +12,6 @@ from pop_local.workflows.inspect import Inspection, SidecarInspection, TensorGro
 
 
 def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
-    """The inspection for people."""
     facts = _model_facts(found) if isinstance(found, Inspection) else _sidecar_facts(found)
     return facts + (_verification_facts(found.verification) if found.verification else [])
 

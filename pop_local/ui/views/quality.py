@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from functools import partial
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
-from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
+from pop_local.ui.tables import Column, Fact, markdown, print_facts
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def show_sweep(found: Evaluation) -> None:
     q = found.rows[0].quality
     rows = [line for row in found.rows for line in (row, *_baseline(row))]
     say(f"{found.model}: {q.n_windows} windows of {q.n_context} + {q.n_continuation} tokens")
-    say(f"{found.text.name}; ± one standard error\n\n{markdown(Table.of(_COLUMNS, rows))}")
+    say(f"{found.text.name}; ± one standard error\n\n{markdown(_COLUMNS, rows)}")
 
 
 def _facts(row: Row) -> Iterator[Fact]:
@@ -142,31 +141,33 @@ def _baseline(row: Row) -> list[Row]:
     return [replace(skipped, recall=())]
 
 
-def _limit(limit: float) -> str:
-    return "-" if isnan(limit) else f"{limit:.2f}x"
+def _recalled(row: Row) -> str:
+    shares = (f"{r.exact_full.value:.0%} / {r.exact_pruned.value:.0%}" for r in row.recall)
+    return ", ".join(shares) or "-"
 
 
-def _recalled(recalls: Sequence[Recall]) -> str:
-    return (
-        ", ".join(f"{r.exact_full.value:.0%} / {r.exact_pruned.value:.0%}" for r in recalls) or "-"
-    )
-
-
-def _estimate(name: str, title: str, spec: str, show: Callable[..., str] = with_se) -> Column:
-    return Column(f"quality.{name}", title, partial(show, spec=spec), numeric=True)
+def estimate_column(
+    name: str, title: str, spec: str, show: Callable[[Estimate | None, str], str] = with_se
+) -> Column:
+    """A column of this estimate in a row's quality."""
+    return Column(title, lambda row: show(getattr(row.quality, name), spec), numeric=True)
 
 
 _COLUMNS = (
-    Column("n_skipped", "Skipped", numeric=True),
-    Column("projection", "K/V", numeric=True),
-    Column("speedup_limit", "Limit", _limit, numeric=True),
-    _estimate("ppl_ratio", "PPL ratio", ".3f"),
-    _estimate("kl_mean", "KL mean", ".3f"),
-    _estimate("kl_p99", "KL p99", ".2f", bare),
-    _estimate("kl_first", "KL first", ".3f"),
-    _estimate("top1_agreement", "Top-1", ".3f", bare),
-    _estimate("copy_ppl_ratio", "Copy ratio", ".2f"),
-    _estimate("copy_top1", "Copy top-1", ".3f", bare),
-    _estimate("induction_retention", "Induction", ".0%", bare),
-    Column("recall", "Recall full / pruned", _recalled, numeric=True),
+    Column("Skipped", lambda row: row.n_skipped, numeric=True),
+    Column("K/V", lambda row: row.projection, numeric=True),
+    Column(
+        "Limit",
+        lambda row: "-" if isnan(row.speedup_limit) else f"{row.speedup_limit:.2f}x",
+        numeric=True,
+    ),
+    estimate_column("ppl_ratio", "PPL ratio", ".3f"),
+    estimate_column("kl_mean", "KL mean", ".3f"),
+    estimate_column("kl_p99", "KL p99", ".2f", bare),
+    estimate_column("kl_first", "KL first", ".3f"),
+    estimate_column("top1_agreement", "Top-1", ".3f", bare),
+    estimate_column("copy_ppl_ratio", "Copy ratio", ".2f"),
+    estimate_column("copy_top1", "Copy top-1", ".3f", bare),
+    estimate_column("induction_retention", "Induction", ".0%", bare),
+    Column("Recall full / pruned", _recalled, numeric=True),
 )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pop_local.measure.budget import limits_in_words
-from pop_local.ui.tables import Column, Fact, Table, print_table
+from pop_local.ui.tables import Column, Fact, print_table
 from pop_local.ui.theme import out
-from pop_local.ui.views.quality import figures, with_se
+from pop_local.ui.views.quality import estimate_column, figures
 
 if TYPE_CHECKING:
     from pop_converter.popfile.format import Budget
@@ -18,17 +17,17 @@ if TYPE_CHECKING:
     from pop_local.workflows.conversion.refusals import Trial
 
 _COLUMNS = (
-    Column("plan.boundary", "Boundary", numeric=True),
-    Column("plan.n_skipped", "Skipped", numeric=True),
-    Column("plan", "K/V", lambda plan: _kind(plan)),
-    Column("plan.speedup_limit", "Limit", "{:.2f}x".format, numeric=True),
-    Column("quality.n_windows", "Windows", numeric=True),
-    Column("quality.kl_mean", "KL", partial(with_se, spec=".4f"), numeric=True),
-    Column("quality.ppl_ratio", "PPL ratio", partial(with_se, spec=".3f"), numeric=True),
-    Column("quality.copy_ppl_ratio", "Copy ratio", partial(with_se, spec=".3f"), numeric=True),
-    Column("quality.induction_retention", "Retention", partial(with_se, spec=".1%"), numeric=True),
-    Column("recall", "Facts found", lambda found: _of_full(found) if found else "", numeric=True),
-    Column("in_budget", "In budget", lambda passed: "yes" if passed else "no"),
+    Column("Boundary", lambda trial: trial.plan.boundary, numeric=True),
+    Column("Skipped", lambda trial: trial.plan.n_skipped, numeric=True),
+    Column("K/V", lambda trial: _kind(trial.plan)),
+    Column("Limit", lambda trial: f"{trial.plan.speedup_limit:.2f}x", numeric=True),
+    Column("Windows", lambda trial: trial.quality.n_windows, numeric=True),
+    estimate_column("kl_mean", "KL", ".4f"),
+    estimate_column("ppl_ratio", "PPL ratio", ".3f"),
+    estimate_column("copy_ppl_ratio", "Copy ratio", ".3f"),
+    estimate_column("induction_retention", "Retention", ".1%"),
+    Column("Facts found", lambda trial: trial.recall and _of_full(trial.recall), numeric=True),
+    Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
 )
 # The figures of a trial that a budget looks at.
 _JUDGED = (
@@ -50,7 +49,7 @@ def budget_fact(budget: Budget) -> Fact:
 
 
 def show_trials(trials: Sequence[Trial]) -> None:
-    print_table(Table.of(_COLUMNS, trials))
+    print_table(_COLUMNS, trials)
     out.file.write("\n")
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from pop_converter.architecture.keys import trained_ctx
@@ -15,21 +18,32 @@ from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
 from pop_local.workflows.conversion.course import course
-from pop_local.workflows.conversion.distiller import MakeDistiller
-from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.conversion.fastest import write_first
+from pop_local.workflows.conversion.fits import MakeDistiller
+from pop_local.workflows.conversion.goals import Goal, Within
+from pop_local.workflows.conversion.named import write_named
 from pop_local.workflows.conversion.output import OutputName
 from pop_local.workflows.conversion.plan import (
     Conversion,
     ConversionRun,
     ConvertOptions,
-    Goal,
+    Outcome,
     plan_conversion,
 )
 from pop_local.workflows.conversion.refusals import Trial
+from pop_local.workflows.conversion.within import write_deepest
 from pop_local.workflows.conversion.workbench import Workbench
-from pop_local.workflows.events import Phase, Stopwatch, Watch
+from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.open import base_file
 from pop_local.workflows.options import Hardware, RowOptions
+
+
+@dataclass(frozen=True)
+class Phase:
+    """All stages of one name, with what follows each of them until the next."""
+
+    name: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -84,10 +98,15 @@ def run_conversion(
     """Do what is planned; see `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)
     warnings: list[PopError] = []
+    stages = [("", time.monotonic())]
 
     def warned(error: PopError) -> None:
         warnings.append(error)
         watch.on_warning(error)
+
+    def begun(name: str, unit: Unit) -> object:
+        stages.append((name, time.monotonic()))
+        return watch.on_stage(name, unit)
 
     trained = trained_ctx(conversion.source.first)
     if trained is not None and 0 < trained < N_WINDOW:
@@ -97,11 +116,10 @@ def run_conversion(
                 "expect little of its figures",
             )
         )
-    phases = Stopwatch()
-    watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
+    watched = replace(watch, on_warning=warned, on_stage=begun)
     watch.on_course(course(conversion))
     bench = Workbench(conversion.source, conversion.options.hardware, watched)
-    done = conversion.goal.carry_out(ConversionRun(conversion, force, bench))
+    done = _done(ConversionRun(conversion, force, bench))
     meta = done.meta
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
     plan = replace(done.plan, projection=meta.projection, is_distilled=is_distilled)
@@ -112,5 +130,27 @@ def run_conversion(
         sizes=conversion.sizes_of(plan),
         trials=done.trials,
         warnings=tuple(warnings),
-        phases=phases.stop(),
+        phases=_phases(stages),
     )
+
+
+def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
+    """Add up the seconds of stages that began at these times, until now, in their order.
+
+    Time before the first one counts to it.
+    """
+    seconds: dict[str, float] = {}
+    for (name, began_s), (following, ended_s) in pairwise([*stages, ("", time.monotonic())]):
+        name = name or following
+        seconds[name] = seconds.get(name, 0.0) + ended_s - began_s
+    return tuple(Phase(*each) for each in seconds.items())
+
+
+def _done(run: ConversionRun) -> Outcome:
+    """Choose among the plans, fit, measure and write. Raises PopError, StoppedError."""
+    goal = run.conversion.goal
+    if goal.limits is not None:
+        return write_deepest(run, goal.limits)
+    if run.conversion.deepest.select:
+        return write_first(run, takes_any=goal.is_named and run.force)
+    return write_named(run)

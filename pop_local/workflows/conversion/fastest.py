@@ -7,11 +7,9 @@ from the fastest on, and the first one that is as good as the full model is take
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget, Refilled
-from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.plan import Plan
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning
@@ -23,10 +21,6 @@ from pop_local.workflows.conversion.refusals import RecallLostError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured, recalled
 
-FASTEST = "fastest"
-# The parts of the layers below the boundary, and of the context tokens that are selected.
-_KEPT_SHARES = (1 / 3, 5 / 12, 1 / 2, 7 / 12)
-_SHARES = (0.1, 0.2)
 # How much less often a fact may be found than by the full model.
 MAX_LOST_RECALL = 0.05
 _SETTINGS = RecallSettings()
@@ -34,17 +28,6 @@ _N_WINDOWS = 16
 # Refilled token by token, a window takes as long as several read at once.
 _N_REFILLED_WINDOWS = 4
 N_REFILLED = 8
-
-
-def recipes(shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-    """Return the plans that may be chosen, the fastest first; `rows` go to make_plan."""
-    layers = {max(1, round(share * shape.n_layer)) for share in _KEPT_SHARES}
-    plans = [
-        make_plan(shape, boundary=layer, **rows | {"select": share})
-        for layer in layers
-        for share in _SHARES
-    ]
-    return tuple(sorted(plans, key=lambda plan: -plan.speedup_limit))
 
 
 def write_first(run: ConversionRun, *, takes_any: bool) -> Outcome:
@@ -73,14 +56,14 @@ def write_first(run: ConversionRun, *, takes_any: bool) -> Outcome:
                 advance = bench.watch.stage(f"Trying {name}")
                 recall = reference.measure(model, _pruning(plan), advance)
                 tried.append(f"{name}: {recall.exact_pruned.value:.0%}")
-                if not (takes_any or is_as_good(recall)):
+                if not (takes_any or _is_as_good(recall)):
                     continue
                 decided, quality = _decided(model, plan, recall, tried, bench.watch)
             return run.write_measured(decided, fit, measured(quality))
     raise RecallLostError(recall, tried)
 
 
-def is_as_good(recall: Recall) -> bool:
+def _is_as_good(recall: Recall) -> bool:
     """Tell whether facts are found about as often as by the full model."""
     return recall.exact_pruned.value >= recall.exact_full.value - MAX_LOST_RECALL
 
@@ -118,7 +101,7 @@ def _decided(
         f" refilled before each of the answer {refilled.copy_ppl_ratio:.2f} times."
     )
     budget = Budget(
-        FASTEST,
+        "fastest",
         max_kl=quality.kl_mean.value,
         max_ppl_ratio=quality.ppl_ratio.value,
         max_copy_ratio=quality.copy_ppl_ratio.value,

@@ -1,4 +1,4 @@
-"""Fits of one model, whose text is sampled once."""
+"""Fits of one model, whose text is sampled once, and who trains them end to end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.plan import Plan
@@ -20,7 +20,6 @@ from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.workflows.conversion.distiller import Distilling
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Progress, Watch
@@ -31,6 +30,22 @@ T = TypeVar("T")
 # One layer more costs about 4 % of the speed, and takes off a fifth of the KL.
 _WORTH = 5.0
 _N_WINDOWS = 8
+
+
+class Distilling(Protocol):
+    """Trains fits of one model end to end: research, which the command hands in."""
+
+    def require(self, plan: Plan) -> object:
+        """Raise PopError where the plan's fit cannot be distilled."""
+
+    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
+        """Return the fit, trained on `text`. Raises PopError, StoppedError.
+
+        With `n_deeper`, as many boundaries below will probably follow.
+        """
+
+
+MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 
 
 @dataclass

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan, make_plan, parse_skip
+from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
+from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE
 from pop_local.measure.budget import boundaries
-from pop_local.workflows.conversion.plan import ConversionRun, Goal, Outcome
 
 # No model was seen to copy with fewer than a third of its layers left.
 LEAST_DIVISOR = 3
+# The parts of the layers below the boundary, and of the context tokens that are selected.
+_KEPT_SHARES = (1 / 3, 5 / 12, 1 / 2, 7 / 12)
+_SHARES = (0.1, 0.2)
+
+
+class Goal(ABC):
+    """How many layers a conversion skips."""
+
+    @property
+    def limits(self) -> Budget | None:
+        """The budget that the quality is held to; None for none."""
+        return None
+
+    @property
+    def is_named(self) -> bool:
+        return True
+
+    @property
+    def kinds(self) -> tuple[Projection, ...]:
+        """The kinds of fit that are tried where the options leave it open."""
+        return KINDS_OF_ONE if self.is_named else KINDS_OF_MANY
+
+    @abstractmethod
+    def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
+        """Return the plans that may be chosen, in the order of the choice.
+
+        `rows` go to make_plan. Raises PlanError, PopError.
+        """
 
 
 class Named(Goal):
@@ -26,15 +55,6 @@ class Named(Goal):
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         return (self.plan(shape, **rows),)
-
-    def carry_out(self, run: ConversionRun) -> Outcome:
-        if run.conversion.deepest.select:
-            from pop_local.workflows.conversion.fastest import write_first
-
-            return write_first(run, takes_any=run.force)
-        from pop_local.workflows.conversion.named import write_named
-
-        return write_named(run)
 
 
 @dataclass(frozen=True)
@@ -82,11 +102,6 @@ class Within(Goal):
         tried = boundaries(shape, LEAST_DIVISOR)
         return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
 
-    def carry_out(self, run: ConversionRun) -> Outcome:
-        from pop_local.workflows.conversion.within import write_deepest
-
-        return write_deepest(run, self.budget)
-
 
 @dataclass(frozen=True)
 class Fastest(Goal):
@@ -97,11 +112,10 @@ class Fastest(Goal):
         return False
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        from pop_local.workflows.conversion.fastest import recipes
-
-        return recipes(shape, **rows)
-
-    def carry_out(self, run: ConversionRun) -> Outcome:
-        from pop_local.workflows.conversion.fastest import write_first
-
-        return write_first(run, takes_any=False)
+        layers = {max(1, round(share * shape.n_layer)) for share in _KEPT_SHARES}
+        plans = [
+            make_plan(shape, boundary=layer, **rows | {"select": share})
+            for layer in layers
+            for share in _SHARES
+        ]
+        return tuple(sorted(plans, key=lambda plan: -plan.speedup_limit))

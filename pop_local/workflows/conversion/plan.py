@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.architecture.shape import source_shape
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
-from pop_converter.popfile.format import Budget, Measured, PopMeta
+from pop_converter.popfile.format import Measured, PopMeta
 from pop_converter.popfile.plan import Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, Fitted, Sizes
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, StoppedError, WriteError
 from pop_local.calibration.needs import (
-    KINDS_OF_MANY,
-    KINDS_OF_ONE,
     FitWork,
     Needs,
     fit_needs,
@@ -32,6 +29,7 @@ from pop_local.calibration.needs import (
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.names import resolve_base
+from pop_local.workflows.conversion.goals import Goal
 from pop_local.workflows.conversion.output import OUTPUTS, Output, OutputName
 from pop_local.workflows.conversion.refusals import (
     CopyingBrokenError,
@@ -44,40 +42,10 @@ from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Hardware, RowOptions
 
 if TYPE_CHECKING:
-    from pop_local.workflows.conversion.distiller import MakeDistiller
-    from pop_local.workflows.conversion.fits import Fitter
+    from pop_local.workflows.conversion.fits import Fitter, MakeDistiller
     from pop_local.workflows.conversion.full_model import FullModel
 
 STATE_SUFFIX = ".calibration"
-
-
-class Goal(ABC):
-    """How many layers a conversion skips; pop_local.workflows.conversion.goals has the kinds."""
-
-    @property
-    def limits(self) -> Budget | None:
-        """The budget that the quality is held to; None for none."""
-        return None
-
-    @property
-    def is_named(self) -> bool:
-        return True
-
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        """The kinds of fit that are tried where the options leave it open."""
-        return KINDS_OF_ONE if self.is_named else KINDS_OF_MANY
-
-    @abstractmethod
-    def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        """Return the plans that may be chosen, in the order of the choice.
-
-        `rows` go to make_plan. Raises PlanError, PopError.
-        """
-
-    @abstractmethod
-    def carry_out(self, run: ConversionRun) -> Outcome:
-        """Choose among the plans, fit, measure and write. Raises PopError, StoppedError."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +71,12 @@ class Conversion:
     """A conversion that is planned; nothing is measured or written yet.
 
     `plans`: the one whose boundary the caller named, or all that a search may choose, in its order.
-    `sizes`: of the deepest.
     """
 
     source: Source
     target: Path
     output: Output
     plans: tuple[Plan, ...]
-    sizes: Sizes
     options: ConvertOptions
 
     @property
@@ -177,6 +143,11 @@ class Conversion:
             return self._fittable
         return spaced(self._fittable, self.source, self.fit, self.goal.kinds)
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Those of the deepest plan."""
+        return self.sizes_of(self.deepest)
+
     def sizes_of(self, plan: Plan) -> Sizes:
         """Return the bytes that writing one of the plans reads and writes."""
         kv_type = (self.fit or FitOptions()).kv_type
@@ -207,9 +178,7 @@ def plan_conversion(
             weights.require_readable(layer)
     if options.distiller is not None:
         _require_distillable(options.distiller, source, plans, fit, options.hardware)
-    kv_type = (fit or FitOptions()).kv_type
-    sizes = output.measure(_deepest(plans), source.first.path, kv_type)
-    return Conversion(source, target, output, plans, sizes, options)
+    return Conversion(source, target, output, plans, options)
 
 
 def _deepest(plans: Sequence[Plan]) -> Plan:

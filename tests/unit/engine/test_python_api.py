@@ -95,7 +95,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout.split() == ["True", "False", "TurnStats", "False"], done.stderr
 
 
-@pytest.mark.parametrize("name", pop_local.__all__)
+@pytest.mark.parametrize("name", vars(pop_local)["__all__"])
 def test_every_name_is_there(name):
     assert getattr(pop_local, name) is not None
 

@@ -72,7 +72,7 @@ def test_stages_that_follow_each_other_have_a_bar_each(monkeypatch):
 def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    with progress.token_progress("Fitting") as advance:
+    with progress.stage_progress("Fitting", Unit.TOKENS, progress.Pace()) as advance:
         for second in range(1, 101):
             clock.now_s = float(second)
             advance(second, 100)
@@ -87,7 +87,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
 def test_what_a_run_goes_on_from_does_not_make_it_faster(monkeypatch, capsys):
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    with progress.token_progress("Fitting") as advance:
+    with progress.stage_progress("Fitting", Unit.TOKENS, progress.Pace()) as advance:
         advance(90, 100)
         clock.now_s = 25.0
         advance(91, 100)

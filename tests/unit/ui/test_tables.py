@@ -2,25 +2,23 @@
 
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 
 from pop_local.base.numbers import size
 from pop_local.ui import tables, theme
-from pop_local.ui.tables import Column, Table, markdown, print_facts, print_json
+from pop_local.ui.tables import Column, markdown, print_facts, print_json
 
-SPEEDS = Table(
-    columns=(
-        Column("name", "Name"),
-        Column("speedup", "Speed-up", show=lambda ratio: f"{ratio:.2f}x", numeric=True),
-    ),
-    rows=(("a|b", 1.4142), ("longer name", 12.0)),
+SPEEDS = (
+    (Column("Name", itemgetter(0)), Column("Speed-up", lambda row: f"{row[1]:.2f}x", numeric=True)),
+    (("a|b", 1.4142), ("longer name", 12.0)),
 )
 
 
 def test_markdown_is_aligned_and_escaped():
-    assert markdown(SPEEDS).splitlines() == [
+    assert markdown(*SPEEDS).splitlines() == [
         "| Name        | Speed-up |",
         "| ----------- | -------: |",
         "| a\\|b        |    1.41x |",
@@ -29,7 +27,7 @@ def test_markdown_is_aligned_and_escaped():
 
 
 def test_rich_table_shows_the_same_cells(monkeypatch, capsys):
-    theme.out.print(tables.rich_table(SPEEDS))
+    theme.out.print(tables.rich_table(*SPEEDS))
     shown = capsys.readouterr().out
     assert "a|b" in shown
     assert "12.00x" in shown
@@ -66,11 +64,11 @@ def test_a_pipe_gets_the_bare_text_whatever_the_environment_says(monkeypatch, ca
     for stream, stderr in (("out", False), ("err", True)):
         monkeypatch.setattr(theme, stream, theme._console(stderr=stderr))
     monkeypatch.setattr(tables, "out", theme.out)
-    tables.print_table(SPEEDS)
+    tables.print_table(*SPEEDS)
     print_facts([("A", "x" * 200)])
     theme.note("a note")
     printed = capsys.readouterr()
-    assert printed.out == f"{markdown(SPEEDS)}\nA  {'x' * 200}\n"
+    assert printed.out == f"{markdown(*SPEEDS)}\nA  {'x' * 200}\n"
     assert printed.err == "a note\n"
     assert theme.look("terminal") == theme.LOOKS["plain"]
 
@@ -80,13 +78,13 @@ HARMLESS = r"\x1b]0;owned\x07a\nb\u202e\udcff é語"
 
 
 def test_what_would_steer_a_terminal_is_escaped(monkeypatch, capsys):
-    table = Table((Column("name", "Name"),), ((NASTY,),))
-    assert HARMLESS in markdown(table)
+    table = ((Column("Name", itemgetter(0)),), ((NASTY,),))
+    assert HARMLESS in markdown(*table)
     for is_terminal in (False, True):
         monkeypatch.setattr(theme.out, "_force_terminal", is_terminal)
         print_facts([("Name", NASTY)])
         assert HARMLESS in capsys.readouterr().out
-    theme.out.print(tables.rich_table(table))
+    theme.out.print(tables.rich_table(*table))
     assert HARMLESS in capsys.readouterr().out
 
 
