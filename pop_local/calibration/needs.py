@@ -34,8 +34,12 @@ _ANY = 1 << 60
 # Rows for each dimension of the state, by which the parts of a wider input are chosen.
 _ROWS_PER_DIM = 2
 _LEAST_WINDOWS = 4
-# Predictions of the full model that a search keeps, with two bytes for each token.
+# Weights in llama.cpp's order for AMX, in their bytes in the file: Q8_0 of an 8B.
+_REPACKED = 1.05
+# Predictions of the full model that a search keeps, with two bytes for each token; those of one
+# window have eight more while they are compared.
 _N_PREDICTED = 16 * 128
+_N_COMPARED = 128
 # Kinds of fit that are tried where the options leave it open. For many depths attention is not: the
 # sums would take several times as long.
 KINDS_OF_MANY = (Projection.FITTED, Projection.WIDE)
@@ -244,4 +248,5 @@ def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
 def _measuring_bytes(source: Source, shape: ModelShape) -> int:
     """Return what measuring a fit takes: weights that may be repacked, and predictions."""
     context = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW)
-    return source.size_bytes + context + 2 * _N_PREDICTED * shape.n_vocab
+    predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
+    return int(_REPACKED * source.size_bytes) + context + predicted

@@ -40,7 +40,7 @@ def show_plan(conversion: Conversion) -> None:
     else:
         past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
         if n_few := conversion.n_few:
-            past += f"; own projections first, then fits of {n_few} deeper ones at most"
+            past += f"; own projections first, then fits of about {n_few} deeper ones"
         where, allowed_by = [*budget, ("Boundaries", past)], "the budget"
         if most := conversion.limit(plan):
             limit += f" if only the first is inside, {most:.2f}x if all are"
