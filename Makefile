@@ -7,7 +7,7 @@
 # make sanitize: the patched library with AddressSanitizer and UBSan under the oracle, damaged files, and
 #   the tests of the CPU's kernels
 # make sidecars: fits the models of the catalog anew, as what is shipped was made, in hours
-#   (CATALOG=names for some of them, SIDECAR_name=options for others)
+#   (CATALOG=names for some of them, SIDECAR_name=options for others, TEXTS=folder of the texts)
 # make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
 # make test-wheels: installs them alone in a fresh environment, and asks one question
 # make test-page: the server's page in a browser, which must be there (docs/server.md)
@@ -183,10 +183,14 @@ endif
 # The sidecars with which chat, run and pull open the catalog's models. Hours on one core, all from the beginning.
 # Torch, which distilling needs, is among the tools.
 SIDECARS := pop_local/data/sidecars
+# Seven kinds of text, which tests/bench/make_texts.py writes.
+TEXTS ?= texts
+KINDS := encyclopaedia markup documentation code tables dialogue german-french
 SIDECAR_smollm2 ?= --distill --distill-tokens 262144
 SIDECAR_gemma3 ?=
 SIDECAR_qwen-0.5b ?= --distill --distill-tokens 262144
-SIDECAR_qwen-1.5b ?= --boundary 17 --projection fitted-wide --quality balanced --distill --distill-tokens 131072
+SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --quality balanced --distill --distill-tokens 131072 \
+	$(KINDS:%=--text $(TEXTS)/%.fit.txt)
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
 sidecars: $(addprefix sidecar-,$(CATALOG))
 sidecar-%: $(VENV)/.tools
