@@ -86,14 +86,14 @@ class JsonSchema(Lenient):
 class ResponseFormat(Lenient):
     """`schema` beside `type` is how others than OpenAI's chat send it."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     @model_validator(mode="after")
     def _has_schema(self) -> "ResponseFormat":
         if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
-            raise ValueError("json_schema is missing")
+            raise ValueError("the schema is missing")
         return self
 
     @property
@@ -103,7 +103,7 @@ class ResponseFormat(Lenient):
             return None
         if self.json_schema is not None:
             return self.json_schema.schema_
-        return {"type": "object"} if self.schema_ is None else self.schema_
+        return self.schema_ or {"type": "object"}
 
 
 def schema_form(schema: dict[str, Any]) -> dict[str, Any]:

@@ -31,14 +31,17 @@ def unpack(folder: Path) -> Path:
     """Unpack all archives of a folder into one below it."""
     root = folder / "unpacked"
     if not root.exists():
-        root.mkdir()
+        new = folder / "unpacking"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         for file in sorted(folder.iterdir()):
             if file.name.endswith(".tar.gz"):
-                shutil.unpack_archive(file, root, filter="data")
+                shutil.unpack_archive(file, new, filter="data")
             elif file.suffix == ".whl":
-                zipfile.ZipFile(file).extractall(root / "wheel")
+                zipfile.ZipFile(file).extractall(new / "wheel")
             elif file.suffix == ".deb":
-                subprocess.run(["dpkg-deb", "-x", file, root / "deb"], check=True)
+                subprocess.run(["dpkg-deb", "-x", file, new / "deb"], check=True)
+        new.rename(root)
     return root
 
 
@@ -81,7 +84,7 @@ def plain(page: str) -> str:
 def documentation(root: Path) -> list[str]:
     [django] = root.glob("django-*/docs")
     files = sorted(django.rglob("*.txt"))
-    return [file.read_text() for file in files if "releases" not in file.parts]
+    return [file.read_text(encoding="utf-8") for file in files if "releases" not in file.parts]
 
 
 def code(root: Path) -> list[str]:
@@ -94,20 +97,24 @@ def code(root: Path) -> list[str]:
     random.Random(3).shuffle(python)
     script = [file for file in sorted(django.rglob("*.js")) if "vendor" not in file.parts]
     files = [*python[:80], *script, *sorted(psutil.rglob("*.[ch]"))]
-    return [file.read_text(errors="replace") for file in files if file.stat().st_size > 1500]
+    return [
+        file.read_text(encoding="utf-8", errors="replace")
+        for file in files
+        if file.stat().st_size > 1500
+    ]
 
 
 def tables(root: Path) -> list[str]:
     vega = sorted(root.glob("vega*/vega_datasets/_data/*.csv"))
     statsmodels = sorted(root.glob("wheel/statsmodels/**/datasets/**/*.csv"))
-    return [file.read_text(errors="replace") for file in [*vega, *statsmodels]]
+    return [file.read_text(encoding="utf-8", errors="replace") for file in [*vega, *statsmodels]]
 
 
 def dialogue(root: Path) -> Iterator[str]:
     """Conversations, twelve to a document, each once."""
     seen: set[str] = set()
     for file in sorted(root.glob("chatterbot*/chatterbot_corpus/data/english/*.yml")):
-        every = yaml.safe_load(file.read_text())["conversations"]
+        every = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
         new = {str(talk): talk for talk in every if str(talk) not in seen}
         seen.update(new)
         for group in zip_longest(*[iter(new.values())] * 12):
@@ -125,7 +132,7 @@ def german_and_french(root: Path) -> Iterator[str]:
     for language in ("de", "fr"):
         reference = (root / "deb/usr/share/debian-reference").glob(f"*.{language}.html")
         for file in [*sorted((doc / language).glob("*.html")), *sorted(reference)]:
-            text = file.read_text(errors="replace")
+            text = file.read_text(encoding="utf-8", errors="replace")
             text = re.sub(r"<(head|script|style).*?</\1>", "", text, flags=re.S)
             text = html.unescape(re.sub(r"<[^>]+>", "", text))
             yield re.sub(r"\n\s*\n+", "\n\n", text)[300:]  # behind what leads to other pages
@@ -150,7 +157,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for kind, texts in kinds.items():
         for half, text in texts:
-            (out / f"{kind}.{half}.txt").write_text(text)
+            (out / f"{kind}.{half}.txt").write_text(text, encoding="utf-8")
             print(f"{kind}.{half}.txt: {len(text):,} characters")
 
 

@@ -86,7 +86,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"top_logprobs": 3}, "top_logprobs needs logprobs"),
         (HELLO | {"top_logprobs": 30, "logprobs": True}, "top_logprobs"),
         (HELLO | {"response_format": {"type": "xml"}}, "response_format"),
-        (HELLO | {"response_format": {"type": "json_schema"}}, "json_schema is missing"),
+        (HELLO | {"response_format": {"type": "json_schema"}}, "the schema is missing"),
         (
             HELLO
             | {

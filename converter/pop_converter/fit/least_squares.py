@@ -31,6 +31,8 @@ Doubles = NDArray[np.float64]
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
+# Rows of a triangle that are solved at once.
+_BLOCK = 128
 # Rows for each input that sums hold in full.
 ROWS_KEPT = 64
 # Inputs whose gain makes them this much weaker than the average (in power) keep their own weights:
@@ -205,17 +207,29 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     xx *= scale
     xx *= scale[:, None]
     xx[np.diag_indices_from(xx)] = np.where(power > 0, 1 + ridge, 1)
-    least_root = 0.0
+    lower: Doubles | None = None
     with suppress(np.linalg.LinAlgError):
-        least_root = float(np.linalg.cholesky(xx).diagonal().min())
-    if least_root**2 < LEAST_PIVOT:
+        lower = np.asarray(np.linalg.cholesky(xx), np.float64)
+    if lower is None or lower.diagonal().min() ** 2 < LEAST_PIVOT:
         raise FitError(
             "the Gram matrix is singular",
             "fit on more varied text, or with a larger ridge",
             cause="singular",
         )
-    # numpy has no solver that takes the triangles.
-    return np.asarray(np.linalg.solve(xx, rest * scale[:, None]) * scale[:, None], np.float64)
+    solution = rest * scale[:, None]
+    _solve_triangles(lower, solution)
+    return np.asarray(solution * scale[:, None], np.float64)
+
+
+def _solve_triangles(lower: Doubles, x: Doubles) -> None:
+    """Solve lower lower' x = x in its place, by blocks, since numpy knows no triangles."""
+    parts = [slice(at, at + _BLOCK) for at in range(0, len(x), _BLOCK)]
+    for part in parts:
+        x[part] -= lower[part, : part.start] @ x[: part.start]
+        x[part] = np.linalg.solve(lower[part, part], x[part])
+    for part in reversed(parts):
+        x[part] -= lower[part.stop :, part].T @ x[part.stop :]
+        x[part] = np.linalg.solve(lower[part, part].T, x[part])
 
 
 def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:

@@ -51,7 +51,6 @@ def apart(llama: Path, letters: Path) -> list[Fitted]:
     return [fitted_at((boundary,), llama, settings(letters))[0] for boundary in (3, 5)]
 
 
-# Without weights on one, since all of the rest is the same.
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
 def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
