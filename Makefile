@@ -189,7 +189,7 @@ KINDS := encyclopaedia markup documentation code tables dialogue german-french
 SIDECAR_smollm2 ?= --distill --distill-tokens 262144
 SIDECAR_gemma3 ?=
 SIDECAR_qwen-0.5b ?= --distill --distill-tokens 262144
-SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --distill --distill-tokens 131072 \
+SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --quality fast --distill --distill-tokens 131072 \
 	$(KINDS:%=--text $(TEXTS)/%.fit.txt)
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
 sidecars: $(addprefix sidecar-,$(CATALOG))
