@@ -28,8 +28,8 @@ def compare(
         Path,
         typer.Argument(
             metavar="PROMPTS.jsonl",
-            help='A line is {"prompt": ...} or {"messages": [...]}, perhaps with "documents",'
-            ' "images" and "answer".',
+            help='A line is {"prompt": ...}, perhaps with "documents": [TEXT, {"file": PATH}] and'
+            ' "images": [PATH], or {"messages": [...]}; "answer" says what is right.',
         ),
     ],
     *,
