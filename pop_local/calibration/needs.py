@@ -169,7 +169,7 @@ def plan_needs(
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
     if not kernels_read_prompts():
-        reading, sampling = reading + source.size_bytes, sampling + source.size_bytes
+        reading, sampling = reading + _repacked_bytes(source), sampling + _repacked_bytes(source)
     if options.mmproj:
         reading += options.mmproj.stat().st_size
     is_wide = any(plan.projection != Projection.FITTED for plan in plans)
@@ -249,4 +249,8 @@ def _measuring_bytes(source: Source, shape: ModelShape) -> int:
     """Return what measuring a fit takes: weights that may be repacked, and predictions."""
     context = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW)
     predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
-    return int(_REPACKED * source.size_bytes) + context + predicted
+    return _repacked_bytes(source) + context + predicted
+
+
+def _repacked_bytes(source: Source) -> int:
+    return int(_REPACKED * source.size_bytes)

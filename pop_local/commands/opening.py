@@ -36,8 +36,9 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 class Opener:
     """Opens a model as the options say.
 
-    Called with a name, it opens that one, with the sidecar and mmproj beside it. `asked`: names of
-    the options that the command line has. `n_parallel`: see `open_model`.
+    Called with a name, it opens that one, with the sidecar and mmproj beside it; `model` is ""
+    where it always is. `asked`: names of the options that the command line has. `n_parallel`: see
+    `open_model`.
     """
 
     model: str

@@ -132,7 +132,7 @@ def serve_named(
 
     if to.models is None:
         model = model or default_model()
-    models = _models(model, to, Opener(model or "", how, asked, _n_parallel(to, how)))
+    models = _models(to, Opener(model or "", how, asked, _n_parallel(to, how)))
     try:
         entry = Entry(to.api_key, to.host, origins)
         app = create_app(models, entry, strict_model=to.strict_model)
@@ -163,8 +163,8 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
             raise typer.BadParameter(reason, param_hint=name)
 
 
-def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
-    """Make the models of the server; MODEL is opened."""
+def _models(to: ServerOptions, opener: Opener) -> "Models":
+    """Make the models of the server; the opener's is opened."""
     from pop_local.server.listing import File, find, models_in, shown
     from pop_local.server.models import Models, Shelf
 
@@ -191,6 +191,7 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
         n_parallel=opener.n_parallel or 2,  # at most, where the model decides
     )
     files = shelf.files()
+    model = opener.model
     file = find(model, files) if model else None
     if model and file is None:
         hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
