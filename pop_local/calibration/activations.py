@@ -25,7 +25,6 @@ def loaded(
     rpc: Sequence[str] = (),
 ) -> closing[Context]:
     """Open a model to read windows of N_WINDOW tokens with. Raises PopError."""
-    has_kernels = kernels_read_prompts()
     options = ContextOptions(
         n_ctx=N_WINDOW,
         n_batch=N_WINDOW,
@@ -33,9 +32,7 @@ def loaded(
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
         rpc=rpc,
-        flash_attn=has_kernels,
-        # Kernels of ours read the weights as they are in the file: a copy would only take room.
-        repack=not has_kernels,
+        flash_attn=kernels_read_prompts(),
     )
     source = read_source(path)
     return closing(Context(source, pop_meta(source.first), options))

@@ -168,15 +168,13 @@ def plan_needs(
     reading = 3 * 4 * N_WINDOW * n_tapped + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
-    if not kernels_read_prompts():
-        reading, sampling = reading + _repacked_bytes(source), sampling + _repacked_bytes(source)
     if options.mmproj:
         reading += options.mmproj.stat().st_size
     is_wide = any(plan.projection != Projection.FITTED for plan in plans)
     choosing = is_wide * _choosing_bytes(shape, len(boundaries))
     fitting = reading + max(n_sums, choosing)
-    most = max(fitting, sampling, _measuring_bytes(source, shape))
-    total = _BASE_BYTES + n_stored + most
+    most = max(fitting, sampling, _measuring_bytes(shape))
+    total = _BASE_BYTES + n_stored + _repacked_bytes(source) + most
     return Needs(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
@@ -245,12 +243,13 @@ def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
     return 4 * n * n_rows * n_boundaries + 8 * n * (n_rows + n) + max(axes, neurons)
 
 
-def _measuring_bytes(source: Source, shape: ModelShape) -> int:
-    """Return what measuring a fit takes: weights that may be repacked, and predictions."""
+def _measuring_bytes(shape: ModelShape) -> int:
+    """Return what measuring a fit takes, whose predictions are kept."""
     context = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW)
     predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
-    return _repacked_bytes(source) + context + predicted
+    return context + predicted
 
 
 def _repacked_bytes(source: Source) -> int:
-    return int(_REPACKED * source.size_bytes)
+    """Return what weights in the order of llama.cpp's own kernels take."""
+    return 0 if kernels_read_prompts() else int(_REPACKED * source.size_bytes)

@@ -13,6 +13,7 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
 from pop_local.base.progress import counting
 from pop_local.engine.images.pictures import read_picture
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
@@ -22,9 +23,9 @@ from pop_local.measure.speed import (
     SpeedRow,
     measure_speed,
     random_prompt,
+    run,
     run_rounds,
 )
-from pop_local.measure.upstream import upstream
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
@@ -117,10 +118,11 @@ def _upstream(
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
     """The same model by llama.cpp's own kernels, in the setting that reads fastest, and which."""
 
-    def reading(name: str) -> AbstractContextManager[Callable[[Prompt], Run]]:
+    def reading(name: str) -> AbstractContextManager[PopModel]:
         repack, flash_attn = _SETTINGS[name]
-        return upstream(
+        return PopModel(
             model.path,
+            kernels=False,
             repack=repack,
             flash_attn=flash_attn,
             n_ctx=model.n_ctx,
@@ -131,12 +133,12 @@ def _upstream(
     prompt, times_s = random_prompt(model, min(_N_TRIED, max(options.n_prompts))), {}
     tried = counting(len(_SETTINGS), watch.stage("Trying settings of llama.cpp"))
     for name in _SETTINGS:  # one at a time, for the memory
-        with reading(name) as read:
-            times_s[name] = run_rounds([partial(read, prompt)], 1)[0][0].ttft_s
+        with reading(name) as other:
+            times_s[name] = run_rounds([partial(run, other, Mode.OFF, prompt)], 1)[0][0].ttft_s
         tried(1)
     best = min(times_s, key=lambda name: times_s[name])
-    with reading(best) as read:
-        yield best, read
+    with reading(best) as other:
+        yield best, partial(run, other, Mode.OFF)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Two environments, prefill by prefill: speed of the second over the first. Not a test.
+"""Two environments, prompt by prompt: speed of the second over the first. Not a test.
 
 python tests/bench/measure_states.py BEFORE/bin/python AFTER/bin/python MODEL
 """
@@ -9,38 +9,40 @@ import statistics
 import subprocess
 from pathlib import Path
 
-# In either environment: a line "TOKENS PRUNED" is answered by seconds.
+# In either environment: a line "TOKENS PRUNED" is answered by the time to the first token, and by
+# that of each token behind it.
 _CHILD = """
-import sys, time
+import sys
 from pop_local import PopModel
-from pop_local.measure.speed import random_prompt
-model = PopModel.open(sys.argv[1], n_ctx=int(sys.argv[2]) + 64, n_threads=1)
+from pop_local.engine.llama.backend import Mode
+from pop_local.measure.speed import random_prompt, run
+path, n_most, n_threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model = PopModel.open(path, n_ctx=n_most + 64, n_threads=n_threads)
 prompts = {}
 print("ready", flush=True)
 for line in sys.stdin:
     n, pruned = map(int, line.split())
     prompt = prompts.setdefault(n, random_prompt(model, n))
-    model.pruning = bool(pruned)
-    model.cache.clear()
-    start = time.perf_counter()
-    model.read(prompt)
-    print(time.perf_counter() - start, flush=True)
+    ran = run(model, Mode.CONTEXT if pruned else Mode.OFF, prompt)
+    print(ran.ttft_s, 1 / ran.decode_tokens_per_s, flush=True)
 """
 
 
 class Child:
-    def __init__(self, python: Path, model: Path, n_most: int) -> None:
-        command = [str(python.absolute()), "-c", _CHILD, str(model.resolve()), str(n_most)]
+    def __init__(self, python: Path, model: Path, n_most: int, n_threads: int) -> None:
+        command = [str(python.absolute()), "-c", _CHILD, str(model.resolve())]
+        command += [str(n_most), str(n_threads)]
         pipe = subprocess.PIPE
         # Not in the project's folder, whose own pop_local would be imported.
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd="/")
         self._line()
 
-    def seconds(self, n: int, *, pruned: bool) -> float:
+    def seconds(self, n: int, *, pruned: bool) -> tuple[float, float]:
         assert self._process.stdin
         self._process.stdin.write(f"{n} {pruned:d}\n")
         self._process.stdin.flush()
-        return float(self._line())
+        ttft_s, token_s = map(float, self._line().split())
+        return ttft_s, token_s
 
     def _line(self) -> str:
         assert self._process.stdout
@@ -56,10 +58,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompts", default="512,2048")
     parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     lengths = [int(n) for n in options.prompts.split(",")]
     before, after = (
-        Child(python, options.model, max(lengths)) for python in (options.before, options.after)
+        Child(python, options.model, max(lengths), options.threads)
+        for python in (options.before, options.after)
     )
     for n in lengths:
         for pruned in (True, False):
@@ -67,9 +71,12 @@ def main() -> None:
             for turn in range(options.pairs + 1):
                 order = (before, after) if turn % 2 else (after, before)
                 took = {child: child.seconds(n, pruned=pruned) for child in order}
-                ratios.append(took[before] / took[after])
-            low, middle, high = statistics.quantiles(ratios[1:], n=4)
-            row = {"n_prompt": n, "pruned": pruned, "median": middle, "quartiles": [low, high]}
+                pairs = zip(took[before], took[after], strict=True)
+                ratios.append([one_s / other_s for one_s, other_s in pairs])
+            row: dict[str, object] = {"n_prompt": n, "pruned": pruned}
+            for what, each in zip(("ttft", "decode"), zip(*ratios[1:], strict=True), strict=True):
+                low, middle, high = statistics.quantiles(each, n=4)
+                row[what] = {"median": middle, "quartiles": [low, high]}
             print(json.dumps(row), flush=True)
 
 

@@ -1,8 +1,8 @@
 """`pop-local bench`: its JSON and table, what it refuses; a cached prefix is never timed."""
 
+import functools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.read import Read
-from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import speed
 from pop_local.measure.speed import (
     Run,
@@ -21,7 +20,6 @@ from pop_local.measure.speed import (
     require_rows,
     run_rounds,
 )
-from pop_local.measure.upstream import upstream
 from pop_local.ui.views.speed import show_speed
 from pop_local.workflows import bench as workflow
 from support.calls import read
@@ -230,20 +228,12 @@ def test_what_was_read_for_the_limit_answers_nothing(model):
 
 
 def test_what_upstream_takes_is_measured_beside_ours(model):
-    options = {"n_ctx": 512, "n_threads": 1, "repack": False}
-    with upstream(Path(model.path), **options) as ran:
-        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=ran)
+    with PopModel(model.path, n_ctx=512, n_threads=1, kernels=False) as other:
+        read = functools.partial(speed.run, other, Mode.OFF)
+        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=read)
     assert row.upstream_ttft_s is not None and row.kernels_speedup is not None
     ratio = row.upstream_ttft_s.median / row.full_ttft_s.median
     assert row.kernels_speedup.median == pytest.approx(ratio)
-
-
-def test_what_upstream_cannot_open_is_said(tmp_path):
-    with (
-        upstream(tmp_path / "none.gguf") as ran,
-        pytest.raises(PopError, match=r"none\.gguf"),
-    ):
-        ran(Prompt([1]))
 
 
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):

@@ -1,23 +1,20 @@
 """The kernels that a processor of less would have, which GGML_POP_KERNELS chooses by their name."""
 
-import contextlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from support.ggml import MulMat, MulMatId, Op, Stored, compute, in_child
+from support.ggml import MulMat, MulMatId, Op, Rows, Stored, in_child
 from support.kernels import (
-    INTERLEAVED,
     QUANTISED,
-    REPACKED,
+    block,
     check_extreme,
     check_product,
     extremes,
     first_rows,
     mul_mat,
     mul_mat_id,
-    reads,
 )
 
 N_ROWS = (1, 2, 3, 5, 17)
@@ -36,14 +33,6 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
         ops[type_, "no number"] = replace(many, x=x)
         ops |= {(type_, "extreme", i): each for i, each in enumerate(extremes(type_))}
         ops[type_, "experts"] = mul_mat_id(rng, type_, (0, 1, 5, 6, 40), n_out=77)
-    for buffer, type_ in REPACKED:
-        if not reads(name, buffer):
-            continue
-        plain = mul_mat(rng, type_, 17, n_out=9 * INTERLEAVED[buffer], n_in=768)
-        repacked = replace(plain, buffer=buffer)
-        with contextlib.suppress(LookupError):  # Q2_K has a layout where there is AVX-512.
-            compute(repacked)
-            ops |= {(type_, buffer, "plain"): plain, (type_, buffer, "repacked"): repacked}
     child = in_child(list(ops.values()), env={"GGML_POP_KERNELS": name})
     if child.kernels != name:
         pytest.skip("these kernels are not in the library")
@@ -65,8 +54,28 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
             assert np.isnan(got[3]).all()
             others = np.arange(40) != 3
             np.testing.assert_array_equal(got[others], results[key[0], 40][others])
-        elif "repacked" in key:
-            np.testing.assert_array_equal(got, results[(*key[:2], "plain")])
         else:
             assert isinstance(op, MulMat)
+            check_product(got, op.weights, op.x)
+
+
+@pytest.mark.parametrize("name", ["avx512vnni", "avxvnni", "avx2"])
+def test_products_of_few_rows(name: str, kernels: str, rng: np.random.Generator) -> None:
+    if name == kernels:
+        pytest.skip("all tests are about these")
+    ops: list[Op] = [
+        first_rows(mul_mat(rng, type_, 4, n_out=77, n_in=n_in), n_rows)
+        for type_ in QUANTISED
+        for n_in in (256, 768, *((96, 1056) if block(type_) == 32 else ()))
+        for n_rows in (1, 4)
+    ]
+    ends = [first_rows(op, 2) for type_ in QUANTISED for op in extremes(type_)]
+    child = in_child(ops + ends, env={"GGML_POP_KERNELS": name}, rows=Rows.FAST)
+    if child.kernels != name:
+        pytest.skip("these kernels are not in the library")
+    for op, got in zip(ops + ends, child.results, strict=True):
+        assert isinstance(op, MulMat)
+        if len(op.x) == 2:
+            check_extreme(got, op, name)
+        else:
             check_product(got, op.weights, op.x)

@@ -68,8 +68,7 @@ def compute(
     `guarded`: the process dies when anything touches memory behind a tensor, whose bytes must be a
     multiple of 32. `reference`: by upstream's reference implementation. Returns float32: for MulMat
     [..., n_rows, n_out], for MulMatId [n_tokens, n_used, n_out], for Attention [n_streams, n_rows,
-    n_heads, n_dims], for others [..., n_rows, n]. Raises LookupError where the processor or the
-    library has no such buffer, or no layout there for the weights.
+    n_heads, n_dims], for others [..., n_rows, n].
     """
     [found] = compute_all([op], rows, n_threads, guarded=guarded, reference=reference)
     return found
@@ -134,11 +133,6 @@ def kernels() -> str:
         raise LookupError("the CPU's kernels are unpatched: ggml_pop_kernels is missing")
     name: bytes = function()
     return name.decode()
-
-
-def buffers() -> set[str]:
-    """The types of buffers with layouts for upstream's kernels, by name."""
-    return cpu().buffer_types.keys() - {""}
 
 
 def in_child(ops: Sequence[Op], lib: Path | None = None, env: Any = None, **how: Any) -> Answer:
@@ -276,14 +270,14 @@ class _Graph:
         return found
 
     def _mul_mat(self, op: MulMat) -> int:
-        weights = self._stored(op.weights, op.buffer)
+        weights = self._stored(op.weights)
         inputs = self._rows(op.x, op.stride)
         if op.permuted:
             weights, inputs = self._permuted(weights), self._permuted(inputs)
         return int(self._base.ggml_mul_mat(self._ctx, weights, inputs))
 
     def _mul_mat_id(self, op: MulMatId) -> int:
-        weights = self._stored(op.weights, op.buffer)
+        weights = self._stored(op.weights)
         inputs, ids = self._rows(op.x), self._rows(op.ids, n_values=op.n_used)
         return int(self._base.ggml_mul_mat_id(self._ctx, weights, inputs, ids))
 
@@ -332,28 +326,22 @@ class _Graph:
         types = {"float32": Type.F32, "float16": Type.F16, "int32": Type.I32}
         return self._new(types[values.dtype.name], values.shape, values)
 
-    def _stored(self, stored: Stored, buffer_type: str = "") -> int:
+    def _stored(self, stored: Stored) -> int:
         shape = (*stored.data.shape[:-1], stored.n_values)
-        return self._new(stored.type, shape, stored.data, buffer_type)
+        return self._new(stored.type, shape, stored.data)
 
-    def _new(
-        self, type_: Type, shape: tuple[int, ...], content: np.ndarray, buffer_type: str = ""
-    ) -> int:
+    def _new(self, type_: Type, shape: tuple[int, ...], content: np.ndarray) -> int:
         sizes = (ctypes.c_int64 * len(shape))(*shape[::-1])
         tensor = int(self._base.ggml_new_tensor(self._ctx, int(type_), len(shape), sizes))
-        self._place(tensor, buffer_type)
-        if buffer_type and not Tensor.from_address(tensor).extra:
-            raise LookupError(f"{buffer_type} has no layout for {type_.name} here")
+        self._place(tensor)
         content = np.ascontiguousarray(content)
         self._base.ggml_backend_tensor_set(tensor, content.ctypes.data, 0, content.nbytes)
         return tensor
 
-    def _place(self, tensor: int, buffer_type: str = "") -> None:
-        base, kind = self._base, cpu().buffer_types.get(buffer_type)
-        if kind is None:
-            raise LookupError(f"no buffers of type {buffer_type} here")
+    def _place(self, tensor: int) -> None:
+        base, kind = self._base, cpu().buffer_type
         size = base.ggml_backend_buft_get_alloc_size(kind, tensor)
-        if self._guarded and not buffer_type:
+        if self._guarded:
             buffer, address = self._guarded_buffer(size)
         else:
             buffer = base.ggml_backend_buft_alloc_buffer(kind, size)

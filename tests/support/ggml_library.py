@@ -64,7 +64,6 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_flash_attn_ext_add_sinks": ([_POINTER, _POINTER], None),
     "ggml_new_graph_custom": ([_POINTER, _SIZE, ctypes.c_bool], _POINTER),
     "ggml_build_forward_expand": ([_POINTER, _POINTER], None),
-    "ggml_backend_buft_name": ([_POINTER], ctypes.c_char_p),
     "ggml_backend_buft_alloc_buffer": ([_POINTER, _SIZE], _POINTER),
     "ggml_backend_buft_get_alloc_size": ([_POINTER, _POINTER], _SIZE),
     "ggml_backend_buffer_free": ([_POINTER], None),
@@ -98,10 +97,10 @@ def base() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Cpu:
-    """The CPU's device, its backend, and its buffer types by name; "": the usual one."""
+    """The CPU's backend, the type of its buffers, and functions."""
 
     backend: int
-    buffer_types: dict[str, int]
+    buffer_type: int
     set_n_threads: Any
     set_use_ref: Any
     kernels: Any
@@ -121,16 +120,9 @@ def cpu() -> Cpu:
         address = library.ggml_backend_reg_get_proc_address(registry, name.encode())
         return address and ctypes.CFUNCTYPE(result_type, *argument_types)(address)
 
-    bufts = ctypes.POINTER(_POINTER)
-    extra = function("ggml_backend_dev_get_extra_bufts", bufts, _POINTER)(device)
-    types = {"": library.ggml_backend_dev_buffer_type(device)}
-    for each in extra:
-        if each is None:
-            break
-        types[library.ggml_backend_buft_name(each).decode()] = each
     return Cpu(
         library.ggml_backend_dev_init(device, None),
-        types,
+        library.ggml_backend_dev_buffer_type(device),
         function("ggml_backend_set_n_threads", None, _POINTER, _INT),
         function("ggml_backend_cpu_set_use_ref", None, _POINTER, ctypes.c_bool),
         function("ggml_pop_kernels", ctypes.c_char_p),

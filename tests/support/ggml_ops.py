@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 
 class Rows(IntEnum):
-    """enum ggml_pop_rows: our kernels where they are faster, never, or for any number of rows."""
+    """enum ggml_pop_rows: the fastest kernels, never ours, or the same of ours for all rows."""
 
     FAST = 0
     NONE = 1
@@ -45,15 +45,13 @@ class MulMat:
     """`weights`: [..., n_out, n_in]; `x`: float32 [..., n_rows, n_in].
 
     `stride`: floats from a row of x to the next one; 0: n_in. `permuted`: n_out and n_rows are not
-    the last dimension but one in memory, but that before it, as in a KV cache. `buffer`: the type
-    of buffer with upstream's layout for the weights, as CPU_REPACK; "": they are as in a file.
+    the last dimension but one in memory, but that before it, as in a KV cache.
     """
 
     weights: Stored
     x: np.ndarray
     stride: int = 0
     permuted: bool = False
-    buffer: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ class MulMatId:
     x: np.ndarray
     ids: np.ndarray
     n_used: int
-    buffer: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import gguf
 import numpy as np
-import pytest
 from gguf import GGMLQuantizationType as Type
 
 from support.ggml import OAI, Attention, Glu, MulMat, MulMatId, MulRows, Op, RmsNormMul, Stored
@@ -32,16 +31,6 @@ SCALES: dict[Type, tuple[int, ...]] = {
 QUANTISED = list(SCALES)
 FLOATS = [Type.F16, Type.BF16]
 TYPES = QUANTISED + FLOATS
-# Upstream's buffers that interleave rows on x86: how many, and of which types.
-INTERLEAVED = {"CPU_REPACK": 8, "AMX": 32}
-REPACKED = [
-    *(("CPU_REPACK", t) for t in (Type.Q4_0, Type.Q4_K, Type.Q2_K, Type.IQ4_NL, Type.MXFP4)),
-    *(("AMX", t) for t in (Type.Q4_0, Type.Q4_1, Type.Q8_0)),
-    *(("AMX", t) for t in (Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS)),
-]
-each_repacked = pytest.mark.parametrize(
-    ("buffer", "type_"), REPACKED, ids=[f"{buffer}-{type_.name}" for buffer, type_ in REPACKED]
-)
 _MXFP4_SCALE = 127  # of its byte: 1
 
 # A product's error relative to the ideal's.
@@ -84,11 +73,6 @@ def filled(type_: Type, byte: int, *shape: int, scale: float = 0.03) -> Stored:
 def put_scale(data: np.ndarray, at: int, values: np.ndarray) -> None:
     """Write float16 at a byte of each block, uint8 [..., bytes of a block]."""
     data[..., at : at + 2] = values.astype("<f2")[..., None].view(np.uint8)
-
-
-def reads(name: str, buffer: str) -> bool:
-    """Whether the kernels of a name know the layouts in a type of upstream's buffers."""
-    return buffer != "AMX" or name in ("amx", "avx512vnni")
 
 
 def narrowed(values: np.ndarray, type_: Type) -> Stored:

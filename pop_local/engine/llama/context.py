@@ -33,9 +33,10 @@ class ContextOptions:
     so many tokens each; their rows share batches. `n_threads`: None takes the physical cores.
     `n_gpu_layers`: -1 for all, without effect where there is no GPU. `rpc`: servers (HOST:PORT)
     that hold these layers, before local GPUs; if one goes away, llama.cpp ends the process.
-    `kernels`: whether prompts are read with our kernels, where there are any for this CPU.
+    `kernels`: whether our kernels compute, where there are any for this CPU.
     `flash_attn`: None takes it where it wins: on a CPU with them, and on GPUs that have it.
-    `repack`: whether llama.cpp copies weights in another order for its own CPU kernels.
+    `repack`: whether llama.cpp copies weights in another order for its own CPU kernels; None does
+    where they are the ones that compute. Ours read the weights as they are in the file.
     `others`: fields of llama_model_params and llama_context_params by their own names.
     """
 
@@ -48,7 +49,7 @@ class ContextOptions:
     rpc: Sequence[str] = ()
     kernels: bool = True
     flash_attn: bool | None = None
-    repack: bool = True
+    repack: bool | None = None
     use_mmap: bool = True
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -148,18 +149,23 @@ class Context:
         flash_attn = options.flash_attn
         if flash_attn is None:
             # A server's device may lack it, and cannot be asked.
-            flash_attn = not options.rpc and options.kernels and kernels_read_prompts()
+            flash_attn = not options.rpc and self._has_kernels
         params.flash_attn_type = int(flash_attn)
         if options.flash_attn is None and self.on_device and has_gpu:
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_AUTO
         _fill(params, options.others)
         return params
 
+    @property
+    def _has_kernels(self) -> bool:
+        return self.options.kernels and kernels_read_prompts()
+
     def _model_params(self) -> Any:
         api, options = self._api, self.options
         params = api.llama_model_default_params()
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
-        params.use_extra_bufts = options.repack
+        repack = options.repack
+        params.use_extra_bufts = not self._has_kernels if repack is None else repack
         mapped, copied = api.LLAMA_LOAD_MODE_MMAP, api.LLAMA_LOAD_MODE_NONE
         params.load_mode = mapped if options.use_mmap else copied
         _fill(params, options.others)

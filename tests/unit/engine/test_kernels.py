@@ -216,9 +216,9 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_weights_that_are_not_repacked_give_the_same(tmp_path, kernels):
+def test_weights_are_repacked_for_upstreams_kernels_alone(tmp_path, kernels):
     path = tiny(tmp_path, type=Type.Q4_0)
-    one, other = (opened(path, repack=repack, kernels=kernels) for repack in (True, False))
+    one, other = (opened(path, repack=repack, kernels=kernels) for repack in (None, False))
     results = read(one, prompt(60)), read(other, prompt(60))
     if kernels and kernels_read_prompts():
         np.testing.assert_array_equal(*results)

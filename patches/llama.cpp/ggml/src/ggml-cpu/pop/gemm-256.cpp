@@ -9,6 +9,7 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
+#include "quantise-256.h"
 #include "unpack-256.h"
 
 // where a call would move the sums from registers to memory
@@ -37,46 +38,6 @@ template <typename P> struct tile_of {
 
 // packing
 
-inline float max_of(__m256i x) {
-    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
-}
-
-// 32 values as 16-bit integers, the first 16 in q[0]
-inline float quantize(const float * x, __m256i (&q)[2]) {
-    const __m256i sign = _mm256_set1_epi32(0x7fffffff);
-    __m256  v[4];
-    __m256i m = _mm256_setzero_si256(); // of absolute values as integers, so that NaN is the greatest
-    POP_UNROLL
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_loadu_ps(x + 8 * i);
-        m    = _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v[i]), sign));
-    }
-    const float  max   = max_of(m);
-    const __m256 scale = _mm256_set1_ps(max > 1e-30f ? 127.0f / max : 0.0f);
-    __m256i n[4];
-    POP_UNROLL
-    for (int i = 0; i < 4; i++) {
-        n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], scale));
-    }
-    q[0] = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[0], n[1]), 0xd8);
-    q[1] = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2], n[3]), 0xd8);
-    return max / 127.0f;
-}
-
-// sums of the first and the second 16 of bytes: each of the even pairs (low 16 bits) and the odd pairs
-inline void pair_sums(__m256i bytes, int (&sums)[2]) {
-    __m256i s = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-    s = _mm256_add_epi16(s, _mm256_shuffle_epi32(s, 0x4e));
-    s = _mm256_add_epi16(s, _mm256_shuffle_epi32(s, 0xb1));
-    sums[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(s));
-    sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(s, 1));
-}
-
-inline int low_half(int x)  { return (int16_t) x; }
-inline int high_half(int x) { return (int16_t) ((unsigned) x >> 16); }
-
 inline int join_halves(int low, int high) {
     return (int) ((unsigned) low & 0xffff) | (int) ((unsigned) high << 16);
 }
@@ -90,8 +51,8 @@ template <typename P> int start_of(int sums) {
 template <typename P> void pack_32(const float * x, int32_t * out) {
     using T = tile_of<P>;
     __m256i q[2];
-    const float   scale = quantize(x, q);
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xd8);
+    const float   scale = quantise_to_16_bits(x, q);
+    const __m256i bytes = bytes_of(q);
 
     alignas(32) int32_t words[P::STEPS];
     if constexpr (P::WIDE) {
@@ -270,16 +231,16 @@ void multiply_few_rows(const uint8_t * panel, const int32_t * tile, int n_blocks
     }
 }
 
-template <int LAYOUT> void multiply(const gemm_share & s) {
-    using P = panel_for<LAYOUT>;
+template <int TYPE> void multiply(const gemm_share & s) {
+    using P = panel_for<TYPE>;
     constexpr int length = tile_of<P>::LENGTH;
 
     for (int b = 0; b < s.n_blocks; b += BLOCK) {
         const int n = std::min(BLOCK, s.n_blocks - b);
-        unpack<LAYOUT, P>(s.weights, s.stride, s.n_rows, b, n, s.scratch);
+        unpack<TYPE, P>(s.weights, s.stride, s.n_rows, b, n, s.scratch);
 
         const int32_t * tile = (const int32_t *) s.tiles + (size_t) b * length;
-        for (int c = 0; c < s.n_cols; c += COLS, tile += (size_t) s.n_blocks * length) {
+        for (int c = 0; c < s.n_cols; c += COLS, tile += s.tile / sizeof(int32_t)) {
             const int n_cols = std::min(COLS, s.n_cols - c);
             float * to[COLS];
             for (int i = 0; i < n_cols; i++) {
@@ -294,22 +255,20 @@ template <int LAYOUT> void multiply(const gemm_share & s) {
     }
 }
 
-constexpr int MIN_COLS = VNNI ? 3 : 4;
-
-template <int LAYOUT> const gemm * kernels_of() {
-    using P = panel_for<LAYOUT>;
+template <int TYPE> const gemm * kernels_of() {
+    using P = panel_for<TYPE>;
     static constexpr gemm kernels = {
-        ROWS, COLS, MIN_COLS, tile_of<P>::LENGTH * sizeof(int32_t), (size_t) BLOCK * P::BYTES, pack<P>, multiply<LAYOUT>,
+        ROWS, COLS, 5, tile_of<P>::LENGTH * sizeof(int32_t), (size_t) BLOCK * P::BYTES, pack<P>, multiply<TYPE>,
     };
     return &kernels;
 }
 
 } // namespace
 
-const gemm * gemm_256(int layout) {
-    switch (layout) {
-#define POP_CASE(LAYOUT) case LAYOUT: return kernels_of<LAYOUT>();
-        POP_EACH_LAYOUT(POP_CASE)
+const gemm * gemm_256(int type) {
+    switch (type) {
+#define POP_CASE(TYPE) case TYPE: return kernels_of<TYPE>();
+        POP_EACH_TYPE(POP_CASE)
 #undef POP_CASE
         default: return nullptr;
     }

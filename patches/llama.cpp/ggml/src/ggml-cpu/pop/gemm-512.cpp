@@ -4,6 +4,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
+#include "quantise-512.h"
 #include "unpack-512.h"
 
 namespace pop {
@@ -22,42 +23,18 @@ struct tile_block {
 
 static_assert(sizeof(tile_block) == TILE, "a tile is packed without gaps");
 
-// of the absolute values of 32: compared as integers, so that NaN is the greatest
-static inline float greatest(__m512 x0, __m512 x1) {
-    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
-    const __m512i a = _mm512_and_si512(_mm512_castps_si512(x0), sign), b = _mm512_and_si512(_mm512_castps_si512(x1), sign);
-    const __m512i x = _mm512_max_epi32(a, b);
-    const __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-    __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
-    z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
-    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1))));
-}
-
 // the words: with mins, what they are multiplied with: scale * sum; else where the sums of products begin: -bias * sum.
 // of both halves, or the first alone is of all 32
 template <bool HALVES, bool MINS, int BIAS> static void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
     tile_block * out = (tile_block *) tile;
     for (int b = 0; b < n_blocks; b++, out++) {
         for (int c = 0; c < n; c++) {
-            const float * x = cols[c] + 32 * b;
-            const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16);
-            const float top = greatest(x0, x1);
-            const float scale = top / 127.0f;
-            const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? 127.0f / top : 0.0f);
-            const __m128i q0 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x0, inverse)));
-            const __m128i q1 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x1, inverse)));
-            _mm_storeu_si128((__m128i *) out->codes[c], q0);
-            _mm_storeu_si128((__m128i *) (out->codes[c] + 16), q1);
-            out->scales[c] = scale;
-
-            const __m128i one = _mm_set1_epi8(1), zero = _mm_setzero_si128();
-            __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(zero, one, q0), _mm_dpbusd_epi32(zero, one, q1));
-            sums = _mm_hadd_epi32(sums, sums);
-            const int32_t half[2] = { _mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 1) };
+            const quantised q = quantise(cols[c] + 32 * b, out->codes[c]);
+            out->scales[c] = q.scale;
             for (int h = 0; h < (HALVES ? 2 : 1); h++) {
-                const int32_t sum = HALVES ? half[h] : half[0] + half[1];
+                const int32_t sum = HALVES ? q.sums[h] : q.sums[0] + q.sums[1];
                 if (MINS) {
-                    const float f = scale * (float) sum;
+                    const float f = q.scale * (float) sum;
                     memcpy(&out->words[h][c], &f, 4);
                 } else {
                     out->words[h][c] = -BIAS * sum;
@@ -140,8 +117,8 @@ static void multiply_tile(const uint8_t * panel, const uint8_t * tile, int n, bo
 
 using tile_function = void (*)(const uint8_t *, const uint8_t *, int, bool, const gemm_share &, int, const __mmask16[2]);
 
-template <int LAYOUT> static void multiply(const gemm_share & s) {
-    constexpr format f = type_of<LAYOUT>::fmt;
+template <int TYPE> static void multiply(const gemm_share & s) {
+    constexpr format f = type_of<TYPE>::fmt;
     static const tile_function tiles[COLS] = {
         multiply_tile<f.halves, f.mins, 1>, multiply_tile<f.halves, f.mins, 2>, multiply_tile<f.halves, f.mins, 3>,
         multiply_tile<f.halves, f.mins, 4>, multiply_tile<f.halves, f.mins, 5>, multiply_tile<f.halves, f.mins, 6>,
@@ -152,27 +129,25 @@ template <int LAYOUT> static void multiply(const gemm_share & s) {
     };
     for (int b = 0; b < s.n_blocks; b += STEP) {
         const int n = std::min(STEP, s.n_blocks - b);
-        unpack<LAYOUT>(s.weights, s.stride, s.n_rows, b, n, s.scratch);
+        unpack<TYPE>(s.weights, s.stride, s.n_rows, b, n, s.scratch);
         for (int c = 0; c < s.n_cols; c += COLS) {
-            const uint8_t * tile = s.tiles + ((size_t) (c / COLS) * s.n_blocks + b) * TILE;
+            const uint8_t * tile = s.tiles + c / COLS * s.tile + (size_t) b * TILE;
             tiles[std::min(COLS, s.n_cols - c) - 1](s.scratch, tile, n, b == 0, s, c, rows);
         }
     }
 }
 
-template <int LAYOUT> static const gemm * kernel() {
-    constexpr format f = type_of<LAYOUT>::fmt;
-    constexpr int min_cols = LAYOUT >= X16 ? 17 : LAYOUT >= X8 ? 2 : 5;
+template <int TYPE> static const gemm * kernel() {
+    constexpr format f = type_of<TYPE>::fmt;
     constexpr size_t scratch = (size_t) STEP * panel_block(f);
-    static const gemm g = { PANEL_ROWS, COLS, min_cols, TILE, scratch, pack<f.halves, f.mins, f.bias>, multiply<LAYOUT> };
+    static const gemm g = { PANEL_ROWS, COLS, 6, TILE, scratch, pack<f.halves, f.mins, f.bias>, multiply<TYPE> };
     return &g;
 }
 
-const gemm * gemm_512(int layout) {
-    switch (layout) {
-#define POP_CASE(LAYOUT) case LAYOUT: return kernel<LAYOUT>();
-        POP_EACH_LAYOUT(POP_CASE)
-        POP_EACH_X16(POP_CASE)
+const gemm * gemm_512(int type) {
+    switch (type) {
+#define POP_CASE(TYPE) case TYPE: return kernel<TYPE>();
+        POP_EACH_TYPE(POP_CASE)
 #undef POP_CASE
     }
     return nullptr;

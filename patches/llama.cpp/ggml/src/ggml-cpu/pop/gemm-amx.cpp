@@ -54,8 +54,8 @@ static inline __m512i pairs_of(__m512 first, __m512 second) {
 }
 
 // a panel's blocks of codes and scales to tiles of values: for each block, of the first 16 rows and of the others
-template <int LAYOUT> static void expand(const uint8_t * panel, int n, uint8_t * out) {
-    constexpr format f = type_of<LAYOUT>::fmt;
+template <int TYPE> static void expand(const uint8_t * panel, int n, uint8_t * out) {
+    constexpr format f = type_of<TYPE>::fmt;
     constexpr int parts = f.halves ? 2 : 1;
     const __m512i byte = _mm512_set1_epi32(255);
     for (int b = 0; b < n; b++, panel += panel_block(f)) {
@@ -79,11 +79,11 @@ template <int LAYOUT> static void expand(const uint8_t * panel, int n, uint8_t *
 }
 
 // weights to tiles of values as above, n blocks of up to 32 rows
-template <int LAYOUT>
+template <int TYPE>
 static void values_of(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * codes, uint8_t * out) {
-    if constexpr (LAYOUT != GGML_TYPE_BF16) {
-        unpack<LAYOUT>(weights, stride, n_rows, block, n, codes);
-        expand<LAYOUT>(codes, n, out);
+    if constexpr (TYPE != GGML_TYPE_BF16) {
+        unpack<TYPE>(weights, stride, n_rows, block, n, codes);
+        expand<TYPE>(codes, n, out);
         return;
     }
     for (int r = 0; r < n_rows; r += 16) {
@@ -202,37 +202,36 @@ struct alignas(64) tile_config {
     uint8_t  n_rows[16];
 };
 
-template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
+template <int TYPE> POP_AMX static void multiply(const gemm_share & s) {
     static const tile_config whole = { 1, 0, {}, { 64, 64, 64, 64, 64, 64, 64, 64 }, { 16, 16, 16, 16, 16, 16, 16, 16 } };
     _tile_loadconfig(&whole);
 
     constexpr int panel_bytes = STEP * 2 * TILE;
     uint8_t * codes = s.scratch + (size_t) PANELS * panel_bytes;
-    const size_t apart = (size_t) s.n_blocks * TILE, between = distance(s);
+    const size_t between = distance(s);
     for (int b = 0; b < s.n_blocks; b += STEP) {
         const int n = std::min(STEP, s.n_blocks - b);
         for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
             for (int i = 0; i < n; i += UNPACK) {
                 const int n_rows = std::min(PANEL_ROWS, s.n_rows - r);
-                values_of<LAYOUT>(s.weights + r * s.stride, s.stride, n_rows, b + i, std::min(UNPACK, n - i), codes,
+                values_of<TYPE>(s.weights + r * s.stride, s.stride, n_rows, b + i, std::min(UNPACK, n - i), codes,
                     s.scratch + r / PANEL_ROWS * panel_bytes + i * 2 * TILE);
             }
         }
         for (int c = 0; c < s.n_cols; c += 2 * COLS) {
-            const uint8_t * tile = s.tiles + c / COLS * apart + (size_t) b * TILE;
+            const uint8_t * tile = s.tiles + c / COLS * s.tile + (size_t) b * TILE;
             const auto run = c + COLS < s.n_cols ? multiply_tiles<true> : multiply_tiles<false>;
             for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
-                run(s.scratch + r / PANEL_ROWS * panel_bytes, tile, apart, n, b == 0, { s, between, r }, c);
+                run(s.scratch + r / PANEL_ROWS * panel_bytes, tile, s.tile, n, b == 0, { s, between, r }, c);
             }
         }
     }
     _tile_release();
 }
 
-template <int LAYOUT> static const gemm * kernel() {
-    constexpr size_t scratch = (size_t) UNPACK * panel_block(type_of<LAYOUT>::fmt) + STEP * PANELS * 2 * TILE;
-    constexpr int min_cols = LAYOUT >= X16 ? 33 : LAYOUT >= X8 ? 6 : 9;
-    static const gemm g = { PANELS * PANEL_ROWS, COLS, min_cols, TILE, scratch, pack, multiply<LAYOUT> };
+template <int TYPE> static const gemm * kernel() {
+    constexpr size_t scratch = (size_t) UNPACK * panel_block(type_of<TYPE>::fmt) + STEP * PANELS * 2 * TILE;
+    static const gemm g = { PANELS * PANEL_ROWS, COLS, TYPE == GGML_TYPE_BF16 ? 9 : 24, TILE, scratch, pack, multiply<TYPE> };
     return &g;
 }
 
@@ -243,14 +242,13 @@ static bool may_use_tiles() {
     return may;
 }
 
-const gemm * gemm_amx(int layout) {
+const gemm * gemm_amx(int type) {
     if (!may_use_tiles()) {
         return nullptr;
     }
-    switch (layout) {
-#define POP_CASE(LAYOUT) case LAYOUT: return kernel<LAYOUT>();
-        POP_EACH_LAYOUT(POP_CASE)
-        POP_EACH_X16(POP_CASE)
+    switch (type) {
+#define POP_CASE(TYPE) case TYPE: return kernel<TYPE>();
+        POP_EACH_TYPE(POP_CASE)
         POP_CASE(GGML_TYPE_BF16)
 #undef POP_CASE
     }

@@ -88,7 +88,7 @@ template <typename T> static void multiply(const gemm_share & s) {
         const int n = std::min(STEP, n_values - k);
         unpack<T>(s.weights, s.stride, s.n_rows, k, n, panel);
         for (int c = 0; c < s.n_cols; c += COLS) {
-            const uint8_t * tile = s.tiles + ((size_t) (c / COLS) * s.n_blocks + k / 32) * TILE;
+            const uint8_t * tile = s.tiles + c / COLS * s.tile + (size_t) k / 32 * TILE;
             const int n_cols = std::min(COLS, s.n_cols - c);
             alignas(64) float sums[COLS][ROWS] = {};
             for (int i = 0; k > 0 && i < n_cols; i++) {
@@ -104,12 +104,12 @@ template <typename T> static void multiply(const gemm_share & s) {
 }
 
 template <typename T> static const gemm * kernel() {
-    static const gemm g = { ROWS, COLS, NEVER_FASTER, TILE, STEP * ROWS * sizeof(float), pack, multiply<T> };
+    static const gemm g = { ROWS, COLS, 0, TILE, STEP * ROWS * sizeof(float), pack, multiply<T> };
     return &g;
 }
 
-const gemm * gemm_float(int layout) {
-    switch (layout) {
+const gemm * gemm_float(int type) {
+    switch (type) {
         case GGML_TYPE_F32:  return kernel<float>();
         case GGML_TYPE_F16:  return kernel<ggml_fp16_t>();
         case GGML_TYPE_BF16: return kernel<ggml_bf16_t>();

@@ -1,12 +1,11 @@
-// Which operations the kernels compute, and how threads share one: columns are packed, then panels of weights go round.
+// Which operations the kernels compute, and how threads share one: columns are packed, then rows of weights go round.
 
 #include "pop.h"
 
 #include "attention.h"
 #include "rows.h"
-#include "types.h"
+#include "gemm.h"
 
-#include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 #include "ops.h"
@@ -20,18 +19,20 @@ namespace pop {
 // the switch
 //
 
+using kernels_by_type = const gemm * (*)(int type);
+
 struct instructions {
-    const char * name;
-    const gemm * (*table)(int layout);
+    const char *    name;
+    kernels_by_type kernels[4]; // those for many columns first
 };
 
 static const instructions all_instructions[] = {
-    { "amx",        gemm_amx },
-    { "avx512vnni", gemm_512 },
+    { "amx",        { gemm_amx, gemm_512, gemv_512 } },
+    { "avx512vnni", { gemm_512, gemv_512 } },
 #ifdef __AVXVNNI__
-    { "avxvnni",    gemm_256 },
+    { "avxvnni",    { gemm_256, gemv_256 } },
 #endif
-    { "avx2",       gemm_256 },
+    { "avx2",       { gemm_256, gemv_256 } },
 };
 
 static bool is_off() {
@@ -45,7 +46,7 @@ static const instructions * find_instructions() {
     bool         allowed = !wanted || strcmp(wanted, "1") == 0;
     for (const instructions & i : all_instructions) {
         allowed = allowed || strcmp(wanted, i.name) == 0;
-        if (allowed && i.table(GGML_TYPE_Q8_0)) {
+        if (allowed && i.kernels[0](GGML_TYPE_Q8_0)) {
             return &i;
         }
     }
@@ -85,17 +86,6 @@ struct arena {
 // products
 //
 
-static bool lies_in(const ggml_tensor * t, const char * buffer_type) {
-    return t->buffer && strcmp(ggml_backend_buft_name(t->buffer->buft), buffer_type) == 0;
-}
-
-static int layout_of(const ggml_tensor * weights) {
-    return !weights->extra ? weights->type
-        : lies_in(weights, "CPU_REPACK") ? X8 + weights->type
-        : lies_in(weights, "AMX") ? X16 + weights->type
-        : -1;
-}
-
 static bool has_rows_of_floats(const ggml_tensor * t) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float);
 }
@@ -106,15 +96,22 @@ static const gemm * kernel_of(const ggml_tensor * op) {
         return nullptr;
     }
     const ggml_tensor * weights = op->src[0];
-    const bool is_plain = weights->nb[0] == ggml_type_size(weights->type) && weights->ne[0] % 32 == 0 && weights->ne[3] == 1 &&
-                          (op->op == GGML_OP_MUL_MAT_ID || weights->ne[2] == 1);
+    const bool is_plain = !weights->extra && weights->nb[0] == ggml_type_size(weights->type) && weights->ne[0] % 32 == 0 &&
+                          weights->ne[3] == 1 && (op->op == GGML_OP_MUL_MAT_ID || weights->ne[2] == 1);
     if (!is_plain || !has_rows_of_floats(op->src[1]) || !has_rows_of_floats(op)) {
         return nullptr;
     }
-    const gemm * g = in_use()->table(layout_of(weights));
-    g = g ? g : gemm_float(layout_of(weights));
-    const bool is_enough = rows_asked(op) == GGML_POP_ROWS_ALL || (g && ggml_nrows(op) >= g->min_cols * weights->ne[2]);
-    return is_enough ? g : nullptr;
+    const gemm * g = in_use()->kernels[0](weights->type);
+    if (rows_asked(op) == GGML_POP_ROWS_ALL) {
+        return g ? g : gemm_float(weights->type);
+    }
+    for (const kernels_by_type * k = in_use()->kernels; *k; k++) {
+        g = (*k)(weights->type);
+        if (g && ggml_nrows(op) >= g->min_cols * weights->ne[2]) {
+            return g;
+        }
+    }
+    return nullptr;
 }
 
 constexpr int TASKS = 4; // for each thread, so that all end together; half of them where weights would be unpacked twice
@@ -148,7 +145,7 @@ struct product_work {
 
     product_work(arena & a, const gemm & g, const ggml_tensor * op, int64_t tiles_at_most, int n_threads) {
         a.take<float>(n_threads * ROPE_FLOATS);
-        tile    = op->src[0]->ne[0] / 32 * g.tile;
+        tile    = GGML_PAD(op->src[0]->ne[0], 256) / 32 * g.tile;
         each    = GGML_PAD(g.scratch, 64);
         out     = a.take<float *>(ggml_nrows(op));
         tiles   = a.take<uint8_t>(tiles_at_most * tile);
@@ -158,15 +155,14 @@ struct product_work {
 
 static void multiply_rows(const gemm & g, const ggml_tensor * weights, int64_t matrix, int64_t row, int64_t n_rows, const product_work & w,
         int64_t first_tile, int64_t first_col, int64_t n_cols, int ith) {
-    const int layout = layout_of(weights);
-    const size_t stride = layout < X8 ? weights->nb[1] : row_bytes(layout, weights->ne[0]);
     gemm_share s;
     s.row      = (size_t) row;
-    s.weights  = (const char *) weights->data + matrix * weights->nb[2] + s.row * stride;
-    s.stride   = stride;
+    s.weights  = (const char *) weights->data + matrix * weights->nb[2] + s.row * weights->nb[1];
+    s.stride   = weights->nb[1];
     s.n_rows   = (int) std::min(n_rows, weights->ne[1] - row);
     s.n_blocks = (int) (weights->ne[0] / 32);
     s.tiles    = w.tiles + first_tile * w.tile;
+    s.tile     = w.tile;
     s.n_cols   = (int) n_cols;
     s.out      = w.out + first_col;
     s.scratch  = w.scratch + ith * w.each;

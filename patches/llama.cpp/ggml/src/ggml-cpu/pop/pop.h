@@ -1,6 +1,6 @@
-// Kernels for prompts on x86: products and attention of batches of rows, computed from the tensors as they are in memory.
+// Kernels for x86: products and attention of rows, computed from the tensors as they are in memory.
 //
-// A row's result depends neither on the rows that are computed with it nor on the number of threads.
+// A row's result does not depend on the number of threads, nor, with GGML_POP_ROWS_ALL, on the rows that are computed with it.
 
 #pragma once
 
@@ -20,9 +20,9 @@ extern "C" {
 #define GGML_POP_OP_PARAM 15
 
 enum ggml_pop_rows {
-    GGML_POP_ROWS_FAST = 0, // these kernels where they are faster, which takes a few rows
+    GGML_POP_ROWS_FAST = 0, // the fastest kernels for so many rows
     GGML_POP_ROWS_NONE = 1, // never these kernels
-    GGML_POP_ROWS_ALL  = 2, // these kernels for any number of rows
+    GGML_POP_ROWS_ALL  = 2, // the same kernels for any number of rows
 };
 
 // bytes of the work buffer that the operation needs, 0: these kernels do not compute it

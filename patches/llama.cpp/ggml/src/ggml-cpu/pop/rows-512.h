@@ -1,10 +1,43 @@
-// Weights to panels, AVX-512: rows as GGUF files have them.
+// Codes and scales of rows as GGUF files have them, AVX-512.
 
 #pragma once
 
-#include "panel-512.h"
+#include "types.h"
+
+#include <immintrin.h>
+
+#include <cstring>
 
 namespace pop {
+
+static inline float from_half(ggml_half h) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
+
+static inline __m256i load_256(const void * p) {
+    return _mm256_loadu_si256((const __m256i *) p);
+}
+
+static inline __m512i join(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+static inline __m512i look_up(const uint8_t table[16], __m512i codes) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) table)), codes);
+}
+
+static inline __m512 floats_of_bytes(uint64_t low, uint64_t high) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long) high, (long long) low)));
+}
+
+// eight scales and eight mins of six bits from 12 bytes
+static inline void split_k4(const uint8_t * p, uint64_t & scales, uint64_t & mins) {
+    uint32_t x[3];
+    memcpy(x, p, 12);
+    const uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x30303030;
+    scales = (x[0] & six) | (uint64_t) ((x[2] & four)        | ((x[0] >> 2) & two)) << 32;
+    mins   = (x[1] & six) | (uint64_t) (((x[2] >> 4) & four) | ((x[1] >> 2) & two)) << 32;
+}
 
 // 256 codes of a row. scales: 8 and 8 mins, or 16 where there is one for each half; mins: 16, likewise
 struct row_codes {
@@ -146,90 +179,65 @@ static inline __m256i codes_32(const block_mxfp4 & x) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) mxfp4_codes)), nibbles_16(x.qs));
 }
 
-// 2^(e - 128), the scale of values that are doubled
-static inline float half_of_e8m0(uint8_t e) {
-    const uint32_t bits = e < 2 ? 0x00200000u << e : (uint32_t) (e - 1) << 23;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+// 2^(e - 128), the scales of values that are doubled
+static inline __m256 eight_powers(uint64_t exponents) {
+    const __m256i e     = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) exponents));
+    const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+    const __m256i usual = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    return _mm256_castsi256_ps(_mm256_mask_mov_epi32(usual, _mm256_cmplt_epi32_mask(e, _mm256_set1_epi32(2)), small));
 }
 
 template <typename B> static inline float scale_of(const B & x) { return from_half(x.d); }
-static inline float scale_of(const block_mxfp4 & x) { return half_of_e8m0(x.e); }
+static inline float scale_of(const block_mxfp4 & x) { return _mm256_cvtss_f32(eight_powers(x.e)); }
 
 template <typename B> static inline float min_of(const B &) { return 0.0f; }
 static inline float min_of(const block_q4_1 & x) { return from_half(x.m); }
 static inline float min_of(const block_q5_1 & x) { return from_half(x.m); }
 
-// up to 8 blocks of 32
-template <typename B> static inline row_codes read(const B * x, int n) {
-    row_codes r;
-    alignas(64) float scales[16] = {};
-    POP_UNROLL
-    for (int i = 0; i < 4; i++) {
-        const __m256i none = _mm256_setzero_si256();
-        r.codes[i] = join(2 * i < n ? codes_32(x[2 * i]) : none, 2 * i + 1 < n ? codes_32(x[2 * i + 1]) : none);
-    }
-    for (int i = 0; i < n; i++) {
-        scales[i]     = scale_of(x[i]);
-        scales[8 + i] = min_of(x[i]);
-    }
-    r.scales = _mm512_load_ps(scales);
-    return r;
+// a number of each of eight blocks
+template <typename F> static inline __m256 eight_halves(F half) {
+    return _mm256_cvtph_ps(_mm_setr_epi16((short) half(0), (short) half(1), (short) half(2), (short) half(3),
+        (short) half(4), (short) half(5), (short) half(6), (short) half(7)));
 }
 
-// up to eight blocks of up to 16 rows, each by itself in memory
-template <int LAYOUT> static void unpack_rows(const char * weights, size_t stride, int n_rows, int block, int n, panel_half<LAYOUT> to) {
-    using type = type_of<LAYOUT>;
-    constexpr format f = type::fmt;
-    __m512i codes[4][16], scales[16], mins[16];
-    for (int j = 0; j < 16; j++) {
-        // rows that are not there repeat the last one, and are not stored
-        const auto * x = (const typename type::block *) (weights + std::min(j, n_rows - 1) * stride) + block * 32 / type::n_values;
-        fetch((const char *) x + PANEL_ROWS * stride, sizeof(*x) * 256 / type::n_values);
-        row_codes r;
-        if constexpr (type::n_values == 256) {
-            r = read(*x);
-        } else {
-            r = read(x, n);
-        }
-        POP_UNROLL
-        for (int i = 0; i < 4; i++) {
-            codes[i][j] = r.codes[i];
-        }
-        scales[j] = _mm512_castps_si512(r.scales);
-        if constexpr (f.mins && f.halves) {
-            mins[j] = _mm512_castps_si512(r.mins);
-        }
+// the scales of eight blocks, and their mins
+template <typename B> static inline __m512 scales_of(const B * x) {
+    return _mm512_insertf32x8(_mm512_setzero_ps(), eight_halves([x](int i) { return x[i].d; }), 0);
+}
+
+static inline __m512 scales_of(const block_mxfp4 * x) {
+    uint64_t e = 0;
+    POP_UNROLL
+    for (int i = 0; i < 8; i++) {
+        e |= (uint64_t) x[i].e << 8 * i;
     }
-    for (int i = 0; 2 * i < n; i++) {
-        transpose_16(codes[i]);
-        for (int g = 0; g < 8; g++) {
-            to.put_codes(2 * i, g, codes[i][g]);
-            if (2 * i + 1 < n) {
-                to.put_codes(2 * i + 1, g, codes[i][8 + g]);
-            }
-        }
+    return _mm512_insertf32x8(_mm512_setzero_ps(), eight_powers(e), 0);
+}
+
+// each scale has its min behind it
+template <typename B> static inline __m512 pairs_of(const B * x) {
+    int32_t pair[8];
+    POP_UNROLL
+    for (int i = 0; i < 8; i++) {
+        memcpy(&pair[i], &x[i], 4);
     }
-    transpose_16(scales);
-    if constexpr (f.mins && f.halves) {
-        transpose_16(mins);
+    const __m256i all = _mm256_setr_epi32(pair[0], pair[1], pair[2], pair[3], pair[4], pair[5], pair[6], pair[7]);
+    const __m512i apart = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return _mm512_permutexvar_ps(apart, _mm512_cvtph_ps(all));
+}
+
+static inline __m512 scales_of(const block_q4_1 * x) { return pairs_of(x); }
+static inline __m512 scales_of(const block_q5_1 * x) { return pairs_of(x); }
+
+// eight blocks of 32
+template <typename B> static inline row_codes read_8(const B * x) {
+    row_codes r;
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r.codes[i] = join(codes_32(x[2 * i]), codes_32(x[2 * i + 1]));
     }
-    for (int i = 0; i < n; i++) {
-        if constexpr (f.halves) {
-            to.put_set(i, 0, _mm512_castsi512_ps(scales[2 * i]));
-            to.put_set(i, 1, _mm512_castsi512_ps(scales[2 * i + 1]));
-            if constexpr (f.mins) {
-                to.put_set(i, 2, _mm512_castsi512_ps(mins[2 * i]));
-                to.put_set(i, 3, _mm512_castsi512_ps(mins[2 * i + 1]));
-            }
-        } else {
-            to.put_set(i, 0, _mm512_castsi512_ps(scales[i]));
-            if constexpr (f.mins) {
-                to.put_set(i, 1, _mm512_castsi512_ps(scales[8 + i]));
-            }
-        }
-    }
+    r.scales = scales_of(x);
+    return r;
 }
 
 } // namespace pop

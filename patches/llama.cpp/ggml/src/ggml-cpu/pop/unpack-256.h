@@ -35,14 +35,14 @@ template <bool WIDE_, int SHIFT_, bool MINS_, bool HALVES_> struct panel_of {
 };
 
 // Without VNNI, sums of 16 bits hold 32 products only where a code less its shift is at most 16.
-template <int LAYOUT> constexpr int shift_of() {
-    constexpr format fmt   = type_of<LAYOUT>::fmt;
-    constexpr bool   five  = LAYOUT == GGML_TYPE_Q5_1 || LAYOUT == GGML_TYPE_Q5_K;
+template <int TYPE> constexpr int shift_of() {
+    constexpr format fmt   = type_of<TYPE>::fmt;
+    constexpr bool   five  = TYPE == GGML_TYPE_Q5_1 || TYPE == GGML_TYPE_Q5_K;
     return VNNI ? fmt.bias : fmt.bias == 128 ? 0 : five ? 16 : fmt.bias;
 }
 
-template <int LAYOUT, typename T = type_of<LAYOUT>>
-using panel_for = panel_of<!VNNI && T::fmt.bias == 128, shift_of<LAYOUT>(), T::fmt.mins, T::fmt.halves>;
+template <int TYPE, typename T = type_of<TYPE>>
+using panel_for = panel_of<!VNNI && T::fmt.bias == 128, shift_of<TYPE>(), T::fmt.mins, T::fmt.halves>;
 
 inline __m256i load(const void * p) {
     return _mm256_loadu_si256((const __m256i *) p);
@@ -314,9 +314,9 @@ template <typename P, typename B> void put_row_scales(uint8_t * panel, int vecto
 }
 
 // one block of each of eight rows, which begin at x
-template <int LAYOUT, typename P>
-void unpack_rows(uint8_t * panel, int vector, const typename type_of<LAYOUT>::block * const * x) {
-    if constexpr (type_of<LAYOUT>::n_values == 256) {
+template <int TYPE, typename P>
+void unpack_rows(uint8_t * panel, int vector, const typename type_of<TYPE>::block * const * x) {
+    if constexpr (type_of<TYPE>::n_values == 256) {
         put_row_scales<P>(panel, vector, x);
         for (int j = 0; j < 8; j++) {
             put_row_codes<P>(panel + j * P::BYTES, vector, x, j);
@@ -331,101 +331,22 @@ void unpack_rows(uint8_t * panel, int vector, const typename type_of<LAYOUT>::bl
     }
 }
 
-// interleaved rows: 8 bytes of each row in turn
-
-// 64 bytes to the first and the second 4 bytes of each row
-inline void split_rows(const uint8_t * qs, __m256i & first, __m256i & second) {
-    const __m256 a = _mm256_castsi256_ps(load(qs)), b = _mm256_castsi256_ps(load(qs + 32));
-    first  = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xd8);
-    second = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8);
-}
-
-// Each chunk has 8 bytes of each row. Further bits of a byte belong `apart` bytes of the panel and k4_apart steps away.
-template <typename P, int BITS, typename F>
-void put_rows_8(uint8_t * panel, int vector, const uint8_t * qs, int n_chunks, int apart, int k4_apart, F code) {
-    for (int chunk = 0; chunk < n_chunks; chunk++) {
-        __m256i v[2];
-        split_rows(qs + chunk * 64, v[0], v[1]);
-        POP_UNROLL
-        for (int i = 0; i < 8 / BITS; i++) {
-            put_codes<P>(panel + i * apart, vector, chunk * 2 + i * k4_apart,     code(low_bits(v[0], i * BITS, BITS)));
-            put_codes<P>(panel + i * apart, vector, chunk * 2 + i * k4_apart + 1, code(low_bits(v[1], i * BITS, BITS)));
-        }
-    }
-}
-
-template <int LAYOUT, typename P>
-void unpack_rows_8(uint8_t * panel, int vector, const typename type_of<LAYOUT>::block & x) {
-    const auto same = [](__m256i v) { return v; };
-
-    if constexpr (LAYOUT == X8 + GGML_TYPE_Q4_K) {
-        const __m256 d    = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d));
-        const __m256 dmin = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.dmin));
-        for (int j = 0; j < 8; j++) {
-            uint64_t scales, mins;
-            scales_6(x.scales + 12 * j, scales, mins);
-            const __m256 scale = _mm256_mul_ps(d, times_u8(1.0f, scales));
-            put_scales<P>(panel + j * P::BYTES, vector, 0, scale);
-            put_mins<P>(panel + j * P::BYTES, vector, 0, scale, _mm256_mul_ps(dmin, times_u8(-1.0f, mins)));
-        }
-        for (int j = 0; j < 8; j += 2) {
-            put_rows_8<P, 4>(panel + j * P::BYTES, vector, x.qs + j * 128, 4, P::BYTES, 0, same);
-        }
-    } else if constexpr (LAYOUT == X8 + GGML_TYPE_Q2_K) {
-        const __m256  d    = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d));
-        const __m256  dmin = _mm256_sub_ps(_mm256_setzero_ps(), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.dmin)));
-        const __m256i nibble = _mm256_set1_epi32(15);
-        for (int j = 0; j < 8; j++) {
-            __m256i s = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) (x.scales + 16 * j)));
-            for (int half = 0; half < 2; half++, s = _mm256_srli_epi32(s, 8)) {
-                const __m256 scale = _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_and_si256(s, nibble)));
-                const __m256 min   = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(s, 4), nibble));
-                put_scales<P>(panel + j * P::BYTES, vector, half, scale);
-                put_mins<P>(panel + j * P::BYTES, vector, half, scale, _mm256_mul_ps(dmin, min));
-            }
-        }
-        for (int j = 0; j < 8; j += 4) {
-            put_rows_8<P, 2>(panel + j * P::BYTES, vector, x.qs + j * 64, 4, P::BYTES, 0, same);
-        }
-    } else if constexpr (LAYOUT == X8 + GGML_TYPE_MXFP4) {
-        uint64_t e;
-        memcpy(&e, x.d, sizeof(e));
-        put_scales<P>(panel, vector, 0, eight_powers(e));
-        put_rows_8<P, 4>(panel, vector, x.qs, 2, 0, 4, [](__m256i v) { return look_up(mxfp4_codes, v); });
-    } else {
-        put_scales<P>(panel, vector, 0, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d)));
-        if constexpr (LAYOUT == X8 + GGML_TYPE_IQ4_NL) {
-            put_rows_8<P, 4>(panel, vector, x.qs, 2, 0, 4, [](__m256i v) { return look_up(iq4_codes, v); });
-        } else { // Q4_0, stored as signed nibbles
-            put_rows_8<P, 4>(panel, vector, x.qs, 2, 0, 4, [](__m256i v) { return _mm256_xor_si256(v, _mm256_set1_epi8(8)); });
-        }
-    }
-}
-
 // Blocks of 32 values, from the first one on, of n_rows rows; the last row stands for those that are missing.
-template <int LAYOUT, typename P>
+template <int TYPE, typename P>
 void unpack(const char * weights, size_t stride, int n_rows, int first, int n_blocks, uint8_t * panel) {
-    using B = typename type_of<LAYOUT>::block;
-    constexpr int step = type_of<LAYOUT>::n_values / 32;
+    using B = typename type_of<TYPE>::block;
+    constexpr int step = type_of<TYPE>::n_values / 32;
 
     for (int vector = 0; vector < VECTORS; vector++) {
         uint8_t * out = panel;
-        if constexpr (LAYOUT >= X8) {
-            const int row = std::min(8 * vector, (n_rows - 1) / 8 * 8);
-            const B * x   = (const B *) (weights + row * stride) + first / step;
-            for (int b = 0; b < n_blocks; b += step, x++, out += step * P::BYTES) {
-                unpack_rows_8<LAYOUT, P>(out, vector, *x);
-            }
-        } else {
-            const B * x[8];
+        const B * x[8];
+        for (int i = 0; i < 8; i++) {
+            x[i] = (const B *) (weights + std::min(8 * vector + i, n_rows - 1) * stride) + first / step;
+        }
+        for (int b = 0; b < n_blocks; b += step, out += step * P::BYTES) {
+            unpack_rows<TYPE, P>(out, vector, x);
             for (int i = 0; i < 8; i++) {
-                x[i] = (const B *) (weights + std::min(8 * vector + i, n_rows - 1) * stride) + first / step;
-            }
-            for (int b = 0; b < n_blocks; b += step, out += step * P::BYTES) {
-                unpack_rows<LAYOUT, P>(out, vector, x);
-                for (int i = 0; i < 8; i++) {
-                    x[i]++;
-                }
+                x[i]++;
             }
         }
     }

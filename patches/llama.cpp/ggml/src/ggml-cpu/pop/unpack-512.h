@@ -2,31 +2,91 @@
 
 #pragma once
 
-#include "interleaved-512.h"
+#include "panel-512.h"
 #include "rows-512.h"
+#include "transpose-512.h"
+
+#include <algorithm>
 
 namespace pop {
 
+// for bytes that are read soon: rows are too far apart for the processor to foresee it
+static inline void fetch(const char * p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
+        _mm_prefetch(p + i, _MM_HINT_T0);
+    }
+}
+
+// up to eight of them, those behind them zero
+template <typename B> static inline row_codes read(const B * x, int n) {
+    if (n == 8) {
+        return read_8(x);
+    }
+    B some[8] = {};
+    memcpy(some, x, n * sizeof(B));
+    return read_8(some);
+}
+
+// up to eight blocks of up to 16 rows, each by itself in memory
+template <int TYPE> static void unpack_rows(const char * weights, size_t stride, int n_rows, int block, int n, panel_half<TYPE> to) {
+    using type = type_of<TYPE>;
+    constexpr format f = type::fmt;
+    __m512i codes[4][16], scales[16], mins[16];
+    for (int j = 0; j < 16; j++) {
+        // rows that are not there repeat the last one, and are not stored
+        const auto * x = (const typename type::block *) (weights + std::min(j, n_rows - 1) * stride) + block * 32 / type::n_values;
+        fetch((const char *) x + PANEL_ROWS * stride, sizeof(*x) * 256 / type::n_values);
+        row_codes r;
+        if constexpr (type::n_values == 256) {
+            r = read(*x);
+        } else {
+            r = read(x, n);
+        }
+        POP_UNROLL
+        for (int i = 0; i < 4; i++) {
+            codes[i][j] = r.codes[i];
+        }
+        scales[j] = _mm512_castps_si512(r.scales);
+        if constexpr (f.mins && f.halves) {
+            mins[j] = _mm512_castps_si512(r.mins);
+        }
+    }
+    for (int i = 0; 2 * i < n; i++) {
+        transpose_16(codes[i]);
+        for (int g = 0; g < 8; g++) {
+            to.put_codes(2 * i, g, codes[i][g]);
+            if (2 * i + 1 < n) {
+                to.put_codes(2 * i + 1, g, codes[i][8 + g]);
+            }
+        }
+    }
+    transpose_16(scales);
+    if constexpr (f.mins && f.halves) {
+        transpose_16(mins);
+    }
+    for (int i = 0; i < n; i++) {
+        if constexpr (f.halves) {
+            to.put_set(i, 0, _mm512_castsi512_ps(scales[2 * i]));
+            to.put_set(i, 1, _mm512_castsi512_ps(scales[2 * i + 1]));
+            if constexpr (f.mins) {
+                to.put_set(i, 2, _mm512_castsi512_ps(mins[2 * i]));
+                to.put_set(i, 3, _mm512_castsi512_ps(mins[2 * i + 1]));
+            }
+        } else {
+            to.put_set(i, 0, _mm512_castsi512_ps(scales[i]));
+            if constexpr (f.mins) {
+                to.put_set(i, 1, _mm512_castsi512_ps(scales[8 + i]));
+            }
+        }
+    }
+}
+
 // n blocks of 32 from a block on, itself a multiple of 8, of up to 32 rows
-template <int LAYOUT> static void unpack(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * panel) {
-    using type = type_of<LAYOUT>;
+template <int TYPE> static void unpack(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * panel) {
+    constexpr int bytes = panel_block(type_of<TYPE>::fmt);
     for (int i = 0; i < n; i += 8) {
         for (int r = 0; r < n_rows; r += 16) {
-            const panel_half<LAYOUT> to = { panel + i * panel_block(type::fmt) + r * 4 };
-            const int m = std::min(8, n - i);
-            const auto at = [&](int row) {
-                return (const typename type::block *) (weights + row * stride) + (block + i) * 32 / type::n_values;
-            };
-            if constexpr (LAYOUT >= X16) {
-                unpack_x16(at(r), m, to);
-            } else if constexpr (LAYOUT >= X8) {
-                for (int h = 0; h < 16; h += 8) {
-                    fetch((const char *) at(r + h) + PANEL_ROWS * stride, sizeof(typename type::block) * 256 / type::n_values);
-                }
-                unpack_x8(at(r), at(r + 8 < n_rows ? r + 8 : r), m, to);
-            } else {
-                unpack_rows<LAYOUT>(weights + r * stride, stride, n_rows - r, block + i, m, to);
-            }
+            unpack_rows<TYPE>(weights + r * stride, stride, n_rows - r, block + i, std::min(8, n - i), { panel + i * bytes + r * 4 });
         }
     }
 }
