@@ -1,7 +1,7 @@
-"""Prompt speed beside other programs: llama.cpp and ik_llama.cpp. Not a test.
+"""Speed beside other programs: llama.cpp and ik_llama.cpp. Not a test.
 
     python tests/bench/measure_peers.py MODEL.gguf [--llama PATH] [--ik PATH] [--sidecar FILE]
-        [--prompts 512,2048] [--threads 1] [--rounds 3] [--json]
+        [--prompts 512,2048] [--decode 32] [--threads 1] [--rounds 3] [--json]
 
 Each PATH is a built `llama-bench` with its libraries in the same folder; an option may come twice.
 Nothing is built here. In each round everything runs once, in an order that rotates. A peer runs in
@@ -10,7 +10,8 @@ Pruned means by the sidecar, else by each of `--skips`, or exactly where the mod
 
 Speeds are prompt tokens per second. Ours include sampling the first token; the row counters prove
 what was pruned. A ratio is taken within the round, to the peer's setting with the best median at
-that length. All warm up first. Pin with `taskset`. Prints a table, or one JSON object.
+that length. With --decode so many tokens are written, too, as prompt 0: behind 16 tokens by ours,
+behind none by a peer. All warm up first. Pin with `taskset`. Prints a table, or one JSON object.
 """
 
 import argparse
@@ -22,7 +23,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from measure_speed import Child, Spread, Variant, machine, prompt, show, shown, skipping, spread
+from measure_speed import (
+    N_DECODE_PROMPT,
+    Child,
+    Spread,
+    Variant,
+    machine,
+    prompt,
+    show,
+    shown,
+    skipping,
+    spread,
+)
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
 
@@ -34,12 +46,13 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Read:
-    """One prompt that was read."""
+    """One prompt that was read, or what was decoded."""
 
     tokens_per_s: float
     n_pruned: int = 0
 
 
+DECODED = 0  # in the place of a prompt length
 Reads = dict[int, Read]  # by prompt length
 Run = Callable[[], Reads]
 
@@ -55,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens/s at one prompt length. `to_peers`: ratios to the best setting of each."""
+    """Tokens/s at one prompt length, or DECODED. `to_peers`: ratios to the best setting of each."""
 
     n_prompt: int
     name: str
@@ -78,7 +91,7 @@ def peers(options: argparse.Namespace) -> list[Entry]:
 
 def bench(program: Path, setting: str, options: argparse.Namespace) -> Run:
     lengths = ",".join(map(str, options.prompts))
-    asked = f"-p {lengths} -n 0 -r 1 -t {options.threads} -ngl 0 -o json {setting}"
+    asked = f"-p {lengths} -n {options.decode} -r 1 -t {options.threads} -ngl 0 -o json {setting}"
     command = [program.resolve(), "-m", options.model, *asked.split()]
     environment = os.environ | {"LD_LIBRARY_PATH": str(program.resolve().parent)}
 
@@ -88,7 +101,7 @@ def bench(program: Path, setting: str, options: argparse.Namespace) -> Run:
             raise SystemExit(f"{program} failed:\n{done.stderr[-1000:]}")
         # A build may print other lines first.
         tests = json.loads(done.stdout[done.stdout.index("[\n") :])
-        return {test["n_prompt"]: Read(test["avg_ts"]) for test in tests}
+        return {test["n_prompt"] or DECODED: Read(test["avg_ts"]) for test in tests}
 
     return run
 
@@ -107,6 +120,9 @@ def ours(options: argparse.Namespace) -> Iterator[list[Entry]]:
             for n_prompt in options.prompts:
                 done = process.run(prompt(shape.n_vocab, n_prompt), 1, variant)
                 reads[n_prompt] = Read(n_prompt / done["ttft_s"], int(done["n_pruned"]))
+            if options.decode:
+                few = prompt(shape.n_vocab, N_DECODE_PROMPT)
+                reads[DECODED] = Read(process.run(few, options.decode, variant)["decode"])
             return reads
 
         run()
@@ -168,6 +184,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sidecar", help="says what is pruned; without it --skips does")
     parser.add_argument("--skips", default="1/3", help="shares of the layers")
     parser.add_argument("--prompts", default="512,2048")
+    parser.add_argument("--decode", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
@@ -184,7 +201,8 @@ def main() -> None:
     with ours(options) as mine:
         entries = [*peers(options), *mine]
         runs = measure(entries, options.rounds)
-    rows = [row for n_prompt in options.prompts for row in rows_of(n_prompt, entries, runs)]
+    lengths = [*options.prompts, *([DECODED] if options.decode else [])]
+    rows = [row for n_prompt in lengths for row in rows_of(n_prompt, entries, runs)]
     if options.json:
         about = {"model": options.model, "machine": machine(), "threads": options.threads}
         print(json.dumps(about | {"rounds": options.rounds, "rows": [asdict(row) for row in rows]}))

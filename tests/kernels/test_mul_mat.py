@@ -108,7 +108,7 @@ def test_few_rows_have_the_same_errors(type_: Type, rng: np.random.Generator) ->
 def test_a_rows_result_does_not_depend_on_a_few_others(
     type_: Type, rng: np.random.Generator
 ) -> None:
-    """So many rows as one of the kernels for few takes on all processors."""
+    """Four rows go to one of the kernels for few on all processors."""
     op = mul_mat(rng, type_, 4, n_out=300, n_in=768)
     want = compute(op, Rows.FAST)
     assert not np.array_equal(want, compute(op, Rows.NONE))
