@@ -24,7 +24,7 @@ from pop_local.engine.llama.devices import kernels_read_prompts
 _N_PRODUCT = 1024
 # Kernels of ours read faster than numpy multiplies: four times with AMX, of others less is known.
 _READING_GAIN = 2
-# Sampled tokens come a few at once, and no kernel of ours reads them.
+# Sampled tokens come a few at once, for which all weights are read.
 _SAMPLING_COST = 3
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 100 * 10**6

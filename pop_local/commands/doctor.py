@@ -101,12 +101,12 @@ def _backend() -> list[Check]:
 
 
 def _kernels(name: str) -> Check:
-    title, asked = "Kernels for prompts", os.environ.get(KERNELS_VARIABLE)
+    title, asked = "Kernels", os.environ.get(KERNELS_VARIABLE)
     if asked is not None:
         found = f"{name}: {KERNELS_VARIABLE}={asked}"
         return Check("kernels", title, "note", found, "without it the fastest are taken")
     if name == devices.NO_KERNELS:
-        found = "none for this processor in this build: llama.cpp's own read prompts"
+        found = "none for this processor in this build: llama.cpp's own compute"
         return Check("kernels", title, "ok", found)
     found = f"{name}, the fastest that this processor and this build have"
     return Check("kernels", title, "ok", found)

@@ -5,8 +5,7 @@
 
 The truth is an F32 copy of the model in a temporary folder (TMPDIR, 4 bytes a weight and a logit),
 with K/V in F32, read by llama.cpp's own kernels. These and each of ours that this machine has then
-read the model itself, on one thread. Only the fastest of ours finds weights repacked: they may be
-in buffers for AMX, which kernels of fewer instructions leave to llama.cpp.
+read the model itself, on one thread.
 
 Each chunk of held-out text is one prompt, read in full. All rows are compared but the last one;
 `--skip` leaves out the first: without BOS they may differ by nats and make the mean alone. Errors
@@ -46,7 +45,7 @@ class Setting:
     name: str
     kernels: str = "0"
     flash_attn: bool = False
-    repack: bool = True
+    repack: bool | None = None
     is_f32: bool = False
 
 
@@ -61,10 +60,9 @@ def settings(with_parts: bool) -> Iterator[Setting]:
         yield Setting("llama.cpp, fa off, F32 weights", is_f32=True)
         yield Setting("llama.cpp, fa on, F32 weights", flash_attn=True, is_f32=True)
     for name in ("amx", "avx512vnni", "avxvnni", "avx2"):
-        repack = name == prompt_kernels()
-        yield Setting(name, name, True, repack)
+        yield Setting(name, name, True)
         if with_parts:
-            yield Setting(f"{name}, fa off", name, False, repack)
+            yield Setting(f"{name}, fa off", name)
             yield Setting(f"{name}, F32 weights", name, True, is_f32=True)
 
 

@@ -52,7 +52,7 @@ class Read:
     n_pruned: int = 0
 
 
-DECODED = 0  # in the place of a prompt length
+DECODED = 0  # in the place of a prompt length, as llama-bench has it
 Reads = dict[int, Read]  # by prompt length
 Run = Callable[[], Reads]
 
@@ -101,7 +101,7 @@ def bench(program: Path, setting: str, options: argparse.Namespace) -> Run:
             raise SystemExit(f"{program} failed:\n{done.stderr[-1000:]}")
         # A build may print other lines first.
         tests = json.loads(done.stdout[done.stdout.index("[\n") :])
-        return {test["n_prompt"] or DECODED: Read(test["avg_ts"]) for test in tests}
+        return {test["n_prompt"]: Read(test["avg_ts"]) for test in tests}
 
     return run
 

@@ -229,8 +229,8 @@ def test_what_was_read_for_the_limit_answers_nothing(model):
 
 def test_what_upstream_takes_is_measured_beside_ours(model):
     with PopModel(model.path, n_ctx=512, n_threads=1, kernels=False) as other:
-        read = functools.partial(speed.run, other, Mode.OFF)
-        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=read)
+        theirs = functools.partial(speed.run, other, Mode.OFF)
+        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=theirs)
     assert row.upstream_ttft_s is not None and row.kernels_speedup is not None
     ratio = row.upstream_ttft_s.median / row.full_ttft_s.median
     assert row.kernels_speedup.median == pytest.approx(ratio)

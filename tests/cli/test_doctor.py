@@ -149,7 +149,7 @@ def test_the_variant_of_the_cpu_is_named(install):
         ("none", None, "none for this processor in this build", "ok"),
     ],
 )
-def test_the_kernels_for_prompts_are_named(install, monkeypatch, kernels, asked, found, status):
+def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, status):
     monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
     if asked is not None:
         monkeypatch.setenv("GGML_POP_KERNELS", asked)

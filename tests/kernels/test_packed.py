@@ -22,19 +22,20 @@ def products(rng: np.random.Generator, x: np.ndarray) -> list[MulMat]:
     ]
 
 
-def assert_alone(ops: list[MulMat], results: list[np.ndarray]) -> None:
+def assert_alone(ops: list[MulMat], results: list[np.ndarray], rows: Rows = Rows.ALL) -> None:
     for op, result in zip(ops, results, strict=True):
-        np.testing.assert_array_equal(result, compute(op))
+        np.testing.assert_array_equal(result, compute(op, rows))
 
 
+@pytest.mark.parametrize("rows", [Rows.ALL, Rows.FAST])
 @pytest.mark.parametrize("n_rows", [1, 7, 40])
 @pytest.mark.parametrize("between", [None, Between.ADD, Between.ROPE])
 def test_each_has_the_bits_that_it_has_alone(
-    between: Between | None, n_rows: int, rng: np.random.Generator
+    between: Between | None, n_rows: int, rows: Rows, rng: np.random.Generator
 ) -> None:
     ops = products(rng, activations(rng, n_rows, 512))
     for n_threads in (1, 3):
-        assert_alone(ops, compute_all(ops, Rows.ALL, n_threads, between=between))
+        assert_alone(ops, compute_all(ops, rows, n_threads, between=between), rows)
 
 
 def test_other_rows_are_packed_anew(rng: np.random.Generator) -> None:

@@ -12,6 +12,7 @@ from support.kernels import (
     QUANTISED,
     TYPES,
     attention,
+    block,
     geglu,
     mul_mat,
     mul_mat_id,
@@ -83,12 +84,13 @@ def test_nothing_behind_a_tensor_is_touched(kernels: str) -> None:
     rng = np.random.default_rng(2)
     ops: list[Op] = []
     for type_ in TYPES:
-        for n_rows in (1, 5, 24):
-            ops.append(mul_mat(rng, type_, n_rows, n_out=96))
+        for n_in in (256, 3 * max(block(type_), 32)):
+            ops += [mul_mat(rng, type_, n_rows, 96, n_in) for n_rows in (1, 5, 24)]
         ops.append(mul_mat_id(rng, type_, (1, 8, 7, 16), n_out=96))
     for type_ in (Type.F16, Type.Q8_0):
         for n_dims in (64, 128):
             ops.append(attention(rng, 40, n_kv=104, n_dims=n_dims, type_=type_))
         ops += [make(rng, 5, n_dims) for make in (geglu, swiglu_oai, rms_norm_mul)]
-    done = in_child(ops, guarded=True, n_threads=2)
-    assert_same([compute(op) for op in ops], done.results)
+    for rows in (Rows.ALL, Rows.FAST):
+        done = in_child(ops, guarded=True, rows=rows, n_threads=2)
+        assert_same([compute(op, rows) for op in ops], done.results)

@@ -55,7 +55,7 @@ class _Child:
     """
 
     def __init__(self, lib: str | None) -> None:
-        # The bits of our kernels for prompts are not those of an unpatched library.
+        # The bits of our kernels are not those of an unpatched library.
         tests = str(Path(__file__).parents[1])
         env = (
             os.environ

@@ -191,6 +191,7 @@ static bool has_kernels(ggml_op op) {
         case GGML_OP_FLASH_ATTN_EXT:
         case GGML_OP_GLU:
         case GGML_OP_RMS_NORM:
+        case GGML_OP_MUL:
             return true;
         default:
             return false;

@@ -136,7 +136,7 @@ extern "C" {
     // any head, where A is the attention that the question pays to it and T that of all rows
     LLAMA_API int32_t llama_pop_get_scores(struct llama_context * ctx, llama_seq_id seq_id, float * scores, int32_t n);
 
-    // whether the CPU's kernels for prompts (ggml-cpu/pop) may compute: true at first
+    // whether our kernels for CPUs (ggml-cpu/pop) may compute: true at first
     LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, bool kernels);
 
     // which rows of each llama_decode() from now on are a prompt's. their products and attention are left to these kernels
@@ -248,7 +248,7 @@ struct llama_pop_cparams {
     uint32_t n_reserve = 0; // the next graph is for a reserve: that of a pruned prefill with so many full rows. 0: for none
     bool deepening = false; // the next graph is a deep pass
     bool keep      = false; // the states at the boundary
-    bool kernels   = true;  // the CPU's kernels for prompts may compute
+    bool kernels   = true;  // our kernels for CPUs may compute
 
     llama_pop_reading reading = LLAMA_POP_READING_NONE;
 };
@@ -312,7 +312,7 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
 
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b);
 
-// tells the CPU's kernels for prompts which operations of a new graph are theirs
+// tells our kernels for CPUs which operations of a new graph are theirs
 void llama_pop_mark_graph(llm_graph_result & res, const llama_pop_cparams & pop);
 
 //

@@ -264,7 +264,7 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 
 
 def set_kernels(ctx: Any, are_on: bool) -> None:
-    """Say whether the CPU may compute prompts with our kernels instead of llama.cpp's."""
+    """Say whether the CPU may compute with our kernels instead of llama.cpp's."""
     _set("llama_pop_set_kernels", ctx, are_on)
 
 

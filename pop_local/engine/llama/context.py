@@ -36,7 +36,7 @@ class ContextOptions:
     `kernels`: whether our kernels compute, where there are any for this CPU.
     `flash_attn`: None takes it where it wins: on a CPU with them, and on GPUs that have it.
     `repack`: whether llama.cpp copies weights in another order for its own CPU kernels; None does
-    where they are the ones that compute. Ours read the weights as they are in the file.
+    where they are the ones that compute. Ours leave such copies to them, for prompts too.
     `others`: fields of llama_model_params and llama_context_params by their own names.
     """
 

@@ -73,7 +73,7 @@ def describe_backend() -> BackendInfo:
 
 
 def prompt_kernels() -> str:
-    """The kernels of ours that read prompts on this CPU, by their name (ggml_pop_kernels).
+    """The kernels of ours that compute on this CPU, by their name (ggml_pop_kernels).
 
     NO_KERNELS: there are none for it. KERNELS_OFF: the environment says GGML_POP_KERNELS=0.
     """

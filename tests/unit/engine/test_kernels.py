@@ -1,4 +1,4 @@
-"""Our kernels for prompts: what graphs ask of them, and which options follow from them."""
+"""Our kernels for CPUs: what graphs ask of them, and which options follow from them."""
 
 import ctypes
 from collections.abc import Iterator

@@ -5,7 +5,6 @@
 
 #pragma once
 
-#include "transpose-512.h"
 #include "types.h"
 
 #include <immintrin.h>

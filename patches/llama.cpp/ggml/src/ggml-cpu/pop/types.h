@@ -19,8 +19,8 @@ struct format {
 
 template <int TYPE> struct type_of;
 
-#define POP_TYPE(TYPE, BLOCK, N, BIAS, MINS, HALVES)            \
-    template <> struct type_of<TYPE> {                          \
+#define POP_TYPE(TYPE, BLOCK, N, BIAS, MINS, HALVES)              \
+    template <> struct type_of<TYPE> {                            \
         using block = BLOCK;                                      \
         static constexpr int    n_values = N; /* of a block */    \
         static constexpr format fmt      = { BIAS, MINS, HALVES }; \
