@@ -61,13 +61,53 @@ inline void fetch_ahead(const void * p, size_t n) {
     }
 }
 
-using gemv_function = void (*)(const gemm_share & s, int col, const uint8_t * tile);
-
-// functions: for 1 to GEMV_COLS columns
-inline void multiply_columns(const gemm_share & s, const gemv_function functions[GEMV_COLS]) {
-    for (int c = 0; c < s.n_cols; c += GEMV_COLS) {
-        functions[std::min(GEMV_COLS, s.n_cols - c) - 1](s, c, s.tiles + c / GEMV_COLS * s.tile);
+// V has the vectors of an instruction set: floats, zero(), add(), add_last() and sum_of().
+template <typename V, int TYPE, int N> void multiply_rows(const gemm_share & s, int col, const uint8_t * tile) {
+    using type = type_of<TYPE>;
+    using block = typename type::block;
+    constexpr int group_blocks = 256 / type::n_values;
+    const auto * columns = (const column_group<type::fmt.halves> *) tile;
+    const int n = n_groups(s.n_blocks), n_whole = s.n_blocks / GROUP;
+    for (int row = 0; row < s.n_rows; row++) {
+        const block * x = (const block *) (s.weights + row * s.stride);
+        typename V::floats total[N][2];
+        POP_UNROLL
+        for (int c = 0; c < N; c++) {
+            total[c][0] = total[c][1] = V::zero();
+        }
+        for (int g = 0; g < n_whole; g++, x += group_blocks) {
+            fetch_ahead(x, sizeof(block) * group_blocks);
+            V::template add<TYPE, N>(x, columns + g, n, total);
+        }
+        if constexpr (type::n_values == 32) {
+            POP_UNROLL
+            for (int c = 0; c < N; c++) {
+                V::template add_last<TYPE>(x, s.n_blocks % GROUP, columns[c * n + n_whole], total[c]);
+            }
+        }
+        POP_UNROLL
+        for (int c = 0; c < N; c++) {
+            s.out[col + c][s.row + row] = V::sum_of(total[c]);
+        }
     }
+}
+
+template <typename V, int TYPE> void multiply_few(const gemm_share & s) {
+    static void (* const rows[GEMV_COLS])(const gemm_share &, int, const uint8_t *) = {
+        multiply_rows<V, TYPE, 1>, multiply_rows<V, TYPE, 2>, multiply_rows<V, TYPE, 3>, multiply_rows<V, TYPE, 4>, multiply_rows<V, TYPE, 5>,
+    };
+    for (int c = 0; c < s.n_cols; c += GEMV_COLS) {
+        rows[std::min(GEMV_COLS, s.n_cols - c) - 1](s, c, s.tiles + c / GEMV_COLS * s.tile);
+    }
+}
+
+template <typename V, int TYPE, auto QUANTISE> const gemm * kernel_for_few() {
+    constexpr format f = type_of<TYPE>::fmt;
+    constexpr size_t tile = GEMV_COLS * sizeof(column_group<f.halves>) / GROUP;
+    static const gemm g = {
+        GEMV_ROWS, GEMV_COLS, 0, tile, 0, pack_columns<QUANTISE, f.halves, f.mins ? 1 : -f.bias>, multiply_few<V, TYPE>,
+    };
+    return &g;
 }
 
 } // namespace
