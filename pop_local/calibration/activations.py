@@ -12,7 +12,7 @@ from pop_local.engine.images.mmproj import ImageChunk, Mmproj
 from pop_local.engine.llama import taps
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context, ContextOptions
-from pop_local.engine.llama.devices import kernels_read_prompts
+from pop_local.engine.llama.devices import has_kernels
 from pop_local.engine.llama.slot import Slot
 from pop_local.engine.llama.taps import Tapped, Wanted
 
@@ -32,7 +32,7 @@ def loaded(
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
         rpc=rpc,
-        flash_attn=kernels_read_prompts(),
+        flash_attn=has_kernels(),
     )
     source = read_source(path)
     return closing(Context(source, pop_meta(source.first), options))

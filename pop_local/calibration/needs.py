@@ -18,7 +18,7 @@ from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
-from pop_local.engine.llama.devices import kernels_read_prompts
+from pop_local.engine.llama.devices import has_kernels
 
 # Rows and columns of the product that a machine's speed is measured by.
 _N_PRODUCT = 1024
@@ -188,7 +188,7 @@ class FitWork(NamedTuple):
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
     """Return what a window of so many tokens takes in full. Raises PopError, see `Plan.macs`."""
-    return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if kernels_read_prompts() else 1)
+    return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> FitWork:
@@ -252,4 +252,4 @@ def _measuring_bytes(shape: ModelShape) -> int:
 
 def _repacked_bytes(source: Source) -> int:
     """Return what weights in the order of llama.cpp's own kernels take."""
-    return 0 if kernels_read_prompts() else int(_REPACKED * source.size_bytes)
+    return 0 if has_kernels() else int(_REPACKED * source.size_bytes)

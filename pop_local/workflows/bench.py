@@ -14,7 +14,7 @@ from pop_local.base.errors import PopError
 from pop_local.base.progress import counting
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
+from pop_local.engine.llama.devices import cpu_kernels, devices, has_kernels
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.speed import (
@@ -70,7 +70,7 @@ class Speed:
     """The speed-ups by prompt length, and the circumstances.
 
     `backend` names the device and the threads. `kernels`: those of ours that read the prompts
-    (`prompt_kernels`), "" where a device does. `is_exact`: the tokens that skip the layers from
+    (`cpu_kernels`), "" where a device does. `is_exact`: the tokens that skip the layers from
     `boundary` on are of no use there. `upstream`: which setting of llama.cpp without our kernels,
     the faster one, was measured beside them; None where they do not compute.
     """
@@ -92,7 +92,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
     picture = None if options.image is None else read_picture(options.image)
     with _opened(model, sidecar, options, watch) as (loaded, files):
         backend, kernels = _backend(loaded, options.hardware)
-        is_ours = kernels and kernels_read_prompts() and picture is None
+        is_ours = kernels and has_kernels() and picture is None
         with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as beside:
             setting, read = beside
             advance = watch.stage("Measuring")
@@ -197,6 +197,6 @@ def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
     if hardware.rpc and hardware.n_gpu_layers != 0:
         on = f"RPC ({', '.join(hardware.rpc)})"
     elif not device.is_gpu:
-        kernels = prompt_kernels()
+        kernels = cpu_kernels()
     threads = "1 thread" if model.context.n_threads == 1 else f"{model.context.n_threads} threads"
     return f"{on}, {threads}", kernels

@@ -30,7 +30,7 @@ import numpy as np
 from measure_speed import machine, show
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.batch import Outputs, TokenBatch
-from pop_local.engine.llama.devices import prompt_kernels
+from pop_local.engine.llama.devices import cpu_kernels
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats, Logits, divergence, likelihood, predictions
 from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile
@@ -69,7 +69,7 @@ def settings(with_parts: bool) -> Iterator[Setting]:
 def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats | None:
     """Return KL and NLL of the rows [2, n_chunks, n_rows] in nats; None: no such kernels here."""
     os.environ["GGML_POP_KERNELS"] = setting.kernels  # which is read once in a process
-    if setting.kernels not in ("0", prompt_kernels()):
+    if setting.kernels not in ("0", cpu_kernels()):
         return None
     n, is_truth, scores = options.tokens, setting == TRUTH, []
     how: dict[str, Any] = {"type_k": 0, "type_v": 0} if is_truth else {}  # GGML_TYPE_F32

@@ -20,7 +20,7 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
-    monkeypatch.setattr(bench, "kernels_read_prompts", lambda: False)
+    monkeypatch.setattr(bench, "has_kernels", lambda: False)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
 
 

@@ -237,8 +237,8 @@ def test_what_upstream_takes_is_measured_beside_ours(model):
 
 
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):
-    monkeypatch.setattr(workflow, "prompt_kernels", lambda: "some")
-    monkeypatch.setattr(workflow, "kernels_read_prompts", lambda: True)
+    monkeypatch.setattr(workflow, "cpu_kernels", lambda: "some")
+    monkeypatch.setattr(workflow, "has_kernels", lambda: True)
     found = report(pop_file, "--prompt", "100", "--repeat", 1, "--gpu-layers", 0)
     assert found["kernels"] == "some"
     assert "flash attention" in found["upstream"]

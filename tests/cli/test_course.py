@@ -98,6 +98,6 @@ def test_a_benchmark_counts_how_it_chooses_what_to_compare_with(tiny, monkeypatc
     said: list[str] = []
     watch = Watch(on_stage=lambda name, unit: said.append(name))
     options = bench.BenchOptions((32,), 1, 4, None, ONE_THREAD)
-    monkeypatch.setattr(bench, "kernels_read_prompts", lambda: True)
+    monkeypatch.setattr(bench, "has_kernels", lambda: True)
     bench.bench(str(tiny), None, options, watch)
     assert said == ["Trying settings of llama.cpp", "Measuring"]

@@ -161,8 +161,8 @@ def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, stat
 
 def test_a_backend_without_kernels_has_none(monkeypatch):
     monkeypatch.setattr(devices.GgmlLibrary, "function", lambda *_: None)
-    assert devices.prompt_kernels() == devices.NO_KERNELS
-    assert not devices.kernels_read_prompts()
+    assert devices.cpu_kernels() == devices.NO_KERNELS
+    assert not devices.has_kernels()
 
 
 def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):

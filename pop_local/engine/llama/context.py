@@ -16,7 +16,7 @@ from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
-from pop_local.engine.llama.devices import devices, kernels_read_prompts
+from pop_local.engine.llama.devices import devices, has_kernels
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
 from pop_local.engine.llama.threads import default_threads
@@ -158,7 +158,7 @@ class Context:
 
     @property
     def _has_kernels(self) -> bool:
-        return self.options.kernels and kernels_read_prompts()
+        return self.options.kernels and has_kernels()
 
     def _model_params(self) -> Any:
         api, options = self._api, self.options

@@ -42,7 +42,7 @@ class BackendInfo:
 
     `built_in`: ggml's backends by name, each with the number of devices that it found here.
     `cpu_variant`: the one that ggml chose of several for this CPU, by its name; none: "".
-    `kernels`: as of `prompt_kernels`.
+    `kernels`: as of `cpu_kernels`.
     """
 
     version: str
@@ -68,11 +68,11 @@ def describe_backend() -> BackendInfo:
         features=llama_cpp.llama_print_system_info().decode(),
         n_threads=default_threads(),
         cpu_variant=_cpu_variant("".join(getattr(llama_cpp, "_backends_log", ()))),
-        kernels=prompt_kernels(),
+        kernels=cpu_kernels(),
     )
 
 
-def prompt_kernels() -> str:
+def cpu_kernels() -> str:
     """The kernels of ours that compute on this CPU, by their name (ggml_pop_kernels).
 
     NO_KERNELS: there are none for it. KERNELS_OFF: the environment says GGML_POP_KERNELS=0.
@@ -81,9 +81,9 @@ def prompt_kernels() -> str:
     return NO_KERNELS if named is None else str(named().decode())
 
 
-def kernels_read_prompts() -> bool:
+def has_kernels() -> bool:
     """Whether there are such kernels, and they are on."""
-    return prompt_kernels() not in (NO_KERNELS, KERNELS_OFF)
+    return cpu_kernels() not in (NO_KERNELS, KERNELS_OFF)
 
 
 def _cpu_variant(log: str) -> str:

@@ -13,7 +13,7 @@ from pop_local.calibration.activations import loaded
 from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
-from pop_local.engine.llama.devices import Device, GgmlLibrary, kernels_read_prompts
+from pop_local.engine.llama.devices import Device, GgmlLibrary, has_kernels
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import Sessions
 from support.calls import append, greedy, kv_bytes, last_logits, opened, prompt, read
@@ -127,7 +127,7 @@ def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, 
 # --- what comes of it
 
 
-has_kernels = pytest.mark.skipif(not kernels_read_prompts(), reason="no kernels for this processor")
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason="no kernels for this processor")
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -136,7 +136,7 @@ def quantised(request, tmp_path_factory):
     return converted(make_gguf(folder / "model.gguf", request.param, type=Type.Q8_0), folder)
 
 
-@has_kernels
+@needs_kernels
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
     found = []
@@ -148,7 +148,7 @@ def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
     assert len(set(found)) == 1
 
 
-@has_kernels
+@needs_kernels
 def test_a_refilled_cache_is_the_full_models_whatever_its_chunks_were(quantised):
     tokens = prompt(150)
     full = opened(quantised)
@@ -162,7 +162,7 @@ def test_a_refilled_cache_is_the_full_models_whatever_its_chunks_were(quantised)
         assert kv_bytes(model) == kv_bytes(full)
 
 
-@has_kernels
+@needs_kernels
 def test_a_context_with_kernels_off_computes_without_them(quantised):
     on, off = (opened(quantised, kernels=is_on, flash_attn=False) for is_on in (True, False))
     assert read(on, prompt(60)).tobytes() != read(off, prompt(60)).tobytes()
@@ -184,7 +184,7 @@ def test_a_context_with_kernels_off_computes_without_them(quantised):
 def test_flash_attention_goes_with_the_kernels(
     pop_file, monkeypatch, has_kernels, options, expected
 ):
-    monkeypatch.setattr(context, "kernels_read_prompts", lambda: has_kernels)
+    monkeypatch.setattr(context, "has_kernels", lambda: has_kernels)
     model = opened(pop_file, **options)
     assert model.context.settings.flash_attn_type == expected
 
@@ -220,7 +220,7 @@ def test_weights_are_repacked_for_upstreams_kernels_alone(tmp_path, kernels):
     path = tiny(tmp_path, type=Type.Q4_0)
     one, other = (opened(path, repack=repack, kernels=kernels) for repack in (None, False))
     results = read(one, prompt(60)), read(other, prompt(60))
-    if kernels and kernels_read_prompts():
+    if kernels and has_kernels():
         np.testing.assert_array_equal(*results)
     else:
         # Upstream's kernels for the two differ by up to 0.06, and other weights by 1.
