@@ -17,7 +17,7 @@ static inline void fetch(const char * p, size_t n) {
     }
 }
 
-// up to eight of them, those behind them zero
+// up to eight blocks of 32, those behind them zero
 template <typename B> static inline row_codes read(const B * x, int n) {
     if (n == 8) {
         return read_8(x);
