@@ -186,11 +186,11 @@ SIDECARS := pop_local/data/sidecars
 # Seven kinds of text, which tests/bench/make_texts.py writes.
 TEXTS ?= texts
 KINDS := encyclopaedia markup documentation code tables dialogue german-french
-SIDECAR_smollm2 ?= --distill --distill-tokens 262144
+ON_KINDS = --distill $(KINDS:%=--text $(TEXTS)/%.fit.txt)
+SIDECAR_smollm2 ?= --boundary 20 --projection fitted --quality balanced --distill-tokens 262144 $(ON_KINDS)
 SIDECAR_gemma3 ?=
-SIDECAR_qwen-0.5b ?= --distill --distill-tokens 262144
-SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --quality fast --distill --distill-tokens 131072 \
-	$(KINDS:%=--text $(TEXTS)/%.fit.txt)
+SIDECAR_qwen-0.5b ?= --boundary 13 --projection fitted-wide --quality balanced --distill-tokens 196608 $(ON_KINDS)
+SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --quality fast --distill-tokens 131072 $(ON_KINDS)
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
 sidecars: $(addprefix sidecar-,$(CATALOG))
 sidecar-%: $(VENV)/.tools
