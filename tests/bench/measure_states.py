@@ -1,4 +1,4 @@
-"""Two environments, prompt by prompt: speed of the second over the first. Not a test.
+"""Two environments, prompt by prompt: speed of the second over the first, and memory. Not a test.
 
 python tests/bench/measure_states.py BEFORE/bin/python AFTER/bin/python MODEL
 """
@@ -9,22 +9,25 @@ import statistics
 import subprocess
 from pathlib import Path
 
-# In either environment: a line "TOKENS PRUNED" is answered by the time to the first token, and by
-# that of each token behind it.
+# In either environment: first the time to open, then for a line "TOKENS PRUNED" the time to the
+# first token, that of each token behind it, and the most memory so far.
 _CHILD = """
-import sys
+import resource, sys, time
 from pop_local import PopModel
 from pop_local.engine.llama.backend import Mode
 from pop_local.measure.speed import random_prompt, run
 path, n_most, n_threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+start = time.perf_counter()
 model = PopModel.open(path, n_ctx=n_most + 64, n_threads=n_threads)
+open_s = time.perf_counter() - start
 prompts = {}
-print("ready", flush=True)
+print(open_s, flush=True)
 for line in sys.stdin:
     n, pruned = map(int, line.split())
     prompt = prompts.setdefault(n, random_prompt(model, n))
     ran = run(model, Mode.CONTEXT if pruned else Mode.OFF, prompt)
-    print(ran.ttft_s, 1 / ran.decode_tokens_per_s, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(ran.ttft_s, 1 / ran.decode_tokens_per_s, peak, flush=True)
 """
 
 
@@ -35,13 +38,14 @@ class Child:
         pipe = subprocess.PIPE
         # Not in the project's folder, whose own pop_local would be imported.
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd="/")
-        self._line()
+        self.open_s, self.peak_bytes = float(self._line()), 0
 
     def seconds(self, n: int, *, pruned: bool) -> tuple[float, float]:
         assert self._process.stdin
         self._process.stdin.write(f"{n} {pruned:d}\n")
         self._process.stdin.flush()
-        ttft_s, token_s = map(float, self._line().split())
+        ttft_s, token_s, peak_bytes = map(float, self._line().split())
+        self.peak_bytes = int(peak_bytes)
         return ttft_s, token_s
 
     def _line(self) -> str:
@@ -78,6 +82,8 @@ def main() -> None:
                 low, middle, high = statistics.quantiles(each, n=4)
                 row[what] = {"median": middle, "quartiles": [low, high]}
             print(json.dumps(row), flush=True)
+    for name in ("open_s", "peak_bytes"):
+        print(json.dumps({name: [getattr(child, name) for child in (before, after)]}))
 
 
 if __name__ == "__main__":
