@@ -38,6 +38,8 @@ class Sampler:
         penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
         if options.temperature != 0 or penalties != (1.0, 0.0, 0.0):
             self._chain = self._chained(options, penalties)
+            self._ids = np.arange(slot.context.n_vocab, dtype=np.int32)
+            self._candidates = np.zeros(len(self._ids), _CANDIDATE)
 
     def _chained(self, options: TurnOptions, penalties: tuple[float, float, float]) -> Any:
         api = self._api
@@ -75,8 +77,8 @@ class Sampler:
         return int(best if ids is None else ids[best])
 
     def _from_chain(self, ids: np.ndarray | None, logits: np.ndarray) -> int:
-        candidates = np.zeros(len(logits), _CANDIDATE)
-        candidates["id"] = np.arange(len(logits)) if ids is None else ids
+        candidates = self._candidates[: len(logits)]
+        candidates["id"] = self._ids if ids is None else ids
         candidates["logit"] = logits
         data = candidates.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
         array = self._api.llama_token_data_array(data, len(logits), -1, False)

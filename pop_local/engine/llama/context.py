@@ -3,7 +3,7 @@
 import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Context:
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
         )
-        self._files = self._mapped()
+        self._files = {path: _mark(path) for path in self._mapped()}  # looked at for each token
         self.interrupt = Interrupt()
         self._servers = Servers(tuple(options.rpc)) if options.rpc else None
         params = self._model_params()
@@ -206,23 +206,18 @@ class Context:
         finally:
             self._api.llama_free(ctx)
 
-    def _mapped(self) -> dict[Path, tuple[int, ...]]:
-        """Return what tells the mapped files from others; those that are gone stay mapped."""
-        sidecar = self.sidecar
-        if sidecar is not None and is_learned(sidecar):
-            sidecar = None  # it is only ever renamed over, and stays mapped
-        files = (*self.source.paths, *filter(None, [sidecar])) if self.options.use_mmap else ()
-        marks: dict[Path, tuple[int, ...]] = {}
-        for path in files:
-            with suppress(OSError):
-                stat = path.stat()
-                marks[path] = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        return marks
+    def _mapped(self) -> Iterator[Path]:
+        """Give the files that must stay as they are, since their pages are read when needed."""
+        if self.options.use_mmap:
+            yield from self.source.paths
+            # A learned sidecar is only ever renamed over, and stays mapped.
+            if self.sidecar is not None and not is_learned(self.sidecar):
+                yield self.sidecar
 
     @property
     def replaced(self) -> list[Path]:
-        """The files that are no longer those that were opened."""
-        return [path for path, mark in self._mapped().items() if self._files.get(path) != mark]
+        """The files that are no longer those that were opened; those that are gone stay mapped."""
+        return [path for path, mark in self._files.items() if _mark(path) not in (None, mark)]
 
     @property
     def ctx(self) -> Any:
@@ -318,6 +313,15 @@ class Context:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _mark(path: Path) -> tuple[int, ...] | None:
+    """Return what tells a file from another one in its place, or None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def utf8(text: str) -> bytes:
