@@ -73,6 +73,11 @@ def test_the_environment_turns_them_off(kernels: str) -> None:
     assert_same([compute(op, Rows.NONE) for op in samples()], off.results)
 
 
+@pytest.mark.parametrize("word", ["1", "on"])
+def test_another_word_turns_nothing_off(word: str, kernels: str) -> None:
+    assert in_child([], env={"GGML_POP_KERNELS": word}).kernels == kernels
+
+
 def test_the_reference_implementation_remains(kernels: str) -> None:
     for op in samples():
         want = compute(op, Rows.NONE, reference=True)

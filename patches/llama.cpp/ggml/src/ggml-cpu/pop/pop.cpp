@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 namespace pop {
 
@@ -40,17 +41,18 @@ static bool is_off() {
     return wanted && strcmp(wanted, "0") == 0;
 }
 
-// the best ones, from those on that GGML_POP_KERNELS names
+// the best ones, from those on that GGML_POP_KERNELS names; another word there means nothing
 static const instructions * find_instructions() {
-    const char * wanted  = getenv("GGML_POP_KERNELS");
-    bool         allowed = !wanted || strcmp(wanted, "1") == 0;
-    for (const instructions & i : all_instructions) {
-        allowed = allowed || strcmp(wanted, i.name) == 0;
-        if (allowed && i.kernels[0](GGML_TYPE_Q8_0)) {
-            return &i;
-        }
+    if (is_off()) {
+        return nullptr;
     }
-    return nullptr;
+    const char * wanted = getenv("GGML_POP_KERNELS");
+    const auto is_wanted = [&](const instructions & i) { return wanted && strcmp(wanted, i.name) == 0; };
+    const auto computes  = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
+    const auto begin = std::begin(all_instructions), end = std::end(all_instructions);
+    const auto first = std::find_if(begin, end, is_wanted);
+    const auto found = std::find_if(first == end ? begin : first, end, computes);
+    return found == end ? nullptr : found;
 }
 
 static const instructions * in_use() {
