@@ -69,8 +69,9 @@ def test_experts(rng: np.random.Generator) -> None:
             np.testing.assert_array_equal(result, compute(op))
 
 
-def test_they_are_packed_once(rng: np.random.Generator) -> None:
-    query, key, _, of_floats, _ = products(rng, activations(rng, 40, 512))
-    *shared, alone = compute_with_rows_lost([query, key, of_floats])
-    assert_alone([query, key], shared)
+@pytest.mark.parametrize(("n_rows", "rows"), [(40, Rows.ALL), (1, Rows.FAST)])
+def test_they_are_packed_once(n_rows: int, rows: Rows, rng: np.random.Generator) -> None:
+    query, key, _, of_floats, _ = products(rng, activations(rng, n_rows, 512))
+    *shared, alone = compute_with_rows_lost([query, key, of_floats], rows)
+    assert_alone([query, key], shared, rows)
     assert not alone.any()

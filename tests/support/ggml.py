@@ -99,11 +99,11 @@ def compute_all(
         graph.close()
 
 
-def compute_with_rows_lost(ops: Sequence[Op]) -> list[np.ndarray]:
+def compute_with_rows_lost(ops: Sequence[Op], rows: Rows = Rows.ALL) -> list[np.ndarray]:
     """Compute products in one graph; the rows that they read are zeros once the first is done."""
     graph = _Graph()
     try:
-        results = [graph.build(op, Rows.ALL) for op in ops]
+        results = [graph.build(op, rows) for op in ops]
         found = graph.compute(results, results, 1, False, graph.lose_rows)
         return [_of_dims(each, op) for each, op in zip(found, ops, strict=True)]
     finally:
