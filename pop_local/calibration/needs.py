@@ -206,7 +206,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> FitWor
     adding = n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
     solving = 2 * sum(n_inputs**2 * (n_inputs // 3 + n) for n in n_out)
     return FitWork(
-        needs.n_sampled * plans[0].macs(N_WINDOW, None, N_WINDOW) * _SAMPLING_COST,
+        needs.n_sampled * window * _SAMPLING_COST,
         n_windows * len(needs.groups) * window,
         adding + solving,
     )
