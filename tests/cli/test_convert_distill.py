@@ -109,6 +109,20 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
     assert read == [4], "nothing is kept for deeper boundaries"
 
 
+@pytest.mark.parametrize(("kl", "is_taken"), [(0.0149, True), (0.0153, True), (0.018, False)])
+def test_a_distilled_fit_wins_where_its_kl_is_no_larger_beyond_its_error(kl, is_taken, tiny):
+    given: Any = {"projection": FITTED, "macs": GraphMacs(tiny)}
+    plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
+    unused: Any = None
+    search = searching.Search(unused, BALANCED, unused, unused, [plan])
+    plain = search.tried[4, Stage.SEARCHED]
+    distilled = search.tried[4, Stage.DISTILLED] = Contender(replace(plan, is_distilled=True))
+    for each, value in ((plain, 0.015), (distilled, kl)):
+        found: Any = SimpleNamespace(quality=SimpleNamespace(kl_mean=Estimate(value, 0.002)))
+        each.gradual, each.is_inside = found, True
+    assert search._fastest() is (distilled if is_taken else plain)
+
+
 @pytest.mark.parametrize(
     ("kind", "n_lost", "boundaries"),
     [
