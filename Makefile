@@ -188,7 +188,7 @@ TEXTS ?= texts
 KINDS := encyclopaedia markup documentation code tables dialogue german-french
 ON_KINDS = --distill $(KINDS:%=--text $(TEXTS)/%.fit.txt)
 SIDECAR_smollm2 ?= --boundary 20 --projection fitted --quality balanced --distill-tokens 262144 $(ON_KINDS)
-SIDECAR_gemma3 ?=
+SIDECAR_gemma3 ?= --boundary 11 --projection fitted --quality balanced --distill-tokens 262144 $(ON_KINDS)
 SIDECAR_qwen-0.5b ?= --boundary 13 --projection fitted-wide --quality balanced --distill-tokens 196608 $(ON_KINDS)
 SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --quality fast --distill-tokens 131072 $(ON_KINDS)
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
