@@ -154,8 +154,9 @@ class Search:
         return replace(chosen, plan=plan)
 
     def _fastest(self) -> Contender:
-        """Return the fastest inside. Of two as fast the one with the smaller KL, where that of a
-        distilled one may be larger by its standard error: it saw many times as much text.
+        """Return the fastest inside; where two are as fast, the one with the smaller KL.
+
+        A distilled one saw many times as much text: its KL may be larger by its standard error.
         """
 
         def rank(it: Contender) -> tuple[float, float]:
