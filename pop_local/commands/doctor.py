@@ -104,7 +104,9 @@ def _kernels(name: str) -> Check:
     title, asked = "Kernels", os.environ.get(KERNELS_VARIABLE)
     if asked is not None:
         found = f"{name}: {KERNELS_VARIABLE}={asked}"
-        return Check("kernels", title, "note", found, "without it the fastest are taken")
+        is_followed = asked == name or name == devices.KERNELS_OFF
+        to_do = "without it the fastest are taken" if is_followed else "it names none of this build"
+        return Check("kernels", title, "note", found, to_do)
     if name == devices.NO_KERNELS:
         found = "none for this processor in this build: llama.cpp's own compute"
         return Check("kernels", title, "ok", found)

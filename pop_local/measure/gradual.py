@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats
+from pop_local.measure.estimate import Estimate, mean
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.probes import measure_induction
 from pop_local.measure.quality import (
@@ -37,6 +40,11 @@ class Gradual:
     def is_whole(self) -> bool:
         """Whether all windows of the reference are measured."""
         return len(self._scores) == len(self.reference.windows)
+
+    def kl_over(self, other: "Gradual") -> Estimate:
+        """Return how much larger the KL is than another's, on the windows that both have."""
+        pairs = zip(self._scores, other._scores, strict=False)
+        return mean(np.array([np.mean(a.divergence.kl - b.divergence.kl) for a, b in pairs]))
 
     def settled(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
         """`quality`, if it is of all windows, or if `is_enough` accepts it; else None."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pop_local
@@ -109,17 +110,21 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
     assert read == [4], "nothing is kept for deeper boundaries"
 
 
-@pytest.mark.parametrize(("kl", "is_taken"), [(0.0149, True), (0.0153, True), (0.018, False)])
-def test_a_distilled_fit_wins_where_its_kl_is_no_larger_beyond_its_error(kl, is_taken, tiny):
+@pytest.mark.parametrize(("more", "is_taken"), [(-0.001, True), (0.0004, True), (0.001, False)])
+def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_taken, tiny):
+    """Windows differ by far more than the two fits do on each of them."""
     given: Any = {"projection": FITTED, "macs": GraphMacs(tiny)}
     plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
     unused: Any = None
     search = searching.Search(unused, BALANCED, unused, unused, [plan])
     plain = search.tried[4, Stage.SEARCHED]
     distilled = search.tried[4, Stage.DISTILLED] = Contender(replace(plan, is_distilled=True))
-    for each, value in ((plain, 0.015), (distilled, kl)):
-        found: Any = SimpleNamespace(quality=SimpleNamespace(kl_mean=Estimate(value, 0.002)))
-        each.gradual, each.is_inside = found, True
+    windows = np.array([0.002, 0.01, 0.02, 0.04])
+    changes = more + np.array([-0.001, 0.001, 0.001, -0.001])
+    for each, kls in ((plain, windows), (distilled, windows + changes)):
+        scores: Any = [SimpleNamespace(divergence=SimpleNamespace(kl=kl)) for kl in kls]
+        quality: Any = SimpleNamespace(kl_mean=Estimate(kls.mean(), 0.008))
+        each.gradual, each.is_inside = gradual.Gradual(unused, 4, quality, scores), True
     assert search._fastest() is (distilled if is_taken else plain)
 
 

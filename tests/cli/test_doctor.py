@@ -145,6 +145,7 @@ def test_the_variant_of_the_cpu_is_named(install):
             "ok",
         ),
         ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
+        ("amx", "avx-2", "amx: GGML_POP_KERNELS=avx-2", "note"),
         ("off", "0", "off: GGML_POP_KERNELS=0", "note"),
         ("none", None, "none for this processor in this build", "ok"),
     ],

@@ -73,9 +73,17 @@ def test_the_environment_turns_them_off(kernels: str) -> None:
     assert_same([compute(op, Rows.NONE) for op in samples()], off.results)
 
 
-@pytest.mark.parametrize("word", ["1", "on"])
-def test_another_word_turns_nothing_off(word: str, kernels: str) -> None:
-    assert in_child([], env={"GGML_POP_KERNELS": word}).kernels == kernels
+def kernels_with(word: str) -> str:
+    return in_child([], env={"GGML_POP_KERNELS": word}).kernels
+
+
+def test_a_word_that_names_none_turns_none_off(kernels: str) -> None:
+    assert {kernels_with(word) for word in ("", "1", "avx-2")} == {kernels_with("")} != {"off"}
+    assert kernels_with("off") == "off"
+
+
+def test_kernels_that_are_not_built_leave_lesser_ones(kernels: str) -> None:
+    assert kernels_with("avxvnni") in ("avxvnni", "avx2")
 
 
 def test_the_reference_implementation_remains(kernels: str) -> None:

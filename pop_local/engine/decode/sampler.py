@@ -1,7 +1,7 @@
 """From logits to tokens: llama.cpp's samplers, in the order in which llama_cpp chains them.
 
-Greedy sampling takes the largest logit itself. A chain first builds a list of {id, logit, p} for
-the whole vocabulary, for each token, and picks the same one (the first of the largest).
+Greedy sampling takes the largest logit itself. A chain first fills a list of {id, logit, p} of
+the whole vocabulary for each token, and picks the same one (the first of the largest).
 """
 
 import ctypes

@@ -71,9 +71,14 @@ class Contender:
         return self.plan.projection == Projection.OWN or self.fitted is not None
 
     @property
+    def scores(self) -> Gradual:
+        assert self.gradual is not None, "not measured"
+        return self.gradual
+
+    @property
     def quality(self) -> Quality:
-        assert self.gradual is not None and self.gradual.quality is not None, "not measured"
-        return self.gradual.quality
+        assert self.scores.quality is not None, "not measured"
+        return self.scores.quality
 
     @property
     def trial(self) -> Trial:
@@ -154,16 +159,18 @@ class Search:
         return replace(chosen, plan=plan)
 
     def _fastest(self) -> Contender:
-        """Return the fastest inside; where two are as fast, the one with the smaller KL.
+        """Return the fastest inside; where some are as fast, the one with the smallest KL.
 
-        A distilled one saw many times as much text: its KL may be larger by its standard error.
+        But a distilled one comes first unless its KL is larger by more than the error of that.
         """
-
-        def rank(it: Contender) -> tuple[float, float]:
-            kl = it.quality.kl_mean
-            return it.plan.speedup_limit, (kl.se or 0) * it.plan.is_distilled - kl.value
-
-        return max((each for each in self._judged if each.is_inside), key=rank)
+        inside = [each for each in self._judged if each.is_inside]
+        best = max(inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
+        for each in inside:
+            if each.plan.is_distilled and each.plan.speedup_limit == best.plan.speedup_limit:
+                more = each.scores.kl_over(best.scores)
+                if more.value <= (more.se or 0):
+                    return each
+        return best
 
     def _note(self, text: str) -> None:
         self.bench.watch.on_note(text)

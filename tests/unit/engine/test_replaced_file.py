@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from pop_local.base.errors import PopError
+from pop_local.config import settings
 from pop_local.engine.sessions.session_file import fingerprint
 from support.calls import greedy, opened, prompt
 from support.converted import paired
@@ -42,6 +43,12 @@ def test_a_file_that_was_replaced_is_refused(pair, tmp_path, change, which):
             with pytest.raises(PopError, match=f"{path.name} is another file than when"):
                 greedy(model, tokens)
         assert fingerprint(model) != before
+
+
+def test_an_answer_reads_no_settings(pair, tmp_path, monkeypatch):
+    with opened(tmp_path / "llama.gguf", sidecar=pair.sidecar) as model:
+        monkeypatch.setattr(settings, "load", lambda: pytest.fail("settings were read"))
+        assert greedy(model, prompt(40))
 
 
 def test_one_that_is_gone_or_is_not_mapped_goes_on(tmp_path):

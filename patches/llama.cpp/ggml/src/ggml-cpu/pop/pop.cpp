@@ -11,8 +11,8 @@
 #include "ops.h"
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <iterator>
+#include <string>
 
 namespace pop {
 
@@ -27,27 +27,36 @@ struct instructions {
     kernels_by_type kernels[4]; // those for many columns first
 };
 
+#ifndef __AVXVNNI__
+static const gemm * not_built(int) { return nullptr; }
+#endif
+
 static const instructions all_instructions[] = {
     { "amx",        { gemm_amx, gemm_512, gemv_512 } },
     { "avx512vnni", { gemm_512, gemv_512 } },
 #ifdef __AVXVNNI__
     { "avxvnni",    { gemm_256, gemv_256 } },
+#else
+    { "avxvnni",    { not_built } },
 #endif
     { "avx2",       { gemm_256, gemv_256 } },
 };
 
-static bool is_off() {
-    const char * wanted = getenv("GGML_POP_KERNELS");
-    return wanted && strcmp(wanted, "0") == 0;
+static std::string wanted() {
+    const char * value = getenv("GGML_POP_KERNELS");
+    return value ? value : "";
 }
 
-// the best ones, from those on that GGML_POP_KERNELS names; another word there means nothing
+static bool is_off() {
+    return wanted() == "0" || wanted() == "off";
+}
+
+// The first that compute here. GGML_POP_KERNELS may name those to begin with.
 static const instructions * find_instructions() {
     if (is_off()) {
         return nullptr;
     }
-    const char * wanted = getenv("GGML_POP_KERNELS");
-    const auto is_wanted = [&](const instructions & i) { return wanted && strcmp(wanted, i.name) == 0; };
+    const auto is_wanted = [](const instructions & i) { return wanted() == i.name; };
     const auto computes  = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
     const auto begin = std::begin(all_instructions), end = std::end(all_instructions);
     const auto first = std::find_if(begin, end, is_wanted);

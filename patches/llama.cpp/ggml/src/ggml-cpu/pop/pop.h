@@ -38,8 +38,8 @@ bool ggml_pop_multiply_packed(const struct ggml_compute_params * params, const s
 // an RMS_NORM and the MUL of its result, likewise
 bool ggml_pop_rms_norm_mul(const struct ggml_compute_params * params, const struct ggml_tensor * norm, struct ggml_tensor * mul);
 
-// The products' instructions: "amx", "avx512vnni", "avxvnni" or "avx2". GGML_POP_KERNELS set to one of these leaves out those before it, another word nothing.
-// "off": it is 0. "none": no instructions are left that this processor and this build have. Other operations have the build's.
+// The products' instructions: "amx", "avx512vnni", "avxvnni" or "avx2". GGML_POP_KERNELS set to one of these leaves out those before it.
+// "off": it is 0 or off. "none": no instructions are left that this processor and this build have. Other operations have the build's.
 const char * ggml_pop_kernels(void);
 
 #ifdef __cplusplus
