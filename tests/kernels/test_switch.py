@@ -73,7 +73,7 @@ def test_the_environment_turns_them_off(kernels: str) -> None:
     assert_same([compute(op, Rows.NONE) for op in samples()], off.results)
 
 
-def kernels_with(word: str) -> str:
+def kernels_with(word: str) -> str | None:
     return in_child([], env={"GGML_POP_KERNELS": word}).kernels
 
 
