@@ -44,7 +44,7 @@ class Gradual:
     def kl_over(self, other: "Gradual") -> Estimate:
         """Return how much larger the KL is than another's, on the windows that both have."""
         pairs = zip(self._scores, other._scores, strict=False)
-        return mean(np.array([np.mean(a.divergence.kl - b.divergence.kl) for a, b in pairs]))
+        return mean(np.stack([a.divergence.kl - b.divergence.kl for a, b in pairs]))
 
     def settled(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
         """`quality`, if it is of all windows, or if `is_enough` accepts it; else None."""

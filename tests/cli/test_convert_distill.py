@@ -122,7 +122,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
     windows = np.array([0.002, 0.01, 0.02, 0.04])
     changes = more + np.array([-0.001, 0.001, 0.001, -0.001])
     for each, kls in ((plain, windows), (distilled, windows + changes)):
-        scores: Any = [SimpleNamespace(divergence=SimpleNamespace(kl=kl)) for kl in kls]
+        scores: Any = [SimpleNamespace(divergence=SimpleNamespace(kl=kl)) for kl in kls[:, None]]
         quality: Any = SimpleNamespace(kl_mean=Estimate(kls.mean(), 0.008))
         each.gradual, each.is_inside = gradual.Gradual(unused, 4, quality, scores), True
     assert search._fastest() is (distilled if is_taken else plain)

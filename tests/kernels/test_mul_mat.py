@@ -34,7 +34,7 @@ def widths(type_: Type) -> tuple[int, ...]:
     """Numbers of inputs that end within whatever is unpacked at once."""
     if type_ in FLOATS:
         return 32, 50, 96, 768
-    return (32, 96, 288, 1056) if block(type_) == 32 else (256, 768, 1280)
+    return (32, 64, 96, 1056) if block(type_) == 32 else (256, 768, 1280)
 
 
 @each_type
