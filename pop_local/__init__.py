@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pop_local.base.errors import OutputExistsError as OutputExistsError
-    from pop_local.base.errors import PopError as PopError
-    from pop_local.base.errors import StoppedError as StoppedError
+    from pop_converter.base.errors import OutputExistsError as OutputExistsError
+    from pop_converter.base.errors import PopError as PopError
+    from pop_converter.base.errors import StoppedError as StoppedError
     from pop_local.calibration.options import FitOptions as FitOptions
     from pop_local.engine.context_full import ContextFullError as ContextFullError
     from pop_local.engine.decode.grammar import Grammar as Grammar
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pop_local.workflows.evaluate import Evaluation as Evaluation
     from pop_local.workflows.evaluate import evaluate as evaluate
     from pop_local.workflows.events import Watch as Watch
-    from pop_local.workflows.learning import Lessons as Lessons
+    from pop_local.workflows.learning import OnlineCalibration as OnlineCalibration
     from pop_local.workflows.options import Hardware as Hardware
     from pop_local.workflows.options import RowOptions as RowOptions
 
@@ -50,7 +50,7 @@ __version__ = "0.1.0"
 
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
-    "pop_local.base.errors": ["OutputExistsError", "PopError", "StoppedError"],
+    "pop_converter.base.errors": ["OutputExistsError", "PopError", "StoppedError"],
     "pop_local.calibration.options": ["FitOptions"],
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],
@@ -63,7 +63,7 @@ _MODULES = {
     ],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
-    "pop_local.workflows.learning": ["Lessons"],
+    "pop_local.workflows.learning": ["OnlineCalibration"],
     "pop_local.workflows.options": ["Hardware", "RowOptions"],
     "pop_local.engine.decode.grammar": ["Grammar", "GrammarError"],
     "pop_local.engine.model": ["PopModel"],

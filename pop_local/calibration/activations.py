@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import pop_meta
-from pop_local.base.errors import PopError
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj
 from pop_local.engine.llama import taps
@@ -53,9 +53,9 @@ class Reading:
         """
         return self._read(lambda: self._slot.decode(tokens, 0, Outputs.NONE))
 
-    def image(self, eye: Mmproj, image: ImageChunk) -> Tapped:
+    def image(self, vision: Mmproj, image: ImageChunk) -> Tapped:
         """Read an image as a window. Raises as `window` and Mmproj.decode do."""
-        return self._read(lambda: eye.decode(self._slot, image, 0))
+        return self._read(lambda: vision.decode(self._slot, image, 0))
 
     def _read(self, decode: Callable[[], object]) -> Tapped:
         self._slot.forget_all()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj
 from pop_local.engine.images.pictures import (
@@ -26,24 +26,24 @@ _SIZES = ((512, 512), (640, 480), (480, 640), (768, 432))
 _WORDS = "total date amount name sum of page figure table left right red blue open file 2024 17 %"
 
 
-def opened_eye(context: Context, mmproj: Path, should_stop: Callable[[], bool]) -> Mmproj:
+def opened_vision(context: Context, mmproj: Path, should_stop: Callable[[], bool]) -> Mmproj:
     """Open an mmproj. Raises PopError where it is none, or belongs to another model."""
-    eye = Mmproj(
+    vision = Mmproj(
         mmproj,
         use_gpu=False,
         max_tokens=N_WINDOW,
         should_stop=lambda: context.interrupt.is_wanted() or should_stop(),
     )
-    return eye.open(context.model, context.n_threads)
+    return vision.open(context.model, context.n_threads)
 
 
-def images_of(eye: Mmproj, pictures: Sequence[Picture]) -> list[ImageChunk]:
+def images_of(vision: Mmproj, pictures: Sequence[Picture]) -> list[ImageChunk]:
     """Cut pictures up into images of up to N_WINDOW rows each. Raises CalibrationError for none."""
-    every = [image for picture in pictures for image in eye.see(picture).images.values()]
+    every = [image for picture in pictures for image in vision.see(picture).images.values()]
     found = [image for image in every if image.n_rows <= N_WINDOW]
     if not found:
         raise CalibrationError(
-            f"{eye.path} makes more than {N_WINDOW} tokens of every picture",
+            f"{vision.path} makes more than {N_WINDOW} tokens of every picture",
             "fit on text alone: leave the mmproj out",
         )
     return found

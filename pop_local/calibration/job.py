@@ -9,17 +9,17 @@ from itertools import chain
 
 import numpy as np
 
+from pop_converter.base.errors import StoppedError
+from pop_converter.base.progress import Progress
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Calibration
 from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
-from pop_local.base.errors import StoppedError
-from pop_local.base.progress import Progress
 from pop_local.calibration.activations import Reading
 from pop_local.calibration.images import identity as images_identity
-from pop_local.calibration.images import images_of, opened_eye, pictures_of
+from pop_local.calibration.images import images_of, opened_vision, pictures_of
 from pop_local.calibration.needs import Pair, n_choosing, plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
@@ -42,7 +42,7 @@ SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
-class Follow:
+class Callbacks:
     """Who is told how far a calibration is (done_tokens, total_tokens), and who may end it."""
 
     on_sampling: Progress
@@ -63,7 +63,7 @@ def calibrate(
     context: Context,
     source: Source,
     options: FitOptions,
-    follow: Follow,
+    follow: Callbacks,
     text: CalibrationText | None = None,
 ) -> Calibrated:
     """Fit for each plan the projections of all its skipped layers but the first.
@@ -85,7 +85,7 @@ class _Job:
         context: Context,
         source: Source,
         options: FitOptions,
-        follow: Follow,
+        follow: Callbacks,
         text: CalibrationText | None,
     ) -> None:
         self._plans, self._context, self._options, self._follow = plans, context, options, follow
@@ -104,16 +104,16 @@ class _Job:
     def run(self) -> Calibrated:
         if (mmproj := self._options.mmproj) is None:
             return self._calibrated(None, [])
-        with closing(opened_eye(self._context, mmproj, self._follow.should_stop)) as eye:
-            return self._calibrated(eye, images_of(eye, self._pictures))
+        with closing(opened_vision(self._context, mmproj, self._follow.should_stop)) as vision:
+            return self._calibrated(vision, images_of(vision, self._pictures))
 
-    def _calibrated(self, eye: Mmproj | None, images: Sequence[ImageChunk]) -> Calibrated:
+    def _calibrated(self, vision: Mmproj | None, images: Sequence[ImageChunk]) -> Calibrated:
         path = self._options.state_path
         # A kept state has its own groups: there may have been more memory then, or less.
         self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
         self._state.text = sampled(self._context, self._state.text, self._sampled)
         while self._state.group < len(self._state.groups):
-            self._read(self._state.groups[self._state.group], eye, images)
+            self._read(self._state.groups[self._state.group], vision, images)
             self._solve()
             self._state.sums.grams.clear()
             self._state.group += 1
@@ -148,7 +148,7 @@ class _Job:
         self._keep()
 
     def _read(
-        self, pairs: Sequence[Pair], eye: Mmproj | None, images: Sequence[ImageChunk]
+        self, pairs: Sequence[Pair], vision: Mmproj | None, images: Sequence[ImageChunk]
     ) -> None:
         state, n_text = self._state, len(self._state.text.windows)
         n_all = n_text + len(images)
@@ -163,8 +163,8 @@ class _Job:
             if state.n_done < n_text:
                 tapped = reading.window(state.text.windows[state.n_done].tolist())
             else:
-                assert eye is not None, "it made the images"
-                tapped = reading.image(eye, images[state.n_done - n_text])
+                assert vision is not None, "it made the images"
+                tapped = reading.image(vision, images[state.n_done - n_text])
             self._summing.add(state.sums, tapped)
             state.n_done += 1
             n_read = state.group * n_all + state.n_done

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pop_converter.base.archives import DAMAGES
+from pop_converter.base.output import replacing
 from pop_converter.gguf.content import NewTensor
 from pop_converter.projection import Projection
-from pop_local.base.archives import DAMAGES
-from pop_local.base.output import replacing
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 from pop_local.engine.learning.sums import Sums

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.calibration.samples import NOT_SAMPLED, sample_windows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context

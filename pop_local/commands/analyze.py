@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
@@ -31,7 +31,7 @@ class ProbeOptions(Group):
     seed: int = option("Of targets, passages, random tokens.", min=0, default=0)
 
 
-@unfolded
+@expand_options
 def analyze(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name.")],
     *,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import warn
 from pop_local.ui.views.speed import show_speed
@@ -24,7 +24,7 @@ class PromptOptions(Group):
     select: str | None = option(opt.SELECT, "SHARE")
 
 
-@unfolded
+@expand_options
 def bench(
     model: opt.Converted,
     *,

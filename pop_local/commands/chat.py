@@ -11,8 +11,8 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener, default_model, lessons, without_refill
+from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
-from pop_local.commands.unfolding import unfolded
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
@@ -42,7 +42,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
 
-@unfolded
+@expand_options
 def chat(
     call: typer.Context,
     model: Annotated[

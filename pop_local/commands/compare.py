@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.comparison import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
@@ -21,7 +21,7 @@ class GreedyOptions(Group):
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
 
 
-@unfolded
+@expand_options
 def compare(
     model: opt.Converted,
     prompts: Annotated[

@@ -6,8 +6,8 @@ from typing import Annotated
 import tomlkit
 import typer
 
-from pop_local.base.errors import PopError
-from pop_local.base.output import make_private, replacing
+from pop_converter.base.errors import PopError
+from pop_converter.base.output import make_private, replacing
 from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.config.settings import Scalar, Value, expanded, state_dir

@@ -13,7 +13,7 @@ from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.tables import print_json
@@ -108,7 +108,7 @@ class ConvertFitOptions(opt.FittingOptions):
     )
 
 
-@unfolded
+@expand_options
 def convert(
     model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A model, or its first part.")],
     output: Annotated[

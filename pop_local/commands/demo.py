@@ -7,7 +7,7 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
-from pop_local.commands.unfolding import unfolded
+from pop_local.commands.option_expansion import expand_options
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
@@ -19,7 +19,7 @@ from pop_local.ui.watch import terminal_watch
 N_PAIRS = 3
 
 
-@unfolded
+@expand_options
 def demo(
     model: Annotated[
         str,

@@ -14,10 +14,10 @@ import typer
 from rich.text import Text
 
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import size
 from pop_converter.gguf.source import read_source
 from pop_local import __version__
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend, devices

@@ -9,7 +9,7 @@ import typer
 from pop_converter.fit.least_squares import RIDGE
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.views import quality as view
 from pop_local.ui.watch import stoppable_watch
@@ -53,7 +53,7 @@ class EvalFitOptions(opt.FittingOptions):
     fit_text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
 
 
-@unfolded
+@expand_options
 def eval(  # noqa: A001
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, converted or not, or a name.")

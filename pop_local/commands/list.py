@@ -1,6 +1,6 @@
 """`pop-local list`: the models that are here."""
 
-from pop_local.base.numbers import size
+from pop_converter.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.models.names import models_dirs, not_fetched
 from pop_local.models.stored import Stored, stock

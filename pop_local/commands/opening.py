@@ -4,15 +4,15 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import size
 from pop_local.commands.options import ModelOptions, selected
 from pop_local.engine.model import PopModel
 from pop_local.engine.open_model import OpenModel
 from pop_local.models.names import not_fetched
 from pop_local.ui.theme import warn
 from pop_local.ui.watch import asked, terminal_watch
-from pop_local.workflows.learning import Lessons
+from pop_local.workflows.learning import OnlineCalibration
 from pop_local.workflows.open import best_model, open_model
 
 
@@ -64,7 +64,7 @@ class Opener:
                 n_parallel=self.n_parallel,
             )
         if options.mmproj and not name:
-            opened.prompter.open_eye()  # what does not fit is said now, not with the first picture
+            opened.prompter.open_vision()  # so that a misfit is an error now
         self._warn(opened)
         opened.refiller.refill_answers(None if options.refill == "answer" else 0)
         opened.prompter.parse_special = options.parse_special
@@ -78,12 +78,12 @@ class Opener:
             warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
         if options.learn == "on" and "learn" in self.asked and len(opened.sequences) > 1:
             warn("--learn has no effect: a model learns from one prompt at a time (--parallel 1)")
-        if options.image_tokens and opened.eye is None:
+        if options.image_tokens and opened.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
-        elif options.image_tokens and opened.eye is not None and opened.eye.is_fixed:
+        elif options.image_tokens and opened.vision is not None and opened.vision.is_fixed:
             warn("--image-tokens has no effect: the mmproj of this model takes no limit")
 
 
-def lessons(model: OpenModel) -> Lessons | None:
+def lessons(model: OpenModel) -> OnlineCalibration | None:
     """Return the teacher of a model; None where it does not learn."""
-    return None if model.learner is None else Lessons(model)
+    return None if model.learner is None else OnlineCalibration(model)

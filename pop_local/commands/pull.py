@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
-from pop_local.base.errors import PopError
 from pop_local.fetching.hub import search_hub
 from pop_local.fetching.url import fetch_url, file_name
 from pop_local.measure.budget import BALANCED

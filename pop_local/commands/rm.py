@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.models.mmproj import orphans
 from pop_local.models.names import lookup, models_dirs

@@ -14,7 +14,7 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener, without_refill
-from pop_local.commands.unfolding import unfolded
+from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
@@ -34,7 +34,7 @@ from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 _PATIENCE_S = 5.0
 
 
-@unfolded
+@expand_options
 def run(
     call: typer.Context,
     model: Annotated[

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pop_local.base.errors import PopError
-from pop_local.base.nearest import nearest_hint
+from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener, default_model, lessons
-from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
 from pop_local.models.names import lookup
@@ -90,7 +90,7 @@ class ServerOptions(Group):
     )
 
 
-@unfolded
+@expand_options
 def serve(
     call: typer.Context,
     model: Annotated[
@@ -166,7 +166,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
 def _models(to: ServerOptions, opener: Opener) -> "Models":
     """Make the models of the server; the opener's is opened."""
     from pop_local.server.listing import File, find, models_in, shown
-    from pop_local.server.models import Models, Shelf
+    from pop_local.server.models import ModelRegistry, Models
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
@@ -182,7 +182,7 @@ def _models(to: ServerOptions, opener: Opener) -> "Models":
         name = to.name or (opener.model if lookup(opener.model) else shown(one.path.stem))
         return Models.of_one(File(name, one.path), one, lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
-    shelf = Shelf(
+    registry = ModelRegistry(
         lambda: models_in(folder),
         lambda path: opened_by(str(path)),
         lessons,
@@ -190,13 +190,13 @@ def _models(to: ServerOptions, opener: Opener) -> "Models":
         can_see=True,
         n_parallel=opener.n_parallel or 2,  # at most, where the model decides
     )
-    files = shelf.files()
+    files = registry.files()
     model = opener.model
     file = find(model, files) if model else None
     if model and file is None:
         hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
         raise PopError(f"there is no model {model!r} in {folder}", hint)
-    models = Models(shelf, ram_bytes=ram_bytes, default=file.name if file else "", **how)
+    models = Models(registry, ram_bytes=ram_bytes, default=file.name if file else "", **how)
     if file:
         models.load(file)
     else:

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pop_converter.base.errors import FormatError
+from pop_converter.base.numbers import size
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import is_sidecar
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.rewrite import strip as write_original
-from pop_local.base.errors import FormatError
-from pop_local.base.numbers import size
 from pop_local.commands.options import Json, Output, one_output
 from pop_local.models.names import resolve
 from pop_local.ui.tables import print_facts, print_json

@@ -13,10 +13,10 @@ import platformdirs
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
-from pop_local.base.errors import PopError
-from pop_local.base.files import read_file
-from pop_local.base.nearest import nearest_hint
-from pop_local.base.numbers import size
+from pop_converter.base.errors import PopError
+from pop_converter.base.files import read_file
+from pop_converter.base.nearest import nearest_hint
+from pop_converter.base.numbers import size
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"

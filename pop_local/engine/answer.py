@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.decode.logprobs import Logprobs

@@ -16,7 +16,7 @@ import llama_cpp
 from llama_cpp import _internals as internals
 from llama_cpp import llama_chat_format as chat_format
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions

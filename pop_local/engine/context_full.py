@@ -1,6 +1,6 @@
 """The error for a prompt that does not fit the context."""
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 
 
 class ContextFullError(PopError):

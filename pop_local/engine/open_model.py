@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError
 from pop_local.engine.answer import Answering, Parts, answer
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import PromptCache
@@ -26,9 +26,9 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.images.pictures import Picture, has_pillow
-from pop_local.engine.learning.learner import (
+from pop_local.engine.learning.online_calibrator import (
     Learned,
-    Learner,
+    OnlineCalibrator,
     default_memory,
     require_learnable,
 )
@@ -55,8 +55,8 @@ class OpenModel:
     """A model on the patched backend, which prunes while it reads prompts if it is converted.
 
     Its parts: `context` (llama.cpp's), `cache` (the KV cache), `prompter` (conversations to
-    prompts), `refiller` (depth for pruned rows), `eye` (its mmproj, or None). `rule`: which rows of
-    a prompt are full. `sequences`: `n_parallel` caches, the first of them `cache`, each with its
+    prompts), `refiller` (depth for pruned rows), `vision` (its mmproj, or None). `rule`: which rows
+    of a prompt are full. `sequences`: `n_parallel` caches, the first of them `cache`, each with its
     refiller. A converted model starts in mode CONTEXT. Raises PopError.
     """
 
@@ -88,18 +88,18 @@ class OpenModel:
         meta = pop_of(source, beside)
         redoes = meta is not None and bool(keep_states or _share(meta, select))
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
-        self.eye: Mmproj | None = None
+        self.vision: Mmproj | None = None
         if mmproj is not None:
-            self.eye = Mmproj(
+            self.vision = Mmproj(
                 Path(mmproj),
                 use_gpu=given.n_gpu_layers != 0,
                 max_tokens=image_tokens,
                 should_stop=self.context.interrupt.is_wanted,
             )
-        self.learner: Learner | None = None
+        self.learner: OnlineCalibrator | None = None
         self.sequences = self._sequences()
         self.cache, self.refiller = self.sequences[0]
-        self.prompter = Prompter(self.context, self.eye)
+        self.prompter = Prompter(self.context, self.vision)
         self._tries: dict[frozenset[int], LLTokenizer] = {}
         self._require_template()
         self.rule = RowRule.of(self.meta)
@@ -108,7 +108,7 @@ class OpenModel:
     def _sequences(self) -> tuple[tuple[KvCache, Refiller], ...]:
         n = self.context.options.n_parallel
         slots = shared_slots(self.context, n) if n > 1 else [Slot(self.context)]
-        caches = [KvCache(slot, self.eye) for slot in slots]
+        caches = [KvCache(slot, self.vision) for slot in slots]
         return tuple((cache, Refiller(cache)) for cache in caches)
 
     def _require_template(self) -> None:
@@ -134,8 +134,8 @@ class OpenModel:
                 self.learner.detach()
         finally:
             self.context.close()
-        if self.eye is not None and self.context.is_closed:
-            self.eye.close()
+        if self.vision is not None and self.context.is_closed:
+            self.vision.close()
 
     # Learning
 
@@ -147,20 +147,22 @@ class OpenModel:
         """
         require_learnable(self.context, cannot=bool(self.exact or self.shape.no_refill))
         file = SumsFile.of(self.context.source)
-        self.learner = Learner(self.cache, self.shape, file, memory_bytes or default_memory())
+        self.learner = OnlineCalibrator(
+            self.cache, self.shape, file, memory_bytes or default_memory()
+        )
 
     @property
     def learned(self) -> Learned | None:
         """The figures of what was learned so far; None where it does not learn."""
         return None if self.learner is None else self.learner.learned
 
-    def adopt(self, sidecar: Path) -> None:
+    def swap_sidecar(self, sidecar: Path) -> None:
         """Prune by another sidecar from now on; a cache that is the full model's own stays.
 
         Raises PopError, nothing changed, and for a model that sees.
         """
         self.context.interrupt.require_idle()
-        if self.eye is not None:
+        if self.vision is not None:
             raise PopError("a model that sees is not changed while it is open", "open it again")
         cache = self.cache
         state = cache.save() if 0 < cache.n_tokens == cache.n_exact else None
@@ -228,12 +230,12 @@ class OpenModel:
     @property
     def mmproj(self) -> Path | None:
         """The file that makes rows of pictures."""
-        return self.eye.path if self.eye else None
+        return self.vision.path if self.vision else None
 
     @property
     def can_see(self) -> bool:
         """Whether pictures can be read: there is an mmproj, and Pillow."""
-        return self.eye is not None and has_pillow()
+        return self.vision is not None and has_pillow()
 
     @cached_property
     def shape(self) -> ModelShape:

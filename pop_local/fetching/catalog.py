@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pop_local.base.errors import PopError
-from pop_local.base.output import replacing
-from pop_local.base.progress import Progress
+from pop_converter.base.errors import PopError
+from pop_converter.base.output import replacing
+from pop_converter.base.progress import Progress
 from pop_local.fetching.target import alone, file_sha256, is_there, require_space
 from pop_local.models.names import Model, Part, find, models_dir
 from pop_local.models.stored import parts_folder

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from pop_converter.base.errors import FormatError, PopError, TruncatedError
+from pop_converter.base.progress import Progress
 from pop_converter.gguf.header import MAGIC, read_header
-from pop_local.base.errors import FormatError, PopError, TruncatedError
-from pop_local.base.progress import Progress
 from pop_local.fetching.target import alone, file_sha256, require_space
 from pop_local.models.stored import ORIGIN_SUFFIX
 

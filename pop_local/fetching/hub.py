@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pop_local.base.errors import PopError
-from pop_local.base.progress import Progress
+from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Progress
 from pop_local.fetching.download import Remote, download, reason_of
 from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
 from pop_local.fetching.target import harmless, is_there, require_space

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import part_names, part_of
-from pop_local.base.errors import PopError
 from pop_local.models.mmproj import n_shared
 from pop_local.models.stored import SUFFIX
 

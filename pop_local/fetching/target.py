@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pop_local.base.errors import OutputExistsError, PopError
+from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.models.names import MODELS_VARIABLE
 
 _CHUNK_BYTES = 1 << 20

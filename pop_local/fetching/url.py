@@ -3,8 +3,8 @@
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from pop_local.base.errors import PopError
-from pop_local.base.progress import Progress
+from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Progress
 from pop_local.fetching.download import Remote, download, without_secrets
 from pop_local.fetching.target import harmless, is_there
 from pop_local.models.stored import SUFFIX

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from math import sqrt
 from typing import TYPE_CHECKING
 
+from pop_converter.base.errors import PlanError
 from pop_converter.popfile.format import NO_LIMIT, Budget
-from pop_local.base.errors import PlanError
 
 if TYPE_CHECKING:
     from pop_converter.architecture.shape import ModelShape

@@ -1,4 +1,4 @@
-"""Teacher forcing: a context read in one mode, then texts that follow it, scored.
+"""Fitter forcing: a context read in one mode, then texts that follow it, scored.
 
 Logits exist only where they are requested, and rows that request logits are full in every mode but
 ALWAYS. So nothing of the context is ever scored but what its last token predicts. The row counters
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pop_converter.base.errors import PopError
 from pop_converter.popfile.plan import Plan
-from pop_local.base.errors import PopError
 from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.llama import backend
@@ -80,7 +80,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
     Contexts of any length are pruned: `min_prompt` is a matter of speed. Afterwards mode and
     boundary are as before, and the KV cache is empty.
     """
-    with model.cache.lent():
+    with model.cache.preserved():
         yield Forced(model)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pop_local.base.progress import Progress, counting
+from pop_converter.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats
 from pop_local.measure.estimate import Estimate, mean

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.texts.decoding import read_text
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pop_local.base.progress import Progress, Ran, counting
+from pop_converter.base.progress import Progress, Ran, counting
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pop_local.base.errors import PopError
-from pop_local.base.progress import Progress, counting
+from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import likelihood, predictions
 from pop_local.measure.estimate import Estimate, mean

@@ -19,14 +19,14 @@ from functools import partial
 
 import numpy as np
 
-from pop_local.base.errors import PopError
-from pop_local.base.progress import Progress, Ran, counting
+from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Progress, Ran, counting
 from pop_local.engine.images.mmproj import Seen
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import NO_ENDS, Images, plan_prefill
-from pop_local.engine.prefill.read import Read, skim
+from pop_local.engine.prefill.read import Read, read_context_only
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 
@@ -208,7 +208,7 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
     model.set_mode(Mode.CONTEXT)
     model.cache.clear()
     started_s = time.perf_counter()
-    read = skim(model.cache, prompt)
+    read = read_context_only(model.cache, prompt)
     read_s = time.perf_counter() - started_s
     counters = read.counters
     if counters.n_context + counters.n_exact != len(prompt) or counters.n_full:

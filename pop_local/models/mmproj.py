@@ -5,8 +5,8 @@ from collections.abc import Collection
 from itertools import takewhile
 from pathlib import Path
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import part_of, read_source
-from pop_local.base.errors import PopError
 
 ARCHITECTURE = "clip"
 # Words of a file's name that are no model's.

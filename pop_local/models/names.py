@@ -13,9 +13,9 @@ from typing import Any
 import platformdirs
 import tomlkit
 
-from pop_local.base.errors import PopError
-from pop_local.base.nearest import nearest_hint
-from pop_local.base.output import replacing
+from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
+from pop_converter.base.output import replacing
 from pop_local.config import settings
 from pop_local.models.stored import known_name, models_by_name
 

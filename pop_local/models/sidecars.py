@@ -4,11 +4,11 @@ import importlib.resources
 from contextlib import suppress
 from pathlib import Path
 
+from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import pop_meta, read_binding
 from pop_converter.popfile.sidecar import SUFFIX, bind, read_sidecar, sidecar_beside
-from pop_local.base.errors import FormatError
 from pop_local.config.settings import learned_dir
 from pop_local.models.learned import LearnedFiles
 

@@ -6,11 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
 from pop_converter.gguf.source import part_names, part_of, read_source
 from pop_converter.popfile.sidecar import SUFFIX as SIDECAR_SUFFIX
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError
-from pop_local.base.nearest import nearest_hint
 from pop_local.models.sidecars import sidecar_of
 
 SUFFIX = ".gguf"

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.plan import Plan, make_plan
 from pop_converter.popfile.sidecar import pop_of
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration import needs as memory
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import default_tokens
@@ -34,9 +34,9 @@ from pop_local.models.stored import ModelFiles
 from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
 from pop_local.research.importance import Importance, Windows, gates_device, importance
 from pop_local.research.options import AnalyzeOptions
-from pop_local.workflows.conversion.course import fit_steps
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
+from pop_local.workflows.conversion.stages import fit_steps
 from pop_local.workflows.events import Step, Watch
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import base_file

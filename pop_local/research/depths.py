@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.base.progress import Progress
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.projection import Projection
-from pop_local.base.progress import Progress
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, FAST, boundaries, deepest_inside, is_inside, may_copy
 from pop_local.measure.estimate import Estimate

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from pop_converter.base.progress import Progress, Ran, counting
 from pop_converter.fit.least_squares import FitError, normalised
 from pop_converter.fit.weights import KvProjection
 from pop_converter.fit.wide import WideInput
 from pop_converter.popfile.plan import Plan
-from pop_local.base.progress import Progress, Ran, counting
 from pop_local.research.decoder import BASE_BYTES, Decoder, Layer, Stored
 from pop_local.research.hyper import Hyper
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import PopError, UnsupportedArchitectureError
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import decode_input
@@ -15,7 +16,6 @@ from pop_converter.gguf.source import Source
 from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.options import FitOptions

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pop_converter.architecture.shape import ModelShape
-from pop_local.base.progress import Progress, Ran, counting
+from pop_converter.base.progress import Progress, Ran, counting
 from pop_local.research.decoder import BASE_BYTES, Decoder, Layer
 from pop_local.research.hyper import Hyper
 

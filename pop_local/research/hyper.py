@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import sqrt
 
 from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
-from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 
 GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)

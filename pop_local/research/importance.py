@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import PopError, UnsupportedArchitectureError
 from pop_converter.gguf.source import Source
-from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.calibration import needs
 from pop_local.measure.estimate import Estimate, mean, redrawn
 from pop_local.research.hyper import read_hyper

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pop_converter.base.errors import PopError
+from pop_converter.base.output import check_output, replacing
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
-from pop_local.base.output import check_output, replacing
 from pop_local.measure.estimate import Estimate
 from pop_local.models.names import resolve_base
 from pop_local.research.analyze import Analysis

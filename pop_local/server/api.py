@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pop_local.base.errors import StoppedError
+from pop_converter.base.errors import StoppedError
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody, Named
@@ -42,8 +42,10 @@ class Api:
         self.models = models
         self._is_strict = strict_model
         self._created = int(time.time())
-        self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * models.shelf.most_ctx)
-        self._max_picture_bytes = MAX_DATA_URL if models.shelf.can_see else 0
+        self._max_body_bytes = max(
+            _MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * models.registry.most_ctx
+        )
+        self._max_picture_bytes = MAX_DATA_URL if models.registry.can_see else 0
         self._grammar_limit = anyio.CapacityLimiter(1)
         self._picture_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
@@ -183,7 +185,7 @@ class Api:
     def _too_large(self, n_other: int) -> ApiError:
         message = (
             f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
-            f" holds {self.models.shelf.most_ctx:,} tokens"
+            f" holds {self.models.registry.most_ctx:,} tokens"
         )
         if n_other <= self._max_body_bytes:
             message = f"the pictures of a request may have {MAX_BYTES >> 20} MiB together"

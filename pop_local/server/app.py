@@ -18,10 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.server.api import Api
+from pop_local.server.apis import embeddings, llama_server, messages, ollama, responses
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
-from pop_local.server.doors import embeddings, llama_server, messages, ollama, responses
 from pop_local.server.errors import as_api_error
 from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.models import Models

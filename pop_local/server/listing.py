@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import has_pillow
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.engine.model import PopModel

@@ -13,9 +13,9 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
-from pop_local.engine.learning.lesson import Teacher
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import size
+from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.loading import DEFAULT_CTX
 from pop_local.engine.model import PopModel
@@ -30,7 +30,7 @@ log = logging.getLogger("pop_local.server")
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ModelRegistry:
     """Where models come from.
 
     `files`: those that are there now, by name. `open` may raise PopError. `teach` makes the
@@ -40,7 +40,7 @@ class Shelf:
 
     files: Callable[[], Mapping[str, Path]]
     open: Callable[[Path], PopModel]
-    teach: Callable[[PopModel], Teacher | None]
+    teach: Callable[[PopModel], Fitter | None]
     n_ctx: int | None
     can_see: bool
     n_parallel: int
@@ -68,7 +68,7 @@ class Served:
             self.worker.join()
         try:
             for cache, _ in self.model.sequences:
-                cache.put_aside(Prompt([]))
+                cache.stash(Prompt([]))
         except Exception:  # such as a lack of memory; whoever waits for it is to get it
             log.exception("what %s had cached is not kept", self.name)
         finally:
@@ -106,7 +106,7 @@ class Models:
 
     def __init__(
         self,
-        shelf: Shelf,
+        registry: ModelRegistry,
         *,
         max_waiting: int = 256,
         repeatable: bool = False,
@@ -118,7 +118,7 @@ class Models:
         `default`: the model that answers where none is named, "" for the one that was asked for
         last, at first the first one.
         """
-        self.shelf = shelf
+        self.registry = registry
         self.metrics = Metrics()
         self._max_waiting, self._repeatable = max_waiting, repeatable
         self._ram_bytes, self._default = ram_bytes, default
@@ -138,24 +138,26 @@ class Models:
 
     @classmethod
     def of_one(
-        cls, file: File, model: PopModel, teach: Callable[[PopModel], Teacher | None], **how: Any
+        cls, file: File, model: PopModel, teach: Callable[[PopModel], Fitter | None], **how: Any
     ) -> "Models":
         """Make models of a single one, which is open already; `how` as for the constructor."""
         files, n = {file.name: file.path}, len(model.sequences)
-        shelf = Shelf(lambda: files, lambda _: model, teach, model.n_ctx, model.can_see, n)
-        models = cls(shelf, **how)
+        registry = ModelRegistry(
+            lambda: files, lambda _: model, teach, model.n_ctx, model.can_see, n
+        )
+        models = cls(registry, **how)
         models.load(file)
         return models
 
     # By name
 
     def find(self, name: str | None) -> File | None:
-        return find(name, self.shelf.files()) if name else None
+        return find(name, self.registry.files()) if name else None
 
     @property
     def default(self) -> File | None:
         """The model that answers where none is named; None where there is none at all."""
-        files = self.shelf.files()
+        files = self.registry.files()
         asked_for = [served.name for served in self.loaded]
         asked_for += [lease.file.name for lease in self._still_waiting()]
         names = (self._default, *reversed(asked_for), *files)
@@ -166,13 +168,13 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        return list(self.shelf.files())
+        return list(self.registry.files())
 
     async def listed(self) -> list[About]:
         """Describe all models; those whose files are damaged are left out, and named in the log."""
         opened = self.opened
         here = {about.name for about in opened}
-        files = [File(*each) for each in self.shelf.files().items() if each[0] not in here]
+        files = [File(*each) for each in self.registry.files().items() if each[0] not in here]
         closed = await run_in_threadpool(lambda: [*filter(None, map(self._described, files))])
         return sorted([*opened, *closed], key=lambda about: about.name.lower())
 
@@ -193,11 +195,11 @@ class Models:
 
     def check(self) -> None:
         """Read the headers of all files: no damaged one answers where none is named."""
-        for name, path in self.shelf.files().items():
+        for name, path in self.registry.files().items():
             self._described(File(name, path))
 
     def _read(self, file: File) -> About:
-        about = About.of_file(file, self.shelf.n_ctx, self.shelf.n_parallel)
+        about = About.of_file(file, self.registry.n_ctx, self.registry.n_parallel)
         self._damaged.discard(file.path)
         return about
 
@@ -287,9 +289,9 @@ class Models:
     def load(self, file: File) -> Served:
         """Open a model; its thread is yet to be started. Raises PopError."""
         with stopped_by(self._stopping.is_set):
-            model = self.shelf.open(file.path)
+            model = self.registry.open(file.path)
         tasks = Tasks(model, repeatable=self._repeatable)
-        worker = Worker(model, self.metrics, self._max_waiting, self.shelf.teach(model))
+        worker = Worker(model, self.metrics, self._max_waiting, self.registry.teach(model))
         needed_bytes = About.of_model(file.name, model).needed_bytes
         served = Served(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served

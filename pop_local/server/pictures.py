@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import MAX_BYTES, MAX_PIXELS, Picture, picture_of
 from pop_local.server.errors import ApiError
 

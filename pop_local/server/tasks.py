@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.config.settings import MOST_SEED
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError

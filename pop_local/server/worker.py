@@ -10,18 +10,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.answer import Parts
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.embedding import embedding
-from pop_local.engine.learning.lesson import Teacher
+from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.seats import Seats
+from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
 from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.metrics import Metrics
@@ -141,11 +141,11 @@ class Worker(threading.Thread):
         model: PopModel,
         metrics: Metrics,
         max_waiting: int,
-        teacher: Teacher | None = None,
+        teacher: Fitter | None = None,
     ) -> None:
         super().__init__(name="pop-local model", daemon=True)
         self._model, self._teacher = model, teacher
-        self._seats = Seats(model)
+        self._seats = SlotScheduler(model)
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
@@ -274,7 +274,7 @@ class Worker(threading.Thread):
             lesson = self._teacher.idle(self._is_called)
             if lesson is not None:
                 log.info("%s", lesson)
-                self._model.adopt(lesson.sidecar)
+                self._model.swap_sidecar(lesson.sidecar)
         except Exception:
             log.exception("learning failed, and goes on no longer")
             self._teacher = None
@@ -354,7 +354,7 @@ class Worker(threading.Thread):
 def _embedded(cache: KvCache, task: Task, should_stop: Callable[[], bool]) -> Chunk:
     """The cached rows go to the cache of prompts first."""
     started_s, n = time.perf_counter(), len(task.prompt)
-    cache.put_aside(task.prompt)
+    cache.stash(task.prompt)
     with stopped_by(should_stop):
         vector = embedding(cache, task.prompt.tokens)
     took_s = time.perf_counter() - started_s

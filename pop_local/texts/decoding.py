@@ -3,8 +3,8 @@
 import codecs
 from pathlib import Path
 
-from pop_local.base.errors import PopError
-from pop_local.base.files import read_file
+from pop_converter.base.errors import PopError
+from pop_converter.base.files import read_file
 
 _HINT = "convert it to plain text first"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

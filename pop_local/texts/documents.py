@@ -12,8 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pop_local.base.errors import PopError
-from pop_local.base.files import read_file
+from pop_converter.base.errors import PopError
+from pop_converter.base.files import read_file
 from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.decoding import decoded, read_text
 
@@ -113,7 +113,7 @@ def _docx(path: Path, content: bytes) -> str:
         raise _too_much(path)
     document = docx.Document(io.BytesIO(content))
     if document.element.getroottree().docinfo.internalDTD is not None:
-        # Its entities are not unfolded, and the text behind them would be lost.
+        # Its entities are not expand_options, and the text behind them would be lost.
         raise PopError(f"{path} has a DTD, which no DOCX may have", "save it as plain text first")
     blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)

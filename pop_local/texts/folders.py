@@ -6,7 +6,7 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.texts.documents import read_text_of
 
 

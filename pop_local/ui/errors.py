@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 from rich.text import Text
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import logs
 from pop_local.ui import hints
 from pop_local.ui.keys import echo_again

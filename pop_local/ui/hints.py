@@ -6,7 +6,7 @@ commands.
 
 import errno
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 
 # By cause; the names in braces are the error's fields, and {hint} is what the library says.
 BY_CAUSE = {

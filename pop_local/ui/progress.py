@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from pop_local.base.numbers import duration
+from pop_converter.base.numbers import duration
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err, note
 from pop_local.workflows.events import Course, Unit

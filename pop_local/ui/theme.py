@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
-from pop_local.base.errors import PopError
-from pop_local.base.nearest import nearest_hint
+from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
 from pop_local.ui.printable import printable
 
 THEME = Theme(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import typer
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.ui.hints import hint_of
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.progress import Advance, Pace, stage_progress

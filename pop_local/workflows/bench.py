@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import PopError
+from pop_converter.base.progress import counting
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError
-from pop_local.base.progress import counting
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.devices import cpu_kernels, devices, has_kernels

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pop_converter.base.errors import PopError, StoppedError, WriteError
+from pop_converter.base.files import read_file
+from pop_converter.base.output import replacing
+from pop_converter.base.progress import counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError, StoppedError, WriteError
-from pop_local.base.files import read_file
-from pop_local.base.output import replacing
-from pop_local.base.progress import counting
 from pop_local.engine.images.mmproj import fingerprint
 from pop_local.measure.prompts import (
     Answered,

@@ -10,6 +10,7 @@ from typing import Literal
 from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.base.errors import PopError
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source, read_source
@@ -18,7 +19,6 @@ from pop_converter.popfile.plan import Plan, make_plan, require_fit, require_pru
 from pop_converter.popfile.rewrite import stored_type
 from pop_converter.popfile.sidecar import pop_of
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.graph_macs import GraphMacs

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from pop_local.base.errors import PopError, StoppedError
-from pop_local.base.progress import Progress
+from pop_converter.base.errors import PopError, StoppedError
+from pop_converter.base.progress import Progress
 
 
 class Unit(Enum):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import size
 from pop_local.fetching.catalog import fetch
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub
 from pop_local.models.names import find, hub_name, models_dirs, remember, to_fetch

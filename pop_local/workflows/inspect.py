@@ -12,6 +12,8 @@ from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.skipping import Skipping, skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, left_share, speedup_limit
+from pop_converter.base.errors import FormatError, PopError
+from pop_converter.base.progress import counting
 from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import Header, TensorInfo, read_header
 from pop_converter.gguf.source import Source, is_sidecar, read_source
@@ -20,8 +22,6 @@ from pop_converter.popfile.plan import DEFAULT_SKIP
 from pop_converter.popfile.rewrite import original
 from pop_converter.popfile.sidecar import base_path, pop_of, sidecar_meta
 from pop_converter.projection import TENSOR_MARK
-from pop_local.base.errors import FormatError, PopError
-from pop_local.base.progress import counting
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
 from pop_local.models.names import load_catalog, resolve

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.fit.least_squares import ROWS_KEPT, KvType
 from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Budget, Calibration
@@ -12,11 +13,10 @@ from pop_converter.popfile.plan import Plan, make_plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration.needs import MOST_COST, fit_cost
 from pop_local.calibration.options import FitOptions
-from pop_local.engine.learning.learner import N_WINDOW, Learner
-from pop_local.engine.learning.lesson import Lesson, Loss
+from pop_local.engine.learning.learned_fit import LearnedFit, Loss
+from pop_local.engine.learning.online_calibrator import N_WINDOW, OnlineCalibrator
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.open_model import OpenModel
@@ -28,8 +28,8 @@ from pop_local.models.stored import ModelFiles
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import OverBudgetError
-from pop_local.workflows.conversion.within import Contender, Search
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
+from pop_local.workflows.conversion.within import Candidate, Search
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured
 from pop_local.workflows.options import Hardware
@@ -45,7 +45,7 @@ _N_DRAWS = 4
 class _LearnedFitter(Fitter):
     """Solves the sums at each boundary, in the place of a calibration."""
 
-    learner: Learner
+    learner: OnlineCalibrator
     sums: Sums
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
@@ -70,7 +70,7 @@ class _LearnedFitter(Fitter):
         return Fitted(calibration, tuple(tensors), 0, plan.projection)
 
 
-class Lessons:
+class OnlineCalibration:
     """Makes sidecars of what an open model learns, while nobody waits for it.
 
     `loss`: of the fit in use, None before it is known.
@@ -86,7 +86,7 @@ class Lessons:
         watch = Watch(should_stop=lambda: self._should_stop())
         context = model.context
         hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
-        self._bench = Workbench(context.source, hardware, watch)
+        self._bench = TrialRunner(context.source, hardware, watch)
         self._search: Search | None = None
         self._next_rows = float(model.learner.learned.n_wanted)
         meta = model.meta
@@ -104,7 +104,7 @@ class Lessons:
         is_enough = learned.n_rows >= self._next_rows and learned.n_held_out >= LEAST_WINDOWS
         return self._search is not None or is_enough
 
-    def idle(self, should_stop: Callable[[], bool]) -> Lesson | None:
+    def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Add rows that wait; once they are enough, solve and measure.
 
         Returns a sidecar that is better than the one in use, written: the deepest within the
@@ -123,7 +123,7 @@ class Lessons:
             self._end()
             return None
 
-    def _tried(self) -> Lesson | None:
+    def _tried(self) -> LearnedFit | None:
         search = self._search = self._search or self._begun()
         if search is None:  # forgotten meanwhile
             self._end()
@@ -149,7 +149,7 @@ class Lessons:
         self._end()
         self._take(chosen.quality)
         plan, n_rows = chosen.plan, chosen.fitted.calibration.n_tokens
-        return Lesson(target, plan.boundary, plan.speedup_limit, n_rows)
+        return LearnedFit(target, plan.boundary, plan.speedup_limit, n_rows)
 
     def _take(self, quality: Quality) -> None:
         """This is the loss of the fit in use."""
@@ -191,7 +191,7 @@ class Lessons:
         with bench.opened(full.plan, files) as opened:
             return gradual.measure_until(lambda _: False, opened, lambda: bench.watch.stage(""))
 
-    def _is_better(self, chosen: Contender) -> bool:
+    def _is_better(self, chosen: Candidate) -> bool:
         """Deeper than the one in use, or as deep and closer to the full model, or that is lost."""
         before = self._in_use
         if before is None or not is_inside(self._budget, before):

@@ -6,8 +6,8 @@ from dataclasses import fields
 from math import isnan
 from typing import Any
 
+from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Measured, Recalled
-from pop_local.base.errors import PopError
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.measure.quality import Quality

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import FormatError, PopError
+from pop_converter.base.numbers import size
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import FormatError, PopError
-from pop_local.base.numbers import size
 from pop_local.calibration.needs import free_bytes
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.models.mmproj import mmproj_beside

@@ -22,7 +22,7 @@ from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
-from pop_local.calibration.job import Follow, calibrate
+from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
@@ -49,7 +49,7 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
         how = FitOptions(options.tokens, tuple(texts), projection=WIDE)
         with loaded(options.model, n_threads=1) as context, terminal_watch() as watch:
             watch.stage(f"Sampling and fitting {name}")
-            follow = Follow(watch.on_progress, watch.on_progress, watch.should_stop)
+            follow = Callbacks(watch.on_progress, watch.on_progress, watch.should_stop)
             [fitted] = calibrate([plan], context, source, how, follow).fitted
         write_sidecar(plan, options.model, sidecar, fitted=fitted)
     return sidecar

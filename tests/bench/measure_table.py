@@ -23,7 +23,7 @@ from pop_converter.popfile.plan import Plan, make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
-from pop_local.calibration.job import Follow, calibrate
+from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
@@ -33,7 +33,7 @@ from pop_local.models.stored import ModelFiles
 from pop_local.ui.views.quality import figures
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.options import Hardware
 
 POP_LOCAL = (sys.executable, "-m", "pop_local")
@@ -51,7 +51,7 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
         plans = [make_plan(shape, boundary=b, projection=kind) for b, kind in missing]
         with terminal_watch() as watch, loaded(model, **vars(ONE_THREAD)) as context:
             watch.stage("Sampling and fitting")
-            follow = Follow(watch.on_progress, watch.on_progress, watch.should_stop)
+            follow = Callbacks(watch.on_progress, watch.on_progress, watch.should_stop)
             done = calibrate(plans, context, source, FitOptions(), follow)
         for plan, fitted in zip(plans, done.fitted, strict=True):
             write_sidecar(plan, model, sidecars[plan.boundary, plan.projection], fitted=fitted)
@@ -67,7 +67,7 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
     }
     with terminal_watch() as watch:
         some_plan = next(iter(plans.values()))
-        bench = Workbench(read_source(model), ONE_THREAD, watch)
+        bench = TrialRunner(read_source(model), ONE_THREAD, watch)
         full = FullModel(bench, some_plan, QualitySettings(n_windows))
         for sidecar, plan in plans.items():
             kept = sidecar.with_suffix(".quality.json")

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from pop_local.base.errors import PlanError, PopError
+from pop_converter.base.errors import PlanError, PopError
 from pop_local.calibration import needs
 from pop_local.measure.budget import boundaries
 from pop_local.measure.estimate import Estimate

@@ -13,8 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local import __version__
-from pop_local.base.errors import PopError, StoppedError
 from pop_local.cli import COMMANDS, app
 from pop_local.commands.options import finite, positive
 from pop_local.ui import errors, hints

@@ -8,12 +8,12 @@ import gguf
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import FormatError, PlanError, UnsupportedArchitectureError
 from pop_converter.gguf import content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.plan import make_plan, parse_skip
 from pop_converter.popfile.rewrite import convert, measure
-from pop_local.base.errors import FormatError, PlanError, UnsupportedArchitectureError
 from pop_local.cli import app
 from support.converted import convert_default, names
 from support.oracle import assert_same_logits

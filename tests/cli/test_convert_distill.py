@@ -11,10 +11,10 @@ import pytest
 
 import pop_local
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration import needs, texts
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import gradual
@@ -23,7 +23,7 @@ from pop_local.measure.estimate import Estimate
 from pop_local.research.distilled import Distiller
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import within as searching
-from pop_local.workflows.conversion.within import Contender, Stage
+from pop_local.workflows.conversion.within import Candidate, Stage
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
@@ -118,7 +118,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
     unused: Any = None
     search = searching.Search(unused, BALANCED, unused, unused, [plan])
     plain = search.tried[4, Stage.SEARCHED]
-    distilled = search.tried[4, Stage.DISTILLED] = Contender(replace(plan, is_distilled=True))
+    distilled = search.tried[4, Stage.DISTILLED] = Candidate(replace(plan, is_distilled=True))
     windows = np.array([0.002, 0.01, 0.02, 0.04])
     changes = more + np.array([-0.001, 0.001, 0.001, -0.001])
     for each, kls in ((plain, windows), (distilled, windows + changes)):
@@ -163,7 +163,7 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
     for plan in plans:
         search.tried[plan.boundary, Stage.SEARCHED].fitted = plain
         attentive = replace(plan, projection=ATTENTION)
-        search.tried[plan.boundary, Stage.ATTENTION] = Contender(attentive, plain)
+        search.tried[plan.boundary, Stage.ATTENTION] = Candidate(attentive, plain)
     first = Stage.SEARCHED if kind == WIDE else Stage.ATTENTION
     chosen = search.tried[5, first]
     measured: Any = SimpleNamespace(quality=good)

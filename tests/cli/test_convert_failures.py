@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pop_converter.base.errors import FormatError, OutputExistsError, WriteError
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile import rewrite
 from pop_converter.popfile.rewrite import Sizes, check_target
-from pop_local.base.errors import FormatError, OutputExistsError, WriteError
 from support.converted import convert_default, names
 from support.shapes import read_pop_meta
 from support.synthetic import add_keys, make_gguf, make_split

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import PopError
 from pop_converter.popfile import sidecar as sidecars
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, quality

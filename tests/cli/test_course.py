@@ -77,7 +77,7 @@ def test_an_analysis(tiny, with_fit):
 
 def test_nothing_is_announced_where_distilling_takes_most(tiny):
     from pop_local.research.distilled import Distiller
-    from pop_local.workflows.conversion.course import course
+    from pop_local.workflows.conversion.stages import course
 
     planned = plan_conversion(tiny, None, ConvertOptions(Boundary(4), distiller=Distiller))
     assert course(planned) == ()

@@ -10,7 +10,7 @@ import llama_cpp
 import pytest
 from typer.testing import CliRunner
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device

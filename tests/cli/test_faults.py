@@ -9,8 +9,8 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
+from pop_converter.base.errors import PopError
 from pop_converter.fit.least_squares import Gram
-from pop_local.base.errors import PopError
 from pop_local.calibration import state
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationText

@@ -10,7 +10,7 @@ import pytest
 
 import pop_converter
 import pop_local
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.cli import COMMANDS
 from pop_local.ui import errors
 from pop_local.ui.chat.slash import COMMANDS as SLASH_COMMANDS

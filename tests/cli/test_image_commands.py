@@ -71,10 +71,10 @@ def test_run_refuses_in_one_line(path, tmp_path):
 
 
 def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf", n_ctx: int = 1024) -> str:
-    eye = None if mmproj is None else path.parent / mmproj
+    vision = None if mmproj is None else path.parent / mmproj
 
     def opened(name: str | None, larger: int | None) -> PopModel:
-        seen_by = None if name else eye
+        seen_by = None if name else vision
         return PopModel(path, mmproj=seen_by, n_ctx=larger or n_ctx, n_threads=1)
 
     screen = Transcript(*lines)

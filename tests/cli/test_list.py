@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_path
-from pop_local.base.errors import PopError
 from pop_local.cli import app
 from pop_local.commands.list import list as list_models
 from pop_local.models import names as models

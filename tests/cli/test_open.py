@@ -11,10 +11,10 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import read_binding
 from pop_converter.popfile.sidecar import sidecar_meta
-from pop_local.base.errors import PopError
 from pop_local.cli import app
 from pop_local.commands.opening import default_model
 from pop_local.engine.model import PopModel

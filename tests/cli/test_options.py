@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from pop_local.cli import COMMANDS
-from pop_local.commands.unfolding import Group, option, unfolded
+from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.lazy import imported
 from support.program import called as run_here
 
@@ -27,7 +27,7 @@ class Sizes(Group):
     is_bold: bool = option("Thicker.", default=False, flag="--bold")
 
 
-@unfolded
+@expand_options
 def draw(what: str, *, sizes: Sizes = Sizes(n_rows=7)) -> None:
     """Print what it got."""
     print(json.dumps([what, asdict(sizes)]))

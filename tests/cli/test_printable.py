@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.ui import errors, progress, theme
 from pop_local.ui.printable import printable

@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from pop_local.base import files
-from pop_local.base.errors import PopError
+from pop_converter.base import files
+from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.config import settings
 from pop_local.config.settings import Value, config_path, given, load

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner, Result
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import Measured
 from pop_converter.popfile.plan import TAIL_TOKENS, make_plan
 from pop_converter.popfile.sidecar import sidecar_beside, write_sidecar
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models

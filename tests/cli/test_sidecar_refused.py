@@ -11,9 +11,9 @@ import pytest
 from gguf import GGUFValueType
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import FormatError, PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import read_sidecar
-from pop_local.base.errors import FormatError, PopError
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from support.converted import Pair, paired

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.base.errors import FormatError, OutputExistsError, WriteError
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.rewrite import convert, strip
-from pop_local.base.errors import FormatError, OutputExistsError, WriteError
 from pop_local.cli import app
 from support.shapes import read_shape
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split

@@ -14,12 +14,12 @@ import pytest
 from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import uncounted
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import read_sidecar, sidecar_beside, sidecar_meta
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.fields import (

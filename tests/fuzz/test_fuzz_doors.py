@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from support.asked import NAME
 from support.calls import opened
 from support.campaign import campaign

@@ -17,8 +17,8 @@ import pytest
 
 from pop_converter.architecture.keys import require_loadable
 from pop_converter.architecture.names import REFUSED
+from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import read_header
-from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 from support import recipes
 from support.architecture_table import DOCUMENT, row, written
 from support.architectures import (
@@ -317,7 +317,7 @@ def test_a_deep_pass_over_the_context_gives_the_full_model(subject: Subject) -> 
         *pruned(subject.n_layer // 2),
         Step("keep", value=1),
         subject.context,
-        *(Step("deepen", tokens=piece, logits="none") for piece in pieces),
+        *(Step("run_deep", tokens=piece, logits="none") for piece in pieces),
         subject.save("deep"),
         subject.tail,
     )

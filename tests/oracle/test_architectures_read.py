@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, forced
 from support import recipes

@@ -69,7 +69,7 @@ def job(unpatched_lib: Path) -> Job:
 def deepened(start: int, end: int, seq: int = 0) -> list[Step]:
     """Deep passes over these rows in the ubatches of a prompt."""
     pieces = [range(first, min(first + N_UBATCH, end)) for first in range(start, end, N_UBATCH)]
-    return [Step("deepen", tokens=tuple(piece), seq=seq, logits="none") for piece in pieces]
+    return [Step("run_deep", tokens=tuple(piece), seq=seq, logits="none") for piece in pieces]
 
 
 def read_in_full(job: Job, trio: Trio, steps: Sequence[Step]) -> dict[str, np.ndarray]:
@@ -95,10 +95,10 @@ def test_refilled_in_order_the_cache_is_the_full_models(
         [
             Step("full_from", value=284),
             Step("decode", "pruned", tokens=tokens),
-            Step("deepen", tokens=(0, 7, 8, 9, 200, 201, *range(284, 300)), logits="last"),
+            Step("run_deep", tokens=(0, 7, 8, 9, 200, 201, *range(284, 300)), logits="last"),
             Step("save", path=str(before)),
             *deepened(0, 300)[:-1],
-            Step("deepen", "last", tokens=tuple(range(256, 300)), logits="last"),
+            Step("run_deep", "last", tokens=tuple(range(256, 300)), logits="last"),
             Step("save", path=str(ours)),
             Step("decode", "next", tokens=(5,), pos=300),
         ],
@@ -124,7 +124,7 @@ def test_rows_of_an_answer_are_redone_one_by_one(llama: Trio, tmp_path: Path, jo
     tokens, answer = random_tokens(200, N_VOCAB), random_tokens(6, N_VOCAB, seed=1)
     steps = [Step("decode", tokens=(token,), pos=200 + i) for i, token in enumerate(answer)]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    again = [Step("deepen", tokens=(200 + i,)) for i in range(6)]
+    again = [Step("run_deep", tokens=(200 + i,)) for i in range(6)]
     prompt = Step("decode", tokens=tokens)
     read_pruned(
         job, llama, [prompt, *steps, *deepened(0, 200), *again, Step("save", path=str(ours))]
@@ -210,27 +210,27 @@ REFUSALS: dict[str, tuple[Step, ...]] = {
     "dropped": (
         Step("keep"),
         KEEP,
-        Step("deepen", tokens=(5,), value=REFUSED),
+        Step("run_deep", tokens=(5,), value=REFUSED),
     ),
-    "removed": (Step("remove", pos=5), Step("deepen", tokens=(5,), value=REFUSED)),
+    "removed": (Step("remove", pos=5), Step("run_deep", tokens=(5,), value=REFUSED)),
     "another boundary": (
         Step("boundary", value=4),
-        Step("deepen", tokens=(5,), value=REFUSED),
+        Step("run_deep", tokens=(5,), value=REFUSED),
         Step("boundary", value=0),
-        Step("deepen", tokens=(5,)),
+        Step("run_deep", tokens=(5,)),
     ),
     "a loaded state": (
         Step("save", path="{folder}/state"),
         Step("load", path="{folder}/state"),
-        Step("deepen", tokens=(5,), value=REFUSED),
+        Step("run_deep", tokens=(5,), value=REFUSED),
     ),
-    "no row": (Step("deepen", value=REFUSED),),
-    "more rows than a ubatch": (Step("deepen", tokens=tuple(range(129)), value=REFUSED),),
-    "descending": (Step("deepen", tokens=(6, 5), value=REFUSED),),
-    "twice the same": (Step("deepen", tokens=(5, 5), value=REFUSED),),
-    "a row that is not there": (Step("deepen", tokens=(200,), value=REFUSED),),
-    "no such sequence": (Step("deepen", tokens=(5,), seq=7, value=REFUSED),),
-    "rows see later ones": (Step("causal"), Step("deepen", tokens=(5,), value=REFUSED)),
+    "no row": (Step("run_deep", value=REFUSED),),
+    "more rows than a ubatch": (Step("run_deep", tokens=tuple(range(129)), value=REFUSED),),
+    "descending": (Step("run_deep", tokens=(6, 5), value=REFUSED),),
+    "twice the same": (Step("run_deep", tokens=(5, 5), value=REFUSED),),
+    "a row that is not there": (Step("run_deep", tokens=(200,), value=REFUSED),),
+    "no such sequence": (Step("run_deep", tokens=(5,), seq=7, value=REFUSED),),
+    "rows see later ones": (Step("causal"), Step("run_deep", tokens=(5,), value=REFUSED)),
 }
 
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_had_is_refused(llama: Trio, case: str, tmp_path: Path, j
 
 def test_rows_that_a_window_has_lost_are_refused(gemma3: Trio, job: Job) -> None:
     prompt = Step("decode", tokens=random_tokens(1500, N_VOCAB))
-    refused = Step("deepen", tokens=(700,), value=REFUSED)
+    refused = Step("run_deep", tokens=(700,), value=REFUSED)
     read_pruned(replace(job, swa_full=False), gemma3, [prompt, refused])
     read_pruned(job, gemma3, [prompt, replace(refused, value=0)])
 

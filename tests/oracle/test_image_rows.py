@@ -177,7 +177,7 @@ def test_rows_of_several_positions_cannot_run_deep_later(tmp_path: Path) -> None
     read = Step("decode", tokens=random_tokens(20, N_VOCAB), logits="none")
     steps = (Step("boundary", value=5), Step("mode", value=1), Step("keep", value=1), read)
     with pytest.raises(RuntimeError, match="several positions each"):
-        run(Job(str(model), (*steps, Step("deepen", tokens=(3, 4)))))
+        run(Job(str(model), (*steps, Step("run_deep", tokens=(3, 4)))))
 
 
 def test_projections_fitted_on_text_are_not_for_images(tmp_path: Path, job: Job) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pop_local.base.errors import StoppedError
+from pop_converter.base.errors import StoppedError
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by

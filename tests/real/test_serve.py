@@ -13,7 +13,7 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.commands import serve
 from support.calls import wait_for

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from support.asked import N_CTX, chat, complete, text_of
 from support.calls import wait_for
 from support.converted import converted

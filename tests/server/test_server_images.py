@@ -249,9 +249,9 @@ def test_malformed_parts(client, part, field):
 
 @pytest.mark.parametrize("lacks", ["mmproj", "Pillow"])
 def test_a_server_that_cannot_see(path, monkeypatch, lacks):
-    eye = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
+    vision = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
     monkeypatch.setattr(open_model, "has_pillow", lambda: lacks != "Pillow")
-    model = PopModel(path, mmproj=eye, n_ctx=1024, n_threads=1)
+    model = PopModel(path, mmproj=vision, n_ctx=1024, n_threads=1)
     with asking(app_of(model, "tiny")) as client:
         assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False
         response = post(client, image(data_url(png(3))), text("a"))

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
-from pop_local.engine.learning.lesson import Lesson
+from pop_local.engine.learning.learned_fit import LearnedFit
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.app import create_app
 from pop_local.server.errors import ApiError
@@ -299,7 +299,7 @@ class Endless:
     def __init__(self) -> None:
         self.works = threading.Event()
 
-    def idle(self, should_stop) -> Lesson | None:
+    def idle(self, should_stop) -> LearnedFit | None:
         self.works.set()
         while not should_stop():
             time.sleep(0.001)
@@ -351,14 +351,14 @@ def test_gauges_are_of_all_models(library, monkeypatch):
 
 
 def test_a_model_is_closed_though_its_prompts_find_no_memory(library, expected, monkeypatch):
-    def put_aside(self, prompt):
+    def stash(self, prompt):
         if not len(prompt):
             raise MemoryError
 
     with asked(library, ram_bytes=1 << 40) as client:
         for name in ("one", "two"):
             complete(client, model=name)
-        monkeypatch.setattr(KvCache, "put_aside", put_aside)
+        monkeypatch.setattr(KvCache, "stash", stash)
         library.behind._ram_bytes = 0
         assert text_of(complete(client, model="three")) == expected["three"]
         assert library.open_ones == ["three"]

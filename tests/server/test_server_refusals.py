@@ -9,9 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
+from pop_local.server.apis.llama_server import DetokenizeBody, InfillBody
+from pop_local.server.apis.ollama import OllamaChat
 from pop_local.server.bodies import ChatBody, Prompts
-from pop_local.server.doors.llama_server import DetokenizeBody, InfillBody
-from pop_local.server.doors.ollama import OllamaChat
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker

@@ -11,7 +11,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import ToolCall, TurnOptions
-from pop_local.server.doors.ollama import OllamaChatReply
+from pop_local.server.apis.ollama import OllamaChatReply
 from pop_local.server.replies import End
 from pop_local.server.worker import Task
 from support.asked import NAME, chat, events, message_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from pop_converter.architecture.names import REFUSED
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
-from pop_local.base.errors import UnsupportedArchitectureError
+from pop_converter.base.errors import UnsupportedArchitectureError
 from support.paths import ROOT
 from support.shapes import read_shape
 

@@ -15,7 +15,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import Reading, loaded
-from pop_local.calibration.job import Follow, calibrate
+from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
@@ -29,10 +29,10 @@ OWN, FITTED, WIDE, ATTENTION = Projection
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 WEIGHING = (4, 5, 6, 7)
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
-SILENT = Follow(lambda done, total: None, lambda done, total: None, lambda: False)
+SILENT = Callbacks(lambda done, total: None, lambda done, total: None, lambda: False)
 
 
-def stopped_at(n: int) -> Follow:
+def stopped_at(n: int) -> Callbacks:
     """Says stop when it is asked for the n-th time."""
     asked = count(1)
     return replace(SILENT, should_stop=lambda: next(asked) == n)
@@ -78,7 +78,7 @@ def planned(path: Path, boundary: int = BOUNDARY, projection: Projection = FITTE
 
 
 def fitted(
-    path: Path, options: FitOptions, follow: Follow = SILENT, projection: Projection = FITTED
+    path: Path, options: FitOptions, follow: Callbacks = SILENT, projection: Projection = FITTED
 ):
     [found] = fitted_at((BOUNDARY,), path, options, follow, (projection,))
     return found
@@ -88,7 +88,7 @@ def fitted_at(
     boundaries,
     path: Path,
     options: FitOptions,
-    follow: Follow = SILENT,
+    follow: Callbacks = SILENT,
     projections=(FITTED,),
 ):
     plans = [planned(path, boundary, each) for boundary in boundaries for each in projections]

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "1"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))

@@ -10,11 +10,11 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.learning.lesson import Teacher
+from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.model import PopModel
 from pop_local.server.app import create_app
 from pop_local.server.listing import models_in
-from pop_local.server.models import Models, Shelf
+from pop_local.server.models import ModelRegistry, Models
 from support.asked import N_CTX
 from support.calls import opened
 from support.serving import LOCAL, asking
@@ -29,7 +29,7 @@ class Library:
     folder: Path
     models: list[PopModel] = field(default_factory=list)
     prompts: PromptCache | None = None
-    teacher: Teacher | None = None
+    teacher: Fitter | None = None
     may_open: threading.Event = field(default_factory=threading.Event)
     problem: Exception | None = None
     n_tried: int = 0
@@ -53,8 +53,8 @@ class Library:
     def open_ones(self) -> list[str]:
         return [model.path.stem for model in self.models if not model.context.is_closed]
 
-    def shelf(self) -> Shelf:
-        return Shelf(
+    def shelf(self) -> ModelRegistry:
+        return ModelRegistry(
             lambda: models_in(self.folder),
             self.open,
             lambda model: self.teacher,

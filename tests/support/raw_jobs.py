@@ -10,7 +10,7 @@ GPU_LAYERS = int(os.environ.get("POP_TEST_GPU_LAYERS", "0"))
 @dataclass(frozen=True)
 class Step:
     """One call. `op`: decode, embeddings, embed, causal, save, load, remove, shift, mode, boundary,
-    full_from, sink, counters, exact, image, hidden, keep, deepen, deep, question, scores, copy,
+    full_from, sink, counters, exact, image, hidden, keep, run_deep, deep, question, scores, copy,
     logits, model.
 
     decode: `tokens` from `pos` on in `seq`, and in each of `coupled`; `logits` "last", "all" or
@@ -24,7 +24,7 @@ class Step:
     rows only. hidden: as decode, giving the state of all tokens
     behind the last layer, as drafting heads read it (by a C++ function: not on Windows). exact: the
     rows that left exactly, deep: those of deep passes, which `counters` would forget. keep: states
-    at the boundary from now on, or no longer. deepen: a deep pass over the positions `tokens` of
+    at the boundary from now on, or no longer. run_deep: a deep pass over the positions `tokens` of
     `seq`, whose logits "last" asks for; `value`: what it returns, if not 0. question: rows of `seq`
     from `pos` on. scores: of the first `value` positions. copy: `seq` becomes sequence `value`,
     too. logits: those of the last output, once more. model: the first layer that rows without

@@ -101,31 +101,31 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def make_mmproj(path: Path, eye: Eye) -> Path:
+def make_mmproj(path: Path, vision: Eye) -> Path:
     writer = GGUFWriter(path, "clip")
     writer.add_type("mmproj")
-    writer.add_name("tiny random eye")
+    writer.add_name("tiny random vision")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_clip_has_vision_encoder(True)
-    writer.add_clip_projector_type(eye.projector)
-    writer.add_vision_image_size(eye.image_size)
-    writer.add_vision_patch_size(eye.patch)
-    writer.add_vision_embedding_length(eye.n_embd)
-    writer.add_vision_feed_forward_length(eye.n_ff)
-    writer.add_vision_projection_dim(eye.n_text)
-    writer.add_vision_block_count(eye.n_layer)
-    writer.add_vision_head_count(eye.n_head)
+    writer.add_clip_projector_type(vision.projector)
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_patch_size(vision.patch)
+    writer.add_vision_embedding_length(vision.n_embd)
+    writer.add_vision_feed_forward_length(vision.n_ff)
+    writer.add_vision_projection_dim(vision.n_text)
+    writer.add_vision_block_count(vision.n_layer)
+    writer.add_vision_head_count(vision.n_head)
     writer.add_vision_attention_layernorm_eps(1e-6)
     writer.add_vision_image_mean([0.5, 0.5, 0.5])
     writer.add_vision_image_std([0.5, 0.5, 0.5])
     writer.add_vision_use_gelu(True)
-    if eye.is_qwen:
-        writer.add_vision_spatial_merge_size(eye.merge)
+    if vision.is_qwen:
+        writer.add_vision_spatial_merge_size(vision.merge)
     else:
-        writer.add_vision_projector_scale_factor(eye.merge)
-    if eye.projector == "idefics3":
-        writer.add_vision_preproc_image_size(2 * eye.image_size)
-    for name, weights in _tensors(eye):
+        writer.add_vision_projector_scale_factor(vision.merge)
+    if vision.projector == "idefics3":
+        writer.add_vision_preproc_image_size(2 * vision.image_size)
+    for name, weights in _tensors(vision):
         writer.add_tensor(name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -134,9 +134,9 @@ def make_mmproj(path: Path, eye: Eye) -> Path:
     return path
 
 
-def _tensors(eye: Eye) -> Iterator[tuple[str, Weights]]:
-    rng = np.random.default_rng(eye.seed)
-    n, wide = eye.n_embd, 4 * eye.n_embd
+def _tensors(vision: Eye) -> Iterator[tuple[str, Weights]]:
+    rng = np.random.default_rng(vision.seed)
+    n, wide = vision.n_embd, 4 * vision.n_embd
 
     def matrix(*dims: int) -> Weights:
         n_in = int(np.prod(dims[1:]))
@@ -155,38 +155,38 @@ def _tensors(eye: Eye) -> Iterator[tuple[str, Weights]]:
         yield f"{name}.weight", vector(size, 1)
         yield f"{name}.bias", vector(size, 0)
 
-    yield "v.patch_embd.weight", matrix(n, 3, eye.patch, eye.patch)
-    if eye.is_qwen:
-        yield "v.patch_embd.weight.1", matrix(n, 3, eye.patch, eye.patch)
-    if eye.projector != "qwen2vl_merger":
+    yield "v.patch_embd.weight", matrix(n, 3, vision.patch, vision.patch)
+    if vision.is_qwen:
+        yield "v.patch_embd.weight.1", matrix(n, 3, vision.patch, vision.patch)
+    if vision.projector != "qwen2vl_merger":
         yield "v.patch_embd.bias", vector(n, 0)
-        side = eye.image_size // eye.patch
+        side = vision.image_size // vision.patch
         yield "v.position_embd.weight", np.float32(0.5) * rng.standard_normal((side**2, n), "f4")
-    for layer in range(eye.n_layer):
+    for layer in range(vision.n_layer):
         block = f"v.blk.{layer}"
         yield from norm(f"{block}.ln1", n)
         yield from norm(f"{block}.ln2", n)
-        if eye.projector == "qwen3vl_merger":
+        if vision.projector == "qwen3vl_merger":
             yield from linear(f"{block}.attn_qkv", 3 * n, n)
         else:
             for part in "qkv":
                 yield from linear(f"{block}.attn_{part}", n, n)
         yield from linear(f"{block}.attn_out", n, n)
-        yield from linear(f"{block}.ffn_up", eye.n_ff, n)
-        yield from linear(f"{block}.ffn_down", n, eye.n_ff)
-        if layer < eye.n_deepstack:
+        yield from linear(f"{block}.ffn_up", vision.n_ff, n)
+        yield from linear(f"{block}.ffn_down", n, vision.n_ff)
+        if layer < vision.n_deepstack:
             yield from norm(f"v.deepstack.{layer}.norm", wide)
             yield from linear(f"v.deepstack.{layer}.fc1", wide, wide)
-            yield from linear(f"v.deepstack.{layer}.fc2", eye.n_text, wide)
+            yield from linear(f"v.deepstack.{layer}.fc2", vision.n_text, wide)
     yield from norm("v.post_ln", n)
-    if eye.is_qwen:
+    if vision.is_qwen:
         yield from linear("mm.0", wide, wide)
-        yield from linear("mm.2", eye.n_text, wide)
-    elif eye.projector == "gemma3":
-        yield "mm.input_projection.weight", matrix(n, eye.n_text)
+        yield from linear("mm.2", vision.n_text, wide)
+    elif vision.projector == "gemma3":
+        yield "mm.input_projection.weight", matrix(n, vision.n_text)
         yield "mm.soft_emb_norm.weight", vector(n, 1)
     else:
-        yield "mm.model.fc.weight", matrix(eye.n_text, n * eye.merge**2)
+        yield "mm.model.fc.weight", matrix(vision.n_text, n * vision.merge**2)
 
 
 ARCHS = ("llama", "gemma3", "qwen2vl", "qwen3vl")

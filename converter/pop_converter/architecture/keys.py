@@ -11,8 +11,8 @@ from pop_converter.architecture.names import (
     WINDOWS,
     refusal,
 )
+from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import Header
-from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 
 # Dimensions and counts have 32 bits in llama.cpp.
 MAX_NUMBER = 2**31 - 1

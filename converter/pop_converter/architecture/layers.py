@@ -2,10 +2,10 @@
 
 import re
 
+from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import TensorInfo
 from pop_converter.gguf.source import Source
 from pop_converter.projection import TENSOR_MARK
-from pop_local.base.errors import FormatError
 
 _NAME = re.compile(r"blk\.([0-9]{1,4})\.(.+)")
 # Tensors of layers that keep a state in the place of each token's K/V, or sum up several tokens.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pop_converter.architecture.keys import ArchKeys
 from pop_converter.architecture.layers import read_layers
 from pop_converter.architecture.names import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
+from pop_converter.base.errors import FormatError
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
-from pop_local.base.errors import FormatError
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Rows of added tensors come in blocks of ggml's quantised types.

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from itertools import compress
 
 from pop_converter.architecture.shape import ModelShape
+from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
 LIMIT_PROMPT = 2048

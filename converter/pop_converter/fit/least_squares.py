@@ -23,9 +23,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
+from pop_converter.base.errors import PopError
 from pop_converter.fit.weights import Floats, KvProjection
 from pop_converter.gguf.content import NewTensor
-from pop_local.base.errors import PopError
 
 Doubles = NDArray[np.float64]
 

@@ -8,8 +8,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from pop_converter.base.errors import FormatError
 from pop_converter.gguf.source import Source
-from pop_local.base.errors import FormatError
 
 Floats = NDArray[np.float32]
 

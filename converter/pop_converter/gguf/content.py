@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pop_converter.base.errors import FormatError
+from pop_converter.base.progress import Ran
 from pop_converter.gguf.header import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -21,8 +23,6 @@ from pop_converter.gguf.header import (
     truncated,
 )
 from pop_converter.gguf.source import SPLIT_PREFIX, Source
-from pop_local.base.errors import FormatError
-from pop_local.base.progress import Ran
 
 # Larger writes took the kernel twice as long (docs/notebook).
 CHUNK_BYTES = 256 << 10

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from pop_local.base.errors import FormatError, TruncatedError
+from pop_converter.base.errors import FormatError, TruncatedError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

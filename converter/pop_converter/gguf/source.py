@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import Header, Scalar, TensorInfo, read_header
-from pop_local.base.errors import FormatError
 
 SPLIT_PREFIX = "split."
 # The architecture that a sidecar names: llama.cpp knows none of this name and refuses it.

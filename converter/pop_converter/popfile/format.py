@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from gguf import GGUFValueType
 
+from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import SIDECAR_ARCH
 from pop_converter.projection import Projection
-from pop_local.base.errors import FormatError
 
 PREFIX = "pop."
 VERSION = 1

@@ -7,9 +7,9 @@ from fractions import Fraction
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
+from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
 from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta, Recalled, Refilled
 from pop_converter.projection import Projection
-from pop_local.base.errors import PlanError, UnsupportedArchitectureError
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)

@@ -8,6 +8,9 @@ from typing import BinaryIO
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import wide_weights
+from pop_converter.base.errors import FormatError, PlanError, WriteError
+from pop_converter.base.output import check_output, replacing
+from pop_converter.base.progress import Progress, Ran, counting
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.content import (
     Content,
@@ -30,9 +33,6 @@ from pop_converter.popfile.format import (
 )
 from pop_converter.popfile.plan import Plan
 from pop_converter.projection import TENSOR_MARK, Projection
-from pop_local.base.errors import FormatError, PlanError, WriteError
-from pop_local.base.output import check_output, replacing
-from pop_local.base.progress import Progress, Ran, counting
 
 # As long as a real one, so that the header keeps its size.
 UNKNOWN_SHA256 = "0" * 64

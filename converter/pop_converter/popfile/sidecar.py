@@ -10,6 +10,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pop_converter.base.errors import FormatError, WriteError
+from pop_converter.base.output import check_output, replacing
+from pop_converter.base.progress import Progress, counting
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.content import (
     Content,
@@ -43,9 +46,6 @@ from pop_converter.popfile.rewrite import (
     unconverted,
 )
 from pop_converter.projection import TENSOR_MARK
-from pop_local.base.errors import FormatError, WriteError
-from pop_local.base.output import check_output, replacing
-from pop_local.base.progress import Progress, counting
 
 SUFFIX = ".pop-sidecar.gguf"
 _EMPTY = Content()

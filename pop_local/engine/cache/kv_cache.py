@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.cache.keys import FULL, conversion, opened_with, own_sha256
 from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
 from pop_local.engine.cache.rows import CachedRows
@@ -22,10 +22,10 @@ class Watcher(Protocol):
     """Who follows what is read."""
 
     def attach(self, cache: "KvCache") -> None:
-        """Follow this cache from now on."""
+        """Callbacks this cache from now on."""
 
     def detach(self) -> None:
-        """Follow it no longer."""
+        """Callbacks it no longer."""
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
         """Tokens were read, the first of them as row `start`."""
@@ -46,10 +46,10 @@ class KvCache:
     `learner` follows what is read.
     """
 
-    def __init__(self, slot: Slot, eye: Mmproj | None = None) -> None:
-        """`eye`: what pictures are read with."""
+    def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
+        """`vision`: what pictures are read with."""
         context = slot.context
-        self.context, self.eye, self.slot = context, eye, slot
+        self.context, self.vision, self.slot = context, vision, slot
         self.rows = CachedRows(context.n_ctx)
         self.images: dict[int, str] = {}
         self.n_tokens = 0
@@ -89,7 +89,7 @@ class KvCache:
     @property
     def model_key(self) -> str:
         """Tells its K/V from those of other models, whatever is pruned."""
-        images = self.eye.key if self.eye else ""
+        images = self.vision.key if self.vision else ""
         return f"model {self._own_sha256[:16]}{opened_with(self.context)}, images {images}"
 
     @property
@@ -112,7 +112,7 @@ class KvCache:
             return "own projections"
         return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"
 
-    def takes(self, key: str) -> bool:
+    def accepts(self, key: str) -> bool:
         """Whether reading can go on after K/V of this key: its own, or the full model's."""
         return key in (FULL, self.mode_key)
 
@@ -155,7 +155,7 @@ class KvCache:
             self.rows.has_state[:] = False
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def preserved(self) -> Iterator[None]:
         """Switch back, at the end, whatever is switched meanwhile, and empty the cache."""
         mode, boundary, keeps = self.mode, self.boundary, self.keeps_states
         learner = self.learner
@@ -239,7 +239,7 @@ class KvCache:
             n = prompt.whole(other.n_same(prompt))
             if n <= self.n_same(prompt) or other.mode_key != self.mode_key:
                 return
-            self.put_aside(prompt)
+            self.stash(prompt)
             self.clear()
             self.slot.share(other.slot, int(other.rows.positions[n]))
             self._tokens[:n] = other.tokens[:n]
@@ -282,7 +282,7 @@ class KvCache:
                 "the saved state belongs to another model, or one that was opened otherwise",
                 "read the prompt again",
             )
-        if not self.takes(state.key):
+        if not self.accepts(state.key):
             raise PopError(
                 f"the saved state belongs to {state.key}, the model is set to {self.key}",
                 "switch the model first, or read the prompt again",
@@ -305,12 +305,12 @@ class KvCache:
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
         self.n_tokens = n
 
-    def put_aside(self, prompt: Prompt) -> None:
+    def stash(self, prompt: Prompt) -> None:
         """Give the rows to the prompt cache if a prompt has less than half, as in llama-server."""
         if 2 * self.n_same(prompt) < self.n_tokens:
             self._keep()
 
-    def exchange(self, prompt: Prompt) -> None:
+    def restore_best(self, prompt: Prompt) -> None:
         """Take from the prompt cache what has more in common with a prompt than this one has."""
         if self.prompts is None:
             return
@@ -395,12 +395,12 @@ class KvCache:
 
         Raises PopError where it cannot be read.
         """
-        assert self.eye is not None, "an eye has made the image"
+        assert self.vision is not None, "the vision model made the image"
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = self.position
         with self.slot.alone():
-            encode_s = self.eye.decode(self.slot, image, first)
+            encode_s = self.vision.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)
         if self.context.is_mrope:
             positions[1:-1] = first

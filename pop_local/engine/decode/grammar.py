@@ -8,7 +8,7 @@ from typing import Any
 
 from llguidance import LLMatcher, regex_to_lark
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.decode import grammar_child
 from pop_local.engine.decode.gbnf import lark_of
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError

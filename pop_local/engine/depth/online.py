@@ -4,7 +4,7 @@ import statistics
 import time
 
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.depth.passes import deepen
+from pop_local.engine.depth.passes import run_deep
 from pop_local.engine.depth.select import best_rows, spread
 from pop_local.engine.llama import backend
 
@@ -33,7 +33,7 @@ class OnlineRefill:
     def before_row(self, row: int) -> None:
         """To be called before the token of an answer at this row is decoded.
 
-        Raises PopError and StoppedError as `deepen` does.
+        Raises PopError and StoppedError as `run_deep` does.
         """
         if self.n_rows is None:
             self._time()
@@ -71,7 +71,7 @@ class OnlineRefill:
         if not rows.has_state[first : first + _N_TRIAL].all():
             return 0.0
         started_s = time.perf_counter()
-        deepen(self._cache, range(first, first + _N_TRIAL))
+        run_deep(self._cache, range(first, first + _N_TRIAL))
         return time.perf_counter() - started_s
 
     def _run_best(self, n_cached: int, n_rows: int) -> None:
@@ -79,4 +79,4 @@ class OnlineRefill:
         may_be = rows.has_state[:n_cached] & ~rows.is_full[:n_cached]
         if may_be.any():
             scores = spread(backend.get_scores(self._cache.context.ctx, n_cached))
-            deepen(self._cache, best_rows(scores, may_be, n_rows).tolist())
+            run_deep(self._cache, best_rows(scores, may_be, n_rows).tolist())

@@ -7,7 +7,7 @@ import numpy as np
 from pop_local.engine.cache.kv_cache import KvCache
 
 
-def deepen(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None:
+def run_deep(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None:
     """Run these ascending rows deep, with the logits of the last one if asked for.
 
     Raises PopError where the backend refuses; when interrupted, StoppedError or whatever Ctrl-C
@@ -19,7 +19,7 @@ def deepen(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None
         piece = rows[start : start + context.n_ubatch]
         at_end = start + len(piece) == len(rows)
         with cache.slot.watching():
-            if cache.slot.deepen(np.asarray(piece, np.int32), logits=logits and at_end):
+            if cache.slot.run_deep(np.asarray(piece, np.int32), logits=logits and at_end):
                 cache.rows.deepened(piece)
                 if cache.learner is not None:
                     cache.learner.computed()

@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from pop_local.base.errors import StoppedError
+from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.online import OnlineRefill
-from pop_local.engine.depth.passes import deepen
+from pop_local.engine.depth.passes import run_deep
 from pop_local.engine.depth.power import on_battery
 from pop_local.engine.llama.interrupt import stopped_by
 
@@ -86,7 +86,7 @@ class Refiller:
         first = cache.n_exact
         rows = range(first, min(first + self._chunk, cache.n_tokens))
         started_s = time.perf_counter()
-        deepen(cache, rows)
+        run_deep(cache, rows)
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _adapt(self, n_rows: int, took_s: float) -> None:

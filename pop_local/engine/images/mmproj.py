@@ -1,4 +1,4 @@
-"""An mmproj, the eye of a vision-language model: pictures to rows of embeddings.
+"""An mmproj, the vision of a vision-language model: pictures to rows of embeddings.
 
 Bindings are llama_cpp's own of libmtmd. An image takes rows of a prompt, which
 have NO_TOKEN among its tokens; by its key cached rows are found again.
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.gguf.source import read_source, sampled_sha256
-from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.images.pictures import MAX_SHOWN, Picture, require_pillow
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings

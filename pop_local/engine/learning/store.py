@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock
 
+from pop_converter.base.archives import DAMAGES
+from pop_converter.base.errors import PopError, WriteError
+from pop_converter.base.output import make_private, replacing
 from pop_converter.fit.wide import WideInput
 from pop_converter.gguf.source import Source, sampled_sha256
 from pop_converter.projection import Projection
-from pop_local.base.archives import DAMAGES
-from pop_local.base.errors import PopError, WriteError
-from pop_local.base.output import make_private, replacing
 from pop_local.engine.learning.sums import Sums, stored_inputs
 from pop_local.models.learned import LearnedFiles
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 
 
 def main(module: str, limit_s: float, limit_bytes: int) -> None:

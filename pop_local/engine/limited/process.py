@@ -10,7 +10,7 @@ from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from typing import Any
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 
 _START = (
     "import sys; sys.path[:] = sys.argv[2:]; import json;"

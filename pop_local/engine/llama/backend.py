@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.llama import logs
 
 ABI = 8
@@ -225,7 +225,7 @@ def keep_size(ctx: Any) -> int:
     return int(require_patched().llama_pop_keep_size(ctx))
 
 
-def deepen(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = False) -> bool:
+def run_deep(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = False) -> bool:
     """Run the layers from the boundary on for rows of a sequence, at most a ubatch of them.
 
     `positions`: int32, ascending. Returns False when the abort callback ended it: then it is to be

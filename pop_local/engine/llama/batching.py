@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
@@ -59,7 +59,7 @@ class _Request:
         return not self.gives_logits(n) and self.slot.is_context(self.first + self.n_done, n)
 
 
-class Pace:
+class PrefillThrottle:
     """How many rows of a prompt go beside answers, by the time that earlier batches took.
 
     A batch takes as long as one of its answers alone, and something for having a prompt, and
@@ -118,7 +118,7 @@ class Batcher:
         self._turn = threading.Condition(threading.RLock())
         self._n_at_work = 0
         self._wanted: list[_Request] = []
-        self._pace = Pace(context.n_batch)
+        self._throttle = PrefillThrottle(context.n_batch)
         self._in_batch: list[_Request] = []
         self._callback = self._api.ggml_abort_callback(lambda _: self._is_unwanted())
         self._holder = 0
@@ -183,7 +183,7 @@ class Batcher:
 
     def _decode(self, steps: list[_Request], prompts: list[_Request]) -> None:
         ctx = self._context.ctx
-        n_rows = self._pace.rows_beside(len(steps))
+        n_rows = self._throttle.rows_beside(len(steps))
         parts = [(one, 1) for one in steps]
         parts += [(one, min(one.n_left, n_rows)) for one in prompts if n_rows]
         before = backend.get_counters(ctx)
@@ -191,7 +191,7 @@ class Batcher:
         started_s = time.perf_counter()
         self._run(parts)
         n_read = sum(n for one, n in parts if one.slot.is_reading)
-        self._pace.took(len(steps), n_read, time.perf_counter() - started_s)
+        self._throttle.took(len(steps), n_read, time.perf_counter() - started_s)
         self._count(prompts, len(steps), before)
         self._hand_out(parts)
 
@@ -339,9 +339,9 @@ class SharedSlot(Slot):
     def logits(self) -> np.ndarray:
         return self.handed
 
-    def deepen(self, positions: np.ndarray, *, logits: bool) -> bool:
+    def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
         with self.held(), super().watching():
-            return super().deepen(positions, logits=logits)
+            return super().run_deep(positions, logits=logits)
 
     def forget_all(self) -> None:
         self.forget_from(0)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
-from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices, has_kernels

@@ -4,9 +4,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.backend import Mode
 

@@ -10,10 +10,10 @@ import psutil
 
 from pop_converter.architecture.keys import require_loadable, trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
-from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.rpc import Servers
 

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import psutil
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.devices import GgmlLibrary, Kind
 

@@ -108,9 +108,9 @@ class Slot:
         row = self._api.llama_get_logits_ith(self._ctx, -1)
         return np.ctypeslib.as_array(row, (self.context.n_vocab,))
 
-    def deepen(self, positions: np.ndarray, *, logits: bool) -> bool:
-        """Run rows deep, see backend.deepen."""
-        return backend.deepen(self._ctx, self.sequence, positions, logits=logits)
+    def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
+        """Run rows deep, see backend.run_deep."""
+        return backend.run_deep(self._ctx, self.sequence, positions, logits=logits)
 
     # Cells
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.depth.passes import deepen
+from pop_local.engine.depth.passes import run_deep
 from pop_local.engine.depth.select import select_rows
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.llama import backend
@@ -71,10 +71,10 @@ def read(
     if not len(prompt):
         raise PopError("the prompt is empty", "give a text")
     cache.epoch += 1
-    cache.put_aside(prompt)
+    cache.stash(prompt)
     n_usable = 0
     if rule.reuses:
-        cache.exchange(prompt)
+        cache.restore_best(prompt)
         n_usable = _n_usable(cache, prompt, rule)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         is_short = _is_pruning(cache)
@@ -107,7 +107,7 @@ def append(
     return reading.so_far()
 
 
-def skim(cache: KvCache, prompt: Prompt) -> Read:
+def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
     """Read a prompt after all that is cached, as context alone: no row is full or has logits.
 
     That is the least that pruning leaves to do. Raises as `read` does.
@@ -259,7 +259,7 @@ class _Reading:
             backend.set_question(self._ctx, -1)
         sink = np.flatnonzero(~rows.is_full[: min(self._rule.sink_tokens, tail)])
         deep = [*sink.tolist(), *chosen, *range(tail, end)]
-        deepen(self._cache, deep, logits=True)
+        run_deep(self._cache, deep, logits=True)
         self._n_selected, self._n_deep = len(chosen), sum(row >= n_past for row in deep)
 
     def _select(self, question: int, tail: int, end: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import bindings
@@ -30,9 +30,9 @@ class Prompter:
     whoever wrote a document can write turns of the conversation, too.
     """
 
-    def __init__(self, context: Context, eye: Mmproj | None = None) -> None:
+    def __init__(self, context: Context, vision: Mmproj | None = None) -> None:
         self.parse_special = False
-        self.context, self._eye = context, eye
+        self.context, self._vision = context, vision
 
     @property
     def has_template(self) -> bool:
@@ -121,17 +121,17 @@ class Prompter:
 
     def see(self, picture: Picture) -> Seen:
         """Cut a picture up as the model wants it. Raises PopError as Mmproj.see does."""
-        return self.open_eye().see(picture)
+        return self.open_vision().see(picture)
 
-    def open_eye(self) -> Mmproj:
+    def open_vision(self) -> Mmproj:
         """Load the mmproj, unless it is. Raises PopError without one, and as Mmproj.open does."""
-        if self._eye is None:
+        if self._vision is None:
             raise PopError(
                 "a picture is given, but the model is open without its mmproj",
                 "open it with the mmproj that was published with it",
                 cause="no-mmproj",
             )
-        return self._eye.open(self.context.model, self.context.settings.n_threads_batch)
+        return self._vision.open(self.context.model, self.context.settings.n_threads_batch)
 
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, Seen]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.llama import backend
 from pop_local.engine.prompt import template_child

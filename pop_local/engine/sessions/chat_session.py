@@ -12,7 +12,7 @@ from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pop_local.base.errors import OutputExistsError, PopError
+from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.open_model import OpenModel

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pop_converter.base.errors import PopError
+from pop_converter.base.output import make_private, replacing
 from pop_converter.gguf.source import sampled_sha256
-from pop_local.base.errors import PopError
-from pop_local.base.output import make_private, replacing
 from pop_local.engine.cache.keys import opened_with
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import SavedState
@@ -120,7 +120,7 @@ def fingerprint(model: OpenModel) -> Fingerprint:
     """Read the beginnings of the model's tensors; where a file was replaced there is no hash."""
     source = model.context.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(model.context)}"
-    mmproj = model.eye.key if model.eye else ""
+    mmproj = model.vision.key if model.vision else ""
     sha256 = "" if model.context.replaced else sampled_sha256(source)
     return Fingerprint(source.size_bytes, sha256, version, mmproj)
 
@@ -222,7 +222,7 @@ class Sessions:
         if not _is_consistent(state, model.context.n_vocab):
             raise _damaged(path)
         model.set_mode(session.mode)
-        if not model.cache.takes(session.key):
+        if not model.cache.accepts(session.key):
             return Restored(session, f"they belong to {session.key}")
         try:
             model.cache.take_over(state)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 
 # With these, properties may be named elsewhere.
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "dependentSchemas"}

@@ -3,7 +3,7 @@
 import base64
 from pathlib import Path
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
 from pop_local.texts.documents import read_document

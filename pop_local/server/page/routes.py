@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Scope
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
 from pop_local.engine.limited.process import NoChildError
 from pop_local.server.errors import ApiError

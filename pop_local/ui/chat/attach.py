@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.config.settings import expanded
 from pop_local.engine.images.pictures import Picture, read_picture
 from pop_local.engine.sessions.conversation import Document

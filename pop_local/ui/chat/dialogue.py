@@ -8,10 +8,10 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.learning.lesson import Lesson, Teacher
+from pop_local.engine.learning.learned_fit import Fitter, LearnedFit
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.open_model import OpenModel
@@ -29,7 +29,7 @@ WARN_SHARE = 0.8
 # By name (None: the first one again) and context in tokens (None: as the options say).
 ModelOpener = Callable[[str | None, int | None], PopModel]
 # Makes the teacher of a model; None where it does not learn.
-Teach = Callable[[OpenModel], Teacher | None]
+Teach = Callable[[OpenModel], Fitter | None]
 # ChatSession's stream, retry or edit; they take the options of an answer.
 Ask = Callable[..., Stream]
 
@@ -109,10 +109,10 @@ class Dialogue:
         self.set_refill(self.refill)
         self._is_warned = False
 
-    def adopt(self, lesson: Lesson) -> None:
+    def swap_sidecar(self, lesson: LearnedFit) -> None:
         """Prune by what was learned from now on, and say so."""
         try:
-            self.model.adopt(lesson.sidecar)
+            self.model.swap_sidecar(lesson.sidecar)
         except PopError as error:
             self.screen.note(f"{lesson} That begins with the next start: {error.message}.")
             return

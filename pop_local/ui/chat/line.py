@@ -22,8 +22,8 @@ from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import is_dumb_terminal
 
-from pop_local.base.errors import PopError
-from pop_local.base.output import make_private
+from pop_converter.base.errors import PopError
+from pop_converter.base.output import make_private
 
 PROMPT = "> "
 CONTINUATION = ". "

@@ -1,6 +1,6 @@
 """A question that does not fit the context: the user chooses, nothing is cut silently."""
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.chat_session import ChatSession

@@ -1,7 +1,7 @@
 """/set: how answers are sampled, and how long they may be."""
 
-from pop_local.base.errors import PopError
-from pop_local.base.nearest import nearest_hint
+from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
 from pop_local.config.settings import MOST, MOST_SEED, Setting, find, parse
 from pop_local.engine.turn import TurnOptions
 from pop_local.ui.chat.dialogue import Dialogue

@@ -4,16 +4,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pop_local.base.numbers import size
+from pop_converter.base.numbers import size
 from pop_local.engine.depth.power import RECHECK_S, on_battery
-from pop_local.engine.learning.lesson import Lesson
+from pop_local.engine.learning.learned_fit import LearnedFit
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.errors import as_pop_error
 
 MODES = ("idle", "answer", "off")
 
 
-def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> Lesson | None:
+def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
     """Go on learning; a failure ends only that."""
     try:
         return chat.teacher.idle(should_stop) if chat.teacher else None
@@ -27,7 +27,7 @@ def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> Lesson | None:
 def idling(chat: Dialogue) -> Iterator[None]:
     """Refill and learn in another thread; leaving waits for a node of a graph, or a solve."""
     stop = threading.Event()
-    lessons: list[Lesson] = []
+    lessons: list[LearnedFit] = []
     failures: list[Exception] = []
 
     def should_stop() -> bool:
@@ -60,7 +60,7 @@ def idling(chat: Dialogue) -> Iterator[None]:
             chat.set_refill("off")
             chat.fail(as_pop_error(error))
     for lesson in lessons:
-        chat.adopt(lesson)
+        chat.swap_sidecar(lesson)
 
 
 def _join(thread: threading.Thread) -> None:

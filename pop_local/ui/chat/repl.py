@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.config.settings import history_file, unsaved_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.ui import errors
 from pop_local.ui.chat.answer import AnswerView, MarkdownAnswer, PlainAnswer
 from pop_local.ui.progress import Advance, prefill_progress

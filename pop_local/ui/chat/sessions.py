@@ -2,9 +2,9 @@
 
 import time
 
-from pop_local.base.errors import PopError
-from pop_local.base.nearest import nearest_hint
-from pop_local.base.numbers import size
+from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
+from pop_converter.base.numbers import size
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.sessions.chat_session import load_session
 from pop_local.engine.sessions.session_file import Sessions

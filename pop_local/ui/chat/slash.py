@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pop_local.base.nearest import nearest_hint
+from pop_converter.base.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
 from pop_local.ui.chat import attach, params, refill, sessions
 from pop_local.ui.chat.dialogue import Dialogue

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT
+from pop_converter.base.numbers import duration, size
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_converter.projection import Projection
-from pop_local.base.numbers import duration, size
 from pop_local.measure.budget import FAST
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.learning.learner import Learned
-from pop_local.engine.learning.lesson import Loss
+from pop_local.engine.learning.learned_fit import Loss
+from pop_local.engine.learning.online_calibrator import Learned
 from pop_local.engine.turn import SessionStats, TurnStats
 from pop_local.measure.full_cost import FullCost
 

@@ -10,14 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from pop_converter.architecture.keys import trained_ctx
+from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Sizes, check_target
-from pop_local.base.errors import PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
-from pop_local.workflows.conversion.course import course
 from pop_local.workflows.conversion.fastest import write_first
 from pop_local.workflows.conversion.fits import MakeDistiller
 from pop_local.workflows.conversion.goals import Goal, Within
@@ -31,8 +30,9 @@ from pop_local.workflows.conversion.plan import (
     plan_conversion,
 )
 from pop_local.workflows.conversion.refusals import Trial
+from pop_local.workflows.conversion.stages import course
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.conversion.within import write_deepest
-from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.open import base_file
 from pop_local.workflows.options import Hardware, RowOptions
@@ -118,7 +118,7 @@ def run_conversion(
         )
     watched = replace(watch, on_warning=warned, on_stage=begun)
     watch.on_course(course(conversion))
-    bench = Workbench(conversion.source, conversion.options.hardware, watched)
+    bench = TrialRunner(conversion.source, conversion.options.hardware, watched)
     done = _done(ConversionRun(conversion, force, bench))
     meta = done.meta
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0

@@ -13,7 +13,7 @@ from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
-from pop_local.calibration.job import Follow, calibrate
+from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
@@ -21,7 +21,7 @@ from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.options import Hardware
 
@@ -58,7 +58,7 @@ class Fitter:
     `distiller` trains chosen fits end to end, None for none.
     """
 
-    bench: Workbench
+    bench: TrialRunner
     options: FitOptions
     kinds: Sequence[Projection] = KINDS_OF_MANY
     full: FullModel | None = None
@@ -74,7 +74,7 @@ class Fitter:
         """
         if not plans:
             return ()
-        follow = Follow(
+        follow = Callbacks(
             self._lazily("Sampling text"), self._lazily("Fitting"), self.bench.watch.should_stop
         )
         kind = self.options.projection or self.kind
@@ -156,7 +156,7 @@ def measure_fits(
     The fits are of one kind, so that boundaries compare: plain unless the options say otherwise.
     Raises PopError, StoppedError.
     """
-    bench = Workbench(source, hardware, watch)
+    bench = TrialRunner(source, hardware, watch)
     options = replace(options, projection=options.projection or Projection.FITTED)
     bench.require_room(plans, options.kv_type)
     wanted = [plan for plan in plans if plan.projection != Projection.OWN]

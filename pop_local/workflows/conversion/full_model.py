@@ -7,7 +7,7 @@ from pop_converter.popfile.plan import Plan
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
 from pop_local.measure.quality import FullScores, QualitySettings, Reference, read_reference
 from pop_local.measure.recall import Answers, RecallReference, RecallSettings
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FullModel:
     for the shipped held-out text. The first reading may raise PopError and StoppedError.
     """
 
-    bench: Workbench
+    bench: TrialRunner
     plan: Plan
     settings: QualitySettings
     text: TextTokens | None = None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pop_converter.architecture.shape import ModelShape
+from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan, make_plan, parse_skip
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE
 from pop_local.measure.budget import boundaries
 

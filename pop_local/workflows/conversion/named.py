@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Progress, counting
 from pop_converter.popfile.format import Measured
 from pop_converter.popfile.plan import Plan
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
-from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import (
     BALANCED,
@@ -35,7 +35,7 @@ from pop_local.measure.quality import (
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_copy
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
 # Windows for a fit. Looking for another boundary should not take long, and is not as exact.
@@ -73,7 +73,7 @@ def write_named(run: ConversionRun) -> Outcome:
 class Examination:
     """A plan that is examined. Broken copying is let through if allowed."""
 
-    bench: Workbench
+    bench: TrialRunner
     plan: Plan
     allow_broken_copy: bool
 

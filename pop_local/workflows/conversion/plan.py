@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pop_converter.architecture.shape import source_shape
+from pop_converter.base.errors import PopError, StoppedError, WriteError
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Measured, PopMeta
 from pop_converter.popfile.plan import Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, Fitted, Sizes
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError, StoppedError, WriteError
 from pop_local.calibration.needs import (
     FitWork,
     Needs,
@@ -37,7 +37,7 @@ from pop_local.workflows.conversion.refusals import (
     RecallLostError,
     Trial,
 )
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Hardware, RowOptions
 
@@ -219,7 +219,7 @@ class ConversionRun:
 
     conversion: Conversion
     force: bool
-    bench: Workbench
+    bench: TrialRunner
 
     @property
     def fit(self) -> FitOptions:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import size
 from pop_converter.popfile.plan import Plan
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
 
 if TYPE_CHECKING:
     from pop_local.measure.quality import Quality

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
 
+from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration.needs import fit_needs, spaced
 from pop_local.calibration.state import kept_boundaries
 from pop_local.measure import budget as budgets
@@ -28,7 +28,7 @@ from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import Examination
 from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured, recalled
 
 # Their mean KL has a standard error of a fifth or less.
@@ -52,7 +52,7 @@ class Stage(Enum):
 
 
 @dataclass(eq=False)
-class Contender:
+class Candidate:
     """A boundary at one stage, and all that is known of it.
 
     `fitted` is None before the fit, and for own projections. `is_inside` is the verdict so far.
@@ -115,25 +115,25 @@ class Search:
     own projections pass at, in one pass over the text, and none with attention.
     """
 
-    bench: Workbench
+    bench: TrialRunner
     budget: Budget
     fitter: Fitter
     full: FullModel
     plans: Sequence[Plan]
-    tried: dict[tuple[int, Stage], Contender] = field(init=False)
+    tried: dict[tuple[int, Stage], Candidate] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tried = {(plan.boundary, Stage.SEARCHED): Contender(plan) for plan in self.plans}
+        self.tried = {(plan.boundary, Stage.SEARCHED): Candidate(plan) for plan in self.plans}
 
     @property
     def trials(self) -> tuple[Trial, ...]:
         return tuple(each.trial for each in self._judged)
 
     @property
-    def _judged(self) -> list[Contender]:
+    def _judged(self) -> list[Candidate]:
         return [each for each in self.tried.values() if each.is_inside is not None]
 
-    def run(self) -> Contender:
+    def run(self) -> Candidate:
         """Return the fastest candidate inside, whose plan says what was tried."""
         is_large = self._is_large()
         if is_large:
@@ -158,7 +158,7 @@ class Search:
             plan = replace(plan, recall=recalled(chosen.recall))
         return replace(chosen, plan=plan)
 
-    def _fastest(self) -> Contender:
+    def _fastest(self) -> Candidate:
         """Return the fastest inside; where some are as fast, the one with the smallest KL.
 
         But a distilled one comes first unless its KL is larger by more than the error of that.
@@ -209,7 +209,7 @@ class Search:
                 and it.projection != Projection.OWN
             ]
         self.plans = self._spaced(plans)
-        self.tried = own | {(it.boundary, Stage.SEARCHED): Contender(it) for it in self.plans}
+        self.tried = own | {(it.boundary, Stage.SEARCHED): Candidate(it) for it in self.plans}
 
     # The deepest boundary inside
 
@@ -235,7 +235,7 @@ class Search:
             # On all windows, and asked for facts, it may be outside after all.
             self._settle(candidate)
 
-    def _searched(self, boundary: int) -> Contender:
+    def _searched(self, boundary: int) -> Candidate:
         return self.tried[boundary, Stage.SEARCHED]
 
     def _fit(self, wanted: Sequence[int]) -> None:
@@ -303,7 +303,7 @@ class Search:
         except PopError as error:
             self._note(f"Attention is left out: {error}")
             return
-        found = [Contender(*each) for each in zip(plans, made, strict=True)]
+        found = [Candidate(*each) for each in zip(plans, made, strict=True)]
         self.tried |= {(each.plan.boundary, Stage.ATTENTION): each for each in found}
         for candidate in found:
             if self._settle(candidate):
@@ -325,7 +325,7 @@ class Search:
             plain = next((it for it in found if it is not None and it.fitted is not None), None)
             if plain is None or plain.fitted is None:
                 continue
-            candidate = Contender(replace(plain.plan, is_distilled=True))
+            candidate = Candidate(replace(plain.plan, is_distilled=True))
             n_deeper = min(N_DEEPER, len(self._past(each)))
             try:
                 candidate.fitted = self.fitter.distilled(candidate.plan, plain.fitted, n_deeper)
@@ -344,7 +344,7 @@ class Search:
 
     # Verdicts
 
-    def _settle(self, candidate: Contender) -> bool:
+    def _settle(self, candidate: Candidate) -> bool:
         """Measure a candidate until it is clearly outside, else in whole, and ask for facts."""
 
         def is_outside(quality: Quality) -> bool:
@@ -356,7 +356,7 @@ class Search:
             self._ask(candidate)
         return bool(candidate.is_inside)
 
-    def _judge(self, candidate: Contender, is_enough: Callable[[Quality], bool]) -> None:
+    def _judge(self, candidate: Candidate, is_enough: Callable[[Quality], bool]) -> None:
         """Measure a candidate until that is enough, and judge it."""
         boundary = candidate.plan.boundary
         gradual = candidate.gradual = candidate.gradual or Gradual(self.full.reference, boundary)
@@ -367,7 +367,7 @@ class Search:
                 gradual.measure_until(is_enough, model, begin)
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
-    def _ask(self, candidate: Contender) -> None:
+    def _ask(self, candidate: Candidate) -> None:
         """Ask for facts of pruned documents, of as many more where a few are lost, and judge."""
         for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
             reference = self.full.recall(n_documents)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.rewrite import Fitted, convert
-from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration.activations import Reading, loaded
-from pop_local.calibration.images import drawn, images_of, opened_eye, pictures_of
-from pop_local.calibration.job import Follow
+from pop_local.calibration.images import drawn, images_of, opened_vision, pictures_of
+from pop_local.calibration.job import Callbacks
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
 from pop_local.engine.llama.taps import Tapped, Wanted
 from support.calibrating import (
@@ -70,8 +70,8 @@ def shown(plain: Path, seed: int) -> list[Tapped]:
     mmproj = plain.parent / "mmproj.gguf"
     with loaded(plain, n_threads=1) as context:
         reading = Reading(context, Wanted((BOUNDARY,), LAYERS))
-        with closing(opened_eye(context, mmproj, never)) as eye:
-            return [reading.image(eye, image) for image in images_of(eye, drawn(2, seed))]
+        with closing(opened_vision(context, mmproj, never)) as vision:
+            return [reading.image(vision, image) for image in images_of(vision, drawn(2, seed))]
 
 
 def error(plain: Path, found: Fitted | None, held_out: list[Tapped]) -> float:
@@ -133,7 +133,7 @@ def test_a_stopped_fit_goes_on(plain, on_both, tmp_path):
     def advance(done: int, total: int) -> None:
         stopping["at"] = done
 
-    stop = Follow(advance, advance, lambda: stopping["at"] > n_text + 3 * N_WINDOW)
+    stop = Callbacks(advance, advance, lambda: stopping["at"] > n_text + 3 * N_WINDOW)
     with pytest.raises(StoppedError):
         fitted(plain, made, stop)
     resumed = fitted(plain, made)

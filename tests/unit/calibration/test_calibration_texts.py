@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.calibration import texts
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.options import FitOptions

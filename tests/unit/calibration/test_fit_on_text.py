@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pop_converter.base.errors import StoppedError
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import Gram
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.rewrite import Fitted, convert, strip
-from pop_local.base.errors import StoppedError
 from pop_local.calibration import samples
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.needs import plan_needs

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pop_converter.architecture.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
+from pop_converter.base.errors import StoppedError
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
@@ -18,7 +19,6 @@ from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.rewrite import convert, measure, stored_bytes, stored_type, strip
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.base.errors import StoppedError
 from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Calibrated
@@ -32,7 +32,7 @@ from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.goals import Boundary, Fastest, Skip, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
-from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 from support.calibrating import (
@@ -282,7 +282,7 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     )
     notes: list[str] = []
     watch = Watch(on_note=notes.append)
-    bench = Workbench(read_source(llama), Hardware(n_threads=1), watch)
+    bench = TrialRunner(read_source(llama), Hardware(n_threads=1), watch)
     fitter = Fitter(bench, FitOptions(), KINDS_OF_ONE)
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
@@ -310,7 +310,7 @@ def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatc
         {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0},
         broken,
     )
-    bench = Workbench(read_source(llama), Hardware(n_threads=1), Watch())
+    bench = TrialRunner(read_source(llama), Hardware(n_threads=1), Watch())
     fitter = Fitter(bench, FitOptions(), KINDS_OF_ONE)
     [made] = fitter.fit([planned(llama)], None)
     assert made.projection == wanted

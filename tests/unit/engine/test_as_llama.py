@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from pop_converter.base.errors import PopError
 from pop_local import PopModel
-from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.llama import backend
 from support.converted import tiny

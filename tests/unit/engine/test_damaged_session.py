@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.fields import encoded_array
 from pop_local.engine.sessions.session_file import Sessions

@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
 from pop_converter.architecture.work import speedup_limit
+from pop_converter.base.errors import PopError, UnsupportedArchitectureError
 from pop_converter.popfile.plan import make_plan
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.cli import app
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.llama import backend

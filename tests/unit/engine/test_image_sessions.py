@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.sessions import session_file
 from pop_local.engine.sessions.session_file import Sessions
 from support.seeing import (
@@ -35,8 +35,8 @@ def test_a_session_goes_round(seeing, tmp_path):
         (turn, _) = session.conversation.turns
         assert turn.pictures[0].content == png(3)
     (tmp_path / "other").mkdir()
-    eye = replace(EYES[seeing.arch], seed=2)
-    with seeing.opened(mmproj=make_mmproj(tmp_path / "other" / "mmproj.gguf", eye)) as model:
+    vision = replace(EYES[seeing.arch], seed=2)
+    with seeing.opened(mmproj=make_mmproj(tmp_path / "other" / "mmproj.gguf", vision)) as model:
         session = model.load_session(path)
         assert "another mmproj" in session.reread
         assert session.chat("and now", **options).stats.n_cached < image_start(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images import mmproj
 from pop_local.engine.images.mmproj import ImageChunk
@@ -116,13 +116,13 @@ def read_raw(model: PopModel, made: Prompt) -> None:
 
 def decode_raw(model: PopModel, image: ImageChunk, pos: int) -> int:
     """Decode an image as libmtmd does."""
-    eye, context = model.eye, model.context
-    assert eye is not None
-    eye.embedded(image)
-    mtmd, after = eye._mtmd, ctypes.c_int32()
+    vision, context = model.vision, model.context
+    assert vision is not None
+    vision.embedded(image)
+    mtmd, after = vision._mtmd, ctypes.c_int32()
     code = mtmd.mtmd_helper_decode_image_chunk(
-        *(eye._ctx, context.ctx, eye._cut_up(image.picture)[image.number]),
-        *(mtmd.mtmd_get_output_embd(eye._ctx), pos, 0, context.n_batch, ctypes.byref(after)),
+        *(vision._ctx, context.ctx, vision._cut_up(image.picture)[image.number]),
+        *(mtmd.mtmd_get_output_embd(vision._ctx), pos, 0, context.n_batch, ctypes.byref(after)),
         *(mtmd.mtmd_helper_post_decode_callback(0), None),
     )
     assert code == 0 and after.value == pos + image.n_pos
@@ -171,11 +171,11 @@ def test_a_wish_to_stop_need_not_be_repeated(smol):
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
         want = answered(model, tokens)[0]
-        n_nodes = model.eye._n_nodes
+        n_nodes = model.vision._n_nodes
         n_stopped = 0
         for when in range(20):
             model.cache.clear()
-            left, before = iter([False] * when + [True]), model.eye._n_nodes
+            left, before = iter([False] * when + [True]), model.vision._n_nodes
 
             def once(left: Iterator[bool] = left) -> bool:
                 return model.cache.n_tokens > 0 and next(left, False)
@@ -184,7 +184,7 @@ def test_a_wish_to_stop_need_not_be_repeated(smol):
                 with stopped_by(once):
                     append(model, tokens)
             except StoppedError:
-                n_stopped += 0 < model.eye._n_nodes - before < n_nodes
+                n_stopped += 0 < model.vision._n_nodes - before < n_nodes
             assert answered(model, tokens)[0] == want
         assert n_stopped > 1, "encoding was ended in its midst"
 
@@ -195,7 +195,7 @@ def test_half_an_encoding_is_none(smol):
         image = next(iter(tokens.images.values()))
         left = iter([False, True])
         with stopped_by(partial(next, left, False)), pytest.raises(StoppedError):
-            model.eye.embedded(image)
+            model.vision.embedded(image)
 
 
 def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
@@ -221,7 +221,7 @@ def test_pictures_that_nobody_asks_about_are_not_kept_cut_up(smol, monkeypatch):
         first = prompt(model, "a", 3)
         for seed in (4, 5):
             prompt(model, "a", seed)
-        assert len(model.eye._known) == 1
+        assert len(model.vision._known) == 1
         assert answered(model, first)[1] == len(first)
 
 
@@ -244,8 +244,8 @@ def test_cut_up_pictures_are_freed(smol):
             real.mtmd_input_chunks_free(chunks)
 
     with smol.opened() as model:
-        real = model.prompter.open_eye()._mtmd
-        model.eye._mtmd = Counting()
+        real = model.prompter.open_vision()._mtmd
+        model.vision._mtmd = Counting()
         tokens = prompt(model, "a b", 3, 4, 5)
         assert n_held == 1
         want = answered(model, tokens)[0]
@@ -256,14 +256,14 @@ def test_cut_up_pictures_are_freed(smol):
 
 def test_a_model_that_is_closed_sees_nothing(smol):
     model = smol.opened()
-    eye = model.eye
+    vision = model.vision
     prompt(model, "a", 3)
     model.close()
     for picture in (picture_of(png(3), "known"), picture_of(png(4), "other")):
         with pytest.raises(PopError, match="is closed"):
             model.count_picture(picture)
         with pytest.raises(PopError, match="is closed"):
-            eye.see(picture)
+            vision.see(picture)
 
 
 def test_rows_are_of_one_mmproj(smol, tmp_path):
@@ -359,9 +359,9 @@ def test_what_should_stop_raises_comes_out_of_an_encoding(smol):
                 return call
             raise KeyboardInterrupt
 
-        model.eye._should_stop = pressed
+        model.vision._should_stop = pressed
         with pytest.raises(KeyboardInterrupt):
-            model.eye.embedded(image)
+            model.vision.embedded(image)
 
 
 def test_llama_cpps_own_chat_is_shown_no_pictures(smol):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.calibration.activations import loaded
 from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode, Reading
@@ -63,7 +63,7 @@ class Watched:
 
     def deepened(self, rows: range) -> set[tuple[str, int]]:
         self._marks.clear()
-        assert backend.deepen(self.ctx, 0, np.asarray(rows, np.int32))
+        assert backend.run_deep(self.ctx, 0, np.asarray(rows, np.int32))
         return set(self._marks)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration.activations import Reading, loaded
 from pop_local.engine.learning import learner as learning
 from pop_local.engine.learning.store import SumsFile

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import logs
@@ -132,8 +132,8 @@ def test_a_picture_that_is_decoded_holds_no_other(smol, monkeypatch):
 def test_the_library_starts_no_programs(smol):
     """Videos would start ffmpeg on whatever a client sends."""
     with smol.opened() as model:
-        eye = model.prompter.open_eye()
-        assert not eye._mtmd.mtmd_helper_support_video(eye._ctx)
+        vision = model.prompter.open_vision()
+        assert not vision._mtmd.mtmd_helper_support_video(vision._ctx)
 
 
 def test_a_path_that_is_no_utf8(smol, tmp_path):
@@ -146,7 +146,7 @@ def test_a_path_that_is_no_utf8(smol, tmp_path):
 def test_the_library_is_not_loaded_for_text(smol):
     with smol.opened() as model:
         model.chat("a b", max_tokens=1)
-        assert model.eye is not None and model.eye._ctx is None
+        assert model.vision is not None and model.vision._ctx is None
 
 
 def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
@@ -162,7 +162,7 @@ def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
 
 def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
     model = smol.opened()
-    mtmd, freed = model.prompter.open_eye()._mtmd, []
+    mtmd, freed = model.prompter.open_vision()._mtmd, []
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -172,7 +172,7 @@ def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
             freed.append(ctx)
             mtmd.mtmd_free(ctx)
 
-    model.eye._mtmd = Counting()
+    model.vision._mtmd = Counting()
     del model
     gc.collect()
     assert len(freed) == 1
@@ -203,7 +203,7 @@ def test_no_picture_is_decoded_for_its_tokens_and_again_for_its_rows(smol, decod
     with smol.opened() as model:
         asked(model, images)
         assert [name for name, *_ in decoded] == ["0", "1", "2", "3"]
-        assert not model.eye._kept, "nothing needs them any more"
+        assert not model.vision._kept, "nothing needs them any more"
 
 
 def test_a_picture_that_comes_while_another_is_encoded_takes_nothing_from_it(
@@ -212,14 +212,14 @@ def test_a_picture_that_comes_while_another_is_encoded_takes_nothing_from_it(
     """A row of qwen2vl has several positions, for which the picture is cut up, too."""
     first, other = (picture_of(png(seed), str(seed)) for seed in (3, 4))
     with Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl")).opened() as model:
-        eye = model.prompter.open_eye()
+        vision = model.prompter.open_vision()
 
-        def embedded(image: ImageChunk, real: Any = eye.embedded) -> Any:
+        def embedded(image: ImageChunk, real: Any = vision.embedded) -> Any:
             rows = real(image)
-            eye.see(other)
+            vision.see(other)
             return rows
 
-        monkeypatch.setattr(eye, "embedded", embedded)
+        monkeypatch.setattr(vision, "embedded", embedded)
         model.chat("a", images=[first], max_tokens=1)
     assert [name for name, *_ in decoded] == ["3", "4"]
 
@@ -230,7 +230,7 @@ def test_pixels_that_wait_have_a_limit(smol, decoded, monkeypatch):
     with smol.opened() as model:
         for image in images:
             model.count_picture(image)
-        assert len(model.eye._kept) == 2
+        assert len(model.vision._kept) == 2
         model.chat("a", images=images, max_tokens=1)
     assert len(decoded) > 4
 

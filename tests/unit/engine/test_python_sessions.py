@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pop_converter.base.errors import OutputExistsError
 from pop_local import ChatSession, ContextFullError, Document, PopError, Turn
-from pop_local.base.errors import OutputExistsError
 from support.converted import tiny
 from support.programs import GREEDY, QUESTION, opened
 from support.synthetic import TEMPLATE

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth import online, power
@@ -178,13 +178,13 @@ def test_rows_are_refilled_with_each_token_of_an_answer(pop_file):
 def taken(monkeypatch):
     """The rows of each pass during answers, from now on."""
     passes = []
-    run = online.deepen
+    run = online.run_deep
 
     def noted(cache, rows):
         passes.append(list(rows))
         run(cache, rows)
 
-    monkeypatch.setattr(online, "deepen", noted)
+    monkeypatch.setattr(online, "run_deep", noted)
     return passes
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.config import settings
 from pop_local.engine.sessions.session_file import fingerprint
 from support.calls import greedy, opened, prompt

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.commands.rpc_server import is_loopback
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.llama import backend, rpc

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.batching import Pace
+from pop_local.engine.llama.batching import PrefillThrottle
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.prefill.read import Read
 from pop_local.engine.prefill.read import read as read_prompt
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.seats import Seats
+from pop_local.engine.slot_scheduler import SlotScheduler
 from support.calls import NOISE, opened, prompt
 from support.converted import converted, tiny
 from support.seeing import Seeing, make_seeing
@@ -149,7 +149,7 @@ def test_a_boundary_is_of_all_sequences(model):
 def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
     read_in(model, 0, LONG)
     other = LONG[:150] + prompt(20, seed=3)
-    seats = Seats(model)
+    seats = SlotScheduler(model)
     first = seats.take(Prompt(LONG))
     assert first == 0
     index = seats.take(Prompt(other))
@@ -183,7 +183,7 @@ def test_a_row_is_there_once_all_is_known_of_it(model, monkeypatch):
 
 def test_shared_rows_are_refilled_once(model):
     read_in(model, 0, LONG)
-    seats = Seats(model)
+    seats = SlotScheduler(model)
     seats.take(Prompt(LONG))
     index = seats.take(Prompt(LONG[:150]))
     seats.share(index, Prompt(LONG[:150]))
@@ -210,7 +210,7 @@ def test_restored_rows_are_shared_with_nobody(model):
     second.restore(pruned)
     read_in(model, 0, prompt(100, seed=1) + prompt(80, seed=3))
     assert model.sequences[0][1].refill() == 80
-    Seats(model).refilled(0)
+    SlotScheduler(model).refilled(0)
     assert second.n_exact == 0
     assert second.key != FULL
 
@@ -302,7 +302,7 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
     with opened(pop_file) as one:
         one.keep_prompts(prompts)
         one.read(Prompt(LONG))
-        one.cache.put_aside(Prompt([]))
+        one.cache.stash(Prompt([]))
     model.keep_prompts(prompts)
     read_in(model, 1, LONG[:50])
     assert len(prompts) == 1
@@ -354,7 +354,7 @@ def test_an_answer_goes_on_from_log_probabilities_of_its_prompt(model, pop_file)
 
 @pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
 def test_answers_keep_half_of_their_speed(step_s):
-    pace = Pace(512)
+    pace = PrefillThrottle(512)
     assert pace.rows_beside(0) == 512
     pace.took(0, 8, 0.500)  # too few to tell
     assert pace.rows_beside(2) == 64
@@ -376,7 +376,7 @@ def test_answers_keep_half_of_their_speed(step_s):
 
 
 def test_a_step_alone_pays_back_what_a_prompt_took():
-    pace = Pace(512)
+    pace = PrefillThrottle(512)
     pace.took(0, 512, 0.4)
     pace.took(1, 0, 0.05)
     pace.took(1, 200, 0.25)
@@ -389,7 +389,7 @@ def test_a_step_alone_pays_back_what_a_prompt_took():
 
 
 def test_a_prompt_goes_on_after_its_process_was_halted():
-    pace = Pace(512)
+    pace = PrefillThrottle(512)
     pace.took(1, 0, 0.05)
     pace.took(1, 64, 3600.0)
     n_alone = 0

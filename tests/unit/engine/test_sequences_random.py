@@ -12,7 +12,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.read import read
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.seats import Seats
+from pop_local.engine.slot_scheduler import SlotScheduler
 from support.calls import opened, prompt
 from support.converted import tiny
 
@@ -28,7 +28,7 @@ class Work:
     def __init__(self, model: PopModel, full: PopModel, seed: int) -> None:
         self._model, self._full = model, full
         self._rng = random.Random(seed)
-        self._seats = Seats(model)
+        self._seats = SlotScheduler(model)
         self._busy: list[int] = []
         self.n_checked = 0
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
-from pop_local.base.errors import PopError
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel

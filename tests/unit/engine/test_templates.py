@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.calibration.activations import loaded
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.model import PopModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.tools import text_form

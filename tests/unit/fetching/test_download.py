@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.fetching import download as download_module
 from pop_local.fetching.url import fetch_url
 from support.downloads import CHUNK, HALF, MODEL, OTHER, SHA256, names, pull, reply

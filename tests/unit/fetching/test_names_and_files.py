@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.fetching import catalog
 from pop_local.fetching.catalog import fetch

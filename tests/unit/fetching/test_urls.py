@@ -5,7 +5,7 @@ import ssl
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.fetching.download import reason_of
 from pop_local.fetching.url import file_name
 

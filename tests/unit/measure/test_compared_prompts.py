@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.measure.prompts import _first_difference, mcnemar, read_prompts
 
 

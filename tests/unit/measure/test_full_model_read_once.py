@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure import quality
 from pop_local.measure.forced import Pruning

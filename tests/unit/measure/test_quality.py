@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pop_local.base.errors import PopError, StoppedError
-from pop_local.base.progress import Progress
+from pop_converter.base.errors import PopError, StoppedError
+from pop_converter.base.progress import Progress
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.llama.context import Context

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pop_converter.base.errors import PopError
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pop_local.base import files
-from pop_local.base.errors import PopError
+from pop_converter.base import files
+from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.texts import documents
 from pop_local.texts.documents import EXTRA_HINT, MAX_BYTES, read_document

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message, TurnStats
 from pop_local.ui.chat import dialogue

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError, StoppedError
 from pop_local.ui import progress
 from pop_local.ui.theme import THEME
 from pop_local.ui.watch import terminal_watch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.base.numbers import size
+from pop_converter.base.numbers import size
 from pop_local.ui import tables, theme
 from pop_local.ui.tables import Column, markdown, print_facts, print_json
 

@@ -24,7 +24,7 @@ from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.workflows import learning as lessons_module
 from pop_local.workflows.conversion import within
-from pop_local.workflows.learning import Lessons
+from pop_local.workflows.learning import OnlineCalibration
 from support.calibrating import fitted_at, planned, settings, words
 from support.calls import last_logits, never, opened, prompt, read, wait_for
 from support.scripted import Transcript
@@ -71,7 +71,7 @@ def taught(path, budget=ANY, n_prompts=3, **options) -> Any:
     """A model that has read enough for a fit, and its teacher."""
     model = opened(path, n_batch=N, n_ubatch=N, n_ctx=4 * N, **options)
     model.learn(1 << 30)
-    lessons = Lessons(model, budget)
+    lessons = OnlineCalibration(model, budget)
     for seed in range(n_prompts):
         read(model, prompt(3 * N, seed))
     return model, lessons
@@ -86,7 +86,7 @@ def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_pa
     assert lesson.speedup_limit > 1.2 and lesson.n_rows == model.learned.n_rows
     before = last_logits(model)
     n_cached = model.cache.n_tokens
-    model.adopt(lesson.sidecar)
+    model.swap_sidecar(lesson.sidecar)
     assert (model.mode, model.boundary) == (Mode.CONTEXT, 4)
     # Rows that were read in full are the full model's, and stay.
     assert model.cache.n_tokens == model.cache.n_exact == n_cached
@@ -130,10 +130,10 @@ def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
 
 def test_what_the_user_has_set_stays(plain):
     model, lessons = taught(plain)
-    model.adopt(lessons.idle(never).sidecar)
+    model.swap_sidecar(lessons.idle(never).sidecar)
     model.set_mode(Mode.OFF)
     model.prompter.parse_special = True
-    model.adopt(model.sidecar)
+    model.swap_sidecar(model.sidecar)
     assert model.mode is Mode.OFF and not model.refills and model.prompter.parse_special
 
 
@@ -170,10 +170,10 @@ def test_a_stop_at_any_time_is_made_up_for(plain):
 
 def test_a_later_fit_must_be_better(plain, monkeypatch):
     model, lessons = taught(plain)
-    model.adopt(lessons.idle(never).sidecar)
+    model.swap_sidecar(lessons.idle(never).sidecar)
     assert not lessons.has_work
     model.set_mode(Mode.OFF)
-    model.adopt(model.sidecar)
+    model.swap_sidecar(model.sidecar)
     # Who reads in full goes on doing so.
     assert model.mode is Mode.OFF and not model.refills
     for seed in range(3, 6):
@@ -204,7 +204,7 @@ def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
     lesson = lessons.idle(never)
     assert model.learner.boundaries == (5,)
     assert lesson.boundary == 5
-    model.adopt(lesson.sidecar)
+    model.swap_sidecar(lesson.sidecar)
     assert model.meta.projection == kind
     model.close()
     if kind != Projection.FITTED:

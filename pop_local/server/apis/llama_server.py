@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pop_converter.base.errors import PopError
 from pop_local import __version__
-from pop_local.base.errors import PopError
 from pop_local.config.settings import MOST
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.prompt.infill import infilling

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
+from pop_converter.base.errors import PopError
 from pop_converter.fit import least_squares as fit
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import fitted_tensors
 from pop_converter.projection import Projection
-from pop_local.base.errors import PopError
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama import taps
@@ -101,7 +101,7 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
     return hash(np.asarray(tokens, np.int32).tobytes())
 
 
-class Learner:
+class OnlineCalibrator:
     """Learns from what a KvCache reads; one thread at a time uses both."""
 
     def __init__(

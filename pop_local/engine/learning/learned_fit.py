@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LearnedFit:
     """A sidecar that was learned from `n_rows` tokens, and is better than the one in use.
 
     `speedup_limit`: how many times as fast prompts are read by it at most.
@@ -40,7 +40,7 @@ class Loss:
     is_inside: bool
 
 
-class Teacher(Protocol):
+class Fitter(Protocol):
     """Makes lessons of what a model learns (pop_local.workflows.learning)."""
 
     loss: Loss | None
@@ -49,5 +49,5 @@ class Teacher(Protocol):
     def has_work(self) -> bool:
         """Whether `idle` would do something."""
 
-    def idle(self, should_stop: Callable[[], bool]) -> Lesson | None:
+    def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Go on until there is a lesson, nothing to do, or a wish to stop. Raises PopError."""

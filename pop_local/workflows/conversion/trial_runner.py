@@ -28,7 +28,7 @@ _NAME = "fitted.gguf"
 
 
 @dataclass(frozen=True)
-class Workbench:
+class TrialRunner:
     """A model that is measured in parts, the hardware for that, and who follows."""
 
     source: Source

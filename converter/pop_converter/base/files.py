@@ -5,7 +5,7 @@ import stat
 import time
 from pathlib import Path
 
-from pop_local.base.errors import PopError
+from pop_converter.base.errors import PopError
 
 # How long a pipe may be without anybody who writes to it.
 _PATIENCE_S = 5.0

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local import __version__
-from pop_local.base.errors import PopError
 from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of

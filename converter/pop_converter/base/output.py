@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import psutil
 
-from pop_local.base.errors import OutputExistsError, WriteError
+from pop_converter.base.errors import OutputExistsError, WriteError
 
 _SUFFIX = ".partial"
 

@@ -25,7 +25,7 @@ def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", *
     return field(default=default, metadata={"flag": flag, "how": how})
 
 
-def unfolded(command: Callable[..., None]) -> Callable[..., None]:
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let typer see the options of each parameter whose type is a Group.
 
     The command is called with the objects. Where a parameter has a default, its options have theirs

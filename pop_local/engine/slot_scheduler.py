@@ -6,7 +6,7 @@ from pop_local.engine.open_model import OpenModel
 from pop_local.engine.prompt.prompt import Prompt
 
 
-class Seats:
+class SlotScheduler:
     """The sequences of an open model, given out to one answer each.
 
     Not for several threads at once: the caller lets one after the other in.
@@ -60,7 +60,7 @@ class Seats:
                 other.follow(cache)
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Rows in common count where they are half of what is there, as in KvCache.put_aside."""
+        """Rows in common count where they are half of what is there, as in KvCache.stash."""
         cache = self.cache(index)
         n_same = cache.n_same(prompt)
         return (n_same if 2 * n_same >= cache.n_tokens else 0), -cache.n_tokens
