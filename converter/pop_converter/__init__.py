@@ -1,1 +1,3 @@
-"""The POP file format and everything that writes it. Knows no terminal and no chat."""
+"""The POP file format, and the plans, fits and writers that produce it."""
+
+__version__ = "0.1.0"

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
 
+from pop_converter import __version__
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import wide_weights
 from pop_converter.base.errors import FormatError, PlanError, WriteError
@@ -249,8 +250,8 @@ def unconverted(src: Path) -> Source:
 
 
 def tool_name() -> str:
-    """Return name and version, as in `pop.tool`."""
+    """Return the value of `pop.tool`: the installed package's name and version."""
     try:
         return f"pop-local {version('pop-local')}"
     except PackageNotFoundError:
-        return "pop-local"
+        return f"pop-converter {__version__}"
