@@ -1,0 +1,219 @@
+"""Synthetic documents for look-ups: prose with keys and random values, and questions about them.
+
+A value cannot be guessed, so a right answer was copied from the document. Half of the layouts and
+of the words are for fitting and training (`Use.FITTING`), the other half only for measuring
+(`Use.HELD_OUT`): no layout, key, name or word list occurs in both. All texts are determined by
+the numpy Generator, the prose and the token counter.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from pop_local.base.errors import PopError
+from pop_local.measure.carrier_layouts import LAYOUTS, Block, Layout, Record
+from pop_local.measure.carrier_values import KINDS, Use, Words, entities, value, words
+
+_T = TypeVar("_T")
+CountTokens = Callable[[str], int]
+
+# Records and fields of one block: enough that neighbours compete for every question.
+_N_RECORDS = 4
+_N_FIELDS = 2
+_PROSE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class LookupQuestion:
+    """A question whose answer is one value of the document, as an exact string.
+
+    `stem` is the start of the sentence that answers: what follows it, after a space, is `answer`.
+    `kind` is the value's kind (see `KINDS`), `layout` that of the value's block.
+    """
+
+    question: str
+    answer: str
+    kind: str
+    layout: str
+    stem: str
+
+    @property
+    def completion(self) -> str:
+        """Return the text that follows the document; the model completes it with the answer."""
+        return f"\n\nQuestion: {self.question}\nAnswer: {self.stem}"
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A document and the questions about its values."""
+
+    text: str
+    questions: tuple[LookupQuestion, ...]
+
+
+@dataclass(frozen=True)
+class AnsweredCarrier:
+    """A document, its questions and their answers as running text.
+
+    `answers` holds the (start, end) positions of the answers in characters of `text`. A span
+    starts at the answer's first character; the space that precedes it is not part of it.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class CarrierSettings:
+    """Size and use of a document: about `n_tokens` tokens, and exactly `n_questions`."""
+
+    n_tokens: int
+    n_questions: int
+    use: Use
+
+
+def make_carrier(
+    rng: np.random.Generator, settings: CarrierSettings, prose: str, count: CountTokens
+) -> Carrier:
+    """Build a document of blocks in all layouts of the use, with prose between and after them.
+
+    `prose` is cut at sentences and read from a random one on; `count` returns a text's tokens.
+    Raises PopError if the document has no room for the questions.
+    """
+    # The stream depends on the use, too: a seed given for both draws no common value.
+    rng = np.random.default_rng([*settings.use.value.encode(), int(rng.integers(1 << 62))])
+    writer = _Writer(rng, settings.use)
+    sentences = _sentences(prose)
+    blocks, questions, n_left = [], [], settings.n_tokens * (1 - _PROSE_SHARE)
+    while n_left > 0:
+        text, about = writer.block(n_left, count)
+        blocks.append(text)
+        questions += about
+        n_left -= count(text)
+    if len(questions) < settings.n_questions:
+        raise PopError(
+            f"a document of {settings.n_tokens} tokens has no room for {settings.n_questions}"
+            " look-ups",
+            "ask fewer questions or give longer documents",
+            cause="documents-too-short",
+        )
+    n_prose = settings.n_tokens - sum(map(count, blocks))
+    between = _paragraphs(rng, sentences, len(blocks) + 1, n_prose, count)
+    pieces = [between[0]]
+    for block, paragraph in zip(blocks, between[1:], strict=True):
+        pieces += [block, paragraph]
+    chosen = _even_over_kinds(rng, questions)[: settings.n_questions]
+    return Carrier("\n\n".join(filter(None, pieces)), tuple(chosen))
+
+
+def with_answers(carrier: Carrier) -> AnsweredCarrier:
+    """Append the questions and their answers to the document, as running text for training."""
+    text, spans = carrier.text, []
+    for question in carrier.questions:
+        text += question.completion + " "
+        spans.append((len(text), len(text) + len(question.answer)))
+        text += question.answer + "."
+    return AnsweredCarrier(text, tuple(spans))
+
+
+def _even_over_kinds(
+    rng: np.random.Generator, questions: Sequence[LookupQuestion]
+) -> list[LookupQuestion]:
+    """Shuffle, with the first question of every kind before the second of any."""
+    rounds: Counter[str] = Counter()
+    ranked = []
+    for i in rng.permutation(len(questions)):
+        ranked.append((rounds[questions[i].kind], questions[i]))
+        rounds[questions[i].kind] += 1
+    return [question for _, question in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _sentences(prose: str) -> list[str]:
+    parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
+    found = [part for part in parts if 20 < len(part) < 400]
+    if not found:
+        raise PopError("the prose for look-up documents has no sentences", "give a longer text")
+    return found
+
+
+def _paragraphs(
+    rng: np.random.Generator, sentences: Sequence[str], n: int, n_tokens: int, count: CountTokens
+) -> list[str]:
+    """Return `n` paragraphs of about `n_tokens` tokens together."""
+    first = int(rng.integers(len(sentences)))
+    paragraphs: list[list[str]] = [[] for _ in range(n)]
+    used = 0
+    for i in range(10 * len(sentences)):
+        sentence = sentences[(first + i) % len(sentences)]
+        if used + count(" " + sentence) > n_tokens:
+            break
+        used += count(" " + sentence)
+        paragraphs[min(n * used // max(1, n_tokens), n - 1)].append(sentence)
+    return [" ".join(each) for each in paragraphs]
+
+
+class _Writer:
+    """Writes blocks; no entity and no value of one document occurs twice in it."""
+
+    def __init__(self, rng: np.random.Generator, use: Use) -> None:
+        self._rng = rng
+        self._use = use
+        self._words: Words = words(use)
+        self._entities = iter(entities(rng, use))
+        self._layouts = _cycle(rng, LAYOUTS[use])
+        self._kinds = _cycle(rng, KINDS)
+        self._seen: list[str] = []
+
+    def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
+        """Return a block and the questions about all of its values.
+
+        It has fewer records if it would pass `n_tokens` otherwise, but one at least.
+        """
+        layout = next(self._layouts)
+        kinds = self._distinct_kinds()
+        fields = tuple(str(self._rng.choice(self._words.fields[kind])) for kind in kinds)
+        noun = str(self._rng.choice(self._words.nouns))
+        records = tuple(self._record(kinds) for _ in range(_N_RECORDS))
+        block = Block(noun, fields, kinds, records)
+        while len(block.records) > 1 and count(layout.write(block)) > n_tokens:
+            block = replace(block, records=block.records[:-1])
+        return layout.write(block), list(_questions(layout, block))
+
+    def _distinct_kinds(self) -> tuple[str, ...]:
+        kinds: list[str] = []
+        while len(kinds) < _N_FIELDS:
+            kind = next(self._kinds)
+            if kind not in kinds:
+                kinds.append(kind)
+        return tuple(kinds)
+
+    def _record(self, kinds: Sequence[str]) -> Record:
+        entity = next(self._entities, None)
+        if entity is None:
+            raise PopError("a look-up document needs more names than there are", "shorten it")
+        return Record(entity, tuple(self._new_value(kind) for kind in kinds))
+
+    def _new_value(self, kind: str) -> str:
+        while True:
+            found = value(self._rng, kind, self._words)
+            if not any(found in other or other in found for other in self._seen):
+                self._seen.append(found)
+                return found
+
+
+def _questions(layout: Layout, block: Block) -> Iterator[LookupQuestion]:
+    for record in block.records:
+        for field, kind, answer in zip(block.fields, block.kinds, record.values, strict=True):
+            subject = layout.subject(block.noun, field, record.entity)
+            stem = f"{subject[0].upper()}{subject[1:]} is"
+            yield LookupQuestion(f"What is {subject}?", answer, kind, layout.name, stem)
+
+
+def _cycle(rng: np.random.Generator, items: Sequence[_T]) -> Iterator[_T]:
+    """Yield all items in random order, again and again, so that all are drawn equally often."""
+    while True:
+        for i in rng.permutation(len(items)):
+            yield items[i]

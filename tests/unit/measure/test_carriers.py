@@ -1,0 +1,88 @@
+"""Synthetic documents for look-ups: each answer is once in the document, and uses share nothing."""
+
+from collections import Counter
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from pop_local.base.errors import PopError
+from pop_local.measure.carrier_layouts import LAYOUTS
+from pop_local.measure.carrier_values import KINDS, Use, words
+from pop_local.measure.carriers import Carrier, CarrierSettings, make_carrier, with_answers
+from pop_local.measure.heldout import shipped_part
+
+
+def _n_tokens(text: str) -> int:
+    return len(text) // 3
+
+
+def _carriers(use: Use, n: int = 5, n_tokens: int = 1024) -> list[Carrier]:
+    rng = np.random.default_rng(7)
+    settings = CarrierSettings(n_tokens, 20, use)
+    return [make_carrier(rng, settings, shipped_part("prose"), _n_tokens) for _ in range(n)]
+
+
+@pytest.mark.parametrize("use", Use)
+def test_an_answer_occurs_once_in_its_document_and_its_subject_is_unique(use: Use) -> None:
+    for carrier in _carriers(use):
+        assert len({each.question for each in carrier.questions}) == 20
+        assert all(carrier.text.count(each.answer) == 1 for each in carrier.questions)
+
+
+@pytest.mark.parametrize("use", Use)
+def test_documents_have_the_requested_size_and_half_of_it_is_prose(use: Use) -> None:
+    for carrier in _carriers(use):
+        assert 0.9 * 1024 < _n_tokens(carrier.text) < 1.1 * 1024
+        prose = sum(
+            len(part)
+            for part in carrier.text.split("\n\n")
+            if " ".join(part.split())[:60] in " ".join(shipped_part("prose").split())
+        )
+        assert 0.35 < prose / len(carrier.text) < 0.65
+
+
+@pytest.mark.parametrize("use", Use)
+def test_all_kinds_and_layouts_are_asked_about(use: Use) -> None:
+    questions = [each for carrier in _carriers(use, 10) for each in carrier.questions]
+    kinds = Counter(each.kind for each in questions)
+    assert set(kinds) == set(KINDS)
+    assert min(kinds.values()) > 8
+    assert {each.layout for each in questions} == {layout.name for layout in LAYOUTS[use]}
+
+
+def test_fitting_and_measuring_share_no_layout_word_or_value() -> None:
+    assert not {each.name for each in LAYOUTS[Use.FITTING]} & {
+        each.name for each in LAYOUTS[Use.HELD_OUT]
+    }
+    fitting, held_out = words(Use.FITTING), words(Use.HELD_OUT)
+    for field in fields(fitting):
+        first, second = getattr(fitting, field.name), getattr(held_out, field.name)
+        if isinstance(first, dict):
+            first = [each for key in first for each in first[key]]
+            second = [each for key in second for each in second[key]]
+        assert not set(first) & set(second) if isinstance(first, tuple | list) else first != second
+    answers = [
+        {each.answer for carrier in _carriers(use) for each in carrier.questions} for use in Use
+    ]
+    assert not answers[0] & answers[1]
+
+
+def test_documents_depend_on_the_seed_alone() -> None:
+    assert _carriers(Use.HELD_OUT) == _carriers(Use.HELD_OUT)
+    assert len({carrier.text for carrier in _carriers(Use.HELD_OUT)}) == 5
+
+
+def test_answers_for_training_are_located_by_character() -> None:
+    carrier = _carriers(Use.FITTING, 1)[0]
+    answered = with_answers(carrier)
+    assert answered.text.startswith(carrier.text)
+    found = [answered.text[start:end] for start, end in answered.answers]
+    assert found == [each.answer for each in carrier.questions]
+    assert all(answered.text[start - 1] == " " for start, _ in answered.answers)
+
+
+def test_a_document_without_room_for_the_questions_is_refused() -> None:
+    with pytest.raises(PopError, match="no room for 20 look-ups") as caught:
+        _carriers(Use.HELD_OUT, 1, 200)
+    assert caught.value.hint
