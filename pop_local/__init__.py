@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pop_local.engine.sessions.chat_session import ChatSession as ChatSession
     from pop_local.engine.sessions.chat_session import Stream as Stream
     from pop_local.engine.sessions.conversation import Conversation as Conversation
-    from pop_local.engine.sessions.conversation import Document as Document
     from pop_local.engine.sessions.conversation import Turn as Turn
     from pop_local.engine.turn import AnswerOptions as AnswerOptions
     from pop_local.engine.turn import SessionStats as SessionStats
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
     from pop_local.research.analyze import Analysis as Analysis
     from pop_local.research.analyze import analyze as analyze
     from pop_local.research.options import AnalyzeOptions as AnalyzeOptions
-    from pop_local.texts.documents import read_document as read_document
+    from pop_local.texts.document import Document as Document
+    from pop_local.texts.document_readers import read_document as read_document
     from pop_local.workflows.conversion.convert import Converted as Converted
     from pop_local.workflows.conversion.convert import convert as convert
     from pop_local.workflows.conversion.goals import Boundary as Boundary
@@ -67,8 +67,9 @@ _MODULES = {
     "pop_local.workflows.options": ["Hardware", "RowOptions"],
     "pop_local.engine.decode.grammar": ["Grammar", "GrammarError"],
     "pop_local.engine.model": ["PopModel"],
-    "pop_local.texts.documents": ["read_document"],
-    "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],
+    "pop_local.texts.document_readers": ["read_document"],
+    "pop_local.engine.sessions.conversation": ["Conversation", "Turn"],
+    "pop_local.texts.document": ["Document"],
     "pop_local.engine.sessions.chat_session": ["Answer", "ChatSession", "Stream"],
     "pop_local.engine.context_full": ["ContextFullError"],
     "pop_local.engine.turn": ["AnswerOptions", "SessionStats", "TurnStats"],

@@ -18,10 +18,11 @@ from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
-from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.turn import Chunk
 from pop_local.texts.decoding import decoded
-from pop_local.texts.documents import read_document, read_limited
+from pop_local.texts.document import Document
+from pop_local.texts.document_readers import read_document, read_limited
 from pop_local.ui.chat.overflow import least_answer, too_long
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.interrupt import deferred_interrupt

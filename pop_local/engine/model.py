@@ -15,11 +15,12 @@ from pop_local.engine.sessions.chat_session import (
     Stream,
     load_session,
 )
-from pop_local.engine.sessions.conversation import Conversation, Document
+from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.turn import AnswerOptions
 from pop_local.models import names
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.sidecars import sidecar_of
+from pop_local.texts.document import Document
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

@@ -13,10 +13,11 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
-from pop_local.engine.sessions.conversation import Document, Turn
+from pop_local.engine.sessions.conversation import Turn
 from pop_local.engine.turn import Message
 from pop_local.texts.decoding import read_text
-from pop_local.texts.documents import read_document
+from pop_local.texts.document import Document
+from pop_local.texts.document_readers import read_document
 
 _ROLES = ("system", "user", "assistant")
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
-from pop_local.texts.documents import read_text_of
+from pop_local.texts.document_readers import read_text_of
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:

@@ -21,7 +21,7 @@ from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import read_sidecar, sidecar_beside, sidecar_meta
 from pop_converter.projection import Projection
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.fields import (
     Fingerprint,
     Session,
@@ -31,6 +31,7 @@ from pop_local.engine.sessions.fields import (
 )
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.budget import boundaries
+from pop_local.texts.document import Document
 from pop_local.workflows import inspect as inspection
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.events import Watch

@@ -14,7 +14,7 @@ from PIL import Image
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
 from pop_local.server.front import Entry
 from pop_local.server.page import reader, routes
-from pop_local.texts.documents import MAX_BYTES as MAX_DOCUMENT_BYTES
+from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
 from support.asked import NAME
 from support.calls import opened
 from support.paths import ROOT

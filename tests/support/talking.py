@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from pop_local.engine.model import PopModel
-from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.turn import Message, TurnStats
+from pop_local.texts.document import Document
 
 QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
 

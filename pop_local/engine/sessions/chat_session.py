@@ -16,9 +16,10 @@ from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.open_model import OpenModel
-from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
+from pop_local.texts.document import Document
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,14 +4,7 @@ from dataclasses import dataclass, replace
 
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.turn import Message
-
-
-@dataclass(frozen=True)
-class Document:
-    """The text of a file, whole or cut; `name` is for people."""
-
-    name: str
-    text: str
+from pop_local.texts.document import Document
 
 
 @dataclass(frozen=True)

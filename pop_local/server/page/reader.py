@@ -6,7 +6,7 @@ from pathlib import Path
 from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
-from pop_local.texts.documents import read_document
+from pop_local.texts.document_readers import read_document
 
 LIMIT_S = 60.0
 LIMIT_BYTES = 2**30

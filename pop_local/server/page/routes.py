@@ -21,7 +21,7 @@ from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
 from pop_local.engine.limited.process import NoChildError
 from pop_local.server.errors import ApiError
 from pop_local.server.page.reader import reader
-from pop_local.texts.documents import MAX_BYTES as MAX_DOCUMENT_BYTES
+from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {

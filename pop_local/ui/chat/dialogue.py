@@ -16,8 +16,8 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
-from pop_local.engine.sessions.conversation import Document
 from pop_local.measure.full_cost import FullCosts
+from pop_local.texts.document import Document
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.interrupt import CtrlC, deferred_interrupt

@@ -14,8 +14,7 @@ import pytest
 from pop_converter.base import files
 from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
-from pop_local.texts import documents
-from pop_local.texts.documents import EXTRA_HINT, MAX_BYTES, read_document
+from pop_local.texts.document_readers import EXTRA_HINT, MAX_BYTES, read_document
 
 PDF = b"""%%PDF-1.4
 1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj
@@ -145,7 +144,7 @@ def test_a_docx_with_entities_is_refused_since_its_text_would_be_lost(tmp_path):
 
 
 def test_pages_that_share_what_they_draw_are_read_up_to_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_BYTES", 1000)
+    monkeypatch.setattr(document_readers, "MAX_BYTES", 1000)
     path = tmp_path / "paper.pdf"
     text = pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET")
     path.write_bytes(text.replace(b"[3 0 R]", b"[" + b"3 0 R " * 60 + b"]"))
@@ -176,7 +175,7 @@ def test_a_device_is_not_read():
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
 @pytest.mark.parametrize(("n_bytes", "fits"), [(1000, True), (1001, False)])
 def test_a_pipe_is_read_up_to_the_limit(tmp_path, monkeypatch, n_bytes, fits):
-    monkeypatch.setattr(documents, "MAX_BYTES", 1000)
+    monkeypatch.setattr(document_readers, "MAX_BYTES", 1000)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=(b"x" * n_bytes,))

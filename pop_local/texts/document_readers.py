@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.files import read_file
-from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.decoding import decoded, read_text
+from pop_local.texts.document import Document
 
 MAX_BYTES = 100_000_000
 # A DOCX may grow by this when unpacked: its XML takes twelve times as much memory.

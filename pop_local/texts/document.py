@@ -1,0 +1,11 @@
+"""A document: the text of a file and its name."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Document:
+    """The text of a file or of a part of it; `name` is shown to the user."""
+
+    name: str
+    text: str
