@@ -77,4 +77,4 @@ def _silence(header: Header, name: str, values: np.ndarray) -> None:
         if name in ("hc_attn_scale.weight", "hc_ffn_scale.weight"):
             values[2] = 0
         if name in ("hc_attn_base.weight", "hc_ffn_base.weight"):
-            values[2 * n :] = np.where(np.vision(n), 1e4, -1e4).ravel()
+            values[2 * n :] = np.where(np.eye(n), 1e4, -1e4).ravel()

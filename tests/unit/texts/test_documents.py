@@ -14,6 +14,7 @@ import pytest
 from pop_converter.base import files
 from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
+from pop_local.texts import document_readers
 from pop_local.texts.document_readers import EXTRA_HINT, MAX_BYTES, read_document
 
 PDF = b"""%%PDF-1.4

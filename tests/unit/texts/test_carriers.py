@@ -6,11 +6,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from pop_local.base.errors import PopError
-from pop_local.measure.carrier_layouts import LAYOUTS
-from pop_local.measure.carrier_values import KINDS, Use, words
-from pop_local.measure.carriers import Carrier, CarrierSettings, make_carrier, with_answers
+from pop_converter.base.errors import PopError
 from pop_local.measure.heldout import shipped_part
+from pop_local.texts.carrier_layouts import LAYOUTS
+from pop_local.texts.carrier_values import KINDS, Use, words
+from pop_local.texts.carriers import Carrier, CarrierSettings, make_carrier, with_answers
 
 
 def _n_tokens(text: str) -> int:

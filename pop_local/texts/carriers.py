@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from pop_local.base.errors import PopError
-from pop_local.measure.carrier_layouts import LAYOUTS, Block, Layout, Record
-from pop_local.measure.carrier_values import KINDS, Use, Words, entities, value, words
+from pop_converter.base.errors import PopError
+from pop_local.texts.carrier_layouts import LAYOUTS, Block, Layout, Record
+from pop_local.texts.carrier_values import KINDS, Use, Words, entities, value, words
 
 _T = TypeVar("_T")
 CountTokens = Callable[[str], int]

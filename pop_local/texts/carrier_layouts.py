@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pop_local.measure.carrier_values import Use
+from pop_local.texts.carrier_values import Use
 
 
 @dataclass(frozen=True)
