@@ -66,7 +66,6 @@ class Opener:
         if options.mmproj and not name:
             opened.prompter.open_vision()  # so that a misfit is an error now
         self._warn(opened)
-        opened.refiller.refill_answers(None if options.refill == "answer" else 0)
         opened.prompter.parse_special = options.parse_special
         return opened
 

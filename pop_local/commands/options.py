@@ -176,10 +176,8 @@ class ModelOptions(OpenOptions, PictureOptions):
 
     full: bool = option("Read prompts in full, without pruning.", default=False)
     select: str | None = option(SELECT, "SHARE")
-    refill: Literal["idle", "answer", "off"] = option(
-        "When pruned tokens run the skipped layers: while nothing is asked, also with each token of"
-        " an answer, or never.",
-        default="off",
+    refill: Literal["idle", "off"] = option(
+        "Run pruned tokens through the skipped layers while the model is idle.", default="off"
     )
     learn: Literal["on", "off"] = option(
         "Learn from what is read, to read it faster later; sums are kept, no text.",

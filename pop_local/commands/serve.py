@@ -209,7 +209,6 @@ def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     reasons = {
         "--repeatable": to.repeatable,
         "--select": opt.selected(how.select),
-        "--refill answer": how.refill == "answer",
     }
     one = next((name for name, is_so in reasons.items() if is_so), None)
     if one is not None and (to.parallel or 1) > 1:

@@ -46,7 +46,6 @@ class Parts:
     rule: RowRule
 
     def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
-        self.refiller.online.end()
         return read(self.cache, prompt, self.rule, on_prefill)
 
     def sampled(self, sampler: Sampling) -> Generator[int]:
@@ -64,14 +63,11 @@ class Parts:
                 yield token
                 if cache.epoch != epoch:
                     raise DisplacedError
-                if self.rule.reuses:
-                    self.refiller.before_step()
                 cache.step(token)
                 if cache.epoch != epoch:
                     raise DisplacedError
         finally:
             sampler.close()
-            self.refiller.online.end()
 
 
 def answer(

@@ -91,9 +91,3 @@ class PopModel(OpenModel):
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
         """Go on with a conversation that ChatSession.save, or the chat, has written."""
         return load_session(self, path)
-
-    def as_llama(self) -> Any:
-        """Return a llama_cpp.Llama that asks this model, for programs that want one."""
-        from pop_local.engine.as_llama import as_llama
-
-        return as_llama(self)

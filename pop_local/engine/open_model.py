@@ -128,7 +128,6 @@ class OpenModel:
 
     def close(self) -> None:
         """Free the model; where a prompt is read, by the same thread, that is stopped first."""
-        self.refiller.online.end()
         try:
             if self.learner is not None:
                 self.learner.detach()
@@ -347,8 +346,6 @@ class OpenModel:
         self.refills = can_redo and keep_states
         for cache, _ in self.sequences:
             cache.keep_states(self.refills or self.rule.select > 0)
-        if not self.cache.keeps_states:
-            self.refiller.refill_answers(0)
 
     @property
     def held_bytes(self) -> int:

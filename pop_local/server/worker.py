@@ -14,7 +14,6 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.answer import Parts
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.logprobs import prompt_logprobs
-from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.embedding import embedding
 from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.llama.backend import Mode
@@ -238,7 +237,7 @@ class Worker(threading.Thread):
     def _wait(self) -> None:
         """Wait for a call; while nothing runs, refill cached prompts, and learn."""
         while not self._stopping.is_set():
-            is_free = self._calls.empty() and not self._seen_s and not on_battery()
+            is_free = self._calls.empty() and not self._seen_s
             index = self._seats.refillable()
             if is_free and index is not None:
                 self._refill(index)
@@ -246,8 +245,7 @@ class Worker(threading.Thread):
                 self._learn()
             has_work = not self._seen_s and (index is not None or self._can_learn)
             with suppress(queue.Empty):
-                waits_s = (RECHECK_S if on_battery() else 0.0) if has_work else None
-                self._calls.get(timeout=waits_s)
+                self._calls.get(timeout=0.0 if has_work else None)
                 return
 
     @property
@@ -255,7 +253,7 @@ class Worker(threading.Thread):
         return self._teacher is not None and self._teacher.has_work
 
     def _is_called(self) -> bool:
-        return not self._calls.empty() or on_battery()
+        return not self._calls.empty()
 
     def _refill(self, index: int) -> None:
         _, refiller = self._model.sequences[index]

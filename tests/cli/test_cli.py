@@ -184,12 +184,12 @@ def test_special_tokens_in_a_question_are_text_unless_told_otherwise(tmp_path):
 
 def test_options_without_effect_get_a_word(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
-    given = ("--ctx", 9, "--refill", "answer", "--image-tokens", 64, "--max-tokens", 1)
+    given = ("--ctx", 9, "--refill", "idle", "--image-tokens", 64, "--max-tokens", 1)
     done = called("run", path, "hi", *given, "--threads", 1)
     assert done.returncode == 0
     for words in (
         "The context holds 256 tokens",
-        "--refill has no effect: this model is not pruned",
+        "--refill idle has no effect: one question is asked",
         "--image-tokens has no effect: this model has no mmproj",
     ):
         assert words in done.stderr
@@ -201,15 +201,14 @@ PLAIN, ONCE, PIPED = "this model is not pruned", "one question is asked", "piped
 @pytest.mark.parametrize(
     ("file", "words", "why"),
     [
-        ("llama.gguf", "chat --refill answer --learn off", PLAIN),
+        ("llama.gguf", "chat --refill idle --learn off", PIPED),
         ("llama.gguf", "chat --learn off", ""),
         ("llama.gguf", "serve --refill idle --learn off", PLAIN),
         ("llama.gguf", "serve --learn off", ""),
         ("llama.gguf", "serve --refill idle", ""),  # it may learn to prune
         ("llama.pop.gguf", "serve --refill idle", ""),
         ("llama.pop.gguf", "run hi --refill idle", ONCE),
-        ("llama.pop.gguf", "run hi --refill answer", ""),
-        ("llama.pop.gguf", "run hi --refill answer --full", "--full prunes nothing"),
+        ("llama.pop.gguf", "run hi --refill idle --full", "--full prunes nothing"),
         ("llama.gguf", "run hi --refill idle", ONCE),
         ("llama.pop.gguf", "chat --refill idle", PIPED),
         ("llama.pop.gguf", "chat", ""),

@@ -58,10 +58,3 @@ def test_plain_text_is_continued(model):
     assert last.stats.n_prompt < 12
     pieces = model.continue_text("A, B, C, D, E,", temperature=0.0, max_tokens=8)
     assert "F, G" in "".join(piece.text for piece in pieces)
-
-
-def test_llama_cpps_own_chat_completion_works(model):
-    answer = model.as_llama().create_chat_completion(
-        [{"role": "user", "content": QUESTION.content}], temperature=0.0, max_tokens=12
-    )
-    assert answer["choices"][0]["message"]["content"] == ask(model, QUESTION)[0]

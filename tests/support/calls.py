@@ -103,7 +103,6 @@ def text_of(model: PopModel, tokens: Iterable[int]) -> str:
 
 
 def completed(model: PopModel, tokens: list[int], **options: Any) -> str:
-    """The text of llama_cpp's own completion at temperature 0."""
-    answer: Any = model.as_llama().create_completion(tokens, temperature=0.0, **options)
-    text: str = answer["choices"][0]["text"]
-    return text
+    """Return the greedy continuation's text."""
+    chosen = TurnOptions(temperature=0.0, **options)
+    return "".join(chunk.text for chunk in model.answer(Prompt(tokens), chosen))

@@ -58,7 +58,6 @@ class ScriptedModel:
         names = {"general.architecture": "llama", "general.name": "Scripted"}
         self.context = SimpleNamespace(header=names)
         self.prompter = SimpleNamespace(has_template=True)
-        self.refiller = SimpleNamespace(refill_answers=lambda n_rows: None)
         self.rule = SimpleNamespace(select=0.0)
         self.n_ctx_train = 8192
         self.recommended: dict[str, float] = {}

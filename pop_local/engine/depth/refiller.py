@@ -6,9 +6,7 @@ from contextlib import suppress
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.passes import run_deep
-from pop_local.engine.depth.power import on_battery
 from pop_local.engine.llama.interrupt import stopped_by
 
 # The length of a chunk of refilling. On the CPU the abort callback ends it between two nodes. A
@@ -25,20 +23,7 @@ class Refiller:
         self._cache = cache
         self._chunk_s = CHUNK_ON_DEVICE_S if cache.context.on_device else CHUNK_S
         self._chunk = min(_FIRST_CHUNK, cache.context.n_ubatch)
-        self.online = OnlineRefill(cache, 0)
         self._n_refilled = 0
-
-    def refill_answers(self, n_rows: int | None) -> None:
-        """Run this many pruned rows before each token of an answer, none where states are not kept.
-
-        None: as many as slow decoding by a tenth; `online.n_rows` says how many once it is known.
-        """
-        self.online.end()
-        self.online = OnlineRefill(self._cache, n_rows if self._cache.keeps_states else 0)
-
-    def before_step(self) -> None:
-        if self.online.n_rows != 0 and not on_battery():
-            self.online.before_row(self._cache.n_tokens)
 
     def take_refilled(self) -> int:
         """Return how many rows were refilled since this was asked before."""

@@ -85,7 +85,6 @@ class Dialogue:
         """Choose when cached rows are refilled; `refill` is one of ui.chat.refill.MODES."""
         self.refill = refill
         self.model.set_depth(self.model.rule.select, keep_states=refill != "off")
-        self.model.refiller.refill_answers(None if refill == "answer" else 0)
 
     def _exact_state(self) -> str:
         if self.model.mode is Mode.OFF:

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pop_converter.base.numbers import size
-from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.learning.learned_fit import LearnedFit
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.errors import as_pop_error
 
-MODES = ("idle", "answer", "off")
+MODES = ("idle", "off")
 
 
 def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
@@ -30,9 +29,6 @@ def idling(chat: Dialogue) -> Iterator[None]:
     lessons: list[LearnedFit] = []
     failures: list[Exception] = []
 
-    def should_stop() -> bool:
-        return stop.is_set() or on_battery()
-
     def work() -> None:
         try:
             while not stop.is_set() and not lessons:
@@ -40,11 +36,9 @@ def idling(chat: Dialogue) -> Iterator[None]:
                 learns = chat.teacher is not None and chat.teacher.has_work
                 if not (refills or learns):
                     return
-                if on_battery():
-                    stop.wait(RECHECK_S)
-                elif refills:
-                    chat.model.refill(should_stop)
-                elif lesson := _learned(chat, should_stop):
+                if refills:
+                    chat.model.refill(stop.is_set)
+                elif lesson := _learned(chat, stop.is_set):
                     lessons.append(lesson)
         except Exception as error:  # the conversation goes on
             failures.append(error)
@@ -114,9 +108,8 @@ def status(chat: Dialogue) -> str:
     nothing = not model.cache.n_tokens or not model.boundary or model.no_refill
     if chat.refill == "off" or nothing:
         return ""
-    waits = ", refilling waits for mains power" if on_battery() else ""
     cache = model.cache
-    return f"{cache.n_exact:,} of {cache.n_tokens:,} tokens are as if read in full{waits}"
+    return f"{cache.n_exact:,} of {cache.n_tokens:,} tokens are as if read in full"
 
 
 def _state(chat: Dialogue) -> str:
@@ -127,11 +120,4 @@ def _state(chat: Dialogue) -> str:
     if chat.refill == "off":
         return "Refilling is off: pruned tokens stay so."
     held = size(chat.model.held_bytes)
-    if chat.refill == "idle":
-        return f"Pruned tokens run the skipped layers while you type; their states take {held}."
-    n_rows = chat.model.refiller.online.n_rows
-    with_each = "some" if n_rows is None else n_rows or "none (this machine computes at its limit)"
-    return (
-        "Pruned tokens run the skipped layers while you type; with each token of an answer,"
-        f" {with_each} of them. Their states take {held}."
-    )
+    return f"Pruned tokens run the skipped layers while you type; their states take {held}."

@@ -160,7 +160,7 @@ _ALL = (
         "/full on|off", "read in full, or skip layers while reading", _full, lambda: ("on", "off")
     ),
     Command(
-        "/refill idle|answer|off",
+        "/refill idle|off",
         "when pruned tokens run the skipped layers; alone: how far they have",
         refill.set_mode,
         lambda: refill.MODES,

@@ -300,7 +300,6 @@ def test_depth_with_pictures(seeing):
         with pytest.raises(PopError, match="M-RoPE"):
             seeing.opened(select=0.5)
         with seeing.opened(keep_states=True) as model:
-            model.refiller.refill_answers(4)
             assert model.chat(LONG, images=[png(3)], max_tokens=4).stats.n_refilled == 0
     with seeing.opened(keep_states=True, flash_attn=False) as model:
         tokens = prompt(model, LONG, 3)
@@ -362,16 +361,6 @@ def test_what_should_stop_raises_comes_out_of_an_encoding(smol):
         model.vision._should_stop = pressed
         with pytest.raises(KeyboardInterrupt):
             model.vision.embedded(image)
-
-
-def test_llama_cpps_own_chat_is_shown_no_pictures(smol):
-    url = {"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}
-    messages: Any = [{"role": "user", "content": [url, {"type": "text", "text": "a b"}]}]
-    with smol.opened() as model:
-        with pytest.raises(PopError, match="no pictures"):
-            model.as_llama().create_chat_completion(messages, max_tokens=1)
-        messages[0]["content"].remove(url)
-        assert model.as_llama().create_chat_completion(messages=messages, max_tokens=1)
 
 
 def test_a_prompt_with_a_picture_is_not_short(smol):

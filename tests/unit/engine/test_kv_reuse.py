@@ -305,12 +305,12 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
 
 def test_an_answer_does_not_go_on_over_another_prompt(pop_file):
     model = opened(pop_file)
-    first, second = steps(model, prompt(60)), model.as_llama()
+    first = steps(model, prompt(60))
     next(first)
-    stream = second.create_completion(prompt(100), max_tokens=50, temperature=0.0, stream=True)
-    next(iter(stream))
+    second = model.answer(Prompt(prompt(100)), TurnOptions(max_tokens=50, temperature=0.0))
+    next(second)
     read(model, prompt(50, seed=1))
-    for answer in (first, stream):
+    for answer in (first, second):
         with pytest.raises(PopError, match="another answer begun"):
             list(answer)
 

@@ -61,7 +61,6 @@ def test_the_documented_example_runs(chat_model, tmp_path):
     assert "Fitting, in tokens" in lines and "Writing, then reading back, in bytes" in lines
     assert any(line.startswith("FFFFFFSS, ") and "Measured(kl_mean=" in line for line in lines)
     assert any(re.fullmatch(r"KL \d\.\d+ ± \d\S+, on held-out text.*", line) for line in lines)
-    assert lines[-1].startswith("{'decided': '")
     assert (tmp_path / "talk.popsession").is_file()
 
 
@@ -148,7 +147,6 @@ def test_a_closed_model_says_so(chat_model, tmp_path):
         lambda: session.chat("a"),
         lambda: session.save(tmp_path / "closed"),
         lambda: model.load_session(session_file(chat_model, tmp_path)),
-        lambda: model.as_llama().create_completion([5] * 20),
         model.cache.clear,
     ):
         with pytest.raises(PopError, match="is closed"):

@@ -1,28 +1,22 @@
 """Refilling while the chat waits, before a session is saved, and between a server's requests."""
 
-import itertools
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.depth import online, power
-from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.forced import Pruning, forced
-from pop_local.server import worker
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
-from support.calls import NOISE, append, greedy, opened, prompt, read, steps, wait_for
+from support.calls import NOISE, opened, prompt, read, wait_for
 from support.converted import tiny
 from support.scripted import Transcript
 from support.serving import app_of, asking
@@ -70,38 +64,6 @@ def test_a_line_that_comes_early_ends_it(chat, pause_s):
     begun.ask("and now?")
     assert begun.session.answer_stats[-1].n_refilled == n_exact
     assert begun.model.cache.n_exact <= begun.model.cache.n_tokens
-
-
-def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
-    battery = SimpleNamespace(power_plugged=False)
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
-    monkeypatch.setattr(power, "RECHECK_S", 0.0)
-    begun = chat()
-    begun.ask(WORDS)
-    with refill.idling(begun):
-        time.sleep(0.05)
-    assert begun.model.cache.n_exact == 0
-    assert "waits for mains power" in refill.status(begun)
-    begun.model.refiller.refill_answers(8)
-    assert begun.ask("and now?") is None
-    assert begun.session.answer_stats[-1].n_refilled == 0
-    assert begun.model.cache.n_exact == 0
-    battery.power_plugged = None  # it cannot tell
-    with refill.idling(begun):
-        wait_for(lambda: begun.model.refiller.n_refillable == 0)
-
-
-def test_a_machine_that_cannot_look_for_a_battery_has_none(chat, monkeypatch):
-    def sensors_battery():
-        raise FileNotFoundError(2, "No such file or directory", "/sys/class/power_supply")
-
-    monkeypatch.setattr(psutil, "sensors_battery", sensors_battery, raising=False)
-    monkeypatch.setattr(power, "RECHECK_S", 0.0)
-    begun = chat()
-    begun.ask(WORDS)
-    assert "mains power" not in refill.status(begun)
-    with refill.idling(begun):
-        wait_for(lambda: begun.model.refiller.n_refillable == 0)
 
 
 def test_off_refills_nothing(chat):
@@ -152,89 +114,11 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 
 
 def test_the_command_says_how_far_it_is(chat):
-    shown = talked(chat(WORDS, "/refill", "/refill answer", "/refill never", "/refill off"))
+    shown = talked(chat(WORDS, "/refill", "/refill never", "/refill off"))
     assert "Pruned tokens run the skipped layers while you type; their states take" in shown
     assert "tokens are as if read in full" in shown
-    assert "with each token of an answer, some of them" in shown
-    assert "/refill takes idle, answer, off, not never." in shown
+    assert "/refill takes idle, off, not never." in shown
     assert "Refilling is off" in shown
-
-
-def test_rows_are_refilled_with_each_token_of_an_answer(pop_file):
-    tokens = prompt(200)
-    model = opened(pop_file, keep_states=True)
-    model.refiller.refill_answers(8)
-    n_deep = int(model.cache.rows.is_full.sum())
-    answer = greedy(model, tokens, n=20)
-    assert int(model.cache.rows.is_full[:200].sum()) > n_deep + 100
-    assert model.cache.n_exact == 0
-    plain = opened(pop_file, keep_states=True)
-    assert greedy(plain, tokens, n=20)[0] == answer[0]
-    # Nothing is left to be counted once it is refilled.
-    model.refill()
-    assert model.cache.n_exact == model.cache.n_tokens
-
-
-def taken(monkeypatch):
-    """The rows of each pass during answers, from now on."""
-    passes = []
-    run = online.run_deep
-
-    def noted(cache, rows):
-        passes.append(list(rows))
-        run(cache, rows)
-
-    monkeypatch.setattr(online, "run_deep", noted)
-    return passes
-
-
-def test_rows_are_taken_by_attention_not_in_order(pop_file, monkeypatch):
-    model = opened(pop_file, keep_states=True)
-    model.refiller.refill_answers(8)
-    sampled = steps(model, prompt(200))
-    next(sampled)
-    passes = taken(monkeypatch)
-    for _ in range(10):
-        next(sampled)
-    assert len(passes) >= 8
-    assert all(len(rows) == 8 for rows in passes)
-    assert sorted(row for rows in passes for row in rows) != list(range(1, 1 + 8 * len(passes)))
-    sampled.close()
-    # Nobody asks any longer: what is read next counts as no question.
-    backend.set_question(model.context.ctx, -1)
-    append(model, prompt(60, seed=1))
-    assert backend.get_scores(model.context.ctx, 150).sum() == 0
-
-
-def test_a_measured_answer_takes_them_so_too(pop_file, monkeypatch):
-    """On a battery, too: somebody asked for it."""
-    battery = SimpleNamespace(power_plugged=False)
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
-    monkeypatch.setattr(power, "RECHECK_S", 0.0)
-    model = opened(pop_file)
-    pruning = Pruning(4, Mode.CONTEXT, n_refilled=8)
-    with forced(model) as reader:
-        reader.read(prompt(200), pruning)
-        passes = taken(monkeypatch)
-        reader.predict(prompt(20, seed=1), pruning)
-    rows = [row for rows in passes for row in rows]
-    assert len(rows) == len(set(rows)) > 100
-    assert sorted(rows) != list(range(1, 1 + len(rows)))
-
-
-@pytest.mark.parametrize(("trial_s", "n_rows"), [(0.003, 2), (0.08, 0)])
-def test_as_many_as_the_machine_affords(pop_file, monkeypatch, trial_s, n_rows):
-    """A tenth of a step of 10 ms, where 8 rows take that long."""
-    model = opened(pop_file, keep_states=True)
-    model.refiller.refill_answers(None)
-    clock = itertools.count(step=0.01)
-    monkeypatch.setattr(online, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    tried = iter([0.0, trial_s])  # at first there is nothing to try it on
-    monkeypatch.setattr(online.OnlineRefill, "_try_out", lambda _: next(tried))
-    greedy(model, prompt(200), n=7)
-    assert model.refiller.online.n_rows is None
-    greedy(model, prompt(200), n=12)
-    assert model.refiller.online.n_rows == n_rows
 
 
 def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
@@ -271,7 +155,6 @@ def test_a_server_refills_between_requests(pop_file):
 @pytest.mark.parametrize("by", ["request", "server"])
 def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
     model = opened(pop_file, keep_states=True)
-    model.refiller.refill_answers(8)
     model.cache.prompts = PromptCache(1 << 26)
     with asking(app_of(model, "tiny", repeatable=by == "server")) as client:
 
@@ -288,20 +171,6 @@ def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
             wait_for(lambda: model.refiller.n_refillable == 0)
         found, n_cached = ask(WORDS, repeatable=False)
         assert n_cached > 0 and found != first
-
-
-def test_a_server_refills_once_it_is_on_mains_power_again(pop_file, monkeypatch):
-    battery = SimpleNamespace(power_plugged=False)
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
-    for module in (power, worker):
-        monkeypatch.setattr(module, "RECHECK_S", 0.01)
-    model = opened(pop_file, keep_states=True)
-    with asking(app_of(model, "tiny")) as client:
-        client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 2})
-        time.sleep(0.05)
-        assert (model.cache.n_exact, model.refiller.n_refillable > 0) == (0, True)
-        battery.power_plugged = True
-        wait_for(lambda: model.refiller.n_refillable == 0)
 
 
 def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monkeypatch):

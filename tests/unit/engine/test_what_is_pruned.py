@@ -247,7 +247,6 @@ def test_states_need_room_too(pop_file, tmp_path, monkeypatch):
 
 def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
     model = opened(pop_file, keep_states=True)
-    model.refiller.refill_answers(4)
     stream = steps(model, prompt(200))
     for _ in range(10):
         next(stream)
@@ -255,14 +254,6 @@ def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
     stream.close()
     with pytest.raises(PopError, match="is closed"):
         model.refill()
-
-
-def test_without_states_no_answer_takes_them(pop_file):
-    model = opened(pop_file, keep_states=True)
-    model.refiller.refill_answers(4)
-    greedy(model, prompt(200))
-    model.set_depth()
-    assert len(greedy(model, prompt(200, seed=1))) == 12
 
 
 def test_an_option_that_nobody_knows_is_no_option(pop_file):
