@@ -24,7 +24,7 @@ from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
-    from pop_local.server.models import Models
+    from pop_local.server.model_pool import ModelPool
 
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
@@ -127,14 +127,14 @@ def serve_named(
     origins = tuple(map(_origin, to.cors or ()))
     listening = _bound(to.host, to.port)
     _log_to_stderr()
+    from pop_local.server.access import LOOPBACK, AccessRules
     from pop_local.server.app import create_app, run_app
-    from pop_local.server.front import LOOPBACK, Entry
 
     if to.models is None:
         model = model or default_model()
     models = _models(to, Opener(model or "", how, asked, _n_parallel(to, how)))
     try:
-        entry = Entry(to.api_key, to.host, origins)
+        entry = AccessRules(to.api_key, to.host, origins)
         app = create_app(models, entry, strict_model=to.strict_model)
         try:
             listening.listen(128)
@@ -163,10 +163,10 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
             raise typer.BadParameter(reason, param_hint=name)
 
 
-def _models(to: ServerOptions, opener: Opener) -> "Models":
+def _models(to: ServerOptions, opener: Opener) -> "ModelPool":
     """Make the models of the server; the opener's is opened."""
-    from pop_local.server.listing import File, find, models_in, shown
-    from pop_local.server.models import ModelRegistry, Models
+    from pop_local.server.model_listing import ModelFile, find, models_in, shown
+    from pop_local.server.model_pool import ModelPool, ModelRegistry
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
@@ -180,7 +180,7 @@ def _models(to: ServerOptions, opener: Opener) -> "Models":
         one = opened_by(None)
         # One of the catalog is kept as it was given: requests are likely to use it.
         name = to.name or (opener.model if lookup(opener.model) else shown(one.path.stem))
-        return Models.of_one(File(name, one.path), one, lessons, **how)
+        return ModelPool.of_one(ModelFile(name, one.path), one, lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
     registry = ModelRegistry(
         lambda: models_in(folder),
@@ -196,7 +196,7 @@ def _models(to: ServerOptions, opener: Opener) -> "Models":
     if model and file is None:
         hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
         raise PopError(f"there is no model {model!r} in {folder}", hint)
-    models = Models(registry, ram_bytes=ram_bytes, default=file.name if file else "", **how)
+    models = ModelPool(registry, ram_bytes=ram_bytes, default=file.name if file else "", **how)
     if file:
         models.load(file)
     else:
@@ -278,7 +278,7 @@ def _root(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _announce(models: "Models", to: ServerOptions) -> None:
+def _announce(models: "ModelPool", to: ServerOptions) -> None:
     for served in models.loaded:
         _announce_model(served.name, served.model)
     if to.models is not None:

@@ -18,27 +18,27 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.server.answers import streamed_answer, whole_answer
-from pop_local.server.bodies import Body, ChatBody, CompletionBody, Named
-from pop_local.server.errors import ApiError, hung_up
-from pop_local.server.listing import About, File
-from pop_local.server.models import Models, Served
-from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_pictures
+from pop_local.server.api_errors import ApiError, hung_up
+from pop_local.server.job_responses import streamed_answer, whole_answer
+from pop_local.server.model_listing import ModelFile, ModelInfo
+from pop_local.server.model_pool import ModelPool, ServedModel
 from pop_local.server.replies import ChatReply, Reply
-from pop_local.server.tasks import Tasks
+from pop_local.server.request_bodies import ChatBody, CompletionBody, GenerationBody, ModelRequest
+from pop_local.server.request_images import MAX_BYTES, MAX_DATA_URL, n_in_pictures
+from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Job, Task
 
 _MAYBE_NO_NUMBER = re.compile(rb"[:,\[\s](?:NaN|-?Infinity|-?\d[\d.]*[eE]\+?\d{3})")
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
 
-AnyNamed = TypeVar("AnyNamed", bound=Named)
-AnyBody = TypeVar("AnyBody", bound=Body)
+AnyRequest = TypeVar("AnyRequest", bound=ModelRequest)
+AnyBody = TypeVar("AnyBody", bound=GenerationBody)
 Made = TypeVar("Made")
 
 
 class Api:
-    def __init__(self, models: Models, *, strict_model: bool) -> None:
+    def __init__(self, models: ModelPool, *, strict_model: bool) -> None:
         self.models = models
         self._is_strict = strict_model
         self._created = int(time.time())
@@ -78,7 +78,7 @@ class Api:
             raise self._absent(name)
         return JSONResponse(self._card(await self.models.about(file)))
 
-    def _card(self, about: About) -> dict[str, Any]:
+    def _card(self, about: ModelInfo) -> dict[str, Any]:
         return {
             "id": about.name,
             "object": "model",
@@ -106,14 +106,14 @@ class Api:
     async def chat(self, request: Request) -> Response:
         body = await self.read(request, ChatBody)
         reply = partial(ChatReply, wants_usage=body.wants_usage)
-        return await self.answer(request, body, Tasks.chat, reply)
+        return await self.answer(request, body, TaskFactory.chat, reply)
 
     async def complete(self, request: Request) -> Response:
         body = await self.read(request, CompletionBody)
         reply = partial(Reply, wants_usage=body.wants_usage)
-        return await self.answer(request, body, Tasks.completions, reply)
+        return await self.answer(request, body, TaskFactory.completions, reply)
 
-    def file(self, request: Request, name: str | None) -> File:
+    def file(self, request: Request, name: str | None) -> ModelFile:
         """Return the model that answers to a name, which may be another one. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
@@ -126,7 +126,7 @@ class Api:
         request.state.answering = file.name
         return file
 
-    async def served(self, request: Request, name: str | None) -> Served:
+    async def served(self, request: Request, name: str | None) -> ServedModel:
         """Return the model that answers to a name, open until the response is sent.
 
         Raises ApiError, also once the client has hung up.
@@ -136,7 +136,7 @@ class Api:
         self._gone(request).add_done_callback(lambda _: lease.refuse(hung_up()))
         return await lease.served
 
-    async def work(self, request: Request, served: Served, work: Callable[[], Made]) -> Made:
+    async def work(self, request: Request, served: ServedModel, work: Callable[[], Made]) -> Made:
         """Do it in a thread, until the client has hung up."""
         gone, worker = self._gone(request), served.worker
 
@@ -154,9 +154,9 @@ class Api:
     async def made(
         self,
         request: Request,
-        served: Served,
+        served: ServedModel,
         body: AnyBody,
-        make: Callable[[Tasks, AnyBody], list[Task]],
+        make: Callable[[TaskFactory, AnyBody], list[Task]],
     ) -> list[Task]:
         """Make tasks in a thread; grammars and pictures one at a time, so that they take the
         memory of one.
@@ -168,7 +168,7 @@ class Api:
                 await limits.enter_async_context(self._picture_limit)
             return await self.work(request, served, lambda: make(served.tasks, body))
 
-    async def read(self, request: Request, kind: type[AnyNamed]) -> AnyNamed:
+    async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
         """Return the body, within the limits. Raises ApiError and ValidationError."""
         raw = bytearray()
         async for piece in request.stream():
@@ -195,8 +195,8 @@ class Api:
         self,
         request: Request,
         body: AnyBody,
-        make: Callable[[Tasks, AnyBody], list[Task]],
-        reply: Callable[[Served], Reply],
+        make: Callable[[TaskFactory, AnyBody], list[Task]],
+        reply: Callable[[ServedModel], Reply],
     ) -> Response:
         """Answer tasks one after the other; others may be answered in between."""
         served, gone = await self.served(request, body.model), self._gone(request)

@@ -19,13 +19,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pop_converter.base.errors import PopError
+from pop_local.server.access import LOCAL_ORIGIN, AccessMiddleware, AccessRules
 from pop_local.server.api import Api
+from pop_local.server.api_errors import as_api_error
 from pop_local.server.apis import embeddings, llama_server, messages, ollama, responses
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
-from pop_local.server.errors import as_api_error
-from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
-from pop_local.server.models import Models
-from pop_local.server.page import routes as page
+from pop_local.server.model_pool import ModelPool
+from pop_local.server.page import page_routes
 
 _LAST_WORDS_S = 5
 _AT_LAST_S = 8.0
@@ -36,7 +36,7 @@ _LARGE_BYTES = 1 << 20
 log = logging.getLogger("pop_local.server")
 
 
-def create_app(models: Models, entry: Entry, *, strict_model: bool = False) -> Starlette:
+def create_app(models: ModelPool, entry: AccessRules, *, strict_model: bool = False) -> Starlette:
     """Make the application of models, which work during its lifespan, and belong to it.
 
     `strict_model`: whether requests for other models are refused, not answered by the default one.
@@ -57,7 +57,7 @@ def create_app(models: Models, entry: Entry, *, strict_model: bool = False) -> S
         *responses.routes(api),
         *messages.routes(api),
         *embeddings.routes(api),
-        *page.routes(),
+        *page_routes.routes(),
     ]
     app = Starlette(
         routes=routes,
@@ -65,7 +65,7 @@ def create_app(models: Models, entry: Entry, *, strict_model: bool = False) -> S
         exception_handlers=dict.fromkeys(handled, _refuse),
     )
     app.add_middleware(
-        Front,
+        AccessMiddleware,
         metrics=models.metrics,
         entry=entry,
         paths=frozenset(route.path for route in routes),
@@ -90,7 +90,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 class _Server(uvicorn.Server):
     """uvicorn waits for answers to end; here a signal ends them, and the process if need be."""
 
-    models: Models
+    models: ModelPool
     end: threading.Timer | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

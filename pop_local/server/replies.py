@@ -11,8 +11,8 @@ from typing import Any
 
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob, ToolCall, TurnStats
-from pop_local.server.errors import ApiError
-from pop_local.server.models import Served
+from pop_local.server.api_errors import ApiError
+from pop_local.server.model_pool import ServedModel
 from pop_local.server.worker import Task
 
 Json = dict[str, Any]
@@ -20,7 +20,7 @@ encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
-class End:
+class AnswerEnd:
     """How an answer ended: OpenAI's finish reason, the stop string that ended it ("" for none),
     and its `usage`. `embedding`: see Chunk."""
 
@@ -63,7 +63,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     }
 
 
-def total(ends: Sequence[End]) -> Json:
+def total(ends: Sequence[AnswerEnd]) -> Json:
     """Add up the counters of several answers; all else is the last one's."""
     return reduce(_added, (end.usage for end in ends))
 
@@ -86,7 +86,7 @@ class Reply:
     whole_kind = piece_kind = "text_completion"
     media_type = "text/event-stream"
 
-    def __init__(self, served: Served, *, wants_usage: bool = False) -> None:
+    def __init__(self, served: ServedModel, *, wants_usage: bool = False) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = served.name
@@ -108,20 +108,22 @@ class Reply:
         """Return the pieces of a stream that tell of what was said."""
         return (self._piece({"text": piece.content}, logprobs),)
 
-    def ending(self, end: End) -> Iterable[Json]:
+    def ending(self, end: AnswerEnd) -> Iterable[Json]:
         """Return the last pieces of an answer."""
         return (self._piece({"text": ""}, (), end.reason),)
 
-    def closing(self, ends: Sequence[End]) -> bytes:
+    def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
         """Return the bytes that follow the last piece of a stream."""
         figures = self._object(self.piece_kind, []) | {"usage": total(ends)}
         return (self.frame(figures) if self._nothing_yet else b"") + b"data: [DONE]\n\n"
 
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         """Return an answer that is not streamed."""
         return self._said(self.whole_kind, {"text": content_of(said)}, logprobs, end.reason)
 
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
+    def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Any:
         """Return one response for all answers."""
         choices = [choice for whole in wholes for choice in whole["choices"]]
         return wholes[0] | {"choices": choices, "usage": total(ends)}
@@ -183,10 +185,12 @@ class ChatReply(Reply):
             delta = {"reasoning_content": piece.reasoning}
         return (self._piece({"delta": delta}, logprobs),)
 
-    def ending(self, end: End) -> Iterable[Json]:
+    def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self._piece({"delta": {}}, None, end.reason),)
 
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         content, calls = content_of(said), calls_of(said)
         message: Json = {"role": "assistant", "content": content or (None if calls else "")}
         if reasoning := "".join(piece.reasoning for piece in said):
@@ -199,20 +203,20 @@ class ChatReply(Reply):
         return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
 
 
-class OwnReply(Reply):
+class OtherApiReply(Reply):
     """The answers of other APIs: the last piece of a stream is a whole answer without its text."""
 
-    def ending(self, end: End) -> Iterable[Json]:
+    def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole((), (), end),)
 
-    def closing(self, ends: Sequence[End]) -> bytes:
+    def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
         return b""
 
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
+    def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Any:
         return wholes[0] if len(wholes) == 1 else wholes
 
 
-class EventReply(OwnReply):
+class EventReply(OtherApiReply):
     """The answers of APIs whose events have names."""
 
     def frame(self, content: Json) -> bytes:

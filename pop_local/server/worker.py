@@ -22,7 +22,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
-from pop_local.server.errors import ApiError, hung_up
+from pop_local.server.api_errors import ApiError, hung_up
 from pop_local.server.metrics import Metrics
 
 log = logging.getLogger("pop_local.server")

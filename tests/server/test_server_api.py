@@ -8,8 +8,8 @@ import pytest
 
 from pop_local.engine.turn import TurnOptions
 from pop_local.server import answers
-from pop_local.server.bodies import ChatBody
-from pop_local.server.tasks import Tasks
+from pop_local.server.request_bodies import ChatBody
+from pop_local.server.task_factory import TaskFactory
 from support.asked import LONG, N_CTX, NAME, chat, complete, events, text_of
 from support.calls import log_softmax, opened, read
 from support.serving import app_of, asking, counted
@@ -103,7 +103,7 @@ def test_the_seed_makes_a_warm_answer_repeatable(client):
 def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, monkeypatch):
     monkeypatch.setattr(full, "recommended", {"temperature": 0.6, "top_k": 64})
     body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.3}
-    options = Tasks(full).chat(ChatBody.model_validate(body))[0].options
+    options = TaskFactory(full).chat(ChatBody.model_validate(body))[0].options
     assert (options.temperature, options.top_k) == (0.3, 64)
     assert options.top_p == TurnOptions().top_p
 
@@ -111,7 +111,7 @@ def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, mo
 def test_minus_one_and_an_empty_stop_are_no_limits(full):
     said = [{"role": "user", "content": "hello"}]
     body = {"messages": said, "max_tokens": -1, "top_k": -1, "stop": ""}
-    options = Tasks(full).chat(ChatBody.model_validate(body))[0].options
+    options = TaskFactory(full).chat(ChatBody.model_validate(body))[0].options
     assert (options.max_tokens, options.top_k, options.stops) == (2**31 - 1, 0, ())
 
 

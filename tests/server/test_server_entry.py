@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pop_local.server.front import Entry
+from pop_local.server.access import AccessRules
 from support.calls import opened
 from support.converted import tiny
 from support.program import called
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 
 def test_the_key(model):
-    client = asking(app_of(model, NAME, entry=Entry(api_key="secret")))
+    client = asking(app_of(model, NAME, entry=AccessRules(api_key="secret")))
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         refused = client.get("/v1/models", headers=header)
         assert refused.status_code == 401
@@ -78,7 +78,7 @@ def test_the_key(model):
     ],
 )
 def test_without_a_key_only_this_machine_is_answered(model, host, headers, code):
-    client = asking(app_of(model, NAME, entry=Entry(host=host, origins=ORIGINS)))
+    client = asking(app_of(model, NAME, entry=AccessRules(host=host, origins=ORIGINS)))
     response = client.get("/v1/models", headers=headers)
     if code is None:
         assert response.status_code == 200
@@ -102,7 +102,7 @@ def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
 
 
 def test_a_web_page_that_has_the_key_is_answered(model):
-    client = asking(app_of(model, NAME, entry=Entry(api_key="secret")))
+    client = asking(app_of(model, NAME, entry=AccessRules(api_key="secret")))
     page = {"Host": "box.example", "Origin": "https://page.example"}
     allowed = client.options("/v1/chat/completions", headers=page | PREFLIGHT)
     assert allowed.status_code == 200
@@ -135,7 +135,7 @@ def test_a_web_page_that_has_the_key_is_answered(model):
     ],
 )
 def test_pages_of_this_machine_may_read_answers_without_a_key(model, origin, is_allowed):
-    client = asking(app_of(model, NAME, entry=Entry(origins=ORIGINS)))
+    client = asking(app_of(model, NAME, entry=AccessRules(origins=ORIGINS)))
     page = {"Origin": origin}
     allowed = client.options("/api/chat", headers=page | PREFLIGHT)
     assert allowed.status_code == (200 if is_allowed else 400)

@@ -100,8 +100,8 @@ def test_half_a_request_is_not_waited_for(silent, half):
 def test_a_prompt_is_not_split_into_tokens_for_who_hung_up(path):
     changed = """
 from pop_local.engine.llama import interrupt
-from pop_local.server import tasks
-make, wanted = tasks.Tasks.completions, interrupt.Interrupt._wanted
+from pop_local.server import task_factory as tasks
+make, wanted = tasks.TaskFactory.completions, interrupt.Interrupt._wanted
 def seen(self, body):
     try:
         return make(self, body)
@@ -112,7 +112,7 @@ def asked(self):
     time.sleep(0.05)
     return wanted(self)
 import time
-interrupt.Interrupt._wanted, tasks.Tasks.completions = asked, seen
+interrupt.Interrupt._wanted, tasks.TaskFactory.completions = asked, seen
 """
     body = json.dumps({"prompt": "\U00012345" * 80_000}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"

@@ -20,10 +20,10 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.learning.learned_fit import LearnedFit
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.server.api_errors import ApiError
 from pop_local.server.app import create_app
-from pop_local.server.errors import ApiError
-from pop_local.server.listing import File
-from pop_local.server.models import Lease, Models
+from pop_local.server.model_listing import ModelFile
+from pop_local.server.model_pool import Lease, ModelPool
 from pop_local.server.worker import Worker
 from support.asked import LONG, N_CTX, complete, text_of
 from support.calls import opened, wait_for
@@ -130,7 +130,7 @@ def test_eight_threads_that_ask_for_two_models_get_their_own_answers(
 
 
 @asynccontextmanager
-async def begun(models: Models) -> AsyncIterator[Models]:
+async def begun(models: ModelPool) -> AsyncIterator[ModelPool]:
     models.start()
     try:
         yield models
@@ -139,8 +139,8 @@ async def begun(models: Models) -> AsyncIterator[Models]:
         await asyncio.to_thread(models.close)
 
 
-def file_of(library: Library, name: str) -> File:
-    return File(name, library.folder / f"{name}.gguf")
+def file_of(library: Library, name: str) -> ModelFile:
+    return ModelFile(name, library.folder / f"{name}.gguf")
 
 
 @pytest.mark.parametrize("n_files", [0, 2])  # with its K/V one model fits, two do not
@@ -149,7 +149,7 @@ def test_a_busy_model_cannot_keep_others_from_being_opened(library, n_files):
 
     async def take_turns() -> None:
         shelf = library.shelf()
-        async with begun(Models(shelf, max_waiting=2, ram_bytes=ram_bytes)) as models:
+        async with begun(ModelPool(shelf, max_waiting=2, ram_bytes=ram_bytes)) as models:
 
             async def ask(name: str) -> Lease:
                 return await models.lease(file_of(library, name))
@@ -176,7 +176,7 @@ def test_all_that_wait_for_a_model_get_it_at_once(library):
     library.may_open.clear()
 
     async def wait() -> None:
-        async with begun(Models(library.shelf())) as models:
+        async with begun(ModelPool(library.shelf())) as models:
             asked = ["one", "two", "one", "two", "one"]
             leases = [await models.lease(file_of(library, name)) for name in asked]
             library.may_open.set()
@@ -210,7 +210,7 @@ async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
 
 def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
     library.may_open.clear()
-    models = Models(library.shelf())
+    models = ModelPool(library.shelf())
     app = create_app(models, LOCAL)
 
     async def hang_up() -> None:
@@ -235,7 +235,7 @@ def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
 
 def test_the_end_of_the_server_ends_all_waiting(library):
     library.may_open.clear()
-    models = Models(library.shelf())
+    models = ModelPool(library.shelf())
 
     async def end() -> None:
         models.start()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pop_local.server.front import Entry
+from pop_local.server.access import AccessRules
 from support.asked import LONG, N_CTX, NAME, chat, complete, text_of
 from support.serving import app_of, asking
 
@@ -175,7 +175,7 @@ def test_so_have_other_errors(client, full):
     assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})
     strict = asking(app_of(full, NAME, strict_model=True))
     assert "no model named 'other'" in strict.post("/api/show", json={"model": "other"}).text
-    keyed = asking(app_of(full, NAME, entry=Entry(api_key="secret")))
+    keyed = asking(app_of(full, NAME, entry=AccessRules(api_key="secret")))
     assert keyed.get("/api/tags").status_code == 401
     assert "API key" in keyed.get("/api/tags").json()["error"]
 

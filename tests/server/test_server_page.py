@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
-from pop_local.server.front import Entry
+from pop_local.server.access import AccessRules
 from pop_local.server.page import reader, routes
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
 from support.asked import NAME
@@ -101,7 +101,7 @@ def test_the_wheel_has_all_of_it():
 
 
 def test_with_a_key_the_page_is_public_and_all_else_is_not(path):
-    client = asking(app_of(opened(path), NAME, entry=Entry(api_key="secret")))
+    client = asking(app_of(opened(path), NAME, entry=AccessRules(api_key="secret")))
     assert client.get("/", headers=BROWSER).status_code == 200
     assert client.get("/page/main.js").status_code == 200
     for response in (sent(client, b"text"), client.get("/metrics"), client.get("/v1/models")):

@@ -9,11 +9,11 @@ from pydantic import TypeAdapter, ValidationError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
+from pop_local.server.api_errors import ApiError
 from pop_local.server.apis.llama_server import DetokenizeBody, InfillBody
 from pop_local.server.apis.ollama import OllamaChat
-from pop_local.server.bodies import ChatBody, Prompts
-from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
+from pop_local.server.request_bodies import ChatBody, Prompts
 from pop_local.server.worker import Task, Worker
 from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened

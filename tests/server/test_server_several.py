@@ -11,7 +11,7 @@ from starlette.datastructures import State
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Chunk, TurnOptions
-from pop_local.server.answers import streamed_answer
+from pop_local.server.job_responses import streamed_answer
 from pop_local.server.replies import Reply
 from pop_local.server.worker import Job, Task
 from support.asked import NAME, chat, complete, events, text_of

@@ -12,7 +12,7 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import ToolCall, TurnOptions
 from pop_local.server.apis.ollama import OllamaChatReply
-from pop_local.server.replies import End
+from pop_local.server.replies import AnswerEnd
 from pop_local.server.worker import Task
 from support.asked import NAME, chat, events, message_of
 from support.calls import opened
@@ -214,7 +214,7 @@ def test_ollamas_calls_are_told_at_the_end_and_only_whole_ones():
         Piece(call=ToolCall("b", "get_weather", '{"ci'), index=1),
     ]
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "pop": dict.fromkeys(TIMES, 0.0)}
-    end = End("length", "", usage)
+    end = AnswerEnd("length", "", usage)
     served: Any = SimpleNamespace(name=NAME)
     reply = OllamaChatReply(served)
     reply.begin(0, Task(Prompt([1]), TurnOptions(), Mode.OFF))

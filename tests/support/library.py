@@ -13,8 +13,8 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.model import PopModel
 from pop_local.server.app import create_app
-from pop_local.server.listing import models_in
-from pop_local.server.models import ModelRegistry, Models
+from pop_local.server.model_listing import models_in
+from pop_local.server.model_pool import ModelPool, ModelRegistry
 from support.asked import N_CTX
 from support.calls import opened
 from support.serving import LOCAL, asking
@@ -66,7 +66,7 @@ class Library:
 
 @contextmanager
 def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
-    library.behind = models = Models(library.shelf(), **how)
+    library.behind = models = ModelPool(library.shelf(), **how)
     with asking(create_app(models, LOCAL, strict_model=strict_model)) as client:
         yield client
     assert not any(models._n_leases.values())

@@ -15,13 +15,13 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from pop_local.engine.model import PopModel
+from pop_local.server.access import AccessRules
 from pop_local.server.app import create_app
-from pop_local.server.front import Entry
-from pop_local.server.listing import File
-from pop_local.server.models import Models
+from pop_local.server.model_listing import ModelFile
+from pop_local.server.model_pool import ModelPool
 
 PATIENCE_S = 60
-LOCAL = Entry()
+LOCAL = AccessRules()
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def app_of(
     model: PopModel, name: str, *, teacher=None, strict_model=False, entry=LOCAL, **how
 ) -> Starlette:
     """The application of one model, by its name in the API; `how` as for Models."""
-    models = Models.of_one(File(name, model.path), model, lambda _: teacher, **how)
+    models = ModelPool.of_one(ModelFile(name, model.path), model, lambda _: teacher, **how)
     return create_app(models, entry, strict_model=strict_model)
 
 

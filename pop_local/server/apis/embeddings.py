@@ -13,35 +13,39 @@ from starlette.routing import Route
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
-from pop_local.server.bodies import EmbeddingsBody, Named
-from pop_local.server.models import Served
-from pop_local.server.replies import End, Json, OwnReply, total
-from pop_local.server.tasks import Tasks
+from pop_local.server.model_pool import ServedModel
+from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, total
+from pop_local.server.request_bodies import EmbeddingsBody, ModelRequest
+from pop_local.server.task_factory import TaskFactory
 
 
-class EmbeddingsReply(OwnReply):
-    def __init__(self, served: Served, *, is_packed: bool) -> None:
+class EmbeddingsReply(OtherApiReply):
+    def __init__(self, served: ServedModel, *, is_packed: bool) -> None:
         super().__init__(served)
         self._is_packed = is_packed
 
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         found: Any = end.embedding
         if self._is_packed:
             found = b64encode(np.asarray(found, "<f4").tobytes()).decode()
         return {"object": "embedding", "index": self._index, "embedding": found}
 
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+    def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Json:
         figures = total(ends)
         n = figures["prompt_tokens"]
         usage = {"prompt_tokens": n, "total_tokens": n, "pop": figures["pop"]}
         return {"object": "list", "data": list(wholes), "model": self._model, "usage": usage}
 
 
-class EmbedReply(OwnReply):
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+class OllamaEmbedReply(OtherApiReply):
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         return {"embedding": end.embedding}
 
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+    def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Json:
         return {
             "model": self._model,
             "embeddings": [whole["embedding"] for whole in wholes],
@@ -49,12 +53,12 @@ class EmbedReply(OwnReply):
         }
 
 
-class OneText(Named):
+class OllamaTextBody(ModelRequest):
     prompt: str
 
 
-class OneEmbedReply(EmbedReply):
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+class OllamaEmbeddingReply(OllamaEmbedReply):
+    def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Json:
         return wholes[0]
 
 
@@ -69,16 +73,16 @@ def routes(api: Api) -> list[Route]:
 async def _create(api: Api, request: Request) -> Response:
     body = await api.read(request, EmbeddingsBody)
     reply = partial(EmbeddingsReply, is_packed=body.encoding_format == "base64")
-    return await api.answer(request, body, Tasks.embeddings, reply)
+    return await api.answer(request, body, TaskFactory.embeddings, reply)
 
 
 async def _embed(api: Api, request: Request) -> Response:
     body = await api.read(request, EmbeddingsBody)
-    return await api.answer(request, body, Tasks.embeddings, EmbedReply)
+    return await api.answer(request, body, TaskFactory.embeddings, OllamaEmbedReply)
 
 
 async def _embed_one(api: Api, request: Request) -> Response:
     """Ollama's older endpoint."""
-    asked = await api.read(request, OneText)
+    asked = await api.read(request, OllamaTextBody)
     body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
-    return await api.answer(request, body, Tasks.embeddings, OneEmbedReply)
+    return await api.answer(request, body, TaskFactory.embeddings, OllamaEmbeddingReply)

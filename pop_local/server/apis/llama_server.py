@@ -18,11 +18,17 @@ from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob, TurnOptions
 from pop_local.server.api import Api
-from pop_local.server.bodies import CompletionBody, Lenient, Named, Sampling, schema_form
-from pop_local.server.errors import ApiError
-from pop_local.server.models import Served
-from pop_local.server.replies import End, Json, OwnReply, chat_logprob, content_of
-from pop_local.server.tasks import Tasks
+from pop_local.server.api_errors import ApiError
+from pop_local.server.model_pool import ServedModel
+from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, chat_logprob, content_of
+from pop_local.server.request_bodies import (
+    CompletionBody,
+    LenientBody,
+    ModelRequest,
+    SamplingFields,
+    schema_format,
+)
+from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
@@ -42,13 +48,13 @@ class LlamaBody(CompletionBody):
             return given
         renamed = {"n": given.get("n_cmpl"), "logprobs": given.get("n_probs") or None}
         if (schema := given.get("json_schema")) is not None:
-            renamed["response_format"] = schema_form(schema)
+            renamed["response_format"] = schema_format(schema)
         limit = given.get("n_predict")
         renamed["n_predict"] = -1 if limit is None else limit or 1
         return {**given, **renamed, "n_cmpl": None, "json_schema": None}
 
 
-class ExtraFile(Lenient):
+class ExtraFile(LenientBody):
     filename: str = "tmp"
     text: str = ""
 
@@ -69,21 +75,21 @@ class InfillBody(LlamaBody):
         return {name: value for name, value in given.items() if name not in _HINTS}
 
 
-class TokenizeBody(Named):
+class TokenizeBody(ModelRequest):
     content: str
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
 
 
-class DetokenizeBody(Named):
+class DetokenizeBody(ModelRequest):
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
-class LlamaReply(OwnReply):
+class LlamaReply(OtherApiReply):
     """Answers of /completion and /infill."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedModel) -> None:
         super().__init__(served)
         self._n_ctx = served.model.n_ctx
 
@@ -100,7 +106,9 @@ class LlamaReply(OwnReply):
             found["completion_probabilities"] = [chat_logprob(token) for token in logprobs]
         return found
 
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         usage = end.usage
         n_cached = usage["prompt_tokens_details"]["cached_tokens"]
         n_prompt, n_predicted = usage["prompt_tokens"], usage["completion_tokens"]
@@ -186,7 +194,7 @@ async def _detokenize(api: Api, request: Request) -> Response:
 
 async def _complete(api: Api, request: Request) -> Response:
     body = await api.read(request, LlamaBody)
-    return await api.answer(request, body, Tasks.completions, LlamaReply)
+    return await api.answer(request, body, TaskFactory.completions, LlamaReply)
 
 
 async def _infill(api: Api, request: Request) -> Response:
@@ -194,7 +202,7 @@ async def _infill(api: Api, request: Request) -> Response:
     return await api.answer(request, body, _infilling, LlamaReply)
 
 
-def _infilling(tasks: Tasks, body: InfillBody) -> list[Task]:
+def _infilling(tasks: TaskFactory, body: InfillBody) -> list[Task]:
     files = [(file.filename, file.text) for file in body.input_extra]
     context = tasks.model.context
     try:
@@ -209,7 +217,7 @@ def _settings(options: TurnOptions) -> Json:
         "n_predict": -1 if options.max_tokens in (None, MOST) else options.max_tokens,
         "seed": -1 if options.seed is None else options.seed,
         "stop": list(options.stops),
-        **{name: getattr(options, name) for name in Sampling.model_fields},
+        **{name: getattr(options, name) for name in SamplingFields.model_fields},
     }
 
 

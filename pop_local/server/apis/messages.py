@@ -13,23 +13,23 @@ from starlette.routing import Route
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
-from pop_local.server.bodies import (
+from pop_local.server.api_errors import ApiError
+from pop_local.server.model_pool import ServedModel
+from pop_local.server.replies import AnswerEnd, EventReply, Json, arguments_of, encoded
+from pop_local.server.request_bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_STOPS,
     MAX_TOOLS,
     ChatBody,
-    Lenient,
-    Named,
+    LenientBody,
+    ModelRequest,
     ResponseFormat,
     TextPart,
+    keep_tool_types,
     picture_part,
-    tools_of,
 )
-from pop_local.server.errors import ApiError
-from pop_local.server.models import Served
-from pop_local.server.replies import End, EventReply, Json, arguments_of, encoded
-from pop_local.server.tasks import Tasks
+from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 # Fields that a chat has by the same name.
@@ -37,25 +37,25 @@ _SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "pop"
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
-class Base64(Lenient):
+class Base64Source(LenientBody):
     type: Literal["base64"]
     media_type: str
     data: str
 
 
-class Image(Lenient):
+class ImageBlock(LenientBody):
     type: Literal["image"]
-    source: Base64
+    source: Base64Source
 
 
-class Use(Lenient):
+class ToolUseBlock(LenientBody):
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, Any]
 
 
-class Thinking(Lenient):
+class ThinkingBlock(LenientBody):
     type: Literal["thinking", "redacted_thinking"]
 
 
@@ -73,65 +73,67 @@ def _blocks(kind: Any) -> Any:
     ]
 
 
-class Result(Lenient):
+class ToolResultBlock(LenientBody):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: _blocks(TextPart | Image) = Field(default_factory=list)  # type: ignore[valid-type]
+    content: _blocks(TextPart | ImageBlock) = Field(default_factory=list)  # type: ignore[valid-type]
 
 
-class Said(Lenient):
+class AnthropicMessage(LenientBody):
     role: Literal["user", "assistant", "system"]
-    content: _blocks(TextPart | Image | Use | Result | Thinking)  # type: ignore[valid-type]
+    content: _blocks(TextPart | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
     def as_ours(self) -> Iterator[Json]:
         """A chat's messages: results come before the user's own words."""
-        shown = [block for block in self.content if isinstance(block, TextPart | Image)]
+        shown = [block for block in self.content if isinstance(block, TextPart | ImageBlock)]
         for block in self.content:
-            if isinstance(block, Result):
+            if isinstance(block, ToolResultBlock):
                 parts = [_part(one) for one in block.content]
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": parts}
-        calls = [_call(block) for block in self.content if isinstance(block, Use)]
+        calls = [_call(block) for block in self.content if isinstance(block, ToolUseBlock)]
         if shown or calls or not self.content:
             message: Json = {"role": self.role, "content": [_part(block) for block in shown]}
             yield message | ({"tool_calls": calls} if calls else {})
 
 
-class Tool(Lenient):
+class AnthropicTool(LenientBody):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
 
 
-class Output(Lenient):
+class OutputConfig(LenientBody):
     format: ResponseFormat | None = None
 
 
-class Choice(Lenient):
+class AnthropicToolChoice(LenientBody):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class CountBody(Named):
+class CountTokensBody(ModelRequest):
     """`thinking`, `metadata`, `cache_control` and other fields change nothing."""
 
     unsupported = ("mcp_servers", "container")
-    messages: Annotated[list[Said], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+    ]
     system: _blocks(TextPart) = Field(default_factory=list)  # type: ignore[valid-type]
     tools: Annotated[
-        list[Tool] | None,
+        list[AnthropicTool] | None,
         Field(fail_fast=True, max_length=MAX_TOOLS),
-        tools_of(None, "custom"),
+        keep_tool_types(None, "custom"),
     ] = None
-    tool_choice: Choice | None = None
+    tool_choice: AnthropicToolChoice | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: Annotated[list[str] | None, Field(max_length=MAX_STOPS)] = None
     stream: bool | None = None
     pop: bool | None = None
-    output_config: Output | None = None
+    output_config: OutputConfig | None = None
 
     def chat(self) -> ChatBody:
         system = [{"role": "system", "content": [_part(block) for block in self.system]}]
@@ -152,7 +154,7 @@ class CountBody(Named):
         return ChatBody.model_validate(asked)
 
 
-class MessagesBody(CountBody):
+class MessagesBody(CountTokensBody):
     max_tokens: int = Field(ge=1)
 
 
@@ -161,7 +163,7 @@ class MessagesReply(EventReply):
 
     id_prefix = "msg"
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedModel) -> None:
         super().__init__(served)
         self._content: list[Json] = []
         self._arguments = ""
@@ -207,7 +209,7 @@ class MessagesReply(EventReply):
             self._arguments = ""
         yield {"type": "content_block_stop", "index": len(self._content) - 1}
 
-    def ending(self, end: End) -> list[Json]:
+    def ending(self, end: AnswerEnd) -> list[Json]:
         delta = {"stop_reason": _reason(end), "stop_sequence": end.stop or None}
         return [
             *self._closed(),
@@ -215,7 +217,9 @@ class MessagesReply(EventReply):
             {"type": "message_stop"},
         ]
 
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         for piece in said:
             self.pieces(piece, ())
         self.ending(end)
@@ -224,7 +228,7 @@ class MessagesReply(EventReply):
         return self._message(_reason(end), end.stop, _usage(end.usage))
 
     def failed(self, error: ApiError) -> Json:
-        return error.of_anthropic
+        return error.anthropic_body
 
     def _message(self, reason: str | None, stop: str, usage: Json) -> Json:
         return {
@@ -249,34 +253,34 @@ def routes(api: Api) -> list[Route]:
 async def _create(api: Api, request: Request) -> Response:
     body = await api.read(request, MessagesBody)
     chat = await run_in_threadpool(body.chat)
-    return await api.answer(request, chat, Tasks.chat, MessagesReply)
+    return await api.answer(request, chat, TaskFactory.chat, MessagesReply)
 
 
 async def _count(api: Api, request: Request) -> Response:
-    body = await api.read(request, CountBody)
+    body = await api.read(request, CountTokensBody)
     chat = await run_in_threadpool(body.chat)
     served = await api.served(request, body.model)
-    [task] = await api.made(request, served, chat, Tasks.chat)
+    [task] = await api.made(request, served, chat, TaskFactory.chat)
     return JSONResponse({"input_tokens": len(task.prompt)})
 
 
-def _part(block: TextPart | Image) -> Json:
+def _part(block: TextPart | ImageBlock) -> Json:
     if isinstance(block, TextPart):
         return {"type": "text", "text": block.text}
     return picture_part(f"data:{block.source.media_type};base64,{block.source.data}")
 
 
-def _call(block: Use) -> Json:
+def _call(block: ToolUseBlock) -> Json:
     function = {"name": block.name, "arguments": encoded(block.input)}
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _function(tool: Tool) -> Json:
+def _function(tool: AnthropicTool) -> Json:
     function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
     return {"type": "function", "function": function}
 
 
-def _reason(end: End) -> str:
+def _reason(end: AnswerEnd) -> str:
     return "stop_sequence" if end.stop else _REASONS.get(end.reason, "end_turn")
 
 

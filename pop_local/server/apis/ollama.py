@@ -23,31 +23,31 @@ from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
-from pop_local.server.bodies import (
-    MAX_MESSAGES,
-    MAX_TOOLS,
-    ChatBody,
-    CompletionBody,
-    Lenient,
-    Named,
-    SentCall,
-    picture_part,
-    schema_form,
-)
-from pop_local.server.errors import ApiError
-from pop_local.server.listing import About
-from pop_local.server.models import Served
-from pop_local.server.pictures import MAX_PICTURES
+from pop_local.server.api_errors import ApiError
+from pop_local.server.model_listing import ModelInfo
+from pop_local.server.model_pool import ServedModel
 from pop_local.server.replies import (
-    End,
+    AnswerEnd,
     Json,
-    OwnReply,
+    OtherApiReply,
     arguments_of,
     chat_logprob,
     content_of,
     encoded,
 )
-from pop_local.server.tasks import Tasks
+from pop_local.server.request_bodies import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatBody,
+    ChatToolCall,
+    CompletionBody,
+    LenientBody,
+    ModelRequest,
+    picture_part,
+    schema_format,
+)
+from pop_local.server.request_images import MAX_PICTURES
+from pop_local.server.task_factory import TaskFactory
 
 # Clients ask for a version that has what they need; this one's API is what is here.
 _VERSION = "0.6.4"
@@ -59,14 +59,14 @@ _OPTIONS = (
 _NEVER = "2999-12-31T23:59:59Z"
 _LONGEST_KEY = 1000  # characters of a key of the file that /api/show shows
 
-Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PICTURES)]
+Base64Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PICTURES)]
 
 
-class OllamaMessage(Lenient):
+class OllamaMessage(LenientBody):
     role: str
     content: str | None = None
-    images: Images | None = None
-    tool_calls: Annotated[list[SentCall] | None, Field(max_length=MAX_TOOLS)] = None
+    images: Base64Images | None = None
+    tool_calls: Annotated[list[ChatToolCall] | None, Field(max_length=MAX_TOOLS)] = None
 
     @property
     def as_ours(self) -> Json:
@@ -79,7 +79,7 @@ class OllamaMessage(Lenient):
         return said
 
 
-class OllamaBody(Named):
+class OllamaBody(ModelRequest):
     """The fields that both kinds of request share. `keep_alive` and `think` change nothing."""
 
     stream: bool | None = None
@@ -97,7 +97,7 @@ class OllamaBody(Named):
         if self.format == "json":
             found["response_format"] = {"type": "json_object"}
         elif isinstance(self.format, dict):
-            found["response_format"] = schema_form(self.format)
+            found["response_format"] = schema_format(self.format)
         elif self.format:
             raise ApiError(400, 'format: give "json" or a schema', param="format")
         return found | {"model": self.model, "stream": self.stream is not False}
@@ -119,7 +119,7 @@ class OllamaGenerate(OllamaBody):
     prompt: str | None = None
     system: str | None = None
     suffix: str | None = None
-    images: Images | None = None
+    images: Base64Images | None = None
     raw: bool | None = None
     template: str | None = None
     context: list[int] | None = None
@@ -145,7 +145,7 @@ class OllamaGenerate(OllamaBody):
         return self.chat([*system, asked])
 
 
-class OllamaReply(OwnReply):
+class OllamaReply(OtherApiReply):
     """Answers in lines of JSON: those of /api/generate."""
 
     media_type = "application/x-ndjson"
@@ -165,7 +165,9 @@ class OllamaReply(OwnReply):
     def _told(self, said: Sequence[Piece]) -> Json:
         return {"response": content_of(said)}
 
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         pop = end.usage["pop"]
         times = {
             "total_duration": pop["queued_s"] + pop["ttft_s"] + pop["decode_s"],
@@ -187,7 +189,7 @@ class OllamaReply(OwnReply):
         return JSONResponse(self._shown((), ()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
-        return error.of_ollama
+        return error.ollama_body
 
     def frame(self, content: Json) -> bytes:
         return f"{encoded(content)}\n".encode()
@@ -196,7 +198,7 @@ class OllamaReply(OwnReply):
 class OllamaChatReply(OllamaReply):
     """Answers of /api/chat. A call is told as a whole, with its arguments as an object."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedModel) -> None:
         super().__init__(served)
         self._called: list[Piece] = []
 
@@ -206,7 +208,7 @@ class OllamaChatReply(OllamaReply):
             return ()
         return super().pieces(piece, logprobs)
 
-    def ending(self, end: End) -> tuple[Json, ...]:
+    def ending(self, end: AnswerEnd) -> tuple[Json, ...]:
         calls = [self._shown(self._called, ())] if self._called else []
         return (*calls, *super().ending(end))
 
@@ -249,7 +251,7 @@ async def _running(api: Api, request: Request) -> Response:
 
 
 async def _show(api: Api, request: Request) -> Response:
-    body = await api.read(request, Named)
+    body = await api.read(request, ModelRequest)
     about = await api.models.about(api.file(request, body.model))
     return JSONResponse(await run_in_threadpool(_shown, about))
 
@@ -259,7 +261,7 @@ async def _chat(api: Api, request: Request) -> Response:
     if not body.messages:
         return OllamaChatReply(await api.served(request, body.model)).nothing()
     ours = body.chat(body.messages, tools=body.tools)
-    return await api.answer(request, ours, Tasks.chat, OllamaChatReply)
+    return await api.answer(request, ours, TaskFactory.chat, OllamaChatReply)
 
 
 async def _generate(api: Api, request: Request) -> Response:
@@ -267,11 +269,11 @@ async def _generate(api: Api, request: Request) -> Response:
     if not (body.prompt or body.images or body.suffix):
         return OllamaReply(await api.served(request, body.model)).nothing()
     if body.raw or body.suffix:
-        return await api.answer(request, body.completion(), Tasks.completions, OllamaReply)
-    return await api.answer(request, body.as_chat(), Tasks.chat, OllamaReply)
+        return await api.answer(request, body.completion(), TaskFactory.completions, OllamaReply)
+    return await api.answer(request, body.as_chat(), TaskFactory.chat, OllamaReply)
 
 
-def _details(about: About) -> Json:
+def _details(about: ModelInfo) -> Json:
     header = about.source.first
     family = str(header.get("general.architecture"))
     size = sum(tensor.n_elements for tensor in about.source.tensors)
@@ -287,7 +289,7 @@ def _details(about: About) -> Json:
     }
 
 
-def _cards(listed: Sequence[About]) -> list[Json]:
+def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
     """Those whose files are there and sound; an open model may have lost its own."""
     cards: list[Json] = []
     for one in listed:
@@ -296,7 +298,7 @@ def _cards(listed: Sequence[About]) -> list[Json]:
     return cards
 
 
-def _card(about: About) -> Json:
+def _card(about: ModelInfo) -> Json:
     tagged = about.name if ":" in about.name else f"{about.name}:latest"
     path = about.source.first.path
     return {
@@ -310,7 +312,7 @@ def _card(about: About) -> Json:
     }
 
 
-def _changed(about: About) -> str:
+def _changed(about: ModelInfo) -> str:
     changed_s = about.source.first.path.stat().st_mtime
     return datetime.fromtimestamp(changed_s, timezone.utc).isoformat()
 
@@ -320,7 +322,7 @@ def _digest(path: Path, _changed_ns: int) -> str:
     return sampled_sha256(read_source(path))
 
 
-def _shown(about: About) -> Json:
+def _shown(about: ModelInfo) -> Json:
     header, details = about.source.first, _details(about)
     keys = {
         name: key.value

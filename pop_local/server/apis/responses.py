@@ -16,22 +16,22 @@ from starlette.routing import Route
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
-from pop_local.server.bodies import (
+from pop_local.server.api_errors import ApiError
+from pop_local.server.model_pool import ServedModel
+from pop_local.server.replies import AnswerEnd, EventReply, Json
+from pop_local.server.request_bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
     ChatBody,
-    Function,
-    Lenient,
-    Named,
+    FunctionSpec,
+    LenientBody,
+    ModelRequest,
     ResponseFormat,
+    keep_tool_types,
     picture_part,
-    tools_of,
 )
-from pop_local.server.errors import ApiError
-from pop_local.server.models import Served
-from pop_local.server.replies import End, EventReply, Json
-from pop_local.server.tasks import Tasks
+from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 # Fields that a chat has by the same name.
@@ -40,7 +40,7 @@ _SAME = {"model", "temperature", "top_p", "stream", "pop", "parallel_tool_calls"
 _MOST_REMEMBERED = 1 << 25
 
 
-class Text(Lenient):
+class TextContent(LenientBody):
     type: Literal["input_text", "output_text", "text"]
     text: str
 
@@ -49,7 +49,7 @@ class Text(Lenient):
         return {"type": "text", "text": self.text}
 
 
-class Image(Lenient):
+class ImageContent(LenientBody):
     type: Literal["input_image"]
     image_url: str
 
@@ -62,33 +62,33 @@ def _as_list(content: Any) -> Any:
     return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
 
 
-Part = Annotated[Text | Image, Field(discriminator="type")]
-Parts = Annotated[
-    list[Part], Field(fail_fast=True, max_length=MAX_PARTS), BeforeValidator(_as_list)
+ContentPart = Annotated[TextContent | ImageContent, Field(discriminator="type")]
+ContentParts = Annotated[
+    list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS), BeforeValidator(_as_list)
 ]
 
 
-class Said(Lenient):
+class MessageItem(LenientBody):
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
-    content: Parts
+    content: ContentParts
 
     @property
     def as_ours(self) -> Json:
         return {"role": self.role, "content": [part.as_ours for part in self.content]}
 
 
-class Called(Lenient):
+class FunctionCallItem(LenientBody):
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
 
 
-class Result(Lenient):
+class FunctionOutputItem(LenientBody):
     type: Literal["function_call_output"]
     call_id: str
-    output: Parts
+    output: ContentParts
 
     @property
     def as_ours(self) -> Json:
@@ -96,7 +96,7 @@ class Result(Lenient):
         return {"role": "tool", "tool_call_id": self.call_id, "content": content}
 
 
-class Thought(Lenient):
+class ReasoningItem(LenientBody):
     type: Literal["reasoning"]
 
 
@@ -104,8 +104,11 @@ def _typed(item: Any) -> Any:
     return {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
 
 
-Item = Annotated[
-    Annotated[Said | Called | Result | Thought, Field(discriminator="type")],
+InputItem = Annotated[
+    Annotated[
+        MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem,
+        Field(discriminator="type"),
+    ],
     BeforeValidator(_typed),
 ]
 
@@ -114,20 +117,20 @@ def _as_items(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
-class Tool(Function):
+class ResponsesTool(FunctionSpec):
     type: Literal["function"]
 
 
-class Choice(Lenient):
+class ToolChoice(LenientBody):
     type: Literal["function"]
     name: str
 
 
-class Wanted(Lenient):
+class TextFormat(LenientBody):
     format: ResponseFormat | None = None
 
 
-class ResponsesBody(Named):
+class ResponsesBody(ModelRequest):
     """`metadata`, `user`, `store`, `reasoning` and other fields change nothing."""
 
     unsupported = (
@@ -135,7 +138,7 @@ class ResponsesBody(Named):
         *("stop", "seed", "logit_bias"),
     )
     input: Annotated[
-        list[Item], Field(fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_as_items)
+        list[InputItem], Field(fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_as_items)
     ]
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -145,20 +148,20 @@ class ResponsesBody(Named):
     stream: bool | None = None
     store: bool | None = None
     tools: Annotated[
-        list[Tool] | None,
+        list[ResponsesTool] | None,
         Field(fail_fast=True, max_length=MAX_TOOLS),
-        tools_of("function"),
+        keep_tool_types("function"),
     ] = None
-    tool_choice: Literal["auto", "none", "required"] | Choice | None = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    text: Wanted | None = None
+    text: TextFormat | None = None
     pop: bool | None = None
 
     def chat(self, earlier: Sequence[Json]) -> ChatBody:
         """The same as a chat that goes on from these messages."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice: Any = self.tool_choice
-        if isinstance(choice, Choice):
+        if isinstance(choice, ToolChoice):
             choice = {"type": "function", "function": {"name": choice.name}}
         return ChatBody.model_validate(
             {
@@ -175,18 +178,18 @@ class ResponsesBody(Named):
         """The input as messages of a chat: calls join what the assistant said before them."""
         found: list[Json] = []
         for item in self.input:
-            if isinstance(item, Called):
+            if isinstance(item, FunctionCallItem):
                 if not found or found[-1]["role"] != "assistant":
                     found.append({"role": "assistant", "content": None})
                 call = {"name": item.name, "arguments": item.arguments}
                 calls = found[-1].setdefault("tool_calls", [])
                 calls.append({"id": item.call_id, "type": "function", "function": call})
-            elif not isinstance(item, Thought):
+            elif not isinstance(item, ReasoningItem):
                 found.append(item.as_ours)
         return found
 
 
-class Memory:
+class ConversationStore:
     """The messages of the latest responses, by their ids. It is for the event loop."""
 
     def __init__(self) -> None:
@@ -222,7 +225,12 @@ class ResponsesReply(EventReply):
     id_prefix = "resp"
 
     def __init__(
-        self, served: Served, *, body: ResponsesBody, earlier: list[Json], memory: Memory
+        self,
+        served: ServedModel,
+        *,
+        body: ResponsesBody,
+        earlier: list[Json],
+        memory: ConversationStore,
     ) -> None:
         super().__init__(served)
         self._body, self._earlier, self._memory = body, earlier, memory
@@ -283,7 +291,7 @@ class ResponsesReply(EventReply):
         index = len(self._output) - 1
         yield self._event("output_item.done", output_index=index, item=item)
 
-    def ending(self, end: End) -> list[Json]:
+    def ending(self, end: AnswerEnd) -> list[Json]:
         closed = [*self._closed()]
         if self._body.store is not False:
             self._remember()
@@ -291,7 +299,9 @@ class ResponsesReply(EventReply):
         response = self._response(status, end)
         return [*closed, self._event(status, response=response)]
 
-    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+    def whole(
+        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
+    ) -> Json:
         for piece in said:
             self.pieces(piece, ())
         response: Json = self.ending(end)[-1]["response"]
@@ -315,7 +325,7 @@ class ResponsesReply(EventReply):
         index = len(self._output) - 1
         return self._event(kind, item_id=self._output[-1]["id"], output_index=index, **fields)
 
-    def _response(self, status: str, end: End | None = None) -> Json:
+    def _response(self, status: str, end: AnswerEnd | None = None) -> Json:
         body = self._body
         given = body.model_dump(
             include={
@@ -344,19 +354,19 @@ class ResponsesReply(EventReply):
 
 
 def routes(api: Api) -> list[Route]:
-    return [Route("/v1/responses", partial(_create, api, Memory()), methods=["POST"])]
+    return [Route("/v1/responses", partial(_create, api, ConversationStore()), methods=["POST"])]
 
 
-async def _create(api: Api, memory: Memory, request: Request) -> Response:
+async def _create(api: Api, memory: ConversationStore, request: Request) -> Response:
     body = await api.read(request, ResponsesBody)
     earlier = memory.of(body.previous_response_id)
     chat = await run_in_threadpool(body.chat, earlier)
     reply = partial(ResponsesReply, body=body, earlier=earlier, memory=memory)
-    return await api.answer(request, chat, Tasks.chat, reply)
+    return await api.answer(request, chat, TaskFactory.chat, reply)
 
 
 def _size(value: Any) -> int:
-    """About the bytes that JSON takes in memory."""
+    """Estimate the bytes that JSON takes in memory."""
     if isinstance(value, dict | list):
         return 100 + sum(map(_size, value.values() if isinstance(value, dict) else value))
     return 100 + (len(value) if isinstance(value, str) else 0)

@@ -18,8 +18,8 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
-from pop_local.server.bodies import CompletionBody
-from pop_local.server.tasks import Tasks
+from pop_local.server.request_bodies import CompletionBody
+from pop_local.server.task_factory import TaskFactory
 from pop_local.ui.chat.dialogue import _costs
 from support.calls import evaluated, greedy, opened, prompt
 from support.scripted import ScriptedModel, figures, talk
@@ -195,6 +195,6 @@ def test_a_session_is_loaded_with_its_mode_and_its_cache(mode: Mode, tmp_path: P
 
 @pytest.mark.parametrize("pop", [None, True, False])
 def test_the_server_reads_exactly_unless_asked_not_to(pop: bool | None, shared: Path) -> None:
-    tasks = Tasks(opened(shared))
+    tasks = TaskFactory(opened(shared))
     body = CompletionBody.model_validate({"model": "m", "prompt": "a b c", "pop": pop})
     assert tasks.completions(body)[0].mode is (Mode.OFF if pop is False else Mode.CONTEXT)

@@ -20,10 +20,10 @@ from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.loading import DEFAULT_CTX
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.server.errors import ApiError, as_api_error
-from pop_local.server.listing import About, File, find
+from pop_local.server.api_errors import ApiError, as_api_error
 from pop_local.server.metrics import Metrics
-from pop_local.server.tasks import Tasks
+from pop_local.server.model_listing import ModelFile, ModelInfo, find
+from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import STOPPING, Worker
 
 log = logging.getLogger("pop_local.server")
@@ -51,13 +51,13 @@ class ModelRegistry:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """An open model by its name in the API, what makes its tasks, and the thread that has it."""
 
     name: str
     path: Path
     model: PopModel
-    tasks: Tasks
+    tasks: TaskFactory
     worker: Worker
     needed_bytes: int
 
@@ -78,13 +78,15 @@ class Served:
 class Lease:
     """A request's claim to a model: `served` comes once that is open, and is kept until `end`."""
 
-    def __init__(self, file: File, needed_bytes: int, on_end: Callable[["Lease"], None]) -> None:
+    def __init__(
+        self, file: ModelFile, needed_bytes: int, on_end: Callable[["Lease"], None]
+    ) -> None:
         self.file, self.needed_bytes = file, needed_bytes
-        self.served: asyncio.Future[Served] = asyncio.get_running_loop().create_future()
+        self.served: asyncio.Future[ServedModel] = asyncio.get_running_loop().create_future()
         self.is_granted = False
         self._on_end = on_end
 
-    def grant(self, served: Served) -> None:
+    def grant(self, served: ServedModel) -> None:
         self.is_granted = True
         self.served.set_result(served)
 
@@ -98,7 +100,7 @@ class Lease:
         self._on_end(self)
 
 
-class Models:
+class ModelPool:
     """Opens models as they are asked for, one at a time, and closes idle ones before.
 
     All but `load`, `stop`, `join` and `close` is for the event loop. `metrics` are of all models.
@@ -122,12 +124,12 @@ class Models:
         self.metrics = Metrics()
         self._max_waiting, self._repeatable = max_waiting, repeatable
         self._ram_bytes, self._default = ram_bytes, default
-        self._loaded: dict[Path, Served] = {}  # the least recently used first
+        self._loaded: dict[Path, ServedModel] = {}  # the least recently used first
         self._n_leases: Counter[Path] = Counter()
         self._waiting: list[Lease] = []
         self._damaged: set[Path] = set()
         self._change: threading.Thread | None = None
-        self._leaving: Sequence[Served] = ()  # in the change
+        self._leaving: Sequence[ServedModel] = ()  # in the change
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         metrics = self.metrics
@@ -138,8 +140,12 @@ class Models:
 
     @classmethod
     def of_one(
-        cls, file: File, model: PopModel, teach: Callable[[PopModel], Fitter | None], **how: Any
-    ) -> "Models":
+        cls,
+        file: ModelFile,
+        model: PopModel,
+        teach: Callable[[PopModel], Fitter | None],
+        **how: Any,
+    ) -> "ModelPool":
         """Make models of a single one, which is open already; `how` as for the constructor."""
         files, n = {file.name: file.path}, len(model.sequences)
         registry = ModelRegistry(
@@ -151,17 +157,17 @@ class Models:
 
     # By name
 
-    def find(self, name: str | None) -> File | None:
+    def find(self, name: str | None) -> ModelFile | None:
         return find(name, self.registry.files()) if name else None
 
     @property
-    def default(self) -> File | None:
+    def default(self) -> ModelFile | None:
         """The model that answers where none is named; None where there is none at all."""
         files = self.registry.files()
         asked_for = [served.name for served in self.loaded]
         asked_for += [lease.file.name for lease in self._still_waiting()]
         names = (self._default, *reversed(asked_for), *files)
-        found = [File(name, files[name]) for name in names if name in files]
+        found = [ModelFile(name, files[name]) for name in names if name in files]
         return next(
             (file for file in found if file.path not in self._damaged), next(iter(found), None)
         )
@@ -170,40 +176,40 @@ class Models:
     def names(self) -> list[str]:
         return list(self.registry.files())
 
-    async def listed(self) -> list[About]:
+    async def listed(self) -> list[ModelInfo]:
         """Describe all models; those whose files are damaged are left out, and named in the log."""
         opened = self.opened
         here = {about.name for about in opened}
-        files = [File(*each) for each in self.registry.files().items() if each[0] not in here]
+        files = [ModelFile(*each) for each in self.registry.files().items() if each[0] not in here]
         closed = await run_in_threadpool(lambda: [*filter(None, map(self._described, files))])
         return sorted([*opened, *closed], key=lambda about: about.name.lower())
 
     @property
-    def loaded(self) -> list[Served]:
+    def loaded(self) -> list[ServedModel]:
         """The open models, the one that was used last at the end."""
         return list(self._loaded.values())
 
     @property
-    def opened(self) -> list[About]:
-        return [About.of_model(served.name, served.model) for served in self.loaded]
+    def opened(self) -> list[ModelInfo]:
+        return [ModelInfo.of_model(served.name, served.model) for served in self.loaded]
 
-    async def about(self, file: File) -> About:
+    async def about(self, file: ModelFile) -> ModelInfo:
         """Describe a model. Raises PopError for a damaged file."""
         if served := self._loaded.get(file.path):
-            return About.of_model(file.name, served.model)
+            return ModelInfo.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
 
     def check(self) -> None:
         """Read the headers of all files: no damaged one answers where none is named."""
         for name, path in self.registry.files().items():
-            self._described(File(name, path))
+            self._described(ModelFile(name, path))
 
-    def _read(self, file: File) -> About:
-        about = About.of_file(file, self.registry.n_ctx, self.registry.n_parallel)
+    def _read(self, file: ModelFile) -> ModelInfo:
+        about = ModelInfo.of_file(file, self.registry.n_ctx, self.registry.n_parallel)
         self._damaged.discard(file.path)
         return about
 
-    def _described(self, file: File) -> About | None:
+    def _described(self, file: ModelFile) -> ModelInfo | None:
         try:
             return self._read(file)
         except (PopError, OSError) as error:
@@ -213,7 +219,7 @@ class Models:
 
     # Leases
 
-    async def lease(self, file: File) -> Lease:
+    async def lease(self, file: ModelFile) -> Lease:
         """Begin a lease; whoever has it ends it. Raises ApiError when too many wait already."""
         try:
             needed_bytes = (await self.about(file)).needed_bytes
@@ -245,7 +251,7 @@ class Models:
     def _total(self, figure: Callable[[Worker], int]) -> int:
         return sum(figure(served.worker) for served in self.loaded)
 
-    def _grant(self, lease: Lease, served: Served) -> None:
+    def _grant(self, lease: Lease, served: ServedModel) -> None:
         self._loaded[served.path] = self._loaded.pop(served.path)
         self._n_leases[served.path] += 1
         lease.grant(served)
@@ -273,10 +279,10 @@ class Models:
     def _for_the_same(self, lease: Lease) -> list[Lease]:
         return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
-    def _to_close(self, needed_bytes: int) -> list[Served] | None:
+    def _to_close(self, needed_bytes: int) -> list[ServedModel] | None:
         """Choose idle models to close; None while busy ones leave no room."""
         n_bytes = needed_bytes + sum(served.needed_bytes for served in self._loaded.values())
-        leaving: list[Served] = []
+        leaving: list[ServedModel] = []
         for served in self.loaded:
             if n_bytes > self._ram_bytes and not self._n_leases[served.path]:
                 leaving.append(served)
@@ -286,18 +292,18 @@ class Models:
 
     # Opening and closing
 
-    def load(self, file: File) -> Served:
+    def load(self, file: ModelFile) -> ServedModel:
         """Open a model; its thread is yet to be started. Raises PopError."""
         with stopped_by(self._stopping.is_set):
             model = self.registry.open(file.path)
-        tasks = Tasks(model, repeatable=self._repeatable)
+        tasks = TaskFactory(model, repeatable=self._repeatable)
         worker = Worker(model, self.metrics, self._max_waiting, self.registry.teach(model))
-        needed_bytes = About.of_model(file.name, model).needed_bytes
-        served = Served(file.name, file.path, model, tasks, worker, needed_bytes)
+        needed_bytes = ModelInfo.of_model(file.name, model).needed_bytes
+        served = ServedModel(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served
         return served
 
-    def _begin(self, lease: Lease, leaving: list[Served]) -> None:
+    def _begin(self, lease: Lease, leaving: list[ServedModel]) -> None:
         for served in leaving:
             del self._loaded[served.path]
         self._leaving = leaving
@@ -335,7 +341,7 @@ class Models:
                 each.refuse(self._failed(lease.file, error))
         self._advance()
 
-    def _failed(self, file: File, error: Exception) -> ApiError:
+    def _failed(self, file: ModelFile, error: Exception) -> ApiError:
         """Return why a model is not there, once more for each request, and log it."""
         if self._stopping.is_set():
             return ApiError(503, STOPPING)

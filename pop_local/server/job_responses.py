@@ -11,8 +11,8 @@ from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.reader import CallReader, Piece
 from pop_local.engine.turn import Chunk, TokenLogprob
-from pop_local.server.errors import ApiError, as_api_error, hung_up
-from pop_local.server.replies import End, Json, Reply, usage
+from pop_local.server.api_errors import ApiError, as_api_error, hung_up
+from pop_local.server.replies import AnswerEnd, Json, Reply, usage
 from pop_local.server.worker import STOPPING, Job
 
 # Tokens that come faster than this are sent together, each as an event of its own.
@@ -27,7 +27,7 @@ _PROGRESS_S = 0.5
 
 async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Response:
     wholes: list[Json] = []
-    ends: list[End] = []
+    ends: list[AnswerEnd] = []
     for index, job in enumerate(jobs):
         reply.begin(index, job.task)
         chunks = [chunk async for batch in job.batches(_LONG_PAUSE_S) for chunk in batch]
@@ -41,7 +41,7 @@ async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Respo
 
 async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> AsyncGenerator[bytes]:
     """Yield one job's answer after the other; an error is the last piece, if there is any."""
-    ends: list[End] = []
+    ends: list[AnswerEnd] = []
     complete = False
     last = b""
 
@@ -106,7 +106,7 @@ class _Reading:
         return [] if self._reader is None else await run_in_threadpool(self._reader.end)
 
 
-def _end(state: State, job: Job, last: Chunk, *, has_called: bool) -> End:
+def _end(state: State, job: Job, last: Chunk, *, has_called: bool) -> AnswerEnd:
     """Raises ApiError when the answer was cut off."""
     stats = last.stats
     assert stats is not None, "the last chunk has them"
@@ -124,4 +124,4 @@ def _end(state: State, job: Job, last: Chunk, *, has_called: bool) -> End:
     figures = usage(stats, job.queued_s, job.task.reason, ignored)
     reason: str = stats.finish_reason
     reason = "tool_calls" if has_called and reason == "stop" else reason
-    return End(reason, stats.stop, figures, last.embedding)
+    return AnswerEnd(reason, stats.stop, figures, last.embedding)

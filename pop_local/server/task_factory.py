@@ -19,18 +19,18 @@ from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn import Message, ToolCall, TurnOptions
-from pop_local.server.bodies import (
-    Body,
+from pop_local.server.api_errors import ApiError
+from pop_local.server.request_bodies import (
     ChatBody,
     ChatMessage,
     CompletionBody,
     EmbeddingsBody,
-    NamedTool,
-    Sampling,
-    each_of,
+    GenerationBody,
+    NamedToolChoice,
+    SamplingFields,
+    as_prompts,
 )
-from pop_local.server.errors import ApiError
-from pop_local.server.pictures import sent_pictures
+from pop_local.server.request_images import sent_pictures
 from pop_local.server.worker import Task
 
 # As in OpenAI's API; chats go on to the end of the context.
@@ -45,7 +45,7 @@ SERVER_OFF = "the server runs with --full"
 PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 
-class Tasks:
+class TaskFactory:
     """Makes tasks, checked as far as possible before the queue.
 
     Several threads may use it, while the model decodes in another.
@@ -107,7 +107,7 @@ class Tasks:
             require_pooling(self.model.cache)
         except PopError as error:
             raise ApiError(400, error.message) from error
-        tokens = [self._tokens(prompt, None) for prompt in each_of(body.input)]
+        tokens = [self._tokens(prompt, None) for prompt in as_prompts(body.input)]
         for each in tokens:
             self._check_length(len(each), "input")
         options = TurnOptions()
@@ -174,10 +174,10 @@ class Tasks:
             )
 
     def _options(
-        self, body: Body, max_tokens: int | None, n_top_logprobs: int | None
+        self, body: GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
         """Take the body's values, else the model's recommended ones, else the engine's."""
-        given = body.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        given = body.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
             given["temperature"] = 0.0
         if body.seed is not None and body.seed != -1:
@@ -195,12 +195,12 @@ class Tasks:
             **{**self.model.recommended, **given},
         )
 
-    def _grammar(self, body: Body) -> Grammar | None:
+    def _grammar(self, body: GenerationBody) -> Grammar | None:
         form, param, grammar = body.response_format, "grammar", None
         try:
-            if form is not None and form.wanted is not None:
+            if form is not None and form.answer_schema is not None:
                 param = "response_format"
-                grammar = Grammar.of_schema(form.wanted)
+                grammar = Grammar.of_schema(form.answer_schema)
             elif body.grammar is not None:
                 grammar = Grammar.of_gbnf(body.grammar)
             if grammar is not None:
@@ -239,7 +239,7 @@ def _tools(body: ChatBody) -> Tools:
         for one in (sent.function for sent in body.tools)
     )
     callable_ = told
-    if isinstance(choice, NamedTool):
+    if isinstance(choice, NamedToolChoice):
         callable_ = tuple(tool for tool in told if tool.name == choice.function.name)
         if not callable_:
             message = f"tool_choice names {choice.function.name!r}, which is not among the tools"

@@ -24,7 +24,7 @@ from pop_local.models.stored import known_name, models_by_name
 _LATEST = ":latest"  # as Ollama's clients see it
 
 
-class File(NamedTuple):
+class ModelFile(NamedTuple):
     """A model's name in the API, and its file."""
 
     name: str
@@ -32,7 +32,7 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True)
-class About:
+class ModelInfo:
     """A model as the listings show it. Only an open one knows `exact`, and whether it can infill.
 
     `boundary`: 0 where nothing is pruned.
@@ -49,7 +49,7 @@ class About:
     n_parallel: int
 
     @classmethod
-    def of_model(cls, name: str, model: PopModel) -> "About":
+    def of_model(cls, name: str, model: PopModel) -> "ModelInfo":
         return cls(
             name,
             model.context.source,
@@ -63,7 +63,7 @@ class About:
         )
 
     @classmethod
-    def of_file(cls, file: File, n_ctx: int | None, n_parallel: int) -> "About":
+    def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
         """`n_ctx`: that of all models, None for their own. Raises PopError for a damaged file."""
         stat = file.path.stat()
         source = _source(file.path, (stat.st_mtime_ns, stat.st_size))
@@ -89,7 +89,7 @@ class About:
 
     @property
     def needed_bytes(self) -> int:
-        """About the memory that it takes: its file, K/V in F16, states at the boundary in F32."""
+        """Estimated memory of the open model: file, K/V in F16, boundary states in F32."""
         n_bytes, n_cells = self.source.size_bytes, self.n_ctx * self.n_parallel
         with suppress(PopError):
             shape = source_shape(self.source)
@@ -114,11 +114,11 @@ def shown(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def find(name: str, files: Mapping[str, Path]) -> File | None:
+def find(name: str, files: Mapping[str, Path]) -> ModelFile | None:
     """Return the file of that name, None for none; those of the catalog have its names, too."""
     untagged = name[: -len(_LATEST)] if name.lower().endswith(_LATEST) else name
     model = lookup(name)
     for wanted in (name, untagged, *((model.pop_file, model.file) if model else ())):
         if known := known_name(wanted, files):
-            return File(known, files[known])
+            return ModelFile(known, files[known])
     return None

@@ -8,7 +8,7 @@ from itertools import islice
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import MAX_BYTES, MAX_PIXELS, Picture, picture_of
-from pop_local.server.errors import ApiError
+from pop_local.server.api_errors import ApiError
 
 # For one request's pictures together: they are decoded before the queue.
 MAX_PICTURES = 64

@@ -19,8 +19,8 @@ from starlette.types import Scope
 from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
 from pop_local.engine.limited.process import NoChildError
-from pop_local.server.errors import ApiError
-from pop_local.server.page.reader import reader
+from pop_local.server.api_errors import ApiError
+from pop_local.server.page.file_reader import reader
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
 
 STATIC = Path(__file__).parent / "static"

@@ -13,9 +13,9 @@ from urllib.parse import quote, urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pop_local.server.errors import HUNG_UP, ApiError
+from pop_local.server.api_errors import HUNG_UP, ApiError
 from pop_local.server.metrics import Metrics
-from pop_local.server.page.routes import is_public
+from pop_local.server.page.page_routes import is_public
 from pop_local.server.worker import STOPPING
 
 log = logging.getLogger("pop_local.server")
@@ -31,7 +31,7 @@ _SHOWN = 80
 
 
 @dataclass(frozen=True)
-class Entry:
+class AccessRules:
     """Who is let in: those with the key, "" for none. Without one only this machine's names count,
     and `host`, the address that is listened on.
 
@@ -43,7 +43,7 @@ class Entry:
     origins: tuple[str, ...] = ()
 
 
-class Front:
+class AccessMiddleware:
     """ASGI middleware. The scope's state may say `hung_up`, and a `note` for the log.
 
     Where the state has a name as `asked`, the client asked for a model that is not here, and
@@ -51,7 +51,9 @@ class Front:
     are counted each for itself.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, entry: Entry, paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, entry: AccessRules, paths: frozenset[str]
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._entry = entry
@@ -97,7 +99,7 @@ class Front:
             log.log(level, "%s %s %r %d, %s", client, scope["method"], scope["path"], status, took)
 
 
-def refusal(scope: Scope, entry: Entry) -> ApiError | None:
+def refusal(scope: Scope, entry: AccessRules) -> ApiError | None:
     """Return why a request's sender is refused, if so.
 
     Without a key, web pages of other origins are kept out, and those whose name was made to lead

@@ -54,11 +54,11 @@ _USUAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Lenient(BaseModel):
+class LenientBody(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-class Named(Lenient):
+class ModelRequest(LenientBody):
     """A request to a model; None: to the one that is here.
 
     `unsupported`: fields that would change the answer, and cannot.
@@ -68,22 +68,22 @@ class Named(Lenient):
     model: str | None = None
 
     @model_validator(mode="after")
-    def _is_supported(self) -> "Named":
+    def _check_supported(self) -> "ModelRequest":
         for name in self.unsupported:
             if (self.model_extra or {}).get(name):
                 raise ValueError(f"{name} is not supported")
         return self
 
 
-class StreamOptions(Lenient):
+class StreamOptions(LenientBody):
     include_usage: bool | None = None
 
 
-class JsonSchema(Lenient):
+class JsonSchema(LenientBody):
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class ResponseFormat(Lenient):
+class ResponseFormat(LenientBody):
     """`schema` beside `type` is how others than OpenAI's chat send it."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -91,13 +91,13 @@ class ResponseFormat(Lenient):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     @model_validator(mode="after")
-    def _has_schema(self) -> "ResponseFormat":
+    def _require_schema(self) -> "ResponseFormat":
         if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise ValueError("the schema is missing")
         return self
 
     @property
-    def wanted(self) -> dict[str, Any] | None:
+    def answer_schema(self) -> dict[str, Any] | None:
         """The schema of the answer, None for any text."""
         if self.type == "text":
             return None
@@ -106,7 +106,7 @@ class ResponseFormat(Lenient):
         return self.schema_ or {"type": "object"}
 
 
-def schema_form(schema: dict[str, Any]) -> dict[str, Any]:
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the `response_format` for a schema alone."""
     return {"type": "json_schema", "schema": schema}
 
@@ -115,16 +115,16 @@ def picture_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-class TextPart(Lenient):
+class TextPart(LenientBody):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(Lenient):
+class ImageUrl(LenientBody):
     url: str
 
 
-class ImagePart(Lenient):
+class ImagePart(LenientBody):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -137,8 +137,8 @@ def _as_parts(content: Any) -> Any:
     raise ValueError("give a text, or a list of parts")
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
+ChatPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+ChatParts = Annotated[list[ChatPart], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
 def _or(usual: str) -> BeforeValidator:
@@ -151,18 +151,18 @@ def _as_json(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
-class Called(Lenient):
+class FunctionCall(LenientBody):
     name: str
     arguments: Annotated[str, BeforeValidator(_as_json), _or("{}")] = "{}"
 
 
-class SentCall(Lenient):
+class ChatToolCall(LenientBody):
     id: Annotated[str, _or("")] = ""
     type: Literal["function"] = "function"
-    function: Called
+    function: FunctionCall
 
 
-class Function(Lenient):
+class FunctionSpec(LenientBody):
     """`strict` changes nothing: arguments are always those of the schema."""
 
     name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
@@ -170,12 +170,12 @@ class Function(Lenient):
     parameters: dict[str, Any] | None = None
 
 
-class SentTool(Lenient):
+class ChatTool(LenientBody):
     type: Literal["function"]
-    function: Function
+    function: FunctionSpec
 
 
-def tools_of(*types: str | None) -> BeforeValidator:
+def keep_tool_types(*types: str | None) -> BeforeValidator:
     """Keep the tools of these types: others would run on their makers' machines."""
 
     def kept(tools: Any) -> Any:
@@ -186,19 +186,19 @@ def tools_of(*types: str | None) -> BeforeValidator:
     return BeforeValidator(kept)
 
 
-class NamedFunction(Lenient):
+class FunctionName(LenientBody):
     name: str
 
 
-class NamedTool(Lenient):
+class NamedToolChoice(LenientBody):
     type: Literal["function"] = "function"
-    function: NamedFunction
+    function: FunctionName
 
 
-class ChatMessage(Lenient):
+class ChatMessage(LenientBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Parts | None, BeforeValidator(_as_parts)] = None
-    tool_calls: Annotated[list[SentCall] | None, Field(max_length=MAX_TOOLS)] = None
+    content: Annotated[ChatParts | None, BeforeValidator(_as_parts)] = None
+    tool_calls: Annotated[list[ChatToolCall] | None, Field(max_length=MAX_TOOLS)] = None
     tool_call_id: Annotated[str, _or("")] = ""
 
     @property
@@ -233,7 +233,7 @@ def _for_minus_one(unlimited: int) -> BeforeValidator:
 Limit = Annotated[int | None, _for_minus_one(MOST)]
 
 
-class Sampling(Lenient):
+class SamplingFields(LenientBody):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Annotated[int | None, _for_minus_one(0)] = Field(None, ge=0)
@@ -243,7 +243,7 @@ class Sampling(Lenient):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
 
 
-class Body(Named, Sampling):
+class GenerationBody(ModelRequest, SamplingFields):
     """The fields that both kinds of request share; None: the server's default.
 
     `n_predict` is llama.cpp's name of `max_tokens`, `max_completion_tokens` OpenAI's newer one, and
@@ -289,10 +289,10 @@ class Body(Named, Sampling):
     @property
     def has_grammar(self) -> bool:
         form = self.response_format
-        return self.grammar is not None or (form is not None and form.wanted is not None)
+        return self.grammar is not None or (form is not None and form.answer_schema is not None)
 
     @model_validator(mode="after")
-    def _is_usual(self) -> "Body":
+    def _check_values(self) -> "GenerationBody":
         extra = self.model_extra or {}
         for name, usual in _USUAL.items():
             if extra.get(name) not in (None, *usual):
@@ -304,19 +304,19 @@ class Body(Named, Sampling):
         if self.repeat_penalty is None:
             self.repeat_penalty = self.repetition_penalty
         form = self.response_format
-        if self.grammar is not None and form is not None and form.wanted is not None:
+        if self.grammar is not None and form is not None and form.answer_schema is not None:
             raise ValueError("give either grammar or response_format")
         return self
 
 
-class ChatBody(Body):
+class ChatBody(GenerationBody):
     messages: Annotated[
         list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     ]
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: Annotated[list[SentTool] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tools: Annotated[list[ChatTool] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
+    tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     @property
@@ -335,7 +335,7 @@ class ChatBody(Body):
         return super().has_grammar or self.has_tools
 
     @model_validator(mode="after")
-    def _says_enough(self) -> "ChatBody":
+    def _check_combination(self) -> "ChatBody":
         if self.limit == 0:
             raise ValueError("max_tokens must be at least 1")
         if self.tools and super().has_grammar:
@@ -350,7 +350,7 @@ class ChatBody(Body):
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 
 
-def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
         return handler(prompt)
     except ValidationError:
@@ -364,17 +364,17 @@ Prompts = Annotated[
     | Annotated[list[str], Field(fail_fast=True, max_length=MAX_TEXTS)]
     | Tokens
     | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_TEXTS)],
-    WrapValidator(_of_a_kind),
+    WrapValidator(_check_prompts),
 ]
 
 
-def each_of(prompt: Any) -> list[Any]:
+def as_prompts(prompt: Any) -> list[Any]:
     """Return the texts, or lists of tokens, of one or several prompts."""
     is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
     return [prompt] if is_one else prompt
 
 
-class EmbeddingsBody(Body):
+class EmbeddingsBody(GenerationBody):
     """`user` and `stream` change nothing; `dimensions` may be the model's alone."""
 
     stream: Annotated[None, BeforeValidator(lambda sent: None)] = None
@@ -383,7 +383,7 @@ class EmbeddingsBody(Body):
     dimensions: int | None = None
 
 
-class CompletionBody(Body):
+class CompletionBody(GenerationBody):
     prompt: Prompts
     suffix: str | None = None
     echo: bool | None = None
@@ -396,10 +396,10 @@ class CompletionBody(Body):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        return each_of(self.prompt)
+        return as_prompts(self.prompt)
 
     @model_validator(mode="after")
-    def _says_enough(self) -> "CompletionBody":
+    def _check_combination(self) -> "CompletionBody":
         if self.limit == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1, unless the prompt is echoed")
         if self.suffix and self.echo:

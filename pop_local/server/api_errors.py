@@ -32,18 +32,18 @@ class ApiError(HTTPException):
         return {"error": error}
 
     @property
-    def of_ollama(self) -> dict[str, Any]:
+    def ollama_body(self) -> dict[str, Any]:
         return {"error": self.detail}
 
     @property
-    def of_anthropic(self) -> dict[str, Any]:
+    def anthropic_body(self) -> dict[str, Any]:
         kind = _KINDS.get(self.status_code, self.body["error"]["type"])
         kind = "api_error" if kind == "server_error" else kind
         return {"type": "error", "error": {"type": kind, "message": self.detail}}
 
     def response(self, path: str) -> JSONResponse:
-        body = self.of_ollama if path.startswith("/api/") else self.body
-        body = self.of_anthropic if path.startswith("/v1/messages") else body
+        body = self.ollama_body if path.startswith("/api/") else self.body
+        body = self.anthropic_body if path.startswith("/v1/messages") else body
         return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))
 
 
