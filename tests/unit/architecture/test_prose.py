@@ -1,0 +1,279 @@
+"""The language of docstrings, comments, messages and documents (CONTRIBUTING.md, *Prose*).
+
+    python tests/unit/architecture/test_prose.py pop_local/server README.md
+
+prints the findings in those files and folders (default: the repository), NOT_YET or not.
+
+After rewriting a folder, delete its entry in NOT_YET: the lint then holds for the files in it.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from support.paths import ROOT
+from support.prose import Sentence, sentences_of
+
+PROSE_FOLDERS = ("pop_local", "converter", "patches", "tests", "docs")
+PROSE_SUFFIXES = {".py", ".md", ".cpp", ".h", ".patch"}
+# Built, vendored or read by models.
+EXCLUDED = ("patches/llama-cpp-python/build", "pop_local/data")
+# Pages about earlier versions keep their words.
+ARCHIVE = "docs/notebook/archive"
+MEAN_WORDS = 20
+
+# Folders that are not rewritten yet; an entry holds for the files in it, not for its subfolders.
+NOT_YET: set[str] = {
+    ".",
+    "converter/pop_converter",
+    "converter/pop_converter/architecture",
+    "converter/pop_converter/base",
+    "converter/pop_converter/fit",
+    "converter/pop_converter/gguf",
+    "converter/pop_converter/popfile",
+    "docs",
+    "docs/notebook",
+    "patches",
+    "patches/llama-cpp-python",
+    "patches/llama-cpp-python/pop_build",
+    "patches/llama.cpp/common/pop",
+    "patches/llama.cpp/ggml/src/ggml-cpu/pop",
+    "patches/llama.cpp/ggml/src/ggml-rpc",
+    "patches/llama.cpp/src",
+    "pop_local",
+    "pop_local/calibration",
+    "pop_local/commands",
+    "pop_local/config",
+    "pop_local/engine",
+    "pop_local/engine/cache",
+    "pop_local/engine/decode",
+    "pop_local/engine/depth",
+    "pop_local/engine/images",
+    "pop_local/engine/learning",
+    "pop_local/engine/limited",
+    "pop_local/engine/llama",
+    "pop_local/engine/prefill",
+    "pop_local/engine/prompt",
+    "pop_local/engine/sessions",
+    "pop_local/engine/tools",
+    "pop_local/fetching",
+    "pop_local/measure",
+    "pop_local/models",
+    "pop_local/research",
+    "pop_local/server",
+    "pop_local/server/apis",
+    "pop_local/server/page",
+    "pop_local/server/page/static/vendor",
+    "pop_local/texts",
+    "pop_local/ui",
+    "pop_local/ui/chat",
+    "pop_local/ui/views",
+    "pop_local/workflows",
+    "pop_local/workflows/conversion",
+    "tests",
+    "tests/bench",
+    "tests/cli",
+    "tests/clients",
+    "tests/fuzz",
+    "tests/kernels",
+    "tests/oracle",
+    "tests/page",
+    "tests/real",
+    "tests/server",
+    "tests/support",
+    "tests/unit",
+    "tests/unit/architecture",
+    "tests/unit/calibration",
+    "tests/unit/converter",
+    "tests/unit/engine",
+    "tests/unit/fetching",
+    "tests/unit/measure",
+    "tests/unit/texts",
+    "tests/unit/ui",
+    "tests/unit/workflows",
+}
+
+# A docstring starts with an imperative or a noun phrase.
+DOCSTRING_STARTS = re.compile(
+    r"(What|Whose|Of|That|Those|Whether|How|Who|Whoever|Nobody|One(?! \w+ of)|Where|As)\b"
+)
+# A sentence that starts so has no subject, or a clause instead of one.
+SENTENCE_STARTS = re.compile(
+    r"(What|Whose|Of(?! course\b)|Those|Whether|Who|Whoever|Nobody|So many|As many|As asked)\b"
+)
+# Pattern and what to write. Only phrases that are nearly always wrong: readers judge the rest.
+BANNED = {
+    r"whoever|nobody|somebody|anybody|who else": "name the actor",
+    r"so many|as many( as)?|that many|for so long": "N, up to N",
+    r"as asked( for)?|asks? for (it|them)|(is|are|was|were) asked for": "requested",
+    r"as (it is|they are|it was|they were)(?=[.,;:)]|$)": "unchanged",
+    r"(where|as|than|that|what|so far as) there (is|are|was|were)": "exists, is in, contains",
+    r"where (none|nothing|one) (is|are)|if there is none": "if no ... exists",
+    r"li(es|e) (in|at|on|behind|before|beside|between|above|below|here|there)": "is in",
+    r"stands? (in|at|before|behind|beside|between|there|here|above|below)": "is in, comes first",
+    r"begins|go(es)? on(?! (sale|to))|going on": "starts, continues",
+    r"made of|comes? of|came of": "built from, computed from",
+    r"(is|are|was|were|be|being|been) told|tells? (the|a) \w+ (that|what|how|whether)": "notify",
+    r"says|hears?|heard|heeds?|heeded": "report, check, return",
+    r"by (itself|themselves)|of (its|their|his|one's|your) own|one's own": "automatically, its",
+    r"beside": "next to",
+    r"behind (it|them|that|this|those|each|every|all|(a|the) prompt|a pruned|a full|the token)": (
+        "after, following"
+    ),
+    r"in the place of|in (its|their) place": "instead of",
+    r"what (is|was|has been|are|were|had been) ((not|never|already|then|still) )?"
+    r"(\w+ed|read|kept|made|sent|shown|written|left|done|drawn|held|said|told|known|given|run"
+    r"|built|found|lost|put|cut|meant|taken|seen|heard)": "name it: the prompt, the cached rows",
+    r"to be had|to be seen": "available, visible",
+    r"of today|by now|meanwhile|in the meanwhile": "current, already, in the meantime",
+    r"at the same time as": "during, while",
+    r"in the midst of|anew": "during, again",
+    r"hangs? up|hung up": "disconnect",
+    r"(?<!room )doors?": "API",
+    r"the house": "the architecture",
+    r"facts? found": "look-ups answered",
+    r"at (most|least)\b[^.;:]*\bat (most|least)": "up to, maximum, minimum",
+}
+_BANNED = re.compile(
+    "|".join(rf"(?P<b{n}>\b(?:{pattern})(?!\w))" for n, pattern in enumerate(BANNED)), re.I
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    sentence: Sentence
+    found: str
+    advice: str
+
+    def __str__(self) -> str:
+        where = (
+            self.sentence.path.relative_to(ROOT)
+            if self.sentence.path.is_relative_to(ROOT)
+            else self.sentence.path
+        )
+        return f"{where}:{self.sentence.line}: {self.found!r} ({self.advice}): {self.sentence.text}"
+
+
+def findings_in(sentence: Sentence) -> Iterator[Finding]:
+    """Yield what a sentence has of banned starts and words."""
+    text = sentence.prose.lstrip("*_(\"'")
+    if sentence.kind != "message" and not text.endswith("?"):
+        starts = SENTENCE_STARTS
+        if sentence.kind == "docstring" and sentence.is_first:
+            starts = DOCSTRING_STARTS
+        if match := starts.match(text):
+            yield Finding(sentence, match[0], "start with a verb or a noun")
+    for match in _BANNED.finditer(text):
+        number = int((match.lastgroup or "b0").removeprefix("b"))
+        yield Finding(sentence, match[0], list(BANNED.values())[number])
+
+
+def files_under(path: Path) -> Iterator[Path]:
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name
+        if (
+            file.is_file()
+            and file.suffix in PROSE_SUFFIXES
+            and not name.startswith((*EXCLUDED, ARCHIVE))
+        ):
+            yield file
+
+
+def findings_under(paths: Iterable[Path]) -> list[Finding]:
+    return [
+        finding
+        for path in paths
+        for file in files_under(path)
+        if file != Path(__file__).resolve()
+        for sentence in sentences_of(file)
+        if sentence.kind != "message" or "tests" not in file.parts
+        for finding in findings_in(sentence)
+    ]
+
+
+def everything() -> list[Path]:
+    return [*sorted(ROOT.glob("*.md")), *(ROOT / name for name in PROSE_FOLDERS)]
+
+
+def folder_of(finding: Finding) -> str:
+    return finding.sentence.path.parent.relative_to(ROOT).as_posix()
+
+
+def documents() -> list[Path]:
+    return [path for root in everything() for path in files_under(root) if path.suffix == ".md"]
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Finding]:
+    return findings_under(everything())
+
+
+def test_rewritten_folders_have_no_banned_words(found: list[Finding]) -> None:
+    wrong = [str(finding) for finding in found if folder_of(finding) not in NOT_YET]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_not_yet_names_only_folders_with_findings(found: list[Finding]) -> None:
+    assert not NOT_YET - {folder_of(finding) for finding in found}, "rewritten: delete the entry"
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_have_short_sentences(path: Path) -> None:
+    lengths = {s.text: s.n_words for s in sentences_of(path) if s.n_words > 2}
+    longest = sorted(lengths, key=lengths.__getitem__, reverse=True)[:5]
+    assert mean(lengths.values()) <= MEAN_WORDS, "\n".join(longest)
+
+
+def test_findings_have_the_line_of_each_kind_of_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        '"""One thing.\n\nA slot. Whose x is.\n"""\n\n# Fine.\n# Of three\n# four.\nx = 1\n'
+        'raise PopError("the file lies in a folder", hint=f"ask {x} as asked for, nobody else")\n'
+    )
+    (tmp_path / "b.cpp").write_text(
+        'int x; // fine\n/* the cells\n * lie in a row */ "// nobody"\n'
+    )
+    (tmp_path / "c.patch").write_text("+++ b/a.h\n// nobody\n+int y; // nobody is here\n")
+    (tmp_path / "d.md").write_text(
+        "# Of a heading\n\n`code\nof two lines`.\nWhat [a\nlink](x.md) is.\n\n    nobody\n\n"
+        "| nobody |\n\n- **Label.** Five.\n- Of x. What is it?\n\n```\nnobody\n```\nGo on.\n"
+    )
+    shown = [
+        (finding.sentence.path.name, finding.sentence.line, finding.found)
+        for finding in findings_under([tmp_path])
+    ]
+    assert shown == [
+        ("a.py", 1, "One"),
+        ("a.py", 3, "Whose"),
+        ("a.py", 7, "Of"),
+        ("a.py", 10, "lies in"),
+        ("a.py", 10, "as asked for"),
+        ("a.py", 10, "nobody"),
+        ("b.cpp", 2, "lie in"),
+        ("c.patch", 3, "nobody"),
+        ("d.md", 5, "What"),
+        ("d.md", 13, "Of"),
+        ("d.md", 18, "Go on"),
+    ]
+
+
+def test_banned_phrases_leave_plain_english_alone() -> None:
+    text = (
+        "Of course, one of the slots ends with a newline. It comes from the header, as it is read"
+        " from disk. Where it fails, the caller is notified at least once."
+    )
+    sentence = Sentence(Path("a.md"), 1, "document", text, text, is_first=True)
+    assert list(findings_in(sentence)) == []
+
+
+if __name__ == "__main__":
+    roots = [Path(name).resolve() for name in sys.argv[1:]] or everything()
+    total = findings_under(roots)
+    print(*total, sep="\n")
+    sys.exit(f"{len(total)} findings" if total else 0)
