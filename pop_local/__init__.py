@@ -32,12 +32,10 @@ if TYPE_CHECKING:
     from pop_local.workflows.conversion.convert import Converted as Converted
     from pop_local.workflows.conversion.convert import convert as convert
     from pop_local.workflows.conversion.goals import Boundary as Boundary
-    from pop_local.workflows.conversion.goals import Fastest as Fastest
     from pop_local.workflows.conversion.goals import Skip as Skip
     from pop_local.workflows.conversion.goals import Within as Within
     from pop_local.workflows.conversion.refusals import CopyingBrokenError as CopyingBrokenError
     from pop_local.workflows.conversion.refusals import OverBudgetError as OverBudgetError
-    from pop_local.workflows.conversion.refusals import RecallLostError as RecallLostError
     from pop_local.workflows.evaluate import EvaluateOptions as EvaluateOptions
     from pop_local.workflows.evaluate import Evaluation as Evaluation
     from pop_local.workflows.evaluate import evaluate as evaluate
@@ -57,9 +55,9 @@ _MODULES = {
     "pop_local.research.analyze": ["Analysis", "analyze"],
     "pop_local.research.options": ["AnalyzeOptions"],
     "pop_local.workflows.conversion.convert": ["Converted", "convert"],
-    "pop_local.workflows.conversion.goals": ["Boundary", "Fastest", "Skip", "Within"],
+    "pop_local.workflows.conversion.goals": ["Boundary", "Skip", "Within"],
     "pop_local.workflows.conversion.refusals": [
-        *("CopyingBrokenError", "OverBudgetError", "RecallLostError"),
+        *("CopyingBrokenError", "OverBudgetError"),
     ],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],

@@ -22,13 +22,13 @@ from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch, terminal_watch
 from pop_local.workflows.conversion.convert import run_conversion
-from pop_local.workflows.conversion.goals import Fastest, Goal, Named, Within
+from pop_local.workflows.conversion.goals import Goal, Named, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.open import base_file
 from pop_local.workflows.options import RowOptions
 
-QualityName = Literal["near-lossless", "balanced", "fast", "fastest"]
+QualityName = Literal["near-lossless", "balanced", "fast"]
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,10 @@ class FullRowOptions(Group):
         " save, about 70.",
         min=0,
     )
-    select: str | None = option(
-        "Context tokens that the question needs, as 10%; with --skip or --boundary.", "SHARE"
-    )
 
     @property
     def rows(self) -> RowOptions:
-        return RowOptions(self.sink, self.tail, self.min_prompt, opt.selected(self.select) or 0.0)
+        return RowOptions(self.sink, self.tail, self.min_prompt)
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,7 @@ def convert(
     As many layers are skipped as --quality allows. Three qualities limit the perplexity of
     held-out text and of a repeated passage: near-lossless at 1.01 and 1.02 times the full model's,
     balanced at 1.03 and 1.1 times, fast at 1.06 and 1.3 times. --dry-run names all limits. --skip
-    and --boundary name the layers themselves. fastest reads about twice as fast, and no longer
-    copies text: it runs the tokens in full that the question needs, and the rest afterwards.
+    and --boundary name the layers themselves.
 
     The weights stay as they are. The K/V projections of the skipped layers are fitted to the model
     and added, so only pop-local opens the copy. The loss of quality is measured, printed and
@@ -140,10 +136,6 @@ def convert(
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
-    if full.select is not None and (named is None or how.quality or own):
-        raise typer.BadParameter(
-            "--select goes with --skip or --boundary alone; --quality fastest chooses its own"
-        )
     if fitting.images is not None and fitting.mmproj is None:
         raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
     if fitting.distill_tokens is not None and not how.distill:
@@ -197,15 +189,9 @@ def convert(
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
-    """As asked for; limits that are not given are those of BALANCED."""
+    """Return the requested goal. Missing limits default to BALANCED."""
     if quality and limits:
         raise typer.BadParameter("give --quality, or limits of your own, not both")
-    if quality == "fastest":
-        if named is not None:
-            raise typer.BadParameter(
-                "--quality fastest chooses the boundary: leave out --skip and --boundary"
-            )
-        return Fastest()
     if quality:
         return Within(BUDGETS[quality], named)
     if limits:

@@ -73,10 +73,7 @@ FIT_TEXTS = (
     " the model."
 )
 MMPROJ = "What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is one."
-SELECT = (
-    "Context tokens to run in full because the question needs them: 10%, 0 for none. Default: what"
-    " the file says."
-)
+SELECT = "Context tokens to run in full because the question needs them, such as 10% (default: 0)."
 Converted = Annotated[
     str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar.")
 ]

@@ -75,8 +75,8 @@ class OpenModel:
 
         `sidecar`: a file with POP keys and tensors for this model. `mmproj`: the file that makes
         rows of pictures, loaded with the first of them. `image_tokens`: the most that one image
-        takes, where that varies. `select`: the share of context rows that a question gets deep;
-        None for the file's. `keep_states`: whether rows can be refilled; a selection implies it.
+        takes, where that varies. `select`: the share of context rows that a question gets deep.
+        `keep_states`: whether rows can be refilled; a selection implies it.
         `options` are those of ContextOptions, and fields of llama.cpp's own parameters.
         """
         backend.require_patched()
@@ -86,7 +86,7 @@ class OpenModel:
             templates.renderer.start()  # while the model is loaded
         beside = None if sidecar is None else Path(sidecar)
         meta = pop_of(source, beside)
-        redoes = meta is not None and bool(keep_states or _share(meta, select))
+        redoes = meta is not None and bool(keep_states or select)
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
         self.vision: Mmproj | None = None
         if mmproj is not None:
@@ -321,7 +321,7 @@ class OpenModel:
         model cannot have: without `swa_full`, or because of `no_refill`.
         """
         self.context.interrupt.require_idle()
-        share = _share(self.meta, select)
+        share = select or 0.0
         if not 0 <= share <= 1:
             raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
         if select and self.no_refill:
@@ -434,7 +434,3 @@ class OpenModel:
     def count_picture(self, picture: Picture) -> int:
         """Count the tokens that a picture takes. Raises PopError as Mmproj.see does."""
         return len(self.prompter.see(picture).tokens)
-
-
-def _share(meta: PopMeta | None, select: float | None) -> float:
-    return (meta.select if meta else 0.0) if select is None else select

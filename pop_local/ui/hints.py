@@ -70,7 +70,6 @@ BY_CAUSE = {
     ),
     "no-fit": "leave the layers their own: --projection own of convert, no --fit of eval",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
-    "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",
     "rpc-unreachable": "start it there, from the same version: pop-local rpc-server --host ...",
     "sidecar-alone": "say where it is: pop-local inspect MODEL --sidecar {sidecar} --verify",
     "sidecar-as-model": "give the model itself ({model}), and --sidecar",

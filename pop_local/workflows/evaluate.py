@@ -187,9 +187,7 @@ class _Run:
     def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
         """Measure the boundaries on one loaded model. Raises PopError, StoppedError."""
         options, settings, meta = self.options, self.options.settings, pop_of(self.source, sidecar)
-        select = options.select
-        if select is None:
-            select = meta.select if meta else 0.0
+        select = options.select or 0.0
         pops = [
             Pruning(boundary, settings.mode, select=select, n_refilled=options.n_refilled)
             for boundary in boundaries

@@ -8,16 +8,14 @@ from pop_converter.popfile.plan import TAIL_TOKENS
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Which tokens of a prompt run in full, and from which length on prompts are pruned.
+    """The tokens of a prompt that run in full, and the shortest prompt in tokens that is pruned.
 
-    `min_prompt` None: a length by the model, below which little would be saved. `select`: the share
-    of context tokens that run all layers because the question needs them.
+    `min_prompt` None: the length below which pruning would save little.
     """
 
     sink_tokens: int = PopMeta.sink_tokens
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int | None = None
-    select: float = 0.0
 
 
 @dataclass(frozen=True)

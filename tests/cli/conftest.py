@@ -6,7 +6,7 @@ import pytest
 
 from pop_local.measure import estimate, gradual, probes
 from pop_local.workflows import bench
-from pop_local.workflows.conversion import fastest, named, within
+from pop_local.workflows.conversion import named, within
 from support import calibrating
 from support.synthetic import make_gguf
 
@@ -46,10 +46,3 @@ def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(within, "N_WINDOWS", 2)
     monkeypatch.setattr(within, "N_DOCUMENTS", 2)
-
-
-@pytest.fixture
-def short_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastest, "_SETTINGS", fastest.RecallSettings(2, 400))
-    monkeypatch.setattr(fastest, "_N_WINDOWS", 2)
-    monkeypatch.setattr(fastest, "_N_REFILLED_WINDOWS", 1)

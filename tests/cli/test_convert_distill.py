@@ -175,8 +175,6 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
 @pytest.mark.parametrize(
     ("arch", "options", "reason"),
     [
-        ("llama", ("--select", "10%", "--skip", "1/2"), "for selections or pictures"),
-        ("llama", ("--quality", "fastest"), "for selections or pictures"),
         ("llama", ("--skip", 1), "with one skipped layer"),
         ("phi3", (), "the architecture 'phi3'"),
     ],

@@ -12,7 +12,7 @@ from pop_local.research import analyze as analyses
 from pop_local.research.options import AnalyzeOptions
 from pop_local.workflows import bench
 from pop_local.workflows.conversion.convert import convert
-from pop_local.workflows.conversion.goals import Boundary, Fastest, Goal, Within
+from pop_local.workflows.conversion.goals import Boundary, Goal, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.events import Step, Unit, Watch
 from pop_local.workflows.options import Hardware
@@ -55,15 +55,6 @@ def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, short_exami
     fit = FitOptions(2048, texts=(letters,))
     out = tmp_path / "out.gguf"
     convert(tiny, out, goal=goal, fit=fit, force=True, hardware=ONE_THREAD, watch=followed.watch)
-    followed.check()
-
-
-def test_without_a_fit_and_fastest(tiny, tmp_path, short_fastest):
-    followed = Followed()
-    out = tmp_path / "out.gguf"
-    convert(
-        tiny, out, goal=Fastest(), fit=None, force=True, hardware=ONE_THREAD, watch=followed.watch
-    )
     followed.check()
 
 

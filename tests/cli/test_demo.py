@@ -72,16 +72,6 @@ def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
     assert full["text"] and pop["text"]
 
 
-def test_a_selection_counts_as_read_in_full(tmp_path, tiny_file, short):
-    source = tiny_file.with_name("m.gguf")
-    selecting = converted(source, tmp_path, boundary=2, select=0.1)
-    found = json.loads(demo(selecting, *WIDE, "--pairs", 1, "--json").stdout)
-    context = found["n_prompt"] - 17
-    selected = round(0.1 * context)
-    assert found["pop"]["n_pruned"] == context - selected
-    assert found["pop"]["n_full"] == 17 + selected
-
-
 def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     done = demo(tiny_file, *WIDE, "--pairs", 2)
     said = re.search(r"Speed-up: (.+)x, (.+)-(.+) in 2 pairs \(1\.", done.stdout)

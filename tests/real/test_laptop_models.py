@@ -24,7 +24,7 @@ def test_the_shipped_sidecar_loses_what_it_says(name):
     with PopModel(path, sidecar=sidecar, n_ctx=1280, n_threads=1) as model:
         meta = model.meta
         assert meta is not None and meta.measured is not None and meta.recall is not None
-        pruning, settings = Pruning(meta.boundary, select=meta.select), QualitySettings(4)
+        pruning, settings = Pruning(meta.boundary), QualitySettings(4)
         text = tokenize(model, shipped_text())
         [found] = measure_prunings(model, text, settings, [pruning], lambda *_: None)
         [recall] = measure_recall(model, RecallSettings(4), [pruning], lambda *_: None)

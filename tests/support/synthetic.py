@@ -126,8 +126,8 @@ def make_split(path: Path, arch: str, *, max_tensors: int, empty_first: bool = F
     return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
 
 
-def add_keys(src: Path, dst: Path, **keys: int | str) -> Path:
-    """Copy a model with further keys (u32 or string), whatever they say; `__` stands for a dot."""
+def add_keys(src: Path, dst: Path, **keys: int | float | str) -> Path:
+    """Copy a model with further keys (u32, f64 or string), unchecked; `__` stands for a dot."""
     content = read_content(read_source(src), without="\0")
     raw = tuple(_encode_key(name.replace("__", "."), value) for name, value in keys.items())
     with dst.open("wb") as file:
@@ -171,10 +171,12 @@ def add_tensor(src: Path, dst: Path, name: str, values: NDArray[Any]) -> Path:
     return dst
 
 
-def _encode_key(name: str, value: int | str) -> bytes:
+def _encode_key(name: str, value: int | float | str) -> bytes:
     raw_name = len(name).to_bytes(8, "little") + name.encode()
     if isinstance(value, int):
         return raw_name + struct.pack("<II", gguf.GGUFValueType.UINT32, value)
+    if isinstance(value, float):
+        return raw_name + struct.pack("<Id", gguf.GGUFValueType.FLOAT64, value)
     raw_value = value.encode()
     return raw_name + struct.pack("<IQ", gguf.GGUFValueType.STRING, len(raw_value)) + raw_value
 

@@ -63,20 +63,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Refilled:
-    """As Measured, where `n_rows` context rows get their depth before each token of the answer.
-
-    Once all rows have it, the cache is the full model's, and nothing is lost.
-    """
-
-    n_rows: int
-    kl_mean: float
-    kl_se: float
-    ppl_ratio: float
-    copy_ppl_ratio: float
-
-
-@dataclass(frozen=True)
 class Recalled:
     """How often facts of a prompt were found again: shares of the documents asked about.
 
@@ -117,16 +103,14 @@ class Binding:
 
 @dataclass(frozen=True)
 class PopMeta:
-    """The keys of a converted file about its pruning.
+    """The pruning keys of a converted file. Keys missing in a file have the defaults.
 
     `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
-    `sink_tokens` and `tail_tokens` run in full at the prompt's two ends; prompts shorter than
-    `min_prompt` run in full altogether. `select` is the share of context rows that run all layers,
-    too, chosen by the question. `source_sha256` is the hash of the file that stripping gives back,
-    or that a sidecar is for; parts of a source count as one file. `source_bytes` is its size when
-    tensors were added to it, otherwise 0. `image_rows`: how many rows of pictures projections were
-    fitted on besides text; where that is 0, those of pictures get the layers' own. A file without
-    the keys means the defaults.
+    `sink_tokens` and `tail_tokens` run in full at the prompt's two ends. Prompts shorter than
+    `min_prompt` tokens run in full. `source_sha256` is the hash of the file that `strip` restores,
+    or of a sidecar's base; parts of a source count as one file. `source_bytes` is its size if
+    tensors were added to it, otherwise 0. `image_rows`: number of picture rows that projections
+    were fitted on besides text; if 0, picture rows use the layers' own projections.
     """
 
     schedule: str
@@ -134,7 +118,6 @@ class PopMeta:
     sink_tokens: int = 1
     tail_tokens: int = 16
     min_prompt: int = 0
-    select: float = 0.0
     source_name: str = ""
     source_sha256: str = ""
     tool: str = ""
@@ -143,7 +126,6 @@ class PopMeta:
     image_rows: int = 0
     calibration: Calibration | None = None
     measured: Measured | None = None
-    refilled: Refilled | None = None
     recall: Recalled | None = None
     budget: Budget | None = None
 
@@ -174,10 +156,9 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
-# Only where they are not zero: with a selection, with projections fitted on pictures, too, with
-# fitted ones.
+# Only if they are not zero: with projections fitted on pictures, too, and with fitted ones.
+# Older files may have `pop.select` and `pop.refilled.*`, which are ignored.
 _OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
-    ("pop.select", "select", float),
     ("pop.image_rows", "image_rows", int),
     ("pop.source.size_bytes", "source_bytes", int),
 )
@@ -185,7 +166,6 @@ _OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
     "measured": Measured,
-    "refilled": Refilled,
     "recall": Recalled,
     "budget": Budget,
 }
@@ -233,7 +213,7 @@ def read_binding(header: Header) -> Binding:
     return binding
 
 
-Group = TypeVar("Group", Calibration, Measured, Refilled, Recalled, Budget, Binding)
+Group = TypeVar("Group", Calibration, Measured, Recalled, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
@@ -289,8 +269,6 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
             f"schedule {meta.schedule!r} is not F's followed by S's, at least one of each",
             CONVERT_AGAIN,
         )
-    if not 0 <= meta.select <= 1:
-        raise FormatError(f"{header.path}: pop.select is {meta.select}, not a share", CONVERT_AGAIN)
     n_layer = _n_layer(header)
     if n_layer is not None and n_layer != meta.n_layer:
         raise FormatError(

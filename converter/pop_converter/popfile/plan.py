@@ -8,7 +8,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
 from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
-from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta, Recalled, Refilled
+from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta, Recalled
 from pop_converter.projection import Projection
 
 # The paper's middle setting: most of the speed for little of the quality.
@@ -24,11 +24,9 @@ Share = Fraction | int
 class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
-    `budget` decided the boundary; it is None where the user did. `select`: the share of context
-    tokens that run all layers, too, chosen by the question. `refilled`: the quality of that once
-    the others have followed. `recall`: how often facts of a prompt were found. `is_distilled`:
-    whether the fit is trained end to end, too.
-    `macs` counts the model's work.
+    `budget` decided the boundary; None if the user did. `recall`: share of facts that were found
+    again. `is_distilled`: whether the fit is also trained end to end. `macs` counts the model's
+    work.
     """
 
     shape: ModelShape
@@ -38,8 +36,6 @@ class Plan:
     tail_tokens: int
     min_prompt: int
     budget: Budget | None = None
-    select: float = 0.0
-    refilled: Refilled | None = None
     recall: Recalled | None = None
     is_distilled: bool = False
     macs: Macs = field(default=uncounted, compare=False, repr=False)
@@ -56,9 +52,7 @@ class Plan:
     @property
     def speedup_limit(self) -> float:
         """The speed-up at most of a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
-        n_ends = self.sink_tokens + self.tail_tokens
-        n_selected = round(self.select * (LIMIT_PROMPT - n_ends))
-        n_full = n_ends + n_selected
+        n_full = self.sink_tokens + self.tail_tokens
         more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
         return speedup_limit(self.macs, LIMIT_PROMPT, self.boundary, n_full, more)
 
@@ -77,8 +71,6 @@ class Plan:
             sink_tokens=self.sink_tokens,
             tail_tokens=self.tail_tokens,
             min_prompt=self.min_prompt,
-            select=self.select,
-            refilled=self.refilled,
             recall=self.recall,
             budget=self.budget,
         )
@@ -110,7 +102,6 @@ def make_plan(
     tail_tokens: int = TAIL_TOKENS,
     min_prompt: int | None = None,
     projection: Projection = Projection.OWN,
-    select: float = 0.0,
     macs: Macs = uncounted,
 ) -> Plan:
     """Decide a conversion; the boundary is as given, else it follows from `skip`.
@@ -147,11 +138,6 @@ def make_plan(
             " would skip some of them",
             f"choose a boundary from {shape.n_deepstack} to {shape.n_layer - 1}",
         )
-    if select and shape.no_refill:
-        raise PlanError(
-            f"no tokens of this {shape.arch} model can be selected: {shape.no_refill}",
-            "convert it without a selection",
-        )
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
     for name, value in tokens.items():
         if not 0 <= value <= MAX_TOKENS:
@@ -162,9 +148,7 @@ def make_plan(
         min_prompt = 2 * (sink_tokens + tail_tokens)
     if not shape.fits(boundary):
         projection = Projection.OWN
-    return Plan(
-        shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, select=select, macs=macs
-    )
+    return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, macs=macs)
 
 
 def require_prunable(shape: ModelShape) -> None:

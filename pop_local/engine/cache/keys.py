@@ -33,7 +33,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
         return NO_CONVERSION
     # Where the keys come from, what was measured, and what decided, do not matter.
     keys = replace(meta, source_name="", source_bytes=0, tool="")
-    keys = replace(keys, measured=None, refilled=None, recall=None, budget=None)
+    keys = replace(keys, measured=None, recall=None, budget=None)
     digest = hashlib.sha256(b"".join(encode_keys(keys)))
     for header in base.parts if sidecar is None else (read_header(sidecar),):
         _add_tensors(digest, header, are_fitted=True)

@@ -33,18 +33,13 @@ def show_plan(conversion: Conversion) -> None:
         print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits])
         return
     limit = _limit(conversion, first)
-    if limits is None:
-        tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
-        where = [("Recipes", f"{tried}: the first one with which facts are found again")]
-        plan, allowed_by = first, "that"
-    else:
-        past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
-        if n_few := conversion.n_few:
-            past += f"; own projections first, then fits of about {n_few} deeper ones"
-        where, allowed_by = [*budget, ("Boundaries", past)], "the budget"
-        if most := conversion.limit(plan):
-            limit += f" if only the first is inside, {most:.2f}x if all are"
-    layers = f"as many as {allowed_by} allows, {plan.n_skipped} at most"
+    past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
+    if n_few := conversion.n_few:
+        past += f"; own projections first, then fits of about {n_few} deeper ones"
+    where = [*budget, ("Boundaries", past)]
+    if most := conversion.limit(plan):
+        limit += f" if only the first is inside, {most:.2f}x if all are"
+    layers = f"as many as the budget allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
 
@@ -62,31 +57,19 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """The plan as one object; of a search, the boundaries or recipes that may be chosen."""
+    """Return the plan as one object; for a search, with the boundaries it may choose."""
     plans, limits = conversion.plans, conversion.goal.limits
     wished = replace(conversion.deepest, is_distilled=conversion.is_distilled)
     budget = {} if limits is None else {"budget": limits}
     if conversion.goal.is_named:
         return _object(conversion, wished, conversion.sizes, None) | budget
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
-    if limits is not None:
-        return found | {
-            "boundaries": [plan.boundary for plan in plans],
-            "least_speedup_limit": conversion.limit(plans[0]),
-            "most_speedup_limit": conversion.limit(conversion.deepest),
-            **budget,
-        }
-    del found["select"]
-    recipes = [
-        {
-            "boundary": plan.boundary,
-            "n_skipped": plan.n_skipped,
-            "select": plan.select,
-            "speedup_limit": conversion.limit(plan),
-        }
-        for plan in plans
-    ]
-    return found | {"recipes": recipes}
+    return found | {
+        "boundaries": [plan.boundary for plan in plans],
+        "least_speedup_limit": conversion.limit(plans[0]),
+        "most_speedup_limit": conversion.limit(conversion.deepest),
+        **budget,
+    }
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
@@ -108,7 +91,6 @@ def _object(
         "source_sha256": meta and meta.source_sha256,
         "calibration": meta and meta.calibration,
         "measured": meta and meta.measured,
-        "refilled": meta and meta.refilled,
         "recall": meta and meta.recall,
         "budget": plan.budget,
         "tried": (),
@@ -130,7 +112,6 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "sink_tokens": plan.sink_tokens,
         "tail_tokens": plan.tail_tokens,
         "min_prompt": plan.min_prompt,
-        "select": plan.select,
         "source_bytes": conversion.sizes.source_bytes,
         "limit_n_prompt": LIMIT_PROMPT,
         "memory_bytes": needs.total_bytes if needs else None,
@@ -196,10 +177,7 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
-    ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
-    if not rows.select:
-        return "Always in full", ends
-    return "In full", f"{ends}, and {rows.select:.0%} of the others, which the question needs"
+    return "Always in full", f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
@@ -222,10 +200,3 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     if (facts := meta.recall) is not None:
         shares = f"{facts.pruned:.0%} found, {facts.full:.0%} by the full model"
         yield "Facts", f"{shares}, of {facts.n_documents} documents"
-    if (deep := meta.refilled) is not None:
-        yield (
-            "Refilled",
-            f"{deep.n_rows} tokens before each of the answer: KL {deep.kl_mean:.4f} ± "
-            f"{deep.kl_se:.4f}, perplexity {deep.ppl_ratio:.3f} times the full model's, copying "
-            f"{deep.copy_ppl_ratio:.3f} times; all of them: the full model",
-        )

@@ -17,7 +17,6 @@ from pop_converter.popfile.rewrite import Sizes, check_target
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
-from pop_local.workflows.conversion.fastest import write_first
 from pop_local.workflows.conversion.fits import MakeDistiller
 from pop_local.workflows.conversion.goals import Goal, Within
 from pop_local.workflows.conversion.named import write_named
@@ -78,11 +77,11 @@ def convert(
 ) -> Converted:
     """Convert a model, given by path or name, so that it reads long prompts faster.
 
-    `goal` is a budget of quality, within which the deepest boundary is searched (`Within`), a
-    named boundary (`Skip`, `Boundary`), or `Fastest()`, which chooses a selection, too. `out` None
-    is a name beside the model: NAME.pop.gguf, or NAME.pop-sidecar.gguf for a sidecar. `force`
-    replaces an existing output. It also writes a boundary that is named without a budget although
-    it can no longer copy, or find facts again. The others are fields of `ConvertOptions`.
+    `goal` is a quality budget, within which the fastest candidate is searched (`Within`), or a
+    named boundary (`Skip`, `Boundary`). `out` defaults to NAME.pop.gguf next to the model, or
+    NAME.pop-sidecar.gguf for a sidecar. `force` replaces an existing output. It also writes a
+    boundary that is named without a budget although the model can no longer copy with it. The
+    other parameters are fields of `ConvertOptions`.
 
     Raises PopError: OutputExistsError, OverBudgetError, CopyingBrokenError and others. An earlier
     output stays then, and nothing new is left. Raises StoppedError when the watch says so.
@@ -151,6 +150,4 @@ def _done(run: ConversionRun) -> Outcome:
     goal = run.conversion.goal
     if goal.limits is not None:
         return write_deepest(run, goal.limits)
-    if run.conversion.deepest.select:
-        return write_first(run, takes_any=goal.is_named and run.force)
     return write_named(run)

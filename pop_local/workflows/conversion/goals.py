@@ -1,4 +1,4 @@
-"""Goals of a conversion: a named boundary, a budget, or all the speed that facts allow."""
+"""Goals of a conversion: a named boundary, or a budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pop_converter.architecture.shape import ModelShape
-from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan, make_plan, parse_skip
 from pop_converter.projection import Projection
@@ -16,9 +15,6 @@ from pop_local.measure.budget import boundaries
 
 # No model was seen to copy with fewer than a third of its layers left.
 LEAST_DIVISOR = 3
-# The parts of the layers below the boundary, and of the context tokens that are selected.
-_KEPT_SHARES = (1 / 3, 5 / 12, 1 / 2, 7 / 12)
-_SHARES = (0.1, 0.2)
 
 
 class Goal(ABC):
@@ -93,29 +89,7 @@ class Within(Goal):
         return self.at is not None
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        if rows.get("select"):
-            raise PopError(
-                "a budget allows no selection", "name the boundary alone, or select nothing"
-            )
         if self.at is not None:
             return self.at.plans(shape, **rows)
         tried = boundaries(shape, LEAST_DIVISOR)
         return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
-
-
-@dataclass(frozen=True)
-class Fastest(Goal):
-    """The fastest boundary and selection with which facts of a prompt are still found again."""
-
-    @property
-    def is_named(self) -> bool:
-        return False
-
-    def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        layers = {max(1, round(share * shape.n_layer)) for share in _KEPT_SHARES}
-        plans = [
-            make_plan(shape, boundary=layer, **rows | {"select": share})
-            for layer in layers
-            for share in _SHARES
-        ]
-        return tuple(sorted(plans, key=lambda plan: -plan.speedup_limit))

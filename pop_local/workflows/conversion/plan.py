@@ -34,7 +34,6 @@ from pop_local.workflows.conversion.output import OUTPUTS, Output, OutputName
 from pop_local.workflows.conversion.refusals import (
     CopyingBrokenError,
     OverBudgetError,
-    RecallLostError,
     Trial,
 )
 from pop_local.workflows.conversion.trial_runner import TrialRunner
@@ -192,9 +191,9 @@ def _require_distillable(
     fit: FitOptions | None,
     hardware: Hardware,
 ) -> None:
-    if fit is None or plans[0].select or fit.mmproj:
+    if fit is None or fit.mmproj:
         raise PopError(
-            "nothing is distilled of own projections, for selections or pictures",
+            "nothing is distilled of own projections, or for pictures",
             "take it as it is, or do without them",
             cause="not-distilled",
         )
@@ -286,7 +285,7 @@ class ConversionRun:
                 note = f"What was read is kept in {kept}: {again} goes on from there."
                 self.bench.watch.on_note(note)
             raise
-        except (CopyingBrokenError, OverBudgetError, RecallLostError):
+        except (CopyingBrokenError, OverBudgetError):
             self._forget()
             raise
         self._forget()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,18 +37,6 @@ class CopyingBrokenError(PopError):
 def broken_copy(boundary: int, found: str) -> str:
     """Say that so many layers are skipped that the model cannot copy; let through, a warning."""
     return f"with boundary {boundary} the model can no longer copy from its prompt: {found}"
-
-
-class RecallLostError(PopError):
-    """With no recipe facts are found as often as by the full model; `tried` says how often."""
-
-    def __init__(self, recall: Recall, tried: Sequence[str]) -> None:
-        super().__init__(
-            f"facts are found again less often than by the full model"
-            f" ({recall.exact_full.value:.0%}): {'; '.join(tried)}",
-            "select more, skip fewer layers, or take it as it is",
-            cause="recall-lost",
-        )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pop_local.workflows.events import Step
 
 # A boundary is measured in so many stages at the most, each on twice as many windows.
 _N_PARTS = 3
-# Documents of RecallSettings that a selection is tried on, and boundaries that are asked for facts.
-_N_ASKED, _N_TRIED = 24, 3
+# Candidates that are asked for facts.
+_N_TRIED = 3
 # Products in the time that a byte is written and read back.
 _WRITING = 100
 
@@ -39,7 +39,6 @@ def course(planned: Conversion) -> tuple[Step, ...]:
     n_tried = len(planned.plans).bit_length() + N_PAST if is_searched else 1
     n_tried *= 2 if planned.n_few else 1
     whole = N_WINDOWS * window + draws
-    recipes = planned.plans if plan.select else ()
     return (
         Step("Trying the boundary without a fit", draws),
         *fit_steps(planned.fit_work, 2 if is_searched else 1),
@@ -48,6 +47,5 @@ def course(planned: Conversion) -> tuple[Step, ...]:
         Step("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
         Step("Asking for facts in full", N_DOCUMENTS * asked, 2),
         Step("Asking for facts, boundary", N_DOCUMENTS * asked, 2 * _N_TRIED),
-        *[Step("Trying boundary", _N_ASKED * asked, len(recipes))] * bool(recipes),
         Step(planned.output.stage, _WRITING * planned.sizes.output_bytes),
     )

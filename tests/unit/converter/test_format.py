@@ -275,6 +275,14 @@ def test_limits_that_older_files_do_not_name_are_none(tiny, tmp_path):
     assert read_pop_meta(path) == replace(META, budget=budget)
 
 
+def test_a_selection_that_an_older_file_names_is_ignored(tiny, tmp_path):
+    keys = _as_keys() | {"pop__select": 0.1, "pop__refilled__n_rows": 8}
+    path = add_keys(tiny, tmp_path / "pop.gguf", **keys)
+    assert read_pop_meta(path) == read_pop_meta(add_keys(tiny, tmp_path / "b.gguf", **_as_keys()))
+    with PopModel(path, n_ctx=64, n_threads=1) as model:
+        assert model.boundary == 1 and model.rule.select == 0
+
+
 def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):
     nextn = {"llama__nextn_predict_layers": 1}
     three = make_gguf(tmp_path / "three.gguf", "llama", **{**SMALL, "n_layer": 3})

@@ -153,8 +153,6 @@ def test_layers_that_take_features_of_images_are_kept(tmp_path):
     assert make_plan(shape, boundary=3).boundary == min(boundaries(shape, 8)) == 3
     with pytest.raises(PlanError, match="first 3 layers take features of images"):
         make_plan(shape, boundary=2)
-    with pytest.raises(PlanError, match="M-RoPE"):
-        make_plan(shape, boundary=5, select=0.1)
 
 
 def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):

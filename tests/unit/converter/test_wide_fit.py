@@ -30,7 +30,7 @@ from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion.fits import Fitter
-from pop_local.workflows.conversion.goals import Boundary, Fastest, Skip, Within
+from pop_local.workflows.conversion.goals import Boundary, Skip, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
@@ -326,7 +326,6 @@ def kinds(plan, options: FitOptions) -> list[str]:
         (Boundary(4), KINDS_OF_ONE),
         (Skip("2"), KINDS_OF_ONE),
         (Within(BALANCED), KINDS_OF_MANY),
-        (Fastest(), KINDS_OF_MANY),
     ],
 )
 def test_attention_is_tried_where_one_boundary_is_named(goal, wanted, llama):

@@ -231,9 +231,3 @@ def test_questions_that_are_refused(model):
     larger = caught.value.n_prompt + 5000
     assert f"(n_ctx={larger})" in caught.value.hint
     assert session.conversation.turns == ()
-
-
-def test_a_search_is_given_no_selection(tmp_path):
-    path = make_gguf(tmp_path / "tiny.gguf", "llama")
-    with pytest.raises(PopError, match="a budget allows no selection"):
-        pop_local.convert(path, rows=pop_local.RowOptions(select=0.1))
