@@ -1,9 +1,8 @@
-"""Fitter forcing: a context read in one mode, then texts that follow it, scored.
+"""Teacher forcing: read a context in one mode, then score texts that follow it.
 
-Logits exist only where they are requested, and rows that request logits are full in every mode but
-ALWAYS. So nothing of the context is ever scored but what its last token predicts. The row counters
-must show after each context, and after each text, that as many rows were pruned as planned;
-otherwise PopError. Whoever watches the work (`stopped_by`) may stop it: StoppedError.
+Rows that request logits run all layers. So the context itself is never scored, except for what its
+last token predicts. After each context and each text the row counters must show the planned number
+of pruned rows, otherwise PopError. `stopped_by` can abort the work with StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.plan import Plan
 from pop_local.engine.cache.prompt_cache import SavedState
-from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
@@ -34,37 +32,25 @@ _MAX_SCORED_ROWS = 128
 
 @dataclass(frozen=True)
 class Pruning:
-    """Where and when layers are skipped: while the context is read, and in what follows it.
+    """Layers that context rows skip, and the mode in which the context is read.
 
     `select`: the share of the context's rows that run all layers because its tail needs them.
-    `n_refilled`: rows that are given their depth before each token that follows.
     """
 
     boundary: int
     context: Mode = Mode.CONTEXT
-    continuation: Mode = Mode.OFF
     select: float = 0.0
-    n_refilled: int = 0
 
 
 FULL = Pruning(0, Mode.OFF)
 
 
-def always_skip(boundary: int) -> Pruning:
-    """Return the stage-agnostic baseline, in which every token skips the layers.
-
-    Those that are predicted skip them, too: the model is its first layers and its head, as in
-    ShortGPT (Men et al., 2024).
-    """
-    return Pruning(boundary, Mode.ALWAYS, Mode.ALWAYS)
-
-
 def n_pruned(rule: RowRule, n_context: int, pruning: Pruning) -> int:
     """Return how many tokens of a context must stop at the boundary."""
-    if pruning.context is Mode.CONTEXT:
-        n = plan_prefill(0, n_context, rule, n_context).n_pruned
-        return n - round(pruning.select * n)
-    return n_context if pruning.context is Mode.ALWAYS else 0
+    if pruning.context is Mode.OFF:
+        return 0
+    n = plan_prefill(0, n_context, rule, n_context).n_pruned
+    return n - round(pruning.select * n)
 
 
 def as_planned(model: PopModel, plan: Plan) -> None:
@@ -100,11 +86,12 @@ class Forced:
         cache.clear()
         if pruning.context is not Mode.OFF:
             cache.set_boundary(pruning.boundary)
-            needs = pruning.n_refilled > 0 or pruning.select > 0
+            needs = pruning.select > 0
             if needs and self.model.no_refill:
                 raise PopError(
-                    f"this model's rows cannot be given their depth later: {self.model.no_refill}",
-                    "measure without refilling and without a selection",
+                    f"this model's rows cannot run their skipped layers later:"
+                    f" {self.model.no_refill}",
+                    "measure without a selection",
                 )
             cache.keep_states(needs)
         cache.set_mode(pruning.context)
@@ -113,36 +100,30 @@ class Forced:
         self._next = self._context.logits().copy()
         self._state = cache.save() if self._context.is_recurrent else None
 
-    def predict(self, tokens: Tokens, pruning: Pruning = FULL) -> Logits:
-        """Logits (len(tokens), n_vocab) for a text right after the context.
+    def predict(self, tokens: Tokens) -> Logits:
+        """Return the logits (len(tokens), n_vocab) of a text that follows the context, in full.
 
-        Row i is what context and tokens[:i] predict. All rows but those of the context are full,
-        or none is in mode ALWAYS. The text is forgotten again, so that another may follow the same
-        context; rows of the context that were given their depth meanwhile stay deep. Raises
-        PopError unless the text is pruned as the mode requires.
+        Row i is predicted by the context and tokens[:i]. The text is dropped from the cache
+        afterwards. Raises PopError if the backend counts a pruned row of the text.
         """
-        cache, mode = self._cache, pruning.continuation
+        cache = self._cache
         n_context, n_decoded = cache.n_tokens, len(tokens) - 1
         backend.reset_counters(self._context.ctx)
-        # Attention is counted in mode CONTEXT; the rows are full there, too: they ask for logits.
-        cache.slot.set_mode(Mode.CONTEXT if pruning.n_refilled else mode)
+        cache.slot.set_mode(Mode.OFF)
         cache.slot.begin_step()
         logits = np.empty((len(tokens), self._context.n_vocab), np.float32)
         logits[:1] = self._next
-        step = 1 if pruning.n_refilled else min(_MAX_SCORED_ROWS, self._context.n_batch)
-        refilling = OnlineRefill(cache, pruning.n_refilled)
+        step = min(_MAX_SCORED_ROWS, self._context.n_batch)
         try:
             for start in range(0, n_decoded, step):
                 piece = tokens[start : min(start + step, n_decoded)]
-                refilling.before_row(cache.n_tokens)
                 with cache.slot.watching():
                     cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
                     cache.slot.check()
                 logits[start + 1 : start + 1 + len(piece)] = self._context.logits(len(piece))
         finally:
-            refilling.end()
             cache.slot.set_mode(cache.mode)
-        self._require("continuation", n_decoded, n_decoded if mode is Mode.ALWAYS else 0)
+        self._require("continuation", n_decoded, 0)
         if self._state is not None:
             cache.take_over(self._state)
         elif not cache.truncate(n_context):

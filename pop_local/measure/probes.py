@@ -62,10 +62,10 @@ def pick_passage(
     return context[first : first + n_tokens]
 
 
-def copied(reader: Forced, passage: Sequence[int], pruning: Pruning = FULL) -> Likelihood:
-    """Score the passage, all but its first token, which nothing announces."""
+def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
+    """Score the passage except for its first token, which nothing announces."""
     targets = np.asarray(passage)[1:]
-    return likelihood(predictions(reader.predict(passage, pruning)[1:]), targets)
+    return likelihood(predictions(reader.predict(passage)[1:]), targets)
 
 
 def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated:
@@ -107,7 +107,7 @@ def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
 def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> float:
     start, end = _scored(reader)
     reader.read([*reader.model.context.bos, *tokens], pruning)
-    return float(copied(reader, tokens[:end], pruning).nll[start - 1 :].mean())
+    return float(copied(reader, tokens[:end]).nll[start - 1 :].mean())
 
 
 def _scored(reader: Forced) -> tuple[int, int]:

@@ -1,10 +1,9 @@
-"""The loss by pruning: a pruned context, then its continuation, against the full model.
+"""The loss by pruning: a pruned context and its continuation, compared with the full model.
 
-A window is a context and a continuation. The context is read in the mode to be measured. The
-continuation is teacher-forced over that context's K/V, in full; only the baseline skips layers
-there, too. Both models see the same windows, in one process, on the same weights; only the modes
-differ. The distributions that predict each token of the continuation are compared; the first comes
-from the context's last token.
+A window is a context and a continuation. The context is read pruned or in full. The continuation is
+teacher-forced over that context's K/V and always runs all layers. Both models see the same windows
+in one process, on the same weights. The predicted distributions of each continuation token are
+compared; the context's last token predicts the first one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pop_converter.base.progress import Progress, Ran, counting
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
@@ -47,14 +45,12 @@ _LEAST_INDUCTION = 0.1
 class QualitySettings:
     """How much to measure; lengths are in tokens.
 
-    `mode` is that of the context; OFF compares the full model with itself. `n_draws`: how often
-    random tokens are repeated.
+    `n_draws`: how often random tokens are repeated.
     """
 
     n_windows: int = 32
     n_context: int = 512
     n_continuation: int = 128
-    mode: Mode = Mode.CONTEXT
     seed: int = 0
     n_draws: int = field(default_factory=lambda: probes.N_DRAWS)
 
@@ -70,8 +66,7 @@ class Quality:
     the second occurrence. retention is the part of the full model's gain over the first occurrence
     that is left, None where the full model has none.
 
-    n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted;
-    n_pruned_continuation: those of the continuations, none but for the baseline.
+    n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted.
     """
 
     boundary: int
@@ -79,7 +74,6 @@ class Quality:
     n_context: int
     n_continuation: int
     n_pruned: int
-    n_pruned_continuation: int
     kl_mean: Estimate
     kl_median: Estimate
     kl_p99: Estimate
@@ -202,10 +196,9 @@ def measure_retention(
     reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
 ) -> tuple[Estimate | None, ...]:
     """Measure `Quality.induction_retention` at each boundary, by random tokens alone."""
-    settings = reference.settings
-    prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
+    prunings = [Pruning(boundary) for boundary in boundaries]
     with forced(model) as reader:
-        ran = counting(len(prunings) * settings.n_draws, on_progress)
+        ran = counting(len(prunings) * reference.settings.n_draws, on_progress)
         found = measure_induction(reader, reference.repeated, prunings, ran)
         return tuple(retention(reference.repeated, nll) for nll in found)
 
@@ -278,15 +271,13 @@ def _score_full(reader: Forced, window: Window) -> FullScores:
 def _score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
     """Score a window under a pruning, against what the full model made of it."""
     reader.read(window.context, pruning)
-    predicted = predictions(reader.predict(window.continuation, pruning))
-    if pruning.n_refilled:  # the passage, too, follows a context as it was read
-        reader.read(window.context, pruning)
+    predicted = predictions(reader.predict(window.continuation))
     return Scores(
         divergence=divergence(full.predicted, predicted),
         full=full.continuation,
         pruned=likelihood(predicted, np.asarray(window.continuation)),
         copy_full=full.passage,
-        copy_pruned=copied(reader, window.passage, pruning),
+        copy_pruned=copied(reader, window.passage),
     )
 
 
@@ -305,15 +296,12 @@ def summarize(
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
     copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)
-    # The first token of a continuation is predicted by the context, the last one is not decoded.
-    n_decoded = settings.n_continuation - 1
     return Quality(
         boundary=pruning.boundary,
         n_windows=len(scores),
         n_context=settings.n_context,
         n_continuation=settings.n_continuation,
         n_pruned=n_pruned(rule, settings.n_context, pruning) * len(scores),
-        n_pruned_continuation=n_decoded * len(scores) if pruning.continuation is Mode.ALWAYS else 0,
         kl_mean=mean(kl),
         kl_median=quantile(kl, 0.5),
         kl_p99=quantile(kl, 0.99),

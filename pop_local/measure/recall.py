@@ -146,7 +146,7 @@ class RecallReference:
 
 def _score(reader: Forced, asked: Asked, pruning: Pruning) -> tuple[float, bool]:
     reader.read(asked.prompt, pruning)
-    predicted = predictions(reader.predict(asked.answer, pruning))
+    predicted = predictions(reader.predict(asked.answer))
     found = likelihood(predicted, np.asarray(asked.answer))
     return float(found.nll.mean()), bool(found.is_top1.all())
 

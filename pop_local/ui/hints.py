@@ -56,7 +56,7 @@ BY_CAUSE = {
     "not-finite": "the model's file may be damaged: try whether it answers (pop-local run)",
     "nothing-to-compare": "convert it (pop-local convert {model}), or choose a --boundary",
     "nothing-to-evaluate": (
-        "convert it (pop-local convert {model}), or choose --skip, --boundary or --sweep"
+        "convert it (pop-local convert {model}), or choose --skip or --boundary"
     ),
     "one-sequence": "take --parallel 1",
     "output-exists": "choose another name, or replace it: --force",
@@ -74,7 +74,7 @@ BY_CAUSE = {
     "sidecar-alone": "say where it is: pop-local inspect MODEL --sidecar {sidecar} --verify",
     "sidecar-as-model": "give the model itself ({model}), and --sidecar",
     "sidecar-for-converted": "leave out --sidecar, or give the file that it was converted from",
-    "singular": "fit on more varied text; eval --fit takes a larger --ridge",
+    "singular": "fit on more varied text",
     "text-too-short": "give a longer text (--text), fewer windows, or shorter ones (--context)",
     "too-few-tokens": "give --tokens {n_least} or more; the default is {n_default}",
     "unknown-model": "{hint}; `pop-local list` shows what is here, `pop-local pull` what is known",

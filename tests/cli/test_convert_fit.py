@@ -17,13 +17,17 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
 from pop_local.calibration import texts
+from pop_local.calibration.options import FitOptions
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
+from pop_local.workflows.conversion.goals import Skip
+from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 from support.converted import names
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
@@ -217,9 +221,9 @@ def test_too_few_tokens(tiny, tmp_path):
 def test_a_singular_gram(tmp_path, words):
     """As many tokens as inputs, but the first of each window does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
-    singular = ("--fit", "--skip", 2, "--fit-text", words, "--ridge", 0, "--recall", 0)
-    done = CliRunner().invoke(app, ["eval", str(wide), *map(str, singular), *FEW])
-    assert_refused(done, tmp_path, "singular")
+    fit = FitOptions(texts=(words,), tokens=2048, ridge=0.0)
+    with pytest.raises(PopError, match="singular"):
+        evaluate(wide, EvaluateOptions(recall=()), at=Skip("2"), fit=fit)
 
 
 @pytest.mark.parametrize("own_text", [True, False])

@@ -52,10 +52,6 @@ def test_json_has_the_keys_of_one_depth(pop_file, text):
     assert report["projection"] == "own"
 
 
-def test_without_boundary_handling_every_token_is_pruned(pop_file, text):
-    assert measured(pop_file, "--text", text, "--no-boundary")["n_pruned"] == 2 * 60
-
-
 def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
     pop_file, text, monkeypatch
 ):
@@ -68,11 +64,11 @@ def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
     assert done.stdout == ""
 
 
-def test_a_sweep_gives_a_row_for_each_depth(pop_file, text):
-    rows = measured(pop_file, "--text", text, "--sweep", "1/4, 3/4")["rows"]
-    assert [row["n_skipped"] for row in rows] == [2, 6]
-    assert rows[0]["kl_mean"] < rows[1]["kl_mean"]
-    assert rows[0]["speedup_limit"] < rows[1]["speedup_limit"]
+def test_a_deeper_boundary_loses_less_and_wins_less(pop_file, text):
+    deep, early = (measured(pop_file, "--text", text, "--skip", n) for n in ("1/4", "3/4"))
+    assert (deep["n_skipped"], early["n_skipped"]) == (2, 6)
+    assert deep["kl_mean"] < early["kl_mean"]
+    assert deep["speedup_limit"] < early["speedup_limit"]
 
 
 def test_a_model_without_keys_is_measured_at_a_given_depth(tmp_path, text):
@@ -80,7 +76,7 @@ def test_a_model_without_keys_is_measured_at_a_given_depth(tmp_path, text):
     assert measured(plain, "--text", text, "--boundary", 6)["boundary"] == 6
     refused = evaluate(plain, "--text", text, *SHORT)
     assert refused.exit_code == 1
-    assert "--sweep" in refused.stderr
+    assert "--boundary" in refused.stderr
 
 
 def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path, text):
@@ -96,26 +92,18 @@ def test_a_fit_of_what_takes_none_is_refused(tmp_path, text):
     assert "no projections can be fitted" in " ".join(refused.stderr.split())
 
 
-def test_people_get_facts_or_a_table(pop_file, text):
+def test_without_json_figures_are_printed_as_lines(pop_file, text):
     one = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0)
     assert "Same first choice" in one.stdout
-    several = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0, "--sweep", "2,4")
-    assert several.stdout.count("\n| ") == 4
-    assert "Copy ratio" in several.stdout
 
 
 @pytest.mark.parametrize(
     "options",
     [
         ["--skip", "1/3", "--boundary", "4"],
-        ["--sweep", "2,4", "--boundary", "4"],
-        ["--no-boundary", "--recall", "512"],
-        ["--no-boundary", "--recall", "0", "--documents", "4"],
         ["--recall", "512,x"],
         ["--recall", "-1"],
         ["--skip", "soon"],
-        ["--sweep", "1/3,soon"],
-        ["--sweep", ""],
     ],
 )
 def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
@@ -132,7 +120,7 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
     ("options", "reason"),
     [
         (["--boundary", "8"], "1 to 7"),
-        (["--sweep", "1/3,9"], "9 of 8 layers cannot be skipped"),
+        (["--skip", "9"], "9 of 8 layers cannot be skipped"),
         (["--ctx", "100"], "100 are given"),
         (["--windows", "500"], "tokens are needed"),
         (["--context", "17"], "too few are left"),
@@ -165,20 +153,18 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
-    fit = ("--fit", "--tokens", 2048, "--kv-type", "f16", "--ridge", 0.01)
-    options = (plain, "--text", text, "--sweep", "1,2,4")
-    own = measured(*options)["rows"]
-    rows = measured(*options, *fit)["rows"]
-    assert [row["n_skipped"] for row in rows] == [1, 2, 4]
+def test_a_boundary_is_measured_with_a_fit_of_its_own(plain, text, temporary):
+    fit = ("--fit", "--tokens", 2048, "--kv-type", "f16")
+    options = (plain, "--text", text, "--skip")
     # The first skipped layer's own projections are exact.
-    assert [row["projection"] for row in rows] == ["own", "fitted", "fitted"]
-    assert rows[0]["kl_mean"] == own[0]["kl_mean"] and rows[0]["calibration"] is None
-    assert rows[2]["kl_mean"] < 0.7 * own[2]["kl_mean"]
-    for row in rows[1:]:
-        found = row["calibration"]
-        assert (found["n_tokens"], found["ridge"], found["weighting"]) == (2048, 0.01, "attention")
-        assert row["kv_type"] == "f16"
+    own, fitted = measured(*options, 1), measured(*options, 1, *fit)
+    assert (fitted["projection"], fitted["calibration"]) == ("own", None)
+    assert fitted["kl_mean"] == own["kl_mean"]
+    own, fitted = measured(*options, 4), measured(*options, 4, *fit)
+    assert (fitted["projection"], fitted["kv_type"]) == ("fitted", "f16")
+    assert fitted["kl_mean"] < 0.7 * own["kl_mean"]
+    found = fitted["calibration"]
+    assert (found["n_tokens"], found["weighting"]) == (2048, "attention")
     assert not list(temporary.iterdir())
 
 
@@ -240,15 +226,14 @@ def test_recall_is_scored_in_full_and_pruned(pop_file):
         Pruning(4, Mode.CONTEXT),
         Pruning(2, Mode.CONTEXT),
         Pruning(4, Mode.CONTEXT, select=0.2),
-        Pruning(4, Mode.CONTEXT, n_refilled=200),
     ]
     done = []
     found = measure_recall(
         model, RecallSettings(3, 400), prunings, lambda n, total: done.append((n, total))
     )
-    assert done[-1] == (15, 15)
+    assert done[-1] == (12, 12)
     assert len({recall.nll_full.value for recall in found}) == 1
-    assert len({recall.nll_pruned.value for recall in found}) == 4
+    assert len({recall.nll_pruned.value for recall in found}) == 3
     assert (model.boundary, model.mode, model.rule.select) == (4, Mode.CONTEXT, 0.0)
 
 
@@ -262,9 +247,6 @@ def test_selection_is_measured(pop_file, text):
     assert every["kl_mean"] < some["kl_mean"] < plain["kl_mean"]
     assert every["kl_mean"] < 1e-4
     assert some["speedup_limit"] < plain["speedup_limit"]
-    refilled = measured(pop_file, "--text", text, "--refill", "60")
-    assert refilled["kl_mean"] < plain["kl_mean"]
-    assert (plain["n_refilled"], refilled["n_refilled"]) == (0, 60)
 
 
 @pytest.mark.parametrize("share", ["-1", "101%", "much", "nan"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pop_local.measure.budget import limits_in_words
 from pop_local.ui.tables import Column, Fact, print_table
 from pop_local.ui.theme import out
-from pop_local.ui.views.quality import estimate_column, figures
+from pop_local.ui.views.quality import figures, with_se
 
 if TYPE_CHECKING:
     from pop_converter.popfile.format import Budget
@@ -16,16 +16,21 @@ if TYPE_CHECKING:
     from pop_local.measure.recall import Recall
     from pop_local.workflows.conversion.refusals import Trial
 
+
+def _estimate(name: str, title: str, spec: str) -> Column:
+    return Column(title, lambda trial: with_se(getattr(trial.quality, name), spec), numeric=True)
+
+
 _COLUMNS = (
     Column("Boundary", lambda trial: trial.plan.boundary, numeric=True),
     Column("Skipped", lambda trial: trial.plan.n_skipped, numeric=True),
     Column("K/V", lambda trial: _kind(trial.plan)),
     Column("Limit", lambda trial: f"{trial.plan.speedup_limit:.2f}x", numeric=True),
     Column("Windows", lambda trial: trial.quality.n_windows, numeric=True),
-    estimate_column("kl_mean", "KL", ".4f"),
-    estimate_column("ppl_ratio", "PPL ratio", ".3f"),
-    estimate_column("copy_ppl_ratio", "Copy ratio", ".3f"),
-    estimate_column("induction_retention", "Retention", ".1%"),
+    _estimate("kl_mean", "KL", ".4f"),
+    _estimate("ppl_ratio", "PPL ratio", ".3f"),
+    _estimate("copy_ppl_ratio", "Copy ratio", ".3f"),
+    _estimate("induction_retention", "Retention", ".1%"),
     Column("Facts found", lambda trial: trial.recall and _of_full(trial.recall), numeric=True),
     Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
 )

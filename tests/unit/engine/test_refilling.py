@@ -7,16 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.base.errors import PopError
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.session_file import Sessions
-from pop_local.measure.forced import Pruning, forced
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
-from support.calls import NOISE, opened, prompt, read, wait_for
+from support.calls import NOISE, opened, read, wait_for
 from support.converted import tiny
 from support.scripted import Transcript
 from support.serving import app_of, asking
@@ -185,9 +183,3 @@ def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monke
             body = {"prompt": WORDS, "max_tokens": 2}
             assert client.post("/v1/completions", json=body).status_code == 200
         wait_for(lambda: not model.refills)
-
-
-def test_rows_that_cannot_be_given_their_depth_are_not_measured_so(tmp_path):
-    model = opened(tiny(tmp_path, "qwen2vl"))
-    with forced(model) as reader, pytest.raises(PopError, match="cannot be given their depth"):
-        reader.read(prompt(200), Pruning(4, Mode.CONTEXT, n_refilled=8))

@@ -51,9 +51,7 @@ def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
 
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
     """At the model's own boundary."""
-    return measure_prunings(
-        model, [text()], settings, [Pruning(model.boundary, settings.mode)], ignore
-    )[0]
+    return measure_prunings(model, [text()], settings, [Pruning(model.boundary)], ignore)[0]
 
 
 # --- reading
@@ -95,6 +93,15 @@ def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
         reader.read(text(60), Pruning(4, Mode.CONTEXT))
 
 
+def test_a_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
+    real = backend.set_mode
+    with forced(model) as reader:
+        reader.read(text(60), Pruning(4))
+        monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: real(ctx, Mode.ALWAYS))
+        with pytest.raises(PopError, match="of 19 continuation tokens 0 should"):
+            reader.predict(text(20))
+
+
 def test_a_recurrent_state_that_is_not_brought_back_is_an_error(model, monkeypatch):
     monkeypatch.setattr(Context, "is_recurrent", property(lambda _: True))
     monkeypatch.setattr(Slot, "restore", lambda *_: False)
@@ -126,20 +133,17 @@ def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rule", "mode", "n_pruned"),
+    ("rule", "n_pruned"),
     [
-        ({}, Mode.CONTEXT, 60 - 17),
-        ({"tail_tokens": 0}, Mode.CONTEXT, 60 - 2),
-        ({"tail_tokens": 4, "sink_tokens": 0}, Mode.CONTEXT, 60 - 4),
-        ({"min_prompt": 1000}, Mode.CONTEXT, 60 - 17),
-        ({}, Mode.ALWAYS, 60),
-        ({}, Mode.OFF, 0),
+        ({}, 60 - 17),
+        ({"tail_tokens": 0}, 60 - 2),
+        ({"tail_tokens": 4, "sink_tokens": 0}, 60 - 4),
+        ({"min_prompt": 1000}, 60 - 17),
     ],
 )
-def test_tokens_pruned_follow_rule_and_mode(model, rule, mode, n_pruned):
+def test_tokens_pruned_follow_the_rule(model, rule, n_pruned):
     model.rule = replace(model.rule, **rule)
-    quality = measured(model, replace(SHORT, mode=mode))
-    assert quality.n_pruned == 3 * n_pruned
+    assert measured(model).n_pruned == 3 * n_pruned
 
 
 def test_a_context_of_full_tokens_only_is_an_error(model):
@@ -151,7 +155,8 @@ def test_a_context_of_full_tokens_only_is_an_error(model):
 
 
 def test_full_against_full_is_zero(model):
-    quality = measured(model, replace(SHORT, mode=Mode.OFF))
+    [quality] = measure_prunings(model, [text()], SHORT, [FULL], ignore)
+    assert quality.n_pruned == 0
     assert quality.kl_p99.value < 1e-9
     assert quality.ppl_ratio.value == quality.copy_ppl_ratio.value == 1
     assert quality.top1_agreement.value == 1
@@ -283,8 +288,7 @@ def test_a_stop_keeps_the_facts_that_were_asked_for(pop_file):
 
 
 def test_a_kept_reference_takes_half_the_memory_and_is_as_good(model):
-    settings = replace(SHORT, mode=Mode.OFF)
-    reference = read_reference(model, [text()], settings, ignore)
+    reference = read_reference(model, [text()], SHORT, ignore)
     assert {full.predicted.logits.dtype for full in reference.full} == {np.dtype(np.float16)}
     [found] = measure_against(reference, model, (FULL,), ignore)
     assert found.kl_p99.value < 1e-5

@@ -61,7 +61,7 @@ def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> n
             both = []
             for pruning in (FULL, Pruning(BOUNDARY)):
                 reader.read(window[:N_CONTEXT], pruning)
-                both.append(predictions(reader.predict(window[N_CONTEXT:], pruning)))
+                both.append(predictions(reader.predict(window[N_CONTEXT:])))
             found.append(divergence(*both).kl)
     return np.stack(found)
 
