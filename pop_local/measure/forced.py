@@ -106,29 +106,62 @@ class Forced:
         Row i is predicted by the context and tokens[:i]. The text is dropped from the cache
         afterwards. Raises PopError if the backend counts a pruned row of the text.
         """
-        cache = self._cache
-        n_context, n_decoded = cache.n_tokens, len(tokens) - 1
+        n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
+        logits = np.empty((len(tokens), self._context.n_vocab), np.float32)
+        logits[:1] = self._next
+        for start, end in self._append_full(tokens[:n_decoded], Outputs.ALL, _MAX_SCORED_ROWS):
+            logits[start + 1 : end + 1] = self._context.logits(end - start)
+        self._forget(n_context, self._state)
+        return logits
+
+    @property
+    def next_token(self) -> int:
+        """The token that the model puts first after all that was read."""
+        return int(self._next[-1].argmax())
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Drop on exit all that `extend` has added to the context since."""
+        n_tokens, following, state = self._cache.n_tokens, self._next, self._state
+        try:
+            yield
+        finally:
+            self._forget(n_tokens, state)
+            self._next, self._state = following, state
+
+    def extend(self, tokens: Tokens) -> None:
+        """Append tokens that run all layers, such as a question and a generated answer.
+
+        Raises PopError unless all of them did.
+        """
+        for _ in self._append_full(tokens, Outputs.LAST, self._context.n_batch):
+            self._next = self._context.logits().copy()
+        self._state = self._cache.save() if self._context.is_recurrent else None
+
+    def _append_full(
+        self, tokens: Tokens, outputs: Outputs, n_rows: int
+    ) -> Iterator[tuple[int, int]]:
+        """Append tokens in full, up to `n_rows` at once; yield the start and end of each piece."""
+        cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)
         cache.slot.begin_step()
-        logits = np.empty((len(tokens), self._context.n_vocab), np.float32)
-        logits[:1] = self._next
-        step = min(_MAX_SCORED_ROWS, self._context.n_batch)
         try:
-            for start in range(0, n_decoded, step):
-                piece = tokens[start : min(start + step, n_decoded)]
+            for start in range(0, len(tokens), step):
+                piece = tokens[start : start + step]
                 with cache.slot.watching():
-                    cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
+                    cache.append(piece, outputs, np.ones(len(piece), bool))
                     cache.slot.check()
-                logits[start + 1 : start + 1 + len(piece)] = self._context.logits(len(piece))
+                yield start, start + len(piece)
         finally:
             cache.slot.set_mode(cache.mode)
-        self._require("continuation", n_decoded, 0)
-        if self._state is not None:
-            cache.take_over(self._state)
-        elif not cache.truncate(n_context):
+        self._require("continuation", len(tokens), 0)
+
+    def _forget(self, n_context: int, state: SavedState | None) -> None:
+        if state is not None:
+            self._cache.take_over(state)
+        elif not self._cache.truncate(n_context):
             raise PopError("this model's KV cache cannot forget its last tokens")
-        return logits
 
     def _require(self, what: str, n_tokens: int, expected: int) -> None:
         counters = self._cache.slot.counters

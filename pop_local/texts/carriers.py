@@ -42,8 +42,8 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """Return the text that follows the document; the model completes it with the answer."""
-        return f"\n\nQuestion: {self.question}\nAnswer: {self.stem}"
+        """Return the text that follows document and blank line; the answer completes it."""
+        return f"Question: {self.question}\nAnswer: {self.stem}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AnsweredCarrier:
 
 @dataclass(frozen=True)
 class CarrierSettings:
-    """Size and use of a document: about `n_tokens` tokens, and exactly `n_questions`."""
+    """Size and use of a document: about `n_tokens` tokens and up to `n_questions`."""
 
     n_tokens: int
     n_questions: int
@@ -81,7 +81,8 @@ def make_carrier(
     """Build a document of blocks in all layouts of the use, with prose between and after them.
 
     `prose` is cut at sentences and read from a random one on; `count` returns a text's tokens.
-    Raises PopError if the document has no room for the questions.
+    A short document has fewer questions: one for each of its values. Raises PopError if its first
+    value leaves no room for prose.
     """
     # The stream depends on the use, too: a seed given for both draws no common value.
     rng = np.random.default_rng([*settings.use.value.encode(), int(rng.integers(1 << 62))])
@@ -93,14 +94,13 @@ def make_carrier(
         blocks.append(text)
         questions += about
         n_left -= count(text)
-    if len(questions) < settings.n_questions:
+    n_prose = settings.n_tokens - sum(map(count, blocks))
+    if n_prose <= 0:
         raise PopError(
-            f"a document of {settings.n_tokens} tokens has no room for {settings.n_questions}"
-            " look-ups",
-            "ask fewer questions or give longer documents",
+            f"a document of {settings.n_tokens} tokens has no room for a look-up",
+            "give longer documents",
             cause="documents-too-short",
         )
-    n_prose = settings.n_tokens - sum(map(count, blocks))
     between = _paragraphs(rng, sentences, len(blocks) + 1, n_prose, count)
     pieces = [between[0]]
     for block, paragraph in zip(blocks, between[1:], strict=True):
@@ -113,7 +113,7 @@ def with_answers(carrier: Carrier) -> AnsweredCarrier:
     """Append the questions and their answers to the document, as running text for training."""
     text, spans = carrier.text, []
     for question in carrier.questions:
-        text += question.completion + " "
+        text += f"\n\n{question.completion} "
         spans.append((len(text), len(text) + len(question.answer)))
         text += question.answer + "."
     return AnsweredCarrier(text, tuple(spans))

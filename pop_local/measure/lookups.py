@@ -1,0 +1,331 @@
+"""Look-ups: exact strings of a document that the model must find again, in full and pruned.
+
+Synthetic documents (`carriers`, layouts that nothing is fitted on) are read once by the full model
+and once under each pruning. Each question follows its document in full, as a prompt's tail does.
+All questions have one completion form, so that base models and tuned ones answer alike.
+
+Two figures come of an answer. It is *right* if the greedy continuation holds the exact string (see
+`is_right`). Its *log-probability* is teacher-forced: that of the right string after the question.
+It has far less noise, so searches decide by it first.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import comb, exp
+
+import numpy as np
+
+from pop_converter.base.progress import Progress, counting
+from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompter import is_end
+from pop_local.measure.divergence import likelihood, predictions
+from pop_local.measure.estimate import Estimate, ratio
+from pop_local.measure.forced import FULL, Forced, Pruning, forced
+from pop_local.measure.heldout import shipped_part
+from pop_local.texts.carrier_values import Use
+from pop_local.texts.carriers import CarrierSettings, LookupQuestion, make_carrier
+
+# Tokens that question and answer add to a document, at the most.
+N_AROUND = 256
+# Tokens past the length of the right answer in which it may still be found.
+_N_LEEWAY = 12
+
+
+@dataclass(frozen=True)
+class LookupSettings:
+    """`n_questions` in all, up to `n_per_document` about each document of `n_tokens` tokens."""
+
+    n_questions: int = 200
+    n_per_document: int = 20
+    n_tokens: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TokenizedQuestion:
+    """A question and its right answer in tokens; both follow the document."""
+
+    question: LookupQuestion
+    tokens: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LookupDocument:
+    """A document in tokens, BOS first, and the questions about it."""
+
+    tokens: tuple[int, ...]
+    questions: tuple[TokenizedQuestion, ...]
+
+
+@dataclass(frozen=True)
+class LookupAnswer:
+    """One answer: `logprob` of the right string in nats, and the greedy `text`."""
+
+    is_right: bool
+    logprob: float
+    n_tokens: int
+    text: str
+
+
+# The answers of each document.
+Answers = list[tuple[LookupAnswer, ...]]
+
+
+@dataclass(frozen=True)
+class LookupCounts:
+    """Right answers of `n` questions. `lost`: right in full, wrong pruned; `gained`: vice versa."""
+
+    n: int
+    full: int
+    pruned: int
+    lost: int
+    gained: int
+
+
+@dataclass(frozen=True)
+class Lookups(LookupCounts):
+    """Look-ups under one pruning against the full model's.
+
+    `p`: McNemar's exact two-sided p for lost against gained. `logprob_*` are nats per string,
+    `logprob_lost` is full minus pruned, `logprob_lost_per_token` likewise per token.
+    `expected_lost`: the share that pruning takes of the right strings' mean probability. Errors are
+    from the spread between documents. `by_kind` and `by_layout` count the same questions.
+    """
+
+    n_documents: int
+    n_tokens: int
+    p: float
+    logprob_full: Estimate
+    logprob_pruned: Estimate
+    logprob_lost: Estimate
+    logprob_lost_per_token: Estimate
+    expected_lost: Estimate
+    by_kind: dict[str, LookupCounts]
+    by_layout: dict[str, LookupCounts]
+
+    @property
+    def lost_share(self) -> float:
+        """The share of the full model's right answers that pruning loses; 0 if it has none."""
+        return self.lost / self.full if self.full else 0.0
+
+
+def measure_lookups(
+    model: PopModel,
+    settings: LookupSettings,
+    prunings: Sequence[Pruning],
+    on_progress: Progress,
+) -> tuple[Lookups, ...]:
+    """Ask about each document, in full once and under each pruning.
+
+    `on_progress` gets (done, total) questions. Raises PopError if a prompt does not fit the context
+    or was not pruned as planned.
+    """
+    documents = make_documents(model, settings)
+    n_each = sum(len(each.questions) for each in documents)
+    ran = counting(n_each * (1 + len(prunings)), on_progress)
+    full = _ask(model, documents, FULL, ran)
+    return tuple(
+        compare_answers(documents, full, _ask(model, documents, pruning, ran), settings)
+        for pruning in prunings
+    )
+
+
+@dataclass(frozen=True)
+class LookupReference:
+    """The full model's answers, to compare several files of the same model with."""
+
+    settings: LookupSettings
+    documents: tuple[LookupDocument, ...]
+    full: Answers
+
+    @classmethod
+    def read(
+        cls,
+        model: PopModel,
+        settings: LookupSettings,
+        on_progress: Progress,
+        known: Answers | None = None,
+    ) -> "LookupReference":
+        """Ask in full about the documents after those of `known`. Raises as `measure_lookups`.
+
+        Each document's answers are added to `known`, so that a stop keeps them.
+        """
+        full = [] if known is None else known
+        found = cls(settings, make_documents(model, settings), full)
+        found.ask(model, FULL, on_progress, full)
+        return replace(found, full=full[: len(found.documents)])
+
+    def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
+        """Ask a file of the same model under a pruning, likewise."""
+        new = self.documents[len(known) :]
+        ran = counting(sum(len(each.questions) for each in new), on_progress)
+        for document in new:
+            known += _ask(model, [document], pruning, ran)
+
+    def compare(self, answers: Answers) -> Lookups:
+        """Compare all answers with the full model's."""
+        return compare_answers(self.documents, self.full, answers, self.settings)
+
+
+def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
+    """Build documents of held-out layouts, words and prose; fewer questions are about the last.
+
+    The first documents are the same whatever `n_questions`. Raises PopError if documents are too
+    short for a look-up.
+    """
+    rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
+    sized = CarrierSettings(settings.n_tokens, settings.n_per_document, Use.HELD_OUT)
+    documents, n_left = [], settings.n_questions
+    while n_left > 0:
+        carrier = make_carrier(rng, sized, prose, lambda text: len(model.tokenize(text)))
+        asked = carrier.questions[:n_left]
+        n_left -= len(asked)
+        # The blank line belongs to the document: most vocabularies merge it with a full stop.
+        tokens = (*model.context.bos, *model.tokenize(carrier.text + "\n\n"))
+        questions = tuple(_tokenize_question(model, each) for each in asked)
+        documents.append(LookupDocument(tokens, questions))
+    return tuple(documents)
+
+
+def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQuestion:
+    tokens = model.tokenize(question.completion)
+    whole = model.tokenize(f"{question.completion} {question.answer}")
+    answer = whole[len(tokens) :]
+    if whole[: len(tokens)] != tokens:  # a vocabulary that merges across the space
+        answer = model.tokenize(f" {question.answer}")
+    return TokenizedQuestion(question, tuple(tokens), tuple(answer))
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Tell whether the first line of a continuation holds the exact answer.
+
+    Quotes and words may surround it. It must not be part of a longer value: no letter or digit may
+    touch it, nor may one follow or precede it after a sign (".", ",", "-", "/", "@").
+    """
+    line = text.strip().split("\n")[0]
+    before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
+    return re.search(f"{before}{re.escape(answer)}{after}", line) is not None
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return McNemar's exact two-sided p for paired answers that changed."""
+    n = lost + gained
+    tail = sum(comb(n, k) for k in range(min(lost, gained) + 1))
+    return min(1.0, tail / 2 ** (n - 1)) if n else 1.0
+
+
+def _ask(
+    model: PopModel,
+    documents: Sequence[LookupDocument],
+    pruning: Pruning,
+    ran: Callable[[int], None],
+) -> Answers:
+    answers: Answers = []
+    with forced(model) as reader:
+        for document in documents:
+            reader.read(document.tokens, pruning)
+            found = []
+            for each in document.questions:
+                found.append(_answer(reader, each))
+                ran(1)
+            answers.append(tuple(found))
+    return answers
+
+
+def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
+    with reader.branch():
+        reader.extend(asked.tokens)
+        # The last token is not decoded: it gets the row that follows the right answer.
+        logits = reader.predict((*asked.answer, asked.answer[-1]))
+        predicted = predictions(logits)
+        found = likelihood(predicted, np.asarray((*asked.answer, asked.answer[-1])))
+        n_right = len(asked.answer)
+        if not (first := found.is_top1[:-1]).all():
+            n_right = int(first.argmin())
+        text = _continue(reader, asked, n_right, int(predicted.top1[n_right]))
+    logprob = -float(found.nll[:-1].sum())
+    return LookupAnswer(is_right(text, asked.question.answer), logprob, len(asked.answer), text)
+
+
+def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
+    """Return the greedy continuation, of which the first tokens are known; one line of it.
+
+    After a right answer, one further token tells whether it goes on.
+    """
+    model, tokens = reader.model, list(asked.answer[:n_right])
+    n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
+    reader.extend(tokens)
+    while not is_end(model.context, token):
+        tokens.append(token)
+        text = model.detokenize(tokens)
+        if len(tokens) >= n_most or "\n" in text.lstrip():
+            return text
+        reader.extend([token])
+        token = reader.next_token
+    return model.detokenize(tokens)
+
+
+def compare_answers(
+    documents: Sequence[LookupDocument], full: Answers, pruned: Answers, settings: LookupSettings
+) -> Lookups:
+    """Compare the answers of all documents with the full model's."""
+    pairs = [
+        (asked.question, *answers)
+        for document, *both in zip(documents, full, pruned, strict=True)
+        for asked, *answers in zip(document.questions, *both, strict=True)
+    ]
+    counts = _count(pairs)
+    return Lookups(
+        **vars(counts),
+        n_documents=len(documents),
+        n_tokens=settings.n_tokens,
+        p=mcnemar(counts.lost, counts.gained),
+        logprob_full=_per_string(full, lambda it: it.logprob),
+        logprob_pruned=_per_string(pruned, lambda it: it.logprob),
+        logprob_lost=_lost(full, pruned, lambda it: it.logprob, lambda _: 1.0),
+        logprob_lost_per_token=_lost(full, pruned, lambda it: it.logprob, lambda it: it.n_tokens),
+        expected_lost=_lost(full, pruned, _probability, _probability),
+        by_kind=_parts(pairs, lambda question: question.kind),
+        by_layout=_parts(pairs, lambda question: question.layout),
+    )
+
+
+_Pair = tuple[LookupQuestion, LookupAnswer, LookupAnswer]
+_Figure = Callable[[LookupAnswer], float]
+
+
+def _probability(answer: LookupAnswer) -> float:
+    return exp(answer.logprob)
+
+
+def _sums(answers: Answers, figure: _Figure) -> np.ndarray:
+    return np.array([sum(map(figure, of_document)) for of_document in answers])
+
+
+def _per_string(answers: Answers, figure: _Figure) -> Estimate:
+    return ratio(_sums(answers, figure), _sums(answers, lambda _: 1.0))
+
+
+def _lost(full: Answers, pruned: Answers, figure: _Figure, unit: _Figure) -> Estimate:
+    """Return what pruning takes of a figure, per unit of the full model's answers."""
+    return ratio(_sums(full, figure) - _sums(pruned, figure), _sums(full, unit))
+
+
+def _count(pairs: Sequence[_Pair]) -> LookupCounts:
+    rights = [(full.is_right, pruned.is_right) for _, full, pruned in pairs]
+    return LookupCounts(
+        n=len(rights),
+        full=sum(full for full, _ in rights),
+        pruned=sum(pruned for _, pruned in rights),
+        lost=rights.count((True, False)),
+        gained=rights.count((False, True)),
+    )
+
+
+def _parts(
+    pairs: Sequence[_Pair], name: Callable[[LookupQuestion], str]
+) -> dict[str, LookupCounts]:
+    names = sorted({name(question) for question, *_ in pairs})
+    return {each: _count([pair for pair in pairs if name(pair[0]) == each]) for each in names}

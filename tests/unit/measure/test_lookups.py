@@ -1,0 +1,202 @@
+"""Look-ups: strict answers, documents read once, counts against the full model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pop_converter.base.errors import StoppedError
+from pop_local.engine.llama import backend
+from pop_local.engine.model import PopModel
+from pop_local.measure import lookups
+from pop_local.measure.divergence import likelihood, predictions
+from pop_local.measure.forced import FULL, Pruning, forced
+from pop_local.measure.lookups import (
+    LookupAnswer,
+    LookupDocument,
+    LookupReference,
+    LookupSettings,
+    TokenizedQuestion,
+    compare_answers,
+    is_right,
+    make_documents,
+    mcnemar,
+    measure_lookups,
+)
+from pop_local.texts.carriers import LookupQuestion
+from support.converted import tiny
+
+SETTINGS = LookupSettings(n_questions=6, n_per_document=4, n_tokens=700)
+
+
+def ignored(*_: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(pop_file):
+    with PopModel(pop_file, n_ctx=1200, n_threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def documents(model) -> tuple[LookupDocument, ...]:
+    return make_documents(model, SETTINGS)
+
+
+def ask(model: PopModel, documents, pruning: Pruning) -> lookups.Answers:
+    answers: lookups.Answers = []
+    LookupReference(SETTINGS, tuple(documents), []).ask(model, pruning, ignored, answers)
+    return answers
+
+
+# --- the verdict on one answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [" 12.50", ' "12.50".', " `12.50`\n99", " the value 12.50, as stated", " 12.50."],
+)
+def test_the_exact_string_is_right_whatever_surrounds_it(text: str) -> None:
+    assert is_right(text, "12.50")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " 12.5",
+        " 112.50",
+        " 12.505",
+        " 12.50.3",
+        " 3-12.50",
+        " 12.50/7",
+        " none\n12.50",
+        " 12 .50",
+    ],
+)
+def test_a_part_another_line_or_a_longer_value_is_wrong(text: str) -> None:
+    assert not is_right(text, "12.50")
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p"),
+    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 0.0625), (3, 3, 1.0), (9, 1, 22 / 1024)],
+)
+def test_p_is_the_exact_binomial_one(lost: int, gained: int, p: float) -> None:
+    assert mcnemar(lost, gained) == pytest.approx(p)
+    assert mcnemar(gained, lost) == pytest.approx(p)
+
+
+# --- reading
+
+
+def test_there_are_as_many_questions_as_requested_and_more_documents_go_on(
+    model, documents
+) -> None:
+    assert sum(len(each.questions) for each in documents) == 6
+    more = make_documents(model, replace(SETTINGS, n_questions=8))
+    assert more[0] == documents[0]
+    assert all(each.tokens[0] == model.context.bos[0] for each in documents)
+
+
+def test_a_log_probability_is_that_of_one_prompt_read_in_full(model, documents) -> None:
+    answers = ask(model, documents, FULL)
+    for document, of_document in zip(documents, answers, strict=True):
+        for asked, answer in zip(document.questions, of_document, strict=True):
+            with forced(model) as reader:
+                reader.read([*document.tokens, *asked.tokens], FULL)
+                found = predictions(reader.predict(asked.answer))
+            nll = likelihood(found, np.asarray(asked.answer)).nll
+            assert answer.logprob == pytest.approx(-nll.sum(), rel=1e-3)
+
+
+def test_only_document_rows_are_pruned(model, documents, monkeypatch) -> None:
+    counted: list[int] = []
+    reset = backend.reset_counters
+
+    def counting(ctx: object) -> None:
+        counted.append(model.cache.slot.counters.n_context)
+        reset(ctx)
+
+    monkeypatch.setattr(backend, "reset_counters", counting)
+    pruned = ask(model, documents[:1], Pruning(model.boundary))
+    n_pruned = len(documents[0].tokens) - model.rule.sink_tokens - model.rule.tail_tokens
+    assert max(counted) == n_pruned
+    full = ask(model, documents[:1], FULL)
+    assert [it.logprob for it in pruned[0]] != pytest.approx(
+        [it.logprob for it in full[0]], abs=1e-3
+    )
+
+
+def test_layers_that_add_nothing_lose_nothing(tmp_path) -> None:
+    with PopModel(tiny(tmp_path, zero_deep=4), n_ctx=1200, n_threads=1) as idle:
+        [found] = measure_lookups(idle, SETTINGS, [Pruning(4)], ignored)
+    assert (found.n, found.lost, found.gained) == (6, 0, 0)
+    assert found.logprob_lost.value == pytest.approx(0, abs=1e-3)
+
+
+def test_the_text_is_the_greedy_one_wherever_the_right_answer_leaves_it(model, documents) -> None:
+    document = documents[0]
+    asked = document.questions[0]
+    with forced(model) as reader:
+        reader.read([*document.tokens, *asked.tokens], FULL)
+        greedy = []
+        for _ in range(8):
+            greedy.append(reader.next_token)
+            reader.extend(greedy[-1:])
+    text = model.detokenize(greedy)
+    given = TokenizedQuestion(replace(asked.question, answer=text), asked.tokens, tuple(greedy))
+    [[again]] = ask(model, [replace(document, questions=(given,))], FULL)
+    assert again.text.startswith(text)
+    other = replace(given, answer=(*greedy[:3], (greedy[3] + 1) % 300, *greedy[4:]))
+    [[changed]] = ask(model, [replace(document, questions=(other,))], FULL)
+    assert changed.text.startswith(text)
+
+
+def test_a_stop_keeps_whole_documents_and_the_rest_is_asked_later(model, documents) -> None:
+    known: lookups.Answers = []
+
+    def stop(done: int, _total: int) -> None:
+        if done == 5:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        LookupReference.read(model, SETTINGS, stop, known)
+    assert len(known) == 1
+    found = LookupReference.read(model, SETTINGS, ignored, known)
+    assert found.full == ask(model, documents, FULL)
+
+
+# --- the comparison
+
+
+def document(*kinds: str) -> LookupDocument:
+    questions = [LookupQuestion("What?", "x", kind, f"in {kind}", "It is") for kind in kinds]
+    return LookupDocument((1,), tuple(TokenizedQuestion(it, (2,), (3,)) for it in questions))
+
+
+def answers(*rights: bool, logprob: float = -1.0, n_tokens: int = 2) -> tuple[LookupAnswer, ...]:
+    return tuple(LookupAnswer(right, logprob, n_tokens, "") for right in rights)
+
+
+def test_lost_and_gained_are_counted_by_pairs_kind_and_layout() -> None:
+    documents = [document("hex", "date"), document("hex", "date")]
+    full = [answers(True, True), answers(True, False)]
+    pruned = [answers(False, True, logprob=-2), answers(True, True, logprob=-4)]
+    found = compare_answers(documents, full, pruned, SETTINGS)
+    assert (found.n, found.full, found.pruned, found.lost, found.gained) == (4, 3, 3, 1, 1)
+    assert found.lost_share == pytest.approx(1 / 3)
+    assert found.p == 1.0
+    assert (found.by_kind["hex"].lost, found.by_kind["date"].gained) == (1, 1)
+    assert found.by_layout.keys() == {"in hex", "in date"}
+    assert found.logprob_lost.value == pytest.approx(2)
+    assert found.logprob_lost.se == pytest.approx(1)
+    assert found.logprob_lost_per_token.value == pytest.approx(1)
+    expected = 1 - (np.exp(-2) + np.exp(-4)) / (2 * np.exp(-1))
+    assert found.expected_lost.value == pytest.approx(expected)
+
+
+def test_a_model_that_finds_nothing_loses_nothing() -> None:
+    found = compare_answers([document("hex")], [answers(False)], [answers(False)], SETTINGS)
+    assert (found.lost_share, found.p, found.logprob_lost.se) == (0.0, 1.0, None)
