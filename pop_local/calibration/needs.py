@@ -40,13 +40,8 @@ _REPACKED = 1.05
 # window have eight more while they are compared.
 _N_PREDICTED = 16 * 128
 _N_COMPARED = 128
-# Kinds of fit that are tried where the options leave it open. For many depths attention is not: the
-# sums would take several times as long.
-KINDS_OF_MANY = (Projection.FITTED, Projection.WIDE)
-KINDS_OF_ONE = (Projection.FITTED, Projection.WIDE, Projection.ATTENTION)
-# Shares of a pruned prompt's work. A fit that adds more is not tried unless it is asked for, or
-# copying was lost in a search.
-MOST_COST = {Projection.WIDE: 0.015, Projection.ATTENTION: 0.03}
+# A wide fit that adds a larger share of a pruned prompt's work is tried only if it is requested.
+MAX_WIDE_COST = 0.015
 
 
 class Pair(NamedTuple):
@@ -79,46 +74,37 @@ def free_bytes() -> int:
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:
-    """Return what share of the speed a kind of fit costs, beside a plain one."""
+    """Return the share of a plain fit's speed that another kind of fit costs."""
     plain, wide = (
         replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
     )
     return 1 - wide / plain
 
 
-def in_kinds(plans: Sequence[Plan], options: FitOptions, kinds: Sequence[Projection]) -> list[Plan]:
-    """Return the plans with the projections to fit: several times where measuring is to decide.
+def kinds_to_fit(plan: Plan) -> list[Projection]:
+    """Return the kinds of fit that are worth measuring for a plan: wide ones only if cheap."""
+    is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
+    return [Projection.FITTED, *([Projection.WIDE] if is_cheap else [])]
 
-    It decides at the first plan, for all. The kinds are those of `kinds` that cost little there,
-    unless the options name one.
+
+def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
+    """Return each plan once for each kind of projection to fit.
+
+    Without a kind in the options, the first plan decides which kinds are fitted for all plans.
     """
-    if options.projection is not None:
-        wanted = [options.projection]
-    else:
-        wanted = [
-            kind
-            for kind in kinds
-            if kind == Projection.FITTED or fit_cost(plans[0], kind) <= MOST_COST[kind]
-        ]
-    return [replace(plan, projection=kind) for plan in plans for kind in wanted]
+    kinds = [options.projection] if options.projection else kinds_to_fit(plans[0])
+    return [replace(plan, projection=kind) for plan in plans for kind in kinds]
 
 
-def fit_needs(
-    plans: Sequence[Plan],
-    source: Source,
-    options: FitOptions,
-    kinds: Sequence[Projection] = KINDS_OF_MANY,
-) -> Needs:
+def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
     """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
-    plans = in_kinds(plans, options, kinds)
+    plans = in_kinds(plans, options)
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if not options.texts else 0
     return plan_needs(plans, source, options, n_sampled)
 
 
-def spaced(
-    plans: Sequence[Plan], source: Source, options: FitOptions, kinds: Sequence[Projection]
-) -> tuple[Plan, ...]:
+def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
     """Return as many plans, evenly spaced from the first on, as the sums of one pass may serve.
 
     These take MOST_SUMS_BYTES, or the memory of the options where that is more.
@@ -127,7 +113,7 @@ def spaced(
     options = replace(options, memory_bytes=_ANY)
     for step in range(1, len(plans)):
         few = plans[::step]
-        fitted = in_kinds([plan for plan in few if plan.fitted_layers], options, kinds)
+        fitted = in_kinds([plan for plan in few if plan.fitted_layers], options)
         if not fitted or plan_needs(fitted, source, options).sums_bytes <= most:
             return tuple(few)
     return tuple(plans[:1])

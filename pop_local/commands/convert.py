@@ -38,8 +38,7 @@ class HowOptions(Group):
     )
     projection: Projection | None = option(
         "K/V of skipped layers: own (no fit, loses more quality), fitted to the model (takes"
-        " minutes), fitted-wide (to more than the token itself) or fitted-attention (also to what"
-        " the first skipped layer's attention gives). Default: what measures best for its cost.",
+        " minutes) or fitted-wide (with more inputs). Default: what measures best for its cost.",
     )
     text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
     distill: bool = option(

@@ -85,11 +85,6 @@ def _least_lost(recall: "Recall", n_errors: float) -> float:
     return lost - n_errors * sqrt(max(lost * (1 - lost), 0.0) / (recall.n_documents - 1))
 
 
-def predicts(budget: Budget, quality: "Quality") -> bool:
-    """Tell whether predictions are within the budget, whatever copying is."""
-    return all(over <= 0 for over, _ in _excesses(budget, quality)[:2])
-
-
 def copies(budget: Budget, quality: "Quality") -> bool:
     """Tell whether copying is within the budget, by both probes; past FAST, it is lost."""
     return all(over <= 0 for over, _ in _copying_excesses(budget, quality))

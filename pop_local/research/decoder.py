@@ -104,7 +104,7 @@ class Layer:
 
         The rows are at `positions` [n_rows], None for those from 0 on, and see `stored` besides.
         """
-        attended = self._linear("attn_output", self.heads(states, positions, stored))
+        attended = self._linear("attn_output", self._heads(states, positions, stored))
         states = states + self._norm("post_attention_norm", attended)
         passed = self._ffn(self._norm("ffn_norm", states))
         return states + self._norm("post_ffw_norm", passed)
@@ -113,10 +113,8 @@ class Layer:
         """Return the layer's own K and V of states [n_windows, n_rows, n_embd]."""
         return self._key_value(self._norm("attn_norm", states), positions)
 
-    def heads(
-        self, states: Tensor, positions: Tensor | None = None, stored: Stored | None = None
-    ) -> Tensor:
-        """Return what the attention heads give [n_windows, n_rows, n_head * dim_v]; see above."""
+    def _heads(self, states: Tensor, positions: Tensor | None, stored: Stored | None) -> Tensor:
+        """Return the outputs of the attention heads [n_windows, n_rows, n_head * dim_v]."""
         h = self.hyper
         if positions is None:
             positions = torch.arange(states.shape[1], device=states.device)

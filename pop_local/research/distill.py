@@ -26,7 +26,7 @@ from pop_converter.fit.least_squares import FitError, normalised
 from pop_converter.fit.weights import KvProjection
 from pop_converter.fit.wide import WideInput
 from pop_converter.popfile.plan import Plan
-from pop_local.research.decoder import BASE_BYTES, Decoder, Layer, Stored
+from pop_local.research.decoder import BASE_BYTES, Decoder, Stored
 from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
@@ -59,16 +59,14 @@ _N_LIKELY = 64
 class Start:
     """A fit to distil: the projections of all skipped layers but the first, by layer.
 
-    `wide` makes the wider input that they see, None without one. With `sees_heads` they also see
-    the outputs of the boundary layer's attention heads. The first `n_sink` rows of a prompt are
-    never pruned; of a window, a quarter at most.
+    `wide` computes their wider input (None: no wider input). The first `n_sink` rows of a prompt
+    are never pruned, up to a quarter of a window.
     """
 
     boundary: int
     n_sink: int
     projections: Mapping[int, KvProjection]
     wide: WideInput | None = None
-    sees_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,16 +182,12 @@ def _entering(decoder: Decoder, start: Start, reference: Reference, ran: Ran) ->
 
 
 @torch.no_grad()
-def _inputs(
-    decoder: Decoder, start: Start, layer: Layer, states: Tensor, n_inputs: int, ran: Ran
-) -> Tensor:
+def _inputs(decoder: Decoder, start: Start, states: Tensor, n_inputs: int, ran: Ran) -> Tensor:
     """Return what projections see of states, [n_windows, n_tokens, n_inputs], a one last."""
     made = torch.ones(*states.shape[:2], n_inputs)
     for window, inputs in zip(states, made, strict=True):
         x = normalised(window.numpy(), decoder.hyper.eps)
         seen = [x] if start.wide is None else [x, start.wide(x)]
-        if start.sees_heads:
-            seen.append(layer.heads(window[None].to(decoder.device))[0].cpu().numpy())
         inputs[:, :-1] = torch.from_numpy(np.hstack(seen))
         ran(1)
     return made
@@ -208,7 +202,7 @@ class _Student:
         self._weights = {layer: self._joined(each) for layer, each in start.projections.items()}
         n_inputs = next(iter(self._weights.values())).shape[1]
         self._states = _entering(decoder, start, reference, ran)
-        self._inputs = _inputs(decoder, start, self._deep[0], self._states, n_inputs, ran)
+        self._inputs = _inputs(decoder, start, self._states, n_inputs, ran)
         # The first row of a window is unlike all others.
         context = self._inputs[:, 1:]
         mean = context.mean((0, 1))

@@ -138,5 +138,4 @@ def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
     wide = None
     if plan.projection != Projection.FITTED:
         wide = decode_input(shape, weights, plan.boundary, tensors)
-    sees_heads = plan.projection == Projection.ATTENTION
-    return Start(plan.boundary, plan.sink_tokens, projections, wide, sees_heads)
+    return Start(plan.boundary, plan.sink_tokens, projections, wide)

@@ -13,7 +13,7 @@ from pop_converter.popfile.plan import Plan, make_plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.calibration.needs import MOST_COST, fit_cost
+from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.learning.learned_fit import LearnedFit, Loss
 from pop_local.engine.learning.online_calibrator import N_WINDOW, OnlineCalibrator
@@ -55,7 +55,7 @@ class _LearnedFitter(Fitter):
         options, summing, boundary = self.options, self.learner.summing, plan.boundary
         gram, stored = self.sums.grams[boundary], options.kv_type
         tensors: list[NewTensor] = []
-        if plan.projection.is_wide:
+        if plan.projection == Projection.WIDE:
             tensors += summing.encode_input(self.sums, boundary, stored)
         for layer in plan.fitted_layers:
             tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
@@ -170,7 +170,7 @@ class OnlineCalibration:
         for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
             plan = make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
             plain, *wider = learner.summing.projections[boundary]
-            kinds = [plain, *(kind for kind in wider if fit_cost(plan, kind) <= MOST_COST[kind])]
+            kinds = [plain, *(kind for kind in wider if fit_cost(plan, kind) <= MAX_WIDE_COST)]
             plans.append(replace(plan, projection=kinds[-1]))
         if not plans:
             return None

@@ -29,7 +29,7 @@ from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
@@ -129,17 +129,15 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_lost", "boundaries"),
+    ("n_lost", "boundaries"),
     [
-        (WIDE, (3, 6), (5, 4)),
-        (ATTENTION, (3, 3), (5, 4)),
-        (WIDE, (0, 3, 3), (5, 4, 3)),
-        (WIDE, (6,), (5,)),
+        ((3, 6), (5, 4)),
+        ((3, 3), (5, 4)),
+        ((0, 3, 3), (5, 4, 3)),
+        ((6,), (5,)),
     ],
 )
-def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
-    kind, n_lost, boundaries, tiny, monkeypatch
-):
+def test_deeper_fits_follow_one_that_lost_few_facts(n_lost, boundaries, tiny, monkeypatch):
     shape = source_shape(read_source(tiny))
     given: Any = {"projection": WIDE, "macs": GraphMacs(tiny)}
     plans = [make_plan(shape, boundary=each, **given) for each in (5, 4, 3)]
@@ -162,14 +160,11 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
     search = searching.Search(unused, BALANCED, fitter, unused, plans)
     for plan in plans:
         search.tried[plan.boundary, Stage.SEARCHED].fitted = plain
-        attentive = replace(plan, projection=ATTENTION)
-        search.tried[plan.boundary, Stage.ATTENTION] = Candidate(attentive, plain)
-    first = Stage.SEARCHED if kind == WIDE else Stage.ATTENTION
-    chosen = search.tried[5, first]
+    chosen = search.tried[5, Stage.SEARCHED]
     measured: Any = SimpleNamespace(quality=good)
     chosen.is_inside, chosen.gradual = True, measured
     search._try_distilled()
-    assert tried == [(boundary, kind, True) for boundary in boundaries]
+    assert tried == [(boundary, WIDE, True) for boundary in boundaries]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination)
     pytest.importorskip("torch")
     fit = (
         "--projection",
-        "fitted-attention",
+        "fitted-wide",
         "--text",
         words,
         "--distill",
@@ -122,11 +122,11 @@ def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination)
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.calibration is not None
     assert (meta.projection, meta.calibration.n_distilled) == (
-        Projection.ATTENTION,
+        Projection.WIDE,
         6 * texts.N_WINDOW,
     )
     shown = CliRunner().invoke(app, ["inspect", str(tiny)])
-    assert "fitted-attention, distilled" in shown.stdout
+    assert "fitted-wide, distilled" in shown.stdout
 
 
 def test_a_wide_fit(tiny, tmp_path, words, short_examination):

@@ -11,7 +11,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pop_converter.fit import weights
-from pop_converter.projection import Projection
 from pop_local.cli import app
 from pop_local.measure import budget
 from pop_local.measure.estimate import Estimate
@@ -149,12 +148,3 @@ def test_a_refusal_leaves_the_fit_of_another_depth(tiny, words, tmp_path, monkey
     assert done.exit_code == 1
     assert "no fit brings that back" in done.stderr
     assert state.exists()
-
-
-def test_attention_is_fitted_where_own_projections_copy_nothing(tiny, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
-    allow(monkeypatch, ANYTHING, ANYTHING)
-    given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--projection", "fitted-attention")
-    assert convert(tiny, *given).exit_code == 0
-    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.projection == Projection.ATTENTION

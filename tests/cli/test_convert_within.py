@@ -6,20 +6,17 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.base.errors import PopError
 from pop_converter.popfile import sidecar as sidecars
 from pop_converter.projection import Projection
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, quality
-from pop_local.measure.estimate import Estimate
 from pop_local.measure.recall import Asked, RecallReference
 from pop_local.workflows.conversion import fits, full_model
 from pop_local.workflows.conversion import within as searching
@@ -28,7 +25,7 @@ from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
@@ -87,7 +84,7 @@ def test_the_deepest_within_is_written_with_what_decided(tiny, letters, tmp_path
 
 
 def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, monkeypatch):
-    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 1.0})
+    monkeypatch.setattr(needs, "MAX_WIDE_COST", 1.0)
     n_read: list[int] = []
 
     def read(*arguments: Any) -> quality.Reference:
@@ -166,50 +163,6 @@ def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch)
     assert (meta.boundary, meta.budget.tried) == (4, "4 inside")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_attention_is_kept_where_copying_breaks_first(fails, letters, tmp_path, monkeypatch):
-    fit = fits.Fitter.fit
-
-    def fit_or_fail(self, plans, state_path):
-        if fails and self.options.projection == ATTENTION:
-            raise PopError("the text is too short")
-        return fit(self, plans, state_path)
-
-    monkeypatch.setattr(fits.Fitter, "fit", fit_or_fail)
-
-    class Told(gradual.Gradual):
-        def measure(self, model, on_progress):
-            super().measure(model, on_progress)
-            assert self.quality is not None
-            deepest, good = (
-                (4 if model.meta.projection == ATTENTION else 5),
-                Estimate(1.0, 0.0),
-            )
-            copied = good if self.boundary >= deepest else Estimate(1.2, 0.0)
-            self.quality = replace(
-                self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=copied
-            )
-
-    for module in (fits, searching):
-        monkeypatch.setattr(module, "Gradual", Told)
-    tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_head_kv=1, n_ff=1024)
-    options = ("--sidecar", "--resume", "--text", letters, *FEW, "--max-copy-ratio", 1.1, "--json")
-    done = convert(tiny, *options)
-    assert done.exit_code == 0, done.stderr
-    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
-    assert meta is not None and meta.budget is not None
-    assert "4 outside" in meta.budget.tried
-    if fails:
-        assert meta.boundary == 5 and "attention" not in meta.budget.tried
-        assert "Attention is left out: the text is too short" in done.stderr
-        return
-    assert (meta.boundary, meta.projection) == (4, ATTENTION)
-    assert meta.budget.tried.endswith("3 with attention outside, 4 with attention inside")
-    taken = [each for each in json.loads(done.stdout)["tried"] if each["projection"] == ATTENTION]
-    assert [each["in_budget"] for each in taken] == [False, True]
-    assert names(tmp_path) == {"tiny.gguf", "tiny.pop-sidecar.gguf"}
-
-
 def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
     """Four of a dozen, or three of the two dozens that are asked for where fewer are."""
     lost = {2: {0, 5, 9, 11}, 3: {7, 11, 23}, 4: {7, 11}}
@@ -233,12 +186,11 @@ def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, mon
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.recall is not None
-    # The last one with attention.
-    assert [boundary for boundary, _ in asked] == [2, 3, 3, 4, 4, 2]
+    assert [boundary for boundary, _ in asked] == [2, 3, 3, 4, 4]
     assert {n_new for _, n_new in asked} == {12}
     assert (meta.boundary, meta.recall.n_documents) == (4, 24)
     assert (meta.recall.pruned, meta.recall.full) == (22 / 24, 1.0)
-    assert meta.budget.tried.startswith("5 inside, 4 inside, 3 outside, 2 outside, ")
+    assert meta.budget.tried.startswith("5 inside, 4 inside, 3 outside, 2 outside")
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[-1].split("|")[-3].strip() == "67% of 100%"
 

@@ -50,7 +50,7 @@ class Followed:
 def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, short_examination, goal: Goal):
     if isinstance(goal, Within):
         request.getfixturevalue("short_search")
-    monkeypatch.setattr(needs, "MOST_COST", dict.fromkeys(needs.MOST_COST, 1.0))
+    monkeypatch.setattr(needs, "MAX_WIDE_COST", 1.0)
     followed = Followed()
     fit = FitOptions(2048, texts=(letters,))
     out = tmp_path / "out.gguf"

@@ -28,21 +28,20 @@ from support.shared_kv import DEFAULTS as SHARED_KV
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 N_VOCAB, N_LAYER, BOUNDARY, N_TAIL = 380, 8, 5, 16
 ALL = N_LAYER + 1  # the output counts as a layer
 PROMPTS = [random_tokens(n, N_VOCAB, seed=n) for n in (90, 130, 170, 210, 250)]
 AT_MOST = 1.3
 # Random fits times this store K and V as large as the model's own: larger ones have larger noise.
-AS_OWN = {FITTED: 0.7, WIDE: 0.43, ATTENTION: 0.43}
+AS_OWN = {FITTED: 0.7, WIDE: 0.43}
 
 QUANTISED = {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}
 AT_BOUNDARY = {"n_gpu_layers": ALL - BOUNDARY}
 FITS = (
     ("llama", FITTED),
     ("llama", WIDE),
-    ("llama", ATTENTION),
     ("gemma3", WIDE),
 )
 ARCHS = ("llama", "qwen2", "gemma3", "phi3", "llama-moe", "qwen2vl", "qwen3vl")
@@ -85,8 +84,6 @@ CASES = {
     "sequences, one stream": Case(
         "gemma3", {"n_seq_max": len(PROMPTS), "kv_unified": True}, "sequences"
     ),
-    "attention": Case("llama-fitted-attention"),
-    "attention, at the boundary": Case("llama-fitted-attention", AT_BOUNDARY),
     "wide, one stream": Case(
         "llama-fitted-wide", {"n_seq_max": len(PROMPTS), "kv_unified": True}, "sequences"
     ),

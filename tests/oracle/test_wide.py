@@ -1,6 +1,4 @@
-"""Wide fits, the boundary layer's attention among their inputs: which row is the previous one,
-and what is refused, in the patched library.
-"""
+"""Wide fits in the patched library: which row is the previous one, and what is refused."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +29,7 @@ from support.raw_jobs import GPU_LAYERS
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 N_VOCAB, N_UBATCH, BOUNDARY = 380, 32, 3
 # For values around 1: sums of F32 products, ggml's table of GELU in F16; attention in F16 below the
@@ -55,7 +53,7 @@ def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     model = make_gguf(folder / "model.gguf", request.param, type=Type.F32, swa_window=128)
     trio = make_trio(model, folder, BOUNDARY)
-    return replace(trio, pruned=fit_at_random(trio, folder / "wide.gguf", KvType.F32, ATTENTION))
+    return replace(trio, pruned=fit_at_random(trio, folder / "wide.gguf", KvType.F32, WIDE))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from pop_local.engine.llama.taps import Tapped, Wanted
 from support.ggml_library import Tensor
 from support.shapes import read_shape
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 WEIGHING = (4, 5, 6, 7)
@@ -96,10 +96,8 @@ def fitted_at(
         return calibrate(plans, context, read_source(path), options, follow).fitted
 
 
-def recorded(
-    path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7), heads=()
-) -> list[Tapped]:
-    wanted = Wanted(boundaries, layers, heads, WEIGHING)
+def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> list[Tapped]:
+    wanted = Wanted(boundaries, layers, WEIGHING)
     with loaded(path, n_threads=1) as context:
         reading = Reading(context, wanted)
         return [reading.window(window) for window in windows]

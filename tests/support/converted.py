@@ -78,7 +78,7 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
 
     tensors: list[NewTensor] = []
     gain = np.ones(n_embd, np.float32)
-    if plan.projection.is_wide:
+    if plan.projection == Projection.WIDE:
         gate, up = random(n_neurons, n_embd), random(n_neurons, n_embd)
         # Some are clamped.
         neurons = Neurons(gain, gate, 6 * up, False) if n_neurons else None

@@ -25,7 +25,7 @@ from support.oracle import Tokens, Trio
 from support.raw import Job, Step, run
 from support.shapes import read_shape
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 # ggml rounds the input of a quantised product to 127 steps each side, in blocks of 32.
 BLOCK, N_STEPS = 32, 127
@@ -71,7 +71,7 @@ class Reference:
     def __init__(self, pruned: Path, states: np.ndarray, edges: Sequence[int] = (0,)) -> None:
         self._weights = Weights(read_source(pruned))
         self._header = read_header(pruned)
-        self._states, self._windows = states, read_shape(pruned).windows
+        self._states = states
         self.arch = str(self._header.get("general.architecture"))
         per_head = self._key("embedding_length") // self._key("attention.head_count")
         self._head_dim = int(self._key("attention.key_length", per_head))
@@ -94,21 +94,6 @@ class Reference:
         eps = float(self._key("attention.layer_norm_rms_epsilon"))
         scale = self._tensor(name) / np.sqrt(np.mean(cur**2, axis=-1, keepdims=True) + eps)
         return cur * scale, scale
-
-    def _heads(self, layer: int) -> np.ndarray:
-        """Outputs of the heads of a layer's attention, [n_tokens, n_head * head_dim]."""
-        x, window = self._states * self._tensor(f"blk.{layer}.attn_norm.weight"), self._windows
-        q, k = (self._rope(self._normed(layer, p, x)[0], bool(window[layer])) for p in "qk")
-        v = self._product(layer, "v", x).reshape(k.shape)
-        k, v = (np.repeat(each, q.shape[1] // k.shape[1], axis=1) for each in (k, v))
-        scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(self._head_dim)
-        if cap := self._key("attn_logit_softcapping", 50 if self.arch == "gemma2" else 0):
-            scores = cap * np.tanh(scores / cap)
-        back = np.arange(len(x))[:, None] - np.arange(len(x))
-        scores[:, (back < 0) | (back >= (window[layer] or len(x)))] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        return np.asarray(np.einsum("hij,jhd->ihd", weights, v).reshape(len(x), -1))
 
     def _key(self, name: str, default: float | None = None) -> float:
         value = self._header.get(f"{self.arch}.{name}")
@@ -135,7 +120,7 @@ class Reference:
         return weight, np.zeros(len(weight))
 
     def _wide_input(self, x: np.ndarray, edges: Sequence[int]) -> np.ndarray | None:
-        """The previous row's state, reduced, neurons, heads: [n_tokens, n_wide]; or None."""
+        """The previous row's state, reduced, and neurons: [n_tokens, n_wide]; or None."""
         layer = str(self._header.get("pop.schedule")).find("S")
         prefix = f"blk.{layer}.pop_"
         if f"{prefix}prev.weight" not in self._weights:
@@ -153,8 +138,6 @@ class Reference:
             else:
                 acted = gate / (1 + np.exp(-gate))
             parts.append(np.clip(acted * up, -5, 5))
-        if self._header.get("pop.projection") == ATTENTION:
-            parts.append(self._heads(layer))
         return np.concatenate(parts, axis=1)
 
     def _product(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:

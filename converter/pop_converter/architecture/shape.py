@@ -71,10 +71,7 @@ class ModelShape:
 
     def n_wide(self, boundary: int, projection: Projection) -> int:
         """Return how many inputs a fit has beside the state, 0 if it is not wide."""
-        if not projection.is_wide:
-            return 0
-        n_heads = self.n_heads_out[boundary] if projection == Projection.ATTENTION else 0
-        return sum(self.wide_inputs(boundary)) + n_heads
+        return sum(self.wide_inputs(boundary)) if projection == Projection.WIDE else 0
 
 
 def source_shape(source: Source) -> ModelShape:

@@ -6,8 +6,7 @@ read into an empty cache up to the last token's logits. Left out is what is not 
 
 Fitted projections cost as much as own ones, and less than those fused with Q. A *wide* fit
 (pop_converter.fit.wide) makes its input once for each row, and multiplies it for each layer behind
-the boundary. With attention among it, all rows have the boundary layer's Q, scores and sums, too.
-That is added here, for fits that no file has yet.
+the boundary. That is added here, for fits that no file has yet.
 """
 
 from collections.abc import Callable
@@ -54,14 +53,7 @@ def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt:
     """Count what a fit adds to a prompt: less than 0 where own projections are fused with Q."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
-    total = n_prompt * (wide_weights(shape, boundary, projection) - saved)
-    if projection == Projection.ATTENTION:
-        n_q = shape.n_q[boundary]
-        inside = min(n_prompt, shape.windows[boundary] or n_prompt)
-        visible = inside * (inside + 1) // 2 + (n_prompt - inside) * inside
-        total += (n_q + shape.n_heads_out[boundary]) * visible
-        total += 0 if shape.is_fused[boundary] else n_prompt * n_q * shape.n_embd
-    return total
+    return n_prompt * (wide_weights(shape, boundary, projection) - saved)
 
 
 def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:

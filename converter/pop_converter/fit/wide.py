@@ -9,9 +9,6 @@ Beside x, the normalised state at the boundary, K and V of later layers see z = 
   (unclamped, single windows lose everything). There are none where experts share the FFN.
 
 The previous token of the first one of a ubatch is itself. (docs/notebook/wide-fits.md)
-
-A fit of the kind "fitted-attention" also sees the outputs of the boundary layer's attention heads,
-before the output projection. Nothing is stored for that: context rows keep this attention.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

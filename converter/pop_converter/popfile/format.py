@@ -247,6 +247,12 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
 
 
 def _projection(header: Header, name: str) -> Projection:
+    if name == "fitted-attention":
+        raise FormatError(
+            f"{header.path} has K/V projections with attention ({name}), which pop-local no longer"
+            " supports",
+            "convert the original model again, with fitted-wide projections",
+        )
     try:
         return Projection(name)
     except ValueError as error:

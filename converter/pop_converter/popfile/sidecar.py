@@ -45,7 +45,7 @@ from pop_converter.popfile.rewrite import (
     stored_bytes,
     unconverted,
 )
-from pop_converter.projection import TENSOR_MARK
+from pop_converter.projection import TENSOR_MARK, Projection
 
 SUFFIX = ".pop-sidecar.gguf"
 _EMPTY = Content()
@@ -156,7 +156,7 @@ def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
 def _check_tensors(header: Header, meta: PopMeta) -> None:
     """Compare the names of tensors; llama.cpp compares shapes and types on loading."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
-    is_wide = meta.projection.is_wide
+    is_wide = meta.projection == Projection.WIDE
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
     expected = {
         f"blk.{layer}.pop_attn_{part}{kind}"

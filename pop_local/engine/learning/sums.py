@@ -118,14 +118,13 @@ class Summing:
         """Return what rows must show to be added to the sums of these boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
-        seeing = [each for each in at if Projection.ATTENTION in self.projections[each]]
         # The same for all, so that no fit depends on those that are made beside it.
         weighing = range(max(1, self.shape.n_layer - N_WEIGHING), self.shape.n_layer)
-        return Wanted(at, layers, tuple(seeing), tuple(weighing))
+        return Wanted(at, layers, tuple(weighing))
 
     def is_wide(self, boundary: int) -> bool:
         """Whether an input must be chosen (`choose_input`) before rows can be added."""
-        return set(self.projections[boundary]) != {Projection.FITTED}
+        return Projection.WIDE in self.projections[boundary]
 
     def state(self, boundary: int, tapped: Tapped) -> Rows:
         """Return the normalised state [n_rows, n_embd]. Raises FitError if not finite."""
@@ -168,8 +167,6 @@ class Summing:
             parts = [x]
             if boundary in sums.wides:
                 parts.append(sums.wides[boundary](x))
-            if Projection.ATTENTION in self.projections[boundary]:
-                parts.append(tapped.heads[boundary])
             gram.add(fit.with_bias(*parts)[1:], y, mean)
 
     def solve(

@@ -18,7 +18,7 @@ Rows = NDArray[np.float32]
 
 
 class _Kind(IntEnum):
-    STATE, K, V, HEADS, MASS = range(5)
+    STATE, K, V, MASS = 0, 1, 2, 4
 
 
 class _CTapped(ctypes.Structure):
@@ -31,13 +31,11 @@ class _CTapped(ctypes.Structure):
 class Wanted:
     """A choice of what is handed out: states at `boundaries`, K and V of `layers`.
 
-    `heads`: the layers whose attention gives its heads. `weighing`: those whose attention tells how
-    much a row counts.
+    `weighing`: the layers whose attention weights the rows.
     """
 
     boundaries: tuple[int, ...]
     layers: tuple[int, ...] = ()
-    heads: tuple[int, ...] = ()
     weighing: tuple[int, ...] = ()
 
 
@@ -46,7 +44,7 @@ class Tapped:
     """The rows of one ubatch, at positions from `position` on: arrays by layer.
 
     `states` [n_rows, n_embd] are what the layer is given. `k` (before norm and RoPE) is
-    [n_rows, n_k], `v` [n_rows, n_v], `heads` [n_rows, n_head * head_dim_v]. `mass` [n_rows] is the
+    [n_rows, n_k], `v` [n_rows, n_v]. `mass` [n_rows] is the
     attention that a row receives from later ones, all heads together, of each 16th of them. All
     are views of `block`.
     """
@@ -57,16 +55,13 @@ class Tapped:
     states: dict[int, Rows] = field(default_factory=dict)
     k: dict[int, Rows] = field(default_factory=dict)
     v: dict[int, Rows] = field(default_factory=dict)
-    heads: dict[int, Rows] = field(default_factory=dict)
     mass: dict[int, Rows] = field(default_factory=dict)
 
     def has(self, wanted: Wanted) -> bool:
         """Whether all that was wanted is here, but for the mass, which some memories lack."""
-        return (
-            self.states.keys() >= set(wanted.boundaries)
-            and min(self.k.keys(), self.v.keys(), key=len) >= set(wanted.layers)
-            and self.heads.keys() >= set(wanted.heads)
-        )
+        return self.states.keys() >= set(wanted.boundaries) and min(
+            self.k.keys(), self.v.keys(), key=len
+        ) >= set(wanted.layers)
 
 
 def set_taps(ctx: Any, wanted: Wanted | None) -> None:
@@ -77,7 +72,6 @@ def set_taps(ctx: Any, wanted: Wanted | None) -> None:
             _Kind.STATE: wanted.boundaries,
             _Kind.K: wanted.layers,
             _Kind.V: wanted.layers,
-            _Kind.HEADS: wanted.heads,
             _Kind.MASS: wanted.weighing,
         }
         for kind, layers in kinds.items():
@@ -100,7 +94,12 @@ def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
     ends = np.cumsum([each.n_rows * each.n_cols for each in found])
     block = used if used is not None and used.size >= ends[-1] else np.empty(ends[-1], np.float32)
     tapped = Tapped(found[0].pos, found[0].n_rows, block)
-    by_kind = (tapped.states, tapped.k, tapped.v, tapped.heads, tapped.mass)
+    by_kind = {
+        _Kind.STATE: tapped.states,
+        _Kind.K: tapped.k,
+        _Kind.V: tapped.v,
+        _Kind.MASS: tapped.mass,
+    }
     for number, (each, end) in enumerate(zip(found, ends, strict=True)):
         rows = block[end - each.n_rows * each.n_cols : end]
         library.llama_pop_read_tapped(ctx, number, rows.ctypes.data_as(ctypes.c_void_p))

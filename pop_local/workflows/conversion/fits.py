@@ -14,7 +14,7 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Callbacks, calibrate
-from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
+from pop_local.calibration.needs import fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
@@ -52,15 +52,14 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
 
-    Where the options leave it open, one of `kinds` is chosen once, by measuring them at the first
-    boundary. Those that copy go first. `full` is the model that they are measured against, None to
+    Without a kind of fit in the options, one is chosen by measuring at the first boundary. Kinds
+    that copy take precedence. `full` is the model that they are measured against, None to
     read a few windows for that alone; `seen` is how each measured, by boundary and kind.
     `distiller` trains chosen fits end to end, None for none.
     """
 
     bench: TrialRunner
     options: FitOptions
-    kinds: Sequence[Projection] = KINDS_OF_MANY
     full: FullModel | None = None
     text: CalibrationText | None = None
     kind: Projection | None = None
@@ -79,7 +78,7 @@ class Fitter:
         )
         kind = self.options.projection or self.kind
         options = replace(self.options, state_path=state_path, projection=kind)
-        wanted = in_kinds(plans, options, self.kinds)
+        wanted = in_kinds(plans, options)
         with loaded(self.bench.path, **vars(self.bench.hardware)) as context:
             done = calibrate(wanted, context, self.bench.source, options, follow, self.text)
         self.text = done.text

@@ -9,8 +9,6 @@ from typing import Any
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.plan import Plan, make_plan, parse_skip
-from pop_converter.projection import Projection
-from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE
 from pop_local.measure.budget import boundaries
 
 # No model was seen to copy with fewer than a third of its layers left.
@@ -28,11 +26,6 @@ class Goal(ABC):
     @property
     def is_named(self) -> bool:
         return True
-
-    @property
-    def kinds(self) -> tuple[Projection, ...]:
-        """The kinds of fit that are tried where the options leave it open."""
-        return KINDS_OF_ONE if self.is_named else KINDS_OF_MANY
 
     @abstractmethod
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:

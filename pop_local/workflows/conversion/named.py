@@ -80,12 +80,12 @@ class Examination:
     def before_fit(self) -> None:
         """Raises CopyingBrokenError where no fit would bring copying back.
 
-        One with attention may. Raises PopError where a fit could not be measured.
+        Raises PopError where a fit could not be measured.
         """
         with self.bench.opened(self.plan) as model:
             _require_windows(model)
             kept = None
-            if not (self.allow_broken_copy or self.plan.projection == Projection.ATTENTION):
+            if not self.allow_broken_copy:
                 advance = self.bench.watch.stage("Trying the boundary without a fit")
                 kept = own_retention(model, self.plan.boundary, advance)
         if kept is not None and is_hopeless(FAST, kept):

@@ -112,7 +112,7 @@ class Conversion:
         """The memory and time of all plans' fits; None where there are none, or not counted."""
         if self.fit is None or not self._fittable or self.not_counted:
             return None
-        return fit_needs(self._fitted, self.source, self.fit, self.goal.kinds)
+        return fit_needs(self._fitted, self.source, self.fit)
 
     @cached_property
     def fit_seconds(self) -> float | None:
@@ -140,7 +140,7 @@ class Conversion:
     def _fitted(self) -> Sequence[Plan]:
         if self.fit is None or self.goal.limits is None:
             return self._fittable
-        return spaced(self._fittable, self.source, self.fit, self.goal.kinds)
+        return spaced(self._fittable, self.source, self.fit)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -199,7 +199,7 @@ def _require_distillable(
         )
     deepest = _deepest(plans)
     if fit.projection is None and deepest.projection != Projection.OWN:
-        deepest = replace(deepest, projection=Projection.ATTENTION)
+        deepest = replace(deepest, projection=Projection.WIDE)
     make(source, fit, hardware, Watch()).require(deepest)
 
 
@@ -228,10 +228,10 @@ class ConversionRun:
         """Return what fits the plans, and measures against `full`."""
         from pop_local.workflows.conversion.fits import Fitter
 
-        bench, kinds = self.bench, self.conversion.goal.kinds
+        bench = self.bench
         make = self.conversion.options.distiller
         distiller = make and make(bench.source, self.fit, bench.hardware, bench.watch)
-        return Fitter(bench, self.fit, kinds, full=full, distiller=distiller)
+        return Fitter(bench, self.fit, full=full, distiller=distiller)
 
     def write(
         self,

@@ -1,11 +1,11 @@
 """The stages of a conversion ahead, and the work of each, so that one time left is of them all."""
 
-from pop_local.calibration.needs import KINDS_OF_ONE, FitWork, reading_work
+from pop_local.calibration.needs import FitWork, reading_work
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import QualitySettings
 from pop_local.measure.recall import RecallSettings
 from pop_local.workflows.conversion.plan import Conversion
-from pop_local.workflows.conversion.within import N_DOCUMENTS, N_PAST, N_WINDOWS
+from pop_local.workflows.conversion.within import N_DOCUMENTS, N_WINDOWS
 from pop_local.workflows.events import Step
 
 # A boundary is measured in so many stages at the most, each on twice as many windows.
@@ -36,14 +36,14 @@ def course(planned: Conversion) -> tuple[Step, ...]:
     draws = settings.n_draws * reading_work(plan, 2 * N_REPEATED)
     asked = reading_work(plan, RecallSettings().n_tokens)
     is_searched = limits is not None and not planned.goal.is_named
-    n_tried = len(planned.plans).bit_length() + N_PAST if is_searched else 1
+    n_tried = len(planned.plans).bit_length() if is_searched else 1
     n_tried *= 2 if planned.n_few else 1
     whole = N_WINDOWS * window + draws
     return (
         Step("Trying the boundary without a fit", draws),
         *fit_steps(planned.fit_work, 2 if is_searched else 1),
         Step("Reading in full", whole),
-        Step("Measuring", whole / _N_PARTS, n_parts=(len(KINDS_OF_ONE) + 1) * _N_PARTS),
+        Step("Measuring", whole / _N_PARTS, n_parts=3 * _N_PARTS),
         Step("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
         Step("Asking for facts in full", N_DOCUMENTS * asked, 2),
         Step("Asking for facts, boundary", N_DOCUMENTS * asked, 2 * _N_TRIED),

@@ -1,7 +1,6 @@
 """The fastest recipe within a budget: fits and measures candidates until it is known.
 
-That is the deepest boundary inside, unless deeper ones are with attention kept, or once they are
-distilled.
+That is the deepest boundary inside, unless deeper ones are once they are distilled.
 """
 
 from __future__ import annotations
@@ -34,10 +33,6 @@ from pop_local.workflows.measuring import measured, recalled
 # Their mean KL has a standard error of a fifth or less.
 N_WINDOWS = 16
 N_DOCUMENTS = 12
-# Boundaries past the deepest inside that are tried with attention, which restores copying, and the
-# speed-up that it must win.
-N_PAST = 2
-ATTENTION_GAIN = 1.03
 # Boundaries past one that is distilled for which the text that is read in full serves, too.
 N_DEEPER = 3
 
@@ -47,7 +42,6 @@ class Stage(Enum):
 
     OWN = auto()
     SEARCHED = auto()
-    ATTENTION = auto()
     DISTILLED = auto()
 
 
@@ -85,8 +79,7 @@ class Candidate:
         return Trial(self.plan, self.quality, bool(self.is_inside), self.recall)
 
     def __str__(self) -> str:
-        attention = " with attention" if self.plan.projection == Projection.ATTENTION else ""
-        return f"{self.plan.boundary}{attention}{' distilled' if self.plan.is_distilled else ''}"
+        return f"{self.plan.boundary}{' distilled' if self.plan.is_distilled else ''}"
 
 
 def write_deepest(run: ConversionRun, budget: Budget) -> Outcome:
@@ -112,7 +105,7 @@ class Search:
     """One search. `tried` has its candidates; those of SEARCHED from the shallowest plan on.
 
     Where the sums of all would take too much memory, few boundaries are fitted: deeper ones than
-    own projections pass at, in one pass over the text, and none with attention.
+    own projections pass at, in one pass over the text.
     """
 
     bench: TrialRunner
@@ -135,12 +128,9 @@ class Search:
 
     def run(self) -> Candidate:
         """Return the fastest candidate inside, whose plan says what was tried."""
-        is_large = self._is_large()
-        if is_large:
+        if self._is_large():
             self._leave_few()
-        deepest = self._deepest_inside()
-        if deepest is not None and not is_large:
-            self._try_attention(deepest)
+        self._deepest_inside()
         if self.fitter.distiller is not None:
             self._try_distilled()
         if not any(each.is_inside for each in self._judged):
@@ -186,7 +176,7 @@ class Search:
         return len(self._spaced(fitted)) < len(fitted)
 
     def _spaced(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
-        return spaced(plans, self.bench.source, self.fitter.options, self.fitter.kinds)
+        return spaced(plans, self.bench.source, self.fitter.options)
 
     def _leave_few(self) -> None:
         """Measure own projections if they may be taken, and leave few plans that may win more."""
@@ -271,58 +261,19 @@ class Search:
 
     # Deeper ones, with other fits
 
-    def _try_attention(self, deepest: int) -> None:
-        """Fit the next deeper boundaries with attention, if the first lost copying or facts alone.
-
-        The deepest is measured first, until one is inside; all win enough over the fastest so far.
-        When one of these fits fails, what was found without them stays.
-        """
-        options, past = self.fitter.options, self._past(deepest)[:N_PAST]
-        if not past or options.projection:
-            return
-        first = self._searched(past[0])
-        if first.plan.projection in (Projection.OWN, Projection.ATTENTION):
-            return
-        if not budgets.predicts(self.budget, first.quality):
-            return
-        limit = ATTENTION_GAIN * self._fastest().plan.speedup_limit
-        plans = [
-            replace(self._searched(each).plan, projection=Projection.ATTENTION)
-            for each in reversed(past)
-        ]
-        plans = [plan for plan in plans if plan.speedup_limit >= limit]
-        if not plans:
-            return
-        names = ", ".join(str(plan.boundary) for plan in plans)
-        self._note(f"Fitting boundary {names} with attention, since copying was lost first")
-        options = replace(options, projection=Projection.ATTENTION)
-        try:
-            self.bench.require_room(plans, options.kv_type)
-            fitter = replace(self.fitter, options=options)
-            made = fitter.fit(plans, options.at(past[0]).state_path)
-        except PopError as error:
-            self._note(f"Attention is left out: {error}")
-            return
-        found = [Candidate(*each) for each in zip(plans, made, strict=True)]
-        self.tried |= {(each.plan.boundary, Stage.ATTENTION): each for each in found}
-        for candidate in found:
-            if self._settle(candidate):
-                break
-
     def _try_distilled(self) -> None:
         """Try distilled fits: the fastest, then deeper ones while they pass.
 
         Where no fit passes, the shallowest is the first. One that loses a few facts too many, which
-        another fit may find, does not end it, a second does. The deeper ones are of the fastest's
-        kind where there is such a fit. When distilling fails, what was found without it stays.
+        another fit may find, does not end it, a second does. When distilling fails, what was found
+        without it stays.
         """
         judged = {key: each for key, each in self.tried.items() if each.is_inside is not None}
         fastest = self._fastest() if any(each.is_inside for each in self._judged) else None
-        boundary, kind = next(key for key, each in judged.items() if fastest in (None, each))
+        boundary, _ = next(key for key, each in judged.items() if fastest in (None, each))
         has_lost_few = False
         for each in (boundary, *self._past(boundary)):
-            found = [self.tried.get((each, stage)) for stage in (kind, Stage.SEARCHED)]
-            plain = next((it for it in found if it is not None and it.fitted is not None), None)
+            plain = self.tried.get((each, Stage.SEARCHED))
             if plain is None or plain.fitted is None:
                 continue
             candidate = Candidate(replace(plain.plan, is_distilled=True))

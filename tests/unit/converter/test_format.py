@@ -309,6 +309,7 @@ def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):
         ({"schedule": ""}, "F's followed by S's"),
         ({"schedule": "FS\n"}, "letters"),
         ({"projection": "magic"}, "magic"),
+        ({"projection": "fitted-attention"}, "with attention .* no longer supports"),
         ({"tail_tokens": "16"}, "pop.tail_tokens is not of type int"),
         ({"min_prompt": 2**31}, "pop.min_prompt is 2,147,483,648"),
         ({"sink_tokens": 2**32 - 1}, "pop.sink_tokens is 4,294,967,295"),

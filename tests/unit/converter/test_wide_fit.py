@@ -22,16 +22,13 @@ from pop_converter.projection import Projection
 from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.job import Calibrated
-from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, MOST_COST, fit_cost, fit_needs
+from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion.fits import Fitter
-from pop_local.workflows.conversion.goals import Boundary, Skip, Within
-from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
@@ -52,7 +49,7 @@ from support.converted import made_up
 from support.shapes import read_pop_meta, read_shape
 from support.synthetic import make_gguf
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 N_PREV, N_NEURONS = 32, 64
 
@@ -66,10 +63,7 @@ def matrices(made) -> dict[str, np.ndarray]:
 
 
 def inputs(path: Path, tensors, shown) -> np.ndarray:
-    """[x, z, 1] of all rows but the windows' first ones, in float64 and row by row.
-
-    Outputs of the heads are those shown, where there are any.
-    """
+    """Return [x, z, 1] of all rows but each window's first, in float64 and row by row."""
     gain = Weights(read_source(path))[f"blk.{BOUNDARY}.ffn_norm.weight"].astype(float)
     name, rows = f"blk.{BOUNDARY}.pop_", []
     for each in shown:
@@ -86,34 +80,22 @@ def inputs(path: Path, tensors, shown) -> np.ndarray:
                 else:
                     value = gate / (1 + np.exp(-gate)) * up
                 parts.append(np.clip(value, -5, 5))
-            if each.heads:
-                parts.append(each.heads[BOUNDARY][i])
             rows.append(np.concatenate([*parts, [1]]))
     return np.array(rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "kind"),
-    [
-        ("llama", ATTENTION),
-        ("gemma3", ATTENTION),
-        ("phi3", ATTENTION),
-        ("qwen3moe", WIDE),
-    ],
-)
-def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "phi3", "qwen3moe"])
+def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
     options = settings(letters)
-    tensors = matrices(fitted(path, options, projection=kind))
+    tensors = matrices(fitted(path, options, projection=WIDE))
     with loaded(path, n_threads=1) as context:
         windows = given_text(context, (letters,), N_TOKENS // N_WINDOW, 128).windows
-    heads = (BOUNDARY,) if kind == ATTENTION else ()
-    shown = recorded(path, windows.tolist(), heads=heads)
+    shown = recorded(path, windows.tolist())
     x = inputs(path, tensors, shown)
     n_neurons = 0 if arch == "qwen3moe" else N_NEURONS
-    n_heads = read_shape(path).n_heads_out[BOUNDARY] if heads else 0
-    assert x.shape[1] == 128 + N_PREV + n_neurons + n_heads + 1
+    assert x.shape[1] == 128 + N_PREV + n_neurons + 1
     y = kv(shown, 6)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
@@ -135,11 +117,11 @@ def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
 
 @pytest.mark.slow
 def test_narrower_fits_come_from_the_same_sums(llama, letters):
-    kinds = (FITTED, WIDE, ATTENTION)
+    kinds = (FITTED, WIDE)
     together = fitted_at((3, 5), llama, settings(letters), projections=kinds)
-    alone = [fitted_at((3, 5), llama, settings(letters), projections=(kind,)) for kind in kinds[:2]]
+    alone = [fitted_at((3, 5), llama, settings(letters), projections=(kind,)) for kind in kinds]
     assert [each.projection for each in together] == [*kinds, *kinds]
-    for one, other in zip([*together[::3], *together[1::3]], chain(*alone), strict=True):
+    for one, other in zip([*together[::2], *together[1::2]], chain(*alone), strict=True):
         ours, theirs = matrices(one), matrices(other)
         assert ours.keys() == theirs.keys()
         for name, values in ours.items():
@@ -147,20 +129,17 @@ def test_narrower_fits_come_from_the_same_sums(llama, letters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("memory_bytes", "stop_after", "kind"),
-    [(1 << 30, 7, ATTENTION), (1, 14, WIDE)],
-)
+@pytest.mark.parametrize(("memory_bytes", "stop_after"), [(1 << 30, 7), (1, 14)])
 def test_a_resumed_fit_equals_one_without_a_stop(
-    memory_bytes, stop_after, kind, llama, letters, tmp_path
+    memory_bytes, stop_after, llama, letters, tmp_path
 ):
     """The text that chooses the inputs is read first: four windows, and any may be the last."""
     kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     with pytest.raises(StoppedError):
-        fitted(llama, kept, stopped_at(stop_after), kind)
+        fitted(llama, kept, stopped_at(stop_after), WIDE)
     assert (tmp_path / "state").exists()
-    again = fitted(llama, kept, projection=kind)
-    assert again == fitted(llama, settings(letters, memory_bytes=memory_bytes), projection=kind)
+    again = fitted(llama, kept, projection=WIDE)
+    assert again == fitted(llama, settings(letters, memory_bytes=memory_bytes), projection=WIDE)
 
 
 def test_neurons_are_the_strongest_and_scaled(tmp_path):
@@ -187,29 +166,26 @@ def test_neurons_are_the_strongest_and_scaled(tmp_path):
     assert chosen.sum() == N_NEURONS and power[chosen].min() >= power[~chosen].max() * 0.9999
 
 
-@pytest.mark.parametrize("kind", [WIDE, ATTENTION])
-def test_what_it_costs_is_what_it_stores_and_attention(kind, llama):
-    shape, plan = read_shape(llama), planned(llama, projection=kind)
+def test_a_wide_fit_costs_what_it_stores(llama):
+    shape, plan = read_shape(llama), planned(llama, projection=WIDE)
     made = made_up(plan)
     n_wide = sum(
         each.dims[0] * each.dims[1]
         for each in made.tensors
         if "attn" not in each.name or "_wide" in each.name
     )
-    assert wide_weights(shape, BOUNDARY, kind) == n_wide
+    assert wide_weights(shape, BOUNDARY, WIDE) == n_wide
     assert fit_macs(shape, BOUNDARY, FITTED, 300) == fit_macs(shape, BOUNDARY, OWN, 300) == 0
-    # Q of 128 numbers, then scores and sums of as many over 1 to 300 positions.
-    attention = 300 * 128 * 128 + 2 * 128 * 300 * 301 // 2 if kind == ATTENTION else 0
-    assert fit_macs(shape, BOUNDARY, kind, 300) == 300 * n_wide + attention
+    assert fit_macs(shape, BOUNDARY, WIDE, 300) == 300 * n_wide
     assert plan.speedup_limit < planned(llama).speedup_limit
-    sidecar = llama.with_name(f"{kind}.gguf")
+    sidecar = llama.with_name("wide.gguf")
     write_sidecar(plan, llama, sidecar, fitted=made, force=True)
     of_file = speedup_limit(GraphMacs(llama, sidecar), LIMIT_PROMPT, BOUNDARY, 32)
     assert of_file == pytest.approx(plan.speedup_limit, rel=1e-3)
     assert stored_bytes(plan, KvType.Q8_0) == sum(len(each.data) for each in made.tensors)
 
 
-@pytest.mark.parametrize("kind", [FITTED, WIDE, ATTENTION])
+@pytest.mark.parametrize("kind", [FITTED, WIDE])
 def test_a_fit_in_the_place_of_fused_projections_saves_q(kind, tmp_path):
     path = make_gguf(tmp_path / "phi3.gguf", "phi3")
     plan = planned(path, projection=kind)
@@ -257,95 +233,62 @@ class Losses:
         monkeypatch.setattr(Fitter, "_qualities", qualities)
 
 
-@pytest.mark.parametrize(
-    ("wide", "attention", "wanted"),
-    [
-        (0.85, 0.78, WIDE),
-        (0.95, 0.85, FITTED),
-        (1.2, 1.2, FITTED),
-        (0.85, 0.6, ATTENTION),
-    ],
-)
-def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
-    wide, attention, wanted, llama, monkeypatch
-):
+@pytest.mark.parametrize(("wide", "wanted"), [(0.85, WIDE), (0.95, FITTED), (1.2, FITTED)])
+def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, monkeypatch):
     plan, other, dear = (planned(llama, boundary) for boundary in (4, 5, 3))
-    assert fit_cost(plan, WIDE) < fit_cost(plan, ATTENTION) < 0.2 < fit_cost(dear, ATTENTION)
-    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
-    # Worth a tenth of the loss, and two tenths.
-    costs = {FITTED: 0.0, WIDE: 0.01, ATTENTION: 0.02}
+    limit = (fit_cost(plan, WIDE) + fit_cost(dear, WIDE)) / 2
+    assert max(fit_cost(plan, WIDE), fit_cost(other, WIDE)) < limit < fit_cost(dear, WIDE)
+    monkeypatch.setattr(needs, "MAX_WIDE_COST", limit)
+    # Worth a tenth of the loss.
+    costs = {FITTED: 0.0, WIDE: 0.01}
     monkeypatch.setattr(fits, "fit_cost", lambda plan, kind: costs[kind])
     monkeypatch.setattr(fits, "_WORTH", 10)
-    losses = Losses(
-        monkeypatch,
-        {FITTED: 1.0, WIDE: wide, ATTENTION: attention},
-    )
+    losses = Losses(monkeypatch, {FITTED: 1.0, WIDE: wide})
     notes: list[str] = []
     watch = Watch(on_note=notes.append)
     bench = TrialRunner(read_source(llama), Hardware(n_threads=1), watch)
-    fitter = Fitter(bench, FitOptions(), KINDS_OF_ONE)
+    fitter = Fitter(bench, FitOptions())
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
-    assert losses.measured == [FITTED, WIDE, ATTENTION]
+    assert losses.measured == [FITTED, WIDE]
     assert notes[-1].startswith(f"Projections are {wanted}: ")
-    # Once for a model, and for depths where it is dearer, too.
+    # The choice is made once for a model and also holds at depths where wide fits cost more.
     [made] = fitter.fit([other], None)
-    assert made.projection == wanted and len(losses.measured) == 3
+    assert made.projection == wanted and len(losses.measured) == 2
     [made] = fitter.fit([dear], None)
     assert made.projection == wanted
 
 
 @pytest.mark.parametrize(
     ("broken", "wanted"),
-    [
-        ((FITTED, WIDE), ATTENTION),
-        ((FITTED,), WIDE),
-        ((FITTED, WIDE, ATTENTION), FITTED),
-    ],
+    [((FITTED,), WIDE), ((FITTED, WIDE), FITTED)],
 )
 def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatch):
-    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
-    Losses(
-        monkeypatch,
-        {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0},
-        broken,
-    )
+    monkeypatch.setattr(needs, "MAX_WIDE_COST", 0.2)
+    Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0}, broken)
     bench = TrialRunner(read_source(llama), Hardware(n_threads=1), Watch())
-    fitter = Fitter(bench, FitOptions(), KINDS_OF_ONE)
+    fitter = Fitter(bench, FitOptions())
     [made] = fitter.fit([planned(llama)], None)
     assert made.projection == wanted
 
 
 def kinds(plan, options: FitOptions) -> list[str]:
-    return [each.projection for each in needs.in_kinds([plan], options, KINDS_OF_ONE)]
-
-
-@pytest.mark.parametrize(
-    ("goal", "wanted"),
-    [
-        (Boundary(4), KINDS_OF_ONE),
-        (Skip("2"), KINDS_OF_ONE),
-        (Within(BALANCED), KINDS_OF_MANY),
-    ],
-)
-def test_attention_is_tried_where_one_boundary_is_named(goal, wanted, llama):
-    assert plan_conversion(llama, None, ConvertOptions(goal)).goal.kinds == wanted
+    return [each.projection for each in needs.in_kinds([plan], options)]
 
 
 def test_what_costs_much_is_not_tried(llama):
     plan = planned(llama)
-    assert all(fit_cost(plan, kind) > MOST_COST[kind] for kind in (WIDE, ATTENTION))
+    assert fit_cost(plan, WIDE) > MAX_WIDE_COST
     assert kinds(plan, FitOptions()) == [FITTED]
     assert kinds(plan, FitOptions(projection=WIDE)) == [WIDE]
 
 
-@pytest.mark.parametrize(("n_ff", "wanted"), [(2048, [WIDE]), (4096, [WIDE, ATTENTION])])
-def test_what_costs_little_is(n_ff, wanted, tmp_path):
-    """Few K/V heads beside a wide FFN."""
-    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=n_ff)
+def test_what_costs_little_is(tmp_path):
+    """A model with few K/V heads and a wide FFN."""
+    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=2048)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED, macs=GraphMacs(path))
-    assert kinds(plan, FitOptions()) == [FITTED, *wanted]
-    of_many = needs.in_kinds([plan] * 2, FitOptions(), KINDS_OF_MANY)
+    assert kinds(plan, FitOptions()) == [FITTED, WIDE]
+    of_many = needs.in_kinds([plan] * 2, FitOptions())
     assert [each.projection for each in of_many] == [FITTED, WIDE] * 2
     assert kinds(plan, FitOptions(projection=FITTED)) == [FITTED]
     source = read_source(path)

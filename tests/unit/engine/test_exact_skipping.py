@@ -27,7 +27,7 @@ from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import TEMPLATE
 
-OWN, FITTED, WIDE, ATTENTION = Projection
+OWN, FITTED, WIDE = Projection
 
 
 @pytest.fixture(scope="module", params=["gemma3n", "gemma4"])

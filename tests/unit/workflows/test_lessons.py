@@ -185,7 +185,7 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
     assert lessons.loss.n_windows > 1
 
 
-@pytest.mark.parametrize("kind", [Projection.FITTED, Projection.WIDE, Projection.ATTENTION])
+@pytest.mark.parametrize("kind", [Projection.FITTED, Projection.WIDE])
 def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
     [made] = fitted_at((5,), plain, settings(words(tmp_path)), projections=(kind,))
     # A bias that no text explains.
