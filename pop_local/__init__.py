@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from pop_local.workflows.conversion.goals import Within as Within
     from pop_local.workflows.conversion.refusals import CopyingBrokenError as CopyingBrokenError
     from pop_local.workflows.conversion.refusals import OverBudgetError as OverBudgetError
+    from pop_local.workflows.conversion.row_options import RowOptions as RowOptions
     from pop_local.workflows.evaluate import EvaluateOptions as EvaluateOptions
     from pop_local.workflows.evaluate import Evaluation as Evaluation
     from pop_local.workflows.evaluate import evaluate as evaluate
     from pop_local.workflows.events import Watch as Watch
+    from pop_local.workflows.hardware import Hardware as Hardware
     from pop_local.workflows.learning import OnlineCalibration as OnlineCalibration
-    from pop_local.workflows.options import Hardware as Hardware
-    from pop_local.workflows.options import RowOptions as RowOptions
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,8 @@ _MODULES = {
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
     "pop_local.workflows.learning": ["OnlineCalibration"],
-    "pop_local.workflows.options": ["Hardware", "RowOptions"],
+    "pop_local.workflows.hardware": ["Hardware"],
+    "pop_local.workflows.conversion.row_options": ["RowOptions"],
     "pop_local.engine.decode.grammar": ["Grammar", "GrammarError"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.document_readers": ["read_document"],

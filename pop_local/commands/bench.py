@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import warn
-from pop_local.ui.views.speed import show_speed
+from pop_local.ui.views.speed_table import show_speed
 from pop_local.ui.watch import stoppable_watch
 
 DEFAULT_PROMPTS = "512,1024,2048"
@@ -41,7 +41,7 @@ def bench(
     n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
     if image is None and opt.given(**vars(pictures)):
         raise typer.BadParameter("--mmproj and --image-tokens are for an --image: give one")
-    from pop_local.workflows import bench as workflow
+    from pop_local.workflows import benchmark as workflow
 
     options = workflow.BenchOptions(
         n_prompts,

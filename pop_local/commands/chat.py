@@ -9,14 +9,14 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, default_model, lessons, without_refill
 from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
-from pop_local.ui.errors import EXIT_FAILED
+from pop_local.ui.error_output import EXIT_FAILED
 from pop_local.ui.theme import look, note
 
 # Browsers keep chats by the address.

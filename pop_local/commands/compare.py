@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.comparison import comparison_json, show_comparison
@@ -42,7 +42,7 @@ def compare(
     Answers take the likeliest tokens. With "answer" in the lines, McNemar's test tells whether
     pruning changes how many are right.
     """
-    from pop_local.workflows.compare import CompareOptions, compare_answers
+    from pop_local.workflows.compare_answers import CompareOptions, compare_answers
 
     with stoppable_watch() as watch:
         found = compare_answers(

@@ -8,7 +8,7 @@ import typer
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.output import make_private, replacing
-from pop_local.commands.options import Json
+from pop_local.commands.shared_options import Json
 from pop_local.config import settings
 from pop_local.config.settings import Scalar, Value, expanded, state_dir
 from pop_local.models.names import models_dir

@@ -12,7 +12,7 @@ from pop_converter.popfile.plan import TAIL_TOKENS
 from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS
 from pop_local.models.sidecars import is_shipped, sidecar_of
@@ -25,8 +25,8 @@ from pop_local.workflows.conversion.convert import run_conversion
 from pop_local.workflows.conversion.goals import Goal, Named, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.conversion.row_options import RowOptions
 from pop_local.workflows.open import base_file
-from pop_local.workflows.options import RowOptions
 
 QualityName = Literal["near-lossless", "balanced", "fast"]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener
 from pop_local.commands.option_expansion import expand_options
 from pop_local.models.names import DEFAULT_MODEL
@@ -44,8 +44,8 @@ def demo(
     """
     screen = Screen(look(theme))
     open_named = Opener(model, opt.ModelOptions(**vars(how)))
-    from pop_local.ui.views.demo import show_demonstration
-    from pop_local.workflows.demo import data_path, demonstrate
+    from pop_local.ui.views.demonstration import show_demonstration
+    from pop_local.workflows.demonstrate import data_path, demonstrate
 
     opened = open_named()
     with terminal_watch() as watch:

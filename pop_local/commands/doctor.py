@@ -18,7 +18,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
 from pop_converter.gguf.source import read_source
 from pop_local import __version__
-from pop_local.commands.options import Json
+from pop_local.commands.shared_options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend, devices
 from pop_local.models.mmproj import mmproj_beside

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from pop_local.calibration.options import FitOptions
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.quality import evaluation_json, show_evaluation
+from pop_local.ui.views.quality_figures import evaluation_json, show_evaluation
 from pop_local.ui.watch import stoppable_watch
 
 

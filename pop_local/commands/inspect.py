@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands.options import Json, Sidecar
+from pop_local.commands.shared_options import Json, Sidecar
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.views.inspection import inspection_facts
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.inspect import inspect as inspect_file
-from pop_local.workflows.inspect import require_unchanged
+from pop_local.workflows.inspect_file import inspect as inspect_file
+from pop_local.workflows.inspect_file import require_unchanged
 
 
 def inspect(

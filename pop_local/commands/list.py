@@ -1,7 +1,7 @@
 """`pop-local list`: the models that are here."""
 
 from pop_converter.base.numbers import size
-from pop_local.commands.options import Json
+from pop_local.commands.shared_options import Json
 from pop_local.models.names import models_dirs, not_fetched
 from pop_local.models.stored import Stored, stock
 from pop_local.ui.tables import Column, print_json, print_table

@@ -11,7 +11,7 @@ import typer
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
-from pop_local.commands.options import Json
+from pop_local.commands.shared_options import Json
 from pop_local.models.mmproj import orphans
 from pop_local.models.names import lookup, models_dirs
 from pop_local.models.stored import parts_folder, removable, total_bytes

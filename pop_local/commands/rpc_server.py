@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands.options import Threads, finite
+from pop_local.commands.shared_options import Threads, finite
 from pop_local.engine.llama import rpc
 from pop_local.engine.llama.threads import default_threads
 from pop_local.ui.theme import note, warn

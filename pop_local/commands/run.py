@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, without_refill
 from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.context_full import ContextFullError
@@ -25,10 +25,10 @@ from pop_local.texts.document import Document
 from pop_local.texts.document_readers import read_document, read_limited
 from pop_local.ui.chat.overflow import least_answer, too_long
 from pop_local.ui.chat.screen import Screen
-from pop_local.ui.interrupt import deferred_interrupt
-from pop_local.ui.keys import unechoed_keys
+from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, note, warn
+from pop_local.ui.typed_keys import unechoed_keys
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
 # After which it is said what stdin is waited for.

@@ -15,7 +15,7 @@ import typer
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
-from pop_local.commands import options as opt
+from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, default_model, lessons
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.engine.cache.prompt_cache import PromptCache

@@ -38,9 +38,9 @@ from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.conversion.stages import fit_steps
 from pop_local.workflows.events import Step, Watch
+from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import base_file
-from pop_local.workflows.options import Hardware
 
 # Draws of random tokens, which give the retention to some percent.
 _N_DRAWS = 2

@@ -18,7 +18,7 @@ from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     from pop_local.research.options import AnalyzeOptions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama.threads import default_threads
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     import torch

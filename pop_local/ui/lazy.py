@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from pop_local.config import settings
 from pop_local.ui import hints
-from pop_local.ui.errors import guard
+from pop_local.ui.error_output import guard
 
 HELP_OPTIONS = ["-h", "--help"]
 

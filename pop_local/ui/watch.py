@@ -8,9 +8,9 @@ from dataclasses import replace
 import typer
 
 from pop_converter.base.errors import PopError
+from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.hints import hint_of
-from pop_local.ui.interrupt import deferred_interrupt
-from pop_local.ui.progress import Advance, Pace, stage_progress
+from pop_local.ui.progress_bars import Advance, Pace, stage_progress
 from pop_local.ui.theme import note, warn
 from pop_local.workflows.events import Course, Step, Unit, Watch
 

@@ -36,9 +36,9 @@ from pop_local.models.stored import ModelFiles
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.goals import Named
 from pop_local.workflows.events import Watch
+from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_boundary, model_files
-from pop_local.workflows.options import Hardware
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def evaluate(
     shape = source_shape(source)
     boundary = _boundary(source, files, shape) if at is None else at.plan(shape).boundary
     text = shipped_text() if options.text is None else given_text(options.text)
-    run = _Run(source, shape, options, text, hardware, watch)
+    run = _EvaluationRun(source, shape, options, text, hardware, watch)
     if fit is not None:
         fit.require_text(shape.n_embd)
         return run.fitted(boundary, fit)
@@ -135,7 +135,7 @@ def _require_projections(source: Source, sidecar: Path | None, boundary: int) ->
 
 
 @dataclass(frozen=True)
-class _Run:
+class _EvaluationRun:
     """One evaluation under way."""
 
     source: Source

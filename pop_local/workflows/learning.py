@@ -31,8 +31,8 @@ from pop_local.workflows.conversion.refusals import OverBudgetError
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.conversion.within import Candidate, Search
 from pop_local.workflows.events import Watch
+from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured
-from pop_local.workflows.options import Hardware
 
 _NAME = "prompts that were read here"
 # Windows of what was read, without which nothing is measured.

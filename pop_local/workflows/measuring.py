@@ -14,7 +14,7 @@ from pop_local.measure.quality import Quality
 from pop_local.measure.recall import Recall
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fetch import fetch_named
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel

@@ -30,11 +30,11 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import QualitySettings, measure_against
 from pop_local.measure.recall import RecallSettings
 from pop_local.models.stored import ModelFiles
-from pop_local.ui.views.quality import figures
+from pop_local.ui.views.quality_figures import figures
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 POP_LOCAL = (sys.executable, "-m", "pop_local")
 ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pop_local.measure import estimate, gradual, probes
-from pop_local.workflows import bench
+from pop_local.workflows import benchmark
 from pop_local.workflows.conversion import named, within
 from support import calibrating
 from support.synthetic import make_gguf
@@ -20,7 +20,7 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
-    monkeypatch.setattr(bench, "has_kernels", lambda: False)
+    monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
 
 

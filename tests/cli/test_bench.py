@@ -20,8 +20,8 @@ from pop_local.measure.speed import (
     require_rows,
     run_rounds,
 )
-from pop_local.ui.views.speed import show_speed
-from pop_local.workflows import bench as workflow
+from pop_local.ui.views.speed_table import show_speed
+from pop_local.workflows import benchmark as workflow
 from support.calls import read
 from support.converted import converted
 from support.program import Done, called

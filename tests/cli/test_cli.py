@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local import __version__
 from pop_local.cli import COMMANDS, app
-from pop_local.commands.options import finite, positive
-from pop_local.ui import errors, hints
+from pop_local.commands.shared_options import finite, positive
+from pop_local.ui import error_output, hints
 from pop_local.ui.lazy import imported
 from support.blocked import BLOCKER
 from support.converted import tiny
@@ -266,7 +266,7 @@ def test_narrow_terminal_is_honoured():
     ],
 )
 def test_guard_turns_failures_into_two_lines(capsys, error, line, hint):
-    with pytest.raises(typer.Exit) as leaving, errors.guard(debug=False):
+    with pytest.raises(typer.Exit) as leaving, error_output.guard(debug=False):
         raise error
     assert leaving.value.exit_code == 1
     first, second = capsys.readouterr().err.splitlines()
@@ -277,14 +277,14 @@ def test_guard_turns_failures_into_two_lines(capsys, error, line, hint):
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, StoppedError])
 def test_guard_says_that_it_was_stopped(capsys, stopped):
-    with pytest.raises(typer.Exit) as leaving, errors.guard(debug=False):
+    with pytest.raises(typer.Exit) as leaving, error_output.guard(debug=False):
         raise stopped
     assert leaving.value.exit_code == 130
     assert capsys.readouterr().err == "Stopped.\n"
 
 
 def test_guard_lets_typer_leave():
-    with pytest.raises(typer.Exit) as leaving, errors.guard(debug=False):
+    with pytest.raises(typer.Exit) as leaving, error_output.guard(debug=False):
         raise typer.Exit(3)
     assert leaving.value.exit_code == 3
 
@@ -292,7 +292,7 @@ def test_guard_lets_typer_leave():
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX signals")
 def test_sigterm_unwinds(tmp_path):
     code = (
-        "import os, signal\nfrom pathlib import Path\nfrom pop_local.ui.errors import guard\n"
+        "import os, signal\nfrom pathlib import Path\nfrom pop_local.ui.error_output import guard\n"
         "with guard(debug=False):\n"
         "    try: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"    finally: Path({str(tmp_path / 'cleaned')!r}).touch()\n"

@@ -81,7 +81,7 @@ def test_it_goes_on_where_it_was_stopped(pop_file, mine, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("pop_local.workflows.compare.answered", counted)
+    monkeypatch.setattr("pop_local.workflows.compare_answers.answered", counted)
     stopped = answered(pop_file, mine, "--answers", kept)
     assert stopped.exit_code == 130
     assert "keeps 4 answers" in " ".join(stopped.stderr.split())

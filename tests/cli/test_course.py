@@ -10,12 +10,12 @@ from pop_local.calibration.options import FitOptions
 from pop_local.measure.budget import BALANCED
 from pop_local.research import analyze as analyses
 from pop_local.research.options import AnalyzeOptions
-from pop_local.workflows import bench
+from pop_local.workflows import benchmark
 from pop_local.workflows.conversion.convert import convert
 from pop_local.workflows.conversion.goals import Boundary, Goal, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.events import Step, Unit, Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)
 LOOSE = replace(BALANCED, max_kl=50.0, max_ppl_ratio=1e3, max_copy_ratio=1e3, least_retention=0.0)
@@ -88,7 +88,7 @@ def test_sampling_takes_several_times_as_long_as_reading(tiny):
 def test_a_benchmark_counts_how_it_chooses_what_to_compare_with(tiny, monkeypatch):
     said: list[str] = []
     watch = Watch(on_stage=lambda name, unit: said.append(name))
-    options = bench.BenchOptions((32,), 1, 4, None, ONE_THREAD)
-    monkeypatch.setattr(bench, "has_kernels", lambda: True)
-    bench.bench(str(tiny), None, options, watch)
+    options = benchmark.BenchOptions((32,), 1, 4, None, ONE_THREAD)
+    monkeypatch.setattr(benchmark, "has_kernels", lambda: True)
+    benchmark.bench(str(tiny), None, options, watch)
     assert said == ["Trying settings of llama.cpp", "Measuring"]

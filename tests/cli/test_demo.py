@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from pop_local.measure.speed import Spread
-from pop_local.ui.views.demo import show_demonstration
-from pop_local.workflows import demo as workflow
-from pop_local.workflows.demo import Demonstration, TimedAnswer
+from pop_local.ui.views.demonstration import show_demonstration
+from pop_local.workflows import demonstrate as workflow
+from pop_local.workflows.demonstrate import Demonstration, TimedAnswer
 from support.converted import converted
 from support.program import Done, called, run
 from support.synthetic import make_gguf

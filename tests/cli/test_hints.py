@@ -12,7 +12,7 @@ import pop_converter
 import pop_local
 from pop_converter.base.errors import PopError
 from pop_local.cli import COMMANDS
-from pop_local.ui import errors
+from pop_local.ui import error_output
 from pop_local.ui.chat.slash import COMMANDS as SLASH_COMMANDS
 from pop_local.ui.hints import BY_CAUSE, hint_of
 
@@ -110,7 +110,7 @@ def test_the_words_use_fields_that_every_error_of_the_cause_has():
 
 
 def test_a_cause_is_shown_in_the_words_of_the_command_line(capsys):
-    errors.show(
+    error_output.show(
         PopError("too few", "give 512 tokens", cause="too-few-tokens", n_least=512, n_default=9)
     )
     assert "hint: give --tokens 512 or more; the default is 9\n" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from pop_local.cli import app
 from pop_local.workflows.events import Watch
-from pop_local.workflows.inspect import verify
+from pop_local.workflows.inspect_file import verify
 from support.shapes import read_shape
 from support.synthetic import make_gguf, renamed
 

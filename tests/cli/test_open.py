@@ -25,7 +25,7 @@ from pop_local.models.stored import ModelFiles, stock
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 from support.converted import paired, tiny
 from support.program import called
 from support.synthetic import make_gguf

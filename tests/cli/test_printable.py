@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
-from pop_local.ui import errors, progress, theme
+from pop_local.ui import error_output, progress_bars, theme
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json
 from pop_local.workflows.events import Unit
@@ -37,8 +37,10 @@ def test_what_steers_is_escaped_and_the_rest_stays():
     [
         theme.note,
         theme.warn,
-        lambda text: errors.show(PopError(text, text)),
-        lambda text: errors.show(errors.as_pop_error(FileNotFoundError(2, "gone", text))),
+        lambda text: error_output.show(PopError(text, text)),
+        lambda text: error_output.show(
+            error_output.as_pop_error(FileNotFoundError(2, "gone", text))
+        ),
     ],
 )
 def test_messages(tell, capsys):
@@ -68,7 +70,7 @@ def test_the_label_of_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(theme.err, "_force_terminal", True)
     monkeypatch.setattr(theme.err, "is_interactive", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.stage_progress(EVIL, Unit.TOKENS, progress.Pace()) as advance:
+    with progress_bars.stage_progress(EVIL, Unit.TOKENS, progress_bars.Pace()) as advance:
         advance(1, 2)
     shown = capsys.readouterr().err
     assert r"a\x1b]0" in shown

@@ -196,7 +196,7 @@ def test_threads_of_a_larger_machine_are_no_more_than_there_are_here(file, monke
     def shown(threads: int, *_: object) -> None:
         raise PopError(f"{threads} threads")
 
-    monkeypatch.setattr("pop_local.commands.options.Hardware", shown)
+    monkeypatch.setattr("pop_local.commands.shared_options.Hardware", shown)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     if origin == "file":
         file.write_text("threads = 64\n")

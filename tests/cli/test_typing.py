@@ -20,7 +20,7 @@ UP = "\x1b[A"
 ALT_ENTER = "\x1b\r"
 IN_BACKGROUND = """
 import os, signal
-from pop_local.ui.keys import unechoed_keys
+from pop_local.ui.typed_keys import unechoed_keys
 child = os.fork()
 if not child:
     os.setpgid(0, 0)

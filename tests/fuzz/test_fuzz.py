@@ -32,10 +32,10 @@ from pop_local.engine.sessions.fields import (
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.budget import boundaries
 from pop_local.texts.document import Document
-from pop_local.workflows import inspect as inspection
+from pop_local.workflows import inspect_file as inspection
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.events import Watch
-from pop_local.workflows.inspect import inspect
+from pop_local.workflows.inspect_file import inspect
 from support import recipes
 from support.architectures import MORE_KEYS
 from support.campaign import CHILD_PATIENCE_S, campaign

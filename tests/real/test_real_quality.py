@@ -100,7 +100,7 @@ def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     from pop_local.research.options import AnalyzeOptions
     from pop_local.research.torch_device import torch_device
     from pop_local.workflows.events import Watch
-    from pop_local.workflows.options import Hardware
+    from pop_local.workflows.hardware import Hardware
 
     model = PopModel(smollm2, n_ctx=64, n_threads=1)
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))

@@ -11,8 +11,8 @@ from pop_local.ui.chat.line import line_reader
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.chat.slash import COMMANDS
-from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.theme import look
+from pop_local.ui.typed_keys import unechoed_keys
 from support.scripted import STATS, ScriptedModel, figures, scripted_chat
 
 

@@ -15,7 +15,7 @@ from pop_local.texts.document import Document
 from pop_local.texts.document_readers import read_document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.overflow import larger_ctx
-from pop_local.ui.errors import as_pop_error
+from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.views.stats import counted_line, picture_line
 
 # Tokens of a question without its files, with the template's marks.

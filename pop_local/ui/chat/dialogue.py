@@ -20,7 +20,7 @@ from pop_local.measure.full_cost import FullCosts
 from pop_local.texts.document import Document
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
 from pop_local.ui.chat.screen import Screen
-from pop_local.ui.interrupt import CtrlC, deferred_interrupt
+from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
 
 WARN_SHARE = 0.8

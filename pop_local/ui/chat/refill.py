@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pop_converter.base.numbers import size
 from pop_local.engine.learning.learned_fit import LearnedFit
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.errors import as_pop_error
+from pop_local.ui.error_output import as_pop_error
 
 MODES = ("idle", "off")
 

@@ -11,8 +11,8 @@ from pop_local.ui.chat.line import LineReader, line_reader
 from pop_local.ui.chat.refill import idling, status
 from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, obey
 from pop_local.ui.chat.unsaved import Unsaved
-from pop_local.ui.errors import as_pop_error
-from pop_local.ui.keys import unechoed_keys
+from pop_local.ui.error_output import as_pop_error
+from pop_local.ui.typed_keys import unechoed_keys
 
 LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from pop_converter.base.errors import PopError
-from pop_local.ui import errors
-from pop_local.ui.chat.answer import AnswerView, MarkdownAnswer, PlainAnswer
-from pop_local.ui.progress import Advance, prefill_progress
+from pop_local.ui import error_output
+from pop_local.ui.chat.live_answer import AnswerView, MarkdownAnswer, PlainAnswer
+from pop_local.ui.progress_bars import Advance, prefill_progress
 from pop_local.ui.theme import note, out, warn
 
 
@@ -38,7 +38,7 @@ class Screen:
         warn(line)
 
     def error(self, error: PopError) -> None:
-        errors.show(error)
+        error_output.show(error)
 
     def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
         """Show (done_tokens, total_tokens) while a prompt is read, or another pass goes on."""

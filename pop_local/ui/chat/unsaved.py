@@ -16,7 +16,7 @@ from pop_local.engine.sessions.chat_session import load_session
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import SavedFile, Sessions
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.errors import as_pop_error
+from pop_local.ui.error_output import as_pop_error
 
 _CHOICES = {"g": "go on with it", "d": "delete it", "k": "keep it, to be asked again"}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pop_converter.projection import Projection
 from pop_local.ui.tables import Column, Fact, markdown, print_facts
 from pop_local.ui.theme import say
-from pop_local.ui.views.quality import bare, figures, text_json, with_se
+from pop_local.ui.views.quality_figures import bare, figures, text_json, with_se
 
 if TYPE_CHECKING:
     from pop_local.research.analyze import Analysis

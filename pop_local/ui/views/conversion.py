@@ -14,7 +14,7 @@ from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
-from pop_local.ui.views.skipping import skipping_facts
+from pop_local.ui.views.skipped_layers import skipping_facts
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 
 if TYPE_CHECKING:

@@ -6,9 +6,14 @@ from pop_converter.projection import Projection
 from pop_local.models.mmproj import ARCHITECTURE
 from pop_local.ui.tables import Fact
 from pop_local.ui.views.conversion import full_fact, measured_facts
-from pop_local.ui.views.skipping import skipping_facts
+from pop_local.ui.views.skipped_layers import skipping_facts
 from pop_local.ui.views.trials import budget_fact
-from pop_local.workflows.inspect import Inspection, SidecarInspection, TensorGroup, Verification
+from pop_local.workflows.inspect_file import (
+    Inspection,
+    SidecarInspection,
+    TensorGroup,
+    Verification,
+)
 
 
 def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:

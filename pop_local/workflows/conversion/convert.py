@@ -29,12 +29,13 @@ from pop_local.workflows.conversion.plan import (
     plan_conversion,
 )
 from pop_local.workflows.conversion.refusals import Trial
+from pop_local.workflows.conversion.row_options import RowOptions
 from pop_local.workflows.conversion.stages import course
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.conversion.within import write_deepest
 from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.open import base_file
-from pop_local.workflows.options import Hardware, RowOptions
 
 
 @dataclass(frozen=True)

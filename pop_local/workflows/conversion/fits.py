@@ -23,7 +23,7 @@ from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Progress, Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 T = TypeVar("T")
 # A wider fit is worth a share of the speed where it takes off this many times that share of the KL.

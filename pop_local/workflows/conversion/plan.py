@@ -36,9 +36,10 @@ from pop_local.workflows.conversion.refusals import (
     OverBudgetError,
     Trial,
 )
+from pop_local.workflows.conversion.row_options import RowOptions
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Unit, Watch
-from pop_local.workflows.options import Hardware, RowOptions
+from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     from pop_local.workflows.conversion.fits import Fitter, MakeDistiller

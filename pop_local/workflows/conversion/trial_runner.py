@@ -18,7 +18,7 @@ from pop_converter.popfile.rewrite import Fitted, check_target
 from pop_converter.popfile.sidecar import bind, measure_sidecar, write_trial
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel

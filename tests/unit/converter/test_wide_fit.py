@@ -31,7 +31,7 @@ from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,

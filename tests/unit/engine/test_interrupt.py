@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from pop_local.ui.interrupt import deferred_interrupt
+from pop_local.ui.ctrl_c import deferred_interrupt
 
 
 def test_the_first_one_is_remembered_and_a_second_one_raises():

@@ -21,7 +21,7 @@ from pop_local.research import distill as distilling
 from pop_local.research.distilled import Distiller, start_of
 from pop_local.research.torch_device import TorchDevice, computing
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 from support.calibrating import BOUNDARY, fitted, planned, prompt, settings
 from support.synthetic import make_gguf
 

@@ -8,7 +8,7 @@ import pyte
 import pytest
 from rich.console import Console
 
-from pop_local.ui.chat.answer import MarkdownAnswer, PlainAnswer
+from pop_local.ui.chat.live_answer import MarkdownAnswer, PlainAnswer
 from pop_local.ui.chat.thinking import ThinkingSplitter
 from pop_local.ui.theme import THEME
 
@@ -63,8 +63,8 @@ class Emulated:
 
 def shown(text: str, width: int, height: int, piece: int, monkeypatch) -> list[str]:
     """The final picture; every piece is drawn."""
-    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(width, height)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for at in range(0, len(text), piece):
@@ -92,8 +92,8 @@ def test_nothing_of_the_answer_is_lost(monkeypatch):
 
 
 def test_the_growing_block_is_seen_at_once(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(40, 10)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     answer.push("The begin")
@@ -105,8 +105,8 @@ def test_the_growing_block_is_seen_at_once(monkeypatch):
 
 
 def test_a_long_list_shows_its_end_while_it_grows(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(40, 10)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for n in range(30):
@@ -117,7 +117,7 @@ def test_a_long_list_shows_its_end_while_it_grows(monkeypatch):
 def test_drawing_is_rare_when_tokens_come_fast(monkeypatch):
     milliseconds = count()
     clock = SimpleNamespace(monotonic=lambda: next(milliseconds) / 1000)
-    monkeypatch.setattr("pop_local.ui.chat.answer.time", clock)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer.time", clock)
     terminal = Emulated(80, 24)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for _ in range(500):
@@ -127,8 +127,8 @@ def test_drawing_is_rare_when_tokens_come_fast(monkeypatch):
 
 
 def test_a_terminal_that_becomes_narrower_is_cleaned_up(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(40, 20)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     answer.push("x" * 35)
@@ -141,7 +141,7 @@ def test_a_terminal_that_becomes_narrower_is_cleaned_up(monkeypatch):
 
 
 def test_thoughts_are_dim_and_their_marks_gone(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
     terminal = Emulated(40, 20)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for piece in ("<th", "ink>Let me", " see.</thi", "nk>\n\nIt is", " **so**."):

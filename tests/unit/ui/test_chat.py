@@ -10,7 +10,7 @@ from pop_local.engine.turn import Message, TurnStats
 from pop_local.ui.chat import dialogue
 from pop_local.ui.chat.repl import LEAVE_HINT, converse
 from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, obey
-from pop_local.ui.interrupt import CtrlC
+from pop_local.ui.ctrl_c import CtrlC
 from pop_local.ui.views.stats import stats_line
 from support.scripted import (
     STATS,

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.ui import progress
+from pop_local.ui import progress_bars
 from pop_local.ui.theme import THEME
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import events
@@ -23,10 +23,10 @@ def shown(monkeypatch):
         file = io.StringIO()
         console = Console(file=file, force_terminal=True, width=width, theme=THEME)
         seconds = iter(range(0, 100, 2))
-        monkeypatch.setattr(progress, "err", console)
-        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        monkeypatch.setattr(progress_bars, "err", console)
+        monkeypatch.setattr(progress_bars, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-        with progress.prefill_progress("Reading") as advance:
+        with progress_bars.prefill_progress("Reading") as advance:
             for done, total in steps:
                 advance(done, total)
         return file.getvalue()
@@ -59,7 +59,7 @@ def test_a_short_prompt_has_none(shown):
 def test_stages_that_follow_each_other_have_a_bar_each(monkeypatch):
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100, theme=THEME)
-    monkeypatch.setattr(progress, "err", console)
+    monkeypatch.setattr(progress_bars, "err", console)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with terminal_watch() as watch:
         watch.stage("Sampling text")(512, 512)
@@ -71,8 +71,8 @@ def test_stages_that_follow_each_other_have_a_bar_each(monkeypatch):
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
     clock = SimpleNamespace(now_s=0.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    with progress.stage_progress("Fitting", Unit.TOKENS, progress.Pace()) as advance:
+    monkeypatch.setattr(progress_bars, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    with progress_bars.stage_progress("Fitting", Unit.TOKENS, progress_bars.Pace()) as advance:
         for second in range(1, 101):
             clock.now_s = float(second)
             advance(second, 100)
@@ -86,8 +86,8 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
 
 def test_what_a_run_goes_on_from_does_not_make_it_faster(monkeypatch, capsys):
     clock = SimpleNamespace(now_s=0.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
-    with progress.stage_progress("Fitting", Unit.TOKENS, progress.Pace()) as advance:
+    monkeypatch.setattr(progress_bars, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    with progress_bars.stage_progress("Fitting", Unit.TOKENS, progress_bars.Pace()) as advance:
         advance(90, 100)
         clock.now_s = 25.0
         advance(91, 100)
@@ -100,7 +100,7 @@ COURSE = (Step("Reading", 10), Step("Fitting", 60), Step("Measuring", 5, 3, 2), 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now_s=0.0)
-    for module in (progress, events):
+    for module in (progress_bars, events):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     return clock
 
@@ -161,7 +161,7 @@ def test_a_log_gets_the_time_left_of_the_whole_however_short_its_stages_are(cloc
 
 def test_a_bar_shows_the_time_left_of_the_whole(clock, monkeypatch):
     file = io.StringIO()
-    monkeypatch.setattr(progress, "err", Console(file=file, force_terminal=True, width=100))
+    monkeypatch.setattr(progress_bars, "err", Console(file=file, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with terminal_watch() as watch:
         watch.on_course(COURSE)
@@ -175,7 +175,7 @@ def test_a_bar_shows_the_time_left_of_the_whole(clock, monkeypatch):
 def test_a_bar_makes_way_for_another(monkeypatch):
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100, theme=THEME)
-    monkeypatch.setattr(progress, "err", console)
+    monkeypatch.setattr(progress_bars, "err", console)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with terminal_watch() as watch:
         advance = watch.stage("Writing", Unit.BYTES)

@@ -1,4 +1,4 @@
-"""Options of several workflows: which rows run in full, on what hardware."""
+"""The rows of a converted model that run in full."""
 
 from dataclasses import dataclass
 
@@ -16,16 +16,3 @@ class RowOptions:
     sink_tokens: int = PopMeta.sink_tokens
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int | None = None
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Processors to compute on.
-
-    `n_threads` None: the physical cores. `n_gpu_layers`: -1 for all, of no effect without a GPU.
-    `rpc`: servers on other machines (HOST:PORT), which count as GPUs.
-    """
-
-    n_threads: int | None = None
-    n_gpu_layers: int = -1
-    rpc: tuple[str, ...] = ()

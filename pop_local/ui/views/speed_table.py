@@ -9,7 +9,7 @@ from pop_local.ui.tables import Column, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.workflows.bench import Speed
+    from pop_local.workflows.benchmark import Speed
 
 
 def show_speed(found: Speed) -> None:

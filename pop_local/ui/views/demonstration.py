@@ -1,7 +1,7 @@
 """How `demo` shows its two answers."""
 
 from pop_local.ui.theme import say
-from pop_local.workflows.demo import MAX_TOKENS, Demonstration
+from pop_local.workflows.demonstrate import MAX_TOKENS, Demonstration
 
 
 def show_demonstration(found: Demonstration) -> None:

@@ -50,7 +50,7 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Work:
+class SkippingGain:
     """The gain of skipping from a layer on for LIMIT_PROMPT tokens, by multiply-accumulates.
 
     `left_share`: of the skipped layers' work, what is left to context tokens, None if not known.
@@ -76,7 +76,7 @@ class Inspection:
     architecture: str
     skipping: Skipping | None
     refused: str
-    work: Work | None
+    work: SkippingGain | None
     n_layer: int
     n_embd: int
     n_ctx_train: int
@@ -215,7 +215,7 @@ def _of_model(
     )
 
 
-def _work(skipping: Skipping, meta: PopMeta | None, macs: Macs) -> Work | None:
+def _work(skipping: Skipping, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
     """At the file's boundary, else where tokens leave exactly, else at two thirds."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
@@ -224,7 +224,7 @@ def _work(skipping: Skipping, meta: PopMeta | None, macs: Macs) -> Work | None:
     with suppress(PopError):
         n_full = meta.sink_tokens + meta.tail_tokens if meta else 1
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, n_full)
-        return Work(boundary, left_share(macs, boundary), limit)
+        return SkippingGain(boundary, left_share(macs, boundary), limit)
     return None
 
 

@@ -17,7 +17,7 @@ from pop_local.commands.option_expansion import Group, option
 from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.engine.llama.rpc import address
 from pop_local.ui.theme import warn
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     from pop_local.workflows.conversion.goals import Named, Skip

@@ -17,9 +17,9 @@ from rich.text import Text
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import logs
 from pop_local.ui import hints
-from pop_local.ui.keys import echo_again
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err
+from pop_local.ui.typed_keys import echo_again
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

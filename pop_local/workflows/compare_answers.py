@@ -25,9 +25,9 @@ from pop_local.measure.prompts import (
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
+from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import model_files
-from pop_local.workflows.options import Hardware
 
 MAX_TOKENS = 256
 _MODES = {"full": False, "pruned": True}

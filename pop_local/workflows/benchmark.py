@@ -29,9 +29,9 @@ from pop_local.measure.speed import (
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
+from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_boundary, model_files
-from pop_local.workflows.options import Hardware
 
 # Whether llama.cpp repacks weights, and whether its attention is flash attention.
 _SETTINGS = {
