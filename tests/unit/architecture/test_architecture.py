@@ -1,4 +1,4 @@
-"""Which room imports which (docs/architecture.md): arrows, circles, and where the terminal is."""
+"""Check the imports between and within packages (docs/internals/architecture.md)."""
 
 import ast
 import functools

@@ -43,7 +43,6 @@ REPEATED_FILES_FOR_NOW: set[str] = {
     "prompts.py",
 }
 LONG_SIGNATURES_FOR_NOW: set[str] = {
-    "converter/pop_converter/popfile/plan.py:make_plan",
     "pop_local/workflows/conversion/convert.py:convert",
     "pop_local/workflows/open.py:open_model",
 }

@@ -1,0 +1,97 @@
+"""Links of the documents lead to files and headings, and the paths that they name exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "patches" / "README.md",
+    ROOT / "tests" / "bench" / "README.md",
+]
+NOTEBOOK = ROOT / "docs" / "notebook"
+# Pages that explain the code: each path in them must exist, from one of these folders.
+MAPS = [ROOT / "docs" / "how-it-works.md", *sorted((ROOT / "docs" / "internals").glob("*.md"))]
+PATH_ROOTS = [
+    ROOT,
+    ROOT / "pop_local",
+    ROOT / "pop_local" / "engine",
+    ROOT / "converter" / "pop_converter",
+    ROOT / "patches",
+    ROOT / "patches" / "llama.cpp",
+    ROOT / "patches" / "llama.cpp" / "src",
+    ROOT / "patches" / "llama.cpp" / "ggml" / "src",
+    *(ROOT / "patches" / "llama.cpp" / "ggml" / "src" / "ggml-cpu").rglob("."),
+]
+_LINK = re.compile(
+    r"\]\((?!https?:|mailto:)([^)\s]+)\)|<(?:img|source)[^>]* src(?:set)?=\"([^\"]+)\""
+)
+_PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|h|cpp|patch|md|toml|json)))`")
+_CODE = re.compile(r"(?s:^```.*?^```$)|(?<=\n\n)(?: {4}.*\n+)+", re.M)
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", _CODE.sub("", path.read_text(encoding="utf-8")), re.M)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+def broken_links(document: Path) -> list[str]:
+    broken = []
+    for link in _LINK.finditer(_CODE.sub("", document.read_text(encoding="utf-8"))):
+        name, _, section = (link[1] or link[2]).partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or (section and section not in anchors(target)):
+            broken.append(link[0])
+    return broken
+
+
+def named_paths(text: str) -> list[str]:
+    """Return the paths in inline code; those with a NAME in capitals are patterns."""
+    found = _PATH.findall(_CODE.sub("", text))
+    return [path for path in found if not re.search(r"[A-Z]{3,}(?!\.md)", path)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    assert broken_links(document) == []
+
+
+@pytest.mark.parametrize("document", MAPS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_that_explain_the_code_exist(document: Path) -> None:
+    # A short name stands for the file of a link with a longer path.
+    text = document.read_text(encoding="utf-8")
+    linked = {Path(link[1] or link[2]).name for link in _LINK.finditer(text)}
+    missing = [
+        path
+        for path in named_paths(text)
+        if not any((root / path).exists() for root in PATH_ROOTS) and Path(path).name not in linked
+    ]
+    assert missing == []
+
+
+def test_the_notebook_lists_each_of_its_pages() -> None:
+    listed = set(re.findall(r"\]\(([\w./-]+\.md)", (NOTEBOOK / "README.md").read_text("utf-8")))
+    pages = {path.relative_to(NOTEBOOK).as_posix() for path in NOTEBOOK.rglob("*.md")}
+    assert pages - {"README.md"} <= listed
+
+
+def test_broken_links_and_paths_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text(
+        "# One `b`\n\n[a](#one-b) [b](#two) [c](c.md) [d](https://x.org)\n\n    [e](e.md)\n\n"
+        "`engine/a.py` `server/apis/` `NAME.py` `x.gguf` `a.py`\n"
+    )
+    assert broken_links(page) == ["](#two)", "](c.md)"]
+    assert named_paths(page.read_text()) == ["engine/a.py", "server/apis/", "a.py"]
+
+
+def test_each_benchmark_is_listed() -> None:
+    text = (ROOT / "tests" / "bench" / "README.md").read_text(encoding="utf-8")
+    programs = {path.name for path in (ROOT / "tests" / "bench").glob("*.py")}
+    assert programs == set(re.findall(r"`(\w+\.py)`", text))
