@@ -26,7 +26,7 @@ class ProbeOptions(Group):
     no_gates: bool = option("Only the probes: no torch, less time.", default=False)
     no_fit: bool = option("Only the layers' own projections: less time.", default=False)
     tokens: int | None = option("To fit on. Default: a quarter of convert's.", min=1)
-    plot: Path | None = option("Draw it.", "OUT.png")
+    plot: Path | None = option("Draw the KL of each boundary over its speed-up limit.", "OUT.png")
     force: bool = option("Replace an existing plot.", flag="--force -f", default=False)
     seed: int = option("Of targets, passages, random tokens.", min=0, default=0)
 
@@ -44,10 +44,10 @@ def analyze(
         raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
     if by.no_gates and by.windows is not None:
         raise typer.BadParameter("--windows are for the gates: leave it out, or --no-gates")
-    from pop_local.research import plots
+    from pop_local.research import analysis_plot
 
     if by.plot is not None:
-        plots.require_plot(by.plot, model, force=by.force)
+        analysis_plot.require_plot(by.plot, model, force=by.force)
     from pop_local.research.analyze import analyze as analyze_model
     from pop_local.research.options import AnalyzeOptions
 
@@ -64,6 +64,6 @@ def analyze(
     with stoppable_watch() as watch:
         found = analyze_model(model, options, hardware=processors.hardware, watch=watch)
     if by.plot is not None:
-        plots.plot_analysis(found, by.plot, force=by.force)
+        analysis_plot.plot_analysis(found, by.plot, force=by.force)
         note(f"Drawn: {by.plot}")
     print_json(as_json(found)) if json else show(found)

@@ -1,0 +1,76 @@
+"""A picture of an analysis: the quality that each boundary costs for the speed that it gains."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pop_converter.base.errors import PopError
+from pop_converter.base.output import check_output, replacing
+from pop_local.models.names import resolve_base
+from pop_local.research.analyze import Analysis
+from pop_local.research.depths import DepthCost
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# The KL of skipping the last layer alone is 0, which a logarithmic axis cannot show.
+_MIN_KL = 1e-4
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def require_plot(path: Path, model: str, *, force: bool) -> None:
+    """Raise PopError before hours of measuring if the plot cannot be drawn or written."""
+    if path.suffix.lower() not in ("", *_FORMATS):
+        raise PopError(
+            f"{path} has an unknown plot format: {', '.join(_FORMATS)} are possible",
+            f"name it {path.stem}.png",
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise PopError(
+            "a plot needs matplotlib", "install it with: pip install 'pop-local[plot]'"
+        ) from error
+    files: tuple[Path, ...] = ()
+    with suppress(PopError):
+        files = (resolve_base(model),)
+    check_output(path, files, 0, force=force)
+
+
+def plot_analysis(found: Analysis, path: Path, *, force: bool) -> None:
+    """Draw the KL of each measured boundary over its speed-up limit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    _draw_losses(figure.subplots(), found)
+    figure.suptitle(f"{found.model.name}: loss and speed-up by boundary")
+    with replacing(path, force=force) as file:
+        figure.savefig(file, format=path.suffix.lower().lstrip(".") or "png", dpi=130)
+
+
+def _draw_losses(axes: "Axes", found: Analysis) -> None:
+    """Draw a point with its boundary and error for each measured depth, and the budget's limit."""
+    for depth in found.depths:
+        if depth.quality is None or depth.quality.kl_mean.value <= _MIN_KL:
+            continue
+        kl, color = depth.quality.kl_mean, _color(depth, found)
+        at = (depth.speedup_limit, kl.value)
+        axes.errorbar(*at, kl.se or 0.0, fmt="o", capsize=2, color=color)
+        axes.annotate(str(depth.boundary), at, (6, 6), textcoords="offset points", color=color)
+    budget = found.budget
+    axes.axhline(
+        budget.max_kl, color="tab:green", ls="dashed", lw=1, label=f"{budget.quality} limit"
+    )
+    if found.chosen is not None:
+        label = f"{budget.quality}: boundary {found.chosen.boundary} (estimate)"
+        axes.axvline(found.chosen.speedup_limit, color="tab:green", lw=1, label=label)
+    axes.set(
+        xlabel="speed-up limit (times)", ylabel="KL to the full model (nats/token)", yscale="log"
+    )
+    axes.set_title("numbers: boundary; red: copying from the prompt is lost", fontsize="medium")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(fontsize="small")
+
+
+def _color(depth: DepthCost, found: Analysis) -> str:
+    return "tab:green" if depth is found.chosen else "tab:red" if depth.is_cliff else "0.35"
