@@ -167,7 +167,7 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
     return plan;
 }
 
-// as enum ggml_pop_rows in ggml-cpu/pop/pop.h, at GGML_POP_OP_PARAM of an operation's parameters. other backends ignore it
+// as enum ggml_pop_rows in ggml-cpu/fast/fast.h, at GGML_POP_OP_PARAM of an operation's parameters. other backends ignore it
 enum kernel_rows {
     KERNEL_ROWS_FAST = 0,
     KERNEL_ROWS_NONE = 1,

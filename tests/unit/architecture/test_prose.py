@@ -43,7 +43,7 @@ NOT_YET: set[str] = {
     "patches/llama-cpp-python",
     "patches/llama-cpp-python/pop_build",
     "patches/llama.cpp/common/pop",
-    "patches/llama.cpp/ggml/src/ggml-cpu/pop",
+    "patches/llama.cpp/ggml/src/ggml-cpu/fast",
     "patches/llama.cpp/ggml/src/ggml-rpc",
     "patches/llama.cpp/src",
     "pop_local",

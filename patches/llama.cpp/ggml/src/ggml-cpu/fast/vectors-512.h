@@ -1,4 +1,4 @@
-// AVX-512: the vectors in which attention and operations on rows are written.
+// Vectors of AVX-512 for attention and row operations.
 
 #pragma once
 
@@ -9,15 +9,15 @@
 
 #include <immintrin.h>
 
-namespace pop {
+namespace fast {
 
 using floats = __m512;
 using ints   = __m512i;
 
 constexpr int LANES   = 16;
-constexpr int COLUMNS = 4; // vectors of the register tile beside its six rows: 24 sums in 32 registers
+constexpr int COLUMNS = 4; // vectors of a register tile next to its six rows: 24 sums in 32 registers
 
-// Sums have the type of the instruction's operands: with __m512i, GCC copies each of them before it adds.
+// The operand type of the builtin: with __m512i, GCC copies each sum before the addition.
 #if defined(__GNUC__)
 typedef int sums __attribute__((vector_size(64), may_alias));
 #else
@@ -32,7 +32,7 @@ static inline sums dot(sums s, ints a, ints b) {
 #endif
 }
 
-static inline sums   no_sums() { return (sums) _mm512_setzero_si512(); }
+static inline sums   zero_sums() { return (sums) _mm512_setzero_si512(); }
 static inline floats to_floats(sums s) { return _mm512_cvtepi32_ps((ints) s); }
 
 static inline floats load(const float * p) { return _mm512_loadu_ps(p); }
@@ -57,14 +57,14 @@ static inline ints   round(floats x) { return _mm512_cvtps_epi32(x); }
 static inline floats bits_as_number(floats x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
 static inline floats low_bits_as_exponent(floats x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 
-// 32 to 16 bits: in each 128-bit lane four of a, then four of b
+// Narrow 32-bit integers to 16 bits. Each 128-bit lane holds four of a, then four of b.
 static inline ints narrow(ints a, ints b) { return _mm512_packs_epi32(a, b); }
-// 16 bits of a, 16 of b, in turn
+// Interleave the low 16 bits of a and of b.
 static inline ints interleave(ints a, ints b) { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)); }
 
 static inline floats load_halves(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
 
-// 16 values of a row, from dim d on
+// Load 16 values of a row from dim d on.
 template <ggml_type TYPE> static inline floats load_row(const char * row, int d) {
     if constexpr (TYPE == GGML_TYPE_F32) {
         return _mm512_loadu_ps((const float *) row + d);
@@ -86,24 +86,24 @@ static inline __m256 max_of_halves(floats x) {
     return _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
 }
 
-// the maximum of each of as many vectors as one has lanes
+// Return the maximum of each of LANES vectors.
 static inline floats max_of_each(const floats v[LANES]) {
     __m256 h[LANES];
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < LANES; i++) {
         h[i] = max_of_halves(v[i]);
     }
     return _mm512_insertf32x8(_mm512_castps256_ps512(max_of_8(h)), max_of_8(h + 8), 1);
 }
 
-// of six vectors to the first lanes; the others repeat some
+// Return the maxima of six vectors in the first six lanes. The other lanes repeat some of them.
 static inline floats max_of_rows(const floats v[TILE_ROWS]) {
     const __m256 a = max_of_halves(v[4]), b = max_of_halves(v[5]);
     const __m256 h[8] = { max_of_halves(v[0]), max_of_halves(v[1]), max_of_halves(v[2]), max_of_halves(v[3]), a, b, a, b };
     return _mm512_castps256_ps512(max_of_8(h));
 }
 
-// of 64 cells
+// Classify the mask of 64 cells.
 static inline mask_state state_of_mask(const uint16_t * mask) {
     const ints a = _mm512_loadu_si512(mask), b = _mm512_loadu_si512(mask + 32), any = _mm512_or_si512(a, b);
     const ints masked = _mm512_set1_epi16((short) 0xfc00);
@@ -111,4 +111,4 @@ static inline mask_state state_of_mask(const uint16_t * mask) {
     return _mm512_test_epi16_mask(any, any) == 0 ? MASK_NONE : (seen_a | seen_b) == 0 ? MASK_ALL : MASK_SOME;
 }
 
-} // namespace pop
+} // namespace fast

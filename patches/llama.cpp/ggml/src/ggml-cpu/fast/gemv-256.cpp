@@ -1,4 +1,4 @@
-// Products of a few columns with 256-bit vectors: AVX-VNNI where there is, else AVX2. A vector has 32 codes of a row.
+// Products with few columns by 256-bit vectors: AVX-VNNI if available, else AVX2. A vector holds 32 codes of a row.
 
 #include "gemm.h"
 
@@ -10,15 +10,15 @@
 #include "quantise-256.h"
 #include "unpack-256.h"
 
-namespace pop {
+namespace fast {
 namespace {
 
-// Without VNNI, codes of eight bits lose their bias: sums of 16 bits hold no more.
+// Without VNNI, 8-bit codes are multiplied as signed numbers: products of unsigned ones would overflow 16-bit sums.
 template <int TYPE> constexpr bool is_signed() {
     return !VNNI && type_of<TYPE>::fmt.bias == 128;
 }
 
-// eight sums of four products each, in order
+// Return eight sums of four products each, in order.
 template <bool SIGNED> inline __m256i dots(__m256i codes, __m256i x) {
 #if defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), codes, x);
@@ -34,7 +34,7 @@ template <bool SIGNED> inline __m256i dots(__m256i codes, __m256i x) {
 #endif
 }
 
-// a group's scales and mins; of types with a bias, the scales stand for mins
+// Return a group's scales and mins. For types with a bias, the scales take the place of the mins.
 template <int TYPE> inline row_scales scales_of_group(const typename type_of<TYPE>::block * x) {
     row_scales s = {};
     if constexpr (type_of<TYPE>::n_values == 256) {
@@ -61,7 +61,7 @@ template <int TYPE> inline __m256i codes_of(const typename type_of<TYPE>::block 
     }
 }
 
-struct by_256 {
+struct avx2_vectors {
     using floats = __m256;
 
     static floats zero() { return _mm256_setzero_ps(); }
@@ -73,16 +73,16 @@ struct by_256 {
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
     }
 
-    // a group of a row times one of N columns, n groups apart
+    // Multiply a group of a row with the groups of N columns, which are n groups apart.
     template <int TYPE, int N>
     static void add(const typename type_of<TYPE>::block * w, const column_group<type_of<TYPE>::fmt.halves> * x, int n,
             floats (&total)[N][2]) {
         constexpr bool halves = type_of<TYPE>::fmt.halves;
         const row_scales s = scales_of_group<TYPE>(w);
         floats scales[N][2];
-        POP_UNROLL
+        FAST_UNROLL
         for (int c = 0; c < N; c++) {
-            POP_UNROLL
+            FAST_UNROLL
             for (int p = 0; p < (halves ? 2 : 1); p++) {
                 scales[c][p] = _mm256_mul_ps(s.scale[p], _mm256_loadu_ps(x[c * n].scales + 8 * p));
                 if (!is_signed<TYPE>()) {
@@ -90,21 +90,21 @@ struct by_256 {
                 }
             }
         }
-        POP_UNROLL
+        FAST_UNROLL
         for (int j = 0; j < GROUP; j++) {
             const __m256i q = codes_of<TYPE>(w, j);
-            const int k = j % 4 * 2; // the first of two halves
+            const int k = j % 4 * 2; // index of the first half's scale
             const __m256i lanes = halves ? _mm256_setr_epi32(k, k, k, k, k + 1, k + 1, k + 1, k + 1) : _mm256_set1_epi32(j);
-            POP_UNROLL
+            FAST_UNROLL
             for (int c = 0; c < N; c++) {
                 const __m256i d    = dots<is_signed<TYPE>()>(q, load(x[c * n].codes + 32 * j));
-                const floats  each = _mm256_permutevar8x32_ps(scales[c][halves ? j / 4 : 0], lanes);
-                total[c][j % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d), each, total[c][j % 2]);
+                const floats  lane_scales = _mm256_permutevar8x32_ps(scales[c][halves ? j / 4 : 0], lanes);
+                total[c][j % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d), lane_scales, total[c][j % 2]);
             }
         }
     }
 
-    // the last n blocks of a row of types that have blocks of 32, fewer than a group
+    // Multiply the last n blocks of a row, for types with blocks of 32: less than a group.
     template <int TYPE>
     static void add_last(const typename type_of<TYPE>::block * w, int n, const column_group<false> & x, floats (&total)[2]) {
         for (int b = 0; b < n; b++) {
@@ -128,18 +128,18 @@ struct by_256 {
 
 const gemm * gemv_256(int type) {
     switch (type) {
-#define POP_CASE(TYPE) case TYPE: return kernel_for_few<by_256, TYPE, quantise>();
-        POP_EACH_TYPE(POP_CASE)
-#undef POP_CASE
+#define FAST_CASE(TYPE) case TYPE: return gemv_kernel<avx2_vectors, TYPE, quantise>();
+        FAST_FOR_EACH_TYPE(FAST_CASE)
+#undef FAST_CASE
         default: return nullptr;
     }
 }
 
-} // namespace pop
+} // namespace fast
 
 #else
 
-const pop::gemm * pop::gemv_256(int) {
+const fast::gemm * fast::gemv_256(int) {
     return nullptr;
 }
 

@@ -1,5 +1,5 @@
-// A unit of attention: some queries of all query heads that share a K/V head.
-// K and V are packed tile by tile, once for all of its rows.
+// A unit of attention: a range of queries, of all query heads that share a K/V head.
+// The unit packs K and V tile by tile, once for all of its rows.
 
 #pragma once
 
@@ -12,14 +12,17 @@
 
 #include <algorithm>
 
-namespace pop {
+namespace fast {
 
 namespace {
 
-// Chunks begin anew and are merged in turn, whether one thread goes through them or many.
+// Every chunk starts with empty sums, and chunks are merged in order. So one thread and many threads compute the same bits.
+// 16 tiles: merging costs little, and a cache of a few thousand cells still has a chunk for each thread. Other values were not measured.
 constexpr int CHUNK_CELLS = 1024;
 
-constexpr float LARGE_K = 6.0f; // times the median: a bias
+// Values of K above this multiple of the median magnitude count as bias, such as Qwen 2.5's (docs/notebook/kernels-exactness.md).
+// The value is not critical: any centre leaves the softmax unchanged.
+constexpr float LARGE_K = 6.0f;
 
 using pack_kv = void (*)(const char * cells, size_t stride, const head_dims & dims, const kv_tile & tile);
 
@@ -47,7 +50,8 @@ struct attention {
     const ggml_tensor * q, * k, * v, * mask, * sinks, * out;
 
     head_dims dims;
-    int       n_queries, n_cells, n_heads, n_shared; // query heads, and of these those that share a K/V head
+    int       n_queries, n_cells;
+    int       n_heads, n_shared; // query heads in all, and per K/V head
     float     scale, max_bias;
 
     explicit attention(const ggml_tensor * op) :
@@ -64,15 +68,15 @@ struct attention {
         scale     = cap != 0.0f ? scale / cap : scale * LOG2_E;
     }
 
-    // more than the differences of scores counts
-    bool absolute() const { return sinks || dims.cap != 0.0f; }
+    // Return whether the result depends on the scores themselves, not only on their differences.
+    bool needs_absolute_scores() const { return sinks || dims.cap != 0.0f; }
 
     int n_chunks() const { return (n_cells + CHUNK_CELLS - 1) / CHUNK_CELLS; }
 
-    // of n queries: one for all query heads, unless each has its own
+    // Return the number of mask rows for n queries. Query heads share a row unless the mask has one per head.
     int mask_rows(int n) const { return !mask ? 1 : mask->ne[2] > 1 ? n * n_shared : n; }
 
-    // of ALiBi
+    // Return ALiBi's slope.
     float slope(int head) const {
         if (max_bias <= 0.0f) {
             return 1.0f;
@@ -83,28 +87,28 @@ struct attention {
     }
 };
 
-// The sums of rows over some cells.
+// Partial results of all rows over a range of cells.
 struct partial {
-    float * top;
+    float * max_score;
     float * sum;
     float * out;
 
-    template <typename Take> void lay_out(const attention & a, size_t n_groups, const Take & take) {
-        take(top, n_groups * MAX_LANES);
-        take(sum, n_groups * TILE_ROWS * MAX_LANES);
-        take(out, n_groups * TILE_ROWS * a.dims.dv);
+    template <typename Allocate> void allocate_from(const attention & a, size_t n_groups, const Allocate & allocate) {
+        allocate(max_score, n_groups * MAX_LANES);
+        allocate(sum, n_groups * TILE_ROWS * MAX_LANES);
+        allocate(out, n_groups * TILE_ROWS * a.dims.dv);
     }
 
     void clear(const attention & a, size_t n_groups) const {
-        std::fill_n(top, n_groups * MAX_LANES, NO_TOP);
+        std::fill_n(max_score, n_groups * MAX_LANES, NO_SCORE);
         std::fill_n(sum, n_groups * TILE_ROWS * MAX_LANES, 0.0f);
         std::fill_n(out, n_groups * TILE_ROWS * a.dims.dv, 0.0f);
     }
 };
 
-// Where things lie in a part of the work buffer, and how large it is.
-struct layout {
-    uintptr_t at; // null may not be added to
+// Assigns consecutive addresses of the work buffer. Starting at 0 it measures the size.
+struct bump_allocator {
+    uintptr_t at; // an integer, since pointer arithmetic on null is undefined
 
     template <typename T> void operator()(T *& to, size_t n) {
         to = (T *) at;
@@ -112,21 +116,21 @@ struct layout {
     }
 };
 
-inline int groups_of(const attention & a, int n_queries) {
+inline int count_groups(const attention & a, int n_queries) {
     return (n_queries * a.n_shared + TILE_ROWS - 1) / TILE_ROWS;
 }
 
 inline size_t partial_size(const attention & a, int n_queries) {
-    partial p;
-    layout  take = { 0 };
-    p.lay_out(a, groups_of(a, n_queries), [&](auto *& to, size_t n) { take(to, n); });
-    return take.at;
+    partial        p;
+    bump_allocator allocate = { 0 };
+    p.allocate_from(a, count_groups(a, n_queries), [&](auto *& to, size_t n) { allocate(to, n); });
+    return allocate.at;
 }
 
 inline partial partial_at(const attention & a, int n_queries, char * base) {
-    partial p;
-    layout  take = { (uintptr_t) base };
-    p.lay_out(a, groups_of(a, n_queries), [&](auto *& to, size_t n) { take(to, n); });
+    partial        p;
+    bump_allocator allocate = { (uintptr_t) base };
+    p.allocate_from(a, count_groups(a, n_queries), [&](auto *& to, size_t n) { allocate(to, n); });
     return p;
 }
 
@@ -136,30 +140,30 @@ struct scratch {
     float *      q_scale;
     float *      offset;
     partial      total, chunk;
-    float *      sizes; // of K's values in the first cells
+    float *      k_magnitudes; // [dk], absolute values of K in the first cells
     kv_tile      tile;
-    mask_state * states; // of the mask's rows in this tile
-    uint16_t *   edge;   // the mask's rows in the last tile, with the cells that do not exist
+    mask_state * states;       // [mask rows], state of each row in this tile
+    uint16_t *   edge_mask;    // [mask rows][64], the mask in the last tile, padded past the end of the cache
     size_t       size;
 
     scratch(const attention & a, int n_queries, char * base) {
-        const size_t n_groups = groups_of(a, n_queries), blocks = a.dims.blocks(), pairs = a.dims.k_pairs();
-        layout       take     = { (uintptr_t) base };
-        take(q, n_groups * pairs * TILE_ROWS * 2);
-        take(q_scale, n_groups * blocks * TILE_ROWS);
-        take(offset, n_groups * TILE_ROWS);
-        total.lay_out(a, n_groups, [&](auto *& to, size_t n) { take(to, n); });
-        chunk.lay_out(a, a.n_chunks() > 1 ? n_groups : 0, [&](auto *& to, size_t n) { take(to, n); });
-        take(sizes, a.dims.dk);
-        take(tile.k_centre, blocks * SCALE_DIMS);
-        take(tile.k, pairs * TILE_CELLS * 2);
-        take(tile.k_scale, blocks * TILE_CELLS);
-        take(tile.v, (size_t) a.dims.dv * TILE_CELLS);
-        take(tile.v_log2, TILE_CELLS);
-        take(tile.v_inverse, TILE_CELLS);
-        take(states, a.mask_rows(n_queries));
-        take(edge, (size_t) a.mask_rows(n_queries) * TILE_CELLS);
-        size = take.at - (uintptr_t) base;
+        const size_t n_groups = count_groups(a, n_queries), blocks = a.dims.blocks(), pairs = a.dims.k_pairs();
+        bump_allocator allocate = { (uintptr_t) base };
+        allocate(q, n_groups * pairs * TILE_ROWS * 2);
+        allocate(q_scale, n_groups * blocks * TILE_ROWS);
+        allocate(offset, n_groups * TILE_ROWS);
+        total.allocate_from(a, n_groups, [&](auto *& to, size_t n) { allocate(to, n); });
+        chunk.allocate_from(a, a.n_chunks() > 1 ? n_groups : 0, [&](auto *& to, size_t n) { allocate(to, n); });
+        allocate(k_magnitudes, a.dims.dk);
+        allocate(tile.k_centre, blocks * SCALE_DIMS);
+        allocate(tile.k, pairs * TILE_CELLS * 2);
+        allocate(tile.k_scale, blocks * TILE_CELLS);
+        allocate(tile.v, (size_t) a.dims.dv * TILE_CELLS);
+        allocate(tile.v_log2, TILE_CELLS);
+        allocate(tile.v_inverse, TILE_CELLS);
+        allocate(states, a.mask_rows(n_queries));
+        allocate(edge_mask, (size_t) a.mask_rows(n_queries) * TILE_CELLS);
+        size = allocate.at - (uintptr_t) base;
     }
 
     row_group group(const attention & a, const partial & p, int i) const {
@@ -167,7 +171,7 @@ struct scratch {
         g.q       = q + (size_t) i * a.dims.k_pairs() * TILE_ROWS * 2;
         g.q_scale = q_scale + (size_t) i * a.dims.blocks() * TILE_ROWS;
         g.offset  = offset + (size_t) i * TILE_ROWS;
-        g.top     = p.top + (size_t) i * MAX_LANES;
+        g.max_score = p.max_score + (size_t) i * MAX_LANES;
         g.sum     = p.sum + (size_t) i * TILE_ROWS * MAX_LANES;
         g.out     = p.out + (size_t) i * TILE_ROWS * a.dims.dv;
         return g;
@@ -176,21 +180,21 @@ struct scratch {
 
 constexpr uint16_t MASKED = 0xfc00; // -infinity
 
-// Some queries of one sequence and K/V head. Its rows are those of the first query, then those of the next: a group's rows see
-// mostly the same cells, also where each query is of another answer.
-struct unit {
+// A range of queries of one sequence and K/V head. Rows are sorted by query, then by query head, so a group's rows see
+// mostly the same cells, even if each query belongs to another sequence's answer.
+struct attention_unit {
     const attention & a;
     const scratch &   s;
     const int         seq, kv_head, first, n; // n queries from the first on
     const int         n_rows, n_groups;
 
-    unit(const attention & a, const scratch & s, int seq, int kv_head, int first, int n) :
-        a(a), s(s), seq(seq), kv_head(kv_head), first(first), n(n), n_rows(n * a.n_shared), n_groups(groups_of(a, n)) {}
+    attention_unit(const attention & a, const scratch & s, int seq, int kv_head, int first, int n) :
+        a(a), s(s), seq(seq), kv_head(kv_head), first(first), n(n), n_rows(n * a.n_shared), n_groups(count_groups(a, n)) {}
 
     int query_of(int row) const { return first + row / a.n_shared; }
     int head_of(int row) const { return kv_head * a.n_shared + row % a.n_shared; }
 
-    // of the mask's rows in use
+    // Return the index in `states` and `edge_mask`.
     int mask_index(int row) const { return row * a.mask_rows(n) / n_rows; }
 
     const uint16_t * mask_row(int row) const {
@@ -199,10 +203,10 @@ struct unit {
         return (const uint16_t *) ((const char *) m->data + query_of(row) * m->nb[1] + at);
     }
 
-    // of a tile's cells
+    // Return the row's mask for the tile at `cell`.
     const uint16_t * mask_of(int row, int cell) const {
         const bool is_edge = cell + TILE_CELLS > a.n_cells;
-        return is_edge ? s.edge + (size_t) mask_index(row) * TILE_CELLS : mask_row(row) + cell;
+        return is_edge ? s.edge_mask + (size_t) mask_index(row) * TILE_CELLS : mask_row(row) + cell;
     }
 
     const char * cells_of(const ggml_tensor * t, int cell) const {
@@ -222,23 +226,24 @@ struct unit {
         }
     }
 
-    // The large values of cells 0 and 1, since the first token's K is often unlike all others. A row that sees cell 0 alone has weight 1
-    // there whatever the centre is, unless a cap or sinks count: these take cell 0. False: nothing is large.
+    // Set the centre to the values of K that are large in both cells 0 and 1: the first token's K is often unlike all others.
+    // With a cap or sinks only cell 0 is read: a row that sees only cell 0 must not depend on cell 1.
+    // Return false if no value is large.
     bool find_centre() const {
         const int dk = a.dims.dk;
-        float *   centre = s.tile.k_centre, * other = s.sizes;
+        float *   centre = s.tile.k_centre, * other = s.k_magnitudes;
         read_k(0, centre);
         std::fill_n(centre + dk, a.dims.blocks() * SCALE_DIMS - dk, 0.0f);
-        if (a.n_cells > 1 && !a.absolute()) {
+        if (a.n_cells > 1 && !a.needs_absolute_scores()) {
             read_k(1, other);
             for (int d = 0; d < dk; d++) {
                 const float smaller = fabsf(other[d]) < fabsf(centre[d]) ? other[d] : centre[d];
                 centre[d]           = centre[d] * other[d] > 0.0f ? smaller : 0.0f;
             }
         }
-        std::transform(centre, centre + dk, s.sizes, [](float x) { return fabsf(x); });
-        std::nth_element(s.sizes, s.sizes + dk / 2, s.sizes + dk);
-        const float large = LARGE_K * std::max(s.sizes[dk / 2], MIN_SCALE);
+        std::transform(centre, centre + dk, s.k_magnitudes, [](float x) { return fabsf(x); });
+        std::nth_element(s.k_magnitudes, s.k_magnitudes + dk / 2, s.k_magnitudes + dk);
+        const float large = LARGE_K * std::max(s.k_magnitudes[dk / 2], MIN_SCALE);
         bool        any   = false;
         for (int d = 0; d < dk; d++) {
             const bool is_large = fabsf(centre[d]) > large;
@@ -248,7 +253,7 @@ struct unit {
         return any;
     }
 
-    // Softmax takes no notice of what is added to all scores of a row, a cap and sinks do.
+    // Compute what the centre takes from each row's scores. A softmax ignores such an offset; a cap and sinks do not.
     void find_offsets() const {
         for (int row = 0; row < n_rows; row++) {
             float         sum = 0.0f;
@@ -260,7 +265,7 @@ struct unit {
         }
     }
 
-    kv_tile begin() const {
+    kv_tile prepare() const {
         for (int i = 0; i < n_groups; i++) {
             const float * rows[TILE_ROWS];
             const int     n_here = std::min(TILE_ROWS, n_rows - i * TILE_ROWS);
@@ -273,7 +278,7 @@ struct unit {
         kv_tile tile = s.tile;
         if (!find_centre()) {
             tile.k_centre = nullptr;
-        } else if (a.absolute()) {
+        } else if (a.needs_absolute_scores()) {
             find_offsets();
         }
         return tile;
@@ -282,7 +287,7 @@ struct unit {
     void fill_edge(int cell) const {
         const int n_cells = a.n_cells - cell;
         for (int row = 0; row < n_rows; row += n_rows / a.mask_rows(n)) {
-            uint16_t * edge = s.edge + (size_t) mask_index(row) * TILE_CELLS;
+            uint16_t * edge = s.edge_mask + (size_t) mask_index(row) * TILE_CELLS;
             if (a.mask) {
                 memcpy(edge, mask_row(row) + cell, n_cells * sizeof(uint16_t));
             } else {
@@ -292,7 +297,7 @@ struct unit {
         }
     }
 
-    // false: no row sees any of the tile's cells
+    // Return false if all rows mask all of the tile's cells.
     bool read_mask(int cell) const {
         const bool is_edge = cell + TILE_CELLS > a.n_cells;
         bool       any     = false;
@@ -342,7 +347,6 @@ struct unit {
         }
     }
 
-    // the next chunk's to those so far
     void merge(const partial & to, const partial & from) const {
         for (int i = 0; i < n_groups; i++) {
             merge_groups(a.dims, s.group(a, to, i), s.group(a, from, i));
@@ -356,17 +360,17 @@ struct unit {
             float           sum   = sum_of_row(group.sum + c * MAX_LANES);
             if (a.sinks) {
                 const float sink = ((const float *) a.sinks->data)[head_of(row)] * LOG2_E;
-                sum += (float) WEIGHT_MAX * exp2f(sink - group.top[c]);
+                sum += (float) WEIGHT_MAX * exp2f(sink - group.max_score[c]);
             }
-            const bool   seen = group.top[c] != NO_TOP;
-            const float  factor = (seen ? 1.0f / sum : 0.0f) + nothing_of(q_row(row), a.dims.dk);
+            const bool   seen = group.max_score[c] != NO_SCORE;
+            const float  factor = (seen ? 1.0f / sum : 0.0f) + nan_guard(q_row(row), a.dims.dk);
             const size_t to   = ((size_t) seq * a.n_queries + query_of(row)) * a.n_heads + head_of(row);
             write_row(group.out + (size_t) c * a.dims.dv, a.dims.dv, factor, (float *) a.out->data + to * a.dims.dv);
         }
     }
 
     void compute() const {
-        const kv_tile tile = begin();
+        const kv_tile tile = prepare();
         s.total.clear(a, n_groups);
         attend_chunk(0, tile, s.total);
         for (int chunk = 1; chunk < a.n_chunks(); chunk++) {
@@ -378,7 +382,7 @@ struct unit {
     }
 
     void compute_chunk(int chunk, const partial & to) const {
-        const kv_tile tile = begin();
+        const kv_tile tile = prepare();
         to.clear(a, n_groups);
         attend_chunk(chunk, tile, to);
     }
@@ -386,4 +390,4 @@ struct unit {
 
 } // namespace
 
-} // namespace pop
+} // namespace fast

@@ -1,4 +1,4 @@
-// Products of a few columns by AVX-512 VNNI. A vector has 64 codes of a row, and its sums are of two blocks of 32, or of four halves.
+// Products with few columns by AVX-512 VNNI. A vector holds 64 codes of a row: two blocks of 32 or four halves, each with its scale.
 
 #include "gemm.h"
 
@@ -8,10 +8,10 @@
 #include "quantise-512.h"
 #include "rows-512.h"
 
-namespace pop {
+namespace fast {
 namespace {
 
-// for each lane of the sums of vector i which scale is its own
+// Return, for each lane of vector i's sums, the index of its scale.
 template <bool HALVES> inline __m512i lanes_of(int i) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return HALVES ? _mm512_add_epi32(_mm512_srli_epi32(lane, 2), _mm512_set1_epi32(4 * i))
@@ -26,45 +26,45 @@ template <int TYPE> inline row_codes read_group(const typename type_of<TYPE>::bl
     }
 }
 
-struct by_512 {
+struct avx512_vectors {
     using floats = __m512;
 
     static floats zero() { return _mm512_setzero_ps(); }
     static float  sum_of(const floats (&total)[2]) { return _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1])); }
 
-    // a group of a row times one of N columns, n groups apart
+    // Multiply a group of a row with the groups of N columns, which are n groups apart.
     template <int TYPE, int N>
     static void add(const typename type_of<TYPE>::block * w, const column_group<type_of<TYPE>::fmt.halves> * columns, int n,
             floats (&total)[N][2]) {
         constexpr format f = type_of<TYPE>::fmt;
         const row_codes r = read_group<TYPE>(w);
-        POP_UNROLL
+        FAST_UNROLL
         for (int c = 0; c < N; c++) {
             const column_group<f.halves> & x = columns[c * n];
             floats scales;
             if constexpr (f.halves) {
                 scales      = _mm512_mul_ps(r.scales, _mm512_loadu_ps(x.scales));
                 total[c][0] = _mm512_fmadd_ps(f.mins ? r.mins : r.scales, _mm512_loadu_ps(x.sums), total[c][0]);
-            } else { // the column's eight scales and its eight sums at once
+            } else { // one multiplication for the column's eight scales and its eight sums
                 const floats both = f.mins ? r.scales : _mm512_shuffle_f32x4(r.scales, r.scales, 0x44);
                 scales      = _mm512_mul_ps(both, _mm512_loadu_ps(x.scales));
                 total[c][0] = _mm512_mask_add_ps(total[c][0], 0xff00, total[c][0], scales);
             }
-            POP_UNROLL
+            FAST_UNROLL
             for (int i = 0; i < 4; i++) {
                 const __m512i dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), r.codes[i], _mm512_loadu_si512(x.codes + 64 * i));
-                const floats  each = _mm512_permutexvar_ps(lanes_of<f.halves>(i), scales);
-                total[c][i % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), each, total[c][i % 2]);
+                const floats  lane_scales = _mm512_permutexvar_ps(lanes_of<f.halves>(i), scales);
+                total[c][i % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), lane_scales, total[c][i % 2]);
             }
         }
     }
 
-    // the last n blocks of a row of types that have blocks of 32, fewer than a group
+    // Multiply the last n blocks of a row, for types with blocks of 32: less than a group.
     template <int TYPE>
     static void add_last(const typename type_of<TYPE>::block * w, int n, const column_group<false> & x, floats (&total)[2]) {
         constexpr bool mins = type_of<TYPE>::fmt.mins;
         for (int b = 0; b < n; b += 2) {
-            const int last = std::min(b + 1, n - 1); // counts for nothing where it is not there, since the column is zero
+            const int last = std::min(b + 1, n - 1); // past the end it repeats a block, multiplied with the column's zeros
             const __m512i codes = join(codes_32(w[b]), codes_32(w[last]));
             const __m512i dots  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x.codes + 32 * b));
             const float scales[2] = { scale_of(w[b]), scale_of(w[last]) };
@@ -80,18 +80,18 @@ struct by_512 {
 
 const gemm * gemv_512(int type) {
     switch (type) {
-#define POP_CASE(TYPE) case TYPE: return kernel_for_few<by_512, TYPE, quantise>();
-        POP_EACH_TYPE(POP_CASE)
-#undef POP_CASE
+#define FAST_CASE(TYPE) case TYPE: return gemv_kernel<avx512_vectors, TYPE, quantise>();
+        FAST_FOR_EACH_TYPE(FAST_CASE)
+#undef FAST_CASE
     }
     return nullptr;
 }
 
-} // namespace pop
+} // namespace fast
 
 #else
 
-const pop::gemm * pop::gemv_512(int) {
+const fast::gemm * fast::gemv_512(int) {
     return nullptr;
 }
 

@@ -1,4 +1,4 @@
-// Weights to panels, AVX-512.
+// Unpacking of weights to panels by AVX-512. The panel's layout is in panel-512.h.
 
 #pragma once
 
@@ -8,41 +8,41 @@
 
 #include <algorithm>
 
-namespace pop {
+namespace fast {
 
-// for bytes that are read soon: rows are too far apart for the processor to foresee it
-static inline void fetch(const char * p, size_t n) {
+// Prefetch n bytes. Rows are too far apart for the hardware prefetcher.
+static inline void prefetch(const char * p, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
         _mm_prefetch(p + i, _MM_HINT_T0);
     }
 }
 
-// up to eight blocks of 32, those behind them zero
+// Read n (up to eight) blocks of 32 values, padded with zeros.
 template <typename B> static inline row_codes read(const B * x, int n) {
     if (n == 8) {
         return read_8(x);
     }
-    B some[8] = {};
-    memcpy(some, x, n * sizeof(B));
-    return read_8(some);
+    B padded[8] = {};
+    memcpy(padded, x, n * sizeof(B));
+    return read_8(padded);
 }
 
-// up to eight blocks of up to 16 rows, each by itself in memory
+// Unpack n (up to eight) blocks of up to 16 rows.
 template <int TYPE> static void unpack_rows(const char * weights, size_t stride, int n_rows, int block, int n, panel_half<TYPE> to) {
     using type = type_of<TYPE>;
     constexpr format f = type::fmt;
     __m512i codes[4][16], scales[16], mins[16];
     for (int j = 0; j < 16; j++) {
-        // rows that are not there repeat the last one, and are not stored
+        // Missing rows repeat the last one. Their results are masked.
         const auto * x = (const typename type::block *) (weights + std::min(j, n_rows - 1) * stride) + block * 32 / type::n_values;
-        fetch((const char *) x + PANEL_ROWS * stride, sizeof(*x) * 256 / type::n_values);
+        prefetch((const char *) x + PANEL_ROWS * stride, sizeof(*x) * 256 / type::n_values);
         row_codes r;
         if constexpr (type::n_values == 256) {
             r = read(*x);
         } else {
             r = read(x, n);
         }
-        POP_UNROLL
+        FAST_UNROLL
         for (int i = 0; i < 4; i++) {
             codes[i][j] = r.codes[i];
         }
@@ -54,9 +54,9 @@ template <int TYPE> static void unpack_rows(const char * weights, size_t stride,
     for (int i = 0; 2 * i < n; i++) {
         transpose_16(codes[i]);
         for (int g = 0; g < 8; g++) {
-            to.put_codes(2 * i, g, codes[i][g]);
+            to.store_codes(2 * i, g, codes[i][g]);
             if (2 * i + 1 < n) {
-                to.put_codes(2 * i + 1, g, codes[i][8 + g]);
+                to.store_codes(2 * i + 1, g, codes[i][8 + g]);
             }
         }
     }
@@ -66,22 +66,22 @@ template <int TYPE> static void unpack_rows(const char * weights, size_t stride,
     }
     for (int i = 0; i < n; i++) {
         if constexpr (f.halves) {
-            to.put_set(i, 0, _mm512_castsi512_ps(scales[2 * i]));
-            to.put_set(i, 1, _mm512_castsi512_ps(scales[2 * i + 1]));
+            to.store_set(i, 0, _mm512_castsi512_ps(scales[2 * i]));
+            to.store_set(i, 1, _mm512_castsi512_ps(scales[2 * i + 1]));
             if constexpr (f.mins) {
-                to.put_set(i, 2, _mm512_castsi512_ps(mins[2 * i]));
-                to.put_set(i, 3, _mm512_castsi512_ps(mins[2 * i + 1]));
+                to.store_set(i, 2, _mm512_castsi512_ps(mins[2 * i]));
+                to.store_set(i, 3, _mm512_castsi512_ps(mins[2 * i + 1]));
             }
         } else {
-            to.put_set(i, 0, _mm512_castsi512_ps(scales[i]));
+            to.store_set(i, 0, _mm512_castsi512_ps(scales[i]));
             if constexpr (f.mins) {
-                to.put_set(i, 1, _mm512_castsi512_ps(scales[8 + i]));
+                to.store_set(i, 1, _mm512_castsi512_ps(scales[8 + i]));
             }
         }
     }
 }
 
-// n blocks of 32 from a block on, itself a multiple of 8, of up to 32 rows
+// Unpack n blocks of up to 32 rows, starting at `block`, a multiple of 8.
 template <int TYPE> static void unpack(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * panel) {
     constexpr int bytes = panel_block(type_of<TYPE>::fmt);
     for (int i = 0; i < n; i += 8) {
@@ -91,4 +91,4 @@ template <int TYPE> static void unpack(const char * weights, size_t stride, int 
     }
 }
 
-} // namespace pop
+} // namespace fast

@@ -1,4 +1,4 @@
-// Activations in eight bits with a scale for each 32, AVX-512.
+// Quantization of activations to 8 bits with one scale per 32 values, by AVX-512.
 
 #pragma once
 
@@ -6,10 +6,10 @@
 
 #include <cstdint>
 
-namespace pop {
+namespace fast {
 
-// of the absolute values of 32: compared as integers, so that NaN is the greatest
-static inline float greatest(__m512 x0, __m512 x1) {
+// Return the largest magnitude of 32 values. Compared as integers, NaN is the largest, so it survives.
+static inline float max_abs(__m512 x0, __m512 x1) {
     const __m512i sign = _mm512_set1_epi32(0x7fffffff);
     const __m512i a = _mm512_and_si512(_mm512_castps_si512(x0), sign), b = _mm512_and_si512(_mm512_castps_si512(x1), sign);
     const __m512i x = _mm512_max_epi32(a, b);
@@ -21,14 +21,14 @@ static inline float greatest(__m512 x0, __m512 x1) {
 
 struct quantised {
     float   scale;
-    int32_t sums[2]; // of the codes of the first 16, and of the others
+    int32_t sums[2]; // sums of the first 16 codes and the last 16
 };
 
-// 32 values; their codes go to `codes`
+// Quantize 32 values and write their codes.
 static inline quantised quantise(const float * x, int8_t * codes) {
     const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16);
-    const float top = greatest(x0, x1);
-    const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? 127.0f / top : 0.0f);
+    const float max = max_abs(x0, x1);
+    const __m512 inverse = _mm512_set1_ps(max > 1e-30f ? 127.0f / max : 0.0f);
     const __m128i q0 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x0, inverse)));
     const __m128i q1 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x1, inverse)));
     _mm_storeu_si128((__m128i *) codes, q0);
@@ -37,7 +37,7 @@ static inline quantised quantise(const float * x, int8_t * codes) {
     const __m128i one = _mm_set1_epi8(1), zero = _mm_setzero_si128();
     __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(zero, one, q0), _mm_dpbusd_epi32(zero, one, q1));
     sums = _mm_hadd_epi32(sums, sums);
-    return { top / 127.0f, { _mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 1) } };
+    return { max / 127.0f, { _mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 1) } };
 }
 
-} // namespace pop
+} // namespace fast

@@ -1,4 +1,4 @@
-// Activations in eight bits with a scale for each 32, AVX2.
+// Quantization of activations to 8 bits with one scale per 32 values, by AVX2.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-namespace pop {
+namespace fast {
 namespace {
 
 inline float max_of(__m256i x) {
@@ -17,12 +17,12 @@ inline float max_of(__m256i x) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
 }
 
-// 32 values as 16-bit integers, the first 16 in q[0]; returns their scale
+// Round 32 values to 16-bit integers, the first 16 in q[0], and return their scale.
 inline float quantise_to_16_bits(const float * x, __m256i (&q)[2]) {
     const __m256i sign = _mm256_set1_epi32(0x7fffffff);
     __m256  v[4];
-    __m256i m = _mm256_setzero_si256(); // of absolute values as integers, so that NaN is the greatest
-    POP_UNROLL
+    __m256i m = _mm256_setzero_si256(); // magnitudes compared as integers: NaN is the largest, so it survives
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         v[i] = _mm256_loadu_ps(x + 8 * i);
         m    = _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v[i]), sign));
@@ -30,7 +30,7 @@ inline float quantise_to_16_bits(const float * x, __m256i (&q)[2]) {
     const float  max   = max_of(m);
     const __m256 scale = _mm256_set1_ps(max > 1e-30f ? 127.0f / max : 0.0f);
     __m256i n[4];
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], scale));
     }
@@ -43,7 +43,7 @@ inline __m256i bytes_of(const __m256i (&q)[2]) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xd8);
 }
 
-// sums of the first and the second 16 of bytes: each of the even pairs (low 16 bits) and the odd pairs
+// Sum the first 16 bytes and the last 16. Each sum has two parts: even pairs in the low 16 bits, odd pairs in the high 16 bits.
 inline void pair_sums(__m256i bytes, int (&sums)[2]) {
     __m256i s = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
     s = _mm256_add_epi16(s, _mm256_shuffle_epi32(s, 0x4e));
@@ -57,10 +57,10 @@ inline int high_half(int x) { return (int16_t) ((unsigned) x >> 16); }
 
 struct quantised {
     float scale;
-    int   sums[2]; // of the codes of the first 16, and of the others
+    int   sums[2]; // sums of the first 16 codes and the last 16
 };
 
-// 32 values; their codes go to `codes`
+// Quantize 32 values and write their codes.
 inline quantised quantise(const float * x, int8_t * codes) {
     __m256i q[2];
     quantised r = { quantise_to_16_bits(x, q), {} };
@@ -73,4 +73,4 @@ inline quantised quantise(const float * x, int8_t * codes) {
 }
 
 } // namespace
-} // namespace pop
+} // namespace fast

@@ -1,4 +1,4 @@
-// Codes and scales of rows as GGUF files have them, AVX-512.
+// Decoding of codes and scales from GGUF blocks by AVX-512.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-namespace pop {
+namespace fast {
 
 static inline float from_half(ggml_half h) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
@@ -30,7 +30,7 @@ static inline __m512 floats_of_bytes(uint64_t low, uint64_t high) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long) high, (long long) low)));
 }
 
-// eight scales and eight mins of six bits from 12 bytes
+// Split 12 bytes into eight scales and eight mins of six bits.
 static inline void split_k4(const uint8_t * p, uint64_t & scales, uint64_t & mins) {
     uint32_t x[3];
     memcpy(x, p, 12);
@@ -39,19 +39,19 @@ static inline void split_k4(const uint8_t * p, uint64_t & scales, uint64_t & min
     mins   = (x[1] & six) | (uint64_t) (((x[2] >> 4) & four) | ((x[1] >> 2) & two)) << 32;
 }
 
-// 256 codes of a row. scales: 8 and 8 mins, or 16 where there is one for each half; mins: 16, likewise
+// 256 codes of a row.
 struct row_codes {
     __m512i codes[4];
-    __m512  scales;
-    __m512  mins;
+    __m512  scales; // 8 scales and 8 mins; for types with two scales per 32 values: 16 scales
+    __m512  mins;   // 16 mins, only for types with two mins per 32 values
 };
 
-// the low nibbles of 32 bytes, then the high ones
+// Return the low nibbles of 32 bytes, then the high ones.
 static inline __m512i nibbles(__m256i x) {
     return _mm512_and_si512(join(x, _mm256_srli_epi16(x, 4)), _mm512_set1_epi8(15));
 }
 
-// the low nibbles of 16 bytes, then the high ones
+// Return the low nibbles of 16 bytes, then the high ones.
 static inline __m256i nibbles_16(const uint8_t * p) {
     const __m128i x = _mm_loadu_si128((const __m128i *) p);
     return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1), _mm256_set1_epi8(15));
@@ -66,7 +66,7 @@ template <typename B> static inline __m512 scales_k4(const B & x) {
 
 static inline row_codes read(const block_q4_K & x) {
     row_codes r;
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         r.codes[i] = nibbles(load_256(x.qs + 32 * i));
     }
@@ -76,8 +76,8 @@ static inline row_codes read(const block_q4_K & x) {
 
 static inline row_codes read(const block_q5_K & x) {
     row_codes r;
-    const __m512i high = join(load_256(x.qh), _mm256_srli_epi16(load_256(x.qh), 1)); // bit 2 i of code 32 i
-    POP_UNROLL
+    const __m512i high = join(load_256(x.qh), _mm256_srli_epi16(load_256(x.qh), 1)); // bit 2 i belongs to vector i of codes
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(high, 2 * i), _mm512_set1_epi8(1));
         r.codes[i] = _mm512_or_si512(nibbles(load_256(x.qs + 32 * i)), _mm512_slli_epi16(bit, 4));
@@ -88,11 +88,11 @@ static inline row_codes read(const block_q5_K & x) {
 
 static inline row_codes read(const block_q6_K & x) {
     row_codes r;
-    POP_UNROLL
+    FAST_UNROLL
     for (int h = 0; h < 2; h++) {
         const __m512i low  = _mm512_loadu_si512(x.ql + 64 * h);
         const __m256i top  = load_256(x.qh + 32 * h);
-        const __m512i tops = join(top, _mm256_srli_epi16(top, 2)); // of codes 0 to 63, four bits further of 64 to 127
+        const __m512i tops = join(top, _mm256_srli_epi16(top, 2)); // low two bits: codes 0 to 63; four bits higher: 64 to 127
         const __m512i four = _mm512_set1_epi8(15), two = _mm512_set1_epi8(3);
         r.codes[2 * h]     = _mm512_or_si512(_mm512_and_si512(low, four), _mm512_slli_epi16(_mm512_and_si512(tops, two), 4));
         r.codes[2 * h + 1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(low, 4), four),
@@ -103,7 +103,7 @@ static inline row_codes read(const block_q6_K & x) {
     return r;
 }
 
-// pairs of bits of 32 bytes: 128 codes
+// Split 32 bytes into 128 codes of two bits.
 static inline void read_pairs(const uint8_t * p, __m512i codes[2]) {
     const __m512i x = join(load_256(p), _mm256_srli_epi16(load_256(p), 2));
     codes[0] = _mm512_and_si512(x, _mm512_set1_epi8(3));
@@ -128,7 +128,7 @@ static inline row_codes read(const block_q3_K & x) {
     read_pairs(x.qs, r.codes);
     read_pairs(x.qs + 32, r.codes + 2);
     const __m512i high = join(load_256(x.hmask), _mm256_srli_epi16(load_256(x.hmask), 1));
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(high, 2 * i), _mm512_set1_epi8(1));
         r.codes[i] = _mm512_or_si512(r.codes[i], _mm512_slli_epi16(bit, 2));
@@ -145,7 +145,7 @@ static inline row_codes read(const block_q3_K & x) {
 
 static inline row_codes read(const block_iq4_xs & x) {
     row_codes r;
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         r.codes[i] = look_up(iq4_codes, join(nibbles_16(x.qs + 32 * i), nibbles_16(x.qs + 32 * i + 16)));
     }
@@ -179,7 +179,7 @@ static inline __m256i codes_32(const block_mxfp4 & x) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) mxfp4_codes)), nibbles_16(x.qs));
 }
 
-// 2^(e - 128), the scales of values that are doubled
+// Return 2^(e - 128): MXFP4's scales, halved since its code values are doubled. Below e = 2 the result is subnormal.
 static inline __m256 eight_powers(uint64_t exponents) {
     const __m256i e     = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) exponents));
     const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
@@ -194,30 +194,30 @@ template <typename B> static inline float min_of(const B &) { return 0.0f; }
 static inline float min_of(const block_q4_1 & x) { return from_half(x.m); }
 static inline float min_of(const block_q5_1 & x) { return from_half(x.m); }
 
-// a number of each of eight blocks
+// Convert half(0) to half(7) to floats.
 template <typename F> static inline __m256 eight_halves(F half) {
     return _mm256_cvtph_ps(_mm_setr_epi16((short) half(0), (short) half(1), (short) half(2), (short) half(3),
         (short) half(4), (short) half(5), (short) half(6), (short) half(7)));
 }
 
-// the scales of eight blocks, and their mins
+// Return the scales of eight blocks, then their mins if the type has them.
 template <typename B> static inline __m512 scales_of(const B * x) {
     return _mm512_insertf32x8(_mm512_setzero_ps(), eight_halves([x](int i) { return x[i].d; }), 0);
 }
 
 static inline __m512 scales_of(const block_mxfp4 * x) {
     uint64_t e = 0;
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i++) {
         e |= (uint64_t) x[i].e << 8 * i;
     }
     return _mm512_insertf32x8(_mm512_setzero_ps(), eight_powers(e), 0);
 }
 
-// each scale has its min behind it
+// The same for blocks that start with a scale and a min.
 template <typename B> static inline __m512 pairs_of(const B * x) {
     int32_t pair[8];
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i++) {
         memcpy(&pair[i], &x[i], 4);
     }
@@ -229,10 +229,10 @@ template <typename B> static inline __m512 pairs_of(const B * x) {
 static inline __m512 scales_of(const block_q4_1 * x) { return pairs_of(x); }
 static inline __m512 scales_of(const block_q5_1 * x) { return pairs_of(x); }
 
-// eight blocks of 32
+// Read eight blocks of 32 values.
 template <typename B> static inline row_codes read_8(const B * x) {
     row_codes r;
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         r.codes[i] = join(codes_32(x[2 * i]), codes_32(x[2 * i + 1]));
     }
@@ -240,4 +240,4 @@ template <typename B> static inline row_codes read_8(const B * x) {
     return r;
 }
 
-} // namespace pop
+} // namespace fast

@@ -1,11 +1,25 @@
 // Products by AMX: weights and activations as bf16, sums in f32 over all of K.
 //
-// Rounding to eight bits of mantissa loses a quarter of what activations of eight bits with a scale for each 32 lose, and
-// without scales nothing has to be done between two products: the tiles are four times as fast as AVX-512 VNNI.
+// bf16's 8-bit mantissa has a quarter of the rounding error of 8-bit activations with one scale per 32 values. Without scales, no work is
+// left between two tile products, so the tiles are four times as fast as AVX-512 VNNI.
+//
+// One block (32 values along K) of a column tile, and of the weight tile of 16 rows; both are 16 x 64 bytes of bf16:
+//
+//   [c0:  k0 k1 ... k31]          k0,k1:    [r0: k0 k1  ][r1: k0 k1  ] ... [r15: k0 k1  ]
+//   [c1:  k0 k1 ... k31]          k2,k3:    [r0: k2 k3  ][r1: k2 k3  ] ... [r15: k2 k3  ]
+//   ...                           ...
+//   [c15: k0 k1 ... k31]          k30,k31:  [r0: k30 k31][r1: k30 k31] ... [r15: k30 k31]
+//
+// A panel is 32 rows, thus two weight tiles per block. A register tile is 32 rows x 32 columns in the eight tile registers:
+//
+//                                 rows 0-15    rows 16-31
+//                                  (tmm6)        (tmm7)       weights
+//     columns 0-15   (tmm4)         tmm0          tmm1        f32 sums
+//     columns 16-31  (tmm5)         tmm2          tmm3
 
 #include "gemm.h"
 
-#if defined(__AMXTILE__) && !defined(__AMX_TILE__) // of older versions of Clang
+#if defined(__AMXTILE__) && !defined(__AMX_TILE__) // older versions of Clang
 #    define __AMX_TILE__
 #endif
 
@@ -18,21 +32,30 @@
 
 #include <atomic>
 
-// the wheels' variant for such processors is compiled without the flag; all that have AMX have its bf16
-#define POP_AMX __attribute__((target("amx-tile,amx-bf16")))
+// The wheels' variant for these processors is compiled without -mamx-bf16. Every processor with AMX has it.
+#define FAST_AMX __attribute__((target("amx-tile,amx-bf16")))
 
-namespace pop {
+namespace fast {
 
-constexpr int COLS   = 16;        // of a tile
-constexpr int STEP   = 48;        // blocks that are unpacked at once
-constexpr int UNPACK = 8;         // of these, so that their codes stay in the nearest cache
-constexpr int PANELS = 8;         // that meet two tiles of columns, and stay with them in the second cache
-constexpr int TILE   = COLS * 64; // bytes: 16 rows of 32 bf16, or 16 pairs along K of 16 rows
+constexpr int COLS = 16;        // columns of a tile
+constexpr int TILE = COLS * 64; // bytes of a block
+
+// Measured together (docs/notebook/kernels-speed.md, "Packed once"). With 8 panels the column tiles are read half as often as with 4 panels
+// and steps of 64 blocks, which was slower. 12 or 16 panels and steps of 16, 24, 32 or 96 blocks gained nothing.
+constexpr int SHARE_PANELS = 8;
+constexpr int STEP_BLOCKS  = 48;
+
+constexpr int UNPACK_BLOCKS = 8; // 8 KiB of codes: they stay in the L1 cache between unpack() and expand()
+constexpr int PACK_BLOCKS   = 8; // 8 KiB of a column tile: it stays in the L1 cache until all 16 columns are packed
+
+// With fewer columns the next kernels are faster: 44.6 ns for 24 columns by AVX-512 VNNI, 43.7 ns by AMX, 33.2 and 42.8 ns for 12
+// (docs/notebook/kernels-experts-and-decoding.md). BF16 has no such kernels, and upstream's are slower from 9 columns on.
+constexpr int MIN_COLS      = 24;
+constexpr int MIN_COLS_BF16 = 9;
 
 static void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
-    constexpr int part = 8; // blocks of a tile, which stay in the nearest cache until all columns are there
-    for (int first = 0; first < n_blocks; first += part) {
-        const int end = std::min(first + part, n_blocks);
+    for (int first = 0; first < n_blocks; first += PACK_BLOCKS) {
+        const int end = std::min(first + PACK_BLOCKS, n_blocks);
         for (int c = 0; c < COLS; c++) {
             for (int b = first; b < end; b++) {
                 __m512i x = _mm512_setzero_si512();
@@ -45,7 +68,7 @@ static void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile
     }
 }
 
-// two f32 of each of 16 rows to pairs of bf16
+// Round two f32 of each of 16 rows to pairs of bf16.
 static inline __m512i pairs_of(__m512 first, __m512 second) {
     const __m512i half = _mm512_set1_epi32(0x8000);
     const __m512i low  = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(first), half), 16);
@@ -53,7 +76,7 @@ static inline __m512i pairs_of(__m512 first, __m512 second) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
 }
 
-// a panel's blocks of codes and scales to tiles of values: for each block, of the first 16 rows and of the others
+// Convert n blocks of a panel's codes and scales to weight tiles: per block one of the first 16 rows and one of the last 16.
 template <int TYPE> static void expand(const uint8_t * panel, int n, uint8_t * out) {
     constexpr format f = type_of<TYPE>::fmt;
     constexpr int parts = f.halves ? 2 : 1;
@@ -61,7 +84,7 @@ template <int TYPE> static void expand(const uint8_t * panel, int n, uint8_t * o
     for (int b = 0; b < n; b++, panel += panel_block(f)) {
         const float * sets = (const float *) (panel + PANEL_CODES);
         for (int r = 0; r < 2; r++, out += TILE) {
-            POP_UNROLL
+            FAST_UNROLL
             for (int g = 0; g < 8; g++) {
                 const int h = f.halves ? g / 4 : 0;
                 const __m512 scale = _mm512_load_ps(sets + h * PANEL_ROWS + r * 16);
@@ -78,9 +101,9 @@ template <int TYPE> static void expand(const uint8_t * panel, int n, uint8_t * o
     }
 }
 
-// weights to tiles of values as above, n blocks of up to 32 rows
+// Convert n blocks of up to 32 rows of weights to weight tiles.
 template <int TYPE>
-static void values_of(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * codes, uint8_t * out) {
+static void unpack_values(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * codes, uint8_t * out) {
     if constexpr (TYPE != GGML_TYPE_BF16) {
         unpack<TYPE>(weights, stride, n_rows, block, n, codes);
         expand<TYPE>(codes, n, out);
@@ -100,16 +123,16 @@ static void values_of(const char * weights, size_t stride, int n_rows, int block
     }
 }
 
-// where the results of a panel go
+// The place of a panel's results.
 struct results {
     const gemm_share & share;
-    size_t             apart;     // bytes from column to column, 0: they differ
-    int                first_row; // of the share
+    size_t             column_stride; // bytes from column to column; 0: not constant
+    int                first_row;     // within the share
 
     float * at(int col, int half) const { return share.out[col] + share.row + first_row + 16 * half; }
 
-    // a tile's sums can be loaded and stored as they are
-    bool whole(int n_cols) const { return apart && n_cols % COLS == 0 && share.n_rows - first_row >= PANEL_ROWS; }
+    // Return whether tile registers can be loaded from and stored to the result directly.
+    bool is_full_tile(int n_cols) const { return column_stride && n_cols % COLS == 0 && share.n_rows - first_row >= PANEL_ROWS; }
 
     __mmask16 rows(int half) const {
         const int n = share.n_rows - first_row - 16 * half;
@@ -117,7 +140,7 @@ struct results {
     }
 };
 
-// 16 columns times 16 rows of sums, some of which may not be there
+// A buffer for 16 columns times 16 rows of sums at the edges of the result.
 struct tile_sums {
     alignas(64) float values[COLS][16];
 
@@ -134,11 +157,11 @@ struct tile_sums {
     }
 };
 
-// one or two tiles of columns, `apart` bytes from each other, times 32 rows; the sums over earlier blocks are where the results go
+// Multiply one or two tiles of columns, `next_tile` bytes apart, with 32 rows. Sums over earlier blocks are in the result and are added to.
 template <bool TWO>
-POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, size_t apart, int n, bool first, const results & r,
+FAST_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, size_t next_tile, int n, bool first, const results & r,
         int col) {
-    const bool whole = r.whole(std::min(r.share.n_cols - col, (TWO ? 2 : 1) * COLS));
+    const bool whole = r.is_full_tile(std::min(r.share.n_cols - col, (TWO ? 2 : 1) * COLS));
     tile_sums sums[4];
     float * at[4];
     for (int i = 0; i < (TWO ? 4 : 2); i++) {
@@ -147,8 +170,8 @@ POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, 
             sums[i].read(r, col + i / 2 * COLS, i % 2);
         }
     }
-    const size_t stride = whole ? r.apart : sizeof(sums[0].values[0]);
-    std::atomic_signal_fence(std::memory_order_seq_cst); // GCC does not know that tiles are loaded from memory
+    const size_t stride = whole ? r.column_stride : sizeof(sums[0].values[0]);
+    std::atomic_signal_fence(std::memory_order_seq_cst); // GCC's builtins do not declare that tile loads read memory
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -169,7 +192,7 @@ POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, 
         _tile_loadd(7, pairs + TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
         if (TWO) {
-            _tile_loadd(5, tile + apart, 64);
+            _tile_loadd(5, tile + next_tile, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -185,8 +208,8 @@ POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, 
     }
 }
 
-// bytes from each column of the result to the next, 0: they differ
-static size_t distance(const gemm_share & s) {
+// Return the bytes from each column of the result to the next, or 0 if they are not constant.
+static size_t common_column_stride(const gemm_share & s) {
     const ptrdiff_t d = s.n_cols > 1 ? s.out[1] - s.out[0] : 0;
     for (int c = 1; c + 1 < s.n_cols; c++) {
         if (s.out[c + 1] - s.out[c] != d) {
@@ -202,27 +225,27 @@ struct alignas(64) tile_config {
     uint8_t  n_rows[16];
 };
 
-template <int TYPE> POP_AMX static void multiply(const gemm_share & s) {
+template <int TYPE> FAST_AMX static void multiply(const gemm_share & s) {
     static const tile_config whole = { 1, 0, {}, { 64, 64, 64, 64, 64, 64, 64, 64 }, { 16, 16, 16, 16, 16, 16, 16, 16 } };
     _tile_loadconfig(&whole);
 
-    constexpr int panel_bytes = STEP * 2 * TILE;
-    uint8_t * codes = s.scratch + (size_t) PANELS * panel_bytes;
-    const size_t between = distance(s);
-    for (int b = 0; b < s.n_blocks; b += STEP) {
-        const int n = std::min(STEP, s.n_blocks - b);
+    constexpr int panel_bytes = STEP_BLOCKS * 2 * TILE;
+    uint8_t * codes = s.scratch + (size_t) SHARE_PANELS * panel_bytes;
+    const size_t column_stride = common_column_stride(s);
+    for (int b = 0; b < s.n_blocks; b += STEP_BLOCKS) {
+        const int n = std::min(STEP_BLOCKS, s.n_blocks - b);
         for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
-            for (int i = 0; i < n; i += UNPACK) {
+            for (int i = 0; i < n; i += UNPACK_BLOCKS) {
                 const int n_rows = std::min(PANEL_ROWS, s.n_rows - r);
-                values_of<TYPE>(s.weights + r * s.stride, s.stride, n_rows, b + i, std::min(UNPACK, n - i), codes,
+                unpack_values<TYPE>(s.weights + r * s.stride, s.stride, n_rows, b + i, std::min(UNPACK_BLOCKS, n - i), codes,
                     s.scratch + r / PANEL_ROWS * panel_bytes + i * 2 * TILE);
             }
         }
         for (int c = 0; c < s.n_cols; c += 2 * COLS) {
-            const uint8_t * tile = s.tiles + c / COLS * s.tile + (size_t) b * TILE;
+            const uint8_t * tile = s.tiles + c / COLS * s.tile_stride + (size_t) b * TILE;
             const auto run = c + COLS < s.n_cols ? multiply_tiles<true> : multiply_tiles<false>;
             for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
-                run(s.scratch + r / PANEL_ROWS * panel_bytes, tile, s.tile, n, b == 0, { s, between, r }, c);
+                run(s.scratch + r / PANEL_ROWS * panel_bytes, tile, s.tile_stride, n, b == 0, { s, column_stride, r }, c);
             }
         }
     }
@@ -230,36 +253,37 @@ template <int TYPE> POP_AMX static void multiply(const gemm_share & s) {
 }
 
 template <int TYPE> static const gemm * kernel() {
-    constexpr size_t scratch = (size_t) UNPACK * panel_block(type_of<TYPE>::fmt) + STEP * PANELS * 2 * TILE;
-    static const gemm g = { PANELS * PANEL_ROWS, COLS, TYPE == GGML_TYPE_BF16 ? 9 : 24, TILE, scratch, pack, multiply<TYPE> };
+    constexpr size_t scratch = (size_t) UNPACK_BLOCKS * panel_block(type_of<TYPE>::fmt) + STEP_BLOCKS * SHARE_PANELS * 2 * TILE;
+    constexpr int min_cols = TYPE == GGML_TYPE_BF16 ? MIN_COLS_BF16 : MIN_COLS;
+    static const gemm g = { SHARE_PANELS * PANEL_ROWS, COLS, min_cols, TILE, scratch, pack, multiply<TYPE> };
     return &g;
 }
 
-// Linux lends a process the tiles' registers when it asks
-static bool may_use_tiles() {
+// Linux grants the tile registers to a process on request.
+static bool request_tiles() {
     const long request = 0x1023, tiles = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool may = syscall(SYS_arch_prctl, request, tiles) == 0;
     return may;
 }
 
 const gemm * gemm_amx(int type) {
-    if (!may_use_tiles()) {
+    if (!request_tiles()) {
         return nullptr;
     }
     switch (type) {
-#define POP_CASE(TYPE) case TYPE: return kernel<TYPE>();
-        POP_EACH_TYPE(POP_CASE)
-        POP_CASE(GGML_TYPE_BF16)
-#undef POP_CASE
+#define FAST_CASE(TYPE) case TYPE: return kernel<TYPE>();
+        FAST_FOR_EACH_TYPE(FAST_CASE)
+        FAST_CASE(GGML_TYPE_BF16)
+#undef FAST_CASE
     }
     return nullptr;
 }
 
-} // namespace pop
+} // namespace fast
 
 #else
 
-const pop::gemm * pop::gemm_amx(int) {
+const fast::gemm * fast::gemm_amx(int) {
     return nullptr;
 }
 

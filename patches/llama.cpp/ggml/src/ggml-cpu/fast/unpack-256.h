@@ -1,4 +1,16 @@
-// Weights to panels, with 256-bit vectors: codes of 8 bits, scales and mins of 32 bits, eight rows in a vector.
+// Unpacking of weights to panels with 256-bit vectors: eight rows per vector.
+//
+// One block (32 values k0 to k31 of each row) of a panel:
+//
+//            row 0          row 1              row 7        | row 8     ...    row 15
+//   step 0   [k0 k1 k2 k3 ][k0 k1 k2 k3 ] ... [k0 .. k3 ]   | [k0 .. k3 ] ... [k0 .. k3 ]     2 vectors of u8
+//   ...
+//   step 7   [k28 .. k31  ] ...                             |
+//   scale    [f32]         [f32]          ... [f32]         | [f32]       ... [f32]           2 vectors of f32
+//   (scale of the second half, min, min of the second half: as the type has them)
+//            |<--------------- 32 bytes ----------------->|
+//
+// WIDE panels have 16 steps of two 16-bit codes each.
 
 #pragma once
 
@@ -9,7 +21,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace pop {
+namespace fast {
 namespace {
 
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
@@ -18,27 +30,26 @@ constexpr bool VNNI = true;
 constexpr bool VNNI = false;
 #endif
 
-constexpr int VECTORS = 2; // of a panel: 8 rows each
+constexpr int VECTORS = 2; // vectors of 8 rows per panel
 constexpr int ROWS    = 8 * VECTORS;
 
-// How a panel of a type and the tiles for it are laid out.
-// A tile brings start values where SHIFT is subtracted from the codes, and sums of activations for mins.
+// The layout of a type's panel and of the column tiles for it. SHIFT is the part of the bias that the integer sums subtract.
 template <bool WIDE_, int SHIFT_, bool MINS_, bool HALVES_> struct panel_of {
-    static constexpr bool WIDE   = WIDE_; // weights and activations of 16 bits
+    static constexpr bool WIDE   = WIDE_; // 16-bit weights and activations
     static constexpr int  SHIFT  = SHIFT_;
     static constexpr bool MINS   = MINS_;
     static constexpr int  HALVES = HALVES_ ? 2 : 1;
-    static constexpr int  STEPS  = WIDE ? 16 : 8; // of 4 bytes of a row along 32 values
+    static constexpr int  STEPS  = WIDE ? 16 : 8; // steps of 4 bytes per row
     static constexpr int  CODES  = STEPS * VECTORS * 32;
     static constexpr int  SCALES = HALVES * VECTORS * 32;
-    static constexpr int  BYTES  = CODES + (MINS ? 2 : 1) * SCALES; // for 32 along K
+    static constexpr int  BYTES  = CODES + (MINS ? 2 : 1) * SCALES; // per block
 };
 
-// Without VNNI, sums of 16 bits hold 32 products only where a code less its shift is at most 16.
+// Return a type's SHIFT. Without VNNI, a 16-bit sum holds 32 products only if a code minus its shift has a magnitude up to 16.
 template <int TYPE> constexpr int shift_of() {
     constexpr format fmt   = type_of<TYPE>::fmt;
-    constexpr bool   five  = TYPE == GGML_TYPE_Q5_1 || TYPE == GGML_TYPE_Q5_K;
-    return VNNI ? fmt.bias : fmt.bias == 128 ? 0 : five ? 16 : fmt.bias;
+    constexpr bool   is_five_bit = TYPE == GGML_TYPE_Q5_1 || TYPE == GGML_TYPE_Q5_K;
+    return VNNI ? fmt.bias : fmt.bias == 128 ? 0 : is_five_bit ? 16 : fmt.bias;
 }
 
 template <int TYPE, typename T = type_of<TYPE>>
@@ -68,13 +79,13 @@ inline __m256i low_bits(__m256i x, int first, int n) {
     return _mm256_and_si256(_mm256_srli_epi16(x, first), _mm256_set1_epi8((char) ((1 << n) - 1)));
 }
 
-// 16 bytes: the low nibbles, then the high ones
+// Return the low nibbles of 16 bytes, then the high ones.
 inline __m256i nibbles(const uint8_t * qs) {
     const __m128i x = _mm_loadu_si128((const __m128i *) qs);
     return low_bits(_mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1), 0, 4);
 }
 
-// bit i of 32 to bit 4 of byte i
+// Move bit i of 32 to bit 4 of byte i.
 inline __m256i fifth_bits(const uint8_t * qh) {
     const __m256i bytes = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit   = _mm256_set1_epi64x((long long) 0x8040201008040201);
@@ -116,7 +127,7 @@ inline __m256i codes(const block_q6_K & x, int j) {
     return _mm256_or_si256(low_bits(low, j % 4 / 2 * 4, 4), _mm256_slli_epi16(high, 4));
 }
 
-// scales and mins of 256 values of a row, in order, each 8 a vector
+// scales and mins of 256 values of a row, 8 per vector
 
 struct row_scales {
     __m256 scale[2], min[2];
@@ -136,7 +147,7 @@ inline uint64_t join(uint32_t low, uint32_t high) {
     return low | (uint64_t) high << 32;
 }
 
-// 12 bytes of Q4_K and Q5_K: 8 scales and 8 mins of 6 bits
+// Split 12 bytes of Q4_K and Q5_K into 8 scales and 8 mins of 6 bits.
 inline void scales_6(const uint8_t * x, uint64_t & scales, uint64_t & mins) {
     const uint32_t a = load_u32(x), b = load_u32(x + 4), c = load_u32(x + 8);
     scales = join(a & 0x3f3f3f3f, (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030));
@@ -195,7 +206,7 @@ template <typename F> __m256 eight_halves(F half) {
                                           (short) half(4), (short) half(5), (short) half(6), (short) half(7)));
 }
 
-// 2^(x - 128), for MXFP4; below 2 a number that is not normal
+// Return 2^(x - 128), for MXFP4. Below x = 2 the result is subnormal.
 inline __m256 eight_powers(uint64_t x) {
     const __m256i e     = _mm256_cvtepu8_epi32(to_vector(x));
     const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
@@ -209,7 +220,7 @@ template <typename B> __m256 scales_of_8(const B * const * x) {
 
 inline __m256 scales_of_8(const block_mxfp4 * const * x) {
     uint64_t e = 0;
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i++) {
         e |= (uint64_t) x[i]->e << 8 * i;
     }
@@ -220,78 +231,78 @@ template <typename B> __m256 mins_of_8(const B * const * x) {
     return eight_halves([x](int i) { return x[i]->m; });
 }
 
-// to the panel
+// storing to the panel
 
-// lane j of vector i to lane i of vector j
+// Transpose 8 vectors of 8 dwords: lane j of vector i becomes lane i of vector j.
 inline void transpose(__m256i (&v)[8]) {
     __m256i a[8], b[8];
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i += 2) {
         a[i]     = _mm256_unpacklo_epi32(v[i], v[i + 1]);
         a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
     }
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i += 4) {
         b[i]     = _mm256_unpacklo_epi64(a[i],     a[i + 2]);
         b[i + 1] = _mm256_unpackhi_epi64(a[i],     a[i + 2]);
         b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
         b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
     }
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 4; i++) {
         v[i]     = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
         v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
     }
 }
 
-// 4 codes along K of eight rows
-template <typename P> void put_codes(uint8_t * panel, int vector, int k4, __m256i v) {
+// Store 4 codes along K of eight rows.
+template <typename P> void store_codes(uint8_t * panel, int vector, int k4, __m256i v) {
     __m256i * out = (__m256i *) panel + vector;
     if (!P::WIDE) {
         _mm256_store_si256(out + k4 * VECTORS, v);
         return;
     }
-    const char    none   = (char) 128;
+    const char    zero_byte   = (char) 128;
     const __m256i first  = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, none, 1, none, 4, none, 5, none, 8, none, 9, none, 12, none, 13, none));
+        _mm_setr_epi8(0, zero_byte, 1, zero_byte, 4, zero_byte, 5, zero_byte, 8, zero_byte, 9, zero_byte, 12, zero_byte, 13, zero_byte));
     const __m256i second = _mm256_add_epi8(first, _mm256_set1_epi16(2));
     const __m256i bias   = _mm256_set1_epi16(128);
     _mm256_store_si256(out + (2 * k4 + 0) * VECTORS, _mm256_sub_epi16(_mm256_shuffle_epi8(v, first), bias));
     _mm256_store_si256(out + (2 * k4 + 1) * VECTORS, _mm256_sub_epi16(_mm256_shuffle_epi8(v, second), bias));
 }
 
-template <typename P> void put_scales(uint8_t * panel, int vector, int half, __m256 scale) {
+template <typename P> void store_scales(uint8_t * panel, int vector, int half, __m256 scale) {
     _mm256_store_ps((float *) (panel + P::CODES) + (half * VECTORS + vector) * 8, scale);
 }
 
-template <typename P> void put_mins(uint8_t * panel, int vector, int half, __m256 scale, __m256 min) {
+template <typename P> void store_mins(uint8_t * panel, int vector, int half, __m256 scale, __m256 min) {
     if (P::SHIFT) {
         min = _mm256_fmadd_ps(scale, _mm256_set1_ps(P::SHIFT), min);
     }
     _mm256_store_ps((float *) (panel + P::CODES + P::SCALES) + (half * VECTORS + vector) * 8, min);
 }
 
-template <typename P, typename B> void put_row_codes(uint8_t * panel, int vector, const B * const * x, int j) {
+template <typename P, typename B> void store_row_codes(uint8_t * panel, int vector, const B * const * x, int j) {
     __m256i v[8];
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i++) {
         v[i] = codes(*x[i], j);
     }
     transpose(v);
-    POP_UNROLL
+    FAST_UNROLL
     for (int k4 = 0; k4 < 8; k4++) {
-        put_codes<P>(panel, vector, k4, v[k4]);
+        store_codes<P>(panel, vector, k4, v[k4]);
     }
 }
 
-template <typename P, typename B> void put_row_scales(uint8_t * panel, int vector, const B * const * x) {
+template <typename P, typename B> void store_row_scales(uint8_t * panel, int vector, const B * const * x) {
     row_scales s[8];
     for (int i = 0; i < 8; i++) {
         s[i] = scales_of(*x[i]);
     }
     for (int part = 0; part < P::HALVES; part++) {
         __m256i scale[8], min[8];
-        POP_UNROLL
+        FAST_UNROLL
         for (int i = 0; i < 8; i++) {
             scale[i] = _mm256_castps_si256(s[i].scale[part]);
             min[i]   = _mm256_castps_si256(s[i].min[part]);
@@ -300,38 +311,38 @@ template <typename P, typename B> void put_row_scales(uint8_t * panel, int vecto
         if (P::MINS) {
             transpose(min);
         }
-        POP_UNROLL
+        FAST_UNROLL
         for (int i = 0; i < 8; i++) {
             const int at   = 8 * part + i;
             const int half = at % P::HALVES;
             uint8_t * to   = panel + at / P::HALVES * P::BYTES;
-            put_scales<P>(to, vector, half, _mm256_castsi256_ps(scale[i]));
+            store_scales<P>(to, vector, half, _mm256_castsi256_ps(scale[i]));
             if (P::MINS) {
-                put_mins<P>(to, vector, half, _mm256_castsi256_ps(scale[i]), _mm256_castsi256_ps(min[i]));
+                store_mins<P>(to, vector, half, _mm256_castsi256_ps(scale[i]), _mm256_castsi256_ps(min[i]));
             }
         }
     }
 }
 
-// one block of each of eight rows, which begin at x
+// Unpack one block of each of eight rows.
 template <int TYPE, typename P>
 void unpack_rows(uint8_t * panel, int vector, const typename type_of<TYPE>::block * const * x) {
     if constexpr (type_of<TYPE>::n_values == 256) {
-        put_row_scales<P>(panel, vector, x);
+        store_row_scales<P>(panel, vector, x);
         for (int j = 0; j < 8; j++) {
-            put_row_codes<P>(panel + j * P::BYTES, vector, x, j);
+            store_row_codes<P>(panel + j * P::BYTES, vector, x, j);
         }
     } else {
         const __m256 scale = scales_of_8(x);
-        put_scales<P>(panel, vector, 0, scale);
+        store_scales<P>(panel, vector, 0, scale);
         if constexpr (P::MINS) {
-            put_mins<P>(panel, vector, 0, scale, mins_of_8(x));
+            store_mins<P>(panel, vector, 0, scale, mins_of_8(x));
         }
-        put_row_codes<P>(panel, vector, x, 0);
+        store_row_codes<P>(panel, vector, x, 0);
     }
 }
 
-// Blocks of 32 values, from the first one on, of n_rows rows; the last row stands for those that are missing.
+// Unpack n_blocks blocks of n_rows rows, starting at block `first`. The last row stands in for missing rows.
 template <int TYPE, typename P>
 void unpack(const char * weights, size_t stride, int n_rows, int first, int n_blocks, uint8_t * panel) {
     using B = typename type_of<TYPE>::block;
@@ -353,4 +364,4 @@ void unpack(const char * weights, size_t stride, int n_rows, int first, int n_bl
 }
 
 } // namespace
-} // namespace pop
+} // namespace fast

@@ -1,5 +1,10 @@
-// Products with weights of F32, F16 and BF16 in f32, by AVX-512 or AVX2. They are as fast as upstream's, and a row's result does
-// not depend on the number of rows.
+// Products with F32, F16 and BF16 weights in f32, by AVX-512 or AVX2. They are as fast as upstream's, but a row's result does not depend
+// on the number of rows. So they serve GGML_POP_ROWS_ALL only.
+//
+// One block (32 values along K) of a column tile, f32:       A panel's step of 256 values along K, f32:
+//
+//   [c0: k0 k1 ... k31][c1: k0 ... k31] ...                    k0:   [row 0][row 1] ... [row ROWS - 1]
+//                                                              k1:   [row 0] ...
 
 #include "gemm.h"
 
@@ -15,12 +20,12 @@
 #include <algorithm>
 #include <cstring>
 
-namespace pop {
+namespace fast {
 
-constexpr int COLS = LANES == 16 ? 12 : 6; // 24 sums in 32 registers, or 12 in 16
+constexpr int COLS = LANES == 16 ? 12 : 6; // with 2 vectors of rows: 24 sums in 32 registers, or 12 in 16
 constexpr int ROWS = 2 * LANES;
-constexpr int STEP = 256; // along K, unpacked at once: f32 [STEP][ROWS]
-constexpr int TILE = COLS * 32 * (int) sizeof(float);
+constexpr int STEP = 256; // values along K that are unpacked at once: 32 KiB (16 KiB with AVX2) stay in the caches
+constexpr int TILE = COLS * 32 * (int) sizeof(float); // bytes of a block
 
 static void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
     for (int b = 0; b < n_blocks; b++, tile += TILE) {
@@ -55,10 +60,10 @@ template <typename T> static void unpack(const char * weights, size_t stride, in
     }
 }
 
-// a panel times the first N columns of a tile over n values along K; what is there already is added to
+// Multiply a panel with the first N columns of a tile over n values along K, and add the products to the sums.
 template <int N> static void multiply_tile(const float * panel, const uint8_t * tile, int n, float sums[COLS][ROWS]) {
     floats f[N][2];
-    POP_UNROLL
+    FAST_UNROLL
     for (int c = 0; c < N; c++) {
         f[c][0] = load(sums[c]);
         f[c][1] = load(sums[c] + LANES);
@@ -67,14 +72,14 @@ template <int N> static void multiply_tile(const float * panel, const uint8_t * 
         const float * x = (const float *) tile;
         for (int k = 0; k < 32; k++, x++, panel += ROWS) {
             const floats w0 = load(panel), w1 = load(panel + LANES);
-            POP_UNROLL
+            FAST_UNROLL
             for (int c = 0; c < N; c++) {
                 f[c][0] = fma(w0, splat(x[c * 32]), f[c][0]);
                 f[c][1] = fma(w1, splat(x[c * 32]), f[c][1]);
             }
         }
     }
-    POP_UNROLL
+    FAST_UNROLL
     for (int c = 0; c < N; c++) {
         store(sums[c], f[c][0]);
         store(sums[c] + LANES, f[c][1]);
@@ -88,7 +93,7 @@ template <typename T> static void multiply(const gemm_share & s) {
         const int n = std::min(STEP, n_values - k);
         unpack<T>(s.weights, s.stride, s.n_rows, k, n, panel);
         for (int c = 0; c < s.n_cols; c += COLS) {
-            const uint8_t * tile = s.tiles + c / COLS * s.tile + (size_t) k / 32 * TILE;
+            const uint8_t * tile = s.tiles + c / COLS * s.tile_stride + (size_t) k / 32 * TILE;
             const int n_cols = std::min(COLS, s.n_cols - c);
             alignas(64) float sums[COLS][ROWS] = {};
             for (int i = 0; k > 0 && i < n_cols; i++) {
@@ -117,11 +122,11 @@ const gemm * gemm_float(int type) {
     }
 }
 
-} // namespace pop
+} // namespace fast
 
 #else
 
-const pop::gemm * pop::gemm_float(int) {
+const fast::gemm * fast::gemm_float(int) {
     return nullptr;
 }
 

@@ -1,4 +1,4 @@
-// AVX2 and AVX-VNNI: the vectors in which attention and operations on rows are written.
+// Vectors of AVX2 and AVX-VNNI for attention and row operations.
 
 #pragma once
 
@@ -8,15 +8,15 @@
 
 #include <immintrin.h>
 
-namespace pop {
+namespace fast {
 
 using floats = __m256;
 using ints   = __m256i;
 
 constexpr int LANES   = 8;
-constexpr int COLUMNS = 2; // vectors of the register tile beside its six rows: 12 sums in 16 registers
+constexpr int COLUMNS = 2; // vectors of a register tile next to its six rows: 12 sums in 16 registers
 
-// Sums have the type of the instruction's operands: with __m256i, GCC copies each of them before it adds.
+// The operand type of the builtin: with __m256i, GCC copies each sum before the addition.
 #if defined(__GNUC__)
 typedef int sums __attribute__((vector_size(32), may_alias));
 #else
@@ -31,7 +31,7 @@ static inline sums dot(sums s, ints a, ints b) {
 #endif
 }
 
-static inline sums   no_sums() { return (sums) _mm256_setzero_si256(); }
+static inline sums   zero_sums() { return (sums) _mm256_setzero_si256(); }
 static inline floats to_floats(sums s) { return _mm256_cvtepi32_ps((ints) s); }
 
 static inline floats load(const float * p) { return _mm256_loadu_ps(p); }
@@ -64,14 +64,14 @@ static inline ints   round(floats x) { return _mm256_cvtps_epi32(x); }
 static inline floats bits_as_number(floats x) { return _mm256_cvtepi32_ps(_mm256_castps_si256(x)); }
 static inline floats low_bits_as_exponent(floats x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 
-// 32 to 16 bits: in each 128-bit lane four of a, then four of b
+// Narrow 32-bit integers to 16 bits. Each 128-bit lane holds four of a, then four of b.
 static inline ints narrow(ints a, ints b) { return _mm256_packs_epi32(a, b); }
-// 16 bits of a, 16 of b, in turn
+// Interleave the low 16 bits of a and of b.
 static inline ints interleave(ints a, ints b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa); }
 
 static inline floats load_halves(const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
 
-// 8 values of a row, from dim d on
+// Load 8 values of a row from dim d on.
 template <ggml_type TYPE> static inline floats load_row(const char * row, int d) {
     if constexpr (TYPE == GGML_TYPE_F32) {
         return _mm256_loadu_ps((const float *) row + d);
@@ -87,44 +87,44 @@ template <ggml_type TYPE> static inline floats load_row(const char * row, int d)
     }
 }
 
-// a vector for each of 8 cells to one for each of 8 dwords
+// Transpose 8 vectors of 8 dwords.
 static inline void transpose(ints v[8]) {
     ints t[8], u[8];
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i += 2) {
         t[i]     = _mm256_unpacklo_epi32(v[i], v[i + 1]);
         t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
     }
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < 8; i += 4) {
         u[i]     = _mm256_unpacklo_epi64(t[i], t[i + 2]);
         u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
         u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
         u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
-    POP_UNROLL
+    FAST_UNROLL
     for (int j = 0; j < 4; j++) {
         v[j]     = _mm256_permute2x128_si256(u[j], u[4 + j], 0x20);
         v[4 + j] = _mm256_permute2x128_si256(u[j], u[4 + j], 0x31);
     }
 }
 
-// the maximum of each of as many vectors as one has lanes
+// Return the maximum of each of LANES vectors.
 static inline floats max_of_each(const floats v[LANES]) {
     return max_of_8(v);
 }
 
-// of six vectors to the first lanes; the others repeat some
+// Return the maxima of six vectors in the first six lanes. The other lanes repeat some of them.
 static inline floats max_of_rows(const floats v[TILE_ROWS]) {
     const floats h[8] = { v[0], v[1], v[2], v[3], v[4], v[5], v[4], v[5] };
     return max_of_8(h);
 }
 
-// of 64 cells
+// Classify the mask of 64 cells.
 static inline mask_state state_of_mask(const uint16_t * mask) {
     const ints masked = _mm256_set1_epi16((short) 0xfc00);
     ints       any = _mm256_setzero_si256(), all = _mm256_set1_epi16(-1);
-    POP_UNROLL
+    FAST_UNROLL
     for (int i = 0; i < TILE_CELLS; i += 16) {
         const ints x = _mm256_loadu_si256((const __m256i *) (mask + i));
         any          = _mm256_or_si256(any, x);
@@ -133,4 +133,4 @@ static inline mask_state state_of_mask(const uint16_t * mask) {
     return _mm256_testz_si256(any, any) ? MASK_NONE : _mm256_movemask_epi8(all) == -1 ? MASK_ALL : MASK_SOME;
 }
 
-} // namespace pop
+} // namespace fast

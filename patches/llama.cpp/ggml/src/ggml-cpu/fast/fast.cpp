@@ -1,6 +1,9 @@
-// Which operations the kernels compute, and how threads share one: columns are packed, then rows of weights go round.
+// Entry points for ggml: kernel selection, the work buffer, and how threads share a matrix product.
+//
+// A product has two phases with a barrier between them. First the threads pack all columns (activations) into tiles. Then each thread
+// takes panels (rows of weights) from a shared counter, and multiplies each panel with all tiles.
 
-#include "pop.h"
+#include "fast.h"
 
 #include "attention.h"
 #include "rows.h"
@@ -14,17 +17,17 @@
 #include <iterator>
 #include <string>
 
-namespace pop {
+namespace fast {
 
 //
-// the switch
+// kernel selection
 //
 
 using kernels_by_type = const gemm * (*)(int type);
 
 struct instructions {
     const char *    name;
-    kernels_by_type kernels[4]; // those for many columns first
+    kernels_by_type kernels[4]; // in descending order of min_cols
 };
 
 #ifndef __AVXVNNI__
@@ -42,34 +45,34 @@ static const instructions all_instructions[] = {
     { "avx2",       { gemm_256, gemv_256 } },
 };
 
-static std::string wanted() {
+static std::string requested_kernels() {
     const char * value = getenv("GGML_POP_KERNELS");
     return value ? value : "";
 }
 
 static bool is_off() {
-    return wanted() == "0" || wanted() == "off";
+    return requested_kernels() == "0" || requested_kernels() == "off";
 }
 
-// The first that compute here. GGML_POP_KERNELS may name those to begin with.
+// Return the first supported set, starting at the one that GGML_POP_KERNELS names.
 static const instructions * find_instructions() {
     if (is_off()) {
         return nullptr;
     }
-    const auto is_wanted = [](const instructions & i) { return wanted() == i.name; };
+    const auto is_requested = [](const instructions & i) { return requested_kernels() == i.name; };
     const auto computes  = [](const instructions & i) { return i.kernels[0](GGML_TYPE_Q8_0) != nullptr; };
     const auto begin = std::begin(all_instructions), end = std::end(all_instructions);
-    const auto first = std::find_if(begin, end, is_wanted);
+    const auto first = std::find_if(begin, end, is_requested);
     const auto found = std::find_if(first == end ? begin : first, end, computes);
     return found == end ? nullptr : found;
 }
 
-static const instructions * in_use() {
+static const instructions * instructions_in_use() {
     static const instructions * const found = find_instructions();
     return found;
 }
 
-static ggml_pop_rows rows_asked(const ggml_tensor * op) {
+static ggml_pop_rows rows_mode(const ggml_tensor * op) {
     return (ggml_pop_rows) ggml_get_op_params_i32(op, GGML_POP_OP_PARAM);
 }
 
@@ -77,14 +80,14 @@ static ggml_pop_rows rows_asked(const ggml_tensor * op) {
 // the work buffer
 //
 
-// Hands out parts of the work buffer; without one it counts.
+// A bump allocator over the work buffer. With a null buffer it only measures the size.
 struct arena {
-    uintptr_t base; // null may not be added to
+    uintptr_t base; // an integer, since pointer arithmetic on null is undefined
     size_t    size = 0;
 
     explicit arena(void * wdata) : base(GGML_PAD((uintptr_t) wdata, 64)) {}
 
-    template <typename T> T * take(size_t n) {
+    template <typename T> T * allocate(size_t n) {
         T * p = (T *) (base + size);
         size += GGML_PAD(n * sizeof(T), 64);
         return p;
@@ -97,26 +100,26 @@ struct arena {
 // products
 //
 
-static bool has_rows_of_floats(const ggml_tensor * t) {
+static bool has_float_rows(const ggml_tensor * t) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float);
 }
 
-// null: not computed here
-static const gemm * kernel_of(const ggml_tensor * op) {
+// Return null if the kernels do not support the operation.
+static const gemm * kernel_for(const ggml_tensor * op) {
     if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
         return nullptr;
     }
     const ggml_tensor * weights = op->src[0];
     const bool is_plain = !weights->extra && weights->nb[0] == ggml_type_size(weights->type) && weights->ne[0] % 32 == 0 &&
                           weights->ne[3] == 1 && (op->op == GGML_OP_MUL_MAT_ID || weights->ne[2] == 1);
-    if (!is_plain || !has_rows_of_floats(op->src[1]) || !has_rows_of_floats(op)) {
+    if (!is_plain || !has_float_rows(op->src[1]) || !has_float_rows(op)) {
         return nullptr;
     }
-    const gemm * g = in_use()->kernels[0](weights->type);
-    if (rows_asked(op) == GGML_POP_ROWS_ALL) {
+    const gemm * g = instructions_in_use()->kernels[0](weights->type);
+    if (rows_mode(op) == GGML_POP_ROWS_ALL) {
         return g ? g : gemm_float(weights->type);
     }
-    for (const kernels_by_type * k = in_use()->kernels; *k; k++) {
+    for (const kernels_by_type * k = instructions_in_use()->kernels; *k; k++) {
         g = (*k)(weights->type);
         if (g && ggml_nrows(op) >= g->min_cols * weights->ne[2]) {
             return g;
@@ -125,58 +128,64 @@ static const gemm * kernel_of(const ggml_tensor * op) {
     return nullptr;
 }
 
-constexpr int TASKS = 4; // for each thread, so that all end together; half of them where weights would be unpacked twice
+// Threads finish together if each takes several tasks. Measured with 2 and 8 threads (docs/notebook/kernels-speed.md, "Packed once").
+// A split by columns unpacks the weights once per part, so it uses half as many tasks.
+constexpr int TASKS_PER_THREAD = 4;
 
 static int64_t n_tiles(const gemm & g, int64_t n_cols) {
     return (n_cols + g.n_cols - 1) / g.n_cols;
 }
 
-// rows of weights that one thread takes at a time: fewer where many threads share few
-static int64_t rows_at_once(const gemm & g, const ggml_tensor * op, int n_threads) {
-    const int64_t tasks = op->op == GGML_OP_MUL_MAT && n_threads > 1 ? TASKS * n_threads : 1;
+// Return the rows of weights in a task: a full panel, or less if the matrix has too few rows for all threads.
+static int64_t rows_per_task(const gemm & g, const ggml_tensor * op, int n_threads) {
+    const int64_t tasks = op->op == GGML_OP_MUL_MAT && n_threads > 1 ? TASKS_PER_THREAD * n_threads : 1;
     return std::min<int64_t>(g.n_rows, GGML_PAD((op->ne[0] + tasks - 1) / tasks, 32));
 }
 
-// columns of a tensor of two to four dimensions, in the order of memory
+// Return column i of a tensor of two to four dimensions, counted in memory order.
 static float * column(const ggml_tensor * t, int64_t i) {
     const int64_t i1 = i % t->ne[1], i2 = i / t->ne[1] % t->ne[2], i3 = i / t->ne[1] / t->ne[2];
     return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
 }
 
-// ROPE keeps so many floats of each thread at the beginning of the work buffer, where no product has packed columns.
+// ROPE writes this many floats per thread to the start of the work buffer. Packed columns start after them, so ROPE preserves them.
+// After a ROPE of larger heads, columns are packed again.
 constexpr int64_t ROPE_DIMS = 512, ROPE_FLOATS = ROPE_DIMS + CACHE_LINE_SIZE_F32;
 
-// both kinds of products keep this in the work buffer
+// A product's part of the work buffer. In products with experts it follows expert_work's arrays, which every product computes again.
+//
+//   | ROPE's floats     | out[n_cols] | tile 0 | tile 1 | ... | scratch of thread 0 | scratch of thread 1 | ... |
+//   | n_threads * 528 f |  pointers   |<- tile_stride ->|     |<- scratch_stride  ->|
 struct product_work {
-    float **  out;     // [n_cols]
+    float **  out; // [n_cols], the columns of the result
     uint8_t * tiles;
-    uint8_t * scratch; // of all threads
-    size_t    tile;    // bytes
-    size_t    each;    // bytes of scratch
+    uint8_t * scratch;
+    size_t    tile_stride;    // bytes
+    size_t    scratch_stride; // bytes
 
-    product_work(arena & a, const gemm & g, const ggml_tensor * op, int64_t tiles_at_most, int n_threads) {
-        a.take<float>(n_threads * ROPE_FLOATS);
-        tile    = GGML_PAD(op->src[0]->ne[0], 256) / 32 * g.tile;
-        each    = GGML_PAD(g.scratch, 64);
-        out     = a.take<float *>(ggml_nrows(op));
-        tiles   = a.take<uint8_t>(tiles_at_most * tile);
-        scratch = a.take<uint8_t>(n_threads * each);
+    product_work(arena & a, const gemm & g, const ggml_tensor * op, int64_t max_tiles, int n_threads) {
+        a.allocate<float>(n_threads * ROPE_FLOATS);
+        tile_stride    = GGML_PAD(op->src[0]->ne[0], 256) / 32 * g.block_bytes;
+        scratch_stride = GGML_PAD(g.scratch_bytes, 64);
+        out            = a.allocate<float *>(ggml_nrows(op));
+        tiles          = a.allocate<uint8_t>(max_tiles * tile_stride);
+        scratch        = a.allocate<uint8_t>(n_threads * scratch_stride);
     }
 };
 
 static void multiply_rows(const gemm & g, const ggml_tensor * weights, int64_t matrix, int64_t row, int64_t n_rows, const product_work & w,
         int64_t first_tile, int64_t first_col, int64_t n_cols, int ith) {
     gemm_share s;
-    s.row      = (size_t) row;
-    s.weights  = (const char *) weights->data + matrix * weights->nb[2] + s.row * weights->nb[1];
-    s.stride   = weights->nb[1];
-    s.n_rows   = (int) std::min(n_rows, weights->ne[1] - row);
-    s.n_blocks = (int) (weights->ne[0] / 32);
-    s.tiles    = w.tiles + first_tile * w.tile;
-    s.tile     = w.tile;
-    s.n_cols   = (int) n_cols;
-    s.out      = w.out + first_col;
-    s.scratch  = w.scratch + ith * w.each;
+    s.row         = (size_t) row;
+    s.weights     = (const char *) weights->data + matrix * weights->nb[2] + s.row * weights->nb[1];
+    s.stride      = weights->nb[1];
+    s.n_rows      = (int) std::min(n_rows, weights->ne[1] - row);
+    s.n_blocks    = (int) (weights->ne[0] / 32);
+    s.tiles       = w.tiles + first_tile * w.tile_stride;
+    s.tile_stride = w.tile_stride;
+    s.n_cols      = (int) n_cols;
+    s.out         = w.out + first_col;
+    s.scratch     = w.scratch + ith * w.scratch_stride;
     g.multiply(s);
 }
 
@@ -201,7 +210,7 @@ static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_ten
             w.out[first + i] = column(op, first + i);
         }
         if (!is_packed) {
-            g.pack(cols, (int) n, (int) (weights->ne[0] / 32), w.tiles + t * w.tile);
+            g.pack(cols, (int) n, (int) (weights->ne[0] / 32), w.tiles + t * w.tile_stride);
         }
     }
     if (params->ith == 0) {
@@ -209,10 +218,10 @@ static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_ten
     }
     ggml_barrier(params->threadpool);
 
-    // threads share a matrix of few rows by columns, too; each part unpacks its weights
-    const int64_t rows   = rows_at_once(g, op, params->nth);
+    // If the matrix has too few rows for all threads, split the columns as well. Each part unpacks the weights again.
+    const int64_t rows   = rows_per_task(g, op, params->nth);
     const int64_t panels = (weights->ne[1] + rows - 1) / rows;
-    const int64_t parts  = params->nth == 1 ? 1 : (TASKS / 2 * params->nth + panels - 1) / panels;
+    const int64_t parts  = params->nth == 1 ? 1 : (TASKS_PER_THREAD / 2 * params->nth + panels - 1) / panels;
     const int64_t step   = std::max<int64_t>(2, (tiles + parts - 1) / parts);
     for (int64_t i = params->ith;; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t tile = i / panels * step;
@@ -225,7 +234,7 @@ static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_ten
 }
 
 //
-// products with the experts that a router chose
+// products with routed experts
 //
 
 struct expert {
@@ -235,23 +244,23 @@ struct expert {
 };
 
 struct expert_work {
-    int64_t * n_experts;   // that have columns
+    int64_t * n_experts;   // the number of experts with columns
     expert *  experts;     // [n_experts]
-    const float ** cols;   // [n_cols], by expert, as the results are
-    int64_t * next;        // [all experts]
+    const float ** cols;   // [n_cols], sorted by expert, like product.out
+    int64_t * next_col;    // [number of matrices]
     product_work product;
 
-    static int64_t tiles_at_most(const gemm & g, const ggml_tensor * op) {
+    static int64_t max_tiles(const gemm & g, const ggml_tensor * op) {
         const int64_t n_cols = ggml_nrows(op);
         return std::min(n_cols, n_cols / g.n_cols + op->src[0]->ne[2]);
     }
 
     expert_work(arena & a, const gemm & g, const ggml_tensor * op, int n_threads) :
-        n_experts(a.take<int64_t>(1)),
-        experts  (a.take<expert>(op->src[0]->ne[2])),
-        cols     (a.take<const float *>(ggml_nrows(op))),
-        next     (a.take<int64_t>(op->src[0]->ne[2])),
-        product  (a, g, op, tiles_at_most(g, op), n_threads) {}
+        n_experts(a.allocate<int64_t>(1)),
+        experts  (a.allocate<expert>(op->src[0]->ne[2])),
+        cols     (a.allocate<const float *>(ggml_nrows(op))),
+        next_col (a.allocate<int64_t>(op->src[0]->ne[2])),
+        product  (a, g, op, max_tiles(g, op), n_threads) {}
 };
 
 static size_t mul_mat_id_size(const gemm & g, const ggml_tensor * op, int n_threads) {
@@ -260,7 +269,7 @@ static size_t mul_mat_id_size(const gemm & g, const ggml_tensor * op, int n_thre
     return a.needed();
 }
 
-// ids [n_used, n_tokens]; the input [n, n_used or 1, n_tokens], the result [n, n_used, n_tokens]
+// Sort columns by expert. Shapes: ids [n_used, n_tokens], input [n, n_used or 1, n_tokens], result [n, n_used, n_tokens].
 static void sort_by_expert(const gemm & g, ggml_tensor * op, const expert_work & w) {
     const ggml_tensor * input = op->src[1], * ids = op->src[2];
     const int64_t n_matrices = op->src[0]->ne[2];
@@ -269,16 +278,16 @@ static void sort_by_expert(const gemm & g, ggml_tensor * op, const expert_work &
         GGML_ASSERT(id >= 0 && id < n_matrices);
         return id;
     };
-    std::fill(w.next, w.next + n_matrices, 0);
+    std::fill(w.next_col, w.next_col + n_matrices, 0);
     for (int64_t token = 0; token < ids->ne[1]; token++) {
         for (int64_t i = 0; i < ids->ne[0]; i++) {
-            w.next[id_at(i, token)]++;
+            w.next_col[id_at(i, token)]++;
         }
     }
     int64_t n = 0, col = 0, tile = 0;
     for (int64_t m = 0; m < n_matrices; m++) {
-        const int64_t n_cols = w.next[m];
-        w.next[m] = col;
+        const int64_t n_cols = w.next_col[m];
+        w.next_col[m] = col;
         if (n_cols > 0) {
             w.experts[n++] = { m, col, n_cols, tile };
             col  += n_cols;
@@ -288,7 +297,7 @@ static void sort_by_expert(const gemm & g, ggml_tensor * op, const expert_work &
     *w.n_experts = n;
     for (int64_t token = 0; token < ids->ne[1]; token++) {
         for (int64_t i = 0; i < ids->ne[0]; i++) {
-            const int64_t c = w.next[id_at(i, token)]++;
+            const int64_t c = w.next_col[id_at(i, token)]++;
             w.cols[c]        = (const float *) ((const char *) input->data + i % input->ne[1] * input->nb[1] + token * input->nb[2]);
             w.product.out[c] = (float *) ((char *) op->data + i * op->nb[1] + token * op->nb[2]);
         }
@@ -313,13 +322,13 @@ static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_
         for (int64_t t = 0; t < n_tiles(g, x.n_cols); t++) {
             if ((x.first_tile + t) % params->nth == params->ith) {
                 const int64_t first = t * g.n_cols, n = std::min<int64_t>(g.n_cols, x.n_cols - first);
-                g.pack(w.cols + x.first_col + first, (int) n, n_blocks, w.product.tiles + (x.first_tile + t) * w.product.tile);
+                g.pack(w.cols + x.first_col + first, (int) n, n_blocks, w.product.tiles + (x.first_tile + t) * w.product.tile_stride);
             }
         }
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t rows   = rows_at_once(g, op, params->nth);
+    const int64_t rows   = rows_per_task(g, op, params->nth);
     const int64_t panels = (weights->ne[1] + rows - 1) / rows;
     for (int64_t i = params->ith; i < *w.n_experts * panels; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const expert & x = w.experts[i / panels];
@@ -328,7 +337,7 @@ static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_
 }
 
 static bool multiply(const ggml_compute_params * params, ggml_tensor * op, bool is_packed) {
-    const gemm * g = kernel_of(op);
+    const gemm * g = kernel_for(op);
     if (g) {
         (op->op == GGML_OP_MUL_MAT ? mul_mat : mul_mat_id)(params, *g, op, is_packed);
     }
@@ -336,11 +345,11 @@ static bool multiply(const ggml_compute_params * params, ggml_tensor * op, bool 
 }
 
 //
-// products of the same columns: of Q, K and V, of a gate and what it opens
+// products that share packed columns: Q, K and V; an FFN's gate and up projections
 //
 
-// whether an operation leaves alone what a product packed into the work buffer
-static bool leaves_packed(const ggml_tensor * op) {
+// Return whether the operation leaves the packed columns in the work buffer intact.
+static bool preserves_packed_columns(const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_ADD:
         case GGML_OP_ADD_ID:
@@ -356,10 +365,10 @@ static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     return p < q + ggml_nbytes(b) && q < p + ggml_nbytes(a);
 }
 
-// whether the columns of a product lie in the work buffer, since the product before it in the graph has them, too
-static bool find_packed(const ggml_cgraph * graph, int n) {
+// Return whether the work buffer holds the columns of product n, left by the preceding product.
+static bool has_packed_columns(const ggml_cgraph * graph, int n) {
     const ggml_tensor * op = graph->nodes[n];
-    const gemm * g = kernel_of(op);
+    const gemm * g = kernel_for(op);
     for (int i = n - 1; g && i >= 0; i--) {
         const ggml_tensor * before = graph->nodes[i];
         if (ggml_op_is_empty(before->op)) {
@@ -369,57 +378,56 @@ static bool find_packed(const ggml_cgraph * graph, int n) {
             return false;
         }
         if (before->op == op->op) {
-            const gemm * h = rows_asked(before) == GGML_POP_ROWS_NONE ? nullptr : kernel_of(before);
-            return h && h->pack == g->pack && h->n_cols == g->n_cols && h->tile == g->tile && before->src[1] == op->src[1] &&
+            const gemm * h = rows_mode(before) == GGML_POP_ROWS_NONE ? nullptr : kernel_for(before);
+            return h && h->pack == g->pack && h->n_cols == g->n_cols && h->block_bytes == g->block_bytes && before->src[1] == op->src[1] &&
                    before->src[2] == op->src[2] && before->src[0]->ne[2] == op->src[0]->ne[2];
         }
-        if (!leaves_packed(before)) {
+        if (!preserves_packed_columns(before)) {
             return false;
         }
     }
     return false;
 }
 
-} // namespace pop
+} // namespace fast
 
-// whether these kernels may compute the operation
-static bool may_compute(const ggml_tensor * op) {
-    return pop::in_use() && pop::rows_asked(op) != GGML_POP_ROWS_NONE;
+static bool is_enabled_for(const ggml_tensor * op) {
+    return fast::instructions_in_use() && fast::rows_mode(op) != GGML_POP_ROWS_NONE;
 }
 
 size_t ggml_pop_work_size(int n_threads, const ggml_tensor * op) {
-    if (!may_compute(op)) {
+    if (!is_enabled_for(op)) {
         return 0;
     }
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-        return pop::attention_work_size(n_threads, op);
+        return fast::attention_work_size(n_threads, op);
     }
-    const pop::gemm * g = pop::kernel_of(op);
-    return !g ? 0 : op->op == GGML_OP_MUL_MAT ? pop::mul_mat_size(*g, op, n_threads) : pop::mul_mat_id_size(*g, op, n_threads);
+    const fast::gemm * g = fast::kernel_for(op);
+    return !g ? 0 : op->op == GGML_OP_MUL_MAT ? fast::mul_mat_size(*g, op, n_threads) : fast::mul_mat_id_size(*g, op, n_threads);
 }
 
 bool ggml_pop_compute_forward(const ggml_compute_params * params, ggml_tensor * op) {
-    if (params->use_ref || !may_compute(op)) {
+    if (params->use_ref || !is_enabled_for(op)) {
         return false;
     }
     switch (op->op) {
-        case GGML_OP_FLASH_ATTN_EXT: return pop::attention_forward(params, op);
-        case GGML_OP_GLU:            return pop::glu(params, op);
-        case GGML_OP_MUL:            return pop::mul_rows(params, op);
+        case GGML_OP_FLASH_ATTN_EXT: return fast::attention_forward(params, op);
+        case GGML_OP_GLU:            return fast::glu(params, op);
+        case GGML_OP_MUL:            return fast::mul_rows(params, op);
         default:                     break;
     }
-    return pop::multiply(params, op, false);
+    return fast::multiply(params, op, false);
 }
 
 bool ggml_pop_multiply_packed(const ggml_compute_params * params, const ggml_cgraph * graph, int n) {
     ggml_tensor * op = graph->nodes[n];
-    return !params->use_ref && may_compute(op) && pop::find_packed(graph, n) && pop::multiply(params, op, true);
+    return !params->use_ref && is_enabled_for(op) && fast::has_packed_columns(graph, n) && fast::multiply(params, op, true);
 }
 
 bool ggml_pop_rms_norm_mul(const ggml_compute_params * params, const ggml_tensor * norm, ggml_tensor * mul) {
-    return may_compute(norm) && pop::rms_norm_mul(params, norm, mul);
+    return is_enabled_for(norm) && fast::rms_norm_mul(params, norm, mul);
 }
 
 const char * ggml_pop_kernels(void) {
-    return pop::in_use() ? pop::in_use()->name : pop::is_off() ? "off" : "none";
+    return fast::instructions_in_use() ? fast::instructions_in_use()->name : fast::is_off() ? "off" : "none";
 }
