@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pop_converter.deep_rows import DeepRows
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
@@ -21,7 +22,7 @@ class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
     repeat: int = option("Pairs of runs for each length.", min=1, default=5)
     boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
-    select: str | None = option(opt.SELECT, "SHARE")
+    deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
 
 @expand_options
@@ -49,7 +50,7 @@ def bench(
         boundary=read.boundary,
         n_ctx=measured.n_ctx,
         hardware=measured.hardware,
-        select=opt.selected(read.select),
+        deep_rows=read.deep_rows,
         image=image,
         **vars(pictures),
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pop_converter.deep_rows import DeepRows
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
@@ -25,7 +26,7 @@ class WindowOptions(Group):
     )
     documents: int | None = option("How many of each length. Default: 24.", min=2)
     seed: int = option("Seed for choosing passages, random tokens and facts.", min=0, default=0)
-    select: str | None = option(opt.SELECT, "SHARE")
+    deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def eval(  # noqa: A001
         settings=QualitySettings(on.windows, on.context, on.continuation, on.seed),
         recall=lengths,
         n_documents=on.documents or EvaluateOptions.n_documents,
-        select=opt.selected(on.select),
+        deep_rows=on.deep_rows,
         n_ctx=measured.n_ctx,
     )
     with stoppable_watch() as watch:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
-from pop_local.commands.shared_options import ModelOptions, selected
+from pop_local.commands.shared_options import ModelOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.open_model import OpenModel
 from pop_local.models.names import not_fetched
@@ -56,7 +56,6 @@ class Opener:
                 hardware=options.hardware,
                 watch=watch,
                 in_full=options.full,
-                select=selected(options.select),
                 keep_states=options.refill != "off",
                 learns=options.learn == "on",
                 mmproj=None if name else options.mmproj,

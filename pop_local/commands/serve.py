@@ -208,7 +208,6 @@ def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     """Return how many requests are answered at once, None where the model decides."""
     reasons = {
         "--repeatable": to.repeatable,
-        "--select": opt.selected(how.select),
     }
     one = next((name for name, is_so in reasons.items() if is_so), None)
     if one is not None and (to.parallel or 1) > 1:

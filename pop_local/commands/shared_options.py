@@ -73,7 +73,7 @@ FIT_TEXTS = (
     " the model."
 )
 MMPROJ = "What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is one."
-SELECT = "Context tokens to run in full because the question needs them, such as 10% (default: 0)."
+DEEP_ROWS = "Words whose tokens run all layers (default: as the file says)."
 Converted = Annotated[
     str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar.")
 ]
@@ -172,7 +172,6 @@ class ModelOptions(OpenOptions, PictureOptions):
     panel: ClassVar[str] = "Model and hardware"
 
     full: bool = option("Read prompts in full, without pruning.", default=False)
-    select: str | None = option(SELECT, "SHARE")
     refill: Literal["idle", "off"] = option(
         "Run pruned tokens through the skipped layers while the model is idle.", default="off"
     )
@@ -250,19 +249,6 @@ class BoundaryOptions(Group):
 def given(**options: Any) -> dict[str, Any]:
     """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def selected(text: str | None) -> float | None:
-    """A share of the context tokens, as 10% or 0.1."""
-    if text is None:
-        return None
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise typer.BadParameter("give a share, as 10% or 0.1", param_hint="--select")
-    return value
 
 
 def share(text: str, option: str) -> "Skip":

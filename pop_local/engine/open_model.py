@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,6 @@ class OpenModel:
         sidecar: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = None,
         image_tokens: int | None = None,
-        select: float | None = None,
         keep_states: bool = False,
         **options: Any,
     ) -> None:
@@ -75,8 +73,8 @@ class OpenModel:
 
         `sidecar`: a file with POP keys and tensors for this model. `mmproj`: the file that makes
         rows of pictures, loaded with the first of them. `image_tokens`: the most that one image
-        takes, where that varies. `select`: the share of context rows that a question gets deep.
-        `keep_states`: whether rows can be refilled; a selection implies it.
+        takes, where that varies.
+        `keep_states`: whether rows can be refilled.
         `options` are those of ContextOptions, and fields of llama.cpp's own parameters.
         """
         backend.require_patched()
@@ -86,7 +84,7 @@ class OpenModel:
             templates.renderer.start()  # while the model is loaded
         beside = None if sidecar is None else Path(sidecar)
         meta = pop_of(source, beside)
-        redoes = meta is not None and bool(keep_states or select)
+        redoes = meta is not None and keep_states
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
         self.vision: Mmproj | None = None
         if mmproj is not None:
@@ -103,7 +101,7 @@ class OpenModel:
         self._tries: dict[frozenset[int], LLTokenizer] = {}
         self._require_template()
         self.rule = RowRule.of(self.meta)
-        self.set_depth(select, keep_states=keep_states)
+        self.set_depth(keep_states=keep_states)
 
     def _sequences(self) -> tuple[tuple[KvCache, Refiller], ...]:
         n = self.context.options.n_parallel
@@ -168,7 +166,6 @@ class OpenModel:
         opened = OpenModel(
             self.path,
             sidecar=sidecar,
-            select=self.rule.select or None,
             keep_states=self._wants_refill,
             **self._options,
         )
@@ -308,44 +305,18 @@ class OpenModel:
 
     @cached_property
     def no_refill(self) -> str:
-        """Why rows can be neither selected nor refilled; "" where they can, or none is pruned."""
+        """Why rows cannot be refilled; "" where they can, or none is pruned."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""
 
-    def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
-        """Choose the share of context rows that a question gets deep, None for the file's.
-
-        `keep_states`: whether other rows are to be redone later; a selection implies it. It has no
-        effect on a model without a boundary. Raises PopError for a share that is none, or that a
-        model cannot have: without `swa_full`, or because of `no_refill`.
-        """
+    def set_depth(self, *, keep_states: bool = False) -> None:
+        """Choose whether context rows can be refilled; no effect on a model without a boundary."""
         self.context.interrupt.require_idle()
-        share = select or 0.0
-        if not 0 <= share <= 1:
-            raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
-        if select and self.no_refill:
-            raise PopError(
-                f"no tokens of this model can be selected: {self.no_refill}",
-                "open it without a selection",
-            )
-        if share and self.boundary and self.context.window:
-            raise PopError(
-                "none can be selected where layers with a sliding window keep only its rows",
-                "open the model with swa_full, or with select=0",
-            )
-        if share and self.boundary and len(self.sequences) > 1:
-            raise PopError(
-                "tokens are selected for one prompt at a time",
-                "open the model with select=0, or with n_parallel=1",
-                cause="one-sequence",
-            )
-        can_redo = bool(self.boundary) and not self.no_refill
-        self.rule = replace(self.rule, select=share if can_redo else 0.0)
         self._wants_refill = keep_states
-        self.refills = can_redo and keep_states
+        self.refills = keep_states and bool(self.boundary) and not self.no_refill
         for cache, _ in self.sequences:
-            cache.keep_states(self.refills or self.rule.select > 0)
+            cache.keep_states(self.refills)
 
     @property
     def held_bytes(self) -> int:

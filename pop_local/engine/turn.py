@@ -101,8 +101,8 @@ class TurnStats:
     """The figures of one answer; n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
     n_cached: prompt tokens whose K/V were still there. n_pruned: prompt tokens that stopped at the
-    boundary. n_selected: context tokens, cached ones among them, that ran all layers since the
-    question needs them. n_refilled: cached tokens that were given their depth since the answer
+    boundary. n_deep: prompt tokens, counted in n_full, that ran all layers because of their
+    spelling. n_refilled: cached tokens that were given their depth since the answer
     before. n_image: tokens of the prompt, cached ones among them, that are rows of pictures.
     n_exact: tokens of the prompt whose K/V are the full model's own. n_skipped_exact: prompt tokens
     that left, exactly, at exact_layer, since the layers from it on share the K/V of earlier ones.
@@ -128,7 +128,7 @@ class TurnStats:
     is_short: bool = False
     n_skipped_exact: int = 0
     exact_layer: int = 0
-    n_selected: int = 0
+    n_deep: int = 0
     n_refilled: int = 0
     n_exact: int = 0
     n_image: int = 0
@@ -153,9 +153,9 @@ class TurnStats:
         cached = f"{self.n_cached:,} cached, " if self.n_cached else ""
         if self.n_skipped_exact:
             return f"{cached}{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
-        selected = f", {self.n_selected:,} selected" if self.n_selected else ""
+        deep = f", {self.n_deep:,} deep" if self.n_deep else ""
         short = ": short" if self.reading == "short" else ""
-        return f"{cached}{self.n_pruned:,} pruned{selected}{short}"
+        return f"{cached}{self.n_pruned:,} pruned{deep}{short}"
 
     @property
     def n_evaluated(self) -> int:
@@ -185,7 +185,7 @@ class SessionStats:
     prefill_s: float
     decode_s: float
     n_skipped_exact: int = 0
-    n_selected: int = 0
+    n_deep: int = 0
     n_refilled: int = 0
     n_image: int = 0
     encode_s: float = 0.0

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.plan import Plan
 from pop_local.engine.cache.prompt_cache import SavedState
+from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
@@ -32,30 +33,29 @@ _MAX_SCORED_ROWS = 128
 
 @dataclass(frozen=True)
 class Pruning:
-    """Layers that context rows skip, and the mode in which the context is read.
-
-    `select`: the share of the context's rows that run all layers because its tail needs them.
-    """
+    """Layers that context rows skip, and the mode in which the context is read."""
 
     boundary: int
     context: Mode = Mode.CONTEXT
-    select: float = 0.0
 
 
 FULL = Pruning(0, Mode.OFF)
 
 
-def n_pruned(rule: RowRule, n_context: int, pruning: Pruning) -> int:
-    """Return how many tokens of a context must stop at the boundary."""
-    if pruning.context is Mode.OFF:
-        return 0
-    n = plan_prefill(0, n_context, rule, n_context).n_pruned
-    return n - round(pruning.select * n)
+def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
+    """Return how many tokens of a context the rule leaves at the boundary."""
+    deep = find_deep_rows(model.context, np.asarray(context), rule.deep_rows)
+    return plan_prefill(0, len(context), rule, len(context), deep=deep).n_pruned
 
 
 def as_planned(model: PopModel, plan: Plan) -> None:
-    """Let the model's full tokens be those of the plan; this empties the KV cache."""
-    model.rule = replace(model.rule, sink_tokens=plan.sink_tokens, tail_tokens=plan.tail_tokens)
+    """Apply the plan's rows to the model's rule; this empties the KV cache."""
+    model.rule = replace(
+        model.rule,
+        sink_tokens=plan.sink_tokens,
+        tail_tokens=plan.tail_tokens,
+        deep_rows=plan.deep_rows,
+    )
     model.cache.clear()
 
 
@@ -74,29 +74,28 @@ class Forced:
     """A model that is told what to read and what to predict; `forced` makes one."""
 
     def __init__(self, model: PopModel) -> None:
-        self.rule = replace(model.rule, min_prompt=0, select=0.0)
+        self.rule = replace(model.rule, min_prompt=0)
         self.model = model
         self._cache, self._context = model.cache, model.context
         self._next = np.empty((0, model.context.n_vocab), np.float32)
         self._state: SavedState | None = None
+        self.n_pruned = 0
 
     def read(self, context: Tokens, pruning: Pruning) -> None:
-        """Read a context into an empty cache. Raises PopError unless it is pruned as planned."""
+        """Read a context into an empty cache.
+
+        `n_pruned` counts its pruned rows afterwards. Raises PopError if the backend counts others.
+        """
         cache = self._cache
         cache.clear()
         if pruning.context is not Mode.OFF:
             cache.set_boundary(pruning.boundary)
-            needs = pruning.select > 0
-            if needs and self.model.no_refill:
-                raise PopError(
-                    f"this model's rows cannot run their skipped layers later:"
-                    f" {self.model.no_refill}",
-                    "measure without a selection",
-                )
-            cache.keep_states(needs)
+            cache.keep_states(False)
         cache.set_mode(pruning.context)
-        append(cache, Prompt(context), replace(self.rule, select=pruning.select))
-        self._require("context", len(context), n_pruned(self.rule, len(context), pruning))
+        append(cache, Prompt(context), self.rule)
+        is_full = pruning.context is Mode.OFF
+        self.n_pruned = 0 if is_full else n_pruned(self.model, context, self.rule)
+        self._require("context", len(context), self.n_pruned)
         self._next = self._context.logits().copy()
         self._state = cache.save() if self._context.is_recurrent else None
 
@@ -165,10 +164,8 @@ class Forced:
 
     def _require(self, what: str, n_tokens: int, expected: int) -> None:
         counters = self._cache.slot.counters
-        n_deep = counters.n_deep if what == "context" else 0
-        if (counters.n_context - n_deep, counters.n_rows) != (expected, n_tokens):
+        if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
                 f"the measurement does not hold: of {n_tokens} {what} tokens {expected} should be"
-                f" pruned; the backend counted {counters.n_context} pruned, of which"
-                f" {counters.n_deep} ran all layers afterwards, {counters.n_full} full"
+                f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
             )

@@ -26,7 +26,7 @@ from pop_local.measure.divergence import (
     predictions,
 )
 from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile, ratio
-from pop_local.measure.forced import FULL, Forced, Pruning, forced, n_pruned
+from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import TextTokens, spread_windows
 from pop_local.measure.probes import (
     Repeated,
@@ -116,6 +116,7 @@ class Scores:
     pruned: Likelihood
     copy_full: Likelihood
     copy_pruned: Likelihood
+    n_pruned: int
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ def _score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pru
         pruned=likelihood(predicted, np.asarray(window.continuation)),
         copy_full=full.passage,
         copy_pruned=copied(reader, window.passage),
+        n_pruned=reader.n_pruned,
     )
 
 
@@ -301,7 +303,7 @@ def summarize(
         n_windows=len(scores),
         n_context=settings.n_context,
         n_continuation=settings.n_continuation,
-        n_pruned=n_pruned(rule, settings.n_context, pruning) * len(scores),
+        n_pruned=sum(score.n_pruned for score in scores),
         kl_mean=mean(kl),
         kl_median=quantile(kl, 0.5),
         kl_p99=quantile(kl, 0.99),

@@ -16,22 +16,24 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 
 import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, Ran, counting
+from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.images.mmproj import Seen
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import NO_ENDS, Images, plan_prefill
+from pop_local.engine.prefill.plan import NO_ENDS, plan_prefill
 from pop_local.engine.prefill.read import Read, read_context_only
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
+from pop_local.measure.heldout import shipped_text
 
 N_DECODE = 32
-_SEED = 20260203
 # Tokens that a template puts before a picture, at the least.
 _N_BEFORE = 8
 
@@ -59,14 +61,14 @@ class SpeedRow:
 
     `limit`: what `read_speedup` would be if no token were full. `of_limit` is the median of the
     latter by it. `n_image`: rows of a picture, which took `encode_s` to encode in the middle run.
-    `n_skipped_exact`: rows that left exactly, of a model that allows it. `n_selected`: context rows
-    that ran all layers because the prompt's tail needs them. `upstream_ttft_s`: of llama.cpp
+    `n_skipped_exact`: rows that left exactly, of a model that allows it. `n_deep`: prompt
+    rows that ran all layers because of their tokens. `upstream_ttft_s`: of llama.cpp
     without our kernels, `kernels_speedup`: of the full model with them; None where there are none.
     """
 
     n_prompt: int
     n_pruned: int
-    n_selected: int
+    n_deep: int
     n_skipped_exact: int
     full_ttft_s: Spread
     pop_ttft_s: Spread
@@ -111,7 +113,7 @@ def measure_speed(
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
     seen = model.prompter.see(picture) if picture else None
-    prompts = [random_prompt(model, n_prompt, seen) for n_prompt in n_prompts]
+    prompts = [text_prompt(model, n_prompt, seen) for n_prompt in n_prompts]
     return tuple(_row(model, upstream, prompt, n_rounds, ran) for prompt in prompts)
 
 
@@ -134,12 +136,12 @@ def _row(
     rows = pop[0].read.counters
     reading = spread(a.read_s / b.read_s for a, b in zip(full, pop, strict=True))
     limit = statistics.median(a.read_s / b.read_s for a, b in zip(full, context, strict=True))
-    if rows.n_full + rows.n_deep == n_prompt:  # too short to be pruned
+    if rows.n_full == n_prompt:  # too short to be pruned
         limit = 1.0
     return SpeedRow(
         n_prompt=n_prompt,
-        n_pruned=rows.n_context - rows.n_deep,
-        n_selected=pop[0].read.n_selected,
+        n_pruned=rows.n_context,
+        n_deep=rows.n_marked,
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
@@ -198,8 +200,7 @@ def run(
         for _ in range(n_decode):
             next(sampled)
         decoded_s = clock()
-    n_selected = read.n_selected
-    require_rows(model, mode, len(prompt), read.counters, prompt.spans, n_selected)
+    require_rows(model, mode, prompt, read.counters)
     return Run(first_s - started_s, n_decode / (decoded_s - first_s), read)
 
 
@@ -219,24 +220,15 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
     return Run(read_s, 0.0, read)
 
 
-def require_rows(
-    model: PopModel,
-    mode: Mode,
-    n_prompt: int,
-    counters: Counters,
-    images: Images = (),
-    n_selected: int = 0,
-) -> None:
+def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode requires."""
     rule = NO_ENDS if model.exact else model.rule
-    plan = plan_prefill(0, n_prompt, rule, model.context.n_batch, images)
+    n_prompt = len(prompt)
+    deep = find_deep_rows(model.context, np.asarray(prompt.tokens), rule.deep_rows)
+    plan = plan_prefill(0, n_prompt, rule, model.context.n_batch, prompt.spans, deep)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
-    if n_left and not model.exact:
-        # Perhaps no row of a picture can be: only the engine knows how many of the others were.
-        n_left -= n_selected if images else round(rule.select * n_left)
     expected = (0, n_left) if model.exact else (n_left, 0)
-    # Rows that got their depth afterwards ran all layers, too.
-    n_pruned, n_full = counters.n_context - counters.n_deep, counters.n_full + counters.n_deep
+    n_pruned, n_full = counters.n_context, counters.n_full
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(
             f"the measurement does not hold: of {n_prompt} prompt tokens {expected[0]} should be"
@@ -245,13 +237,15 @@ def require_rows(
         )
 
 
-def random_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Prompt:
-    """Draw token ids evenly: their meaning does not change the time they take.
+def text_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Prompt:
+    """Return a prompt of ordinary text: pieces of the held-out prose, dialogue, code and tables.
 
-    A picture is near their beginning. Raises PopError where it leaves no room for text.
+    The text decides how many rows run deep. A picture is near its start. Raises PopError if a
+    picture leaves no room for text.
     """
-    rng = np.random.default_rng(_SEED)
-    tokens: list[int] = rng.integers(0, model.context.n_vocab, n_prompt).tolist()
+    kinds = [model.tokenize(part) for part in shipped_text().parts]
+    n_each = -(-n_prompt // len(kinds))
+    tokens = [token for kind in kinds for token in islice(cycle(kind), n_each)][:n_prompt]
     if seen is None:
         return Prompt(tokens)
     n_text = n_prompt - len(seen.tokens)

@@ -32,8 +32,8 @@ class Metrics:
         self._encoding = counter(
             "pop_encode_seconds", "Spent on making rows of pictures, which pruning does not shorten"
         )
-        self._selected = counter(
-            "pop_selected_tokens", "Context tokens that ran all layers for a question"
+        self._deep = counter(
+            "pop_deep_tokens", "Prompt tokens that ran all layers because of their spelling"
         )
         self.refilled = counter(
             "pop_refilled_tokens", "Cached tokens that ran the skipped layers between requests"
@@ -61,7 +61,7 @@ class Metrics:
         self._prompt.labels("cached").inc(stats.n_cached)
         self._image.inc(stats.n_image)
         self._encoding.inc(stats.encode_s)
-        self._selected.inc(stats.n_selected)
+        self._deep.inc(stats.n_deep)
         self._decoded.inc(stats.n_decoded)
         if stats.n_decoded:
             self._ttft.observe(stats.ttft_s)

@@ -46,7 +46,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
             "n_pruned": stats.n_pruned,
             "n_skipped_exact": stats.n_skipped_exact,
             "n_full": stats.n_full,
-            "n_selected": stats.n_selected,
+            "n_deep": stats.n_deep,
             "n_refilled": stats.n_refilled,
             "n_exact": stats.n_exact,
             "n_image": stats.n_image,

@@ -262,7 +262,7 @@ class Worker(threading.Thread):
             self._seats.refilled(index)
         except Exception:  # requests are answered all the same
             log.exception("refilling failed, and goes on no longer")
-            self._model.set_depth(self._model.rule.select)
+            self._model.set_depth()
         else:
             self._metrics.refilled.inc(n_rows)
 

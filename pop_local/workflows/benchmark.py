@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import counting
+from pop_converter.deep_rows import DeepRows
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.images.pictures import read_picture
@@ -22,9 +23,9 @@ from pop_local.measure.speed import (
     Run,
     SpeedRow,
     measure_speed,
-    random_prompt,
     run,
     run_rounds,
+    text_prompt,
 )
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
@@ -49,9 +50,8 @@ class BenchOptions:
     """How to measure, and where.
 
     `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
-    file's. `n_ctx` None: what is measured needs. `select`: the share of context tokens that run all
-    layers, None for the file's. `image`: a picture in each prompt, None for text alone; `mmproj`
-    None: the one beside the model.
+    file's. `n_ctx` None: what is measured needs. `deep_rows` None: the file's rule. `image`: a
+    picture in each prompt, None for text alone. `mmproj` None: the one next to the model.
     """
 
     n_prompts: tuple[int, ...]
@@ -59,7 +59,7 @@ class BenchOptions:
     boundary: int | None
     n_ctx: int | None
     hardware: Hardware
-    select: float | None = None
+    deep_rows: DeepRows | None = None
     image: Path | None = None
     mmproj: Path | None = None
     image_tokens: int | None = None
@@ -130,7 +130,7 @@ def _upstream(
             n_gpu_layers=0,
         )
 
-    prompt, times_s = random_prompt(model, min(_N_TRIED, max(options.n_prompts))), {}
+    prompt, times_s = text_prompt(model, min(_N_TRIED, max(options.n_prompts))), {}
     tried = counting(len(_SETTINGS), watch.stage("Trying settings of llama.cpp"))
     for name in _SETTINGS:  # one at a time, for the memory
         with reading(name) as other:
@@ -167,7 +167,8 @@ def _opened(
     ) as loaded:
         if options.boundary is not None:
             loaded.set_boundary(options.boundary)
-        loaded.set_depth(options.select)
+        if options.deep_rows is not None:
+            loaded.rule = replace(loaded.rule, deep_rows=options.deep_rows)
         yield loaded, files
 
 

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
+from pop_converter.deep_rows import DeepRows
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source, read_source
@@ -46,15 +47,15 @@ class EvaluateOptions:
     """How to measure. `text`: a file, None for the shipped held-out text.
 
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
-    `n_documents` of each length. `select`: the share of context rows that run all layers, as the
-    question needs them, None for the file's. `n_ctx`: context length in tokens, None if as needed.
+    `n_documents` of each length. `deep_rows`: which context rows run all layers because
+    of their tokens (default: the file's). `n_ctx`: context length in tokens (default: as needed).
     """
 
     text: Path | None = None
     settings: QualitySettings = field(default_factory=QualitySettings)
     recall: tuple[int, ...] = (512,)
     n_documents: int = 24
-    select: float | None = None
+    deep_rows: DeepRows | None = None
     n_ctx: int | None = None
 
 
@@ -73,7 +74,7 @@ class Evaluation:
     speedup_limit: float
     quality: Quality
     recall: tuple[Recall, ...]
-    select: float = 0.0
+    deep_rows: DeepRows = DeepRows.NONE
     calibration: Calibration | None = None
     kv_type: KvType | None = None
 
@@ -162,9 +163,11 @@ class _EvaluationRun:
     def measured(self, boundary: int, sidecar: Path | None) -> Evaluation:
         """Measure the boundary with a sidecar's projections. Raises PopError, StoppedError."""
         options, meta = self.options, pop_of(self.source, sidecar)
-        select = options.select or 0.0
-        pruning = Pruning(boundary, select=select)
+        pruning = Pruning(boundary)
         with self._opened(sidecar) as (model, tokens):
+            if options.deep_rows is not None:
+                model.rule = replace(model.rule, deep_rows=options.deep_rows)
+            deep_rows = model.rule.deep_rows
             advance = self.watch.stage("Measuring")
             [quality] = measure_prunings(model, tokens, options.settings, [pruning], advance)
             recalls = [
@@ -172,7 +175,8 @@ class _EvaluationRun:
                 for n in options.recall
             ]
             n_full = model.rule.sink_tokens + model.rule.tail_tokens
-            n_full += round(select * (LIMIT_PROMPT - n_full))
+            n_context = quality.n_windows * (quality.n_context - n_full)
+            n_full += round((1 - quality.n_pruned / n_context) * (LIMIT_PROMPT - n_full))
             limit = speedup_limit(model.macs, LIMIT_PROMPT, boundary, n_full)
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
         return Evaluation(
@@ -183,7 +187,7 @@ class _EvaluationRun:
             speedup_limit=limit,
             quality=quality,
             recall=tuple(recalls),
-            select=select,
+            deep_rows=deep_rows,
             calibration=None if meta is None else meta.calibration,
             kv_type=stored_type(tensors),
         )

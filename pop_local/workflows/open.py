@@ -53,7 +53,6 @@ def open_model(
     hardware: Hardware,
     watch: Watch,
     in_full: bool = False,
-    select: float | None = None,
     keep_states: bool = False,
     learns: bool = False,
     mmproj: Path | None = None,
@@ -63,7 +62,7 @@ def open_model(
     """Open a model by name or path; see `model_files`.
 
     `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
-    that fits stays, to switch pruning on later. `select`, `keep_states`, `image_tokens`: as
+    that fits stays, to switch pruning on later. `keep_states`, `image_tokens`: as
     for PopModel. `learns`: from what it reads, if that is possible. `mmproj`: None for the one
     beside the model, if there is one. `n_parallel`: sequences, None for two where memory allows and
     nothing stands against it.
@@ -87,7 +86,6 @@ def open_model(
             sidecar=files.sidecar,
             n_ctx=n_ctx,
             n_parallel=n,
-            select=select,
             keep_states=keep_states,
             mmproj=mmproj or mmproj_beside(files.path),
             image_tokens=image_tokens,
@@ -114,8 +112,6 @@ def open_model(
                 "take a smaller context",
             )
         )
-    if select and opened.meta is None:
-        watch.on_warning(PopError("nothing is selected: this model is not pruned"))
     if in_full:
         opened.set_mode(Mode.OFF)
     if learns and not in_full and len(opened.sequences) == 1:

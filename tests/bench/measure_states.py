@@ -15,7 +15,7 @@ _CHILD = """
 import resource, sys, time
 from pop_local import PopModel
 from pop_local.engine.llama.backend import Mode
-from pop_local.measure.speed import random_prompt, run
+from pop_local.measure.speed import text_prompt, run
 path, n_most, n_threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 start = time.perf_counter()
 model = PopModel.open(path, n_ctx=n_most + 64, n_threads=n_threads)
@@ -24,7 +24,7 @@ prompts = {}
 print(open_s, flush=True)
 for line in sys.stdin:
     n, pruned = map(int, line.split())
-    prompt = prompts.setdefault(n, random_prompt(model, n))
+    prompt = prompts.setdefault(n, text_prompt(model, n))
     ran = run(model, Mode.CONTEXT if pruned else Mode.OFF, prompt)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(ran.ttft_s, 1 / ran.decode_tokens_per_s, peak, flush=True)

@@ -11,14 +11,15 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.read import Read
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import speed
 from pop_local.measure.speed import (
     Run,
     Spread,
     measure_speed,
-    random_prompt,
     require_rows,
     run_rounds,
+    text_prompt,
 )
 from pop_local.ui.views.speed_table import show_speed
 from pop_local.workflows import benchmark as workflow
@@ -174,14 +175,14 @@ def model(pop_file):
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_each_run_reads_the_whole_prompt_again(model, mode):
-    tokens = random_prompt(model, 100)
+    tokens = text_prompt(model, 100)
     counters = {speed.run(model, mode, tokens).read.counters for _ in range(3)}
     assert counters == {Counters(0, 100) if mode is Mode.OFF else Counters(83, 17)}
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
-    tokens = random_prompt(model, 100)
+    tokens = text_prompt(model, 100)
     speed.run(model, mode, tokens)
     monkeypatch.setattr(model.cache, "clear", lambda: None)
     with pytest.raises(PopError, match="does not hold"):
@@ -189,9 +190,9 @@ def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
 
 
 def test_pruning_that_did_not_happen_is_never_reported(model):
-    require_rows(model, Mode.CONTEXT, 100, Counters(83, 17))
+    require_rows(model, Mode.CONTEXT, Prompt(range(100)), Counters(83, 17))
     with pytest.raises(PopError, match="does not hold"):
-        require_rows(model, Mode.CONTEXT, 100, Counters(0, 100))
+        require_rows(model, Mode.CONTEXT, Prompt(range(100)), Counters(0, 100))
 
 
 def test_rounds_change_their_order_and_the_first_one_is_not_counted():
@@ -216,12 +217,12 @@ def test_each_run_advances(model):
 def test_the_limit_is_a_reading_without_full_tokens(tmp_path, model, is_exact):
     if is_exact:
         model = PopModel(make_shared(tmp_path / "model.gguf", "gemma4"), n_ctx=512, n_threads=1)
-    counted = speed.run_context(model, random_prompt(model, 100)).read.counters
+    counted = speed.run_context(model, text_prompt(model, 100)).read.counters
     assert counted == (Counters(0, 0, 100) if is_exact else Counters(100, 0))
 
 
 def test_what_was_read_for_the_limit_answers_nothing(model):
-    tokens = random_prompt(model, 100)
+    tokens = text_prompt(model, 100)
     expected = read(model, list(tokens.tokens))
     speed.run_context(model, tokens)
     np.testing.assert_array_equal(read(model, list(tokens.tokens)), expected)

@@ -96,8 +96,8 @@ def test_the_engine(pair):
 def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
     opened(pair.base, sidecar=pair.sidecar)
     assert opened(pair.base).boundary == 0
-    again = opened(pair.base, sidecar=pair.sidecar, select=0.2, keep_states=True)
-    assert (again.boundary, again.rule.select, again.refills) == (4, 0.2, True)
+    again = opened(pair.base, sidecar=pair.sidecar, keep_states=True)
+    assert (again.boundary, again.refills) == (4, True)
 
 
 def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):

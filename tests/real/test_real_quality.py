@@ -5,14 +5,12 @@ from pydoc_data.topics import topics
 import pytest
 
 from pop_converter.gguf.source import read_source
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import probes
 from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
-from pop_local.measure.recall import RecallSettings, measure_recall
 from pop_local.research import depths
 from pop_local.research.depths import measure_cliff, worth_measuring
 from pop_local.workflows.conversion import named
@@ -53,15 +51,6 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     [fitted] = measure_against(reference, model, (Pruning(20),), ignore)
     assert fitted.kl_mean.value < third.kl_mean.value / 2
     assert copies(FAST, fitted)
-
-
-def test_selection_brings_recall_back(smollm2_q4_0):
-    """Own projections at half of the layers: nothing is found again, all of it with every row."""
-    model = PopModel(smollm2_q4_0, n_ctx=512, n_threads=1)
-    prunings = [Pruning(15, Mode.CONTEXT, select=share) for share in (0.0, 0.2)]
-    plain, selected = measure_recall(model, RecallSettings(1, 256), prunings, ignore)
-    assert plain.nll_pruned.value > 1.5
-    assert selected.nll_pruned.value < plain.nll_pruned.value / 2
 
 
 @pytest.mark.parametrize(

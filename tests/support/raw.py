@@ -319,6 +319,10 @@ class Session:
     def _full_from(self, step: Step) -> None:
         self._pop("llama_pop_set_full_from", step.seq, step.value)
 
+    def _deep_rows(self, step: Step) -> None:
+        n = len(step.tokens)
+        self._pop("llama_pop_set_deep_rows", step.seq, (ctypes.c_int32 * n)(*step.tokens), n)
+
     def _sink(self, step: Step) -> None:
         self._pop("llama_pop_set_sink", step.value)
 
@@ -337,12 +341,15 @@ class Session:
         return np.array([exact, recurs], np.int64)
 
     def _deep(self, step: Step) -> np.ndarray:
-        return self._rows()[3:]
+        return self._rows()[3:4]
+
+    def _marked(self, step: Step) -> np.ndarray:
+        return self._rows()[4:]
 
     def _keep(self, step: Step) -> None:
         self._pop("llama_pop_set_keep", bool(step.value))
 
-    def _deepen(self, step: Step) -> np.ndarray:
+    def _run_deep(self, step: Step) -> np.ndarray:
         n = len(step.tokens)
         positions = (ctypes.c_int32 * n)(*step.tokens)
         with_logits = step.logits == "last"
@@ -373,7 +380,7 @@ class Session:
         )
 
     def _rows(self) -> np.ndarray:
-        counters = (ctypes.c_int64 * 4)()
+        counters = (ctypes.c_int64 * 5)()
         self.capi.llama_pop_get_counters(ctypes.c_void_p(self.ctx), counters)
         return np.array(list(counters), np.int64)
 

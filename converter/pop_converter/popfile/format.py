@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from gguf import GGUFValueType
 
 from pop_converter.base.errors import FormatError
+from pop_converter.deep_rows import DeepRows
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import SIDECAR_ARCH
 from pop_converter.projection import Projection
@@ -107,7 +108,8 @@ class PopMeta:
 
     `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
     `sink_tokens` and `tail_tokens` run in full at the prompt's two ends. Prompts shorter than
-    `min_prompt` tokens run in full. `source_sha256` is the hash of the file that `strip` restores,
+    `min_prompt` tokens run in full. `deep_rows`: which context rows run all layers because of their
+    tokens. `source_sha256` is the hash of the file that `strip` restores,
     or of a sidecar's base; parts of a source count as one file. `source_bytes` is its size if
     tensors were added to it, otherwise 0. `image_rows`: number of picture rows that projections
     were fitted on besides text; if 0, picture rows use the layers' own projections.
@@ -118,6 +120,7 @@ class PopMeta:
     sink_tokens: int = 1
     tail_tokens: int = 16
     min_prompt: int = 0
+    deep_rows: DeepRows = DeepRows.NONE
     source_name: str = ""
     source_sha256: str = ""
     tool: str = ""
@@ -156,9 +159,10 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
-# Only if they are not zero: with projections fitted on pictures, too, and with fitted ones.
+# Written only if they differ from their defaults.
 # Older files may have `pop.select` and `pop.refilled.*`, which are ignored.
 _OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
+    ("pop.deep_rows", "deep_rows", str),
     ("pop.image_rows", "image_rows", int),
     ("pop.source.size_bytes", "source_bytes", int),
 )
@@ -194,6 +198,8 @@ def pop_meta(header: Header) -> PopMeta | None:
         if type(value) is not kind:
             raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
         values[field] = _in_range(header, name, value)
+    if "deep_rows" in values:
+        values["deep_rows"] = _deep_rows(header, values["deep_rows"])
     if "projection" in values:
         values["projection"] = _projection(header, values["projection"])
     for name, group in _GROUPS.items():
@@ -261,6 +267,15 @@ def _projection(header: Header, name: str) -> Projection:
         ) from error
 
 
+def _deep_rows(header: Header, name: str) -> DeepRows:
+    try:
+        return DeepRows(name)
+    except ValueError as error:
+        raise FormatError(
+            f"{header.path} chooses deep rows by the unknown rule {name!r}", CONVERT_AGAIN
+        ) from error
+
+
 def _check_fit(meta: PopMeta, header: Header) -> None:
     # Version 1.
     unknown = sorted(set(meta.schedule) - set("FS"))
@@ -296,7 +311,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     keys += [
         _encode_key(name, value)
         for name, field, _ in _OPTIONAL_KEYS
-        if (value := getattr(meta, field))
+        if (value := getattr(meta, field)) and value != DeepRows.NONE
     ]
     for name in _GROUPS:
         if (group := getattr(meta, name)) is not None:

@@ -8,6 +8,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
 from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
+from pop_converter.deep_rows import DeepRows
 from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta, Recalled
 from pop_converter.projection import Projection
 
@@ -35,6 +36,7 @@ class Plan:
     sink_tokens: int
     tail_tokens: int
     min_prompt: int
+    deep_rows: DeepRows = DeepRows.NONE
     budget: Budget | None = None
     recall: Recalled | None = None
     is_distilled: bool = False
@@ -71,6 +73,7 @@ class Plan:
             sink_tokens=self.sink_tokens,
             tail_tokens=self.tail_tokens,
             min_prompt=self.min_prompt,
+            deep_rows=self.deep_rows,
             recall=self.recall,
             budget=self.budget,
         )
@@ -102,6 +105,7 @@ def make_plan(
     tail_tokens: int = TAIL_TOKENS,
     min_prompt: int | None = None,
     projection: Projection = Projection.OWN,
+    deep_rows: DeepRows = DeepRows.NONE,
     macs: Macs = uncounted,
 ) -> Plan:
     """Decide a conversion; the boundary is as given, else it follows from `skip`.
@@ -148,7 +152,9 @@ def make_plan(
         min_prompt = 2 * (sink_tokens + tail_tokens)
     if not shape.fits(boundary):
         projection = Projection.OWN
-    return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, macs=macs)
+    return Plan(
+        shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, deep_rows, macs=macs
+    )
 
 
 def require_prunable(shape: ModelShape) -> None:

@@ -17,29 +17,39 @@
 // rows
 //
 
-static bool is_full(const llama_pop_cparams & pop, llama_pos pos, bool output, int32_t n_seq_id, const llama_seq_id * seq_ids) {
+enum row_depth {
+    ROW_CONTEXT = 0,
+    ROW_MARKED  = 1, // full because of llama_pop_set_deep_rows() alone
+    ROW_FULL    = 2,
+};
+
+static row_depth get_depth(const llama_pop_cparams & pop, llama_pos pos, bool output, int32_t n_seq_id, const llama_seq_id * seq_ids) {
     if (output || pos < (int64_t) pop.sink_tokens) {
-        return true;
+        return ROW_FULL;
     }
 
+    row_depth depth = ROW_CONTEXT;
     for (int32_t s = 0; s < n_seq_id; ++s) {
         const size_t seq_id = seq_ids[s];
         if (seq_id < pop.full_from.size() && pos >= pop.full_from[seq_id]) {
-            return true;
+            return ROW_FULL;
+        }
+        if (seq_id < pop.deep_rows.size() && std::binary_search(pop.deep_rows[seq_id].begin(), pop.deep_rows[seq_id].end(), pos)) {
+            depth = ROW_MARKED;
         }
     }
 
-    return false;
+    return depth;
 }
 
-static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, uint32_t i) {
-    return is_full(pop, ubatch.pos[i], ubatch.output[i], ubatch.n_seq_id[i], ubatch.seq_id[i]);
+static row_depth get_depth(const llama_pop_cparams & pop, const llama_ubatch & ubatch, uint32_t i) {
+    return get_depth(pop, ubatch.pos[i], ubatch.output[i], ubatch.n_seq_id[i], ubatch.seq_id[i]);
 }
 
 bool llama_pop_differ(const llama_pop_cparams * pop, const llama_batch & batch, int32_t a, int32_t b) {
     return pop && pop->apart &&
-        is_full(*pop, batch.pos[a], batch.logits[a], batch.n_seq_id[a], batch.seq_id[a]) !=
-        is_full(*pop, batch.pos[b], batch.logits[b], batch.n_seq_id[b], batch.seq_id[b]);
+        (get_depth(*pop, batch.pos[a], batch.logits[a], batch.n_seq_id[a], batch.seq_id[a]) == ROW_CONTEXT) !=
+        (get_depth(*pop, batch.pos[b], batch.logits[b], batch.n_seq_id[b], batch.seq_id[b]) == ROW_CONTEXT);
 }
 
 static uint32_t n_streams(const llama_cparams & cparams) {
@@ -152,7 +162,7 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
 
     if (pop.mode == LLAMA_POP_MODE_CONTEXT) {
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            if (is_full(pop, ubatch, i)) {
+            if (get_depth(pop, ubatch, i) != ROW_CONTEXT) {
                 plan.rows.push_back(i);
             }
         }
@@ -234,6 +244,11 @@ void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparam
     const int64_t n_full = plan.il < 0 ? ubatch.n_tokens : plan.rows.size();
 
     counters.n_full += n_full;
+    if (cparams.pop.mode == LLAMA_POP_MODE_CONTEXT && cparams.pop.boundary > 0) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            counters.n_marked += get_depth(cparams.pop, ubatch, i) == ROW_MARKED;
+        }
+    }
 
     (cparams.pop.boundary > 0 ? counters.n_context : counters.n_exact) += ubatch.n_tokens - n_full;
 }
@@ -307,7 +322,7 @@ static const bool is_told = [] {
 }();
 
 int32_t llama_pop_abi(void) {
-    return 8;
+    return 9;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {
@@ -411,6 +426,24 @@ int32_t llama_pop_set_full_from(llama_context * ctx, llama_seq_id seq_id, llama_
         full_from.resize(seq_id + 1, none);
     }
     full_from[seq_id] = pos < 0 ? none : pos;
+    return 0;
+}
+
+int32_t llama_pop_set_deep_rows(llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
+    if (seq_id < 0 || seq_id >= LLAMA_MAX_SEQ) {
+        LLAMA_LOG_ERROR("%s: sequence %d is not between 0 and %d\n", __func__, seq_id, LLAMA_MAX_SEQ - 1);
+        return -1;
+    }
+    if (n < 0 || !std::is_sorted(pos, pos + n)) {
+        LLAMA_LOG_ERROR("%s: the positions are not ascending\n", __func__);
+        return -1;
+    }
+
+    auto & deep_rows = ctx->pop().deep_rows;
+    if (deep_rows.size() <= (size_t) seq_id) {
+        deep_rows.resize(seq_id + 1);
+    }
+    deep_rows[seq_id].assign(pos, pos + n);
     return 0;
 }
 

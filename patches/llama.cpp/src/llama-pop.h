@@ -2,7 +2,7 @@
 //
 // A *full* row runs all layers. A *context* row runs only the layers below the boundary; its K/V of the skipped layers
 // are projected from its state at the boundary. A row is full if its logits are requested, or its position is below
-// sink_tokens, or it is at or past full_from of one of its sequences.
+// sink_tokens, or it is at or past full_from of one of its sequences, or it is one of that sequence's deep rows.
 //
 // Exact skipping: where the last layers read the K/V of an earlier one, a row whose logits are not requested is of no
 // use past the K and V of the last layer that stores any. That layer is the boundary then, with its own projections, and no
@@ -62,6 +62,7 @@ extern "C" {
         int64_t n_full;    // rows that ran all layers
         int64_t n_exact;   // rows that left at the last layer that stores K/V, exactly
         int64_t n_deep;    // rows of deep passes
+        int64_t n_marked;  // full rows that only llama_pop_set_deep_rows() made full
     };
 
     enum llama_pop_reading {
@@ -111,6 +112,10 @@ extern "C" {
 
     // the rows of this sequence at or past pos are full, -1: none by position
     LLAMA_API int32_t llama_pop_set_full_from(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
+
+    // the rows of this sequence at these n ascending positions are full. replaces the earlier ones, n = 0: none.
+    // the caller chooses them, so that a row's depth may depend on its token
+    LLAMA_API int32_t llama_pop_set_deep_rows(struct llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n);
 
     // the rows of every sequence below position n are full, -1: as many as the file asks for
     LLAMA_API int32_t llama_pop_set_sink(struct llama_context * ctx, int32_t n_tokens);
@@ -233,6 +238,8 @@ struct llama_pop_cparams {
     uint32_t       exact       = 0; // the boundary of exact skipping, 0: none. only where the file has no other
 
     std::vector<llama_pos> full_from; // by sequence, no entry: none by position
+
+    std::vector<std::vector<llama_pos>> deep_rows; // by sequence, ascending
 
     std::vector<llama_pop_tap> taps;
 

@@ -20,7 +20,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 8
+ABI = 9
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
@@ -51,14 +51,16 @@ class Mode(IntEnum):
 class Counters:
     """Rows since the last reset, by how they were computed.
 
-    `n_context` stopped at the boundary, `n_full` ran all layers, `n_exact` left exactly, where the
-    last layers share the KV of earlier ones. `n_deep` of them ran deep passes, too.
+    `n_context` stopped at the boundary, `n_full` ran all layers, `n_exact` left exactly at a layer
+    that shares the KV of earlier ones. `n_deep` rows ran deep passes afterwards. `n_marked` of the
+    full rows are deep rows by token.
     """
 
     n_context: int
     n_full: int
     n_exact: int = 0
     n_deep: int = 0
+    n_marked: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -66,7 +68,9 @@ class Counters:
 
 
 class _CCounters(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n_context", "n_full", "n_exact", "n_deep")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("n_context", "n_full", "n_exact", "n_deep", "n_marked")
+    ]
 
 
 _ABORTED = 2  # LLAMA_POP_DEEPEN_ABORTED
@@ -82,6 +86,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_get_boundary": ([_POINTER], _INT32),
     "llama_pop_set_full_from": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_set_sink": ([_POINTER, _INT32], _INT32),
+    "llama_pop_set_deep_rows": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
     "llama_pop_set_keep": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_keep_size": ([_POINTER], ctypes.c_size_t),
     "llama_pop_deepen": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
@@ -210,6 +215,13 @@ def set_full_from(ctx: Any, sequence: int, position: int) -> None:
     _set("llama_pop_set_full_from", ctx, sequence, position)
 
 
+def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
+    """Make the rows of a sequence at these ascending positions full, and no earlier ones."""
+    pointed = np.ascontiguousarray(positions, np.int32)
+    pointer = pointed.ctypes.data_as(_POINTER)
+    _set("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
+
+
 def set_sink(ctx: Any, n_tokens: int) -> None:
     """Rows of every sequence below this position are full; -1 goes back to the file's number."""
     _set("llama_pop_set_sink", ctx, n_tokens)
@@ -285,7 +297,13 @@ def add_tap(ctx: Any, kind: int, layer: int) -> None:
 def get_counters(ctx: Any) -> Counters:
     counters = _CCounters()
     require_patched().llama_pop_get_counters(ctx, ctypes.byref(counters))
-    return Counters(counters.n_context, counters.n_full, counters.n_exact, counters.n_deep)
+    return Counters(
+        counters.n_context,
+        counters.n_full,
+        counters.n_exact,
+        counters.n_deep,
+        counters.n_marked,
+    )
 
 
 def reset_counters(ctx: Any) -> None:

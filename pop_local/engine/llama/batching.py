@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -228,7 +228,7 @@ class Batcher:
         """Count a batch for the prompt in it; the rows of answers all were full."""
         now = backend.get_counters(self._context.ctx)
         for one in prompts:
-            others = Counters(before.n_context, before.n_full + n_steps, before.n_exact)
+            others = replace(before, n_full=before.n_full + n_steps)
             one.slot.counted = added(one.slot.counted, others, now)
 
     def _hand_out(self, parts: list[tuple[_Request, int]]) -> None:
@@ -254,6 +254,7 @@ def added(known: Counters, before: Counters, now: Counters) -> Counters:
         known.n_context + now.n_context - before.n_context,
         known.n_full + now.n_full - before.n_full,
         known.n_exact + now.n_exact - before.n_exact,
+        n_marked=known.n_marked + now.n_marked - before.n_marked,
     )
 
 
@@ -270,6 +271,7 @@ class SharedSlot(Slot):
         self.is_reading = False
         self.counted = _NO_COUNTERS
         self._context_rows = range(0)
+        self._deep_rows = np.empty(0, np.int32)
         self.handed = np.zeros(0, np.float32)
 
     def work(self) -> AbstractContextManager[None]:
@@ -322,9 +324,17 @@ class SharedSlot(Slot):
         with self.held():
             super().set_full(sink_tokens, full_from)
 
+    def set_deep_rows(self, positions: np.ndarray) -> None:
+        self._deep_rows = positions
+        with self.held():
+            super().set_deep_rows(positions)
+
     def is_context(self, first: int, n: int) -> bool:
-        """Whether none of the rows from a position on is full by its position."""
-        return self._context_rows.start <= first and first + n <= self._context_rows.stop
+        """Return whether no row of [first, first + n) is full by its position or its token."""
+        if not (self._context_rows.start <= first and first + n <= self._context_rows.stop):
+            return False
+        start, end = np.searchsorted(self._deep_rows, (first, first + n))
+        return bool(start == end)
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.is_held:

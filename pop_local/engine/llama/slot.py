@@ -89,6 +89,13 @@ class Slot:
         backend.set_sink(self._ctx, sink_tokens)
         backend.set_full_from(self._ctx, self.sequence, full_from)
 
+    def set_deep_rows(self, positions: np.ndarray) -> None:
+        """Run the next batch's rows at these ascending positions through all layers.
+
+        They replace those of an earlier call.
+        """
+        backend.set_deep_rows(self._ctx, self.sequence, positions)
+
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         """Decode tokens at consecutive positions.
 

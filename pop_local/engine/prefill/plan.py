@@ -1,7 +1,7 @@
 """Which prompt rows run in full, and in which pieces a prompt is decoded.
 
-The backend's rule is by position. A row is full if its logits are requested, if it is one of the
-first `sink_tokens`, or at or past `full_from`. Every other row stops at the boundary.
+A row is full if its logits are requested, if it is one of the first `sink_tokens`, at or past
+`full_from`, or a deep row by its token. Every other row stops at the boundary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pop_converter.deep_rows import DeepRows
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.plan import TAIL_TOKENS
 from pop_local.engine.llama.batch import Outputs
@@ -16,24 +17,25 @@ from pop_local.engine.llama.batch import Outputs
 
 @dataclass(frozen=True)
 class RowRule:
-    """How many tokens at the two ends of a prompt are full; shorter prompts are full altogether.
+    """Which rows of a prompt run all layers.
 
-    `select`: the share of context rows that run all layers, too, because the question needs them.
-    `reuses`: whether rows that are cached are taken, whatever has become of them since.
+    The first `sink_tokens` and the last `tail_tokens` do, and all rows of prompts shorter than
+    `min_prompt`. `deep_rows`: which others do because of their tokens. `reuses`: whether cached
+    rows are reused.
     """
 
     sink_tokens: int = 1
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int = 0
-    select: float = 0.0
+    deep_rows: DeepRows = DeepRows.NONE
     reuses: bool = True
 
     @classmethod
     def of(cls, meta: PopMeta | None) -> "RowRule":
-        """Return the rule of a file's keys, without its selection."""
+        """Return the rule that a file's keys state."""
         if meta is None:
             return cls()
-        return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt)
+        return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt, meta.deep_rows)
 
 
 # Only rows whose logits are requested: where rows leave exactly, or get their depth later.
@@ -61,9 +63,16 @@ Images = Sequence[tuple[int, int]]
 
 
 def plan_prefill(
-    n_past: int, n_tokens: int, rule: RowRule, n_batch: int, images: Images = ()
+    n_past: int,
+    n_tokens: int,
+    rule: RowRule,
+    n_batch: int,
+    images: Images = (),
+    deep: np.ndarray | None = None,
 ) -> PrefillPlan:
     """Plan the prefill of `n_tokens` (at least 1) after `n_past` cached ones.
+
+    `deep`: bool [n_tokens], the rows that run deep because of their tokens; None for no such rows.
 
     Only the tokens to decode count as the prompt here: what is cached stays as it was computed.
     The tail is text: it begins after the last image.
@@ -74,11 +83,13 @@ def plan_prefill(
     full_from = n_past if short else max(text_from, end - rule.tail_tokens)
     # The last row asks for logits, so it is full whatever the tail.
     first_full = min(full_from, end - 1)
+    first_pruned = max(n_past, rule.sink_tokens)
+    n_deep = 0 if deep is None else int(deep[first_pruned - n_past : first_full - n_past].sum())
     return PrefillPlan(
         text_from=text_from,
         full_from=full_from,
         chunks=tuple(_chunks(n_tokens, full_from - n_past, n_batch, images)),
-        n_pruned=max(0, first_full - max(n_past, rule.sink_tokens)),
+        n_pruned=max(0, first_full - first_pruned) - n_deep,
     )
 
 
@@ -102,10 +113,7 @@ def _chunks(
 
 
 def full_rows(positions: np.ndarray, rule: RowRule, full_from: int, outputs: Outputs) -> np.ndarray:
-    """Tell which rows, by their positions, are full in mode CONTEXT.
-
-    Those of `outputs` are decoded with logits.
-    """
+    """Return which rows are full in mode CONTEXT by position or logits: bool [n_rows]."""
     full: np.ndarray = (positions < rule.sink_tokens) | (positions >= full_from)
     full |= outputs is Outputs.ALL
     full[-1] |= outputs is Outputs.LAST

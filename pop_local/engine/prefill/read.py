@@ -1,17 +1,15 @@
-"""Reading a prompt into a KV cache: what is reused, pruned, selected and run in full."""
+"""Read a prompt into a KV cache: reuse cached rows, prune context rows, run the others in full."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pop_converter.base.errors import PopError, StoppedError
+from pop_converter.deep_rows import DeepRows
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.depth.passes import run_deep
-from pop_local.engine.depth.select import select_rows
+from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.images.mmproj import ImageChunk
-from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
@@ -24,9 +22,6 @@ from pop_local.engine.prefill.plan import (
 )
 from pop_local.engine.prompt.prompt import Prompt
 
-# The last rows of a prompt, whose attention and words choose others. Fewer of them may run deep.
-N_QUESTION = 32
-
 # Gets (done, total) rows of what is not cached, once per batch.
 OnPrefill = Callable[[int, int], None]
 
@@ -35,18 +30,14 @@ OnPrefill = Callable[[int, int], None]
 class Read:
     """How a prompt was read.
 
-    `n_cached` rows were reused. `counters` are the backend's, of this reading alone. `n_selected`
-    rows were chosen by the question. `n_deep` rows of the prompt itself ran deep: those chosen that
-    had not been cached before, sink and tail. `encode_s`: making rows of images. `n_exact`: rows
-    that are the full model's own afterwards. `is_short`: it would have been pruned, had it been
-    longer.
+    `n_cached` rows were reused. `counters` are the backend's, for this prompt alone. `encode_s`:
+    seconds of encoding images. `n_exact`: cached rows that equal the full model's afterwards.
+    `is_short`: the prompt was too short to be pruned.
     """
 
     n_prompt: int
     n_cached: int
     counters: Counters
-    n_selected: int = 0
-    n_deep: int = 0
     encode_s: float = 0.0
     n_exact: int = 0
     is_short: bool = False
@@ -119,25 +110,25 @@ def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
 
 
 def _n_usable(cache: KvCache, prompt: Prompt, rule: RowRule) -> int:
-    """Count the cached rows that a prompt may reuse.
+    """Count the cached rows, from the first on, that a prompt may reuse.
 
-    As many as it begins with, but no context row where the prompt's own tail must be full. With a
-    selection, no pruned ones without their states, which a saved cache lacks. A reading that was
-    stopped before its selection left the sink pruned. Where that cannot be made up for, none.
+    They end before the first context row that this prompt's tail or deep rows include. The sink
+    must be full.
     """
     rows = cache.rows
     usable = cache.n_same(prompt)
-    tail_start = max(prompt.text_from, len(prompt) - rule.tail_tokens)
-    pruned = np.flatnonzero(~rows.is_full[tail_start:usable])
-    usable = tail_start + int(pruned[0]) if pruned.size else usable
-    if rule.select:
-        # From there on none could be selected; of an image none ever is.
-        lost = ~(rows.is_full | rows.has_state)[:usable]
-        lost &= cache.tokens[:usable] >= 0
-        usable = int(lost.argmax()) if lost.any() else usable
+    must_be_full = _deep_rows(cache, np.asarray(prompt.tokens), rule)[:usable]
+    must_be_full[max(prompt.text_from, len(prompt) - rule.tail_tokens) :] = True
+    lacking = np.flatnonzero(must_be_full & ~rows.is_full[:usable])
+    usable = int(lacking[0]) if lacking.size else usable
     n_sink = min(usable, rule.sink_tokens)
-    can_deepen = bool(rule.select) and bool(rows.has_state[:n_sink].all())
-    return usable if can_deepen or rows.is_full[:n_sink].all() else 0
+    return usable if rows.is_full[:n_sink].all() else 0
+
+
+def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> np.ndarray:
+    """Find the deep rows of all tokens from the first on, where pruning makes a difference."""
+    is_pruning = _is_pruning(cache) and not cache.context.is_recurrent
+    return find_deep_rows(cache.context, tokens, rule.deep_rows if is_pruning else DeepRows.NONE)
 
 
 def _is_pruning(cache: KvCache) -> bool:
@@ -165,17 +156,18 @@ class _Reading:
         self._on_prefill = on_prefill
         self._epoch = cache.epoch
         self._n_cached = cache.n_tokens
+        tokens = np.concatenate([cache.tokens, prompt.tokens])
+        self._deep = _deep_rows(cache, tokens, self._rule)[self._n_cached :]
         self._plan = plan_prefill(
-            self._n_cached, len(prompt), self._rule, cache.context.n_batch, prompt.spans
+            self._n_cached,
+            len(prompt),
+            self._rule,
+            cache.context.n_batch,
+            prompt.spans,
+            self._deep,
         )
-        self._n_selected = self._n_deep = 0
         self._encode_s = 0.0
         cache.slot.begin_reading()
-
-    @property
-    def _ctx(self) -> Any:
-        """llama.cpp's. Raises PopError where `on_prefill` has closed the model."""
-        return self._cache.context.ctx
 
     def so_far(self) -> Read:
         cache = self._cache
@@ -185,8 +177,6 @@ class _Reading:
             # A batch that was stopped has been counted in part, and dropped.
             n_cached=min(self._n_cached, max(0, cache.n_tokens - counters.n_rows)),
             counters=counters,
-            n_selected=self._n_selected,
-            n_deep=self._n_deep,
             encode_s=self._encode_s,
             n_exact=cache.n_exact,
             is_short=_is_pruning(cache) and self._plan.n_pruned == 0,
@@ -194,16 +184,14 @@ class _Reading:
 
     def run(self) -> None:
         self._report(0)
-        if self._can_select():
-            self._run_selecting()
-            return
         # After the last image there is text, and each row is a position further on.
         full_from = self._position_of(self._plan.full_from - self._n_cached)
         self._cache.slot.set_full(self._rule.sink_tokens, full_from)
         self._run(self._rule, full_from, Outputs.LAST)
 
     def run_context(self) -> None:
-        """Read all of it as context."""
+        """Read the whole prompt as context rows."""
+        self._deep[:] = False
         self._cache.slot.set_full(0, NOWHERE)
         self._run(NO_ENDS, NOWHERE, Outputs.NONE)
 
@@ -217,10 +205,13 @@ class _Reading:
                     image = prompt.images[start]
                     positions = cache.position + np.arange(n) * (not cache.context.is_mrope)
                     full = full_rows(positions, rule, full_from, Outputs.NONE)
+                    cache.slot.set_deep_rows(positions[:0])
                     self._encode_s += cache.append_image(image, full)
                 else:
                     positions = cache.position + np.arange(n)
-                    full = full_rows(positions, rule, full_from, outputs)
+                    deep = self._deep[start:end]
+                    full = full_rows(positions, rule, full_from, outputs) | deep
+                    cache.slot.set_deep_rows(positions[deep])
                     cache.append(prompt.tokens[start:end], outputs, full)
                 cache.slot.check()
                 if cache.epoch != self._epoch:
@@ -238,45 +229,3 @@ class _Reading:
         images = self._prompt.images.items()
         lost = sum(each.n_rows - each.n_pos for start, each in images if start + each.n_rows <= n)
         return self._cache.position + n - lost
-
-    def _can_select(self) -> bool:
-        cache = self._cache
-        if not self._rule.select or not _is_pruning(cache) or len(self._prompt) == 1:
-            return False
-        return self._plan.n_pruned > 0 or not cache.rows.is_full[: cache.n_tokens].all()
-
-    def _run_selecting(self) -> None:
-        """Read all rows to the boundary; then sink, selected rows and tail run deep, together."""
-        rows = self._cache.rows
-        n_past, end = self._n_cached, self._n_cached + len(self._prompt)
-        tail = min(self._plan.full_from, end - 1)
-        question = min(tail, max(self._plan.text_from, end - N_QUESTION))
-        backend.set_question(self._ctx, question)
-        try:
-            self.run_context()
-            chosen = self._select(question, tail, end)
-        finally:
-            backend.set_question(self._ctx, -1)
-        sink = np.flatnonzero(~rows.is_full[: min(self._rule.sink_tokens, tail)])
-        deep = [*sink.tolist(), *chosen, *range(tail, end)]
-        run_deep(self._cache, deep, logits=True)
-        self._n_selected, self._n_deep = len(chosen), sum(row >= n_past for row in deep)
-
-    def _select(self, question: int, tail: int, end: int) -> list[int]:
-        """Choose among the rows before the tail those that the question up to `end` needs."""
-        cache = self._cache
-        may_be = cache.rows.has_state[:tail] & ~cache.rows.is_full[:tail]
-        may_be[: self._rule.sink_tokens] = False
-        n = round(self._rule.select * int(may_be.sum()))
-        asked = self._ordinary(cache.tokens[question:end].tolist())
-        scores = backend.get_scores(self._ctx, question)
-        chosen = select_rows(scores, cache.tokens[:question], asked, may_be[:question], n)
-        # The question's own rows come last: it is full of its own words.
-        own = question + np.flatnonzero(may_be[question:])
-        return [*chosen.tolist(), *own[len(own) - (n - len(chosen)) :].tolist()]
-
-    def _ordinary(self, tokens: Sequence[int]) -> list[int]:
-        """Leave out control tokens and the like."""
-        api, vocab = backend.bindings(), self._cache.context.vocab
-        normal = api.LLAMA_TOKEN_ATTR_NORMAL
-        return [each for each in tokens if api.llama_vocab_get_attr(vocab, each) & normal]

@@ -50,7 +50,6 @@ from pop_local.engine.sessions.fields import (
 )
 
 SUFFIX = ".popsession"
-_NO_STATES = "none could be selected for a later question"
 _NOT_SAVED = "they had made room for another conversation when it was saved"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
@@ -217,8 +216,6 @@ class Sessions:
         if state is None:
             model.set_mode(session.mode)
             return Restored(session, _NOT_SAVED if session.conversation.turns else "")
-        if model.rule.select and not state.is_full.all():
-            return Restored(session, _NO_STATES)
         if not _is_consistent(state, model.context.n_vocab):
             raise _damaged(path)
         model.set_mode(session.mode)

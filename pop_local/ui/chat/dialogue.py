@@ -84,7 +84,7 @@ class Dialogue:
     def set_refill(self, refill: str) -> None:
         """Choose when cached rows are refilled; `refill` is one of ui.chat.refill.MODES."""
         self.refill = refill
-        self.model.set_depth(self.model.rule.select, keep_states=refill != "off")
+        self.model.set_depth(keep_states=refill != "off")
 
     def _exact_state(self) -> str:
         if self.model.mode is Mode.OFF:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from pop_converter.deep_rows import DeepRows
 from pop_local.ui.tables import Fact, print_facts
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "kv_type": found.kv_type,
         "speedup_limit": found.speedup_limit,
         **figures(found.quality),
-        "select": found.select,
+        "deep_rows": found.deep_rows,
         "recall": [figures(recall) for recall in found.recall],
     }
 
@@ -77,8 +78,8 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         stored = f", stored as {found.kv_type.value}" if found.kv_type else ""
         yield "Fitted on", f"{made.name}: {how}{stored}"
     layers = f"{found.n_skipped} layers, from layer {q.boundary} on, {found.projection} projections"
-    if found.select:
-        layers += f", {found.select:.0%} of the rows selected"
+    if found.deep_rows is not DeepRows.NONE:
+        layers += f", deep rows by {found.deep_rows}"
     yield "Skipped", f"{layers}; speed-up at most {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} of context"

@@ -37,8 +37,8 @@ def _columns(found: Speed) -> Iterator[Column]:
         yield _number("left exactly", lambda row: f"{row.n_skipped_exact:,}")
     else:
         yield _number("pruned", lambda row: f"{row.n_pruned:,}")
-    if any(row.n_selected for row in found.rows):
-        yield _number("selected", lambda row: f"{row.n_selected:,}")
+    if any(row.n_deep for row in found.rows):
+        yield _number("deep", lambda row: f"{row.n_deep:,}")
     if found.upstream is not None:
         yield _number("TTFT llama.cpp (s)", lambda row: _PRECISE(row.upstream_ttft_s))
     yield _number("TTFT full (s)", lambda row: _PRECISE(row.full_ttft_s))

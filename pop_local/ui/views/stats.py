@@ -60,9 +60,9 @@ def session_lines(
         f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."
     )
-    if total.n_selected or total.n_refilled or last.n_exact:
+    if total.n_deep or total.n_refilled or last.n_exact:
         yield (
-            f"Selected for questions: {total.n_selected:,} tokens; refilled: {total.n_refilled:,};"
+            f"Deep by spelling: {total.n_deep:,} tokens; refilled: {total.n_refilled:,};"
             f" of the last prompt {last.n_exact:,} were the full model's own."
         )
     if total.n_image:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pop_converter.deep_rows import DeepRows
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.plan import TAIL_TOKENS
 
@@ -10,9 +11,11 @@ from pop_converter.popfile.plan import TAIL_TOKENS
 class RowOptions:
     """The tokens of a prompt that run in full, and the shortest prompt in tokens that is pruned.
 
-    `min_prompt` None: the length below which pruning would save little.
+    `deep_rows`: context tokens that run in full because of their words. `min_prompt` None: the
+    length below which pruning would save little.
     """
 
     sink_tokens: int = PopMeta.sink_tokens
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int | None = None
+    deep_rows: DeepRows = DeepRows.SPELLING

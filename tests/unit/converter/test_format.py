@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
+from pop_converter.deep_rows import DeepRows
 from pop_converter.gguf import header as header_module
 from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import MAX_KEPT_ITEMS, read_header
@@ -280,7 +281,7 @@ def test_a_selection_that_an_older_file_names_is_ignored(tiny, tmp_path):
     path = add_keys(tiny, tmp_path / "pop.gguf", **keys)
     assert read_pop_meta(path) == read_pop_meta(add_keys(tiny, tmp_path / "b.gguf", **_as_keys()))
     with PopModel(path, n_ctx=64, n_threads=1) as model:
-        assert model.boundary == 1 and model.rule.select == 0
+        assert (model.boundary, model.rule.deep_rows) == (1, DeepRows.NONE)
 
 
 def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):

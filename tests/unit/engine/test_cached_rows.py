@@ -1,10 +1,9 @@
-"""Rows of a KV cache: which are exact, and which a question needs."""
+"""Rows of a KV cache: which are exact."""
 
 import numpy as np
 import pytest
 
 from pop_local.engine.cache.rows import CachedRows
-from pop_local.engine.depth.select import N_BEFORE, N_BEHIND, best_rows, select_rows, spread
 
 
 def rows_read(*batches):
@@ -57,28 +56,3 @@ def test_rows_that_are_gone_or_read_anew_are_not_exact():
     rows.read(2, np.array([False, True]), np.arange(2, 5), keeps_states=True)
     assert rows.n_exact == 2
     assert not rows.is_full[4:].any()
-
-
-def test_a_score_reaches_the_rows_behind_it():
-    scores = np.zeros(60)
-    scores[30] = 1.0
-    assert np.flatnonzero(spread(scores)).tolist() == list(range(30 - N_BEFORE, 30 + N_BEHIND + 1))
-
-
-def test_rows_are_selected_by_attention_and_by_words():
-    tokens = np.arange(400) % 7 + 10
-    tokens[100] = 3  # a rare token of the question
-    scores = np.zeros(400)
-    scores[300] = 1.0
-    may_be = np.ones(400, bool)
-    may_be[305] = False
-    chosen = select_rows(scores, tokens, [3], may_be, 30).tolist()
-    by_attention = [row for row in range(297, 317) if row != 305][:15]
-    assert chosen == [*range(97, 112), *by_attention]
-    assert len(select_rows(scores, tokens, [], may_be, 30)) == 30
-    assert select_rows(scores, tokens, [3], may_be, 0).size == 0
-    assert len(select_rows(scores, tokens, [3], may_be, 1000)) == 399
-
-
-def test_equal_scores_take_the_earlier_rows():
-    assert best_rows(np.ones(9), np.arange(9) > 2, 3).tolist() == [3, 4, 5]

@@ -297,8 +297,6 @@ def test_pruning_off_reads_pictures_in_full(seeing):
 def test_depth_with_pictures(seeing):
     """Redone rows are the full model's; those that see later ones, or have many positions, stay."""
     if seeing.arch.startswith("qwen"):
-        with pytest.raises(PopError, match="M-RoPE"):
-            seeing.opened(select=0.5)
         with seeing.opened(keep_states=True) as model:
             assert model.chat(LONG, images=[png(3)], max_tokens=4).stats.n_refilled == 0
     with seeing.opened(keep_states=True, flash_attn=False) as model:
@@ -312,27 +310,6 @@ def test_depth_with_pictures(seeing):
         model.set_mode(Mode.OFF)
         model.cache.clear()
         assert answered(model, tokens)[0] == refilled
-
-
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_a_selection_beside_a_picture(arch, tmp_path):
-    seeing = Seeing(arch, make_seeing(tmp_path, arch))
-    with seeing.opened(select=0.25) as model:
-        for question in (LONG, "a b"):  # of which the question itself would reach into the picture
-            model.cache.clear()
-            stats = model.chat(question, images=[png(3)], max_tokens=2, temperature=0.0).stats
-        assert stats.n_selected > 0
-        rows = np.flatnonzero(model.cache.tokens[: stats.n_prompt] < 0)
-        assert (arch == "llama") == model.cache.rows.has_state[rows].any()
-
-
-def test_with_a_selection_a_picture_is_read_once_all_the_same(tmp_path):
-    """Pictures of Gemma 3 keep no states, so that none of their rows is ever selected."""
-    seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
-    with seeing.opened(select=0.25) as model:
-        said, first = answered(model, prompt(model, LONG, 3))
-        assert answered(model, prompt(model, LONG, 3)) == (said, 1)
-        assert first > 64
 
 
 def test_a_picture_is_never_cut_in_two(smol):

@@ -86,13 +86,6 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
     assert_same(*models)
 
 
-def test_a_selection_is_that_of_the_local_cpu(pair):
-    models = pair(select=0.1)
-    for model in models:
-        assert append(model, prompt(300)).n_selected > 20
-    assert_same(*models)
-
-
 def test_a_state_goes_from_here_to_there(pair):
     here, there = pair()
     append(here, prompt(200))

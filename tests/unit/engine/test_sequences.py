@@ -313,8 +313,6 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
 def test_what_cannot_be_several_is_refused(pop_file, model, tmp_path):
     with pytest.raises(PopError, match="sliding windows reads one prompt at a time"):
         opened(tiny(tmp_path, "gemma3"), n_parallel=2)
-    with pytest.raises(PopError, match="one prompt at a time"):
-        opened(pop_file, n_parallel=2, select=0.1)
     with pytest.raises(PopError, match="n_parallel is 0"):
         opened(pop_file, n_parallel=0)
     with pytest.raises(PopError, match="batches of 2 tokens are too small"):

@@ -299,13 +299,6 @@ def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_
     assert shown[-1].startswith("# Saved as talk")
 
 
-def test_pruned_rows_that_none_could_be_selected_of_are_read_again(chat_model, sessions):
-    model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
-    assert sessions.load("talk", opened(chat_model)).reread == ""
-    assert "none could be selected" in sessions.load("talk", opened(chat_model, select=0.1)).reread
-
-
 def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):
     """Two files of one recipe, whose tensors alone differ."""
     model = opened(chat_model)

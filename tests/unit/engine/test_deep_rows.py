@@ -1,0 +1,103 @@
+"""Deep rows by token: which rows the rule chooses, and that nothing else changes the choice."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pop_converter.deep_rows import DeepRows
+from pop_local.engine.depth.deep_rows import find_deep_rows
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prompt.prompt import Prompt
+from support.calls import append, opened
+
+TEXT = (
+    "The parcel for Selby left at noon; its tracking number is 9f3a77c1, so the driver rang twice. "
+    'See parseHeader in src/io_utils and {"port":8080,"host":"alpha"} for the rest of it. '
+)
+
+
+@pytest.fixture
+def model(pop_file):
+    model = opened(pop_file)
+    model.rule = replace(model.rule, deep_rows=DeepRows.SPELLING, min_prompt=0)
+    return model
+
+
+def words(model, text):
+    """Return the text that the deep rows spell, in pieces of neighbouring rows."""
+    tokens = np.array(model.tokenize(text))
+    deep = find_deep_rows(model.context, tokens, DeepRows.SPELLING)
+    blank = model.tokenize(" ")[0]
+    spelled = model.detokenize(np.where(deep, tokens, blank).tolist())
+    return spelled.split()
+
+
+def deep_rows(model):
+    return np.flatnonzero(model.cache.rows.is_full[: model.cache.n_tokens])
+
+
+def test_words_that_must_be_spelled_are_deep(model):
+    assert words(model, TEXT) == ["9f3a77c1", "parseHeader", "src/io_utils", ":8080"]
+
+
+def test_a_long_word_takes_linear_time(model):
+    assert words(model, "a" * 200_000) == []
+
+
+@pytest.mark.parametrize("n_batch", [16, 64, 1024])
+def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
+    tokens = model.tokenize(3 * TEXT)
+    append(model, tokens)
+    other = opened(pop_file, n_batch=n_batch, n_ubatch=n_batch)
+    other.rule = model.rule
+    append(other, tokens)
+    np.testing.assert_array_equal(deep_rows(other), deep_rows(model))
+    assert model.cache.slot.counters.n_marked == other.cache.slot.counters.n_marked > 10
+
+
+def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
+    tokens = model.tokenize(3 * TEXT)
+    append(model, tokens)
+    whole = deep_rows(model)
+    for cut in (20, 61, 100):  # the second is within a word that is deep as a whole
+        other = opened(pop_file)
+        other.rule = replace(model.rule, tail_tokens=0)
+        other.read(Prompt(tokens[:cut]))
+        other.read(Prompt(tokens))
+        assert set(whole) - set(deep_rows(other)) <= set(range(len(tokens) - 32, len(tokens)))
+
+
+def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
+    tokens = model.tokenize(3 * TEXT)
+    append(model, tokens)
+    several = opened(pop_file, n_parallel=2)
+    several.rule = model.rule
+    for cache, _ in several.sequences:
+        several.cache = cache
+        append(several, tokens)
+        np.testing.assert_array_equal(deep_rows(several), deep_rows(model))
+
+
+def test_a_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
+    tokens = model.tokenize(3 * TEXT)
+    model.read(Prompt(tokens))
+    other = opened(pop_file)
+    other.rule = model.rule
+    other.cache.restore(model.cache.save())
+    assert other.read(Prompt([*tokens, *tokens[:40]])).n_cached == len(tokens)
+
+
+def test_rows_that_another_rule_left_pruned_are_read_again(model):
+    tokens = model.tokenize(3 * TEXT)
+    rule, model.rule = model.rule, replace(model.rule, deep_rows=DeepRows.NONE)
+    model.read(Prompt(tokens))
+    model.rule = rule
+    first = int(np.flatnonzero(find_deep_rows(model.context, np.array(tokens), rule.deep_rows))[0])
+    assert model.read(Prompt([*tokens, *tokens])).n_cached == first
+
+
+def test_in_full_no_row_is_counted_as_deep(model):
+    model.set_mode(Mode.OFF)
+    append(model, model.tokenize(TEXT))
+    assert model.cache.slot.counters.n_marked == 0
