@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from pop_converter.base.errors import OutputExistsError as OutputExistsError
     from pop_converter.base.errors import PopError as PopError
     from pop_converter.base.errors import StoppedError as StoppedError
-    from pop_local.calibration.options import FitOptions as FitOptions
+    from pop_local.calibration.fit_options import FitOptions as FitOptions
     from pop_local.engine.context_full import ContextFullError as ContextFullError
     from pop_local.engine.decode.grammar import Grammar as Grammar
     from pop_local.engine.decode.grammar import GrammarError as GrammarError
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pop_local.measure.budget import FAST as FAST
     from pop_local.measure.budget import NEAR_LOSSLESS as NEAR_LOSSLESS
     from pop_local.measure.quality import QualitySettings as QualitySettings
-    from pop_local.research.analyze import Analysis as Analysis
-    from pop_local.research.analyze import analyze as analyze
-    from pop_local.research.options import AnalyzeOptions as AnalyzeOptions
+    from pop_local.research.analyze_options import AnalyzeOptions as AnalyzeOptions
+    from pop_local.research.layer_analysis import Analysis as Analysis
+    from pop_local.research.layer_analysis import analyze as analyze
     from pop_local.texts.document import Document as Document
     from pop_local.texts.document_readers import read_document as read_document
     from pop_local.workflows.conversion.convert import Converted as Converted
@@ -49,11 +49,11 @@ __version__ = "0.1.0"
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
     "pop_converter.base.errors": ["OutputExistsError", "PopError", "StoppedError"],
-    "pop_local.calibration.options": ["FitOptions"],
+    "pop_local.calibration.fit_options": ["FitOptions"],
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],
-    "pop_local.research.analyze": ["Analysis", "analyze"],
-    "pop_local.research.options": ["AnalyzeOptions"],
+    "pop_local.research.layer_analysis": ["Analysis", "analyze"],
+    "pop_local.research.analyze_options": ["AnalyzeOptions"],
     "pop_local.workflows.conversion.convert": ["Converted", "convert"],
     "pop_local.workflows.conversion.goals": ["Boundary", "Skip", "Within"],
     "pop_local.workflows.conversion.refusals": [

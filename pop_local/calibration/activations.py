@@ -38,7 +38,7 @@ def loaded(
     return closing(Context(source, pop_meta(source.first), options))
 
 
-class Reading:
+class WindowReader:
     """Reads windows one by one, each into an empty KV cache, which show what is wanted of them."""
 
     def __init__(self, context: Context, wanted: Wanted) -> None:

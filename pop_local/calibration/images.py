@@ -26,7 +26,7 @@ _SIZES = ((512, 512), (640, 480), (480, 640), (768, 432))
 _WORDS = "total date amount name sum of page figure table left right red blue open file 2024 17 %"
 
 
-def opened_vision(context: Context, mmproj: Path, should_stop: Callable[[], bool]) -> Mmproj:
+def open_vision(context: Context, mmproj: Path, should_stop: Callable[[], bool]) -> Mmproj:
     """Open an mmproj. Raises PopError where it is none, or belongs to another model."""
     vision = Mmproj(
         mmproj,
@@ -55,7 +55,7 @@ def pictures_of(folder: Path | None) -> Sequence[Picture]:
     Raises CalibrationError for a folder without any, PopError without Pillow.
     """
     if folder is None:
-        return drawn(N_DRAWN)
+        return draw_pictures(N_DRAWN)
     found: list[Picture] = []
     for path in sorted(folder.rglob("*")):
         if path.is_file() and len(found) < _MAX_PICTURES:
@@ -76,7 +76,7 @@ def identity(mmproj: Path, pictures: Sequence[Picture]) -> str:
 
 
 @functools.cache
-def drawn(n: int, seed: int = 0) -> tuple[Picture, ...]:
+def draw_pictures(n: int, seed: int = 0) -> tuple[Picture, ...]:
     """Draw pictures of gradients, shapes and words, the same for the same seed.
 
     Raises PopError without Pillow.

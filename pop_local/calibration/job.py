@@ -14,15 +14,15 @@ from pop_converter.base.progress import Progress
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Calibration
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
-from pop_local.calibration.activations import Reading
+from pop_local.calibration.activations import WindowReader
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.images import identity as images_identity
-from pop_local.calibration.images import images_of, opened_vision, pictures_of
-from pop_local.calibration.needs import Pair, n_choosing, plan_needs
-from pop_local.calibration.options import FitOptions
-from pop_local.calibration.state import State, load, save
+from pop_local.calibration.images import images_of, open_vision, pictures_of
+from pop_local.calibration.needs import FitPair, n_choosing, plan_needs
+from pop_local.calibration.state import CalibrationState, load, save
 from pop_local.calibration.texts import (
     N_WINDOW,
     CalibrationText,
@@ -104,13 +104,15 @@ class _Job:
     def run(self) -> Calibrated:
         if (mmproj := self._options.mmproj) is None:
             return self._calibrated(None, [])
-        with closing(opened_vision(self._context, mmproj, self._follow.should_stop)) as vision:
+        with closing(open_vision(self._context, mmproj, self._follow.should_stop)) as vision:
             return self._calibrated(vision, images_of(vision, self._pictures))
 
     def _calibrated(self, vision: Mmproj | None, images: Sequence[ImageChunk]) -> Calibrated:
         path = self._options.state_path
         # A kept state has its own groups: there may have been more memory then, or less.
-        self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
+        self._state = (path and load(path, self._identity)) or CalibrationState(
+            self._text(), self._groups
+        )
         self._state.text = sampled(self._context, self._state.text, self._sampled)
         while self._state.group < len(self._state.groups):
             self._read(self._state.groups[self._state.group], vision, images)
@@ -148,7 +150,7 @@ class _Job:
         self._keep()
 
     def _read(
-        self, pairs: Sequence[Pair], vision: Mmproj | None, images: Sequence[ImageChunk]
+        self, pairs: Sequence[FitPair], vision: Mmproj | None, images: Sequence[ImageChunk]
     ) -> None:
         state, n_text = self._state, len(self._state.text.windows)
         n_all = n_text + len(images)
@@ -158,7 +160,7 @@ class _Job:
             layers = [pair.layer for pair in pairs if pair.boundary == boundary]
             state.sums.grams[boundary] = self._summing.empty(boundary, layers)
         wanted = self._summing.wanted(boundaries)
-        reading = Reading(self._context, wanted)
+        reading = WindowReader(self._context, wanted)
         while state.n_done < n_all:
             if state.n_done < n_text:
                 tapped = reading.window(state.text.windows[state.n_done].tolist())
@@ -181,7 +183,7 @@ class _Job:
         n_chosen = min(len(windows), n_choosing(self._shape.n_embd))
         chosen = np.linspace(0, len(windows) - 1, n_chosen).astype(int)
         seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
-        reading = Reading(self._context, Wanted(tuple(wanted)))
+        reading = WindowReader(self._context, Wanted(tuple(wanted)))
         for window in chosen:
             tapped = reading.window(windows[window].tolist())
             for boundary in wanted:
@@ -230,7 +232,7 @@ def _identity(
     plans: Sequence[Plan],
     source: Source,
     options: FitOptions,
-    groups: tuple[tuple[Pair, ...], ...],
+    groups: tuple[tuple[FitPair, ...], ...],
     pictures: Sequence[Picture],
 ) -> str:
     """Return a text that differs wherever two calibrations would."""

@@ -12,10 +12,10 @@ import psutil
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import Source
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import stored_bytes
 from pop_converter.projection import Projection
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 from pop_local.engine.llama.devices import has_kernels
@@ -44,7 +44,7 @@ _N_COMPARED = 128
 MAX_WIDE_COST = 0.015
 
 
-class Pair(NamedTuple):
+class FitPair(NamedTuple):
     """The projections of a layer from the state at a boundary, which are fitted at once."""
 
     boundary: int
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Needs:
+class FitNeeds:
     """The cost of a calibration.
 
     `groups`: the pairs of each pass over the text. `n_inputs`: of a fit, at most. `n_sampled`:
@@ -61,7 +61,7 @@ class Needs:
     model's file, whose pages the system lends to it.
     """
 
-    groups: tuple[tuple[Pair, ...], ...]
+    groups: tuple[tuple[FitPair, ...], ...]
     sums_bytes: int
     total_bytes: int
     n_inputs: int
@@ -96,7 +96,7 @@ def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
     return [replace(plan, projection=kind) for plan in plans for kind in kinds]
 
 
-def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
+def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> FitNeeds:
     """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
     plans = in_kinds(plans, options)
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
@@ -121,7 +121,7 @@ def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[
 
 def plan_needs(
     plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
-) -> Needs:
+) -> FitNeeds:
     """Group the pairs of all plans so that their sums stay below the limit, one at least.
 
     The limit is that of the options, else half of what is free.
@@ -129,12 +129,12 @@ def plan_needs(
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:
         memory_bytes = free_bytes() // 2
-    every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
+    every = [FitPair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     pairs = list(dict.fromkeys(every))
     n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
     scratch = max(fit.scratch_bytes(n_inputs, shape.n_kv(p.layer), N_WINDOW) for p in pairs)
     gram = fit.gram_bytes(n_inputs)
-    groups: list[list[Pair]] = [[]]
+    groups: list[list[FitPair]] = [[]]
     sizes = [0]
     for pair in pairs:
         cross = fit.cross_bytes(n_inputs, shape.n_kv(pair.layer))
@@ -161,7 +161,7 @@ def plan_needs(
     fitting = reading + max(n_sums, choosing)
     most = max(fitting, sampling, _measuring_bytes(shape))
     total = _BASE_BYTES + n_stored + _repacked_bytes(source) + most
-    return Needs(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
+    return FitNeeds(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
 class FitWork(NamedTuple):
@@ -177,7 +177,7 @@ def reading_work(plan: Plan, n_tokens: int) -> float:
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
-def fit_work(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> FitWork:
+def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
     """Return what the fit of all plans takes. Raises PopError, see `Plan.macs`.
 
     The text is read in each pass, sums grow with each row, and each pair is solved in float64.

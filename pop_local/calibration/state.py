@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from pop_converter.base.archives import DAMAGES
-from pop_converter.base.output import replacing
+from pop_converter.base.output_file import replacing
 from pop_converter.gguf.content import NewTensor
 from pop_converter.projection import Projection
-from pop_local.calibration.needs import Pair
+from pop_local.calibration.needs import FitPair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 from pop_local.engine.learning.sums import Sums
 
 
 @dataclass
-class State:
+class CalibrationState:
     """How far a calibration is: `n_done` windows of the group at work are read.
 
     `groups`: the pairs of each pass over the text. `sums`: those of the group at work. `tensors`:
@@ -27,14 +27,14 @@ class State:
     """
 
     text: CalibrationText
-    groups: tuple[tuple[Pair, ...], ...]
+    groups: tuple[tuple[FitPair, ...], ...]
     group: int = 0
     n_done: int = 0
     sums: Sums = field(default_factory=Sums)
     tensors: dict[tuple[int, Projection], list[NewTensor]] = field(default_factory=dict)
 
 
-def save(path: Path, identity: str, state: State) -> None:
+def save(path: Path, identity: str, state: CalibrationState) -> None:
     """Write the state beside `path`, then replace it. Raises WriteError."""
     tensors = [(*key, each) for key, some in state.tensors.items() for each in some]
     head = {
@@ -52,7 +52,7 @@ def save(path: Path, identity: str, state: State) -> None:
         np.savez(file, **arrays)
 
 
-def load(path: Path, identity: str) -> State | None:
+def load(path: Path, identity: str) -> CalibrationState | None:
     """Return the state that `save` wrote, None when there is no file.
 
     Raises CalibrationError when it is damaged, or of another model, text or setting.
@@ -64,7 +64,7 @@ def load(path: Path, identity: str) -> State | None:
             raise _cannot_resume(f"{path} belongs to another calibration")
         name, sha256 = head["text"]
         text = CalibrationText(name, sha256, arrays["windows"])
-        state = State(text, _groups(head), *head["counts"])
+        state = CalibrationState(text, _groups(head), *head["counts"])
         state.sums = Sums.of(head, arrays)
         for number, (boundary, projection, tensor_name, dims, kind) in enumerate(head["tensors"]):
             data = arrays[f"data.{number}"].tobytes()
@@ -93,8 +93,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise _cannot_resume(f"{path} is damaged") from error
 
 
-def _groups(head: Any) -> tuple[tuple[Pair, ...], ...]:
-    return tuple(tuple(Pair(*pair) for pair in group) for group in head["groups"])
+def _groups(head: Any) -> tuple[tuple[FitPair, ...], ...]:
+    return tuple(tuple(FitPair(*pair) for pair in group) for group in head["groups"])
 
 
 def _cannot_resume(message: str) -> CalibrationError:

@@ -137,7 +137,7 @@ def first_token(context: Context) -> int:
     return next((int(token) for token in found if token >= 0), 0)
 
 
-def to_distill(
+def distill_windows(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> Windows:
     """Return the windows of a calibration, and more of its texts, or of what `paths` hold.

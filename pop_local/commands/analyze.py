@@ -48,8 +48,8 @@ def analyze(
 
     if by.plot is not None:
         analysis_plot.require_plot(by.plot, model, force=by.force)
-    from pop_local.research.analyze import analyze as analyze_model
-    from pop_local.research.options import AnalyzeOptions
+    from pop_local.research.analyze_options import AnalyzeOptions
+    from pop_local.research.layer_analysis import analyze as analyze_model
 
     options = AnalyzeOptions(
         text=by.text,

@@ -7,11 +7,11 @@ import tomlkit
 import typer
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.output import make_private, replacing
+from pop_converter.base.output_file import make_private, replacing
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings
-from pop_local.config.settings import Scalar, Value, expanded, state_dir
-from pop_local.models.names import models_dir
+from pop_local.config.settings import Scalar, SettingValue, expanded, state_dir
+from pop_local.models.model_names import models_dir
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, print_json, print_table
 from pop_local.ui.theme import look, note, say, warn
@@ -20,7 +20,7 @@ config = sub_app(invoke_without_command=True)
 
 _COLUMNS = (
     Column("Setting", lambda value: value.key),
-    Column("Value", lambda value: _shown(value)),
+    Column("SettingValue", lambda value: _shown(value)),
     Column("From", lambda value: value.origin),
     Column("Variable", lambda value: settings.find(value.key).variable),
 )
@@ -47,7 +47,7 @@ def show(
     print_table(_COLUMNS, values)
 
 
-def _shown(value: Value) -> object:
+def _shown(value: SettingValue) -> object:
     if value.value is not None:
         return value.value
     computed = {"models_dir": models_dir, "state_dir": state_dir}.get(value.key)

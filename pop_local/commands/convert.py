@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import typer
 
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.plan import TAIL_TOKENS
+from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS

@@ -8,7 +8,7 @@ import typer
 from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener
 from pop_local.commands.option_expansion import expand_options
-from pop_local.models.names import DEFAULT_MODEL
+from pop_local.models.model_names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen

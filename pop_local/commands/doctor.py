@@ -21,8 +21,8 @@ from pop_local import __version__
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend, devices
-from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.names import lookup, models_dir, resolve
+from pop_local.models.mmproj_files import find_mmproj
+from pop_local.models.model_names import lookup, models_dir, resolve
 from pop_local.ui.hints import hint_of
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json
@@ -172,7 +172,7 @@ def _memory() -> Check:
 
 def _as_read(path: Path) -> str:
     """Its path, where context tokens leave it if they do so exactly, and what it sees by."""
-    mmproj = mmproj_beside(path)
+    mmproj = find_mmproj(path)
     seeing = f", sees pictures by {mmproj.name}" if mmproj else ""
     with suppress(PopError):
         if exact := source_shape(read_source(path)).exact:

@@ -2,8 +2,8 @@
 
 from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import Json
-from pop_local.models.names import models_dirs, not_fetched
-from pop_local.models.stored import Stored, stock
+from pop_local.models.model_files import StoredModel, stock
+from pop_local.models.model_names import models_dirs, not_fetched
 from pop_local.ui.tables import Column, print_json, print_table
 from pop_local.ui.theme import note
 
@@ -29,7 +29,7 @@ def list(  # noqa: A001
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))
     absent = tuple(
-        Stored(each.short_name, (), size_bytes=each.size_bytes, problem="not fetched")
+        StoredModel(each.short_name, (), size_bytes=each.size_bytes, problem="not fetched")
         for each in catalog
     )
     if json:

@@ -9,7 +9,7 @@ from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import ModelOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.open_model import OpenModel
-from pop_local.models.names import not_fetched
+from pop_local.models.model_names import not_fetched
 from pop_local.ui.theme import warn
 from pop_local.ui.watch import asked, terminal_watch
 from pop_local.workflows.learning import OnlineCalibration

@@ -14,7 +14,7 @@ from pop_converter.gguf.source import read_source
 from pop_local.fetching.hub import search_hub
 from pop_local.fetching.url import fetch_url, file_name
 from pop_local.measure.budget import BALANCED
-from pop_local.models.names import hub_names, is_url, load_catalog, models_dir
+from pop_local.models.model_names import hub_names, is_url, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
 from pop_local.ui.tables import Column, print_table
 from pop_local.ui.theme import note, say, warn

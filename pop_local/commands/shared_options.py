@@ -11,8 +11,8 @@ import typer
 
 from pop_converter.base.errors import PlanError, PopError
 from pop_converter.fit.least_squares import KvType
-from pop_converter.popfile.plan import parse_skip
-from pop_local.calibration.options import FitOptions
+from pop_converter.popfile.pruning_plan import parse_skip
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands.option_expansion import Group, option
 from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.engine.llama.rpc import address

@@ -12,7 +12,7 @@ from pop_converter.gguf.source import is_sidecar
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.rewrite import strip as write_original
 from pop_local.commands.shared_options import Json, Output, one_output
-from pop_local.models.names import resolve
+from pop_local.models.model_names import resolve
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.events import Unit

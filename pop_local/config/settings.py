@@ -71,7 +71,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 
 @dataclass(frozen=True)
-class Value:
+class SettingValue:
     """A setting's value and its origin; `where` is the file or the variable."""
 
     key: str
@@ -97,11 +97,11 @@ def expanded(path: str) -> Path:
         raise PopError(f"{path}: there is no such home folder", "write the path out") from None
 
 
-def load() -> tuple[Value, ...]:
+def load() -> tuple[SettingValue, ...]:
     """Return all settings in their order. Raises PopError naming file or variable, line and key."""
     in_file = _from_file(config_path())
     return tuple(
-        _from_environment(setting) or in_file.get(setting.key) or Value(setting.key, None)
+        _from_environment(setting) or in_file.get(setting.key) or SettingValue(setting.key, None)
         for setting in SETTINGS
     )
 
@@ -163,17 +163,17 @@ def parse(setting: Setting, text: str) -> Scalar:
         raise PopError(f"{text!r} is not {_wanted(setting)}") from None
 
 
-def _from_environment(setting: Setting) -> Value | None:
+def _from_environment(setting: Setting) -> SettingValue | None:
     text = os.environ.get(setting.variable)
     if not text:
         return None
     value = located(lambda: parse(setting, text), setting.variable, "correct or unset it")
     if setting.is_path:
         value = str(expanded(str(value)))
-    return Value(setting.key, value, "environment", setting.variable)
+    return SettingValue(setting.key, value, "environment", setting.variable)
 
 
-def _from_file(path: Path) -> dict[str, Value]:
+def _from_file(path: Path) -> dict[str, SettingValue]:
     document = read_document(path)
     text = tomlkit.dumps(document)
     return {key: _file_value(path, text, key, value) for key, value in document.unwrap().items()}
@@ -203,14 +203,14 @@ def read_document(path: Path) -> tomlkit.TOMLDocument:
         raise PopError(f"cannot read {path}: {error.strerror}", "check the path") from error
 
 
-def _file_value(path: Path, text: str, key: str, value: object) -> Value:
+def _file_value(path: Path, text: str, key: str, value: object) -> SettingValue:
     where = f"{path}, line {_line(text, key)}"
     setting = located(lambda: find(key), where)
     checked = located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
     if setting.is_path:
         # Relative to the file, not to the current folder.
         checked = str(path.parent / expanded(str(checked)))
-    return Value(key, checked, "file", str(path))
+    return SettingValue(key, checked, "file", str(path))
 
 
 def _line(text: str, key: str) -> int:

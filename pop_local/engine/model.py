@@ -17,8 +17,8 @@ from pop_local.engine.sessions.chat_session import (
 )
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.turn import AnswerOptions
-from pop_local.models import names
-from pop_local.models.mmproj import mmproj_beside
+from pop_local.models import model_names
+from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.sidecars import sidecar_of
 from pop_local.texts.document import Document
 
@@ -45,11 +45,11 @@ class PopModel(OpenModel):
         catalog has a sidecar in this package. `learn`: see OpenModel.learn. The rest is as in the
         constructor. Nothing is fetched or converted.
         """
-        path = names.resolve(os.fspath(model))
+        path = model_names.resolve(os.fspath(model))
         opened = cls(
             path,
             sidecar=sidecar_of(read_source(path)) if sidecar is None else sidecar,
-            mmproj=mmproj_beside(path) if mmproj is None else mmproj,
+            mmproj=find_mmproj(path) if mmproj is None else mmproj,
             **options,
         )
         if learn:

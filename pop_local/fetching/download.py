@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from pop_converter.base.errors import FormatError, PopError, TruncatedError
 from pop_converter.base.progress import Progress
 from pop_converter.gguf.header import MAGIC, read_header
-from pop_local.fetching.target import alone, file_sha256, require_space
-from pop_local.models.stored import ORIGIN_SUFFIX
+from pop_local.fetching.target import download_lock, file_sha256, require_space
+from pop_local.models.model_files import ORIGIN_SUFFIX
 
 if TYPE_CHECKING:
     import requests
@@ -38,7 +38,7 @@ _GOES_ON = ": it goes on with what has arrived"
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file to fetch.
 
     `identity` names it even when its address changes; "" takes the address. `headers` go to the
@@ -78,18 +78,18 @@ class _Dropped(Exception):  # noqa: N818 (never leaves this module)
     """The connection broke or the server is busy: worth another try."""
 
 
-def download(remote: Remote, target: Path, advance: Progress) -> None:
+def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
     """Fetch `remote` to `target`, replacing what is there; the folder must exist.
 
     `advance` gets (done_bytes, total_bytes), the total being 0 when the server does not say.
     Raises PopError; what has arrived is kept when the network fails or the user interrupts.
     """
-    with alone(target):
+    with download_lock(target):
         _Transfer(remote, target, advance).run()
 
 
 class _Transfer:
-    def __init__(self, remote: Remote, target: Path, advance: Progress) -> None:
+    def __init__(self, remote: RemoteFile, target: Path, advance: Progress) -> None:
         self._remote, self._target, self._advance = remote, target, advance
         self._partial = target.with_name(f"{target.name}.partial")
         self._origin_file = target.with_name(self._partial.name + ORIGIN_SUFFIX)

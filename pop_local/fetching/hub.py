@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress
-from pop_local.fetching.download import Remote, download, reason_of
+from pop_local.fetching.download import RemoteFile, download, reason_of
 from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
-from pop_local.fetching.target import harmless, is_there, require_space
-from pop_local.models.mmproj import mmproj_name
-from pop_local.models.names import HUB_PREFIX
+from pop_local.fetching.target import is_fetched, require_space, safe_name
+from pop_local.models.mmproj_files import mmproj_name
+from pop_local.models.model_names import HUB_PREFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -37,11 +37,11 @@ class HubModel:
 
     repo: str
     licence: str
-    files: tuple[Remote, ...]
-    mmproj: Remote | None = None
+    files: tuple[RemoteFile, ...]
+    mmproj: RemoteFile | None = None
 
     @property
-    def all_files(self) -> tuple[Remote, ...]:
+    def all_files(self) -> tuple[RemoteFile, ...]:
         return (*self.files, self.mmproj) if self.mmproj else self.files
 
     @property
@@ -53,7 +53,7 @@ class HubModel:
         names = [PurePosixPath(usual_ending(file.name)).name for file in self.all_files]
         if self.mmproj:
             names[-1] = mmproj_name(names[0])
-        return tuple(folder / harmless(name) for name in names)
+        return tuple(folder / safe_name(name) for name in names)
 
 
 def search_hub(words: str) -> tuple[str, ...]:
@@ -91,10 +91,10 @@ def find_on_hub(name: str) -> HubModel:
     commit = info.sha or "main"
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
 
-    def remote(name: str) -> Remote:
+    def remote(name: str) -> RemoteFile:
         # The hub keeps tiny files in git itself, and has no hash of them.
         sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
-        return Remote(
+        return RemoteFile(
             hf_hub_url(repo, name, revision=commit),
             identity=f"{HUB_PREFIX}{repo}@{sha256 or commit}:{name}",
             headers={key: headers[key] for key in headers if key.lower() == "authorization"},
@@ -124,7 +124,7 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
     missing = [
         (file, target)
         for file, target in zip(model.all_files, targets, strict=True)
-        if not is_there(target, file.sha256, f"{model.repo}'s {file.name}", force=force)
+        if not is_fetched(target, file.sha256, f"{model.repo}'s {file.name}", force=force)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(file.size_bytes for file, _ in missing)

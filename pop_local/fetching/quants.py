@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import part_names, part_of
-from pop_local.models.mmproj import n_shared
-from pop_local.models.stored import SUFFIX
+from pop_local.models.mmproj_files import n_shared
+from pop_local.models.model_files import SUFFIX
 
 # The first that a repository has is the default. The smallest good ones come first, then larger
 # ones, then the rest.
@@ -25,7 +25,7 @@ _MAX_LISTED = 40
 
 
 @dataclass(frozen=True)
-class Candidate:
+class QuantFile:
     """A model of a repository: its name there without the ending, and its files in order.
 
     `missing`: the first part that the repository lacks, "" where all are there.
@@ -36,23 +36,23 @@ class Candidate:
     missing: str = ""
 
 
-def _choices(files: Sequence[str]) -> tuple[Candidate, ...]:
+def _choices(files: Sequence[str]) -> tuple[QuantFile, ...]:
     """Return the models among a repository's files; a split one counts once."""
-    found: dict[tuple[str, int], Candidate] = {}
+    found: dict[tuple[str, int], QuantFile] = {}
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     for name in sorted(by_name):
         part = part_of(name)
         if part is None:
-            found[name, 1] = Candidate(name.removesuffix(SUFFIX), (by_name[name],))
+            found[name, 1] = QuantFile(name.removesuffix(SUFFIX), (by_name[name],))
         elif (part.stem, part.count) not in found:
             parts = part_names(part.stem, part.count)
             here = tuple(by_name[each] for each in parts if each in by_name)
             missing = next((each for each in parts if each not in by_name), "")
-            found[part.stem, part.count] = Candidate(part.stem, here, missing)
+            found[part.stem, part.count] = QuantFile(part.stem, here, missing)
     return tuple(found.values())
 
 
-def _whole(models: list[Candidate]) -> list[Candidate]:
+def _whole(models: list[QuantFile]) -> list[QuantFile]:
     """Return the complete models; all, where none is complete."""
     return [model for model in models if not model.missing] or models
 
@@ -79,7 +79,7 @@ def usual_ending(file: str) -> str:
     return file[: -len(SUFFIX)] + SUFFIX
 
 
-def choose(repo: str, files: Sequence[str], wanted: str) -> Candidate:
+def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
     """Return the model named by `wanted`: a file, or a part of its name; "" for the usual one.
 
     Raises PopError listing the choices when there is none, or more than one.
@@ -104,14 +104,14 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> Candidate:
     return found[0]
 
 
-def _named(known: list[Candidate], models: list[Candidate], wanted: str) -> list[Candidate]:
+def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list[QuantFile]:
     exact = [choice for choice in known if wanted in (choice.name, *choice.files)]
     stem = wanted.lower().removesuffix(".gguf")
     by_file_name = [c for c in known if c.name.lower().rpartition("/")[2] == stem]
     return exact or by_file_name or _matching(models, wanted)
 
 
-def _matching(models: list[Candidate], wanted: str) -> list[Candidate]:
+def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
     """Return the models whose names have `wanted` as a word (F16, BF16), else as a part of one."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
@@ -122,7 +122,7 @@ def _word(text: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![a-z0-9]){re.escape(text.lower())}(?![a-z0-9_])")
 
 
-def _listed(repo: str, models: Sequence[Candidate]) -> str:
+def _listed(repo: str, models: Sequence[QuantFile]) -> str:
     names = [choice.name for choice in models[:_MAX_LISTED]]
     more = f" and {len(models) - len(names)} more" if len(models) > len(names) else ""
     return f"choose with hf:{repo}:NAME from {', '.join(names)}{more}"

@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pop_converter.base.errors import OutputExistsError, PopError
-from pop_local.models.names import MODELS_VARIABLE
+from pop_local.models.model_names import MODELS_VARIABLE
 
 _CHUNK_BYTES = 1 << 20
 _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
-def harmless(name: str) -> str:
+def safe_name(name: str) -> str:
     """Make a file name for any system out of a server's; it may be empty."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
@@ -28,7 +28,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
+def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Tell whether the file is there already; without a `sha256` nobody can tell.
 
     Raises PopError for a folder or too long a name, OutputExistsError for another file unless
@@ -57,7 +57,7 @@ def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
 
 
 @contextmanager
-def alone(target: Path) -> Iterator[None]:
+def download_lock(target: Path) -> Iterator[None]:
     """Keep others from fetching to the same place; two would write into one partial file.
 
     Raises PopError while another process does.

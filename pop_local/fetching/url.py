@@ -5,9 +5,9 @@ from urllib.parse import unquote, urlsplit
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress
-from pop_local.fetching.download import Remote, download, without_secrets
-from pop_local.fetching.target import harmless, is_there
-from pop_local.models.stored import SUFFIX
+from pop_local.fetching.download import RemoteFile, download, without_secrets
+from pop_local.fetching.target import is_fetched, safe_name
+from pop_local.models.model_files import SUFFIX
 
 
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
@@ -17,10 +17,10 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
     gets (done_bytes, total_bytes). Raises PopError.
     """
     target = folder / file_name(url)
-    if is_there(target, sha256, f"the file of sha256 {sha256}", force=force):
+    if is_fetched(target, sha256, f"the file of sha256 {sha256}", force=force):
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    download(Remote(url, sha256=sha256), target, advance)
+    download(RemoteFile(url, sha256=sha256), target, advance)
     return target
 
 
@@ -37,7 +37,7 @@ def file_name(url: str) -> str:
         raise PopError(
             f"{without_secrets(url)} names no host", "give the whole address of a GGUF file"
         )
-    name = harmless(PurePosixPath(unquote(parts.path)).name)
+    name = safe_name(PurePosixPath(unquote(parts.path)).name)
     if not name:
         raise PopError(
             f"{without_secrets(url)} names no file",

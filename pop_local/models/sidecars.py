@@ -8,7 +8,7 @@ from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import pop_meta, read_binding
-from pop_converter.popfile.sidecar import SUFFIX, bind, read_sidecar, sidecar_beside
+from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, read_sidecar
 from pop_local.config.settings import learned_dir
 from pop_local.models.learned import LearnedFiles
 
@@ -24,7 +24,7 @@ def sidecar_of(base: Source) -> Path | None:
     """
     if pop_meta(base.first) is not None:
         return None
-    return sidecar_beside(base) or _learned(base) or _shipped(base)
+    return existing_sidecar(base) or _learned(base) or _shipped(base)
 
 
 def _learned(base: Source) -> Path | None:

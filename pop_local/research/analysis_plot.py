@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.output import check_output, replacing
-from pop_local.models.names import resolve_base
-from pop_local.research.analyze import Analysis
+from pop_converter.base.output_file import check_output, replacing
+from pop_local.models.model_names import resolve_base
 from pop_local.research.depths import DepthCost
+from pop_local.research.layer_analysis import Analysis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

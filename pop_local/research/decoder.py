@@ -47,14 +47,14 @@ class Decoder:
         states = self._to_device(rows).reshape(*tokens.shape, -1)
         return states * self.hyper.embedding_scale
 
-    def layer(self, index: int) -> "Layer":
+    def layer(self, index: int) -> "DecoderLayer":
         """Read and dequantise one layer."""
         prefix = f"blk.{index}."
         names = self._weights.names(prefix)
         tensors = {name: self._matrix(self._tensor(prefix + name)) for name in names}
         factors = self._tensor(_FREQS) if _FREQS in self._weights else None
         hyper = self.hyper
-        return Layer(tensors, hyper, hyper.ropes[index], hyper.windows[index], factors)
+        return DecoderLayer(tensors, hyper, hyper.ropes[index], hyper.windows[index], factors)
 
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] of the last layer's output [..., n_embd].
@@ -77,7 +77,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredKv:
     """K [n_windows, n_rows, n_k], before norm and RoPE, and V [n_windows, n_rows, n_v] of rows
     whose states a layer does not get, at `positions` [n_rows].
     """
@@ -88,7 +88,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayer:
     """One layer of the decoder; `window` is the number of visible positions, 0 for all."""
 
     tensors: dict[str, Tensor]
@@ -98,7 +98,7 @@ class Layer:
     rope_factors: Tensor | None
 
     def __call__(
-        self, states: Tensor, positions: Tensor | None = None, stored: Stored | None = None
+        self, states: Tensor, positions: Tensor | None = None, stored: StoredKv | None = None
     ) -> Tensor:
         """Return the output of the layer for states [n_windows, n_rows, n_embd], as large.
 
@@ -109,11 +109,11 @@ class Layer:
         passed = self._ffn(self._norm("ffn_norm", states))
         return states + self._norm("post_ffw_norm", passed)
 
-    def key_value(self, states: Tensor, positions: Tensor) -> Stored:
+    def key_value(self, states: Tensor, positions: Tensor) -> StoredKv:
         """Return the layer's own K and V of states [n_windows, n_rows, n_embd]."""
         return self._key_value(self._norm("attn_norm", states), positions)
 
-    def _heads(self, states: Tensor, positions: Tensor | None, stored: Stored | None) -> Tensor:
+    def _heads(self, states: Tensor, positions: Tensor | None, stored: StoredKv | None) -> Tensor:
         """Return the outputs of the attention heads [n_windows, n_rows, n_head * dim_v]."""
         h = self.hyper
         if positions is None:
@@ -128,8 +128,8 @@ class Layer:
         hidden = self._hidden(positions, kv.positions)
         return self._mixed(q, k, v, hidden).transpose(1, 2).flatten(2)
 
-    def _key_value(self, x: Tensor, positions: Tensor) -> Stored:
-        return Stored(self._linear("attn_k", x), self._linear("attn_v", x), positions)
+    def _key_value(self, x: Tensor, positions: Tensor) -> StoredKv:
+        return StoredKv(self._linear("attn_k", x), self._linear("attn_v", x), positions)
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Return [n_windows, n_head, n_rows, dim_v] of what queries take from keys and values."""
@@ -193,8 +193,8 @@ def _heads(x: Tensor, dim: int) -> Tensor:
     return x.reshape(*x.shape[:2], -1, dim).transpose(1, 2)
 
 
-def _joined(first: Stored, second: Stored) -> Stored:
-    return Stored(
+def _joined(first: StoredKv, second: StoredKv) -> StoredKv:
+    return StoredKv(
         torch.cat([first.k, second.k], 1),
         torch.cat([first.v, second.v], 1),
         torch.cat([first.positions, second.positions]),

@@ -25,8 +25,8 @@ from pop_converter.base.progress import Progress, Ran, counting
 from pop_converter.fit.least_squares import FitError, normalised
 from pop_converter.fit.weights import KvProjection
 from pop_converter.fit.wide import WideInput
-from pop_converter.popfile.plan import Plan
-from pop_local.research.decoder import BASE_BYTES, Decoder, Stored
+from pop_converter.popfile.pruning_plan import Plan
+from pop_local.research.decoder import BASE_BYTES, Decoder, StoredKv
 from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
@@ -56,7 +56,7 @@ _N_LIKELY = 64
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialFit:
     """A fit to distil: the projections of all skipped layers but the first, by layer.
 
     `wide` computes their wider input (None: no wider input). The first `n_sink` rows of a prompt
@@ -70,7 +70,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Reference:
+class TeacherStates:
     """The full model on `windows` and on some more that repeat a passage, n_all in all.
 
     `states` [n_all, n_tokens, n_embd] enter the layer `first`: no fit that is distilled with them
@@ -88,7 +88,7 @@ class Reference:
 @torch.no_grad()
 def read(
     decoder: Decoder, first: int, windows: Tokens, *, seed: int, on_progress: Progress
-) -> Reference:
+) -> TeacherStates:
     """Read windows [n_windows, n_tokens] in full, and some of them again with a passage repeated.
 
     `first` is the shallowest layer that a fit may begin at; `seed` draws the passages.
@@ -110,7 +110,7 @@ def read(
         logits = decoder.logits(window[n_context:].to(decoder.device))
         tokens[n_context:] = logits.topk(likely.shape[-1]).indices
         ran(1)
-    return Reference(windows, first, entering, states, likely)
+    return TeacherStates(windows, first, entering, states, likely)
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
@@ -123,7 +123,12 @@ def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
 
 
 def distill(
-    decoder: Decoder, start: Start, reference: Reference, *, seed: int, on_progress: Progress
+    decoder: Decoder,
+    start: InitialFit,
+    reference: TeacherStates,
+    *,
+    seed: int,
+    on_progress: Progress,
 ) -> dict[int, KvProjection]:
     """Train projections on what was read, and return them.
 
@@ -173,7 +178,7 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
 
 
 @torch.no_grad()
-def _entering(decoder: Decoder, start: Start, reference: Reference, ran: Ran) -> Tensor:
+def _entering(decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran) -> Tensor:
     """Return the states that enter the boundary layer [n_windows, n_tokens, n_embd]."""
     states = reference.states if reference.first == start.boundary else reference.states.clone()
     for index in range(reference.first, start.boundary):
@@ -182,7 +187,7 @@ def _entering(decoder: Decoder, start: Start, reference: Reference, ran: Ran) ->
 
 
 @torch.no_grad()
-def _inputs(decoder: Decoder, start: Start, states: Tensor, n_inputs: int, ran: Ran) -> Tensor:
+def _inputs(decoder: Decoder, start: InitialFit, states: Tensor, n_inputs: int, ran: Ran) -> Tensor:
     """Return what projections see of states, [n_windows, n_tokens, n_inputs], a one last."""
     made = torch.ones(*states.shape[:2], n_inputs)
     for window, inputs in zip(states, made, strict=True):
@@ -196,7 +201,9 @@ def _inputs(decoder: Decoder, start: Start, states: Tensor, n_inputs: int, ran: 
 class _Student:
     """The skipped layers as a pruned prompt has them, and the changes of its projections."""
 
-    def __init__(self, decoder: Decoder, start: Start, reference: Reference, ran: Ran) -> None:
+    def __init__(
+        self, decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran
+    ) -> None:
         self._decoder, self._start, self._reference = decoder, start, reference
         self._deep = [decoder.layer(index) for index in range(start.boundary, decoder.n_layer)]
         self._weights = {layer: self._joined(each) for layer, each in start.projections.items()}
@@ -257,10 +264,10 @@ class _Student:
             rows = computed(rows, full, stored)
         return rows[:, n_sink:]
 
-    def _stored(self, layer: int, inputs: Tensor, positions: Tensor) -> Stored:
+    def _stored(self, layer: int, inputs: Tensor, positions: Tensor) -> StoredKv:
         n_k = self._start.projections[layer].n_k
         both = functional.linear(inputs, self._changed(layer) * self._gains[layer])
-        return Stored(both[..., :n_k], both[..., n_k:], positions)
+        return StoredKv(both[..., :n_k], both[..., n_k:], positions)
 
     def _joined(self, projection: KvProjection) -> Tensor:
         """Return a layer's weights for inputs with their mean, of which the gain is apart."""
@@ -314,7 +321,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Memory:
+class DistillMemory:
     """Bytes: `reference` is what `read` returns, `main` what `distill` takes beside it.
 
     Both are in main memory. `device` is what `distill` takes where torch computes.
@@ -327,13 +334,13 @@ class Memory:
 
 def memory(
     plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
-) -> Memory:
+) -> DistillMemory:
     """Return what distilling with windows [n_windows, n_tokens], and copies of them, takes.
 
     `matrices` is the type that the skipped layers are held in.
     """
     n_embd, n_rows = plan.shape.n_embd, round((1 + _COPIES) * n_windows) * n_tokens
-    return Memory(
+    return DistillMemory(
         reference=4 * n_rows * (2 * n_embd + _N_LIKELY),
         main=BASE_BYTES + 4 * n_rows * (n_embd + _n_inputs(plan)),
         device=_device_bytes(plan, hyper, n_tokens, matrices),

@@ -13,13 +13,13 @@ from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import decode_input
 from pop_converter.gguf.source import Source
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
-from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, Windows, to_distill
+from pop_local.calibration.fit_options import FitOptions
+from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, Windows, distill_windows
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
@@ -28,7 +28,7 @@ from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     from pop_local.research.decoder import Decoder
-    from pop_local.research.distill import Reference, Start
+    from pop_local.research.distill import InitialFit, TeacherStates
 
 _HINT = "close other programs, or leave it out"
 
@@ -45,7 +45,7 @@ class Distiller:
     options: FitOptions
     hardware: Hardware
     watch: Watch
-    reference: Reference | None = None
+    reference: TeacherStates | None = None
 
     def require(self, plan: Plan) -> TorchDevice:
         """Return the device that can distil the plan's fit. Raises PopError where none can."""
@@ -91,9 +91,9 @@ class Distiller:
     def _windows(self, plan: Plan, text: CalibrationText) -> Windows:
         n_windows = self.options.n_distilled(plan.shape.n_embd)
         with loaded(self.source.first.path, **vars(self.hardware)) as context:
-            return to_distill(context, text, self.options.texts, n_windows)
+            return distill_windows(context, text, self.options.texts, n_windows)
 
-    def read(self, first: int, windows: Windows, device: TorchDevice) -> Reference:
+    def read(self, first: int, windows: Windows, device: TorchDevice) -> TeacherStates:
         """Read windows [n_windows, N_WINDOW] in full, for boundaries from `first` on."""
         from pop_local.research.distill import read
 
@@ -102,7 +102,7 @@ class Distiller:
             return read(decoder, first, windows, seed=SEED, on_progress=stage)
 
     def trained(
-        self, plan: Plan, fitted: Fitted, reference: Reference, device: TorchDevice
+        self, plan: Plan, fitted: Fitted, reference: TeacherStates, device: TorchDevice
     ) -> Fitted:
         """Return the fit, trained on what was read."""
         from pop_local.research.distill import distill
@@ -125,9 +125,9 @@ class Distiller:
             yield Decoder(self.source, device.name, device.matrices)
 
 
-def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
+def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:
     """Return the fit as distilling begins with it. Raises FormatError."""
-    from pop_local.research.distill import Start
+    from pop_local.research.distill import InitialFit
 
     shape, weights = source_shape(source), Weights(source)
     tensors = {tensor.name: tensor for tensor in fitted.tensors}
@@ -138,4 +138,4 @@ def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
     wide = None
     if plan.projection != Projection.FITTED:
         wide = decode_input(shape, weights, plan.boundary, tensors)
-    return Start(plan.boundary, plan.sink_tokens, projections, wide)
+    return InitialFit(plan.boundary, plan.sink_tokens, projections, wide)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.base.progress import Progress, Ran, counting
-from pop_local.research.decoder import BASE_BYTES, Decoder, Layer
+from pop_local.research.decoder import BASE_BYTES, Decoder, DecoderLayer
 from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
@@ -95,7 +95,7 @@ def _batch(
     return torch.stack(found[::-1])
 
 
-def _backwards(layer: Layer, states: Tensor, gradient: Tensor) -> Tensor:
+def _backwards(layer: DecoderLayer, states: Tensor, gradient: Tensor) -> Tensor:
     """Return dL/dh of a layer's input from that of its output.
 
     All are [n_windows, n_tokens, n_embd].

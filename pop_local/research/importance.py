@@ -21,7 +21,7 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
-    from pop_local.research.options import AnalyzeOptions
+    from pop_local.research.analyze_options import AnalyzeOptions
 
 Windows = Sequence[Sequence[int]]
 # Windows at a time: more are not faster on a CPU.
@@ -30,7 +30,7 @@ _SHORTER = "take shorter windows"
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageImportance:
     """The importance I_l of each layer, in squares of nats, summed over a window's answer rows.
 
     The last third of the layers and the others each have the median layer, since single layers
@@ -53,8 +53,8 @@ class Importance:
     n_windows: int
     n_context: int
     n_answer: int
-    prefill: Stage
-    decode: Stage
+    prefill: StageImportance
+    decode: StageImportance
 
 
 def gates_device(
@@ -113,7 +113,7 @@ def importance(
     )
 
 
-def stage_of(squares: NDArray[np.float64]) -> Stage:
+def stage_of(squares: NDArray[np.float64]) -> StageImportance:
     """Summarise squared gradients [n_windows, n_layer]."""
     n_layer = squares.shape[1]
     n_others = n_layer - max(1, n_layer // 3)
@@ -122,7 +122,7 @@ def stage_of(squares: NDArray[np.float64]) -> Stage:
     def median_ratio(drawn: NDArray[np.float64]) -> float:
         return _median_layer(drawn[:, n_others:]) / _median_layer(drawn[:, :n_others])
 
-    return Stage(
+    return StageImportance(
         layers=tuple(mean(squares[:, layer]) for layer in range(n_layer)),
         last_third_median=redrawn(last, _median_layer),
         others_median=redrawn(others, _median_layer),

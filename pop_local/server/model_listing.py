@@ -16,10 +16,10 @@ from pop_local.engine.images.pictures import has_pillow
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import can_infill
-from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
-from pop_local.models.names import lookup
+from pop_local.models.mmproj_files import ARCHITECTURE, find_mmproj
+from pop_local.models.model_files import known_name, models_by_name
+from pop_local.models.model_names import lookup
 from pop_local.models.sidecars import sidecar_of
-from pop_local.models.stored import known_name, models_by_name
 
 _LATEST = ":latest"  # as Ollama's clients see it
 
@@ -76,7 +76,7 @@ class ModelInfo:
             n_ctx or default_ctx(source.first),
             meta.boundary if meta else 0,
             None,
-            has_pillow() and mmproj_beside(file.path) is not None,
+            has_pillow() and find_mmproj(file.path) is not None,
             can_infill=False,
             is_loaded=False,
             n_parallel=n_parallel,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import counting
@@ -27,8 +27,8 @@ from pop_local.measure.speed import (
     run_rounds,
     text_prompt,
 )
-from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.stored import ModelFiles
+from pop_local.models.mmproj_files import find_mmproj
+from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
@@ -162,7 +162,7 @@ def _opened(
         options.hardware,
         watch,
         n_ctx=_context(source, options),
-        mmproj=options.mmproj or mmproj_beside(files.path),
+        mmproj=options.mmproj or find_mmproj(files.path),
         image_tokens=options.image_tokens,
     ) as loaded:
         if options.boundary is not None:

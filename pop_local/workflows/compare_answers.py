@@ -9,7 +9,7 @@ from typing import Any
 
 from pop_converter.base.errors import PopError, StoppedError, WriteError
 from pop_converter.base.files import read_file
-from pop_converter.base.output import replacing
+from pop_converter.base.output_file import replacing
 from pop_converter.base.progress import counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
@@ -22,8 +22,8 @@ from pop_local.measure.prompts import (
     compared,
     read_prompts,
 )
-from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.stored import ModelFiles
+from pop_local.models.mmproj_files import find_mmproj
+from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
@@ -64,7 +64,7 @@ def compare_answers(
     """
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)
-    mmproj = options.mmproj or mmproj_beside(files.path)
+    mmproj = options.mmproj or find_mmproj(files.path)
     kept = _Kept(options.answers, _identity(files, mmproj, given, options.max_tokens))
     seeing = {"n_ctx": options.n_ctx, "mmproj": mmproj}
     with opened(files, hardware, watch, **seeing) as loaded:

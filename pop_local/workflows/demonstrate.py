@@ -7,7 +7,7 @@ from statistics import median
 
 from pop_converter.architecture.work import speedup_limit
 from pop_converter.base.errors import PopError
-from pop_converter.popfile.plan import require_prunable
+from pop_converter.popfile.pruning_plan import require_prunable
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt

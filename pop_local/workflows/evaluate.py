@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
@@ -15,11 +15,11 @@ from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Calibration
-from pop_converter.popfile.plan import Plan, make_plan, require_fit, require_prunable
+from pop_converter.popfile.pruning_plan import Plan, make_plan, require_fit, require_prunable
 from pop_converter.popfile.rewrite import stored_type
 from pop_converter.popfile.sidecar import pop_of
 from pop_converter.projection import Projection
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning, forced
@@ -33,7 +33,7 @@ from pop_local.measure.recall import (
     make_documents,
     measure_recall,
 )
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.goals import Named
 from pop_local.workflows.events import Watch

@@ -6,7 +6,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
 from pop_local.fetching.catalog import fetch
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub
-from pop_local.models.names import find, hub_name, models_dirs, remember, to_fetch
+from pop_local.models.model_names import find, hub_name, models_dirs, record_fetched, to_fetch
 from pop_local.workflows.events import Unit, Watch
 
 
@@ -42,5 +42,5 @@ def _from_hub(name: str, hub: str, folder: Path, watch: Watch, *, force: bool) -
     if not all(file.sha256 for file in found.all_files):
         watch.on_warning(PopError("the hub has no hash for this file: it was not checked"))
     if folder in models_dirs():
-        remember(hub, path)
+        record_fetched(hub, path)
     return path

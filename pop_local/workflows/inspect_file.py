@@ -8,9 +8,9 @@ from pathlib import Path
 
 import gguf
 
-from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
-from pop_converter.architecture.skipping import Skipping, skipping_of
+from pop_converter.architecture.skipping import SkippableLayers, skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, left_share, speedup_limit
 from pop_converter.base.errors import FormatError, PopError
 from pop_converter.base.progress import counting
@@ -18,13 +18,13 @@ from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import Header, TensorInfo, read_header
 from pop_converter.gguf.source import Source, is_sidecar, read_source
 from pop_converter.popfile.format import PREFIX, PopMeta
-from pop_converter.popfile.plan import DEFAULT_SKIP
+from pop_converter.popfile.pruning_plan import DEFAULT_SKIP
 from pop_converter.popfile.rewrite import original
 from pop_converter.popfile.sidecar import base_path, pop_of, sidecar_meta
 from pop_converter.projection import TENSOR_MARK
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
-from pop_local.models.names import load_catalog, resolve
+from pop_local.models.mmproj_files import ARCHITECTURE, find_mmproj
+from pop_local.models.model_names import load_catalog, resolve
 from pop_local.models.sidecars import sidecar_of
 from pop_local.workflows.events import Unit, Watch
 
@@ -74,7 +74,7 @@ class Inspection:
     size_bytes: int
     name: str
     architecture: str
-    skipping: Skipping | None
+    skipping: SkippableLayers | None
     refused: str
     work: SkippingGain | None
     n_layer: int
@@ -185,7 +185,7 @@ def _of_model(
     if not isinstance(architecture, str):
         raise FormatError(f"{first.path} names no architecture", "give a language model")
     name = first.get("general.name")
-    mmproj = None if architecture == ARCHITECTURE else mmproj_beside(first.path)
+    mmproj = None if architecture == ARCHITECTURE else find_mmproj(first.path)
     skipping, refused = None, ""
     try:
         skipping = skipping_of(source_shape(source))
@@ -215,7 +215,7 @@ def _of_model(
     )
 
 
-def _work(skipping: Skipping, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
+def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
     """At the file's boundary, else where tokens leave exactly, else at two thirds."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)

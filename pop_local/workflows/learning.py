@@ -9,12 +9,12 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.fit.least_squares import ROWS_KEPT, KvType
 from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Budget, Calibration
-from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost
-from pop_local.calibration.options import FitOptions
 from pop_local.engine.learning.learned_fit import LearnedFit, Loss
 from pop_local.engine.learning.online_calibrator import N_WINDOW, OnlineCalibrator
 from pop_local.engine.learning.sums import Sums
@@ -24,7 +24,7 @@ from pop_local.measure.budget import BALANCED, is_inside
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.learned import LearnedFiles
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import OverBudgetError

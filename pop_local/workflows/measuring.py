@@ -12,7 +12,7 @@ from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.measure.quality import Quality
 from pop_local.measure.recall import Recall
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 

@@ -12,19 +12,19 @@ from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.calibration.needs import free_bytes
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
-from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.names import (
+from pop_local.models.mmproj_files import find_mmproj
+from pop_local.models.model_files import ModelFiles
+from pop_local.models.model_names import (
     DEFAULT_MODEL,
-    Model,
+    CatalogModel,
     find,
-    kept,
     lookup,
     models_dir,
     resolve_base,
-    stored,
+    stored_file,
+    stored_model,
 )
 from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
-from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fetch import fetch_named
 from pop_local.workflows.hardware import Hardware
@@ -39,7 +39,7 @@ _MEMORY_FOR_TWO = 8e9
 _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
 
-def best_model() -> Model:
+def best_model() -> CatalogModel:
     """Return the best model of the catalog that the free memory allows."""
     n_free = free_bytes()
     return find(next((name for name, least in _BEST if n_free >= least), DEFAULT_MODEL))
@@ -87,7 +87,7 @@ def open_model(
             n_ctx=n_ctx,
             n_parallel=n,
             keep_states=keep_states,
-            mmproj=mmproj or mmproj_beside(files.path),
+            mmproj=mmproj or find_mmproj(files.path),
             image_tokens=image_tokens,
             **vars(hardware),
         )
@@ -165,8 +165,8 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
                 f"there is no sidecar {sidecar}", "convert the model to one", cause="no-sidecar"
             )
         return ModelFiles(base_file(model, watch), sidecar)
-    is_catalogs = not (Path(model).is_file() or stored(model))
-    if is_catalogs and (entry := lookup(model)) and (converted := kept(entry.pop_file)):
+    is_catalogs = not (Path(model).is_file() or stored_model(model))
+    if is_catalogs and (entry := lookup(model)) and (converted := stored_file(entry.pop_file)):
         return ModelFiles(converted)
     base = base_file(model, watch)
     return ModelFiles(base, sidecar_of(read_source(base)))

@@ -18,12 +18,12 @@ import numpy as np
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Callbacks, calibrate
-from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
 from pop_local.measure.forced import Pruning, forced

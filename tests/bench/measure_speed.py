@@ -33,7 +33,7 @@ import numpy as np
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import Macs, speedup_limit
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import make_plan, parse_skip
 from pop_local.engine.llama.graph_macs import GraphMacs
 
 N_DECODE_PROMPT = 16

@@ -19,17 +19,17 @@ from typing import Any
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Callbacks, calibrate
-from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import QualitySettings, measure_against
 from pop_local.measure.recall import RecallSettings
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
 from pop_local.ui.views.quality_figures import figures
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.conversion.full_model import FullModel

@@ -181,7 +181,7 @@ def test_too_short_a_context_is_said_before_anything_is_loaded(
     def load(*_: object, **options: object) -> NoReturn:
         raise PopError("loaded")
 
-    monkeypatch.setattr("pop_local.research.analyze.opened", load)
+    monkeypatch.setattr("pop_local.research.layer_analysis.opened", load)
     done = analyze(model, "--text", text, *UNFITTED, "--no-gates", "--context", context)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())

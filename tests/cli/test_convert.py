@@ -12,7 +12,7 @@ from pop_converter.base.errors import FormatError, PlanError, UnsupportedArchite
 from pop_converter.gguf import content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.plan import make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import make_plan, parse_skip
 from pop_converter.popfile.rewrite import convert, measure
 from pop_local.cli import app
 from support.converted import convert_default, names

@@ -13,7 +13,7 @@ import pop_local
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.calibration import needs, texts
 from pop_local.engine.llama.graph_macs import GraphMacs

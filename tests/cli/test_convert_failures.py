@@ -14,7 +14,7 @@ import pytest
 from pop_converter.base.errors import FormatError, OutputExistsError, WriteError
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile import rewrite
-from pop_converter.popfile.rewrite import Sizes, check_target
+from pop_converter.popfile.rewrite import FileSizes, check_target
 from support.converted import convert_default, names
 from support.shapes import read_pop_meta
 from support.synthetic import add_keys, make_gguf, make_split
@@ -69,7 +69,7 @@ def test_output_that_appears_meanwhile_stays(tiny, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder that takes no file, even root's")
 def test_a_folder_that_takes_no_file_is_refused_beforehand(tiny):
     with pytest.raises(WriteError, match="cannot write /proc/out"):
-        check_target(tiny, Path("/proc/out.gguf"), Sizes(1, 1), force=False)
+        check_target(tiny, Path("/proc/out.gguf"), FileSizes(1, 1), force=False)
 
 
 @pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])

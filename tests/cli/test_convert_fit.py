@@ -20,7 +20,7 @@ from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
 from pop_local.calibration import texts
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget

@@ -44,11 +44,11 @@ def found_by(tiny, letters, *options: object):
 def test_few_boundaries_are_fitted_in_one_pass(tiny, letters, own_pass_at, monkeypatch):
     read: list[int] = []
 
-    def window(self, tokens, real=activations.Reading.window):
+    def window(self, tokens, real=activations.WindowReader.window):
         read.extend([1] * bool(self._wanted.layers))
         return real(self, tokens)
 
-    monkeypatch.setattr(activations.Reading, "window", window)
+    monkeypatch.setattr(activations.WindowReader, "window", window)
     own_pass_at(7)
     found, tried = found_by(tiny, letters)
     assert tried == [(7, "own"), (6, "own"), (5, "own"), (6, "fitted"), (3, "fitted")]
@@ -99,7 +99,7 @@ def test_a_stopped_search_goes_on_with_the_same_fits(tiny, letters, own_pass_at,
     with monkeypatch.context() as stopping:
         stopping.setattr(searching.Search, "_judge", stop)
         assert convert(*options).exit_code == 130
-    monkeypatch.setattr(activations.Reading, "window", None)
+    monkeypatch.setattr(activations.WindowReader, "window", None)
     done = convert(*options)
     assert done.exit_code == 0, done.stderr
     assert "Fitting the projections for boundary 3, 6\n" in done.stderr

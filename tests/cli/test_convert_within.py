@@ -153,7 +153,7 @@ def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch)
     assert convert(tiny, *named, "--max-kl", 0.0001, "--resume").exit_code == 1
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
     with monkeypatch.context() as unread:
-        unread.setattr(activations.Reading, "window", None)
+        unread.setattr(activations.WindowReader, "window", None)
         done = convert(tiny, *named, *LOOSE, "--resume")
     assert done.exit_code == 0, done.stderr
     [trial] = json.loads(done.stdout)["tried"]
@@ -287,11 +287,11 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
     (tmp_path / ".tiny.pop.gguf.calibration-6").write_text("of a search that went another way")
     read: list[object] = []
 
-    def window(self, tokens, real=activations.Reading.window):
+    def window(self, tokens, real=activations.WindowReader.window):
         read.append(tokens)
         return real(self, tokens)
 
-    monkeypatch.setattr(activations.Reading, "window", window)
+    monkeypatch.setattr(activations.WindowReader, "window", window)
     done = convert(*options, "--memory", 1)
     assert done.exit_code == 0, done.stderr
     assert len(read) == 4, "boundary 5 was kept, and 2 to 4 share a pass"

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from pop_local.calibration import needs
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.measure.budget import BALANCED
-from pop_local.research import analyze as analyses
-from pop_local.research.options import AnalyzeOptions
+from pop_local.research import layer_analysis as analyses
+from pop_local.research.analyze_options import AnalyzeOptions
 from pop_local.workflows import benchmark
 from pop_local.workflows.conversion.convert import convert
 from pop_local.workflows.conversion.goals import Boundary, Goal, Within

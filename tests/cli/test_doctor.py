@@ -14,7 +14,7 @@ from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
-from pop_local.models import names as models
+from pop_local.models import model_names as models
 from pop_local.workflows.open import best_model
 from support.shared_kv import make_shared
 

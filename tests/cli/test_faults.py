@@ -12,7 +12,7 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_converter.fit.least_squares import Gram
 from pop_local.calibration import state
-from pop_local.calibration.needs import Pair
+from pop_local.calibration.needs import FitPair
 from pop_local.calibration.texts import CalibrationText
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.sessions.conversation import Conversation, Turn
@@ -152,7 +152,7 @@ def test_a_session(model, tmp_path, number, monkeypatch):
 def test_a_checkpoint_of_a_fit(tmp_path, number):
     text = CalibrationText("text", "0" * 64, np.zeros((4, 8), np.int32))
     gram = Gram(np.ones((5, 5), np.float32), {2: np.ones((5, 4), np.float32)})
-    made = state.State(text, ((Pair(1, 2),),), 0, 3, sums=Sums(grams={1: gram}))
+    made = state.CalibrationState(text, ((FitPair(1, 2),),), 0, 3, sums=Sums(grams={1: gram}))
     check(
         tmp_path,
         number,

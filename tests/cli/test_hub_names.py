@@ -5,8 +5,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from pop_local.models import names
-from pop_local.models.names import hub_name, hub_names, load_catalog, resolve
+from pop_local.models import model_names
+from pop_local.models.model_names import hub_name, hub_names, load_catalog, resolve
 from pop_local.workflows.events import Watch
 from pop_local.workflows.open import base_file
 from support.hub_server import Hub, Repo, asked_here, serving
@@ -23,7 +23,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     files["tiny-Q4_0.gguf"] = content
     with serving(Hub(repos={"acme/tiny-GGUF": Repo(files)})) as hub:
         asked_here(hub, monkeypatch)
-        monkeypatch.setenv(names.MODELS_VARIABLE, str(tmp_path / "store"))
+        monkeypatch.setenv(model_names.MODELS_VARIABLE, str(tmp_path / "store"))
         yield hub
 
 
@@ -64,7 +64,7 @@ def test_convert_asks_too(hub, tmp_path, monkeypatch):
 
 def test_names_of_the_table(hub, tmp_path, monkeypatch):
     table = {"model": [], "hub": {"tiny-3.2-1b": "acme/tiny-GGUF:Q8_0"}}
-    monkeypatch.setattr(names, "_toml", lambda: table)
+    monkeypatch.setattr(model_names, "_toml", lambda: table)
     for name in ("tiny-3.2-1b", "Tiny3.2:1b"):
         assert hub_name(name) == "hf:acme/tiny-GGUF:Q8_0"
     done = called("pull", "tiny3.2:1b")
@@ -75,7 +75,7 @@ def test_names_of_the_table(hub, tmp_path, monkeypatch):
 
 def test_the_table_has_no_name_of_the_catalog_and_each_is_one_of_a_hub():
     known = hub_names()
-    assert len({names.plain(name) for name in known}) == len(known) >= 30
+    assert len({model_names.plain(name) for name in known}) == len(known) >= 30
     for each in load_catalog():
         assert not any(hub_name(alias) for alias in (each.name, *each.aliases))
     assert all(repo.count("/") == 1 for repo in known.values())

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from pop_local.cli import app
 from pop_local.workflows.events import Watch

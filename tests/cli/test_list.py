@@ -17,17 +17,17 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_local.cli import app
 from pop_local.commands.list import list as list_models
-from pop_local.models import names as models
-from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.names import resolve
-from pop_local.models.stored import (
-    Stored,
+from pop_local.models import model_names as models
+from pop_local.models.mmproj_files import find_mmproj
+from pop_local.models.model_files import (
+    StoredModel,
     known_name,
     models_by_name,
     parts_folder,
     removable,
     stock,
 )
+from pop_local.models.model_names import resolve
 from pop_local.ui.theme import THEME
 from support.converted import converted, paired
 from support.seeing import EYES, make_mmproj
@@ -58,7 +58,7 @@ def sidecar(store: Path) -> Path:
     return made.sidecar.rename(sidecar_path(read_source(base)))
 
 
-def the(name: str, store: Path) -> Stored:
+def the(name: str, store: Path) -> StoredModel:
     return next(model for model in stock(store) if model.name == name)
 
 
@@ -311,9 +311,9 @@ def test_rm_leaves_the_mmproj_that_another_quantisation_has(store):
     for name in ("See-Q4_K_M.gguf", "See-Q8_0.gguf"):
         make_gguf(store / name, "llama")
     named = make_mmproj(store / "mmproj-See-Q4_K_M.gguf", EYES["llama"])
-    assert mmproj_beside(store / "See-Q8_0.gguf") == named
+    assert find_mmproj(store / "See-Q8_0.gguf") == named
     assert pop_local("rm", "See-Q4_K_M", "--yes").exit_code == 0
-    assert mmproj_beside(store / "See-Q8_0.gguf") == named
+    assert find_mmproj(store / "See-Q8_0.gguf") == named
 
 
 def test_rm_takes_the_mmprojs_of_all_quantisations(store):

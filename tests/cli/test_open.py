@@ -18,10 +18,10 @@ from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.cli import app
 from pop_local.commands.opening import default_model
 from pop_local.engine.model import PopModel
-from pop_local.models import names as models
+from pop_local.models import model_names as models
 from pop_local.models import sidecars
-from pop_local.models.names import DEFAULT_MODEL, find
-from pop_local.models.stored import ModelFiles, stock
+from pop_local.models.model_files import ModelFiles, stock
+from pop_local.models.model_names import DEFAULT_MODEL, find
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from pop_local.workflows.events import Watch

@@ -13,8 +13,8 @@ from pop_converter.base import files
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.config import settings
-from pop_local.config.settings import Value, config_path, given, load
-from pop_local.models.names import models_dir
+from pop_local.config.settings import SettingValue, config_path, given, load
+from pop_local.models.model_names import models_dir
 from pop_local.ui.lazy import lazy_group
 from support.program import run
 
@@ -32,13 +32,13 @@ def pop_local(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
-def value(key: str) -> Value:
+def value(key: str) -> SettingValue:
     return next(value for value in load() if value.key == key)
 
 
 def test_nothing_set(file):
     assert given() == {}
-    assert value("threads") == Value("threads", None, "default", "")
+    assert value("threads") == SettingValue("threads", None, "default", "")
 
 
 def test_the_environment_comes_before_the_file(file, monkeypatch):
@@ -47,8 +47,8 @@ def test_the_environment_comes_before_the_file(file, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_TOP_P", "0.5")
     monkeypatch.setenv("POP_LOCAL_SYSTEM", "")
     assert given() == {"threads": 8, "temperature": 1.0, "top_p": 0.5, "system": "Be brief."}
-    assert value("threads") == Value("threads", 8, "environment", "POP_LOCAL_THREADS")
-    assert value("system") == Value("system", "Be brief.", "file", str(file))
+    assert value("threads") == SettingValue("threads", 8, "environment", "POP_LOCAL_THREADS")
+    assert value("system") == SettingValue("system", "Be brief.", "file", str(file))
 
 
 def test_the_file_is_the_users_unless_one_is_named(monkeypatch):

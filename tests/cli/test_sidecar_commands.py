@@ -14,14 +14,14 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import Measured
-from pop_converter.popfile.plan import TAIL_TOKENS, make_plan
-from pop_converter.popfile.sidecar import sidecar_beside, write_sidecar
+from pop_converter.popfile.pruning_plan import TAIL_TOKENS, make_plan
+from pop_converter.popfile.sidecar import existing_sidecar, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
-from pop_local.models import names as models
-from pop_local.models.names import DEFAULT_MODEL, find
-from pop_local.models.stored import ModelFiles
+from pop_local.models import model_names as models
+from pop_local.models.model_files import ModelFiles
+from pop_local.models.model_names import DEFAULT_MODEL, find
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from pop_local.workflows.conversion.fits import Fitter
@@ -126,7 +126,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
 
     def measure(model: PopModel, *_: object) -> tuple[SimpleNamespace]:
         seen.append((Path(model.path), model.meta and model.meta.projection))
-        assert sidecar_beside(read_source(base)) is None, "not in its place yet"
+        assert existing_sidecar(read_source(base)) is None, "not in its place yet"
         return (SimpleNamespace(boundary=4),)
 
     monkeypatch.setattr("pop_local.workflows.conversion.named.measure_prunings", measure)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pop_converter.base.errors import FormatError, OutputExistsError, WriteError
 from pop_converter.gguf.header import read_header
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert, strip
 from pop_local.cli import app
 from support.shapes import read_shape

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
-from pop_local.models.names import MODELS_VARIABLE
+from pop_local.models.model_names import MODELS_VARIABLE
 from support.hub_server import Hub, Repo, serving
 from support.program import called, run
 from support.shapes import read_shape

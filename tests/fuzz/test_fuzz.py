@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import uncounted
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan
-from pop_converter.popfile.sidecar import read_sidecar, sidecar_beside, sidecar_meta
+from pop_converter.popfile.pruning_plan import make_plan
+from pop_converter.popfile.sidecar import existing_sidecar, read_sidecar, sidecar_meta
 from pop_converter.projection import Projection
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Turn
@@ -113,7 +113,7 @@ def test_sidecars(tmp_path, not_counted):
 
     def attempt(rng: random.Random) -> None:
         target.write_bytes(mutated_bytes(rng, content, 0, end))
-        assert sidecar_beside(source) == target
+        assert existing_sidecar(source) == target
         sidecar_meta(read_header(target))
         inspect(str(target), None, with_hash=False, watch=Watch())
         read_sidecar(target, source)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_converter.architecture.keys import require_loadable
-from pop_converter.architecture.names import REFUSED
+from pop_converter.architecture.arch_keys import require_loadable
+from pop_converter.architecture.arch_names import REFUSED
 from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import read_header
 from support import recipes

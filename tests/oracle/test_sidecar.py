@@ -11,7 +11,7 @@ from pop_converter.base.errors import PopError, WriteError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import Measured, PopMeta, Recalled, pop_meta
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.engine.cache.keys import conversion

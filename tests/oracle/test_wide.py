@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Type
 
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.header import read_header
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import Fitted, convert
 from pop_converter.projection import Projection
 from support.converted import made_up

@@ -8,7 +8,7 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.quality import QualitySettings, measure_prunings
 from pop_local.measure.recall import RecallSettings, measure_recall
-from pop_local.models.names import find
+from pop_local.models.model_names import find
 from pop_local.models.sidecars import sidecar_of
 from support.paths import MODELS
 

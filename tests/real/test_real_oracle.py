@@ -11,7 +11,7 @@ from llama_cpp import Llama
 
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.header import read_header
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from support.converted import convert_default, paired
 from support.kv_reference import (

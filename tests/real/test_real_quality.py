@@ -85,8 +85,8 @@ def test_logits_of_a_real_model_are_those_of_the_backend(smollm2):
 def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
     pytest.importorskip("torch")
+    from pop_local.research.analyze_options import AnalyzeOptions
     from pop_local.research.importance import importance
-    from pop_local.research.options import AnalyzeOptions
     from pop_local.research.torch_device import torch_device
     from pop_local.workflows.events import Watch
     from pop_local.workflows.hardware import Hardware

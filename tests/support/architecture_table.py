@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from pop_converter.architecture.names import REFUSED
+from pop_converter.architecture.arch_names import REFUSED
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.base.errors import UnsupportedArchitectureError

@@ -12,11 +12,11 @@ import numpy as np
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
-from pop_local.calibration.activations import Reading, loaded
+from pop_local.calibration.activations import WindowReader, loaded
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Callbacks, calibrate
-from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -99,7 +99,7 @@ def fitted_at(
 def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> list[Tapped]:
     wanted = Wanted(boundaries, layers, WEIGHING)
     with loaded(path, n_threads=1) as context:
-        reading = Reading(context, wanted)
+        reading = WindowReader(context, wanted)
         return [reading.window(window) for window in windows]
 
 

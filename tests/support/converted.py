@@ -11,7 +11,7 @@ from pop_converter.fit.weights import KvProjection
 from pop_converter.fit.wide import Neurons, WideInput, encode_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Calibration, PopMeta
-from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_converter.popfile.rewrite import Fitted, convert
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection

@@ -17,7 +17,7 @@ from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from pop_converter.projection import Projection
 from support.converted import made_up

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from support.raw import Job, Step, run
 from support.shapes import read_shape

@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGUFWriter
 from PIL import Image
 
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.model import PopModel

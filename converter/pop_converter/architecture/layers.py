@@ -14,7 +14,7 @@ _RECURRENT = ("ssm_", "shortconv.", "time_mix_", "attn_compressor_")
 _LIGHTNING = {"attn_norm_2", "attn_gate"}
 
 
-class Layer(dict[str, TensorInfo]):
+class LayerTensors(dict[str, TensorInfo]):
     """The tensors of a layer by their names within it, without ".weight"."""
 
     def rows(self, name: str) -> int:
@@ -69,12 +69,12 @@ class Layer(dict[str, TensorInfo]):
         return sum(each.n_elements for each in self.values() if len(each.dims) > 1)
 
 
-def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[Layer]:
+def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
     """Return the layers of a model, without added tensors. Raises FormatError for none.
 
     With `repeat` those that have no tensors run with the tensors of earlier ones.
     """
-    path, layers = source.first.path, [Layer() for _ in range(n_layer)]
+    path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]
     if not source.tensors:
         raise FormatError(f"{path} has a vocabulary and no layers", "give the model")
     for tensor in source.tensors:

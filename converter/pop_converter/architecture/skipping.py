@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from pop_converter.architecture.names import MEASURED, UNFITTED
+from pop_converter.architecture.arch_names import MEASURED, UNFITTED
 from pop_converter.architecture.shape import ModelShape
 
 _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 
 
 @dataclass(frozen=True)
-class Skipping:
+class SkippableLayers:
     """Layers `first` to `last`, which context tokens can skip; one at least is kept.
 
     `left`: what they still compute in skipped layers. `fits_from`: the first boundary for which
@@ -28,11 +28,11 @@ class Skipping:
     is_measured: bool
 
 
-def skipping_of(shape: ModelShape) -> Skipping:
+def skipping_of(shape: ModelShape) -> SkippableLayers:
     first = max(1, shape.n_deepstack)
     fits = [boundary for boundary in range(first, shape.n_layer) if shape.fits(boundary)]
     kinds = {kind: None for layer in range(first, shape.n_layer) for kind in _left(shape, layer)}
-    return Skipping(
+    return SkippableLayers(
         first=first,
         last=shape.n_layer - 1,
         left=tuple(kinds),

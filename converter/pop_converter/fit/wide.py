@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.architecture.names import GELU
+from pop_converter.architecture.arch_names import GELU
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit.least_squares import KvType, decode_weight, encode_weight
 from pop_converter.fit.weights import Floats, Weights

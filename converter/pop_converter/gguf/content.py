@@ -32,7 +32,7 @@ Write = Callable[[memoryview], object]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class FileRange:
     """The bytes of an existing file from `start` on, with `n_zeros` zeros after them."""
 
     path: Path
@@ -66,7 +66,7 @@ class Content:
     n_tensors: int = 0
     tensors: bytes = b""
     alignment: int = DEFAULT_ALIGNMENT
-    stretches: tuple[Stretch, ...] = ()
+    stretches: tuple[FileRange, ...] = ()
     data_end: int = 0
     added: tuple[bytes, ...] = ()
 
@@ -149,7 +149,7 @@ def read_content(source: Source, *, without: str) -> Content:
     first = source.first
     dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
     raw = _read_tables(first)
-    whole = Stretch(first.path, first.data_start, first.size_bytes - first.data_start)
+    whole = FileRange(first.path, first.data_start, first.size_bytes - first.data_start)
     keys = [key for name, key in first.keys.items() if not name.startswith(dropped)]
     stretches = _joined_data(source) if source.is_split else (whole,)
     ends = (tensor.offset + tensor.size_bytes for tensor in first.tensors)
@@ -178,9 +178,9 @@ def _read_tables(header: Header) -> bytes:
     return raw[: header.tensors_end]
 
 
-def _joined_data(source: Source) -> tuple[Stretch, ...]:
+def _joined_data(source: Source) -> tuple[FileRange, ...]:
     return tuple(
-        Stretch(
+        FileRange(
             part.path,
             part.data_start + tensor.offset,
             tensor.size_bytes,
@@ -243,7 +243,7 @@ def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool
         return added and not file.read(1)
 
 
-def _read(stretch: Stretch, buffer: memoryview) -> Iterator[memoryview]:
+def _read(stretch: FileRange, buffer: memoryview) -> Iterator[memoryview]:
     try:
         with stretch.path.open("rb", buffering=0) as file:
             file.seek(stretch.start)

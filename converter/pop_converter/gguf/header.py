@@ -66,7 +66,7 @@ Array = tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
-class Key:
+class HeaderKey:
     """One key with the byte range in the file that holds it, name included; `type` is GGUF's."""
 
     value: Scalar | Array
@@ -96,7 +96,7 @@ class Header:
 
     path: Path
     version: int
-    keys: Mapping[str, Key]
+    keys: Mapping[str, HeaderKey]
     keys_end: int
     tensors: tuple[TensorInfo, ...]
     tensors_end: int
@@ -272,15 +272,15 @@ def _scan(path: Path, view: mmap.mmap) -> Header:
     return header
 
 
-def _scan_keys(cursor: _Cursor, count: int) -> dict[str, Key]:
-    keys: dict[str, Key] = {}
+def _scan_keys(cursor: _Cursor, count: int) -> dict[str, HeaderKey]:
+    keys: dict[str, HeaderKey] = {}
     for _ in range(count):
         start = cursor.at
         name = cursor.text()
         if name in keys:
             raise corrupt(cursor.path, f"two keys named {name}")
         kind = cursor.number("I")
-        keys[name] = Key(cursor.value(kind), kind, start, cursor.at)
+        keys[name] = HeaderKey(cursor.value(kind), kind, start, cursor.at)
     return keys
 
 
@@ -309,7 +309,7 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     return TensorInfo(name, tuple(dims), kind, offset, n_elements // elements * size)
 
 
-def _alignment(path: Path, keys: Mapping[str, Key]) -> int:
+def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
     if "general.alignment" not in keys:
         return DEFAULT_ALIGNMENT
     key = keys["general.alignment"]

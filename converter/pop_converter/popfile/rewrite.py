@@ -10,7 +10,7 @@ from pop_converter import __version__
 from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import wide_weights
 from pop_converter.base.errors import FormatError, PlanError, WriteError
-from pop_converter.base.output import check_output, replacing
+from pop_converter.base.output_file import check_output, replacing
 from pop_converter.base.progress import Progress, Ran, counting
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.content import (
@@ -32,7 +32,7 @@ from pop_converter.popfile.format import (
     encode_keys,
     pop_meta,
 )
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import TENSOR_MARK, Projection
 
 # As long as a real one, so that the header keeps its size.
@@ -58,14 +58,14 @@ Examine = Callable[[Path], Measured]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class FileSizes:
     """The bytes that a conversion reads and writes."""
 
     source_bytes: int
     output_bytes: int
 
 
-def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
+def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
     """Return the sizes of a conversion without doing it (padding and measured quality aside).
 
     Raises FormatError as `convert` does for a bad source.
@@ -75,7 +75,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
     if plan.projection != Projection.OWN:
         with_tensors(content, ())
     written = content.with_keys(encode_keys(draft_meta(plan, source))).size_bytes
-    return Sizes(source.size_bytes, written + stored_bytes(plan, kv_type))
+    return FileSizes(source.size_bytes, written + stored_bytes(plan, kv_type))
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
@@ -98,7 +98,7 @@ def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
     return next((kind for kind in KvType if {kind.ggml} == kinds), None)
 
 
-def check_target(src: Path, dst: Path, sizes: Sizes, *, force: bool) -> None:
+def check_target(src: Path, dst: Path, sizes: FileSizes, *, force: bool) -> None:
     """Refuse an output beforehand, as `convert` would.
 
     Raises FormatError, OutputExistsError, WriteError.

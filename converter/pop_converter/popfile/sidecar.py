@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from pop_converter.base.errors import FormatError, WriteError
-from pop_converter.base.output import check_output, replacing
+from pop_converter.base.output_file import check_output, replacing
 from pop_converter.base.progress import Progress, counting
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.content import (
@@ -33,12 +33,12 @@ from pop_converter.popfile.format import (
     pop_meta,
     read_binding,
 )
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import (
     UNKNOWN_SHA256,
     Examine,
+    FileSizes,
     Fitted,
-    Sizes,
     draft_meta,
     finish,
     planned_source,
@@ -56,7 +56,7 @@ def sidecar_path(base: Source) -> Path:
     return base.first.path.with_name(Path(base.name).stem + SUFFIX)
 
 
-def sidecar_beside(base: Source) -> Path | None:
+def existing_sidecar(base: Source) -> Path | None:
     """Return the sidecar at `sidecar_path`; None for none, and for a converted model."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
@@ -180,12 +180,12 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
         )
 
 
-def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
+def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
     """Return the sizes of `write_sidecar`, without doing it (see `rewrite.measure`)."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
-    return Sizes(source.size_bytes, len(header) + stored_bytes(plan, kv_type))
+    return FileSizes(source.size_bytes, len(header) + stored_bytes(plan, kv_type))
 
 
 def write_sidecar(

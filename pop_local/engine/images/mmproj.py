@@ -27,7 +27,7 @@ from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
 from pop_local.engine.llama.batch import decode_rows
 from pop_local.engine.llama.slot import Slot
-from pop_local.models.mmproj import ARCHITECTURE
+from pop_local.models.mmproj_files import ARCHITECTURE
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from pop_converter.base.archives import DAMAGES
 from pop_converter.base.errors import PopError, WriteError
-from pop_converter.base.output import make_private, replacing
+from pop_converter.base.output_file import make_private, replacing
 from pop_converter.fit.wide import WideInput
 from pop_converter.gguf.source import Source, sampled_sha256
 from pop_converter.projection import Projection

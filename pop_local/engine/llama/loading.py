@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from pop_converter.architecture.keys import require_loadable, trained_ctx
+from pop_converter.architecture.arch_keys import require_loadable, trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import Header

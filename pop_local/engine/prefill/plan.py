@@ -11,7 +11,7 @@ import numpy as np
 
 from pop_converter.deep_rows import DeepRows
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.plan import TAIL_TOKENS
+from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 from pop_local.engine.llama.batch import Outputs
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.output import make_private, replacing
+from pop_converter.base.output_file import make_private, replacing
 from pop_converter.gguf.source import sampled_sha256
 from pop_local.engine.cache.keys import opened_with
 from pop_local.engine.cache.kv_cache import KvCache

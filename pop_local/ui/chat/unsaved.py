@@ -11,7 +11,7 @@ from secrets import token_hex
 
 from filelock import FileLock, Timeout
 
-from pop_converter.base.output import make_private
+from pop_converter.base.output_file import make_private
 from pop_local.engine.sessions.chat_session import load_session
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import SavedFile, Sessions

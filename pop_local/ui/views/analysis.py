@@ -11,9 +11,9 @@ from pop_local.ui.theme import say
 from pop_local.ui.views.quality_figures import bare, figures, text_json, with_se
 
 if TYPE_CHECKING:
-    from pop_local.research.analyze import Analysis
     from pop_local.research.depths import DepthCost
-    from pop_local.research.importance import Stage
+    from pop_local.research.importance import StageImportance
+    from pop_local.research.layer_analysis import Analysis
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _choice(found: Analysis) -> str:
     )
 
 
-def _thirds(stage: Stage) -> str:
+def _thirds(stage: StageImportance) -> str:
     times = f" ({with_se(stage.median_ratio, '.2f')} times)" if stage.median_ratio else ""
     return (
         f"median of the last third of the layers {with_se(stage.last_third_median, '.2f')}, of the"

@@ -19,8 +19,8 @@ from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 
 if TYPE_CHECKING:
     from pop_converter.popfile.format import PopMeta
-    from pop_converter.popfile.plan import Plan
-    from pop_converter.popfile.rewrite import Sizes
+    from pop_converter.popfile.pruning_plan import Plan
+    from pop_converter.popfile.rewrite import FileSizes
     from pop_local.workflows.conversion.convert import Converted
     from pop_local.workflows.conversion.plan import Conversion
 
@@ -80,7 +80,7 @@ def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
 
 
 def _object(
-    conversion: Conversion, plan: Plan, sizes: Sizes, meta: PopMeta | None
+    conversion: Conversion, plan: Plan, sizes: FileSizes, meta: PopMeta | None
 ) -> dict[str, Any]:
     return _common(conversion, plan) | {
         "boundary": plan.boundary,
@@ -119,7 +119,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _plan_facts(conversion: Conversion, plan: Plan, sizes: Sizes) -> list[Fact]:
+def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fact]:
     where = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
     output = size(sizes.output_bytes)
     return _facts(conversion, plan, str(plan.n_skipped), where, output, _limit(conversion, plan))

@@ -3,7 +3,7 @@
 from pop_converter.base.numbers import size
 from pop_converter.popfile.format import PopMeta
 from pop_converter.projection import Projection
-from pop_local.models.mmproj import ARCHITECTURE
+from pop_local.models.mmproj_files import ARCHITECTURE
 from pop_local.ui.tables import Fact
 from pop_local.ui.views.conversion import full_fact, measured_facts
 from pop_local.ui.views.skipped_layers import skipping_facts

@@ -8,11 +8,11 @@ from pop_converter.architecture.work import LIMIT_PROMPT
 from pop_local.ui.tables import Fact
 
 if TYPE_CHECKING:
-    from pop_converter.architecture.skipping import Skipping
+    from pop_converter.architecture.skipping import SkippableLayers
     from pop_local.workflows.inspect_file import SkippingGain
 
 
-def skipping_facts(found: Skipping, work: SkippingGain | None = None) -> list[Fact]:
+def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> list[Fact]:
     """Which layers context tokens can skip, what is left there, and what can be done about it."""
     exact = f"; from {found.exact} on exactly, and nothing changes" if found.exact else ""
     left = " and ".join(found.left) or "nothing"

@@ -12,7 +12,7 @@ from pop_local.ui.views.quality_figures import figures, with_se
 
 if TYPE_CHECKING:
     from pop_converter.popfile.format import Budget
-    from pop_converter.popfile.plan import Plan
+    from pop_converter.popfile.pruning_plan import Plan
     from pop_local.measure.recall import Recall
     from pop_local.workflows.conversion.refusals import Trial
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.plan import Plan
-from pop_converter.popfile.rewrite import Sizes, check_target
-from pop_local.calibration.options import FitOptions
+from pop_converter.popfile.pruning_plan import Plan
+from pop_converter.popfile.rewrite import FileSizes, check_target
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
 from pop_local.workflows.conversion.fits import MakeDistiller
@@ -56,7 +56,7 @@ class Converted:
     path: Path
     plan: Plan
     meta: PopMeta
-    sizes: Sizes
+    sizes: FileSizes
     trials: tuple[Trial, ...]
     warnings: tuple[PopError, ...]
     phases: tuple[Phase, ...]

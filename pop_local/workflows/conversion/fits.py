@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pop_converter.gguf.source import Source
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.calibration.needs import fit_cost, in_kinds
-from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
 from pop_local.measure.quality import FullScores, QualitySettings, Reference, read_reference
 from pop_local.measure.recall import Answers, RecallReference, RecallSettings

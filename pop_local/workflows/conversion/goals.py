@@ -8,7 +8,7 @@ from typing import Any
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
-from pop_converter.popfile.plan import Plan, make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import Plan, make_plan, parse_skip
 from pop_local.measure.budget import boundaries
 
 # No model was seen to copy with fewer than a third of its layers left.

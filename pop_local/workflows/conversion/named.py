@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, counting
 from pop_converter.popfile.format import Measured
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import (
@@ -32,7 +32,7 @@ from pop_local.measure.quality import (
     read_reference,
     retention,
 )
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_copy
 from pop_local.workflows.conversion.trial_runner import TrialRunner

@@ -9,10 +9,10 @@ from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import Source
 from pop_converter.popfile import rewrite
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.plan import Plan
-from pop_converter.popfile.rewrite import Sizes, measure
+from pop_converter.popfile.pruning_plan import Plan
+from pop_converter.popfile.rewrite import FileSizes, measure
 from pop_converter.popfile.sidecar import measure_sidecar, sidecar_path, write_sidecar
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
 
 OutputName = Literal["copy", "sidecar"]
 
@@ -27,7 +27,7 @@ class Output:
 
     name: OutputName
     stage: str
-    measure: Callable[[Plan, Path, KvType], Sizes]
+    measure: Callable[[Plan, Path, KvType], FileSizes]
     default_path: Callable[[Source], Path]
     write: Callable[..., PopMeta]
     files: Callable[[Path, Path], ModelFiles]

@@ -15,20 +15,20 @@ from pop_converter.base.errors import PopError, StoppedError, WriteError
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Measured, PopMeta
-from pop_converter.popfile.plan import Plan, require_fit
-from pop_converter.popfile.rewrite import Examine, Fitted, Sizes
+from pop_converter.popfile.pruning_plan import Plan, require_fit
+from pop_converter.popfile.rewrite import Examine, FileSizes, Fitted
 from pop_converter.projection import Projection
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import (
+    FitNeeds,
     FitWork,
-    Needs,
     fit_needs,
     fit_work,
     macs_per_s,
     spaced,
 )
-from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.models.names import resolve_base
+from pop_local.models.model_names import resolve_base
 from pop_local.workflows.conversion.goals import Goal
 from pop_local.workflows.conversion.output import OUTPUTS, Output, OutputName
 from pop_local.workflows.conversion.refusals import (
@@ -109,7 +109,7 @@ class Conversion:
         return ""
 
     @cached_property
-    def needs(self) -> Needs | None:
+    def needs(self) -> FitNeeds | None:
         """The memory and time of all plans' fits; None where there are none, or not counted."""
         if self.fit is None or not self._fittable or self.not_counted:
             return None
@@ -144,11 +144,11 @@ class Conversion:
         return spaced(self._fittable, self.source, self.fit)
 
     @cached_property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> FileSizes:
         """Those of the deepest plan."""
         return self.sizes_of(self.deepest)
 
-    def sizes_of(self, plan: Plan) -> Sizes:
+    def sizes_of(self, plan: Plan) -> FileSizes:
         """Return the bytes that writing one of the plans reads and writes."""
         kv_type = (self.fit or FitOptions()).kv_type
         return self.output.measure(plan, self.path, kv_type)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 
 if TYPE_CHECKING:
     from pop_local.measure.quality import Quality

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Binding
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted, check_target
 from pop_converter.popfile.sidecar import bind, measure_sidecar, write_trial
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 

@@ -12,7 +12,7 @@ from functools import partial
 
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Budget
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.needs import fit_needs, spaced

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pop_local.models.names import load_catalog
+from pop_local.models.model_names import load_catalog
 from support.paths import ROOT
 
 SIDECARS = ROOT / "pop_local" / "data" / "sidecars"

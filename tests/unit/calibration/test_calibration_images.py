@@ -14,8 +14,8 @@ from pop_converter.fit import least_squares as fit
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.rewrite import Fitted, convert
-from pop_local.calibration.activations import Reading, loaded
-from pop_local.calibration.images import drawn, images_of, opened_vision, pictures_of
+from pop_local.calibration.activations import WindowReader, loaded
+from pop_local.calibration.images import draw_pictures, images_of, open_vision, pictures_of
 from pop_local.calibration.job import Callbacks
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
 from pop_local.engine.llama.taps import Tapped, Wanted
@@ -44,7 +44,7 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     make_seeing(folder, request.param)
     words(folder)
     (folder / "pictures").mkdir()
-    for number, picture in enumerate(drawn(N_PICTURES)):
+    for number, picture in enumerate(draw_pictures(N_PICTURES)):
         smaller = Image.open(BytesIO(picture.content)).resize((160, 128))
         (folder / "pictures" / f"{number}.png").write_bytes(encoded(smaller, "PNG"))
     return folder / "plain.gguf"
@@ -69,9 +69,11 @@ def shown(plain: Path, seed: int) -> list[Tapped]:
     """States of the full model for images that nothing was fitted on."""
     mmproj = plain.parent / "mmproj.gguf"
     with loaded(plain, n_threads=1) as context:
-        reading = Reading(context, Wanted((BOUNDARY,), LAYERS))
-        with closing(opened_vision(context, mmproj, never)) as vision:
-            return [reading.image(vision, image) for image in images_of(vision, drawn(2, seed))]
+        reading = WindowReader(context, Wanted((BOUNDARY,), LAYERS))
+        with closing(open_vision(context, mmproj, never)) as vision:
+            return [
+                reading.image(vision, image) for image in images_of(vision, draw_pictures(2, seed))
+            ]
 
 
 def error(plain: Path, found: Fitted | None, held_out: list[Tapped]) -> float:
@@ -141,9 +143,9 @@ def test_a_stopped_fit_goes_on(plain, on_both, tmp_path):
 
 
 def test_drawn_pictures_are_the_same_for_the_same_seed():
-    assert drawn(3) == drawn(3)
-    assert len({picture.sha256 for picture in drawn(8)}) == 8
-    assert drawn(1, seed=1) != drawn(1)
+    assert draw_pictures(3) == draw_pictures(3)
+    assert len({picture.sha256 for picture in draw_pictures(8)}) == 8
+    assert draw_pictures(1, seed=1) != draw_pictures(1)
 
 
 def test_pictures_of_a_folder(tmp_path):

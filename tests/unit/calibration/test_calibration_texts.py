@@ -8,16 +8,16 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_local.calibration import texts
 from pop_local.calibration.activations import loaded
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.samples import NOT_SAMPLED, draw, sample_windows
 from pop_local.calibration.texts import (
     CalibrationError,
     default_tokens,
+    distill_windows,
     given_text,
     n_windows,
     own_text,
     sampled,
-    to_distill,
 )
 from pop_local.engine.prompt.prompter import Prompter
 from support.calibrating import SILENT, fitted, settings
@@ -81,8 +81,8 @@ def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path)
     path.write_text(" ".join(f"w{number}" for number in range(3000)))
     with loaded(llama, n_threads=1) as context:
         text = given_text(context, (path,), 4, 128)
-        windows = to_distill(context, text, (path,), 128)
-        few = to_distill(context, text, (path,), 6)
+        windows = distill_windows(context, text, (path,), 128)
+        few = distill_windows(context, text, (path,), 6)
     assert windows[:4].tolist() == text.windows.tolist()
     assert 8 < len(windows) == len(np.unique(windows, axis=0)) < 128
     assert few[:4].tolist() == text.windows.tolist() and len(few) == 6

@@ -15,8 +15,8 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.rewrite import Fitted, convert, strip
 from pop_local.calibration import samples
 from pop_local.calibration.activations import loaded
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import plan_needs
-from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
 from support.calibrating import (
     BOUNDARY,

@@ -7,7 +7,7 @@ import pytest
 
 from pop_converter.architecture.work import left_share, speedup_limit
 from pop_converter.base.errors import PopError
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_local.engine.llama import graph_macs as module
 from pop_local.engine.llama.graph_macs import GraphMacs
 from support.shapes import read_shape

@@ -30,7 +30,7 @@ assert find_spec("pop_local") is None
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import pop_meta
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert, strip
 
 model, converted, restored = map(Path, sys.argv[2:])

@@ -15,15 +15,15 @@ from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
 from pop_converter.fit.wide import MOST_NEURON, wide_input
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert, measure, stored_bytes, stored_type, strip
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost, fit_needs
-from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.estimate import Estimate

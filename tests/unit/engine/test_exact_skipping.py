@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from pop_converter.architecture.work import speedup_limit
 from pop_converter.base.errors import PopError, UnsupportedArchitectureError
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.cli import app
 from pop_local.engine.cache.keys import FULL

@@ -13,7 +13,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.calibration.activations import Reading, loaded
+from pop_local.calibration.activations import WindowReader, loaded
 from pop_local.engine.learning import learner as learning
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Sums
@@ -82,7 +82,7 @@ def test_sums_of_full_readings_are_those_of_a_calibration(each):
         wanted.grams[boundary] = summing.empty(boundary, summing.layers(boundary))
     at = summing.wanted(model.learner.boundaries)
     with loaded(each, n_threads=1) as context:
-        reading = Reading(context, at)
+        reading = WindowReader(context, at)
         for window in windows:
             summing.add(wanted, reading.window(window))
     for boundary in model.learner.boundaries:

@@ -13,7 +13,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import logs
-from pop_local.models.mmproj import mmproj_beside
+from pop_local.models.mmproj_files import find_mmproj
 from support.seeing import (
     EYES,
     Seeing,
@@ -48,9 +48,9 @@ def test_what_is_no_mmproj(smol, tmp_path):
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
         with pytest.raises(PopError, match="does not fit this model"):
             model.chat("a", images=[png(3)], max_tokens=1)
-    assert mmproj_beside(smol.path) == smol.path.parent / "mmproj.gguf"
+    assert find_mmproj(smol.path) == smol.path.parent / "mmproj.gguf"
     make_mmproj(smol.path.parent / "mmproj-2.gguf", EYES["llama"])
-    assert mmproj_beside(smol.path) is None
+    assert find_mmproj(smol.path) is None
     (smol.path.parent / "mmproj-2.gguf").unlink()
 
 
@@ -82,7 +82,7 @@ def test_whose_mmproj_the_only_one_of_a_folder_is(smol, tmp_path, name, models, 
     (tmp_path / name).write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     for model in models:
         (tmp_path / model).touch()
-    found = [mmproj_beside(tmp_path / model) is not None for model in models]
+    found = [find_mmproj(tmp_path / model) is not None for model in models]
     assert found == [number in seeing for number in range(len(models))]
 
 

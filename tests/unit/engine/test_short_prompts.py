@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.pruning_plan import make_plan
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode

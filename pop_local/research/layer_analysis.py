@@ -11,11 +11,11 @@ from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, Calibration
-from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.pruning_plan import Plan, make_plan
 from pop_converter.popfile.sidecar import pop_of
 from pop_converter.projection import Projection
 from pop_local.calibration import needs as memory
-from pop_local.calibration.options import FitOptions
+from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import default_tokens
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
@@ -30,10 +30,10 @@ from pop_local.measure.quality import (
     measure_against,
     read_reference,
 )
-from pop_local.models.stored import ModelFiles
+from pop_local.models.model_files import ModelFiles
+from pop_local.research.analyze_options import AnalyzeOptions
 from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
 from pop_local.research.importance import Importance, Windows, gates_device, importance
-from pop_local.research.options import AnalyzeOptions
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.conversion.stages import fit_steps
@@ -149,7 +149,7 @@ class _Run:
         ]
 
     @cached_property
-    def _needs(self) -> memory.Needs | None:
+    def _needs(self) -> memory.FitNeeds | None:
         plans = self._fitted if self.options.with_fit else []
         return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
 

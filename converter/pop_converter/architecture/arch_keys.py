@@ -1,6 +1,6 @@
 """The keys of a model that its architecture names, `ARCH.*`, checked."""
 
-from pop_converter.architecture.names import (
+from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
     HEADS_OF_STATES,
     LOOPS_KEY,
