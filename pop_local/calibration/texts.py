@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.base.errors import PopError
+from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.samples import NOT_SAMPLED, sample_windows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
@@ -26,7 +27,9 @@ N_WINDOW = 512
 SEED = 0
 # Distilling overfits what is less: SmolLM2 with 32. It gains from more, in as many times the time.
 N_DISTILLED = 128
-DEFAULT_NAME = "Python's documentation and code, samples of the model alone and in chat"
+# How much more the prediction of an answer's token counts than that of another token.
+_ANSWER_WEIGHT = 3.0
+DEFAULT_NAME = "look-ups, Python's documentation and code, samples of the model alone and in chat"
 # Text is far shorter than this for a token; more of it is not needed to fill a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
@@ -100,12 +103,13 @@ def own_text(context: Context, count: int) -> CalibrationText:
     beginnings yet: `sampled` completes them.
     """
     n_cut = count - n_sampled_of(count)
-    cut = _spread(context, [_texts()], n_cut)
+    carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
+    cut = _spread(context, [_texts()], n_cut - len(carriers))
     starts = _starts(context, count - n_cut)
     begun = np.full((len(starts), N_WINDOW), NOT_SAMPLED, np.int32)
     for row, start in zip(begun, starts, strict=True):
         row[: len(start)] = start
-    return CalibrationText(DEFAULT_NAME, "", np.concatenate([cut, begun]))
+    return CalibrationText(DEFAULT_NAME, "", np.concatenate([carriers, cut, begun]))
 
 
 def sampled(
@@ -137,17 +141,31 @@ def first_token(context: Context) -> int:
     return next((int(token) for token in found if token >= 0), 0)
 
 
-def distill_windows(
-    context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
-) -> Windows:
-    """Return the windows of a calibration, and more of its texts, or of what `paths` hold.
+@dataclass(frozen=True)
+class DistillText:
+    """Windows [n_windows, N_WINDOW] to distil on, and how much each row's prediction counts."""
 
-    They are `n_windows`, fewer where a text has no more that are different.
+    windows: Windows
+    weights: NDArray[np.float32]
+
+
+def distill_text(
+    context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
+) -> DistillText:
+    """Return a calibration's windows, more of its texts or of `paths`, and look-ups.
+
+    They are `n_windows`, fewer if the texts have no more distinct ones.
     """
     shelves = _shelves(paths, n_windows) if paths else [_texts()]
+    carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, shelves[0][0], SEED + 1)
     every = np.concatenate([text.windows, _spread(context, shelves, n_windows)])
     _, first = np.unique(every, axis=0, return_index=True)
-    return every[np.sort(first)[:n_windows]]
+    chosen = every[np.sort(first)[: n_windows - len(carriers.windows)]]
+    windows = np.concatenate([chosen, carriers.windows])
+    weights = np.ones(windows.shape, np.float32)
+    # A row predicts the token after it.
+    weights[len(chosen) :, :-1] += _ANSWER_WEIGHT * carriers.answers[:, 1:]
+    return DistillText(windows, weights)
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
@@ -157,7 +175,9 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
     Raises CalibrationError when the texts are empty, binary, too short, or of one phrase.
     """
     shelves = _shelves(paths, count)
-    windows, least = _spread(context, shelves, count), least_tokens(n_embd)
+    least = least_tokens(n_embd)
+    carriers = carrier_windows(context, count // SHARE, N_WINDOW, shelves[0][0], SEED).windows
+    windows = np.concatenate([carriers, _spread(context, shelves, count - len(carriers))])
     if windows.size < least:
         found = f"{windows.size:,} tokens in whole windows of {N_WINDOW}"
         raise _too_short(paths, found, least)

@@ -26,6 +26,7 @@ from pop_converter.fit.least_squares import FitError, normalised
 from pop_converter.fit.weights import KvProjection
 from pop_converter.fit.wide import WideInput
 from pop_converter.popfile.pruning_plan import Plan
+from pop_local.calibration.texts import DistillText
 from pop_local.research.decoder import BASE_BYTES, Decoder, StoredKv
 from pop_local.research.hyper import Hyper
 
@@ -71,14 +72,16 @@ class InitialFit:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The full model on `windows` and on some more that repeat a passage, n_all in all.
+    """The full model on the text's windows and on some more that repeat a passage, n_all in all.
 
     `states` [n_all, n_tokens, n_embd] enter the layer `first`: no fit that is distilled with them
     begins before. `last` [same] leave the last layer. `likely` [n_all, n_tokens, n_likely] are the
-    likeliest tokens after each row that may be an answer's, 0 for others. It is in main memory.
+    likeliest tokens after each row that may be an answer's, 0 for others. `weights`
+    [n_all, n_tokens] say how much each row's prediction counts. All tensors are in main memory.
     """
 
-    windows: Tokens
+    text: DistillText
+    weights: Tensor
     first: int
     states: Tensor
     last: Tensor
@@ -87,15 +90,16 @@ class TeacherStates:
 
 @torch.no_grad()
 def read(
-    decoder: Decoder, first: int, windows: Tokens, *, seed: int, on_progress: Progress
+    decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Read windows [n_windows, n_tokens] in full, and some of them again with a passage repeated.
+    """Read a text's windows in full, and some of them again with a passage repeated.
 
     `first` is the shallowest layer that a fit may begin at; `seed` draws the passages.
     `on_progress(done, total)` counts windows through layers; what it raises ends the work.
     """
-    copies = _repeating(windows, np.random.default_rng(seed))
-    every = np.concatenate([windows, copies])
+    copies = _repeating(text.windows, np.random.default_rng(seed))
+    every = np.concatenate([text.windows, copies])
+    weights = np.concatenate([text.weights, np.ones(copies.shape, np.float32)])
     ran = counting((decoder.n_layer + 1) * len(every), on_progress)
     parts = [every[at : at + _N_READ] for at in range(0, len(every), _N_READ)]
     states = torch.cat([decoder.embed(part).cpu() for part in parts])
@@ -110,7 +114,7 @@ def read(
         logits = decoder.logits(window[n_context:].to(decoder.device))
         tokens[n_context:] = logits.topk(likely.shape[-1]).indices
         ran(1)
-    return TeacherStates(windows, first, entering, states, likely)
+    return TeacherStates(text, torch.from_numpy(weights), first, entering, states, likely)
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
@@ -152,14 +156,14 @@ def distill(
     order = np.concatenate(passes).tolist()
     for step in range(n_steps):
         chosen = order[step * n_batch : (step + 1) * n_batch]
-        shares = _CONTEXT if max(chosen) < len(reference.windows) else _COPY_CONTEXT
+        shares = _CONTEXT if max(chosen) < len(reference.text.windows) else _COPY_CONTEXT
         low, high = (int(share * n_tokens) for share in shares)
         n_context = int(rng.integers(low, max(high, low + 1)))
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / _N_WARM)
             group["lr"] = _STEP * warm * (1 + cos(pi * step / n_steps)) / 2
         optimizer.zero_grad()
-        student.kl(chosen, n_context).mean().backward()  # type: ignore[no-untyped-call]
+        student.loss(chosen, n_context).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         ran(n_step)
     return student.trained()
@@ -233,6 +237,11 @@ class _Student:
     @property
     def changes(self) -> list[Tensor]:
         return list(self._changes.values())
+
+    def loss(self, chosen: list[int], n_context: int) -> Tensor:
+        """Return the mean of `kl` over the answer's rows, by their weights."""
+        weights = self._reference.weights[chosen][:, n_context:].to(self._decoder.device)
+        return (self.kl(chosen, n_context) * weights).sum() / weights.sum()
 
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
         """Return KL(full || pruned) in nats of the answer's rows of some windows, [n, n_answer].

@@ -19,7 +19,7 @@ from pop_converter.projection import Projection
 from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, Windows, distill_windows
+from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, DistillText, distill_text
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
@@ -82,24 +82,24 @@ class Distiller:
         device = self.require(plan)
         reference = self.reference
         if reference is None or plan.boundary < reference.first:
-            windows = reference.windows if reference else self._windows(plan, text)
+            chosen = reference.text if reference else self._text(plan, text)
             self.reference = reference = None  # there is memory for one of them
-            reference = self.read(max(plan.boundary - n_deeper, 0), windows, device)
+            reference = self.read(max(plan.boundary - n_deeper, 0), chosen, device)
         self.reference = reference if n_deeper else None
         return self.trained(plan, fitted, reference, device)
 
-    def _windows(self, plan: Plan, text: CalibrationText) -> Windows:
+    def _text(self, plan: Plan, text: CalibrationText) -> DistillText:
         n_windows = self.options.n_distilled(plan.shape.n_embd)
         with loaded(self.source.first.path, **vars(self.hardware)) as context:
-            return distill_windows(context, text, self.options.texts, n_windows)
+            return distill_text(context, text, self.options.texts, n_windows)
 
-    def read(self, first: int, windows: Windows, device: TorchDevice) -> TeacherStates:
-        """Read windows [n_windows, N_WINDOW] in full, for boundaries from `first` on."""
+    def read(self, first: int, text: DistillText, device: TorchDevice) -> TeacherStates:
+        """Read a text's windows in full, for boundaries from `first` on."""
         from pop_local.research.distill import read
 
         stage = self.watch.stage("Reading text to distil on")
         with self._decoding(device) as decoder:
-            return read(decoder, first, windows, seed=SEED, on_progress=stage)
+            return read(decoder, first, text, seed=SEED, on_progress=stage)
 
     def trained(
         self, plan: Plan, fitted: Fitted, reference: TeacherStates, device: TorchDevice
@@ -114,7 +114,7 @@ class Distiller:
         new = [each for layer, made in found.items() for each in fit.encode(layer, made, kv_type)]
         names = {tensor.name for tensor in new}
         kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
-        calibration = replace(fitted.calibration, n_distilled=int(reference.windows.size))
+        calibration = replace(fitted.calibration, n_distilled=int(reference.text.windows.size))
         return replace(fitted, tensors=(*kept, *new), calibration=calibration)
 
     @contextmanager

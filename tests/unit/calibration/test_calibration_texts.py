@@ -13,7 +13,7 @@ from pop_local.calibration.samples import NOT_SAMPLED, draw, sample_windows
 from pop_local.calibration.texts import (
     CalibrationError,
     default_tokens,
-    distill_windows,
+    distill_text,
     given_text,
     n_windows,
     own_text,
@@ -81,8 +81,8 @@ def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path)
     path.write_text(" ".join(f"w{number}" for number in range(3000)))
     with loaded(llama, n_threads=1) as context:
         text = given_text(context, (path,), 4, 128)
-        windows = distill_windows(context, text, (path,), 128)
-        few = distill_windows(context, text, (path,), 6)
+        windows = distill_text(context, text, (path,), 128).windows
+        few = distill_text(context, text, (path,), 6).windows
     assert windows[:4].tolist() == text.windows.tolist()
     assert 8 < len(windows) == len(np.unique(windows, axis=0)) < 128
     assert few[:4].tolist() == text.windows.tolist() and len(few) == 6
@@ -114,10 +114,10 @@ def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(te
         before = context.tokenize("<s>user: ", special=True)
         text = sampled(context, own_text(context, 8), SILENT.on_sampling)
         topics, code = (
-            texts._cut(context, whole, 2) for whole in (texts._topics(), texts._library_code())
+            texts._cut(context, whole, 1) for whole in (texts._topics(), texts._library_code())
         )
         first = texts.first_token(context)
-    np.testing.assert_array_equal(text.windows[:4], [*topics, *code])
+    np.testing.assert_array_equal(text.windows[2:4], [*topics, *code])
     n_chat = 2 if template else 0
     begun = [row[: len(before)].tolist() == before for row in text.windows[4:]]
     assert begun == [True] * n_chat + [False] * (4 - n_chat)

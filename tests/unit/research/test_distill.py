@@ -14,6 +14,7 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
+from pop_local.calibration.texts import DistillText
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
@@ -66,6 +67,26 @@ def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> n
     return np.stack(found)
 
 
+def evenly(windows):
+    """Windows whose rows all count the same."""
+    return DistillText(windows, np.ones(windows.shape, np.float32))
+
+
+def test_rows_count_by_their_weights(letters, tmp_path):
+    path = make_gguf(tmp_path / "m.gguf", "llama")
+    made = fitted(path, settings(letters))
+    windows = np.array([prompt(N_TOKENS, seed) for seed in range(2)], np.int32)
+    weights = np.ones(windows.shape, np.float32)
+    weights[:, -1] = 1e6
+    text = DistillText(windows, weights)
+    decoder = Decoder(read_source(path))
+    reference = distilling.read(decoder, BOUNDARY, text, seed=0, on_progress=nothing)
+    student = distilling._Student(decoder, started(path, made), reference, lambda n: None)
+    with torch.no_grad():
+        kl, loss = student.kl([0, 1], N_CONTEXT), student.loss([0, 1], N_CONTEXT)
+    np.testing.assert_allclose(loss, kl[:, -1].mean(), rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arch", "kind", "matrices", "tolerance"),
     [
@@ -81,7 +102,7 @@ def test_the_loss_is_what_the_backend_loses(arch, kind, matrices, tolerance, let
     made = fitted(path, settings(letters), projection=kind)
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(3)], np.int32)
     decoder, start = Decoder(read_source(path), matrices=matrices), started(path, made)
-    reference = distilling.read(decoder, BOUNDARY - 1, windows, seed=0, on_progress=nothing)
+    reference = distilling.read(decoder, BOUNDARY - 1, evenly(windows), seed=0, on_progress=nothing)
     states = reference.states.clone()
     student = distilling._Student(decoder, start, reference, lambda n: None)
     assert torch.equal(reference.states, states), "other boundaries need them"
@@ -106,7 +127,7 @@ def test_what_the_backend_loses_on_other_text_becomes_less(letters, tmp_path, mo
     watch = Watch(on_progress=lambda *each: counted.append(each))
     options = FitOptions(kv_type=fit.KvType.F32)
     distiller = Distiller(read_source(path), options, Hardware(), watch)
-    reference = distiller.read(BOUNDARY, windows, device)
+    reference = distiller.read(BOUNDARY, evenly(windows), device)
     assert counted[0][0] == 0 and counted[-1][0] == counted[-1][1]
     counted.clear()
     distilled = distiller.trained(pruned_plan(path, made), made, reference, device)
@@ -125,7 +146,7 @@ def test_what_is_not_finite_is_no_fit(letters, tmp_path, monkeypatch):
     made = fitted(path, settings(letters))
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(2)], np.int32)
     decoder, start = Decoder(read_source(path)), started(path, made)
-    reference = distilling.read(decoder, BOUNDARY, windows, seed=0, on_progress=nothing)
+    reference = distilling.read(decoder, BOUNDARY, evenly(windows), seed=0, on_progress=nothing)
     with pytest.raises(fit.FitError, match="of layer 5 is not finite"):
         distilling.distill(decoder, start, reference, seed=0, on_progress=nothing)
 
@@ -155,7 +176,7 @@ def test_one_window_is_enough_however_many_sinks_there_are(letters, tmp_path, mo
     windows = np.array([prompt(N_TOKENS, 0)], np.int32)
     decoder = Decoder(read_source(path))
     start = replace(started(path, made), n_sink=1000)
-    reference = distilling.read(decoder, 0, windows, seed=0, on_progress=nothing)
+    reference = distilling.read(decoder, 0, evenly(windows), seed=0, on_progress=nothing)
     trained = distilling.distill(decoder, start, reference, seed=0, on_progress=nothing)
     assert set(trained) == set(start.projections)
     assert seen == [[0], [0]], "it is passed twice"
