@@ -109,7 +109,7 @@ SENTENCE_STARTS = re.compile(
 # Pattern and what to write. Only phrases that are nearly always wrong: readers judge the rest.
 BANNED = {
     r"whoever|nobody|somebody|anybody|who else": "name the actor",
-    r"so many|(?<!half )(?<!twice )(?<!times )as many( as)?|that many|for so long": "N, up to N",
+    r"so many|as many( as|(?=[.,;:)]|$))|that many|for so long": "N, up to N",
     r"as asked( for)?|asks? for (it|them)|(is|are|was|were) asked for": "requested",
     r"as (it is|they are|it was|they were)(?=[.,;:)]|$)": "unchanged",
     r"(where|as|than|that|what|so far as) there (is|are|was|were)": "exists, is in, contains",
