@@ -60,7 +60,7 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert row["of_limit"] == pytest.approx(row["speedup"]["median"] / row["limit"])
         assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
         assert min(row["decode_tokens_per_s"].values()) > 0
-        assert row["n_selected"] == 0
+        assert row["n_deep"] == 0
         assert (row["n_image"], row["encode_s"]) == (0, 0)
         assert row["read_speedup"] == row["speedup"]
         assert len(row) == 15
@@ -110,15 +110,12 @@ def test_a_prompt_too_short_to_be_pruned_has_none(tmp_path):
     assert long["n_pruned"] == 200 - 17 and long["limit"] != 1.0
 
 
-def test_selected_rows(pop_file, tmp_path):
-    arguments = (pop_file, "--prompt", "200", "--repeat", 1, "--select", "10%")
+def test_deep_rows(pop_file):
+    arguments = (pop_file, "--prompt", "800", "--repeat", 1, "--deep-rows", "spelling")
     [row] = report(*arguments)["rows"]
-    n_selected = round(0.1 * (200 - 17))
-    assert (row["n_selected"], row["n_pruned"]) == (n_selected, 200 - 17 - n_selected)
-    assert "selected" in bench(*arguments).stdout
-    base = make_gguf(tmp_path / "plain.gguf", "llama")
-    [plain] = report(base, *arguments[1:], "--boundary", 4)["rows"]
-    assert plain["n_selected"] == round(0.1 * (200 - 33))
+    assert 0 < row["n_deep"] < 800 - 17
+    assert row["n_pruned"] == 800 - 17 - row["n_deep"]
+    assert "deep" in bench(*arguments).stdout
 
 
 def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):

@@ -174,17 +174,6 @@ def test_bench_with_a_picture(path):
     assert done.returncode == 1 and "the picture takes 50 tokens" in done.stderr
 
 
-def test_bench_with_a_picture_of_which_nothing_can_be_selected(tmp_path):
-    model, picture = make_seeing(tmp_path, "gemma3"), tmp_path / "a.png"
-    picture.write_bytes(png(3))
-    options = ("--prompt", 300, "--repeat", 2, "--threads", 1, "--image", picture)
-    done = called("bench", model, *options, "--select", "10%", "--json")
-    assert done.returncode == 0, done.stderr
-    [row] = json.loads(done.stdout)["rows"]
-    n_may_be = row["n_pruned"] + row["n_selected"] - row["n_image"]
-    assert row["n_selected"] == round(0.1 * n_may_be)
-
-
 def test_compare_prompts_with_pictures(path, tmp_path):
     lines = [{"prompt": "what? " * 20, "images": [str(path.parent / name)]} for name in ("a.png",)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -14,7 +14,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import WindowReader, loaded
-from pop_local.engine.learning import learner as learning
+from pop_local.engine.learning import online_calibrator as learning
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.backend import Mode

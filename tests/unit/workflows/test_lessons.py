@@ -14,7 +14,7 @@ from pop_converter.popfile.format import Budget
 from pop_converter.popfile.sidecar import sidecar_meta, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.cli import app
-from pop_local.engine.learning import learner as learning
+from pop_local.engine.learning import online_calibrator as learning
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import estimate, gradual
