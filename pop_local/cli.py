@@ -1,4 +1,4 @@
-"""Names the commands, nothing else."""
+"""The list of commands."""
 
 from typing import Annotated
 
@@ -8,24 +8,24 @@ from pop_local import __version__
 from pop_local.ui.lazy import HELP_OPTIONS, lazy_group
 
 COMMANDS = {
-    "chat": "Talk to a model in the terminal.",
-    "run": "Ask one question, also about a file or piped text.",
-    "serve": "Serve a model to programs, by OpenAI's and Ollama's API.",
-    "rpc-server": "Lend this machine to another one.",
-    "convert": "Make a pruned-prefill copy of a GGUF model.",
-    "strip": "Turn a converted file back into the original.",
-    "bench": "Measure time to first token, full against pruned.",
-    "eval": "Measure quality, pruned against full.",
-    "compare": "Answer your own prompts in full and pruned.",
-    "analyze": "Measure which layers reading can do without.",
+    "chat": "Chat with a model in the terminal.",
+    "run": "Ask one question, optionally about files or piped text.",
+    "serve": "Serve a model over OpenAI's, Anthropic's and Ollama's APIs.",
+    "rpc-server": "Lend this machine's processors to another machine.",
+    "convert": "Write a copy of a GGUF model that reads prompts faster.",
+    "strip": "Restore the original of a converted file.",
+    "bench": "Measure the time to first token, in full and pruned.",
+    "eval": "Measure the quality that pruning costs.",
+    "compare": "Compare full and pruned answers to your own prompts.",
+    "analyze": "Measure which layers prompts need.",
     "demo": "Answer one long prompt with and without pruning.",
-    "inspect": "Show what is in a model file.",
-    "pull": "Fetch a model by name, from a hub or a URL.",
-    "list": "Show the models that are here.",
+    "inspect": "Show the contents of a model file.",
+    "pull": "Fetch a model by name, from a hub or from a URL.",
+    "list": "List the local models.",
     "rm": "Remove models.",
-    "learn": "Show or forget what was learned while reading.",
-    "config": "Show and change the settings.",
-    "doctor": "Check this installation and say what to fix.",
+    "learn": "Show or delete the statistics learned from your prompts.",
+    "config": "Show and change settings.",
+    "doctor": "Check this installation and suggest fixes.",
 }
 
 app = typer.Typer(
@@ -46,15 +46,15 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the trace of an error, and llama.cpp's log.")
+        bool, typer.Option("--debug", help="Show tracebacks and llama.cpp's log.")
     ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Prefill-only pruning for GGUF models: long prompts are read faster, on your own machine."""
+    """Prefill-only pruning for GGUF models: read long prompts faster on your own machine."""
 
 
 def main() -> None:
-    app(prog_name="pop-local")  # also as python -m pop_local
+    app(prog_name="pop-local")

@@ -1,1 +1,1 @@
-"""One small file for each command."""
+"""The commands, a small file each."""

@@ -1,4 +1,4 @@
-"""`pop-local analyze MODEL`: which layers context tokens can do without, and where copying ends."""
+"""`pop-local analyze MODEL`: measure which layers context tokens need."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,17 @@ _N_GATED = 20
 
 @dataclass(frozen=True)
 class ProbeOptions(Group):
-    text: Path | None = option("Text to measure on. Default: our prose.", "FILE")
-    context: int = option("Context tokens in each window.", min=32, default=192)
-    continuation: int = option("Answer tokens after them.", min=2, default=64)
-    windows: int | None = option(f"Windows for the gates. Default: {_N_GATED}.", min=2)
+    text: Path | None = option("Text to measure on (default: built-in prose).", "FILE")
+    context: int = option("Context tokens per window.", min=32, default=192)
+    continuation: int = option("Answer tokens per window, after the context.", min=2, default=64)
+    windows: int | None = option(f"Windows for training the gates (default: {_N_GATED}).", min=2)
     probe_windows: int = option("Windows for the probes.", min=1, default=3)
-    no_gates: bool = option("Only the probes: no torch, less time.", default=False)
-    no_fit: bool = option("Only the layers' own projections: less time.", default=False)
-    tokens: int | None = option("To fit on. Default: a quarter of convert's.", min=1)
-    plot: Path | None = option("Draw the KL of each boundary over its speed-up limit.", "OUT.png")
+    no_gates: bool = option("Run only the probes: faster, and torch is not needed.", default=False)
+    no_fit: bool = option("Measure only the layers' own projections: faster.", default=False)
+    tokens: int | None = option("Tokens to fit on (default: a quarter of convert's).", min=1)
+    plot: Path | None = option("Plot the KL of each boundary over its speed-up limit.", "OUT.png")
     force: bool = option("Replace an existing plot.", flag="--force -f", default=False)
-    seed: int = option("Of targets, passages, random tokens.", min=0, default=0)
+    seed: int = option("Seed for targets, passages and random tokens.", min=0, default=0)
 
 
 @expand_options
@@ -39,11 +39,11 @@ def analyze(
     json: opt.Json = False,
     processors: opt.ProcessorOptions,
 ) -> None:
-    """Measure which layers matter for reading and for answering, and how deep pruning may go."""
+    """Measure which layers matter for prompts and for answers, and how many can be skipped."""
     if by.no_fit and by.tokens is not None:
-        raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
+        raise typer.BadParameter("--tokens needs a fit; remove it or --no-fit")
     if by.no_gates and by.windows is not None:
-        raise typer.BadParameter("--windows are for the gates: leave it out, or --no-gates")
+        raise typer.BadParameter("--windows needs gates; remove it or --no-gates")
     from pop_local.research import analysis_plot
 
     if by.plot is not None:
@@ -65,5 +65,5 @@ def analyze(
         found = analyze_model(model, options, hardware=processors.hardware, watch=watch)
     if by.plot is not None:
         analysis_plot.plot_analysis(found, by.plot, force=by.force)
-        note(f"Drawn: {by.plot}")
+        note(f"Plot written to {by.plot}")
     print_json(as_json(found)) if json else show(found)

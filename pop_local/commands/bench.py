@@ -1,4 +1,4 @@
-"""`pop-local bench MODEL`: time to first token, pruned against full."""
+"""`pop-local bench MODEL`: measure the time to first token, in full and pruned."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ DEFAULT_PROMPTS = "512,1024,2048"
 @dataclass(frozen=True)
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
-    repeat: int = option("Pairs of runs for each length.", min=1, default=5)
-    boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
+    repeat: int = option("Pairs of runs per length.", min=1, default=5)
+    boundary: int | None = option("Prune from this layer on (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
 
@@ -33,15 +33,15 @@ def bench(
     json: opt.Json = False,
     image: Annotated[
         Path | None,
-        typer.Option("--image", metavar="FILE", help="A picture that is part of each prompt."),
+        typer.Option("--image", metavar="FILE", help="Picture to include in each prompt."),
     ] = None,
     pictures: opt.PictureOptions,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure time to first token with and without pruning, in alternation on the same weights."""
+    """Measure the time to first token with and without pruning, alternating on one model."""
     n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
     if image is None and opt.given(**vars(pictures)):
-        raise typer.BadParameter("--mmproj and --image-tokens are for an --image: give one")
+        raise typer.BadParameter("--mmproj and --image-tokens need an --image")
     from pop_local.workflows import benchmark as workflow
 
     options = workflow.BenchOptions(
@@ -58,4 +58,4 @@ def bench(
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
-        warn("One pair of runs says nothing of noise: give --repeat 3, say.")
+        warn("One pair of runs does not show the noise; use --repeat 3 or more.")

@@ -1,4 +1,4 @@
-"""`pop-local chat [MODEL]`: talk to a model in the terminal."""
+"""`pop-local chat [MODEL]`: chat with a model in the terminal or the browser."""
 
 import socket
 import sys
@@ -19,7 +19,7 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.error_output import EXIT_FAILED
 from pop_local.ui.theme import look, note
 
-# Browsers keep chats by the address.
+# A fixed port, because browsers store chats by address.
 _PORT = 8081
 
 
@@ -27,17 +27,17 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     no_effect = asked & {"system", "theme", *(each.name for each in fields(opt.SamplingOptions))}
     if no_effect:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))
-        raise typer.BadParameter(f"the page does not take {flags}", param_hint="--web")
+        raise typer.BadParameter(f"the web page does not support {flags}", param_hint="--web")
 
     def show(root: str) -> None:
-        # Some browsers run in the terminal, and come back once they are left.
+        # Browsers that run in the terminal block until they are closed.
         threading.Thread(target=webbrowser.open, args=(root,), daemon=True).start()
 
     port = _PORT
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(f"Port {port} is in use; the chats that were kept there are not shown.")
+        note(f"Port {port} is in use, so the page opens on another one, without its earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -49,28 +49,28 @@ def chat(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file, a name (`pop-local pull` shows them), or hf:OWNER/REPO. Default: the"
-            " best of the catalog for the free memory.",
+            help="A GGUF file, a name (listed by `pop-local pull`), or hf:OWNER/REPO. Default: the"
+            " best catalog model for the free memory.",
         ),
     ] = None,
     *,
     system: opt.System = "",
     web: Annotated[
-        bool, typer.Option("--web", help="In the browser, on a page that this program serves.")
+        bool, typer.Option("--web", help="Chat in the browser instead of the terminal.")
     ] = False,
     opened: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
-    """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
+    """Chat with a model; /help lists the chat's commands. Each piped line is a question."""
     asked = opt.given_names(call)
     if web:
         _in_browser(model, opened, asked)
         return
     screen = Screen(look(theme))
-    # A pipe does not wait: its next line is there already.
+    # The next line of a pipe follows immediately, without idle time.
     if not sys.stdin.isatty() and opened.refill == "idle":
-        opened = without_refill(opened, "piped lines do not wait", asked)
+        opened = without_refill(opened, "piped lines leave no idle time", asked)
         opened = replace(opened, learn="off")
     open_named = Opener(model or default_model(), opened, asked)
     begun = Dialogue(
@@ -88,15 +88,15 @@ def chat(
         note(begun.pop_state())
         if (learned := begun.model.learned) and not learned.n_rows:
             note(
-                "It learns from what it reads, to read it faster later. Sums are kept, no text;"
-                " --learn off does not."
+                "Learning is on: pop-local stores statistics, never text, to speed up later"
+                " prompts. Disable with --learn off."
             )
         if begun.model.mmproj:
-            note(f"It sees pictures, by {begun.model.mmproj.name}: /image PATH.")
-        note("Type a question, /help for the commands, /exit to leave.")
+            note(f"Pictures are enabled ({begun.model.mmproj.name}): /image PATH reads one.")
+        note("Type a question, /help for commands, /exit to quit.")
     try:
         talk(begun)
     finally:
-        begun.model.close()  # which saves what was learned
+        begun.model.close()  # saves learned statistics
     if begun.has_failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_FAILED)

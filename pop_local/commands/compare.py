@@ -1,4 +1,4 @@
-"""`pop-local compare MODEL PROMPTS.jsonl`: one's own prompts, answered in full and pruned."""
+"""`pop-local compare MODEL PROMPTS.jsonl`: compare full and pruned answers to your prompts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class GreedyOptions(Group):
-    answers: Path | None = option("Keeps the answers; goes on where they end.", "FILE")
-    # It must not be called max_tokens: the setting of that name is for conversations.
-    longest: int = option("Longest answer.", flag="--max-tokens", min=1, default=256)
+    answers: Path | None = option("Store the answers here, and resume from them.", "FILE")
+    # Another name than max_tokens: the setting of that name is for conversations.
+    longest: int = option("Maximum answer length.", flag="--max-tokens", min=1, default=256)
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
 
 
@@ -28,8 +28,8 @@ def compare(
         Path,
         typer.Argument(
             metavar="PROMPTS.jsonl",
-            help='A line is {"prompt": ...}, perhaps with "documents": [TEXT, {"file": PATH}] and'
-            ' "images": [PATH], or {"messages": [...]}; "answer" says what is right.',
+            help='Each line is {"messages": [...]} or {"prompt": ...}, with optional "documents":'
+            ' [TEXT, {"file": PATH}] and "images": [PATH]. "answer" is the correct answer.',
         ),
     ],
     *,
@@ -37,10 +37,10 @@ def compare(
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Answer your own prompts in full and pruned, and compare: same, right, how fast.
+    """Answer your own prompts in full and pruned, and compare the answers and their speed.
 
-    Answers take the likeliest tokens. With "answer" in the lines, McNemar's test tells whether
-    pruning changes how many are right.
+    Decoding is greedy. If the lines have an "answer", McNemar's test checks whether pruning
+    changes the number of correct answers.
     """
     from pop_local.workflows.compare_answers import CompareOptions, compare_answers
 

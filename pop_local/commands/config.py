@@ -1,4 +1,4 @@
-"""`pop-local config`: the settings, where they come from, and changing them."""
+"""`pop-local config`: show and change settings."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,19 +31,19 @@ def show(
     context: typer.Context,
     json: Json = False,
 ) -> None:
-    """Show each setting and where it comes from: a default, the file, the environment.
+    """Show each setting and its source: a default, the file or the environment.
 
-    A command's own flags come before all of them.
+    Flags of a command override settings.
     """
     if context.invoked_subcommand is not None:
         return
     file, values = settings.config_path(), settings.load()
     for name in settings.unknown_variables():
-        warn(f"{name} is set, but there is no such setting.")
+        warn(f"{name} is set, but is not a known setting.")
     if json:
         print_json({"file": file, "settings": values})
         return
-    note(f"{file}{'' if file.exists() else ' (not there yet)'}:")
+    note(f"{file}{'' if file.exists() else ' (does not exist yet)'}:")
     print_table(_COLUMNS, values)
 
 
@@ -56,17 +56,17 @@ def _shown(value: SettingValue) -> object:
 
 @config.command()
 def path() -> None:
-    """Print where the settings file is, or would be."""
+    """Print the path of the settings file."""
     say(str(settings.config_path()))
 
 
-# So that -1 is a value.
+# Makes -1 a value instead of an option.
 @config.command("set", context_settings={"ignore_unknown_options": True})
 def set_value(
     key: Annotated[str, typer.Argument(metavar="KEY", help=", ".join(settings.KEYS))],
     value: Annotated[str, typer.Argument(metavar="VALUE")],
 ) -> None:
-    """Write a setting to the file; its comments stay."""
+    """Write a setting to the file and keep its comments."""
     setting = settings.find(key)
     _edit(key, settings.located(lambda: _checked(setting, value), key))
 
@@ -77,15 +77,18 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
         look(text)
     if setting.is_path and not text.strip():
         raise PopError(
-            "that is no path", f"to have the default again: pop-local config unset {setting.key}"
+            "an empty path is not allowed",
+            f"restore the default with: pop-local config unset {setting.key}",
         )
-    # As the shell means it; in the file it would be the file's folder.
+    # Relative to the current folder, as in a shell.
     return str(expanded(text).absolute()) if setting.is_path else value
 
 
 @config.command()
-def unset(key: Annotated[str, typer.Argument(metavar="KEY", help="As `config` shows it.")]) -> None:
-    """Take a setting out of the file."""
+def unset(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A setting's name.")],
+) -> None:
+    """Remove a setting from the file."""
     _edit(settings.find(key).key, None)
 
 
@@ -97,7 +100,7 @@ def _edit(key: str, value: Scalar | None) -> None:
     elif key in document:
         del document[key]
     make_private(file.parent)
-    # A link stays one: what it points to is replaced.
+    # Replace the target of a symbolic link, not the link.
     with replacing(file.resolve(), force=True) as output:
         Path(output.name).chmod(0o600)
         output.write(tomlkit.dumps(document).encode())

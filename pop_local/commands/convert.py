@@ -1,4 +1,4 @@
-"""`pop-local convert IN.gguf [OUT.gguf]`: write the model with its pruning schedule."""
+"""`pop-local convert IN.gguf [OUT.gguf]`: write a copy of a model that can be pruned."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,28 +34,28 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 @dataclass(frozen=True)
 class HowOptions(Group):
     quality: QualityName | None = option(
-        f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or --boundary.",
+        f"Maximum loss (default: {BALANCED.quality}; no limit with --skip or --boundary).",
     )
     projection: Projection | None = option(
-        "K/V of skipped layers: own (no fit, loses more quality), fitted to the model (takes"
-        " minutes) or fitted-wide (with more inputs). Default: what measures best for its cost.",
+        "K/V projections of skipped layers: own (no fit, loses more quality), fitted (takes"
+        " minutes) or fitted-wide (more inputs). Default: the best for its cost, measured.",
     )
     text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
     distill: bool = option(
-        "Train the fit end to end, too: it copies better. This takes minutes for each boundary that"
-        " is tried. Needs torch; for dense models of llama, qwen2, qwen3, gemma2 and gemma3.",
+        "Also train the fit end to end, so that the model copies better. Takes minutes per tried"
+        " boundary and needs torch; supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
         default=False,
     )
     resume: bool = option(
-        "Keep the fit when it is stopped, and go on with a kept one.", default=False
+        "Save the fit if it is interrupted, and resume from a saved one.", default=False
     )
     sidecar: bool = option(
-        "Write only what is new, into a small file beside the model.", default=False
+        "Write only the additions, to a small file next to the model.", default=False
     )
     dry_run: bool = option("Print the plan and write nothing.", default=False)
     force: bool = option(
-        "Replace an existing output. With --skip or --boundary and no --quality or limit: write a"
-        " fit, too, that can no longer copy from its prompt.",
+        "Replace an existing output. With --skip or --boundary, but no --quality or limit: also"
+        " write a fit that can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
     )
@@ -67,24 +67,24 @@ def _limit(unit: str, words: str) -> Any:
 
 @dataclass(frozen=True)
 class LimitOptions(Group):
-    panel: ClassVar[str] = "Limits of your own"
+    panel: ClassVar[str] = "Custom limits"
 
-    max_kl: float | None = _limit("NATS", "KL divergence from the full model.")
-    max_ppl_ratio: float | None = _limit("RATIO", "Perplexity, in the full model's.")
+    max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
+    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity, relative to the full model.")
     max_copy_ratio: float | None = _limit(
-        "RATIO", "Perplexity of a repeated passage, in the full model's."
+        "RATIO", "Maximum perplexity of a repeated passage, relative to the full model."
     )
 
 
 @dataclass(frozen=True)
 class FullRowOptions(Group):
-    panel: ClassVar[str] = "Tokens in full"
+    panel: ClassVar[str] = "Tokens that run all layers"
 
     sink: int = option("First tokens of a prompt.", min=0, default=PopMeta.sink_tokens)
     tail: int = option("Last tokens of a prompt.", min=0, default=TAIL_TOKENS)
     min_prompt: int | None = option(
-        "Shorter prompts run in full. Default: those that save less than half of what long ones"
-        " save, about 70.",
+        "Shortest prompt to prune, in tokens (default: about 70, where pruning saves half of the"
+        " share that it saves on long prompts).",
         min=0,
     )
 
@@ -95,11 +95,10 @@ class FullRowOptions(Group):
 
 @dataclass(frozen=True)
 class ConvertFitOptions(opt.FittingOptions):
-    mmproj: Path | None = option("Fit on pictures, too, as this mmproj shows them.", "FILE")
-    images: Path | None = option("Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR")
+    mmproj: Path | None = option("Also fit on pictures, encoded by this mmproj.", "FILE")
+    images: Path | None = option("Pictures to fit on, with --mmproj (default: drawn ones).", "DIR")
     distill_tokens: int | None = option(
-        "Tokens of text for --distill: more are better, and take as many times the time. Default:"
-        " as many as are fitted on, 65536 at least.",
+        "Tokens for --distill, proportional to its time (default: as for the fit, 65536 or more).",
         min=1,
     )
 
@@ -109,7 +108,7 @@ def convert(
     model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A model, or its first part.")],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf beside it."),
+        typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf in the same folder."),
     ] = None,
     *,
     out: opt.Output = None,
@@ -121,31 +120,31 @@ def convert(
     fitting: ConvertFitOptions,
     processors: opt.ProcessorOptions,
 ) -> None:
-    """Make a copy of a model that reads long prompts faster.
+    """Write a copy of a model that reads long prompts faster.
 
-    As many layers are skipped as --quality allows. Three qualities limit the perplexity of
-    held-out text and of a repeated passage: near-lossless at 1.01 and 1.02 times the full model's,
-    balanced at 1.03 and 1.1 times, fast at 1.06 and 1.3 times. --dry-run names all limits. --skip
-    and --boundary name the layers themselves.
+    --quality limits how many layers are skipped. It limits the perplexity of held-out text and of
+    a repeated passage, relative to the full model: near-lossless to 1.01 and 1.02, balanced to
+    1.03 and 1.1, fast to 1.06 and 1.3. --dry-run prints all limits. --skip and --boundary choose
+    the layers directly.
 
-    The weights stay as they are. The K/V projections of the skipped layers are fitted to the model
-    and added, so only pop-local opens the copy. The loss of quality is measured, printed and
-    stored. With --projection own nothing is added, and stock llama.cpp opens the copy too, in full.
-    With --sidecar the model itself stays the file to open.
+    The copy has the same weights, plus K/V projections fitted for the skipped layers, so only
+    pop-local opens it. The loss of quality is measured, printed and stored. With --projection own
+    nothing is added, and stock llama.cpp opens the copy too, without pruning. With --sidecar the
+    additions go to a separate file.
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
     if fitting.images is not None and fitting.mmproj is None:
-        raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
+        raise typer.BadParameter("requires --mmproj", param_hint="--images")
     if fitting.distill_tokens is not None and not how.distill:
-        raise typer.BadParameter("it goes with --distill", param_hint="--distill-tokens")
+        raise typer.BadParameter("requires --distill", param_hint="--distill-tokens")
     others = {"mmproj": fitting.mmproj, "images": fitting.images}
     texts = tuple(how.text or ()) or None
     fit = fitting.fit(texts=texts, distill_tokens=fitting.distill_tokens, **others)
     if how.projection is Projection.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
         if how.resume or how.distill:
-            raise typer.BadParameter("--projection own fits nothing: leave --resume, --distill out")
+            raise typer.BadParameter("--projection own fits nothing; remove --resume and --distill")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:
@@ -165,13 +164,13 @@ def convert(
         base = base_file(model, watch)
     planned = plan_conversion(base, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
-        note(f"{found.name} comes with pop-local: it is used without a conversion.")
+        note(f"pop-local ships {found.name}: this model needs no conversion.")
     if not json:
         view.show_plan(planned)
     elif how.dry_run:
         print_json(view.plan_json(planned))
     if how.dry_run:
-        # But for what --force would replace.
+        # An existing output is no error here: --force would replace it.
         check_target(planned.path, planned.target, planned.sizes, force=True)
         return
     try:
@@ -190,7 +189,7 @@ def convert(
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
     """Return the requested goal. Missing limits default to BALANCED."""
     if quality and limits:
-        raise typer.BadParameter("give --quality, or limits of your own, not both")
+        raise typer.BadParameter("give either --quality or custom limits")
     if quality:
         return Within(BUDGETS[quality], named)
     if limits:

@@ -1,4 +1,4 @@
-"""`pop-local demo [MODEL]`: one question about a long document, with and without pruning."""
+"""`pop-local demo [MODEL]`: answer a question about a document with and without pruning."""
 
 import sys
 from typing import Annotated
@@ -27,10 +27,10 @@ def demo(
     ] = DEFAULT_MODEL,
     *,
     pairs: Annotated[
-        int, typer.Option(min=1, help="How many times to answer in full and pruned.")
+        int, typer.Option(min=1, help="Number of pairs of answers, in full and pruned.")
     ] = N_PAIRS,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, and open no chat.")
+        bool, typer.Option("--json", help="Print one JSON object and do not open the chat.")
     ] = False,
     system: opt.System = "",
     how: opt.OpenOptions,
@@ -39,8 +39,8 @@ def demo(
 ) -> None:
     """Answer one question about a document with and without pruning, then open the chat.
 
-    The answers are short and take the likeliest tokens, to be compared; how answers are sampled is
-    said for the chat.
+    Both answers are short and greedy, so that they can be compared. Sampling options apply to the
+    chat.
     """
     screen = Screen(look(theme))
     open_named = Opener(model, opt.ModelOptions(**vars(how)))
@@ -55,6 +55,6 @@ def demo(
         return
     show_demonstration(found)
     if sys.stdin.isatty():
-        note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
-        note(f"The document is not part of this chat: /file {data_path('document.md')} reads it.")
+        note("Now it is your turn. Pruning is on; type /help for commands, /exit to quit.")
+        note(f"To ask about the document: /file {data_path('document.md')}")
         talk(Dialogue(opened, open_named, screen, system=system, sampling=sampling.given))

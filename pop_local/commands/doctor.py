@@ -1,4 +1,4 @@
-"""`pop-local doctor`: what this installation has, and what to fix."""
+"""`pop-local doctor`: check the installation and suggest fixes."""
 
 import os
 import platform
@@ -31,20 +31,20 @@ from pop_local.workflows.open import best_model
 
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
-LOOK_S = 0.2
+BUSY_SAMPLE_S = 0.2
 SMALL_MEMORY_BYTES = 4_000_000_000
-DRIVER = "is its driver installed, and may this user open the device?"
+DRIVER = "check that its driver is installed and that this user may open the device"
 NO_DEVICE = {
-    "CUDA": "does nvidia-smi show one, with a driver for the CUDA that this was built with?",
-    "Vulkan": "ggml leaves out CPUs, as lavapipe is: GGML_VK_VISIBLE_DEVICES=0 takes the first",
+    "CUDA": "check that nvidia-smi shows a device and a driver for the CUDA version of this build",
+    "Vulkan": "ggml ignores CPU devices like lavapipe; GGML_VK_VISIBLE_DEVICES=0 selects the first",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
-CUDA_HINT = 'to use it: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
+CUDA_HINT = 'to use it, run: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at; `to_do` says what to do unless all is well."""
+    """The result of one check; `to_do`: the suggested fix, "" if none is needed."""
 
     key: str
     title: str
@@ -56,7 +56,7 @@ class Check:
 def doctor(
     json: Json = False,
 ) -> None:
-    """Check the backend, the devices, memory and models; exit 1 if something must be fixed."""
+    """Check the backend, devices, memory and models; exit with 1 if something needs fixing."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
@@ -105,33 +105,33 @@ def _kernels(name: str) -> Check:
     if asked is not None:
         found = f"{name}: {KERNELS_VARIABLE}={asked}"
         is_followed = asked == name or name == devices.KERNELS_OFF
-        to_do = "without it the fastest are taken" if is_followed else "it names none of this build"
+        to_do = "unset it for the fastest kernels" if is_followed else "this build lacks them"
         return Check("kernels", title, "note", found, to_do)
     if name == devices.NO_KERNELS:
-        found = "none for this processor in this build: llama.cpp's own compute"
+        found = "none for this processor in this build; llama.cpp's kernels are used"
         return Check("kernels", title, "ok", found)
-    found = f"{name}, the fastest that this processor and this build have"
+    found = f"{name}, the fastest for this processor in this build"
     return Check("kernels", title, "ok", found)
 
 
 def _threads(n_threads: int) -> Check:
-    """Whether other work leaves them their cores."""
+    """Check that other processes leave enough cores idle."""
     n_cpus = os.cpu_count() or 1
     found = f"{n_threads} ({n_cpus} logical CPUs)"
-    n_busy = psutil.cpu_percent(LOOK_S) * n_cpus / 100
+    n_busy = psutil.cpu_percent(BUSY_SAMPLE_S) * n_cpus / 100
     if n_busy + n_threads < n_cpus + 0.5:
         return Check("threads", "Threads", "ok", found)
-    found += f", but other work keeps {n_busy:.1f} of them busy"
-    fewer = "fewer --threads may write faster, and " if n_threads > 1 else ""
-    to_do = f"answers wait for it; {fewer}times mean little"
+    found += f", but other processes keep {n_busy:.1f} of them busy"
+    fewer = "; fewer --threads may be faster" if n_threads > 1 else ""
+    to_do = f"expect slower answers and unreliable timings{fewer}"
     return Check("threads", "Threads", "note", found, to_do)
 
 
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
         return Check("pop_abi", "Pruning", "ok", f"patched, ABI {abi}")
-    unpatched = "not possible: this llama.cpp is not patched"
-    found = unpatched if abi is None else f"ABI {abi}, needed is {backend.ABI}"
+    unpatched = "not available: this llama.cpp is not patched"
+    found = unpatched if abi is None else f"ABI {abi}, but {backend.ABI} is required"
     return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
 
 
@@ -141,14 +141,14 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
     ]
     for name, n_devices in info.built_in:
         if n_devices == 0 and name != "RPC":
-            found = f"{name} is built in, but no device was found"
+            found = f"{name} is built in, but found no device"
             gpus.append(Check("gpu", "GPU", "note", found, NO_DEVICE.get(name, DRIVER)))
     if gpus:
         return gpus
     if shutil.which("nvidia-smi"):
-        unused = "there is an NVIDIA GPU, but this build is for the CPU only"
+        unused = "this machine has an NVIDIA GPU, but this build supports the CPU only"
         return [Check("gpu", "GPU", "note", unused, CUDA_HINT)]
-    return [Check("gpu", "GPU", "ok", "none in this build: models run on the CPU")]
+    return [Check("gpu", "GPU", "ok", "no GPU support in this build; models run on the CPU")]
 
 
 def _described(device: devices.Device) -> str:
@@ -157,7 +157,7 @@ def _described(device: devices.Device) -> str:
 
 
 def _enabled(features: str) -> str:
-    """'CUDA : ARCHS = 900 | CPU : AVX = 1 | ...' as llama.cpp prints it: the CPU's that are on."""
+    """Return the enabled CPU features of llama.cpp's 'CUDA : ARCHS = 900 | CPU : AVX = 1 | ...'."""
     names = [part.partition("=") for part in features.partition("CPU :")[2].split("|")]
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
@@ -165,18 +165,18 @@ def _enabled(features: str) -> str:
 def _memory() -> Check:
     total_bytes = psutil.virtual_memory().total
     if total_bytes < SMALL_MEMORY_BYTES:
-        to_do = "take small models, and a small context (--ctx)"
+        to_do = "use small models and a small context (--ctx)"
         return Check("memory", "Memory", "note", size(total_bytes), to_do)
     return Check("memory", "Memory", "ok", size(total_bytes))
 
 
 def _as_read(path: Path) -> str:
-    """Its path, where context tokens leave it if they do so exactly, and what it sees by."""
+    """Return a model's path, its exact boundary and its mmproj, if it has them."""
     mmproj = find_mmproj(path)
-    seeing = f", sees pictures by {mmproj.name}" if mmproj else ""
+    seeing = f", reads pictures with {mmproj.name}" if mmproj else ""
     with suppress(PopError):
         if exact := source_shape(read_source(path)).exact:
-            return f"{path} (context tokens leave at layer {exact}, exactly){seeing}"
+            return f"{path} (prompt tokens skip layers {exact} and up, exactly){seeing}"
     return f"{path}{seeing}"
 
 
@@ -191,5 +191,5 @@ def _model() -> Check:
         entry = lookup(model)
         if entry is None:
             return Check("model", "Default model", "fix", error.message, hint_of(error))
-    to_do = f"run `pop-local pull {entry.name}`, or `pop-local chat`, which fetches it too"
-    return Check("model", "Default model", "note", f"{entry.name} is not in {folder} yet", to_do)
+    to_do = f"fetch it with `pop-local pull {entry.name}` or `pop-local chat`"
+    return Check("model", "Default model", "note", f"{entry.name} is not yet in {folder}", to_do)

@@ -1,4 +1,4 @@
-"""`pop-local eval MODEL`: what pruning costs in quality, measured against the full model."""
+"""`pop-local eval MODEL`: measure the quality that pruning costs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class WindowOptions(Group):
-    text: Path | None = option("Held-out text. Default: our own.", "FILE")
-    context: int = option("Tokens to prune in each window.", min=2, default=512)
-    continuation: int = option("Tokens to score after them.", min=2, default=128)
-    windows: int = option("How many windows.", min=1, default=32)
+    text: Path | None = option("Held-out text (default: built in).", "FILE")
+    context: int = option("Context tokens per window.", min=2, default=512)
+    continuation: int = option("Scored tokens per window, after the context.", min=2, default=128)
+    windows: int = option("Number of windows.", min=1, default=32)
     recall: str | None = option(
-        "Tokens of documents to ask facts of; 0 for none. Default: 512.", "N,..."
+        "Document lengths in tokens for questions about facts (0: none; default: 512).", "N,..."
     )
-    documents: int | None = option("How many of each length. Default: 24.", min=2)
+    documents: int | None = option("Documents per length (default: 24).", min=2)
     seed: int = option("Seed for choosing passages, random tokens and facts.", min=0, default=0)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
@@ -54,9 +54,9 @@ def eval(  # noqa: A001
     texts = tuple(fitting.fit_text or ()) or None
     given = fitting.fit(texts=texts)
     if not fit:
-        opt.no_fit(given, "there is no --fit")
+        opt.no_fit(given, "--fit is missing")
     elif measured.sidecar is not None:
-        raise typer.BadParameter("--fit makes projections of its own: leave --sidecar out")
+        raise typer.BadParameter("--fit replaces the sidecar's projections; remove --sidecar")
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 

@@ -1,4 +1,4 @@
-"""`pop-local inspect FILE`: what is in a model file."""
+"""`pop-local inspect FILE`: show the contents of a model file."""
 
 from typing import Annotated
 
@@ -21,11 +21,11 @@ def inspect(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Read all of it and compare with the hash of the file it came from."
+            "--verify", help="Read the whole file and compare its hash with the original's."
         ),
     ] = False,
 ) -> None:
-    """Show a model's architecture, layers, boundary, sizes and where it comes from."""
+    """Show a model's architecture, layers, boundary, sizes and origin."""
     with terminal_watch() as watch:
         found = inspect_file(model, sidecar, with_hash=verify, watch=watch)
     print_json(found) if json else print_facts(inspection_facts(found))

@@ -1,4 +1,4 @@
-"""`pop-local learn`: what was learned from prompts that were read here, and forgetting it."""
+"""`pop-local learn`: show or delete the statistics learned from prompts."""
 
 from typing import Annotated, Any
 
@@ -29,22 +29,22 @@ _COLUMNS = (
 
 @learn.callback()
 def about() -> None:
-    """Show or forget what was learned: sums over tokens that were read, no text.
+    """Show or delete learned statistics: sums over the tokens of your prompts, never text.
 
-    `chat` and `serve` learn while nothing is asked, unless --learn is off. Other programs do so
-    with PopModel.open(..., learn=True).
+    `chat` and `serve` learn while they are idle, unless --learn is off. In Python:
+    PopModel.open(..., learn=True).
     """
 
 
 @learn.command()
 def show(json: Json = False) -> None:
-    """Show the models that were learned, from how many tokens."""
+    """Show the models with learned statistics, and the number of tokens."""
     found = [_shown(each) for each in learned_files()]
     if json:
         print_json({"learned": found})
         return
     if not found:
-        note("Nothing was learned yet.")
+        note("No learned statistics yet.")
         return
     print_table(_COLUMNS, found)
 
@@ -70,9 +70,10 @@ def forget(
         typer.Argument(metavar="MODEL", help="A GGUF file or a name. Default: all models."),
     ] = None,
 ) -> None:
-    """Forget what was learned of a model, or of all. Its sidecar goes, too."""
+    """Delete the statistics of a model, or of all, and the sidecars fitted from them."""
     wanted = None if model is None else LearnedFiles.of(read_source(resolve_base(model)))
     forgotten = [each for each in learned_files() if wanted in (None, each)]
     for each in forgotten:
         each.forget()
-    note(f"Forgotten: {', '.join(each.name for each in forgotten) or 'nothing was learned'}.")
+    names = ", ".join(each.name for each in forgotten)
+    note(f"Deleted: {names}." if names else "No learned statistics to delete.")

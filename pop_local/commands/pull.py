@@ -1,4 +1,4 @@
-"""`pop-local pull MODEL`: fetch a model of the catalog, of a hub, or from a URL."""
+"""`pop-local pull MODEL`: fetch a model of the catalog, from a hub or from a URL."""
 
 import re
 from contextlib import suppress
@@ -26,7 +26,7 @@ from pop_local.workflows.events import Unit
 from pop_local.workflows.fetch import fetch_named
 
 _NAMES = (Column("Name", itemgetter(0)), Column("On the hub", itemgetter(1)))
-_STOPPED = "The same command goes on with what could be kept."
+_STOPPED = "Run the same command again to resume."
 
 
 def pull(
@@ -34,30 +34,30 @@ def pull(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A known name (all are shown without MODEL), hf:OWNER/REPO[:FILE], or the URL of a"
-            " GGUF file. FILE may be a part of the name: hf:OWNER/REPO:Q4_K_M",
+            help="A known name (listed if MODEL is missing), hf:OWNER/REPO[:FILE], or the URL of a"
+            " GGUF file. FILE may be part of a name: hf:OWNER/REPO:Q4_K_M",
         ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--dir", help="Where to put it, instead of the models folder.")
+        Path | None, typer.Option("--dir", help="Target folder (default: the models folder).")
     ] = None,
     sha256: Annotated[
-        str | None, typer.Option("--sha256", metavar="HASH", help="What a URL's file must have.")
+        str | None, typer.Option("--sha256", metavar="HASH", help="Expected hash of a URL's file.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace another file of that name.")
+        bool, typer.Option("--force", "-f", help="Replace an existing file with that name.")
     ] = False,
 ) -> None:
-    """Fetch a model, check its hash, and print where it lies.
+    """Fetch a model, check its hash and print its path.
 
-    A download that was stopped goes on where it stopped, if its server has a way to. A name that is
-    not known is searched for on the hub.
+    An interrupted download resumes if the server supports it. The hub is searched for unknown
+    names.
     """
     if model is None:
         print_table(_NAMES, _known())
         return
     if sha256 is not None and not is_url(model):
-        raise typer.BadParameter("only for URLs: the others have theirs", param_hint="--sha256")
+        raise typer.BadParameter("only for URLs; other hashes are known", param_hint="--sha256")
     folder = folder or models_dir()
     try:
         path = _fetched(model, folder, sha256, force=force)
@@ -82,12 +82,12 @@ def _show_hits(name: str) -> None:
         for repo in search_hub(name):
             note(f"pop-local pull hf:{repo}")
     except PopError as error:
-        note(f"{name} was not searched for: {error.message}.")
+        note(f"Could not search the hub for {name}: {error.message}.")
 
 
 def _tell_needs(path: Path) -> None:
-    """Tell the needs of a fit, as `convert --dry-run` says; nothing where it need not."""
-    with suppress(PopError):  # whoever opens the file says it
+    """Print the cost of `convert`, unless the model has a sidecar."""
+    with suppress(PopError):  # opening the model reports it
         if sidecar_of(read_source(path)) is None:
             options = ConvertOptions(Within(BALANCED), output="sidecar")
             planned = plan_conversion(path, None, options)
@@ -99,14 +99,14 @@ def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Pa
     if is_url(model):
         return _from_url(model, folder, _hash(sha256), force=force)
     with terminal_watch() as watch:
-        may = replace(watch, may=lambda question: True)  # as the command itself says
+        may = replace(watch, may=lambda question: True)  # the command itself is the permission
         return fetch_named(model, folder, may, force=force)
 
 
 def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:
     if not sha256:
-        unsafe = " and http:// is not protected either" if url.lower().startswith("http:") else ""
-        warn(f"Without --sha256 nothing checks what arrives{unsafe}.")
+        unsafe = ", and http:// is not encrypted" if url.lower().startswith("http:") else ""
+        warn(f"Without --sha256 the file is not verified{unsafe}.")
     with terminal_watch() as watch:
         advance = watch.stage(f"Fetching {file_name(url)}", Unit.BYTES)
         return fetch_url(url, folder, sha256, advance, force=force)
@@ -117,5 +117,5 @@ def _hash(text: str | None) -> str:
         return ""
     digits = text.strip().lower().removeprefix("sha256:")
     if not re.fullmatch("[0-9a-f]{64}", digits):
-        raise PopError(f"{text!r} is no sha256", "it has 64 hexadecimal digits")
+        raise PopError(f"{text!r} is not a SHA-256 hash", "give 64 hexadecimal digits")
     return digits

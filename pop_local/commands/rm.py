@@ -22,19 +22,17 @@ from pop_local.ui.theme import note, say
 def rm(
     names: Annotated[
         list[str],
-        typer.Argument(
-            metavar="NAME...", help="As `pop-local list` shows them, or of the catalog."
-        ),
+        typer.Argument(metavar="NAME...", help="Names shown by `pop-local list`."),
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without confirmation.")] = False,
     json: Json = False,
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 
-    A model goes with its sidecar, and with the mmproj that has its name; its converted copy is a
-    model of its own and stays, unless the name is one of the catalog, which stands for both.
+    This includes a model's sidecar and the mmproj named after it. A converted copy is a separate
+    model and stays, except that a catalog name stands for both.
     """
-    # All names are looked up before anything goes; one given twice goes once.
+    # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))
     files += tuple(file for folder in models_dirs() for file in orphans(folder, files))
     freed_bytes = total_bytes(files)
@@ -54,7 +52,7 @@ def rm(
 
 
 def _found(name: str) -> tuple[Path, ...]:
-    """Return the files of that name in the first folder that has it; the first says it has not."""
+    """Return the files of that name in the first folder that has it. Raises PopError."""
     first, *others = models_dirs()
     try:
         return _files(first, name)
@@ -66,7 +64,7 @@ def _found(name: str) -> tuple[Path, ...]:
 
 
 def _files(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files of that name; else those that the catalog fetched by it."""
+    """Return the files with that name, else the catalog model's files."""
     try:
         return removable(folder, name)
     except PopError:
@@ -82,7 +80,7 @@ def _files(folder: Path, name: str) -> tuple[Path, ...]:
 
 def _ask(files: tuple[Path, ...], freed_bytes: int) -> None:
     if not sys.stdin.isatty():
-        raise PopError("nobody can be asked whether to remove it", "to remove it unasked: --yes")
+        raise PopError("refusing to delete without confirmation", "pass --yes")
     for file in files:
         note(str(file))
     question = f"Remove {len(files)} file{'s' if len(files) > 1 else ''} ({size(freed_bytes)})?"

@@ -1,4 +1,4 @@
-"""`pop-local rpc-server`: this machine's devices for a model that another one opens."""
+"""`pop-local rpc-server`: lend this machine's processors to another machine."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from pop_local.engine.llama import rpc
 from pop_local.engine.llama.threads import default_threads
 from pop_local.ui.theme import note, warn
 
-_MEMORY = "That a client may take. Default: what is free, on GPUs no limit."
+_MEMORY = "Memory limit of a client (default: the free memory; GPUs: no limit)."
 
 
 def rpc_server(
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all networks.")
+        str, typer.Option("--host", help="Address to listen on (0.0.0.0: all networks).")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = rpc.DEFAULT_PORT,
     threads: Threads = None,
@@ -28,16 +28,16 @@ def rpc_server(
         typer.Option("--memory", metavar="GB", min=0.0, max=1e9, help=_MEMORY, callback=finite),
     ] = None,
 ) -> None:
-    """Hold layers of a model that another machine opens with --rpc: its GPUs, else the CPU.
+    """Run layers of a model that another machine opens with --rpc, on this machine's GPUs or CPU.
 
-    One client is served at a time; one that is silent for ten minutes gives way to another. The
-    protocol knows no authentication and no encryption, and llama.cpp calls it a proof of concept:
-    only for networks that you trust.
+    The server accepts one client at a time and disconnects it after ten silent minutes if another
+    one is waiting. The protocol has no authentication and no encryption, and llama.cpp calls it a
+    proof of concept. Use it only on trusted networks.
     """
     if not is_loopback(host):
-        warn("Anyone who reaches this port can use, and crash, this machine: trust its network.")
-    note(f"Lending this machine at {host}:{port} (Ctrl-C stops)")
-    # llama.cpp prints to standard output, and Python's handlers do not run while it serves.
+        warn("Anyone who can reach this port can use or crash this machine.")
+    note(f"Lending this machine at {host}:{port} (Ctrl-C to stop)")
+    # llama.cpp prints to stdout and blocks Python's signal handlers.
     sys.stdout.flush()
     os.dup2(2, 1)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -49,7 +49,7 @@ def rpc_server(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own, whatever a name server says."""
+    """Return whether a host is a loopback address, without a DNS lookup."""
     with suppress(ValueError):
         return ip_address(host).is_loopback
     return host.lower() == "localhost"

@@ -1,4 +1,4 @@
-"""`pop-local run MODEL "question"`: one answer, also about files and piped text."""
+"""`pop-local run MODEL "question"`: print one answer."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ from pop_local.ui.theme import look, note, warn
 from pop_local.ui.typed_keys import unechoed_keys
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
-# After which it is said what stdin is waited for.
+# Time until a note explains the wait for piped text.
 _PATIENCE_S = 5.0
 
 
@@ -42,22 +42,22 @@ def run(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file, a name (`pop-local pull` shows them), or hf:OWNER/REPO.",
+            help="A GGUF file, a name (listed by `pop-local pull`), or hf:OWNER/REPO.",
         ),
     ],
     question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help="Not needed when text is piped in.")
+        str, typer.Argument(metavar="QUESTION", help="Optional if text is piped in.")
     ] = "",
     *,
     file: Annotated[
         list[Path] | None,
         typer.Option(
-            "--file", "-f", help="Text, PDF or DOCX to ask about; can be given several times."
+            "--file", "-f", help="Text, PDF or DOCX file to add to the prompt; repeatable."
         ),
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", help="Picture to ask about; can be given several times."),
+        typer.Option("--image", help="Picture to add to the prompt; repeatable."),
     ] = None,
     json: opt.Json = False,
     system: opt.System = "",
@@ -65,19 +65,19 @@ def run(
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
-    """Answer one question. Pictures, files and piped text come before it in the prompt.
+    """Answer one question. Pictures, files and piped text precede it in the prompt.
 
-    A model without a chat template continues the text instead, the system prompt first.
+    A model without a chat template continues the text instead.
     """
     documents, pictures = tuple(_documents(file or [])), tuple(map(read_picture, image or []))
     turn = Turn(question, documents, pictures=pictures)
     if not turn.prompt and not pictures:
-        raise typer.BadParameter("give a question, a --file, or pipe some text in")
+        raise typer.BadParameter("give a question, a --file or piped text")
     messages = Conversation(system, (turn,)).messages
     screen = Screen(look(theme))
     asked = opt.given_names(call)
     if how.full or how.refill == "idle":
-        why = "--full prunes nothing" if how.full else "one question is asked"
+        why = "--full prunes nothing" if how.full else "one question leaves no idle time"
         how = without_refill(how, why, asked)
     opened = Opener(model, how, asked)()
     for picture in pictures:
@@ -115,19 +115,19 @@ def _documents(files: list[Path]) -> Iterator[Document]:
         if piped.strip():
             yield Document("the piped text", piped)
         elif not files and _is_pipe(sys.stdin):
-            warn("The piped text is empty")
+            warn("The piped text is empty.")
 
 
 def _piped() -> bytes:
     timer = threading.Timer(
-        _PATIENCE_S, note, ["Waiting for the end of the piped text; < /dev/null if there is none."]
+        _PATIENCE_S, note, ["Waiting for the end of the piped text (add < /dev/null to skip it)."]
     )
     timer.daemon = True
     timer.start()
     try:
         return read_limited(sys.stdin.buffer, "the piped text")
     except OSError as error:
-        if error.errno != errno.EBADF:  # which nohup leaves: nothing is piped
+        if error.errno != errno.EBADF:  # nohup closes stdin
             raise
         return b""
     finally:

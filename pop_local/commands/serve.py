@@ -1,4 +1,4 @@
-"""`pop-local serve MODEL`: the model behind the HTTP APIs that programs speak."""
+"""`pop-local serve MODEL`: serve models over HTTP."""
 
 import errno
 import importlib.util
@@ -31,61 +31,60 @@ _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 @dataclass(frozen=True)
 class ServerOptions(Group):
-    host: str = option("Address to listen on; 0.0.0.0 for all networks.", default="127.0.0.1")
-    port: int = option("0 takes any free one.", min=0, max=65535, default=8080)
+    host: str = option("Address to listen on (0.0.0.0: all networks).", default="127.0.0.1")
+    port: int = option("Port to listen on (0: any free port).", min=0, max=65535, default=8080)
     api_key: str = option(
-        "Clients must send it as their key. Default: no key; requests to other host names, and of"
-        " web pages that are not of this machine, are refused.",
+        "Key that clients must send. Without one, requests with another host name and requests"
+        " from other machines' web pages are refused.",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
         default="",
     )
     name: str = option(
-        "The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
+        "The model's name in the API (default: the catalog name, or the file name).",
         default="",
     )
     strict_model: bool = option(
-        "Refuse requests for other models, which MODEL answers otherwise.", default=False
+        "Refuse requests for other models instead of answering them with MODEL.", default=False
     )
     models: Path | None = option(
-        "Serve the models of this folder by the names that `list` shows, each opened when it is"
-        " asked for. MODEL is one of them, opened at the start; it answers where no name is given."
-        " Without it the one that was asked for last does, at first the first one.",
+        "Serve all models of this folder under the names that `list` shows, and open each on"
+        " demand. MODEL is the one opened at the start, which answers requests without a name"
+        " (default: the last one requested).",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "With --models: memory for open models, idle ones are closed for others. Default: one at a"
-        " time is open.",
+        "With --models: memory limit, above which idle models are closed (default: one open model"
+        " at a time).",
         "GIB",
         min=0.0,
         callback=opt.finite,
     )
     cors: list[str] | None = option(
-        "Web pages of this origin may ask without a key, as those of this machine may; again for"
-        " more.",
+        "Allow web pages of this origin to send requests without a key; repeatable.",
         "ORIGIN",
     )
     cache_ram: int = option(
-        "Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
+        "Memory for the KV caches of earlier prompts (0: keep only the last one).",
         "MIB",
         min=0,
         default=2048,
     )
     parallel: int | None = option(
-        "Requests that are answered at once, each with a context of its own. Default: 2 with 8 GB"
-        " of free memory, else 1; 1 for a model that learns, and with --repeatable.",
+        "Number of slots, each with its context. Default: 2 with 8 GB of free memory, else 1; 1"
+        " for a model that learns, and with --repeatable.",
         "N",
         min=1,
         max=64,
     )
     max_waiting: int = option(
-        "Requests that may wait; those beyond are refused (503).", min=1, default=256
+        "Maximum queue length; further requests are refused (503).", min=1, default=256
     )
     repeatable: bool = option(
-        "The same request gets the same answer, at temperature 0 or with a seed: each prompt is"
-        " read as if it were new.",
+        "Read each prompt without the cache, so that equal requests get equal answers at"
+        " temperature 0 or with a seed.",
         default=False,
     )
 
@@ -97,17 +96,17 @@ def serve(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file, a name, or hf:OWNER/REPO. Default: the one that `chat` takes.",
+            help="A GGUF file, a name, or hf:OWNER/REPO (default: as for `chat`).",
         ),
     ] = None,
     *,
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
 ) -> None:
-    """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's, and a page.
+    """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama-server, with a web page.
 
-    --parallel says how many requests are answered at once; others wait in line. A request may carry
-    "pop": false to be read in full. /health and /metrics (Prometheus) tell how the server is.
+    --parallel sets the number of requests answered concurrently; others wait in a queue. A request
+    with "pop": false is read in full. /health and /metrics (Prometheus) report the server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
 
@@ -119,8 +118,9 @@ def serve_named(
     asked: Collection[str],
     on_ready: Callable[[str], None] = lambda root: None,
 ) -> None:
-    """Serve until a signal. `asked`: names of the options that the command line has. `on_ready`
-    gets the address once connections are taken.
+    """Serve until a signal. `asked`: the options on the command line.
+
+    `on_ready` receives the address when the server accepts connections.
     """
     _require_usage(to, how)
     _require_packages()
@@ -138,7 +138,7 @@ def serve_named(
         app = create_app(models, entry, strict_model=to.strict_model)
         try:
             listening.listen(128)
-        except OSError as error:  # another program was faster
+        except OSError as error:  # another program took the port
             raise _cannot_listen(to.host, to.port, error) from error
         root = _root(listening)
         _announce(models, to)
@@ -151,20 +151,20 @@ def serve_named(
 
 
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
-    """Raises BadParameter for options that do not go together."""
+    """Raise BadParameter for options that exclude each other."""
     if to.models is None:
         if to.ram is not None:
-            raise typer.BadParameter("it is for several models: give --models", param_hint="--ram")
+            raise typer.BadParameter("requires --models", param_hint="--ram")
         return
     of_one = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
     for name, value in of_one.items():
         if value:
-            reason = "it belongs to one model, and --models serves several"
+            reason = "this option is for a single model, not for --models"
             raise typer.BadParameter(reason, param_hint=name)
 
 
 def _models(to: ServerOptions, opener: Opener) -> "ModelPool":
-    """Make the models of the server; the opener's is opened."""
+    """Return the server's models, with the opener's model loaded."""
     from pop_local.server.model_listing import ModelFile, find, models_in, shown
     from pop_local.server.model_pool import ModelPool, ModelRegistry
 
@@ -178,7 +178,7 @@ def _models(to: ServerOptions, opener: Opener) -> "ModelPool":
     how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
     if (folder := to.models) is None:
         one = opened_by(None)
-        # One of the catalog is kept as it was given: requests are likely to use it.
+        # Requests are likely to use the name that the user typed.
         name = to.name or (opener.model if lookup(opener.model) else shown(one.path.stem))
         return ModelPool.of_one(ModelFile(name, one.path), one, lessons, **how)
     ram_bytes = int((to.ram or 0) * 2**30)
@@ -188,14 +188,14 @@ def _models(to: ServerOptions, opener: Opener) -> "ModelPool":
         lessons,
         opener.options.ctx,
         can_see=True,
-        n_parallel=opener.n_parallel or 2,  # at most, where the model decides
+        n_parallel=opener.n_parallel or 2,  # an upper limit if the model decides
     )
     files = registry.files()
     model = opener.model
     file = find(model, files) if model else None
     if model and file is None:
-        hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
-        raise PopError(f"there is no model {model!r} in {folder}", hint)
+        hint = nearest_hint(model, {name: name for name in files}, "see `pop-local list`")
+        raise PopError(f"{folder} has no model {model!r}", hint)
     models = ModelPool(registry, ram_bytes=ram_bytes, default=file.name if file else "", **how)
     if file:
         models.load(file)
@@ -205,13 +205,13 @@ def _models(to: ServerOptions, opener: Opener) -> "ModelPool":
 
 
 def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
-    """Return how many requests are answered at once, None where the model decides."""
+    """Return the number of slots, None if the model decides."""
     reasons = {
         "--repeatable": to.repeatable,
     }
     one = next((name for name, is_so in reasons.items() if is_so), None)
     if one is not None and (to.parallel or 1) > 1:
-        message = f"{one} is for one request at a time: leave it out, or take --parallel 1"
+        message = f"{one} supports one slot; remove it or use --parallel 1"
         raise typer.BadParameter(message, param_hint="--parallel")
     return 1 if one else to.parallel
 
@@ -220,9 +220,9 @@ def _origin(given: str) -> str:
     origin = given.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
-            f"{given!r} is no origin of web pages",
-            "give scheme, name and port as in https://example.org:8443; with --api-key, pages of"
-            " all origins may ask",
+            f"{given!r} is not an origin of web pages",
+            "give scheme, host and port, for example https://example.org:8443. With --api-key all"
+            " origins are allowed",
         )
     return origin
 
@@ -237,14 +237,14 @@ def _require_packages() -> None:
 
 
 _BIND_HINTS = {
-    errno.EADDRINUSE: "another program uses it: try --port 0 for any free one",
-    errno.EADDRNOTAVAIL: "give an address of this machine, or 0.0.0.0 for all of them",
-    errno.EACCES: "low ports are the system's: try --port 8080",
+    errno.EADDRINUSE: "another program uses this port; try --port 0 for any free one",
+    errno.EADDRNOTAVAIL: "give an address of this machine, or 0.0.0.0 for all networks",
+    errno.EACCES: "low ports are reserved; try --port 8080",
 }
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Bound before the model is loaded, so that a port in use is known at once."""
+    """Return a socket, bound before the model loads so that a port in use fails early."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -253,9 +253,9 @@ def _bound(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PopError(
-            f"{host} is no address of this machine: {reason}", _BIND_HINTS[errno.EADDRNOTAVAIL]
+            f"{host} is not an address of this machine: {reason}", _BIND_HINTS[errno.EADDRNOTAVAIL]
         ) from error
-    if sys.platform != "win32":  # where it would let two servers share a port
+    if sys.platform != "win32":  # Windows would let two servers share a port
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(address)
@@ -281,26 +281,26 @@ def _announce(models: "ModelPool", to: ServerOptions) -> None:
     for served in models.loaded:
         _announce_model(served.name, served.model)
     if to.models is not None:
-        kept = f"within {to.ram:g} GiB of memory" if to.ram else "one at a time"
+        kept = f"up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
         names = ", ".join(models.names) or "none yet"
-        note(f"Models of {to.models}, opened when they are asked for, {kept}: {names}.")
+        note(f"Models in {to.models}, opened on demand, {kept}: {names}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:
-    pruning = f"pruned from layer {opened.boundary} on" if opened.mode else "not pruned"
+    pruning = f"prompts skip layers {opened.boundary} and up" if opened.mode else "no pruning"
     if opened.mode and opened.exact:
-        pruning = f"read exactly: context tokens leave at layer {opened.exact}"
-    note(f"{name}, context of {opened.n_ctx:,} tokens, prompts {pruning}.")
+        pruning = f"prompts skip layers {opened.exact} and up, exactly"
+    note(f"{name}: context of {opened.n_ctx:,} tokens, {pruning}.")
     if opened.mmproj and not opened.can_see:
-        warn("No pictures are read, since Pillow is missing: pip install 'pop-local[images]'")
+        warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
     elif opened.mmproj:
-        note(f"Pictures are read, by {opened.mmproj.name}, out of data: URLs.")
+        note(f"Pictures are enabled ({opened.mmproj.name}), as data: URLs.")
 
 
 def _announce_address(root: str, is_open: bool) -> None:
     if is_open:
-        warn("Anyone who reaches this machine can use the model: set --api-key.")
-    note(f"Serving at {root}/v1, a page at {root}/ (Ctrl-C stops)")
+        warn("Anyone who can reach this machine can use the model; set --api-key.")
+    note(f"Serving at {root}/v1, with a web page at {root}/ (Ctrl-C to stop)")
 
 
 def _log_to_stderr() -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands share, in groups that a command takes as one object."""
+"""Options that several commands share, in groups."""
 
 import math
 import os
@@ -26,23 +26,23 @@ DEFAULT_THEME = "terminal"
 
 
 def finite(value: float | None) -> float | None:
-    """Callback of every option that is a float: ranges let nan through, and inf without a `max`."""
+    """Reject nan and inf, which typer's ranges accept; the callback of every float option."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
 def positive(value: float | None) -> float | None:
-    """As `finite`, for what nothing measured could reach at zero."""
+    """Reject values that are not finite and positive."""
     if value is not None and value <= 0:
-        raise typer.BadParameter(f"{value:g} leaves nothing to allow: give more than 0")
+        raise typer.BadParameter(f"{value:g} is not greater than 0")
     return finite(value)
 
 
 def one_output(argument: Path | None, option: Path | None) -> Path | None:
-    """Return the output that was given in one of both places."""
+    """Return the output from the argument or from --output."""
     if argument and option:
-        raise typer.BadParameter("OUT.gguf is given as an argument, too", param_hint="--output")
+        raise typer.BadParameter("OUT.gguf is also given as an argument", param_hint="--output")
     return argument or option
 
 
@@ -51,10 +51,10 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     if n_threads is None or n_cores is None or n_threads <= n_cores:
         return n_threads
     if "threads" in given_names(call):
-        raise typer.BadParameter(f"{n_threads} is too many: this machine has {n_cores} cores")
-    # A setting may be shared by several machines.
+        raise typer.BadParameter(f"{n_threads} is more than this machine's {n_cores} cores")
+    # Several machines may share a setting.
     where = next(value.where for value in load() if value.key == "threads")
-    warn(f"{where}: threads is {n_threads}, but this machine has {n_cores} cores: all are used")
+    warn(f"{where} sets threads to {n_threads}; using all {n_cores} cores of this machine")
     return n_cores
 
 
@@ -62,33 +62,38 @@ def _usage(error: PopError, option: str) -> typer.BadParameter:
     return typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option)
 
 
-_THREADS = "CPU threads. Default: the physical cores."
+_THREADS = "CPU threads (default: the number of physical cores)."
 _CORES: dict[str, Any] = {"min": 1, "callback": _no_more_than_cores}
 _SIDECAR = (
-    "The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
-    " pop-local."
+    "The model's sidecar (default: NAME.pop-sidecar.gguf in the same folder, or the one that"
+    " pop-local ships)."
 )
 FIT_TEXTS = (
-    "Text to fit on, read in equal shares; repeatable. Default: documentation, code and samples of"
-    " the model."
+    "Text to fit on; repeatable, with an equal share of tokens each (default: documentation, code"
+    " and samples of the model)."
 )
-MMPROJ = "What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is one."
-DEEP_ROWS = "Words whose tokens run all layers (default: as the file says)."
+MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
+DEEP_ROWS = "Words whose tokens run all layers (default: the file's)."
 Converted = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar.")
+    str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or a model with a sidecar.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="OUT.gguf", help="The same as OUT.gguf after IN.gguf."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT.gguf",
+        help="OUT.gguf as an option.",
+    ),
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
 Theme = Annotated[
     str,
     typer.Option(
-        help="Of answers in a terminal: terminal (its own colours), dark, light, plain,"
-        " or a style of Pygments.",
+        help="Style of answers in a terminal: terminal (its colours), dark, light, plain or a"
+        " Pygments style.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
@@ -99,9 +104,7 @@ class ProcessorOptions(Group):
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(_THREADS, **_CORES)
-    gpu_layers: int = option(
-        "Layers on the GPU; -1 for all, 0 for none.", min=-1, max=MOST, default=-1
-    )
+    gpu_layers: int = option("Layers on the GPU (-1: all).", min=-1, max=MOST, default=-1)
 
     @property
     def hardware(self) -> Hardware:
@@ -111,13 +114,13 @@ class ProcessorOptions(Group):
 @dataclass(frozen=True)
 class HardwareOptions(ProcessorOptions):
     rpc: str | None = option(
-        "Machines that hold the layers, each with `pop-local rpc-server` running.",
+        "Machines that run `pop-local rpc-server` and hold the layers.",
         "HOST:PORT,...",
     )
 
     @property
     def hardware(self) -> Hardware:
-        """The same for a workflow; a malformed address is wrong usage."""
+        """Return the processors. Raises BadParameter for a malformed address."""
         servers = tuple(name.strip() for name in self.rpc.split(",")) if self.rpc else ()
         try:
             for name in servers:
@@ -129,14 +132,14 @@ class HardwareOptions(ProcessorOptions):
 
 @dataclass(frozen=True)
 class MeasureOptions(HardwareOptions):
-    """The model that is measured, but for its name."""
+    """Options of a model to measure, except for its name."""
 
     panel: ClassVar[str] = "Model and hardware"
 
     sidecar: Path | None = option(_SIDECAR, "PATH")
-    # It must not be called ctx: the setting of that name is for conversations.
+    # Another name than ctx: the setting of that name is for conversations.
     n_ctx: int | None = option(
-        "Context in tokens. Default: what is measured needs.", flag="--ctx", min=1, max=MOST
+        "Context length in tokens (default: as long as needed).", flag="--ctx", min=1, max=MOST
     )
 
 
@@ -146,42 +149,38 @@ class PictureOptions(Group):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = option(
-        "The most that one picture takes, with models where that varies.",
-        "MAX",
-        min=1,
-        max=MOST,
+        "Maximum tokens per picture, for models with a variable number.", "MAX", min=1, max=MOST
     )
 
 
 @dataclass(frozen=True)
 class OpenOptions(HardwareOptions):
-    """The model that is talked to, but for its name."""
+    """Options of a model to open, except for its name."""
 
     panel: ClassVar[str] = "Model and hardware"
 
     sidecar: Path | None = option(_SIDECAR, "PATH")
     ctx: int | None = option(
-        "Context in tokens. Default: the model's, at most 8192.", min=1, max=MOST
+        "Context length in tokens (default: the model's, up to 8192).", min=1, max=MOST
     )
 
 
 @dataclass(frozen=True)
 class ModelOptions(OpenOptions, PictureOptions):
-    """The same, and how it reads."""
+    """Options of a model to open, and of how it reads prompts."""
 
     panel: ClassVar[str] = "Model and hardware"
 
-    full: bool = option("Read prompts in full, without pruning.", default=False)
+    full: bool = option("Read prompts with all layers, without pruning.", default=False)
     refill: Literal["idle", "off"] = option(
         "Run pruned tokens through the skipped layers while the model is idle.", default="off"
     )
     learn: Literal["on", "off"] = option(
-        "Learn from what is read, to read it faster later; sums are kept, no text.",
+        "Store statistics of prompts, never text, to speed up later prompts.",
         default="off",
     )
     parse_special: bool = option(
-        "Special tokens that messages and documents spell out act as such: only for text that you"
-        " trust.",
+        "Parse special tokens in messages and documents. Use only with trusted text.",
         default=False,
     )
 
@@ -190,32 +189,37 @@ class ModelOptions(OpenOptions, PictureOptions):
 class SamplingOptions(Group):
     panel: ClassVar[str] = "Answers"
 
-    max_tokens: int | None = option("Longest answer. Default: what the context holds.", min=1)
+    max_tokens: int | None = option("Maximum answer length in tokens (default: no limit).", min=1)
     temperature: float | None = option(
-        "0 always takes the likeliest token.", min=0.0, callback=finite
+        "Sampling temperature (0: greedy).", min=0.0, callback=finite
     )
-    top_k: int | None = option("Choose among so many likeliest tokens; 0: all.", min=0, max=MOST)
-    top_p: float | None = option("Nucleus sampling.", min=0.0, max=1.0, callback=finite)
-    seed: int | None = option("Makes an answer repeatable. Default: chance.", min=0, max=MOST_SEED)
+    top_k: int | None = option("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
+    top_p: float | None = option(
+        "Nucleus sampling: total probability.",
+        min=0.0,
+        max=1.0,
+        callback=finite,
+    )
+    seed: int | None = option("Random seed (default: random).", min=0, max=MOST_SEED)
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that were given; the engine has its own defaults for the others."""
+        """Return the options that are set. The engine has defaults for the others."""
         return given(**vars(self))
 
 
 @dataclass(frozen=True)
 class FittingOptions(Group):
-    """How projections are fitted, but for the text."""
+    """Options of a fit, except for its text."""
 
     panel: ClassVar[str] = "The fit"
 
     tokens: int | None = option(
-        "Tokens to fit on. Default: 24 per dimension, 16384 at least.", min=1
+        "Tokens to fit on (default: 24 per dimension, 16384 or more).", min=1
     )
-    kv_type: KvType | None = option("Type of the fitted weights. Default: q8_0.")
+    kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
     memory: float | None = option(
-        "For the fit's sums. Default: half of what is free.",
+        "Memory for the fit's sums (default: half of the free memory).",
         "GB",
         min=0.0,
         max=1e9,
@@ -223,7 +227,7 @@ class FittingOptions(Group):
     )
 
     def fit(self, **others: Any) -> FitOptions | None:
-        """Return the options of the fit that were given, with others; None where none was."""
+        """Return the fit's options together with others, None if no option is set."""
         memory_bytes = None if self.memory is None else int(self.memory * 10**9)
         found = given(tokens=self.tokens, kv_type=self.kv_type, memory_bytes=memory_bytes, **others)
         return FitOptions(**found) if found else None
@@ -231,16 +235,16 @@ class FittingOptions(Group):
 
 @dataclass(frozen=True)
 class BoundaryOptions(Group):
-    skip: str | None = option("Layers to skip: 1/3, 0.33, or a number.", "SHARE")
-    boundary: int | None = option("The first layer to skip, instead of --skip.", "LAYER")
+    skip: str | None = option("Layers to skip: a share (1/3, 0.33) or a number.", "SHARE")
+    boundary: int | None = option("First layer to skip, instead of --skip.", "LAYER")
 
     @property
     def named(self) -> "Named | None":
-        """The boundary of --skip or --boundary; None where neither was given."""
+        """Return the boundary of --skip or --boundary, None if neither is set."""
         from pop_local.workflows.conversion.goals import Boundary
 
         if self.skip is not None and self.boundary is not None:
-            raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
+            raise typer.BadParameter("give either --skip or --boundary", param_hint="--boundary")
         if self.skip is not None:
             return share(self.skip, "--skip")
         return None if self.boundary is None else Boundary(self.boundary)
@@ -252,7 +256,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def share(text: str, option: str) -> "Skip":
-    """A share of the layers; what cannot be one is wrong usage of the option."""
+    """Parse a share of the layers. Raises BadParameter that names the option."""
     try:
         parse_skip(text)
     except PlanError as error:
@@ -263,24 +267,24 @@ def share(text: str, option: str) -> "Skip":
 
 
 def given_names(call: typer.Context) -> set[str]:
-    """Return the names of the options that the command line has."""
+    """Return the names of the options on the command line."""
     names = (option.name or "" for option in call.command.params)
     sources = {name: call.get_parameter_source(name) for name in names}
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
-    """Parse N,N,... in tokens."""
+    """Parse N,N,... in tokens, each `least` or more. Raises BadParameter."""
     with suppress(ValueError):
         found = tuple(int(part) for part in text.split(","))
         if min(found) >= least:
             return found
     raise typer.BadParameter(
-        f"{text!r} is not a list of lengths from {least} on, such as 512,2048", param_hint=option
+        f"{text!r} is not a list of lengths of {least} or more, such as 512,2048", param_hint=option
     )
 
 
-def no_fit(given: FitOptions | None, of: str) -> None:
-    """Wrong usage if options of the fit were given: `of` says why they belong to nothing."""
+def no_fit(given: FitOptions | None, why: str) -> None:
+    """Raise BadParameter for options of a fit; `why`: the reason why none is made."""
     if given is not None:
-        raise typer.BadParameter(f"options of the fit were given, but {of}")
+        raise typer.BadParameter(f"options of a fit have no effect: {why}")

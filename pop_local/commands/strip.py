@@ -1,4 +1,4 @@
-"""`pop-local strip IN.pop.gguf [OUT.gguf]`: back to the original, byte for byte."""
+"""`pop-local strip IN.pop.gguf [OUT.gguf]`: restore the original file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,7 @@ def strip(
     model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A converted model.")],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT.gguf", help="Default: the original's name, beside IN."),
+        typer.Argument(metavar="OUT.gguf", help="Default: the original's name and IN's folder."),
     ] = None,
     out: Output = None,
     force: Annotated[
@@ -30,19 +30,19 @@ def strip(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Turn a converted file back into the original, byte for byte (checked by its hash).
+    """Restore the original of a converted file, byte for byte (checked by its hash).
 
-    A model that came in several parts comes back as one file.
+    The parts of a split model are merged into one file.
     """
     output = one_output(output, out)
     path = resolve(model)
     header = read_header(path)
     if is_sidecar(header):
         raise FormatError(
-            f"{path} is a sidecar: there is nothing to strip", "delete it; the model is as it was"
+            f"{path} is a sidecar and has nothing to strip", "delete it: the model is unchanged"
         )
     found = pop_meta(header)
-    # The name comes from a file that may come from anywhere: its folder is not followed.
+    # Ignore the folder of an untrusted name.
     name = Path(found.source_name).name if found else ""
     target = output or path.with_name(name or f"{path.name.removesuffix('.gguf')}.stripped.gguf")
     with terminal_watch() as watch:
@@ -52,5 +52,5 @@ def strip(
     if json:
         print_json({"source": path, "output": target, "output_bytes": n_bytes, "sha256": sha256})
     else:
-        unchanged = f"{sha256}, as before its conversion"
+        unchanged = f"{sha256}, equal to the original's"
         print_facts([("Written", str(target)), ("Size", size(n_bytes)), ("sha256", unchanged)])

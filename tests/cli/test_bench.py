@@ -30,7 +30,7 @@ from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
 SPREAD = {"median", "min", "max"}
-ONE_PAIR = "One pair of runs says nothing of noise: give --repeat 3, say.\n"
+ONE_PAIR = "One pair of runs does not show the noise; use --repeat 3 or more.\n"
 
 
 def bench(*arguments: object) -> Done:

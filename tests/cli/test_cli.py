@@ -189,13 +189,14 @@ def test_options_without_effect_get_a_word(tmp_path):
     assert done.returncode == 0
     for words in (
         "The context holds 256 tokens",
-        "--refill idle has no effect: one question is asked",
+        "--refill idle has no effect: one question leaves no idle time",
         "--image-tokens has no effect: this model has no mmproj",
     ):
         assert words in done.stderr
 
 
-PLAIN, ONCE, PIPED = "this model is not pruned", "one question is asked", "piped lines do not wait"
+PLAIN, ONCE = "this model is not pruned", "one question leaves no idle time"
+PIPED = "piped lines leave no idle time"
 
 
 @pytest.mark.parametrize(
@@ -375,5 +376,5 @@ def test_every_option_that_is_a_float_is_checked():
 
 def test_paragraphs_of_help_wrap_at_the_width_of_the_terminal():
     lines = [line.strip() for line in called("rm", "--help", COLUMNS="70").stdout.splitlines()]
-    first = next(n for n, line in enumerate(lines) if line.startswith("A model goes with"))
+    first = next(n for n, line in enumerate(lines) if line.startswith("This includes a model"))
     assert min(map(len, lines[first : first + 2])) > 50

@@ -141,7 +141,7 @@ def test_the_variant_of_the_cpu_is_named(install):
         (
             "avx512vnni",
             None,
-            "avx512vnni, the fastest that this processor and this build have",
+            "avx512vnni, the fastest for this processor in this build",
             "ok",
         ),
         ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
@@ -171,12 +171,12 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     assert checks()["threads"]["status"] == "ok"
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
     assert checks()["threads"]["status"] == "note"
-    assert checks()["threads"]["found"].endswith("other work keeps 4.8 of them busy")
+    assert checks()["threads"]["found"].endswith("other processes keep 4.8 of them busy")
     assert "fewer --threads" in checks()["threads"]["to_do"]
     assert doctor().exit_code == 0
     install(n_threads=1)
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 100.0)
-    assert checks()["threads"]["to_do"] == "answers wait for it; times mean little"
+    assert checks()["threads"]["to_do"] == "expect slower answers and unreliable timings"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_gpus_are_listed(install):
 def test_a_backend_without_a_device_is_noted(install, name, hint):
     install(built_in=((name, 0), ("RPC", 0), ("CPU", 1)))
     assert checks()["built_in"]["found"] == f"{name}, RPC, CPU"
-    assert checks()["gpu"]["found"] == f"{name} is built in, but no device was found"
+    assert checks()["gpu"]["found"] == f"{name} is built in, but found no device"
     assert hint in checks()["gpu"]["to_do"]
     assert doctor().exit_code == 0
 
@@ -232,4 +232,4 @@ def test_a_model_that_is_read_exactly_is_said_to_be(install, tmp_path, monkeypat
     install()
     path = make_shared(tmp_path / "model.gguf", "gemma4")
     monkeypatch.setenv("POP_LOCAL_MODEL", str(path))
-    assert checks()["model"]["found"] == f"{path} (context tokens leave at layer 4, exactly)"
+    assert checks()["model"]["found"] == f"{path} (prompt tokens skip layers 4 and up, exactly)"

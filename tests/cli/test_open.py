@@ -156,7 +156,7 @@ def test_a_conversion_says_that_a_sidecar_is_there(shipped, tmp_path):
     given = ["convert", str(tmp_path / "tiny.gguf"), "--dry-run", "--json"]
     planned = CliRunner().invoke(app, given)
     assert planned.exit_code == 0 and json.loads(planned.stdout)
-    assert f"{shipped.name} comes with pop-local" in " ".join(planned.stderr.split())
+    assert f"pop-local ships {shipped.name}" in " ".join(planned.stderr.split())
 
 
 def test_one_beside_the_model_comes_first(shipped, tmp_path):

@@ -204,12 +204,12 @@ def test_threads_of_a_larger_machine_are_no_more_than_there_are_here(file, monke
         monkeypatch.setenv("POP_LOCAL_THREADS", "64")
     warning, error = pop_local("run", "x", "hi").stderr.splitlines()
     where = file if origin == "file" else "POP_LOCAL_THREADS"
-    assert warning == f"{where}: threads is 64, but this machine has 4 cores: all are used"
+    assert warning == f"{where} sets threads to 64; using all 4 cores of this machine"
     assert error == "error: 4 threads"
     assert pop_local("run", "x", "hi", "--threads", "3").stderr == "error: 3 threads\n"
     refused = pop_local("run", "x", "hi", "--threads", "64")
     assert refused.exit_code == 2
-    assert "64 is too many" in refused.stderr
+    assert "64 is more than this machine's 4 cores" in refused.stderr
 
 
 def test_what_must_be_given_is_never_filled_in(file, probe):
@@ -249,7 +249,7 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     assert shown["ctx"] == ["2048", "environment"]
     assert shown["model"] == ["the best of the catalog for the free memory", "default"]
     assert shown["top_p"][1] == "default"
-    assert "POP_LOCAL_CTXX is set, but there is no such setting" in done.stderr
+    assert "POP_LOCAL_CTXX is set, but is not a known setting" in done.stderr
     assert str(file) in done.stderr
 
 
@@ -309,7 +309,7 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
         (["set", "top_p", "2"], "top_p: 2.0 is not a number from 0 to 1"),
         (["set", "ctx", "9" * 400], "bits is not a whole number from 1 to 2,147,483,647"),
         (["set", "models_dir", "~nobody-at-all/x"], "there is no such home folder"),
-        (["set", "models_dir", ""], "that is no path"),
+        (["set", "models_dir", ""], "an empty path is not allowed"),
         (["set", "theme", "drak"], "theme: there is no theme drak"),
         (["set", "system", "\udcff"], r"system: '\udcff' is not text"),
         (["unset", "thread"], "did you mean threads?"),

@@ -88,7 +88,7 @@ def test_openais_own_client(server):
             say(image("https://example.org/a.png"), text("a"))
         with pytest.raises(openai.BadRequestError, match="is no picture"):
             say(image(data_url(b"no picture")), text("a"))
-    assert "Pictures are read, by mmproj.gguf" in server.log
+    assert "Pictures are enabled (mmproj.gguf)" in server.log
 
 
 def test_pictures_and_figures(client):

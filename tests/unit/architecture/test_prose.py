@@ -47,7 +47,6 @@ NOT_YET: set[str] = {
     "patches/llama.cpp/src",
     "pop_local",
     "pop_local/calibration",
-    "pop_local/commands",
     "pop_local/config",
     "pop_local/engine",
     "pop_local/engine/cache",
