@@ -27,10 +27,12 @@ REPEATED_CLASSES_FOR_NOW: set[str] = {
 }
 REPEATED_FILES_FOR_NOW: set[str] = {
     "convert.py",
+    "deep_rows.py",
     "plan.py",
     "prompts.py",
 }
 LONG_SIGNATURES_FOR_NOW: set[str] = {
+    "converter/pop_converter/popfile/pruning_plan.py:make_plan",
     "pop_local/workflows/conversion/convert.py:convert",
     "pop_local/workflows/open.py:open_model",
 }
