@@ -1,4 +1,4 @@
-// what the chat code of common/ takes from its neighbours, so that it links without them. no model is ever given
+// replacements for functions of other files of common/ and of libllama, so that the chat code links without them. there is never a model
 
 #include "common.h"
 #include "log.h"
@@ -7,36 +7,36 @@
 #include <cstdio>
 #include <stdexcept>
 
-[[noreturn]] static void without_model() {
+[[noreturn]] static void throw_no_model() {
     throw std::logic_error("this needs a model");
 }
 
 extern "C" {
 
-// an assertion refuses the call, and does not end the process
+// a failed assertion throws instead of ending the process
 void ggml_abort(const char *, int, const char * format, ...) {
-    char said[256];
+    char message[256];
     va_list args;
     va_start(args, format);
-    vsnprintf(said, sizeof(said), format, args);
+    vsnprintf(message, sizeof(message), format, args);
     va_end(args);
-    throw std::runtime_error(said);
+    throw std::runtime_error(message);
 }
 
-int32_t llama_chat_apply_template(const char *, const llama_chat_message *, size_t, bool, char *, int32_t) { without_model(); }
+int32_t llama_chat_apply_template(const char *, const llama_chat_message *, size_t, bool, char *, int32_t) { throw_no_model(); }
 
-const char *        llama_model_chat_template(const llama_model *, const char *) { without_model(); }
-const llama_vocab * llama_model_get_vocab    (const llama_model *)               { without_model(); }
+const char *        llama_model_chat_template(const llama_model *, const char *) { throw_no_model(); }
+const llama_vocab * llama_model_get_vocab    (const llama_model *)               { throw_no_model(); }
 
-llama_token llama_vocab_bos        (const llama_vocab *) { without_model(); }
-llama_token llama_vocab_eos        (const llama_vocab *) { without_model(); }
-bool        llama_vocab_get_add_bos(const llama_vocab *) { without_model(); }
-bool        llama_vocab_get_add_eos(const llama_vocab *) { without_model(); }
+llama_token llama_vocab_bos        (const llama_vocab *) { throw_no_model(); }
+llama_token llama_vocab_eos        (const llama_vocab *) { throw_no_model(); }
+bool        llama_vocab_get_add_bos(const llama_vocab *) { throw_no_model(); }
+bool        llama_vocab_get_add_eos(const llama_vocab *) { throw_no_model(); }
 
 }
 
-std::string              common_token_to_piece(const llama_vocab *, llama_token, bool)              { without_model(); }
-std::vector<llama_token> common_tokenize      (const llama_vocab *, const std::string &, bool, bool) { without_model(); }
+std::string              common_token_to_piece(const llama_vocab *, llama_token, bool)              { throw_no_model(); }
+std::vector<llama_token> common_tokenize      (const llama_vocab *, const std::string &, bool, bool) { throw_no_model(); }
 
 int          common_log_get_verbosity_thold() { return -1; }
 common_log * common_log_main()                { return nullptr; }

@@ -1,15 +1,15 @@
-// llama.cpp's chat formats for the process in which pop_local renders templates. JSON in and out:
+// llama.cpp's chat formats, for the process in which pop_local renders templates. requests and replies are JSON:
 //
 //   pop_chat_render {template, bos, eos, messages, tools, tool_choice, parallel}
 //                -> {prompt, start, grammar, triggers, shown, stops, takes_tools, format}
 //   pop_chat_parse  {key, format, text, partial}
 //                -> {content, reasoning, calls}
 //
-// an answer is parsed many times while it grows: its format need come with the first time alone, under a key
+// an answer is parsed many times while it grows. only the first request needs its format, which is stored under the key
 //
-// messages, tools and tool_choice are OpenAI's. grammar is GBNF, from the first token that is sampled on, and
-// triggers say where it begins otherwise. shown: special tokens that are part of the format. both answer {error} in
-// the place of an exception, and their strings are the caller's to free, by pop_chat_free
+// messages, tools and tool_choice are OpenAI's. grammar is GBNF. it applies from the first sampled token on, or from a trigger
+// on if there are any. shown: special tokens that are part of the format. both functions return {error} if an exception occurs.
+// the caller frees the returned strings with pop_chat_free
 
 #include "chat.h"
 #include "json.h"
@@ -59,7 +59,7 @@ json render(const json & request) {
     const auto chat   = common_chat_templates_init(nullptr, source, text_of(request, "bos"), text_of(request, "eos"));
     const auto params = common_chat_templates_apply(chat.get(), inputs);
 
-    // the end of a turn is no part of the format: it is a token that is never shown
+    // render the format without the EOS token, which is never shown
     const auto open      = common_chat_templates_init(nullptr, source, text_of(request, "bos"), "");
     const auto endless   = common_chat_templates_apply(open.get(), inputs);
 
@@ -89,12 +89,12 @@ json parse(const json & request) {
 
     const std::string key = text_of(request, "key");
     if (request.contains("format")) {
-        const json & asked = request.at("format");
+        const json & format = request.at("format");
         common_chat_parser_params params;
-        params.format            = (common_chat_format) asked.at("kind").get<int>();
+        params.format            = (common_chat_format) format.at("kind").get<int>();
         params.reasoning_format  = COMMON_REASONING_FORMAT_AUTO;
-        params.generation_prompt = text_of(asked, "start");
-        const std::string parser = text_of(asked, "parser");
+        params.generation_prompt = text_of(format, "start");
+        const std::string parser = text_of(format, "parser");
         if (!parser.empty()) {
             params.parser.load(parser);
         }
@@ -121,7 +121,7 @@ json parse(const json & request) {
     };
 }
 
-char * answered(const char * request, const std::function<json(const json &)> & work) {
+char * run(const char * request, const std::function<json(const json &)> & work) {
     std::string answer;
     try {
         answer = work(json::parse(request)).dump();
@@ -133,6 +133,6 @@ char * answered(const char * request, const std::function<json(const json &)> & 
 
 }
 
-POP_CHAT_API char * pop_chat_render(const char * request) { return answered(request, render); }
-POP_CHAT_API char * pop_chat_parse (const char * request) { return answered(request, parse);  }
+POP_CHAT_API char * pop_chat_render(const char * request) { return run(request, render); }
+POP_CHAT_API char * pop_chat_parse (const char * request) { return run(request, parse);  }
 POP_CHAT_API void   pop_chat_free  (char * text)          { free(text); }

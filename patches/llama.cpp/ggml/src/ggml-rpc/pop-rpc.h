@@ -1,14 +1,14 @@
-// limits of an RPC server, so that one client neither keeps it from others nor fills its memory
+// limits of an RPC server: one client can neither block the others nor fill the memory
 
 #pragma once
 
 #include <cstdint>
 
 struct ggml_pop_rpc_limits {
-    int      hello_s   = 4;    // less than the other clients of pop-local wait
-    int      message_s = 30;   // without a byte of a message that has begun, or of an answer taken
-    int      idle_s    = 600;  // between commands, while another client waits
-    uint64_t memory    = UINT64_MAX; // of a client's buffers, bytes
+    int      hello_s   = 4;    // timeout of the handshake in seconds, shorter than the timeout of waiting pop-local clients
+    int      message_s = 30;   // timeout in seconds without progress within a message or reply
+    int      idle_s    = 600;  // time in seconds between commands after which a waiting client is served instead
+    uint64_t memory    = UINT64_MAX; // total size of a client's buffers in bytes
 };
 
 inline ggml_pop_rpc_limits & ggml_pop_rpc() {
@@ -16,7 +16,7 @@ inline ggml_pop_rpc_limits & ggml_pop_rpc() {
     return limits;
 }
 
-// no tensor is larger than what was allocated for it; a graph is small
+// maximum message size in bytes, in addition to the client's buffers: tensors fit in these, and a graph is small
 static const uint64_t GGML_POP_RPC_MESSAGE = 64u << 20;
 
 inline void ggml_pop_rpc_set_limits(int hello_s, int idle_s, uint64_t memory) {

@@ -1,4 +1,4 @@
-// waiting on the sockets of an RPC server, see pop-rpc.h. after the system's headers, and sockfd_t
+// timeouts and waiting on the sockets of an RPC server, see pop-rpc.h. include it after the system's headers and sockfd_t
 
 #pragma once
 
@@ -12,18 +12,18 @@
 #  include <sys/time.h>
 #endif
 
-// how long it may send or take nothing
-static void ggml_pop_rpc_set_patience(sockfd_t fd, int seconds) {
+// set the timeout of sending and receiving
+static void ggml_pop_rpc_set_timeout(sockfd_t fd, int seconds) {
 #ifdef _WIN32
-    const DWORD patience = 1000*seconds;
+    const DWORD timeout = 1000*seconds;
 #else
-    const timeval patience = { seconds, 0 };
+    const timeval timeout = { seconds, 0 };
 #endif
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, (const char *) &patience, sizeof(patience));
-    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, (const char *) &patience, sizeof(patience));
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, (const char *) &timeout, sizeof(timeout));
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, (const char *) &timeout, sizeof(timeout));
 }
 
-// whether the client sends something, before another one has waited for it too long
+// wait for the client's next command. return false if it disconnects, or idles too long while another client waits
 static bool ggml_pop_rpc_wait(sockfd_t client, sockfd_t listening) {
     using clock = std::chrono::steady_clock;
 
@@ -32,19 +32,19 @@ static bool ggml_pop_rpc_wait(sockfd_t client, sockfd_t listening) {
         const auto left = std::chrono::duration_cast<std::chrono::seconds>(deadline - clock::now()).count();
         const bool is_late = clock::now() >= deadline;
 
-        fd_set wanted;
-        FD_ZERO(&wanted);
-        FD_SET(client, &wanted);
+        fd_set ready;
+        FD_ZERO(&ready);
+        FD_SET(client, &ready);
         if (is_late) {
-            FD_SET(listening, &wanted);
+            FD_SET(listening, &ready);
         }
         timeval until = { (long) left + 1, 0 };
-        const int n = select((int) std::max(client, listening) + 1, &wanted, nullptr, nullptr, is_late ? nullptr : &until);
-        if (n < 0 || FD_ISSET(client, &wanted)) {
+        const int n = select((int) std::max(client, listening) + 1, &ready, nullptr, nullptr, is_late ? nullptr : &until);
+        if (n < 0 || FD_ISSET(client, &ready)) {
             return n > 0;
         }
         if (n > 0) {
-            GGML_LOG_ERROR("another client waits, and this one has been silent for %d s\n", ggml_pop_rpc().idle_s);
+            GGML_LOG_ERROR("Closing a client that was idle for %d s: another one is waiting\n", ggml_pop_rpc().idle_s);
             return false;
         }
     }

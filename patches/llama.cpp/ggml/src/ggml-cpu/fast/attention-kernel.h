@@ -13,7 +13,7 @@
 
 #include <algorithm>
 
-// The large steps are functions of their own, so the compiler allocates registers for one loop at a time.
+// The large steps are separate functions, so the compiler allocates registers for one loop at a time.
 #if defined(_MSC_VER)
 #    define FAST_NOINLINE __declspec(noinline)
 #else

@@ -6,8 +6,6 @@
 
 #include "attention.h"
 
-#include "fast.h"
-
 #include "ggml-cpu-impl.h"
 
 #include "vectors.h"

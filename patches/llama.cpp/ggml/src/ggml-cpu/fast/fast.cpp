@@ -129,7 +129,7 @@ static const gemm * kernel_for(const ggml_tensor * op) {
 }
 
 // Threads finish together if each takes several tasks. Measured with 2 and 8 threads (docs/notebook/kernels-speed.md, "Packed once").
-// A split by columns unpacks the weights once per part, so it uses half as many tasks.
+// A split by columns unpacks the weights once per part, so it uses half the tasks.
 constexpr int TASKS_PER_THREAD = 4;
 
 static int64_t n_tiles(const gemm & g, int64_t n_cols) {

@@ -342,7 +342,7 @@ void unpack_rows(uint8_t * panel, int vector, const typename type_of<TYPE>::bloc
     }
 }
 
-// Unpack n_blocks blocks of n_rows rows, starting at block `first`. The last row stands in for missing rows.
+// Unpack n_blocks blocks of n_rows rows, starting at block `first`. The last row replaces missing rows.
 template <int TYPE, typename P>
 void unpack(const char * weights, size_t stride, int n_rows, int first, int n_blocks, uint8_t * panel) {
     using B = typename type_of<TYPE>::block;
