@@ -9,11 +9,13 @@ from enum import Enum
 class DeepRows(str, Enum):
     """Which words of a prompt run deep.
 
-    `SPELLING`: words with a digit, an inner capital, or a sign between letters.
+    `SPELLING`: words with a digit, an inner capital, or a sign between letters. `NAMES`: these, and
+    capitalised words within a sentence.
     """
 
     NONE = "none"
     SPELLING = "spelling"
+    NAMES = "names"
 
     def __str__(self) -> str:
         return self.value

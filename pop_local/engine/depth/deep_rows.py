@@ -16,6 +16,8 @@ from pop_local.engine.llama.context import Context
 # Brackets, quotes and commas end a word, so that one number does not make a line of CSV or JSON
 # deep.
 _WORD = re.compile(rb"[^\s,;\"'`(){}\[\]<>|*]+")
+# Bytes before a word that may separate it from the end of a sentence: a blank, quotes, brackets.
+_LOOK_BACK = 4
 _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 
 
@@ -31,11 +33,22 @@ def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) ->
     pieces = _spelled(context, tokens)
     ends = np.cumsum([len(piece) for piece in pieces])
     starts = np.append(0, ends[:-1])
-    for word in _WORD.finditer(b"".join(pieces)):
-        if _SPELLED.search(word[0]):
+    text = b"".join(pieces)
+    for word in _WORD.finditer(text):
+        is_name = criterion is DeepRows.NAMES and _is_name(text, word)
+        if is_name or _SPELLED.search(word[0]):
             first = np.searchsorted(ends, word.start(), side="right")
-            found[first : np.searchsorted(starts, word.end())] = True
+            end = word.start() + len(word[0].rstrip(b".:!?"))
+            found[first : np.searchsorted(starts, end)] = True
     return found
+
+
+def _is_name(text: bytes, word: re.Match[bytes]) -> bool:
+    """Return whether a word is capitalised though it does not start a sentence or a line."""
+    if not (word[0][:1].isupper() and len(word[0]) > 1):
+        return False
+    before = text[max(0, word.start() - _LOOK_BACK) : word.start()].rstrip(b" \"'`(*")
+    return bool(before) and before[-1:] not in b".!?\n"
 
 
 def _spelled(context: Context, tokens: np.ndarray) -> list[bytes]:

@@ -18,4 +18,4 @@ class RowOptions:
     sink_tokens: int = PopMeta.sink_tokens
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int | None = None
-    deep_rows: DeepRows = DeepRows.SPELLING
+    deep_rows: DeepRows = DeepRows.NAMES

@@ -24,10 +24,10 @@ def model(pop_file):
     return model
 
 
-def words(model, text):
-    """Return the text that the deep rows spell, in pieces of neighbouring rows."""
+def words(model, text, criterion=DeepRows.SPELLING):
+    """Return the words that the deep rows spell."""
     tokens = np.array(model.tokenize(text))
-    deep = find_deep_rows(model.context, tokens, DeepRows.SPELLING)
+    deep = find_deep_rows(model.context, tokens, criterion)
     blank = model.tokenize(" ")[0]
     spelled = model.detokenize(np.where(deep, tokens, blank).tolist())
     return spelled.split()
@@ -39,6 +39,12 @@ def deep_rows(model):
 
 def test_words_that_must_be_spelled_are_deep(model):
     assert words(model, TEXT) == ["9f3a77c1", "parseHeader", "src/io_utils", ":8080"]
+
+
+def test_names_are_capitalised_words_within_a_sentence(model):
+    text = 'The boat left Selby. "It rang," said Ann Lee, and I saw (Oslo)!\nMoor End: Rome'
+    assert words(model, text, DeepRows.NAMES) == ["Selby", "Ann", "Lee", "Oslo", "End", "Rome"]
+    assert words(model, text) == []
 
 
 def test_a_long_word_takes_linear_time(model):
