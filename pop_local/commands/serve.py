@@ -1,11 +1,6 @@
 """`pop-local serve MODEL`: serve models over HTTP."""
 
-import errno
 import importlib.util
-import logging
-import re
-import socket
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
 from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, default_model, lessons
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
-from pop_local.models.model_names import lookup
+from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
@@ -116,115 +110,54 @@ def serve_named(
     to: ServerOptions,
     how: opt.ModelOptions,
     asked: Collection[str],
-    on_ready: Callable[[str], None] = lambda root: None,
+    on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until a signal. `asked`: the options on the command line.
+    """Serve until a signal. `asked`: names of the options on the command line.
 
-    `on_ready` receives the address when the server accepts connections.
+    `on_ready` is called with the server's URL once clients can connect.
     """
-    _require_usage(to, how)
+    n_parallel = _require_usage(to, how)
     _require_packages()
-    origins = tuple(map(_origin, to.cors or ()))
-    listening = _bound(to.host, to.port)
-    _log_to_stderr()
-    from pop_local.server.access import LOOPBACK, AccessRules
-    from pop_local.server.app import create_app, run_app
+    from pop_local.server import startup
+    from pop_local.server.access import AccessRules, parse_origin
 
-    if to.models is None:
-        model = model or default_model()
-    models = _models(to, Opener(model or "", how, asked, _n_parallel(to, how)))
+    rules = AccessRules(to.api_key, to.host, tuple(map(parse_origin, to.cors or ())))
+    listening = startup.bind(to.host, to.port)
     try:
-        entry = AccessRules(to.api_key, to.host, origins)
-        app = create_app(models, entry, strict_model=to.strict_model)
-        try:
-            listening.listen(128)
-        except OSError as error:  # another program took the port
-            raise _cannot_listen(to.host, to.port, error) from error
-        root = _root(listening)
-        _announce(models, to)
-        _announce_address(root, is_open=to.host not in LOOPBACK and not to.api_key)
-        on_ready(root)
-        run_app(app, listening)
-    finally:
+        startup.log_to_stderr()
+        if to.models is None:
+            model = model or default_model()
+        pool = _pool(to, Opener(model or "", how, asked, n_parallel))
+    except BaseException:
         listening.close()
-        models.close()
+        raise
+
+    def announce(url: str) -> None:
+        _announce(pool, to)
+        if rules.is_open:
+            warn("Anyone who can reach this machine can use the model; set --api-key.")
+        note(f"Serving at {url}/v1, with a web page at {url}/ (Ctrl-C to stop)")
+        on_ready(url)
+
+    startup.serve_models(pool, listening, rules, strict_model=to.strict_model, on_ready=announce)
 
 
-def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> None:
-    """Raise BadParameter for options that exclude each other."""
-    if to.models is None:
-        if to.ram is not None:
-            raise typer.BadParameter("requires --models", param_hint="--ram")
-        return
-    of_one = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
-    for name, value in of_one.items():
-        if value:
-            reason = "this option is for a single model, not for --models"
-            raise typer.BadParameter(reason, param_hint=name)
+def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
+    """Return the number of sequences (None: the model decides).
 
-
-def _models(to: ServerOptions, opener: Opener) -> "ModelPool":
-    """Return the server's models, with the opener's model loaded."""
-    from pop_local.server.model_listing import ModelFile, find, models_in, shown
-    from pop_local.server.model_pool import ModelPool, ModelRegistry
-
-    prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
-
-    def opened_by(name: str | None) -> PopModel:
-        opened = opener(name)
-        opened.keep_prompts(prompts)
-        return opened
-
-    how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
-    if (folder := to.models) is None:
-        one = opened_by(None)
-        # Requests are likely to use the name that the user typed.
-        name = to.name or (opener.model if lookup(opener.model) else shown(one.path.stem))
-        return ModelPool.of_one(ModelFile(name, one.path), one, lessons, **how)
-    ram_bytes = int((to.ram or 0) * 2**30)
-    registry = ModelRegistry(
-        lambda: models_in(folder),
-        lambda path: opened_by(str(path)),
-        lessons,
-        opener.options.ctx,
-        can_see=True,
-        n_parallel=opener.n_parallel or 2,  # an upper limit if the model decides
-    )
-    files = registry.files()
-    model = opener.model
-    file = find(model, files) if model else None
-    if model and file is None:
-        hint = nearest_hint(model, {name: name for name in files}, "see `pop-local list`")
-        raise PopError(f"{folder} has no model {model!r}", hint)
-    models = ModelPool(registry, ram_bytes=ram_bytes, default=file.name if file else "", **how)
-    if file:
-        models.load(file)
-    else:
-        models.check()
-    return models
-
-
-def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
-    """Return the number of slots, None if the model decides."""
-    reasons = {
-        "--repeatable": to.repeatable,
-    }
-    one = next((name for name, is_so in reasons.items() if is_so), None)
-    if one is not None and (to.parallel or 1) > 1:
-        message = f"{one} supports one slot; remove it or use --parallel 1"
+    Raises BadParameter for options that exclude each other.
+    """
+    if to.models is None and to.ram is not None:
+        raise typer.BadParameter("requires --models", param_hint="--ram")
+    single = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
+    for name, value in single.items():
+        if value and to.models is not None:
+            message = "this option is for a single model, not for --models"
+            raise typer.BadParameter(message, param_hint=name)
+    if to.repeatable and (to.parallel or 1) > 1:
+        message = "--repeatable supports one slot; remove it or use --parallel 1"
         raise typer.BadParameter(message, param_hint="--parallel")
-    return 1 if one else to.parallel
-
-
-def _origin(given: str) -> str:
-    origin = given.strip().removesuffix("/").lower()
-    if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
-        raise PopError(
-            f"{given!r} is not an origin of web pages",
-            "give scheme, host and port, for example https://example.org:8443. With --api-key all"
-            " origins are allowed",
-        )
-    return origin
+    return 1 if to.repeatable else to.parallel
 
 
 def _require_packages() -> None:
@@ -236,54 +169,44 @@ def _require_packages() -> None:
         )
 
 
-_BIND_HINTS = {
-    errno.EADDRINUSE: "another program uses this port; try --port 0 for any free one",
-    errno.EADDRNOTAVAIL: "give an address of this machine, or 0.0.0.0 for all networks",
-    errno.EACCES: "low ports are reserved; try --port 8080",
-}
+def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
+    """Create the server's model pool, and open the opener's model."""
+    from pop_local.server.model_listing import ModelFile, models_in, printable
+    from pop_local.server.model_pool import ModelPool, ModelRegistry
+    from pop_local.server.startup import folder_pool
 
+    prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
-def _bound(host: str, port: int) -> socket.socket:
-    """Return a socket, bound before the model loads so that a port in use fails early."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PopError(
-            f"{host} is not an address of this machine: {reason}", _BIND_HINTS[errno.EADDRNOTAVAIL]
-        ) from error
-    if sys.platform != "win32":  # Windows would let two servers share a port
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind(address)
-    except OSError as error:
-        listening.close()
-        raise _cannot_listen(host, port, error) from error
-    return listening
+    def open_model(name: str | None) -> PopModel:
+        opened = opener(name)
+        opened.keep_prompts(prompts)
+        return opened
 
-
-def _cannot_listen(host: str, port: int, error: OSError) -> PopError:
-    return PopError(
-        f"cannot listen on {host} port {port}: {error.strerror}",
-        _BIND_HINTS.get(error.errno or 0, "try --port 0 for any free one"),
+    options: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
+    if (folder := to.models) is None:
+        opened = open_model(None)
+        # Clients are likely to use the catalog name that the user gave.
+        name = to.name or (opener.model if lookup(opener.model) else printable(opened.path.stem))
+        return ModelPool.of_one(ModelFile(name, opened.path), opened, lessons, **options)
+    registry = ModelRegistry(
+        lambda: models_in(folder),
+        lambda path: open_model(str(path)),
+        lessons,
+        opener.options.ctx,
+        can_see=True,
+        n_parallel=opener.n_parallel or 2,  # the maximum, if the model decides
     )
+    ram_bytes = int((to.ram or 0) * 2**30)
+    return folder_pool(folder, registry, opener.model, ram_bytes=ram_bytes, **options)
 
 
-def _root(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _announce(models: "ModelPool", to: ServerOptions) -> None:
-    for served in models.loaded:
+def _announce(pool: "ModelPool", to: ServerOptions) -> None:
+    for served in pool.loaded:
         _announce_model(served.name, served.model)
     if to.models is not None:
-        kept = f"up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
-        names = ", ".join(models.names) or "none yet"
-        note(f"Models in {to.models}, opened on demand, {kept}: {names}.")
+        limit = f"up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
+        names = ", ".join(pool.names) or "none yet"
+        note(f"Models in {to.models}, opened on demand, {limit}: {names}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:
@@ -295,18 +218,3 @@ def _announce_model(name: str, opened: PopModel) -> None:
         warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
     elif opened.mmproj:
         note(f"Pictures are enabled ({opened.mmproj.name}), as data: URLs.")
-
-
-def _announce_address(root: str, is_open: bool) -> None:
-    if is_open:
-        warn("Anyone who can reach this machine can use the model; set --api-key.")
-    note(f"Serving at {root}/v1, with a web page at {root}/ (Ctrl-C to stop)")
-
-
-def _log_to_stderr() -> None:
-    log = logging.getLogger("pop_local.server")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    log.addHandler(handler)

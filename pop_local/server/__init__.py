@@ -1,1 +1,1 @@
-"""The HTTP face of the engine: the APIs that programs speak, one model, one request at a time."""
+"""The HTTP server: several APIs for the same models."""

@@ -1,9 +1,10 @@
-"""The middleware that every request passes first: the rule of entry, the count, the log."""
+"""The outermost middleware: access rules, request counts and the access log."""
 
 import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,50 +14,67 @@ from urllib.parse import quote, urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pop_local.server.api_errors import HUNG_UP, ApiError
+from pop_converter.base.errors import PopError
+from pop_local.server.api_errors import CLIENT_GONE, ApiError, stopping
 from pop_local.server.metrics import Metrics
 from pop_local.server.page.page_routes import is_public
-from pop_local.server.worker import STOPPING
 
 log = logging.getLogger("pop_local.server")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LOCAL_ORIGIN = r"(?:https?|tauri)://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-# How containers call the machine that they run on; nobody can register a name that ends so.
+# Containers reach their host by this name; .internal cannot be registered.
 _DOCKER = "host.docker.internal"
 _HEALTH = ("/health", "/v1/health")
 _PROBES = (*_HEALTH, "/metrics")
-# Characters of the name that a client asks for, in the log.
-_SHOWN = 80
+_MAX_LOGGED_NAME = 80  # characters
 
 
 @dataclass(frozen=True)
 class AccessRules:
-    """Who is let in: those with the key, "" for none. Without one only this machine's names count,
-    and `host`, the address that is listened on.
+    """Which requests are accepted.
 
-    `origins`: of web pages that may ask, beside those of this machine; in small letters.
+    With `api_key`, those that carry it. Without (""), those addressed to this machine's loopback
+    names or to `host`, the listening address. `origins`: further web pages, in lower case, that may
+    send requests without a key.
     """
 
     api_key: str = ""
     host: str = "127.0.0.1"
     origins: tuple[str, ...] = ()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether every machine of the network may use the models."""
+        return self.host not in LOOPBACK and not self.api_key
+
+
+def parse_origin(text: str) -> str:
+    """Return a web page's origin as browsers send it. Raises PopError."""
+    origin = text.strip().removesuffix("/").lower()
+    if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
+        raise PopError(
+            f"{text!r} is not an origin of web pages",
+            "give scheme, host and port, for example https://example.org:8443. With --api-key all"
+            " origins are allowed",
+        )
+    return origin
+
 
 class AccessMiddleware:
-    """ASGI middleware. The scope's state may say `hung_up`, and a `note` for the log.
+    """ASGI middleware that checks, counts and logs each request.
 
-    Where the state has a name as `asked`, the client asked for a model that is not here, and
-    `answering` names the other one. The state's `held` is closed at the end. `paths`: those that
-    are counted each for itself.
+    `paths` have their own label in the metrics. Handlers use the scope's state: `note` is appended
+    to the log line, `client_gone` marks an aborted stream, and `held` is closed after the response.
+    `requested` and `answering` are set if another model answers than the one requested.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, entry: AccessRules, paths: frozenset[str]
+        self, app: ASGIApp, metrics: Metrics, rules: AccessRules, paths: frozenset[str]
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._entry = entry
+        self._rules = rules
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,11 +84,11 @@ class AccessMiddleware:
         started_s = time.perf_counter()
         status, is_started = 500, False
 
-        async def watched_send(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status, is_started
             if message["type"] == "http.response.start":
                 status, is_started = message["status"], True
-                if "asked" in state and "answering" in state:
+                if "requested" in state and "answering" in state:
                     name = quote(state["answering"], safe=" :+@,()").encode()
                     message["headers"] = [*message["headers"], (b"x-model", name)]
             await send(message)
@@ -78,65 +96,70 @@ class AccessMiddleware:
         state: dict[str, Any] = scope.setdefault("state", {})
         held = state["held"] = ExitStack()
         try:
-            error = refusal(scope, self._entry)
+            error = refusal(scope, self._rules)
             app = self._app if error is None else error.response(scope["path"])
-            await app(scope, receive, watched_send)
-        except asyncio.CancelledError:  # the server ends, and the rest of a request never came
+            await app(scope, receive, send_and_note)
+        except asyncio.CancelledError:  # the server stops while the body is incomplete
             if is_started:
                 raise
-            stopping = ApiError(503, STOPPING).response(scope["path"])
-            await stopping(scope, receive, watched_send)
+            await stopping().response(scope["path"])(scope, receive, send_and_note)
         finally:
             held.close()
-            status = HUNG_UP if state.get("hung_up") else status
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.requests.labels(path, str(status)).inc()
-            client = scope["client"][0] if scope.get("client") else "-"
-            took = f"{time.perf_counter() - started_s:.2f} s{state.get('note', '')}"
-            if "asked" in state:
-                took += f", asked for {state['asked'][:_SHOWN]!r}, which is not here"
-            level = logging.DEBUG if path in _PROBES and status == 200 else logging.INFO
-            log.log(level, "%s %s %r %d, %s", client, scope["method"], scope["path"], status, took)
+            status = CLIENT_GONE if state.get("client_gone") else status
+            self._record(scope, status, time.perf_counter() - started_s)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope["state"]
+        path = scope["path"] if scope["path"] in self._paths else "other"
+        self._metrics.requests.labels(path, str(status)).inc()
+        client = scope["client"][0] if scope.get("client") else "-"
+        note = state.get("note", "")
+        if "requested" in state:
+            note += f", requested model {state['requested'][:_MAX_LOGGED_NAME]!r} does not exist"
+        level = logging.DEBUG if path in _PROBES and status == 200 else logging.INFO
+        request = f"{scope['method']} {scope['path']!r}"
+        log.log(level, "%s %s %d, %.2f s%s", client, request, status, seconds, note)
 
 
-def refusal(scope: Scope, entry: AccessRules) -> ApiError | None:
-    """Return why a request's sender is refused, if so.
+def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
+    """Return the reason for refusing a request, if any.
 
-    Without a key, web pages of other origins are kept out, and those whose name was made to lead
-    here. An address cannot be made to lead elsewhere, so with 0.0.0.0 all addresses may be asked.
+    Without a key, the Host header must name this machine, which blocks DNS rebinding, and web pages
+    of foreign origins are refused. A server that listens on 0.0.0.0 accepts every IP address as
+    Host, since DNS cannot rebind an address.
     """
     headers = Headers(scope=scope)
-    if entry.api_key:
+    if rules.api_key:
         _, _, bearer = headers.get("authorization", "").partition(" ")
-        wanted = entry.api_key.encode()
-        for given in (bearer, headers.get("x-api-key", "")):  # as Anthropic's clients send it
-            if hmac.compare_digest(given.encode("latin-1"), wanted):
+        key = rules.api_key.encode()
+        for sent in (bearer, headers.get("x-api-key", "")):  # x-api-key: Anthropic's clients
+            if hmac.compare_digest(sent.encode("latin-1"), key):
                 return None
         if scope["path"] in _HEALTH or is_public(scope):
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-    asked, origin, host = headers.get("host", ""), headers.get("origin"), entry.host.lower()
-    name = _host_name(f"//{asked}")
-    address, own = _address(name), _address(host)
-    is_any_address = address is not None and own is not None and own.is_unspecified
+    requested, origin = headers.get("host", ""), headers.get("origin")
+    host, name = rules.host.lower(), _host_name(f"//{requested}")
+    address, listening = _address(name), _address(host)
+    is_any_address = address is not None and listening is not None and listening.is_unspecified
     is_docker = name == _DOCKER and host not in LOOPBACK
     if name not in (*LOOPBACK, host) and not is_any_address and not is_docker:
-        return _refused(f"requests to the host name {asked!r}", "--api-key", "foreign_host")
-    if origin is None or origin.lower() in entry.origins:
+        return _refused(f"requests to the host name {requested!r}", "--api-key", "foreign_host")
+    if origin is None or origin.lower() in rules.origins:
         return None
     if _host_name(origin) not in (*LOOPBACK, name):
-        allowing = "--cors ORIGIN, or --api-key,"
-        return _refused(f"requests of web pages of {origin!r}", allowing, "foreign_origin")
+        option = "--cors ORIGIN or --api-key"
+        return _refused(f"requests from web pages of {origin!r}", option, "foreign_origin")
     return None
 
 
-def _refused(what: str, allowing: str, code: str) -> ApiError:
-    words = f"{what} are refused; start the server with {allowing} to allow them"
-    return ApiError(403, words, code=code)
+def _refused(what: str, option: str, code: str) -> ApiError:
+    message = f"{what} are refused; start the server with {option} to allow them"
+    return ApiError(403, message, code=code)
 
 
 def _host_name(url: str) -> str:
-    """Return the name without port or brackets; "" unless scheme, name and port are all."""
+    """Return the name without port or brackets; "" unless the URL is scheme, name and port only."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

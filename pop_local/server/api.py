@@ -1,30 +1,28 @@
-"""OpenAI's endpoints and the server's own, and what all doors share: bodies, models, answers."""
+"""Request handling that all APIs share: read the body, find the model, answer."""
 
 import asyncio
 import json
 import re
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.server.api_errors import ApiError, hung_up
+from pop_local.server.api_errors import ApiError, client_gone
 from pop_local.server.job_responses import streamed_answer, whole_answer
-from pop_local.server.model_listing import ModelFile, ModelInfo
+from pop_local.server.model_listing import ModelFile
 from pop_local.server.model_pool import ModelPool, ServedModel
-from pop_local.server.replies import ChatReply, Reply
-from pop_local.server.request_bodies import ChatBody, CompletionBody, GenerationBody, ModelRequest
-from pop_local.server.request_images import MAX_BYTES, MAX_DATA_URL, n_in_pictures
+from pop_local.server.replies import Reply
+from pop_local.server.request_bodies import GenerationBody, ModelRequest
+from pop_local.server.request_images import MAX_BYTES, MAX_DATA_URL, n_image_bytes
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Job, Task
 
@@ -34,20 +32,19 @@ _BODY_BYTES_PER_TOKEN = 32
 
 AnyRequest = TypeVar("AnyRequest", bound=ModelRequest)
 AnyBody = TypeVar("AnyBody", bound=GenerationBody)
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Api:
     def __init__(self, models: ModelPool, *, strict_model: bool) -> None:
         self.models = models
         self._is_strict = strict_model
-        self._created = int(time.time())
-        self._max_body_bytes = max(
-            _MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * models.registry.most_ctx
-        )
-        self._max_picture_bytes = MAX_DATA_URL if models.registry.can_see else 0
+        max_ctx = models.registry.max_ctx
+        self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_ctx)
+        self._max_image_bytes = MAX_DATA_URL if models.registry.can_see else 0
+        # One grammar and one set of images at a time, to bound memory.
         self._grammar_limit = anyio.CapacityLimiter(1)
-        self._picture_limit = anyio.CapacityLimiter(1)
+        self._image_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -59,137 +56,95 @@ class Api:
             self.models.stop()
             await run_in_threadpool(self.models.join)
 
-    async def health(self, request: Request) -> Response:
-        if silent_s := self.models.silent_s():
-            raise ApiError(503, f"the model has not come back for {silent_s:.0f} s")
-        return JSONResponse({"status": "ok"})
+    # Request bodies
 
-    async def figures(self, request: Request) -> Response:
-        text = self.models.metrics.text
-        return Response(text, media_type="text/plain; version=0.0.4")
+    async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
+        """Return the validated body. Raises ApiError if it is too large, and ValidationError."""
+        raw = bytearray()
+        async for piece in request.stream():
+            raw += piece
+            if len(raw) > self._max_body_bytes + self._max_image_bytes:
+                raise self._too_large(len(raw) - n_image_bytes(raw))
+        if (n_other := len(raw) - n_image_bytes(raw)) > self._max_body_bytes:
+            raise self._too_large(n_other)
+        body = kind.model_validate_json(raw)
+        if _MAYBE_NO_NUMBER.search(raw):
+            _require_finite(raw)
+        return body
 
-    async def list_models(self, request: Request) -> Response:
-        cards = list(map(self._card, await self.models.listed()))
-        return JSONResponse({"object": "list", "data": cards})
-
-    async def one_model(self, request: Request) -> Response:
-        file = self.models.find(name := request.path_params["name"])
-        if file is None:
-            raise self._absent(name)
-        return JSONResponse(self._card(await self.models.about(file)))
-
-    def _card(self, about: ModelInfo) -> dict[str, Any]:
-        return {
-            "id": about.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "pop-local",
-            "pop": {
-                "n_ctx": about.n_ctx,
-                "boundary": about.boundary,
-                "images": about.can_see,
-                "exact": about.exact,
-                "loaded": about.is_loaded,
-            },
-        }
-
-    def _absent(self, name: str | None) -> ApiError:
-        here = ", ".join(map(repr, self.models.names)) or "none"
-        named = f" named {name!r}" if name else ""
-        return ApiError(
-            404,
-            f"there is no model{named} here; this server has {here}",
-            code="model_not_found",
-            param="model",
+    def _too_large(self, n_other: int) -> ApiError:
+        message = (
+            f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
+            f" holds {self.models.registry.max_ctx:,} tokens"
         )
+        if n_other <= self._max_body_bytes:
+            message = f"the images of a request are limited to {MAX_BYTES >> 20} MiB"
+        return ApiError(413, message, code="request_too_large")
 
-    async def chat(self, request: Request) -> Response:
-        body = await self.read(request, ChatBody)
-        reply = partial(ChatReply, wants_usage=body.wants_usage)
-        return await self.answer(request, body, TaskFactory.chat, reply)
+    # Models
 
-    async def complete(self, request: Request) -> Response:
-        body = await self.read(request, CompletionBody)
-        reply = partial(Reply, wants_usage=body.wants_usage)
-        return await self.answer(request, body, TaskFactory.completions, reply)
-
-    def file(self, request: Request, name: str | None) -> ModelFile:
-        """Return the model that answers to a name, which may be another one. Raises ApiError."""
+    def require_file(self, request: Request, name: str | None) -> ModelFile:
+        """Return the requested model's file, or the default one's. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
             if self._is_strict:
-                raise self._absent(name)
-            request.state.asked = name
+                raise self.unknown_model(name)
+            request.state.requested = name
         file = file or self.models.default
         if file is None:
-            raise self._absent(name)
+            raise self.unknown_model(name)
         request.state.answering = file.name
         return file
 
-    async def served(self, request: Request, name: str | None) -> ServedModel:
-        """Return the model that answers to a name, open until the response is sent.
+    def unknown_model(self, name: str | None) -> ApiError:
+        names = ", ".join(map(repr, self.models.names)) or "none"
+        named = f" named {name!r}" if name else ""
+        message = f"no model{named} exists; this server has {names}"
+        return ApiError(404, message, code="model_not_found", param="model")
 
-        Raises ApiError, also once the client has hung up.
+    async def served(self, request: Request, name: str | None) -> ServedModel:
+        """Return the requested or default model, which stays open until the response is sent.
+
+        Raises ApiError, also when the client disconnects.
         """
-        lease = await self.models.lease(self.file(request, name))
+        lease = await self.models.lease(self.require_file(request, name))
         request.state.held.callback(lease.end)
-        self._gone(request).add_done_callback(lambda _: lease.refuse(hung_up()))
+        self._disconnected(request).add_done_callback(lambda _: lease.refuse(client_gone()))
         return await lease.served
 
-    async def work(self, request: Request, served: ServedModel, work: Callable[[], Made]) -> Made:
-        """Do it in a thread, until the client has hung up."""
-        gone, worker = self._gone(request), served.worker
+    # Work for a model
 
-        def done() -> Made:
+    async def work(
+        self, request: Request, served: ServedModel, function: Callable[[], Result]
+    ) -> Result:
+        """Call a function in a thread. Raises ApiError when the client disconnects meanwhile."""
+        gone, worker = self._disconnected(request), served.worker
+
+        def stoppable() -> Result:
             worker.require_open()
             with stopped_by(lambda: gone.done() or worker.is_stopping):
-                return work()
+                return function()
 
         try:
-            return await run_in_threadpool(done)
+            return await run_in_threadpool(stoppable)
         except StoppedError:
             worker.require_open()
-            raise hung_up() from None
+            raise client_gone() from None
 
-    async def made(
+    async def tasks(
         self,
         request: Request,
         served: ServedModel,
         body: AnyBody,
         make: Callable[[TaskFactory, AnyBody], list[Task]],
     ) -> list[Task]:
-        """Make tasks in a thread; grammars and pictures one at a time, so that they take the
-        memory of one.
-        """
+        """Make a request's tasks in a thread."""
         async with AsyncExitStack() as limits:
             if body.has_grammar:
                 await limits.enter_async_context(self._grammar_limit)
-            if body.has_pictures:
-                await limits.enter_async_context(self._picture_limit)
+            if body.has_images:
+                await limits.enter_async_context(self._image_limit)
             return await self.work(request, served, lambda: make(served.tasks, body))
-
-    async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
-        """Return the body, within the limits. Raises ApiError and ValidationError."""
-        raw = bytearray()
-        async for piece in request.stream():
-            raw += piece
-            if len(raw) > self._max_body_bytes + self._max_picture_bytes:
-                raise self._too_large(len(raw) - n_in_pictures(raw))
-        if (n_other := len(raw) - n_in_pictures(raw)) > self._max_body_bytes:
-            raise self._too_large(n_other)
-        body = kind.model_validate_json(raw)
-        if _MAYBE_NO_NUMBER.search(raw):
-            _require_numbers(raw)
-        return body
-
-    def _too_large(self, n_other: int) -> ApiError:
-        message = (
-            f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
-            f" holds {self.models.registry.most_ctx:,} tokens"
-        )
-        if n_other <= self._max_body_bytes:
-            message = f"the pictures of a request may have {MAX_BYTES >> 20} MiB together"
-        return ApiError(413, message, code="request_too_large")
 
     async def answer(
         self,
@@ -198,8 +153,8 @@ class Api:
         make: Callable[[TaskFactory, AnyBody], list[Task]],
         reply: Callable[[ServedModel], Reply],
     ) -> Response:
-        """Answer tasks one after the other; others may be answered in between."""
-        served, gone = await self.served(request, body.model), self._gone(request)
+        """Answer a request's tasks in order; other requests may be answered in between."""
+        served, gone = await self.served(request, body.model), self._disconnected(request)
         form = reply(served)
 
         def submit(task: Task) -> Job:
@@ -207,8 +162,8 @@ class Api:
             gone.add_done_callback(lambda _: job.cancel())
             return job
 
-        first, *others = await self.made(request, served, body, make)
-        jobs = chain([submit(first)], map(submit, others))
+        first, *later = await self.tasks(request, served, body, make)
+        jobs = chain([submit(first)], map(submit, later))
         if not body.stream:
             return await whole_answer(request.state, jobs, form)
         return StreamingResponse(
@@ -217,25 +172,25 @@ class Api:
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
-    def _gone(self, request: Request) -> "asyncio.Task[None]":
-        """Return what is done once the client has hung up."""
+    def _disconnected(self, request: Request) -> "asyncio.Task[None]":
+        """Return a task that ends when the client disconnects."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
         state = request.state
-        if not hasattr(state, "gone"):
-            state.gone = asyncio.create_task(watch())
-            self._watchers.add(state.gone)
-            state.gone.add_done_callback(self._watchers.discard)
-        gone: asyncio.Task[None] = state.gone
-        return gone
+        if not hasattr(state, "disconnected"):
+            state.disconnected = asyncio.create_task(watch())
+            self._watchers.add(state.disconnected)
+            state.disconnected.add_done_callback(self._watchers.discard)
+        task: asyncio.Task[None] = state.disconnected
+        return task
 
 
-def _require_numbers(raw: bytes | bytearray) -> None:
-    """Raises ApiError for NaN, and for what is infinite; pydantic lets both through in schemas."""
+def _require_finite(raw: bytes | bytearray) -> None:
+    """Raise ApiError for NaN and infinite numbers, which Pydantic accepts within schemas."""
     try:
         json.dumps(json.loads(raw), allow_nan=False)
     except ValueError as error:
-        raise ApiError(400, "NaN, Infinity and numbers beyond 1e308 are no JSON") from error
+        raise ApiError(400, "NaN, Infinity and numbers beyond 1e308 are not JSON") from error

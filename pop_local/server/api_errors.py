@@ -1,5 +1,7 @@
-"""Errors in the shape that clients know."""
+"""Errors in the shape that each API's clients expect."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -10,14 +12,15 @@ from starlette.responses import JSONResponse
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
+from pop_local.engine.limited.process import NoChildError
 
-HUNG_UP = 499  # what nginx logs where a client went before the answer was complete
-_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+CLIENT_GONE = 499  # nginx's status for a client that disconnected before the end of the answer
+_ANTHROPIC_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
 class ApiError(HTTPException):
-    """A request that is not answered; `param` names the field to blame, if any."""
+    """A refused or failed request; `param` names the offending field, if any."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None
@@ -26,7 +29,7 @@ class ApiError(HTTPException):
         self.code, self.param = code, param
 
     @property
-    def body(self) -> dict[str, Any]:
+    def openai_body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
@@ -37,18 +40,42 @@ class ApiError(HTTPException):
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
-        kind = _KINDS.get(self.status_code, self.body["error"]["type"])
-        kind = "api_error" if kind == "server_error" else kind
+        usual = "invalid_request_error" if self.status_code < 500 else "api_error"
+        kind = _ANTHROPIC_KINDS.get(self.status_code, usual)
         return {"type": "error", "error": {"type": kind, "message": self.detail}}
 
     def response(self, path: str) -> JSONResponse:
-        body = self.ollama_body if path.startswith("/api/") else self.body
+        """Return the response in the shape of the API that owns `path`."""
+        body = self.ollama_body if path.startswith("/api/") else self.openai_body
         body = self.anthropic_body if path.startswith("/v1/messages") else body
         return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))
 
 
-def hung_up() -> ApiError:
-    return ApiError(HUNG_UP, "the client hung up")
+def client_gone() -> ApiError:
+    return ApiError(CLIENT_GONE, "the client disconnected")
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping")
+
+
+@contextmanager
+def bad_request(
+    param: str | None = None, code: str | None = None, *, grammar_param: str | None = None
+) -> Iterator[None]:
+    """Turn a PopError of the block into an ApiError 400 that names `param`.
+
+    A GrammarError has its own code, and names `grammar_param` if that is given.
+    """
+    try:
+        yield
+    except NoChildError:  # the machine's fault, not the request's
+        raise
+    except GrammarError as error:
+        name = grammar_param or param
+        raise ApiError(400, error.message, code="invalid_grammar", param=name) from error
+    except PopError as error:
+        raise ApiError(400, error.message, code=code, param=param) from error
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -56,9 +83,9 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case ClientDisconnect():
-            return hung_up()
+            return client_gone()
         case ValidationError():
-            return _of_body(error)
+            return _invalid_body(error)
         case GrammarError():
             return ApiError(400, _sentence(error), code="invalid_grammar")
         case PopError():
@@ -68,9 +95,9 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, f"unexpected {type(error).__name__}: {error}")
 
 
-def _of_body(error: ValidationError) -> ApiError:
+def _invalid_body(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # A part's kind comes before the field of the same name.
+    # Pydantic lists a union's tag before the field of the same name.
     where = ".".join(str(part) for part, _ in groupby(first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)

@@ -1,4 +1,4 @@
-"""Limits for connections, which uvicorn lets wait for ever and takes without number."""
+"""Limits for connections: uvicorn limits neither their number nor the time to send a request."""
 
 import asyncio
 import sys
@@ -7,32 +7,32 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# For a whole request, from its first byte or from the connection.
+# Time limit for receiving a whole request.
 REQUEST_S = 60.0
-# asyncio takes this many at once before any of them is looked at.
+# asyncio accepts up to N connections before it handles the first.
 ACCEPTED_AT_ONCE = 8
-_MOST = 512
-# Descriptors for connections that are just being taken or ended, and for child processes.
+_MAX_CONNECTIONS = 512
+# Descriptors for connections in transition and for child processes.
 _SPARE = 32
 
 
 def max_connections() -> int:
-    """How many connections this process has descriptors for, beside those in use now."""
+    """Return how many connections fit into this process's free file descriptors."""
     if sys.platform == "win32":
-        return _MOST
+        return _MAX_CONNECTIONS
     import resource
 
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if allowed == resource.RLIM_INFINITY:
-        return _MOST
+        return _MAX_CONNECTIONS
     n_used = len(list(Path("/dev/fd").iterdir()))
-    return max(1, min(_MOST, allowed - n_used - _SPARE))
+    return max(1, min(_MAX_CONNECTIONS, allowed - n_used - _SPARE))
 
 
 class Connection(H11Protocol):
-    """uvicorn's own, ended by a request that is not complete in time.
+    """An HTTP connection that ends if a request is not complete in time.
 
-    Where there is no room for another, the one that has waited longest for a request makes room.
+    At the connection limit, a new connection replaces the one that has been idle longest.
     """
 
     _deadline: asyncio.TimerHandle | None = None

@@ -1,4 +1,4 @@
-"""The models that a server has: found by name, and described from their headers."""
+"""A server's models: look-up by name, and descriptions from file headers."""
 
 import os
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from pop_local.models.model_files import known_name, models_by_name
 from pop_local.models.model_names import lookup
 from pop_local.models.sidecars import sidecar_of
 
-_LATEST = ":latest"  # as Ollama's clients see it
+_LATEST = ":latest"  # Ollama's default tag, which its clients append
 
 
 class ModelFile(NamedTuple):
-    """A model's name in the API, and its file."""
+    """A model's API name and its file."""
 
     name: str
     path: Path
@@ -33,9 +33,9 @@ class ModelFile(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model as the listings show it. Only an open one knows `exact`, and whether it can infill.
+    """A model's description in listings.
 
-    `boundary`: 0 where nothing is pruned.
+    `boundary` is 0 if nothing is pruned. `exact` and `can_infill` are known for open models only.
     """
 
     name: str
@@ -64,11 +64,11 @@ class ModelInfo:
 
     @classmethod
     def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
-        """`n_ctx`: that of all models, None for their own. Raises PopError for a damaged file."""
+        """Describe a closed model (`n_ctx` None: its default). Raises PopError if it is damaged."""
         stat = file.path.stat()
         source = _source(file.path, (stat.st_mtime_ns, stat.st_size))
         if source.first.get("general.architecture") == ARCHITECTURE:
-            raise PopError(f"{file.path} is an mmproj: it reads pictures for a model")
+            raise PopError(f"{file.path} is an mmproj, not a language model")
         meta = pop_of(source, sidecar_of(source))
         return cls(
             file.name,
@@ -84,7 +84,7 @@ class ModelInfo:
 
     @property
     def template(self) -> str:
-        """The template of its file, "" for a base model."""
+        """The file's chat template; "" for a base model."""
         return str(self.source.first.get("tokenizer.chat_template") or "")
 
     @property
@@ -104,21 +104,21 @@ def _source(path: Path, _state: tuple[int, int]) -> Source:
 
 
 def models_in(folder: Path) -> dict[str, Path]:
-    """Return the first file of each model in a folder, by the name that `list` shows."""
+    """Return the first file of each model in a folder by its name in `pop-local list`."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
-    return {shown(name): files[0] for name, files in found if "mmproj" not in name}
+    return {printable(name): files[0] for name, files in found if "mmproj" not in name}
 
 
-def shown(name: str) -> str:
-    """Return a file's name as text that can be sent."""
+def printable(name: str) -> str:
+    """Return a file name as valid Unicode."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def find(name: str, files: Mapping[str, Path]) -> ModelFile | None:
-    """Return the file of that name, None for none; those of the catalog have its names, too."""
+    """Return the model of that name or catalog name, if any."""
     untagged = name[: -len(_LATEST)] if name.lower().endswith(_LATEST) else name
     model = lookup(name)
-    for wanted in (name, untagged, *((model.pop_file, model.file) if model else ())):
-        if known := known_name(wanted, files):
+    for candidate in (name, untagged, *((model.pop_file, model.file) if model else ())):
+        if known := known_name(candidate, files):
             return ModelFile(known, files[known])
     return None

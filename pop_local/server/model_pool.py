@@ -1,4 +1,4 @@
-"""The open models of a server: each request leases one, and idle ones make room for others."""
+"""A server's open models. Requests lease them, and idle models are closed to free memory."""
 
 import asyncio
 import logging
@@ -20,39 +20,40 @@ from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.loading import DEFAULT_CTX
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.server.api_errors import ApiError, as_api_error
+from pop_local.server.api_errors import ApiError, as_api_error, stopping
 from pop_local.server.metrics import Metrics
 from pop_local.server.model_listing import ModelFile, ModelInfo, find
 from pop_local.server.task_factory import TaskFactory
-from pop_local.server.worker import STOPPING, Worker
+from pop_local.server.worker import Worker
 
 log = logging.getLogger("pop_local.server")
 
 
 @dataclass(frozen=True)
 class ModelRegistry:
-    """Where models come from.
+    """The models that a server can open.
 
-    `files`: those that are there now, by name. `open` may raise PopError. `teach` makes the
-    teacher of an open model, None where it does not learn. `n_ctx`: the context of each, None for
-    its own. `can_see`: whether one might. `n_parallel`: sequences of each.
+    `files` returns the current files by name. `open` opens one, and may raise PopError.
+    `make_fitter` returns an open model's fitter (None: the model does not learn). `n_ctx`: context
+    length of each model (None: the model's default). `can_see`: whether any model may read images.
+    `n_parallel`: sequences of each model.
     """
 
     files: Callable[[], Mapping[str, Path]]
     open: Callable[[Path], PopModel]
-    teach: Callable[[PopModel], Fitter | None]
+    make_fitter: Callable[[PopModel], Fitter | None]
     n_ctx: int | None
     can_see: bool
     n_parallel: int
 
     @property
-    def most_ctx(self) -> int:
+    def max_ctx(self) -> int:
         return self.n_ctx or DEFAULT_CTX
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An open model by its name in the API, what makes its tasks, and the thread that has it."""
+    """An open model, its API name, task factory and worker."""
 
     name: str
     path: Path
@@ -61,22 +62,22 @@ class ServedModel:
     worker: Worker
     needed_bytes: int
 
-    def leave(self) -> None:
-        """Close the model; what its KV cache holds is kept for when it is opened again."""
+    def close(self) -> None:
+        """Close the model, and stash its cached rows for the next time."""
         self.worker.stop()
         if self.worker.is_alive():
             self.worker.join()
         try:
             for cache, _ in self.model.sequences:
                 cache.stash(Prompt([]))
-        except Exception:  # such as a lack of memory; whoever waits for it is to get it
-            log.exception("what %s had cached is not kept", self.name)
+        except Exception:  # such as a lack of memory, which closing the model ends
+            log.exception("the KV cache of %s could not be stashed", self.name)
         finally:
             self.model.close()
 
 
 class Lease:
-    """A request's claim to a model: `served` comes once that is open, and is kept until `end`."""
+    """A request's claim to a model, which stays open from the result of `served` until `end`."""
 
     def __init__(
         self, file: ModelFile, needed_bytes: int, on_end: Callable[["Lease"], None]
@@ -91,7 +92,7 @@ class Lease:
         self.served.set_result(served)
 
     def refuse(self, error: ApiError) -> None:
-        """Without effect on one that is granted."""
+        """Fail the request, unless the lease is granted already."""
         if not self.served.done():
             self.served.set_exception(error)
 
@@ -101,9 +102,9 @@ class Lease:
 
 
 class ModelPool:
-    """Opens models as they are asked for, one at a time, and closes idle ones before.
+    """Opens requested models, one at a time, and closes idle ones to make room.
 
-    All but `load`, `stop`, `join` and `close` is for the event loop. `metrics` are of all models.
+    Only `load`, `stop`, `join` and `close` may be called outside the event loop.
     """
 
     def __init__(
@@ -115,21 +116,21 @@ class ModelPool:
         ram_bytes: int = 0,
         default: str = "",
     ) -> None:
-        """`ram_bytes`: for all that are open; a model that takes more is the only one.
+        """Create a pool without open models.
 
-        `default`: the model that answers where none is named, "" for the one that was asked for
-        last, at first the first one.
+        `ram_bytes` limits all open models; a larger model is opened alone. `default` answers
+        requests that name no model ("": the last requested one, initially the first).
         """
         self.registry = registry
         self.metrics = Metrics()
         self._max_waiting, self._repeatable = max_waiting, repeatable
         self._ram_bytes, self._default = ram_bytes, default
-        self._loaded: dict[Path, ServedModel] = {}  # the least recently used first
+        self._loaded: dict[Path, ServedModel] = {}  # least recently used first
         self._n_leases: Counter[Path] = Counter()
         self._waiting: list[Lease] = []
         self._damaged: set[Path] = set()
         self._change: threading.Thread | None = None
-        self._leaving: Sequence[ServedModel] = ()  # in the change
+        self._closing: Sequence[ServedModel] = ()  # by the change
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         metrics = self.metrics
@@ -143,17 +144,17 @@ class ModelPool:
         cls,
         file: ModelFile,
         model: PopModel,
-        teach: Callable[[PopModel], Fitter | None],
-        **how: Any,
+        make_fitter: Callable[[PopModel], Fitter | None],
+        **options: Any,
     ) -> "ModelPool":
-        """Make models of a single one, which is open already; `how` as for the constructor."""
+        """Create a pool of one open model; `options` as for the constructor."""
         files, n = {file.name: file.path}, len(model.sequences)
         registry = ModelRegistry(
-            lambda: files, lambda _: model, teach, model.n_ctx, model.can_see, n
+            lambda: files, lambda _: model, make_fitter, model.n_ctx, model.can_see, n
         )
-        models = cls(registry, **how)
-        models.load(file)
-        return models
+        pool = cls(registry, **options)
+        pool.load(file)
+        return pool
 
     # By name
 
@@ -162,11 +163,11 @@ class ModelPool:
 
     @property
     def default(self) -> ModelFile | None:
-        """The model that answers where none is named; None where there is none at all."""
+        """The model that answers requests without a name; None if the server has no model."""
         files = self.registry.files()
-        asked_for = [served.name for served in self.loaded]
-        asked_for += [lease.file.name for lease in self._still_waiting()]
-        names = (self._default, *reversed(asked_for), *files)
+        requested = [served.name for served in self.loaded]
+        requested += [lease.file.name for lease in self._still_waiting()]
+        names = (self._default, *reversed(requested), *files)
         found = [ModelFile(name, files[name]) for name in names if name in files]
         return next(
             (file for file in found if file.path not in self._damaged), next(iter(found), None)
@@ -177,56 +178,56 @@ class ModelPool:
         return list(self.registry.files())
 
     async def listed(self) -> list[ModelInfo]:
-        """Describe all models; those whose files are damaged are left out, and named in the log."""
+        """Describe all models. Damaged files are logged and left out."""
         opened = self.opened
-        here = {about.name for about in opened}
-        files = [ModelFile(*each) for each in self.registry.files().items() if each[0] not in here]
+        names = {info.name for info in opened}
+        files = [ModelFile(*each) for each in self.registry.files().items() if each[0] not in names]
         closed = await run_in_threadpool(lambda: [*filter(None, map(self._described, files))])
-        return sorted([*opened, *closed], key=lambda about: about.name.lower())
+        return sorted([*opened, *closed], key=lambda info: info.name.lower())
 
     @property
     def loaded(self) -> list[ServedModel]:
-        """The open models, the one that was used last at the end."""
+        """The open models, most recently used last."""
         return list(self._loaded.values())
 
     @property
     def opened(self) -> list[ModelInfo]:
         return [ModelInfo.of_model(served.name, served.model) for served in self.loaded]
 
-    async def about(self, file: ModelFile) -> ModelInfo:
+    async def info(self, file: ModelFile) -> ModelInfo:
         """Describe a model. Raises PopError for a damaged file."""
         if served := self._loaded.get(file.path):
             return ModelInfo.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
 
     def check(self) -> None:
-        """Read the headers of all files: no damaged one answers where none is named."""
+        """Read all headers, so that a damaged file never becomes the default model."""
         for name, path in self.registry.files().items():
             self._described(ModelFile(name, path))
 
     def _read(self, file: ModelFile) -> ModelInfo:
-        about = ModelInfo.of_file(file, self.registry.n_ctx, self.registry.n_parallel)
+        info = ModelInfo.of_file(file, self.registry.n_ctx, self.registry.n_parallel)
         self._damaged.discard(file.path)
-        return about
+        return info
 
     def _described(self, file: ModelFile) -> ModelInfo | None:
         try:
             return self._read(file)
         except (PopError, OSError) as error:
-            log.warning("%s is left out: %s", file.name, error)
+            log.warning("skipping %s: %s", file.name, error)
             self._damaged.add(file.path)
             return None
 
     # Leases
 
     async def lease(self, file: ModelFile) -> Lease:
-        """Begin a lease; whoever has it ends it. Raises ApiError when too many wait already."""
+        """Start a lease, which the caller must end. Raises ApiError if the queue is full."""
         try:
-            needed_bytes = (await self.about(file)).needed_bytes
+            needed_bytes = (await self.info(file)).needed_bytes
         except (PopError, OSError) as error:
             raise self._failed(file, error) from error
         if self._stopping.is_set():
-            raise ApiError(503, STOPPING)
+            raise stopping()
         lease = Lease(file, needed_bytes, self._ended)
         self._waiting = self._still_waiting()
         n_waiting = len(self._waiting)
@@ -234,9 +235,9 @@ class ModelPool:
         if served is not None and (self._change is not None or not n_waiting):
             self._grant(lease, served)
             return lease
-        # Those that ask for an open model wait as well: it might never be idle for the first one.
+        # Requests for an open model queue as well, or it might never become idle for the first one.
         if n_waiting >= self._max_waiting:
-            raise ApiError(503, f"{n_waiting} requests wait for models already; try again later")
+            raise ApiError(503, f"{n_waiting} requests are waiting for models; try again later")
         self._waiting.append(lease)
         self._advance()
         return lease
@@ -245,7 +246,7 @@ class ModelPool:
         return [lease for lease in self._waiting if not lease.served.done()]
 
     def n_waiting(self) -> int:
-        """Requests that wait for any model, open or not."""
+        """Return the number of requests that wait for a model, open or closed."""
         return len(self._still_waiting()) + self._total(lambda worker: worker.n_waiting())
 
     def _total(self, figure: Callable[[Worker], int]) -> int:
@@ -262,17 +263,17 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant what waits, in order, and begin to open what the first one waits for."""
+        """Grant waiting leases in order, and start opening the first one's model."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
                 return
             first = self._waiting[0]
             if served := self._loaded.get(first.file.path):
-                for lease in self._for_the_same(first):  # a change for each would be slow
+                for lease in self._for_the_same(first):  # one change serves them all
                     self._grant(lease, served)
-            elif (leaving := self._to_close(first.needed_bytes)) is not None:
-                self._begin(first, leaving)
+            elif (idle := self._to_close(first.needed_bytes)) is not None:
+                self._start_change(first, idle)
             else:
                 return
 
@@ -280,41 +281,41 @@ class ModelPool:
         return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
     def _to_close(self, needed_bytes: int) -> list[ServedModel] | None:
-        """Choose idle models to close; None while busy ones leave no room."""
+        """Return the idle models to close; None while busy models leave too little memory."""
         n_bytes = needed_bytes + sum(served.needed_bytes for served in self._loaded.values())
-        leaving: list[ServedModel] = []
+        idle: list[ServedModel] = []
         for served in self.loaded:
             if n_bytes > self._ram_bytes and not self._n_leases[served.path]:
-                leaving.append(served)
+                idle.append(served)
                 n_bytes -= served.needed_bytes
-        is_alone = len(leaving) == len(self._loaded)
-        return leaving if is_alone or n_bytes <= self._ram_bytes else None
+        is_alone = len(idle) == len(self._loaded)
+        return idle if is_alone or n_bytes <= self._ram_bytes else None
 
     # Opening and closing
 
     def load(self, file: ModelFile) -> ServedModel:
-        """Open a model; its thread is yet to be started. Raises PopError."""
+        """Open a model without starting its worker. Raises PopError."""
         with stopped_by(self._stopping.is_set):
             model = self.registry.open(file.path)
         tasks = TaskFactory(model, repeatable=self._repeatable)
-        worker = Worker(model, self.metrics, self._max_waiting, self.registry.teach(model))
+        worker = Worker(model, self.metrics, self._max_waiting, self.registry.make_fitter(model))
         needed_bytes = ModelInfo.of_model(file.name, model).needed_bytes
         served = ServedModel(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served
         return served
 
-    def _begin(self, lease: Lease, leaving: list[ServedModel]) -> None:
-        for served in leaving:
+    def _start_change(self, lease: Lease, idle: list[ServedModel]) -> None:
+        for served in idle:
             del self._loaded[served.path]
-        self._leaving = leaving
+        self._closing = idle
         loop = asyncio.get_running_loop()
 
         def change() -> None:
             error: Exception | None = None
             try:
-                for served in leaving:
-                    served.leave()
-                    log.info("%s was closed", served.name)
+                for served in idle:
+                    served.close()
+                    log.info("closed %s", served.name)
                 worker = self.load(lease.file).worker
                 if self._stopping.is_set():
                     worker.stop()
@@ -328,39 +329,36 @@ class ModelPool:
         self._change.start()
 
     def _changed(self, lease: Lease, error: Exception | None) -> None:
-        self._change, self._leaving = None, ()
+        self._change, self._closing = None, ()
         if error is None:
-            log.info("%s was opened", lease.file.name)
+            log.info("opened %s", lease.file.name)
             if 0 < self._ram_bytes < lease.needed_bytes:
-                asked, given = size(lease.needed_bytes), size(self._ram_bytes)
-                log.warning(
-                    "%s takes about %s, more than the %s given", lease.file.name, asked, given
-                )
+                needed, limit = size(lease.needed_bytes), size(self._ram_bytes)
+                log.warning("%s needs about %s, --ram is %s", lease.file.name, needed, limit)
         else:
             for each in self._for_the_same(lease):
                 each.refuse(self._failed(lease.file, error))
         self._advance()
 
     def _failed(self, file: ModelFile, error: Exception) -> ApiError:
-        """Return why a model is not there, once more for each request, and log it."""
+        """Log an error, and return it as the response to one request."""
         if self._stopping.is_set():
-            return ApiError(503, STOPPING)
-        if not isinstance(error, PopError | OSError):
-            log.error("%s cannot be loaded", file.name, exc_info=error)
-        told = as_api_error(error).detail
-        log.error("%s cannot be loaded: %s", file.name, told)
-        return ApiError(500, f"{file.name} cannot be loaded: {told}", param="model")
+            return stopping()
+        is_expected = isinstance(error, PopError | OSError)
+        reason = as_api_error(error).detail
+        log.error("cannot open %s: %s", file.name, reason, exc_info=None if is_expected else error)
+        return ApiError(500, f"cannot open {file.name}: {reason}", param="model")
 
-    # From start to end
+    # Life cycle
 
     def start(self) -> None:
-        """Let the models that are open work. Call it in the event loop."""
+        """Start the open models' workers. Call this in the event loop."""
         self._loop = asyncio.get_running_loop()
         for served in self.loaded:
             served.worker.start()
 
     def stop(self) -> None:
-        """End running answers and loading, and refuse what waits. Call it anywhere."""
+        """End answers and loading, and refuse waiting requests. Callable from any thread."""
         self._stopping.set()
         for served in self.loaded:
             served.worker.stop()
@@ -370,15 +368,15 @@ class ModelPool:
 
     def _refuse_all(self) -> None:
         for lease in self._waiting:
-            lease.refuse(ApiError(503, STOPPING))
+            lease.refuse(stopping())
 
-    def silent_s(self) -> float:
-        """Return for how many seconds a model has hung, 0 while none has."""
-        in_memory = [*self.loaded, *self._leaving]
-        return max((served.worker.silent_s() for served in in_memory), default=0.0)
+    def hung_s(self) -> float:
+        """Return the seconds for which a model has hung (0: none has)."""
+        in_memory = [*self.loaded, *self._closing]
+        return max((served.worker.hung_s() for served in in_memory), default=0.0)
 
     def join(self) -> None:
-        """Wait until no thread uses a model any more; `stop` comes before."""
+        """Wait until no thread uses a model. Call `stop` first."""
         if (change := self._change) is not None:
             change.join()
         for served in self.loaded:

@@ -1,4 +1,4 @@
-"""The server's answers: OpenAI's objects, and the counters in them."""
+"""Replies in OpenAI's format, and the base classes of other APIs' replies."""
 
 import json
 import time
@@ -21,8 +21,10 @@ encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 @dataclass(frozen=True)
 class AnswerEnd:
-    """How an answer ended: OpenAI's finish reason, the stop string that ended it ("" for none),
-    and its `usage`. `embedding`: see Chunk."""
+    """An answer's finish reason in OpenAI's words, matched stop string ("" for none) and `usage`.
+
+    `embedding`: see Chunk.
+    """
 
     reason: str
     stop: str
@@ -30,12 +32,29 @@ class AnswerEnd:
     embedding: tuple[float, ...] = ()
 
 
-def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
-    """Return the counters; times in seconds.
+@dataclass(frozen=True)
+class CompleteAnswer:
+    """A complete answer."""
 
-    `pop.reason`: why pruning is off for this request, null when it is on. `pop.reading`: see
-    TurnStats, null when nothing was read. `pop.fit`: see there. `pop.ignored`: keywords of
-    the JSON schema that were not enforced.
+    end: AnswerEnd
+    pieces: Sequence[Piece] = ()
+    logprobs: Sequence[TokenLogprob] = ()
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.content for piece in pieces)
+
+
+def reasoning_of(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.reasoning for piece in pieces)
+
+
+def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
+    """Return OpenAI's `usage` with our counters as `pop`; times in seconds.
+
+    `pop.reason` says why pruning is off for this request (null: it is on). `pop.reading` and
+    `pop.fit` are those of TurnStats, null if nothing was read. `pop.ignored` lists keywords of the
+    JSON schema that were not enforced.
     """
     return {
         "prompt_tokens": stats.n_prompt,
@@ -64,23 +83,19 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Add up the counters of several answers; all else is the last one's."""
-    return reduce(_added, (end.usage for end in ends))
+    """Return the sums of several answers' numbers, and the last answer's other fields."""
+    return reduce(_sum, (end.usage for end in ends))
 
 
-def _added(one: Any, other: Any) -> Any:
+def _sum(one: Any, other: Any) -> Any:
     if isinstance(one, dict):
-        return {key: _added(value, other[key]) for key, value in one.items()}
+        return {key: _sum(value, other[key]) for key, value in one.items()}
     is_number = isinstance(one, int | float) and isinstance(other, int | float)
     return round(one + other, 6) if is_number else other
 
 
 class Reply:
-    """The answers of a request, whole or in pieces: OpenAI's text completions.
-
-    `wants_logprobs` tells an empty list from none asked for. `n_written`: characters of the text so
-    far, where the next token begins.
-    """
+    """A request's answers as OpenAI's text completions, whole or streamed."""
 
     id_prefix = "cmpl"
     whole_kind = piece_kind = "text_completion"
@@ -90,68 +105,72 @@ class Reply:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = served.name
-        # Without it the pieces of a stream have no such field.
-        self._nothing_yet: Json = {"usage": None} if wants_usage else {}
+        # With stream_options.include_usage, every chunk has the field.
+        self._no_usage: Json = {"usage": None} if wants_usage else {}
 
     def comment(self, progress: str) -> bytes:
-        """Return what shows that a stream lives, and clients ignore; `progress`: see Job."""
+        """Return a keep-alive that clients ignore; `progress`: see Job."""
         return f": {progress or 'working'}\n\n".encode()
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
-        """Begin an answer; return the pieces before its first token."""
+        """Start an answer; return the events before its first token."""
         self._index = index
         self._wants_logprobs = task.options.n_top_logprobs is not None
-        self._n_written = task.n_written
+        self._n_written = task.n_written  # the next token's offset in the text
         return ()
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
-        """Return the pieces of a stream that tell of what was said."""
+        """Return the events of a stream for a piece of the answer."""
         return (self._piece({"text": piece.content}, logprobs),)
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
-        """Return the last pieces of an answer."""
+        """Return the last events of an answer."""
         return (self._piece({"text": ""}, (), end.reason),)
 
     def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
-        """Return the bytes that follow the last piece of a stream."""
+        """Return the bytes after the last event of a stream."""
         figures = self._object(self.piece_kind, []) | {"usage": total(ends)}
-        return (self.frame(figures) if self._nothing_yet else b"") + b"data: [DONE]\n\n"
+        return (self.frame(figures) if self._no_usage else b"") + b"data: [DONE]\n\n"
 
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        """Return an answer that is not streamed."""
-        return self._said(self.whole_kind, {"text": content_of(said)}, logprobs, end.reason)
+    def whole(self, answer: CompleteAnswer) -> Json:
+        """Return a complete answer."""
+        text, reason = {"text": text_of(answer.pieces)}, answer.end.reason
+        return self._choice(self.whole_kind, text, answer.logprobs, reason)
 
     def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Any:
-        """Return one response for all answers."""
+        """Return the response that contains all answers."""
         choices = [choice for whole in wholes for choice in whole["choices"]]
         return wholes[0] | {"choices": choices, "usage": total(ends)}
 
     def failed(self, error: ApiError) -> Json:
-        return error.body
+        return error.openai_body
 
     def frame(self, content: Json) -> bytes:
-        """Return the bytes of one piece of a stream."""
+        """Return the bytes of one event of a stream."""
         return f"data: {encoded(content)}\n\n".encode()
 
     def _piece(
         self,
-        said: Json,
+        content: Json,
         logprobs: Sequence[TokenLogprob] | None = None,
         finish_reason: str | None = None,
     ) -> Json:
-        return self._said(self.piece_kind, said, logprobs, finish_reason) | self._nothing_yet
+        return self._choice(self.piece_kind, content, logprobs, finish_reason) | self._no_usage
 
-    def _said(
+    def _choice(
         self,
         kind: str,
-        said: Json,
+        content: Json,
         logprobs: Sequence[TokenLogprob] | None,
         finish_reason: str | None,
     ) -> Json:
         shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
-        choice = {"index": self._index, **said, "logprobs": shown, "finish_reason": finish_reason}
+        choice = {
+            "index": self._index,
+            **content,
+            "logprobs": shown,
+            "finish_reason": finish_reason,
+        }
         return self._object(kind, [choice])
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
@@ -188,26 +207,25 @@ class ChatReply(Reply):
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self._piece({"delta": {}}, None, end.reason),)
 
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        content, calls = content_of(said), calls_of(said)
-        message: Json = {"role": "assistant", "content": content or (None if calls else "")}
-        if reasoning := "".join(piece.reasoning for piece in said):
+    def whole(self, answer: CompleteAnswer) -> Json:
+        text, calls = text_of(answer.pieces), list(map(call_json, calls_of(answer.pieces)))
+        message: Json = {"role": "assistant", "content": text or (None if calls else "")}
+        if reasoning := reasoning_of(answer.pieces):
             message["reasoning_content"] = reasoning
         if calls:
-            message["tool_calls"] = [call_json(call) for call in calls]
-        return self._said(self.whole_kind, {"message": message}, logprobs, end.reason)
+            message["tool_calls"] = calls
+        reason = answer.end.reason
+        return self._choice(self.whole_kind, {"message": message}, answer.logprobs, reason)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
 
 
 class OtherApiReply(Reply):
-    """The answers of other APIs: the last piece of a stream is a whole answer without its text."""
+    """Replies of other APIs: a stream ends with a complete answer without its text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
-        return (self.whole((), (), end),)
+        return (self.whole(CompleteAnswer(end)),)
 
     def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
         return b""
@@ -217,26 +235,22 @@ class OtherApiReply(Reply):
 
 
 class EventReply(OtherApiReply):
-    """The answers of APIs whose events have names."""
+    """Replies that are streamed as named events."""
 
     def frame(self, content: Json) -> bytes:
         return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
 
 
 def arguments_of(text: str) -> Any:
-    """Return the arguments of a call as an object, None of one that was cut short."""
+    """Return a call's arguments as an object; None if the token limit cut them off."""
     try:
         return json.loads(text)
     except ValueError:
         return None
 
 
-def content_of(said: Sequence[Piece]) -> str:
-    return "".join(piece.content for piece in said)
-
-
 def call_json(call: ToolCall) -> Json:
-    """Return a call, or a later part of one, which has neither id nor name."""
+    """Return a call, or a later part of one, which has no id and no name."""
     function = {"arguments": call.arguments}
     if not call.id:
         return {"function": function}
@@ -244,10 +258,10 @@ def call_json(call: ToolCall) -> Json:
 
 
 def _top(token: TokenLogprob) -> Json | None:
-    """Return the likeliest tokens, and the token itself where it is none of them."""
+    """Return log probabilities by text: of the most likely tokens, and of the token itself."""
     if token.logprob is None:
         return None
-    # Two tokens may look alike as text; the likelier one counts.
+    # Two tokens may have the same text; the more likely one counts.
     by_text: dict[str, float | None] = {_text(token.text): token.logprob}
     for likely in reversed(token.top):
         by_text[_text(likely.text)] = likely.logprob

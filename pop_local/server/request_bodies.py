@@ -1,7 +1,6 @@
-"""Requests as clients send them. Fields that change nothing are ignored, others are refused.
+"""Request bodies. Unknown fields are ignored if they would not change the answer, else refused.
 
-Nobody else is answered while a body is read. So a list ends at its first wrong entry, and its
-length has a limit.
+Validation blocks the event loop, so lists have a length limit and stop at the first invalid entry.
 """
 
 import json
@@ -23,7 +22,7 @@ from pop_local.config.settings import MOST
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_MESSAGES = 10_000
-MAX_ANSWERS = 128  # to one request
+MAX_ANSWERS = 128  # per request
 MAX_TEXTS = 2048
 MAX_PARTS = 1_000
 MAX_TOOLS = 256
@@ -39,8 +38,8 @@ _UNSUPPORTED = (
     *("guided_choice", "guided_grammar", "structured_outputs", "bad_words", "use_beam_search"),
     *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
 )
-# Values that ask for what the server does anyway.
-_USUAL: dict[str, tuple[Any, ...]] = {
+# The accepted values of fields whose other values are not supported.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "n_cmpl": (1,),
     "best_of": (1,),
     "typical_p": (1,),
@@ -59,9 +58,9 @@ class LenientBody(BaseModel):
 
 
 class ModelRequest(LenientBody):
-    """A request to a model; None: to the one that is here.
+    """A request to `model` (None: the default one).
 
-    `unsupported`: fields that would change the answer, and cannot.
+    `unsupported` lists fields that are refused, since ignoring them would change the answer.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = ()
@@ -71,7 +70,7 @@ class ModelRequest(LenientBody):
     def _check_supported(self) -> "ModelRequest":
         for name in self.unsupported:
             if (self.model_extra or {}).get(name):
-                raise ValueError(f"{name} is not supported")
+                raise ValueError(f"{name} is not supported: leave it out")
         return self
 
 
@@ -84,7 +83,7 @@ class JsonSchema(LenientBody):
 
 
 class ResponseFormat(LenientBody):
-    """`schema` beside `type` is how others than OpenAI's chat send it."""
+    """The form of an answer; clients of other APIs send `schema` without `json_schema`."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -93,12 +92,12 @@ class ResponseFormat(LenientBody):
     @model_validator(mode="after")
     def _require_schema(self) -> "ResponseFormat":
         if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
-            raise ValueError("the schema is missing")
+            raise ValueError("send the schema as json_schema.schema")
         return self
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
-        """The schema of the answer, None for any text."""
+        """The JSON schema that the answer must match; None for free text."""
         if self.type == "text":
             return None
         if self.json_schema is not None:
@@ -107,11 +106,11 @@ class ResponseFormat(LenientBody):
 
 
 def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the `response_format` for a schema alone."""
+    """Return the `response_format` field for a JSON schema."""
     return {"type": "json_schema", "schema": schema}
 
 
-def picture_part(url: str) -> dict[str, Any]:
+def image_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -134,36 +133,36 @@ def _as_parts(content: Any) -> Any:
         return [{"type": "text", "text": content}]
     if content is None or isinstance(content, list):
         return content
-    raise ValueError("give a text, or a list of parts")
+    raise ValueError("send a text or a list of parts")
 
 
 ChatPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 ChatParts = Annotated[list[ChatPart], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
-def _or(usual: str) -> BeforeValidator:
-    """Some clients send null."""
-    return BeforeValidator(lambda value: usual if value is None else value)
+def _default(text: str) -> BeforeValidator:
+    """Replace null, which some clients send."""
+    return BeforeValidator(lambda value: text if value is None else value)
 
 
 def _as_json(arguments: Any) -> Any:
-    """Ollama's clients send an object."""
+    """Encode arguments that are an object, as Ollama's clients send them."""
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 class FunctionCall(LenientBody):
     name: str
-    arguments: Annotated[str, BeforeValidator(_as_json), _or("{}")] = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_json), _default("{}")] = "{}"
 
 
 class ChatToolCall(LenientBody):
-    id: Annotated[str, _or("")] = ""
+    id: Annotated[str, _default("")] = ""
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class FunctionSpec(LenientBody):
-    """`strict` changes nothing: arguments are always those of the schema."""
+    """A function that the model may call; its schema is always enforced, as with `strict`."""
 
     name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
     description: str | None = None
@@ -176,7 +175,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Keep the tools of these types: others would run on their makers' machines."""
+    """Drop tools of other types: those run on the API vendor's machines."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -199,7 +198,7 @@ class ChatMessage(LenientBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[ChatParts | None, BeforeValidator(_as_parts)] = None
     tool_calls: Annotated[list[ChatToolCall] | None, Field(max_length=MAX_TOOLS)] = None
-    tool_call_id: Annotated[str, _or("")] = ""
+    tool_call_id: Annotated[str, _default("")] = ""
 
     @property
     def text(self) -> str:
@@ -207,7 +206,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """The offset in the text and the URL of each picture."""
+        """The offset in the text and the URL of each image."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():
@@ -225,18 +224,18 @@ def _as_stops(stop: Any) -> Any:
     return stop
 
 
-def _for_minus_one(unlimited: int) -> BeforeValidator:
-    """Clients of llama.cpp send -1 for no limit."""
+def _replace_minus_one(unlimited: int) -> BeforeValidator:
+    """Replace -1, which llama.cpp's clients send for "no limit"."""
     return BeforeValidator(lambda value: unlimited if value == -1 else value)
 
 
-Limit = Annotated[int | None, _for_minus_one(MOST)]
+Limit = Annotated[int | None, _replace_minus_one(MOST)]
 
 
 class SamplingFields(LenientBody):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Annotated[int | None, _for_minus_one(0)] = Field(None, ge=0)
+    top_k: Annotated[int | None, _replace_minus_one(0)] = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -244,10 +243,10 @@ class SamplingFields(LenientBody):
 
 
 class GenerationBody(ModelRequest, SamplingFields):
-    """The fields that both kinds of request share; None: the server's default.
+    """Fields that chats and text completions share (None: the server's default).
 
-    `n_predict` is llama.cpp's name of `max_tokens`, `max_completion_tokens` OpenAI's newer one, and
-    `repetition_penalty` mlx-lm's name of `repeat_penalty`.
+    `n_predict` is llama.cpp's name for `max_tokens`, `max_completion_tokens` OpenAI's newer name,
+    and `repetition_penalty` mlx-lm's name for `repeat_penalty`.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = _UNSUPPORTED
@@ -273,7 +272,7 @@ class GenerationBody(ModelRequest, SamplingFields):
     cache_prompt: bool | None = None
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         return False
 
     @property
@@ -282,7 +281,7 @@ class GenerationBody(ModelRequest, SamplingFields):
 
     @property
     def limit(self) -> int | None:
-        """How many tokens to write at most, by the first of its names."""
+        """Maximum number of generated tokens, from the first of its three fields that is set."""
         given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
         return next((limit for limit in given if limit is not None), None)
 
@@ -294,18 +293,18 @@ class GenerationBody(ModelRequest, SamplingFields):
     @model_validator(mode="after")
     def _check_values(self) -> "GenerationBody":
         extra = self.model_extra or {}
-        for name, usual in _USUAL.items():
-            if extra.get(name) not in (None, *usual):
+        for name, accepted in _ACCEPTED.items():
+            if extra.get(name) not in (None, *accepted):
                 raise ValueError(
-                    f"{name} must be {json.dumps(usual[0])}: nothing else is supported"
+                    f"{name} must be {json.dumps(accepted[0])}: no other value is supported"
                 )
         if extra.get("reasoning_effort") == "none":
-            raise ValueError("reasoning_effort: thinking cannot be switched off")
+            raise ValueError("reasoning_effort must not be none: reasoning cannot be disabled")
         if self.repeat_penalty is None:
             self.repeat_penalty = self.repetition_penalty
         form = self.response_format
         if self.grammar is not None and form is not None and form.answer_schema is not None:
-            raise ValueError("give either grammar or response_format")
+            raise ValueError("send either grammar or response_format")
         return self
 
 
@@ -320,12 +319,12 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         return any(message.image_urls for message in self.messages)
 
     @property
     def has_tools(self) -> bool:
-        """Whether tools are sent, or were in an earlier turn."""
+        """Whether this request or an earlier turn of its chat uses tools."""
         return bool(self.tools) or any(
             message.tool_calls or message.role == "tool" for message in self.messages
         )
@@ -339,11 +338,11 @@ class ChatBody(GenerationBody):
         if self.limit == 0:
             raise ValueError("max_tokens must be at least 1")
         if self.tools and super().has_grammar:
-            raise ValueError("give either tools or a form of the answer")
+            raise ValueError("send either tools or response_format/grammar")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
-            raise ValueError("tool_choice needs tools")
+            raise ValueError("tool_choice requires tools")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ValueError("top_logprobs requires logprobs: true")
         return self
 
 
@@ -355,7 +354,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(prompt)
     except ValidationError:
         raise ValueError(
-            f"give a text or its tokens, or a list of at most {MAX_TEXTS} of these"
+            f"send a text, a list of token ids, or a list of up to {MAX_TEXTS} of either"
         ) from None
 
 
@@ -369,13 +368,13 @@ Prompts = Annotated[
 
 
 def as_prompts(prompt: Any) -> list[Any]:
-    """Return the texts, or lists of tokens, of one or several prompts."""
+    """Return one or several prompts as a list of texts or of token lists."""
     is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
     return [prompt] if is_one else prompt
 
 
 class EmbeddingsBody(GenerationBody):
-    """`user` and `stream` change nothing; `dimensions` may be the model's alone."""
+    """A request for embeddings; `stream` is ignored, and `dimensions` must be the model's."""
 
     stream: Annotated[None, BeforeValidator(lambda sent: None)] = None
     input: Prompts
@@ -390,7 +389,7 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[
         int | None,
         Field(ge=0, le=MAX_TOP_LOGPROBS),
-        # A chat's false; to Pydantic it is the number 0, which asks for them.
+        # A chat's `false`: Pydantic would read it as 0, which requests log probabilities.
         BeforeValidator(lambda value: None if value is False else value),
     ] = None
 
@@ -401,12 +400,12 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _check_combination(self) -> "CompletionBody":
         if self.limit == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1, unless the prompt is echoed")
+            raise ValueError("max_tokens must be at least 1 without echo")
         if self.suffix and self.echo:
-            raise ValueError("suffix: between two texts, the prompt is not echoed")
+            raise ValueError("suffix and echo cannot be combined")
         if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
-            raise ValueError(f"one request gets at most {MAX_ANSWERS} answers")
-        # A chat's template writes them, so there it is vLLM's default.
+            raise ValueError(f"prompts times n must not exceed {MAX_ANSWERS}")
+        # In a chat the template writes special tokens, so vLLM's clients send false there.
         if (self.model_extra or {}).get("add_special_tokens") is False:
-            raise ValueError("add_special_tokens must be true: nothing else is supported")
+            raise ValueError("add_special_tokens must be true: no other value is supported")
         return self

@@ -1,16 +1,14 @@
-"""From a request's body to a task for the model."""
+"""Conversion of validated request bodies to tasks for the model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from pop_converter.base.errors import PopError
 from pop_local.config.settings import MOST_SEED
 from pop_local.engine.decode.constraint import Constraint
-from pop_local.engine.decode.grammar import Grammar, GrammarError
+from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.embedding import require_pooling
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.limited.process import NoChildError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import infilling
@@ -19,7 +17,7 @@ from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn import Message, ToolCall, TurnOptions
-from pop_local.server.api_errors import ApiError
+from pop_local.server.api_errors import ApiError, bad_request
 from pop_local.server.request_bodies import (
     ChatBody,
     ChatMessage,
@@ -30,50 +28,44 @@ from pop_local.server.request_bodies import (
     SamplingFields,
     as_prompts,
 )
-from pop_local.server.request_images import sent_pictures
+from pop_local.server.request_images import parse_images
 from pop_local.server.worker import Task
 
-# As in OpenAI's API; chats go on to the end of the context.
+# OpenAI's default for text completions; a chat's answer may fill the context.
 COMPLETION_TOKENS = 16
-# Below this the division of logits by the temperature loses all meaning: greedy.
-_LOWEST_TEMPERATURE = 0.01
+# Lower temperatures overflow the scaled logits, so sampling becomes greedy.
+_MIN_TEMPERATURE = 0.01
 
+# Values of usage.pop.reason.
 NO_KEYS = "the model has no pruning keys"
-REQUESTED = "the request asks for it"
+REQUESTED = "the request disables pruning"
 EMBEDS = "embeddings need every layer"
 SERVER_OFF = "the server runs with --full"
 PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 
 class TaskFactory:
-    """Makes tasks, checked as far as possible before the queue.
+    """Makes a model's tasks and rejects invalid requests before they are queued.
 
-    Several threads may use it, while the model decodes in another.
+    Thread-safe, also while the model decodes. `repeatable`: the default of requests.
     """
 
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
-        """`repeatable`: whether answers are, unless a request says otherwise."""
         self.model = model
         self._repeatable = repeatable
         self._is_full = model.can_switch and model.mode is Mode.OFF
 
     def chat(self, body: ChatBody) -> list[Task]:
-        """Make `n` tasks, whose seeds differ."""
+        """Make `n` tasks with different seeds."""
         urls = [url for message in body.messages for _, url in message.image_urls]
         if urls and not self.model.can_see:
-            raise ApiError(400, "this server reads no pictures", param="messages")
-        pictures = sent_pictures(urls)
-        try:
-            self._check_pictures(pictures)
-            shown = iter(pictures)
-            messages = [_message(message, shown) for message in body.messages]
+            raise ApiError(400, "this server's model cannot read images", param="messages")
+        images = parse_images(urls)
+        with bad_request("messages", grammar_param="tools"):
+            self._check_images(images)
+            unused = iter(images)
+            messages = [_message(message, unused) for message in body.messages]
             prompt, calls = self._prompt(body, messages)
-        except NoChildError:
-            raise
-        except GrammarError as error:
-            raise ApiError(400, error.message, code="invalid_grammar", param="tools") from error
-        except PopError as error:
-            raise ApiError(400, error.message, param="messages") from error
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
@@ -85,12 +77,12 @@ class TaskFactory:
         if not body.has_tools:
             return self.model.chat_prompt(messages), None
         prompt, calls = prompt_with_tools(self.model.prompter, messages, _tools(body))
-        if calls is not None:  # read before the model is asked for it
+        if calls is not None:  # builds the trie now, outside the model's thread
             self.model.token_trie(calls.shown)
         return prompt, calls
 
     def completions(self, body: CompletionBody) -> list[Task]:
-        """Make `n` tasks for each prompt, whose seeds differ."""
+        """Make `n` tasks with different seeds for each prompt."""
         tokens = [self._tokens(prompt, body.suffix) for prompt in body.prompts]
         for each in tokens:
             self._check_length(len(each), "prompt")
@@ -101,12 +93,10 @@ class TaskFactory:
 
     def embeddings(self, body: EmbeddingsBody) -> list[Task]:
         if body.dimensions not in (None, n_embd := self.model.context.n_embd):
-            message = f"dimensions must be {n_embd}: the vectors of this model are not cut"
+            message = f"dimensions must be {n_embd}: embeddings cannot be shortened"
             raise ApiError(400, message, param="dimensions")
-        try:
+        with bad_request():
             require_pooling(self.model.cache)
-        except PopError as error:
-            raise ApiError(400, error.message) from error
         tokens = [self._tokens(prompt, None) for prompt in as_prompts(body.input)]
         for each in tokens:
             self._check_length(len(each), "input")
@@ -128,37 +118,35 @@ class TaskFactory:
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
         if not self.model.can_switch:
             if pop:
-                raise ApiError(400, f"{NO_KEYS}: it cannot be pruned", param="pop")
+                raise ApiError(400, f"pop must not be true: {NO_KEYS}", param="pop")
             return Mode.OFF, NO_KEYS
         if pop is None:
             return (Mode.OFF, SERVER_OFF) if self._is_full else (Mode.CONTEXT, None)
         return (Mode.CONTEXT, None) if pop else (Mode.OFF, REQUESTED)
 
     def _tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
-        """Return the tokens of a text, or check those given."""
+        """Tokenize a text, or check given tokens."""
         if not isinstance(prompt, str):
             self.check_tokens(prompt, "prompt")
         if suffix:
-            try:
+            with bad_request("suffix"):
                 return infilling(self.model.context, prompt, suffix)
-            except PopError as error:
-                raise ApiError(400, error.message, param="suffix") from error
         if isinstance(prompt, str):
             return self.model.tokenize(prompt, add_bos=True, special=True)
         return prompt
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
-        """Raises ApiError for tokens that the vocabulary lacks."""
+        """Raise ApiError for tokens outside the vocabulary."""
         n_vocab = self.model.context.n_vocab
         if any(not 0 <= token < n_vocab for token in tokens):
-            raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param=param)
+            raise ApiError(400, f"token ids must be 0 to {n_vocab - 1}", param=param)
 
-    def _check_pictures(self, pictures: Sequence[Picture]) -> None:
-        """Stop at the first that does not fit: the others are not decoded."""
-        n_shown = 0
-        for picture in pictures:
-            n_shown += self.model.count_picture(picture)
-            self._check_length(n_shown + 1, "messages")
+    def _check_images(self, images: Sequence[Picture]) -> None:
+        """Stop at the first image beyond the context, before the others are decoded."""
+        n_rows = 0
+        for image in images:
+            n_rows += self.model.count_picture(image)
+            self._check_length(n_rows + 1, "messages")
 
     def _check_length(self, n_prompt: int, param: str) -> None:
         n_ctx = self.model.n_ctx
@@ -167,8 +155,8 @@ class TaskFactory:
         if n_prompt >= n_ctx:
             raise ApiError(
                 400,
-                f"the prompt has {n_prompt} tokens, the context of this server holds {n_ctx}, the"
-                " answer included; send less, or start the server with a larger --ctx",
+                f"the context is too small: the prompt has {n_prompt} tokens, prompt and answer are"
+                f" limited to {n_ctx}; shorten it, or restart the server with a larger --ctx",
                 code="context_length_exceeded",
                 param=param,
             )
@@ -176,16 +164,16 @@ class TaskFactory:
     def _options(
         self, body: GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Take the body's values, else the model's recommended ones, else the engine's."""
+        """Return the body's values; missing ones default to the model's, then the engine's."""
         given = body.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
-        if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
+        if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0
         if body.seed is not None and body.seed != -1:
             given["seed"] = body.seed % (MOST_SEED + 1)
         repeatable = self._repeatable if body.repeatable is None else body.repeatable
         if repeatable and len(self.model.sequences) > 1:
-            message = "answers are repeatable where the server answers one request at a time"
-            raise ApiError(400, f"{message}: --parallel 1", param="repeatable")
+            message = "repeatable answers need a server that was started with --parallel 1"
+            raise ApiError(400, message, param="repeatable")
         return TurnOptions(
             max_tokens=max_tokens,
             stops=tuple(body.stop or ()),
@@ -196,22 +184,20 @@ class TaskFactory:
         )
 
     def _grammar(self, body: GenerationBody) -> Grammar | None:
-        form, param, grammar = body.response_format, "grammar", None
-        try:
-            if form is not None and form.answer_schema is not None:
-                param = "response_format"
-                grammar = Grammar.of_schema(form.answer_schema)
-            elif body.grammar is not None:
-                grammar = Grammar.of_gbnf(body.grammar)
-            if grammar is not None:
-                Constraint(self.model.token_trie(), grammar).allowed()
-        except GrammarError as error:
-            raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
+        schema = body.response_format and body.response_format.answer_schema
+        if schema is None and body.grammar is None:
+            return None
+        with bad_request("grammar" if schema is None else "response_format"):
+            if schema is not None:
+                grammar = Grammar.of_schema(schema)
+            else:
+                grammar = Grammar.of_gbnf(body.grammar or "")
+            Constraint(self.model.token_trie(), grammar).allowed()
         return grammar
 
 
 def _seeded(task: Task, n: int | None) -> list[Task]:
-    """Return a task `n` times, with seeds that count up from its own."""
+    """Return `n` copies of a task whose seeds count up from its own."""
     seed = task.options.seed
     if seed is None:
         return [task] * (n or 1)
@@ -219,9 +205,9 @@ def _seeded(task: Task, n: int | None) -> list[Task]:
     return [replace(task, options=replace(task.options, seed=each)) for each in seeds]
 
 
-def _message(message: ChatMessage, pictures: Iterator[Picture]) -> Message:
+def _message(message: ChatMessage, images: Iterator[Picture]) -> Message:
     role = "system" if message.role == "developer" else message.role
-    shown = tuple((offset, next(pictures)) for offset, _ in message.image_urls)
+    shown = tuple((offset, next(images)) for offset, _ in message.image_urls)
     calls = tuple(
         ToolCall(call.id, call.function.name, call.function.arguments)
         for call in message.tool_calls or ()
@@ -230,21 +216,19 @@ def _message(message: ChatMessage, pictures: Iterator[Picture]) -> Message:
 
 
 def _tools(body: ChatBody) -> Tools:
-    """The tools that a request tells of: none where it wants none called."""
+    """Return the request's tools: all that the prompt lists, and those that may be called."""
     choice = body.tool_choice
     if not body.tools or choice == "none":
         return Tools((), ())
-    told = tuple(
-        Tool(one.name, one.description or "", one.parameters or {})
-        for one in (sent.function for sent in body.tools)
-    )
-    callable_ = told
+    functions = [tool.function for tool in body.tools]
+    listed = tuple(Tool(one.name, one.description or "", one.parameters or {}) for one in functions)
+    callable_ = listed
     if isinstance(choice, NamedToolChoice):
-        callable_ = tuple(tool for tool in told if tool.name == choice.function.name)
+        callable_ = tuple(tool for tool in listed if tool.name == choice.function.name)
         if not callable_:
-            message = f"tool_choice names {choice.function.name!r}, which is not among the tools"
+            message = f"tool_choice names {choice.function.name!r}, which is missing in tools"
             raise ApiError(400, message, param="tool_choice")
     must_call = choice not in (None, "auto")
-    # A small model that has to call would go on calling.
+    # A small model that must call once would keep calling.
     several = not must_call if body.parallel_tool_calls is None else body.parallel_tool_calls
-    return Tools(told, callable_, must_call, several)
+    return Tools(listed, callable_, must_call, several)

@@ -1,4 +1,4 @@
-"""The threads that have the model, one for each of its sequences, and the queue before them."""
+"""A model's worker threads, one per sequence, and their job queue."""
 
 import asyncio
 import logging
@@ -22,23 +22,23 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
-from pop_local.server.api_errors import ApiError, hung_up
+from pop_local.server.api_errors import ApiError, client_gone, stopping
 from pop_local.server.metrics import Metrics
 
 log = logging.getLogger("pop_local.server")
 
-STOPPING = "the server is stopping"
-# An answer shows that it goes on between the nodes of a graph, on a GPU between batches.
+# An answer without progress for this time hangs. Progress is noted between the nodes of a graph, or
+# between batches on a GPU.
 _HUNG_S = 60.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """A request's work. `reason`: why the prompt is read in full, None where it is pruned.
+    """One answer to generate, or one embedding to compute (`embeds`).
 
-    `echo` comes first in the answer. `n_prompt_logprobs`: alternatives to each of the prompt's
-    tokens, None for no log probabilities. `n_written`: the characters of a prompt that is not
-    echoed, from which text offsets count. `embeds`: its embedding is wanted, and no answer.
+    `reason` says why the prompt is read in full (None: pruned). `echo` precedes the answer.
+    `n_prompt_logprobs`: alternatives for each prompt token (None: no log probabilities).
+    `n_written`: length in characters of a prompt that is not echoed, where text offsets start.
     """
 
     prompt: Prompt
@@ -52,10 +52,10 @@ class Task:
 
 
 class Job:
-    """A task in progress: the event loop makes it and reads the answer, the thread works on it.
+    """A queued or running task. The event loop reads the answer that a worker thread writes.
 
-    `queued_s` is 0 until the work begins. `read` says how many rows of its prompt have been read,
-    and of how many. `place` finds its place in the queue.
+    `queued_s` is 0 until the task runs. `read`: rows of the prompt that are read, and all of them.
+    `place` returns a job's place in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
@@ -71,22 +71,22 @@ class Job:
         self._is_awaited = False
 
     def cancel(self) -> None:
-        """End a waiting job at once, a running one soon. Call it in the event loop."""
+        """End a queued job at once, a running one soon. Call this in the event loop."""
         self.cancelled.set()
         if not self.queued_s:
-            self._arrived.append(hung_up())
+            self._arrived.append(client_gone())
             self._wake()
 
     def put(self, item: Chunk | Exception) -> None:
-        """Add to the answer. Call it in the thread."""
+        """Add to the answer. Call this in the worker thread."""
         self._arrived.append(item)
         if self._is_awaited or isinstance(item, Exception) or item.stats is not None:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            with suppress(RuntimeError):  # the loop has ended, and with it the reader
                 self._loop.call_soon_threadsafe(self._wake)
 
     @property
     def progress(self) -> str:
-        """How far it is, in words for a stream's comments; "" where there is nothing to tell."""
+        """Progress as text for a stream's comments; "" while decoding."""
         if place := self._place(self):
             return f"queued {place}"
         n_read, n_rows = self.read
@@ -103,10 +103,10 @@ class Job:
     async def batches(
         self, pause_s: float, idle_s: float | None = None
     ) -> AsyncIterator[list[Chunk]]:
-        """Yield the chunks that arrived together; an empty list after `idle_s` without any.
+        """Yield chunks that arrived together, or an empty list after `idle_s` without any.
 
-        Raises the error that ended the answer. After a batch only the end wakes this during
-        `pause_s`. On a busy core, waking up takes a twentieth of a small model's time for a token.
+        Raises the error that ended the answer. During the `pause_s` after a batch, only the end of
+        the answer wakes this: on a busy core, a wake-up costs 5% of a small model's decode time.
         """
         while True:
             self._is_awaited = True
@@ -129,10 +129,10 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """Serves jobs, as many at once as the model has sequences.
+    """Runs jobs, one per sequence of the model.
 
-    One thread at a time has the turn: it waits for the next job, and reads its prompt. Others write
-    answers meanwhile. The KV caches keep the last prompts for the next jobs.
+    The thread that holds `_turn` waits for the next job and reads its prompt. The other threads
+    decode in the meantime. The KV caches keep the last prompts for reuse.
     """
 
     def __init__(
@@ -140,73 +140,74 @@ class Worker(threading.Thread):
         model: PopModel,
         metrics: Metrics,
         max_waiting: int,
-        teacher: Fitter | None = None,
+        fitter: Fitter | None = None,
     ) -> None:
         super().__init__(name="pop-local model", daemon=True)
-        self._model, self._teacher = model, teacher
-        self._seats = SlotScheduler(model)
+        self._model, self._fitter = model, fitter
+        self._slots = SlotScheduler(model)
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
+        # One item per job, and one to stop. SimpleQueue is reentrant: signal handlers call stop().
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
-        # When each running job last showed that it lives.
+        # Time of each running job's last progress.
         self._seen_s: dict[Job, float] = {}
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """End the running answers, and refuse those that wait. Call it anywhere."""
+        """End running answers and refuse queued jobs. Callable from any thread."""
         self._stopping.set()
         self._calls.put(None)
 
-    def silent_s(self) -> float:
-        """Return for how many seconds the model has hung, 0 while it has not."""
-        # Others wait while one has the model alone, such as for an embedding.
+    def hung_s(self) -> float:
+        """Return the seconds for which the model has hung (0: it has not)."""
+        # The most recent progress counts: jobs pause while one has the model to itself.
         seen_s = max(self._seen_s.copy().values(), default=None)
-        silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
-        return silent_s if silent_s > _HUNG_S else 0.0
+        unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s
+        return unseen_s if unseen_s > _HUNG_S else 0.0
 
     @property
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
 
     def require_open(self) -> None:
-        """Raises ApiError when the server is stopping."""
+        """Raise ApiError if the server is stopping."""
         if self._stopping.is_set():
-            raise ApiError(503, STOPPING)
+            raise stopping()
 
     def n_waiting(self) -> int:
-        """Requests that wait for the model."""
+        """Return the number of queued jobs."""
         with self._lock:
             return len(self._still_waiting())
 
     def n_unread(self) -> int:
-        """Rows that are still to be read of the prompts that are being read."""
+        """Return the number of unread rows of the prompts that are being read."""
         return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
 
     def n_refillable(self) -> int:
-        """Cached rows that are still to run the skipped layers."""
-        return self._seats.n_refillable()
+        """Return the number of cached rows that have not run the skipped layers."""
+        return self._slots.n_refillable()
 
     def place(self, job: Job) -> int:
-        """Return a job's place in the queue, from 1 on; 0 once it has left it."""
+        """Return a job's place in the queue from 1 (0: it has left the queue)."""
         with self._lock:
             waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
 
     def _still_waiting(self) -> list[Job]:
-        """Those whose clients hung up do not count."""
         return [job for job in self._waiting if not job.cancelled.is_set()]
 
     def submit(self, task: Task) -> Job:
-        """Raises ApiError when too many wait already."""
+        """Queue a task. Raises ApiError if the queue is full."""
         job = Job(task, self.place)
         with self._lock:
             self._waiting = deque(self._still_waiting())
             if len(self._waiting) >= self._max_waiting:
-                raise ApiError(503, f"{self._max_waiting} requests wait already; try again later")
+                raise ApiError(
+                    503, f"the queue is full ({self._max_waiting} requests); try again later"
+                )
             self._waiting.append(job)
         self._calls.put(None)
         self.require_open()
@@ -223,7 +224,7 @@ class Worker(threading.Thread):
         for thread in others:
             thread.join()
         while (job := self._next()) is not None:
-            job.put(ApiError(503, STOPPING))
+            job.put(stopping())
 
     def _serve_all(self) -> None:
         while not self._stopping.is_set():
@@ -235,10 +236,10 @@ class Worker(threading.Thread):
                     self._serve(job, turn.close)
 
     def _wait(self) -> None:
-        """Wait for a call; while nothing runs, refill cached prompts, and learn."""
+        """Wait for a job; while idle, refill cached prompts and fit projections."""
         while not self._stopping.is_set():
             is_free = self._calls.empty() and not self._seen_s
-            index = self._seats.refillable()
+            index = self._slots.refillable()
             if is_free and index is not None:
                 self._refill(index)
             elif is_free and self._can_learn:
@@ -250,7 +251,7 @@ class Worker(threading.Thread):
 
     @property
     def _can_learn(self) -> bool:
-        return self._teacher is not None and self._teacher.has_work
+        return self._fitter is not None and self._fitter.has_work
 
     def _is_called(self) -> bool:
         return not self._calls.empty()
@@ -259,56 +260,56 @@ class Worker(threading.Thread):
         _, refiller = self._model.sequences[index]
         try:
             n_rows = refiller.refill(self._is_called)
-            self._seats.refilled(index)
-        except Exception:  # requests are answered all the same
-            log.exception("refilling failed, and goes on no longer")
+            self._slots.refilled(index)
+        except Exception:  # requests can still be answered
+            log.exception("catching up failed and is now disabled")
             self._model.set_depth()
         else:
             self._metrics.refilled.inc(n_rows)
 
     def _learn(self) -> None:
-        assert self._teacher is not None
+        assert self._fitter is not None
         try:
-            lesson = self._teacher.idle(self._is_called)
-            if lesson is not None:
-                log.info("%s", lesson)
-                self._model.swap_sidecar(lesson.sidecar)
+            fit = self._fitter.idle(self._is_called)
+            if fit is not None:
+                log.info("%s", fit)
+                self._model.swap_sidecar(fit.sidecar)
         except Exception:
-            log.exception("learning failed, and goes on no longer")
-            self._teacher = None
+            log.exception("learning failed and is now disabled")
+            self._fitter = None
 
     def _next(self) -> Job | None:
         with self._lock:
             return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
-        """Answer a job; the turn ends once its prompt has been read."""
+        """Run a job; call `end_turn` once its prompt has been read."""
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
-        index = self._seats.take(job.task.prompt)
-        parts = self._seats.parts(index)
+        index = self._slots.take(job.task.prompt)
+        parts = self._slots.parts(index)
         try:
             with parts.cache.slot.work():
-                # Empties the KV cache where it changes, which never mixes full and pruned prompts.
+                # A change of mode clears the KV cache, which never mixes full and pruned prompts.
                 parts.cache.set_mode(job.task.mode)
                 if not job.task.options.repeatable:
-                    self._seats.share(index, job.task.prompt)
+                    self._slots.share(index, job.task.prompt)
                 for chunk in self._answer(job, parts, end_turn):
                     if chunk.stats is not None:
                         self._metrics.answered(chunk.stats)
                     job.put(chunk)
         except StoppedError:
-            job.put(ApiError(503, STOPPING))
+            job.put(stopping())
         except Exception as error:
             if not isinstance(error, PopError):
                 log.exception("an answer failed")
             job.put(error)
         finally:
-            self._seats.give_back(index)
+            self._slots.give_back(index)
             del self._seen_s[job]
             if len(self._model.sequences) > 1:
-                self._calls.put(None)  # whoever waits may refill now
+                self._calls.put(None)  # the thread that waits may refill now
 
     def _answer(self, job: Job, parts: Parts, end_turn: Callable[[], None]) -> Iterator[Chunk]:
         def should_stop() -> bool:
@@ -335,14 +336,14 @@ class Worker(threading.Thread):
         if task.echo or read:
             yield Chunk(task.echo, logprobs=tuple(read))
         if options.max_tokens == 0:
-            # Without log probabilities not even the prompt is read.
+            # Without log probabilities the prompt is not even read.
             n_full = len(read)
             yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
             return
         for chunk in self._model.answer(task.prompt, options, parts):
             end_turn()
             if read and (stats := chunk.stats) is not None:
-                # The answer found in the cache what was read for it before.
+                # The answer reused the rows that were read for the log probabilities.
                 ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s
                 stats = replace(stats, n_cached=0, n_full=n_prompt, ttft_s=ttft_s)
                 chunk = replace(chunk, stats=replace(stats, prefill_s=prefill_s))
@@ -350,7 +351,7 @@ class Worker(threading.Thread):
 
 
 def _embedded(cache: KvCache, task: Task, should_stop: Callable[[], bool]) -> Chunk:
-    """The cached rows go to the cache of prompts first."""
+    """Compute an embedding, after stashing the rows that it displaces."""
     started_s, n = time.perf_counter(), len(task.prompt)
     cache.stash(task.prompt)
     with stopped_by(should_stop):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
 from pop_local.commands import serve
+from pop_local.server import startup
 from support.calls import wait_for
 from support.converted import tiny
 from support.serving import served
@@ -273,11 +274,11 @@ def test_a_port_in_use_is_one_clear_error(tiny_file):
 
 @pytest.mark.parametrize(
     ("host", "reason"),
-    [("192.0.2.1", r"cannot listen on 192\.0\.2\.1"), ("a..b", r"a\.\.b is no address")],
+    [("192.0.2.1", r"cannot listen on 192\.0\.2\.1"), ("a..b", r"a\.\.b is not an address")],
 )
 def test_an_address_of_another_machine_is_said_to_be_none_of_this_one(host, reason):
     with pytest.raises(PopError, match=reason) as caught:
-        serve._bound(host, 0)
+        startup.bind(host, 0)
     assert "an address of this machine" in caught.value.hint
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pop_local.engine.turn import TurnOptions
-from pop_local.server import answers
+from pop_local.server import job_responses
 from pop_local.server.request_bodies import ChatBody
 from pop_local.server.task_factory import TaskFactory
 from support.asked import LONG, N_CTX, NAME, chat, complete, events, text_of
@@ -75,7 +75,7 @@ def test_a_stream_says_what_the_whole_answer_does(client, ask):
 
 
 def test_a_stream_shows_that_it_lives_while_nothing_is_said(client, monkeypatch):
-    monkeypatch.setattr(answers, "_PROGRESS_S", 0.001)
+    monkeypatch.setattr(job_responses, "_PROGRESS_S", 0.001)
     response = complete(client, "something new. " + LONG, stream=True, max_tokens=2)
     assert re.match(r": (queued 1|read \d+ of \d+)\n\n", response.text)
     assert len(events(response)) >= 2
@@ -161,7 +161,7 @@ def test_pop_false_gives_the_full_models_logits(client, full):
     )  # after the switch nothing is cached
     pop = whole.json()["usage"]["pop"]
     assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
-    assert pop["reason"] == "the request asks for it"
+    assert pop["reason"] == "the request disables pruning"
     assert pruned.json()["usage"]["pop"]["n_pruned"] > 100
 
     def first(answer) -> float:

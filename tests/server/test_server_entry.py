@@ -149,7 +149,7 @@ def test_pages_of_this_machine_may_read_answers_without_a_key(model, origin, is_
 def test_the_command_takes_origins_only(origin):
     done = called("serve", "model.gguf", "--cors", origin)
     assert done.returncode == 1
-    assert "no origin" in done.stderr
+    assert "is not an origin" in done.stderr
 
 
 def test_the_command_hands_over_origins_and_strictness(model, monkeypatch):
@@ -162,7 +162,7 @@ def test_the_command_hands_over_origins_and_strictness(model, monkeypatch):
         found.append(client.post("/api/show", json={"model": "other"}).status_code)
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
-    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.startup.log_to_stderr", lambda: None)
     options = ("--port", 0, "--cors", "https://FRIEND.example/", "--strict-model")
     assert called("serve", model.path, *options).returncode == 0
     assert found == [200, 403, 404]

@@ -27,7 +27,7 @@ def test_a_damaged_file_closes_nothing(folder, tmp_path, expected):
         for _ in range(2):
             response = complete(client, model="broken")
             assert response.status_code == 500
-            assert "broken cannot be loaded" in response.json()["error"]["message"]
+            assert "cannot open broken" in response.json()["error"]["message"]
         assert library.open_ones == ["one"]
         assert text_of(complete(client, model="one")) == expected["one"]
         assert len(library.models) == 1
@@ -54,7 +54,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, e
         for each in waiting:
             response = each.result()
             assert response.status_code == 500
-            message = "two cannot be loaded: the memory is full; take a smaller context"
+            message = "cannot open two: the memory is full; take a smaller context"
             assert response.json()["error"]["message"] == message
         assert message in caplog.text
         assert library.n_tried == 2
@@ -119,7 +119,7 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
         assert [card["id"] for card in cards] == names
         assert not any(card["pop"]["loaded"] for card in cards)
         assert [card["pop"]["boundary"] for card in cards[:4]] == [0, 4, 0, 0]
-        assert "broken is left out" in caplog.text
+        assert "skipping broken" in caplog.text
         tags = client.get("/api/tags").json()["models"]
         assert [tag["name"] for tag in tags] == [f"{name}:latest" for name in names]
         assert len({tag["digest"] for tag in tags}) == 4  # one file is there twice
@@ -150,10 +150,10 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("x.gguf --ram 2", "give --models"),
-        ("--models {folder} --name x", "belongs to one model"),
-        ("--models {folder} --sidecar x", "belongs to one model"),
-        ("--models {folder} --mmproj x", "belongs to one model"),
+        ("x.gguf --ram 2", "add --models"),
+        ("--models {folder} --name x", "applies to one model"),
+        ("--models {folder} --sidecar x", "applies to one model"),
+        ("--models {folder} --mmproj x", "applies to one model"),
         ("--models {folder}/nowhere", "does not exist"),
         ("--models {folder} --ram inf", "finite"),
     ],
@@ -174,7 +174,7 @@ def test_the_command_serves_a_folder(folder, expected, monkeypatch):
             found.append(text_of(complete(client, model="two")))
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
-    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.startup.log_to_stderr", lambda: None)
     options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024, "--learn", "off")
     done = called("serve", *options)
     assert done.returncode == 0, done.stderr

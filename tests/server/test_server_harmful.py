@@ -89,7 +89,7 @@ def test_a_text_beyond_the_context_says_so(client, filler, door):
     body = DOORS[door] | {name: given("x" * 5000)}
     response = post(filler[1] if door == "/infill" else client, door, body)
     assert response.status_code == 400
-    assert f"the context of this server holds {N_CTX}" in message(response)
+    assert f"are limited to {N_CTX}" in message(response)
 
 
 @pytest.mark.parametrize(

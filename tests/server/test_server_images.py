@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from pop_local.engine import open_model
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
-from pop_local.server import pictures, tasks
+from pop_local.server import request_images, task_factory
 from support.seeing import encoded, make_seeing, png
 from support.serving import Served, app_of, asking, counted, served
 
@@ -84,7 +84,7 @@ def test_openais_own_client(server):
         assert again.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
         both = say(one, text("what differs?"), other, text("say it"))
         assert both.usage.pop["n_image"] == 2 * n_image
-        with pytest.raises(openai.BadRequestError, match="nothing is fetched"):
+        with pytest.raises(openai.BadRequestError, match="is not embedded"):
             say(image("https://example.org/a.png"), text("a"))
         with pytest.raises(openai.BadRequestError, match="is no picture"):
             say(image(data_url(b"no picture")), text("a"))
@@ -116,14 +116,14 @@ BOMB = encoded(Image.new("1", (12_000, 12_000)), "PNG")
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("http://127.0.0.1/a.png", "nothing is fetched"),
-        ("file:///etc/passwd", "nothing is fetched"),
-        ("/etc/passwd", "nothing is fetched"),
-        ("data:text/plain;base64,aGVsbG8=", "nothing is fetched"),
-        ("data:image/png,abc", "nothing is fetched"),
-        ("data:image/png;base64,@@@@", "is no base64"),
-        ("data:image/png;base64,abc", "is no base64"),
-        ("data:image/png;base64,\u20ac", "is no base64"),
+        ("http://127.0.0.1/a.png", "is not embedded"),
+        ("file:///etc/passwd", "is not embedded"),
+        ("/etc/passwd", "is not embedded"),
+        ("data:text/plain;base64,aGVsbG8=", "is not embedded"),
+        ("data:image/png,abc", "is not embedded"),
+        ("data:image/png;base64,@@@@", "is not valid base64"),
+        ("data:image/png;base64,abc", "is not valid base64"),
+        ("data:image/png;base64,\u20ac", "is not valid base64"),
         (data_url(b""), "is no picture"),
         (data_url(b"RIFF\0\0\0\0WAVEfmt "), "is no picture"),
         (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "is no picture"),
@@ -142,12 +142,12 @@ def test_what_is_refused(client, url, reason):
 
 
 def test_many_pictures(client, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_PICTURES", 2)
+    monkeypatch.setattr(request_images, "MAX_IMAGES", 2)
     shown = image(data_url(png(3, 32, 32)))
     assert post(client, shown, shown, shown, text("a")).status_code == 400
-    monkeypatch.setattr(pictures, "MAX_REQUEST_PIXELS", 32 * 32 + 1)
+    monkeypatch.setattr(request_images, "MAX_REQUEST_PIXELS", 32 * 32 + 1)
     response = post(client, shown, shown, text("a"))
-    assert "million pixels together" in response.json()["error"]["message"]
+    assert "million pixels" in response.json()["error"]["message"]
 
 
 def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch):
@@ -164,7 +164,7 @@ def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch)
         response = post(client, *(image(data_url(png(seed))) for seed in range(20)), text("a"))
     model.close()
     assert response.json()["error"]["code"] == "context_length_exceeded"
-    assert seen == [f"picture {number}" for number in range(1, 7)]  # of 50 tokens each
+    assert seen == [f"image {number}" for number in range(1, 7)]  # of 50 tokens each
 
 
 def test_the_models_thread_decodes_none(client, monkeypatch):
@@ -191,7 +191,7 @@ def test_pictures_and_grammars_do_not_wait_for_each_other(client, monkeypatch):
             return [picture_of(png(3), "slow")]
         return []
 
-    monkeypatch.setattr(tasks, "sent_pictures", slow)
+    monkeypatch.setattr(task_factory, "parse_images", slow)
     waiting = threading.Thread(target=post, args=(client, image("data:"), text("a")))
     waiting.start()
     assert is_begun.wait(20)
@@ -208,7 +208,7 @@ def test_pictures_and_grammars_do_not_wait_for_each_other(client, monkeypatch):
 def test_room_for_pictures_is_for_nothing_else(client):
     long = "@" * 2 * 2**20
     response = post(client, image("data:image/png;base64," + long), text("a"))
-    assert response.status_code == 400 and "no base64" in response.text
+    assert response.status_code == 400 and "not valid base64" in response.text
     assert post(client, image("http://example.org/" + long), text("a")).status_code == 413
     assert post(client, text(long)).status_code == 413
     many = b'{"x": [' + b'"data:image", ' * 100_000 + b"0]}"
@@ -218,9 +218,11 @@ def test_room_for_pictures_is_for_nothing_else(client):
 def test_a_request_that_is_too_large(client, monkeypatch):
     response = post(client, image("data:image/png;base64," + "A" * (50 * 2**20)), text("a"))
     assert response.status_code == 413
-    assert "pictures of a request may have 32 MiB together" in response.text
+    assert "images of a request are limited to 32 MiB" in response.text
     half = b'{"url": "data:image/png;base64,AAAA'
-    assert pictures.n_in_pictures(half) == len(half) - 8, "it is refused before its end has come"
+    assert request_images.n_image_bytes(half) == len(half) - 8, (
+        "it is refused before its end has come"
+    )
 
 
 def test_base64_in_lines_is_read(client):
@@ -256,7 +258,7 @@ def test_a_server_that_cannot_see(path, monkeypatch, lacks):
         assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False
         response = post(client, image(data_url(png(3))), text("a"))
         assert response.status_code == 400
-        assert "this server reads no pictures" in response.json()["error"]["message"]
+        assert "cannot read images" in response.json()["error"]["message"]
     model.close()
 
 
@@ -284,12 +286,12 @@ def test_ollamas_pictures_stand_before_the_text(client, door):
 @pytest.mark.parametrize(
     ("shown", "reason"),
     [
-        ("@@@@", "is no base64"),
-        ("http://127.0.0.1/a.png", "is no base64"),
-        ("/etc/passwd", "is no base64"),
+        ("@@@@", "is not valid base64"),
+        ("http://127.0.0.1/a.png", "is not valid base64"),
+        ("/etc/passwd", "is not valid base64"),
         (letters(b"no picture"), "is no picture"),
         (letters(BOMB), "more than 50 million pixels"),
-        ("@" * 2 * 2**20, "is no base64"),
+        ("@" * 2 * 2**20, "is not valid base64"),
     ],
     ids=lambda value: value[:32],
 )

@@ -98,7 +98,7 @@ def test_a_job_that_waits_ends_when_it_is_cancelled():
         batch = reading(job.batches(FOREVER_S))
         await put(job)
         job.cancel()
-        with pytest.raises(Exception, match="hung up"):
+        with pytest.raises(Exception, match="disconnected"):
             await batch
 
     run(check)

@@ -55,7 +55,7 @@ import ctypes
 from pop_local.server import worker
 worker.Worker._answer = lambda self, *_: ctypes.CDLL(None).sleep(600)
 worker._HUNG_S = 0.1
-app._AT_LAST_S = 0.5
+app._KILL_S = 0.5
 """
 
     def ask() -> None:
@@ -68,11 +68,11 @@ app._AT_LAST_S = 0.5
         asked.start()
         wait_for(lambda: httpx2.get(f"{root}/health").status_code == 503)
         health = httpx2.get(f"{root}/health")
-        assert "the model has not come back" in health.json()["error"]["message"]
+        assert "the model has not responded" in health.json()["error"]["message"]
         server.send_signal(signal.SIGTERM)
         _, log = server.communicate(timeout=30)
         assert server.returncode == 128 + signal.SIGTERM
-        assert "ended without it" in log
+        assert "killed the process" in log
         asked.join()
 
 
@@ -100,8 +100,8 @@ def test_half_a_request_is_not_waited_for(silent, half):
 def test_a_prompt_is_not_split_into_tokens_for_who_hung_up(path):
     changed = """
 from pop_local.engine.llama import interrupt
-from pop_local.server import task_factory as tasks
-make, wanted = tasks.TaskFactory.completions, interrupt.Interrupt._wanted
+from pop_local.server.task_factory import TaskFactory
+make, wanted = TaskFactory.completions, interrupt.Interrupt._wanted
 def seen(self, body):
     try:
         return make(self, body)
@@ -112,7 +112,7 @@ def asked(self):
     time.sleep(0.05)
     return wanted(self)
 import time
-interrupt.Interrupt._wanted, tasks.TaskFactory.completions = asked, seen
+interrupt.Interrupt._wanted, TaskFactory.completions = asked, seen
 """
     body = json.dumps({"prompt": "\U00012345" * 80_000}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
@@ -131,7 +131,7 @@ def test_what_hangs_while_python_winds_down_is_ended(path):
 import atexit, signal, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line has it
 atexit.register(time.sleep, 600)
-app._AT_LAST_S = 4.0
+app._KILL_S = 4.0
 """
     with running(path, changed) as (server, port):
         assert httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200
@@ -141,7 +141,7 @@ app._AT_LAST_S = 4.0
 
 
 def test_half_a_request_does_not_keep_the_server_from_ending(path):
-    with running(path, "app._LAST_WORDS_S = 0.2\n") as (server, port):
+    with running(path, "app._FAREWELL_S = 0.2\n") as (server, port):
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             connection.sendall(HALF)
             assert httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200

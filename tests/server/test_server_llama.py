@@ -93,11 +93,11 @@ def test_fields_by_llama_cpps_names(client):
     [
         ("completion", {"prompt": "a", "return_tokens": True}, "return_tokens is not supported"),
         ("completion", {"prompt": "a", "samplers": ["top_k"]}, "samplers is not supported"),
-        ("completion", {"prompt": {"prompt_string": "a"}}, "give a text or its tokens"),
+        ("completion", {"prompt": {"prompt_string": "a"}}, "send a text, a list of token ids"),
         ("completion", {}, "prompt"),
         ("tokenize", {}, "content"),
         ("tokenize", {"content": [1, "a"]}, "content"),
-        ("detokenize", {"tokens": [384]}, "from 0 to 383"),
+        ("detokenize", {"tokens": [384]}, "must be 0 to 383"),
         ("detokenize", {"tokens": ["a"]}, "tokens.0"),
         ("infill", {"input_prefix": "a", "input_suffix": "b"}, "no tokens for filling in"),
         ("infill", {"input_extra": [{"text": 5}]}, "input_extra.0.text"),

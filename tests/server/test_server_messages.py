@@ -138,8 +138,8 @@ def test_tokens_are_counted(client):
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages.0"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
-        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "not among the tools"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice requires tools"),
+        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "missing in tools"),
         ({"temperature": -1}, "temperature"),
     ],
 )

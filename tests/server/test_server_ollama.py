@@ -151,14 +151,18 @@ def test_an_empty_request_loads_nothing(client):
         ("chat", HELLO | {"options": {"num_predict": "many"}}, "n_predict"),
         ("chat", HELLO | {"options": {"mirostat": 2}}, "mirostat is not supported"),
         ("chat", HELLO | {"options": []}, "options"),
-        ("chat", HELLO | {"format": "xml"}, 'give "json" or a schema'),
+        ("chat", HELLO | {"format": "xml"}, 'format must be "json"'),
         ("chat", HELLO | {"format": {"type": "string", "pattern": "(?=a)"}}, "pattern"),
-        ("chat", {"messages": [{"role": "user", "images": ["AAAA"]}]}, "reads no pictures"),
+        ("chat", {"messages": [{"role": "user", "images": ["AAAA"]}]}, "cannot read images"),
         ("generate", {"prompt": "a", "template": "{{ .Prompt }}"}, "template is not supported"),
         ("generate", {"prompt": "a", "context": [1, 2]}, "send messages to /api/chat"),
         ("generate", {"prompt": "a", "suffix": "b"}, "no tokens for filling in"),
-        ("generate", {"prompt": "a", "raw": True, "images": ["AAAA"]}, "neither raw nor suffix"),
-        ("generate", {"prompt": "x" * 5000}, "the context of this server holds"),
+        (
+            "generate",
+            {"prompt": "a", "raw": True, "images": ["AAAA"]},
+            "combined with raw",
+        ),
+        ("generate", {"prompt": "x" * 5000}, "the context is too small"),
     ],
 )
 def test_refusals_have_ollamas_shape(client, door, body, reason):

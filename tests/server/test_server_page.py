@@ -13,7 +13,7 @@ from PIL import Image
 
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
 from pop_local.server.access import AccessRules
-from pop_local.server.page import reader, routes
+from pop_local.server.page import file_reader, page_routes
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
 from support.asked import NAME
 from support.calls import opened
@@ -58,7 +58,9 @@ def test_each_part_has_its_type_and_the_policy(client, file):
     assert part.headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("name", ["", "none.js", "../routes.py", "%2e%2e/routes.py", "vendor"])
+@pytest.mark.parametrize(
+    "name", ["", "none.js", "../page_routes.py", "%2e%2e/page_routes.py", "vendor"]
+)
 def test_nothing_else_is_there(client, name):
     assert client.get(f"/page/{name}").status_code == 404
 
@@ -152,17 +154,17 @@ def test_a_file_too_large_is_refused_before_it_is_read(client):
 
     headers = {"Content-Length": "500000000"}
     words = refusal(sent(client, body(), "huge.pdf", **headers), 413)
-    assert words == "huge.pdf is larger than 100,000,000 bytes"
+    assert words == "huge.pdf is too large: the limit is 100,000,000 bytes"
     headers |= {"Content-Type": "image/png", "Content-Length": str(MAX_PICTURE_BYTES + 1)}
-    assert "huge.png is larger than" in refusal(sent(client, body(), "huge.png", **headers), 413)
+    assert "huge.png is too large" in refusal(sent(client, body(), "huge.png", **headers), 413)
     assert read == []
 
 
 def test_a_file_of_no_stated_length_is_refused_while_it_comes(client, monkeypatch, tmp_path):
-    monkeypatch.setattr(routes, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(page_routes, "MAX_DOCUMENT_BYTES", 1000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pieces = (b"x" * 100 for _ in range(20))
-    assert "larger than 1,000 bytes" in refusal(sent(client, pieces), 413)
+    assert "limit is 1,000 bytes" in refusal(sent(client, pieces), 413)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -194,7 +196,7 @@ def test_a_body_that_is_cut_off_leaves_nothing(client, monkeypatch, tmp_path):
 
 
 def test_a_reader_that_takes_too_long_is_ended(monkeypatch, tmp_path):
-    slow = reader._Reader(reader.__name__, limit_s=0.0, limit_bytes=2**30)
+    slow = file_reader._Reader(file_reader.__name__, limit_s=0.0, limit_bytes=2**30)
     path = tmp_path / "a.txt"
     path.write_text("text " * 1_000_000)
     with pytest.raises(Exception, match=r"reading story takes more than 0 s"):
@@ -208,9 +210,9 @@ def test_how_much_is_to_be_refilled_is_told(client):
 
 def test_no_document_is_longer_than_any_context(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("x" * (reader.MAX_CHARACTERS + 1))
-    with pytest.raises(Exception, match=r"^a\.txt has 8,000,001 characters, more than any context"):
-        reader.reader.read("text", path, "a.txt")
+    path.write_text("x" * (file_reader.MAX_CHARACTERS + 1))
+    with pytest.raises(Exception, match=r"^a\.txt is too long: it has 8,000,001 characters"):
+        file_reader.reader.read("text", path, "a.txt")
 
 
 def test_the_browser_is_opened_at_the_page(path, monkeypatch):
@@ -223,7 +225,7 @@ def test_the_browser_is_opened_at_the_page(path, monkeypatch):
 
     monkeypatch.setattr("webbrowser.open", opened_at.append)
     monkeypatch.setattr("pop_local.server.app.run_app", serve_instead)
-    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.startup.log_to_stderr", lambda: None)
     assert called("chat", path, "--web").returncode == 0
     assert opened_at == served_at
 

@@ -53,13 +53,13 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         ),
         (
             {"messages": [{"role": "user", "content": 5}]},
-            "messages.0.content: give a text, or a list of parts",
+            "messages.0.content: send a text or a list of parts",
         ),
         (HELLO | {"n": 0}, "n: Input should be greater"),
         (HELLO | {"add_generation_prompt": False}, "add_generation_prompt must be true"),
         (HELLO | {"mirostat": 2}, "mirostat is not supported"),
         (HELLO | {"n_cmpl": 2}, "n_cmpl must be 1"),
-        (HELLO | {"reasoning_effort": "none"}, "thinking cannot be switched off"),
+        (HELLO | {"reasoning_effort": "none"}, "reasoning cannot be disabled"),
         (HELLO | {"reasoning_budget_tokens": 0}, "reasoning_budget_tokens must be -1"),
         (HELLO | {"top_n_sigma": 1.5}, "top_n_sigma must be -1"),
         (HELLO | {"repeat_last_n": 0}, "repeat_last_n must be 64"),
@@ -83,10 +83,10 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"max_tokens": "many"}, "max_tokens"),
         (HELLO | {"stop": [""]}, "stop"),
         (HELLO | {"stop": 0}, "stop"),
-        (HELLO | {"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        (HELLO | {"top_logprobs": 3}, "top_logprobs requires logprobs"),
         (HELLO | {"top_logprobs": 30, "logprobs": True}, "top_logprobs"),
         (HELLO | {"response_format": {"type": "xml"}}, "response_format"),
-        (HELLO | {"response_format": {"type": "json_schema"}}, "the schema is missing"),
+        (HELLO | {"response_format": {"type": "json_schema"}}, "send the schema as"),
         (
             HELLO
             | {
@@ -113,18 +113,18 @@ def test_bad_chats_are_400_with_a_reason(client, body, reason):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({"prompt": 5}, "prompt: give a text or its tokens"),
-        ({"prompt": ["a", 1]}, "prompt: give a text or its tokens"),
-        ({"prompt": ["a", [1]]}, "prompt: give a text or its tokens"),
-        ({"prompt": ["a"] * 64, "n": 3}, "at most 128 answers"),
+        ({"prompt": 5}, "prompt: send a text, a list of token ids"),
+        ({"prompt": ["a", 1]}, "prompt: send a text, a list of token ids"),
+        ({"prompt": ["a", [1]]}, "prompt: send a text, a list of token ids"),
+        ({"prompt": ["a"] * 64, "n": 3}, "must not exceed 128"),
         ({"prompt": "a", "n": 129}, "n: Input should be less"),
         ({"prompt": [[1], []]}, "empty"),
-        ({"prompt": [5, 384]}, "from 0 to 383"),
-        ({"prompt": [-1]}, "from 0 to 383"),
+        ({"prompt": [5, 384]}, "must be 0 to 383"),
+        ({"prompt": [-1]}, "must be 0 to 383"),
         ({"prompt": []}, "empty"),
         ({"prompt": [[]]}, "empty"),
         ({"prompt": "x", "suffix": "y"}, "no tokens for filling in"),
-        ({"prompt": "x", "suffix": "y", "echo": True}, "the prompt is not echoed"),
+        ({"prompt": "x", "suffix": "y", "echo": True}, "suffix and echo cannot be combined"),
         ({"prompt": "x", "best_of": 3}, "best_of must be 1"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens must be true"),
@@ -189,7 +189,7 @@ def test_another_model_is_answered_by_this_one_which_is_said(client, caplog):
     other = chat(client, model="gpt-4o\n" + "x" * 200)
     assert text_of(other) == text_of(own)
     assert other.headers["x-model"] == other.json()["model"] == NAME
-    assert "asked for 'gpt-4o\\nxxx" in caplog.messages[-1]
+    assert "requested model 'gpt-4o\\nxxx" in caplog.messages[-1]
     assert len(caplog.messages[-1]) < 400
     assert client.get("/v1/models/gpt-4o").status_code == 404
 
@@ -246,7 +246,7 @@ def test_the_command_says_how_many_may_wait(path, monkeypatch):
     async def fill(worker: Worker) -> None:
         for _ in range(3):
             worker.submit(task)
-        with pytest.raises(ApiError, match="3 requests wait already"):
+        with pytest.raises(ApiError, match=r"queue is full \(3 requests\)"):
             worker.submit(task)
 
     def fill_instead(app, listening):
@@ -254,7 +254,7 @@ def test_the_command_says_how_many_may_wait(path, monkeypatch):
         asyncio.run(fill(served.worker))
 
     monkeypatch.setattr("pop_local.server.app.run_app", fill_instead)
-    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.startup.log_to_stderr", lambda: None)
     assert called("serve", path, "--port", 0, "--max-waiting", 3).returncode == 0
 
 
@@ -266,13 +266,13 @@ def test_who_hung_up_does_not_keep_others_from_waiting(full):
 
     async def hang_up() -> None:
         first, second = (worker.submit(task) for _ in range(2))
-        with pytest.raises(ApiError, match="2 requests wait already"):
+        with pytest.raises(ApiError, match=r"queue is full \(2 requests\)"):
             worker.submit(task)
         first.cancel()
         assert b"pop_queue_length 1.0" in metrics.text
         third = worker.submit(task)
         assert b"pop_queue_length 2.0" in metrics.text
-        with pytest.raises(ApiError, match="2 requests wait already"):
+        with pytest.raises(ApiError, match=r"queue is full \(2 requests\)"):
             worker.submit(task)
         worker.stop()
         worker.start()

@@ -98,7 +98,7 @@ def test_the_others_are_not_begun_for_who_hung_up():
         while b'"a"' not in await anext(stream):
             pass
         await stream.aclose()  # as Starlette does
-        assert state.hung_up
+        assert state.client_gone
         assert [job.cancelled.is_set() for job in begun] == [True]
 
     asyncio.run(asyncio.wait_for(hang_up(), timeout=20))

@@ -12,7 +12,7 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import ToolCall, TurnOptions
 from pop_local.server.apis.ollama import OllamaChatReply
-from pop_local.server.replies import AnswerEnd
+from pop_local.server.replies import AnswerEnd, CompleteAnswer
 from pop_local.server.worker import Task
 from support.asked import NAME, chat, events, message_of
 from support.calls import opened
@@ -152,19 +152,22 @@ def test_keywords_that_are_not_enforced_are_named(client):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({"tool_choice": "required"}, "tool_choice needs tools"),
-        ({"tools": [], "tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tool_choice": "required"}, "tool_choice requires tools"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice requires tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [WEATHER, WEATHER]}, "named alike"),
         ({"tools": [WEATHER] * 257}, "tools"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "'x', which is not among the tools",
+            "'x', which is missing in tools",
         ),
         ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "either tools or a form"),
-        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "either tools or a form"),
+        (
+            {"tools": TOOLS, "response_format": {"type": "json_object"}},
+            "either tools or",
+        ),
+        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "either tools or"),
         ({"tools": [function("a", b={"type": "any"})]}, "a tool's schema is not valid"),
         ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
     ],
@@ -219,7 +222,7 @@ def test_ollamas_calls_are_told_at_the_end_and_only_whole_ones():
     reply = OllamaChatReply(served)
     reply.begin(0, Task(Prompt([1]), TurnOptions(), Mode.OFF))
     calls = [{"function": {"name": "double", "arguments": {"n": 2}}}]
-    whole = reply.whole(said, (), end)["message"]
+    whole = reply.whole(CompleteAnswer(end, said))["message"]
     assert whole == {"role": "assistant", "content": "Hm.", "tool_calls": calls}
     events = [event for piece in said for event in reply.pieces(piece, ())]
     told, last = reply.ending(end)

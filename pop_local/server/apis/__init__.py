@@ -1,1 +1,1 @@
-"""The APIs that others' programs speak: each file translates one to the server's own requests."""
+"""The APIs of other programs; each file translates one to the requests of `request_bodies`."""

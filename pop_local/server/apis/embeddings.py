@@ -1,4 +1,4 @@
-"""OpenAI's embeddings, and Ollama's."""
+"""Embeddings by the APIs of OpenAI and Ollama."""
 
 from base64 import b64encode
 from collections.abc import Sequence
@@ -10,11 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pop_local.engine.tools.reader import Piece
-from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, total
+from pop_local.server.replies import AnswerEnd, CompleteAnswer, Json, OtherApiReply, total
 from pop_local.server.request_bodies import EmbeddingsBody, ModelRequest
 from pop_local.server.task_factory import TaskFactory
 
@@ -24,10 +22,8 @@ class EmbeddingsReply(OtherApiReply):
         super().__init__(served)
         self._is_packed = is_packed
 
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        found: Any = end.embedding
+    def whole(self, answer: CompleteAnswer) -> Json:
+        found: Any = answer.end.embedding
         if self._is_packed:
             found = b64encode(np.asarray(found, "<f4").tobytes()).decode()
         return {"object": "embedding", "index": self._index, "embedding": found}
@@ -40,10 +36,8 @@ class EmbeddingsReply(OtherApiReply):
 
 
 class OllamaEmbedReply(OtherApiReply):
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        return {"embedding": end.embedding}
+    def whole(self, answer: CompleteAnswer) -> Json:
+        return {"embedding": answer.end.embedding}
 
     def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Json:
         return {
@@ -82,7 +76,7 @@ async def _embed(api: Api, request: Request) -> Response:
 
 
 async def _embed_one(api: Api, request: Request) -> Response:
-    """Ollama's older endpoint."""
-    asked = await api.read(request, OllamaTextBody)
-    body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
+    """Answer Ollama's older endpoint."""
+    sent = await api.read(request, OllamaTextBody)
+    body = EmbeddingsBody.model_validate({"model": sent.model, "input": sent.prompt})
     return await api.answer(request, body, TaskFactory.embeddings, OllamaEmbeddingReply)

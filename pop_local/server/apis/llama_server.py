@@ -1,4 +1,4 @@
-"""llama.cpp's own API (tools/server/README.md in its repository)."""
+"""llama-server's own API (tools/server/README.md in llama.cpp)."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pop_converter.base.errors import PopError
 from pop_local import __version__
 from pop_local.config.settings import MOST
 from pop_local.engine.decode.text import Pieces
@@ -18,9 +17,9 @@ from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob, TurnOptions
 from pop_local.server.api import Api
-from pop_local.server.api_errors import ApiError
+from pop_local.server.api_errors import bad_request
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, chat_logprob, content_of
+from pop_local.server.replies import CompleteAnswer, Json, OtherApiReply, chat_logprob, text_of
 from pop_local.server.request_bodies import (
     CompletionBody,
     LenientBody,
@@ -32,12 +31,15 @@ from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
-# Editors send these for their own comfort: the same answer comes without them, perhaps longer.
+# Fields of editors' plug-ins that only shorten the answer or its computation.
 _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
 class LlamaBody(CompletionBody):
-    """/completion: OpenAI's fields by other names. `n_predict` 0 elsewhere only fills the cache."""
+    """A request to /completion: OpenAI's fields by other names.
+
+    `n_predict` 0, which only fills llama-server's cache, generates one token here.
+    """
 
     unsupported = (*CompletionBody.unsupported, "return_tokens", "post_sampling_probs")
 
@@ -87,7 +89,7 @@ class DetokenizeBody(ModelRequest):
 
 
 class LlamaReply(OtherApiReply):
-    """Answers of /completion and /infill."""
+    """Replies of /completion and /infill."""
 
     def __init__(self, served: ServedModel) -> None:
         super().__init__(served)
@@ -106,14 +108,12 @@ class LlamaReply(OtherApiReply):
             found["completion_probabilities"] = [chat_logprob(token) for token in logprobs]
         return found
 
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        usage = end.usage
+    def whole(self, answer: CompleteAnswer) -> Json:
+        end, usage = answer.end, answer.end.usage
         n_cached = usage["prompt_tokens_details"]["cached_tokens"]
         n_prompt, n_predicted = usage["prompt_tokens"], usage["completion_tokens"]
         kind = "limit" if end.reason == "length" else "word" if end.stop else "eos"
-        return self._shown(content_of(said), logprobs) | {
+        return self._shown(text_of(answer.pieces), answer.logprobs) | {
             "stop": True,
             "model": self._model,
             "tokens_predicted": n_predicted,
@@ -205,10 +205,8 @@ async def _infill(api: Api, request: Request) -> Response:
 def _infilling(tasks: TaskFactory, body: InfillBody) -> list[Task]:
     files = [(file.filename, file.text) for file in body.input_extra]
     context = tasks.model.context
-    try:
+    with bad_request():
         tokens = infilling(context, body.input_prefix, body.input_suffix, body.prompt, files)
-    except PopError as error:
-        raise ApiError(400, error.message) from error
     return tasks.completions(body.model_copy(update={"prompt": tokens, "suffix": None}))
 
 

@@ -15,7 +15,14 @@ from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, EventReply, Json, arguments_of, encoded
+from pop_local.server.replies import (
+    AnswerEnd,
+    CompleteAnswer,
+    EventReply,
+    Json,
+    arguments_of,
+    encoded,
+)
 from pop_local.server.request_bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -26,13 +33,13 @@ from pop_local.server.request_bodies import (
     ModelRequest,
     ResponseFormat,
     TextPart,
+    image_part,
     keep_tool_types,
-    picture_part,
 )
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
-# Fields that a chat has by the same name.
+# Fields that ChatBody has under the same name.
 _SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "pop"}
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -83,8 +90,8 @@ class AnthropicMessage(LenientBody):
     role: Literal["user", "assistant", "system"]
     content: _blocks(TextPart | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
-    def as_ours(self) -> Iterator[Json]:
-        """A chat's messages: results come before the user's own words."""
+    def chat_messages(self) -> Iterator[Json]:
+        """Yield the messages of a chat: tool results precede the user's text."""
         shown = [block for block in self.content if isinstance(block, TextPart | ImageBlock)]
         for block in self.content:
             if isinstance(block, ToolResultBlock):
@@ -114,7 +121,7 @@ class AnthropicToolChoice(LenientBody):
 
 
 class CountTokensBody(ModelRequest):
-    """`thinking`, `metadata`, `cache_control` and other fields change nothing."""
+    """A request to count tokens; `thinking`, `metadata` and `cache_control` are ignored."""
 
     unsupported = ("mcp_servers", "container")
     messages: Annotated[
@@ -137,21 +144,22 @@ class CountTokensBody(ModelRequest):
 
     def chat(self) -> ChatBody:
         system = [{"role": "system", "content": [_part(block) for block in self.system]}]
-        said = [message for one in self.messages for message in one.as_ours()]
-        asked = self.model_dump(include=_SAME) | {"messages": [*system[: len(self.system)], *said]}
-        asked["stop"] = [stop for stop in self.stop_sequences or () if stop] or None
+        messages = [each for message in self.messages for each in message.chat_messages()]
+        chat = self.model_dump(include=_SAME)
+        chat["messages"] = [*system[: len(self.system)], *messages]
+        chat["stop"] = [stop for stop in self.stop_sequences or () if stop] or None
         if self.output_config is not None:
-            asked["response_format"] = self.output_config.format
+            chat["response_format"] = self.output_config.format
         if self.tools:
-            asked["tools"] = [_function(tool) for tool in self.tools]
+            chat["tools"] = [_function(tool) for tool in self.tools]
         if self.tool_choice is not None:
             if (is_one := self.tool_choice.disable_parallel_tool_use) is not None:
-                asked["parallel_tool_calls"] = not is_one
-            asked["tool_choice"] = {
+                chat["parallel_tool_calls"] = not is_one
+            chat["tool_choice"] = {
                 "any": "required",
                 "tool": {"type": "function", "function": {"name": self.tool_choice.name or ""}},
             }.get(self.tool_choice.type, self.tool_choice.type)
-        return ChatBody.model_validate(asked)
+        return ChatBody.model_validate(chat)
 
 
 class MessagesBody(CountTokensBody):
@@ -159,7 +167,7 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(EventReply):
-    """A message, whole or as events. Reasoning is left out."""
+    """A message, complete or as events, without reasoning."""
 
     id_prefix = "msg"
 
@@ -177,14 +185,14 @@ class MessagesReply(EventReply):
         return ({"type": "message_start", "message": self._message(None, "", usage)},)
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Json]:
-        return [*self._told(piece)]
+        return [*self._events(piece)]
 
-    def _told(self, piece: Piece) -> Iterator[Json]:
+    def _events(self, piece: Piece) -> Iterator[Json]:
         if piece.call is not None and piece.call.id:
             use = {"type": "tool_use", "id": piece.call.id, "name": piece.call.name, "input": {}}
-            yield from self._begun(use)
+            yield from self._open(use)
         elif piece.content and (not self._content or self._content[-1]["type"] != "text"):
-            yield from self._begun({"type": "text", "text": ""})
+            yield from self._open({"type": "text", "text": ""})
         if piece.call is not None and piece.call.arguments:
             self._arguments += piece.call.arguments
             yield self._delta({"type": "input_json_delta", "partial_json": piece.call.arguments})
@@ -192,8 +200,8 @@ class MessagesReply(EventReply):
             self._content[-1]["text"] += piece.content
             yield self._delta({"type": "text_delta", "text": piece.content})
 
-    def _begun(self, block: Json) -> Iterator[Json]:
-        yield from self._closed()
+    def _open(self, block: Json) -> Iterator[Json]:
+        yield from self._close()
         self._content.append(block)
         index = len(self._content) - 1
         yield {"type": "content_block_start", "index": index, "content_block": dict(block)}
@@ -201,7 +209,7 @@ class MessagesReply(EventReply):
     def _delta(self, delta: Json) -> Json:
         return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": delta}
 
-    def _closed(self) -> Iterator[Json]:
+    def _close(self) -> Iterator[Json]:
         if not self._content:
             return
         if self._content[-1]["type"] == "tool_use":
@@ -212,18 +220,17 @@ class MessagesReply(EventReply):
     def ending(self, end: AnswerEnd) -> list[Json]:
         delta = {"stop_reason": _reason(end), "stop_sequence": end.stop or None}
         return [
-            *self._closed(),
+            *self._close(),
             {"type": "message_delta", "delta": delta, "usage": _usage(end.usage)},
             {"type": "message_stop"},
         ]
 
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        for piece in said:
+    def whole(self, answer: CompleteAnswer) -> Json:
+        end = answer.end
+        for piece in answer.pieces:
             self.pieces(piece, ())
         self.ending(end)
-        # A call that the limit cut short is not told.
+        # Leave out a call that the token limit cut off.
         self._content = [block for block in self._content if block.get("input", {}) is not None]
         return self._message(_reason(end), end.stop, _usage(end.usage))
 
@@ -260,14 +267,14 @@ async def _count(api: Api, request: Request) -> Response:
     body = await api.read(request, CountTokensBody)
     chat = await run_in_threadpool(body.chat)
     served = await api.served(request, body.model)
-    [task] = await api.made(request, served, chat, TaskFactory.chat)
+    [task] = await api.tasks(request, served, chat, TaskFactory.chat)
     return JSONResponse({"input_tokens": len(task.prompt)})
 
 
 def _part(block: TextPart | ImageBlock) -> Json:
     if isinstance(block, TextPart):
         return {"type": "text", "text": block.text}
-    return picture_part(f"data:{block.source.media_type};base64,{block.source.data}")
+    return image_part(f"data:{block.source.media_type};base64,{block.source.data}")
 
 
 def _call(block: ToolUseBlock) -> Json:

@@ -1,4 +1,4 @@
-"""Ollama's API (docs/api.md in its repository), by its own client's types."""
+"""Ollama's API (docs/api.md in its repository)."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,12 +28,14 @@ from pop_local.server.model_listing import ModelInfo
 from pop_local.server.model_pool import ServedModel
 from pop_local.server.replies import (
     AnswerEnd,
+    CompleteAnswer,
     Json,
     OtherApiReply,
     arguments_of,
     chat_logprob,
-    content_of,
     encoded,
+    reasoning_of,
+    text_of,
 )
 from pop_local.server.request_bodies import (
     MAX_MESSAGES,
@@ -43,23 +45,23 @@ from pop_local.server.request_bodies import (
     CompletionBody,
     LenientBody,
     ModelRequest,
-    picture_part,
+    image_part,
     schema_format,
 )
-from pop_local.server.request_images import MAX_PICTURES
+from pop_local.server.request_images import MAX_IMAGES
 from pop_local.server.task_factory import TaskFactory
 
-# Clients ask for a version that has what they need; this one's API is what is here.
+# The version of Ollama whose API this is; clients check it for features.
 _VERSION = "0.6.4"
-# Options that requests of ours have by the same name; all others are ignored.
+# Options that GenerationBody has under the same name; all others are ignored.
 _OPTIONS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "mirostat"),
     *("repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"),
 )
 _NEVER = "2999-12-31T23:59:59Z"
-_LONGEST_KEY = 1000  # characters of a key of the file that /api/show shows
+_MAX_VALUE = 1000  # characters of a header value in /api/show
 
-Base64Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PICTURES)]
+Base64Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_IMAGES)]
 
 
 class OllamaMessage(LenientBody):
@@ -69,18 +71,18 @@ class OllamaMessage(LenientBody):
     tool_calls: Annotated[list[ChatToolCall] | None, Field(max_length=MAX_TOOLS)] = None
 
     @property
-    def as_ours(self) -> Json:
-        # The kind of a picture is that of its first bytes.
-        shown = [picture_part(f"data:image/any;base64,{one}") for one in self.images or ()]
+    def chat_message(self) -> Json:
+        # The image's first bytes tell its format.
+        shown = [image_part(f"data:image/any;base64,{one}") for one in self.images or ()]
         text = {"type": "text", "text": self.content or ""}
-        said: Json = {"role": self.role, "content": [*shown, text]}
+        message: Json = {"role": self.role, "content": [*shown, text]}
         if self.tool_calls:
-            said["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        return said
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return message
 
 
 class OllamaBody(ModelRequest):
-    """The fields that both kinds of request share. `keep_alive` and `think` change nothing."""
+    """Fields that /api/chat and /api/generate share; `keep_alive` and `think` are ignored."""
 
     stream: bool | None = None
     options: dict[str, Any] | None = None
@@ -89,7 +91,8 @@ class OllamaBody(ModelRequest):
     top_logprobs: int | None = None
 
     @property
-    def as_ours(self) -> Json:
+    def common_fields(self) -> Json:
+        """The request's fields under OpenAI's names."""
         options = self.options or {}
         found = {name: options[name] for name in _OPTIONS if name in options}
         limit = options.get("num_predict", -1)
@@ -99,13 +102,13 @@ class OllamaBody(ModelRequest):
         elif isinstance(self.format, dict):
             found["response_format"] = schema_format(self.format)
         elif self.format:
-            raise ApiError(400, 'format: give "json" or a schema', param="format")
+            raise ApiError(400, 'format must be "json" or a JSON schema', param="format")
         return found | {"model": self.model, "stream": self.stream is not False}
 
     def chat(self, messages: Sequence[OllamaMessage], **more: Any) -> ChatBody:
-        said = [message.as_ours for message in messages]
-        asked = {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
-        return ChatBody.model_validate(self.as_ours | asked | more | {"messages": said})
+        sent = [message.chat_message for message in messages]
+        logprobs = {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
+        return ChatBody.model_validate(self.common_fields | logprobs | more | {"messages": sent})
 
 
 class OllamaChat(OllamaBody):
@@ -125,50 +128,49 @@ class OllamaGenerate(OllamaBody):
     context: list[int] | None = None
 
     @model_validator(mode="after")
-    def _is_answered(self) -> "OllamaGenerate":
+    def _check_supported_fields(self) -> "OllamaGenerate":
         if self.template:
-            raise ValueError("template is not supported: the model's own is used")
+            raise ValueError("template is not supported: the model's template is used")
         if self.context:
             raise ValueError("context is not supported: send messages to /api/chat")
         if self.images and (self.raw or self.suffix):
-            raise ValueError("images need the model's template: neither raw nor suffix")
+            raise ValueError("images cannot be combined with raw or suffix")
         return self
 
     def completion(self) -> CompletionBody:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        asked = {"prompt": self.prompt or "", "suffix": self.suffix, "logprobs": logprobs}
-        return CompletionBody.model_validate(self.as_ours | asked)
+        fields = {"prompt": self.prompt or "", "suffix": self.suffix, "logprobs": logprobs}
+        return CompletionBody.model_validate(self.common_fields | fields)
 
     def as_chat(self) -> ChatBody:
         system = [OllamaMessage(role="system", content=self.system)] if self.system else []
-        asked = OllamaMessage(role="user", content=self.prompt, images=self.images)
-        return self.chat([*system, asked])
+        question = OllamaMessage(role="user", content=self.prompt, images=self.images)
+        return self.chat([*system, question])
 
 
 class OllamaReply(OtherApiReply):
-    """Answers in lines of JSON: those of /api/generate."""
+    """Replies of /api/generate, as lines of JSON."""
 
     media_type = "application/x-ndjson"
 
     def comment(self, progress: str) -> bytes:
-        return b""  # a line has no comments
+        return b""  # JSON lines have no comments
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown((piece,), logprobs),)
 
-    def _shown(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob]) -> Json:
-        found = {"model": self._model, "created_at": _now(), **self._told(said), "done": False}
+    def _shown(self, pieces: Sequence[Piece], logprobs: Sequence[TokenLogprob]) -> Json:
+        content = self._content(pieces)
+        found = {"model": self._model, "created_at": _now(), **content, "done": False}
         if self._wants_logprobs:
             found["logprobs"] = [chat_logprob(token) for token in logprobs]
         return found
 
-    def _told(self, said: Sequence[Piece]) -> Json:
-        return {"response": content_of(said)}
+    def _content(self, pieces: Sequence[Piece]) -> Json:
+        return {"response": text_of(pieces)}
 
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        pop = end.usage["pop"]
+    def whole(self, answer: CompleteAnswer) -> Json:
+        end, pop = answer.end, answer.end.usage["pop"]
         times = {
             "total_duration": pop["queued_s"] + pop["ttft_s"] + pop["decode_s"],
             "load_duration": 0,
@@ -181,10 +183,11 @@ class OllamaReply(OtherApiReply):
             "pop": pop,
         }
         reason = "stop" if end.reason == "tool_calls" else end.reason
-        return self._shown(said, logprobs) | {"done": True, "done_reason": reason} | figures
+        done = {"done": True, "done_reason": reason}
+        return self._shown(answer.pieces, answer.logprobs) | done | figures
 
-    def nothing(self) -> Response:
-        """Answer a request that says nothing: elsewhere it loads the model, or unloads it."""
+    def loaded(self) -> Response:
+        """Answer a request without a prompt, by which Ollama's clients load or unload models."""
         self._wants_logprobs = False
         return JSONResponse(self._shown((), ()) | {"done": True, "done_reason": "load"})
 
@@ -196,30 +199,30 @@ class OllamaReply(OtherApiReply):
 
 
 class OllamaChatReply(OllamaReply):
-    """Answers of /api/chat. A call is told as a whole, with its arguments as an object."""
+    """Replies of /api/chat. Calls are sent complete, with their arguments as an object."""
 
     def __init__(self, served: ServedModel) -> None:
         super().__init__(served)
-        self._called: list[Piece] = []
+        self._call_pieces: list[Piece] = []
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         if piece.call is not None:
-            self._called.append(piece)
+            self._call_pieces.append(piece)
             return ()
         return super().pieces(piece, logprobs)
 
     def ending(self, end: AnswerEnd) -> tuple[Json, ...]:
-        calls = [self._shown(self._called, ())] if self._called else []
+        calls = [self._shown(self._call_pieces, ())] if self._call_pieces else []
         return (*calls, *super().ending(end))
 
-    def _told(self, said: Sequence[Piece]) -> Json:
-        message: Json = {"role": "assistant", "content": content_of(said)}
-        if thinking := "".join(piece.reasoning for piece in said):
-            message["thinking"] = thinking
-        called = [(call.name, arguments_of(call.arguments)) for call in calls_of(said)]
-        if whole := [(name, arguments) for name, arguments in called if arguments is not None]:
+    def _content(self, pieces: Sequence[Piece]) -> Json:
+        message: Json = {"role": "assistant", "content": text_of(pieces)}
+        if reasoning := reasoning_of(pieces):
+            message["thinking"] = reasoning
+        calls = [(call.name, arguments_of(call.arguments)) for call in calls_of(pieces)]
+        if complete := [(name, arguments) for name, arguments in calls if arguments is not None]:
             message["tool_calls"] = [
-                {"function": {"name": name, "arguments": arguments}} for name, arguments in whole
+                {"function": {"name": name, "arguments": arguments}} for name, arguments in complete
             ]
         return {"message": message}
 
@@ -252,31 +255,31 @@ async def _running(api: Api, request: Request) -> Response:
 
 async def _show(api: Api, request: Request) -> Response:
     body = await api.read(request, ModelRequest)
-    about = await api.models.about(api.file(request, body.model))
-    return JSONResponse(await run_in_threadpool(_shown, about))
+    info = await api.models.info(api.require_file(request, body.model))
+    return JSONResponse(await run_in_threadpool(_description, info))
 
 
 async def _chat(api: Api, request: Request) -> Response:
     body = await api.read(request, OllamaChat)
     if not body.messages:
-        return OllamaChatReply(await api.served(request, body.model)).nothing()
-    ours = body.chat(body.messages, tools=body.tools)
-    return await api.answer(request, ours, TaskFactory.chat, OllamaChatReply)
+        return OllamaChatReply(await api.served(request, body.model)).loaded()
+    chat = body.chat(body.messages, tools=body.tools)
+    return await api.answer(request, chat, TaskFactory.chat, OllamaChatReply)
 
 
 async def _generate(api: Api, request: Request) -> Response:
     body = await api.read(request, OllamaGenerate)
     if not (body.prompt or body.images or body.suffix):
-        return OllamaReply(await api.served(request, body.model)).nothing()
+        return OllamaReply(await api.served(request, body.model)).loaded()
     if body.raw or body.suffix:
         return await api.answer(request, body.completion(), TaskFactory.completions, OllamaReply)
     return await api.answer(request, body.as_chat(), TaskFactory.chat, OllamaReply)
 
 
-def _details(about: ModelInfo) -> Json:
-    header = about.source.first
+def _details(info: ModelInfo) -> Json:
+    header = info.source.first
     family = str(header.get("general.architecture"))
-    size = sum(tensor.n_elements for tensor in about.source.tensors)
+    size = sum(tensor.n_elements for tensor in info.source.tensors)
     kind = header.get("general.file_type")
     kinds = {int(one): one.name.removeprefix("MOSTLY_") for one in gguf.LlamaFileType}
     return {
@@ -290,7 +293,7 @@ def _details(about: ModelInfo) -> Json:
 
 
 def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
-    """Those whose files are there and sound; an open model may have lost its own."""
+    """Return the cards of models whose files are intact; an open model's may be gone."""
     cards: list[Json] = []
     for one in listed:
         with suppress(PopError, OSError):
@@ -298,22 +301,22 @@ def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
     return cards
 
 
-def _card(about: ModelInfo) -> Json:
-    tagged = about.name if ":" in about.name else f"{about.name}:latest"
-    path = about.source.first.path
+def _card(info: ModelInfo) -> Json:
+    tagged = info.name if ":" in info.name else f"{info.name}:latest"
+    path = info.source.first.path
     return {
         "name": tagged,
         "model": tagged,
-        "modified_at": _changed(about),
-        "size": about.source.size_bytes,
+        "modified_at": _changed(info),
+        "size": info.source.size_bytes,
         "digest": _digest(path, path.stat().st_mtime_ns),
-        "details": _details(about),
-        "context_length": about.n_ctx,
+        "details": _details(info),
+        "context_length": info.n_ctx,
     }
 
 
-def _changed(about: ModelInfo) -> str:
-    changed_s = about.source.first.path.stat().st_mtime
+def _changed(info: ModelInfo) -> str:
+    changed_s = info.source.first.path.stat().st_mtime
     return datetime.fromtimestamp(changed_s, timezone.utc).isoformat()
 
 
@@ -322,27 +325,27 @@ def _digest(path: Path, _changed_ns: int) -> str:
     return sampled_sha256(read_source(path))
 
 
-def _shown(about: ModelInfo) -> Json:
-    header, details = about.source.first, _details(about)
+def _description(info: ModelInfo) -> Json:
+    header, details = info.source.first, _details(info)
     keys = {
         name: key.value
         for name, key in header.keys.items()
         if (isinstance(key.value, int | float) and isfinite(key.value))
-        or (isinstance(key.value, str) and len(key.value) <= _LONGEST_KEY)
+        or (isinstance(key.value, str) and len(key.value) <= _MAX_VALUE)
     }
-    # Clients cut their prompts by it.
-    keys[f"{details['family']}.context_length"] = about.n_ctx
-    parameters = {"num_ctx": about.n_ctx, **recommended(header)}
-    can = {"vision": about.can_see, "insert": about.can_infill, "tools": bool(about.template)}
+    # Clients truncate their prompts to this length.
+    keys[f"{details['family']}.context_length"] = info.n_ctx
+    parameters = {"num_ctx": info.n_ctx, **recommended(header)}
+    can = {"vision": info.can_see, "insert": info.can_infill, "tools": bool(info.template)}
     return {
         "license": keys.get("general.license", ""),
-        "modelfile": f"FROM {about.name}",
+        "modelfile": f"FROM {info.name}",
         "parameters": "\n".join(f"{name} {value}" for name, value in parameters.items()),
-        "template": about.template or PLAIN_TEMPLATE,
+        "template": info.template or PLAIN_TEMPLATE,
         "details": details,
         "model_info": keys,
         "capabilities": ["completion", *(name for name, has in can.items() if has)],
-        "modified_at": _changed(about),
+        "modified_at": _changed(info),
     }
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API, as its own clients speak it."""
+"""OpenAI's Responses API."""
 
 import uuid
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from pop_local.engine.turn import TokenLogprob
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, EventReply, Json
+from pop_local.server.replies import AnswerEnd, CompleteAnswer, EventReply, Json
 from pop_local.server.request_bodies import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -28,16 +28,16 @@ from pop_local.server.request_bodies import (
     LenientBody,
     ModelRequest,
     ResponseFormat,
+    image_part,
     keep_tool_types,
-    picture_part,
 )
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
-# Fields that a chat has by the same name.
+# Fields that ChatBody has under the same name.
 _SAME = {"model", "temperature", "top_p", "stream", "pop", "parallel_tool_calls"}
-# Conversations that `previous_response_id` may go on from, in characters of their messages.
-_MOST_REMEMBERED = 1 << 25
+# Limit of the stored conversations, in estimated bytes.
+_MAX_STORED = 1 << 25
 
 
 class TextContent(LenientBody):
@@ -45,7 +45,7 @@ class TextContent(LenientBody):
     text: str
 
     @property
-    def as_ours(self) -> Json:
+    def chat_part(self) -> Json:
         return {"type": "text", "text": self.text}
 
 
@@ -54,8 +54,8 @@ class ImageContent(LenientBody):
     image_url: str
 
     @property
-    def as_ours(self) -> Json:
-        return picture_part(self.image_url)
+    def chat_part(self) -> Json:
+        return image_part(self.image_url)
 
 
 def _as_list(content: Any) -> Any:
@@ -74,8 +74,8 @@ class MessageItem(LenientBody):
     content: ContentParts
 
     @property
-    def as_ours(self) -> Json:
-        return {"role": self.role, "content": [part.as_ours for part in self.content]}
+    def chat_message(self) -> Json:
+        return {"role": self.role, "content": [part.chat_part for part in self.content]}
 
 
 class FunctionCallItem(LenientBody):
@@ -91,8 +91,8 @@ class FunctionOutputItem(LenientBody):
     output: ContentParts
 
     @property
-    def as_ours(self) -> Json:
-        content = [part.as_ours for part in self.output]
+    def chat_message(self) -> Json:
+        content = [part.chat_part for part in self.output]
         return {"role": "tool", "tool_call_id": self.call_id, "content": content}
 
 
@@ -131,7 +131,7 @@ class TextFormat(LenientBody):
 
 
 class ResponsesBody(ModelRequest):
-    """`metadata`, `user`, `store`, `reasoning` and other fields change nothing."""
+    """A request for a response; `metadata`, `user` and `reasoning` are ignored."""
 
     unsupported = (
         *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
@@ -158,7 +158,7 @@ class ResponsesBody(ModelRequest):
     pop: bool | None = None
 
     def chat(self, earlier: Sequence[Json]) -> ChatBody:
-        """The same as a chat that goes on from these messages."""
+        """Return the request as a chat that continues `earlier`, the messages of a conversation."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice: Any = self.tool_choice
         if isinstance(choice, ToolChoice):
@@ -175,7 +175,7 @@ class ResponsesBody(ModelRequest):
         )
 
     def messages(self) -> list[Json]:
-        """The input as messages of a chat: calls join what the assistant said before them."""
+        """Return the input as chat messages; calls join the assistant message before them."""
         found: list[Json] = []
         for item in self.input:
             if isinstance(item, FunctionCallItem):
@@ -185,42 +185,42 @@ class ResponsesBody(ModelRequest):
                 calls = found[-1].setdefault("tool_calls", [])
                 calls.append({"id": item.call_id, "type": "function", "function": call})
             elif not isinstance(item, ReasoningItem):
-                found.append(item.as_ours)
+                found.append(item.chat_message)
         return found
 
 
 class ConversationStore:
-    """The messages of the latest responses, by their ids. It is for the event loop."""
+    """The conversations that `previous_response_id` may continue, least recently used first."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[int, list[Json]]] = OrderedDict()
-        self._n_kept = 0
+        self._stored: OrderedDict[str, tuple[int, list[Json]]] = OrderedDict()
+        self._n_bytes = 0
 
-    def of(self, name: str | None) -> list[Json]:
-        """Raises ApiError for a response that is not kept."""
+    def get(self, name: str | None) -> list[Json]:
+        """Return the messages up to a response. Raises ApiError if it is not stored."""
         if not name:
             return []
-        if name not in self._kept:
+        if name not in self._stored:
             raise ApiError(
                 400,
-                f"there is no response {name!r} here, or no longer: send all messages",
+                f"response {name!r} is not stored, or no longer: send all messages",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
-        self._kept.move_to_end(name)
-        return self._kept[name][1]
+        self._stored.move_to_end(name)
+        return self._stored[name][1]
 
-    def keep(self, name: str, messages: list[Json]) -> None:
+    def add(self, name: str, messages: list[Json]) -> None:
         size = _size(messages)
-        self._kept[name] = (size, messages)
-        self._n_kept += size
-        while self._n_kept > _MOST_REMEMBERED:
-            _, (size, _) = self._kept.popitem(last=False)
-            self._n_kept -= size
+        self._stored[name] = (size, messages)
+        self._n_bytes += size
+        while self._n_bytes > _MAX_STORED:
+            _, (size, _) = self._stored.popitem(last=False)
+            self._n_bytes -= size
 
 
 class ResponsesReply(EventReply):
-    """A response, whole or as events. Reasoning is left out."""
+    """A response, complete or as events, without reasoning."""
 
     id_prefix = "resp"
 
@@ -230,10 +230,10 @@ class ResponsesReply(EventReply):
         *,
         body: ResponsesBody,
         earlier: list[Json],
-        memory: ConversationStore,
+        conversations: ConversationStore,
     ) -> None:
         super().__init__(served)
-        self._body, self._earlier, self._memory = body, earlier, memory
+        self._body, self._earlier, self._conversations = body, earlier, conversations
         self._output: list[Json] = []
         self._n_events = 0
 
@@ -243,16 +243,16 @@ class ResponsesReply(EventReply):
         return (self._event("created", response=begun), self._event("in_progress", response=begun))
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Json]:
-        return [*self._told(piece)]
+        return [*self._events(piece)]
 
-    def _told(self, piece: Piece) -> Iterator[Json]:
+    def _events(self, piece: Piece) -> Iterator[Json]:
         if piece.call is not None and piece.call.id:
-            yield from self._closed()
+            yield from self._close()
             item = {"type": "function_call", "id": _new("fc"), "status": "in_progress"}
             call = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
             yield self._added(item | call)
         elif piece.content and (not self._output or self._output[-1]["type"] != "message"):
-            yield from self._closed()
+            yield from self._close()
             item = {"type": "message", "id": _new("msg"), "status": "in_progress"}
             yield self._added(item | {"role": "assistant", "content": []})
             part = {"type": "output_text", "text": "", "annotations": []}
@@ -272,8 +272,8 @@ class ResponsesReply(EventReply):
         index = len(self._output) - 1
         return self._event("output_item.added", output_index=index, item=deepcopy(item))
 
-    def _closed(self) -> Iterator[Json]:
-        """The events that end the last item, if there is one."""
+    def _close(self) -> Iterator[Json]:
+        """Yield the events that end the last item, if one is open."""
         if not self._output or self._output[-1]["status"] == "completed":
             return
         item = self._output[-1]
@@ -292,30 +292,28 @@ class ResponsesReply(EventReply):
         yield self._event("output_item.done", output_index=index, item=item)
 
     def ending(self, end: AnswerEnd) -> list[Json]:
-        closed = [*self._closed()]
+        closed = [*self._close()]
         if self._body.store is not False:
-            self._remember()
+            self._store()
         status = "incomplete" if end.reason == "length" else "completed"
         response = self._response(status, end)
         return [*closed, self._event(status, response=response)]
 
-    def whole(
-        self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: AnswerEnd
-    ) -> Json:
-        for piece in said:
+    def whole(self, answer: CompleteAnswer) -> Json:
+        for piece in answer.pieces:
             self.pieces(piece, ())
-        response: Json = self.ending(end)[-1]["response"]
+        response: Json = self.ending(answer.end)[-1]["response"]
         return response
 
-    def _remember(self) -> None:
-        """Keep the conversation, with this answer as an input of the next one would have it."""
-        said = self._body.model_validate({"input": self._output})
-        messages = [*self._body.messages(), *said.messages()]
-        self._memory.keep(self._id, [*self._earlier, *messages])
+    def _store(self) -> None:
+        """Store the conversation, with this response in the form of an input."""
+        output = self._body.model_validate({"input": self._output})
+        messages = [*self._body.messages(), *output.messages()]
+        self._conversations.add(self._id, [*self._earlier, *messages])
 
     def failed(self, error: ApiError) -> Json:
-        told = {"code": error.code or "server_error", "message": error.detail}
-        return self._event("failed", response=self._response("failed") | {"error": told})
+        failure = {"code": error.code or "server_error", "message": error.detail}
+        return self._event("failed", response=self._response("failed") | {"error": failure})
 
     def _event(self, kind: str, **fields: Any) -> Json:
         self._n_events += 1
@@ -357,16 +355,16 @@ def routes(api: Api) -> list[Route]:
     return [Route("/v1/responses", partial(_create, api, ConversationStore()), methods=["POST"])]
 
 
-async def _create(api: Api, memory: ConversationStore, request: Request) -> Response:
+async def _create(api: Api, conversations: ConversationStore, request: Request) -> Response:
     body = await api.read(request, ResponsesBody)
-    earlier = memory.of(body.previous_response_id)
+    earlier = conversations.get(body.previous_response_id)
     chat = await run_in_threadpool(body.chat, earlier)
-    reply = partial(ResponsesReply, body=body, earlier=earlier, memory=memory)
+    reply = partial(ResponsesReply, body=body, earlier=earlier, conversations=conversations)
     return await api.answer(request, chat, TaskFactory.chat, reply)
 
 
 def _size(value: Any) -> int:
-    """Estimate the bytes that JSON takes in memory."""
+    """Estimate the memory of a JSON value in bytes."""
     if isinstance(value, dict | list):
         return 100 + sum(map(_size, value.values() if isinstance(value, dict) else value))
     return 100 + (len(value) if isinstance(value, str) else 0)

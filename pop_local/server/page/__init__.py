@@ -1,1 +1,1 @@
-"""The page at /: one chat in a browser, and the files that are dropped on it."""
+"""The web page at /: a chat, and a reader of uploaded files."""

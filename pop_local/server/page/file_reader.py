@@ -1,4 +1,4 @@
-"""Files of strangers, read in a child process with limits."""
+"""Reader of uploaded files, in a child process with limits."""
 
 import base64
 from pathlib import Path
@@ -10,31 +10,30 @@ from pop_local.texts.document_readers import read_document
 
 LIMIT_S = 60.0
 LIMIT_BYTES = 2**30
-# More than any context holds.
-MAX_CHARACTERS = 8_000_000
+MAX_CHARACTERS = 8_000_000  # more than any context holds
 _HINT = "save it as plain text first"
 
 
 class Work:
-    """The calls that the child answers."""
+    """The functions that run in the child process."""
 
     @staticmethod
     def text(path: str) -> str:
         text = read_document(path).text
         if len(text) > MAX_CHARACTERS:
-            message = f"{path} has {len(text):,} characters, more than any context holds"
-            raise PopError(message, "give a part of it")
-        return text.encode(errors="replace").decode()  # a PDF may have halves of characters
+            message = f"{path} is too long: it has {len(text):,} characters"
+            raise PopError(message, f"send up to {MAX_CHARACTERS:,} of them")
+        return text.encode(errors="replace").decode()  # PDFs may contain lone surrogates
 
     @staticmethod
     def picture(path: str) -> str:
-        """Return the file as base64; its pixels are decoded once the model is shown them."""
+        """Return an image file as base64; only its header is decoded."""
         return base64.b64encode(read_picture(path).content).decode()
 
 
 class _Reader(KeptProcess):
     def read(self, kind: str, path: Path, name: str) -> str:
-        """Have a method of Work read a file, which messages call `name`. Raises PopError."""
+        """Call Work's function `kind` on a file; errors call it `name`. Raises PopError."""
         try:
             found: str = self.call(kind, str(path))
         except RefusedError as error:

@@ -1,7 +1,7 @@
-"""The page, its parts, and the endpoint that reads files for it.
+"""The web page's files, and the endpoint that reads uploads for it.
 
-`/page/file?name=NAME` takes a file's bytes, of a picture where the content type says so. It answers
-with the `text` of a document, or a picture as the `url` that chats take.
+`/page/file?name=NAME` receives a file's bytes and its content type. It returns a document's `text`,
+or an image's data `url` for a chat.
 """
 
 import re
@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
+from pop_local.engine.images.pictures import MAX_BYTES as MAX_IMAGE_BYTES
 from pop_local.engine.limited.process import NoChildError
 from pop_local.server.api_errors import ApiError
 from pop_local.server.page.file_reader import reader
@@ -34,7 +34,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-# The system's own table may call a module something else, which no browser runs.
+# The system's table may lack modules, and browsers run them only with this type.
 _TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -43,13 +43,13 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
-_LONGEST_NAME = 200
-_AT_ONCE = 4  # files, so that the disk holds them
-_PICTURE = re.compile(r"image/[\w.+-]{1,40}")
+_MAX_NAME = 200
+_MAX_UPLOADS = 4  # at once, to bound disk space
+_IMAGE = re.compile(r"image/[\w.+-]{1,40}")
 
 
 def is_public(scope: Scope) -> bool:
-    """Whether a request is for the page alone, which asks for the key itself."""
+    """Return whether a request is for a file of the page, which needs no key."""
     path: str = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
 
@@ -57,8 +57,8 @@ def is_public(scope: Scope) -> bool:
 def routes() -> list[Route]:
     return [
         Route("/", _root),
-        Route("/page/file", partial(_file, anyio.CapacityLimiter(_AT_ONCE)), methods=["POST"]),
-        Route("/page/{name:path}", _part),
+        Route("/page/file", partial(_file, anyio.CapacityLimiter(_MAX_UPLOADS)), methods=["POST"]),
+        Route("/page/{name:path}", _static),
     ]
 
 
@@ -66,15 +66,15 @@ async def _root(request: Request) -> Response:
     if "text/html" in request.headers.get("accept", ""):
         response = _shown("index.html")
     else:
-        response = PlainTextResponse("Ollama is running")  # plug-ins look for these words
+        response = PlainTextResponse("Ollama is running")  # plug-ins check for these words
     response.headers["Vary"] = "Accept"
     return response
 
 
-async def _part(request: Request) -> Response:
+async def _static(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in _FILES:
-        raise ApiError(404, f"the page has no part {name!r}")
+        raise ApiError(404, f"the page has no file {name!r}")
     return _shown(name)
 
 
@@ -84,35 +84,36 @@ def _shown(name: str) -> Response:
     return FileResponse(path, media_type=kind, headers=HEADERS)
 
 
-async def _file(at_once: anyio.CapacityLimiter, request: Request) -> Response:
-    name = request.query_params.get("name", "")[-_LONGEST_NAME:] or "the file"
-    picture = _PICTURE.match(request.headers.get("content-type", ""))
-    async with at_once:
+async def _file(limit: anyio.CapacityLimiter, request: Request) -> Response:
+    name = request.query_params.get("name", "")[-_MAX_NAME:] or "the file"
+    image = _IMAGE.match(request.headers.get("content-type", ""))
+    async with limit:
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            ending = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
-            path = Path(folder) / f"sent{ending[0] if ending else ''}"
-            most = MAX_PICTURE_BYTES if picture else MAX_DOCUMENT_BYTES
-            await _receive(request, path, most, name)
-            kind = "picture" if picture else "text"
+            suffix = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
+            path = Path(folder) / f"sent{suffix[0] if suffix else ''}"
+            max_bytes = MAX_IMAGE_BYTES if image else MAX_DOCUMENT_BYTES
+            await _receive(request, path, max_bytes, name)
+            kind = "picture" if image else "text"
             try:
                 found = await run_in_threadpool(reader.read, kind, path, name)
             except NoChildError:
                 raise
             except PopError as error:
                 raise ApiError(400, f"{error.message}; {error.hint}", code="unreadable") from error
-    shown = {"url": f"data:{picture[0]};base64,{found}"} if picture else {"text": found}
+    shown = {"url": f"data:{image[0]};base64,{found}"} if image else {"text": found}
     return JSONResponse({"name": name, **shown})
 
 
-async def _receive(request: Request, path: Path, most: int, name: str) -> None:
-    """Write a request's body to a file. Raises ApiError beyond `most` bytes."""
-    too_large = ApiError(413, f"{name} is larger than {most:,} bytes", code="request_too_large")
-    if int(request.headers.get("content-length", 0)) > most:
+async def _receive(request: Request, path: Path, max_bytes: int, name: str) -> None:
+    """Write a request's body to a file. Raises ApiError beyond `max_bytes`."""
+    message = f"{name} is too large: the limit is {max_bytes:,} bytes"
+    too_large = ApiError(413, message, code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_large
     n_bytes = 0
     with path.open("wb") as file:
         async for piece in request.stream():
             n_bytes += len(piece)
-            if n_bytes > most:
+            if n_bytes > max_bytes:
                 raise too_large
             file.write(piece)

@@ -1,0 +1,64 @@
+"""OpenAI's models, chat completions and text completions."""
+
+import time
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pop_local.server.api import Api
+from pop_local.server.model_listing import ModelInfo
+from pop_local.server.replies import ChatReply, Json, Reply
+from pop_local.server.request_bodies import ChatBody, CompletionBody
+from pop_local.server.task_factory import TaskFactory
+
+
+def routes(api: Api) -> list[Route]:
+    started_s = int(time.time())
+    return [
+        Route("/v1/models", partial(_list, api, started_s)),
+        Route("/v1/models/{name:path}", partial(_show, api, started_s)),
+        Route("/v1/chat/completions", partial(_chat, api), methods=["POST"]),
+        Route("/v1/completions", partial(_complete, api), methods=["POST"]),
+    ]
+
+
+async def _list(api: Api, started_s: int, request: Request) -> Response:
+    models = [_card(info, started_s) for info in await api.models.listed()]
+    return JSONResponse({"object": "list", "data": models})
+
+
+async def _show(api: Api, started_s: int, request: Request) -> Response:
+    file = api.models.find(name := request.path_params["name"])
+    if file is None:
+        raise api.unknown_model(name)
+    return JSONResponse(_card(await api.models.info(file), started_s))
+
+
+def _card(info: ModelInfo, created_s: int) -> Json:
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "pop-local",
+        "pop": {
+            "n_ctx": info.n_ctx,
+            "boundary": info.boundary,
+            "images": info.can_see,
+            "exact": info.exact,
+            "loaded": info.is_loaded,
+        },
+    }
+
+
+async def _chat(api: Api, request: Request) -> Response:
+    body = await api.read(request, ChatBody)
+    reply = partial(ChatReply, wants_usage=body.wants_usage)
+    return await api.answer(request, body, TaskFactory.chat, reply)
+
+
+async def _complete(api: Api, request: Request) -> Response:
+    body = await api.read(request, CompletionBody)
+    reply = partial(Reply, wants_usage=body.wants_usage)
+    return await api.answer(request, body, TaskFactory.completions, reply)
