@@ -104,7 +104,7 @@ def test_a_model_that_takes_more_is_open_alone(library, expected, caplog):
         for name in ("one", "two"):
             assert text_of(complete(client, model=name)) == expected[name]
             assert library.open_ones == [name]
-    assert "one takes about" in caplog.text
+    assert "one needs about" in caplog.text
 
 
 @pytest.mark.parametrize(("ram_bytes", "n_parallel"), [(0, 1), (0, 2), (1 << 40, 1)])
