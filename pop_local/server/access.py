@@ -45,7 +45,7 @@ class AccessRules:
 
     @property
     def is_open(self) -> bool:
-        """Whether every machine of the network may use the models."""
+        """True if every machine of the network may use the models."""
         return self.host not in LOOPBACK and not self.api_key
 
 

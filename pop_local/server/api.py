@@ -117,7 +117,7 @@ class Api:
     async def work(
         self, request: Request, served: ServedModel, function: Callable[[], Result]
     ) -> Result:
-        """Call a function in a thread. Raises ApiError when the client disconnects meanwhile."""
+        """Call a function in a thread. Raises ApiError if the client disconnects."""
         gone, worker = self._disconnected(request), served.worker
 
         def stoppable() -> Result:

@@ -52,7 +52,7 @@ def reasoning_of(pieces: Sequence[Piece]) -> str:
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
     """Return OpenAI's `usage` with our counters as `pop`; times in seconds.
 
-    `pop.reason` says why pruning is off for this request (null: it is on). `pop.reading` and
+    `pop.reason` is the reason for reading in full (null: pruning is on). `pop.reading` and
     `pop.fit` are those of TurnStats, null if nothing was read. `pop.ignored` lists keywords of the
     JSON schema that were not enforced.
     """

@@ -324,7 +324,7 @@ class ChatBody(GenerationBody):
 
     @property
     def has_tools(self) -> bool:
-        """Whether this request or an earlier turn of its chat uses tools."""
+        """True if this request or an earlier turn of its chat uses tools."""
         return bool(self.tools) or any(
             message.tool_calls or message.role == "tool" for message in self.messages
         )

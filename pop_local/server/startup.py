@@ -91,7 +91,8 @@ def serve_models(
         try:
             listening.listen(128)
         except OSError as error:  # another program was faster
-            raise _cannot_listen(*listening.getsockname()[:2], error) from error
+            host, port = listening.getsockname()[:2]
+            raise _cannot_listen(host, port, error) from error
         on_ready(url_of(listening))
         app.run_app(application, listening)
     finally:

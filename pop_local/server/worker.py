@@ -34,9 +34,9 @@ _HUNG_S = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """One answer to generate, or one embedding to compute (`embeds`).
+    """An answer to generate, or an embedding to compute (`embeds`).
 
-    `reason` says why the prompt is read in full (None: pruned). `echo` precedes the answer.
+    `reason`: why the prompt is read in full (None: it is pruned). `echo` precedes the answer.
     `n_prompt_logprobs`: alternatives for each prompt token (None: no log probabilities).
     `n_written`: length in characters of a prompt that is not echoed, where text offsets start.
     """

@@ -150,10 +150,10 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("x.gguf --ram 2", "add --models"),
-        ("--models {folder} --name x", "applies to one model"),
-        ("--models {folder} --sidecar x", "applies to one model"),
-        ("--models {folder} --mmproj x", "applies to one model"),
+        ("x.gguf --ram 2", "requires --models"),
+        ("--models {folder} --name x", "for a single model"),
+        ("--models {folder} --sidecar x", "for a single model"),
+        ("--models {folder} --mmproj x", "for a single model"),
         ("--models {folder}/nowhere", "does not exist"),
         ("--models {folder} --ram inf", "finite"),
     ],
