@@ -14,7 +14,7 @@ from pop_local.commands.opening import Opener, default_model, lessons
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
-from pop_local.models.names import lookup
+from pop_local.models.model_names import lookup
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ REPEATED_CLASSES_FOR_NOW: set[str] = {
     "Fitter",
     "Prompt",
     "Work",
-    "_Reading",
 }
 REPEATED_FILES_FOR_NOW: set[str] = {
     "convert.py",
