@@ -1,12 +1,12 @@
-"""Writes a random model in the shape of a published one, to measure the speed of. Not a test.
+"""Write a random model in the shape of a published one, for speed tests. Not a test.
 
     python tests/bench/make_shaped.py {gemma-4-e2b,llama-3.1-8b} MODEL.gguf [--type q8_0]
     python tests/bench/make_shaped.py {qwen3-30b-a3b,gpt-oss-20b} MODEL.gguf [--layers N]
 
-All layers, heads, windows and widths are those of the published model; the vocabulary has 16,384
-tokens (32,768 of the 8B). The files have 2.1 and 7.7 GB with Q8_0, 1.1 and 4.1 GB with Q4_0.
-Mixtures of experts have 4 of 48 layers and 2 of 24, in 1.5 and 1.0 GB. Their types are those of the
-usual files: as Q4_K_M has them, and experts in MXFP4 with all else in Q8_0.
+All layers, heads, windows and widths equal the published model's; the vocabulary has 16,384 tokens
+(32,768 for the 8B). The files have 2.1 and 7.7 GB with Q8_0, 1.1 and 4.1 GB with Q4_0. Mixtures of
+experts have 4 of 48 layers and 2 of 24, in 1.5 and 1.0 GB. Their types are the usual files' types:
+Q4_K_M's, and MXFP4 experts with all other tensors in Q8_0.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def own_shapes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and dimensions of all tensors, the last dimension that of the rows."""
+    """Return names and dimensions of all tensors; the last dimension is the row's."""
     n_embd = recipe.n_embd
     yield "token_embd.weight", (recipe.n_vocab, n_embd)
     yield "output.weight", (recipe.n_vocab, n_embd)
@@ -116,7 +116,7 @@ def own_shapes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def layer_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """The tensors of a layer, but for experts."""
+    """Return a layer's tensors, without experts."""
     n_embd, n_ff = recipe.n_embd, recipe.n_ff
     n_q, n_kv = recipe.n_head * recipe.head_dim, recipe.n_head_kv * recipe.head_dim
     is_oss = recipe.arch == "gpt-oss"
@@ -138,7 +138,7 @@ def layer_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 
 def expert_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """The experts of a layer and their router."""
+    """Return a layer's experts and their router."""
     n, n_embd, n_ff = recipe.n_expert, recipe.n_embd, recipe.n_ff
     rows = {"ffn_gate_inp": (n,), "ffn_gate_exps": (n, n_ff), "ffn_up_exps": (n, n_ff)}
     parts = {f"{name}.weight": (*dims, n_embd) for name, dims in rows.items()}
@@ -150,7 +150,7 @@ def expert_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 
 def expert_type(recipe: Recipe, name: str) -> Type:
-    """The type of a matrix in the usual file of a mixture of experts."""
+    """Return a matrix's type in the usual file of a mixture of experts."""
     if recipe.arch == "gpt-oss":
         return Type.MXFP4 if "_exps" in name else Type.Q8_0
     precise = name.startswith(("blk.0.", "blk.2.")) and ("attn_v" in name or "ffn_down" in name)
@@ -158,7 +158,7 @@ def expert_type(recipe: Recipe, name: str) -> Type:
 
 
 def blocks(rng: np.random.Generator, dims: tuple[int, ...], kind: Type) -> np.ndarray:
-    """Rows of about unit gain in blocks of random codes, uint8 [.., bytes of a row]."""
+    """Return rows of about unit gain in blocks of random codes, uint8 [.., bytes of a row]."""
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     n_blocks = dims[-1] // block_size
     data = rng.integers(0, 256, (*dims[:-1], n_blocks, block_bytes), np.uint8)
@@ -167,7 +167,7 @@ def blocks(rng: np.random.Generator, dims: tuple[int, ...], kind: Type) -> np.nd
         return data.reshape(*dims[:-1], -1)
     scales = np.array([dims[-1] ** -0.5 / DEVIATIONS[kind]], np.float64)
     if kind == Type.Q4_K:
-        # The mins, which are subtracted, have a scale of their own: 7.5 is a code's mean.
+        # The mins, which are subtracted, have a separate scale: 7.5 is a code's mean.
         scales = np.append(scales, 7.5 * scales)
     raw = scales.astype("<f2").view(np.uint8)
     start = SCALE_AT.get(kind, 0)

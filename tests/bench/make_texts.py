@@ -1,4 +1,4 @@
-"""Seven kinds of text, each in a half to fit on and a half to measure on. Not a test.
+"""Make seven kinds of text, each with a half to fit on and a half to measure on. Not a test.
 
     pip download --no-deps --dest FOLDER gensim==4.4.0 Django==5.2.19 psutil==7.2.2
         chatterbot-corpus==1.3.3 vega-datasets==0.9.0 statsmodels==0.15.0
@@ -7,7 +7,7 @@
     python tests/bench/make_texts.py FOLDER OUT
 
 Writes OUT/KIND.fit.txt and OUT/KIND.held.txt, up to 190,000 characters each. Documents alternate
-between the halves, after a shuffle that is always the same. `make sidecars` fits on the first.
+between the halves, after a seeded shuffle. `make sidecars` fits on the first half.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def unpack(folder: Path) -> Path:
 
 
 def halves(documents: Iterable[str], most: int) -> Iterator[tuple[str, str]]:
-    """Yield a name and a text for each half of documents, of which `most` characters count."""
+    """Yield a name and a text for each half of documents, up to `most` characters of each."""
     kept = [each[:most] for each in documents if len(each[:most].strip()) > LEAST_CHARS]
     random.Random(7).shuffle(kept)
     for name, half in (("fit", kept[0::2]), ("held", kept[1::2])):
@@ -58,14 +58,14 @@ def halves(documents: Iterable[str], most: int) -> Iterator[tuple[str, str]]:
 
 
 def articles(root: Path) -> list[str]:
-    """The longer pages of gensim's test data, with their markup."""
+    """Return the longer pages of gensim's test data, with their markup."""
     [dump] = root.glob("gensim-*/gensim/test/test_data/enwiki-latest*.bz2")
     pages = re.findall(r"<page>.*?</page>", bz2.decompress(dump.read_bytes()).decode(), re.S)
     return [page for page in pages if "#REDIRECT" not in page.upper() and len(page) > 4000]
 
 
 def plain(page: str) -> str:
-    """The sentences of an article alone."""
+    """Return an article's sentences, without markup."""
     found = re.search(r"<text[^>]*>(.*)</text>", page, re.S)
     text = html.unescape(html.unescape(found[1] if found else ""))
     hidden = r"<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|<math>.*?</math>|<gallery.*?</gallery>"
@@ -111,7 +111,7 @@ def tables(root: Path) -> list[str]:
 
 
 def dialogue(root: Path) -> Iterator[str]:
-    """Conversations, twelve to a document, each once."""
+    """Yield conversations, twelve per document, each once."""
     seen: set[str] = set()
     for file in sorted(root.glob("chatterbot*/chatterbot_corpus/data/english/*.yml")):
         every = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]

@@ -1,4 +1,4 @@
-"""Several clients at once, as agents ask: beside llama-server of the same llama.cpp. Not a test.
+"""Measure several clients at once, next to llama-server of the same llama.cpp. Not a test.
 
     python tests/bench/measure_clients.py MODEL.gguf [--llama PATH/llama-server] [--clients 1,4,8]
         [--shared 2000] [--own 1000] [--decode 64] [--rounds 3] [--llama-args "--kv-unified"]
@@ -6,15 +6,16 @@
     python tests/bench/measure_clients.py MODEL.gguf --beside 4000 [--clients 1,2] [--cpu N]
         [--json]
 
-Each client sends one prompt, all at the same moment: `--shared` tokens that all prompts begin with,
-then `--own` of its own, and `--decode` tokens are written, as a stream. In each round every server
-is started anew, in an order that rotates, with a slot for each client and one thread, and warmed up
-by a short prompt. TTFT is from the request to the first piece of text; tokens per second are those
-of all answers, from the first request to the last answer's end. An answer without tokens is lost.
-Rows pruned are from /metrics. Nothing is built here.
+All clients send one prompt at the same moment: `--shared` common tokens, then `--own` tokens that
+differ. The server streams `--decode` tokens to each. Each round restarts every server, in a
+rotating order, with a slot for each client and one thread, and warms it up with a short prompt.
+TTFT is the time from the request to the first piece of text. Tokens per second count all answers,
+from the first request to the last answer's end. An answer without tokens is lost. /metrics counts
+pruned rows. This program builds no server.
 
-With --beside so many answers are written as streams, and meanwhile one prompt of that many tokens
-is read: their tokens per second before and while it is read, their longest pause, and its TTFT.
+With `--beside N`, the clients' answers stream while the server reads one prompt of N tokens. The
+program measures their tokens per second before and during that prefill, their longest pause, and
+the prompt's TTFT.
 """
 
 import argparse
@@ -40,12 +41,12 @@ from pop_local.measure.speed import Spread, spread
 from shared import Served, served
 
 PATIENCE_S = 1800
-ROOM = 256  # of a slot, beside what is asked
+ROOM = 256  # per slot, in addition to the prompt
 
 
 @contextmanager
 def pinned(cpu: int | None) -> Iterator[None]:
-    """Children that are started meanwhile stay on that CPU."""
+    """Pin child processes that start until exit to one CPU."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, before if cpu is None else {cpu})
     try:
@@ -56,7 +57,7 @@ def pinned(cpu: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One client's: seconds to the first token and to the end, tokens written and cached."""
+    """A client's seconds to the first token and to the end, with tokens written and cached."""
 
     ttft_s: float
     end_s: float
@@ -85,7 +86,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Row:
-    """One server with so many clients: medians and extremes of rounds."""
+    """A server's figures with N clients: medians and extremes of rounds."""
 
     server: str
     n_clients: int
@@ -186,8 +187,9 @@ def all_at_once(root: str, prompts: Sequence[Sequence[int]], n_decode: int) -> R
 
 @dataclass(frozen=True)
 class Beside:
-    """Streams beside one long prompt; `kept`: the share of their tokens per second, the least of
-    the streams, in each round."""
+    """Streams during one long prefill.
+
+    `kept`: the smallest share of its tokens per second that a stream keeps, by round."""
 
     n_streams: int
     n_prompt: int
@@ -197,7 +199,7 @@ class Beside:
 
 
 def beside(options: argparse.Namespace, n: int) -> Beside:
-    """Measure what streams keep of their speed."""
+    """Measure the share of their speed that streams keep."""
     prompt, *others = prompts_of(options, n + 1, options.beside)
     kept, pauses, ttfts = [], [], []
     for _ in range(options.rounds):
@@ -217,7 +219,7 @@ def beside(options: argparse.Namespace, n: int) -> Beside:
 
 
 class Stream(threading.Thread):
-    """An answer that is written until the server ends; `times_s`: of its pieces."""
+    """An answer that streams until the server stops; `times_s`: the times of its pieces."""
 
     def __init__(self, root: str, tokens: Sequence[int]) -> None:
         super().__init__(daemon=True)
@@ -251,8 +253,9 @@ def _longest(times_s: Sequence[float], began_s: float, ended_s: float) -> float:
 
 
 def prompts_of(options: argparse.Namespace, n: int, n_tokens: int = 0) -> list[list[int]]:
-    """Prompts of the held-out text, by the model's own tokens; `n_tokens`: instead of shared ones
-    and own ones."""
+    """Return prompts from the held-out text, cut by the model's tokens.
+
+    `n_tokens` replaces the numbers of shared and own tokens."""
     kinds = ("prose", "code", "dialogue", "tables")
     heldout = files("pop_local") / "data" / "heldout"
     text = "\n".join((heldout / f"{kind}.txt").read_text(encoding="utf-8") for kind in kinds)

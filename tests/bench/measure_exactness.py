@@ -1,16 +1,17 @@
-"""How exact the kernels for prompts are: KL from the same weights computed in F32. Not a test.
+"""Measure the prompt kernels' KL from the same weights computed in F32. Not a test.
 
     python tests/bench/measure_exactness.py MODEL.gguf [--text FILE] [--chunks 8] [--tokens 512]
         [--skip 0] [--parts] [--json]
 
-The truth is an F32 copy of the model in a temporary folder (TMPDIR, 4 bytes a weight and a logit),
-with K/V in F32, read by llama.cpp's own kernels. These and each of ours that this machine has then
-read the model itself, on one thread.
+The reference is an F32 copy of the model in a temporary folder (TMPDIR, 4 bytes per weight and per
+logit), with K/V in F32, computed by llama.cpp's own kernels. Then these kernels, and each of ours
+that this machine supports, read the original model on one thread.
 
-Each chunk of held-out text is one prompt, read in full. All rows are compared but the last one;
-`--skip` leaves out the first: without BOS they may differ by nats and make the mean alone. Errors
-are standard errors by chunk, differences are paired. `--parts` tells products from attention: ours
-compute only products without flash attention, only attention with F32 weights. Prints Markdown.
+Each chunk of held-out text is one prompt, read in full. All rows but the last are compared.
+`--skip` leaves out the first rows: without BOS they may differ by nats and dominate the mean.
+Errors are standard errors by chunk, differences are paired. `--parts` separates products from
+attention: without flash attention our kernels compute only products, with F32 weights only
+attention. Prints Markdown.
 """
 
 import argparse
@@ -54,7 +55,7 @@ UPSTREAM = (Setting("llama.cpp, fa off"), Setting("llama.cpp, fa on", flash_attn
 
 
 def settings(with_parts: bool) -> Iterator[Setting]:
-    """The settings to compare, kernels that this machine lacks among them."""
+    """Return the settings to compare, including kernels that this machine lacks."""
     yield from (TRUTH, *UPSTREAM, Setting("llama.cpp, fa off, not repacked", repack=False))
     if with_parts:
         yield Setting("llama.cpp, fa off, F32 weights", is_f32=True)
@@ -89,7 +90,7 @@ def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats
 
 
 def logits(model: PopModel, tokens: list[int]) -> Logits:
-    """Return those of all rows of a prompt read in full [n, n_vocab]; the next overwrites them."""
+    """Return all rows' logits of a prompt read in full [n, n_vocab], until the next call."""
     model.pruning = False
     model.cache.clear()
     backend.set_reading(model.context.ctx, backend.Reading.SOME)

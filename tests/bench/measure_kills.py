@@ -1,10 +1,10 @@
-"""Kills at random moments of what writes files, and what is left then. Not a test.
+"""Kill file-writing operations at random moments, and check the files. Not a test.
 
     python tests/bench/measure_kills.py [--kills 1000] [--only "a session"] [--seed 0] [--json]
 
-Each runs in a forked process, where an older file is or none, and gets SIGKILL at a random moment
-of a whole run's time. That file or a whole new one must be there then; the same command must
-succeed, and leave nothing else. Exits with 1 if anything was lost. POSIX only.
+Each operation runs in a forked process, with or without an older file, and gets SIGKILL at a random
+moment of a full run's time. Afterwards, the older file or a complete new one must exist. The same
+operation must then succeed, and leave no other file. Exits with 1 if a file was lost. POSIX only.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Work:
 
 @dataclass
 class Row:
-    """The kills of one work, by what was there then; `lost` says what went wrong."""
+    """An operation's kills, counted by the files found afterwards; `lost` describes failures."""
 
     work: str
     run_s: float
@@ -98,7 +98,7 @@ def serve(content: bytes, urls: Any) -> None:
 
 
 def works(folder: Path) -> dict[str, Work]:
-    """Nothing of llama.cpp runs in this process, whose threads a fork would lose."""
+    """Return the operations. llama.cpp must not run in this process: a fork loses its threads."""
     tiny = make_gguf(folder / "tiny.gguf", "llama", chat_template=TEMPLATE)
     model = make_gguf(folder / "model.gguf", "llama", n_embd=512, n_ff=1024)
     pop, content, urls = converted(model, folder, boundary=1), model.read_bytes(), FORKS.Queue()
@@ -125,7 +125,7 @@ def works(folder: Path) -> dict[str, Work]:
 
 
 def forked(work: Work, folder: Path, killed_after_s: float | None = None) -> int | None:
-    """Run it to its end, or kill it; return its exit code."""
+    """Run an operation to its end, or kill it; return its exit code."""
     (child := FORKS.Process(target=work.run, args=(folder,))).start()
     child.join(killed_after_s)
     if killed_after_s is not None:
@@ -135,7 +135,7 @@ def forked(work: Work, folder: Path, killed_after_s: float | None = None) -> int
 
 
 def killed(work: Work, row: Row, folder: Path, rng: random.Random, whole: bytes) -> None:
-    """Kill it once, and run it again; one that had ended by then does not count."""
+    """Kill an operation once, and run it again; one that ended before does not count."""
 
     def is_whole() -> bool:
         return out.exists() and (work.is_whole(out) if work.is_whole else out.read_bytes() == whole)

@@ -1,12 +1,12 @@
-"""A matrix: the loss of a fit on one kind of text, measured on each other kind. Not a test.
+"""Measure the loss of a fit on each kind of text, on each other kind. Not a test.
 
     python tests/bench/measure_kinds.py MODEL.gguf --boundary 13 --out FOLDER
         --fit NAME=FILE,... --fit NAME= ... --held NAME=FILE ... [--tokens 24576] [--windows 8]
 
-`--fit`: a row, fitted by `convert` on those files, on its own text where there are none. `--held`:
-a column, measured as `eval --recall 0` does; the full model reads it once for all rows (2 * windows
-* 128 * n_vocab bytes each). FOLDER keeps sidecars and figures: a second call makes only what is
-missing. Prints rows as JSON, figures with their errors.
+`--fit` adds a row, fitted by `convert` on those files, or on its own text without files. `--held`
+adds a column, measured as by `eval --recall 0`; the full model reads it once for all rows (2 *
+windows * 128 * n_vocab bytes each). FOLDER keeps sidecars and figures: a second call computes only
+the missing ones. Prints rows as JSON, figures with their errors.
 """
 
 import argparse
@@ -35,13 +35,13 @@ WIDE = Projection.WIDE
 
 
 def named(option: str) -> tuple[str, list[Path]]:
-    """NAME=FILE,... as a name and its files."""
+    """Split NAME=FILE,... into a name and its files."""
     name, _, files = option.partition("=")
     return name, [Path(file) for file in files.split(",") if file]
 
 
 def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
-    """The sidecar of a row, fitted as `convert` does."""
+    """Return a row's sidecar, fitted as by `convert`."""
     sidecar: Path = options.out / f"{options.model.stem}.{options.boundary}.{name}.gguf"
     if not sidecar.exists():
         source = read_source(options.model)
@@ -58,7 +58,7 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
 def measure(
     options: argparse.Namespace, sidecar: Path, references: dict[str, Reference]
 ) -> dict[str, Any]:
-    """A row: KL and what pruning adds to the NLL, by window; `references` are read once."""
+    """Return a row's KL and added NLL, by window; `references` are read once."""
     settings = QualitySettings(options.windows, n_draws=1)
     row: dict[str, Any] = {}
     with PopModel(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048) as model:
@@ -77,9 +77,9 @@ def measure(
 
 
 def cells(row: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    """A row of docs/results: KL and PPL ratio (`_ppl`) of each column.
+    """Return a row for docs/results: KL and PPL ratio (`_ppl`) of each column.
 
-    `of_first`: the KL of all windows, in that of the same windows in the first row.
+    `of_first`: all windows' KL over the same windows' KL in the first row.
     """
     found: dict[str, Any] = {}
     for column, each in row.items():

@@ -1,17 +1,18 @@
-"""Speed beside other programs: llama.cpp and ik_llama.cpp. Not a test.
+"""Measure speed next to llama.cpp and ik_llama.cpp. Not a test.
 
     python tests/bench/measure_peers.py MODEL.gguf [--llama PATH] [--ik PATH] [--sidecar FILE]
         [--prompts 512,2048] [--decode 32] [--threads 1] [--rounds 3] [--json]
 
 Each PATH is a built `llama-bench` with its libraries in the same folder; an option may come twice.
-Nothing is built here. In each round everything runs once, in an order that rotates. A peer runs in
-a new process for each of its SETTINGS, pop-local in a child that stays open, in full and pruned.
-Pruned means by the sidecar, else by each of `--skips`, or exactly where the model allows it.
+This program builds neither. In each round, every setting runs once, in a rotating order. A peer
+runs in a new process for each of its SETTINGS, pop-local in one child process, in full and pruned.
+Pruning uses the sidecar, else each of `--skips`, or exact skipping if the model allows it.
 
-Speeds are prompt tokens per second. Ours include sampling the first token; the row counters prove
-what was pruned. A ratio is taken within the round, to the peer's setting with the best median at
-that length. With --decode so many tokens are written, too, as prompt 0: behind 16 tokens by ours,
-behind none by a peer. All warm up first. Pin with `taskset`. Prints a table, or one JSON object.
+Speeds are prompt tokens per second. Ours include sampling the first token, and row counters prove
+the number of pruned rows. A ratio is computed within a round, to the peer's setting with the best
+median at that length. With --decode N, N tokens are decoded, too, listed as prompt 0: ours after a
+prompt of 16 tokens, a peer's without a prompt. All warm up first. Pin with `taskset`. Prints a
+table, or one JSON object.
 """
 
 import argparse
@@ -46,13 +47,13 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Read:
-    """One prompt that was read, or what was decoded."""
+    """A prompt's prefill, or a decode run."""
 
     tokens_per_s: float
     n_pruned: int = 0
 
 
-DECODED = 0  # in the place of a prompt length, as llama-bench has it
+DECODED = 0  # listed as a prompt length, as in llama-bench
 Reads = dict[int, Read]  # by prompt length
 Run = Callable[[], Reads]
 
@@ -78,7 +79,7 @@ class Row:
 
 
 def peers(options: argparse.Namespace) -> list[Entry]:
-    """Each given program in each of its settings."""
+    """Return each given program in each of its settings."""
     entries = []
     for kind, settings in SETTINGS.items():
         programs: list[Path] = getattr(options, kind)
@@ -108,7 +109,7 @@ def bench(program: Path, setting: str, options: argparse.Namespace) -> Run:
 
 @contextmanager
 def ours(options: argparse.Namespace) -> Iterator[list[Entry]]:
-    """pop-local in full and pruned, in a child that has run each of them once."""
+    """Return pop-local's entries, in full and pruned, in a child that has run each once."""
     shape = source_shape(read_source(Path(options.model)))
     pruned = [Variant("pruned", is_patched=True, mode=1)]
     variants = pruned if options.sidecar else skipping(shape, options.skips)
@@ -135,7 +136,7 @@ def ours(options: argparse.Namespace) -> Iterator[list[Entry]]:
 
 
 def measure(entries: list[Entry], n_rounds: int) -> dict[str, list[Reads]]:
-    """The reads of each entry, round by round."""
+    """Return the reads of each entry, by round."""
     runs: dict[str, list[Reads]] = {entry.name: [] for entry in entries}
     for number in range(n_rounds):
         shift = number % len(entries)

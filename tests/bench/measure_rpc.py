@@ -1,10 +1,10 @@
-"""A pruned and a full prompt on RPC servers of this machine: seconds, and bytes sent.
+"""Measure seconds and bytes of a pruned and a full prompt on local RPC servers. Not a test.
 
-With limits of the network, in a namespace of its own (Linux, root):
+With network limits, in a separate network namespace (Linux, root):
     unshare -n python tests/bench/measure_rpc.py MODEL.pop.gguf --servers 2 --rates 1gbit,100mbit
-Bytes are those of the loopback device, so only there are they this program's own. A median of
---repeat pairs each. All servers share this machine's cores: what differs between rates is the
-network's part.
+Bytes are counted on the loopback device, so only a namespace excludes other programs' bytes. Each
+figure is a median of --repeat pairs. All servers share this machine's cores, so differences between
+rates show the network's part.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def limit(rate: str) -> None:
 
 
 def measured(model: PopModel, tokens: list[int], n_decode: int) -> tuple[float, float, int]:
-    """Time to the first token, decode per token, and bytes sent for the prompt."""
+    """Return the time to first token, the decode time per token, and the prompt's bytes sent."""
     model.cache.clear()
     before, start = sent_bytes(), time.perf_counter()
     model.read(Prompt(tokens))

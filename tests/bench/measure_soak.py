@@ -1,17 +1,16 @@
-"""Many clients at one server for minutes: nothing is lost, memory stays flat. Not a test.
+"""Run many clients against one server for minutes, and check answers and memory. Not a test.
 
     python tests/bench/measure_soak.py [MODEL.gguf] [--seconds 1800] [--clients 8] [--parallel 4]
         [--ends 20]
 
-Each client asks in turns of a random kind: whole answers, streams, tools, pictures, other doors;
-some hang up in the middle of an endless answer, are malformed, or have a grammar that would take
-all time or memory. A grammar makes the model repeat a mark, so that an answer meant for somebody
-else is seen. Some ask greedily what was asked before by nobody else; how many get the same answer
-is printed. Memory, descriptors and /health are read all the while; memory grows until the cache
-of prompts is full. Then as many servers as --ends says get a SIGTERM at a random moment. Without a
-MODEL it is a tiny random one that sees and is refilled between requests; others get no pictures.
-With --json one JSON object is printed. Exits with 1 if anything was lost. Linux only: it reads
-/proc.
+Each client sends turns of a random kind: whole answers, streams, tools, pictures, other APIs. Some
+clients disconnect during an endless answer, some requests are malformed, and some have a grammar
+that would take all time or memory. A grammar makes the model repeat a mark, which reveals another
+client's answer. Some greedy requests repeat fixed prompts; the program prints how many answers
+equal a lone client's. It reads memory, descriptors and /health throughout; memory grows until the
+prompt cache is full. Then --ends servers get a SIGTERM at a random moment. The default MODEL is a
+tiny random vision model that catches up between requests; other models get no pictures. --json
+prints one JSON object. Exits with 1 if an answer was lost. Linux only: it reads /proc.
 """
 
 import argparse
@@ -63,7 +62,7 @@ OTHER = "another answer than a lone client's"
 
 @dataclass
 class Tally:
-    """The answers to all clients; `lost` has those that were not as it should be."""
+    """The answers to all clients; `lost` describes the wrong ones."""
 
     turns: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
@@ -77,12 +76,12 @@ class Tally:
 
 
 class Client:
-    """One client; its turns follow from its number."""
+    """A client, whose number determines its turns."""
 
     def __init__(
         self, server: Served, number: int, pictures: Sequence[str], alone: Sequence[str]
     ) -> None:
-        """`alone`: answers to FIXED that a lone client got."""
+        """Set up a client; `alone`: a lone client's answers to FIXED."""
         self._root, self._pictures, self._alone = server.root, pictures, alone
         self._api = openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=300)
         self._rng = random.Random(number)
@@ -229,7 +228,7 @@ def greedy(root: str, content: str) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """The server at one time: its own memory, that of its children, its descriptors."""
+    """A snapshot of the server: its memory, its children's memory, its descriptors."""
 
     after_s: float
     resident_mb: float
@@ -239,7 +238,7 @@ class Seen:
 
 
 def look(server: Served, began_s: float) -> Seen:
-    """Raises what /health answers, if it is not well."""
+    """Raise /health's error, if it reports one."""
     httpx2.get(f"{server.root}/health", timeout=30).raise_for_status()
     process = psutil.Process(server.process.pid)
     sizes = []
@@ -256,7 +255,7 @@ def look(server: Served, began_s: float) -> Seen:
 
 
 def url_of(size: int) -> str:
-    """A picture of noise as a data URL."""
+    """Return a picture of noise as a data URL."""
     pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
     encoded = BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG")
@@ -282,7 +281,7 @@ def main() -> None:
 def ended(
     model: Path, pictures: list[str], options: argparse.Namespace, rng: random.Random
 ) -> float:
-    """Return how long a busy server takes to end, in seconds, from a random moment on."""
+    """Return the seconds that a busy server takes to shut down, from a random moment on."""
     tally = Tally()
     with served(model, "--ctx", 2048, "--parallel", options.parallel) as server:
         end_s = time.monotonic() + 60

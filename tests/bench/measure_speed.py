@@ -1,16 +1,16 @@
-"""Speed against the unpatched library: time to first token, and decoding. Not a test.
+"""Measure TTFT and decoding against the unpatched library. Not a test.
 
     python tests/bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3] [--pairs 9]
 
-FOLDER holds upstream's libllama of the same release and flags, or with --other FOLDER another build
-of the patched one, as a wheel's, which then stands in its place. Two child processes stay open, on
-one core and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one
-with the patched library and PopModel. In each round every variant runs once, in an order that
-rotates; ratios are taken within the round. A model that rows leave exactly is measured so,
-without boundaries. The patched runs prove by the row counters that all of
-the prompt was evaluated and what of it was pruned. Decoding is compared from a prompt of 16 tokens
-on, as llama-bench's `tg` has none (give its path with --llama-bench). On a machine with other work
-to do, `--clock cpu` takes the process's CPU time, which one thread makes comparable.
+FOLDER contains upstream's libllama of the same release and flags. --other FOLDER is another build
+of the patched library instead, such as a wheel's. Two child processes stay open, on one core
+and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one with the
+patched library and PopModel. In each round, every variant runs once, in a rotating order; ratios
+are computed within the round. A model with exact skipping is measured without boundaries. Row
+counters of the patched runs prove that the whole prompt was evaluated, and count pruned rows.
+Decoding follows a prompt of 16 tokens; llama-bench's `tg` has no prompt (give its path with
+--llama-bench). If other work runs, `--clock cpu` takes the process's CPU time, which is comparable
+with one thread.
 
 Prints tables and, last, one JSON object.
 """
@@ -41,7 +41,7 @@ N_DECODE_PROMPT = 16
 
 @dataclass(frozen=True)
 class Variant:
-    """A prompt's run; `mode` is the backend's, 0 for all layers. `boundary` 0: that of the file."""
+    """A prompt's run; `mode` is the backend's, 0 for all layers; `boundary` 0: the file's."""
 
     name: str
     is_patched: bool
@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and extremes of what was measured in each round."""
+    """Median and extremes of a figure over all rounds."""
 
     median: float
     min: float
@@ -61,7 +61,7 @@ class Spread:
 @dataclass(frozen=True)
 class Row:
     """`speedup`: against the patched library's full mode; `speedup_unpatched`: against upstream.
-    `n_pruned`: rows that left, be it exactly."""
+    `n_pruned`: rows that skipped layers, exactly or not."""
 
     n_prompt: int
     variant: str
@@ -81,7 +81,7 @@ Clock = Callable[[], float]
 
 
 def child(options: argparse.Namespace) -> None:
-    """Answers one JSON line with another until its input ends."""
+    """Answer each JSON line with another until the input ends."""
     open_runner = _patched if options.child == "patched" else _unpatched
     runner = open_runner(options, CLOCKS[options.clock])
     for line in sys.stdin:
@@ -197,7 +197,7 @@ Runs = dict[Variant, list[dict[str, float]]]
 def measure(
     pair: dict[bool, Child], variants: list[Variant], tokens: list[int], n_decode: int, rounds: int
 ) -> Runs:
-    """The runs of each variant, round by round; the first round only warms up."""
+    """Return the runs of each variant, by round; the first round only warms up."""
     runs: Runs = {variant: [] for variant in variants}
     for number in range(rounds + 1):
         shift = number % len(variants)

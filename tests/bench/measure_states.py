@@ -1,4 +1,4 @@
-"""Two environments, prompt by prompt: speed of the second over the first, and memory. Not a test.
+"""Compare two environments by prompt: relative speed, and memory. Not a test.
 
 python tests/bench/measure_states.py BEFORE/bin/python AFTER/bin/python MODEL
 """
@@ -9,8 +9,8 @@ import statistics
 import subprocess
 from pathlib import Path
 
-# In either environment: first the time to open, then for a line "TOKENS PRUNED" the time to the
-# first token, that of each token behind it, and the most memory so far.
+# Runs in either environment. It prints the time to open, then for each line "TOKENS PRUNED" the
+# TTFT, the time per following token, and the peak memory so far.
 _CHILD = """
 import resource, sys, time
 from pop_local import PopModel

@@ -1,12 +1,13 @@
-"""A model's table of docs/quality.md: what each depth loses, and how fast it reads. Not a test.
+"""Measure the loss and the speed of each depth of a model. Not a test.
 
     python tests/bench/measure_table.py MODEL.gguf --fits 18:fitted,16:fitted-wide
         --out FOLDER [--prompts 512,2048] [--repeat 3] [--windows 16] [--texts FILE ...] [--cpu N]
 
-All are fitted in one pass over convert's text, and measured as `pop-local eval` does, with the full
-model read once for all and its words kept (2 * windows * 128 * n_vocab bytes). Then come `pop-local
-eval` of each of `--texts`, eight windows, and `pop-local bench`. All run on one thread of the CPU.
-FOLDER keeps sidecars and JSON: a second call measures only what is missing. Prints Markdown.
+All depths are fitted in one pass over convert's text, and measured as by `pop-local eval`. The full
+model reads the text once for all, and its predictions are kept (2 * windows * 128 * n_vocab bytes).
+Then `pop-local eval` runs on each of `--texts`, with eight windows, and `pop-local bench`. All run
+on one CPU thread. FOLDER keeps sidecars and JSON: a second call measures only the missing ones.
+Prints Markdown.
 """
 
 import argparse
@@ -43,7 +44,7 @@ HEADS = ("skipped", "limit", "KL", "first token", "PPL ratio", "copy", "facts, o
 
 
 def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
-    """The sidecar of each boundary and kind; those that are missing are fitted."""
+    """Return the sidecar of each boundary and kind, after fitting the missing ones."""
     sidecars = {each: folder / f"{model.stem}.{'.'.join(map(str, each))}.gguf" for each in recipes}
     if missing := [recipe for recipe, path in sidecars.items() if not path.exists()]:
         source = read_source(model)
@@ -59,7 +60,7 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
 
 
 def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
-    """Return the losses of each sidecar, kept beside it; those that are missing are measured."""
+    """Return the losses of each sidecar, stored next to it, after measuring the missing ones."""
     shape, macs = source_shape(read_source(model)), GraphMacs(model)
     plans = {
         path: make_plan(shape, boundary=b, projection=k, macs=macs)
@@ -76,7 +77,7 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
 
 
 def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
-    """Return the losses of one sidecar, against what the full model said."""
+    """Return the losses of one sidecar, against the full model's predictions."""
     pruning = Pruning(plan.boundary)
     reference, recall = full.reference, full.recall(RecallSettings().n_documents)
     bench = full.bench
@@ -93,7 +94,7 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
 
 
 def asked(kept: Path, *command: object) -> dict[str, Any]:
-    """The JSON that a command printed, kept in a file."""
+    """Return a command's JSON output, cached in a file."""
     if not kept.exists():
         words = [*POP_LOCAL, *map(str, command), "--threads", "1", "--gpu-layers", "0", "--json"]
         kept.write_text(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)

@@ -1,12 +1,12 @@
-"""Calls of tools by a real model, through the server. Not a test.
+"""Measure a real model's tool calls, through the server. Not a test.
 
     python tests/bench/measure_tools.py MODEL.gguf [--turns] [--json]
 
-Forty requests with four tools, where a call is required, where it is named, and where the model
-chooses (twenty that need a tool and twenty that need none). A call is valid if its arguments are
-JSON under the tool's schema; llguidance made them, so a check of its own reads them again.
-With --turns only an agent's two turns: a long system prompt, a call, and its result, which comes
-ten seconds later. Temperature 0, one thread.
+Forty requests have four tools: with a required call, a named call, and the model's choice (twenty
+need a tool and twenty need none). A call is valid if its arguments are JSON that matches the tool's
+schema; since llguidance produced them, a separate check validates them. --turns runs only an
+agent's two turns: a long system prompt with a call, and its result, ten seconds later. Temperature
+is 0, with one thread.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def measured(client: openai.OpenAI, asked: list[tuple[str, str]], mode: str) -> 
 
 
 def turns(client: openai.OpenAI) -> dict[str, Any]:
-    """The figures of an agent's first and second request."""
+    """Return the figures of an agent's first and second request."""
     rules = "\n".join(f"Rule {n}: {RULE}" for n in range(100))
     messages: list[Any] = [{"role": "system", "content": rules}]
     messages.append({"role": "user", "content": NEEDED[0][0]})

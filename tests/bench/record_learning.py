@@ -1,9 +1,10 @@
-"""A chat that reads a text in pieces until it prunes by what it learned; prints the transcript.
+"""Record a chat that reads a text in pieces until it prunes by a learned fit. Not a test.
 
     python tests/bench/record_learning.py MODEL TEXT --threads 1
 
-MODEL has no sidecar. Each piece is attached to a question, in a conversation of its own. While
-nothing is typed the chat learns; /stats shows how far it is. The last piece is read at the end.
+MODEL has no sidecar. Each piece is attached to a question, in a new conversation. While the user
+types nothing, the chat learns; /stats shows the progress. The chat reads the last piece at the end.
+Prints the transcript.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The transcript of docs/usage.md: `pop-local chat` on a terminal, with a real model. Not a test.
+"""Record the transcript of docs/usage.md, with a real model on a terminal. Not a test.
 
     python tests/bench/record_transcript.py MODEL.pop.gguf [--write docs/usage.md]
 
-Types the lines of SCENES and prints what is to be seen then, the prefill bars having gone.
+Types the lines of SCENES and prints the screen, after the prefill bars have disappeared.
 `--write` puts it between the marks in that file instead.
 """
 
@@ -23,7 +23,7 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Scene:
-    """One run of the program, what is typed and how it ends included."""
+    """A run of the program, with the typed lines and its end."""
 
     options: tuple[str, ...]
     lines: tuple[str, ...]
@@ -50,7 +50,7 @@ SCENES = (
 
 
 def recorded(scene: Scene, model: Path) -> str:
-    """The command, and the screen at its end."""
+    """Return the command, and the screen at its end."""
     arguments = ("chat", str(model), *scene.options)
     chat = Terminal("-m", "pop_local", *arguments, width=WIDTH, height=HEIGHT)
     for line in scene.lines:
@@ -62,7 +62,7 @@ def recorded(scene: Scene, model: Path) -> str:
 
 
 def write(file: Path, transcript: str) -> None:
-    """Puts it between the marks, of which there is one pair."""
+    """Put the transcript between the only pair of marks."""
     head, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not end:

@@ -1,12 +1,11 @@
-"""The tables of the documents and the chart of README, from the kept results in docs/results.
+"""Render the documents' tables and the README's chart from docs/results.
 
     python tests/bench/render_docs.py [--no-chart]        (make docs)
 
 `<!-- table NAME -->` in a document, or `<!-- table NAME: COLUMN, COLUMN -->` for some columns,
-begins a table; all lines up to `<!-- end -->` are written anew. A result is a JSON file: columns
-with a title and a format, rows, and where they were measured. A cell is null, a text, a list of
-numbers for the format or for its first part, or an object with such a `value` and a `note` or a
-`format` of its own.
+starts a table; all lines up to `<!-- end -->` are replaced. A result is a JSON file: columns with a
+title and a format, rows, and the machine. A cell is null, a text, a list of numbers for the format
+or for its first part, or an object with such a `value` and its own `note` or `format`.
 """
 
 import argparse
@@ -34,12 +33,12 @@ Row: TypeAlias = dict[str, Any]
 
 
 def read(name: str) -> Any:
-    """Return a kept result."""
+    """Return a stored result."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def cell_text(value: Any, layout: str) -> str:
-    """Return a cell; fewer values than the layout has take its first part."""
+    """Return a cell; with fewer values than the layout has, use its first part."""
     if isinstance(value, dict):
         text = cell_text(value["value"], value.get("format", layout))
         return f"{text} {value['note']}" if "note" in value else text
@@ -69,7 +68,7 @@ def table(columns: list[Row], rows: list[Row]) -> str:
 
 
 def kept_table(name: str, chosen: str | None) -> str:
-    """Return the table of a result, of the chosen columns, and how it was measured."""
+    """Return a result's table with the chosen columns, and its commands and machine."""
     kept = read(name)
     columns = kept["columns"]
     if chosen:
@@ -82,7 +81,7 @@ def kept_table(name: str, chosen: str | None) -> str:
 
 
 def summary() -> str:
-    """Return README's table: the shipped sidecars' losses beside their speeds."""
+    """Return README's table: the shipped sidecars' losses and speeds."""
     losses, speeds = read("shipped"), read("speeds")
     columns = {column["name"]: column for column in losses["columns"]}
     by_model = {row["model"]: row for row in speeds["rows"] if row["tokens"] == 2048}
@@ -99,7 +98,7 @@ def summary() -> str:
 
 
 def rendered(text: str) -> str:
-    """Return a document with its tables written anew."""
+    """Return a document with its tables replaced."""
 
     def anew(found: re.Match[str]) -> str:
         begin, name, chosen, end = found.groups()

@@ -1,13 +1,13 @@
-"""Task benchmarks as files for `pop-local compare`, from their own files. Not a test.
+"""Convert task benchmarks to files for `pop-local compare`. Not a test.
 
     python tests/bench/tasks.py gsm8k test.jsonl --shots 4 [--limit 100] > gsm8k.jsonl
     pop-local compare MODEL.pop.gguf gsm8k.jsonl --answers gsm8k.answers.jsonl --json
     python tests/bench/tasks.py score HumanEval.jsonl --shots 4 humaneval.answers.jsonl
 
-FILE as it is published: gsm8k, humaneval, ruler and musique as JSONL, mmlu as CSV without a head.
-`eval` judges all but humaneval, whose answers are programs: `score` runs them, so give it answers
-of a model that you trust. The first --shots tasks of the file are not asked, but stand with their
-answers before each question; what prompts share is read once.
+FILE has its published form: gsm8k, humaneval, ruler and musique are JSONL, mmlu is CSV without a
+header. `compare` judges all but humaneval, whose answers are programs: `score` runs them, so use a
+model that you trust. The first --shots tasks of the file precede each question with their answers;
+their common prefix is read once.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _CODE = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Task:
-    """`expected` is a regex for the answer, "" where that has to be run; `shown` is a right one."""
+    """A task; `expected`: a regex for the answer, "" for a program; `shown`: a right answer."""
 
     question: str
     expected: str = ""
@@ -92,7 +92,7 @@ def entries(path: Path, name: str) -> Iterator[Any]:
 
 
 def prompts(tasks: Iterable[Task], n_shots: int) -> Iterator[dict[str, Any]]:
-    """The lines of the file, in the order of the tasks."""
+    """Yield the file's lines, in the order of the tasks."""
     rest = iter(tasks)
     shots = [
         message
@@ -116,9 +116,9 @@ def _asked(task: Task) -> str:
 
 
 def score(path: Path, n_shots: int, answers: Path) -> dict[str, Any]:
-    """Run the programs of both modes; the answers' lines are those of the tasks asked.
+    """Run the programs of both modes; the answers' lines match the tasks.
 
-    Unfinished answers count where both modes have the line.
+    Unfinished answers count if both modes have the line.
     """
     asked = list(entries(path, "humaneval"))[n_shots:]
     _, *kept = map(json.loads, answers.read_text("utf-8").rpartition("\n")[0].splitlines())
@@ -138,9 +138,9 @@ def score(path: Path, n_shots: int, answers: Path) -> dict[str, Any]:
 
 
 def passes(entry: dict[str, Any], answer: str) -> bool:
-    """Whether the answer's code passes the task's tests, in a process of its own."""
+    """Return True if the answer's code passes the task's tests, in a separate process."""
     code = _CODE.search(answer)
-    # Imports of the task stay there; a function that is written in whole takes its stub's place.
+    # The task's imports stay; a complete function replaces its stub.
     program = f"{entry['prompt']}    pass\n\n{code[1] if code else answer}\n\n{entry['test']}\n"
     program += f"\ncheck({entry['entry_point']})\n"
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Code, tables, headings, HTML and pictures of Markdown; the first two of docstrings, too.
+# Code, comments and pictures, of docstrings and Markdown.
 _CODE = re.compile(
     r"(?s:^```.*?^```$|^<!--.*?-->$|^<picture>.*?</picture>$)|(?<=\n\n)(?: {4}.*\n+)+", re.M
 )
@@ -61,7 +61,7 @@ def _split(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield each sentence's line offset, its text and its prose; a list item ends one."""
     text = _CODE.sub(lambda match: "\n" * match[0].count("\n"), text)
     text = _LINK.sub(lambda match: match[1] + "\n" * match[0][len(match[1]) :].count("\n"), text)
-    # Of the same length, so that a place in one is a place in the other.
+    # Masks keep the length, so offsets agree.
     prose = _INLINE_CODE.sub(lambda match: re.sub(r"[^\n`]", "_", match[0]), text)
     for block_start, block in _pieces(prose, _BLOCK_END):
         item = _ITEM.match(block)
@@ -123,7 +123,7 @@ def _messages(node: ast.AST, left_out: set[ast.AST]) -> Iterator[tuple[int, str,
         if isinstance(child, ast.Constant | ast.JoinedStr):
             text = _literal(child)
             if len(re.findall(r"[A-Za-z]{2,}", text)) >= _MIN_WORDS and " " in text.strip():
-                # Escapes make lines that the file does not have.
+                # Escapes in a literal are no lines of the file.
                 yield child.lineno, "message", text.replace("\n", " ")
         else:
             yield from _messages(child, left_out)
@@ -138,7 +138,7 @@ def _literal(node: ast.Constant | ast.JoinedStr) -> str:
 
 
 def _added(patch: str) -> str:
-    """Return the lines that a patch adds, and as empty ones the others."""
+    """Return a patch's added lines, with the other lines empty."""
     lines = [line[1:] if re.match(r"\+(?!\+\+ )", line) else "" for line in patch.split("\n")]
     return "\n".join(lines)
 

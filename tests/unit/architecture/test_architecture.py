@@ -10,7 +10,7 @@ import pytest
 
 from support.paths import ROOT
 
-# `pop_local` itself is what programs import: its modules without a room.
+# `pop_local` itself is the public package, without modules in folders.
 ARROWS = {
     "cli": "config ui",
     "commands": (
@@ -31,7 +31,7 @@ ARROWS = {
     "config": "",
     "converter": "",
 }
-# The same for the rooms within one.
+# The same for the folders within a package.
 INSIDE = {
     "engine": {
         "sessions": "cache decode images llama",
@@ -54,7 +54,7 @@ INSIDE = {
         "base": "",
     },
 }
-# Only types of these: what is drawn is another's result.
+# Only types cross these arrows, since `ui` draws other packages' results.
 DRAWN = [("ui", "workflows"), ("ui", "research")]
 ON_THE_TERMINAL = {"cli", "commands", "ui"}
 FILES = {
@@ -66,7 +66,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Import:
-    """`module`: what is imported, the innermost module of it; `name`: what of that, "" for all."""
+    """An import of `module`, the innermost one; `name`: the imported name in it, "" for all."""
 
     by: str
     module: str
@@ -74,7 +74,7 @@ class Import:
 
 
 def imports_of(module: str) -> list[Import]:
-    """Also those inside of functions, and those for types."""
+    """Return all imports, including those in functions and those for types."""
     found = []
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -103,28 +103,28 @@ def room(module: str) -> str:
 
 
 def inner_room(module: str) -> str:
-    """The room within a room; "" for a module that lies in none."""
+    """Return the folder within a package; "" for a module outside any."""
     parts = module.split(".")[1 if module.startswith("pop_converter") else 2 :]
     folder = FILES[module].name == "__init__.py"
     return parts[0] if len(parts) > 1 or (parts and folder) else ""
 
 
-def test_every_room_has_its_arrows():
+def test_every_package_has_arrows():
     assert {room(module) for module in FILES} == ARROWS.keys()
     graphlib.TopologicalSorter({name: set(to.split()) for name, to in ARROWS.items()}).prepare()
 
 
 @pytest.mark.parametrize("name", ARROWS)
-def test_a_room_imports_what_its_arrows_say(name):
+def test_packages_import_along_their_arrows(name):
     allowed = {name, "converter", *ARROWS[name].split()}
     of_ours = [found for found in imports() if room(found.by) == name and found.module in FILES]
-    # The version is the package's.
+    # The version belongs to the package.
     wrong = [found for found in of_ours if room(found.module) not in allowed]
     assert [found for found in wrong if found.name != "__version__"] == []
 
 
 @pytest.mark.parametrize("outer", INSIDE)
-def test_a_room_within_imports_what_its_arrows_say(outer):
+def test_inner_folders_import_along_their_arrows(outer):
     table = INSIDE[outer]
     graphlib.TopologicalSorter({name: set(to.split()) for name, to in table.items()}).prepare()
     inner = [each for each in imports() if each.module in FILES and room(each.by) == outer]
@@ -141,14 +141,14 @@ def test_a_room_within_imports_what_its_arrows_say(outer):
 
 
 @pytest.mark.parametrize("arrow", DRAWN)
-def test_of_results_only_the_types_are_imported(arrow):
+def test_ui_imports_only_types_of_results(arrow):
     found = [each for each in imports() if (room(each.by), room(each.module)) == arrow]
     assert found
     assert [each for each in found if not each.name[:1].isupper()] == []
 
 
-def test_research_is_imported_where_a_command_asks_for_it():
-    """Within functions, or for types alone: only research itself imports it at the top."""
+def test_research_is_imported_lazily():
+    """Outside research, imports of it are within functions or for types."""
     outside = [module for module in FILES if room(module) != "research"]
     wrong = [
         node
@@ -159,12 +159,12 @@ def test_research_is_imported_where_a_command_asks_for_it():
     assert wrong == []
 
 
-def test_only_the_terminal_knows_typer_and_rich():
+def test_only_the_terminal_imports_typer_and_rich():
     found = [each for each in imports() if each.module.split(".")[0] in ("typer", "rich")]
     assert {room(each.by) for each in found} == ON_THE_TERMINAL
 
 
-def test_no_module_is_in_a_circle():
+def test_modules_import_each_other_without_circles():
     graph: dict[str, set[str]] = {module: set() for module in FILES}
     for found in imports():
         if found.module in FILES:
@@ -176,8 +176,8 @@ def test_no_module_is_in_a_circle():
 DEFINED = re.compile(r"^(?!static)[\w:<>*& ]*\b(llama_pop_\w+)\([^;{]*\) *\{", re.M)
 
 
-def test_no_file_of_the_patches_is_in_a_circle():
-    """Neither by calls of what another file defines nor, among headers, by includes."""
+def test_patch_files_have_no_circles():
+    """Check calls of other files' functions and, among headers, includes."""
     folder = ROOT / "patches" / "llama.cpp" / "src"
     texts = {path.name: re.sub(r"//.*", "", path.read_text()) for path in folder.glob("*.*")}
     sources = [name for name in texts if name.endswith(".cpp")]

@@ -1,4 +1,4 @@
-"""The build of the backend: the key, the pinned source, the tree, on tiny ones."""
+"""The backend's build: key, pinned source and tree, on tiny examples."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ from pop_build.tree import PORTABLE_VARIABLE, UNPATCHED_VARIABLE, key, prepare, 
 from pop_build.unpatched import build_unpatched
 from pop_local.engine.llama.backend import OTHER, OURS
 
-# CMake takes these from the environment, as docs/install.md says.
+# CMake reads these from the environment (docs/install.md).
 FLAGS = (
     *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),
@@ -36,7 +36,7 @@ FLAGS = (
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A copy of the package with a toy hook, and a toy sdist in the variable's place."""
+    """Return a copy of the package with a toy hook, and set the source variable to a toy sdist."""
     package = tmp_path / "patches" / "llama-cpp-python"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("build", "*.patch"))
     hooks = package.parent / "llama.cpp"
@@ -181,7 +181,7 @@ def pin(package: Path) -> Pin:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
-    """Stands in for pip: puts the content where the sdist belongs; returns the calls."""
+    """Replace pip: write the content to the sdist's path; return the calls."""
     calls: list[Path] = []
 
     def download(pin: Pin, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The licence of each shipped sidecar is beside it, as the catalog names it for the model."""
+"""Each shipped sidecar's licence is in LICENSES.md, equal to the model's in the catalog."""
 
 from pathlib import Path
 

@@ -83,7 +83,7 @@ def test_a_failing_hunk_says_where_and_what_and_writes_nothing(tree, tmp_path):
         apply_patch(patch_of(tmp_path, first + DIFF), tree)
     message = caught.value.message
     assert "0001-hook.patch does not fit src/a.cpp: hunk 2 of 2 (@@ -15,3 +16,4 @@)" in message
-    # Counted with the line that the first hunk adds.
+    # The number includes the line that the first hunk adds.
     assert "line 17:" in message
     assert "expected 'line 16'" in message
     assert "found    'line XVI'" in message

@@ -1,8 +1,8 @@
-"""The language of docstrings, comments, messages and documents (CONTRIBUTING.md, *Prose*).
+"""Check the language of docstrings, comments, messages and documents (CONTRIBUTING.md).
 
     python tests/unit/architecture/test_prose.py pop_local/server README.md
 
-prints the findings in those files and folders (default: the repository), NOT_YET or not.
+prints the findings in those files and folders (default: the repository), including NOT_YET.
 
 After rewriting a folder, delete its entry in NOT_YET: the lint then holds for the files in it.
 """
@@ -152,7 +152,7 @@ class Finding:
 
 
 def findings_in(sentence: Sentence) -> Iterator[Finding]:
-    """Yield what a sentence has of banned starts and words."""
+    """Yield a sentence's banned starts and words."""
     text = sentence.prose.lstrip("*_(\"'")
     if sentence.kind != "message" and not text.endswith("?"):
         starts = SENTENCE_STARTS

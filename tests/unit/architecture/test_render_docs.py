@@ -1,4 +1,4 @@
-"""The documents' tables are what the kept results give (tests/bench/render_docs.py)."""
+"""The documents' tables equal the stored results (tests/bench/render_docs.py)."""
 
 import sys
 from pathlib import Path

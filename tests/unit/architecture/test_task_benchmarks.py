@@ -1,4 +1,4 @@
-"""Task benchmarks become prompts whose answers can be judged (tests/bench/tasks.py)."""
+"""Conversion of task benchmarks to prompts with expected answers (tests/bench/tasks.py)."""
 
 import json
 import re
