@@ -256,14 +256,14 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
-    reader.extend(tokens)
+    n_decoded = 0
     while not is_end(model.context, token):
         tokens.append(token)
         text = model.detokenize(tokens)
         if len(tokens) >= n_most or "\n" in text.lstrip():
             return text
-        reader.extend([token])
-        token = reader.next_token
+        reader.extend(tokens[n_decoded:])
+        n_decoded, token = len(tokens), reader.next_token
     return model.detokenize(tokens)
 
 
