@@ -21,11 +21,8 @@ class WindowOptions(Group):
     context: int = option("Context tokens per window.", min=2, default=512)
     continuation: int = option("Scored tokens per window, after the context.", min=2, default=128)
     windows: int = option("Number of windows.", min=1, default=32)
-    recall: str | None = option(
-        "Document lengths in tokens for questions about facts (0: none; default: 512).", "N,..."
-    )
-    documents: int | None = option("Documents per length (default: 24).", min=2)
-    seed: int = option("Seed for choosing passages, random tokens and facts.", min=0, default=0)
+    lookups: int = option("Questions for exact strings (0: none).", min=0, default=100)
+    seed: int = option("Seed for passages, random tokens and look-ups.", min=0, default=0)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
 
@@ -49,8 +46,7 @@ def eval(  # noqa: A001
     measured: opt.MeasureOptions,
     fitting: EvalFitOptions,
 ) -> None:
-    """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
-    lengths = tuple(filter(None, opt.lengths(on.recall or "512", "--recall", least=0)))
+    """Measure what pruning costs: KL and perplexity against the full model, copying, look-ups."""
     texts = tuple(fitting.fit_text or ()) or None
     given = fitting.fit(texts=texts)
     if not fit:
@@ -63,8 +59,7 @@ def eval(  # noqa: A001
     options = EvaluateOptions(
         text=on.text,
         settings=QualitySettings(on.windows, on.context, on.continuation, on.seed),
-        recall=lengths,
-        n_documents=on.documents or EvaluateOptions.n_documents,
+        n_lookups=on.lookups,
         deep_rows=on.deep_rows,
         n_ctx=measured.n_ctx,
     )

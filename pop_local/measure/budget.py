@@ -13,24 +13,22 @@ from pop_converter.popfile.format import NO_LIMIT, Budget
 if TYPE_CHECKING:
     from pop_converter.architecture.shape import ModelShape
     from pop_local.measure.estimate import Estimate
+    from pop_local.measure.lookups import Lookups
     from pop_local.measure.quality import Quality
-    from pop_local.measure.recall import Recall
 
 NEAR_LOSSLESS = Budget(
     "near-lossless",
     max_kl=0.015,
     max_ppl_ratio=1.01,
     max_copy_ratio=1.02,
-    least_retention=0.9,
-    max_lost_recall=0.03,
+    max_lost_lookups=0.0,
 )
 BALANCED = Budget(
     "balanced",
     max_kl=0.06,
     max_ppl_ratio=1.03,
     max_copy_ratio=1.1,
-    least_retention=0.85,
-    max_lost_recall=0.03,
+    max_lost_lookups=0.02,
 )
 # Past its limits on copying a model can no longer copy from its prompt.
 FAST = Budget(
@@ -38,56 +36,58 @@ FAST = Budget(
     max_kl=0.1,
     max_ppl_ratio=1.06,
     max_copy_ratio=1.3,
-    least_retention=0.7,
-    max_lost_recall=0.1,
+    max_lost_lookups=0.1,
 )
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
+# Below this share of the full model's gain on random tokens, a model no longer copies.
+LEAST_RETENTION = 0.7
 # Where copying is kept it hardly moves the retention; few draws leave as much open.
 _RETENTION_GAIN = 0.05
-# No fit brings back a retention this far below the limit.
+# No fit brings back a retention this far below the least.
 _LOST_RETENTION = 0.3
-# Lost facts past the limit, in standard errors: those let through, those that more documents may
-# settle.
-_BY_CHANCE, _UNSETTLED = 1.0, 2.0
 # Standard errors; where there are few windows, these are not well known themselves.
 _CLEAR = 3.0
+# Standard errors of lost look-ups within which another fit may keep enough.
+_UNSETTLED = 2.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Tell whether all figures but recall are within the budget (`recalls`).
-
-    A model that does not copy random tokens itself has no retention to keep.
-    """
+    """Tell whether all figures but look-ups are within the budget (`keeps_lookups`)."""
     return all(over <= 0 for over, _ in _excesses(budget, quality))
 
 
-def recalls(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether no more facts are lost than the budget allows, give or take a standard error.
+def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
+    """Tell whether the budget allows what is lost of the look-ups that the full model answers."""
+    return lookups.lost <= budget.max_lost_lookups * lookups.full
 
-    With 24 documents, two may be lost where the limit is 3 in 100, four where it is 10 in 100.
+
+def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
+    """Tell early whether `n_questions` would lose more look-ups than the budget allows.
+
+    Either more are lost already, or the right strings' probability, which has less noise, has
+    clearly fallen by more.
     """
-    return _least_lost(recall, _BY_CHANCE) <= budget.max_lost_recall
+    expected, limit = lookups.expected_lost, budget.max_lost_lookups
+    has_fallen = expected.se is not None and expected.value - _CLEAR * expected.se > limit
+    return lookups.lost > limit * n_questions or (has_fallen and not keeps_lookups(budget, lookups))
 
 
-def is_open(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether some facts are lost, but not clearly too many.
+def is_open(budget: Budget, lookups: "Lookups") -> bool:
+    """Tell whether too many look-ups are lost, but so few that another fit may keep them."""
+    share = lookups.lost_share
+    error = sqrt(share * (1 - share) / max(1, lookups.full))
+    limit = budget.max_lost_lookups
+    return share > limit and share - _UNSETTLED * error <= limit
 
-    As many documents more, or another fit, may come out inside then.
+
+def copies(quality: "Quality") -> bool:
+    """Tell whether a model still copies from its prompt, by both probes.
+
+    A model that does not copy random tokens itself has no retention to keep.
     """
-    is_lossy = recall.exact_lost.value > 0
-    return is_lossy and _least_lost(recall, _UNSETTLED) <= budget.max_lost_recall
-
-
-def _least_lost(recall: "Recall", n_errors: float) -> float:
-    """The share that is lost on balance, less standard errors of as many that are lost alone."""
-    lost = recall.exact_lost.value
-    return lost - n_errors * sqrt(max(lost * (1 - lost), 0.0) / (recall.n_documents - 1))
-
-
-def copies(budget: Budget, quality: "Quality") -> bool:
-    """Tell whether copying is within the budget, by both probes; past FAST, it is lost."""
-    return all(over <= 0 for over, _ in _copying_excesses(budget, quality))
+    ratio = quality.copy_ppl_ratio.value
+    return ratio <= FAST.max_copy_ratio and keeps(quality.induction_retention)
 
 
 def is_clear(budget: Budget, quality: "Quality") -> bool:
@@ -100,14 +100,14 @@ def is_clear(budget: Budget, quality: "Quality") -> bool:
     return outside or all(over < -_CLEAR * error for over, error in excesses)
 
 
-def may_copy(budget: Budget, retention: "Estimate | None") -> bool:
+def may_copy(retention: "Estimate | None") -> bool:
     """Tell whether so much of copying with own projections may be enough with fitted ones."""
-    return keeps(budget, retention, _RETENTION_GAIN)
+    return keeps(retention, _RETENTION_GAIN)
 
 
-def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
+def is_hopeless(retention: "Estimate | None") -> bool:
     """Tell whether so little of copying with own projections is left that no fit brings it back."""
-    return retention is not None and retention.value < budget.least_retention - _LOST_RETENTION
+    return not keeps(retention, _LOST_RETENTION)
 
 
 def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
@@ -148,9 +148,9 @@ def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
     return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
 
 
-def keeps(budget: Budget, retention: "Estimate | None", slack: float = 0.0) -> bool:
+def keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
     """Tell whether so much of copying is enough, or nearly; a model that never copies keeps all."""
-    return retention is None or retention.value >= budget.least_retention - slack
+    return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
 def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
@@ -158,15 +158,8 @@ def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
     return [
         _excess(quality.kl_mean, budget.max_kl),
         _excess(quality.ppl_ratio, budget.max_ppl_ratio),
-        *_copying_excesses(budget, quality),
+        _excess(quality.copy_ppl_ratio, budget.max_copy_ratio),
     ]
-
-
-def _copying_excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
-    found = [_excess(quality.copy_ppl_ratio, budget.max_copy_ratio)]
-    if (retention := quality.induction_retention) is not None:
-        found.append((budget.least_retention - retention.value, retention.se or 0.0))
-    return found
 
 
 def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
@@ -174,24 +167,24 @@ def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
 
 
 def limits_in_words(budget: Budget) -> str:
-    """The limits of a budget, in the order of `figures_in_words`; older files have fewer."""
-    perplexity = facts = ""
-    if budget.max_ppl_ratio < NO_LIMIT:
-        perplexity = f"perplexity ratio {budget.max_ppl_ratio:g}, "
-    if budget.max_lost_recall < NO_LIMIT:
-        facts = f", {budget.max_lost_recall:.0%} of facts lost"
-    return (
-        f"KL {budget.max_kl:g}, {perplexity}copy ratio {budget.max_copy_ratio:g}, "
-        f"{budget.least_retention:.0%} kept of copying random tokens{facts}"
+    """Return a budget's limits, in the order of `figures_in_words`; older files have others."""
+    limits = (
+        ("KL {:g}", budget.max_kl),
+        ("perplexity ratio {:g}", budget.max_ppl_ratio),
+        ("copy ratio {:g}", budget.max_copy_ratio),
+        ("{:.0%} kept of copying random tokens", budget.least_retention),
+        ("{:.0%} of facts lost", budget.max_lost_recall),
+        ("{:.0%} of look-ups lost", budget.max_lost_lookups),
     )
+    return ", ".join(form.format(limit) for form, limit in limits if limit < NO_LIMIT)
 
 
-def figures_in_words(quality: "Quality", recall: "Recall | None" = None) -> str:
-    """The figures that a budget limits; `recall` where facts were asked for."""
+def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
+    """Return the figures that a budget limits, with look-ups if they were asked for."""
     retention = quality.induction_retention
     kept = "" if retention is None else f", {retention.value:.0%} kept of copying random tokens"
-    facts = "" if recall is None else f", {recall.exact_lost.value:.0%} of facts lost"
+    lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "
-        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}{facts}"
+        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}{lost}"
     )

@@ -12,7 +12,7 @@ It has far less noise, so searches decide by it first.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import comb, exp
+from math import exp
 
 import numpy as np
 
@@ -23,23 +23,35 @@ from pop_local.measure.divergence import likelihood, predictions
 from pop_local.measure.estimate import Estimate, ratio
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import shipped_part
+from pop_local.measure.prompts import mcnemar
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import CarrierSettings, LookupQuestion, make_carrier
 
 # Tokens that question and answer add to a document, at the most.
-N_AROUND = 256
+_N_AROUND = 256
 # Tokens past the length of the right answer in which it may still be found.
 _N_LEEWAY = 12
 
 
 @dataclass(frozen=True)
 class LookupSettings:
-    """`n_questions` in all, up to `n_per_document` about each document of `n_tokens` tokens."""
+    """`n_documents` of about `n_tokens` tokens, and up to `n_per_document` questions about each."""
 
-    n_questions: int = 200
+    n_documents: int = 10
     n_per_document: int = 20
     n_tokens: int = 1024
     seed: int = 0
+
+    @classmethod
+    def of_questions(cls, n_questions: int, seed: int = 0) -> "LookupSettings":
+        """Share out the questions evenly; rounding up may add a few."""
+        n_documents = -(-n_questions // cls.n_per_document)
+        return cls(n_documents, -(-n_questions // n_documents), seed=seed)
+
+    @property
+    def n_ctx(self) -> int:
+        """The context length in tokens that the longest prompt takes."""
+        return self.n_tokens + _N_AROUND
 
 
 @dataclass(frozen=True)
@@ -170,21 +182,19 @@ class LookupReference:
 
 
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
-    """Build documents of held-out layouts, words and prose; fewer questions are about the last.
+    """Build documents of held-out layouts, words and prose.
 
-    The first documents are the same whatever `n_questions`. Raises PopError if documents are too
-    short for a look-up.
+    The first ones are the same whatever `n_documents`. Raises PopError if documents are too short
+    for a look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
     sized = CarrierSettings(settings.n_tokens, settings.n_per_document, Use.HELD_OUT)
-    documents, n_left = [], settings.n_questions
-    while n_left > 0:
+    documents = []
+    for _ in range(settings.n_documents):
         carrier = make_carrier(rng, sized, prose, lambda text: len(model.tokenize(text)))
-        asked = carrier.questions[:n_left]
-        n_left -= len(asked)
         # The blank line belongs to the document: most vocabularies merge it with a full stop.
         tokens = (*model.context.bos, *model.tokenize(carrier.text + "\n\n"))
-        questions = tuple(_tokenize_question(model, each) for each in asked)
+        questions = tuple(_tokenize_question(model, each) for each in carrier.questions)
         documents.append(LookupDocument(tokens, questions))
     return tuple(documents)
 
@@ -207,13 +217,6 @@ def is_right(text: str, answer: str) -> bool:
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
     return re.search(f"{before}{re.escape(answer)}{after}", line) is not None
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """Return McNemar's exact two-sided p for paired answers that changed."""
-    n = lost + gained
-    tail = sum(comb(n, k) for k in range(min(lost, gained) + 1))
-    return min(1.0, tail / 2 ** (n - 1)) if n else 1.0
 
 
 def _ask(

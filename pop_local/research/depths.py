@@ -14,12 +14,14 @@ from pop_converter.base.progress import Progress
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
-from pop_local.measure.budget import BALANCED, FAST, boundaries, deepest_inside, is_inside, may_copy
+from pop_local.measure.budget import boundaries, deepest_inside, is_inside, keeps, may_copy
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.quality import Quality, Reference, measure_retention
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2
+# The boundary that is likely to be chosen keeps so much more than the least.
+_LIKELY = 0.1
 # Boundaries that save less are not worth measuring.
 LEAST_LIMIT = 1.05
 
@@ -85,14 +87,14 @@ def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
     """Return the boundaries that may keep enough of copying, and the one past them.
 
-    Enough is what the loosest budget asks. The likeliest to be chosen comes first, the shallowest
+    The likeliest to be chosen comes first, the shallowest
     where the model does not copy; boundaries that could save next to nothing are left out.
     """
-    hopeful = [may_copy(FAST, depth.retention) for depth in depths]
+    hopeful = [may_copy(depth.retention) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
     wanted = [depth for depth in depths[:n_worth] if depth.speedup_limit >= LEAST_LIMIT]
     guess = deepest_inside(
-        {d.boundary: may_copy(BALANCED, d.retention) for d in depths if d.retention is not None}
+        {d.boundary: keeps(d.retention, -_LIKELY) for d in depths if d.retention is not None}
     )
     return sorted(wanted, key=lambda d: abs(d.boundary - (guess or d.boundary)))
 

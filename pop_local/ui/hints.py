@@ -29,7 +29,6 @@ BY_CAUSE = {
         "skip fewer layers; `--quality fast`, without --skip and --boundary, finds the "
         "deepest that copies fitted; --force writes this one all the same"
     ),
-    "documents-too-short": "give longer documents (--recall)",
     "download-exists": "move it away, replace it (--force), or choose another folder (--dir)",
     "download-is-folder": "move it away, or choose another folder (--dir)",
     "fit-not-measurable": "lower --sink and --tail; or --projection own, which may go unmeasured",
@@ -80,7 +79,7 @@ BY_CAUSE = {
     "unknown-model": "{hint}; `pop-local list` shows what is here, `pop-local pull` what is known",
     "unreadable-tensor": "convert with --projection own, or take another quantisation",
     "windows-too-long": (
-        "give shorter windows (--context, --continuation), or documents (--recall)"
+        "give shorter windows (--context, --continuation), or no look-ups (--lookups 0)"
     ),
 }
 

@@ -24,21 +24,16 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import Text, TextTokens, given_text, shipped_text, tokenize
+from pop_local.measure.lookups import Lookups, LookupSettings, measure_lookups
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, choose_windows, measure_prunings
-from pop_local.measure.recall import (
-    N_AROUND,
-    Recall,
-    RecallSettings,
-    make_documents,
-    measure_recall,
-)
+from pop_local.measure.verdict import verdict_in_words
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.goals import Named
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
-from pop_local.workflows.measuring import opened
+from pop_local.workflows.measuring import measured, opened
 from pop_local.workflows.open import files_at_boundary, model_files
 
 
@@ -46,15 +41,14 @@ from pop_local.workflows.open import files_at_boundary, model_files
 class EvaluateOptions:
     """How to measure. `text`: a file, None for the shipped held-out text.
 
-    `recall`: tokens of the documents that facts are asked of, none of them for no such question;
-    `n_documents` of each length. `deep_rows`: which context rows run all layers because
-    of their tokens (default: the file's). `n_ctx`: context length in tokens (default: as needed).
+    `n_lookups`: questions about exact strings of documents, 0 for none. `deep_rows`: which context
+    rows run all layers because of their tokens (default: the file's). `n_ctx`: context length in
+    tokens (default: as needed).
     """
 
     text: Path | None = None
     settings: QualitySettings = field(default_factory=QualitySettings)
-    recall: tuple[int, ...] = (512,)
-    n_documents: int = 24
+    n_lookups: int = 100
     deep_rows: DeepRows | None = None
     n_ctx: int | None = None
 
@@ -63,7 +57,7 @@ class EvaluateOptions:
 class Evaluation:
     """What pruning at one boundary costs a model on a text.
 
-    `speedup_limit`: by multiply-accumulates. `recall`: one for each document length. `calibration`,
+    `speedup_limit`: by multiply-accumulates. `lookups`: None if none was asked for. `calibration`,
     `kv_type`: those of fitted projections, else None.
     """
 
@@ -73,10 +67,15 @@ class Evaluation:
     projection: str
     speedup_limit: float
     quality: Quality
-    recall: tuple[Recall, ...]
+    lookups: Lookups | None
     deep_rows: DeepRows = DeepRows.NONE
     calibration: Calibration | None = None
     kv_type: KvType | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words. Raises PopError where a figure is no number."""
+        return verdict_in_words(measured(self.quality, self.lookups))
 
 
 def evaluate(
@@ -170,10 +169,7 @@ class _EvaluationRun:
             deep_rows = model.rule.deep_rows
             advance = self.watch.stage("Measuring")
             [quality] = measure_prunings(model, tokens, options.settings, [pruning], advance)
-            recalls = [
-                measure_recall(model, self._asked(n), [pruning], self.watch.stage("Asking"))[0]
-                for n in options.recall
-            ]
+            lookups = self._lookups(model, pruning)
             n_full = model.rule.sink_tokens + model.rule.tail_tokens
             n_context = quality.n_windows * (quality.n_context - n_full)
             n_full += round((1 - quality.n_pruned / n_context) * (LIMIT_PROMPT - n_full))
@@ -186,42 +182,49 @@ class _EvaluationRun:
             projection=Projection.OWN if meta is None else meta.projection,
             speedup_limit=limit,
             quality=quality,
-            recall=tuple(recalls),
+            lookups=lookups,
             deep_rows=deep_rows,
             calibration=None if meta is None else meta.calibration,
             kv_type=stored_type(tensors),
         )
 
-    def _asked(self, n_tokens: int) -> RecallSettings:
-        return RecallSettings(self.options.n_documents, n_tokens, self.options.settings.seed)
+    def _lookups(self, model: PopModel, pruning: Pruning) -> Lookups | None:
+        if self._asked is None:
+            return None
+        advance = self.watch.stage("Asking for look-ups")
+        [found] = measure_lookups(model, self._asked, [pruning], advance)
+        return found
+
+    @property
+    def _asked(self) -> LookupSettings | None:
+        n, seed = self.options.n_lookups, self.options.settings.seed
+        return LookupSettings.of_questions(n, seed) if n else None
 
     @contextmanager
     def _opened(self, sidecar: Path | None) -> Iterator[tuple[PopModel, TextTokens]]:
         """The model, and the text in its tokens.
 
-        Raises PopError where it has no room for the windows, or documents for their facts.
+        Raises PopError where it has no room for the windows.
         """
         files = ModelFiles(self.source.first.path, sidecar)
         with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx()) as model:
             tokens = tokenize(model, self.text)
             with forced(model) as reader:
                 choose_windows(reader, tokens, self.options.settings)
-            if self.options.recall:
-                make_documents(model, self._asked(min(self.options.recall)))
             yield model, tokens
 
     def _n_ctx(self) -> int:
         """Return the context in tokens that is opened. Raises PopError when it is too small."""
         settings, given = self.options.settings, self.options.n_ctx
         windows = settings.n_context + settings.n_continuation
-        asked = max(self.options.recall, default=-N_AROUND) + N_AROUND
+        asked = self._asked.n_ctx if self._asked else 0
         needed = max(windows, 2 * N_REPEATED + 1, asked)
         trained = trained_ctx(self.source.first)
         limit, there = given or trained, "are given" if given else "are all that the model has"
         if limit is not None and limit < needed:
             raise PopError(
                 f"{needed} tokens of context are needed, {limit} {there}",
-                "give shorter windows, or documents",
+                "give shorter windows, or ask for no look-ups",
                 cause="windows-too-long",
             )
         return given or needed

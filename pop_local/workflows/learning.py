@@ -136,7 +136,7 @@ class OnlineCalibration:
             return None
         target = LearnedFiles.of(self._bench.source).sidecar
         assert chosen.fitted is not None and chosen.fitted.calibration is not None
-        found = measured(chosen.quality)
+        found = measured(chosen.quality, chosen.lookups)
         write_sidecar(
             chosen.plan,
             self._bench.path,

@@ -7,11 +7,11 @@ from math import isnan
 from typing import Any
 
 from pop_converter.base.errors import PopError
-from pop_converter.popfile.format import Measured, Recalled
+from pop_converter.popfile.format import Measured
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
+from pop_local.measure.lookups import LookupCounts, Lookups
 from pop_local.measure.quality import Quality
-from pop_local.measure.recall import Recall
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
@@ -27,19 +27,22 @@ def opened(
         yield model
 
 
-def measured(quality: Quality) -> Measured:
-    """The figures that a converted file stores. Raises PopError where one is no number."""
-    estimates = {
-        field.name: getattr(quality, field.name).value
-        for field in fields(Measured)
-        if field.name != "kl_se"
-    }
-    if any(map(isnan, estimates.values())):
+_ERRORS = {"kl_se": "kl_mean", "ppl_ratio_se": "ppl_ratio"}
+
+
+def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
+    """Return the figures that a converted file stores. Raises PopError where one is no number."""
+    names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
+    found = {name: getattr(quality, name).value for name in names}
+    if any(map(isnan, found.values())):
         raise PopError("what the model predicts is no number", "download it again")
-    return Measured(**estimates, kl_se=quality.kl_mean.se or 0.0)
-
-
-def recalled(recall: Recall) -> Recalled:
-    """How often facts were found, as a converted file stores it."""
-    full, pruned, lost = recall.exact_full, recall.exact_pruned, recall.exact_lost
-    return Recalled(recall.n_documents, full.value, pruned.value, lost.se or 0.0)
+    found |= {error: getattr(quality, name).se or 0.0 for error, name in _ERRORS.items()}
+    if lookups is None:
+        return Measured(**found)
+    lost = lookups.logprob_lost
+    return Measured(
+        **found,
+        **{f"lookups_{each.name}": getattr(lookups, each.name) for each in fields(LookupCounts)},
+        lookups_logprob_lost=lost.value,
+        lookups_logprob_se=lost.se or 0.0,
+    )

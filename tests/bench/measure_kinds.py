@@ -4,7 +4,7 @@
         --fit NAME=FILE,... --fit NAME= ... --held NAME=FILE ... [--tokens 24576] [--windows 8]
 
 `--fit` adds a row, fitted by `convert` on those files, or on its own text without files. `--held`
-adds a column, measured as by `eval --recall 0`; the full model reads it once for all rows (2 *
+adds a column, measured as by `eval --lookups 0`; the full model reads it once for all rows (2 *
 windows * 128 * n_vocab bytes each). FOLDER keeps sidecars and figures: a second call computes only
 the missing ones. Prints rows as JSON, figures with their errors.
 """

@@ -28,8 +28,8 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
+from pop_local.measure.lookups import Answers, LookupSettings
 from pop_local.measure.quality import QualitySettings, measure_against
-from pop_local.measure.recall import RecallSettings
 from pop_local.models.model_files import ModelFiles
 from pop_local.ui.views.quality_figures import figures
 from pop_local.ui.watch import terminal_watch
@@ -40,7 +40,7 @@ from pop_local.workflows.hardware import Hardware
 POP_LOCAL = (sys.executable, "-m", "pop_local")
 ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)
 Recipe = tuple[int, Projection]  # boundary, kind of fit
-HEADS = ("skipped", "limit", "KL", "first token", "PPL ratio", "copy", "facts, of full")
+HEADS = ("skipped", "limit", "KL", "first token", "PPL ratio", "copy", "look-ups lost")
 
 
 def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
@@ -79,17 +79,18 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
 def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
     """Return the losses of one sidecar, against the full model's predictions."""
     pruning = Pruning(plan.boundary)
-    reference, recall = full.reference, full.recall(RecallSettings().n_documents)
+    reference, asked = full.reference, full.lookups(LookupSettings().n_documents)
     bench = full.bench
     with bench.opened(plan, ModelFiles(bench.path, sidecar)) as model:
         advance = bench.watch.stage(f"Measuring boundary {plan.boundary}")
         [quality] = measure_against(reference, model, [pruning], advance)
-        facts = recall.measure(model, pruning, bench.watch.stage("Asking"))
+        answers: Answers = []
+        asked.ask(model, pruning, bench.watch.stage("Asking for look-ups"), answers)
     return {
         "n_skipped": plan.n_skipped,
         "speedup_limit": plan.speedup_limit,
         **figures(quality),
-        "recall": [figures(facts)],
+        "lookups": figures(asked.compare(answers)),
     }
 
 
@@ -108,14 +109,14 @@ def with_se(found: dict[str, Any], name: str, digits: int) -> str:
 
 
 def quality_cells(found: dict[str, Any]) -> list[str]:
-    [recall] = found["recall"]
+    lookups = found["lookups"]
     return [
         f"{found['speedup_limit']:.2f}x",
         with_se(found, "kl_mean", 4),
         with_se(found, "kl_first", 3),
         with_se(found, "ppl_ratio", 3),
         with_se(found, "copy_ppl_ratio", 3),
-        f"{recall['exact_pruned']:.0%} of {recall['exact_full']:.0%}",
+        f"{lookups['lost']} of {lookups['full']}",
     ]
 
 
@@ -146,7 +147,7 @@ def main() -> None:
         cells = [f"{found['n_skipped']}, {kind}", *quality_cells(found)]
         for text in options.texts:
             kept = sidecar.with_suffix(f".{text.stem}.json")
-            of_text = asked(kept, "eval", *of, "--text", text, "--windows", 8, "--recall", 0)
+            of_text = asked(kept, "eval", *of, "--text", text, "--windows", 8, "--lookups", 0)
             cells.append(f"{with_se(of_text, 'kl_mean', 4)}, {with_se(of_text, 'ppl_ratio', 3)}")
         for n in prompts:
             kept = sidecar.with_suffix(f".{n}.json")

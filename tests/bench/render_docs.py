@@ -5,7 +5,9 @@
 `<!-- table NAME -->` in a document, or `<!-- table NAME: COLUMN, COLUMN -->` for some columns,
 starts a table; all lines up to `<!-- end -->` are replaced. A result is a JSON file: columns with a
 title and a format, rows, and the machine. A cell is null, a text, a list of numbers for the format
-or for its first part, or an object with such a `value` and its own `note` or `format`.
+or for its first part, or an object with such a `value` and its own `note` or `format`. A row's
+`lookups`, as `pop-local eval --json` prints them, fill the columns of LOOKUPS, which a result need
+not list.
 """
 
 import argparse
@@ -30,6 +32,13 @@ _CHARTED = [
 _BARS = {"llama": "llama.cpp", "full": "pop-local, in full", "pruned": "pop-local, pruned"}
 
 Row: TypeAlias = dict[str, Any]
+# Columns of a row's `lookups`, and the counts that each shows.
+LOOKUPS: list[Row] = [
+    {"name": "lookups_full", "title": "look-ups, full", "format": "{} of {}", "of": ["full", "n"]},
+    {"name": "lookups_pruned", "title": "pruned", "format": "{} of {}", "of": ["pruned", "n"]},
+    {"name": "lookups_lost", "title": "lost of full", "format": "{} of {}", "of": ["lost", "full"]},
+    {"name": "lookups_p", "title": "p", "format": "{:.2g}", "of": ["p"]},
+]
 
 
 def read(name: str) -> Any:
@@ -67,17 +76,23 @@ def table(columns: list[Row], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_lookups(row: Row) -> Row:
+    """Return the row with a cell for each column of LOOKUPS, empty if none was asked for."""
+    found = row.get("lookups")
+    return row | {c["name"]: found and [found[name] for name in c["of"]] for c in LOOKUPS}
+
+
 def kept_table(name: str, chosen: str | None) -> str:
     """Return a result's table with the chosen columns, and its commands and machine."""
     kept = read(name)
     columns = kept["columns"]
     if chosen:
-        by_name = {column["name"]: column for column in columns}
+        by_name = {column["name"]: column for column in [*LOOKUPS, *columns]}
         columns = [by_name[column] for column in chosen.split(", ")]
     commands = ", ".join(f"`{command}`" for command in kept["commands"])
     source = "; ".join(part for part in (commands, kept["machine"], kept["date"]) if part)
     notes = f". {kept['notes']}" if "notes" in kept else ""
-    return f"\n{table(columns, kept['rows'])}\n({source}{notes})\n"
+    return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n({source}{notes})\n"
 
 
 def summary() -> str:
@@ -89,11 +104,14 @@ def summary() -> str:
     for row in losses["rows"]:
         speed = by_model[row["model"]]
         three = [speed[name][0] for name in ("llama", "full", "pruned")]
-        rows.append(row | {"speeds": three})
+        rows.append(with_lookups(row) | {"speeds": three})
     title = "tokens/s: llama.cpp, ours in full, pruned"
     shown = [columns["model"], columns["skipped"]]
     shown += [{"name": "speeds", "title": title, "format": "{:,.0f}, {:,.0f}, {:,.0f}"}]
-    shown += [columns[name] for name in ("ppl_ratio", "copy_ppl_ratio", "facts")]
+    shown += [columns[name] for name in ("ppl_ratio", "copy_ppl_ratio")]
+    # Until look-ups are measured, the facts that the sidecars were chosen by.
+    is_measured = any("lookups" in row for row in rows)
+    shown += LOOKUPS if is_measured else [columns["facts"]]
     return table(shown, rows)
 
 

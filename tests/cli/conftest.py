@@ -45,4 +45,4 @@ def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(within, "N_WINDOWS", 2)
-    monkeypatch.setattr(within, "N_DOCUMENTS", 2)
+    monkeypatch.setattr(within, "N_DOCUMENTS", 1)

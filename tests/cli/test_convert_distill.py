@@ -105,7 +105,7 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
     done = convert(tiny, *FIT, "--text", letters, "--boundary", 4, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.budget is not None and meta.recall is not None
+    assert meta is not None and meta.budget is not None
     assert (meta.boundary, meta.budget.tried) == (4, "4 outside, 4 distilled inside")
     assert read == [4], "nothing is kept for deeper boundaries"
 
@@ -131,13 +131,13 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
 @pytest.mark.parametrize(
     ("n_lost", "boundaries"),
     [
-        ((3, 6), (5, 4)),
+        ((3, 16), (5, 4)),
         ((3, 3), (5, 4)),
         ((0, 3, 3), (5, 4, 3)),
-        ((6,), (5,)),
+        ((16,), (5,)),
     ],
 )
-def test_deeper_fits_follow_one_that_lost_few_facts(n_lost, boundaries, tiny, monkeypatch):
+def test_deeper_fits_follow_one_that_lost_few_look_ups(n_lost, boundaries, tiny, monkeypatch):
     shape = source_shape(read_source(tiny))
     given: Any = {"projection": WIDE, "macs": GraphMacs(tiny)}
     plans = [make_plan(shape, boundary=each, **given) for each in (5, 4, 3)]
@@ -149,8 +149,8 @@ def test_deeper_fits_follow_one_that_lost_few_facts(n_lost, boundaries, tiny, mo
         plan = candidate.plan
         tried.append((plan.boundary, plan.projection, plan.is_distilled))
         n = lost[plan.boundary]
-        recall: Any = SimpleNamespace(exact_lost=Estimate(n / 24, 0.1), n_documents=24)
-        candidate.recall, candidate.is_inside = recall, n == 0
+        lookups: Any = SimpleNamespace(lost_share=n / 100, full=100)
+        candidate.lookups, candidate.is_inside = lookups, n == 0
         return candidate.is_inside
 
     monkeypatch.setattr(searching.Search, "_settle", settled)

@@ -139,7 +139,7 @@ def test_a_wide_fit(tiny, tmp_path, words, short_examination):
     limit = speedup_limit(GraphMacs(target), LIMIT_PROMPT, meta.boundary, 1 + 32)
     assert limit < speedup_limit(GraphMacs(tiny), LIMIT_PROMPT, meta.boundary, 1 + 32)
     assert report["speedup_limit"] == pytest.approx(limit, rel=1e-3)
-    short = ("--windows", "2", "--context", "60", "--continuation", "20", "--recall", "0")
+    short = ("--windows", "2", "--context", "60", "--continuation", "20", "--lookups", "0")
     few = (str(target), "--threads", "1", "--json")
     found = json.loads(CliRunner().invoke(app, ["eval", *few, *short]).stdout)
     assert (found["projection"], found["speedup_limit"]) == ("fitted-wide", limit)
@@ -223,7 +223,7 @@ def test_a_singular_gram(tmp_path, words):
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
     fit = FitOptions(texts=(words,), tokens=2048, ridge=0.0)
     with pytest.raises(PopError, match="singular"):
-        evaluate(wide, EvaluateOptions(recall=()), at=Skip("2"), fit=fit)
+        evaluate(wide, EvaluateOptions(n_lookups=0), at=Skip("2"), fit=fit)
 
 
 @pytest.mark.parametrize("own_text", [True, False])

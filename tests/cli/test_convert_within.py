@@ -17,7 +17,13 @@ from pop_converter.projection import Projection
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, quality
-from pop_local.measure.recall import Asked, RecallReference
+from pop_local.measure.lookups import (
+    LookupAnswer,
+    LookupDocument,
+    LookupReference,
+    TokenizedQuestion,
+)
+from pop_local.texts.carriers import LookupQuestion
 from pop_local.workflows.conversion import fits, full_model
 from pop_local.workflows.conversion import within as searching
 from support.converted import names
@@ -74,12 +80,13 @@ def test_the_deepest_within_is_written_with_what_decided(tiny, letters, tmp_path
         "Fitting",
         "Reading in full",
         *(f"Measuring boundary {boundary}" for boundary in (5, 4, 3, 2)),
-        "Asking for facts in full",
-        "Asking for facts, boundary 2",
+        "Asking for look-ups in full",
+        "Asking for look-ups, boundary 2",
         "Reading the model",
     ]
-    assert meta.recall is not None and meta.recall.n_documents == 2
-    assert last["recall"]["exact_pruned"] == meta.recall.pruned
+    assert last["lookups"]["n"] == meta.measured.lookups_n > 0
+    assert last["lookups"]["logprob_lost"] == meta.measured.lookups_logprob_lost
+    assert found["verdict"].endswith("Use --full to be certain.")
     assert min(seconds.values()) > 0
 
 
@@ -159,40 +166,49 @@ def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch)
     [trial] = json.loads(done.stdout)["tried"]
     assert (trial["boundary"], trial["in_budget"]) == (4, True)
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.budget is not None and meta.recall is not None
+    assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.budget.tried) == (4, "4 inside")
 
 
-def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
-    """Four of a dozen, or three of the two dozens that are asked for where fewer are."""
-    lost = {2: {0, 5, 9, 11}, 3: {7, 11, 23}, 4: {7, 11}}
+QUESTION = LookupQuestion("What?", "x", "hex", "log", "It is")
+
+
+def test_look_ups_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
+    """Ten documents of 20 questions: 2 % may be lost, which few documents may already show."""
+    lost = {2: {0: 5}, 3: {1: 2, 7: 3}, 4: {1: 2, 9: 2}}
     asked: list[tuple[int, int]] = []
+    document = LookupDocument((), (TokenizedQuestion(QUESTION, (), ()),) * 20)
+
+    def answers(n_wrong: int) -> tuple[LookupAnswer, ...]:
+        return tuple(LookupAnswer(number >= n_wrong, -1.0, 1, "") for number in range(20))
 
     def ask(self, model, pruning, on_progress, known):
         on_progress(1, 1)
-        new = range(len(known), len(self.asked))
+        new = range(len(known), len(self.documents))
         asked.append((pruning.boundary, len(new)))
-        known += [(0.0, number not in lost[pruning.boundary]) for number in new]
+        known += [answers(lost[pruning.boundary].get(number, 0)) for number in new]
 
     def read(model, settings, on_progress, known):
         on_progress(1, 1)
         n = settings.n_documents
-        return RecallReference(settings, (Asked((), ()),) * n, [(0.0, True)] * n)
+        return LookupReference(settings, (document,) * n, [answers(0)] * n)
 
-    monkeypatch.setattr(searching, "N_DOCUMENTS", 12)
-    monkeypatch.setattr(RecallReference, "ask", ask)
-    monkeypatch.setattr(RecallReference, "read", read)
+    monkeypatch.setattr(searching, "N_DOCUMENTS", 10)
+    monkeypatch.setattr(LookupReference, "ask", ask)
+    monkeypatch.setattr(LookupReference, "read", read)
     done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.budget is not None and meta.recall is not None
-    assert [boundary for boundary, _ in asked] == [2, 3, 3, 4, 4]
-    assert {n_new for _, n_new in asked} == {12}
-    assert (meta.boundary, meta.recall.n_documents) == (4, 24)
-    assert (meta.recall.pruned, meta.recall.full) == (22 / 24, 1.0)
+    assert meta is not None and meta.budget is not None and meta.measured is not None
+    assert asked == [(2, 2), (3, 2), (3, 8), (4, 2), (4, 8)]
+    found = meta.measured
+    assert (meta.boundary, found.lookups_n, found.lookups_lost) == (4, 200, 4)
     assert meta.budget.tried.startswith("5 inside, 4 inside, 3 outside, 2 outside")
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[-1].split("|")[-3].strip() == "67% of 100%"
+    assert rows[-1].split("|")[-3].strip() == "5 of 40"
+    assert "Exact strings: 4 of 200 lost. Use --full to be certain." in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):

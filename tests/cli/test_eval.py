@@ -1,4 +1,4 @@
-"""`pop-local eval`: options, output, refusals; cued recall."""
+"""`pop-local eval`: options, output, refusals; look-ups."""
 
 import json
 
@@ -7,10 +7,6 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel
-from pop_local.measure.forced import Pruning
-from pop_local.measure.recall import N_FACTS, RecallSettings, make_documents, measure_recall
 from support.calibrating import words
 from support.converted import paired
 from support.shared_kv import make_shared
@@ -26,7 +22,8 @@ KEYS = {
     "kl_se",
     "n_pruned",
     "n_windows",
-    "recall",
+    "lookups",
+    "verdict",
     "ppl_full",
     "ppl_ratio",
     "top1_agreement",
@@ -39,7 +36,7 @@ def evaluate(*arguments):
 
 
 def measured(*arguments):
-    done = evaluate(*arguments, *SHORT, "--recall", 0, "--json")
+    done = evaluate(*arguments, *SHORT, "--lookups", 0, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -58,7 +55,7 @@ def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
     """All rows become full behind the command's back; only the backend's counters can tell."""
     real = backend.set_full_from
     monkeypatch.setattr(backend, "set_full_from", lambda ctx, sequence, _: real(ctx, sequence, 0))
-    done = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0, "--json")
+    done = evaluate(pop_file, "--text", text, *SHORT, "--lookups", 0, "--json")
     assert done.exit_code == 1
     assert "43 should" in " ".join(done.stderr.split())
     assert done.stdout == ""
@@ -93,7 +90,7 @@ def test_a_fit_of_what_takes_none_is_refused(tmp_path, text):
 
 
 def test_without_json_figures_are_printed_as_lines(pop_file, text):
-    one = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0)
+    one = evaluate(pop_file, "--text", text, *SHORT, "--lookups", 0)
     assert "Same first choice" in one.stdout
 
 
@@ -101,8 +98,8 @@ def test_without_json_figures_are_printed_as_lines(pop_file, text):
     "options",
     [
         ["--skip", "1/3", "--boundary", "4"],
-        ["--recall", "512,x"],
-        ["--recall", "-1"],
+        ["--lookups", "some"],
+        ["--lookups", "-1"],
         ["--skip", "soon"],
     ],
 )
@@ -112,7 +109,7 @@ def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
 
 def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CTX", "64")
-    done = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0)
+    done = evaluate(pop_file, "--text", text, *SHORT, "--lookups", 0)
     assert done.exit_code == 0, done.stderr
 
 
@@ -128,7 +125,7 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, reason):
-    given = [pop_file, "--text", text, *SHORT, "--recall", 0, *options]
+    given = [pop_file, "--text", text, *SHORT, "--lookups", 0, *options]
     done = evaluate(*given)
     assert done.exit_code == 1
     assert reason in " ".join(done.stderr.split())
@@ -170,7 +167,7 @@ def test_a_boundary_is_measured_with_a_fit_of_its_own(plain, text, temporary):
 
 def test_a_fitted_file_says_how_it_was_fitted(plain, text, temporary, tmp_path):
     options = ("--fit", "--fit-text", words(tmp_path), "--boundary", 5, "--tokens", 2048)
-    done = evaluate(plain, "--text", text, *SHORT, "--recall", 0, *options)
+    done = evaluate(plain, "--text", text, *SHORT, "--lookups", 0, *options)
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
     assert "words.txt: 2,048 tokens, ridge 0.001, weighting attention, stored as q8_0" in said
@@ -187,7 +184,7 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
     [
         (["--ctx", "100"], "100 are given"),
         (["--windows", "500"], "tokens are needed"),
-        (["--recall", "100"], "give longer documents (--recall)"),
+        (["--ctx", "700"], "no look-ups (--lookups 0)"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_fit(plain, text, monkeypatch, options, reason):
@@ -204,36 +201,30 @@ def test_a_converted_file_is_not_fitted_again(pop_file, temporary):
     assert not list(temporary.iterdir())
 
 
-# --- recall
+# --- look-ups
 
 
-def test_documents_state_their_facts_once_and_ask_for_one(pop_file):
-    model = PopModel(pop_file, n_ctx=512, n_threads=1)
-    for asked in make_documents(model, RecallSettings(3, 400)):
-        text = model.detokenize(asked.prompt)
-        document, question = text.split("Question:")
-        assert len(asked.prompt) - len(model.tokenize(question)) in range(380, 420)
-        assert document.count("The access code of the") == N_FACTS
-        place = question.rpartition("access code of the ")[2].removesuffix(" is")
-        code = model.detokenize(asked.answer).strip()
-        assert f"The access code of the {place} is {code}." in document
-        assert text.count(code) == 1
+@pytest.mark.slow
+def test_look_ups_are_reported_in_full_and_pruned(pop_file, text):
+    options = (pop_file, "--text", text, *SHORT, "--lookups", 3)
+    done = evaluate(*options, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    found = report["lookups"]
+    assert (found["n"], found["n_documents"]) == (3, 1)
+    assert sum(part["n"] for part in found["by_kind"].values()) == 3
+    assert sum(part["n"] for part in found["by_layout"].values()) == 3
+    assert found["logprob_full"] != found["logprob_pruned"] < 0
+    assert report["verdict"].endswith("finds none of 3 either. Use --full to be certain.")
+    said = " ".join(evaluate(*options).stdout.split())
+    assert "full 0, pruned 0, of 3; 0 lost, 0 gained, p = 1" in said
+    assert report["verdict"] in said
 
 
-def test_recall_is_scored_in_full_and_pruned(pop_file):
-    model = PopModel(pop_file, n_ctx=1024, n_threads=1)
-    prunings = [
-        Pruning(4, Mode.CONTEXT),
-        Pruning(2, Mode.CONTEXT),
-    ]
-    done = []
-    found = measure_recall(
-        model, RecallSettings(3, 400), prunings, lambda n, total: done.append((n, total))
-    )
-    assert done[-1] == (9, 9)
-    assert len({recall.nll_full.value for recall in found}) == 1
-    assert len({recall.nll_pruned.value for recall in found}) == 2
-    assert (model.boundary, model.mode) == (4, Mode.CONTEXT)
+def test_without_look_ups_the_verdict_says_so(pop_file, text):
+    report = measured(pop_file, "--text", text)
+    assert report["lookups"] is None
+    assert "Exact strings: not measured." in report["verdict"]
 
 
 @pytest.mark.parametrize("share", ["-1", "101%", "much", "nan"])

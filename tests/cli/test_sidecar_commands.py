@@ -229,7 +229,7 @@ def test_eval(fitted, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abc wow def " * 200)
     windows = ("--text", text, "--windows", 2, "--context", 64, "--continuation", 8)
-    arguments = ("eval", fitted.base, *windows, "--recall", 0, "--json", "--threads", 1)
+    arguments = ("eval", fitted.base, *windows, "--lookups", 0, "--json", "--threads", 1)
     found = json.loads(command(*arguments).stdout)
     assert (found["projection"], found["boundary"]) == ("fitted", 4)
     alone = command("eval", fitted.single, *arguments[2:])

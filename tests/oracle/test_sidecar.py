@@ -10,7 +10,7 @@ import pytest
 from pop_converter.base.errors import PopError, WriteError
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import Measured, PopMeta, Recalled, pop_meta
+from pop_converter.popfile.format import Measured, PopMeta, pop_meta
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_sidecar
 from pop_converter.projection import Projection
@@ -134,8 +134,8 @@ def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
     source = read_source(fitted.single)
     meta = pop_meta(source.first)
     assert meta is not None
-    found = Recalled(12, 1.0, 1.0, 0.0)
-    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"), recall=found)
+    found = replace(Measured(), lookups_n=200)
+    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"), measured=found)
     assert conversion(decided, source, None) == conversion(meta, source, None)
     assert conversion(replace(meta, schedule="FFFFFSSS"), source, None) != conversion(
         meta, source, None

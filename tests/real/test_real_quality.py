@@ -7,7 +7,7 @@ import pytest
 from pop_converter.gguf.source import read_source
 from pop_local.engine.model import PopModel
 from pop_local.measure import probes
-from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless
+from pop_local.measure.budget import BALANCED, copies, is_hopeless
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
@@ -39,10 +39,10 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     assert half.induction_retention is not None
     assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
     assert half.kl_mean.value > BALANCED.max_kl
-    assert not copies(FAST, half)
+    assert not copies(half)
     # `convert` refuses it before it fits.
-    assert is_hopeless(FAST, half.induction_retention)
-    assert not is_hopeless(FAST, third.induction_retention)
+    assert is_hopeless(half.induction_retention)
+    assert not is_hopeless(third.induction_retention)
     text, target = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
     text.write_text("\n".join(topics.values()))
     done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW, "--tokens", 4096)
@@ -50,7 +50,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     model = PopModel(target, n_ctx=512, n_threads=1)
     [fitted] = measure_against(reference, model, (Pruning(20),), ignore)
     assert fitted.kl_mean.value < third.kl_mean.value / 2
-    assert copies(FAST, fitted)
+    assert copies(fitted)
 
 
 @pytest.mark.parametrize(

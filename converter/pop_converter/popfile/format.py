@@ -48,7 +48,10 @@ class Calibration:
 class Measured:
     """The quality on text that was not calibrated on, pruned against full.
 
-    KL is in nats; pop_local.measure.quality defines each figure.
+    KL is in nats; pop_local.measure.quality defines each figure. `lookups_*` count exact strings of
+    documents (pop_local.measure.lookups). Of `n` questions, 0 if none was asked, the full model
+    answered `full` and pruning `pruned`; `lost` were right in full alone, `gained` pruned alone.
+    `logprob_lost` is what pruning takes of the right string's log-probability, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -61,13 +64,21 @@ class Measured:
     copy_ppl_ratio: float = 0.0
     copy_top1: float = 0.0
     induction_delta_nll: float = 0.0
+    ppl_ratio_se: float = 0.0
+    lookups_n: int = 0
+    lookups_full: int = 0
+    lookups_pruned: int = 0
+    lookups_lost: int = 0
+    lookups_gained: int = 0
+    lookups_logprob_lost: float = 0.0
+    lookups_logprob_se: float = 0.0
 
 
 @dataclass(frozen=True)
 class Recalled:
-    """How often facts of a prompt were found again: shares of the documents asked about.
+    """Shares of documents whose facts were found again, in files that have no look-ups.
 
-    pop_local.measure.recall asks the questions. `lost_se`: the standard error of `full` - `pruned`.
+    `lost_se`: the standard error of `full` - `pruned`.
     """
 
     n_documents: int
@@ -80,17 +91,19 @@ class Recalled:
 class Budget:
     """The limits that a boundary was chosen by: it is the deepest one that `quality` allows.
 
-    The bounds are on kl_mean, ppl_ratio and copy_ppl_ratio of Measured, on the retention of random
-    tokens (see pop_local.measure.quality), and on the lost share of Recalled. `tried` holds the
-    boundaries that were measured, and the verdicts. Older files miss the fields with defaults.
+    The bounds are on kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and on the share of the
+    full model's look-ups that are lost. `tried` holds the boundaries that were measured, and the
+    verdicts. `least_retention`, of random tokens, and `max_lost_recall`, of Recalled, are only in
+    files that have no look-ups. A limit that a file does not name is NO_LIMIT.
     """
 
     quality: str
     max_kl: float
     max_copy_ratio: float
-    least_retention: float
     tried: str = ""
     max_ppl_ratio: float = NO_LIMIT
+    max_lost_lookups: float = NO_LIMIT
+    least_retention: float = NO_LIMIT
     max_lost_recall: float = NO_LIMIT
 
 
@@ -329,7 +342,8 @@ def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
 
 
 def _encode_group(prefix: str, group: Group) -> list[bytes]:
-    return [_encode_key(prefix + name, value) for name, value in vars(group).items()]
+    named = ((name, value) for name, value in vars(group).items() if value != NO_LIMIT)
+    return [_encode_key(prefix + name, value) for name, value in named]
 
 
 def _encode_key(name: str, value: int | float | str) -> bytes:

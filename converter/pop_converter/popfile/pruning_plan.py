@@ -9,7 +9,7 @@ from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
 from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
 from pop_converter.deep_rows import DeepRows
-from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta, Recalled
+from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta
 from pop_converter.projection import Projection
 
 # The paper's middle setting: most of the speed for little of the quality.
@@ -25,9 +25,8 @@ Share = Fraction | int
 class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
-    `budget` decided the boundary; None if the user did. `recall`: share of facts that were found
-    again. `is_distilled`: whether the fit is also trained end to end. `macs` counts the model's
-    work.
+    `budget` decided the boundary; None if the user did. `is_distilled`: whether the fit is also
+    trained end to end. `macs` counts the model's work.
     """
 
     shape: ModelShape
@@ -38,7 +37,6 @@ class Plan:
     min_prompt: int
     deep_rows: DeepRows = DeepRows.NONE
     budget: Budget | None = None
-    recall: Recalled | None = None
     is_distilled: bool = False
     macs: Macs = field(default=uncounted, compare=False, repr=False)
 
@@ -74,7 +72,6 @@ class Plan:
             tail_tokens=self.tail_tokens,
             min_prompt=self.min_prompt,
             deep_rows=self.deep_rows,
-            recall=self.recall,
             budget=self.budget,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from pop_local.measure.verdict import comparison_in_words
 from pop_local.ui.tables import Column, Fact, print_facts, print_table
 from pop_local.ui.theme import out
 
@@ -31,6 +32,7 @@ def show_comparison(found: Comparison) -> None:
     facts.append(("To first token", f"{times}: {ratio:.2f}x, not in pairs"))
     if found.n_unpruned:
         facts.append(("Not pruned", f"{found.n_unpruned}, which are short, or cached"))
+    facts.append(("Verdict", comparison_in_words(found)))
     print_facts(facts)
     if found.different:
         out.file.write("\n")
@@ -48,6 +50,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
         "n_only_full": found.n_only_full,
         "n_only_pruned": found.n_only_pruned,
         "p_value": found.p_value,
+        "verdict": comparison_in_words(found),
         "full_ttft_s": found.full_ttft_s,
         "pruned_ttft_s": found.pruned_ttft_s,
         "n_unpruned": found.n_unpruned,

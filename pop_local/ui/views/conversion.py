@@ -12,6 +12,7 @@ from pop_converter.base.numbers import duration, size
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST
+from pop_local.measure.verdict import verdict_in_words
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
 from pop_local.ui.views.skipped_layers import skipping_facts
@@ -51,7 +52,10 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
     # The better one of several kinds of fit was taken.
     if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
+    verdict = done.meta.measured and verdict_in_words(done.meta.measured)
     print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
+    if verdict:
+        print_facts([("Verdict", verdict)])
     if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
         note(f"It is looked for beside the model only: open it with --sidecar {done.path}.")
 
@@ -91,7 +95,7 @@ def _object(
         "source_sha256": meta and meta.source_sha256,
         "calibration": meta and meta.calibration,
         "measured": meta and meta.measured,
-        "recall": meta and meta.recall,
+        "verdict": meta and meta.measured and verdict_in_words(meta.measured),
         "budget": plan.budget,
         "tried": (),
         "phases": (),
@@ -197,6 +201,10 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         limit = f"BROKEN: above {FAST.max_copy_ratio:g}"
         yield "", f"{limit} a model can no longer copy from its prompt"
+    if found.lookups_n:
+        shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
+        lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"
+        yield "Look-ups", f"{shares}, of {found.lookups_n}; {lost} nats lost per string"
     if (facts := meta.recall) is not None:
         shares = f"{facts.pruned:.0%} found, {facts.full:.0%} by the full model"
         yield "Facts", f"{shares}, of {facts.n_documents} documents"

@@ -12,8 +12,8 @@ from pop_local.ui.tables import Fact, print_facts
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.heldout import Text
+    from pop_local.measure.lookups import Lookups
     from pop_local.measure.quality import Quality
-    from pop_local.measure.recall import Recall
     from pop_local.workflows.evaluate import Evaluation
 
 
@@ -28,12 +28,12 @@ def bare(estimate: Estimate | None, spec: str) -> str:
     return "-" if estimate is None else format(estimate.value, spec)
 
 
-def figures(quality: Quality | Recall) -> dict[str, Any]:
-    """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean."""
+def figures(quality: Quality | Lookups) -> dict[str, Any]:
+    """Return JSON: estimates as value and NAME_se, but kl_se for kl_mean; other fields as are."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)
-        if field.type in ("int", int):
+        if value is not None and not hasattr(value, "se"):
             values[field.name] = value
             continue
         error = "kl_se" if field.name == "kl_mean" else f"{field.name}_se"
@@ -58,13 +58,22 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "speedup_limit": found.speedup_limit,
         **figures(found.quality),
         "deep_rows": found.deep_rows,
-        "recall": [figures(recall) for recall in found.recall],
+        "lookups": found.lookups and figures(found.lookups),
+        "verdict": found.verdict,
     }
 
 
+def lookup_facts(found: Lookups) -> Iterator[Fact]:
+    """Counts of look-ups, and the log-probability of the right strings."""
+    counts = f"full {found.full}, pruned {found.pruned}, of {found.n}"
+    yield "Look-ups", f"{counts}; {found.lost} lost, {found.gained} gained, p = {found.p:.2g}"
+    full, lost = with_se(found.logprob_full, ".2f"), with_se(found.logprob_lost, ".2f")
+    yield "", f"log-probability of a right string {full} in full, {lost} lower pruned"
+
+
 def show_evaluation(found: Evaluation) -> None:
-    """Print a line for each group of figures."""
-    print_facts([*_facts(found)])
+    """Print a line for each group of figures, and the verdict."""
+    print_facts([*_facts(found), ("Verdict", found.verdict)])
 
 
 def _facts(found: Evaluation) -> Iterator[Fact]:
@@ -98,6 +107,5 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
-    for recall in found.recall:
-        share, in_full = with_se(recall.exact_pruned, ".0%"), with_se(recall.exact_full, ".0%")
-        yield f"Recall at {recall.n_tokens:,}", f"{share} of the facts, in full {in_full}"
+    if found.lookups is not None:
+        yield from lookup_facts(found.lookups)

@@ -13,7 +13,7 @@ from pop_local.ui.views.quality_figures import figures, with_se
 if TYPE_CHECKING:
     from pop_converter.popfile.format import Budget
     from pop_converter.popfile.pruning_plan import Plan
-    from pop_local.measure.recall import Recall
+    from pop_local.measure.lookups import Lookups
     from pop_local.workflows.conversion.refusals import Trial
 
 
@@ -31,7 +31,7 @@ _COLUMNS = (
     _estimate("ppl_ratio", "PPL ratio", ".3f"),
     _estimate("copy_ppl_ratio", "Copy ratio", ".3f"),
     _estimate("induction_retention", "Retention", ".1%"),
-    Column("Facts found", lambda trial: trial.recall and _of_full(trial.recall), numeric=True),
+    Column("Look-ups lost", lambda trial: trial.lookups and _lost(trial.lookups), numeric=True),
     Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
 )
 # The figures of a trial that a budget looks at.
@@ -45,8 +45,8 @@ def _kind(plan: Plan) -> str:
     return f"{plan.projection}, distilled" if plan.is_distilled else plan.projection
 
 
-def _of_full(found: Recall) -> str:
-    return f"{found.exact_pruned.value:.0%} of {found.exact_full.value:.0%}"
+def _lost(found: Lookups) -> str:
+    return f"{found.lost} of {found.full}"
 
 
 def budget_fact(budget: Budget) -> Fact:
@@ -68,6 +68,6 @@ def trial_json(trial: Trial) -> dict[str, Any]:
         "distilled": plan.is_distilled,
         "speedup_limit": plan.speedup_limit,
         **{name: found[name] for name in _JUDGED},
-        "recall": trial.recall and figures(trial.recall),
+        "lookups": trial.lookups and figures(trial.lookups),
         "in_budget": trial.in_budget,
     }

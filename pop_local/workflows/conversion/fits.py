@@ -101,9 +101,7 @@ class Fitter:
             found = self._qualities(plan, fits)
             costs = {kind: fit_cost(plan, kind) for kind in fits}
             losses = {kind: each.kl_mean.value for kind, each in found.items()}
-            able = [
-                kind for kind, each in found.items() if budgets.copies(budgets.FAST, each)
-            ] or list(fits)
+            able = [kind for kind, each in found.items() if budgets.copies(each)] or list(fits)
             self.kind = min(able, key=lambda kind: losses[kind] / (1 - _WORTH * costs[kind]))
             seen = ", ".join(
                 f"{kind} KL {losses[kind]:.4f} for {costs[kind]:.1%} of the speed"

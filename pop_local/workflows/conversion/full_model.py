@@ -1,12 +1,12 @@
-"""The full model on held-out text and on facts: read when it is first asked for, then kept."""
+"""The full model on held-out text and look-ups: read when it is first asked for, then kept."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
+from pop_local.measure.lookups import Answers, LookupReference, LookupSettings
 from pop_local.measure.quality import FullScores, QualitySettings, Reference, read_reference
-from pop_local.measure.recall import Answers, RecallReference, RecallSettings
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 
@@ -24,7 +24,7 @@ class FullModel:
     text: TextTokens | None = None
     _scores: list[FullScores] = field(default_factory=list)
     _answers: Answers = field(default_factory=list)
-    _recalls: dict[int, RecallReference] = field(default_factory=dict)
+    _references: dict[int, LookupReference] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> Reference:
@@ -38,12 +38,12 @@ class FullModel:
             advance = watch.stage("Reading in full")
             return read_reference(model, tokens, settings, advance, self._scores)
 
-    def recall(self, n_documents: int) -> RecallReference:
-        """How often it finds facts in this number of documents; it is asked once about each."""
-        if n_documents not in self._recalls:
+    def lookups(self, n_documents: int) -> LookupReference:
+        """Return its answers to the look-ups of some documents; each document is read once."""
+        if n_documents not in self._references:
             with self.bench.opened(self.plan) as model:
-                advance = self.bench.watch.stage("Asking for facts in full")
-                settings = RecallSettings(n_documents)
-                found = RecallReference.read(model, settings, advance, self._answers)
-                self._recalls[n_documents] = found
-        return self._recalls[n_documents]
+                advance = self.bench.watch.stage("Asking for look-ups in full")
+                settings = LookupSettings(n_documents)
+                found = LookupReference.read(model, settings, advance, self._answers)
+                self._references[n_documents] = found
+        return self._references[n_documents]

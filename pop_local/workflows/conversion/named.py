@@ -10,17 +10,18 @@ from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import (
     BALANCED,
-    FAST,
     copies,
     figures_in_words,
     is_hopeless,
     is_inside,
     keeps,
+    keeps_lookups,
     limits_in_words,
 )
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import shipped_text, tokenize
+from pop_local.measure.lookups import Lookups, LookupSettings, measure_lookups
 from pop_local.measure.probes import measure_induction, read_repeated
 from pop_local.measure.quality import (
     Quality,
@@ -38,8 +39,9 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_c
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Windows for a fit. Looking for another boundary should not take long, and is not as exact.
+# Windows and look-up documents for a fit. Looking for another boundary is shorter and less exact.
 N_WINDOWS = 8
+N_DOCUMENTS = 5
 N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
 
 
@@ -88,7 +90,7 @@ class Examination:
             if not self.allow_broken_copy:
                 advance = self.bench.watch.stage("Trying the boundary without a fit")
                 kept = own_retention(model, self.plan.boundary, advance)
-        if kept is not None and is_hopeless(FAST, kept):
+        if kept is not None and is_hopeless(kept):
             raise self._refusal(
                 f"{kept.value:.0%} of copying random tokens is kept with own projections, and no "
                 "fit brings that back"
@@ -102,17 +104,20 @@ class Examination:
             advance = self.bench.watch.stage("Measuring")
             settings = QualitySettings(N_WINDOWS)
             [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
-        if not (self.allow_broken_copy or copies(FAST, quality)):
+            advance = self.bench.watch.stage("Asking for look-ups")
+            asked = LookupSettings(N_DOCUMENTS)
+            [lookups] = measure_lookups(model, asked, [pruning], advance)
+        if not (self.allow_broken_copy or copies(quality)):
             raise self._refusal(figures_in_words(quality))
-        self._warn_outside(quality)
-        return measured(quality)
+        self._warn_outside(quality, lookups)
+        return measured(quality, lookups)
 
-    def _warn_outside(self, quality: Quality) -> None:
+    def _warn_outside(self, quality: Quality, lookups: Lookups) -> None:
         boundary = quality.boundary
-        if not copies(FAST, quality):
+        if not copies(quality):
             self.bench.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
-        elif not is_inside(BALANCED, quality):
-            found = figures_in_words(quality)
+        elif not (is_inside(BALANCED, quality) and keeps_lookups(BALANCED, lookups)):
+            found = figures_in_words(quality, lookups)
             budget = f"the {BALANCED.quality} budget ({limits_in_words(BALANCED)})"
             self.bench.watch.on_warning(
                 PopError(
@@ -142,10 +147,10 @@ class Examination:
             for boundary in range(first, self.plan.shape.n_layer):
                 advance = self.bench.watch.stage(f"Trying boundary {boundary}")
                 [kept] = measure_retention(reference, model, (boundary,), advance)
-                if not keeps(FAST, kept):
+                if not keeps(kept):
                     continue
                 [found] = measure_against(reference, model, (Pruning(boundary),), advance)
-                if copies(FAST, found):
+                if copies(found):
                     return boundary
         return None
 

@@ -10,8 +10,8 @@ from pop_converter.base.numbers import size
 from pop_converter.popfile.pruning_plan import Plan
 
 if TYPE_CHECKING:
+    from pop_local.measure.lookups import Lookups
     from pop_local.measure.quality import Quality
-    from pop_local.measure.recall import Recall
 
 
 class CopyingBrokenError(PopError):
@@ -41,12 +41,12 @@ def broken_copy(boundary: int, found: str) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """One boundary as a search measured it; facts are asked for once all else is in the budget."""
+    """One boundary as a search measured it; look-ups are asked for last."""
 
     plan: Plan
     quality: Quality
     in_budget: bool
-    recall: Recall | None = None
+    lookups: Lookups | None = None
 
 
 class OverBudgetError(PopError):

@@ -1,16 +1,16 @@
 """The stages of a conversion ahead, and the work of each, so that one time left is of them all."""
 
 from pop_local.calibration.needs import FitWork, reading_work
+from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import QualitySettings
-from pop_local.measure.recall import RecallSettings
 from pop_local.workflows.conversion.plan import Conversion
 from pop_local.workflows.conversion.within import N_DOCUMENTS, N_WINDOWS
 from pop_local.workflows.events import Step
 
 # A boundary is measured in so many stages at the most, each on twice as many windows.
 _N_PARTS = 3
-# Candidates that are asked for facts.
+# Candidates that are asked for look-ups.
 _N_TRIED = 3
 # Products in the time that a byte is written and read back.
 _WRITING = 100
@@ -34,7 +34,7 @@ def course(planned: Conversion) -> tuple[Step, ...]:
     settings, plan, limits = QualitySettings(), planned.deepest, planned.goal.limits
     window = reading_work(plan, settings.n_context + settings.n_continuation)
     draws = settings.n_draws * reading_work(plan, 2 * N_REPEATED)
-    asked = reading_work(plan, RecallSettings().n_tokens)
+    asked = reading_work(plan, LookupSettings().n_ctx)
     is_searched = limits is not None and not planned.goal.is_named
     n_tried = len(planned.plans).bit_length() if is_searched else 1
     n_tried *= 2 if planned.n_few else 1
@@ -45,7 +45,7 @@ def course(planned: Conversion) -> tuple[Step, ...]:
         Step("Reading in full", whole),
         Step("Measuring", whole / _N_PARTS, n_parts=3 * _N_PARTS),
         Step("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
-        Step("Asking for facts in full", N_DOCUMENTS * asked, 2),
-        Step("Asking for facts, boundary", N_DOCUMENTS * asked, 2 * _N_TRIED),
+        Step("Asking for look-ups in full", N_DOCUMENTS * asked, 2),
+        Step("Asking for look-ups, boundary", N_DOCUMENTS * asked, 2 * _N_TRIED),
         Step(planned.output.stage, _WRITING * planned.sizes.output_bytes),
     )

@@ -20,19 +20,21 @@ from pop_local.calibration.state import kept_boundaries
 from pop_local.measure import budget as budgets
 from pop_local.measure.forced import Pruning
 from pop_local.measure.gradual import Gradual
+from pop_local.measure.lookups import Answers, Lookups, LookupSettings
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.measure.recall import Answers, Recall
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import Examination
 from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.measuring import measured, recalled
+from pop_local.workflows.measuring import measured
 
 # Their mean KL has a standard error of a fifth or less.
 N_WINDOWS = 16
-N_DOCUMENTS = 12
+# Documents whose look-ups are asked, and those after which clear losses end it.
+N_DOCUMENTS = 10
+N_SCREENED = 2
 # Boundaries past one that is distilled for which the text that is read in full serves, too.
 N_DEEPER = 3
 
@@ -50,14 +52,14 @@ class Candidate:
     """A boundary at one stage, and all that is known of it.
 
     `fitted` is None before the fit, and for own projections. `is_inside` is the verdict so far.
-    `answers` about facts are kept when a search is stopped.
+    `answers` to look-ups are kept when a search is stopped.
     """
 
     plan: Plan
     fitted: Fitted | None = None
     gradual: Gradual | None = None
     is_inside: bool | None = None
-    recall: Recall | None = None
+    lookups: Lookups | None = None
     answers: Answers = field(default_factory=list)
 
     @property
@@ -76,7 +78,7 @@ class Candidate:
 
     @property
     def trial(self) -> Trial:
-        return Trial(self.plan, self.quality, bool(self.is_inside), self.recall)
+        return Trial(self.plan, self.quality, bool(self.is_inside), self.lookups)
 
     def __str__(self) -> str:
         return f"{self.plan.boundary}{' distilled' if self.plan.is_distilled else ''}"
@@ -96,7 +98,7 @@ def write_deepest(run: ConversionRun, budget: Budget) -> Outcome:
         full = FullModel(run.bench, planned.plans[0], QualitySettings(N_WINDOWS))
         search = Search(run.bench, budget, run.fitter(full), full, planned.plans)
         chosen = search.run()
-        found = measured(chosen.quality)
+        found = measured(chosen.quality, chosen.lookups)
         return run.write_measured(chosen.plan, chosen.fitted, found, search.trials)
 
 
@@ -136,7 +138,7 @@ class Search:
         if not any(each.is_inside for each in self._judged):
             raise self._over()
         chosen = self._fastest()
-        figures = budgets.figures_in_words(chosen.quality)
+        figures = budgets.figures_in_words(chosen.quality, chosen.lookups)
         self._note(f"Boundary {chosen} is the fastest within the budget: {figures}")
         tried = ", ".join(
             f"{each}{' own' * (stage is Stage.OWN)} {'inside' if each.is_inside else 'outside'}"
@@ -144,8 +146,6 @@ class Search:
             if each.is_inside is not None
         )
         plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
-        if chosen.recall is not None:
-            plan = replace(plan, recall=recalled(chosen.recall))
         return replace(chosen, plan=plan)
 
     def _fastest(self) -> Candidate:
@@ -189,7 +189,7 @@ class Search:
             hopeless = [
                 each.plan.boundary
                 for each in own.values()
-                if budgets.is_hopeless(self.budget, each.quality.induction_retention)
+                if budgets.is_hopeless(each.quality.induction_retention)
             ]
             shallowest = plans[0].boundary + 1 if deepest is None else deepest
             plans = [
@@ -220,9 +220,9 @@ class Search:
             if deepest is None:
                 return None
             candidate = self._searched(deepest)
-            if candidate.recall is not None:
+            if candidate.lookups is not None:
                 return deepest
-            # On all windows, and asked for facts, it may be outside after all.
+            # On all windows, and by look-ups, it may be outside after all.
             self._settle(candidate)
 
     def _searched(self, boundary: int) -> Candidate:
@@ -264,9 +264,9 @@ class Search:
     def _try_distilled(self) -> None:
         """Try distilled fits: the fastest, then deeper ones while they pass.
 
-        Where no fit passes, the shallowest is the first. One that loses a few facts too many, which
-        another fit may find, does not end it, a second does. When distilling fails, what was found
-        without it stays.
+        Where no fit passes, the shallowest is the first. One that loses a few look-ups too many
+        does not end it, since another fit may keep them; a second one does. When distilling fails,
+        what was found without it stays.
         """
         judged = {key: each for key, each in self.tried.items() if each.is_inside is not None}
         fastest = self._fastest() if any(each.is_inside for each in self._judged) else None
@@ -287,16 +287,16 @@ class Search:
             self.tried[each, Stage.DISTILLED] = candidate
             if is_inside:
                 continue
-            # Facts are asked for where everything else is inside.
-            recall = candidate.recall
-            if has_lost_few or recall is None or not budgets.is_open(self.budget, recall):
+            # Look-ups are asked for where everything else is inside.
+            lookups = candidate.lookups
+            if has_lost_few or lookups is None or not budgets.is_open(self.budget, lookups):
                 return
             has_lost_few = True
 
     # Verdicts
 
     def _settle(self, candidate: Candidate) -> bool:
-        """Measure a candidate until it is clearly outside, else in whole, and ask for facts."""
+        """Measure a candidate until it is clearly outside, else in whole, then by look-ups."""
 
         def is_outside(quality: Quality) -> bool:
             is_clear = budgets.is_clear(self.budget, quality)
@@ -319,16 +319,17 @@ class Search:
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
     def _ask(self, candidate: Candidate) -> None:
-        """Ask for facts of pruned documents, of as many more where a few are lost, and judge."""
-        for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
-            reference = self.full.recall(n_documents)
+        """Ask for look-ups of a few documents, of all unless too many are lost, and judge."""
+        n_questions = N_DOCUMENTS * LookupSettings().n_per_document
+        for n_documents in sorted({min(N_SCREENED, N_DOCUMENTS), N_DOCUMENTS}):
+            reference = self.full.lookups(n_documents)
             with self.bench.tried(candidate.plan, candidate.fitted) as model:
-                advance = self.bench.watch.stage(f"Asking for facts, boundary {candidate}")
+                advance = self.bench.watch.stage(f"Asking for look-ups, boundary {candidate}")
                 pruning = Pruning(candidate.plan.boundary)
                 reference.ask(model, pruning, advance, candidate.answers)
-            recall = candidate.recall = reference.compared(candidate.answers)
-            candidate.is_inside = budgets.recalls(self.budget, recall)
-            if not budgets.is_open(self.budget, recall):
+            lookups = candidate.lookups = reference.compare(candidate.answers)
+            candidate.is_inside = budgets.keeps_lookups(self.budget, lookups)
+            if budgets.has_lost(self.budget, lookups, n_questions):
                 return
 
     def _over(self) -> OverBudgetError:
@@ -338,6 +339,6 @@ class Search:
         return OverBudgetError(
             f"{n_skipped} skipped layer{'s' * (n_skipped > 1)} lose{'s' * (n_skipped == 1)} more"
             f" than the budget allows ({limits}):"
-            f" {budgets.figures_in_words(best.quality, best.recall)}",
+            f" {budgets.figures_in_words(best.quality, best.lookups)}",
             self.trials,
         )

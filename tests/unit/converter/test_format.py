@@ -16,7 +16,7 @@ from pop_converter.gguf import header as header_module
 from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import MAX_KEPT_ITEMS, read_header
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import Budget, PopMeta, encode_keys
+from pop_converter.popfile.format import Budget, Measured, PopMeta, Recalled, encode_keys
 from pop_local.engine.model import PopModel
 from pop_local.research.hyper import read_hyper
 from support.shapes import read_pop_meta, read_shape
@@ -263,17 +263,31 @@ def test_optional_keys_have_defaults(tiny, tmp_path):
     assert read_pop_meta(add_keys(tiny, tmp_path / "pop.gguf", **keys)) == PopMeta("FS")
 
 
-def test_limits_that_older_files_do_not_name_are_none(tiny, tmp_path):
-    budget = Budget("balanced", 0.035, 1.12, 0.85)
-    raw = encode_keys(replace(META, budget=budget))
-    old = tuple(key for key in raw if b"max_ppl" not in key and b"max_lost" not in key)
-    assert len(old) == len(raw) - 2
+def test_limits_and_figures_that_older_files_do_not_name_are_none(tiny, tmp_path):
+    budget = Budget("balanced", 0.035, 1.12, least_retention=0.85, max_lost_recall=0.03)
+    older = replace(META, budget=budget, recall=Recalled(12, 1.0, 0.9, 0.1))
+    raw = encode_keys(replace(older, measured=Measured(kl_mean=0.02)))
+    old = tuple(key for key in raw if b"lookups" not in key and b"ratio_se" not in key)
+    assert len(old) == len(raw) - 8
+    assert not any(b"max_ppl" in key or b"max_lost_lookups" in key for key in raw)
     content = read_content(read_source(tiny), without="\0")
     path = tmp_path / "pop.gguf"
     with path.open("wb") as file:
         file.write(content.with_keys(old).header)
         copy_data(content, b"", file.write, lambda n_bytes: None)
-    assert read_pop_meta(path) == replace(META, budget=budget)
+    assert read_pop_meta(path) == replace(older, measured=Measured(kl_mean=0.02))
+
+
+def test_look_ups_are_keys_of_what_was_measured(tiny, tmp_path):
+    found = Measured(lookups_n=200, lookups_full=180, lookups_lost=2, lookups_logprob_lost=0.25)
+    keys = encode_keys(replace(META, measured=found))
+    assert sum(b"pop.measured.lookups_" in key for key in keys) == 7
+    content = read_content(read_source(tiny), without="\0")
+    path = tmp_path / "pop.gguf"
+    with path.open("wb") as file:
+        file.write(content.with_keys(keys).header)
+        copy_data(content, b"", file.write, lambda n_bytes: None)
+    assert read_pop_meta(path) == replace(META, measured=found)
 
 
 def test_a_selection_that_an_older_file_names_is_ignored(tiny, tmp_path):

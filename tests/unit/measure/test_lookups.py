@@ -20,13 +20,12 @@ from pop_local.measure.lookups import (
     compare_answers,
     is_right,
     make_documents,
-    mcnemar,
     measure_lookups,
 )
 from pop_local.texts.carriers import LookupQuestion
 from support.converted import tiny
 
-SETTINGS = LookupSettings(n_questions=6, n_per_document=4, n_tokens=700)
+SETTINGS = LookupSettings(n_documents=2, n_per_document=3, n_tokens=700)
 
 
 def ignored(*_: object) -> None:
@@ -48,6 +47,15 @@ def ask(model: PopModel, documents, pruning: Pruning) -> lookups.Answers:
     answers: lookups.Answers = []
     LookupReference(SETTINGS, tuple(documents), []).ask(model, pruning, ignored, answers)
     return answers
+
+
+@pytest.mark.parametrize(
+    ("n", "n_documents", "n_each"),
+    [(1, 1, 1), (20, 1, 20), (30, 2, 15), (100, 5, 20), (200, 10, 20)],
+)
+def test_questions_are_shared_out_evenly(n: int, n_documents: int, n_each: int) -> None:
+    found = LookupSettings.of_questions(n)
+    assert (found.n_documents, found.n_per_document) == (n_documents, n_each)
 
 
 # --- the verdict on one answer
@@ -79,24 +87,14 @@ def test_a_part_another_line_or_a_longer_value_is_wrong(text: str) -> None:
     assert not is_right(text, "12.50")
 
 
-@pytest.mark.parametrize(
-    ("lost", "gained", "p"),
-    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 0.0625), (3, 3, 1.0), (9, 1, 22 / 1024)],
-)
-def test_p_is_the_exact_binomial_one(lost: int, gained: int, p: float) -> None:
-    assert mcnemar(lost, gained) == pytest.approx(p)
-    assert mcnemar(gained, lost) == pytest.approx(p)
-
-
 # --- reading
 
 
 def test_there_are_as_many_questions_as_requested_and_more_documents_go_on(
     model, documents
 ) -> None:
-    assert sum(len(each.questions) for each in documents) == 6
-    more = make_documents(model, replace(SETTINGS, n_questions=8))
-    assert more[0] == documents[0]
+    assert [len(each.questions) for each in documents] == [3, 3]
+    assert make_documents(model, replace(SETTINGS, n_documents=3))[:2] == documents
     assert all(each.tokens[0] == model.context.bos[0] for each in documents)
 
 
@@ -158,7 +156,7 @@ def test_a_stop_keeps_whole_documents_and_the_rest_is_asked_later(model, documen
     known: lookups.Answers = []
 
     def stop(done: int, _total: int) -> None:
-        if done == 5:
+        if done == 4:
             raise StoppedError
 
     with pytest.raises(StoppedError):
@@ -166,6 +164,22 @@ def test_a_stop_keeps_whole_documents_and_the_rest_is_asked_later(model, documen
     assert len(known) == 1
     found = LookupReference.read(model, SETTINGS, ignored, known)
     assert found.full == ask(model, documents, FULL)
+
+
+def test_documents_asked_for_in_two_goes_are_those_of_one(model) -> None:
+    whole = LookupReference.read(model, SETTINGS, ignored)
+    full: lookups.Answers = []
+    first = LookupReference.read(model, replace(SETTINGS, n_documents=1), ignored, full)
+    both = LookupReference.read(model, SETTINGS, ignored, full)
+    assert (first.full, both) == (whole.full[:1], whole)
+    pruned: lookups.Answers = []
+    pruning = Pruning(5)
+    first.ask(model, pruning, ignored, pruned)
+    assert len(pruned) == 1
+    both.ask(model, pruning, ignored, pruned)
+    [at_once] = measure_lookups(model, SETTINGS, [pruning], ignored)
+    assert both.compare(pruned) == at_once
+    assert at_once.logprob_full != at_once.logprob_pruned
 
 
 # --- the comparison

@@ -27,7 +27,6 @@ from pop_local.measure.quality import (
     measure_prunings,
     read_reference,
 )
-from pop_local.measure.recall import Answers, RecallReference, RecallSettings
 from support.calls import ignore
 from support.converted import tiny
 from support.synthetic import make_gguf
@@ -255,36 +254,6 @@ def test_windows_measured_little_by_little_are_those_of_one_run(model):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
     assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)
     assert found.top1_agreement == whole.top1_agreement
-
-
-def test_facts_asked_for_in_two_goes_are_those_of_one(pop_file):
-    model = PopModel(pop_file, n_ctx=1024, n_threads=1)
-    whole = RecallReference.read(model, RecallSettings(4, 600), ignore)
-    full: Answers = []
-    first = RecallReference.read(model, RecallSettings(2, 600), ignore, full)
-    both = RecallReference.read(model, RecallSettings(4, 600), ignore, full)
-    assert (first.full, both) == (whole.full[:2], whole)
-    pruning = Pruning(5)
-    answers: Answers = []
-    first.ask(model, pruning, ignore, answers)
-    assert len(answers) == 2
-    both.ask(model, pruning, ignore, answers)
-    assert both.compared(answers) == whole.measure(model, pruning, ignore)
-    assert both.compared(answers).nll_pruned != both.compared(answers).nll_full
-
-
-def test_a_stop_keeps_the_facts_that_were_asked_for(pop_file):
-    model = PopModel(pop_file, n_ctx=1024, n_threads=1)
-    kept: Answers = []
-
-    def stopped(done, total):
-        if done == 2:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        RecallReference.read(model, RecallSettings(4, 600), stopped, kept)
-    whole = RecallReference.read(model, RecallSettings(4, 600), ignore)
-    assert kept == whole.full[:2]
 
 
 def test_a_kept_reference_takes_half_the_memory_and_is_as_good(model):

@@ -38,16 +38,14 @@ ANY = Budget(
     max_kl=1e9,
     max_ppl_ratio=1e9,
     max_copy_ratio=1e9,
-    least_retention=-1e9,
-    max_lost_recall=1.0,
+    max_lost_lookups=1.0,
 )
 NONE = Budget(
     "none",
     max_kl=1e-9,
     max_ppl_ratio=0.5,
     max_copy_ratio=0.5,
-    least_retention=0.9,
-    max_lost_recall=0.0,
+    max_lost_lookups=0.0,
 )
 
 
@@ -55,7 +53,7 @@ NONE = Budget(
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(within, "N_DOCUMENTS", 2)
+    monkeypatch.setattr(within, "N_DOCUMENTS", 1)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
     monkeypatch.setattr(lessons_module, "LEAST_WINDOWS", 1)
     monkeypatch.setattr(learning, "N_APART", 3)
