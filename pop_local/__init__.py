@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from pop_local.research.layer_analysis import analyze as analyze
     from pop_local.texts.document import Document as Document
     from pop_local.texts.document_readers import read_document as read_document
-    from pop_local.workflows.conversion.convert import Converted as Converted
-    from pop_local.workflows.conversion.convert import convert as convert
+    from pop_local.workflows.conversion.convert_model import Converted as Converted
+    from pop_local.workflows.conversion.convert_model import convert as convert
     from pop_local.workflows.conversion.goals import Boundary as Boundary
     from pop_local.workflows.conversion.goals import Skip as Skip
     from pop_local.workflows.conversion.goals import Within as Within
@@ -54,7 +54,7 @@ _MODULES = {
     "pop_local.measure.quality": ["QualitySettings"],
     "pop_local.research.layer_analysis": ["Analysis", "analyze"],
     "pop_local.research.analyze_options": ["AnalyzeOptions"],
-    "pop_local.workflows.conversion.convert": ["Converted", "convert"],
+    "pop_local.workflows.conversion.convert_model": ["Converted", "convert"],
     "pop_local.workflows.conversion.goals": ["Boundary", "Skip", "Within"],
     "pop_local.workflows.conversion.refusals": [
         *("CopyingBrokenError", "OverBudgetError"),

@@ -113,8 +113,10 @@ def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[
     options = replace(options, memory_bytes=_ANY)
     for step in range(1, len(plans)):
         few = plans[::step]
-        fitted = in_kinds([plan for plan in few if plan.fitted_layers], options)
-        if not fitted or plan_needs(fitted, source, options).sums_bytes <= most:
+        fitted = [plan for plan in few if plan.fitted_layers]
+        if not fitted:
+            return tuple(few)
+        if plan_needs(in_kinds(fitted, options), source, options).sums_bytes <= most:
             return tuple(few)
     return tuple(plans[:1])
 

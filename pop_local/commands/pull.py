@@ -20,8 +20,8 @@ from pop_local.ui.tables import Column, print_table
 from pop_local.ui.theme import note, say, warn
 from pop_local.ui.views.conversion import fit_facts
 from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.goals import Within
-from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 from pop_local.workflows.events import Unit
 from pop_local.workflows.fetch import fetch_named
 

@@ -4,7 +4,6 @@ Deeper is taken to be never better; what is chosen was measured as it will be us
 """
 
 from collections.abc import Collection, Mapping
-from math import sqrt
 from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PlanError
@@ -48,8 +47,6 @@ _RETENTION_GAIN = 0.05
 _LOST_RETENTION = 0.3
 # Standard errors; where there are few windows, these are not well known themselves.
 _CLEAR = 3.0
-# Standard errors of lost look-ups within which another fit may keep enough.
-_UNSETTLED = 2.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
@@ -71,14 +68,6 @@ def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
     expected, limit = lookups.expected_lost, budget.max_lost_lookups
     has_fallen = expected.se is not None and expected.value - _CLEAR * expected.se > limit
     return lookups.lost > limit * n_questions or (has_fallen and not keeps_lookups(budget, lookups))
-
-
-def is_open(budget: Budget, lookups: "Lookups") -> bool:
-    """Tell whether too many look-ups are lost, but so few that another fit may keep them."""
-    share = lookups.lost_share
-    error = sqrt(share * (1 - share) / max(1, lookups.full))
-    limit = budget.max_lost_lookups
-    return share > limit and share - _UNSETTLED * error <= limit
 
 
 def copies(quality: "Quality") -> bool:

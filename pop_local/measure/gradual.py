@@ -13,7 +13,7 @@ from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.probes import measure_induction
 from pop_local.measure.quality import (
     Quality,
-    Reference,
+    QualityReference,
     Scores,
     score,
     summarize,
@@ -30,7 +30,7 @@ class Gradual:
     `quality` is their summary, None before the first are measured.
     """
 
-    reference: Reference
+    reference: QualityReference
     boundary: int
     quality: Quality | None = None
     _scores: list[Scores] = field(default_factory=list)

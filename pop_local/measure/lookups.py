@@ -19,11 +19,11 @@ import numpy as np
 from pop_converter.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompter import is_end
+from pop_local.measure.compared_prompts import mcnemar
 from pop_local.measure.divergence import likelihood, predictions
 from pop_local.measure.estimate import Estimate, ratio
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import shipped_part
-from pop_local.measure.prompts import mcnemar
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import CarrierSettings, LookupQuestion, make_carrier
 

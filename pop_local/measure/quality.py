@@ -120,7 +120,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Reference:
+class QualityReference:
     """The full model's scores of windows, and of random tokens repeated.
 
     From `read_reference` it takes 2 * n_windows * n_continuation * n_vocab bytes for as long as it
@@ -152,7 +152,7 @@ def measure_prunings(
         n_steps = (1 + len(prunings)) * (len(windows) + settings.n_draws)
         ran = counting(n_steps, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        reference = Reference(settings, windows, _read_full(reader, windows, ran), repeated)
+        reference = QualityReference(settings, windows, _read_full(reader, windows, ran), repeated)
         return _measure(reader, reference, prunings, ran)
 
 
@@ -162,7 +162,7 @@ def read_reference(
     settings: QualitySettings,
     on_progress: Progress,
     known: list[FullScores] | None = None,
-) -> Reference:
+) -> QualityReference:
     """Run the full model over windows and random tokens.
 
     `known` has the scores of the first windows, and gets those of the others, so that one may go on
@@ -176,11 +176,11 @@ def read_reference(
         known = [] if known is None else known
         for full in _read_full(reader, windows[len(known) :], ran):
             known.append(replace(full, predicted=halved(full.predicted)))
-        return Reference(settings, windows, tuple(known), repeated)
+        return QualityReference(settings, windows, tuple(known), repeated)
 
 
 def measure_against(
-    reference: Reference, model: PopModel, prunings: Sequence[Pruning], on_progress: Progress
+    reference: QualityReference, model: PopModel, prunings: Sequence[Pruning], on_progress: Progress
 ) -> tuple[Quality, ...]:
     """Measure each pruning of a file of the same model.
 
@@ -194,7 +194,7 @@ def measure_against(
 
 
 def measure_retention(
-    reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
+    reference: QualityReference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
 ) -> tuple[Estimate | None, ...]:
     """Measure `Quality.induction_retention` at each boundary, by random tokens alone."""
     prunings = [Pruning(boundary) for boundary in boundaries]
@@ -205,7 +205,7 @@ def measure_retention(
 
 
 def _measure(
-    reader: Forced, reference: Reference, prunings: Sequence[Pruning], ran: Ran
+    reader: Forced, reference: QualityReference, prunings: Sequence[Pruning], ran: Ran
 ) -> tuple[Quality, ...]:
     scores = score(reader, reference.windows, reference.full, prunings, ran)
     repeated = reference.repeated

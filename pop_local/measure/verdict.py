@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pop_converter.popfile.format import Measured
 
 if TYPE_CHECKING:
-    from pop_local.measure.prompts import Comparison
+    from pop_local.measure.compared_prompts import Comparison
 
 # A perplexity that rises by less cannot be seen in an answer.
 _INVISIBLE = 0.01

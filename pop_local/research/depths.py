@@ -16,7 +16,7 @@ from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import boundaries, deepest_inside, is_inside, keeps, may_copy
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.quality import Quality, Reference, measure_retention
+from pop_local.measure.quality import Quality, QualityReference, measure_retention
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2
@@ -51,7 +51,7 @@ class DepthCost:
 
 
 def measure_cliff(
-    model: PopModel, reference: Reference, on_progress: Progress
+    model: PopModel, reference: QualityReference, on_progress: Progress
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each of `boundaries`, and how much of it each layer loses.
 

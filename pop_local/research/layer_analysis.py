@@ -25,8 +25,8 @@ from pop_local.measure.forced import Pruning, as_planned
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, require_passage
 from pop_local.measure.quality import (
+    QualityReference,
     QualitySettings,
-    Reference,
     measure_against,
     read_reference,
 )
@@ -36,8 +36,8 @@ from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, 
 from pop_local.research.importance import Importance, Windows, gates_device, importance
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
-from pop_local.workflows.conversion.stages import fit_steps
-from pop_local.workflows.events import Step, Watch
+from pop_local.workflows.conversion.stages import fit_stages
+from pop_local.workflows.events import PlannedStage, Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import base_file
@@ -95,7 +95,7 @@ def analyze(
         run.require_memory()
     device = gates_device(source, options, hardware, watch) if options.n_gated else None
     n_gated = options.n_gated if device else 0
-    watch.on_course(run.course(n_gated))
+    watch.on_stages(run.planned_stages(n_gated))
     depths, reference, windows = run.probed(n_gated)
     if wanted := worth_measuring(depths):
         measure = run.fitted if options.with_fit else run.unfitted
@@ -153,7 +153,7 @@ class _Run:
         plans = self._fitted if self.options.with_fit else []
         return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
 
-    def course(self, n_gated: int) -> tuple[Step, ...]:
+    def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
         """Return the steps of the analysis at the most, with `n_gated` windows for the gates."""
         options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
         draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
@@ -163,13 +163,13 @@ class _Run:
         if self._needs:
             fit = memory.fit_work(self._fitted, self._fit_options(), self._needs)
         return (
-            Step("Reading in full", probes),
-            Step("Looking for the cliff", n_tried * draws),
-            *fit_steps(fit),
-            Step("Measuring boundary", probes, n_tried)
+            PlannedStage("Reading in full", probes),
+            PlannedStage("Looking for the cliff", n_tried * draws),
+            *fit_stages(fit),
+            PlannedStage("Measuring boundary", probes, n_tried)
             if options.with_fit
-            else Step("Measuring with own projections", n_tried * probes),
-            *([Step("Virtual gates", gates)] if n_gated else []),
+            else PlannedStage("Measuring with own projections", n_tried * probes),
+            *([PlannedStage("Virtual gates", gates)] if n_gated else []),
         )
 
     def require_memory(self) -> None:
@@ -187,7 +187,7 @@ class _Run:
                 cause="no-memory-for-fit",
             )
 
-    def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], Reference, Windows]:
+    def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], QualityReference, Windows]:
         """Read the full model's half, then random tokens at each boundary. Raises PopError.
 
         Returns how much of copying each boundary keeps, that half, and `n_gated` windows.
@@ -206,7 +206,7 @@ class _Run:
             depths = measure_cliff(model, reference, self.watch.stage("Looking for the cliff"))
         return depths, reference, [[*start, *text] for text in texts]
 
-    def fitted(self, reference: Reference, tried: Sequence[DepthCost]) -> list[DepthCost]:
+    def fitted(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
         """Fit the boundaries and measure each; the last layer alone has nothing to fit."""
         known = {depth.boundary: depth for depth in tried}
 
@@ -226,7 +226,7 @@ class _Run:
         plans, fit = [*map(self._plan, known)], self._fit_options()
         return measure_fits(plans, self.source, fit, self.hardware, self.watch, measure)
 
-    def unfitted(self, reference: Reference, tried: Sequence[DepthCost]) -> list[DepthCost]:
+    def unfitted(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
         """Measure with the layers' own projections."""
         with self._opened_as_planned() as model:
             advance = self.watch.stage("Measuring with own projections")

@@ -21,17 +21,11 @@ BY_CAUSE = {
     "context-too-small": "open the model with a larger one: --ctx {n_ctx}",
     "converted-already": "get the original back first: pop-local strip",
     "copying-broken": (
-        "--boundary {deepest_unfitted} copies even unfitted; `--quality fast`, without --skip"
-        " and --boundary, finds the deepest that copies fitted; --force writes this one all "
-        "the same"
-    ),
-    "copying-broken-everywhere": (
-        "skip fewer layers; `--quality fast`, without --skip and --boundary, finds the "
-        "deepest that copies fitted; --force writes this one all the same"
+        "skip fewer layers, search with `--quality fast` instead, or write it anyway (--force)"
     ),
     "download-exists": "move it away, replace it (--force), or choose another folder (--dir)",
     "download-is-folder": "move it away, or choose another folder (--dir)",
-    "fit-not-measurable": "lower --sink and --tail; or --projection own, which may go unmeasured",
+    "fit-not-measurable": "lower --sink and --tail, or leave out the fit (--projection own)",
     "foreign-sidecar": "make one for this model: pop-local convert --sidecar {model}",
     "is-remote": "run `pop-local pull {model}` and give the file that it prints",
     "model-replaced": "start again; and replace a model in use by a rename (mv), not by cp",

@@ -24,7 +24,7 @@ from rich.text import Text
 from pop_converter.base.numbers import duration
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err, note
-from pop_local.workflows.events import Course, Unit
+from pop_local.workflows.events import TimeLeft, Unit
 
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
@@ -36,16 +36,16 @@ _SAID_EVERY_S = 20.0
 
 @dataclass
 class Pace:
-    """Bars that follow each other share it: when a line was said, and the course of the whole."""
+    """State that consecutive bars share: the time of the last line, and the time left in all."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
-    course: Course = field(default_factory=lambda: Course(()))
+    time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
 
     def left(self) -> str:
         """Return the time left of the whole in words, "" where it is not known."""
-        if (left_s := self.course.left_s) is None:
+        if (left_s := self.time_left.left_s) is None:
             return ""
-        about = "at most" if self.course.is_at_most else "about"
+        about = "at most" if self.time_left.is_at_most else "about"
         return f"{about} {duration(left_s)} left in all"
 
 

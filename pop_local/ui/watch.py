@@ -12,7 +12,7 @@ from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.hints import hint_of
 from pop_local.ui.progress_bars import Advance, Pace, stage_progress
 from pop_local.ui.theme import note, warn
-from pop_local.workflows.events import Course, Step, Unit, Watch
+from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 
 def asked(question: str) -> bool:
@@ -29,18 +29,18 @@ class _Stages:
         self._bar: Advance | None = None
         self._pace = Pace()
 
-    def set_out(self, steps: Sequence[Step]) -> None:
-        self._pace.course = Course(steps)
+    def plan(self, stages: Sequence[PlannedStage]) -> None:
+        self._pace.time_left = TimeLeft(stages)
 
     def begin(self, name: str, unit: Unit) -> None:
         self.end()
-        self._pace.course.begin(name)
+        self._pace.time_left.begin(name)
         self._stage = (name, unit)
 
     def advance(self, done: int, total: int) -> None:
         if self._bar is None:
             self._bar = self._stack.enter_context(stage_progress(*self._stage, self._pace))
-        self._pace.course.advance(done, total)
+        self._pace.time_left.advance(done, total)
         self._bar(done, total)
 
     def end(self) -> None:
@@ -72,7 +72,7 @@ def terminal_watch() -> Iterator[Watch]:
             stages.tell,
             stages.warn,
             may=stages.ask,
-            on_course=stages.set_out,
+            on_stages=stages.plan,
         )
     finally:
         stages.end()

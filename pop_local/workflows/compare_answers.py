@@ -14,7 +14,7 @@ from pop_converter.base.progress import counting
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.images.mmproj import fingerprint
-from pop_local.measure.prompts import (
+from pop_local.measure.compared_prompts import (
     Answered,
     Comparison,
     PromptFile,

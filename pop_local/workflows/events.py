@@ -1,4 +1,4 @@
-"""How work tells what it does: to whoever called, without knowing who that is."""
+"""Callbacks of a workflow to its caller, and the time that planned stages still take."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ class Unit(Enum):
     BYTES = "bytes"
 
 
-# A shorter time tells little of the rate.
+# Seconds below which the rate is not known well enough.
 _LEAST_S = 5.0
 
 
@@ -23,10 +23,10 @@ def _ignore(*_: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Stages whose names begin with `name`: the work of each, in any unit, and how many at most.
+class PlannedStage:
+    """Up to `n_most` stages whose names start with `name`, each with this `work` in any unit.
 
-    Those of one name may come in `n_parts` that follow each other, and count as one then.
+    Up to `n_parts` consecutive stages of the same name count as one.
     """
 
     name: str
@@ -35,34 +35,34 @@ class Step:
     n_parts: int = 1
 
 
-class Course:
-    """How long a whole course of steps still takes, by the rate so far.
+class TimeLeft:
+    """An estimate of the time that all planned stages still take, by the rate so far.
 
-    Work that was done before, or is left out, does not count.
+    Work that was done by an earlier run, or that is left out, does not count.
     """
 
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._steps, self._began_s = steps, time.monotonic()
-        # In parts.
-        self._n_left = [step.n_most * step.n_parts for step in steps]
+    def __init__(self, stages: Sequence[PlannedStage]) -> None:
+        self._stages, self._began_s = stages, time.monotonic()
+        # Counted in parts.
+        self._n_left = [stage.n_most * stage.n_parts for stage in stages]
         self._at: int | None = None
         self._name = ""
         self._first = self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
-        """Begin a stage; steps before it that come once are over, and all are at the last one."""
+        """Start a stage. Earlier ones that come once are over; the last stage ends all others."""
         self._done, self._share, self._first = self._passed, 0.0, -1.0
-        found = [i for i, step in enumerate(self._steps) if name.startswith(step.name)]
-        self._at = max(found, key=lambda i: len(self._steps[i].name), default=None)
+        found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
+        self._at = max(found, key=lambda i: len(self._stages[i].name), default=None)
         if self._at is None:
             return
-        is_last = self._at == len(self._steps) - 1
-        for i, step in enumerate(self._steps[: self._at]):
-            self._n_left[i] *= not (is_last or step.n_most == 1)
+        is_last = self._at == len(self._stages) - 1
+        for i, stage in enumerate(self._stages[: self._at]):
+            self._n_left[i] *= not (is_last or stage.n_most == 1)
         if name != self._name:
-            # The stage before may have done with fewer parts.
-            pairs = zip(self._n_left, self._steps, strict=True)
-            self._name, self._n_left = name, [n - n % step.n_parts for n, step in pairs]
+            # The previous stage may have needed fewer parts.
+            pairs = zip(self._n_left, self._stages, strict=True)
+            self._name, self._n_left = name, [n - n % stage.n_parts for n, stage in pairs]
         self._n_left[self._at] = max(0, self._n_left[self._at] - 1)
 
     def advance(self, done: int, total: int) -> None:
@@ -71,35 +71,37 @@ class Course:
 
     @property
     def left_s(self) -> float | None:
-        """None until it is known."""
+        """Return the seconds left, None until the rate is known."""
         elapsed_s, passed = time.monotonic() - self._began_s, self._passed
         if elapsed_s < _LEAST_S or not passed:
             return None
-        ahead = sum(n * step.work for n, step in zip(self._n_left, self._steps, strict=True))
+        ahead = sum(n * stage.work for n, stage in zip(self._n_left, self._stages, strict=True))
         if self._at is not None:
-            ahead += (1 - self._share) * self._steps[self._at].work
+            ahead += (1 - self._share) * self._stages[self._at].work
         return elapsed_s * ahead / passed
 
     @property
     def is_at_most(self) -> bool:
-        """Whether some of the work may not be needed."""
-        return any(n and step.n_most > 1 for n, step in zip(self._n_left, self._steps, strict=True))
+        """Return whether some of the work may not be needed."""
+        return any(
+            n and stage.n_most > 1 for n, stage in zip(self._n_left, self._stages, strict=True)
+        )
 
     @property
     def _passed(self) -> float:
-        work = 0.0 if self._at is None else self._steps[self._at].work
+        work = 0.0 if self._at is None else self._stages[self._at].work
         return self._done + work * (self._share - max(0.0, self._first))
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Who follows a workflow, and who may end it; all of it may be left out.
+    """Callbacks of a workflow; all are optional.
 
-    `on_course(steps)` says what stages there will be, in their order; `on_stage(name, unit)` begins
-    one, `on_progress(done, total)` counts in its unit.
-    `on_note(text)` gets what is worth knowing, `on_warning(error)` what is let through and might
-    have been refused. A workflow asks `should_stop` as often as it counts, and while llama.cpp
-    reads; it then raises StoppedError and leaves nothing behind. `may(question)` allows a download.
+    `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` starts one,
+    and `on_progress(done, total)` counts in its unit. `on_note(text)` gets information for the
+    user, `on_warning(error)` a problem that did not stop the work. A workflow checks `should_stop`
+    whenever it counts, and while llama.cpp reads. It then raises StoppedError and leaves nothing
+    behind. `may(question)` returns whether a download is allowed.
     """
 
     on_stage: Callable[[str, Unit], object] = _ignore
@@ -108,10 +110,10 @@ class Watch:
     on_warning: Callable[[PopError], object] = _ignore
     should_stop: Callable[[], bool] = _ignore
     may: Callable[[str], bool] = _ignore
-    on_course: Callable[[Sequence[Step]], object] = _ignore
+    on_stages: Callable[[Sequence[PlannedStage]], object] = _ignore
 
     def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
-        """Begin a stage; its work reports to what is returned, which may raise StoppedError."""
+        """Start a stage and return its progress callback, which may raise StoppedError."""
         self.on_stage(name, unit)
         return self._count
 

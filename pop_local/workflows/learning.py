@@ -25,11 +25,12 @@ from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.learned import LearnedFiles
 from pop_local.models.model_files import ModelFiles
-from pop_local.workflows.conversion.fits import Fitter
+from pop_local.workflows.conversion.candidate import Candidate
+from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.conversion.search import Search
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.conversion.within import Candidate, Search
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured
@@ -42,7 +43,7 @@ _N_DRAWS = 4
 
 
 @dataclass(kw_only=True)
-class _LearnedFitter(Fitter):
+class _LearnedFitter(PlanFitter):
     """Solves the sums at each boundary, in the place of a calibration."""
 
     learner: OnlineCalibrator
@@ -59,7 +60,7 @@ class _LearnedFitter(Fitter):
             tensors += summing.encode_input(self.sums, boundary, stored)
         for layer in plan.fitted_layers:
             tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
-            if self.bench.watch.should_stop():
+            if self.runner.watch.should_stop():
                 raise StoppedError
         calibration = Calibration(
             _NAME,
@@ -86,7 +87,7 @@ class OnlineCalibration:
         watch = Watch(should_stop=lambda: self._should_stop())
         context = model.context
         hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
-        self._bench = TrialRunner(context.source, hardware, watch)
+        self._runner = TrialRunner(context.source, hardware, watch)
         self._search: Search | None = None
         self._next_rows = float(model.learner.learned.n_wanted)
         meta = model.meta
@@ -134,16 +135,16 @@ class OnlineCalibration:
         if not self._is_better(chosen):
             self._end()
             return None
-        target = LearnedFiles.of(self._bench.source).sidecar
+        target = LearnedFiles.of(self._runner.source).sidecar
         assert chosen.fitted is not None and chosen.fitted.calibration is not None
         found = measured(chosen.quality, chosen.lookups)
         write_sidecar(
             chosen.plan,
-            self._bench.path,
+            self._runner.path,
             target,
             fitted=chosen.fitted,
             examine=lambda _: found,
-            progress=self._bench.watch.stage("Writing"),
+            progress=self._runner.watch.stage("Writing"),
             force=True,
         )
         self._end()
@@ -165,7 +166,7 @@ class OnlineCalibration:
 
     def _begun(self) -> Search | None:
         learner, shape = self._learner, self._model.shape
-        macs, sums = GraphMacs(self._bench.path), learner.sums()
+        macs, sums = GraphMacs(self._runner.path), learner.sums()
         plans = []
         for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
             plan = make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
@@ -179,17 +180,17 @@ class OnlineCalibration:
             len(learner.held_out), N_WINDOW - _N_CONTINUATION, _N_CONTINUATION, n_draws=_N_DRAWS
         )
         texts = tuple(tuple(window.tolist()) for window in learner.held_out)
-        full = FullModel(self._bench, plans[0], settings, texts)
+        full = FullModel(self._runner, plans[0], settings, texts)
         options = FitOptions(kv_type=KvType.Q8_0, projection=plans[0].projection)
-        fitter = _LearnedFitter(self._bench, options, learner=learner, sums=sums)
-        return Search(self._bench, self._budget, fitter, full, plans)
+        fitter = _LearnedFitter(self._runner, options, learner=learner, sums=sums)
+        return Search(self._runner, self._budget, fitter, full, plans)
 
     def _measured_in_use(self, full: FullModel) -> Quality:
-        model, bench = self._model, self._bench
+        model, runner = self._model, self._runner
         gradual = Gradual(full.reference, model.boundary)
         files = ModelFiles(model.path, model.sidecar)
-        with bench.opened(full.plan, files) as opened:
-            return gradual.measure_until(lambda _: False, opened, lambda: bench.watch.stage(""))
+        with runner.opened(full.plan, files) as opened:
+            return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
 
     def _is_better(self, chosen: Candidate) -> bool:
         """Deeper than the one in use, or as deep and closer to the full model, or that is lost."""

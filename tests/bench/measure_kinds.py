@@ -28,7 +28,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import given_text, tokenize
-from pop_local.measure.quality import QualitySettings, Reference, read_reference, score
+from pop_local.measure.quality import QualityReference, QualitySettings, read_reference, score
 from pop_local.ui.watch import terminal_watch
 
 WIDE = Projection.WIDE
@@ -56,7 +56,7 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
 
 
 def measure(
-    options: argparse.Namespace, sidecar: Path, references: dict[str, Reference]
+    options: argparse.Namespace, sidecar: Path, references: dict[str, QualityReference]
 ) -> dict[str, Any]:
     """Return a row's KL and added NLL, by window; `references` are read once."""
     settings = QualitySettings(options.windows, n_draws=1)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    references: dict[str, Reference] = {}
+    references: dict[str, QualityReference] = {}
     rows: list[dict[str, Any]] = []
     for name, texts in options.fit:
         sidecar = fit(name, texts, options)

@@ -80,12 +80,12 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
     """Return the losses of one sidecar, against the full model's predictions."""
     pruning = Pruning(plan.boundary)
     reference, asked = full.reference, full.lookups(LookupSettings().n_documents)
-    bench = full.bench
-    with bench.opened(plan, ModelFiles(bench.path, sidecar)) as model:
-        advance = bench.watch.stage(f"Measuring boundary {plan.boundary}")
+    runner = full.runner
+    with runner.opened(plan, ModelFiles(runner.path, sidecar)) as model:
+        advance = runner.watch.stage(f"Measuring boundary {plan.boundary}")
         [quality] = measure_against(reference, model, [pruning], advance)
         answers: Answers = []
-        asked.ask(model, pruning, bench.watch.stage("Asking for look-ups"), answers)
+        asked.ask(model, pruning, runner.watch.stage("Asking for look-ups"), answers)
     return {
         "n_skipped": plan.n_skipped,
         "speedup_limit": plan.speedup_limit,

@@ -6,18 +6,17 @@ import pytest
 
 from pop_local.measure import estimate, gradual, probes
 from pop_local.workflows import benchmark
-from pop_local.workflows.conversion import named, within
+from pop_local.workflows.conversion import candidate, named
 from support import calibrating
 from support.synthetic import make_gguf
 
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One draw of random tokens, one window of what own projections lose, few for its error.
+    """Draw random tokens once, and few windows for an error.
 
     Upstream's library takes three processes more: a test of `bench` has them.
     """
-    monkeypatch.setattr(named, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
@@ -44,5 +43,5 @@ def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(within, "N_WINDOWS", 2)
-    monkeypatch.setattr(within, "N_DOCUMENTS", 1)
+    monkeypatch.setattr(candidate, "N_WINDOWS", 2)
+    monkeypatch.setattr(candidate, "N_DOCUMENTS", 1)

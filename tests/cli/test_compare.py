@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_local.cli import app
-from pop_local.measure import prompts as measure
+from pop_local.measure import compared_prompts as measure
 from support.converted import converted, tiny
 from support.synthetic import make_gguf
 

@@ -21,15 +21,13 @@ from pop_local.measure import gradual
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.research.distilled import Distiller
-from pop_local.workflows.conversion import fits
-from pop_local.workflows.conversion import within as searching
-from pop_local.workflows.conversion.within import Candidate, Stage
+from pop_local.workflows.conversion import candidate, fits
+from pop_local.workflows.conversion import search as searching
+from pop_local.workflows.conversion.candidate import Candidate
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
-
-OWN, FITTED, WIDE = Projection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
@@ -71,7 +69,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
                 self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
             )
 
-    for module in (fits, searching):
+    for module in (fits, candidate):
         monkeypatch.setattr(module, "Gradual", Told)
     done = convert(tiny, "--sidecar", *FIT, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
@@ -100,7 +98,7 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
             found = Estimate(1.0 if trained else 2000.0, 0.0)
             self.quality = replace(self.quality, copy_ppl_ratio=found)
 
-    for module in (fits, searching):
+    for module in (fits, candidate):
         monkeypatch.setattr(module, "Gradual", Told)
     done = convert(tiny, *FIT, "--text", letters, "--boundary", 4, *LOOSE)
     assert done.exit_code == 0, done.stderr
@@ -113,58 +111,19 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
 @pytest.mark.parametrize(("more", "is_taken"), [(-0.001, True), (0.0004, True), (0.001, False)])
 def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_taken, tiny):
     """Windows differ by far more than the two fits do on each of them."""
-    given: Any = {"projection": FITTED, "macs": GraphMacs(tiny)}
+    given: Any = {"projection": Projection.FITTED, "macs": GraphMacs(tiny)}
     plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
     unused: Any = None
     search = searching.Search(unused, BALANCED, unused, unused, [plan])
-    plain = search.tried[4, Stage.SEARCHED]
-    distilled = search.tried[4, Stage.DISTILLED] = Candidate(replace(plan, is_distilled=True))
+    plain, distilled = Candidate(plan), Candidate(replace(plan, is_distilled=True))
+    search.rungs = [[plain], [distilled]]
     windows = np.array([0.002, 0.01, 0.02, 0.04])
     changes = more + np.array([-0.001, 0.001, 0.001, -0.001])
     for each, kls in ((plain, windows), (distilled, windows + changes)):
         scores: Any = [SimpleNamespace(divergence=SimpleNamespace(kl=kl)) for kl in kls[:, None]]
         quality: Any = SimpleNamespace(kl_mean=Estimate(kls.mean(), 0.008))
         each.gradual, each.is_inside = gradual.Gradual(unused, 4, quality, scores), True
-    assert search._fastest() is (distilled if is_taken else plain)
-
-
-@pytest.mark.parametrize(
-    ("n_lost", "boundaries"),
-    [
-        ((3, 16), (5, 4)),
-        ((3, 3), (5, 4)),
-        ((0, 3, 3), (5, 4, 3)),
-        ((16,), (5,)),
-    ],
-)
-def test_deeper_fits_follow_one_that_lost_few_look_ups(n_lost, boundaries, tiny, monkeypatch):
-    shape = source_shape(read_source(tiny))
-    given: Any = {"projection": WIDE, "macs": GraphMacs(tiny)}
-    plans = [make_plan(shape, boundary=each, **given) for each in (5, 4, 3)]
-    good: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
-    lost = dict(zip((5, 4, 3), n_lost, strict=False))
-    tried = []
-
-    def settled(self, candidate):
-        plan = candidate.plan
-        tried.append((plan.boundary, plan.projection, plan.is_distilled))
-        n = lost[plan.boundary]
-        lookups: Any = SimpleNamespace(lost_share=n / 100, full=100)
-        candidate.lookups, candidate.is_inside = lookups, n == 0
-        return candidate.is_inside
-
-    monkeypatch.setattr(searching.Search, "_settle", settled)
-    unused: Any = None
-    plain: Any = "plain"
-    fitter: Any = SimpleNamespace(distilled=lambda *_: "trained")
-    search = searching.Search(unused, BALANCED, fitter, unused, plans)
-    for plan in plans:
-        search.tried[plan.boundary, Stage.SEARCHED].fitted = plain
-    chosen = search.tried[5, Stage.SEARCHED]
-    measured: Any = SimpleNamespace(quality=good)
-    chosen.is_inside, chosen.gradual = True, measured
-    search._try_distilled()
-    assert tried == [(boundary, WIDE, True) for boundary in boundaries]
+    assert search.fastest() is (distilled if is_taken else plain)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +170,7 @@ def test_what_goes_wrong_leaves_what_was_found_without(tiny, letters, tmp_path, 
     done = convert(tiny, "--sidecar", *FIT, *LOOSE, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["distilled"] is False
-    assert "Distilling is left out: no memory is left" in done.stderr
+    assert "Boundary 2 distilled is left out: no memory is left" in done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
     assert (meta.boundary, meta.calibration.n_distilled) == (2, 0)

@@ -6,8 +6,7 @@ import pytest
 
 from pop_converter.projection import Projection
 from pop_local.calibration import activations, needs
-from pop_local.measure import budget
-from pop_local.workflows.conversion import within as searching
+from pop_local.workflows.conversion.candidate import Judge
 from support.searched import FEW, LOOSE, convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search", "few_fit")]
@@ -24,12 +23,12 @@ def own_pass_at(monkeypatch: pytest.MonkeyPatch):
     """Own projections pass from a boundary on, fits everywhere."""
 
     def passing(shallowest: int) -> None:
-        def judge(self, candidate, is_enough, real=searching.Search._judge):
+        def judge(self, candidate, is_enough, real=Judge._measure):
             real(self, candidate, is_enough)
             is_own = candidate.plan.projection == Projection.OWN
             candidate.is_inside = not is_own or candidate.plan.boundary >= shallowest
 
-        monkeypatch.setattr(searching.Search, "_judge", judge)
+        monkeypatch.setattr(Judge, "_measure", judge)
 
     return passing
 
@@ -72,15 +71,6 @@ def test_own_projections_stay_where_none_is_deeper(tiny, letters, own_pass_at, t
     assert found["calibration"] is None
 
 
-def test_boundaries_that_no_fit_brings_back_are_not_fitted(tiny, letters, own_pass_at, monkeypatch):
-    own_pass_at(7)
-    verdicts = dict(zip((7, 6, 5), (False, False, True), strict=True))
-    asked = iter(verdicts.values())
-    monkeypatch.setattr(budget, "is_hopeless", lambda limits, retention: next(asked))
-    _, tried = found_by(tiny, letters)
-    assert tried == [*((each, "own") for each in verdicts), (6, "fitted")]
-
-
 def test_a_named_projection_is_fitted_without_own_ones(tiny, letters, own_pass_at):
     own_pass_at(7)
     _, tried = found_by(tiny, letters, "--projection", "fitted")
@@ -91,13 +81,13 @@ def test_a_stopped_search_goes_on_with_the_same_fits(tiny, letters, own_pass_at,
     own_pass_at(7)
     options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
 
-    def stop(self, candidate, is_enough, real=searching.Search._judge):
+    def stop(self, candidate, is_enough, real=Judge._measure):
         if candidate.fitted is not None:
             raise KeyboardInterrupt
         real(self, candidate, is_enough)
 
     with monkeypatch.context() as stopping:
-        stopping.setattr(searching.Search, "_judge", stop)
+        stopping.setattr(Judge, "_measure", stop)
         assert convert(*options).exit_code == 130
     monkeypatch.setattr(activations.WindowReader, "window", None)
     done = convert(*options)

@@ -46,7 +46,7 @@ def test_own_projections_are_measured_when_a_quality_is_asked_for(tiny, tmp_path
         unmeasured.setattr(examining, "measure_prunings", None)
         done = convert(tiny, "--projection", "own", "--boundary", 5, "--tail", 600)
     assert done.exit_code == 0, done.stderr
-    assert "was not asked for, and is not measured" in " ".join(done.stderr.split())
+    assert "The loss of own projections is not measured" in " ".join(done.stderr.split())
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
     assert "BROKEN" not in shown(tmp_path / "tiny.pop.gguf")
@@ -71,8 +71,8 @@ def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, words, tmp_path
         unfitted.setattr(fits, "calibrate", None)
         done = convert(*arguments)
     assert done.exit_code == 1
-    assert "10% of copying random tokens is kept with own projections, and no fit" in done.stderr
-    assert "--boundary 7 copies even unfitted" in done.stderr
+    assert "own projections keep 10% of copying random tokens, and no fit" in done.stderr
+    assert "skip fewer layers" in done.stderr
     assert not (tmp_path / "tiny.pop.gguf").exists()
     forced = convert(*arguments, "--force")
     assert forced.exit_code == 0, forced.stderr
@@ -103,7 +103,7 @@ def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, mon
     given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--quality", "fast", "--force")
     done = convert(tiny, *given)
     assert done.exit_code == 1
-    assert "no fit brings that back" in " ".join(done.stderr.split())
+    assert "no fit restores that" in " ".join(done.stderr.split())
 
 
 def test_a_context_shorter_than_what_is_measured_is_warned_of(tmp_path):
@@ -146,5 +146,5 @@ def test_a_refusal_leaves_the_fit_of_another_depth(tiny, words, tmp_path, monkey
     monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     done = convert(tiny, "--boundary", 6, "--text", words, "--tokens", 2048, "--resume")
     assert done.exit_code == 1
-    assert "no fit brings that back" in done.stderr
+    assert "no fit restores that" in done.stderr
     assert state.exists()

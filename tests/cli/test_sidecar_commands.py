@@ -24,7 +24,7 @@ from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import DEFAULT_MODEL, find
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
-from pop_local.workflows.conversion.fits import Fitter
+from pop_local.workflows.conversion.fits import PlanFitter
 from support.converted import Pair, made_up, names, paired
 from support.shapes import read_shape
 from support.synthetic import make_gguf, make_split
@@ -136,7 +136,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
         "pop_local.workflows.conversion.named.measured", lambda quality: Measured(kl_mean=0.25)
     )
     plan = make_plan(read_shape(base), projection=Projection.FITTED, boundary=4)
-    monkeypatch.setattr(Fitter, "fit", lambda *_: (made_up(plan),))
+    monkeypatch.setattr(PlanFitter, "fit", lambda *_: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
     assert done.exit_code == 0, done.stderr
     assert seen == [(base, "fitted")]

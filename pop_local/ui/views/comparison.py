@@ -11,7 +11,7 @@ from pop_local.ui.tables import Column, Fact, print_facts, print_table
 from pop_local.ui.theme import out
 
 if TYPE_CHECKING:
-    from pop_local.measure.prompts import Compared, Comparison
+    from pop_local.measure.compared_prompts import Compared, Comparison
 
 _N_SHOWN = 60
 _N_SHARED = 15

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pop_converter.popfile.format import PopMeta
     from pop_converter.popfile.pruning_plan import Plan
     from pop_converter.popfile.rewrite import FileSizes
-    from pop_local.workflows.conversion.convert import Converted
-    from pop_local.workflows.conversion.plan import Conversion
+    from pop_local.workflows.conversion.conversion_plan import Conversion
+    from pop_local.workflows.conversion.convert_model import Converted
 
 
 def show_plan(conversion: Conversion) -> None:

@@ -1,4 +1,4 @@
-"""How the search for a boundary is shown: what was allowed, and a line for each one measured."""
+"""The output of a search: the budget, and a line for each measured candidate."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ _COLUMNS = (
     _estimate("kl_mean", "KL", ".4f"),
     _estimate("ppl_ratio", "PPL ratio", ".3f"),
     _estimate("copy_ppl_ratio", "Copy ratio", ".3f"),
-    _estimate("induction_retention", "Retention", ".1%"),
     Column("Look-ups lost", lambda trial: trial.lookups and _lost(trial.lookups), numeric=True),
     Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
 )
-# The figures of a trial that a budget looks at.
+# The figures of a trial that a budget limits.
 _JUDGED = (
     *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
-    *("copy_ppl_ratio_se", "induction_retention", "induction_retention_se"),
+    "copy_ppl_ratio_se",
 )
 
 
@@ -59,7 +58,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """One boundary with what the budget looks at; errors as in `figures`."""
+    """Return a candidate with the figures that the budget limits; errors as in `figures`."""
     plan, found = trial.plan, figures(trial.quality)
     return {
         "boundary": plan.boundary,

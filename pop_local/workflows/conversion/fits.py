@@ -49,7 +49,7 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 
 
 @dataclass
-class Fitter:
+class PlanFitter:
     """Fits plans of one model, all with the same options and on the same text.
 
     Without a kind of fit in the options, one is chosen by measuring at the first boundary. Kinds
@@ -58,7 +58,7 @@ class Fitter:
     `distiller` trains chosen fits end to end, None for none.
     """
 
-    bench: TrialRunner
+    runner: TrialRunner
     options: FitOptions
     full: FullModel | None = None
     text: CalibrationText | None = None
@@ -74,13 +74,13 @@ class Fitter:
         if not plans:
             return ()
         follow = Callbacks(
-            self._lazily("Sampling text"), self._lazily("Fitting"), self.bench.watch.should_stop
+            self._lazily("Sampling text"), self._lazily("Fitting"), self.runner.watch.should_stop
         )
         kind = self.options.projection or self.kind
         options = replace(self.options, state_path=state_path, projection=kind)
         wanted = in_kinds(plans, options)
-        with loaded(self.bench.path, **vars(self.bench.hardware)) as context:
-            done = calibrate(wanted, context, self.bench.source, options, follow, self.text)
+        with loaded(self.runner.path, **vars(self.runner.hardware)) as context:
+            done = calibrate(wanted, context, self.runner.source, options, follow, self.text)
         self.text = done.text
         made: dict[int, dict[Projection, Fitted]] = {plan.boundary: {} for plan in plans}
         for plan, fitted in zip(wanted, done.fitted, strict=True):
@@ -97,7 +97,7 @@ class Fitter:
         if len(fits) == 1:
             [self.kind] = fits
         if self.kind is None:
-            self.bench.watch.on_note("Measuring whether a wider fit is worth its cost")
+            self.runner.watch.on_note("Measuring whether a wider fit is worth its cost")
             found = self._qualities(plan, fits)
             costs = {kind: fit_cost(plan, kind) for kind in fits}
             losses = {kind: each.kl_mean.value for kind, each in found.items()}
@@ -108,19 +108,19 @@ class Fitter:
                 + ("" if kind in able else ", copying broken")
                 for kind in fits
             )
-            self.bench.watch.on_note(f"Projections are {self.kind}: {seen}")
+            self.runner.watch.on_note(f"Projections are {self.kind}: {seen}")
         return fits[self.kind]
 
     def _qualities(
         self, plan: Plan, fits: Mapping[Projection, Fitted]
     ) -> dict[Projection, Quality]:
         """Measure the loss of each kind, on the same windows."""
-        full = self.full or FullModel(self.bench, plan, QualitySettings(_N_WINDOWS, n_draws=1))
-        begin = partial(self.bench.watch.stage, "Measuring")
+        full = self.full or FullModel(self.runner, plan, QualitySettings(_N_WINDOWS, n_draws=1))
+        begin = partial(self.runner.watch.stage, "Measuring")
         qualities = {}
         for kind, fitted in fits.items():
             gradual = self.seen[plan.boundary, kind] = Gradual(full.reference, plan.boundary)
-            with self.bench.tried(plan, fitted) as model:
+            with self.runner.tried(plan, fitted) as model:
                 qualities[kind] = gradual.measure_until(
                     lambda found: found.n_windows >= _N_WINDOWS, model, begin
                 )
@@ -128,7 +128,7 @@ class Fitter:
 
     def _lazily(self, name: str) -> Progress:
         """Return a stage that begins when its work does: a kept fit has none of it."""
-        watch, begun = self.bench.watch, False
+        watch, begun = self.runner.watch, False
 
         def advance(done: int, total: int) -> None:
             nonlocal begun
@@ -153,14 +153,14 @@ def measure_fits(
     The fits are of one kind, so that boundaries compare: plain unless the options say otherwise.
     Raises PopError, StoppedError.
     """
-    bench = TrialRunner(source, hardware, watch)
+    runner = TrialRunner(source, hardware, watch)
     options = replace(options, projection=options.projection or Projection.FITTED)
-    bench.require_room(plans, options.kv_type)
+    runner.require_room(plans, options.kv_type)
     wanted = [plan for plan in plans if plan.projection != Projection.OWN]
-    made = Fitter(bench, options).fit(wanted, None)
+    made = PlanFitter(runner, options).fit(wanted, None)
     fitted = dict(zip(wanted, made, strict=True))
     found = []
     for plan in plans:
-        with bench.sidecar(plan, fitted.get(plan)) as sidecar:
+        with runner.sidecar(plan, fitted.get(plan)) as sidecar:
             found.append(measure(plan, sidecar))
     return found

@@ -1,4 +1,4 @@
-"""The full model on held-out text and look-ups: read when it is first asked for, then kept."""
+"""The full model on held-out text and look-ups: read on first use, then kept."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -6,19 +6,20 @@ from functools import cached_property
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
 from pop_local.measure.lookups import Answers, LookupReference, LookupSettings
-from pop_local.measure.quality import FullScores, QualitySettings, Reference, read_reference
+from pop_local.measure.quality import FullScores, QualityReference, QualitySettings, read_reference
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 
 @dataclass(frozen=True)
 class FullModel:
-    """The model itself; sink and tail are those of `plan`, whose boundary does not matter.
+    """The model in full, with the sink and tail of `plan`; the plan's boundary does not matter.
 
-    `settings` say how much is read, fewer windows where the text has no more; `text`: tokens, None
-    for the shipped held-out text. The first reading may raise PopError and StoppedError.
+    `settings`: fewer windows are read if the text has no more. `text`: tokens, None for the shipped
+    held-out text. The first reading may raise PopError and StoppedError. After a stop, the next
+    one continues after the windows and documents that were read.
     """
 
-    bench: TrialRunner
+    runner: TrialRunner
     plan: Plan
     settings: QualitySettings
     text: TextTokens | None = None
@@ -27,11 +28,11 @@ class FullModel:
     _references: dict[int, LookupReference] = field(default_factory=dict)
 
     @cached_property
-    def reference(self) -> Reference:
-        """Its predictions of the held-out text."""
-        watch, settings = self.bench.watch, self.settings
+    def reference(self) -> QualityReference:
+        """Return its predictions of the held-out text."""
+        watch, settings = self.runner.watch, self.settings
         watch.on_note("Reading held-out text in full")
-        with self.bench.opened(self.plan) as model:
+        with self.runner.opened(self.plan) as model:
             tokens = self.text or tokenize(model, shipped_text())
             n_found = room(tokens, settings.n_context + settings.n_continuation)
             settings = replace(settings, n_windows=min(settings.n_windows, max(1, n_found)))
@@ -41,8 +42,8 @@ class FullModel:
     def lookups(self, n_documents: int) -> LookupReference:
         """Return its answers to the look-ups of some documents; each document is read once."""
         if n_documents not in self._references:
-            with self.bench.opened(self.plan) as model:
-                advance = self.bench.watch.stage("Asking for look-ups in full")
+            with self.runner.opened(self.plan) as model:
+                advance = self.runner.watch.stage("Asking for look-ups in full")
                 settings = LookupSettings(n_documents)
                 found = LookupReference.read(model, settings, advance, self._answers)
                 self._references[n_documents] = found

@@ -1,4 +1,4 @@
-"""A boundary that the caller named: fitted, measured in short and written, or refused."""
+"""A boundary that the user named: fitted, measured briefly and written, or refused."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,6 @@ from pop_local.measure.budget import (
     figures_in_words,
     is_hopeless,
     is_inside,
-    keeps,
     keeps_lookups,
     limits_in_words,
 )
@@ -27,37 +26,34 @@ from pop_local.measure.quality import (
     Quality,
     QualitySettings,
     choose_windows,
-    measure_against,
     measure_prunings,
-    measure_retention,
-    read_reference,
     retention,
 )
 from pop_local.models.model_files import ModelFiles
-from pop_local.workflows.conversion.plan import ConversionRun, Outcome
+from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_copy
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Windows and look-up documents for a fit. Looking for another boundary is shorter and less exact.
+# Windows of text and look-up documents for a fit, and draws of random tokens before it.
 N_WINDOWS = 8
 N_DOCUMENTS = 5
-N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
+N_OWN_DRAWS = 2
 
 
 def write_named(run: ConversionRun) -> Outcome:
     """Write the boundary of a conversion. Raises CopyingBrokenError, PopError, StoppedError.
 
-    A fit that cannot copy is refused unless that is forced; own projections are not measured.
+    A fit that cannot copy is refused unless forced. Own projections are not measured.
     """
     [plan], output = run.conversion.plans, run.conversion.output
     if plan.projection == Projection.OWN:
-        run.bench.watch.on_note(
-            "What own projections lose was not asked for, and is not measured:"
-            " a quality beside the boundary measures it"
+        run.runner.watch.on_note(
+            "The loss of own projections is not measured. Give a quality next to the boundary to"
+            " measure it."
         )
         return run.write(plan, None, None)
-    examination = Examination(run.bench, plan, allow_broken_copy=run.force)
+    examination = Examination(run.runner, plan, allow_broken_copy=run.force)
     examination.before_fit()
     with run.resumable():
         fitter = run.fitter()
@@ -67,92 +63,66 @@ def write_named(run: ConversionRun) -> Outcome:
         return run.write(
             plan,
             fitted,
-            lambda written: examination.of_fit(output.files(run.bench.path, written)),
+            lambda written: examination.of_fit(output.files(run.runner.path, written)),
         )
 
 
 @dataclass(frozen=True)
 class Examination:
-    """A plan that is examined. Broken copying is let through if allowed."""
+    """The checks of a named plan. Broken copying is only a warning if allowed."""
 
-    bench: TrialRunner
+    runner: TrialRunner
     plan: Plan
     allow_broken_copy: bool
 
     def before_fit(self) -> None:
-        """Raises CopyingBrokenError where no fit would bring copying back.
+        """Raise CopyingBrokenError if no fit would restore copying.
 
-        Raises PopError where a fit could not be measured.
+        Raises PopError if a fit could not be measured.
         """
-        with self.bench.opened(self.plan) as model:
-            _require_windows(model)
-            kept = None
-            if not self.allow_broken_copy:
-                advance = self.bench.watch.stage("Trying the boundary without a fit")
-                kept = own_retention(model, self.plan.boundary, advance)
-        if kept is not None and is_hopeless(kept):
-            raise self._refusal(
-                f"{kept.value:.0%} of copying random tokens is kept with own projections, and no "
-                "fit brings that back"
+        require_windows(self.runner, self.plan)
+        if self.allow_broken_copy:
+            return
+        with self.runner.opened(self.plan) as model:
+            advance = self.runner.watch.stage("Trying the boundary without a fit")
+            kept = own_retention(model, self.plan.boundary, advance)
+        if is_hopeless(kept):
+            assert kept is not None
+            raise CopyingBrokenError(
+                self.plan.boundary,
+                f"own projections keep {kept.value:.0%} of copying random tokens, and no fit"
+                " restores that",
             )
 
     def of_fit(self, files: ModelFiles) -> Measured:
-        """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
-        self.bench.watch.on_note("Measuring what was written on held-out text")
-        with self.bench.opened(self.plan, files) as model:
+        """Measure the written files. Raises CopyingBrokenError, PopError, StoppedError."""
+        self.runner.watch.on_note("Measuring the written file on held-out text")
+        with self.runner.opened(self.plan, files) as model:
             tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
-            advance = self.bench.watch.stage("Measuring")
+            advance = self.runner.watch.stage("Measuring")
             settings = QualitySettings(N_WINDOWS)
             [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
-            advance = self.bench.watch.stage("Asking for look-ups")
+            advance = self.runner.watch.stage("Asking for look-ups")
             asked = LookupSettings(N_DOCUMENTS)
             [lookups] = measure_lookups(model, asked, [pruning], advance)
         if not (self.allow_broken_copy or copies(quality)):
-            raise self._refusal(figures_in_words(quality))
+            raise CopyingBrokenError(self.plan.boundary, figures_in_words(quality))
         self._warn_outside(quality, lookups)
         return measured(quality, lookups)
 
     def _warn_outside(self, quality: Quality, lookups: Lookups) -> None:
-        boundary = quality.boundary
+        boundary, found = quality.boundary, figures_in_words(quality, lookups)
         if not copies(quality):
-            self.bench.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
+            self.runner.watch.on_warning(PopError(broken_copy(boundary, found)))
         elif not (is_inside(BALANCED, quality) and keeps_lookups(BALANCED, lookups)):
-            found = figures_in_words(quality, lookups)
             budget = f"the {BALANCED.quality} budget ({limits_in_words(BALANCED)})"
-            self.bench.watch.on_warning(
+            self.runner.watch.on_warning(
                 PopError(
                     f"boundary {boundary} is outside {budget}: {found}",
-                    "give the budget instead of the boundary: the deepest inside is looked for",
+                    "give the budget instead of the boundary to search for the fastest inside",
                     cause="outside-budget",
                 )
             )
-
-    def _refusal(self, found: str) -> CopyingBrokenError:
-        boundary = self.plan.boundary
-        self.bench.watch.on_note(
-            f"Boundary {boundary} cannot copy; looking for the deepest that does even with own "
-            "projections"
-        )
-        return CopyingBrokenError(boundary, found, self._deepest_passing(boundary + 1))
-
-    def _deepest_passing(self, first: int) -> int | None:
-        """Return the deepest boundary from `first` on that copies with own projections.
-
-        Fitted ones may pass deeper, but each would have to be fitted first.
-        """
-        with self.bench.opened(self.plan) as model:
-            advance = self.bench.watch.stage("Reading in full")
-            tokens = tokenize(model, shipped_text())
-            reference = read_reference(model, tokens, _own_settings(), advance)
-            for boundary in range(first, self.plan.shape.n_layer):
-                advance = self.bench.watch.stage(f"Trying boundary {boundary}")
-                [kept] = measure_retention(reference, model, (boundary,), advance)
-                if not keeps(kept):
-                    continue
-                [found] = measure_against(reference, model, (Pruning(boundary),), advance)
-                if copies(found):
-                    return boundary
-        return None
 
 
 def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Estimate | None:
@@ -160,7 +130,7 @@ def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Esti
 
     `on_progress` counts draws.
     """
-    settings = _own_settings()
+    settings = QualitySettings(n_draws=N_OWN_DRAWS)
     with forced(model) as reader:
         ran = counting(2 * settings.n_draws, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
@@ -168,17 +138,14 @@ def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Esti
     return retention(repeated, found)
 
 
-def _own_settings() -> QualitySettings:
-    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
-
-
-def _require_windows(model: PopModel) -> None:
+def require_windows(runner: TrialRunner, plan: Plan) -> None:
+    """Raise PopError if held-out text could not be measured with the plan's full rows."""
     try:
-        with forced(model) as reader:
+        with runner.opened(plan) as model, forced(model) as reader:
             choose_windows(reader, tokenize(model, shipped_text()), QualitySettings(N_WINDOWS))
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
-            "lower sink_tokens and tail_tokens, or take own projections, which may go unmeasured",
+            "lower sink_tokens and tail_tokens, or use own projections, which need no measurement",
             cause="fit-not-measurable",
         ) from error

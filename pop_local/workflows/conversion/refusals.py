@@ -15,33 +15,22 @@ if TYPE_CHECKING:
 
 
 class CopyingBrokenError(PopError):
-    """A boundary is refused since the model cannot copy from its prompt with it.
+    """A boundary is refused because the model could no longer copy from its prompt."""
 
-    `deepest_unfitted`: the deepest boundary above it that copies with own projections, None where
-    there is none.
-    """
-
-    def __init__(self, boundary: int, found: str, deepest_unfitted: int | None) -> None:
-        message = broken_copy(boundary, found)
-        if deepest_unfitted is None:
-            super().__init__(message, "skip fewer layers", cause="copying-broken-everywhere")
-        else:
-            hint = f"boundary {deepest_unfitted} copies even unfitted"
-            super().__init__(
-                message, hint, cause="copying-broken", deepest_unfitted=deepest_unfitted
-            )
+    def __init__(self, boundary: int, found: str) -> None:
+        hint = "skip fewer layers, or search within a budget"
+        super().__init__(broken_copy(boundary, found), hint, cause="copying-broken")
         self.boundary = boundary
-        self.deepest_unfitted = deepest_unfitted
 
 
 def broken_copy(boundary: int, found: str) -> str:
-    """Say that so many layers are skipped that the model cannot copy; let through, a warning."""
+    """Return the message that the model cannot copy with this boundary."""
     return f"with boundary {boundary} the model can no longer copy from its prompt: {found}"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One boundary as a search measured it; look-ups are asked for last."""
+    """A measured candidate of a search; look-ups follow once all else is within the budget."""
 
     plan: Plan
     quality: Quality
@@ -50,15 +39,15 @@ class Trial:
 
 
 class OverBudgetError(PopError):
-    """Not even one skipped layer is within the budget; `trials` says what was measured."""
+    """No candidate is within the budget; `trials` are the measured ones."""
 
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
-        super().__init__(message, "allow more, or name the boundary yourself", cause="over-budget")
+        super().__init__(message, "allow more, or name the boundary", cause="over-budget")
         self.trials = trials
 
 
 class TooLittleMemoryError(PopError):
-    """The machine has no room for a part of the work; `what` ends with its verb."""
+    """Too little memory is free for a part of the work; `what` ends with its verb."""
 
     def __init__(
         self, what: str, needed_bytes: int, free_bytes: int, hint: str, *, cause: str

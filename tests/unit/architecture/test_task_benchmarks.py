@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.measure.prompts import read_prompts
+from pop_local.measure.compared_prompts import read_prompts
 from support.paths import TESTS
 
 sys.path.append(str(TESTS / "bench"))

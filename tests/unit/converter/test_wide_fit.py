@@ -28,7 +28,7 @@ from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fits
-from pop_local.workflows.conversion.fits import Fitter
+from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
@@ -210,7 +210,7 @@ def test_a_wide_file_can_be_stripped(llama, tmp_path):
 
 
 class Losses:
-    """A Fitter whose fits are made up, and their losses given."""
+    """A PlanFitter whose fits are made up, and their losses given."""
 
     def __init__(self, monkeypatch, given: dict[str, float], broken: tuple[str, ...] = ()) -> None:
         self.measured: list[str] = []
@@ -230,7 +230,7 @@ class Losses:
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
         monkeypatch.setattr(fits, "loaded", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(Fitter, "_qualities", qualities)
+        monkeypatch.setattr(PlanFitter, "_qualities", qualities)
 
 
 @pytest.mark.parametrize(("wide", "wanted"), [(0.85, WIDE), (0.95, FITTED), (1.2, FITTED)])
@@ -246,8 +246,8 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, mo
     losses = Losses(monkeypatch, {FITTED: 1.0, WIDE: wide})
     notes: list[str] = []
     watch = Watch(on_note=notes.append)
-    bench = TrialRunner(read_source(llama), Hardware(n_threads=1), watch)
-    fitter = Fitter(bench, FitOptions())
+    runner = TrialRunner(read_source(llama), Hardware(n_threads=1), watch)
+    fitter = PlanFitter(runner, FitOptions())
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
     assert losses.measured == [FITTED, WIDE]
@@ -266,8 +266,8 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, mo
 def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatch):
     monkeypatch.setattr(needs, "MAX_WIDE_COST", 0.2)
     Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0}, broken)
-    bench = TrialRunner(read_source(llama), Hardware(n_threads=1), Watch())
-    fitter = Fitter(bench, FitOptions())
+    runner = TrialRunner(read_source(llama), Hardware(n_threads=1), Watch())
+    fitter = PlanFitter(runner, FitOptions())
     [made] = fitter.fit([planned(llama)], None)
     assert made.projection == wanted
 

@@ -17,7 +17,6 @@ from pop_local.measure.budget import (
     is_clear,
     is_hopeless,
     is_inside,
-    is_open,
     keeps_lookups,
     limits_in_words,
     undecided,
@@ -106,24 +105,19 @@ def test_one_window_has_no_error_and_decides():
 
 
 @pytest.mark.parametrize(
-    ("budget", "found", "kept", "may_pass"),
+    ("budget", "found", "kept"),
     [
-        (NEAR_LOSSLESS, lookups(0), True, False),
-        (NEAR_LOSSLESS, lookups(1), False, True),
-        (NEAR_LOSSLESS, lookups(8), False, False),
-        (BALANCED, lookups(4), True, False),
-        (BALANCED, lookups(5), False, True),
-        (BALANCED, lookups(4, 199), False, True),
-        (BALANCED, lookups(9), False, True),
-        (BALANCED, lookups(12), False, False),
-        (FAST, lookups(20), True, False),
-        (FAST, lookups(21), False, True),
-        (FAST, lookups(40), False, False),
+        (NEAR_LOSSLESS, lookups(0), True),
+        (NEAR_LOSSLESS, lookups(1), False),
+        (BALANCED, lookups(4), True),
+        (BALANCED, lookups(5), False),
+        (BALANCED, lookups(4, 199), False),
+        (FAST, lookups(20), True),
+        (FAST, lookups(21), False),
     ],
 )
-def test_look_ups_are_limited_by_those_of_the_full_model(budget, found, kept, may_pass):
+def test_look_ups_are_limited_by_those_of_the_full_model(budget, found, kept):
     assert keeps_lookups(budget, found) is kept
-    assert is_open(budget, found) is may_pass
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pop_local.ui import progress_bars
 from pop_local.ui.theme import THEME
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import events
-from pop_local.workflows.events import Course, Step, Unit, Watch
+from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 
 @pytest.fixture
@@ -94,7 +94,12 @@ def test_what_a_run_goes_on_from_does_not_make_it_faster(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["Fitting: 91%, 3:45 left"]
 
 
-COURSE = (Step("Reading", 10), Step("Fitting", 60), Step("Measuring", 5, 3, 2), Step("Writing", 0))
+STAGES = (
+    PlannedStage("Reading", 10),
+    PlannedStage("Fitting", 60),
+    PlannedStage("Measuring", 5, 3, 2),
+    PlannedStage("Writing", 0),
+)
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 
 def test_the_time_left_is_of_all_the_work_by_the_rate_so_far(clock):
-    whole = Course(COURSE)
+    whole = TimeLeft(STAGES)
     whole.begin("Reading in full")
     whole.advance(0, 2)
     clock.now_s = 4.0
@@ -135,7 +140,7 @@ def test_the_time_left_is_of_all_the_work_by_the_rate_so_far(clock):
 
 
 def test_what_is_kept_or_left_out_does_not_make_the_whole_faster(clock):
-    whole = Course(COURSE)
+    whole = TimeLeft(STAGES)
     whole.begin("Fitting")
     whole.advance(30, 60)
     clock.now_s = 10.0
@@ -147,7 +152,7 @@ def test_what_is_kept_or_left_out_does_not_make_the_whole_faster(clock):
 
 def test_a_log_gets_the_time_left_of_the_whole_however_short_its_stages_are(clock, capsys):
     with terminal_watch() as watch:
-        watch.on_course(COURSE)
+        watch.on_stages(STAGES)
         for name in ("Reading", "Fitting"):
             advance = watch.stage(name)
             for done in range(9):
@@ -164,7 +169,7 @@ def test_a_bar_shows_the_time_left_of_the_whole(clock, monkeypatch):
     monkeypatch.setattr(progress_bars, "err", Console(file=file, force_terminal=True, width=100))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with terminal_watch() as watch:
-        watch.on_course(COURSE)
+        watch.on_stages(STAGES)
         advance = watch.stage("Reading")
         advance(0, 2)
         clock.now_s = 20.0

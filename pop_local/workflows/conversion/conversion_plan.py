@@ -42,7 +42,7 @@ from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
-    from pop_local.workflows.conversion.fits import Fitter, MakeDistiller
+    from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
     from pop_local.workflows.conversion.full_model import FullModel
 
 STATE_SUFFIX = ".calibration"
@@ -219,20 +219,20 @@ class ConversionRun:
 
     conversion: Conversion
     force: bool
-    bench: TrialRunner
+    runner: TrialRunner
 
     @property
     def fit(self) -> FitOptions:
         return self.conversion.fit or FitOptions()
 
-    def fitter(self, full: FullModel | None = None) -> Fitter:
+    def fitter(self, full: FullModel | None = None) -> PlanFitter:
         """Return what fits the plans, and measures against `full`."""
-        from pop_local.workflows.conversion.fits import Fitter
+        from pop_local.workflows.conversion.fits import PlanFitter
 
-        bench = self.bench
+        runner = self.runner
         make = self.conversion.options.distiller
-        distiller = make and make(bench.source, self.fit, bench.hardware, bench.watch)
-        return Fitter(bench, self.fit, full=full, distiller=distiller)
+        distiller = make and make(runner.source, self.fit, runner.hardware, runner.watch)
+        return PlanFitter(runner, self.fit, full=full, distiller=distiller)
 
     def write(
         self,
@@ -242,7 +242,7 @@ class ConversionRun:
         trials: tuple[Trial, ...] = (),
     ) -> Outcome:
         """Write a plan with its fit, None for own projections. Raises PopError, StoppedError."""
-        planned, watch = self.conversion, self.bench.watch
+        planned, watch = self.conversion, self.runner.watch
         output = planned.output
         advance = watch.stage(output.stage, Unit.BYTES)
 
@@ -284,7 +284,7 @@ class ConversionRun:
                 if isinstance(error, OverBudgetError):
                     again = "this boundary with another budget, or none,"
                 note = f"What was read is kept in {kept}: {again} goes on from there."
-                self.bench.watch.on_note(note)
+                self.runner.watch.on_note(note)
             raise
         except (CopyingBrokenError, OverBudgetError):
             self._forget()

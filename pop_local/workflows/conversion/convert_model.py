@@ -17,22 +17,22 @@ from pop_converter.popfile.rewrite import FileSizes, check_target
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
-from pop_local.workflows.conversion.fits import MakeDistiller
-from pop_local.workflows.conversion.goals import Goal, Within
-from pop_local.workflows.conversion.named import write_named
-from pop_local.workflows.conversion.output import OutputName
-from pop_local.workflows.conversion.plan import (
+from pop_local.workflows.conversion.conversion_plan import (
     Conversion,
     ConversionRun,
     ConvertOptions,
     Outcome,
     plan_conversion,
 )
+from pop_local.workflows.conversion.fits import MakeDistiller
+from pop_local.workflows.conversion.goals import Goal, Within
+from pop_local.workflows.conversion.named import write_named
+from pop_local.workflows.conversion.output import OutputName
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.row_options import RowOptions
-from pop_local.workflows.conversion.stages import course
+from pop_local.workflows.conversion.search import write_within
+from pop_local.workflows.conversion.stages import planned_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
-from pop_local.workflows.conversion.within import write_deepest
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.open import base_file
@@ -117,9 +117,9 @@ def run_conversion(
             )
         )
     watched = replace(watch, on_warning=warned, on_stage=begun)
-    watch.on_course(course(conversion))
-    bench = TrialRunner(conversion.source, conversion.options.hardware, watched)
-    done = _done(ConversionRun(conversion, force, bench))
+    watch.on_stages(planned_stages(conversion))
+    runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
+    done = _done(ConversionRun(conversion, force, runner))
     meta = done.meta
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
     plan = replace(done.plan, projection=meta.projection, is_distilled=is_distilled)
@@ -150,5 +150,5 @@ def _done(run: ConversionRun) -> Outcome:
     """Choose among the plans, fit, measure and write. Raises PopError, StoppedError."""
     goal = run.conversion.goal
     if goal.limits is not None:
-        return write_deepest(run, goal.limits)
+        return write_within(run, goal.limits)
     return write_named(run)

@@ -23,7 +23,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ComparedPrompt:
     """A conversation whose last message is to be answered; `line` is that of its file, from 1.
 
     `expected` is looked for in the answer, None for nobody knows what is right.
@@ -43,7 +43,7 @@ class PromptFile:
     """The prompts of a file; `sha256` is of their content and lines, documents included."""
 
     name: str
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[ComparedPrompt, ...]
 
     @property
     def sha256(self) -> str:
@@ -162,7 +162,7 @@ def read_prompts(path: Path) -> PromptFile:
     return PromptFile(path.name, prompts)
 
 
-def _prompt(path: Path, number: int, line: str) -> Prompt:
+def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
     def wrong(what: str) -> PopError:
         return PopError(
             f"{path}, line {number}: {what}",
@@ -195,7 +195,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         raise wrong(f"the regex is wrong: {error}") from error
     except (TypeError, KeyError, ValueError) as error:
         raise wrong("something has another form than it should") from error
-    return Prompt(number, messages, expected)
+    return ComparedPrompt(number, messages, expected)
 
 
 def _messages(entry: dict[str, Any], folder: Path) -> tuple[Message, ...]:
@@ -222,7 +222,7 @@ def _text(given: Any) -> str:
     return given
 
 
-def answered(model: PopModel, prompt: Prompt, max_tokens: int) -> Answered:
+def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
     """Answer a prompt greedily, as the model's pruning is set; one without template continues it.
 
     The beginning that it shares with the prompt before is not read again. Raises PopError when it
@@ -246,7 +246,7 @@ def answered(model: PopModel, prompt: Prompt, max_tokens: int) -> Answered:
     )
 
 
-def compared(model: PopModel, prompt: Prompt, full: Answered, pruned: Answered) -> Compared:
+def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered) -> Compared:
     """Judge both answers to a prompt."""
     return Compared(
         line=prompt.line,

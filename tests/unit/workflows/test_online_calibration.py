@@ -23,7 +23,7 @@ from pop_local.models.sidecars import sidecar_of
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.workflows import learning as lessons_module
-from pop_local.workflows.conversion import within
+from pop_local.workflows.conversion import candidate
 from pop_local.workflows.learning import OnlineCalibration
 from support.calibrating import fitted_at, planned, settings, words
 from support.calls import last_logits, never, opened, prompt, read, wait_for
@@ -53,7 +53,7 @@ NONE = Budget(
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(within, "N_DOCUMENTS", 1)
+    monkeypatch.setattr(candidate, "N_DOCUMENTS", 1)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
     monkeypatch.setattr(lessons_module, "LEAST_WINDOWS", 1)
     monkeypatch.setattr(learning, "N_APART", 3)

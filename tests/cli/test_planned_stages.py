@@ -1,4 +1,4 @@
-"""The time left is of the whole: every stage was announced, and no more come than were."""
+"""Every stage of a workflow was announced, and no more stages come than that."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,26 +11,26 @@ from pop_local.measure.budget import BALANCED
 from pop_local.research import layer_analysis as analyses
 from pop_local.research.analyze_options import AnalyzeOptions
 from pop_local.workflows import benchmark
-from pop_local.workflows.conversion.convert import convert
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
+from pop_local.workflows.conversion.convert_model import convert
 from pop_local.workflows.conversion.goals import Boundary, Goal, Within
-from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
-from pop_local.workflows.events import Step, Unit, Watch
+from pop_local.workflows.events import PlannedStage, Unit, Watch
 from pop_local.workflows.hardware import Hardware
 
 ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)
-LOOSE = replace(BALANCED, max_kl=50.0, max_ppl_ratio=1e3, max_copy_ratio=1e3, least_retention=0.0)
+LOOSE = replace(BALANCED, max_kl=50.0, max_ppl_ratio=1e3, max_copy_ratio=1e3, max_lost_lookups=1.0)
 
 pytestmark = pytest.mark.slow
 
 
 class Followed:
-    """The steps that were announced, and how many stages of each began."""
+    """The announced stages, and how often each started."""
 
     def __init__(self) -> None:
-        self.begun: dict[Step, int] = {}
-        self.watch = Watch(on_course=self._set_out, on_stage=self._begin)
+        self.begun: dict[PlannedStage, int] = {}
+        self.watch = Watch(on_stages=self._set_out, on_stage=self._begin)
 
-    def _set_out(self, steps: Sequence[Step]) -> None:
+    def _set_out(self, steps: Sequence[PlannedStage]) -> None:
         assert not self.begun and all(step.work > 0 for step in steps)
         self.begun = dict.fromkeys(steps, 0)
 
@@ -68,10 +68,10 @@ def test_an_analysis(tiny, with_fit):
 
 def test_nothing_is_announced_where_distilling_takes_most(tiny):
     from pop_local.research.distilled import Distiller
-    from pop_local.workflows.conversion.stages import course
+    from pop_local.workflows.conversion.stages import planned_stages
 
     planned = plan_conversion(tiny, None, ConvertOptions(Boundary(4), distiller=Distiller))
-    assert course(planned) == ()
+    assert planned_stages(planned) == ()
 
 
 def test_sampling_takes_several_times_as_long_as_reading(tiny):

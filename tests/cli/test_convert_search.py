@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.popfile import sidecar as sidecars
-from pop_converter.projection import Projection
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, quality
@@ -24,14 +23,12 @@ from pop_local.measure.lookups import (
     TokenizedQuestion,
 )
 from pop_local.texts.carriers import LookupQuestion
-from pop_local.workflows.conversion import fits, full_model
-from pop_local.workflows.conversion import within as searching
+from pop_local.workflows.conversion import candidate, fits, full_model
+from pop_local.workflows.conversion import search as searching
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
-
-OWN, FITTED, WIDE = Projection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
@@ -94,7 +91,7 @@ def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, 
     monkeypatch.setattr(needs, "MAX_WIDE_COST", 1.0)
     n_read: list[int] = []
 
-    def read(*arguments: Any) -> quality.Reference:
+    def read(*arguments: Any) -> quality.QualityReference:
         reference = quality.read_reference(*arguments)
         n_read.append(len(reference.windows))
         return reference
@@ -135,7 +132,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.projection) == (7, "own")
-    tried = "7 inside, 6 outside, 5 outside"
+    tried = "7 own inside, 6 outside, 5 outside"
     assert meta.budget.tried == tried
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
     assert f"Boundaries tried  {tried}" in shown.stdout
@@ -193,7 +190,7 @@ def test_look_ups_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, 
         n = settings.n_documents
         return LookupReference(settings, (document,) * n, [answers(0)] * n)
 
-    monkeypatch.setattr(searching, "N_DOCUMENTS", 10)
+    monkeypatch.setattr(candidate, "N_DOCUMENTS", 10)
     monkeypatch.setattr(LookupReference, "ask", ask)
     monkeypatch.setattr(LookupReference, "read", read)
     done = convert(tiny, "--text", letters, *FEW, *LOOSE)
@@ -322,12 +319,12 @@ def test_text_is_sampled_once_however_many_fits_there_are(tmp_path, monkeypatch)
         sampled.append(arguments)
         return real(*arguments, **how)
 
-    def fit(self, plans, state_path, real=fits.Fitter.fit):
+    def fit(self, plans, state_path, real=fits.PlanFitter.fit):
         fitted.append([plan.boundary for plan in plans])
         return real(self, plans, state_path)
 
     monkeypatch.setattr(texts, "sample_windows", sample)
-    monkeypatch.setattr(fits.Fitter, "fit", fit)
+    monkeypatch.setattr(fits.PlanFitter, "fit", fit)
     done = convert(tiny, *FEW, *LOOSE, "--memory", 0)
     assert done.exit_code == 0, done.stderr
     assert fitted == [[2], [1]]

@@ -1,0 +1,122 @@
+"""Candidates of a search, and the judge that measures them against a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from pop_converter.popfile.format import Budget
+from pop_converter.popfile.pruning_plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.projection import Projection
+from pop_local.measure import budget as budgets
+from pop_local.measure.forced import Pruning
+from pop_local.measure.gradual import Gradual
+from pop_local.measure.lookups import Answers, Lookups, LookupSettings
+from pop_local.measure.quality import Quality
+from pop_local.workflows.conversion.full_model import FullModel
+from pop_local.workflows.conversion.refusals import Trial
+from pop_local.workflows.conversion.trial_runner import TrialRunner
+
+# 16 windows leave the mean KL a standard error of a fifth or less.
+N_WINDOWS = 16
+# Documents whose look-ups are asked, and those after which clear losses end the measurement.
+N_DOCUMENTS = 10
+N_SCREENED = 2
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A plan that a search may choose, and the results so far.
+
+    `fitted` is None before the fit, and for own projections. `start`: the fit that distilling
+    starts from. `is_inside`: the verdict so far, None before the first. A stopped search keeps
+    `gradual` and `answers`, so that it continues after the windows and documents that it measured.
+    """
+
+    plan: Plan
+    fitted: Fitted | None = None
+    start: Fitted | None = None
+    gradual: Gradual | None = None
+    is_inside: bool | None = None
+    lookups: Lookups | None = None
+    answers: Answers = field(default_factory=list)
+
+    @property
+    def boundary(self) -> int:
+        return self.plan.boundary
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether the candidate can be measured."""
+        return self.plan.projection == Projection.OWN or self.fitted is not None
+
+    @property
+    def scores(self) -> Gradual:
+        assert self.gradual is not None, "not measured"
+        return self.gradual
+
+    @property
+    def quality(self) -> Quality:
+        assert self.scores.quality is not None, "not measured"
+        return self.scores.quality
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(self.plan, self.quality, bool(self.is_inside), self.lookups)
+
+    def __str__(self) -> str:
+        own = " own" if self.plan.projection == Projection.OWN else ""
+        return f"{self.boundary}{own}{' distilled' if self.plan.is_distilled else ''}"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures candidates against the full model until a budget accepts or rejects them."""
+
+    runner: TrialRunner
+    budget: Budget
+    full: FullModel
+
+    def judge(self, candidate: Candidate) -> None:
+        """Measure held-out text until more windows would hardly change the verdict."""
+        self._measure(candidate, lambda quality: budgets.is_clear(self.budget, quality))
+
+    def settle(self, candidate: Candidate) -> bool:
+        """Return the final verdict: on all windows unless clearly outside, then on look-ups."""
+        if candidate.lookups is not None:
+            return bool(candidate.is_inside)
+
+        def is_outside(quality: Quality) -> bool:
+            is_clear = budgets.is_clear(self.budget, quality)
+            return is_clear and not budgets.is_inside(self.budget, quality)
+
+        self._measure(candidate, is_outside)
+        if candidate.is_inside:
+            self._look_up(candidate)
+        return bool(candidate.is_inside)
+
+    def _measure(self, candidate: Candidate, is_enough: Callable[[Quality], bool]) -> None:
+        watch, boundary = self.runner.watch, candidate.boundary
+        gradual = candidate.gradual = candidate.gradual or Gradual(self.full.reference, boundary)
+        if not gradual.settled(is_enough):
+            watch.on_note(f"Measuring boundary {candidate} on held-out text")
+            begin = partial(watch.stage, f"Measuring boundary {boundary}")
+            with self.runner.tried(candidate.plan, candidate.fitted) as model:
+                gradual.measure_until(is_enough, model, begin)
+        candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
+
+    def _look_up(self, candidate: Candidate) -> None:
+        """Ask the look-ups of a few documents, then of all unless too many are lost already."""
+        n_questions = N_DOCUMENTS * LookupSettings().n_per_document
+        for n_documents in sorted({min(N_SCREENED, N_DOCUMENTS), N_DOCUMENTS}):
+            reference = self.full.lookups(n_documents)
+            with self.runner.tried(candidate.plan, candidate.fitted) as model:
+                advance = self.runner.watch.stage(f"Asking for look-ups, boundary {candidate}")
+                reference.ask(model, Pruning(candidate.boundary), advance, candidate.answers)
+            lookups = reference.compare(candidate.answers)
+            candidate.is_inside = budgets.keeps_lookups(self.budget, lookups)
+            if budgets.has_lost(self.budget, lookups, n_questions):
+                break
+        candidate.lookups = lookups
