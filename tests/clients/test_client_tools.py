@@ -1,4 +1,4 @@
-"""OpenAI's and Anthropic's own clients call tools of `pop-local serve`, turn by turn."""
+"""Tool calls by OpenAI's and Anthropic's clients against `pop-local serve`."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ def client(server):
         yield client
 
 
-def test_a_chat_calls_reads_the_result_and_goes_on(client):
+def test_openai_chat_tool_turn(client):
     forced = OPENAI | {"tools": [DOUBLE], "parallel_tool_calls": False, "max_tokens": 600}
     with client.chat.completions.stream(**forced, messages=ASKED, tool_choice="required") as stream:
         said = stream.get_final_completion().choices[0]
@@ -45,7 +45,7 @@ def test_a_chat_calls_reads_the_result_and_goes_on(client):
     assert cached > answer.usage.prompt_tokens / 2
 
 
-def test_a_response_calls_and_the_next_one_goes_on(client):
+def test_openai_response_tool_turn(client):
     forced = OPENAI | {"tools": [FUNCTION], "parallel_tool_calls": False}
     with client.responses.stream(
         **forced, input=ASKED, tool_choice="required", max_output_tokens=600
@@ -60,8 +60,8 @@ def test_a_response_calls_and_the_next_one_goes_on(client):
     assert second.output_text and second.usage.input_tokens_details.cached_tokens > 0
 
 
-def test_a_message_uses_a_tool_and_reads_its_result(server):
-    import anthropic  # seconds, of whoever collects this file
+def test_anthropic_message_tool_turn(server):
+    import anthropic  # here, since the import takes seconds
 
     asked: dict[str, Any] = {"model": "tiny", "tools": [TOOL], "extra_body": {"temperature": 0}}
     choice: Any = {"type": "any", "disable_parallel_tool_use": True}

@@ -1,4 +1,4 @@
-"""Ollama's own client (the package ollama, here 0.6.3) against `pop-local serve`."""
+"""Ollama's client (the package ollama 0.6.3) against `pop-local serve`."""
 
 import asyncio
 import base64
@@ -73,7 +73,7 @@ def test_log_probabilities(client):
     assert answer.logprobs[0].top_logprobs[0].logprob >= answer.logprobs[0].logprob
 
 
-def test_errors_are_its_own(client):
+def test_errors_raise_response_error(client):
     image = base64.b64encode(b"no picture").decode()
     with pytest.raises(ollama.ResponseError, match="cannot read images") as caught:
         client.chat("tiny", [{"role": "user", "content": "a", "images": [image]}])
@@ -90,5 +90,5 @@ def test_embeds(client):
     assert client.embeddings("tiny", "a").embedding == pytest.approx(one, abs=1e-5)
 
 
-def test_another_models_name_is_answered(client):
+def test_unknown_model_name_is_answered(client):
     assert client.chat("llama3.2", SAID, options=EIGHT).model == "tiny"

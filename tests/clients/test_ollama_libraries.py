@@ -1,4 +1,4 @@
-"""Libraries that speak to Ollama: litellm (1.110.2), langchain-ollama (1.1.0)."""
+"""Clients of Ollama's API: litellm (1.110.2), langchain-ollama (1.1.0)."""
 
 import os
 
@@ -8,7 +8,7 @@ from support.converted import tiny
 from support.serving import served
 from support.synthetic import TEMPLATE
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks for prices in the internet
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or litellm downloads prices
 litellm = pytest.importorskip("litellm", reason="pip install 'pop-local[clients]'")
 langchain_ollama = pytest.importorskip("langchain_ollama")
 

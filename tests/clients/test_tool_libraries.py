@@ -1,4 +1,4 @@
-"""Libraries call tools by OpenAI's API.
+"""Tool calls by libraries that use OpenAI's API.
 
 They are langchain-openai 1.7.4, litellm 1.110.2, pydantic-ai 2.68.0 and llm 0.36.
 """
@@ -14,7 +14,7 @@ from support.converted import tiny
 from support.serving import served
 from support.tooled import DOUBLE, QWEN, TEMPLATES
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks for prices in the internet
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or litellm downloads prices
 langchain_openai = pytest.importorskip("langchain_openai", reason="pip install '.[clients]'")
 litellm = pytest.importorskip("litellm", reason="pip install '.[clients]'")
 llm = pytest.importorskip("llm", reason="pip install '.[clients]'")
@@ -79,7 +79,7 @@ def test_llm_sends_tools(server):
     from llm.default_plugins.openai_models import Chat
 
     def double(n: int) -> int:
-        """Twice as much."""
+        """Return twice `n`."""
         return 2 * n
 
     model = Chat("tiny", api_base=server.api, supports_tools=True)

@@ -1,4 +1,4 @@
-"""Damaged files are refused by a PopError, or harmless: random ones, for each reader."""
+"""Randomly damaged files: each reader raises PopError, or the damage is harmless."""
 
 import json
 import random
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.slow
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
 
-# Recipes of llama.cpp: experts, compressed K/V, recurrent states, shared K/V, and their mixtures.
+# llama.cpp's recipes: experts, compressed K/V, recurrent states, shared K/V, and combinations.
 OTHERS = (
     *("deepseek2+experts", "falcon-h1", "gemma3n", "gemma4", "glm4", "gpt-oss+experts"),
     *("granitehybrid", "kimi-linear+experts", "lfm2", "mamba2", "minimax-01+experts"),
@@ -59,7 +59,7 @@ OTHERS = (
 
 
 def others(folder: Path) -> list[Path]:
-    """Models of other architectures, by llama.cpp's own recipes where these are built."""
+    """Models of other architectures, from llama.cpp's recipes if these are built."""
     made = [name for name in recipes.names() if str(name) in OTHERS]
     return [
         recipes.make(name, folder / f"{name}.gguf", MORE_KEYS.get(name.arch, ())) for name in made
@@ -68,7 +68,7 @@ def others(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def not_counted(monkeypatch):
-    """Nothing of what is inspected here is opened by llama.cpp, which may end the process."""
+    """Keep llama.cpp from opening the inspected files, since it may end the process."""
     monkeypatch.setattr(inspection, "GraphMacs", lambda *_: uncounted)
 
 
@@ -146,8 +146,8 @@ def test_sessions(tmp_path):
     campaign(attempt)
 
 
-def test_what_llama_cpp_loads(tmp_path):
-    """Files that our own readers let through; what ends the process must have said why."""
+def test_llama_cpp_refuses_damaged_files(tmp_path):
+    """Check that llama.cpp reports a reason before it ends the process."""
     alone = tiny(tmp_path, boundary=1, **SMALL)
     base = make_gguf(tmp_path / "qwen3moe.gguf", "qwen3moe", **SMALL | {"n_layer": 3})
     pair = paired(base, tmp_path, "fitted-wide", boundary=1)

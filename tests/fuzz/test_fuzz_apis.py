@@ -1,4 +1,4 @@
-"""Damaged requests to each door of the server: a 4xx that says why, or an answer."""
+"""Damaged requests to each API: the server returns a 4xx with a reason, or an answer."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ OLLAMA = {"model": NAME, "options": SAMPLING | {"num_predict": 2}}
 CALL = {"function": {"name": "double", "arguments": {"n": 1}}}
 SHOWN = [SAID[0], {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}]
 
-DOORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+APIS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "openai": [
         *[("v1/chat/completions", CHAT | STREAMED), ("v1/chat/completions", CHAT)] * 3,
         *[("v1/completions", TEXT), ("v1/completions", TEXT | {"prompt": [5, 6, 7]})] * 3,
@@ -95,17 +95,17 @@ DOORS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("doors")
+    folder = tmp_path_factory.mktemp("apis")
     template = TEMPLATES[QWEN].read_text()
     path = tiny(folder, boundary=1, chat_template=template, n_layer=2, n_embd=64, n_ff=64)
     with opened(path, n_ctx=2048) as model, asking(app_of(model, NAME)) as client:
         yield client
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_requests(client, caplog, door):
+@pytest.mark.parametrize("api", APIS)
+def test_requests(client, caplog, api):
     def attempt(rng: random.Random) -> None:
-        path, body = rng.choice(DOORS[door])
+        path, body = rng.choice(APIS[api])
         content = json.dumps(mutated_json(rng, body)).encode()
         if rng.random() < 0.2:
             content = mutated_bytes(rng, content, 0, len(content))

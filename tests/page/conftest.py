@@ -1,4 +1,4 @@
-"""The page in a real browser: Debian's Chromium, driven by Playwright. Skipped without them."""
+"""The page in Debian's Chromium, driven by Playwright; skipped if either is missing."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from support.serving import Served, served
 
 SHOTS = TESTS / "page" / "build"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# A stream that a test feeds, in the place of the server's.
+# Replaces the server's stream by one that a test feeds.
 FED = """
 const ask = window.fetch;
 window.fetch = async (path, options) => {
@@ -24,7 +24,7 @@ window.feed = (text) => control.enqueue(new TextEncoder().encode(text));
 """
 
 
-# Not the session's: while Playwright is there, no other test of the process can run an event loop.
+# Module scope: while Playwright runs, no other test of the process can run an event loop.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
@@ -45,7 +45,7 @@ def server(browser: Any, smollm2: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def context(browser: Any, server: Served) -> Iterator[Any]:
-    """A browser's profile. Requests to others, errors and what the policy forbids fail the test."""
+    """A browser profile that fails the test on errors, foreign requests and policy violations."""
     found: list[str] = []
 
     def watch(page: Any) -> None:
@@ -72,7 +72,7 @@ def page(context: Any) -> Any:
 
 @pytest.fixture
 def fed(context: Any) -> Any:
-    """A page whose answers a test feeds, as it does those of others in this profile."""
+    """A page whose answers the test feeds, as for all further pages of this profile."""
     context.add_init_script(FED)
     page = context.new_page()
     page.goto("/")

@@ -1,4 +1,4 @@
-"""One chat in a browser: documents, streams, both readings, storage, and bad input."""
+"""A chat in a browser: documents, streams, comparison, storage, and bad input."""
 
 import base64
 import io
@@ -59,7 +59,7 @@ def feed(page: Any, *pieces: str) -> None:
 
 
 def answer(page: Any, text: str) -> None:
-    """Feed a whole answer."""
+    """Feed a complete answer."""
     feed(page, event(text), "data: [DONE]\n\n")
     page.evaluate("control = null")
     page.wait_for_selector(ANSWERED)
@@ -69,7 +69,7 @@ def shot(page: Any, name: str) -> None:
     page.screenshot(path=SHOTS / f"{name}.png")
 
 
-def test_a_document_is_dropped_and_asked_about(page):
+def test_dropped_document_is_answered(page):
     shot(page, "empty")
     drop(page, "story.md", STORY.read_bytes())
     page.wait_for_selector("#files :text('characters')")
@@ -103,7 +103,7 @@ def test_a_document_is_dropped_and_asked_about(page):
     assert not page.is_visible("#chats")
 
 
-def test_both_readings_are_compared(page):
+def test_compare_shows_both_readings(page):
     drop(page, "story.md", STORY.read_bytes())
     page.wait_for_selector("#files :text('characters')")
     page.fill("#question", QUESTION)
@@ -120,7 +120,7 @@ def test_both_readings_are_compared(page):
     shot(page, "compare")
 
 
-def test_escape_stops_and_what_came_is_kept(page, server):
+def test_escape_stops_and_keeps_the_text(page, server):
     ask(page, "Count from 1 to 500.")
     page.wait_for_function(f"() => {BODY}.length > 9")
     page.keyboard.press("Escape")
@@ -133,7 +133,7 @@ def test_escape_stops_and_what_came_is_kept(page, server):
     assert len(said(page)) > 9
 
 
-def test_an_answer_stays_text(fed):
+def test_html_in_answer_stays_text(fed):
     ask(fed, "<b>Hello</b>")
     answer(
         fed,
@@ -155,16 +155,16 @@ def test_an_answer_stays_text(fed):
     shot(fed, "markdown")
 
 
-def test_markdown_is_shown_while_it_streams_and_reading_has_a_bar(fed):
+def test_streamed_markdown_and_progress_bar(fed):
     ask(fed, "Hello")
     feed(fed, ": queued 2\n\n")
-    fed.wait_for_selector("#reading :text('Waiting for 2 before this')")
+    fed.wait_for_selector("#reading :text('Position 2 in the queue')")
     feed(fed, ": read 512 of 2048\n\n")
     fed.wait_for_selector("#reading :text('512 of 2,048')")
     assert fed.locator("#reading progress").evaluate("(bar) => bar.position") == 0.25
     shot(fed, "bar")
     whole = event("# A title\n\n**bo")
-    feed(fed, whole[:9], whole[9:])  # cut anywhere
+    feed(fed, whole[:9], whole[9:])  # cut within an event
     fed.wait_for_selector(".body h1:text('A title')")
     assert not fed.is_visible("#reading")
     assert fed.get_attribute("article.assistant", "aria-busy") == "true"
@@ -172,7 +172,7 @@ def test_markdown_is_shown_while_it_streams_and_reading_has_a_bar(fed):
     assert fed.text_content(".body strong") == "bold"
 
 
-def test_a_message_is_edited_and_sent_again(fed):
+def test_edit_and_retry(fed):
     ask(fed, "One")
     answer(fed, "1")
     ask(fed, "Two")
@@ -199,7 +199,7 @@ def test_a_message_is_edited_and_sent_again(fed):
     assert fed.evaluate("navigator.clipboard.readText()") == "4"
 
 
-def test_the_keyboard_is_enough(fed):
+def test_keyboard_reaches_everything(fed):
     fed.keyboard.type("a")
     fed.keyboard.press("Shift+Enter")
     fed.keyboard.type("b")
@@ -217,14 +217,14 @@ def test_the_keyboard_is_enough(fed):
     assert {*names, "Delete a\nb", "Copy this message"} <= set(reached)
 
 
-def test_two_tabs_lose_nothing(fed, context):
+def test_concurrent_tabs_lose_no_message(fed, context):
     ask(fed, "One")
     answer(fed, "1")
     other = context.new_page()
     other.goto(fed.url)
     other.wait_for_selector(ANSWERED)
     ask(fed, "Two")
-    other.wait_for_selector(".user:has-text('Two')")  # told of it
+    other.wait_for_selector(".user:has-text('Two')")  # by a broadcast
     answer(fed, "2")
     other.wait_for_selector(".assistant:has-text('2')")
     ask(other, "Three")
@@ -242,7 +242,7 @@ def test_two_tabs_lose_nothing(fed, context):
         assert words.startswith("One1Two2") and words.endswith(last)
 
 
-def test_an_answer_that_is_cut_off_is_kept(fed):
+def test_truncated_answer_is_kept(fed):
     ask(fed, "One")
     feed(fed, event("Half an an"))
     fed.evaluate("control.close()")
@@ -253,7 +253,7 @@ def test_an_answer_that_is_cut_off_is_kept(fed):
     assert said(fed) == "Half an an\n"
 
 
-def test_a_page_that_is_left_keeps_what_was_asked(fed):
+def test_reload_keeps_the_question(fed):
     ask(fed, "One")
     feed(fed, event("Half"))
     fed.wait_for_selector(".body :text('Half')")
@@ -263,20 +263,20 @@ def test_a_page_that_is_left_keeps_what_was_asked(fed):
     assert fed.text_content(".user .body") == "One"
 
 
-def test_a_document_of_500_mb_is_refused_unread(page, tmp_path):
+def test_oversized_document_is_refused_unread(page, tmp_path):
     path = tmp_path / "huge.txt"
     with path.open("wb") as file:
         file.truncate(500_000_000)
     page.fill("#question", "kept")
     page.set_input_files("#file", path)
-    page.wait_for_selector("#notice:text('huge.txt is too large: over 100 MB.')")
+    page.wait_for_selector("#notice:text('huge.txt is too large: the limit is 100 MB.')")
     assert page.input_value("#question") == "kept"
     assert page.locator("#files li").count() == 0
     shot(page, "refused")
 
 
 def _bomb() -> bytes:
-    """A PNG whose head promises 60,000 x 60,000 pixels."""
+    """Return a PNG whose header declares 60,000 x 60,000 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checked = kind + content
@@ -291,9 +291,9 @@ def _bomb() -> bytes:
     )
 
 
-def test_a_picture_is_shown_and_a_bomb_is_not(fed):
+def test_image_is_shown_and_bomb_is_refused(fed):
     drop(fed, "bomb.png", _bomb(), "image/png")
-    fed.wait_for_selector("#notice:text('bomb.png: the model reads no pictures.')")
+    fed.wait_for_selector("#notice:text('bomb.png: the model cannot read images.')")
     fed.route("**/v1/models", _with_eyes)
     fed.reload()
     fed.wait_for_selector("#send:enabled")
@@ -320,7 +320,7 @@ def _with_eyes(route: Any) -> None:
     route.fulfill(response=response, json=body)
 
 
-def test_the_key_is_asked_for(browser, tmp_path):
+def test_page_asks_for_the_key(browser, tmp_path):
     model = tiny(tmp_path, chat_template=TEMPLATE)
     with served(model, "--api-key", "secret") as server:
         context = browser.new_context()

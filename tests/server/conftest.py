@@ -1,4 +1,4 @@
-"""The server in this process, on a small random model."""
+"""Fixtures: servers of small random models in this process."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def client(path):
 
 @pytest.fixture(scope="module")
 def full(path):
-    """Another copy, which runs in full."""
+    """A copy of the model that reads in full."""
     model = opened(path, n_ctx=N_CTX)
     model.set_mode(Mode.OFF)
     return model
@@ -39,7 +39,7 @@ def full(path):
 
 @pytest.fixture(scope="module")
 def filler(tmp_path_factory):
-    """A model that can fill in between two texts, and its client."""
+    """A model that can infill, and its client."""
     model = opened(make_filler(tmp_path_factory.mktemp("fim")), n_ctx=N_CTX)
     with asking(app_of(model, NAME)) as client:
         yield model, client
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    """The completion of each model alone."""
+    """Each model's completion when it is served alone."""
     found = {}
     for name in NAMES:
         model = opened(folder / f"{name}.gguf", n_ctx=N_CTX)

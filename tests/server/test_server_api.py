@@ -1,4 +1,4 @@
-"""The HTTP API in this process, on a tiny random model: shapes and figures."""
+"""OpenAI's chat and text completions, on a tiny random model."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from support.calls import log_softmax, opened, read
 from support.serving import app_of, asking, counted
 from support.synthetic import TEMPLATE, make_gguf
 
-# --- what is there
+# --- endpoints and answers
 
 
 def test_health_models_and_metrics(client):
@@ -27,7 +27,7 @@ def test_health_models_and_metrics(client):
     assert client.get(f"/v1/models/{NAME}").json() == model
 
 
-def test_the_counters_are_in_the_usage_and_in_the_metrics(client):
+def test_usage_and_metrics_report_counters(client):
     before = counted(client)
     usage = complete(client, "unlike others: " + LONG).json()["usage"]
     after = counted(client)
@@ -49,14 +49,14 @@ def test_the_counters_are_in_the_usage_and_in_the_metrics(client):
     assert {name: after[name] - before.get(name, 0) for name in expected} == expected
 
 
-def test_the_prefix_stays_cached_from_one_request_to_the_next(client):
+def test_next_request_reuses_cached_prefix(client):
     first = complete(client, LONG + "One.").json()["usage"]
     second = complete(client, LONG + "One. And more of it.").json()["usage"]
     assert second["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 17
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
-def test_a_stream_says_what_the_whole_answer_does(client, ask):
+def test_stream_equals_complete_answer(client, ask):
     whole = text_of(ask(client))
     streamed = events(ask(client, stream=True, stream_options={"include_usage": True}))
     *pieces, figures = streamed
@@ -74,14 +74,14 @@ def test_a_stream_says_what_the_whole_answer_does(client, ask):
     assert not any("usage" in piece for piece in events(ask(client, stream=True)))
 
 
-def test_a_stream_shows_that_it_lives_while_nothing_is_said(client, monkeypatch):
+def test_stream_sends_progress_comments(client, monkeypatch):
     monkeypatch.setattr(job_responses, "_PROGRESS_S", 0.001)
     response = complete(client, "something new. " + LONG, stream=True, max_tokens=2)
     assert re.match(r": (queued 1|read \d+ of \d+)\n\n", response.text)
     assert len(events(response)) >= 2
 
 
-def test_stop_strings_and_the_limit(client):
+def test_stop_strings_and_token_limit(client):
     whole = complete(client).json()["choices"][0]
     assert whole["finish_reason"] == "length"
     part = whole["text"][3:5]
@@ -92,15 +92,15 @@ def test_stop_strings_and_the_limit(client):
     assert complete(client, max_tokens=None).json()["usage"]["completion_tokens"] <= 16
 
 
-def test_the_seed_makes_a_warm_answer_repeatable(client):
+def test_seed_makes_sampling_repeatable(client):
     warm = {"temperature": 1.5, "max_tokens": 20}
     assert text_of(chat(client, seed=5, **warm)) == text_of(chat(client, seed=5, **warm))
     assert text_of(chat(client, seed=5, **warm)) != text_of(chat(client, seed=6, **warm))
-    largest = 2**32 - 1  # by which llama.cpp means chance
+    largest = 2**32 - 1  # llama.cpp's value for a random seed
     assert text_of(chat(client, seed=largest, **warm)) == text_of(chat(client, seed=0, **warm))
 
 
-def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, monkeypatch):
+def test_body_overrides_recommended_options(full, monkeypatch):
     monkeypatch.setattr(full, "recommended", {"temperature": 0.6, "top_k": 64})
     body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.3}
     options = TaskFactory(full).chat(ChatBody.model_validate(body))[0].options
@@ -108,19 +108,19 @@ def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, mo
     assert options.top_p == TurnOptions().top_p
 
 
-def test_minus_one_and_an_empty_stop_are_no_limits(full):
+def test_minus_one_and_empty_stop_mean_unlimited(full):
     said = [{"role": "user", "content": "hello"}]
     body = {"messages": said, "max_tokens": -1, "top_k": -1, "stop": ""}
     options = TaskFactory(full).chat(ChatBody.model_validate(body))[0].options
     assert (options.max_tokens, options.top_k, options.stops) == (2**31 - 1, 0, ())
 
 
-def test_messages_may_come_in_parts(client):
+def test_message_content_may_be_parts(client):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert text_of(chat(client, content=parts)) == text_of(chat(client, content="one\ntwo"))
 
 
-def test_a_schema_and_a_grammar_hold(client):
+def test_schema_and_grammar_are_enforced(client):
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     answer = json.loads(text_of(chat(client, response_format=wanted, max_tokens=50)))
@@ -132,7 +132,7 @@ def test_a_schema_and_a_grammar_hold(client):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_half_a_character_at_the_limit_is_left_out_and_its_tokens_are_counted(client, n):
+def test_partial_character_at_limit_is_dropped_but_counted(client, n):
     form = {"grammar": 'root ::= "€€"', "logprobs": 0}
     choice = complete(client, max_tokens=n, **form).json()["choices"][0]
     assert (choice["text"], len(choice["logprobs"]["tokens"])) == ("", n)
@@ -140,7 +140,7 @@ def test_half_a_character_at_the_limit_is_left_out_and_its_tokens_are_counted(cl
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == ""
 
 
-def test_what_of_a_schema_is_not_enforced_is_named(client):
+def test_usage_lists_ignored_schema_keywords(client):
     schema = {"type": "array", "items": {"const": 1}, "maxItems": 2}
     for more, ignored in (({}, []), ({"uniqueItems": True}, ["uniqueItems"])):
         form = {"type": "json_object", "schema": schema | more}
@@ -149,16 +149,16 @@ def test_what_of_a_schema_is_not_enforced_is_named(client):
         assert set(json.loads(answer["choices"][0]["message"]["content"])) <= {1}
 
 
-# --- in full
+# --- reading in full
 
 
-def test_pop_false_gives_the_full_models_logits(client, full):
+def test_pop_false_gives_full_logits(client, full):
     tokens = full.tokenize(LONG, add_bos=True, special=True)
     expected = log_softmax(read(full, tokens)).max()
     whole = complete(client, max_tokens=1, logprobs=1, pop=False)
     pruned = complete(
         client, max_tokens=1, logprobs=1, pop=True
-    )  # after the switch nothing is cached
+    )  # the change of mode cleared the cache
     pop = whole.json()["usage"]["pop"]
     assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
     assert pop["reason"] == "the request disables pruning"
@@ -172,7 +172,7 @@ def test_pop_false_gives_the_full_models_logits(client, full):
 
 
 @pytest.mark.parametrize("as_tokens", [False, True])
-def test_an_echo_with_logprobs_is_read_in_full(client, full, as_tokens):
+def test_echo_with_logprobs_reads_in_full(client, full, as_tokens):
     tokens = full.tokenize(LONG, add_bos=True, special=True)
     prompt = [tokens] if as_tokens else LONG
     answer = complete(client, prompt, echo=True, logprobs=2, max_tokens=1).json()
@@ -191,7 +191,7 @@ def test_an_echo_with_logprobs_is_read_in_full(client, full, as_tokens):
     assert found["text_offset"] == starts[:-1].tolist()
 
 
-def test_an_echo_may_come_without_an_answer(client):
+def test_echo_without_answer(client):
     read_only = complete(client, echo=True, logprobs=0, max_tokens=0).json()
     assert read_only["usage"]["completion_tokens"] == 0
     assert len(read_only["choices"][0]["logprobs"]["tokens"]) == read_only["usage"]["prompt_tokens"]
@@ -200,7 +200,7 @@ def test_an_echo_may_come_without_an_answer(client):
     )
 
 
-def test_what_is_not_read_is_not_counted(client):
+def test_unread_prompt_is_not_counted(client):
     before = counted(client)
     answer = complete(client, echo=True, max_tokens=0).json()
     after = counted(client)
@@ -223,9 +223,7 @@ def test_what_is_not_read_is_not_counted(client):
         ("abc", False, "full"),
     ],
 )
-def test_how_the_prompt_was_read_is_in_the_usage_and_in_the_log(
-    client, caplog, prompt, pop, reading
-):
+def test_usage_and_log_report_reading(client, caplog, prompt, pop, reading):
     caplog.set_level("INFO", "pop_local.server")
     usage = complete(client, prompt, pop=pop, max_tokens=1).json()["usage"]
     assert usage["pop"]["reading"] == reading
@@ -250,7 +248,7 @@ def test_chat_logprobs(client):
     assert [token["bytes"] for token in tokens] == [token["bytes"] for token in content]
 
 
-def test_what_clients_send_without_meaning_it_is_taken(client):
+def test_default_values_of_unsupported_fields_are_accepted(client):
     usual = {
         "grammar": "",
         "response_format": {"type": "text"},
@@ -270,21 +268,21 @@ def test_what_clients_send_without_meaning_it_is_taken(client):
     assert text_of(chat(client, **usual)) == text_of(chat(client))
 
 
-def test_the_limit_of_llama_cpp_comes_first(client):
+def test_n_predict_overrides_max_tokens(client):
     answer = complete(client, n_predict=3, max_tokens=9).json()
     assert answer["usage"]["completion_tokens"] == 3
     assert chat(client, n_predict=3, max_tokens=9).json()["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
-def test_the_newer_name_of_the_limit(client, ask):
+def test_max_completion_tokens(client, ask):
     answer = ask(client, max_completion_tokens=3, max_tokens=None).json()
     assert answer["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_token_that_ends_a_completion_has_its_log_probability(client, stream):
-    """As evaluation harnesses count them: one for each token of the usage."""
+def test_end_token_of_completion_has_logprob(client, stream):
+    """Evaluation harnesses expect one log probability per token of the usage."""
     asked = {"grammar": 'root ::= "a"', "max_tokens": 9, "logprobs": 1}
     if not stream:
         whole = complete(client, **asked).json()
@@ -297,7 +295,7 @@ def test_the_token_that_ends_a_completion_has_its_log_probability(client, stream
     assert sum(len(one["tokens"]) for one in found if one) == 2
 
 
-def test_a_last_token_has_its_log_probability_whatever_its_text(tmp_path):
+def test_last_token_has_logprob_for_any_text(tmp_path):
     control = [f"<|{n}|>" for n in range(200)]
     path = make_gguf(tmp_path / "control.gguf", "llama", n_vocab=512, control=control)
     asked = {"max_tokens": 1, "logprobs": 1, "temperature": 10.0}
@@ -308,20 +306,20 @@ def test_a_last_token_has_its_log_probability_whatever_its_text(tmp_path):
     assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [1] * 12
 
 
-def test_a_stop_string_leaves_no_log_probability_of_what_it_cut_off(client):
+def test_stop_string_removes_logprobs_of_cut_text(client):
     whole = complete(client, logprobs=0).json()["choices"][0]
     cut = complete(client, logprobs=0, stop=whole["text"][3:5]).json()["choices"][0]
     assert len("".join(cut["logprobs"]["tokens"])) <= len(whole["text"])
     assert len(cut["logprobs"]["tokens"]) < len(whole["logprobs"]["tokens"])
 
 
-def test_false_asks_for_no_log_probabilities(client):
+def test_logprobs_false_is_none(client):
     assert complete(client, logprobs=False).json()["choices"][0]["logprobs"] is None
     found = complete(client, logprobs=True).json()["choices"][0]["logprobs"]
     assert len(found["top_logprobs"][0]) >= 1
 
 
-def test_a_form_has_no_room_for_a_begun_thought(tmp_path):
+def test_grammar_excludes_open_reasoning(tmp_path):
     thinks = TEMPLATE + "<think>\n"
     path = make_gguf(tmp_path / "thinks.gguf", "llama", chat_template=thinks)
     with asking(app_of(opened(path), NAME)) as client:
@@ -330,7 +328,7 @@ def test_a_form_has_no_room_for_a_begun_thought(tmp_path):
         assert json.loads(text_of(chat(client, response_format=wanted))) == 5
 
 
-def test_the_token_that_ends_a_chat_has_none(client):
+def test_end_token_of_chat_has_no_logprob(client):
     answer = chat(client, grammar='root ::= "a"', max_tokens=9, logprobs=True).json()
     assert answer["usage"]["completion_tokens"] == 2
     assert len(answer["choices"][0]["logprobs"]["content"]) == 1

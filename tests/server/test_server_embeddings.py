@@ -1,4 +1,4 @@
-"""Embeddings through OpenAI's API and Ollama's."""
+"""Embeddings by the APIs of OpenAI and Ollama."""
 
 import base64
 
@@ -34,7 +34,7 @@ def test_embeddings(client, full):
     assert np.allclose(older["embedding"], vectors[1])
 
 
-def test_embeddings_leave_what_the_cache_of_prompts_has(path):
+def test_embeddings_keep_prompt_cache(path):
     with opened(path, n_ctx=N_CTX) as model:
         model.cache.prompts = PromptCache(1 << 24)
         with asking(app_of(model, NAME)) as client:
@@ -55,7 +55,7 @@ def test_embeddings_leave_what_the_cache_of_prompts_has(path):
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
     ],
 )
-def test_embeddings_that_are_refused(client, body, reason):
+def test_invalid_embedding_requests(client, body, reason):
     response = client.post("/v1/embeddings", json=body)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]

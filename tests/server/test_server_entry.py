@@ -1,4 +1,4 @@
-"""Who may ask the server: by key, host name and origin. No model works here, so none is started."""
+"""Access by key, host name and origin. No test needs a worker, so none is started."""
 
 import json
 
@@ -25,8 +25,8 @@ def model(tmp_path_factory):
     model.close()
 
 
-def test_the_key(model):
-    client = asking(app_of(model, NAME, entry=AccessRules(api_key="secret")))
+def test_api_key_is_required(model):
+    client = asking(app_of(model, NAME, rules=AccessRules(api_key="secret")))
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         refused = client.get("/v1/models", headers=header)
         assert refused.status_code == 401
@@ -77,8 +77,8 @@ def test_the_key(model):
         ("127.0.0.1", {"Origin": "http://[::1"}, "foreign_origin"),
     ],
 )
-def test_without_a_key_only_this_machine_is_answered(model, host, headers, code):
-    client = asking(app_of(model, NAME, entry=AccessRules(host=host, origins=ORIGINS)))
+def test_keyless_server_accepts_only_local_hosts(model, host, headers, code):
+    client = asking(app_of(model, NAME, rules=AccessRules(host=host, origins=ORIGINS)))
     response = client.get("/v1/models", headers=headers)
     if code is None:
         assert response.status_code == 200
@@ -90,19 +90,19 @@ def test_without_a_key_only_this_machine_is_answered(model, host, headers, code)
     assert ("--cors" in error["message"]) == (code == "foreign_origin")
 
 
-def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
+def test_simple_cors_request_is_refused(model):
     client = asking(app_of(model, NAME))
     before = counted(client)
     headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
-    body = json.dumps({"prompt": 5})  # were it let in: 400
+    body = json.dumps({"prompt": 5})  # an accepted request would get a 400
     assert client.post("/v1/completions", content=body, headers=headers).status_code == 403
     after = counted(client)
     refused = 'pop_requests_total{path="/v1/completions",status="403"}'
     assert after[refused] == before.get(refused, 0) + 1
 
 
-def test_a_web_page_that_has_the_key_is_answered(model):
-    client = asking(app_of(model, NAME, entry=AccessRules(api_key="secret")))
+def test_any_origin_with_key_is_accepted(model):
+    client = asking(app_of(model, NAME, rules=AccessRules(api_key="secret")))
     page = {"Host": "box.example", "Origin": "https://page.example"}
     allowed = client.options("/v1/chat/completions", headers=page | PREFLIGHT)
     assert allowed.status_code == 200
@@ -134,8 +134,8 @@ def test_a_web_page_that_has_the_key_is_answered(model):
         ("null", False),
     ],
 )
-def test_pages_of_this_machine_may_read_answers_without_a_key(model, origin, is_allowed):
-    client = asking(app_of(model, NAME, entry=AccessRules(origins=ORIGINS)))
+def test_local_origins_are_allowed_without_key(model, origin, is_allowed):
+    client = asking(app_of(model, NAME, rules=AccessRules(origins=ORIGINS)))
     page = {"Origin": origin}
     allowed = client.options("/api/chat", headers=page | PREFLIGHT)
     assert allowed.status_code == (200 if is_allowed else 400)
@@ -146,13 +146,13 @@ def test_pages_of_this_machine_may_read_answers_without_a_key(model, origin, is_
 
 
 @pytest.mark.parametrize("origin", ["friend.example", "*", "null", "https://a.example/path", ""])
-def test_the_command_takes_origins_only(origin):
+def test_cors_option_rejects_invalid_origins(origin):
     done = called("serve", "model.gguf", "--cors", origin)
     assert done.returncode == 1
     assert "is not an origin" in done.stderr
 
 
-def test_the_command_hands_over_origins_and_strictness(model, monkeypatch):
+def test_command_passes_origins_and_strictness(model, monkeypatch):
     found: list[int] = []
 
     def ask_instead(app, listening):

@@ -1,4 +1,4 @@
-"""A folder of models: what goes wrong with one, names, listings, the command."""
+"""A folder of models: damaged files, names, listings, the command."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from support.program import called
 from support.serving import asking
 
 
-def test_a_damaged_file_closes_nothing(folder, tmp_path, expected):
+def test_damaged_file_closes_no_model(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     library = Library(tmp_path)
@@ -33,7 +33,7 @@ def test_a_damaged_file_closes_nothing(folder, tmp_path, expected):
         assert len(library.models) == 1
 
 
-def test_a_damaged_file_does_not_answer_where_none_is_named(folder, tmp_path, expected):
+def test_damaged_file_is_never_the_default(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
     library = Library(tmp_path)
@@ -43,7 +43,7 @@ def test_a_damaged_file_does_not_answer_where_none_is_named(folder, tmp_path, ex
             assert text_of(complete(client, **more)) == expected["one"]
 
 
-def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, expected, caplog):
+def test_loading_error_reaches_every_waiting_request(library, expected, caplog):
     with asked(library) as client, ThreadPoolExecutor(3) as others:
         assert text_of(complete(client, model="one")) == expected["one"]
         library.problem = PopError("the memory is full", "take a smaller context")
@@ -65,12 +65,12 @@ def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, e
         assert text_of(complete(client, model="two")) == expected["two"]
 
 
-def test_other_names_are_answered_by_the_default(library, expected):
+def test_unknown_names_get_the_default_model(library, expected):
     with asked(library) as client:
         answer = complete(client)
-        assert answer.json()["model"] == "one"  # the first
+        assert answer.json()["model"] == "one"  # initially the first
         assert text_of(complete(client, model="two")) == expected["two"]
-        assert complete(client).json()["model"] == "two"  # the last
+        assert complete(client).json()["model"] == "two"  # the last requested
         answer = complete(client, model="gpt-4o")
         assert (answer.json()["model"], answer.headers["x-model"]) == ("two", "two")
         assert client.get("/v1/models/gpt-4o").status_code == 404
@@ -82,7 +82,7 @@ def test_other_names_are_answered_by_the_default(library, expected):
         assert library.open_ones == ["three"]
 
 
-def test_names_of_the_catalog_find_its_files(folder, tmp_path, expected):
+def test_catalog_names_find_files(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
     shutil.copy(folder / "two.gguf", tmp_path)
     with asked(Library(tmp_path)) as client:
@@ -90,7 +90,7 @@ def test_names_of_the_catalog_find_its_files(folder, tmp_path, expected):
         assert text_of(complete(client, model="smollm2")) == expected["one"]
 
 
-def test_a_folder_may_be_empty_at_first(folder, tmp_path, expected):
+def test_folder_may_be_empty(folder, tmp_path, expected):
     with asked(Library(tmp_path)) as client:
         assert client.get("/v1/models").json()["data"] == []
         assert complete(client, model="one").status_code == 404
@@ -102,7 +102,7 @@ def test_a_folder_may_be_empty_at_first(folder, tmp_path, expected):
 # --- listings
 
 
-def test_listings_open_nothing(folder, tmp_path, caplog):
+def test_listings_open_no_model(folder, tmp_path, caplog):
     for name in NAMES:
         shutil.copy(folder / f"{name}.gguf", tmp_path)
     converted(tmp_path / "one.gguf", tmp_path, boundary=4)
@@ -122,7 +122,7 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
         assert "skipping broken" in caplog.text
         tags = client.get("/api/tags").json()["models"]
         assert [tag["name"] for tag in tags] == [f"{name}:latest" for name in names]
-        assert len({tag["digest"] for tag in tags}) == 4  # one file is there twice
+        assert len({tag["digest"] for tag in tags}) == 4  # two files are equal
         assert client.get("/api/ps").json() == {"models": []}
         assert client.get("/v1/models/two").json() == cards[3]
         shown = client.post("/api/show", json={"model": "two"}).json()
@@ -137,7 +137,7 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
         assert (running["name"], running["context_length"]) == ("one.pop:latest", N_CTX)
         (tmp_path / "three.gguf").unlink()
         assert len(client.get("/v1/models").json()["data"]) == len(names) - 1
-        (tmp_path / "one.pop.gguf").write_bytes(b"GGUF" + bytes(100))  # open
+        (tmp_path / "one.pop.gguf").write_bytes(b"GGUF" + bytes(100))  # damaged while open
         assert client.get("/api/ps").json() == {"models": []}
         (tmp_path / "one.pop.gguf").unlink()
         for path in ("/v1/models", "/api/tags", "/api/ps"):
@@ -158,13 +158,13 @@ def test_listings_open_nothing(folder, tmp_path, caplog):
         ("--models {folder} --ram inf", "finite"),
     ],
 )
-def test_options_that_do_not_go_together(folder, words, reason):
+def test_conflicting_options_are_refused(folder, words, reason):
     done = called("serve", *words.format(folder=folder).split())
     assert done.returncode == 2
     assert reason in " ".join(done.stderr.replace("│", "").split())
 
 
-def test_the_command_serves_a_folder(folder, expected, monkeypatch):
+def test_command_serves_a_folder(folder, expected, monkeypatch):
     found: list[str] = []
 
     def ask_instead(app, listening):

@@ -1,4 +1,4 @@
-"""Harmful requests through each door: they are refused, and the next one is answered."""
+"""Harmful requests to each path: the server refuses them and answers the next one."""
 
 import json
 import threading
@@ -10,9 +10,9 @@ import pytest
 from support.asked import BOMB, N_CTX, chat, text_of
 
 SAID = [{"role": "user", "content": "a"}]
-# Right as they are.
+# Valid requests.
 CHAT, PROMPT = {"messages": SAID}, {"prompt": "a"}
-DOORS: dict[str, dict[str, Any]] = {
+APIS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": PROMPT,
     "/api/chat": CHAT,
@@ -28,7 +28,7 @@ DOORS: dict[str, dict[str, Any]] = {
     "/tokenize": {"content": "a"},
     "/detokenize": {"tokens": [5]},
 }
-# A text that is too long for the context, or a body that is too long for anything.
+# The field that holds a long text in each request.
 TEXTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "/v1/chat/completions": ("messages", lambda text: [{"role": "user", "content": text}]),
     "/v1/completions": ("prompt", str),
@@ -51,9 +51,9 @@ def message(response) -> str:
     return error if isinstance(error, str) else error["message"]
 
 
-def post(client, door, body):
+def post(client, path, body):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return client.post(door, content=content)
+    return client.post(path, content=content)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def _answers_afterwards(client):
     assert text_of(chat(client, "hello", max_tokens=1)) is not None
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -77,23 +77,23 @@ def _answers_afterwards(client):
     ],
     ids=["empty", "list", "bytes", "deep", "deep-objects", "long", "images", "escapes"],
 )
-def test_what_is_no_request_is_refused(client, door, body, status):
-    response = client.post(door, content=body)
+def test_malformed_bodies_are_refused(client, path, body, status):
+    response = client.post(path, content=body)
     assert response.status_code == status, response.text
     assert message(response)
 
 
-@pytest.mark.parametrize("door", TEXTS)
-def test_a_text_beyond_the_context_says_so(client, filler, door):
-    name, given = TEXTS[door]
-    body = DOORS[door] | {name: given("x" * 5000)}
-    response = post(filler[1] if door == "/infill" else client, door, body)
+@pytest.mark.parametrize("api", TEXTS)
+def test_error_for_text_beyond_context(client, filler, path):
+    name, given = TEXTS[path]
+    body = APIS[path] | {name: given("x" * 5000)}
+    response = post(filler[1] if path == "/infill" else client, path, body)
     assert response.status_code == 400
     assert f"are limited to {N_CTX}" in message(response)
 
 
 @pytest.mark.parametrize(
-    ("door", "field"),
+    ("api", "field"),
     [
         ("/completion", {"grammar": f'root ::= a0 "z"\n{BOMB[:-2]}"a"'}),
         ("/completion", {"json_schema": SCHEMA}),
@@ -106,13 +106,13 @@ def test_a_text_beyond_the_context_says_so(client, filler, door):
         ("/v1/messages", {"tools": [{"name": "a", "input_schema": DEEP}]}),
     ],
 )
-def test_a_form_that_would_take_all_memory_is_400(client, door, field):
-    response = post(client, door, DOORS[door] | field)
+def test_memory_bomb_in_schema_is_400(client, path, field):
+    response = post(client, path, APIS[path] | field)
     assert response.status_code == 400, response.text
     assert message(response)
 
 
-def test_a_thread_each_splits_texts_while_others_are_answered(client):
+def test_tokenization_blocks_no_other_request(client):
     body = {"content": "\U00012345" * 5_000}
     found: list[int] = []
     threads = [

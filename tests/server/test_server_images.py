@@ -1,4 +1,4 @@
-"""Pictures over HTTP: OpenAI's image_url parts, by its own client; what is refused, and how."""
+"""Images over HTTP: OpenAI's image_url parts, Ollama's lists, and invalid images."""
 
 import base64
 import threading
@@ -65,7 +65,7 @@ def asked(client: TestClient, *parts: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_openais_own_client(server):
+def test_openai_client(server):
     one, other = image(data_url(png(3))), image(data_url(png(4)))
     with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as client:
 
@@ -91,7 +91,7 @@ def test_openais_own_client(server):
     assert "Pictures are enabled (mmproj.gguf)" in server.log
 
 
-def test_pictures_and_figures(client):
+def test_image_counters(client):
     usage = asked(client, image(data_url(png(3))), text(LONG))
     assert usage["pop"]["n_image"] > 0
     assert usage["pop"]["encode_s"] > 0
@@ -103,7 +103,7 @@ def test_pictures_and_figures(client):
     assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is True
 
 
-def test_parts_keep_their_order(client):
+def test_parts_keep_order(client):
     shown = image(data_url(png(3)))
     before = asked(client, text("a b c"), shown)
     assert asked(client, shown, text("a b c"))["prompt_tokens_details"]["cached_tokens"] < 10
@@ -133,7 +133,7 @@ BOMB = encoded(Image.new("1", (12_000, 12_000)), "PNG")
     ],
     ids=lambda value: value[:32],
 )
-def test_what_is_refused(client, url, reason):
+def test_invalid_images_are_refused(client, url, reason):
     response = post(client, image(url), text("a"))
     assert response.status_code == 400, response.text
     error = response.json()["error"]
@@ -141,7 +141,7 @@ def test_what_is_refused(client, url, reason):
     assert error["param"] == "messages"
 
 
-def test_many_pictures(client, monkeypatch):
+def test_image_limits_per_request(client, monkeypatch):
     monkeypatch.setattr(request_images, "MAX_IMAGES", 2)
     shown = image(data_url(png(3, 32, 32)))
     assert post(client, shown, shown, shown, text("a")).status_code == 400
@@ -150,7 +150,7 @@ def test_many_pictures(client, monkeypatch):
     assert "million pixels" in response.json()["error"]["message"]
 
 
-def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch):
+def test_images_beyond_context_are_not_decoded(path, monkeypatch):
     model = PopModel(path, mmproj=path.parent / "mmproj.gguf", n_ctx=256, n_threads=1)
     seen: list[str] = []
     rgb = Picture.rgb
@@ -164,11 +164,11 @@ def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch)
         response = post(client, *(image(data_url(png(seed))) for seed in range(20)), text("a"))
     model.close()
     assert response.json()["error"]["code"] == "context_length_exceeded"
-    assert seen == [f"image {number}" for number in range(1, 7)]  # of 50 tokens each
+    assert seen == [f"image {number}" for number in range(1, 7)]  # 50 tokens each
 
 
-def test_the_models_thread_decodes_none(client, monkeypatch):
-    """Whoever waits behind pictures does not wait for that."""
+def test_worker_thread_decodes_no_image(client, monkeypatch):
+    """Queued requests do not wait for the decoding of images."""
     threads: list[str] = []
     rgb = Picture.rgb
 
@@ -181,7 +181,7 @@ def test_the_models_thread_decodes_none(client, monkeypatch):
     assert len(threads) == 3 and "pop-local model" not in threads
 
 
-def test_pictures_and_grammars_do_not_wait_for_each_other(client, monkeypatch):
+def test_images_and_grammars_have_separate_limits(client, monkeypatch):
     is_begun, may_end = threading.Event(), threading.Event()
 
     def slow(urls: list[str]) -> list[Picture]:
@@ -205,7 +205,7 @@ def test_pictures_and_grammars_do_not_wait_for_each_other(client, monkeypatch):
         waiting.join()
 
 
-def test_room_for_pictures_is_for_nothing_else(client):
+def test_image_allowance_covers_only_images(client):
     long = "@" * 2 * 2**20
     response = post(client, image("data:image/png;base64," + long), text("a"))
     assert response.status_code == 400 and "not valid base64" in response.text
@@ -215,7 +215,7 @@ def test_room_for_pictures_is_for_nothing_else(client):
     assert client.post("/v1/chat/completions", content=many).status_code == 413
 
 
-def test_a_request_that_is_too_large(client, monkeypatch):
+def test_oversized_image_request_is_413(client, monkeypatch):
     response = post(client, image("data:image/png;base64," + "A" * (50 * 2**20)), text("a"))
     assert response.status_code == 413
     assert "images of a request are limited to 32 MiB" in response.text
@@ -225,7 +225,7 @@ def test_a_request_that_is_too_large(client, monkeypatch):
     )
 
 
-def test_base64_in_lines_is_read(client):
+def test_base64_with_line_breaks(client):
     lines = base64.encodebytes(png(3)).decode()
     for ends in ("\n", "\r\n"):
         url = "data:image/png;base64," + lines.replace("\n", ends)
@@ -243,14 +243,14 @@ def test_base64_in_lines_is_read(client):
         ({"text": "a"}, ""),
     ],
 )
-def test_malformed_parts(client, part, field):
+def test_malformed_parts_are_refused(client, part, field):
     response = post(client, part, text("a"))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == f"messages.0.content.0{field}"
 
 
 @pytest.mark.parametrize("lacks", ["mmproj", "Pillow"])
-def test_a_server_that_cannot_see(path, monkeypatch, lacks):
+def test_server_without_vision_refuses_images(path, monkeypatch, lacks):
     vision = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
     monkeypatch.setattr(open_model, "has_pillow", lambda: lacks != "Pillow")
     model = PopModel(path, mmproj=vision, n_ctx=1024, n_threads=1)
@@ -266,18 +266,18 @@ def letters(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def of_ollama(client: TestClient, *shown: str, door: str = "chat", words: str = "a") -> Any:
-    said = {"content": words} if door == "chat" else {"prompt": words}
+def of_ollama(client: TestClient, *shown: str, path: str = "chat", words: str = "a") -> Any:
+    said = {"content": words} if path == "chat" else {"prompt": words}
     one = {"role": "user", "images": shown, **said}
-    body = {"messages": [one]} if door == "chat" else one
+    body = {"messages": [one]} if path == "chat" else one
     options = {"temperature": 0, "num_predict": 4}
-    return client.post(f"/api/{door}", json=body | {"options": options, "stream": False})
+    return client.post(f"/api/{path}", json=body | {"options": options, "stream": False})
 
 
-@pytest.mark.parametrize("door", ["chat", "generate"])
-def test_ollamas_pictures_stand_before_the_text(client, door):
+@pytest.mark.parametrize("path", ["chat", "generate"])
+def test_ollama_images_precede_text(client, path):
     expected = asked(client, image(data_url(png(3))), text(LONG))
-    found = of_ollama(client, letters(png(3)), door=door, words=LONG).json()
+    found = of_ollama(client, letters(png(3)), path=path, words=LONG).json()
     assert found["prompt_eval_count"] == expected["prompt_tokens"]
     assert found["pop"]["n_image"] == expected["pop"]["n_image"] > 0
     assert "vision" in client.post("/api/show", json={}).json()["capabilities"]
@@ -295,13 +295,13 @@ def test_ollamas_pictures_stand_before_the_text(client, door):
     ],
     ids=lambda value: value[:32],
 )
-def test_what_is_refused_of_ollamas(client, shown, reason):
+def test_invalid_ollama_images_are_refused(client, shown, reason):
     response = of_ollama(client, shown)
     assert response.status_code == 400, response.text
     assert reason in response.json()["error"]
 
 
-def test_room_for_ollamas_pictures_is_for_nothing_else(client):
+def test_ollama_image_allowance_covers_only_images(client):
     assert of_ollama(client, letters(png(3)), words="@" * 2 * 2**20).status_code == 413
     assert of_ollama(client, "A" * (50 * 2**20)).status_code == 413
     assert of_ollama(client, *[letters(png(3, 32, 32))] * 65).status_code == 400

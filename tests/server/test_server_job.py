@@ -1,4 +1,4 @@
-"""How an answer gets from the model's thread to whoever reads it."""
+"""Transfer of answers from the worker thread to the event loop."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ FOREVER_S = 3600.0
 
 
 def run(check) -> None:
-    """`check(job)` in an event loop."""
+    """Run `check(job)` in an event loop."""
 
     async def checked() -> None:
         await check(Job(Task(Prompt([1], ()), TurnOptions(), Mode.OFF)))
@@ -26,7 +26,7 @@ def run(check) -> None:
 
 
 async def put(job: Job, *items: Chunk | Exception) -> None:
-    """From another thread, as the model's does it, after the reader has begun to wait."""
+    """Add chunks from another thread once the reader waits."""
     for _ in range(3):
         await asyncio.sleep(0)
     for item in items:
@@ -40,7 +40,7 @@ def reading(batches: AsyncIterator[list[Chunk]]) -> asyncio.Task[list[Chunk]]:
     return asyncio.create_task(read())
 
 
-def test_the_first_piece_is_read_at_once_and_what_comes_fast_with_the_end():
+def test_first_chunk_is_immediate_and_rest_is_batched():
     pieces = [Chunk("a"), Chunk("b"), Chunk("c")]
 
     async def check(job: Job) -> None:
@@ -59,7 +59,7 @@ def test_the_first_piece_is_read_at_once_and_what_comes_fast_with_the_end():
     run(check)
 
 
-def test_what_came_in_a_pause_is_read_after_it_and_later_pieces_at_once():
+def test_chunks_of_a_pause_form_one_batch():
     async def check(job: Job) -> None:
         batches = job.batches(0.05)
         await put(job, Chunk("a"))
@@ -75,14 +75,14 @@ def test_what_came_in_a_pause_is_read_after_it_and_later_pieces_at_once():
     run(check)
 
 
-def test_nothing_for_a_while_is_an_empty_batch():
+def test_idle_time_yields_empty_batch():
     async def check(job: Job) -> None:
         assert await anext(job.batches(FOREVER_S, idle_s=0.01)) == []
 
     run(check)
 
 
-def test_an_error_comes_after_the_pieces_before_it():
+def test_error_follows_earlier_chunks():
     async def check(job: Job) -> None:
         batches = job.batches(FOREVER_S)
         await put(job, Chunk("a"), PopError("no memory"))
@@ -93,7 +93,7 @@ def test_an_error_comes_after_the_pieces_before_it():
     run(check)
 
 
-def test_a_job_that_waits_ends_when_it_is_cancelled():
+def test_cancelling_ends_queued_job():
     async def check(job: Job) -> None:
         batch = reading(job.batches(FOREVER_S))
         await put(job)

@@ -1,4 +1,4 @@
-"""Nothing takes the server away from others: a hung model, connections that say nothing."""
+"""Limits that keep the server responsive: hung models, idle connections, memory."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ HALF = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r
 
 @contextmanager
 def running(path, changed: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server in a process of its own with something changed, and its port."""
+    """Run a server in a separate process after the code `changed`, and yield its port."""
     begun = f"import sys; sys.path += {[str(ROOT), str(TESTS)]}\nfrom pop_local.server import app\n"
     server = subprocess.Popen(
         [sys.executable, "-c", begun + changed + SERVER, path],
@@ -49,7 +49,7 @@ def running(path, changed: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
         server.communicate()
 
 
-def test_a_hung_model_is_reported_and_a_signal_ends_the_server(path):
+def test_hung_model_is_reported_and_killed_by_signal(path):
     changed = """
 import ctypes
 from pop_local.server import worker
@@ -76,7 +76,7 @@ app._KILL_S = 0.5
         asked.join()
 
 
-def test_with_64_descriptors_and_100_idle_connections_others_are_answered(path):
+def test_idle_connections_do_not_exhaust_descriptors(path):
     changed = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
     with running(path, changed) as (server, port), ExitStack() as idle:
         for _ in range(100):
@@ -90,14 +90,14 @@ def test_with_64_descriptors_and_100_idle_connections_others_are_answered(path):
     "half",
     [b"", b"GET /hea", HALF],
 )
-def test_half_a_request_is_not_waited_for(silent, half):
+def test_incomplete_request_times_out(silent, half):
     with socket.create_connection(("127.0.0.1", silent), timeout=30) as connection:
         connection.sendall(half)
         with suppress(ConnectionResetError):
             assert connection.recv(1) == b""
 
 
-def test_a_prompt_is_not_split_into_tokens_for_who_hung_up(path):
+def test_disconnect_stops_tokenization(path):
     changed = """
 from pop_local.engine.llama import interrupt
 from pop_local.server.task_factory import TaskFactory
@@ -123,13 +123,13 @@ interrupt.Interrupt._wanted, TaskFactory.completions = asked, seen
             assert server.stdout.readline() == "asked\n"
             assert httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
         said = list(iter(server.stdout.readline, "StoppedError\n"))
-        assert len(said) < 20  # of some 60
+        assert len(said) < 20  # of about 60
 
 
-def test_what_hangs_while_python_winds_down_is_ended(path):
+def test_hang_during_finalization_is_killed(path):
     changed = """
 import atexit, signal, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line has it
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line sets it
 atexit.register(time.sleep, 600)
 app._KILL_S = 4.0
 """
@@ -140,7 +140,7 @@ app._KILL_S = 4.0
         assert server.returncode == -signal.SIGALRM
 
 
-def test_half_a_request_does_not_keep_the_server_from_ending(path):
+def test_incomplete_request_does_not_block_shutdown(path):
     with running(path, "app._FAREWELL_S = 0.2\n") as (server, port):
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             connection.sendall(HALF)
@@ -152,8 +152,8 @@ def test_half_a_request_does_not_keep_the_server_from_ending(path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_leaves_the_cache_leaves_the_process(path):
-    """States of 2 to 16 MB, copied as those of a context, and small things in between."""
+def test_evicted_states_return_memory_to_system(path):
+    """Cache states of 2 to 16 MB, copied like a context's, with small allocations between."""
     changed = """
 import random, resource
 import numpy as np
@@ -183,13 +183,13 @@ worker.Worker._answer = work
     with running(path, changed) as (_, port):
         url = f"http://127.0.0.1:{port}/v1/completions"
         reply = httpx2.post(url, json={"prompt": "a"}, timeout=60)
-        # As glibc does by itself, as much as the cache holds: 64 MiB and more.
+        # With glibc's default threshold it is the cache's size, 64 MiB and more.
         assert int(reply.json()["choices"][0]["text"]) < 24
 
 
 @pytest.fixture(scope="module")
 def silent(path):
-    """The port of a server with little patience."""
+    """The port of a server with a short request timeout."""
     changed = "from pop_local.server import connections; connections.REQUEST_S = 0.2\n"
     with running(path, changed) as (_, port):
         yield port

@@ -1,4 +1,4 @@
-"""llama-server's own API, in this process."""
+"""llama-server's API."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_health_and_props(client):
     assert props["modalities"] == {"vision": False, "audio": False}
 
 
-def test_tokens_of_a_text_and_back(client, full):
+def test_tokenize_and_detokenize(client, full):
     text = "a €uro </s>"
     tokens = ask(client, "tokenize", content=text)["tokens"]
     assert tokens == full.tokenize(text, special=True)
@@ -43,7 +43,7 @@ def test_tokens_of_a_text_and_back(client, full):
     assert b"".join(map(bytes, raw)).decode().strip() == text
 
 
-def test_a_completion_answers_as_openais(client):
+def test_completion_equals_openai_completion(client):
     expected = complete(client).json()
     answer = ask(client, prompt=LONG)
     assert answer["content"] == expected["choices"][0]["text"]
@@ -58,7 +58,7 @@ def test_a_completion_answers_as_openais(client):
     assert answer["pop"].keys() == expected["usage"]["pop"].keys()
 
 
-def test_a_stop_string_is_named(client):
+def test_matched_stop_string_is_reported(client):
     whole = ask(client, prompt=LONG)["content"]
     answer = ask(client, prompt=LONG, stop=["never said", whole[3:5]])
     assert (answer["stop_type"], answer["stopping_word"]) == ("word", whole[3:5])
@@ -66,7 +66,7 @@ def test_a_stop_string_is_named(client):
     assert (ended["content"], ended["stop_type"], ended["stopping_word"]) == ("a", "eos", "")
 
 
-def test_a_stream_ends_with_the_figures(client):
+def test_stream_ends_with_counters(client):
     response = client.post("/completion", json=GREEDY | {"prompt": LONG, "stream": True})
     events = response.text.strip().split("\n\n")
     *pieces, last = [json.loads(event.removeprefix("data: ")) for event in events]
@@ -75,7 +75,7 @@ def test_a_stream_ends_with_the_figures(client):
     assert (last["stop"], last["content"], last["tokens_predicted"]) == (True, "", 8)
 
 
-def test_fields_by_llama_cpps_names(client):
+def test_llama_cpp_field_names(client):
     answer = ask(client, prompt="a", json_schema={"enum": [57]}, n_predict=-1)
     assert (answer["content"], answer["stop_type"]) == ("57", "eos")
     several = ask(client, prompt=["a", LONG], n_cmpl=2)
@@ -89,7 +89,7 @@ def test_fields_by_llama_cpps_names(client):
 
 
 @pytest.mark.parametrize(
-    ("door", "body", "reason"),
+    ("path", "body", "reason"),
     [
         ("completion", {"prompt": "a", "return_tokens": True}, "return_tokens is not supported"),
         ("completion", {"prompt": "a", "samplers": ["top_k"]}, "samplers is not supported"),
@@ -103,13 +103,13 @@ def test_fields_by_llama_cpps_names(client):
         ("infill", {"input_extra": [{"text": 5}]}, "input_extra.0.text"),
     ],
 )
-def test_refusals_name_the_field(client, door, body, reason):
-    response = client.post(f"/{door}", json=body)
+def test_errors_name_the_field(client, path, body, reason):
+    response = client.post(f"/{path}", json=body)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
 
 
-def test_infilling_as_editors_ask(filler):
+def test_editor_infill_requests(filler):
     model, client = filler
     hints = {"samplers": ["top_k", "infill"], "n_indent": 4, "t_max_predict_ms": 500}
     asked = {"input_prefix": "def f(", "input_suffix": "):", "prompt": "a, "}

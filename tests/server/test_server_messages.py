@@ -1,4 +1,4 @@
-"""Anthropic's Messages API, read by the types of its own client."""
+"""Anthropic's Messages API, validated with its client's types."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ def create(client: Any, **body: Any) -> Any:
 
 
 def whole(response: Any) -> Any:
-    from anthropic.types import Message  # seconds, of whoever collects this file
+    from anthropic.types import Message  # here, since the import takes seconds
 
     assert response.status_code == 200, response.text
     return Message.model_validate_json(response.text)
@@ -49,14 +49,14 @@ def events(response: Any) -> list[Any]:
     return found
 
 
-def test_a_question_is_answered_as_in_a_chat(client):
+def test_message_equals_chat(client):
     found = whole(create(client))
     [block] = found.content
     assert block.type == "text" and block.text == message_of(chat(client))[0]["content"] != ""
     assert (found.stop_reason, found.usage.output_tokens) == ("max_tokens", 8)
 
 
-def test_system_and_blocks_are_a_chats_messages(client):
+def test_system_and_blocks_become_chat_messages(client):
     said = [
         {"role": "user", "content": [{"type": "text", "text": "one"}]},
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "", "signature": ""}]},
@@ -71,7 +71,7 @@ def test_system_and_blocks_are_a_chats_messages(client):
     assert block.text == message_of(chat(client, messages=messages))[0]["content"]
 
 
-def test_a_stream_builds_what_the_whole_answer_is(client):
+def test_stream_builds_the_complete_answer(client):
     streamed = events(create(client, stream=True))
     kinds = [event.type for event in streamed]
     assert kinds[:2] == ["message_start", "content_block_start"]
@@ -84,7 +84,7 @@ def test_a_stream_builds_what_the_whole_answer_is(client):
     assert streamed[0].message.usage.input_tokens > 0
 
 
-def test_tools_are_called_and_their_results_are_read(client):
+def test_tool_call_and_result(client):
     body = FORCED | {"max_tokens": 600}
     found = whole(create(client, **body))
     [use] = found.content
@@ -108,7 +108,7 @@ def test_tools_are_called_and_their_results_are_read(client):
     assert n_read > found.usage.input_tokens
 
 
-def test_built_in_tools_are_left_out_and_a_schema_holds(client):
+def test_built_in_tools_are_ignored_and_schema_is_enforced(client):
     search = {"type": "web_search_20250305", "name": "web_search"}
     assert whole(create(client, tools=[search])).content == whole(create(client)).content
     form = {"format": {"type": "json_schema", "schema": {"enum": ["57"]}}}
@@ -116,14 +116,14 @@ def test_built_in_tools_are_left_out_and_a_schema_holds(client):
     assert block.type == "text" and block.text == '"57"'
 
 
-def test_a_stop_sequence_is_named(client):
+def test_matched_stop_sequence_is_reported(client):
     [block] = whole(create(client)).content
     assert block.type == "text"
     found = whole(create(client, stop_sequences=["never", block.text[2:4]]))
     assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", block.text[2:4])
 
 
-def test_tokens_are_counted(client):
+def test_count_tokens(client):
     body = {"messages": [ASKED], "tools": [TOOL]}
     counted = client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
     usage = whole(create(client, tools=[TOOL])).usage
@@ -143,7 +143,7 @@ def test_tokens_are_counted(client):
         ({"temperature": -1}, "temperature"),
     ],
 )
-def test_refusals_have_anthropics_shape(client, body, reason):
+def test_errors_have_anthropic_shape(client, body, reason):
     response = create(client, **body)
     assert response.status_code == 400
     assert response.json()["type"] == "error"

@@ -1,4 +1,4 @@
-"""Several models by name: opened when asked for, leased, and closed for others."""
+"""Several models: opened on demand, leased, and closed to make room."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ from support.library import NAMES, Library, asked
 from support.serving import LOCAL, counted, served
 
 
-def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected):
+def test_one_model_is_open_at_a_time(library, expected):
     with asked(library) as client:
         for name in ("one", "two", "one", "TWO", "two:LATEST", "two.gguf"):
             answer = complete(client, model=name).json()
@@ -46,7 +46,7 @@ def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected
         assert names.count("pop-local model") == 1
 
 
-def test_all_doors_lead_to_the_model_that_is_named(library):
+def test_every_api_opens_the_named_model(library):
     said = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
     requests: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": said,
@@ -71,7 +71,7 @@ def test_all_doors_lead_to_the_model_that_is_named(library):
         assert client.get("/props", params={"model": "one"}).json()["model_alias"] == "one"
 
 
-def test_a_stream_keeps_its_model_to_its_end(library, expected):
+def test_stream_keeps_its_model_open(library, expected):
     body = {"model": "one", "prompt": LONG, "temperature": 0, "max_tokens": 200, "stream": True}
     with asked(library) as client, ThreadPoolExecutor(1) as other:
         with client.stream("POST", "/v1/completions", json=body) as stream:
@@ -84,7 +84,7 @@ def test_a_stream_keeps_its_model_to_its_end(library, expected):
         assert text_of(answer.result()) == expected["two"]
 
 
-def test_as_many_stay_open_as_the_memory_holds(library, expected):
+def test_models_stay_open_within_ram(library, expected):
     with asked(library, ram_bytes=1 << 40) as client:
         for name in NAMES * 2:
             assert text_of(complete(client, model=name)) == expected[name]
@@ -94,12 +94,12 @@ def test_as_many_stay_open_as_the_memory_holds(library, expected):
     with asked(library, ram_bytes=int(one.needed_bytes * 2.5)) as client:
         for name in ("one", "two", "one", "three"):
             assert text_of(complete(client, model=name)) == expected[name]
-        assert library.open_ones == ["one", "three"]  # two was used least recently
+        assert library.open_ones == ["one", "three"]  # two is the least recently used
         figures = counted(client)
         assert figures["pop_models_open"] == 2 and figures["pop_queue_length"] == 0
 
 
-def test_a_model_that_takes_more_is_open_alone(library, expected, caplog):
+def test_model_beyond_ram_is_open_alone(library, expected, caplog):
     with asked(library, ram_bytes=1000) as client:
         for name in ("one", "two"):
             assert text_of(complete(client, model=name)) == expected[name]
@@ -108,9 +108,7 @@ def test_a_model_that_takes_more_is_open_alone(library, expected, caplog):
 
 
 @pytest.mark.parametrize(("ram_bytes", "n_parallel"), [(0, 1), (0, 2), (1 << 40, 1)])
-def test_eight_threads_that_ask_for_two_models_get_their_own_answers(
-    library, expected, ram_bytes, n_parallel
-):
+def test_concurrent_requests_for_two_models(library, expected, ram_bytes, n_parallel):
     library.n_parallel = n_parallel
 
     def ask(number: int) -> list[bool]:
@@ -126,7 +124,7 @@ def test_eight_threads_that_ask_for_two_models_get_their_own_answers(
         assert len(library.models) == 2
 
 
-# --- whose turn it is
+# --- order of requests
 
 
 @asynccontextmanager
@@ -143,26 +141,26 @@ def file_of(library: Library, name: str) -> ModelFile:
     return ModelFile(name, library.folder / f"{name}.gguf")
 
 
-@pytest.mark.parametrize("n_files", [0, 2])  # with its K/V one model fits, two do not
-def test_a_busy_model_cannot_keep_others_from_being_opened(library, n_files):
+@pytest.mark.parametrize("n_files", [0, 2])  # --ram in models: with K/V, one fits and two do not
+def test_busy_model_cannot_starve_other_models(library, n_files):
     ram_bytes = n_files * (library.folder / "one.gguf").stat().st_size
 
     async def take_turns() -> None:
-        shelf = library.shelf()
-        async with begun(ModelPool(shelf, max_waiting=2, ram_bytes=ram_bytes)) as models:
+        registry = library.registry()
+        async with begun(ModelPool(registry, max_waiting=2, ram_bytes=ram_bytes)) as models:
 
             async def ask(name: str) -> Lease:
                 return await models.lease(file_of(library, name))
 
             first = await ask("one")
             assert (await first.served).name == "one"
-            beside = await ask("one")  # nobody waits
+            another = await ask("one")  # no request waits
             second, third = await ask("two"), await ask("one")
             with pytest.raises(ApiError, match="2 requests are waiting for models"):
                 await ask("one")
             first.end()
             assert not second.served.done() and library.open_ones == ["one"]
-            beside.end()
+            another.end()
             assert (await second.served).name == "two"
             assert models._change is None and library.open_ones == ["two"]
             second.end()
@@ -172,11 +170,11 @@ def test_a_busy_model_cannot_keep_others_from_being_opened(library, n_files):
     asyncio.run(asyncio.wait_for(take_turns(), 60))
 
 
-def test_all_that_wait_for_a_model_get_it_at_once(library):
+def test_all_waiting_requests_get_an_opened_model(library):
     library.may_open.clear()
 
     async def wait() -> None:
-        async with begun(ModelPool(library.shelf())) as models:
+        async with begun(ModelPool(library.registry())) as models:
             asked = ["one", "two", "one", "two", "one"]
             leases = [await models.lease(file_of(library, name)) for name in asked]
             library.may_open.set()
@@ -189,7 +187,7 @@ def test_all_that_wait_for_a_model_get_it_at_once(library):
 
 
 async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
-    """The status of a completion, whose client hangs up once it is `gone`."""
+    """Return the status of a completion whose client disconnects when `gone` is set."""
     statuses, is_sent = [], False
 
     async def receive() -> dict[str, Any]:
@@ -208,9 +206,9 @@ async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
     return statuses[0]
 
 
-def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
+def test_disconnect_during_loading_ends_the_wait(library):
     library.may_open.clear()
-    models = ModelPool(library.shelf())
+    models = ModelPool(library.registry())
     app = create_app(models, LOCAL)
 
     async def hang_up() -> None:
@@ -226,16 +224,16 @@ def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
             library.may_open.set()
             assert await sent(app, stays, model="three", prompt="a") == 200
             assert library.open_ones == ["three"]
-            assert len(library.models) == 2  # the third was not opened for nobody
+            assert len(library.models) == 2  # no request waited for two
             stays.set()
 
     asyncio.run(asyncio.wait_for(hang_up(), 60))
     models.close()
 
 
-def test_the_end_of_the_server_ends_all_waiting(library):
+def test_shutdown_refuses_waiting_requests(library):
     library.may_open.clear()
-    models = ModelPool(library.shelf())
+    models = ModelPool(library.registry())
 
     async def end() -> None:
         models.start()
@@ -255,7 +253,7 @@ def test_the_end_of_the_server_ends_all_waiting(library):
     assert library.open_ones == []
 
 
-def test_a_wish_to_stop_ends_the_loading_of_a_model(folder):
+def test_stop_callback_aborts_loading(folder):
     with stopped_by(lambda: True), pytest.raises(PopError, match="cannot be opened"):
         opened(folder / "one.gguf")
 
@@ -277,21 +275,21 @@ bindings().llama_progress_callback = slow
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_signal_ends_the_loading_of_a_model(folder):
+def test_signal_aborts_loading(folder):
     with served(f"--models={folder}", changed=SLOW) as server, ThreadPoolExecutor(1) as other:
         waiting = other.submit(server.post, "completions", model="one", prompt="a")
         wait_for(lambda: "a tensor" in server.log)
         begun_s = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=30) == 143
-        assert time.monotonic() - begun_s < 6  # it would go on for 16
+        assert time.monotonic() - begun_s < 6  # loading would take 16 s
         assert waiting.result().status_code == 503
         assert "the server is stopping" in waiting.result().text
         assert "Traceback" not in server.log and "killed the process" not in server.log
 
 
 class Endless:
-    """A teacher that works until it is asked to stop."""
+    """A fitter that runs until it is stopped."""
 
     loss = None
     has_work = True
@@ -306,16 +304,16 @@ class Endless:
         return None
 
 
-def test_a_model_that_learns_makes_room(library, expected):
-    library.teacher = teacher = Endless()
+def test_learning_model_can_be_closed(library, expected):
+    library.fitter = fitter = Endless()
     with asked(library) as client:
         for name in ("one", "two", "one"):
-            teacher.works.clear()
+            fitter.works.clear()
             assert text_of(complete(client, model=name)) == expected[name]
-            assert teacher.works.wait(30)
+            assert fitter.works.wait(30)
 
 
-def test_a_model_that_is_refilled_makes_room(folder, tmp_path, monkeypatch):
+def test_refilled_model_can_be_closed(folder, tmp_path, monkeypatch):
     for name in ("one", "two"):
         converted(folder / f"{name}.gguf", tmp_path, boundary=4)
     works = threading.Event()
@@ -338,7 +336,7 @@ def test_a_model_that_is_refilled_makes_room(folder, tmp_path, monkeypatch):
             assert works.wait(30)
 
 
-def test_gauges_are_of_all_models(library, monkeypatch):
+def test_gauges_sum_all_models(library, monkeypatch):
     with asked(library, ram_bytes=1 << 40) as client:
         for name in ("one", "two"):
             complete(client, model=name)
@@ -350,7 +348,7 @@ def test_gauges_are_of_all_models(library, monkeypatch):
         assert figures[f"pop_{name}"] == 6
 
 
-def test_a_model_is_closed_though_its_prompts_find_no_memory(library, expected, monkeypatch):
+def test_model_closes_if_stashing_fails(library, expected, monkeypatch):
     def stash(self, prompt):
         if not len(prompt):
             raise MemoryError
@@ -365,7 +363,7 @@ def test_a_model_is_closed_though_its_prompts_find_no_memory(library, expected, 
 
 
 @pytest.mark.parametrize("n_parallel", [1, 2])
-def test_prompts_outlive_the_closing_of_their_model(library, expected, n_parallel):
+def test_cached_prompts_survive_closing(library, expected, n_parallel):
     library.prompts, library.n_parallel = PromptCache(1 << 26), n_parallel
     with asked(library) as client:
         for name in ("one", "two", "one", "two"):

@@ -1,4 +1,4 @@
-"""Ollama's API, in this process: the same answers as OpenAI's, in its own shapes."""
+"""Ollama's API: the answers equal those of OpenAI's API."""
 
 import json
 
@@ -33,13 +33,13 @@ def said(response) -> str:
     return answer["message"]["content"] if "message" in answer else answer["response"]
 
 
-def test_it_says_that_it_is_there(client):
+def test_root_and_version(client):
     assert client.get("/").text == "Ollama is running"
     assert client.head("/").status_code == 200
     assert client.get("/api/version").json()["version"].count(".") == 2
 
 
-def test_the_model_is_listed_and_shown(client, path):
+def test_listings_and_description(client, path):
     (model,) = client.get("/api/tags").json()["models"]
     assert model["name"] == model["model"] == f"{NAME}:latest"
     assert model["size"] == path.stat().st_size
@@ -59,7 +59,7 @@ def test_the_model_is_listed_and_shown(client, path):
     assert "assistant:" in shown["template"]
 
 
-def test_a_chat_answers_as_openais(client):
+def test_chat_equals_openai_chat(client):
     expected = chat(client).json()
     found = ask(client)
     assert said(found) == text_of(chat(client))
@@ -74,18 +74,18 @@ def test_a_chat_answers_as_openais(client):
     assert answer["prompt_eval_duration"] <= answer["total_duration"]
 
 
-@pytest.mark.parametrize("door", ["chat", "generate"])
-def test_a_stream_is_the_default_and_says_the_same(client, door):
-    body = {"prompt": LONG} if door == "generate" else {}
-    *pieces, last = lines(ask(client, door, stream=None, **body))
+@pytest.mark.parametrize("path", ["chat", "generate"])
+def test_stream_is_default_and_equals_complete_answer(client, path):
+    body = {"prompt": LONG} if path == "generate" else {}
+    *pieces, last = lines(ask(client, path, stream=None, **body))
     texts = [piece.get("response") or piece["message"]["content"] for piece in pieces]
-    assert "".join(texts) == said(ask(client, door, **body))
+    assert "".join(texts) == said(ask(client, path, **body))
     assert not any(piece["done"] or FIGURES & piece.keys() for piece in pieces)
     assert last["done"] and last.keys() >= FIGURES
     assert last["eval_count"] == 8
 
 
-def test_what_is_generated_goes_through_the_template(client):
+def test_generate_applies_the_template(client):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": LONG}]
     expected = said(ask(client, messages=messages))
     assert said(ask(client, "generate", prompt=LONG, system="be brief")) == expected
@@ -93,7 +93,7 @@ def test_what_is_generated_goes_through_the_template(client):
     assert said(raw) == text_of(complete(client)) != expected
 
 
-def test_options_are_taken_by_their_names(client):
+def test_options_by_name(client):
     whole = said(ask(client))
     stopped = ask(client, options=EIGHT | {"stop": [whole[3:5]]}).json()
     assert stopped["message"]["content"] == whole[: whole.index(whole[3:5])]
@@ -113,7 +113,7 @@ def test_options_are_taken_by_their_names(client):
     assert unlimited["done_reason"] == "stop"
 
 
-def test_a_form_holds(client):
+def test_format_is_enforced(client):
     fixed = {"format": {"enum": [57]}, "options": {}}
     assert said(ask(client, **fixed)) == "57"
     assert said(ask(client, "generate", prompt="a", **fixed)) == "57"
@@ -130,15 +130,15 @@ def test_log_probabilities(client):
     assert len(ask(client, "generate", prompt="a", logprobs=True).json()["logprobs"]) == 8
 
 
-def test_an_empty_request_loads_nothing(client):
-    for door in ("chat", "generate"):
-        answer = ask(client, door, messages=[]).json()
+def test_empty_request_reports_load(client):
+    for path in ("chat", "generate"):
+        answer = ask(client, path, messages=[]).json()
         assert (answer["done"], answer["done_reason"]) == (True, "load")
-        assert ask(client, door, messages=[], keep_alive=0).status_code == 200
+        assert ask(client, path, messages=[], keep_alive=0).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("door", "body", "reason"),
+    ("path", "body", "reason"),
     [
         ("chat", HELLO | {"tools": [{"type": "function"}]}, "tools.0.function"),
         ("chat", {"messages": [{"role": "function", "content": "x"}]}, "role"),
@@ -165,26 +165,26 @@ def test_an_empty_request_loads_nothing(client):
         ("generate", {"prompt": "x" * 5000}, "the context is too small"),
     ],
 )
-def test_refusals_have_ollamas_shape(client, door, body, reason):
-    response = client.post(f"/api/{door}", json=body)
+def test_errors_have_ollama_shape(client, path, body, reason):
+    response = client.post(f"/api/{path}", json=body)
     assert response.status_code == 400
     assert response.json().keys() == {"error"}
     assert reason in response.json()["error"]
 
 
-def test_so_have_other_errors(client, full):
+def test_access_errors_have_ollama_shape(client, full):
     assert client.post("/api/pull", json={}).json() == {"error": "Not Found"}
     assert client.get("/api/chat").json() == {"error": "Method Not Allowed"}
     foreign = client.get("/api/tags", headers={"Host": "evil.example"})
     assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})
     strict = asking(app_of(full, NAME, strict_model=True))
     assert "no model named 'other'" in strict.post("/api/show", json={"model": "other"}).text
-    keyed = asking(app_of(full, NAME, entry=AccessRules(api_key="secret")))
+    keyed = asking(app_of(full, NAME, rules=AccessRules(api_key="secret")))
     assert keyed.get("/api/tags").status_code == 401
     assert "API key" in keyed.get("/api/tags").json()["error"]
 
 
-def test_an_error_in_a_stream_is_a_line(client, monkeypatch):
+def test_stream_error_is_a_line(client, monkeypatch):
     def broken(*_):
         raise ValueError("on purpose")
 

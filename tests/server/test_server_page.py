@@ -1,4 +1,4 @@
-"""The page without a browser: its parts, their headers, who may see them, and files to be read."""
+"""The page without a browser: its files, headers, access and uploads."""
 
 import asyncio
 import hashlib
@@ -36,7 +36,7 @@ def refusal(response, status):
     return response.json()["error"]["message"]
 
 
-def test_a_browser_gets_the_page_and_others_their_words(client):
+def test_root_depends_on_accept_header(client):
     page = client.get("/", headers=BROWSER)
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "<!doctype html>" in page.text
@@ -46,10 +46,10 @@ def test_a_browser_gets_the_page_and_others_their_words(client):
 
 
 @pytest.mark.parametrize("file", sorted(STATIC.rglob("*.*")), ids=lambda file: file.name)
-def test_each_part_has_its_type_and_the_policy(client, file):
+def test_files_have_type_and_policy(client, file):
     part = client.get(f"/page/{file.relative_to(STATIC).as_posix()}")
     assert part.content == file.read_bytes()
-    if file.suffix in (".js", ".mjs"):  # a module of another type is not run
+    if file.suffix in (".js", ".mjs"):  # browsers run modules of this type only
         assert part.headers["content-type"].startswith("text/javascript")
     policy = part.headers["content-security-policy"]
     assert policy.startswith("default-src 'none';")
@@ -61,11 +61,11 @@ def test_each_part_has_its_type_and_the_policy(client, file):
 @pytest.mark.parametrize(
     "name", ["", "none.js", "../page_routes.py", "%2e%2e/page_routes.py", "vendor"]
 )
-def test_nothing_else_is_there(client, name):
+def test_unknown_files_are_404(client, name):
     assert client.get(f"/page/{name}").status_code == 404
 
 
-def test_it_is_short_and_asks_nobody_else():
+def test_page_is_short_and_self_contained():
     lines = sum(len(path.read_text("utf-8").splitlines()) for path in OURS)
     assert len(OURS) >= 6 and lines <= MOST_LINES
     for path in OURS:
@@ -73,11 +73,11 @@ def test_it_is_short_and_asks_nobody_else():
         assert "//" not in re.sub(r"^ *// .*$| // .*$", "", text, flags=re.M), path
         assert not re.search(r"innerHTML *=|insertAdjacentHTML|document\.write|\beval\b", text)
     page = (STATIC / "index.html").read_text("utf-8")
-    assert not re.search(r"<script>|<style|style=|\son\w+=", page)  # which the policy forbids
+    assert not re.search(r"<script>|<style|style=|\son\w+=", page)  # the policy forbids these
 
 
-def test_it_has_the_limits_of_the_readers():
-    found = re.search(r"document: ([\d_]+), picture: (\d+) \* 2 \*\* (\d+)", _main())
+def test_page_has_the_reader_limits():
+    found = re.search(r"document: ([\d_]+), image: (\d+) \* 2 \*\* (\d+)", _main())
     assert found is not None
     assert int(found[1]) == MAX_DOCUMENT_BYTES
     assert int(found[2]) * 2 ** int(found[3]) == MAX_PICTURE_BYTES
@@ -87,7 +87,7 @@ def _main() -> str:
     return (STATIC / "main.js").read_text("utf-8")
 
 
-def test_libraries_are_as_released_and_named():
+def test_vendored_libraries_match_their_hashes():
     table = (STATIC / "vendor" / "LICENSES.md").read_text("utf-8")
     hashes = dict(re.findall(r"^\| `([\w.]+)` .* `([0-9a-f]{64})` \|$", table, re.M))
     files = [*(STATIC / "vendor").glob("*js")]
@@ -96,14 +96,14 @@ def test_libraries_are_as_released_and_named():
     assert "marked" in notice and "DOMPurify" in notice
 
 
-def test_the_wheel_has_all_of_it():
+def test_wheel_contains_the_page():
     files = {str(path) for path in importlib.metadata.files("pop-local") or ()}
     parts = {path.relative_to(ROOT).as_posix() for path in STATIC.rglob("*.*")}
     assert parts <= files
 
 
-def test_with_a_key_the_page_is_public_and_all_else_is_not(path):
-    client = asking(app_of(opened(path), NAME, entry=AccessRules(api_key="secret")))
+def test_page_needs_no_key(path):
+    client = asking(app_of(opened(path), NAME, rules=AccessRules(api_key="secret")))
     assert client.get("/", headers=BROWSER).status_code == 200
     assert client.get("/page/main.js").status_code == 200
     for response in (sent(client, b"text"), client.get("/metrics"), client.get("/v1/models")):
@@ -111,7 +111,7 @@ def test_with_a_key_the_page_is_public_and_all_else_is_not(path):
     assert sent(client, b"text", Authorization="Bearer secret").json()["text"] == "text"
 
 
-def test_documents_are_read(client):
+def test_document_upload(client):
     assert sent(client, "Grüße\n".encode()).json() == {"name": "a.txt", "text": "Grüße\n"}
     mail = b"Subject: Lamps\nFrom: a@b.example\n\nLit at six.\n"
     assert "Lit at six." in sent(client, mail, "note.EML").json()["text"]
@@ -119,7 +119,7 @@ def test_documents_are_read(client):
     assert sent(client, b"text", name).json()["name"] == name[-200:]
 
 
-def test_pictures_come_back_as_chats_take_them(client):
+def test_image_upload_returns_data_url(client):
     content = io.BytesIO()
     Image.new("RGB", (8, 8)).save(content, "PNG")
     kind = {"Content-Type": "image/png"}
@@ -139,13 +139,13 @@ def test_pictures_come_back_as_chats_take_them(client):
         (b"\x80", "", "the file is not UTF-8 text"),
     ],
 )
-def test_each_bad_file_gets_one_clear_word(client, content, name, words):
+def test_unreadable_file_errors(client, content, name, words):
     message = refusal(sent(client, content, name), 400)
     assert message.startswith(words)
     assert tempfile.gettempdir() not in message
 
 
-def test_a_file_too_large_is_refused_before_it_is_read(client):
+def test_oversized_upload_is_refused_unread(client):
     read = []
 
     def body():
@@ -160,7 +160,7 @@ def test_a_file_too_large_is_refused_before_it_is_read(client):
     assert read == []
 
 
-def test_a_file_of_no_stated_length_is_refused_while_it_comes(client, monkeypatch, tmp_path):
+def test_upload_without_length_is_limited(client, monkeypatch, tmp_path):
     monkeypatch.setattr(page_routes, "MAX_DOCUMENT_BYTES", 1000)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     pieces = (b"x" * 100 for _ in range(20))
@@ -168,7 +168,7 @@ def test_a_file_of_no_stated_length_is_refused_while_it_comes(client, monkeypatc
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_body_that_is_cut_off_leaves_nothing(client, monkeypatch, tmp_path):
+def test_aborted_upload_leaves_no_file(client, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     events = [
         {"type": "http.request", "body": b"half", "more_body": True},
@@ -195,7 +195,7 @@ def test_a_body_that_is_cut_off_leaves_nothing(client, monkeypatch, tmp_path):
     assert events == [] and [*tmp_path.iterdir()] == []
 
 
-def test_a_reader_that_takes_too_long_is_ended(monkeypatch, tmp_path):
+def test_slow_reader_is_killed(monkeypatch, tmp_path):
     slow = file_reader._Reader(file_reader.__name__, limit_s=0.0, limit_bytes=2**30)
     path = tmp_path / "a.txt"
     path.write_text("text " * 1_000_000)
@@ -204,18 +204,18 @@ def test_a_reader_that_takes_too_long_is_ended(monkeypatch, tmp_path):
     slow.close()
 
 
-def test_how_much_is_to_be_refilled_is_told(client):
+def test_refillable_tokens_metric(client):
     assert counted(client)["pop_refillable_tokens"] == 0
 
 
-def test_no_document_is_longer_than_any_context(tmp_path):
+def test_document_length_is_limited(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("x" * (file_reader.MAX_CHARACTERS + 1))
     with pytest.raises(Exception, match=r"^a\.txt is too long: it has 8,000,001 characters"):
         file_reader.reader.read("text", path, "a.txt")
 
 
-def test_the_browser_is_opened_at_the_page(path, monkeypatch):
+def test_web_option_opens_the_browser(path, monkeypatch):
     opened_at: list[str] = []
     served_at: list[str] = []
 
@@ -231,12 +231,12 @@ def test_the_browser_is_opened_at_the_page(path, monkeypatch):
 
 
 @pytest.mark.parametrize("option", [("--temperature", "0"), ("--system", "x"), ("--seed", "1")])
-def test_options_that_the_page_lacks_are_refused(path, option):
+def test_options_without_effect_on_page_are_refused(path, option):
     done = called("chat", path, "--web", *option)
     assert done.returncode == 2
-    assert f"does not take {option[0]}" in " ".join(done.stderr.split())
+    assert f"does not support {option[0]}" in " ".join(done.stderr.split())
 
 
-def test_nobody_reads_files_of_the_server(client):
+def test_upload_names_never_read_server_files(client):
     assert Path("/etc/passwd").exists()
     assert sent(client, b"mine", "/etc/passwd").json()["text"] == "mine"

@@ -1,4 +1,4 @@
-"""Several requests at once: each as if it were alone, none waits for another one's answer."""
+"""Concurrent requests: none waits for another answer, and results stay the same."""
 
 import re
 import time
@@ -19,13 +19,13 @@ from support.serving import app_of, asking, counted, served
 ENDLESS = "root ::= [a-z] root"
 N_CLIENTS = 6
 SLOTS = 3
-# Comments of streams come more often, so that none of the states is missed.
+# More frequent comments, so that the tests miss no state.
 EAGER = "from pop_local.server import job_responses; job_responses._PROGRESS_S = 0.001"
 
 
 @pytest.fixture(scope="module")
 def several(path):
-    """A server in another process: a test client here would wait for whole answers."""
+    """A server in another process: a TestClient would wait for complete answers."""
     with (
         served(path, "--parallel", SLOTS, "--ctx", 65536, changed=EAGER) as server,
         httpx2.Client(base_url=server.root, timeout=60) as client,
@@ -35,11 +35,11 @@ def several(path):
 
 @contextmanager
 def endless(client, content: str = LONG):
-    """An answer that goes on, and the lines that have come of it."""
+    """Start an endless answer and yield its lines."""
     messages = [{"role": "user", "content": content}]
     body = {"messages": messages, "grammar": ENDLESS, "temperature": 0, "stream": True}
     with client.stream("POST", "/v1/chat/completions", json=body) as stream:
-        lines = stream.iter_lines()  # whose end would hang up
+        lines = stream.iter_lines()  # closing it would disconnect
         yield lines
 
 
@@ -48,11 +48,11 @@ def is_text(line: str) -> bool:
 
 
 def begun(lines) -> None:
-    """Wait for the first text of an answer."""
+    """Wait for an answer's first text."""
     next(filter(is_text, lines))
 
 
-def test_a_short_request_is_answered_while_a_long_answer_is_written(several):
+def test_short_request_during_long_answer(several):
     with endless(several) as lines:
         begun(lines)
         for number in range(3):
@@ -62,8 +62,8 @@ def test_a_short_request_is_answered_while_a_long_answer_is_written(several):
         assert counted(several)["pop_queue_length"] == 0
 
 
-def test_answers_are_those_that_each_prompt_gets_alone(several, client):
-    """Greedy, of different lengths, and with marks that no other answer may have."""
+def test_concurrent_answers_equal_lone_answers(several, client):
+    """Check greedy answers of different lengths, with a unique mark in each."""
     prompts = [f"{LONG}{LONG[: 40 * number]} number {number}" for number in range(N_CLIENTS)]
 
     def ask(number: int) -> tuple[str, str]:
@@ -75,13 +75,13 @@ def test_answers_are_those_that_each_prompt_gets_alone(several, client):
         for _ in range(3):
             found = list(clients.map(ask, range(N_CLIENTS)))
             assert [marked for _, marked in found] == [f"mark-{n}" for n in range(N_CLIENTS)]
-    # The first token is of the prompt's own logits; other batches may change later ones.
+    # The first token depends on the prompt only; later ones may depend on the batches.
     alone = [text_of(chat(client, prompt, max_tokens=2)) for prompt in prompts]
     same = sum(one[0][:1] == other[:1] for one, other in zip(found, alone, strict=True))
     assert same >= N_CLIENTS - 1
 
 
-def test_a_prompt_that_is_here_already_is_not_read_again(several):
+def test_cached_prompt_is_reused_concurrently(several):
     first = chat(several, "a. " + LONG)
     with endless(several, "b. " + LONG) as lines:
         begun(lines)
@@ -92,7 +92,7 @@ def test_a_prompt_that_is_here_already_is_not_read_again(several):
     assert cached > 0.7 * again.json()["usage"]["prompt_tokens"]
 
 
-def test_a_stream_tells_its_place_and_how_far_its_prompt_is(several):
+def test_stream_reports_queue_place_and_progress(several):
     with ExitStack() as running:
         for number in range(SLOTS):
             lines = running.enter_context(endless(several, f"{number} {LONG * 6}"))
@@ -103,7 +103,7 @@ def test_a_stream_tells_its_place_and_how_far_its_prompt_is(several):
             assert counted(several)["pop_queue_length"] == 1
 
 
-def test_who_hangs_up_leaves_its_place_to_the_next(several):
+def test_disconnect_releases_the_slot(several):
     for _ in range(5):
         with ExitStack() as running:
             for _ in range(SLOTS):
@@ -111,7 +111,7 @@ def test_who_hangs_up_leaves_its_place_to_the_next(several):
         assert text_of(chat(several, "a", grammar='root ::= "yes"')) == "yes"
 
 
-def test_a_request_in_full_beside_pruned_ones(several):
+def test_full_request_during_pruned_answer(several):
     with endless(several) as lines:
         begun(lines)
         full = chat(several, "in full. " + LONG, pop=False).json()["usage"]["pop"]
@@ -119,7 +119,7 @@ def test_a_request_in_full_beside_pruned_ones(several):
     assert (full["reading"], full["n_pruned"], again["reading"]) == ("full", 0, "pruned")
 
 
-def test_embeddings_and_log_probabilities_beside_an_answer(several, client):
+def test_embeddings_and_logprobs_during_answer(several, client):
     asked = {"echo": True, "logprobs": 1, "max_tokens": 0}
     with endless(several) as lines:
         begun(lines)
@@ -133,7 +133,7 @@ def test_embeddings_and_log_probabilities_beside_an_answer(several, client):
     assert "four five" in text_of(complete(several, "four five", **asked))
 
 
-def test_tools_at_once(several):
+def test_concurrent_tool_calls(several):
     tool = {
         "type": "function",
         "function": {
@@ -152,7 +152,7 @@ def test_tools_at_once(several):
         assert set(clients.map(ask, range(6))) == {"look"}
 
 
-def test_every_sequence_is_refilled_while_nobody_asks(path):
+def test_idle_server_refills_every_sequence(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=2, keep_states=True)
     with asking(app_of(model, NAME)) as client:
         with ThreadPoolExecutor(2) as clients:
@@ -165,17 +165,17 @@ def test_every_sequence_is_refilled_while_nobody_asks(path):
     model.close()
 
 
-def test_answers_that_have_to_be_repeatable_are_refused(several):
+def test_parallel_server_refuses_repeatable(several):
     refused = chat(several, repeatable=True)
     assert refused.status_code == 400
     assert "--parallel 1" in refused.json()["error"]["message"]
 
 
-def test_clients_are_told_how_many_are_answered_at_once(several):
+def test_props_report_number_of_slots(several):
     assert several.get("/props").json()["total_slots"] == SLOTS
 
 
-def test_a_stopping_server_ends_all_answers(path):
+def test_shutdown_ends_all_answers(path):
     model = opened(path, n_ctx=N_CTX, n_parallel=3)
     app = app_of(model, NAME)
     (served,) = app.state.models.loaded
@@ -188,7 +188,7 @@ def test_a_stopping_server_ends_all_answers(path):
     model.close()
 
 
-def test_an_answer_that_waits_for_another_is_no_hung_model(path):
+def test_paused_answer_is_not_a_hung_model(path):
     with opened(path, n_ctx=N_CTX, n_parallel=2) as model:
         worker = Worker(model, Metrics(), 1)
         seen_s: dict[Any, float] = worker._seen_s
@@ -199,7 +199,7 @@ def test_an_answer_that_waits_for_another_is_no_hung_model(path):
         assert worker.hung_s() >= 100
 
 
-def test_a_prompt_can_be_read_anew(several):
+def test_cache_prompt_false_reads_again(several):
     chat(several, "anew. " + LONG)
     again = chat(several, "anew. " + LONG, cache_prompt=False).json()["usage"]
     assert again["prompt_tokens_details"]["cached_tokens"] == 0

@@ -1,4 +1,4 @@
-"""Refusals of the HTTP API: in one shape, with a reason."""
+"""Invalid requests: all errors have the same shape and a reason."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from support.serving import app_of, asking
 
 @pytest.fixture(scope="module")
 def model(path):
-    """For applications that are not started."""
+    """A model for applications that are not started."""
     model = opened(path)
     yield model
     model.close()
@@ -101,7 +101,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"grammar": 'root ::= "ab" x\nx ::= x "c"'}, "no token"),
     ],
 )
-def test_bad_chats_are_400_with_a_reason(client, body, reason):
+def test_invalid_chats_are_400(client, body, reason):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = client.post("/v1/chat/completions", content=content)
     assert response.status_code == 400
@@ -130,7 +130,7 @@ def test_bad_chats_are_400_with_a_reason(client, body, reason):
         ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens must be true"),
     ],
 )
-def test_bad_completions_are_400_with_a_reason(client, body, reason):
+def test_invalid_completions_are_400(client, body, reason):
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
@@ -151,21 +151,21 @@ def test_bad_completions_are_400_with_a_reason(client, body, reason):
         (DetokenizeBody, {"tokens": ["a"] * 20_000}),
     ],
 )
-def test_of_many_errors_the_first_is_enough(kind, body):
-    """Each takes a kilobyte, and others wait meanwhile."""
+def test_validation_stops_at_first_error(kind, body):
+    """Each error takes a kilobyte, and validation blocks the event loop."""
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(kind).validate_json(json.dumps(body))
-    assert caught.value.error_count() <= 4  # a list may be of four kinds
+    assert caught.value.error_count() <= 4  # a union has four types
 
 
-def test_an_error_in_a_stream_is_an_event(client):
+def test_stream_error_is_an_event(client):
     response = complete(client, grammar='root ::= "ab" x\nx ::= x "c"', stream=True)
     error = json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
     assert "no token" in error["message"]
     assert text_of(complete(client))
 
 
-def test_a_prompt_beyond_the_context_says_how_many_tokens(client):
+def test_error_beyond_context_states_tokens(client):
     response = complete(client, "x" * 5000)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -174,7 +174,7 @@ def test_a_prompt_beyond_the_context_says_how_many_tokens(client):
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_huge_body_is_413(client, declared):
+def test_oversized_body_is_413(client, declared):
     body = json.dumps({"prompt": "x" * 200_000}).encode()
     content = body if declared else iter([body[:50_000], body[50_000:]])
     response = client.post("/v1/completions", content=content)
@@ -182,7 +182,7 @@ def test_a_huge_body_is_413(client, declared):
     assert "100,000 bytes" in response.json()["error"]["message"]
 
 
-def test_another_model_is_answered_by_this_one_which_is_said(client, caplog):
+def test_default_model_is_reported_in_header_and_log(client, caplog):
     caplog.set_level("INFO", "pop_local.server")
     own = chat(client, model=NAME.upper())
     assert "x-model" not in own.headers
@@ -194,13 +194,13 @@ def test_another_model_is_answered_by_this_one_which_is_said(client, caplog):
     assert client.get("/v1/models/gpt-4o").status_code == 404
 
 
-def test_a_name_of_any_letters_is_a_header(model):
+def test_header_encodes_model_name(model):
     named = asking(app_of(model, "a\nb \u20ac"))
     other = named.post("/api/show", json={"model": "gpt-4o"})
     assert other.headers["x-model"] == "a%0Ab %E2%82%AC"
 
 
-def test_a_strict_server_refuses_other_models(model):
+def test_strict_server_refuses_unknown_models(model):
     strict = asking(app_of(model, NAME, strict_model=True))
     response = chat(strict, model="gpt-4o")
     assert response.status_code == 404
@@ -208,7 +208,7 @@ def test_a_strict_server_refuses_other_models(model):
     assert NAME in response.json()["error"]["message"]
 
 
-def test_other_paths_and_methods_have_the_same_shape(client):
+def test_unknown_paths_and_methods_have_error_shape(client):
     for response, status in (
         (client.get("/v2"), 404),
         (client.get("/v1/completions"), 405),
@@ -218,21 +218,21 @@ def test_other_paths_and_methods_have_the_same_shape(client):
         assert response.json()["error"]["message"]
 
 
-def test_a_grammar_bomb_is_400_and_the_next_request_is_answered(path):
+def test_grammar_bomb_is_400(path):
     model = opened(path, n_ctx=N_CTX)
     with asking(app_of(model, NAME)) as client:
         response = complete(client, grammar=f'root ::= a0 "z"\n{BOMB[:-2]}"a"')
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "invalid_grammar"
         assert client.get("/health").status_code == 200
-        # This one doubles llama.cpp's own stacks with each token.
+        # This grammar doubles llama.cpp's stacks with each token.
         endless = complete(client, grammar='root ::= "a" root "b" | "a" root "c"', max_tokens=60)
         assert set(text_of(endless)) == {"a"}
         assert text_of(complete(client))
     model.close()
 
 
-def test_a_full_queue_is_503(path):
+def test_full_queue_is_503(path):
     with asking(app_of(opened(path), NAME, max_waiting=0)) as client:
         response = complete(client)
         assert response.status_code == 503
@@ -240,7 +240,7 @@ def test_a_full_queue_is_503(path):
         assert "retry-after" in response.headers
 
 
-def test_the_command_says_how_many_may_wait(path, monkeypatch):
+def test_command_sets_queue_length(path, monkeypatch):
     task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
 
     async def fill(worker: Worker) -> None:
@@ -258,9 +258,9 @@ def test_the_command_says_how_many_may_wait(path, monkeypatch):
     assert called("serve", path, "--port", 0, "--max-waiting", 3).returncode == 0
 
 
-def test_who_hung_up_does_not_keep_others_from_waiting(full):
+def test_disconnected_request_leaves_the_queue(full):
     metrics = Metrics()
-    worker = Worker(full, metrics, max_waiting=2)  # not started: whoever comes has to wait
+    worker = Worker(full, metrics, max_waiting=2)  # not started, so requests queue
     metrics.queue.set_function(worker.n_waiting)
     task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
 
@@ -285,7 +285,7 @@ def test_who_hung_up_does_not_keep_others_from_waiting(full):
     assert b"pop_queue_length 0.0" in metrics.text
 
 
-def test_a_model_without_keys_says_that_it_is_not_pruned(tmp_path):
+def test_unconverted_model_reports_reason(tmp_path):
     from support.synthetic import make_gguf
 
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))

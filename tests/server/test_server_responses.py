@@ -1,4 +1,4 @@
-"""OpenAI's Responses API, read by the types of its own client."""
+"""OpenAI's Responses API, validated with its client's types."""
 
 import json
 from typing import Annotated, Any
@@ -48,7 +48,7 @@ def events(response: Any) -> list[Any]:
     return found
 
 
-def test_a_text_is_answered_as_in_a_chat(client):
+def test_response_equals_chat(client):
     found = whole(create(client))
     assert found.output_text == message_of(chat(client))[0]["content"] != ""
     assert (found.status, found.output[0].type) == ("incomplete", "message")
@@ -57,7 +57,7 @@ def test_a_text_is_answered_as_in_a_chat(client):
     assert create(client).json()["usage"]["pop"]["reading"] in ("short", None)
 
 
-def test_instructions_parts_and_roles_are_a_chats_messages(client):
+def test_instructions_and_items_become_chat_messages(client):
     said = [
         {"role": "user", "content": [{"type": "input_text", "text": "one"}]},
         {"type": "message", "role": "assistant", "content": "two"},
@@ -70,7 +70,7 @@ def test_instructions_parts_and_roles_are_a_chats_messages(client):
     assert found.output_text == message_of(chat(client, messages=messages))[0]["content"]
 
 
-def test_a_stream_builds_what_the_whole_answer_is(client):
+def test_stream_builds_the_complete_answer(client):
     streamed = events(create(client, stream=True))
     assert [event.type for event in streamed[:4]] == [
         *("response.created", "response.in_progress"),
@@ -85,7 +85,7 @@ def test_a_stream_builds_what_the_whole_answer_is(client):
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "double"}])
-def test_tools_are_called(client, choice):
+def test_tool_call(client, choice):
     body = FORCED | {"tool_choice": choice, "max_output_tokens": 600}
     [call] = whole(create(client, **body)).output
     assert call.type == "function_call" and call.name == "double"
@@ -98,7 +98,7 @@ def test_tools_are_called(client, choice):
     assert streamed[-1].type == "response.completed"
 
 
-def test_it_goes_on_from_an_earlier_response(client):
+def test_previous_response_id_continues(client):
     body = FORCED | {"max_output_tokens": 600}
     first = whole(create(client, **body))
     call: Any = first.output[0]
@@ -112,7 +112,7 @@ def test_it_goes_on_from_an_earlier_response(client):
     assert third.usage and third.usage.input_tokens > second.usage.input_tokens
 
 
-def test_a_schema_holds(client):
+def test_schema_is_enforced(client):
     form = {"type": "json_schema", "name": "a", "schema": {"enum": ["57"]}}
     assert whole(create(client, text={"format": form})).output_text == '"57"'
 
@@ -131,20 +131,20 @@ def test_a_schema_holds(client):
         ({"temperature": -1}, "temperature"),
     ],
 )
-def test_refusals(client, body, reason):
-    content = json.dumps({"model": NAME, "input": LONG} | body)  # which writes NaN
+def test_invalid_requests_are_refused(client, body, reason):
+    content = json.dumps({"model": NAME, "input": LONG} | body)  # writes NaN, unlike httpx
     response = client.post("/v1/responses", content=content)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
 
 
-def test_built_in_tools_are_left_out(client):
+def test_built_in_tools_are_ignored(client):
     tools = [{"type": "web_search"}, TOOL, {"type": "image_generation"}]
     [call] = whole(create(client, **FORCED | {"tools": tools, "max_output_tokens": 600})).output
     assert call.type == "function_call"
     assert whole(create(client, tools=tools[:1])).output_text == whole(create(client)).output_text
 
 
-def test_nothing_is_kept_that_should_not_be(client):
+def test_store_false_stores_nothing(client):
     first = whole(create(client, store=False))
     assert create(client, "And?", previous_response_id=first.id).status_code == 400

@@ -1,4 +1,4 @@
-"""Several answers to one request, and answers between two texts."""
+"""Requests with several answers, and infilling."""
 
 import asyncio
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def texts(response) -> list[str]:
     return [choice["text"] for choice in choices]
 
 
-def test_a_list_of_prompts_gets_an_answer_each(client):
+def test_each_prompt_of_a_list_is_answered(client):
     alone = [complete(client, prompt) for prompt in PROMPTS]
     together = complete(client, PROMPTS)
     assert texts(together) == [one.json()["choices"][0]["text"] for one in alone]
@@ -37,8 +37,8 @@ def test_a_list_of_prompts_gets_an_answer_each(client):
     assert usage["pop"]["reason"] is None
 
 
-def test_a_list_is_echoed_with_log_probabilities(client):
-    """As evaluation harnesses ask, with offsets that begin anew."""
+def test_list_echo_with_logprobs(client):
+    """Evaluation harnesses send such lists; offsets restart with each prompt."""
     asked = {"echo": True, "logprobs": 1, "max_tokens": 1}
     together = complete(client, PROMPTS, **asked).json()["choices"]
     for prompt, choice in zip(PROMPTS, together, strict=True):
@@ -49,7 +49,7 @@ def test_a_list_is_echoed_with_log_probabilities(client):
         assert found == pytest.approx(alone["logprobs"]["token_logprobs"][1:], abs=0.01)
 
 
-def test_n_answers_have_seeds_of_their_own(client):
+def test_n_answers_have_different_seeds(client):
     warm = {"temperature": 1.5, "max_tokens": 12}
     several = texts(complete(client, PROMPTS[:2], n=2, seed=5, **warm))
     alone = [
@@ -61,14 +61,14 @@ def test_n_answers_have_seeds_of_their_own(client):
     assert several[0] != several[1]
 
 
-def test_chats_have_several_answers_too(client):
+def test_chat_with_several_answers(client):
     warm = {"temperature": 1.5, "seed": 5}
     choices = chat(client, n=2, **warm).json()["choices"]
     said = [choice["message"]["content"] for choice in choices]
     assert said == [text_of(chat(client, **warm | {"seed": seed})) for seed in (5, 6)]
 
 
-def test_streams_of_several_have_indexes_and_one_end(client):
+def test_stream_of_several_answers(client):
     asked = {"stream": True, "stream_options": {"include_usage": True}}
     *pieces, figures = events(complete(client, PROMPTS, **asked))
     streamed = ["", "", ""]
@@ -82,7 +82,7 @@ def test_streams_of_several_have_indexes_and_one_end(client):
     assert len({piece["id"] for piece in pieces}) == 1
 
 
-def test_the_others_are_not_begun_for_who_hung_up():
+def test_disconnect_skips_remaining_answers():
     begun: list[Job] = []
 
     def jobs() -> Iterator[Job]:
@@ -97,16 +97,16 @@ def test_the_others_are_not_begun_for_who_hung_up():
         stream = streamed_answer(state, jobs(), Reply(served))
         while b'"a"' not in await anext(stream):
             pass
-        await stream.aclose()  # as Starlette does
+        await stream.aclose()  # Starlette does this at a disconnect
         assert state.client_gone
         assert [job.cancelled.is_set() for job in begun] == [True]
 
     asyncio.run(asyncio.wait_for(hang_up(), timeout=20))
 
 
-def test_an_answer_goes_between_two_texts(filler):
+def test_suffix_infills(filler):
     model, client = filler
-    before, after = "def f(", "): <|fim_middle|>"  # which is text here
+    before, after = "def f(", "): <|fim_middle|>"  # plain text here
     tokens = by_hand(model, before, after)
     expected = texts(complete(client, tokens))
     found = complete(client, before, suffix=after)

@@ -1,4 +1,4 @@
-"""Tools through the API, as OpenAI's clients send them, on a small random model."""
+"""Tool calls by OpenAI's and Ollama's APIs, on a small random model."""
 
 import json
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ def called(message: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def joined(streamed: list[Any]) -> tuple[list[dict[str, Any]], str]:
-    """The calls out of a stream's deltas, as OpenAI's client joins them, and the content."""
+    """Join a stream's deltas as OpenAI's client does; return its calls and content."""
     calls: dict[int, dict[str, Any]] = {}
     content = ""
     for event in streamed:
@@ -72,7 +72,7 @@ def joined(streamed: list[Any]) -> tuple[list[dict[str, Any]], str]:
     return [*calls.values()], content
 
 
-def test_a_required_call_is_one_of_the_tools_with_arguments_of_its_schema(client):
+def test_required_call_matches_a_tool_schema(client):
     message, reason = message_of(chat(client, **FORCED, parallel_tool_calls=False))
     [(name, arguments)] = called(message)
     assert (message["content"], reason) == (None, "tool_calls")
@@ -83,7 +83,7 @@ def test_a_required_call_is_one_of_the_tools_with_arguments_of_its_schema(client
         assert arguments["n"] in range(10)
 
 
-def test_a_stream_has_the_same_calls(client):
+def test_streamed_calls_equal_complete_calls(client):
     whole, _ = message_of(chat(client, **FORCED, parallel_tool_calls=False))
     streamed = events(chat(client, **FORCED, parallel_tool_calls=False, stream=True))
     calls, content = joined(streamed)
@@ -91,13 +91,13 @@ def test_a_stream_has_the_same_calls(client):
     assert streamed[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_a_named_tool_is_called(client):
+def test_named_tool_is_called(client):
     choice = {"type": "function", "function": {"name": "double"}}
     body = FORCED | {"tool_choice": choice, "parallel_tool_calls": False}
     assert [name for name, _ in called(message_of(chat(client, **body))[0])] == ["double"]
 
 
-def test_several_calls_have_indexes_and_ids_of_their_own(client):
+def test_parallel_calls_have_distinct_ids(client):
     streamed = events(
         chat(client, **FORCED | {"max_tokens": 600}, temperature=1, seed=1, stream=True)
     )
@@ -105,20 +105,20 @@ def test_several_calls_have_indexes_and_ids_of_their_own(client):
     assert len({call["id"] for call in calls}) == len(calls) > 0
 
 
-def test_the_limit_cuts_a_call_short(client):
+def test_token_limit_cuts_off_a_call(client):
     message, reason = message_of(chat(client, **FORCED | {"max_tokens": 3}))
     assert reason == "length" and "tool_calls" not in message
 
 
 @pytest.mark.parametrize("body", [{"tool_choice": "auto"}, {"tool_choice": "none"}, {}])
-def test_an_answer_without_a_call_is_content(client, body):
+def test_answer_without_call_is_content(client, body):
     message, reason = message_of(chat(client, tools=TOOLS, **body))
     assert reason == "length" and message["content"] and "tool_calls" not in message
     content = joined(events(chat(client, tools=TOOLS, stream=True, **body)))[1]
     assert content == message["content"]
 
 
-def test_none_tells_of_no_tools_and_auto_does(client):
+def test_tool_choice_none_omits_tools(client):
     lengths = [
         chat(client, tools=TOOLS, tool_choice=choice).json()["usage"]["prompt_tokens"]
         for choice in ("auto", "none", "required")
@@ -126,16 +126,16 @@ def test_none_tells_of_no_tools_and_auto_does(client):
     assert lengths[0] == lengths[2] > lengths[1]
 
 
-def test_the_second_turn_reads_the_call_and_its_result_alone(client):
+def test_second_turn_reads_only_call_and_result(client):
     first = chat(client, messages=TURN[:1], tools=TOOLS).json()["usage"]
     second = chat(client, messages=TURN, tools=TOOLS).json()["usage"]
     n_read = second["prompt_tokens"] - second["prompt_tokens_details"]["cached_tokens"]
-    # The tail of a prompt is read again, to be full.
+    # The tail of a prompt is read again, since it must be full.
     assert n_read <= second["prompt_tokens"] - first["prompt_tokens"] + 40
     assert message_of(chat(client, messages=TURN))[0]["content"]
 
 
-def test_log_probabilities_are_those_of_all_tokens(client):
+def test_logprobs_cover_all_tokens(client):
     response = chat(client, **FORCED | {"max_tokens": 12}, logprobs=True)
     assert len(response.json()["choices"][0]["logprobs"]["content"]) == 12
     streamed = events(chat(client, **FORCED | {"max_tokens": 12}, logprobs=True, stream=True))
@@ -143,7 +143,7 @@ def test_log_probabilities_are_those_of_all_tokens(client):
     assert sum(len(found["content"]) for found in each if found) == 12
 
 
-def test_keywords_that_are_not_enforced_are_named(client):
+def test_usage_lists_ignored_tool_keywords(client):
     tool = function("tags", values={"type": "array", "uniqueItems": True, "maxItems": 1})
     usage = chat(client, tools=[tool], max_tokens=2).json()["usage"]
     assert usage["pop"]["ignored"] == ["uniqueItems"]
@@ -172,19 +172,19 @@ def test_keywords_that_are_not_enforced_are_named(client):
         ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
     ],
 )
-def test_refusals(client, body, reason):
+def test_invalid_requests_are_refused(client, body, reason):
     response = chat(client, **body)
     assert response.status_code == 400, response.text
     assert reason in response.json()["error"]["message"]
 
 
-def test_a_tool_beyond_the_limits_is_refused(client):
+def test_tool_beyond_limits_is_refused(client):
     with hurried(grammar._child):
         refused = chat(client, tools=[function("a", b=BOMB)])
     assert refused.status_code == 400, refused.text
 
 
-def test_bombs_end_nothing(client):
+def test_schema_bombs_are_400(client):
     nested: list[Any] = [TURN[0], {**TURN[1], "content": "[" * 20_000}, TURN[2]]
     hostile: list[dict[str, Any]] = [
         {"tools": [function("a", b=NESTED)]},
@@ -196,7 +196,7 @@ def test_bombs_end_nothing(client):
     assert message_of(chat(client))[0]["content"]
 
 
-def test_ollamas_chat_has_calls_as_objects(client):
+def test_ollama_calls_have_object_arguments(client):
     few = {"temperature": 0, "num_predict": 4}
     asked = {"model": NAME, "messages": TURN[:1], "tools": [DOUBLE], "options": few}
     answer = client.post("/api/chat", json=asked | {"stream": False})
@@ -208,7 +208,7 @@ def test_ollamas_chat_has_calls_as_objects(client):
         assert answer.status_code == 200, answer.text
 
 
-def test_ollamas_calls_are_told_at_the_end_and_only_whole_ones():
+def test_ollama_sends_complete_calls_last():
     said = [
         Piece("Hm."),
         Piece(call=ToolCall("a", "double", "")),
@@ -230,14 +230,14 @@ def test_ollamas_calls_are_told_at_the_end_and_only_whole_ones():
     assert told["message"]["tool_calls"] == calls and last["done_reason"] == "length"
 
 
-def test_a_stop_string_does_not_cut_a_call(client):
+def test_stop_string_does_not_cut_a_call(client):
     body = FORCED | {"parallel_tool_calls": False}
     whole, _ = message_of(chat(client, **body))
     message, reason = message_of(chat(client, **body, stop=['"name', "{", "arguments"]))
     assert called(message) == called(whole) and reason == "tool_calls"
 
 
-def test_a_call_comes_however_the_model_is_inclined(client):
+def test_required_call_at_high_temperature(client):
     for seed in range(3):
         body = FORCED | {"temperature": 10, "seed": seed, "max_tokens": 400}
         message, _ = message_of(chat(client, **body))
@@ -252,7 +252,7 @@ def test_a_call_comes_however_the_model_is_inclined(client):
         {"allOf": [SEALED], "required": ["city"]},
     ],
 )
-def test_a_schema_may_refer_to_another(client, schema):
+def test_tool_schema_with_references(client, schema):
     tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
     body = FORCED | {"tools": [tool], "parallel_tool_calls": False, "max_tokens": 600}
     [(_, arguments)] = called(message_of(chat(client, **body))[0])
@@ -260,7 +260,7 @@ def test_a_schema_may_refer_to_another(client, schema):
 
 
 @pytest.mark.parametrize("name", ["call", "calls"])
-def test_a_tool_may_be_named_as_llama_cpp_names_its_rules(client, name):
+def test_tool_named_like_a_grammar_rule(client, name):
     body = FORCED | {"tools": [function(name, n={"enum": [1, 2]})], "parallel_tool_calls": False}
     [(given, arguments)] = called(message_of(chat(client, **body))[0])
     assert (given, arguments["n"] in (1, 2)) == (name, True)

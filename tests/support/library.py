@@ -24,12 +24,12 @@ NAMES = ("one", "three", "two")
 
 @dataclass
 class Library:
-    """Opens the models of a folder; `models` are those that it has opened, in order."""
+    """Opens a folder's models; `models`: the opened ones in order."""
 
     folder: Path
     models: list[PopModel] = field(default_factory=list)
     prompts: PromptCache | None = None
-    teacher: Fitter | None = None
+    fitter: Fitter | None = None
     may_open: threading.Event = field(default_factory=threading.Event)
     problem: Exception | None = None
     n_tried: int = 0
@@ -53,11 +53,11 @@ class Library:
     def open_ones(self) -> list[str]:
         return [model.path.stem for model in self.models if not model.context.is_closed]
 
-    def shelf(self) -> ModelRegistry:
+    def registry(self) -> ModelRegistry:
         return ModelRegistry(
             lambda: models_in(self.folder),
             self.open,
-            lambda model: self.teacher,
+            lambda model: self.fitter,
             N_CTX,
             can_see=False,
             n_parallel=self.n_parallel,
@@ -66,7 +66,7 @@ class Library:
 
 @contextmanager
 def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
-    library.behind = models = ModelPool(library.shelf(), **how)
+    library.behind = models = ModelPool(library.registry(), **how)
     with asking(create_app(models, LOCAL, strict_model=strict_model)) as client:
         yield client
     assert not any(models._n_leases.values())

@@ -1,4 +1,4 @@
-"""The server: `pop-local serve` in a child process, on a free port, or its application here."""
+"""Servers for tests: `pop-local serve` in a child process, or its application here."""
 
 import re
 import subprocess
@@ -51,7 +51,7 @@ class Served:
 
 @contextmanager
 def served(model: Path | str, *arguments: object, changed: str = "") -> Iterator[Served]:
-    """A server; `changed`: what runs before it in its process."""
+    """Run a server, after the code `changed` in its process."""
     program = f"{changed}\nfrom pop_local.__main__ import main; main()"
     command = [sys.executable, "-c", program, "serve", model, "--port", 0, "--threads", 1]
     with tempfile.TemporaryDirectory() as folder:
@@ -79,15 +79,15 @@ def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
 
 
 def app_of(
-    model: PopModel, name: str, *, teacher=None, strict_model=False, entry=LOCAL, **how
+    model: PopModel, name: str, *, fitter=None, strict_model=False, rules=LOCAL, **how
 ) -> Starlette:
-    """The application of one model, by its name in the API; `how` as for Models."""
-    models = ModelPool.of_one(ModelFile(name, model.path), model, lambda _: teacher, **how)
-    return create_app(models, entry, strict_model=strict_model)
+    """Return the application of one model; `how`: options of ModelPool."""
+    models = ModelPool.of_one(ModelFile(name, model.path), model, lambda _: fitter, **how)
+    return create_app(models, rules, strict_model=strict_model)
 
 
 def asking(app: Starlette) -> TestClient:
-    """A client of an application in this process; its model works while the client is open."""
+    """Return a client of an application; its workers run while the client is open."""
     return TestClient(app, base_url="http://localhost:8080")
 
 

@@ -234,7 +234,7 @@ def test_a_chat_says_that_it_learned(plain):
 
 def test_a_server_says_which_fit_read_a_prompt(plain):
     model, lessons = taught(plain)
-    with asking(app_of(model, "tiny", teacher=lessons)) as client:
+    with asking(app_of(model, "tiny", fitter=lessons)) as client:
         wait_for(lambda: model.boundary)
         body = {"prompt": "a b c d " * 300, "max_tokens": 2}
         used = client.post("/v1/completions", json=body).json()["usage"]["pop"]

@@ -1,5 +1,5 @@
-// Chats in the browser's storage, each a record of its own, so that tabs do not undo each other.
-// A record's key is its id and title: the list is made of keys, without reading any document.
+// Chats in the browser's storage, one record each, so that tabs do not overwrite each other.
+// The key contains id and title, so that the list needs no record.
 
 const tabs = new BroadcastChannel("pop-local chats");
 const result = (request) => new Promise((resolve, reject) => {
@@ -10,11 +10,11 @@ const opening = indexedDB.open("pop-local", 1);
 opening.onupgradeneeded = () =>
   opening.result.createObjectStore("chats", { keyPath: ["id", "title"] });
 const database = result(opening);
-database.catch(() => {}); // whoever uses it is told
+database.catch(() => {}); // its users report the error
 const store = async (mode) => (await database).transaction("chats", mode).objectStore("chats");
 const keys = (id) => IDBKeyRange.bound([id], [id, []]);
 
-// Works on the store; resolves when that is on disk, and tells the other tabs.
+// Changes the store, waits until the change is on disk, and notifies other tabs.
 async function change(work) {
   const chats = await store("readwrite");
   const complete = new Promise((resolve, reject) => {
@@ -29,10 +29,10 @@ async function change(work) {
 export const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 export const load = async (id) => result((await store("readonly")).get(keys(id)));
 
-// Resolves to [id, title] of each, the latest first.
+// Resolves to the [id, title] of each chat, latest first.
 export const list = async () => (await result((await store("readonly")).getAllKeys())).reverse();
 
-// Keeps a chat. One that another tab has changed meanwhile is kept beside that, by a new id.
+// Saves a chat; if another tab has changed it, saves it as a copy with a new id.
 export async function save(chat) {
   const version = newId();
   await change(async (chats) => {
@@ -51,5 +51,5 @@ export const remove = (id) => change((chats) => {
   return id;
 });
 
-// Calls with the id of each chat that another tab changes.
+// Calls `listener` with the id of each chat that another tab changes.
 export const onChange = (listener) => (tabs.onmessage = ({ data }) => listener(data));

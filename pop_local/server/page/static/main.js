@@ -1,10 +1,10 @@
-// The page: its state, and what keys, buttons, drops and other tabs do to it.
+// The page's state, and its handlers for keys, buttons, drops and other tabs.
 
 import * as chats from "./chats.js";
 import { answer, call, readByServer, refillable } from "./server.js";
 import { button, fileView, h, megabytes, messageView, number } from "./view.js";
 
-const MOST_BYTES = { document: 100_000_000, picture: 32 * 2 ** 20 };
+const MOST_BYTES = { document: 100_000_000, image: 32 * 2 ** 20 };
 const COMPARED_TOKENS = 400;
 
 const $ = (id) => document.getElementById(id);
@@ -12,13 +12,13 @@ const fresh = () => ({ id: chats.newId(), title: "", messages: [] });
 
 let models = [];
 let chat = fresh();
-let files = []; // to go with the next question
+let files = []; // attached to the next question
 let editing = -1; // the message that the next question replaces
-let running = null; // the answer that is being written: its chat, how to stop it, its end
+let running = null; // the current answer: its chat, abort controller and end
 
 const model = () => models.find(({ id }) => id === $("model").value);
 const tell = (words) => Object.assign($("notice"), { textContent: words, hidden: !words });
-const unkept = (error) => void tell(`This browser keeps no chat: ${error?.message || "it is full"}.`);
+const unkept = (error) => void tell(`This browser cannot store chats: ${error?.message || "its storage is full"}.`);
 const showEnd = () => ($("scroll").scrollTop = $("scroll").scrollHeight);
 
 function show() {
@@ -32,7 +32,7 @@ function show() {
   showForm();
 }
 
-// Shows the answer that grows, and follows it unless somebody has scrolled up.
+// Shows the growing answer, and scrolls with it unless the user has scrolled up.
 function showLast() {
   const { scrollHeight, scrollTop, clientHeight } = $("scroll");
   $("log").lastChild.replaceWith(messageView(chat.messages.at(-1), null, true));
@@ -74,13 +74,13 @@ async function keep(kept) {
   const before = kept.id;
   await chats.save(kept).catch(unkept);
   if (kept === chat) history.replaceState(null, "", `#${kept.id}`);
-  if (kept.id !== before) tell("Another tab changed this chat: this is a copy of it.");
+  if (kept.id !== before) tell("Another tab changed this chat; this is now a copy.");
   await showList().catch(unkept);
 }
 
 async function open(id) {
   const found = running?.chat.id === id ? running.chat : await chats.load(id).catch(unkept);
-  if (id !== location.hash.slice(1)) return; // somebody has gone on meanwhile
+  if (id !== location.hash.slice(1)) return; // the user has opened another chat
   chat = found ?? fresh();
   leave();
   show();
@@ -96,7 +96,7 @@ async function forget(id, title) {
   if (chat.id === id) location.hash = "";
 }
 
-// Takes a message back into the form; -1 leaves it.
+// Loads a message into the form (-1: stops editing).
 function edit(index) {
   const { text = "", files: sent = [] } = chat.messages[index] ?? {};
   [editing, files, $("question").value] = [index, [...sent], text];
@@ -117,7 +117,7 @@ function ask(how) {
   reply(how);
 }
 
-// The messages as the server takes them; questions that got no answer are one with the next.
+// Returns the messages for the server; unanswered questions are merged with the next.
 function conversation() {
   const sent = [];
   for (const { role, text, files: shown = [] } of chat.messages) {
@@ -154,22 +154,22 @@ async function reply(how) {
 const single = (mine, message, asked) =>
   stream(mine, message, { ...asked, pop: $("pruning").checked });
 
-// Reads as if each reading were new, and answers without chance: pruning is all that differs.
+// Bypasses the cache and samples greedily, so that only pruning differs.
 async function compare(mine, message, asked) {
   const isOn = $("pruning").checked;
   const alike = { ...asked, cache_prompt: false, temperature: 0, max_tokens: COMPARED_TOKENS };
-  // The first reading of all would wait for the disk.
+  // Warm-up: the first prompt would wait for the disk.
   const short = { messages: [{ role: "user", content: "Hi" }], max_tokens: 1, pop: false };
   await stream(mine, { text: "" }, { ...alike, ...short });
   message.sides = [{ name: "In full", text: "" }, { name: "Pruned", text: "" }];
   for (const [pop, side] of [[false, message.sides[0]], [true, message.sides[1]]]) {
     await stream(mine, side, { ...alike, pop });
-    if (pop === isOn) message.text = side.text; // with which the conversation goes on
+    if (pop === isOn) message.text = side.text; // the conversation continues with it
   }
   return "";
 }
 
-// Streams into a message, or a side of it; resolves to a note for the reader, "" for none.
+// Streams into a message or one side of it; resolves to a note for the user ("": none).
 async function stream(mine, target, asked) {
   let [note, due] = ["", 0];
   const paint = () => {
@@ -182,7 +182,7 @@ async function stream(mine, target, asked) {
     target.usage = await answer(asked, mine.stop.signal, {
       comment(words) {
         const [kind, n, , total] = words.split(" ");
-        if (kind === "queued") showBar("reading", `Waiting for ${n} before this`);
+        if (kind === "queued") showBar("reading", `Position ${n} in the queue`);
         if (kind === "read") showBar("reading", "Reading", Number(n), Number(total));
       },
       text(piece) {
@@ -190,7 +190,7 @@ async function stream(mine, target, asked) {
         $("reading").hidden = true;
         due ||= setTimeout(paint, 60);
       },
-      end: (reason) => (note = reason === "length" ? "Ended at its limit of length." : ""),
+      end: (reason) => (note = reason === "length" ? "The answer reached its length limit." : ""),
     });
   } finally {
     clearInterval(keeper);
@@ -201,10 +201,10 @@ async function stream(mine, target, asked) {
 
 async function watchRefilling() {
   let most = 0;
-  // A server that is gone is told of with the next question.
+  // The next question reports a server that is gone.
   for (let n; !running && (n = await refillable().catch(() => 0)); ) {
     most = Math.max(most, n);
-    showBar("refilling", "Refilling", most - n, most);
+    showBar("refilling", "Catching up", most - n, most);
     await new Promise((resolve) => setTimeout(resolve, 500));
   }
   $("refilling").hidden = true;
@@ -225,10 +225,10 @@ async function add(given) {
 
 async function addOne(given) {
   const { name, size, type } = given;
-  const most = MOST_BYTES[type.startsWith("image/") ? "picture" : "document"];
+  const most = MOST_BYTES[type.startsWith("image/") ? "image" : "document"];
   const cannotSee = type.startsWith("image/") && !model()?.pop?.images;
-  if (cannotSee) throw new Error(`${name}: the model reads no pictures.`);
-  if (size > most) throw new Error(`${name} is too large: over ${megabytes(most)}.`);
+  if (cannotSee) throw new Error(`${name}: the model cannot read images.`);
+  if (size > most) throw new Error(`${name} is too large: the limit is ${megabytes(most)}.`);
   const busy = { name, isBusy: true };
   files.push(busy);
   showForm();
@@ -242,7 +242,7 @@ $("ask").onsubmit = (event) => {
   ask(single);
 };
 $("compare").onclick = () =>
-  $("pruning").disabled ? tell("This model is not pruned: nothing to compare.") : ask(compare);
+  $("pruning").disabled ? tell("This model is not pruned; convert it to compare.") : ask(compare);
 $("stop").onclick = () => running?.stop.abort();
 $("leave").onclick = leave;
 $("question").onkeydown = (event) => {

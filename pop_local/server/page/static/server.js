@@ -1,10 +1,10 @@
-// Requests to the server, with its key where it has one, and the events of a stream.
+// Requests to the server, with the API key if needed, and the events of a stream.
 
 let asking = null;
 
 const askKey = () => new Promise((resolve) => {
   const [entry, key] = ["entry", "key"].map((id) => document.getElementById(id));
-  Object.assign(key, { value: "", placeholder: sessionStorage.apiKey ? "That key is wrong" : "" });
+  Object.assign(key, { value: "", placeholder: sessionStorage.apiKey ? "This key is wrong" : "" });
   entry.onclose = () => resolve(key.value);
   entry.showModal();
 });
@@ -19,20 +19,20 @@ export async function call(path, options = {}) {
     const key = sessionStorage.apiKey;
     const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
     const response = await fetch(path, { ...options, headers })
-      .catch(because("The server does not answer."));
+      .catch(because("The server does not respond. Is it running?"));
     if (response.ok) return response;
     if (response.status !== 401) {
-      const told = await response.json().catch(() => null);
-      throw new Error(told?.error?.message ?? `The server refused: ${response.status}.`);
+      const body = await response.json().catch(() => null);
+      throw new Error(body?.error?.message ?? `The server refused the request (${response.status}).`);
     }
     asking ??= askKey().finally(() => (asking = null));
     sessionStorage.apiKey = await asking;
   }
 }
 
-// Yields { comment } and { data }. Throws when the stream ends before its last word.
+// Yields { comment } and { data }. Throws if the stream ends early.
 async function* events(response) {
-  const cut = because("The answer was cut off: the connection ended.");
+  const cut = because("The answer was cut off: the connection closed.");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { value, done } = await reader.read().catch(cut);
@@ -50,7 +50,7 @@ async function* events(response) {
   }
 }
 
-// Streams an answer to `on.comment`, `on.text` and `on.end` (why it ended); resolves to its usage.
+// Streams an answer to `on.comment`, `on.text` and `on.end` (its reason); resolves to the usage.
 export async function answer(asked, signal, on) {
   const body = JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } });
   const headers = { "Content-Type": "application/json" };
@@ -66,7 +66,7 @@ export async function answer(asked, signal, on) {
   return usage;
 }
 
-// Sends a file to the server's readers; resolves to a document's `text` or a picture's `url`.
+// Uploads a file; resolves to a document's `text` or an image's `url`.
 export async function readByServer(file) {
   const body = await file.arrayBuffer().catch(because(`${file.name} cannot be read.`));
   const headers = { "Content-Type": file.type || "application/octet-stream" };
@@ -74,7 +74,7 @@ export async function readByServer(file) {
   return (await call(path, { method: "POST", headers, body })).json();
 }
 
-// Resolves to the number of cached tokens that are still to be refilled.
+// Resolves to the number of cached tokens that have not caught up.
 export async function refillable() {
   const text = await (await call("metrics")).text();
   const found = [...text.matchAll(/^pop_refillable_tokens(?:\{.*\})? (\S+)$/gm)];

@@ -1,4 +1,4 @@
-// How messages look: elements, and Markdown that is text until it was sanitised.
+// Elements of messages; Markdown is sanitised before it becomes HTML.
 
 import DOMPurify from "./vendor/purify.es.mjs";
 import { Marked } from "./vendor/marked.esm.js";
@@ -7,7 +7,7 @@ const TAGS = "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre stron
   + " table tbody td th thead tr";
 const SHOWN = { ALLOWED_TAGS: TAGS.split(" "), ALLOWED_ATTR: ["href", "start"] };
 
-// HTML in an answer is shown as it was written, and no picture is fetched.
+// HTML and images in an answer are shown as source.
 const escaped = (text) => h("p", {}, text).innerHTML;
 const markdown = new Marked({
   renderer: { html: ({ text }) => escaped(text), image: ({ raw }) => escaped(raw) },
@@ -25,7 +25,7 @@ export const button = (words, onclick, ariaLabel = words) =>
 async function copy(text, shown) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // which is missing without https
+  } catch { // the clipboard API needs https
     const field = shown.parentElement.appendChild(h("textarea", { value: text }));
     field.select();
     document.execCommand("copy");
@@ -59,7 +59,7 @@ function figuresView(usage) {
     cached.cached_tokens && `${number(cached.cached_tokens)} cached`,
     pop.n_pruned && `${number(pop.n_pruned)} pruned`,
     pop.n_skipped_exact && `${number(pop.n_skipped_exact)} skipped exactly`,
-    pop.reading === "short" && "too short to be pruned",
+    pop.reading === "short" && "too short for pruning",
   ].filter(Boolean).join(", ");
   const figures = usage && [
     `First token after ${seconds(pop.ttft_s)}`,
@@ -70,9 +70,9 @@ function figuresView(usage) {
   return h("p", { className: "figures" }, figures);
 }
 
-// A file as a list's item; `remove` is what takes it away, if anything does.
+// A file as a list item, with a button if `remove` is given.
 export function fileView({ name, text, url, isBusy }, remove) {
-  const size = isBusy ? "being read" : text && `${number(text.length)} characters`;
+  const size = isBusy ? "reading" : text && `${number(text.length)} characters`;
   return h("li", { className: "file" },
     url && h("img", { src: url, alt: "" }),
     name,
@@ -90,13 +90,13 @@ const sideView = ({ name, text, usage }) => h("section", {},
 function comparedView(sides) {
   const [full, pruned] = sides.map(({ usage }) => usage?.pop.ttft_s);
   const ratio = full && pruned && `Pruned: ${(full / pruned).toFixed(2)} times as fast to the first`
-    + " token (one reading each, nothing cached)";
+    + " token (measured once, without cache)";
   return h("div", { className: "body" },
     h("div", { className: "sides" }, ...sides.map(sideView)),
     ratio && h("p", { className: "ratio" }, ratio));
 }
 
-// A message as an article. `action`: words and what is done, if there is one beside copying.
+// A message as an article. `action`: label and handler of a second button, if any.
 export function messageView({ role, text, files = [], sides, note, usage }, action, isBusy) {
   const isMine = role === "user";
   const said = isMine ? h("div", { className: "body" }, text) : answerView(text);
