@@ -77,7 +77,7 @@ def table(columns: list[Row], rows: list[Row]) -> str:
 
 
 def with_lookups(row: Row) -> Row:
-    """Return the row with a cell for each column of LOOKUPS, empty if none was asked for."""
+    """Return the row with a cell for each column of LOOKUPS, empty if none were measured."""
     found = row.get("lookups")
     return row | {c["name"]: found and [found[name] for name in c["of"]] for c in LOOKUPS}
 

@@ -118,6 +118,12 @@ BANNED = {
     r"hangs? up|hung up": "disconnect",
     r"(?<!room )doors?": "API",
     r"the house": "the architecture",
+    r"but for|all else": "except, the other ones",
+    r"(model|file|template|kernel|code|fit|layer|library|backend)s? (wants?|knows?|asks?|tells?)": (
+        "objects do not act like people: needs, has, reads, returns"
+    ),
+    r"gives? way|puts? (aside|off)|further on|and the like|come what may": "use a plain verb",
+    r"where (it|they) (is|are|has|have) (none|some|one)": "if ... exists",
     r"facts? found": "look-ups answered",
     r"at (most|least)\b[^.;:]*\bat (most|least)": "up to, maximum, minimum",
 }
