@@ -51,9 +51,9 @@ def message(response) -> str:
     return error if isinstance(error, str) else error["message"]
 
 
-def post(client, path, body):
+def post(client, endpoint, body):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return client.post(path, content=content)
+    return client.post(endpoint, content=content)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def _answers_afterwards(client):
     assert text_of(chat(client, "hello", max_tokens=1)) is not None
 
 
-@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("endpoint", APIS)
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -77,23 +77,23 @@ def _answers_afterwards(client):
     ],
     ids=["empty", "list", "bytes", "deep", "deep-objects", "long", "images", "escapes"],
 )
-def test_malformed_bodies_are_refused(client, path, body, status):
-    response = client.post(path, content=body)
+def test_malformed_bodies_are_refused(client, endpoint, body, status):
+    response = client.post(endpoint, content=body)
     assert response.status_code == status, response.text
     assert message(response)
 
 
-@pytest.mark.parametrize("api", TEXTS)
-def test_error_for_text_beyond_context(client, filler, path):
-    name, given = TEXTS[path]
-    body = APIS[path] | {name: given("x" * 5000)}
-    response = post(filler[1] if path == "/infill" else client, path, body)
+@pytest.mark.parametrize("endpoint", TEXTS)
+def test_error_for_text_beyond_context(client, filler, endpoint):
+    name, given = TEXTS[endpoint]
+    body = APIS[endpoint] | {name: given("x" * 5000)}
+    response = post(filler[1] if endpoint == "/infill" else client, endpoint, body)
     assert response.status_code == 400
     assert f"are limited to {N_CTX}" in message(response)
 
 
 @pytest.mark.parametrize(
-    ("api", "field"),
+    ("endpoint", "field"),
     [
         ("/completion", {"grammar": f'root ::= a0 "z"\n{BOMB[:-2]}"a"'}),
         ("/completion", {"json_schema": SCHEMA}),
@@ -106,8 +106,8 @@ def test_error_for_text_beyond_context(client, filler, path):
         ("/v1/messages", {"tools": [{"name": "a", "input_schema": DEEP}]}),
     ],
 )
-def test_memory_bomb_in_schema_is_400(client, path, field):
-    response = post(client, path, APIS[path] | field)
+def test_memory_bomb_in_schema_is_400(client, endpoint, field):
+    response = post(client, endpoint, APIS[endpoint] | field)
     assert response.status_code == 400, response.text
     assert message(response)
 

@@ -266,18 +266,18 @@ def letters(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def of_ollama(client: TestClient, *shown: str, path: str = "chat", words: str = "a") -> Any:
-    said = {"content": words} if path == "chat" else {"prompt": words}
+def of_ollama(client: TestClient, *shown: str, endpoint: str = "chat", words: str = "a") -> Any:
+    said = {"content": words} if endpoint == "chat" else {"prompt": words}
     one = {"role": "user", "images": shown, **said}
-    body = {"messages": [one]} if path == "chat" else one
+    body = {"messages": [one]} if endpoint == "chat" else one
     options = {"temperature": 0, "num_predict": 4}
-    return client.post(f"/api/{path}", json=body | {"options": options, "stream": False})
+    return client.post(f"/api/{endpoint}", json=body | {"options": options, "stream": False})
 
 
-@pytest.mark.parametrize("path", ["chat", "generate"])
-def test_ollama_images_precede_text(client, path):
+@pytest.mark.parametrize("endpoint", ["chat", "generate"])
+def test_ollama_images_precede_text(client, endpoint):
     expected = asked(client, image(data_url(png(3))), text(LONG))
-    found = of_ollama(client, letters(png(3)), path=path, words=LONG).json()
+    found = of_ollama(client, letters(png(3)), endpoint=endpoint, words=LONG).json()
     assert found["prompt_eval_count"] == expected["prompt_tokens"]
     assert found["pop"]["n_image"] == expected["pop"]["n_image"] > 0
     assert "vision" in client.post("/api/show", json={}).json()["capabilities"]

@@ -89,7 +89,7 @@ def test_llama_cpp_field_names(client):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "reason"),
+    ("endpoint", "body", "reason"),
     [
         ("completion", {"prompt": "a", "return_tokens": True}, "return_tokens is not supported"),
         ("completion", {"prompt": "a", "samplers": ["top_k"]}, "samplers is not supported"),
@@ -103,8 +103,8 @@ def test_llama_cpp_field_names(client):
         ("infill", {"input_extra": [{"text": 5}]}, "input_extra.0.text"),
     ],
 )
-def test_errors_name_the_field(client, path, body, reason):
-    response = client.post(f"/{path}", json=body)
+def test_errors_name_the_field(client, endpoint, body, reason):
+    response = client.post(f"/{endpoint}", json=body)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
 

@@ -74,12 +74,12 @@ def test_chat_equals_openai_chat(client):
     assert answer["prompt_eval_duration"] <= answer["total_duration"]
 
 
-@pytest.mark.parametrize("path", ["chat", "generate"])
-def test_stream_is_default_and_equals_complete_answer(client, path):
-    body = {"prompt": LONG} if path == "generate" else {}
-    *pieces, last = lines(ask(client, path, stream=None, **body))
+@pytest.mark.parametrize("endpoint", ["chat", "generate"])
+def test_stream_is_default_and_equals_complete_answer(client, endpoint):
+    body = {"prompt": LONG} if endpoint == "generate" else {}
+    *pieces, last = lines(ask(client, endpoint, stream=None, **body))
     texts = [piece.get("response") or piece["message"]["content"] for piece in pieces]
-    assert "".join(texts) == said(ask(client, path, **body))
+    assert "".join(texts) == said(ask(client, endpoint, **body))
     assert not any(piece["done"] or FIGURES & piece.keys() for piece in pieces)
     assert last["done"] and last.keys() >= FIGURES
     assert last["eval_count"] == 8
@@ -131,14 +131,14 @@ def test_log_probabilities(client):
 
 
 def test_empty_request_reports_load(client):
-    for path in ("chat", "generate"):
-        answer = ask(client, path, messages=[]).json()
+    for endpoint in ("chat", "generate"):
+        answer = ask(client, endpoint, messages=[]).json()
         assert (answer["done"], answer["done_reason"]) == (True, "load")
-        assert ask(client, path, messages=[], keep_alive=0).status_code == 200
+        assert ask(client, endpoint, messages=[], keep_alive=0).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "reason"),
+    ("endpoint", "body", "reason"),
     [
         ("chat", HELLO | {"tools": [{"type": "function"}]}, "tools.0.function"),
         ("chat", {"messages": [{"role": "function", "content": "x"}]}, "role"),
@@ -165,8 +165,8 @@ def test_empty_request_reports_load(client):
         ("generate", {"prompt": "x" * 5000}, "the context is too small"),
     ],
 )
-def test_errors_have_ollama_shape(client, path, body, reason):
-    response = client.post(f"/api/{path}", json=body)
+def test_errors_have_ollama_shape(client, endpoint, body, reason):
+    response = client.post(f"/api/{endpoint}", json=body)
     assert response.status_code == 400
     assert response.json().keys() == {"error"}
     assert reason in response.json()["error"]
