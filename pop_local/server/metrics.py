@@ -16,53 +16,34 @@ class Metrics:
         seconds = partial(Histogram, buckets=_BUCKETS, registry=self._registry)
         counter = partial(Counter, registry=self._registry)
         gauge = partial(Gauge, registry=self._registry)
-        self._ttft = seconds(
-            "pop_ttft_seconds", "Time from the start of prefill to the first token"
-        )
+        self._ttft = seconds("pop_ttft_seconds", "Time from prefill start to the first token")
         self.queued = seconds("pop_queue_seconds", "Time that requests spent in the queue")
-        self._prompt = counter(
-            "pop_prompt_tokens",
-            "Prompt tokens by kind: stopped at the boundary, ran all layers, or cached",
-            ["kind"],
-        )
-        self._decoded = counter("pop_decoded_tokens", "Generated tokens")
-        self._image = counter("pop_image_tokens", "Prompt tokens of images, including cached ones")
-        self._encoding = counter(
-            "pop_encode_seconds", "Time spent encoding images, which pruning does not reduce"
-        )
-        self._deep = counter(
-            "pop_deep_tokens", "Context tokens that ran all layers because of their spelling"
-        )
-        self.refilled = counter(
-            "pop_refilled_tokens", "Cached tokens that ran the skipped layers between requests"
-        )
-        self.requests = counter(
-            "pop_requests",
-            "Requests by path and HTTP status (499: the client disconnected)",
-            ["path", "status"],
-        )
+        kinds = "Prompt tokens by kind: stopped at the boundary, ran all layers, or cached"
+        prompt = counter("pop_prompt_tokens", kinds, ["kind"])
+        statuses = "Requests by path and HTTP status (499: the client disconnected)"
+        self.requests = counter("pop_requests", statuses, ["path", "status"])
+        catching_up = "Cached tokens that ran the skipped layers between requests"
+        self.refilled = counter("pop_refilled_tokens", catching_up)
+        self._of_answers = {  # by attribute of TurnStats
+            "n_pruned": prompt.labels("pruned"),
+            "n_skipped_exact": prompt.labels("exact"),
+            "n_full": prompt.labels("full"),
+            "n_cached": prompt.labels("cached"),
+            "n_image": counter("pop_image_tokens", "Prompt tokens of images, also cached ones"),
+            "encode_s": counter("pop_encode_seconds", "Time spent encoding images"),
+            "n_deep": counter("pop_deep_tokens", "Context tokens whose spelling needs all layers"),
+            "n_decoded": counter("pop_decoded_tokens", "Generated tokens"),
+        }
         self.queue = gauge("pop_queue_length", "Queued requests")
         self.open = gauge("pop_models_open", "Models in memory")
-        self.unread = gauge(
-            "pop_unread_tokens",
-            "Unread tokens of the prompts that are being read",
-        )
-        self.refillable = gauge(
-            "pop_refillable_tokens", "Cached tokens that have not run the skipped layers"
-        )
-        for kind in ("pruned", "exact", "full", "cached"):
-            self._prompt.labels(kind)
+        self.unread = gauge("pop_unread_tokens", "Unread tokens of the current prompts")
+        not_refilled = "Cached tokens that have not run the skipped layers"
+        self.refillable = gauge("pop_refillable_tokens", not_refilled)
 
     def answered(self, stats: TurnStats) -> None:
         """Count an answer's work, also if it was interrupted."""
-        self._prompt.labels("pruned").inc(stats.n_pruned)
-        self._prompt.labels("exact").inc(stats.n_skipped_exact)
-        self._prompt.labels("full").inc(stats.n_full)
-        self._prompt.labels("cached").inc(stats.n_cached)
-        self._image.inc(stats.n_image)
-        self._encoding.inc(stats.encode_s)
-        self._deep.inc(stats.n_deep)
-        self._decoded.inc(stats.n_decoded)
+        for name, metric in self._of_answers.items():
+            metric.inc(getattr(stats, name))
         if stats.n_decoded:
             self._ttft.observe(stats.ttft_s)
 

@@ -16,17 +16,11 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob, TurnOptions
+from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import bad_request
 from pop_local.server.model_pool import ServedModel
 from pop_local.server.replies import CompleteAnswer, Json, OtherApiReply, chat_logprob, text_of
-from pop_local.server.request_bodies import (
-    CompletionBody,
-    LenientBody,
-    ModelRequest,
-    SamplingFields,
-    schema_format,
-)
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -35,13 +29,13 @@ _MAX_FILES = 1000
 _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
-class LlamaBody(CompletionBody):
+class LlamaBody(bodies.CompletionBody):
     """A request to /completion: OpenAI's fields by other names.
 
     `n_predict` 0, which only fills llama-server's cache, generates one token here.
     """
 
-    unsupported = (*CompletionBody.unsupported, "return_tokens", "post_sampling_probs")
+    unsupported = (*bodies.CompletionBody.unsupported, "return_tokens", "post_sampling_probs")
 
     @model_validator(mode="before")
     @classmethod
@@ -50,13 +44,13 @@ class LlamaBody(CompletionBody):
             return given
         renamed = {"n": given.get("n_cmpl"), "logprobs": given.get("n_probs") or None}
         if (schema := given.get("json_schema")) is not None:
-            renamed["response_format"] = schema_format(schema)
+            renamed["response_format"] = bodies.schema_format(schema)
         limit = given.get("n_predict")
         renamed["n_predict"] = -1 if limit is None else limit or 1
         return {**given, **renamed, "n_cmpl": None, "json_schema": None}
 
 
-class ExtraFile(LenientBody):
+class ExtraFile(bodies.LenientBody):
     filename: str = "tmp"
     text: str = ""
 
@@ -77,14 +71,14 @@ class InfillBody(LlamaBody):
         return {name: value for name, value in given.items() if name not in _HINTS}
 
 
-class TokenizeBody(ModelRequest):
+class TokenizeBody(bodies.ModelRequest):
     content: str
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
 
 
-class DetokenizeBody(ModelRequest):
+class DetokenizeBody(bodies.ModelRequest):
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
@@ -215,7 +209,7 @@ def _settings(options: TurnOptions) -> Json:
         "n_predict": -1 if options.max_tokens in (None, MOST) else options.max_tokens,
         "seed": -1 if options.seed is None else options.seed,
         "stop": list(options.stops),
-        **{name: getattr(options, name) for name in SamplingFields.model_fields},
+        **{name: getattr(options, name) for name in bodies.SamplingFields.model_fields},
     }
 
 

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
@@ -23,19 +24,6 @@ from pop_local.server.replies import (
     arguments_of,
     encoded,
 )
-from pop_local.server.request_bodies import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_STOPS,
-    MAX_TOOLS,
-    ChatBody,
-    LenientBody,
-    ModelRequest,
-    ResponseFormat,
-    TextPart,
-    image_part,
-    keep_tool_types,
-)
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -44,25 +32,25 @@ _SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "pop"
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
-class Base64Source(LenientBody):
+class Base64Source(bodies.LenientBody):
     type: Literal["base64"]
     media_type: str
     data: str
 
 
-class ImageBlock(LenientBody):
+class ImageBlock(bodies.LenientBody):
     type: Literal["image"]
     source: Base64Source
 
 
-class ToolUseBlock(LenientBody):
+class ToolUseBlock(bodies.LenientBody):
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, Any]
 
 
-class ThinkingBlock(LenientBody):
+class ThinkingBlock(bodies.LenientBody):
     type: Literal["thinking", "redacted_thinking"]
 
 
@@ -75,24 +63,24 @@ def _as_blocks(content: Any) -> Any:
 def _blocks(kind: Any) -> Any:
     return Annotated[
         list[Annotated[kind, Field(discriminator="type")]],
-        Field(fail_fast=True, max_length=MAX_PARTS),
+        Field(fail_fast=True, max_length=bodies.MAX_PARTS),
         BeforeValidator(_as_blocks),
     ]
 
 
-class ToolResultBlock(LenientBody):
+class ToolResultBlock(bodies.LenientBody):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: _blocks(TextPart | ImageBlock) = Field(default_factory=list)  # type: ignore[valid-type]
+    content: _blocks(bodies.TextPart | ImageBlock) = Field(default_factory=list)  # type: ignore[valid-type]
 
 
-class AnthropicMessage(LenientBody):
+class AnthropicMessage(bodies.LenientBody):
     role: Literal["user", "assistant", "system"]
-    content: _blocks(TextPart | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
+    content: _blocks(bodies.TextPart | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
     def chat_messages(self) -> Iterator[Json]:
         """Yield the messages of a chat: tool results precede the user's text."""
-        shown = [block for block in self.content if isinstance(block, TextPart | ImageBlock)]
+        shown = [block for block in self.content if isinstance(block, bodies.TextPart | ImageBlock)]
         for block in self.content:
             if isinstance(block, ToolResultBlock):
                 parts = [_part(one) for one in block.content]
@@ -103,46 +91,46 @@ class AnthropicMessage(LenientBody):
             yield message | ({"tool_calls": calls} if calls else {})
 
 
-class AnthropicTool(LenientBody):
+class AnthropicTool(bodies.LenientBody):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
 
 
-class OutputConfig(LenientBody):
-    format: ResponseFormat | None = None
+class OutputConfig(bodies.LenientBody):
+    format: bodies.ResponseFormat | None = None
 
 
-class AnthropicToolChoice(LenientBody):
+class AnthropicToolChoice(bodies.LenientBody):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class CountTokensBody(ModelRequest):
+class CountTokensBody(bodies.ModelRequest):
     """A request to count tokens; `thinking`, `metadata` and `cache_control` are ignored."""
 
     unsupported = ("mcp_servers", "container")
     messages: Annotated[
-        list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+        list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=bodies.MAX_MESSAGES)
     ]
-    system: _blocks(TextPart) = Field(default_factory=list)  # type: ignore[valid-type]
+    system: _blocks(bodies.TextPart) = Field(default_factory=list)  # type: ignore[valid-type]
     tools: Annotated[
         list[AnthropicTool] | None,
-        Field(fail_fast=True, max_length=MAX_TOOLS),
-        keep_tool_types(None, "custom"),
+        Field(fail_fast=True, max_length=bodies.MAX_TOOLS),
+        bodies.keep_tool_types(None, "custom"),
     ] = None
     tool_choice: AnthropicToolChoice | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    stop_sequences: Annotated[list[str] | None, Field(max_length=MAX_STOPS)] = None
+    stop_sequences: Annotated[list[str] | None, Field(max_length=bodies.MAX_STOPS)] = None
     stream: bool | None = None
     pop: bool | None = None
     output_config: OutputConfig | None = None
 
-    def chat(self) -> ChatBody:
+    def chat(self) -> bodies.ChatBody:
         system = [{"role": "system", "content": [_part(block) for block in self.system]}]
         messages = [each for message in self.messages for each in message.chat_messages()]
         chat = self.model_dump(include=_SAME)
@@ -159,7 +147,7 @@ class CountTokensBody(ModelRequest):
                 "any": "required",
                 "tool": {"type": "function", "function": {"name": self.tool_choice.name or ""}},
             }.get(self.tool_choice.type, self.tool_choice.type)
-        return ChatBody.model_validate(chat)
+        return bodies.ChatBody.model_validate(chat)
 
 
 class MessagesBody(CountTokensBody):
@@ -271,10 +259,10 @@ async def _count(api: Api, request: Request) -> Response:
     return JSONResponse({"input_tokens": len(task.prompt)})
 
 
-def _part(block: TextPart | ImageBlock) -> Json:
-    if isinstance(block, TextPart):
+def _part(block: bodies.TextPart | ImageBlock) -> Json:
+    if isinstance(block, bodies.TextPart):
         return {"type": "text", "text": block.text}
-    return image_part(f"data:{block.source.media_type};base64,{block.source.data}")
+    return bodies.image_part(f"data:{block.source.media_type};base64,{block.source.data}")
 
 
 def _call(block: ToolUseBlock) -> Json:

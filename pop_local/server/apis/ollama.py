@@ -22,6 +22,7 @@ from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_listing import ModelInfo
@@ -36,17 +37,6 @@ from pop_local.server.replies import (
     encoded,
     reasoning_of,
     text_of,
-)
-from pop_local.server.request_bodies import (
-    MAX_MESSAGES,
-    MAX_TOOLS,
-    ChatBody,
-    ChatToolCall,
-    CompletionBody,
-    LenientBody,
-    ModelRequest,
-    image_part,
-    schema_format,
 )
 from pop_local.server.request_images import MAX_IMAGES
 from pop_local.server.task_factory import TaskFactory
@@ -64,16 +54,18 @@ _MAX_VALUE = 1000  # characters of a header value in /api/show
 Base64Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_IMAGES)]
 
 
-class OllamaMessage(LenientBody):
+class OllamaMessage(bodies.LenientBody):
     role: str
     content: str | None = None
     images: Base64Images | None = None
-    tool_calls: Annotated[list[ChatToolCall] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_calls: Annotated[list[bodies.ChatToolCall] | None, Field(max_length=bodies.MAX_TOOLS)] = (
+        None
+    )
 
     @property
     def chat_message(self) -> Json:
         # The image's first bytes tell its format.
-        shown = [image_part(f"data:image/any;base64,{one}") for one in self.images or ()]
+        shown = [bodies.image_part(f"data:image/any;base64,{one}") for one in self.images or ()]
         text = {"type": "text", "text": self.content or ""}
         message: Json = {"role": self.role, "content": [*shown, text]}
         if self.tool_calls:
@@ -81,7 +73,7 @@ class OllamaMessage(LenientBody):
         return message
 
 
-class OllamaBody(ModelRequest):
+class OllamaBody(bodies.ModelRequest):
     """Fields that /api/chat and /api/generate share; `keep_alive` and `think` are ignored."""
 
     stream: bool | None = None
@@ -100,20 +92,22 @@ class OllamaBody(ModelRequest):
         if self.format == "json":
             found["response_format"] = {"type": "json_object"}
         elif isinstance(self.format, dict):
-            found["response_format"] = schema_format(self.format)
+            found["response_format"] = bodies.schema_format(self.format)
         elif self.format:
             raise ApiError(400, 'format must be "json" or a JSON schema', param="format")
         return found | {"model": self.model, "stream": self.stream is not False}
 
-    def chat(self, messages: Sequence[OllamaMessage], **more: Any) -> ChatBody:
+    def chat(self, messages: Sequence[OllamaMessage], **more: Any) -> bodies.ChatBody:
         sent = [message.chat_message for message in messages]
         logprobs = {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
-        return ChatBody.model_validate(self.common_fields | logprobs | more | {"messages": sent})
+        return bodies.ChatBody.model_validate(
+            self.common_fields | logprobs | more | {"messages": sent}
+        )
 
 
 class OllamaChat(OllamaBody):
     messages: Annotated[
-        list[OllamaMessage] | None, Field(fail_fast=True, max_length=MAX_MESSAGES)
+        list[OllamaMessage] | None, Field(fail_fast=True, max_length=bodies.MAX_MESSAGES)
     ] = None
     tools: list[Any] | None = None
 
@@ -137,12 +131,12 @@ class OllamaGenerate(OllamaBody):
             raise ValueError("images cannot be combined with raw or suffix")
         return self
 
-    def completion(self) -> CompletionBody:
+    def completion(self) -> bodies.CompletionBody:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         fields = {"prompt": self.prompt or "", "suffix": self.suffix, "logprobs": logprobs}
-        return CompletionBody.model_validate(self.common_fields | fields)
+        return bodies.CompletionBody.model_validate(self.common_fields | fields)
 
-    def as_chat(self) -> ChatBody:
+    def as_chat(self) -> bodies.ChatBody:
         system = [OllamaMessage(role="system", content=self.system)] if self.system else []
         question = OllamaMessage(role="user", content=self.prompt, images=self.images)
         return self.chat([*system, question])
@@ -254,7 +248,7 @@ async def _running(api: Api, request: Request) -> Response:
 
 
 async def _show(api: Api, request: Request) -> Response:
-    body = await api.read(request, ModelRequest)
+    body = await api.read(request, bodies.ModelRequest)
     info = await api.models.info(api.require_file(request, body.model))
     return JSONResponse(await run_in_threadpool(_description, info))
 

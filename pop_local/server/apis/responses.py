@@ -15,22 +15,11 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
+from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
 from pop_local.server.replies import AnswerEnd, CompleteAnswer, EventReply, Json
-from pop_local.server.request_bodies import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_TOOLS,
-    ChatBody,
-    FunctionSpec,
-    LenientBody,
-    ModelRequest,
-    ResponseFormat,
-    image_part,
-    keep_tool_types,
-)
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -40,7 +29,7 @@ _SAME = {"model", "temperature", "top_p", "stream", "pop", "parallel_tool_calls"
 _MAX_STORED = 1 << 25
 
 
-class TextContent(LenientBody):
+class TextContent(bodies.LenientBody):
     type: Literal["input_text", "output_text", "text"]
     text: str
 
@@ -49,13 +38,13 @@ class TextContent(LenientBody):
         return {"type": "text", "text": self.text}
 
 
-class ImageContent(LenientBody):
+class ImageContent(bodies.LenientBody):
     type: Literal["input_image"]
     image_url: str
 
     @property
     def chat_part(self) -> Json:
-        return image_part(self.image_url)
+        return bodies.image_part(self.image_url)
 
 
 def _as_list(content: Any) -> Any:
@@ -64,11 +53,11 @@ def _as_list(content: Any) -> Any:
 
 ContentPart = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 ContentParts = Annotated[
-    list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS), BeforeValidator(_as_list)
+    list[ContentPart], Field(fail_fast=True, max_length=bodies.MAX_PARTS), BeforeValidator(_as_list)
 ]
 
 
-class MessageItem(LenientBody):
+class MessageItem(bodies.LenientBody):
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
     content: ContentParts
@@ -78,14 +67,14 @@ class MessageItem(LenientBody):
         return {"role": self.role, "content": [part.chat_part for part in self.content]}
 
 
-class FunctionCallItem(LenientBody):
+class FunctionCallItem(bodies.LenientBody):
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
 
 
-class FunctionOutputItem(LenientBody):
+class FunctionOutputItem(bodies.LenientBody):
     type: Literal["function_call_output"]
     call_id: str
     output: ContentParts
@@ -96,7 +85,7 @@ class FunctionOutputItem(LenientBody):
         return {"role": "tool", "tool_call_id": self.call_id, "content": content}
 
 
-class ReasoningItem(LenientBody):
+class ReasoningItem(bodies.LenientBody):
     type: Literal["reasoning"]
 
 
@@ -117,20 +106,20 @@ def _as_items(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
-class ResponsesTool(FunctionSpec):
+class ResponsesTool(bodies.FunctionSpec):
     type: Literal["function"]
 
 
-class ToolChoice(LenientBody):
+class ToolChoice(bodies.LenientBody):
     type: Literal["function"]
     name: str
 
 
-class TextFormat(LenientBody):
-    format: ResponseFormat | None = None
+class TextFormat(bodies.LenientBody):
+    format: bodies.ResponseFormat | None = None
 
 
-class ResponsesBody(ModelRequest):
+class ResponsesBody(bodies.ModelRequest):
     """A request for a response; `metadata`, `user` and `reasoning` are ignored."""
 
     unsupported = (
@@ -138,7 +127,9 @@ class ResponsesBody(ModelRequest):
         *("stop", "seed", "logit_bias"),
     )
     input: Annotated[
-        list[InputItem], Field(fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_as_items)
+        list[InputItem],
+        Field(fail_fast=True, max_length=bodies.MAX_MESSAGES),
+        BeforeValidator(_as_items),
     ]
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -149,21 +140,21 @@ class ResponsesBody(ModelRequest):
     store: bool | None = None
     tools: Annotated[
         list[ResponsesTool] | None,
-        Field(fail_fast=True, max_length=MAX_TOOLS),
-        keep_tool_types("function"),
+        Field(fail_fast=True, max_length=bodies.MAX_TOOLS),
+        bodies.keep_tool_types("function"),
     ] = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextFormat | None = None
     pop: bool | None = None
 
-    def chat(self, earlier: Sequence[Json]) -> ChatBody:
+    def chat(self, earlier: Sequence[Json]) -> bodies.ChatBody:
         """Return the request as a chat that continues `earlier`, the messages of a conversation."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice: Any = self.tool_choice
         if isinstance(choice, ToolChoice):
             choice = {"type": "function", "function": {"name": choice.name}}
-        return ChatBody.model_validate(
+        return bodies.ChatBody.model_validate(
             {
                 "messages": [*system, *earlier, *self.messages()],
                 "max_tokens": self.max_output_tokens,
