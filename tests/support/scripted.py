@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from pop_converter.base.errors import PopError
+from pop_converter.popfile.format import PopMeta
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
@@ -54,6 +55,7 @@ class ScriptedModel:
         self.shape = None
         self.exact = 0
         self.no_refill, self.learned = "", None
+        self.meta: PopMeta | None = None
         self.path = "model.gguf"
         names = {"general.architecture": "llama", "general.name": "Scripted"}
         self.context = SimpleNamespace(header=names)

@@ -3,6 +3,7 @@
 It knows neither the terminal nor llama.cpp: answers come from a ChatSession and go to a Screen.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
@@ -16,6 +17,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
+from pop_local.engine.turn import TurnStats
 from pop_local.measure.full_cost import FullCosts
 from pop_local.texts.document import Document
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
@@ -24,6 +26,9 @@ from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
 
 WARN_SHARE = 0.8
+# Values whose spelling matters: four characters or more with a digit, e-mail addresses, paths.
+_EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
+_OFFER = "A pruned prompt may misspell numbers, names and paths: /full on reads all tokens in full."
 
 
 # By name (None: the first one again) and context in tokens (None: as the options say).
@@ -63,7 +68,7 @@ class Dialogue:
         self.saved_as = ""
         self._open_model = open_model
         self._name: str | None = None
-        self._is_warned = False
+        self._is_warned = self._is_offered = False
 
     # The model
 
@@ -234,6 +239,20 @@ class Dialogue:
         if stats.n_decoded > 0:
             self.costs.record(stats)
         self.screen.note(stats_line(stats))
+        self._offer_full(stream.text, stats)
+
+    def _offer_full(self, answer: str, stats: TurnStats) -> None:
+        """Offer /full once, after an exact string from a cache that is not exact.
+
+        A file whose look-ups were measured without a loss needs no offer.
+        """
+        meta = self.model.meta
+        found = meta and meta.measured
+        is_lossless = bool(found and found.lookups_n and not found.lookups_lost)
+        is_exact = not self.model.boundary or stats.n_exact >= stats.n_prompt
+        if not (is_exact or is_lossless or self._is_offered) and _EXACT_STRING.search(answer):
+            self._is_offered = True
+            self.screen.note(_OFFER)
 
     def _make_room(self, error: ContextFullError) -> bool:
         n_dropped, n_ctx = ask_for_room(self.screen, self.session, error)

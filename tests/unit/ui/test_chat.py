@@ -1,10 +1,12 @@
 """The chat loop, driven by scripted lines and a scripted model; whole transcripts are compared."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_converter.popfile.format import Measured, PopMeta
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message, TurnStats
 from pop_local.ui.chat import dialogue
@@ -222,6 +224,31 @@ def test_too_long_a_prompt_is_dropped_and_the_program_goes_on():
         "> short",
     ]
     assert model.asked[1] == [Message("user", "short")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "n_exact", "lookups", "is_offered"),
+    [
+        ("It is 9f3a77c0.", 217, None, True),
+        ("Write to ann@mail.example.", 217, None, True),
+        ("It costs 1,204.50.", 217, None, True),
+        ("See /var/lib/data.", 217, None, True),
+        ("It is blue, says page 12.", 217, None, False),
+        ("It is 9f3a77c0.", 1200, None, False),
+        ("It is 9f3a77c0.", 217, (200, 1), True),
+        ("It is 9f3a77c0.", 217, (200, 0), False),
+        ("It is 9f3a77c0.", 217, (0, 0), True),
+    ],
+)
+def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is_offered):
+    stats = replace(STATS, n_exact=n_exact)
+    model = ScriptedModel([answer, stats], [answer, stats])
+    if lookups:
+        found = Measured(lookups_n=lookups[0], lookups_lost=lookups[1])
+        model.meta = PopMeta("FS", measured=found)
+    offers = [line for line in talk(model, "which?", "again?") if "/full on" in line]
+    assert len(offers) == is_offered
+    assert all("may misspell" in line for line in offers)
 
 
 def test_a_context_that_fills_up_is_told_once():
