@@ -32,7 +32,7 @@ _MAX_LOGGED_NAME = 80  # characters
 
 @dataclass(frozen=True)
 class AccessRules:
-    """Which requests are accepted.
+    """The rules for accepting requests.
 
     With `api_key`, those that carry it. Without (""), those addressed to this machine's loopback
     names or to `host`, the listening address. `origins`: further web pages, in lower case, that may

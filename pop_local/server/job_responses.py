@@ -79,7 +79,7 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
 
 
 class _AnswerParser:
-    """Splits an answer into text, reasoning and tool calls.
+    """A parser that splits an answer into text, reasoning and tool calls.
 
     Calls are parsed in a child process, so that the event loop is never blocked.
     """

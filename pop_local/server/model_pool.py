@@ -102,7 +102,7 @@ class Lease:
 
 
 class ModelPool:
-    """Opens requested models, one at a time, and closes idle ones to make room.
+    """A pool of open models. It opens requested ones, and closes idle ones to make room.
 
     Only `load`, `stop`, `join` and `close` may be called outside the event loop.
     """

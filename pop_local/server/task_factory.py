@@ -45,7 +45,7 @@ PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 
 class TaskFactory:
-    """Makes a model's tasks and rejects invalid requests before they are queued.
+    """A factory of a model's tasks, which rejects invalid requests before they are queued.
 
     Thread-safe, also while the model decodes. `repeatable`: the default of requests.
     """

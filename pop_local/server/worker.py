@@ -129,7 +129,7 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """Runs jobs, one per sequence of the model.
+    """The threads that run a model's jobs, one per sequence.
 
     The thread that holds `_turn` waits for the next job and reads its prompt. The other threads
     decode in the meantime. The KV caches keep the last prompts for reuse.
