@@ -1,4 +1,4 @@
-"""Deep rows by token: the context rows that run all layers because of how their words are spelled.
+"""Deep rows: context rows that run all layers because of their words' spelling.
 
 Projections keep a word's meaning and lose its spelling, so exact strings need true K and V.
 """
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class DeepRows(str, Enum):
-    """Which words of a prompt run deep.
+    """The words of a prompt that run deep.
 
     `SPELLING`: words with a digit, an inner capital, or a sign between letters. `NAMES`: these, and
     capitalised words within a sentence.

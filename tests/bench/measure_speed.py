@@ -33,7 +33,7 @@ import numpy as np
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import Macs, speedup_limit
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.pruning_plan import make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import boundary_of, parse_skip
 from pop_local.engine.llama.graph_macs import GraphMacs
 
 N_DECODE_PROMPT = 16
@@ -320,7 +320,7 @@ def machine() -> str:
 def skipping(shape: ModelShape, skips: str) -> list[Variant]:
     if shape.exact:
         return [Variant(f"exact from {shape.exact}", is_patched=True, mode=1)]
-    boundaries = [make_plan(shape, skip=parse_skip(s)).boundary for s in skips.split(",")]
+    boundaries = [boundary_of(shape, parse_skip(s)) for s in skips.split(",")]
     return [Variant(f"boundary {b}", is_patched=True, mode=1, boundary=b) for b in boundaries]
 
 

@@ -164,7 +164,7 @@ def test_too_little_memory_says_how_much_and_what_to_lower(model, text, monkeypa
         (["--windows", "500"], "tokens are needed"),
         (["--probe-windows", "500"], "tokens are needed"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--plot", "nowhere/out.png"], "no folder"),
+        (["--plot", "nowhere/out.png"], "does not exist"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason):

@@ -12,7 +12,7 @@ from pop_converter.base.errors import FormatError, PlanError, UnsupportedArchite
 from pop_converter.gguf import content
 from pop_converter.gguf.header import read_header
 from pop_converter.popfile.format import PopMeta
-from pop_converter.popfile.pruning_plan import make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import boundary_of, make_plan, parse_skip
 from pop_converter.popfile.rewrite import convert, measure
 from pop_local.cli import app
 from support.converted import convert_default, names
@@ -47,7 +47,7 @@ def command(*arguments: object):
 )
 def test_skip_is_rounded_to_layers(tiny, text, n_layer, boundary):
     shape = read_shape(make_gguf(tiny, "llama", n_layer=n_layer, n_embd=64, n_ff=64))
-    plan = make_plan(shape, skip=parse_skip(text))
+    plan = make_plan(shape, boundary=boundary_of(shape, parse_skip(text)))
     assert plan.boundary == boundary
     assert plan.schedule == "F" * boundary + "S" * (n_layer - boundary)
 
@@ -60,10 +60,16 @@ def test_skip_that_means_nothing(text):
         parse_skip(text)
 
 
-@pytest.mark.parametrize("options", [{"boundary": 0}, {"boundary": 8}, {"skip": 8}, {"skip": 9}])
-def test_boundary_must_leave_both_kinds_of_layers(tiny, options):
-    with pytest.raises(PlanError, match="at least one"):
-        make_plan(read_shape(tiny), **options)
+@pytest.mark.parametrize("boundary", [0, 8])
+def test_a_boundary_must_leave_both_kinds_of_layers(tiny, boundary):
+    with pytest.raises(PlanError, match=f"boundary {boundary} is impossible for 8 layers"):
+        make_plan(read_shape(tiny), boundary=boundary)
+
+
+@pytest.mark.parametrize("n_skipped", [8, 9])
+def test_one_layer_must_be_kept(tiny, n_skipped):
+    with pytest.raises(PlanError, match=f"{n_skipped} of 8 layers cannot be skipped"):
+        boundary_of(read_shape(tiny), n_skipped)
 
 
 def test_plan_of_another_model(tiny, tmp_path):
@@ -192,7 +198,7 @@ def test_parts_that_do_not_belong(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     renamed = tmp_path / "renamed.gguf"
     shutil.copy(parts[0], renamed)
-    with pytest.raises(FormatError, match="not named like one"):
+    with pytest.raises(FormatError, match="its name does not number it"):
         read_shape(renamed)
     shutil.copy(parts[1], parts[2])
     with pytest.raises(FormatError, match="is not part 3"):
@@ -223,7 +229,7 @@ def test_command_prints_its_plan_and_writes_beside(tiny, tmp_path):
 
 
 def test_a_dry_run_refuses_the_output_that_a_conversion_would(tiny, tmp_path):
-    for target, reason in ((tiny, "input itself"), (tmp_path / "no" / "out.gguf", "no folder")):
+    for target, reason in ((tiny, "input itself"), (tmp_path / "no" / "out.gguf", "does not exist")):
         refused = command(str(tiny), str(target), "--dry-run")
         assert refused.exit_code == 1
         assert reason in " ".join(refused.stderr.split())

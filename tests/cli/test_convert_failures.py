@@ -142,7 +142,7 @@ def test_damage_on_the_way_is_noticed(tiny, tmp_path, monkeypatch, at):
         real(written, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rewrite, "_verify", verify)
-    with pytest.raises(WriteError, match="not what was read"):
+    with pytest.raises(WriteError, match="differs from its source"):
         convert_default(tiny, tmp_path / "out.gguf")
     assert names(tmp_path) == {"tiny.gguf"}
 

@@ -118,7 +118,7 @@ def test_what_only_a_fit_needs_is_refused_by_the_dry_run(tiny, monkeypatch):
         unknown.setattr(weights, "dequantize", Mock(side_effect=NotImplementedError))
         refused = convert(tiny, "--dry-run")
         assert refused.exit_code == 1
-        assert "has a type that cannot be read here" in " ".join(refused.stderr.split())
+        assert "has a type that cannot be dequantized" in " ".join(refused.stderr.split())
         assert convert(tiny, "--dry-run", "--projection", "own").exit_code == 0
     with tiny.open("ab") as file:
         file.write(bytes(4096))

@@ -107,7 +107,7 @@ def test_bad_files_are_one_error(tmp_path, tiny):
         file.truncate(tiny.stat().st_size // 2)
     for path, reason in (
         (text, "is not a GGUF file"),
-        (short, "is cut short"),
+        (short, "is truncated"),
         (tmp_path / "absent.gguf", "there is no file"),
         (tmp_path, "is a folder"),
     ):

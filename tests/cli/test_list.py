@@ -84,7 +84,7 @@ def test_the_folder_is_shown_with_what_is_damaged(store):
     }
     problems = {row[0]: row[5] for row in body if row[5] and row[5] != "not fetched"}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
-    assert problems["cut"].startswith("is cut short")
+    assert problems["cut"].startswith("is truncated")
     assert "unfinished download" in problems["new.gguf.partial"]
     assert "not a GGUF file" in problems["page"]
     assert str(store) in done.stderr
@@ -169,7 +169,7 @@ def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
         make_gguf(store / "Tiny.Q8_0.gguf", "llama", n_layer=9)
     model = the("Tiny.Q8_0", store)
     assert model.architecture == "llama"
-    assert ("cut short" if damage == "cut" else "does not belong") in model.problem
+    assert ("truncated" if damage == "cut" else "does not belong") in model.problem
 
 
 def test_a_sidecar_without_its_model_is_said(store):

@@ -163,7 +163,7 @@ def test_files_that_are_no_sidecar(fitted):
 
 
 def test_a_sidecar_is_not_a_model(fitted):
-    with pytest.raises(FormatError, match="is a sidecar: it has no model in it"):
+    with pytest.raises(FormatError, match="is a sidecar and contains no model"):
         PopModel(fitted.sidecar)
     with pytest.raises(RuntimeError, match="unknown model architecture: 'pop-sidecar'"):
         run(Job(str(fitted.sidecar), steps=()))
@@ -176,7 +176,7 @@ def test_two_sidecars(fitted, tmp_path):
 
 
 REFUSED = {
-    "strip": (("strip", "tiny.pop-sidecar.gguf"), "nothing to strip"),
+    "strip": (("strip", "tiny.pop-sidecar.gguf"), "is not a converted file"),
     "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
     "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),

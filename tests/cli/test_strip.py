@@ -77,7 +77,7 @@ def test_changed_file_is_refused(tmp_path, pop):
 
 
 def test_file_without_pop_keys_is_refused(tiny, tmp_path):
-    with pytest.raises(FormatError, match="nothing to strip"):
+    with pytest.raises(FormatError, match="is not a converted file"):
         strip(tiny, tmp_path / "back.gguf")
 
 

@@ -233,7 +233,7 @@ def test_bad_models_are_one_error(command, tmp_path, model):
     short = tmp_path / "short.gguf"
     short.write_bytes(model.read_bytes()[:-1000])
     other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=8)
-    for path, reason in ((text, "is not a GGUF file"), (short, "is cut short")):
+    for path, reason in ((text, "is not a GGUF file"), (short, "is truncated")):
         done = called(command, str(path), text="hi")
         assert (done.returncode, done.stdout) == (1, "")
         assert reason in done.stderr

@@ -233,6 +233,6 @@ def test_a_model_that_changes_meanwhile_gets_none(tmp_path):
     def change(done_bytes: int, total_bytes: int) -> None:
         make_gguf(base, "llama", n_ctx_train=2048)
 
-    with pytest.raises(WriteError, match="changed while it was read"):
+    with pytest.raises(WriteError, match="changed during reading"):
         write_sidecar(make_plan(read_shape(base)), base, tmp_path / "x.gguf", progress=change)
     assert [path.name for path in tmp_path.iterdir()] == [base.name]

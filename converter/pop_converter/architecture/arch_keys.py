@@ -1,4 +1,4 @@
-"""The keys of a model that its architecture names, `ARCH.*`, checked."""
+"""The checked keys `ARCH.*` of a model."""
 
 from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
@@ -16,10 +16,10 @@ from pop_converter.gguf.header import Header
 
 # Dimensions and counts have 32 bits in llama.cpp.
 MAX_NUMBER = 2**31 - 1
-# llama_cpp makes room for as many tokens whenever it tokenises.
+# llama_cpp allocates this many tokens for every tokenization.
 MAX_CTX = 1 << 27
 _MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
-# Here llama.cpp counts one expert as none.
+# llama.cpp treats these architectures as dense if they have one expert.
 _DENSE_BY_COUNT = ("hunyuan-dense", "hunyuan_vl")
 _EPSILONS = tuple(
     f"attention.{kind}_epsilon" for kind in ("layer_norm", "layer_norm_rms", "group_norm")
@@ -27,9 +27,9 @@ _EPSILONS = tuple(
 
 
 def trained_ctx(header: Header) -> int | None:
-    """Return the context in tokens that a model was trained with, None if its file is silent.
+    """Return the training context in tokens, None if the file has no such key.
 
-    Raises FormatError for what no context can be.
+    Raises FormatError for an impossible value.
     """
     value = header.of_arch("context_length")
     if value is None:
@@ -40,7 +40,10 @@ def trained_ctx(header: Header) -> int | None:
 
 
 def require_loadable(header: Header) -> None:
-    """Raise FormatError naming a key for which an assertion of llama.cpp would end the process."""
+    """Raise FormatError naming the first key that would fail an assertion of llama.cpp.
+
+    A failed assertion would end the process.
+    """
 
     def numbers(name: str) -> list[float]:
         value = header.of_arch(name)
@@ -59,7 +62,7 @@ def require_loadable(header: Header) -> None:
     is_dense = n_expert <= 1 and arch in _DENSE_BY_COUNT
     turns_all = bool(TURNS_ALL.fullmatch(arch))
     has_one_width = turns_all or SAME_WIDTHS.fullmatch(arch)
-    # Some divide by the number of heads; recurrent models have none.
+    # Some graphs divide by the number of heads; recurrent models have no heads.
     is_recurrent = any(name.startswith((f"{arch}.ssm.", f"{arch}.wkv.")) for name in header.keys)
     is_mla = most("attention.key_length_mla") and most("attention.value_length_mla")
     wrong = {
@@ -92,7 +95,7 @@ def require_loadable(header: Header) -> None:
 
 
 class ArchKeys:
-    """The keys `ARCH.*` of a model that can be pruned."""
+    """The keys `ARCH.*` of a model that can be pruned; other models raise."""
 
     def __init__(self, header: Header) -> None:
         self.header = header
@@ -106,14 +109,14 @@ class ArchKeys:
         if reason := refusal(self.arch, self.number(LOOPS_KEY, 1)):
             raise UnsupportedArchitectureError(
                 f"{header.path} ({self.arch}) is {reason}: it cannot be pruned",
-                "give a decoder, which writes a text token by token",
+                "use a decoder, a model that generates text token by token",
             )
 
     def wrong(self, what: str) -> FormatError:
         return FormatError(f"{self.header.path} {what}", "download it again")
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return a number; of one for each layer the first. Flags are 0 and 1."""
+        """Return a number, of an array with one number per layer the first. Flags are 0 and 1."""
         value = self.header.of_arch(name)
         if isinstance(value, tuple):
             value = value[0] if value else None
@@ -125,7 +128,7 @@ class ArchKeys:
 
     @property
     def is_mrope(self) -> bool:
-        """Whether rows have several positions each."""
+        """True if each row has several positions (M-RoPE)."""
         if self.arch not in SEVERAL_POSITIONS:
             return False
         sections = self.header.of_arch("rope.dimension_sections")

@@ -1,7 +1,7 @@
-"""Facts that the name of an architecture alone tells: neither keys nor tensors do.
+"""Facts that follow from an architecture's name and from no key or tensor.
 
-Everything else comes from a model's file (pop_converter.architecture.shape). Names are those of
-llama.cpp's src/llama-arch.cpp; one that is missing here is taken for a decoder like any other.
+All other facts are read from the model's file (pop_converter.architecture.shape). Names are from
+llama.cpp's src/llama-arch.cpp. An architecture that is not listed counts as an ordinary decoder.
 """
 
 import re
@@ -11,7 +11,7 @@ _DIFFUSION = "a diffusion model, which reads its whole text in every step"
 _DRAFT = "a draft for another model"
 _LOOPED = "a model that runs its layers several times"
 
-# Architectures that read no prompt token by token, or whose schedule no file can name.
+# Architectures that do not read a prompt token by token, or that no schedule describes.
 REFUSED = {
     "bert": _ENCODER,
     "modern-bert": _ENCODER,
@@ -41,8 +41,8 @@ LOOPS_KEY = "num_loops"
 REPEATED = ("hrm_text",)
 
 _LAYER_NORM = "its norm is not an RMS norm"
-_OWN_QKV = "its graph makes K and V in a way of its own"
-# Architectures whose tensors look as if K and V could be fitted (llama.cpp: no build_qkv).
+_OWN_QKV = "its graph computes K and V in an unusual way"
+# Architectures whose K and V cannot be fitted, although their tensors look so (no build_qkv).
 UNFITTED = {
     "cogvlm": _OWN_QKV,
     "gemma4": _OWN_QKV,
@@ -58,7 +58,7 @@ UNFITTED = {
     "gemma3n": "its state has several streams",
 }
 
-# Architectures whose rows have several positions each (M-RoPE), if their file has sections for it.
+# Architectures with several positions per row (M-RoPE), if their file has sections for them.
 SEVERAL_POSITIONS = (
     "bailingmoe3",
     "glm4",
@@ -73,7 +73,7 @@ SEVERAL_POSITIONS = (
     "qwen3vlmoe",
     "qwen4exp",
 )
-# Those that turn all of a head by its position; llama.cpp asserts it.
+# llama.cpp asserts for these that RoPE covers the whole head.
 TURNS_ALL = re.compile(
     "apertus|arcee|arctic|baichuan|codeshell|cogvlm|cohere2moe|dbrx|deepseek|dots1|ernie4_5"
     "|ernie4_5-moe|exaone|exaone4|exaone-moe|granite|granitemoe|granite_swa|grok|grovemoe"
@@ -82,29 +82,29 @@ TURNS_ALL = re.compile(
     "|qwen2vl|qwen3|qwen3moe|qwen3tts|qwen3vl|qwen3vlmoe|seed_oss|smallthinker|smollm3|starcoder2"
     "|talkie|xverse"
 )
-# More of those whose heads have K and V of one width, as all of the above have.
+# Further architectures with K and V heads of the same width; all of the above have it too.
 SAME_WIDTHS = re.compile(
     "bailingmoe|bitnet|bloom|cohere2|command-r|deepseek2-ocr|deepseek4|falcon|gpt2|gpt-oss|gptneox"
     "|jais|jamba|lfm2|lfm2moe|maple|mpt|nemotron|openelm|phi2|phimoe|qwen|starcoder"
 )
-# Those whose recurrent layers are twice as wide as the model, or have heads as wide as a state.
+# The recurrent layers are twice as wide as the model, or have heads as wide as a state.
 DOUBLE_INNER = ("granitehybrid", "jamba")
 HEADS_OF_STATES = ("qwen35", "qwen35moe", "qwen3next", "qwen4exp")
-# Architectures whose gated FFN has GELU in the place of SiLU.
+# Architectures whose gated FFN uses GELU instead of SiLU.
 GELU = ("gemma", "gemma2", "gemma3", "grok", "spark2_5")
 
-# Layers of a period, the last of which attends to all positions, where the file names neither.
+# Layers per period if the file has no such key; a period's last layer attends to all positions.
 PERIODS = {"gemma2": 2, "gemma3": 6, "llama": 1, "phi3": 1, "qwen2": 1, "qwen3": 1}
-# The window in tokens where the file names none.
+# Attention window in tokens if the file has no such key.
 WINDOWS = {"gemma2": 4096}
 
-# Gemma 3n names nowhere how many of its layers have K/V of their own.
+# Gemma 3n files have no key for the number of layers that compute K/V.
 GEMMA3N_KV_LAYERS = 20
 
-# Architectures that were measured on real models; all others on random ones.
+# Architectures measured on real models; all others were tested on random weights.
 MEASURED = ("llama", "qwen2", "gemma3")
 
 
 def refusal(arch: str, n_loops: int) -> str:
-    """Return what a model is that cannot be pruned, "" for any other."""
+    """Return a description of a model that cannot be pruned, "" for any other model."""
     return REFUSED.get(arch, _LOOPED if n_loops > 1 else "")

@@ -1,4 +1,4 @@
-"""The tensors of a model by layer, and the facts that they tell."""
+"""A model's tensors by layer, and the facts that follow from them."""
 
 import re
 
@@ -8,14 +8,14 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import TENSOR_MARK
 
 _NAME = re.compile(r"blk\.([0-9]{1,4})\.(.+)")
-# Tensors of layers that keep a state in the place of each token's K/V, or sum up several tokens.
+# Layers with these tensors keep one state instead of K/V per token, or merge several tokens.
 _RECURRENT = ("ssm_", "shortconv.", "time_mix_", "attn_compressor_")
-# Lightning attention (MiniMax) is told by a second norm beside a gate.
+# Lightning attention (MiniMax) has both of these tensors.
 _LIGHTNING = {"attn_norm_2", "attn_gate"}
 
 
 class LayerTensors(dict[str, TensorInfo]):
-    """The tensors of a layer by their names within it, without ".weight"."""
+    """The tensors of one layer by name, without the prefix "blk.N." and the suffix ".weight"."""
 
     def rows(self, name: str) -> int:
         return self[name].dims[1] if name in self and len(self[name].dims) == 2 else 0
@@ -24,8 +24,8 @@ class LayerTensors(dict[str, TensorInfo]):
         return self[name].dims[0] if self.rows(name) else 0
 
     def attention(self, dim_k: int, dim_v: int) -> tuple[int, int, int]:
-        """Return the rows of Q, K and V; a fused tensor has as many of Q as its heads give."""
-        # The K of a recurrence with a convolution of its own (KDA) goes into no cache.
+        """Return the rows of Q, K and V, 0 for a part that does not exist."""
+        # KDA convolves K inside its recurrence and caches none of it.
         if self.is_recurrent and ("attn_k" not in self or "ssm_conv1d_k" in self):
             return 0, 0, 0
         if fused := self.rows("attn_qkv"):
@@ -43,7 +43,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """Why rows can be neither selected nor refilled, "" where this layer lets them."""
+        """The reason why rows cannot run deep later, "" if they can."""
         if self.is_recurrent:
             return "its recurrent layers keep one state of all rows"
         if any(name.startswith("indexer") for name in self):
@@ -58,21 +58,22 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def n_neurons(self) -> int:
-        """The neurons of a dense FFN with a gate, which may be the first half of `ffn_up`."""
+        """Number of neurons of a dense, gated FFN; the gate may be the first half of `ffn_up`."""
         n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
         is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
         return n_down if is_gated and "ffn_norm" in self else 0
 
     @property
     def n_weights(self) -> int:
-        # A vector (norm gain) multiplies nothing but itself.
+        # Vectors (norm gains) take no matrix product.
         return sum(each.n_elements for each in self.values() if len(each.dims) > 1)
 
 
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
-    """Return the layers of a model, without added tensors. Raises FormatError for none.
+    """Return a model's layers without tensors that a conversion added.
 
-    With `repeat` those that have no tensors run with the tensors of earlier ones.
+    With `repeat`, layers without tensors use the tensors of earlier layers. Raises FormatError for
+    a file without layers or with an incomplete one.
     """
     path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]
     if not source.tensors:

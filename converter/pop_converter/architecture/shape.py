@@ -1,4 +1,4 @@
-"""The layers of a model, from the keys and tensors that all GGUF files share."""
+"""A model's layer sizes, from the keys and tensors that all GGUF files share."""
 
 from dataclasses import dataclass
 
@@ -10,28 +10,27 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-# Rows of added tensors come in blocks of ggml's quantised types.
+# Block size of ggml's quantized types, in which rows of added tensors are stored.
 _BLOCK_SIZE = 32
-# Why rows of a model can be neither selected nor refilled, see Layer.no_refill for others.
+# LayerTensors.no_refill has the other reasons.
 _MROPE = "its rows have several positions each (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model; tuples have one entry for each layer.
+    """The sizes of a model; tuples have one entry per layer.
 
-    `n_q`, `n_k`, `n_v`: rows of attention's projections. K without V is a compressed one (MLA), and
-    a layer without K has no attention of its own. `n_heads_out`: what its heads give.
-    `n_neurons`: those of a dense, gated FFN, 0 of any other. `n_weights`: elements of all matrices.
-    `windows`: visible positions, 0 for all; a file that does not tell the layers with a window
-    apart means all of them here. `is_recurrent`: whether a layer keeps a state that no row can
-    overwrite. `is_fittable`: whether its K and V can be fitted; `is_fused`: its Q is in one tensor
-    with them.
+    `n_q`, `n_k`, `n_v`: rows of the attention projections. K without V is compressed (MLA); a layer
+    without K computes no K/V. `n_heads_out`: width of the heads' output. `n_neurons`: neurons of a
+    dense, gated FFN, 0 for any other. `n_weights`: elements of all matrices. `windows`: visible
+    positions, 0 for all; without a pattern in the file, all layers have the window.
+    `is_recurrent`: the layer keeps a state that rows cannot overwrite. `is_fittable`: its K and V
+    can be fitted. `is_fused`: one tensor holds its Q, K and V.
 
-    `no_refill`: why rows can be neither selected nor refilled, "" where they can.
-    `exact`: the first of the layers that read the K/V of an earlier one, 0 where each has its own.
-    `n_deepstack`: the first layers, which add features of images to the state.
+    `no_refill`: the reason why rows cannot run deep later, "" if they can. `exact`: the first layer
+    that reads the K/V of an earlier one, 0 if no layer does. `n_deepstack`: number of first layers
+    that add image features to the state.
     """
 
     arch: str
@@ -53,24 +52,24 @@ class ModelShape:
     no_refill: str = ""
 
     def n_kv(self, layer: int) -> int:
-        """Return how many numbers K and V of a layer are, for one token."""
+        """Return the size of a layer's K and V for one token, in numbers."""
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Whether projections can be fitted at a boundary: for all layers, two at least."""
+        """Return True if all layers from the boundary on, two or more, can be fitted."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
         """Return the sizes of the wider input (pop_converter.fit.wide): previous state, neurons.
 
-        A quarter and a half of the state, in blocks of quantised rows.
+        They are up to a quarter and a half of the state, in whole quantization blocks.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
         return n_prev, n_most // _BLOCK_SIZE * _BLOCK_SIZE
 
     def n_wide(self, boundary: int, projection: Projection) -> int:
-        """Return how many inputs a fit has beside the state, 0 if it is not wide."""
+        """Return the number of a fit's inputs in addition to the state, 0 if it is not wide."""
         return sum(self.wide_inputs(boundary)) if projection == Projection.WIDE else 0
 
 
@@ -79,7 +78,7 @@ def source_shape(source: Source) -> ModelShape:
     keys = ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
     if not 0 < n_layer <= MAX_LAYERS:
-        raise keys.wrong(f"says it has {n_layer} layers")
+        raise keys.wrong(f"has an invalid number of layers ({n_layer})")
     layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
     if (n_embd := keys.number("embedding_length")) < 1:
         raise keys.wrong("has states of 0 values")
@@ -88,7 +87,7 @@ def source_shape(source: Source) -> ModelShape:
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0
     exact = n_layer - keys.number("attention.shared_kv_layers", max(n_shared, 0))
     if exact < 1:
-        raise keys.wrong("has no layer with K/V of its own")
+        raise keys.wrong("has no layer that computes K/V")
     dim = n_embd // max(keys.number("attention.head_count", 1), 1)
     dims = keys.number("attention.key_length", dim), keys.number("attention.value_length", dim)
     parts = [

@@ -1,4 +1,4 @@
-"""The layers that can be skipped, in which way, and the work that is left in them."""
+"""The layers that context tokens can skip, and what those layers still compute."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,13 @@ _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 
 @dataclass(frozen=True)
 class SkippableLayers:
-    """Layers `first` to `last`, which context tokens can skip; one at least is kept.
+    """Layers `first` to `last`, which context tokens can skip.
 
-    `left`: what they still compute in skipped layers. `fits_from`: the first boundary for which
-    projections can be fitted, None for none, because of `no_fit`. `exact`: the layer where they
-    leave without any loss, 0 for none. `no_refill`: why they can be neither selected nor refilled,
-    "" where they can. `is_measured`: the architecture was, on real models.
+    `left`: results that skipped layers still compute. `fits_from`: the first boundary whose
+    projections can be fitted (None: no boundary, for the reason `no_fit`). `exact`: the layer at
+    which context tokens leave without loss, 0 for no such layer. `no_refill`: the reason why rows
+    cannot run deep later, "" if they can. `is_measured`: the architecture was measured on real
+    models.
     """
 
     first: int

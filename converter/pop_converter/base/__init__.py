@@ -1,1 +1,1 @@
-"""Under every room: errors, progress, files, numbers."""
+"""The base of both packages: errors, progress, files, numbers."""

@@ -1,11 +1,11 @@
-"""Archives of arrays (numpy.savez), and all that reading a damaged one may raise."""
+"""The exceptions that reading a damaged archive of arrays (numpy.savez) may raise."""
 
 import zlib
 from tokenize import TokenError
 from zipfile import BadZipFile
 
-# RuntimeError: a zip marked as encrypted, or packed in a way that is not known.
-# TokenError: an array whose head numpy takes apart as Python.
+# RuntimeError: an encrypted zip, or an unknown compression.
+# TokenError: numpy parses an array's header as Python.
 DAMAGES = (
     OSError,
     ValueError,

@@ -1,13 +1,12 @@
-"""The one family of errors: what is wrong, and what to do about it."""
+"""The errors of both packages: what went wrong, and what to do."""
 
 
 class PopError(Exception):
-    """A failure that the user can understand; `hint` says what to do, or is empty.
+    """A failure that the user can understand.
 
-    `hint` is for whoever calls this library: it names parameters, never a command; a trace has it.
-    A program that has better words for some failures tells these by `cause`, a short name, and
-    builds its words from `fields`: the numbers, names and paths that the remedy needs. Other
-    failures have no cause.
+    `hint` names a remedy for callers of the library: parameters, never a command ("" for none). A
+    program that words a remedy itself identifies the failure by `cause` ("" for most failures) and
+    takes numbers, names and paths from `fields`.
     """
 
     def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
@@ -21,28 +20,28 @@ class PopError(Exception):
 
 
 class StoppedError(Exception):
-    """The caller's should_stop ended the work."""
+    """Work ended by the caller's `should_stop`."""
 
 
 class FormatError(PopError):
-    """A file is not what it should be: no GGUF, cut short, or with POP keys that do not fit."""
+    """An invalid file: not GGUF, truncated, or with inconsistent POP keys."""
 
 
 class TruncatedError(FormatError):
-    """The file ends before all that its own header announces."""
+    """A file shorter than its header requires."""
 
 
 class UnsupportedArchitectureError(PopError):
-    """Pruning is not defined (or not built) for this model's architecture."""
+    """A model whose architecture cannot be pruned, or is not in this build."""
 
 
 class PlanError(PopError):
-    """The boundary, the skipped share or the token counts do not fit the model."""
+    """A boundary, skipped share or token count that does not fit the model."""
 
 
 class OutputExistsError(PopError):
-    """The output is there already and nobody said that it may be replaced."""
+    """An output file that exists, without permission to replace it."""
 
 
 class WriteError(PopError):
-    """The output could not be written, or is not what was meant to be written."""
+    """A failed write, or a file whose content differs after writing."""

@@ -1,4 +1,4 @@
-"""Files and pipes that are given by name: what nobody writes to is not waited for."""
+"""Reading of files and pipes by path, without waiting forever for a pipe's writer."""
 
 import os
 import stat
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 
-# How long a pipe may be without anybody who writes to it.
+# How long a pipe may have no writer.
 _PATIENCE_S = 5.0
 
 
 def read_file(path: Path, most: int = -1) -> bytes:
-    """Read a file, or a pipe that somebody writes to, up to `most` bytes (-1: all).
+    """Read a file or a pipe, up to `most` bytes (-1: all).
 
-    Raises OSError when it cannot be read, and PopError for a folder, a device, and a pipe to which
-    nobody begins to write within seconds.
+    Raises OSError if it cannot be read, PopError for a folder, a device, and a pipe without a
+    writer within seconds.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
@@ -24,7 +24,7 @@ def read_file(path: Path, most: int = -1) -> bytes:
     if not stat.S_ISFIFO(mode):
         found = "is a folder" if stat.S_ISDIR(mode) else "is neither a file nor a pipe"
         raise PopError(f"{path} {found}", "give a file")
-    # Opened as files are, it would wait for a writer for ever.
+    # A blocking open would wait forever for a writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:
         begun = _first_of(path, pipe.fileno())
         os.set_blocking(pipe.fileno(), True)
@@ -32,7 +32,7 @@ def read_file(path: Path, most: int = -1) -> bytes:
 
 
 def _first_of(path: Path, pipe: int) -> bytes:
-    """Return the bytes that a pipe has now, or b"" once somebody writes to it."""
+    """Return a pipe's first byte, or b"" once it has a writer that has written nothing yet."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline_s:
         try:
@@ -41,4 +41,4 @@ def _first_of(path: Path, pipe: int) -> bytes:
         except BlockingIOError:
             return b""
         time.sleep(0.01)
-    raise PopError(f"nobody writes to the pipe {path}", "give a file")
+    raise PopError(f"no process writes to the pipe {path}", "give a file")

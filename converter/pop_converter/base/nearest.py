@@ -1,4 +1,4 @@
-"""The hint for a name that nobody knows."""
+"""The hint for an unknown name."""
 
 import difflib
 from collections.abc import Mapping
@@ -7,10 +7,9 @@ _CUTOFF = 0.5
 
 
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
-    """Ask whether the nearest of `known` was meant, and say `listed`.
+    """Return a hint that suggests the known name nearest to `wanted`, followed by `listed`.
 
-    `known` maps names as they are typed, in any case, to what is shown. Without a near one the hint
-    is `listed` alone.
+    `known` maps names in any case to display text. Without a similar name, return `listed`.
     """
     shown = {name.lower(): text for name, text in known.items()}
     near = difflib.get_close_matches(wanted.lower(), shown, n=1, cutoff=_CUTOFF)

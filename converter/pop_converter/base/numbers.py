@@ -1,8 +1,8 @@
-"""Sizes and times for people."""
+"""Sizes and times as text."""
 
 
 def size(n_bytes: int) -> str:
-    """Return bytes in decimal units, as download pages and disks give them."""
+    """Return bytes in decimal units, as on download pages and disks."""
     amount = float(n_bytes)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:
@@ -12,7 +12,7 @@ def size(n_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time to about two digits, as of an estimate: 40 s, 12 min, 3 h."""
+    """Return an estimated time with about two digits: 40 s, 12 min, 3 h."""
     if seconds < 90:
         return f"{max(1, round(seconds)):d} s"
     minutes = seconds / 60

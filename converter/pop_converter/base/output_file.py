@@ -1,4 +1,4 @@
-"""Writing a file that is either whole and in its place, or not there at all."""
+"""Atomic writing: an output file is either complete or does not exist."""
 
 import os
 import shutil
@@ -16,45 +16,41 @@ _SUFFIX = ".partial"
 
 
 def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: bool) -> None:
-    """Refuse an output that cannot or must not be written, before anything is read in full.
-
-    Raises OutputExistsError, WriteError.
-    """
+    """Raise OutputExistsError or WriteError if `dst` cannot or must not be written."""
     try:
         _check_name(dst, sources, force=force)
         TemporaryFile(dir=dst.parent).close()
         disk = shutil.disk_usage(dst.parent)
     except OSError as error:
         raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error
-    # Some network drives tell neither their size nor what is left.
+    # Some network drives report neither their size nor their free space.
     if disk.total and disk.free < n_bytes:
         raise WriteError(
-            f"{dst} needs {n_bytes:,} bytes and its disk has {disk.free:,} left",
+            f"the disk is too small: {dst} needs {n_bytes:,} bytes, {disk.free:,} are free",
             "free some space, or write to another disk",
         )
 
 
 def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
     if not dst.parent.is_dir():
-        raise WriteError(f"there is no folder {dst.parent}", "create it, or write elsewhere")
+        raise WriteError(f"the folder {dst.parent} does not exist", "create it, or write elsewhere")
     if dst.is_dir():
-        raise WriteError(f"{dst} is a folder", "give the name of a file")
+        raise WriteError(f"{dst} is a folder", "name a file")
     if not dst.exists():
         return
     if any(dst.samefile(source) for source in sources):
-        raise WriteError(f"the output {dst} is the input itself", "give another name")
+        raise WriteError(f"the output {dst} is the input itself", "choose another name")
     if not force:
         raise _exists(f"{dst} exists")
 
 
 @contextmanager
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """Open a new file beside `dst`, which takes its place when the block ends well.
+    """Open a temporary file that replaces `dst` if the block succeeds, and is removed otherwise.
 
-    Whatever goes wrong, it is removed; after a kill -9 the next call for `dst` removes it, once its
-    process is gone. As with cp, the data may still be on its way to the disk: the source is there
-    as long as one keeps it. Raises OutputExistsError when `dst` appeared meanwhile and not `force`,
-    and WriteError for what the machine refuses, a full disk among it.
+    After a kill -9, the next call for `dst` removes the file. As with cp, the data may not be
+    flushed to disk yet. Raises OutputExistsError if `dst` was created during the block and not
+    `force`, WriteError for I/O errors such as a full disk.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     _remove_leftovers(dst)
@@ -62,7 +58,7 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
         with temporary.open("x+b") as file:
             yield file
         if dst.exists() and not force:
-            raise _exists(f"{dst} appeared meanwhile")
+            raise _exists(f"{dst} was created by another process")
         temporary.replace(dst)
     except OSError as error:
         raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error
@@ -72,9 +68,9 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for its owner only, whatever the umask.
+    """Create a folder and its missing parents with mode 0700, whatever the umask.
 
-    One that is there stays as it is. Raises OSError.
+    Existing folders stay unchanged. Raises OSError.
     """
     for missing in [one for one in (folder, *folder.parents) if not one.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
@@ -87,7 +83,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def _remove_leftovers(dst: Path) -> None:
-    """Remove what dead processes have left; a living one is still writing."""
+    """Remove temporary files of dead processes; a living process may still be writing."""
     prefix = f".{dst.name}."
     with suppress(OSError):
         for path in list(dst.parent.iterdir()):

@@ -1,17 +1,17 @@
-"""How far some work is: the sum of its steps, told to whoever asked."""
+"""Progress callbacks."""
 
 from collections.abc import Callable
 
-# Called with what is done and the total.
+# Called with (done, total).
 Progress = Callable[[int, int], object]
 # Called with the size of each step.
 Ran = Callable[[int], None]
 
 
 def counting(total: int, on_progress: Progress) -> Ran:
-    """Return a function that takes the size of each step and tells `on_progress` the sum.
+    """Return a function that takes the size of each step and calls `on_progress(done, total)`.
 
-    `on_progress` gets (done, total), for the first time with nothing done.
+    `on_progress` is called immediately with (0, total).
     """
     done = 0
 

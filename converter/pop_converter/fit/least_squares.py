@@ -1,16 +1,16 @@
-"""Fits the K/V projections of skipped layers to what the full model computes.
+"""Least-squares fits of skipped layers' K/V projections to the full model's K and V.
 
 Weighted least squares with a ridge toward the layer's own projections, in float64, from Gram
-matrices alone. With x the normalised boundary state, X = [x, 1], Y the full model's K and V,
+matrices alone. With x the normalized boundary state, X = [x, 1], Y the full model's K and V,
 D the token weights and W0 the own projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
-The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x by the gain scales
-a ridge proportional to diag(X'DX) alike, so both coordinates have one solution.
+The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x by the gain also
+scales a ridge proportional to diag(X'DX), so both coordinates have the same solution.
 
 A wide fit (pop_converter.fit.wide) has more inputs, X = [x, z, 1], whose ridge pulls toward zero.
-The sums of the plain fit are among its own.
+Its sums include those of the plain fit.
 """
 
 from collections.abc import Mapping
@@ -31,27 +31,27 @@ Doubles = NDArray[np.float64]
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
-# Rows of a triangle that are solved at once.
+# Rows of a triangular system solved at once.
 _BLOCK = 128
-# Rows for each input that sums hold in full.
+# Rows per input before `Gram.merge` fades older rows.
 ROWS_KEPT = 64
-# Inputs whose gain makes them this much weaker than the average (in power) keep their own weights:
-# dividing by such a gain would spoil the scale of the quantised block that they share.
+# Inputs with less than this share of the mean power keep their own weights: dividing by their gain
+# would spoil the scale of the quantization block that they share.
 WEAK_INPUT = 1e-4
-# The least token weight, and the most attention that counts, in units of its mean.
+# The minimum token weight and the maximum attention, in units of its mean.
 LEAST_WEIGHT = 0.2
 MOST_ATTENTION = 50.0
-# Least pivot of the system, whose diagonal is 1: below it rounding decides.
+# Minimum pivot of the system, whose diagonal is 1: smaller ones are rounding errors.
 LEAST_PIVOT = 1e-12
-DAMAGED_HINT = "the model's file may be damaged: see whether the model answers"
+DAMAGED_HINT = "the model's file may be damaged: check that the model answers"
 
 
 class FitError(PopError):
-    """The activations do not determine projections."""
+    """Activations that determine no projections."""
 
 
 class KvType(str, Enum):
-    """How the fitted weights are stored."""
+    """The stored type of fitted weights."""
 
     Q8_0 = "q8_0"
     F16 = "f16"
@@ -65,10 +65,10 @@ class KvType(str, Enum):
 
 @dataclass(eq=False)
 class Gram:
-    """The sums that the fits at a boundary need, in float32: the ridge is far above its rounding.
+    """The sums for all fits at one boundary, in float32: the ridge exceeds the rounding by far.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1], `xy` is X'DY [n_inputs + 1, n_k + n_v] of each layer.
-    The ones come last. `n_rows` were added.
+    The constant input comes last. `n_rows` rows were added.
     """
 
     xx: Floats
@@ -77,28 +77,28 @@ class Gram:
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
-        """Return the sums of no window; `n_kv` is n_k + n_v of each layer."""
+        """Return zero sums; `n_kv` is n_k + n_v of each layer."""
         n = n_inputs + 1
         xy = {layer: np.zeros((n, width), np.float32) for layer, width in n_kv.items()}
         return cls(np.zeros((n, n), np.float32), xy)
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
-        """Add one window: x [n, n_inputs + 1] (see `with_bias`), weights [n].
+        """Add one window: `x` [n, n_inputs + 1] (see `with_bias`), `weights` [n].
 
-        `y` has [n, n_k + n_v] of each layer, and perhaps of others.
+        `y` has [n, n_k + n_v] of each layer; other layers in it are ignored.
         """
         root = np.sqrt(weights)[:, None]
         weighted = x * root
-        # numpy takes the product with its own transpose by half the work (syrk).
+        # numpy computes a product with the matrix's own transpose with half the work (syrk).
         self.xx += weighted.T @ weighted
         for layer, xy in self.xy.items():
             xy += weighted.T @ (y[layer] * root)
         self.n_rows += len(x)
 
     def merge(self, other: "Gram") -> None:
-        """Add the sums of later rows, of the same inputs and layers.
+        """Add the sums of later rows with the same inputs and layers.
 
-        Older rows fade by as many as are added, once there are ROWS_KEPT for each input.
+        Beyond ROWS_KEPT rows per input, each added row scales the older sums down.
         """
         n_kept = ROWS_KEPT * len(self.xx)
         is_full = self.n_rows + other.n_rows > n_kept
@@ -111,7 +111,7 @@ class Gram:
         self.n_rows += other.n_rows
 
     def of_first(self, n_inputs: int) -> "Gram":
-        """Return the sums of the first inputs alone, such as those of the state."""
+        """Return the sums of the first `n_inputs` inputs and the constant."""
         kept = np.append(np.arange(n_inputs), len(self.xx) - 1)
         if kept.size == len(self.xx):
             return self
@@ -120,20 +120,17 @@ class Gram:
 
 
 def gram_bytes(n_inputs: int) -> int:
-    """Return the bytes that a boundary's X'DX takes."""
+    """Return the size of a boundary's X'DX in bytes."""
     return 4 * (n_inputs + 1) ** 2
 
 
 def cross_bytes(n_inputs: int, n_kv: int) -> int:
-    """Return the bytes that a layer's X'DY takes."""
+    """Return the size of a layer's X'DY in bytes."""
     return 4 * (n_inputs + 1) * n_kv
 
 
 def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
-    """Return the most bytes that a layer takes beside its sums.
-
-    They are taken while a window of `n_rows` is added, or while the layer is solved.
-    """
+    """Return the peak temporary memory per layer in bytes, when adding `n_rows` or solving."""
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
     solving = 8 * (3 * n**2 + 6 * n * n_kv)
@@ -147,12 +144,12 @@ def normalised(state: Floats, eps: float) -> Floats:
 
 
 def with_bias(*inputs: Floats) -> Floats:
-    """Join inputs [n, n_i], and add a column of ones."""
+    """Join inputs [n, n_i] and append a column of ones."""
     return np.hstack([*inputs, np.ones((len(inputs[0]), 1), np.float32)])
 
 
 def token_weights(mass: Floats) -> Floats:
-    """Return the weights [n] of tokens from the attention [n] that later ones pay to them."""
+    """Return token weights [n] from the attention [n] that the tokens receive from later ones."""
     mean = float(mass.mean())
     if mean <= 0:
         return np.ones_like(mass)
@@ -161,10 +158,10 @@ def token_weights(mass: Floats) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Solve for the projections that replace a layer's `own`, or an earlier fit of them.
+    """Return the projections that replace a layer's `own` ones or an earlier fit.
 
-    `ridge` is in units of the diagonal of X'DX and pulls toward these. Raises FitError when the
-    sums are not finite, or singular.
+    `ridge` pulls toward `own`, in units of the diagonal of X'DX. Raises FitError if the sums are
+    not finite, or singular.
     """
     xy = gram.xy[layer]
     if not (np.isfinite(gram.xx).all() and np.isfinite(xy).all()):
@@ -189,7 +186,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
-    """Return the ridge of each input, in units of its diagonal of X'DX."""
+    """Return the ridge of each input in units of its diagonal element of X'DX."""
     seen = gain**2 * xx.diagonal()[: gain.size]
     weak = WEAK_INPUT * seen.mean()
     raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
@@ -198,9 +195,9 @@ def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
-    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first, in `xx`.
+    """Return (xx + diag(ridge * diag(xx)))^-1 rest; `xx` is scaled to a unit diagonal in place.
 
-    Raises FitError where rounding would decide.
+    Raises FitError if the scaled matrix is numerically singular.
     """
     power = xx.diagonal().copy()
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
@@ -222,7 +219,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def _solve_triangles(lower: Doubles, x: Doubles) -> None:
-    """Solve lower lower' x = x in its place, by blocks, since numpy knows no triangles."""
+    """Solve lower lower' x = x in place, by blocks: numpy has no triangular solver."""
     parts = [slice(at, at + _BLOCK) for at in range(0, len(x), _BLOCK)]
     for part in parts:
         x[part] -= lower[part, : part.start] @ x[: part.start]
@@ -233,7 +230,7 @@ def _solve_triangles(lower: Doubles, x: Doubles) -> None:
 
 
 def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:
-    """Return the tensors of a layer as they go into the file: four, or six of a wide fit."""
+    """Return a layer's encoded tensors: four, or six of a wide fit."""
     tensors = []
     for part, rows in (("k", slice(fitted.n_k)), ("v", slice(fitted.n_k, None))):
         name = f"blk.{layer}.pop_attn_{part}"
@@ -246,7 +243,7 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
 
 
 def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
-    """Return the projections of a layer that `encode` made these tensors of; `own` are its own."""
+    """Return the projections that `encode` turned into `tensors`; `own` are the layer's own."""
     parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
     biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
     weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]
@@ -260,13 +257,13 @@ def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> K
 
 
 def decode_weight(tensor: NewTensor) -> Floats:
-    """Return a matrix [n_out, n_in] as `encode_weight` took it, but for what storing it lost."""
+    """Return a stored matrix [n_out, n_in], dequantized."""
     kind = GGMLQuantizationType(tensor.type)
     rows = np.frombuffer(tensor.data, np.uint8).reshape(tensor.dims[-1], -1)
     return np.asarray(dequantize(rows, kind), np.float32)
 
 
 def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:
-    """Return a matrix [n_out, n_in] as it goes into the file."""
+    """Return a matrix [n_out, n_in] encoded in the stored type."""
     data = quantize(weight, kind.ggml).tobytes()
     return NewTensor(name, weight.shape[::-1], kind.ggml, data)

@@ -1,4 +1,4 @@
-"""Tensors dequantised from the model's file, and a layer's own K/V projections."""
+"""Dequantized tensors of a model's file, and layers' own K/V projections."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class KvProjection:
-    """The K and V projections of a layer's normalised input, K's rows first.
+    """K and V projections of a layer's normalized input, own or fitted ones, K's rows first.
 
-    They are its own, or fitted ones. `weight` [n_k + n_v, n_embd] comes after `gain` [n_embd],
-    which is attn_norm's; `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is that of the wider
-    input (pop_converter.fit.wide), None without one.
+    `weight` [n_k + n_v, n_embd] multiplies gain * x, with `gain` [n_embd] from attn_norm. `bias` is
+    [n_k + n_v]. `wide` [n_k + n_v, n_wide] multiplies the wider input (pop_converter.fit.wide),
+    None without one.
     """
 
     gain: Floats
@@ -31,9 +31,9 @@ class KvProjection:
 
 
 class Weights:
-    """The tensors of a source by name, dequantised to float32.
+    """The tensors of a source by name, dequantized to float32.
 
-    Raises FormatError for one that is missing or cannot be read.
+    Access raises FormatError for a missing or unreadable tensor.
     """
 
     def __init__(self, source: Source) -> None:
@@ -48,13 +48,13 @@ class Weights:
         return self.rows(name, slice(None))
 
     def names(self, prefix: str) -> tuple[str, ...]:
-        """Return the names of the tensors that begin with `prefix`, without it."""
+        """Return the names that start with `prefix`, without the prefix."""
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:
-        """Read some rows [len(numbers), n] of a matrix, and none of the others."""
+        """Read only the given rows [len(numbers), n] of a matrix."""
         if name not in self._places:
-            raise FormatError("the model has no tensor " + name, "download it again")
+            raise FormatError(f"the model has no tensor {name}", "download it again")
         part, tensor = self._places[name]
         start = part.data_start + tensor.offset
         raw = np.memmap(part.path, np.uint8, "r", start, (tensor.size_bytes,))
@@ -65,25 +65,25 @@ class Weights:
                 values = values * self[scale]
         except (ValueError, NotImplementedError) as error:
             raise FormatError(
-                f"{part.path}: tensor {name} has a type that cannot be read here",
-                "convert with the model's own projections, or take another quantisation",
+                f"{part.path}: tensor {name} has a type that cannot be dequantized",
+                "convert with the model's own projections, or use another quantization",
                 cause="unreadable-tensor",
             ) from error
         return np.asarray(values, np.float32)
 
     @staticmethod
     def _scale_of(name: str) -> str:
-        """The factor of a matrix, which NVFP4 needs (llama.cpp, build_lora_mm)."""
+        """Return the name of a matrix's scale, which NVFP4 needs (llama.cpp, build_lora_mm)."""
         return name.removesuffix("weight") + "scale" if name.endswith(".weight") else ""
 
     def require_readable(self, layer: int) -> None:
-        """Raises FormatError where the type of the layer's K or V cannot be dequantised."""
+        """Raise FormatError if the type of the layer's K or V cannot be dequantized."""
         for part in ("qkv", "k", "v"):
             if (name := f"blk.{layer}.attn_{part}.weight") in self:
                 self.rows(name, slice(1))
 
     def own_projection(self, layer: int, n_k: int, n_v: int) -> KvProjection:
-        """Read a layer's own K/V projections; a fused tensor does not tell their rows."""
+        """Read a layer's own K/V projections; `n_k` and `n_v` locate them in a fused tensor."""
         n_kv = n_k + n_v
         gain = self[f"blk.{layer}.attn_norm.weight"]
         if f"blk.{layer}.attn_qkv.weight" in self:

@@ -1,14 +1,14 @@
-"""The wider input of a fit: more than the state of the token itself at the boundary.
+"""The wider input of a fit: more than the token's own state at the boundary.
 
-Beside x, the normalised state at the boundary, K and V of later layers see z = [p, a]:
+In addition to x, the normalized boundary state, K and V of later layers see z = [p, a]:
 
 - p: x of the previous token, reduced to a quarter by PCA. Attention in the skipped layers moves
-  the predecessor of a token to it (induction), which no function of its own state can know.
-- a: the strongest neurons of the FFN of the boundary layer itself, up * act(gate) evaluated on x.
-  Strong is who adds most power to that layer's output. They are scaled to unit variance and clamped
-  (unclamped, single windows lose everything). There are none where experts share the FFN.
+  a token's predecessor to it (induction), which no function of the token's state can compute.
+- a: the strongest neurons of the boundary layer's FFN, up * act(gate) of x. Strong neurons add
+  most power to the layer's output. They are scaled to unit variance and clamped: unclamped, single
+  windows lose everything. A mixture of experts has no such neurons.
 
-The previous token of the first one of a ubatch is itself. (docs/notebook/wide-fits.md)
+The first token of a ubatch counts as its own predecessor. (docs/notebook/wide-fits.md)
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ MOST_NEURON = 5.0
 
 @dataclass(frozen=True)
 class Neurons:
-    """Rows of a layer's FFN: `gate` and `up` [n, n_embd] come after `gain` [n_embd]."""
+    """Neurons of a layer's FFN: `gate` and `up` [n, n_embd] multiply gain * x (`gain` [n_embd])."""
 
     gain: Floats
     gate: Floats
@@ -36,7 +36,7 @@ class Neurons:
     is_gelu: bool
 
     def __call__(self, x: Floats) -> Floats:
-        """Return up * act(gate) [n_rows, n] of normalised states [n_rows, n_embd]."""
+        """Return up * act(gate) [n_rows, n] of normalized states [n_rows, n_embd]."""
         inner = x * self.gain
         gate = inner @ self.gate.T
         if self.is_gelu:
@@ -48,13 +48,13 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """The function from x to z: `previous` [n_prev, n_embd], scaled neurons, None for none."""
+    """The function from x to z: `previous` [n_prev, n_embd] and scaled neurons, if any."""
 
     previous: Floats
     neurons: Neurons | None
 
     def __call__(self, x: Floats) -> Floats:
-        """Return z [n_rows, n_wide] of a sequence's normalised states [n_rows, n_embd]."""
+        """Return z [n_rows, n_wide] of one ubatch's normalized states [n_rows, n_embd]."""
         before = np.concatenate([x[:1], x[:-1]])
         parts = [before @ self.previous.T]
         if self.neurons is not None:
@@ -65,7 +65,7 @@ class WideInput:
 def wide_input(
     shape: ModelShape, weights: Weights, boundary: int, windows: Sequence[Floats]
 ) -> WideInput:
-    """Choose what z is made of by the normalised states [n_rows, n_embd] of some windows."""
+    """Choose the wider input by the normalized states [n_rows, n_embd] of some windows."""
     n_prev, n_neurons = shape.wide_inputs(boundary)
     rows = np.concatenate(windows).astype(np.float64)
     _, axes = np.linalg.eigh(np.cov(rows.T))
@@ -82,7 +82,7 @@ def wide_input(
 
 
 def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTensor, ...]:
-    """Return the tensors of the boundary's layer as they go into the file."""
+    """Return the encoded tensors of the boundary layer's wider input."""
     parts = {"prev": made.previous}
     if made.neurons is not None:
         parts |= {"ffn_gate": made.neurons.gate, "ffn_up": made.neurons.up}
@@ -93,7 +93,7 @@ def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTenso
 def decode_input(
     shape: ModelShape, weights: Weights, boundary: int, tensors: Mapping[str, NewTensor]
 ) -> WideInput:
-    """Return the input that `encode_input` made these tensors of."""
+    """Return the wider input that `encode_input` turned into `tensors`."""
     name = f"blk.{boundary}.pop_"
     found = {
         part: decode_weight(tensors[f"{name}{part}.weight"])
@@ -108,7 +108,7 @@ def decode_input(
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
-    """Return the standard deviation [n] of all rows of [n_rows, n], one window in memory."""
+    """Return the standard deviation [n] over all rows; one window is in memory at a time."""
     n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)
@@ -119,7 +119,7 @@ def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
 
 
 def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, Floats]:
-    """All neurons of a layer, and the norms [n] of what each adds to the state."""
+    """Return all neurons of a layer and the norms [n] of their output weights."""
     name = f"blk.{layer}.ffn_"
     up = weights[f"{name}up.weight"]
     if f"{name}gate.weight" in weights:

@@ -1,6 +1,6 @@
-"""A GGUF file to be written: a header made here, and data that is copied from other files.
+"""The content of a GGUF file to write: a new header, and data copied from other files.
 
-Every byte of the source goes through as it is: keys, tensor table and data.
+Keys, tensor table and data of the source are copied byte for byte.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from pop_converter.gguf.header import (
 )
 from pop_converter.gguf.source import SPLIT_PREFIX, Source
 
-# Larger writes took the kernel twice as long (docs/notebook).
+# Larger chunks took the kernel twice as long (docs/notebook).
 CHUNK_BYTES = 256 << 10
 _COUNTS = struct.Struct("<IQQ")
 
@@ -33,7 +33,7 @@ Write = Callable[[memoryview], object]
 
 @dataclass(frozen=True)
 class FileRange:
-    """The bytes of an existing file from `start` on, with `n_zeros` zeros after them."""
+    """A range of bytes in an existing file, followed by `n_zeros` zeros in the output."""
 
     path: Path
     start: int
@@ -43,7 +43,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor made here; `dims` are in ggml's order (row length first), `data` is encoded."""
+    """A new tensor with encoded `data`; `dims` are in ggml's order (row length first)."""
 
     name: str
     dims: tuple[int, ...]
@@ -53,11 +53,11 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """All of a file that is to be written; by default it has neither keys nor tensors.
+    """The content of a file to write; the default has neither keys nor tensors.
 
-    `keys` and `tensors` are the raw bytes of its two tables. The last of the tensors ends so many
-    bytes, `data_end`, after the first begins. `added`, padding and new tensors, follows the data of
-    `stretches`.
+    `keys` and `tensors` are the raw bytes of its two tables. `data_end` is the end of the last
+    tensor relative to the data's start, in bytes. The output has the data of `ranges`, then `added`
+    (padding and new tensors).
     """
 
     version: int = VERSIONS[-1]
@@ -66,7 +66,7 @@ class Content:
     n_tensors: int = 0
     tensors: bytes = b""
     alignment: int = DEFAULT_ALIGNMENT
-    stretches: tuple[FileRange, ...] = ()
+    ranges: tuple[FileRange, ...] = ()
     data_end: int = 0
     added: tuple[bytes, ...] = ()
 
@@ -79,29 +79,29 @@ class Content:
 
     @property
     def data_bytes(self) -> int:
-        """The number of bytes that come from other files, and of zeros among them."""
-        return sum(stretch.size_bytes + stretch.n_zeros for stretch in self.stretches)
+        """The number of bytes copied from other files, including zeros."""
+        return sum(source_range.size_bytes + source_range.n_zeros for source_range in self.ranges)
 
     @property
     def size_bytes(self) -> int:
         return len(self.header) + self.data_bytes + sum(map(len, self.added))
 
     def with_keys(self, keys: tuple[bytes, ...]) -> "Content":
-        """Return the content with further keys, encoded, after its own."""
+        """Return the content with further encoded keys at the end."""
         return replace(self, n_keys=self.n_keys + len(keys), keys=self.keys + b"".join(keys))
 
 
 def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
-    """Return the content with new tensors after its own.
+    """Return the content with new tensors at the end.
 
-    Raises FormatError when bytes follow the last tensor's.
+    Raises FormatError if the file has bytes after its last tensor.
     """
     offset = align(content.data_end, content.alignment)
     gap = offset - content.data_bytes
     if gap < 0:
         raise FormatError(
-            "the model has bytes after its last tensor, so that none can be added",
-            "write it anew with llama-quantize (type COPY), or take the model's own projections",
+            "no tensor can be added: the model has bytes after its last tensor",
+            "rewrite it with llama-quantize (type COPY), or use the model's own projections",
             cause="no-room-for-tensors",
         )
     rows, added = [], [bytes(gap)]
@@ -118,10 +118,9 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 
 
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
-    """Return the file of `size_bytes` that the content was before `tensors` were added.
+    """Return the content before `tensors` were added, a file of `size_bytes`.
 
-    `tensors` are the last rows of its table. Raises FormatError when there cannot have been such a
-    file.
+    `tensors` are the last rows of the table. Raises FormatError if no such file is possible.
     """
     n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
     shorter = replace(
@@ -129,31 +128,31 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
         n_tensors=content.n_tensors - len(tensors),
         tensors=content.tensors[:-n_row_bytes],
     )
-    if len(content.stretches) != 1:
+    if len(content.ranges) != 1:
         raise FormatError("a fitted model in parts cannot be stripped", "join its parts first")
-    [stretch] = content.stretches
+    [source_range] = content.ranges
     n_data_bytes = size_bytes - len(shorter.header)
-    if not 0 <= n_data_bytes <= stretch.size_bytes:
+    if not 0 <= n_data_bytes <= source_range.size_bytes:
         raise FormatError(
-            f"{stretch.path} was changed after its conversion", "take the original file"
+            f"{source_range.path} was changed after its conversion", "use the original file"
         )
-    return replace(shorter, stretches=(replace(stretch, size_bytes=n_data_bytes),))
+    return replace(shorter, ranges=(replace(source_range, size_bytes=n_data_bytes),))
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """Read a source as one file, parts joined, less the keys that begin with `without`.
+    """Read a source as one joined file, omitting the keys that start with `without`.
 
-    The tables are read, the data only referred to. Raises FormatError for bytes between the two,
-    which could not be restored.
+    Only the tables are read into memory. Raises FormatError for bytes between the tensor table and
+    the data, which `strip` could not restore.
     """
     first = source.first
     dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
     raw = _read_tables(first)
     whole = FileRange(first.path, first.data_start, first.size_bytes - first.data_start)
     keys = [key for name, key in first.keys.items() if not name.startswith(dropped)]
-    stretches = _joined_data(source) if source.is_split else (whole,)
+    ranges = _joined_data(source) if source.is_split else (whole,)
     ends = (tensor.offset + tensor.size_bytes for tensor in first.tensors)
-    joined_end = sum(stretch.size_bytes + stretch.n_zeros for stretch in stretches)
+    joined_end = sum(source_range.size_bytes + source_range.n_zeros for source_range in ranges)
     return Content(
         version=first.version,
         n_keys=len(keys),
@@ -161,7 +160,7 @@ def read_content(source: Source, *, without: str) -> Content:
         n_tensors=len(source.tensors),
         tensors=_joined_table(source) if source.is_split else raw[first.keys_end :],
         alignment=first.alignment,
-        stretches=stretches,
+        ranges=ranges,
         data_end=joined_end if source.is_split else max(ends, default=0),
     )
 
@@ -173,7 +172,7 @@ def _read_tables(header: Header) -> bytes:
         raise FormatError(
             f"{header.path} has bytes between its tensor table and its data, which could not be "
             "restored",
-            "write it anew with llama-quantize (type COPY)",
+            "rewrite it with llama-quantize (type COPY)",
         )
     return raw[: header.tensors_end]
 
@@ -209,14 +208,14 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
-    """Pass all data to `write`, and return the sha256 of `hashed_header` and the data in hex.
+    """Pass all data to `write` and return the sha256 of `hashed_header` and the data, in hex.
 
-    `advance` gets the number of bytes of each step. Raises FormatError when a source cannot be
-    read, and whatever `write` raises.
+    `advance` is called with the bytes of each step. Raises FormatError if a source cannot be read,
+    and anything that `write` raises.
     """
     digest, buffer = hashlib.sha256(hashed_header), memoryview(bytearray(CHUNK_BYTES))
-    for stretch in content.stretches:
-        for chunk in _read(stretch, buffer):
+    for source_range in content.ranges:
+        for chunk in _read(source_range, buffer):
             digest.update(chunk)
             write(chunk)
             advance(len(chunk))
@@ -224,18 +223,18 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
-    """Tell whether `written` holds, from byte `start` to its end, just the data of `content`.
+    """Return True if `written` has exactly the data of `content` from byte `start` to its end.
 
-    `advance` gets the number of bytes of each step. Raises FormatError when a source cannot be
-    read, OSError when `written` cannot.
+    `advance` is called with the bytes of each step. Raises FormatError if a source cannot be read,
+    OSError if `written` cannot.
     """
     expected, found = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
     with written.open("rb") as file:
         file.seek(start)
-        for stretch in content.stretches:
-            for chunk in _read(stretch, expected):
+        for source_range in content.ranges:
+            for chunk in _read(source_range, expected):
                 n_bytes = file.readinto(found[: len(chunk)])
-                # numpy, since memoryviews compare one element after the other.
+                # memoryviews compare element by element, numpy does not.
                 if not np.array_equal(np.asarray(chunk), np.asarray(found[:n_bytes])):
                     return False
                 advance(len(chunk))
@@ -243,18 +242,18 @@ def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool
         return added and not file.read(1)
 
 
-def _read(stretch: FileRange, buffer: memoryview) -> Iterator[memoryview]:
+def _read(source_range: FileRange, buffer: memoryview) -> Iterator[memoryview]:
     try:
-        with stretch.path.open("rb", buffering=0) as file:
-            file.seek(stretch.start)
-            left = stretch.size_bytes
+        with source_range.path.open("rb", buffering=0) as file:
+            file.seek(source_range.start)
+            left = source_range.size_bytes
             while left:
                 n_bytes = file.readinto(buffer[:left])
                 if not n_bytes:
-                    raise truncated(stretch.path, "it became shorter while it was read")
+                    raise truncated(source_range.path, "it became shorter during reading")
                 yield buffer[:n_bytes]
                 left -= n_bytes
     except OSError as error:
-        raise FormatError(f"cannot read {stretch.path}: {error.strerror}") from error
-    for done in range(0, stretch.n_zeros, CHUNK_BYTES):
-        yield memoryview(bytes(min(stretch.n_zeros - done, CHUNK_BYTES)))
+        raise FormatError(f"cannot read {source_range.path}: {error.strerror}") from error
+    for done in range(0, source_range.n_zeros, CHUNK_BYTES):
+        yield memoryview(bytes(min(source_range.n_zeros - done, CHUNK_BYTES)))

@@ -1,7 +1,7 @@
-"""The GGUF container: keys and tensor table of one file, without reading its tensors.
+"""The header of a GGUF file: keys and tensor table, without the tensors' data.
 
-`gguf.GGUFReader` keeps two numpy arrays per vocabulary entry (Gemma-3-270M: 12 s, 680 MB), hence
-this scanner. Types and block sizes are those of the gguf package.
+`gguf.GGUFReader` builds two numpy arrays per vocabulary entry (Gemma-3-270M: 12 s, 680 MB), hence
+this scanner. Types and block sizes are from the gguf package.
 Layout: magic, version, counts, keys, tensor table, padding, data (ggml/docs/gguf.md).
 """
 
@@ -21,14 +21,14 @@ from pop_converter.base.errors import FormatError, TruncatedError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-# Limits far above any model: vocabularies take some megabytes, and names are short.
+# Limits far above any model's: vocabularies take some megabytes, and names are short.
 MAX_HEADER_BYTES = 1 << 28
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 18
 MAX_NAME_BYTES = (1 << 16) - 1
-# llama.cpp reads tensors in place, by vectors of up to so many bytes.
+# llama.cpp reads tensors in place, with vectors of up to MIN_ALIGNMENT bytes.
 MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20
-# Longer arrays are vocabulary, never settings (llama.cpp allows at most 512 layers).
+# Longer arrays are vocabularies, never settings (llama.cpp allows up to 512 layers).
 MAX_KEPT_ITEMS = 1024
 
 _SCALARS: dict[int, str] = {
@@ -45,11 +45,11 @@ _SCALARS: dict[int, str] = {
     GGUFValueType.FLOAT64: "d",
 }
 _NUMBERS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
-# A tensor's entry by its number of dimensions: they, its type, its offset.
+# A tensor's entry by number of dimensions: dimensions, type, offset.
 _ROWS = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5))
 # (elements, bytes) per block by ggml type; Q2_0 (42) is newer than the gguf package.
 BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-# llama.cpp opens a model with weights of these, and crashes when it multiplies by them.
+# llama.cpp opens a model with weights of these types and crashes at the first product.
 _WITHOUT_PRODUCT = (
     GGMLQuantizationType.I8,
     GGMLQuantizationType.I16,
@@ -61,13 +61,13 @@ _WITHOUT_PRODUCT = (
 )
 
 Scalar = int | float | bool | str
-# An array's items; none of one with strings, or with too many.
+# An array's items, empty for strings and for more than MAX_KEPT_ITEMS.
 Array = tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
 class HeaderKey:
-    """One key with the byte range in the file that holds it, name included; `type` is GGUF's."""
+    """A key's value, its GGUF `type`, and its byte range in the file, including the name."""
 
     value: Scalar | Array
     type: int
@@ -77,7 +77,7 @@ class HeaderKey:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One row of the tensor table; `dims` as ggml has them (row length first), `offset` in data."""
+    """A row of the tensor table; `dims` in ggml's order (row length first), `offset` in data."""
 
     name: str
     dims: tuple[int, ...]
@@ -92,7 +92,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a GGUF file but its data; the ranges are byte positions in the file."""
+    """A GGUF file without its data; ranges are byte positions in the file."""
 
     path: Path
     version: int
@@ -105,19 +105,19 @@ class Header:
     size_bytes: int
 
     def get(self, name: str) -> Scalar | Array | None:
-        """Return the value of a key, None when there is none."""
+        """Return the value of a key, None without such a key."""
         key = self.keys.get(name)
         return None if key is None else key.value
 
     def of_arch(self, name: str) -> Scalar | Array | None:
-        """Return the value of the architecture's own key, as of llama.context_length."""
+        """Return the value of `ARCH.name`, for example llama.context_length."""
         return self.get(f"{self.get('general.architecture')}.{name}")
 
 
 class _Cursor:
-    """A reader of little-endian values; one that would end past the file is a FormatError.
+    """A reader of little-endian values.
 
-    So is a header of more than MAX_HEADER_BYTES.
+    Reading past the file's end or past MAX_HEADER_BYTES raises FormatError.
     """
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
@@ -127,7 +127,7 @@ class _Cursor:
         self.end = min(len(view), MAX_HEADER_BYTES)
 
     def skip(self, n_bytes: int) -> int:
-        """Step over `n_bytes` and return where they begin."""
+        """Skip `n_bytes` and return their start."""
         start = self.at
         if n_bytes > self.end - start:
             raise self._too_short()
@@ -137,7 +137,7 @@ class _Cursor:
     def _too_short(self) -> FormatError:
         if self.end < len(self.view):
             return corrupt(self.path, f"a header of more than {self.end:,} bytes")
-        return truncated(self.path, "its header ends in mid-sentence")
+        return truncated(self.path, "its header is incomplete")
 
     def number(self, code: str) -> int:
         layout = _NUMBERS[code]
@@ -145,7 +145,7 @@ class _Cursor:
         return value
 
     def count(self, most: int, what: str) -> int:
-        """A number of 64 bits. Raises FormatError beyond `most`."""
+        """Read a 64-bit number. Raises FormatError if it exceeds `most`."""
         found = self.number("Q")
         if found > most:
             raise corrupt(self.path, f"{found:,} {what}")
@@ -184,7 +184,7 @@ class _Cursor:
         return struct.unpack_from(f"<{length}{code}", self.view, start)
 
     def _skip_texts(self, count: int) -> None:
-        # A vocabulary has up to half a million entries: no method call for each.
+        # Inlined: a vocabulary has up to half a million entries.
         view, at, end = self.view, self.at, self.end
         size = struct.Struct("<Q")
         for _ in range(count):
@@ -198,7 +198,7 @@ class _Cursor:
 
 
 def truncated(path: Path, detail: str) -> TruncatedError:
-    return TruncatedError(f"{path} is cut short: {detail}", "download or copy the file again")
+    return TruncatedError(f"{path} is truncated: {detail}", "download or copy the file again")
 
 
 def corrupt(path: Path, detail: str) -> FormatError:
@@ -211,9 +211,9 @@ def align(position: int, alignment: int) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Read the keys and the tensor table; memory is bounded by the number of tensors.
+    """Read the keys and the tensor table.
 
-    Raises FormatError for anything but a whole little-endian GGUF of version 2 or 3.
+    Raises FormatError for anything but a complete little-endian GGUF file of version 2 or 3.
     """
     try:
         mode = path.stat().st_mode
@@ -237,12 +237,12 @@ def _check_magic(path: Path, start: bytes) -> None:
         raise truncated(path, "nothing follows its first bytes")
     version = int.from_bytes(start[4:8], "little")
     if version not in VERSIONS:
-        # As llama.cpp tells them apart: a swapped small number has nothing in its low half.
+        # llama.cpp's test: the low half of a byte-swapped small number is 0.
         if version & 0xFFFF == 0:
             raise FormatError(f"{path} is a big-endian GGUF file", "use a little-endian one")
         raise FormatError(
-            f"{path} has GGUF version {version}; known are {' and '.join(map(str, VERSIONS))}",
-            "convert the model anew with a current llama.cpp",
+            f"{path} has GGUF version {version}, supported: {' and '.join(map(str, VERSIONS))}",
+            "convert the model again with a current llama.cpp",
         )
 
 
@@ -293,13 +293,13 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     *dims, kind, offset = layout.unpack_from(cursor.view, cursor.skip(layout.size))
     if kind not in BLOCK_SIZES:
         raise FormatError(
-            f"{cursor.path}: tensor {name} has type {kind}, which is not known here",
-            "use a newer pop-local, or another quantisation",
+            f"{cursor.path}: tensor {name} has the unknown type {kind}",
+            "use a newer pop-local, or another quantization",
         )
     if kind in _WITHOUT_PRODUCT:
         raise FormatError(
             f"{cursor.path}: tensor {name} has type {GGMLQuantizationType(kind).name}, which"
-            " llama.cpp multiplies nothing by",
+            " llama.cpp cannot multiply",
             "download it again",
         )
     n_elements = math.prod(dims)
@@ -324,7 +324,7 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
 
 
 def _check_data(header: Header) -> None:
-    """Require that tensors follow each other (llama.cpp insists), all inside the file."""
+    """Require contiguous tensors inside the file, as llama.cpp does."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:
@@ -334,6 +334,4 @@ def _check_data(header: Header) -> None:
         last = header.tensors[-1]
         needed = header.data_start + last.offset + last.size_bytes
         if needed > header.size_bytes:
-            raise truncated(
-                header.path, f"{needed:,} bytes are needed and it has {header.size_bytes:,}"
-            )
+            raise truncated(header.path, f"it needs {needed:,} bytes and has {header.size_bytes:,}")

@@ -1,4 +1,4 @@
-"""A model on disk: one GGUF file, or the parts of a split one."""
+"""A model on disk: one GGUF file, or the parts of a split file."""
 
 import hashlib
 import re
@@ -9,16 +9,16 @@ from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import Header, Scalar, TensorInfo, read_header
 
 SPLIT_PREFIX = "split."
-# The architecture that a sidecar names: llama.cpp knows none of this name and refuses it.
+# The architecture of a sidecar: llama.cpp refuses it as unknown.
 SIDECAR_ARCH = "pop-sidecar"
-# Bytes of each tensor in a hash that tells models apart: no two agree in that many.
+# Bytes of each tensor in `sampled_sha256`: enough to distinguish any two models.
 SAMPLED_BYTES = 4096
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class SplitPart:
-    """The file name of a part of a split model, taken apart; `number` counts from 1."""
+    """The parsed file name of a split model's part; `number` counts from 1."""
 
     stem: str
     number: int
@@ -26,7 +26,7 @@ class SplitPart:
 
 
 def part_of(name: str) -> SplitPart | None:
-    """Parse the name of a part, as NAME-00001-of-00002.gguf; None for another name."""
+    """Parse a part's file name such as NAME-00001-of-00002.gguf; None for any other name."""
     match = _PART.fullmatch(name)
     return match and SplitPart(match["stem"], int(match["number"]), int(match["count"]))
 
@@ -38,7 +38,7 @@ def part_names(stem: str, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Source:
-    """The headers of all parts in order; only the first carries the model's keys."""
+    """The headers of all parts in order; only the first has the model's keys."""
 
     parts: tuple[Header, ...]
 
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The file name that a single file of this model would have."""
+        """The file name of this model as a single file."""
         part = part_of(self.first.path.name) if self.is_split else None
         return f"{part.stem}.gguf" if part else self.first.path.name
 
@@ -71,29 +71,28 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Read the header of `path` and, when it begins a split model, of the other parts.
+    """Read the header of `path` and, if it is the first part of a split model, of the other parts.
 
-    Raises FormatError when a part is missing or does not belong, or when `path` is a later part or
-    a sidecar.
+    Raises FormatError for a missing or foreign part, and if `path` is a later part or a sidecar.
     """
     first = read_header(path)
     if is_sidecar(first):
         model = first.get("pop.source.name") or "NAME.gguf"
         raise FormatError(
-            f"{path} is a sidecar: it has no model in it",
+            f"{path} is a sidecar and contains no model",
             f"give the model itself ({model}), and this file as its sidecar",
             cause="sidecar-as-model",
             model=model,
         )
     count = _number(first, "split.count") or 0
-    # As llama.cpp, which takes one part for a whole model, whatever it is called.
+    # llama.cpp also treats a single part as a complete model, whatever its name.
     if count <= 1:
         return Source((first,))
     part = part_of(path.name)
     if part is None or part.count != count:
         raise FormatError(
-            f"{path} is one of {count} parts, but is not named like one",
-            f"parts are named NAME-00001-of-{count:05}.gguf",
+            f"{path} is one of {count} parts, but its name does not number it",
+            f"rename the parts: NAME-00001-of-{count:05}.gguf",
         )
     paths = [path.with_name(name) for name in part_names(part.stem, count)]
     if part.number != 1:
@@ -101,8 +100,8 @@ def read_source(path: Path) -> Source:
     missing = [each.name for each in paths if not each.is_file()]
     if missing:
         raise FormatError(
-            f"{len(missing)} of {count} parts are missing beside {path}: {', '.join(missing)}",
-            "all parts must lie in one folder",
+            f"{len(missing)} of {count} parts are missing next to {path}: {', '.join(missing)}",
+            "put all parts into one folder",
         )
     source = Source((first, *map(read_header, paths[1:])))
     _check_parts(source)
@@ -110,9 +109,9 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hash of the headers and of the beginnings of all tensors, in milliseconds.
+    """Return a hash of the headers and the start of each tensor, within milliseconds.
 
-    It tells models of one shape apart, which the headers alone do not.
+    Unlike a hash of the headers, it distinguishes models of the same shape.
     """
     digest = hashlib.sha256()
     for header in source.parts:

@@ -1,7 +1,7 @@
-"""The POP file format: the one definition of its keys, and of the schedule they describe.
+"""The POP file format: definition of its keys and of the schedule that they describe.
 
-An ordinary GGUF with keys `pop.*`. Stock llama.cpp ignores keys that it does not know, so a file
-whose skipped layers use their own K/V projections opens everywhere.
+A POP file is a GGUF file with keys `pop.*`. Stock llama.cpp ignores unknown keys, so it opens files
+whose skipped layers use their own K/V projections.
 """
 
 import re
@@ -23,7 +23,7 @@ MAX_TOKENS = 2**31 - 1
 MAX_TEXT = 1 << 16
 MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
-# A limit of a budget in a file that does not name it.
+# The value of a budget's limit that an older file lacks.
 NO_LIMIT = 1e9
 
 
@@ -31,9 +31,9 @@ NO_LIMIT = 1e9
 class Calibration:
     """The text that projections were fitted on.
 
-    `sha256` is of the text, or of the tokens where some were sampled. Tokens count by the attention
-    that they receive (`weighting`). `n_distilled` of them were read to train the fit end to end
-    (pop_local.research.distill), 0 where it was not.
+    `sha256` is the hash of the text, or of the tokens if some were sampled. Tokens are weighted by
+    the attention that they receive (`weighting`). `n_distilled`: tokens read to train the fit end
+    to end, 0 without such training.
     """
 
     name: str
@@ -46,12 +46,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """The quality on text that was not calibrated on, pruned against full.
+    """The quality of pruned against full reading on held-out text; KL is in nats.
 
-    KL is in nats; pop_local.measure.quality defines each figure. `lookups_*` count exact strings of
-    documents (pop_local.measure.lookups). Of `n` questions, 0 if none was asked, the full model
+    `lookups_*` count exact strings of documents. Of `n` questions (0: not measured), the full model
     answered `full` and pruning `pruned`; `lost` were right in full alone, `gained` pruned alone.
-    `logprob_lost` is what pruning takes of the right string's log-probability, in nats per string.
+    `logprob_lost`: the right string's log-probability in full minus pruned, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -76,9 +75,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Recalled:
-    """Shares of documents whose facts were found again, in files that have no look-ups.
+    """Shares of documents whose facts were found again, in files without look-ups.
 
-    `lost_se`: the standard error of `full` - `pruned`.
+    `lost_se`: standard error of `full` - `pruned`.
     """
 
     n_documents: int
@@ -89,12 +88,12 @@ class Recalled:
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits that a boundary was chosen by: it is the deepest one that `quality` allows.
+    """The limits within which a boundary is the deepest; `quality` is their name.
 
-    The bounds are on kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and on the share of the
-    full model's look-ups that are lost. `tried` holds the boundaries that were measured, and the
-    verdicts. `least_retention`, of random tokens, and `max_lost_recall`, of Recalled, are only in
-    files that have no look-ups. A limit that a file does not name is NO_LIMIT.
+    They limit kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and the lost share of the full
+    model's look-ups. `tried` lists the measured boundaries and verdicts. `least_retention`, of
+    random tokens, and `max_lost_recall`, of Recalled, are only in files without look-ups. A limit
+    that a file lacks is NO_LIMIT.
     """
 
     quality: str
@@ -109,7 +108,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Binding:
-    """The base of a sidecar, told by its size and the sha256 of all that precedes its data."""
+    """The identity of a sidecar's base: its size and the sha256 of everything before its data."""
 
     base_bytes: int
     header_sha256: str
@@ -156,11 +155,11 @@ class PopMeta:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether tensors were added to the model."""
+        """True if the conversion added tensors."""
         return self.projection != Projection.OWN
 
 
-# Key, field of PopMeta, type of the value; in the order in which they are written.
+# Key, field of PopMeta, type; in the order of writing.
 _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.version", "version", int),
     ("pop.schedule", "schedule", str),
@@ -179,7 +178,7 @@ _OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.image_rows", "image_rows", int),
     ("pop.source.size_bytes", "source_bytes", int),
 )
-# As in `pop.budget.quality`; the fields of PopMeta have the same names.
+# Prefixes of keys such as `pop.budget.quality`; the fields of PopMeta have the same names.
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
     "measured": Measured,
@@ -188,20 +187,20 @@ _GROUPS: dict[str, type[Any]] = {
 }
 # Only in sidecars.
 _BINDING = "pop.sidecar."
-# Whole numbers of so named keys are 64 bits wide.
+# Integers of keys with this suffix have 64 bits.
 _SIZE = "_bytes"
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """Return the POP keys of a header, None when it has none.
+    """Return the POP keys of a header, None without any.
 
-    Raises FormatError when they do not fit each other or the model.
+    Raises FormatError if they are inconsistent with each other or with the model.
     """
     if not any(name.startswith(PREFIX) for name in header.keys):
         return None
     if (version := header.get("pop.version")) != VERSION:
         raise FormatError(
-            f"{header.path} has POP version {version}; known is {VERSION}", CONVERT_AGAIN
+            f"{header.path} has POP version {version}, supported: {VERSION}", CONVERT_AGAIN
         )
     values: dict[str, Any] = {}
     for name, field, kind in (*_KEYS, *_OPTIONAL_KEYS):
@@ -225,10 +224,10 @@ def pop_meta(header: Header) -> PopMeta | None:
 
 
 def read_binding(header: Header) -> Binding:
-    """Return what the sidecar of this header is bound to. Raises FormatError."""
+    """Return the identity of a sidecar's base. Raises FormatError."""
     binding = _read_group(header, _BINDING, Binding)
     if binding is None:
-        raise FormatError(f"{header.path} does not say whose sidecar it is", CONVERT_AGAIN)
+        raise FormatError(f"{header.path} does not name the sidecar's model", CONVERT_AGAIN)
     return binding
 
 
@@ -236,7 +235,7 @@ Group = TypeVar("Group", Calibration, Measured, Recalled, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the keys that begin with `prefix`, None when there are none. Raises FormatError."""
+    """Return the keys that start with `prefix`, None without any. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None
@@ -255,7 +254,7 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
 
 
 def _in_range(header: Header, name: str, value: Any) -> Any:
-    """The value of a POP key. Raises FormatError for one that no conversion writes."""
+    """Return the value of a POP key. Raises FormatError for a value that no conversion writes."""
     most = MAX_FILE_NAME if name == "pop.source.name" else MAX_TEXT
     if isinstance(value, str) and len(value.encode(errors="replace")) > most:
         raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
@@ -294,8 +293,8 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
     unknown = sorted(set(meta.schedule) - set("FS"))
     if unknown:
         raise FormatError(
-            f"schedule {meta.schedule!r} uses the letters {', '.join(unknown)}; only F and S are"
-            " known",
+            f"schedule {meta.schedule!r} has unknown letters {', '.join(unknown)}; F and S are"
+            " possible",
             CONVERT_AGAIN,
         )
     if not re.fullmatch("F+S+", meta.schedule):
@@ -312,14 +311,14 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
 
 
 def _n_layer(header: Header) -> int | None:
-    """Count layers; those that predict further tokens (MTP) come last and have no letter."""
+    """Return the number of layers without the MTP layers, which the schedule leaves out."""
     n_layer = header.of_arch("block_count")
     n_nextn = header.of_arch("nextn_predict_layers") or 0
     return n_layer - n_nextn if isinstance(n_layer, int) and isinstance(n_nextn, int) else None
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """Encode the keys of a converted file as they are in it, each by itself."""
+    """Return the encoded keys of a converted file, one bytes object per key."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     keys += [
         _encode_key(name, value)
@@ -333,7 +332,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """Encode all keys of a sidecar, as `encode_keys` does."""
+    """Return all encoded keys of a sidecar, one bytes object per key."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),

@@ -12,9 +12,9 @@ from pop_converter.deep_rows import DeepRows
 from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta
 from pop_converter.projection import Projection
 
-# The paper's middle setting: most of the speed for little of the quality.
+# The paper's middle setting: most of the speed, little loss.
 DEFAULT_SKIP = Fraction(1, 3)
-# 16 leave the first answer token 1.4 times as wrong (docs/notebook), and win 0.5 % of time.
+# With 16 the first answer token has 1.4 times the error (docs/notebook), for 0.5 % of the time.
 TAIL_TOKENS = 32
 
 # A fraction of a model's layers, or a number of layers.
@@ -51,20 +51,20 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up at most of a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
+        """The speed-up limit of a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
         n_full = self.sink_tokens + self.tail_tokens
         more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
         return speedup_limit(self.macs, LIMIT_PROMPT, self.boundary, n_full, more)
 
     @property
     def fitted_layers(self) -> range:
-        """The layers whose K/V projections are fitted; the boundary's own are exact."""
+        """The layers with fitted K/V projections; the boundary layer's own ones are exact."""
         first = self.shape.n_layer if self.projection == Projection.OWN else self.boundary + 1
         return range(first, self.shape.n_layer)
 
     @property
     def meta(self) -> PopMeta:
-        """The keys of the file that this plan makes, but for those of source and fit."""
+        """The keys of the planned file, without those of source and fit."""
         return PopMeta(
             schedule=self.schedule,
             projection=self.projection,
@@ -77,26 +77,37 @@ class Plan:
 
 
 def parse_skip(text: str) -> Share:
-    """Parse what to skip: '1/3' and '0.33' are shares of the layers, '10' is their number.
-
-    Raises PlanError.
-    """
+    """Parse '1/3' and '0.33' as shares of the layers, '10' as a number. Raises PlanError."""
     try:
         skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError):
         skip = 0
     if skip <= 0 or (isinstance(skip, Fraction) and skip >= 1):
         raise PlanError(
-            f"{text!r} says neither a share of the layers nor how many",
+            f"{text!r} is neither a share nor a number of layers",
             "give a fraction (1/3), a decimal below one (0.33) or a number of layers (10)",
         )
     return skip
 
 
+def boundary_of(shape: ModelShape, skip: Share) -> int:
+    """Return the boundary that skips a number of layers, or a share rounded to one or more.
+
+    Raises PlanError if no layer would be kept.
+    """
+    if isinstance(skip, Fraction):
+        skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
+    if skip >= shape.n_layer:
+        raise PlanError(
+            f"{skip} of {shape.n_layer} layers cannot be skipped: one or more must be kept",
+            f"skip up to {shape.n_layer - 1}" if shape.n_layer > 1 else "",
+        )
+    return shape.n_layer - skip
+
+
 def make_plan(
     shape: ModelShape,
     *,
-    skip: Share = DEFAULT_SKIP,
     boundary: int | None = None,
     sink_tokens: int = PopMeta.sink_tokens,
     tail_tokens: int = TAIL_TOKENS,
@@ -105,38 +116,29 @@ def make_plan(
     deep_rows: DeepRows = DeepRows.NONE,
     macs: Macs = uncounted,
 ) -> Plan:
-    """Decide a conversion; the boundary is as given, else it follows from `skip`.
+    """Plan a conversion that skips the layers from `boundary` on (None: the last third).
 
-    A fraction is rounded to whole layers, but never to none. `min_prompt`: the shortest prompt in
-    tokens that is pruned; None takes twice the full rows, which saves half as much as a long one.
-    `projection` is "own" where there is nothing to fit: with one skipped layer, whose own
-    projections are exact, and where a skipped layer takes no others.
+    `min_prompt`: length in tokens of the shortest pruned prompt (None: twice the full rows, at
+    which pruning saves half as much as for a long prompt). `projection` becomes OWN if nothing can
+    be fitted: with one skipped layer, whose own projections are exact, or with a layer that takes
+    no fitted ones.
 
-    Raises PlanError when nothing would be kept or skipped, or a token count does not fit. Raises
-    UnsupportedArchitectureError where context tokens leave the model earlier than that, exactly.
+    Raises PlanError if no layer would be kept or skipped, or for a bad token count. Raises
+    UnsupportedArchitectureError if context tokens already leave this model earlier, without loss.
     """
     if boundary is None:
-        if isinstance(skip, Fraction):
-            skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
-        boundary = shape.n_layer - skip
-        if boundary < 1:
-            raise PlanError(
-                f"{shape.n_layer - boundary} of {shape.n_layer} layers cannot be skipped: at least "
-                "one must be kept",
-                f"skip {shape.n_layer - 1} at most" if shape.n_layer > 1 else "",
-            )
+        boundary = boundary_of(shape, DEFAULT_SKIP)
     if not 0 < boundary < shape.n_layer:
         raise PlanError(
-            f"of {shape.n_layer} layers at least one must be kept and one skipped: boundary "
-            f"{boundary} does not",
+            f"boundary {boundary} is impossible for {shape.n_layer} layers",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
     if shape.exact and boundary > shape.exact - 2:
         require_prunable(shape)
     if boundary < shape.n_deepstack:
         raise PlanError(
-            f"the first {shape.n_deepstack} layers take features of images: boundary {boundary}"
-            " would skip some of them",
+            f"boundary {boundary} would skip layers that take image features: the first"
+            f" {shape.n_deepstack} layers",
             f"choose a boundary from {shape.n_deepstack} to {shape.n_layer - 1}",
         )
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
@@ -155,26 +157,26 @@ def make_plan(
 
 
 def require_prunable(shape: ModelShape) -> None:
-    """Raises UnsupportedArchitectureError where nothing need be converted."""
+    """Raise UnsupportedArchitectureError if the model reads fast without a conversion."""
     if shape.exact:
         earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
-            f"this {shape.arch} model already reads fast, and exactly: context tokens leave it at"
-            f" layer {shape.exact} of {shape.n_layer}, since the layers from there on share the K/V"
-            " of earlier ones; there is nothing to convert",
-            f"use the file as it is{earlier}",
+            f"this {shape.arch} model needs no conversion: context tokens leave it at layer"
+            f" {shape.exact} of {shape.n_layer} without loss, since the later layers share the K/V"
+            " of earlier ones",
+            f"use the file unchanged{earlier}",
         )
 
 
 def require_fit(plans: Sequence[Plan]) -> None:
-    """Raises PlanError where none of the plans has projections to fit, but for a last layer's."""
+    """Raise PlanError if several layers are skipped and no plan has projections to fit."""
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):
         found = skipping_of(plans[0].shape)
         why = found.no_fit or f"it can be fitted from boundary {found.fits_from} on"
         raise PlanError(
-            f"no projections can be fitted there for this {plans[0].shape.arch} model: {why}",
-            "leave the skipped layers their own",
+            f"no projections can be fitted for this {plans[0].shape.arch} model: {why}",
+            "use the layers' own projections",
             cause="no-fit",
         )

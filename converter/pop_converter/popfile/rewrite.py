@@ -1,4 +1,4 @@
-"""Writes converted files, and turns them back: streaming, atomic, and proved by reading back."""
+"""Streaming, atomic writing of converted files, their verification, and the way back."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -35,16 +35,15 @@ from pop_converter.popfile.format import (
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import TENSOR_MARK, Projection
 
-# As long as a real one, so that the header keeps its size.
+# A placeholder of the same length keeps the header's size.
 UNKNOWN_SHA256 = "0" * 64
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Fitted projections as they go into the file, with what they were fitted on.
+    """Encoded fitted projections and their calibration.
 
-    `image_rows`: rows of pictures, besides the tokens of the calibration. `projection`: which
-    kind of fit (pop_converter.popfile.format).
+    `image_rows`: rows of pictures in addition to the calibration's tokens.
     """
 
     calibration: Calibration
@@ -53,22 +52,22 @@ class Fitted:
     projection: Projection = Projection.FITTED
 
 
-# Called with the written file before it takes its place; raising keeps it from doing so.
+# Measures the written file before it replaces the target; an exception prevents the replacement.
 Examine = Callable[[Path], Measured]
 
 
 @dataclass(frozen=True)
 class FileSizes:
-    """The bytes that a conversion reads and writes."""
+    """Sizes in bytes of a conversion's input and output."""
 
     source_bytes: int
     output_bytes: int
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the sizes of a conversion without doing it (padding and measured quality aside).
+    """Return a conversion's sizes without converting (padding and measured quality excluded).
 
-    Raises FormatError as `convert` does for a bad source.
+    Raises FormatError for a bad source.
     """
     source = unconverted(src)
     content = read_content(source, without=PREFIX)
@@ -79,7 +78,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the bytes that a plan's fitted weights and biases take in a file, 0 for none."""
+    """Return the size in bytes of a plan's fitted weights and biases, 0 for own projections."""
     if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
@@ -89,7 +88,7 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
 
 
 def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
-    """Return the type of a file's fitted weights; None when it has none, or of another type."""
+    """Return the type of a file's fitted weights, None for no fit or an unknown type."""
     kinds = {
         tensor.type
         for tensor in tensors
@@ -99,10 +98,7 @@ def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
 
 
 def check_target(src: Path, dst: Path, sizes: FileSizes, *, force: bool) -> None:
-    """Refuse an output beforehand, as `convert` would.
-
-    Raises FormatError, OutputExistsError, WriteError.
-    """
+    """Raise FormatError, OutputExistsError or WriteError if `convert` would refuse the output."""
     check_output(dst, unconverted(src).paths, sizes.output_bytes, force=force)
 
 
@@ -116,12 +112,14 @@ def convert(
     progress: Progress = lambda done, total: None,
     force: bool = False,
 ) -> PopMeta:
-    """Write `src`, one file or the first of several parts, to `dst` with the keys of `plan`.
+    """Write `src`, a file or the first of several parts, to `dst` with the keys of `plan`.
 
-    Both are then read again, and every byte is compared. `progress` gets the bytes done and those
-    in total, of both passes. `fitted` belongs to a plan with fitted projections; `examine` measures
-    the written file. Returns the keys as written. Raises FormatError, PlanError, OutputExistsError,
-    WriteError, and what `examine` raises; an earlier `dst` stays then, and nothing new is left.
+    Both files are then read again and compared byte for byte. `progress` is called with the bytes
+    done and the total of both passes. `fitted` is required if the plan has fitted projections;
+    `examine` measures the written file. Returns the written keys.
+
+    Raises FormatError, PlanError, OutputExistsError, WriteError, and anything that `examine`
+    raises. An existing `dst` then stays unchanged, and no other file is left.
     """
     source = planned_source(plan, src, fitted)
     content = read_content(source, without=PREFIX)
@@ -138,7 +136,7 @@ def convert(
         meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode_keys)
         if not _verify(Path(file.name), content, whole, meta, ran):
             raise WriteError(
-                f"what was written to {dst} is not what was read", "check the disk, then try again"
+                f"the copy {dst} differs from its source", "check the disk, then try again"
             )
     return meta
 
@@ -150,7 +148,7 @@ def finish(
     examine: Examine | None,
     encode: Callable[[PopMeta], tuple[bytes, ...]],
 ) -> PopMeta:
-    """Write what is added after the data, measure the file, and write its header anew with that."""
+    """Append the added tensors, measure the file, and rewrite its header with the measurement."""
     file.writelines(whole.added)
     file.flush()
     if examine:
@@ -164,16 +162,16 @@ def finish(
 def strip(
     src: Path, dst: Path, *, progress: Progress = lambda done, total: None, force: bool = False
 ) -> PopMeta:
-    """Write to `dst` the file that `src` was converted from, byte for byte (parts as one file).
+    """Write the file that `src` was converted from to `dst`, byte for byte (parts joined).
 
-    The bytes written must hash to `pop.source.sha256`. Returns the keys of `src`. Raises
-    FormatError, OutputExistsError, WriteError; an earlier `dst` stays then, and nothing new is
-    left.
+    The written bytes must hash to `pop.source.sha256`. Returns the keys of `src`. Raises
+    FormatError, OutputExistsError, WriteError. An existing `dst` then stays unchanged, and no other
+    file is left.
     """
     source = read_source(src)
     meta = pop_meta(source.first)
     if meta is None:
-        raise FormatError(f"{src} is not a converted file: there is nothing to strip")
+        raise FormatError(f"{src} is not a converted file", "strip takes a converted file")
     restored = original(source, meta)
     check_output(dst, source.paths, restored.size_bytes, force=force)
     ran = counting(restored.data_bytes, progress)
@@ -182,21 +180,21 @@ def strip(
         sha256 = copy_data(restored, restored.header, file.write, ran)
         if sha256 != meta.source_sha256:
             raise FormatError(
-                f"{src} was changed after its conversion: the original cannot be restored from it",
-                "take the original file, or download it again",
+                f"the original cannot be restored: {src} was changed after its conversion",
+                "use the original file, or download it again",
             )
     return meta
 
 
 def original(source: Source, meta: PopMeta) -> Content:
-    """Return the content that a converted file was made from. Raises FormatError."""
+    """Return the content of a converted file's source. Raises FormatError."""
     content = read_content(source, without=PREFIX)
     added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
     return without_last(content, added, meta.source_bytes) if added else content
 
 
 def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, advance: Ran) -> bool:
-    """Tell whether the original, byte for byte, the added tensors, and `meta` are on disk."""
+    """Return True if the file has `meta`, the original's bytes and the added tensors."""
     source = read_source(written)
     return (
         pop_meta(source.first) == meta
@@ -206,12 +204,12 @@ def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, adva
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the source that `plan` and `fitted` were made for. Raises FormatError, PlanError."""
+    """Read the source of `plan` and `fitted`. Raises FormatError, PlanError."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
-        raise PlanError(f"the plan was made for another model than {src}")
+        raise PlanError(f"the plan is for another model than {src}")
     if (plan.projection != Projection.OWN) != (fitted is not None):
-        raise PlanError("the plan is for fitted projections, and there are none (or the reverse)")
+        raise PlanError("the plan needs fitted projections, or fitted projections need such a plan")
     return source
 
 
@@ -223,7 +221,7 @@ def draft_meta(
     *,
     source_bytes: int = 0,
 ) -> PopMeta:
-    """Return the keys before the source is hashed and the output measured, and just as long."""
+    """Return keys of the final length, with placeholders for hash and measurement."""
     return replace(
         plan.meta,
         projection=fitted.projection if fitted else plan.projection,
@@ -238,12 +236,12 @@ def draft_meta(
 
 
 def unconverted(src: Path) -> Source:
-    """Read a source that is to be converted. Raises FormatError when it is already."""
+    """Read a source to convert. Raises FormatError if it is converted already."""
     source = read_source(src)
     if pop_meta(source.first) is not None:
         raise FormatError(
             f"{src} is converted already",
-            "get the original back first: strip",
+            "restore the original first: strip",
             cause="converted-already",
         )
     return source

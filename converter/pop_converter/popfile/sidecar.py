@@ -1,7 +1,8 @@
-"""Sidecars: the POP keys and tensors of a model in a small file of their own, beside it.
+"""Sidecars: a model's POP keys and tensors in a small separate file.
 
-The model is neither copied nor changed. A sidecar knows it by its size and by a hash of its keys
-and tensor table, so that opening both reads no gigabytes. `pop.source.sha256` covers all of it.
+The model is neither copied nor changed. A sidecar identifies it by its size and a hash of its keys
+and tensor table, so that opening both reads no gigabytes. `pop.source.sha256` covers the whole
+model.
 """
 
 import glob
@@ -57,16 +58,15 @@ def sidecar_path(base: Source) -> Path:
 
 
 def existing_sidecar(base: Source) -> Path | None:
-    """Return the sidecar at `sidecar_path`; None for none, and for a converted model."""
+    """Return the sidecar at `sidecar_path` if it exists; None for a converted model."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 
 
 def base_path(sidecar: Path, source_name: str) -> Path | None:
-    """Return the model beside its sidecar, or its first part; None when there is none.
+    """Return the model next to its sidecar, or the model's first part; None if it is missing.
 
-    Whether it is the right one, `bind` tells. The name comes from a file that may come from
-    anywhere: its folder is not followed.
+    The caller checks its identity (`bind`). `source_name` is untrusted: its folder is ignored.
     """
     name = Path(source_name).name
     found = sidecar.with_name(name or sidecar.name)
@@ -77,10 +77,7 @@ def base_path(sidecar: Path, source_name: str) -> Path | None:
 
 
 def bind(base: Source) -> Binding:
-    """Hash what precedes the data of each part, by which a sidecar knows its model.
-
-    Raises FormatError.
-    """
+    """Return the model's identity for its sidecars. Raises FormatError."""
     digest = hashlib.sha256()
     for part in base.parts:
         try:
@@ -92,17 +89,17 @@ def bind(base: Source) -> Binding:
 
 
 def read_sidecar(path: Path, base: Source) -> PopMeta:
-    """Read the POP keys of the sidecar at `path`, which must be that of `base`.
+    """Read the POP keys of the sidecar at `path` of the model `base`.
 
-    Raises FormatError when it is none, belongs to another model or was edited, or when `base` has
-    POP keys itself.
+    Raises FormatError if `path` is no sidecar, belongs to another model or was edited, and if
+    `base` has POP keys.
     """
     header = read_header(path)
     meta = sidecar_meta(header)
     if pop_meta(base.first) is not None:
         raise FormatError(
-            f"{base.first.path} is converted itself: it takes no sidecar",
-            "open it without a sidecar, or give the file that it was converted from",
+            f"{base.first.path} is a converted model, which takes no sidecar",
+            "open it without a sidecar, or give the original model",
             cause="sidecar-for-converted",
         )
     binding = read_binding(header)
@@ -110,7 +107,7 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
         raise FormatError(
             f"{path} does not belong to {base.first.path}: it is the sidecar of "
             f"{meta.source_name}, {binding.base_bytes:,} bytes",
-            "make one for this model",
+            "create a sidecar for this model",
             cause="foreign-sidecar",
             model=base.first.path,
         )
@@ -119,21 +116,21 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
 
 
 def sidecar_meta(header: Header) -> PopMeta:
-    """Return the POP keys of a sidecar, whosever it is. Raises FormatError when it is none."""
+    """Return the POP keys of a sidecar of any model. Raises FormatError if it is no sidecar."""
     meta = pop_meta(header)
     if meta is None:
         raise FormatError(
-            f"{header.path} is not a sidecar", "make one for the model", cause="not-a-sidecar"
+            f"{header.path} is not a sidecar", "create one for the model", cause="not-a-sidecar"
         )
     if not is_sidecar(header):
         raise FormatError(
-            f"{header.path} is not a sidecar", "it is a converted model: open it by itself"
+            f"{header.path} is a converted model, not a sidecar", "open it without a sidecar"
         )
     return meta
 
 
 def fitted_tensors(path: Path) -> dict[str, NewTensor]:
-    """Return the tensors that a fit added to a file or sidecar, by name. Raises FormatError."""
+    """Return a file's or sidecar's fitted tensors by name. Raises FormatError."""
     header = read_header(path)
     try:
         with path.open("rb") as file:
@@ -149,12 +146,12 @@ def fitted_tensors(path: Path) -> dict[str, NewTensor]:
 
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
-    """Return the POP keys of a model, its own or those of its sidecar. Raises FormatError."""
+    """Return a model's own POP keys or those of its sidecar. Raises FormatError."""
     return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base)
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
-    """Compare the names of tensors; llama.cpp compares shapes and types on loading."""
+    """Check the names of tensors; llama.cpp checks shapes and types when it loads the file."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
     is_wide = meta.projection == Projection.WIDE
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
@@ -175,13 +172,13 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
     if unknown := sorted(found - expected):
         raise FormatError(
             f"{header.path} has the tensor {unknown[0]}, which its schedule and projection do not "
-            "ask for",
+            "use",
             CONVERT_AGAIN,
         )
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the sizes of `write_sidecar`, without doing it (see `rewrite.measure`)."""
+    """Return the sizes of `write_sidecar` without writing (see `rewrite.measure`)."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
@@ -198,10 +195,10 @@ def write_sidecar(
     progress: Progress = lambda done, total: None,
     force: bool = False,
 ) -> PopMeta:
-    """Write the keys and tensors that `plan` and `fitted` add to `src` to a file of their own.
+    """Write the keys and tensors that `plan` and `fitted` add to `src` to the file `dst`.
 
-    `src` is read once, to hash it: `progress` gets the bytes read and their total. All else is as
-    in `rewrite.convert`.
+    `src` is read once for its hash: `progress` is called with the bytes read and their total. The
+    rest is like `rewrite.convert`.
     """
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)
@@ -217,20 +214,18 @@ def write_sidecar(
         file.write(draft.header)
         meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode)
         if not _holds(Path(file.name), whole.with_keys(encode(meta))):
-            raise WriteError(
-                f"what was written to {dst} is not what was meant", "check the disk, then try again"
-            )
+            raise WriteError(f"the written file {dst} has errors", "check the disk, then try again")
         if bind(read_source(src)) != binding:
-            raise WriteError(f"{src} changed while it was read", "try again")
+            raise WriteError(f"{src} changed during reading", "try again")
     return meta
 
 
 def write_trial(
     plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
 ) -> None:
-    """Write a sidecar that is only measured: nothing of the model is read or hashed for it.
+    """Write a temporary sidecar for a measurement, without hashing the model.
 
-    `binding` is that of `source` (`bind`). Raises WriteError.
+    `binding` is the identity of `source` (`bind`). Raises WriteError.
     """
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.format import Budget
-from pop_converter.popfile.pruning_plan import Plan, make_plan, parse_skip
+from pop_converter.popfile.pruning_plan import Plan, boundary_of, make_plan, parse_skip
 from pop_local.measure.budget import boundaries
 
 # No model was seen to copy with fewer than a third of its layers left.
@@ -53,7 +53,7 @@ class Skip(Named):
     share: str
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        return make_plan(shape, skip=parse_skip(self.share), **rows)
+        return make_plan(shape, boundary=boundary_of(shape, parse_skip(self.share)), **rows)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def _damaged(path: Path, tmp_path: Path, at: int, raw: bytes) -> Path:
         (4, struct.pack(">I", 3), "big-endian"),
         (4, struct.pack("<I", 1), "version 1"),
         (4, struct.pack("<I", 4), "version 4"),
-        (8, struct.pack("<Q", 2**60), "cut short|not a valid"),
-        (16, struct.pack("<Q", 2**60), "cut short|not a valid"),
+        (8, struct.pack("<Q", 2**60), "truncated|not a valid"),
+        (16, struct.pack("<Q", 2**60), "truncated|not a valid"),
     ],
 )
 def test_bad_start(tiny, tmp_path, at, raw, says):
@@ -105,7 +105,7 @@ def test_cut_short_anywhere(tiny, tmp_path):
     bad = tmp_path / "bad.gguf"
     for cut in sorted(cuts):
         bad.write_bytes(data[:cut])
-        with pytest.raises(FormatError, match="cut short"):
+        with pytest.raises(FormatError, match="truncated"):
             read_header(bad)
     bad.write_bytes(data[:end])
     assert read_header(bad).tensors == header.tensors

@@ -151,7 +151,7 @@ def test_layers_that_take_features_of_images_are_kept(tmp_path):
     shape = read_shape(make_gguf(tmp_path / "m.gguf", "qwen3vl"))
     assert shape.n_deepstack == 3
     assert make_plan(shape, boundary=3).boundary == min(boundaries(shape, 8)) == 3
-    with pytest.raises(PlanError, match="first 3 layers take features of images"):
+    with pytest.raises(PlanError, match="image features: the first 3 layers"):
         make_plan(shape, boundary=2)
 
 

@@ -95,7 +95,7 @@ def test_a_part_that_nobody_asked_for_is_not_the_whole(hub, tmp_path):
 )
 def test_a_file_that_is_cut_short_is_not_kept(hub, tmp_path, headers):
     hub.raw = [reply(WHOLE[:1000], *headers)]
-    with pytest.raises(PopError, match=r"tiny\.gguf sent is cut short: 4,\d+ bytes are needed"):
+    with pytest.raises(PopError, match=r"tiny\.gguf sent is truncated: it needs 4,\d+ bytes"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
 

@@ -162,7 +162,7 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, monkeypatch, r
     # A thread that waits all the same must not wait for ever.
     rescue = threading.Timer(10, path.write_bytes, (b"",))
     rescue.start()
-    with pytest.raises(PopError, match="nobody writes to the pipe"):
+    with pytest.raises(PopError, match="no process writes to the pipe"):
         read(path)
     rescue.cancel()
 
