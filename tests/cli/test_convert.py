@@ -229,7 +229,7 @@ def test_command_prints_its_plan_and_writes_beside(tiny, tmp_path):
 
 
 def test_a_dry_run_refuses_the_output_that_a_conversion_would(tiny, tmp_path):
-    for target, reason in ((tiny, "input itself"), (tmp_path / "no" / "out.gguf", "does not exist")):
+    for target, reason in ((tiny, "input itself"), (tmp_path / "no" / "out.gguf", "not exist")):
         refused = command(str(tiny), str(target), "--dry-run")
         assert refused.exit_code == 1
         assert reason in " ".join(refused.stderr.split())

@@ -78,7 +78,7 @@ def source_shape(source: Source) -> ModelShape:
     keys = ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
     if not 0 < n_layer <= MAX_LAYERS:
-        raise keys.wrong(f"has an invalid number of layers ({n_layer})")
+        raise keys.wrong(f"has {n_layer} layers, and 1 to {MAX_LAYERS} are possible")
     layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
     if (n_embd := keys.number("embedding_length")) < 1:
         raise keys.wrong("has states of 0 values")
