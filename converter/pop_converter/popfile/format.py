@@ -48,8 +48,8 @@ class Calibration:
 class Measured:
     """The quality of pruned against full reading on held-out text; KL is in nats.
 
-    `lookups_*` count exact strings of documents. Of `n` questions (0: not measured), the full model
-    answered `full` and pruning `pruned`; `lost` were right in full alone, `gained` pruned alone.
+    `lookups_*` count exact strings of documents: `n` questions (0: not measured), `full` right in
+    full and `pruned` right pruned, `lost` right in full alone, `gained` right pruned alone.
     `logprob_lost`: the right string's log-probability in full minus pruned, in nats per string.
     """
 
