@@ -1,1 +1,1 @@
-"""Fits the K/V projections of a plan: texts, windows, the pass over them, the sums on disk."""
+"""Fits of a plan's K/V projections: texts, windows, the pass over them, sums on disk."""

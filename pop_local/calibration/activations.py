@@ -1,4 +1,4 @@
-"""The activations of a model while it reads windows of a text in full, one by one."""
+"""A model's activations on windows of text that it reads in full."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -24,7 +24,7 @@ def loaded(
     n_gpu_layers: int = -1,
     rpc: Sequence[str] = (),
 ) -> closing[Context]:
-    """Open a model to read windows of N_WINDOW tokens with. Raises PopError."""
+    """Open a model for windows of N_WINDOW tokens. Raises PopError."""
     options = ContextOptions(
         n_ctx=N_WINDOW,
         n_batch=N_WINDOW,
@@ -39,7 +39,7 @@ def loaded(
 
 
 class WindowReader:
-    """Reads windows one by one, each into an empty KV cache, which show what is wanted of them."""
+    """A reader of single windows into an empty KV cache; it returns the requested activations."""
 
     def __init__(self, context: Context, wanted: Wanted) -> None:
         self._slot, self._wanted = Slot(context), wanted
@@ -47,14 +47,14 @@ class WindowReader:
         taps.set_taps(context.ctx, wanted)
 
     def window(self, tokens: Sequence[int]) -> Tapped:
-        """Read one window, of two tokens at least.
+        """Read a window of two tokens or more.
 
-        Raises PopError when llama.cpp fails, and whatever Ctrl-C raises.
+        Raises PopError if llama.cpp fails, and the exception of a signal handler (Ctrl-C).
         """
         return self._read(lambda: self._slot.decode(tokens, 0, Outputs.NONE))
 
     def image(self, vision: Mmproj, image: ImageChunk) -> Tapped:
-        """Read an image as a window. Raises as `window` and Mmproj.decode do."""
+        """Read an image as a window. Raises the errors of `window` and Mmproj.decode."""
         return self._read(lambda: vision.decode(self._slot, image, 0))
 
     def _read(self, decode: Callable[[], object]) -> Tapped:
@@ -65,7 +65,7 @@ class WindowReader:
         tapped = taps.take(self._slot.context.ctx)
         if tapped is None or not tapped.has(self._wanted):
             raise PopError(
-                "the backend does not show what layers of this model compute",
+                "the backend does not return the activations of this model's layers",
                 "reinstall the backend, or convert with the model's own projections",
                 cause="activations-not-shown",
             )

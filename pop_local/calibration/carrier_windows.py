@@ -1,7 +1,7 @@
-"""Windows of synthetic look-ups: a document with exact values, then questions and their answers.
+"""Windows of synthetic look-ups: a document with exact values, then questions and answers.
 
-Running text hardly ever asks for an exact string of its context. So fits that never see one lose
-look-ups first.
+Running text rarely needs an exact string of its context, so fits that never see one lose look-ups
+first.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ class CarrierWindows:
 def carrier_windows(
     context: Context, n: int, n_tokens: int, prose: str, seed: int
 ) -> CarrierWindows:
-    """Write `n` windows of `n_tokens` tokens each; the same seed writes the same windows.
+    """Build `n` windows of `n_tokens` tokens, determined by the seed.
 
-    There are none if the vocabulary is so small that a window holds no document.
+    The result is empty if the vocabulary is too small to fit a document into a window.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)
@@ -61,7 +61,7 @@ def carrier_windows(
 def _written(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
 ) -> AnsweredCarrier:
-    """Write a document with as many of its questions as fit `n_tokens`, one at least."""
+    """Build a document with one question or more, as far as they fit into `n_tokens`."""
 
     def count(text: str) -> int:
         return len(context.tokenize(text))
@@ -76,7 +76,7 @@ def _written(
 
 
 def _marked(context: Context, tokens: Sequence[int], carrier: AnsweredCarrier) -> list[bool]:
-    """Return which tokens spell a part of an answer."""
+    """Return True for each token that spells a part of an answer."""
     pieces = Pieces(context)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
     # Some tokenizers put a space before the text.

@@ -1,4 +1,4 @@
-"""How to fit: one set of options for the library, the commands and the kept state."""
+"""Options of a fit, for the library, the commands and the stored state."""
 
 import glob
 from dataclasses import dataclass, replace
@@ -10,15 +10,14 @@ from pop_converter.projection import Projection
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How to fit the K/V projections of skipped layers.
+    """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: a kind of fit (pop_converter.popfile.format), None for the better one, measured.
-    `tokens`: how many to read, None for a number by the model. `texts`: files and folders, none for
-    Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
-    pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
-    None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
-    or drawn ones. `distill_tokens`: of text for a fit that is distilled, too, None for as many as
-    are read, 64k at least.
+    `projection`: the kind of fit (None: measured and chosen). `tokens`: tokens to read (None: by
+    the model's size). `texts`: files and folders (none: Python's documentation and code, and
+    samples of the model). `memory_bytes`: memory for the sums of one pass (None: half of the free
+    memory). `state_path`: file that stores a stopped fit (None: not stored). `mmproj`: fits on
+    pictures too, from the folder `images` or drawn. `distill_tokens`: tokens of text for distilling
+    (None: the fit's, 64k or more).
     """
 
     tokens: int | None = None
@@ -34,14 +33,14 @@ class FitOptions:
 
     @property
     def text_name(self) -> str:
-        """The text, and the pictures if there are any, for people."""
+        """The text and pictures in words."""
         from pop_local.calibration.texts import DEFAULT_NAME
 
         shown = f"; pictures ({self.images or 'drawn'})" if self.mmproj else ""
         return f"{', '.join(map(str, self.texts)) or DEFAULT_NAME}{shown}"
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return how many tokens are read, in whole windows.
+        """Return the number of tokens to read, in whole windows.
 
         Raises CalibrationError for too few.
         """
@@ -52,7 +51,7 @@ class FitOptions:
         return n_windows(self.tokens, n_embd) * N_WINDOW
 
     def n_distilled(self, n_embd: int) -> int:
-        """Return how many windows of text a fit is trained on at most. Raises CalibrationError."""
+        """Return the maximum number of windows to distil on. Raises CalibrationError."""
         from pop_local.calibration.texts import N_DISTILLED, N_WINDOW
 
         n_tokens, least = self.n_tokens(n_embd), N_DISTILLED
@@ -61,7 +60,7 @@ class FitOptions:
         return max(n_tokens // N_WINDOW, least)
 
     def require_text(self, n_embd: int) -> None:
-        """Refuse what a fit would refuse, before anything is measured. Raises PopError."""
+        """Raise PopError before any measurement if a fit would refuse the text or pictures."""
         from pop_local.calibration.texts import require_text
 
         self.n_tokens(n_embd)
@@ -75,15 +74,15 @@ class FitOptions:
             pictures_of(self.images)
 
     def at(self, boundary: int) -> "FitOptions":
-        """Return the options with a state file of their own, for one of several fits."""
+        """Return the options with a separate state file, for one of several fits."""
         if self.state_path is None:
             return self
         path = self.state_path
         kind = f"-{self.projection}" if self.projection else ""
         return replace(self, state_path=path.with_name(f"{path.name}-{boundary}{kind}"))
 
-    def kept(self) -> list[Path]:
-        """Return the state files that are there, of whatever boundaries (`at`)."""
+    def state_files(self) -> list[Path]:
+        """Return the existing state files of all boundaries (`at`)."""
         if self.state_path is None:
             return []
         name = glob.escape(self.state_path.name)

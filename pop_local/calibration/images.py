@@ -1,4 +1,4 @@
-"""Pictures to calibrate on, the user's or drawn ones, and the images that a model makes of them."""
+"""Pictures to calibrate on, the user's or drawn ones, and their encoded images."""
 
 import functools
 import hashlib
@@ -27,7 +27,7 @@ _WORDS = "total date amount name sum of page figure table left right red blue op
 
 
 def open_vision(context: Context, mmproj: Path, should_stop: Callable[[], bool]) -> Mmproj:
-    """Open an mmproj. Raises PopError where it is none, or belongs to another model."""
+    """Open an mmproj. Raises PopError if it is invalid or belongs to another model."""
     vision = Mmproj(
         mmproj,
         use_gpu=False,
@@ -38,21 +38,21 @@ def open_vision(context: Context, mmproj: Path, should_stop: Callable[[], bool])
 
 
 def images_of(vision: Mmproj, pictures: Sequence[Picture]) -> list[ImageChunk]:
-    """Cut pictures up into images of up to N_WINDOW rows each. Raises CalibrationError for none."""
+    """Split pictures into images of up to N_WINDOW rows. Raises CalibrationError without any."""
     every = [image for picture in pictures for image in vision.see(picture).images.values()]
     found = [image for image in every if image.n_rows <= N_WINDOW]
     if not found:
         raise CalibrationError(
-            f"{vision.path} makes more than {N_WINDOW} tokens of every picture",
-            "fit on text alone: leave the mmproj out",
+            f"{vision.path} turns every picture into more than {N_WINDOW} tokens",
+            "omit the mmproj, to fit on text alone",
         )
     return found
 
 
 def pictures_of(folder: Path | None) -> Sequence[Picture]:
-    """Read the pictures in a folder and below, or draw some where None is given.
+    """Read the pictures in a folder and its subfolders, or draw some if it is None.
 
-    Raises CalibrationError for a folder without any, PopError without Pillow.
+    Raises CalibrationError for a folder without pictures, PopError without Pillow.
     """
     if folder is None:
         return draw_pictures(N_DRAWN)
@@ -63,13 +63,13 @@ def pictures_of(folder: Path | None) -> Sequence[Picture]:
                 found.append(read_picture(path))
     if not found:
         raise CalibrationError(
-            f"{folder} holds no pictures", "give a folder of PNG or JPEG files, or none"
+            f"{folder} has no pictures", "give a folder of PNG or JPEG files, or omit it"
         )
     return found
 
 
 def identity(mmproj: Path, pictures: Sequence[Picture]) -> str:
-    """Tell apart what a calibration with images reads."""
+    """Return a hash that identifies the images of a calibration."""
     parts = [picture.sha256 for picture in pictures]
     stat = mmproj.stat()
     return hashlib.sha256(repr([stat.st_size, stat.st_mtime_ns, *parts]).encode()).hexdigest()
@@ -77,7 +77,7 @@ def identity(mmproj: Path, pictures: Sequence[Picture]) -> str:
 
 @functools.cache
 def draw_pictures(n: int, seed: int = 0) -> tuple[Picture, ...]:
-    """Draw pictures of gradients, shapes and words, the same for the same seed.
+    """Draw pictures of gradients, shapes and words, determined by the seed.
 
     Raises PopError without Pillow.
     """

@@ -1,4 +1,4 @@
-"""The calibration of one plan or several: the pass over the text, and the fits from its sums."""
+"""The calibration of one or several plans: passes over the text, and fits from their sums."""
 
 import hashlib
 import time
@@ -37,13 +37,13 @@ from pop_local.engine.learning.sums import Summing
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.taps import Rows, Wanted
 
-# A state takes gigabytes for a large model.
+# A large model's state has gigabytes.
 SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Who is told how far a calibration is (done_tokens, total_tokens), and who may end it."""
+    """Progress callbacks of a calibration, in tokens, and the caller's `should_stop`."""
 
     on_sampling: Progress
     on_reading: Progress
@@ -52,7 +52,7 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """One set of fitted projections for each plan, and the text that they were fitted on."""
+    """Fitted projections for each plan, and their text."""
 
     fitted: tuple[Fitted, ...]
     text: CalibrationText
@@ -66,14 +66,14 @@ def calibrate(
     follow: Callbacks,
     text: CalibrationText | None = None,
 ) -> Calibrated:
-    """Fit for each plan the projections of all its skipped layers but the first.
+    """Fit the projections of all skipped layers except the first, for each plan.
 
-    The plans have fitted projections, plain or wide, and differ in boundary or in these. One pass
-    over the text serves all of them where memory allows (`plan_needs`). `text`: that of an earlier
-    calibration of the same model with the same options, None to cut or sample it now.
+    The plans differ in boundary or kind of fit. One pass over the text serves all of them if memory
+    allows (`plan_needs`). `text`: the text of an earlier calibration of the same model with the
+    same options (None: cut or sample it now).
 
-    Raises PopError and StoppedError. With a state path the next call goes on from there, also after
-    a finished one: the caller removes the file.
+    Raises PopError and StoppedError. With a state path, the next call resumes; the caller removes
+    the file afterwards.
     """
     return _Job(plans, context, source, options, follow, text).run()
 
@@ -109,7 +109,7 @@ class _Job:
 
     def _calibrated(self, vision: Mmproj | None, images: Sequence[ImageChunk]) -> Calibrated:
         path = self._options.state_path
-        # A kept state has its own groups: there may have been more memory then, or less.
+        # A stored state has its own groups, since free memory may have changed.
         self._state = (path and load(path, self._identity)) or CalibrationState(
             self._text(), self._groups
         )
@@ -147,7 +147,7 @@ class _Job:
 
     def _sampled(self, done: int, total: int) -> None:
         self._follow.on_sampling(done, total)
-        self._keep()
+        self._save_sometimes()
 
     def _read(
         self, pairs: Sequence[FitPair], vision: Mmproj | None, images: Sequence[ImageChunk]
@@ -165,17 +165,17 @@ class _Job:
             if state.n_done < n_text:
                 tapped = reading.window(state.text.windows[state.n_done].tolist())
             else:
-                assert vision is not None, "it made the images"
+                assert vision is not None, "images need an mmproj"
                 tapped = reading.image(vision, images[state.n_done - n_text])
             self._summing.add(state.sums, tapped)
             state.n_done += 1
             n_read = state.group * n_all + state.n_done
             n_passes = len(state.groups)
             self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
-            self._keep()
+            self._save_sometimes()
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
-        """Choose the wider inputs by some windows, spread over the text."""
+        """Choose the wider inputs by windows spread over the text."""
         wanted = sorted(filter(self._summing.is_wide, boundaries))
         if not wanted:
             return
@@ -188,21 +188,21 @@ class _Job:
             tapped = reading.window(windows[window].tolist())
             for boundary in wanted:
                 seen[boundary].append(self._summing.state(boundary, tapped)[1:])
-            self._heed()
+            self._check_stop()
         for boundary in wanted:
-            self._heed()
+            self._check_stop()
             chosen_input = self._summing.choose_input(boundary, seen.pop(boundary))
             self._state.sums.wides[boundary] = chosen_input
 
-    def _keep(self) -> None:
-        self._heed()
+    def _save_sometimes(self) -> None:
+        self._check_stop()
         path = self._options.state_path
         if path and time.monotonic() - self._saved_s > SAVE_EVERY_S:
             save(path, self._identity, self._state)
             self._saved_s = time.monotonic()
 
-    def _heed(self) -> None:
-        """Keep what there is and raise StoppedError where that is wanted."""
+    def _check_stop(self) -> None:
+        """Store the state and raise StoppedError if the caller wants to stop."""
         if not self._follow.should_stop():
             return
         if path := self._options.state_path:
@@ -210,10 +210,7 @@ class _Job:
         raise StoppedError
 
     def _solve(self) -> None:
-        """Put all projections of a group into the state at once.
-
-        After a stop in between, the whole group is solved again.
-        """
+        """Solve a group's projections and store them together, so that a stop loses the group."""
         state, options, summing = self._state, self._options, self._summing
         solved: list[tuple[tuple[int, Projection], NewTensor]] = []
         for boundary, layer in state.groups[state.group]:
@@ -221,7 +218,7 @@ class _Job:
             for kind in summing.projections[boundary]:
                 tensors = summing.solve(gram, boundary, layer, kind, options.ridge, options.kv_type)
                 solved += [((boundary, kind), tensor) for tensor in tensors]
-                self._heed()
+                self._check_stop()
         for key, tensor in solved:
             if key not in state.tensors and key[1] != Projection.FITTED:
                 state.tensors[key] = [*summing.encode_input(state.sums, key[0], options.kv_type)]
@@ -235,7 +232,7 @@ def _identity(
     groups: tuple[tuple[FitPair, ...], ...],
     pictures: Sequence[Picture],
 ) -> str:
-    """Return a text that differs wherever two calibrations would."""
+    """Return a hash of everything that a calibration's result depends on."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     n_tokens = options.n_tokens(plans[0].shape.n_embd)
     if options.texts:

@@ -1,4 +1,4 @@
-"""The cost of a calibration: passes over the text, memory, time."""
+"""A calibration's cost: passes over the text, memory, time."""
 
 import time
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 from pop_local.engine.llama.devices import has_kernels
 
-# Rows and columns of the product that a machine's speed is measured by.
+# Rows and columns of the product that measures the machine's speed.
 _N_PRODUCT = 1024
-# Kernels of ours read faster than numpy multiplies: four times with AMX, of others less is known.
+# pop-local's kernels read faster than numpy multiplies: four times with AMX, other CPUs vary.
 _READING_GAIN = 2
-# Sampled tokens come a few at once, for which all weights are read.
+# Sampling decodes few tokens at a time, and reads all weights for them.
 _SAMPLING_COST = 3
-# Python with numpy and llama.cpp, before any model.
+# Python with numpy and llama.cpp, without a model.
 _BASE_BYTES = 100 * 10**6
-# A search fits few boundaries where the sums of all would take more.
+# A search fits few boundaries if the sums of all of them would take more.
 MOST_SUMS_BYTES = 6 * 10**9
 _ANY = 1 << 60
-# Rows for each dimension of the state, by which the parts of a wider input are chosen.
+# Rows per dimension of the state that choose the parts of a wider input.
 _ROWS_PER_DIM = 2
 _LEAST_WINDOWS = 4
-# Weights in llama.cpp's order for AMX, in their bytes in the file: Q8_0 of an 8B.
+# Size of weights repacked for AMX by llama.cpp over their size in the file (an 8B in Q8_0).
 _REPACKED = 1.05
-# Predictions of the full model that a search keeps, with two bytes for each token; those of one
-# window have eight more while they are compared.
+# Rows of the full model's predictions that a search stores, with two bytes per token; the rows of
+# one window take eight more during comparison.
 _N_PREDICTED = 16 * 128
 _N_COMPARED = 128
 # A wide fit that adds a larger share of a pruned prompt's work is tried only if it is requested.
@@ -45,7 +45,7 @@ MAX_WIDE_COST = 0.015
 
 
 class FitPair(NamedTuple):
-    """The projections of a layer from the state at a boundary, which are fitted at once."""
+    """The projections of one layer from the state at one boundary."""
 
     boundary: int
     layer: int
@@ -53,12 +53,12 @@ class FitPair(NamedTuple):
 
 @dataclass(frozen=True)
 class FitNeeds:
-    """The cost of a calibration.
+    """A calibration's cost.
 
-    `groups`: the pairs of each pass over the text. `n_inputs`: of a fit, at most. `n_sampled`:
-    windows of text that the model samples first. `sums_bytes`: the Gram matrices of the largest
-    group and the work on them. `total_bytes`: the most that the whole process takes beside the
-    model's file, whose pages the system lends to it.
+    `groups`: the pairs of each pass over the text. `n_inputs`: maximum inputs of a fit.
+    `n_sampled`: windows that the model samples first. `sums_bytes`: Gram matrices of the largest
+    group and their temporary memory. `total_bytes`: peak memory of the process, without the mapped
+    model file.
     """
 
     groups: tuple[tuple[FitPair, ...], ...]
@@ -69,7 +69,7 @@ class FitNeeds:
 
 
 def free_bytes() -> int:
-    """Return the memory that programs could take now."""
+    """Return the available memory in bytes."""
     return int(psutil.virtual_memory().available)
 
 
@@ -97,7 +97,7 @@ def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> FitNeeds:
-    """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
+    """Return the cost of fitting all plans. Raises CalibrationError for too few tokens."""
     plans = in_kinds(plans, options)
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if not options.texts else 0
@@ -105,9 +105,9 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 
 
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
-    """Return as many plans, evenly spaced from the first on, as the sums of one pass may serve.
+    """Return evenly spaced plans, including the first, whose sums fit in one pass.
 
-    These take MOST_SUMS_BYTES, or the memory of the options where that is more.
+    The sums may take MOST_SUMS_BYTES, or the options' memory if that is larger.
     """
     most = max(MOST_SUMS_BYTES, options.memory_bytes or 0)
     options = replace(options, memory_bytes=_ANY)
@@ -124,9 +124,10 @@ def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[
 def plan_needs(
     plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
 ) -> FitNeeds:
-    """Group the pairs of all plans so that their sums stay below the limit, one at least.
+    """Group the pairs of all plans into passes whose sums fit into memory.
 
-    The limit is that of the options, else half of what is free.
+    The limit is the options' memory (default: half of the free memory). A pass has one pair or
+    more.
     """
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:
@@ -152,7 +153,7 @@ def plan_needs(
     n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
     boundaries = {pair.boundary for pair in max(groups, key=len)}
     n_tapped = len(boundaries) * n_inputs + sum(shape.n_k + shape.n_v)
-    # As the graph hands it out, as it is taken, and as it is added.
+    # Three copies: in the graph, in the tap, and in the sums' inputs.
     reading = 3 * 4 * N_WINDOW * n_tapped + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
@@ -167,7 +168,7 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The parts of a fit, in products that this machine could do in the time that they take."""
+    """The work of a fit's parts, in multiply-accumulates."""
 
     sampling: float
     reading: float
@@ -175,15 +176,14 @@ class FitWork(NamedTuple):
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return what a window of so many tokens takes in full. Raises PopError, see `Plan.macs`."""
+    """Return the work of reading `n_tokens` in full. Raises PopError, see `Plan.macs`."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return what the fit of all plans takes. Raises PopError, see `Plan.macs`.
+    """Return the work of fitting all plans, without measuring. Raises PopError, see `Plan.macs`.
 
-    The text is read in each pass, sums grow with each row, and each pair is solved in float64.
-    Measuring what was fitted is not in it.
+    The text is read once per pass, sums grow with each row, and each pair is solved in float64.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
@@ -202,7 +202,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> Fit
 
 @cache
 def macs_per_s() -> float:
-    """Measure the multiply-accumulates a second of this machine, in some tenths of a second."""
+    """Measure this machine's multiply-accumulates per second, within tenths of a second."""
     a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
     times_s = []
     for _ in range(4):
@@ -213,18 +213,18 @@ def macs_per_s() -> float:
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """Return what a KV cache of F16 takes, and a batch of `n_rows` that all give logits."""
+    """Return the bytes of an F16 KV cache and of a batch whose `n_rows` all return logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 
 
 def n_choosing(n_embd: int) -> int:
-    """Return the windows by which the parts of a wider input are chosen."""
+    """Return the number of windows that choose the parts of a wider input."""
     return max(_LEAST_WINDOWS, -(-_ROWS_PER_DIM * n_embd // N_WINDOW))
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return what choosing these parts takes: the states, their axes, all neurons of a layer."""
+    """Return the bytes for choosing a wider input: states, their axes, a layer's neurons."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)
@@ -232,12 +232,12 @@ def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
 
 
 def _measuring_bytes(shape: ModelShape) -> int:
-    """Return what measuring a fit takes, whose predictions are kept."""
+    """Return the bytes for measuring a fit, including stored predictions."""
     context = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW)
     predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
     return context + predicted
 
 
 def _repacked_bytes(source: Source) -> int:
-    """Return what weights in the order of llama.cpp's own kernels take."""
+    """Return the bytes of weights repacked for llama.cpp's own kernels."""
     return 0 if has_kernels() else int(_REPACKED * source.size_bytes)

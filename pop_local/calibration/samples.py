@@ -1,4 +1,4 @@
-"""Text of the model's own, sampled at temperature 1, many sequences to a batch."""
+"""Text sampled from the model at temperature 1, many sequences per batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -15,9 +15,9 @@ from pop_local.engine.llama.context import Context
 
 MAX_SEQUENCES = 64
 NOT_SAMPLED = -1
-# Tokens at once of what was sampled before a stop.
+# Batch size for reading samples again after a stop.
 _READ_AGAIN = 128
-# Two levels of sums: a whole cumulative sum over the vocabulary would cost as much as the rest.
+# Block of a two-level sum: a full cumulative sum over the vocabulary would double the time.
 _BLOCK = 256
 
 
@@ -29,16 +29,15 @@ def sample_windows(
     seed: int,
     on_progress: Callable[[int, int], object],
 ) -> None:
-    """Sample what is NOT_SAMPLED of sequences, int32 [n_windows, n_window], at temperature 1.
+    """Sample the NOT_SAMPLED tokens of sequences, int32 [n_windows, n_window], at temperature 1.
 
-    `n_given`: how many tokens each was begun with, one at least. After a stop the samples so far
-    are read again, and the sampling goes on with the chances that it would have had.
-    `on_progress(done, total)` counts tokens. Raises PopError when llama.cpp fails or its logits are
-    no numbers.
+    `n_given`: the number of given first tokens per sequence, one or more. After a stop, a further
+    call continues with the same random numbers. `on_progress(done, total)` counts tokens. Raises
+    PopError if llama.cpp fails or its logits are NaN.
     """
     rng = np.random.default_rng(seed)
     done = 0
-    # Batches of about equal size.
+    # Parts of about equal size.
     n_parts = -(-len(windows) // MAX_SEQUENCES)
     parts = np.array_split(windows, n_parts), np.array_split(np.array(n_given), n_parts)
     for tokens, given in zip(*parts, strict=True):
@@ -53,10 +52,10 @@ def _fill(
     context: Context,
     rng: np.random.Generator,
 ) -> Iterator[int]:
-    """Sample what is missing of each row; this yields how many columns there are."""
+    """Sample the missing tokens of all rows, and yield the number of complete columns."""
     n, n_window = tokens.shape
     n_known = int(np.append((tokens == NOT_SAMPLED).any(axis=0), True).argmax())
-    rng.random(int(np.maximum(n_known - n_given, 0).sum()))  # as many as were drawn for them
+    rng.random(int(np.maximum(n_known - n_given, 0).sum()))  # skip the random numbers already used
     if n_known == n_window:
         return
     n_batch = n if n_known == 1 else max(n, _READ_AGAIN)
@@ -75,7 +74,7 @@ def _fill(
             logits = np.ctypeslib.as_array(bindings().llama_get_logits(ctx), (n, context.n_vocab))
             if np.isnan(logits.max(axis=1)).any():
                 raise PopError(
-                    "the model's predictions are not numbers",
+                    "the model predicts NaN",
                     "download it again: it may be damaged",
                 )
             for row, given in enumerate(n_given):
@@ -90,7 +89,7 @@ def _require(code: int) -> None:
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:
-    """Return the token at which the cumulated probabilities of logits [n_vocab] pass `chance`."""
+    """Return the token at which the cumulative probability of logits [n_vocab] passes `chance`."""
     weights = np.exp(logits - logits.max())
     starts = np.arange(0, weights.size, _BLOCK)
     ends = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)

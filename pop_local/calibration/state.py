@@ -1,4 +1,4 @@
-"""A calibration in progress, and the file that keeps it when it is stopped."""
+"""A calibration in progress, and its file after a stop."""
 
 import json
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from pop_local.engine.learning.sums import Sums
 
 @dataclass
 class CalibrationState:
-    """How far a calibration is: `n_done` windows of the group at work are read.
+    """A calibration's progress: `n_done` windows of the current group are read.
 
-    `groups`: the pairs of each pass over the text. `sums`: those of the group at work. `tensors`:
-    the fits of the groups before it, by boundary and projection.
+    `groups`: the pairs of each pass over the text. `sums`: the current group's sums. `tensors`: the
+    fits of earlier groups, by boundary and projection.
     """
 
     text: CalibrationText
@@ -35,7 +35,7 @@ class CalibrationState:
 
 
 def save(path: Path, identity: str, state: CalibrationState) -> None:
-    """Write the state beside `path`, then replace it. Raises WriteError."""
+    """Write the state to `path`, atomically. Raises WriteError."""
     tensors = [(*key, each) for key, some in state.tensors.items() for each in some]
     head = {
         "identity": identity,
@@ -53,9 +53,9 @@ def save(path: Path, identity: str, state: CalibrationState) -> None:
 
 
 def load(path: Path, identity: str) -> CalibrationState | None:
-    """Return the state that `save` wrote, None when there is no file.
+    """Return the state in the file `path`, None without such a file.
 
-    Raises CalibrationError when it is damaged, or of another model, text or setting.
+    Raises CalibrationError if it is damaged, or from another model, text or setting.
     """
     if not path.exists():
         return None
@@ -74,9 +74,9 @@ def load(path: Path, identity: str) -> CalibrationState | None:
 
 
 def kept_boundaries(path: Path) -> tuple[int, ...]:
-    """Return the boundaries of the plans whose calibration is kept, none without a file.
+    """Return the boundaries of a stored calibration, none without a file.
 
-    Raises CalibrationError when it is damaged.
+    Raises CalibrationError if it is damaged.
     """
     if not path.exists():
         return ()
@@ -99,5 +99,5 @@ def _groups(head: Any) -> tuple[tuple[FitPair, ...], ...]:
 
 def _cannot_resume(message: str) -> CalibrationError:
     return CalibrationError(
-        message, "move it away, or do not resume, to start afresh", cause="cannot-resume"
+        message, "move it away, or start again without resuming", cause="cannot-resume"
     )

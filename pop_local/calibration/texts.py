@@ -1,4 +1,4 @@
-"""Text to calibrate on: the user's, or text that every machine has."""
+"""Text to calibrate on: the user's, or text that exists on every machine."""
 
 import hashlib
 import sysconfig
@@ -25,25 +25,25 @@ T = TypeVar("T")
 
 N_WINDOW = 512
 SEED = 0
-# Distilling overfits what is less: SmolLM2 with 32. It gains from more, in as many times the time.
+# Distilling on fewer windows overfits: SmolLM2 did with 32. More windows help, at their time.
 N_DISTILLED = 128
-# How much more the prediction of an answer's token counts than that of another token.
+# Additional weight of an answer's token in the distilling loss.
 _ANSWER_WEIGHT = 3.0
 DEFAULT_NAME = "look-ups, Python's documentation and code, samples of the model alone and in chat"
-# Text is far shorter than this for a token; more of it is not needed to fill a window.
+# An upper bound of a token's length, to limit the text that is tokenized for a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
 
 
 class CalibrationError(PopError):
-    """The text cannot be used, or is too short; or a kept calibration cannot go on."""
+    """An unusable or too short text, or a stored calibration that cannot be resumed."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
     """The windows [n_windows, N_WINDOW] that projections are fitted on.
 
-    `sha256` is of the text, or of the tokens where some are sampled.
+    `sha256` is the hash of the text, or of the tokens if some are sampled.
     """
 
     name: str
@@ -56,24 +56,24 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """Return 24 tokens for each dimension of the state, 16k at least, in pairs of windows.
+    """Return 24 tokens per dimension of the state, 16k or more, in pairs of windows.
 
-    The error of the fit falls like n_embd / n_tokens: it is 16k where n_embd is 640, 96k for 4096.
+    The fit's error falls like n_embd / n_tokens.
     """
     pair = 2 * N_WINDOW
     return max(16 * 1024, -(-24 * n_embd // pair) * pair)
 
 
 def least_tokens(n_embd: int) -> int:
-    """Return as many tokens as the state has dimensions, four windows at least.
+    """Return the minimum number of tokens: one per dimension of the state, and four windows.
 
-    Fewer would leave the fit to the ridge.
+    With fewer, the ridge would decide the fit.
     """
     return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
 
 
 def n_windows(n_tokens: int, n_embd: int) -> int:
-    """Return how many windows hold so many tokens.
+    """Return the number of windows that hold `n_tokens`.
 
     Raises CalibrationError for fewer tokens than the model needs.
     """
@@ -82,7 +82,7 @@ def n_windows(n_tokens: int, n_embd: int) -> int:
         default = default_tokens(n_embd)
         raise CalibrationError(
             f"{n_tokens:,} tokens are too few to calibrate on: this model needs {least:,}",
-            f"give {least} tokens or more; the default is {default}",
+            f"give {least} tokens or more (default: {default})",
             cause="too-few-tokens",
             n_least=least,
             n_default=default,
@@ -91,16 +91,16 @@ def n_windows(n_tokens: int, n_embd: int) -> int:
 
 
 def n_sampled_of(count: int) -> int:
-    """Return how many of the windows of `own_text` are samples."""
+    """Return the number of sampled windows among `count` windows of `own_text`."""
     return count // 2
 
 
 def own_text(context: Context, count: int) -> CalibrationText:
-    """Make a text of Python's documentation, its library's code, and samples of the model.
+    """Build a text of look-ups, Python's documentation, its library's code, and model samples.
 
-    Half of the samples are text that the model writes by itself. The other half are questions and
-    answers: they begin as its chat template does. Nothing is downloaded. Samples have only their
-    beginnings yet: `sampled` completes them.
+    Half of the samples are free text. The other half are questions and answers, which start like
+    the chat template. Nothing is downloaded. The samples only have their first tokens: `sampled`
+    completes them.
     """
     n_cut = count - n_sampled_of(count)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
@@ -115,9 +115,9 @@ def own_text(context: Context, count: int) -> CalibrationText:
 def sampled(
     context: Context, text: CalibrationText, on_progress: Callable[[int, int], object]
 ) -> CalibrationText:
-    """Complete the windows of `own_text` where they are; another text is returned as it is.
+    """Complete the samples of `own_text` in place; return any other text unchanged.
 
-    `on_progress` gets (done_tokens, total_tokens) of the sampling.
+    `on_progress` is called with (done_tokens, total_tokens).
     """
     windows = text.windows
     if (windows != NOT_SAMPLED).all():
@@ -135,7 +135,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the token that the model's own texts begin with: BOS, else EOS, else the first."""
+    """Return the first token of a generated text: BOS, else EOS, else token 0."""
     api, vocab = bindings(), context.vocab
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -143,7 +143,7 @@ def first_token(context: Context) -> int:
 
 @dataclass(frozen=True)
 class DistillText:
-    """Windows [n_windows, N_WINDOW] to distil on, and how much each row's prediction counts."""
+    """Windows [n_windows, N_WINDOW] to distil on, and the loss weight of each row."""
 
     windows: Windows
     weights: NDArray[np.float32]
@@ -154,11 +154,11 @@ def distill_text(
 ) -> DistillText:
     """Return a calibration's windows, more of its texts or of `paths`, and look-ups.
 
-    They are `n_windows`, fewer if the texts have no more distinct ones.
+    There are `n_windows`, or fewer if the texts have too few distinct ones.
     """
-    shelves = _shelves(paths, n_windows) if paths else [_texts()]
-    carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, shelves[0][0], SEED + 1)
-    every = np.concatenate([text.windows, _spread(context, shelves, n_windows)])
+    groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
+    carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
+    every = np.concatenate([text.windows, _spread(context, groups, n_windows)])
     _, first = np.unique(every, axis=0, return_index=True)
     chosen = every[np.sort(first)[: n_windows - len(carriers.windows)]]
     windows = np.concatenate([chosen, carriers.windows])
@@ -169,44 +169,44 @@ def distill_text(
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
-    """Cut windows out of texts, as many of each path, and in a folder as many of each kind.
+    """Cut windows out of texts in equal shares of each path, and of each kind in a folder.
 
-    Those too short for their share leave it to the others. Within a text they are spread evenly.
-    Raises CalibrationError when the texts are empty, binary, too short, or of one phrase.
+    A share that a short text cannot fill goes to longer ones. Windows are spread evenly over a
+    text. Raises CalibrationError if the texts are empty, binary, too short, or repeat one phrase.
     """
-    shelves = _shelves(paths, count)
+    groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
-    carriers = carrier_windows(context, count // SHARE, N_WINDOW, shelves[0][0], SEED).windows
-    windows = np.concatenate([carriers, _spread(context, shelves, count - len(carriers))])
+    carriers = carrier_windows(context, count // SHARE, N_WINDOW, groups[0][0], SEED).windows
+    windows = np.concatenate([carriers, _spread(context, groups, count - len(carriers))])
     if windows.size < least:
         found = f"{windows.size:,} tokens in whole windows of {N_WINDOW}"
         raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
-            f"{_names(paths)} repeats itself: fewer than {_LEAST_DISTINCT} tokens are different",
-            "give a text of ordinary variety, or none: the default needs no file",
+            f"{_names(paths)} is repetitive: it has fewer than {_LEAST_DISTINCT} distinct tokens",
+            "give a more varied text, or none: the default needs no file",
         )
-    return CalibrationText(_names(paths), _sha256(shelves), windows)
+    return CalibrationText(_names(paths), _sha256(groups), windows)
 
 
 def given_sha256(paths: Sequence[Path], count: int) -> str:
-    """Return the hash of all text that `count` windows are cut out of. Raises PopError."""
-    return _sha256(_shelves(paths, count))
+    """Return the hash of all text from which `count` windows are cut. Raises PopError."""
+    return _sha256(_grouped_texts(paths, count))
 
 
-def _sha256(shelves: Sequence[Sequence[str]]) -> str:
-    return hashlib.sha256("\n\n".join(chain.from_iterable(shelves)).encode()).hexdigest()
+def _sha256(groups: Sequence[Sequence[str]]) -> str:
+    return hashlib.sha256("\n\n".join(chain.from_iterable(groups)).encode()).hexdigest()
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError where `given_text` certainly would, without a model to count tokens."""
+    """Raise PopError if `given_text` certainly would, without a model to count tokens."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
                 f"{path} is neither a file nor a folder", "save the text first: it is read twice"
             )
     least = least_tokens(n_embd)
-    texts = chain.from_iterable(_shelves(paths, least // N_WINDOW))
+    texts = chain.from_iterable(_grouped_texts(paths, least // N_WINDOW))
     n_bytes = sum(len(text.encode()) for text in texts)
     if n_bytes < least:
         raise _too_short(paths, f"{n_bytes:,} bytes", least)
@@ -223,24 +223,24 @@ def _names(paths: Sequence[Path]) -> str:
     return ", ".join(path.name or str(path) for path in paths)
 
 
-def _shelves(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return the texts of each path: no more of a kind than `count` windows may need."""
+def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
+    """Return the texts of each path, limited to the length that `count` windows may need."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
-def _spread(context: Context, shelves: Sequence[Sequence[str]], count: int) -> Windows:
-    """Cut windows: as many of each shelf, and as many of each text on it."""
+def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Windows:
+    """Cut windows in equal shares of each group, and of each text in a group."""
 
-    def of_shelf(shelf: Sequence[str], n: int) -> Windows:
-        return _shared(shelf, n, len, lambda text, n: _cut(context, text, n))
+    def of_group(group: Sequence[str], n: int) -> Windows:
+        return _shared(group, n, len, lambda text, n: _cut(context, text, n))
 
-    return _shared(shelves, count, lambda shelf: sum(map(len, shelf)), of_shelf)
+    return _shared(groups, count, lambda group: sum(map(len, group)), of_group)
 
 
 def _shared(
     parts: Sequence[T], count: int, size: Callable[[T], int], cut: Callable[[T, int], Windows]
 ) -> Windows:
-    """Cut in equal shares; what a part is too short for goes to the longer ones."""
+    """Cut windows in equal shares; longer parts fill the shares of short ones."""
     found: list[Windows] = []
     for n_open, part in zip(range(len(parts), 0, -1), sorted(parts, key=size), strict=True):
         found.append(cut(part, count // n_open))
@@ -259,14 +259,14 @@ def _topics() -> str:
 
 
 def _library_code() -> str:
-    """The modules of Python's library in one text; empty where they come without their source."""
+    """Return the source of Python's library in one text, "" if it is not installed."""
     folder = Path(sysconfig.get_path("stdlib"))
     sources = [decoded(read_bytes(file), str(file)) for file in sorted(folder.glob("*.py"))]
     return "\n\n".join(sources)
 
 
 def _cut(context: Context, text: str, count: int) -> Windows:
-    """Cut up to `count` windows, spread evenly; each begins as the model wants a text to begin."""
+    """Cut up to `count` windows, spread evenly; each starts with the model's BOS, if it has one."""
     prefix = list(context.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN

@@ -233,7 +233,7 @@ def test_activations_that_are_not_finite(tiny, tmp_path, words, own_text):
         file.seek(norm.data_offset)
         file.write(np.full(3, np.nan, np.float32).tobytes())
     done = convert(tiny, *([] if own_text else ["--text", words]))
-    assert_refused(done, tmp_path, "not numbers" if own_text else "not finite")
+    assert_refused(done, tmp_path, "predicts NaN" if own_text else "not finite")
 
 
 def test_options_that_belong_to_nothing_are_wrong_usage(tiny):

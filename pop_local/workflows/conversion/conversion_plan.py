@@ -279,7 +279,7 @@ class ConversionRun:
         try:
             yield
         except keeping as error:
-            if kept := ", ".join(map(str, self.fit.kept())):
+            if kept := ", ".join(map(str, self.fit.state_files())):
                 again = "the same conversion"
                 if isinstance(error, OverBudgetError):
                     again = "this boundary with another budget, or none,"
@@ -292,5 +292,5 @@ class ConversionRun:
         self._forget()
 
     def _forget(self) -> None:
-        for path in self.fit.kept():
+        for path in self.fit.state_files():
             path.unlink(missing_ok=True)

@@ -35,7 +35,6 @@ NOT_YET: set[str] = {
     "patches/llama-cpp-python/pop_build",
     "patches/llama.cpp/src",
     "pop_local",
-    "pop_local/calibration",
     "pop_local/config",
     "pop_local/engine",
     "pop_local/engine/cache",

@@ -149,7 +149,7 @@ def test_drawn_pictures_are_the_same_for_the_same_seed():
 
 
 def test_pictures_of_a_folder(tmp_path):
-    with pytest.raises(CalibrationError, match="holds no pictures"):
+    with pytest.raises(CalibrationError, match="has no pictures"):
         pictures_of(tmp_path)
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.png").write_bytes(png(3))
@@ -170,7 +170,7 @@ def test_convert_on_the_command_line(tmp_path):
     refused = called(*made, "--mmproj", plain)
     assert refused.returncode == 1 and "is no mmproj" in refused.stderr
     refused = called(*made, "--mmproj", folder / "mmproj.gguf", "--images", folder / "pictures")
-    assert refused.returncode == 1 and "holds no pictures" in refused.stderr
+    assert refused.returncode == 1 and "has no pictures" in refused.stderr
     assert not (tmp_path / "out.gguf").exists()
     (folder / "pictures" / "a.png").write_bytes(png(3))
     done = called(*made, "--mmproj", folder / "mmproj.gguf", "--images", folder / "pictures")
