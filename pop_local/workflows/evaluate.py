@@ -10,7 +10,7 @@ from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
-from pop_converter.deep_rows import DeepRows
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source, read_source

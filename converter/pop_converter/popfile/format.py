@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from gguf import GGUFValueType
 
 from pop_converter.base.errors import FormatError
-from pop_converter.deep_rows import DeepRows
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import SIDECAR_ARCH
 from pop_converter.projection import Projection

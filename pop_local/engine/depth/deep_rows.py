@@ -9,7 +9,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_converter.deep_rows import DeepRows
+from pop_converter.deep_row_criterion import DeepRows
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.context import Context
 

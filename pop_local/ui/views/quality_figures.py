@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from pop_converter.deep_rows import DeepRows
+from pop_converter.deep_row_criterion import DeepRows
 from pop_local.ui.tables import Fact, print_facts
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ REPEATED_CLASSES_FOR_NOW: set[str] = {
     "Work",
 }
 REPEATED_FILES_FOR_NOW: set[str] = {
-    "deep_rows.py",
 }
 LONG_SIGNATURES_FOR_NOW: set[str] = {
     "converter/pop_converter/popfile/pruning_plan.py:make_plan",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pop_converter.deep_rows import DeepRows
+from pop_converter.deep_row_criterion import DeepRows
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
