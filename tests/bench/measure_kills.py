@@ -105,7 +105,7 @@ def works(folder: Path) -> dict[str, Work]:
     FORKS.Process(target=serve, args=(content, urls), daemon=True).start()
     url, sha256 = urls.get(), hashlib.sha256(content).hexdigest()
     learn(folder)
-    named.N_WINDOWS = probes.N_DRAWS = 1
+    named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
     job.SAVE_EVERY_S = 0.0
     fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1, "--resume"]
 

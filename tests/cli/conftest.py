@@ -38,6 +38,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named, "N_WINDOWS", 1)
+    monkeypatch.setattr(named, "N_DOCUMENTS", 1)
 
 
 @pytest.fixture

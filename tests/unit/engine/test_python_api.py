@@ -37,7 +37,7 @@ def documented() -> str:
 EXAMINES_LITTLE = """
 from pop_local.measure import probes
 from pop_local.workflows.conversion import named
-named.N_WINDOWS = probes.N_DRAWS = 1
+named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
 """
 
 
