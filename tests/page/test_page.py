@@ -294,7 +294,7 @@ def _bomb() -> bytes:
 def test_image_is_shown_and_bomb_is_refused(fed):
     drop(fed, "bomb.png", _bomb(), "image/png")
     fed.wait_for_selector("#notice:text('bomb.png: the model cannot read images.')")
-    fed.route("**/v1/models", _with_eyes)
+    fed.route("**/v1/models", _with_vision)
     fed.reload()
     fed.wait_for_selector("#send:enabled")
     drop(fed, "bomb.png", _bomb(), "image/png")
@@ -313,7 +313,7 @@ def test_image_is_shown_and_bomb_is_refused(fed):
     assert [part["type"] for part in message["content"]] == ["image_url", "text"]
 
 
-def _with_eyes(route: Any) -> None:
+def _with_vision(route: Any) -> None:
     response = route.fetch()
     body = response.json()
     body["data"][0]["pop"]["images"] = True
