@@ -1,1 +1,1 @@
-"""Shared by tests: models, jobs, servers, terminals. Imported as `from support.raw import run`."""
+"""Test helpers: models, jobs, servers, terminals. Import as `from support.raw import run`."""

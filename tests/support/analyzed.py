@@ -1,4 +1,4 @@
-"""`pop-local analyze` on few tokens, for tests."""
+"""Run `pop-local analyze` on few tokens."""
 
 import json
 from typing import Any

@@ -1,7 +1,7 @@
-"""The table of docs/architectures.md, from the headers of one model of each architecture.
+"""Build the table of docs/architectures.md from one model header of each architecture.
 
-`python -m support.architecture_table FOLDER` writes it anew from the models of a folder, which
-support.recipes makes.
+`python -m support.architecture_table FOLDER` rewrites the table from the models in FOLDER, which
+support.recipes builds.
 """
 
 import sys
@@ -24,7 +24,7 @@ HEAD = """\
 
 
 def row(shape: ModelShape) -> str:
-    """Return the line of an architecture; what its models differ in is not in it."""
+    """Return an architecture's row, which leaves out what varies between its models."""
     found = skipping_of(shape)
     layers = "all but the first" + (f" {found.first}" if found.first > 1 else "")
     if found.exact:
@@ -39,7 +39,7 @@ def row(shape: ModelShape) -> str:
 
 
 def table(paths: Iterable[Path]) -> str:
-    """Return the table of all models that can be pruned, and the names of what cannot."""
+    """Return the table of all supported architectures, followed by the refused ones."""
     rows = set()
     for path in paths:
         try:

@@ -1,12 +1,12 @@
-"""Architectures of llama.cpp that its recipes make no models of, or special ones: plain data.
+"""Architectures of llama.cpp that need special treatment or have no recipe.
 
-Names are llama.cpp's own. tests/oracle/test_all_architectures.py fails for a name that is neither
-here nor right, so a new one of a new llama.cpp is noticed.
+Names are llama.cpp's. tests/oracle/test_all_architectures.py fails for a name that is neither
+listed here nor tested, so a new architecture in a llama.cpp update is noticed.
 """
 
 from collections.abc import Mapping
 
-# llama.cpp's own test has no recipe that makes a model of these.
+# llama.cpp's own test has no recipe that builds a model of these.
 NO_RECIPE: Mapping[str, str] = {
     "clip": "it is no language model: llama.cpp opens it beside one",
     "dflash": "its recipe lacks the layers of the other model",
@@ -16,22 +16,22 @@ NO_RECIPE: Mapping[str, str] = {
     "graniteswitch": "its recipe lacks the adapters",
 }
 
-# llama.cpp itself crashes when it reads a prompt with these.
+# llama.cpp crashes while it reads a prompt with these.
 CRASHES: Mapping[str, str] = {
     "chameleon": "where no row of a ubatch has logits",
     "rwkv6qwen2": "with the model that its recipe makes",
 }
 
-# Recipes that make a model with experts alone, which upstream's list does not say.
+# Recipes that build a model only with experts, although upstream's list does not say so.
 WITH_EXPERTS = ("deepseek2-ocr", "nomic-bert-moe")
 
-# llama.cpp crashes with flash attention on the models of these recipes.
+# llama.cpp crashes with flash attention on these recipes' models.
 NO_FLASH_ATTENTION = ("plm",)
 
 SEVERAL_POSITIONS = "its rows have several positions each, by the recipe at least"
 OWN_CACHE = "its cache is of another kind than keys and values alone"
 
-# No recurrent layers, and yet no deep pass.
+# Architectures without recurrent layers that still have no deep pass.
 NO_DEEP_PASS: Mapping[str, str] = {
     "deepseek32": OWN_CACHE,
     "dots3note": OWN_CACHE,
@@ -49,7 +49,7 @@ NO_DEEP_PASS: Mapping[str, str] = {
     "qwen3vlmoe": SEVERAL_POSITIONS,
 }
 
-# Keys without which a recipe makes no model, or one that cannot be told from the full model.
+# Keys that a recipe needs to build a model, or one that differs from the full model.
 MORE_KEYS: Mapping[str, tuple[str, ...]] = {
     "arwkv7": (
         "attention.decay_lora_rank=32",
@@ -63,7 +63,7 @@ MORE_KEYS: Mapping[str, tuple[str, ...]] = {
         "swiglu_clamp_shexp=0.0,5.0,0.0,5.0",
     ),
     "bert": ("tokenizer.ggml.token_type_count=2",),
-    # Streams that are kept apart stay the same to the last bit without it.
+    # Without the epsilon, separate streams stay equal to the last bit.
     "deepseek4": ("hyper_connection.epsilon=0.0",),
     "gemma4": ("attention.sliding_window_pattern=true,true,true,false,true",),
     "glm5-next": ("hyper_connection.epsilon=0.0",),

@@ -1,11 +1,11 @@
-"""Requests to the server's application, and what its answers hold."""
+"""Send requests to the server application and read its responses."""
 
 import json
 
 LONG = "the quick brown fox jumps over the lazy dog, " * 6
 NAME = "tiny"
 N_CTX = 1024
-# Each of 32 rules may be empty in twice as many ways as the next one.
+# Each of 32 rules has twice as many empty derivations as the next one.
 BOMB = "".join(f"a{n} ::= a{n + 1} a{n + 1}\n" for n in range(32)) + 'a32 ::= ""'
 
 
@@ -26,7 +26,7 @@ def text_of(response) -> str:
 
 
 def message_of(response) -> tuple[dict, str]:
-    """The message of a chat's answer, and why it ended."""
+    """Return a chat response's message and finish reason."""
     assert response.status_code == 200, response.text
     choice = response.json()["choices"][0]
     return choice["message"], choice["finish_reason"]

@@ -1,4 +1,4 @@
-"""A toy hook for the tests of the build."""
+"""A toy build hook for the tests of the build."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Calibrations as their tests make them, and what the full model computes."""
+"""Run calibrations on tiny models and record the full model's results."""
 
 import ctypes
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ SILENT = Callbacks(lambda done, total: None, lambda done, total: None, lambda: F
 
 
 def stopped_at(n: int) -> Callbacks:
-    """Says stop when it is asked for the n-th time."""
+    """Return callbacks that request a stop at the n-th check."""
     asked = count(1)
     return replace(SILENT, should_stop=lambda: next(asked) == n)
 
 
 def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[np.ndarray]:
-    """The full model's attention weights of some layers: each [n_head, n_rows, n_rows]."""
+    """Return the full model's attention weights of some layers: each [n_head, n_rows, n_rows]."""
     found: dict[bytes, np.ndarray] = {}
 
     def see(address: int, is_asked: bool, _: object) -> bool:
@@ -104,17 +104,17 @@ def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> l
 
 
 def kv(shown: Sequence[Tapped], layer: int) -> np.ndarray:
-    """K and V of a layer: [n, n_k + n_v] of all rows but the windows' first ones."""
+    """Return a layer's K and V, [n, n_k + n_v], without each window's first row."""
     return np.concatenate([np.hstack([each.k[layer], each.v[layer]])[1:] for each in shown])
 
 
 def weights(shown: Sequence[Tapped], layer: int) -> np.ndarray:
-    """The weights of all tokens but the windows' first ones, by one layer's attention."""
+    """Return a layer's attention weights of all tokens, without each window's first one."""
     return np.concatenate([fit.token_weights(each.mass[layer][1:]) for each in shown])
 
 
 def words(folder: Path) -> Path:
-    """A text that is long enough to fit a tiny model on, written in no time."""
+    """Write a text that is long enough to fit a tiny model and fast to generate."""
     path = folder / "words.txt"
     path.write_text(" ".join(f"w{number}" for number in range(9000)))
     return path

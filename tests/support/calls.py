@@ -1,4 +1,4 @@
-"""Calls of the engine that its tests share, on tiny random models."""
+"""Calls of the engine on tiny random models."""
 
 import ctypes
 import time
@@ -19,19 +19,19 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 
 N_VOCAB = 384
-# Noise of the logits (standard deviation 1): other batch shapes change them by up to 0.002,
-# switching the mode by 1.2, and 15 context rows in a prompt's tail by 0.14.
+# Logits have a standard deviation of 1. Other batch shapes change them by up to 0.002, a mode
+# switch changes them by 1.2, and 15 context rows in a prompt's tail by 0.14.
 NOISE = 0.01
 MODES = [Mode.OFF, Mode.CONTEXT]
 
 
 def never() -> bool:
-    """For who asks whether to stop."""
+    """Never request a stop."""
     return False
 
 
 def ignore(done: int, total: int) -> None:
-    """For who tells of progress."""
+    """Ignore progress."""
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -62,7 +62,7 @@ def last_logits(model: PopModel) -> np.ndarray:
 
 
 def kv_bytes(model: PopModel) -> bytes:
-    """The saved state of sequence 0."""
+    """Return the saved state of sequence 0."""
     api = backend.bindings()
     size = api.llama_state_seq_get_size(model.context.ctx, 0)
     buffer = (ctypes.c_uint8 * size)()
@@ -71,12 +71,12 @@ def kv_bytes(model: PopModel) -> bytes:
 
 
 def append(model: PopModel, tokens: list[int], on_prefill: OnPrefill | None = None) -> Read:
-    """Read tokens after all that is cached, pruned as one prompt."""
+    """Read tokens after the cached rows, pruned as one prompt."""
     return prefill.append(model.cache, Prompt(tokens), model.rule, on_prefill)
 
 
 def read(model: PopModel, tokens: list[int]) -> np.ndarray:
-    """Logits after the prompt, its beginning taken from the KV cache if it is there."""
+    """Return the logits after a prompt, reusing the prefix that is in the KV cache."""
     model.read(Prompt(tokens))
     return last_logits(model)
 
@@ -86,7 +86,7 @@ def evaluated(model: PopModel, tokens: list[int]) -> Counters:
 
 
 def steps(model: PopModel, tokens: list[int]) -> Generator[int]:
-    """Greedy tokens after a prompt."""
+    """Yield greedy tokens after a prompt."""
     model.read(Prompt(tokens))
     return model.sampled(TurnOptions(temperature=0.0))
 
@@ -97,7 +97,7 @@ def greedy(model: PopModel, tokens: list[int], n: int = 12) -> list[int]:
 
 
 def text_of(model: PopModel, tokens: Iterable[int]) -> str:
-    """The text of tokens, control tokens among them."""
+    """Return the text of tokens, including control tokens."""
     pieces = Pieces(model.context, range(model.context.n_vocab))
     return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 

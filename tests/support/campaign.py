@@ -1,8 +1,7 @@
-"""Random attempts, one after the other, each of which is refused or harmless.
+"""Run random attempts in turn; each must be refused or be harmless.
 
-Each campaign takes FUZZ_SECONDS, or FUZZ_FILES however long they take: `make fuzz SECONDS=3600`
-goes on for an hour with each, with all at once where WORKERS=11 is given. FUZZ_SEED begins
-elsewhere.
+A campaign takes FUZZ_SECONDS, or runs FUZZ_FILES attempts. `make fuzz SECONDS=3600` runs each
+campaign for an hour, and WORKERS=11 runs them in parallel. FUZZ_SEED changes the first seed.
 """
 
 import os
@@ -15,17 +14,17 @@ from pop_converter.base.errors import PopError
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "1"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-FEWEST = 50  # on a machine that is too busy for more
-# Limits for one file: processor time here, a child's on a busy machine. A reader that never ends is
-# to be ended from outside.
+FEWEST = 50  # if the machine is too busy for more
+# Limits for one file in seconds: processor time in this process, elapsed time of a child on a busy
+# machine. An endless reader needs a signal from outside.
 PATIENCE_S, CHILD_PATIENCE_S = 5.0, 60.0
 
-# Makes a damaged file from a source of chance, and reads it.
+# Build a damaged file from a random source, and read it.
 Attempt = Callable[[random.Random], None]
 
 
 def campaign(attempt: Attempt) -> None:
-    """Raises what is no PopError, naming the seed that gives it again."""
+    """Raise any exception other than PopError, with the seed that reproduces it."""
     deadline_s = time.monotonic() + SECONDS
     n_attempts = n_refused = 0
     try:
@@ -40,6 +39,6 @@ def campaign(attempt: Attempt) -> None:
                 raise AssertionError(f"FUZZ_SEED={seed} escapes") from error
             assert time.process_time() - began_s < PATIENCE_S, f"FUZZ_SEED={seed} takes too long"
             n_attempts += 1
-    finally:  # with -s, Ctrl-C tells how far it came
+    finally:  # Ctrl-C shows the progress under `pytest -s`.
         print(f"{n_attempts:,} files, {n_refused:,} refused")
     assert 0 < n_refused < n_attempts

@@ -1,4 +1,4 @@
-"""Converted models, and what tests of conversions share."""
+"""Converted models, and helpers for tests of conversions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,35 +18,35 @@ from pop_converter.projection import Projection
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
-# For tests that name none.
+# Used by tests that do not set them.
 DEFAULTS = {"min_prompt": 34, "tail_tokens": 16}
 
 
 def convert_default(src: Path, dst: Path, **options: object) -> PopMeta:
-    """At a third of the layers, own projections."""
+    """Convert at a third of the layers, with own projections."""
     return convert(make_plan(read_shape(src)), src, dst, **options)  # type: ignore[arg-type]
 
 
 def names(folder: Path) -> set[str]:
-    """Names of the files in the folder."""
+    """Return the file names in a folder."""
     return {path.name for path in folder.iterdir()}
 
 
 def converted(source: Path, folder: Path, **plan: Any) -> Path:
-    """Convert a model into a folder; `plan` goes to make_plan."""
+    """Convert a model into a folder; `plan` is passed to make_plan."""
     target = folder / f"{source.stem}.pop.gguf"
     convert(make_plan(read_shape(source), **{**DEFAULTS, **plan}), source, target)
     return target
 
 
 def tiny(folder: Path, arch: str = "llama", boundary: int = 4, **recipe: object) -> Path:
-    """A random model of 8 layers that skips from `boundary` on, sink 1 and tail 16."""
+    """Build a random model of 8 layers that skips from `boundary`, with sink 1 and tail 16."""
     return converted(make_gguf(folder / f"{arch}.gguf", arch, **recipe), folder, boundary=boundary)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One conversion in its two forms: a single file, and a sidecar of `base`."""
+    """A conversion in both forms: a single file, and a sidecar of `base`."""
 
     base: Path
     single: Path
@@ -63,10 +63,7 @@ def paired(base: Path, folder: Path, projection: str, seed: int = 0, **plan: Any
 
 
 def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float = 1.0) -> Fitted:
-    """Random projections; wide ones where the plan says so.
-
-    `scale`: of K and V.
-    """
+    """Return random projections with K/V of the given scale; wide ones if the plan has them."""
     rng = np.random.default_rng(seed)
     times = np.float32(scale)
     n_embd = plan.shape.n_embd
@@ -80,7 +77,7 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
     gain = np.ones(n_embd, np.float32)
     if plan.projection == Projection.WIDE:
         gate, up = random(n_neurons, n_embd), random(n_neurons, n_embd)
-        # Some are clamped.
+        # Clamped neurons are also covered.
         neurons = Neurons(gain, gate, 6 * up, False) if n_neurons else None
         made = WideInput(random(n_prev, n_embd), neurons)
         tensors += encode_input(plan.boundary, made, kind)

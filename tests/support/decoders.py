@@ -1,4 +1,4 @@
-"""The logits of the backend and of the decoder in torch."""
+"""Compute logits with the backend and with the decoder in torch."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A file to download, from a server that may misbehave."""
+"""Download a file from a server that may misbehave."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ from support.hub_server import Hub
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 OTHER = b"GGUF" + random.Random(1).randbytes(700_000)
-# A chunk that was read whole is kept when a connection breaks.
+# The client keeps chunks that were complete when a connection broke.
 CHUNK = download_module._CHUNK_BYTES
 HALF = 5 * CHUNK
 SHA256 = hashlib.sha256(MODEL).hexdigest()

@@ -1,4 +1,4 @@
-"""The chat on a real terminal with a model that says how it was asked; run by test_typing.py."""
+"""Run the chat on a real terminal with a model that describes its input (see test_typing.py)."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from support.scripted import STATS, ScriptedModel, figures, scripted_chat
 
 
 class EchoModel(ScriptedModel):
-    """Answers "LENGTH characters in LINES lines, beginning with ..."; "slowly" takes its time."""
+    """Answers "LENGTH characters in LINES lines, beginning with ..."; "slowly" delays an answer."""
 
     def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
         text = messages[-1].content

@@ -1,4 +1,4 @@
-"""The same weights in F32, which no kernel for quantised ones touches."""
+"""Copy a model's weights as F32, so that no kernel for quantised weights runs."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from gguf.quants import dequantize
 
 
 def write_f32(source: Path, target: Path) -> None:
-    """Write a copy of a model of one file: all keys as they are, all tensors in F32.
+    """Write a copy of a single-file model with the same keys and all tensors in F32.
 
-    No more than one tensor is in memory.
+    Up to one tensor is in memory.
     """
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())

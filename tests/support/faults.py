@@ -1,4 +1,4 @@
-"""File operations below a folder that fail, one at a time: writing, renaming, making, listing."""
+"""Make file operations below a folder fail, one at a time: write, rename, create, list."""
 
 import errno
 import io
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# As error numbers are; half of what is to be written is.
+# A pseudo error number: half of the data is written.
 SHORT = 0
-# By their first argument; those of a file descriptor are of any file.
+# Operations whose first argument is a path; those on a file descriptor affect any file.
 _BY_PATH = (
     "replace",
     "rename",
@@ -29,7 +29,7 @@ _BY_DESCRIPTOR = ("fsync", "fchmod", "ftruncate")
 
 @dataclass
 class Fault:
-    """The operation number `at`, from 0 on, fails by `number`; `hit` names it once it has."""
+    """Makes operation number `at` (from 0) fail with `number`; `hit` then names the operation."""
 
     folder: Path
     at: int
@@ -38,11 +38,11 @@ class Fault:
     n_seen: int = 0
 
     def has(self, path: Any) -> bool:
-        """Whether it is the folder, or below it."""
+        """Return whether a path is the folder or inside it."""
         return Path(os.fsdecode(path)).is_relative_to(self.folder)
 
     def passes(self, name: str, path: Any) -> bool:
-        """Count an operation; False where half of it is to be done. Raises OSError."""
+        """Count an operation and return False if only half of it must happen. Raise OSError."""
         is_ours = isinstance(path, int) or self.has(path)
         if not is_ours or (self.number == SHORT and name != "write"):
             return True
@@ -70,13 +70,13 @@ class _File(io.FileIO):
 
 @contextmanager
 def failing(folder: Path, at: int, number: int) -> Iterator[Fault]:
-    """Let one operation below `folder` fail: by an `errno`, once, or SHORT."""
+    """Make one operation inside `folder` fail once, with an `errno` or SHORT."""
     fault, real_open = Fault(folder, at, number), io.open
     file_class = type("_FaultyFile", (_File,), {"fault": fault})
 
     def opened(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any) -> Any:
         writes = bool(set(mode) & set("wxa+"))
-        # With an opener: a file without a name, which only says whether the folder takes any.
+        # A file with an opener has no name: it only tests whether the folder is writable.
         if not writes or isinstance(file, int) or "opener" in options or not fault.has(file):
             return real_open(file, mode, buffering, *text, **options)
         fault.passes("open", file)

@@ -1,4 +1,4 @@
-"""Models that can fill in between two texts."""
+"""Build models that can fill in the middle between two texts."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def make_filler(folder: Path) -> Path:
 
 
 def by_hand(model: PopModel, before: str, after: str, begun: str = "") -> list[int]:
-    """The tokens of a prompt, one by one."""
+    """Return a prompt's tokens, assembled one by one."""
     pre, suf, mid = (model.tokenize(mark, special=True) for mark in FIM)
     assert [len(mark) for mark in (pre, suf, mid)] == [1, 1, 1]
     begun_tokens = model.tokenize(begun) if begun else []

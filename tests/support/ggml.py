@@ -1,7 +1,7 @@
-"""One operation of ggml at a time, computed by the CPU backend of the library that llama_cpp loads.
+"""Run single operations of ggml on the CPU backend of the library that llama_cpp loads.
 
-Arrays have ggml's dimensions in the opposite order: the last one is contiguous in memory. A child
-process computes with another library (LLAMA_CPP_LIB_PATH), or under another environment.
+Arrays have ggml's dimensions in reverse order: the last one is contiguous in memory. A child
+process computes with another library (LLAMA_CPP_LIB_PATH) or another environment.
 """
 
 import ctypes
@@ -34,13 +34,13 @@ from support.ggml_ops import (
 )
 
 _ROWS_PARAM = 15  # GGML_POP_OP_PARAM
-_ALIGNMENT = 32  # of tensors in a model's file
+_ALIGNMENT = 32  # of tensors in a model file, in bytes
 _N_DIMS, _N_TENSORS = 4, 64
 _GEGLU, _SWIGLU_OAI = 1, 3  # GGML_GLU_OP_*
 
 
 class Between(Enum):
-    """Done in a graph between two operations: with a result, or with what they read."""
+    """An operation between two operations of a graph, on a result or on their input."""
 
     ADD = auto()
     ROPE = auto()
@@ -49,7 +49,7 @@ class Between(Enum):
 
 @dataclass(frozen=True)
 class Answer:
-    """A child's: the kernels that its library names, None if it names none, and each result."""
+    """A child's results, and its library's kernels (None if unpatched)."""
 
     kernels: str | None
     results: list[np.ndarray]
@@ -65,8 +65,8 @@ def compute(
 ) -> np.ndarray:
     """Compute an operation.
 
-    `guarded`: the process dies when anything touches memory behind a tensor, whose bytes must be a
-    multiple of 32. `reference`: by upstream's reference implementation. Returns float32: for MulMat
+    `guarded`: an access past a tensor's end kills the process; tensor sizes must be multiples of 32
+    bytes. `reference`: use upstream's reference implementation. Returns float32: for MulMat
     [..., n_rows, n_out], for MulMatId [n_tokens, n_used, n_out], for Attention [n_streams, n_rows,
     n_heads, n_dims], for others [..., n_rows, n].
     """
@@ -83,9 +83,9 @@ def compute_all(
     guarded: bool = False,
     reference: bool = False,
 ) -> list[np.ndarray]:
-    """Compute operations in one graph, in turn; what has the same array reads the same tensor.
+    """Compute operations in one graph, in order; inputs that share an array share a tensor.
 
-    `between` is done behind each. All else as of `compute`.
+    `between` runs after each operation. Other parameters are those of `compute`.
     """
     graph = _Graph(guarded)
     try:
@@ -100,7 +100,7 @@ def compute_all(
 
 
 def compute_with_rows_lost(ops: Sequence[Op], rows: Rows = Rows.ALL) -> list[np.ndarray]:
-    """Compute products in one graph; the rows that they read are zeros once the first is done."""
+    """Compute products in one graph and zero their input rows after the first product."""
     graph = _Graph()
     try:
         results = [graph.build(op, rows) for op in ops]
@@ -118,7 +118,7 @@ def _of_dims(found: np.ndarray, op: Op) -> np.ndarray:
 
 
 def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
-    """Whether our kernels compute a product or attention."""
+    """Return whether our kernels compute a product or attention."""
     graph = _Graph()
     try:
         return bool(work_size()(1, graph.build(op, rows)))
@@ -127,7 +127,7 @@ def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
 
 
 def kernels() -> str:
-    """The kernels that are in use: "off", "none", or a name. Raises LookupError: unpatched."""
+    """Return the active kernels: "off", "none", or a name. Raises LookupError if unpatched."""
     function = cpu().kernels
     if function is None:
         raise LookupError("the CPU's kernels are unpatched: ggml_pop_kernels is missing")
@@ -136,10 +136,10 @@ def kernels() -> str:
 
 
 def in_child(ops: Sequence[Op], lib: Path | None = None, env: Any = None, **how: Any) -> Answer:
-    """Have each operation computed as by `compute(op, **how)`, in a process of its own.
+    """Run `compute(op, **how)` for each operation in a child process.
 
-    `lib`: the folder of another library; `env`: more of its environment. Raises
-    subprocess.CalledProcessError when it died.
+    `lib`: folder of another library. `env`: additional environment variables. Raises
+    subprocess.CalledProcessError if the child crashed.
     """
     done = subprocess.run(
         [sys.executable, "-c", "from support.ggml import answer; answer()"],
@@ -156,7 +156,7 @@ def in_child(ops: Sequence[Op], lib: Path | None = None, env: Any = None, **how:
 
 
 def answer() -> None:
-    """Do what `in_child` asks, over stdin and stdout."""
+    """Serve one `in_child` call over stdin and stdout."""
     stdout = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     ops, how = pickle.load(sys.stdin.buffer)
@@ -169,14 +169,14 @@ def answer() -> None:
 
 
 class _Graph:
-    """The tensors of one operation, each in a buffer of its own."""
+    """A graph of operations, with one buffer for each tensor."""
 
     def __init__(self, guarded: bool = False) -> None:
         self._base = base()
         self._guarded = guarded
         self._buffers: list[int] = []
         self._pages: list[mmap.mmap] = []
-        # By an array and how it is seen.
+        # Tensors by array and view.
         self._known: dict[tuple[int, int], int] = {}
         size = _N_TENSORS * self._base.ggml_tensor_overhead()
         size += self._base.ggml_graph_overhead_custom(_N_TENSORS, False)
@@ -188,7 +188,7 @@ class _Graph:
             self._base.ggml_backend_buffer_free(buffer)
 
     def build(self, op: Op, rows: Rows) -> int:
-        """Returns the tensor of the result."""
+        """Return the result's tensor."""
         if isinstance(op, RmsNormMul):
             norm, result = self._rms_norm_mul(op)
             Tensor.from_address(norm).op_params[_ROWS_PARAM] = rows
@@ -245,7 +245,7 @@ class _Graph:
         shapes = [tuple(Tensor.from_address(each).ne)[::-1] for each in results]
         found = [np.empty(shape, np.float32) for shape in shapes]
         for result, array in zip(results, found, strict=True):
-            # An element that nobody writes is not a number.
+            # Elements that no kernel writes stay NaN.
             base.ggml_backend_tensor_memset(result, 255, 0, array.nbytes)
         graph = base.ggml_new_graph_custom(self._ctx, _N_TENSORS, False)
         for node in nodes:
@@ -306,13 +306,13 @@ class _Graph:
         return int(result)
 
     def _rms_norm_mul(self, op: RmsNormMul) -> tuple[int, int]:
-        """The norm, and the result."""
+        """Return the tensors of the norm and of the result."""
         norm = int(self._base.ggml_rms_norm(self._ctx, self._rows(op.x, op.stride), op.eps))
         self._place(norm)
         return norm, int(self._base.ggml_mul(self._ctx, norm, self._array(op.gain)))
 
     def _rows(self, x: np.ndarray, stride: int = 0, n_values: int = 0) -> int:
-        """Rows of x, or the first values of each; between longer rows nothing is a number."""
+        """Return rows of x, or each row's first values; gaps between longer rows are NaN."""
         n_values = n_values or x.shape[-1]
         key = id(x), n_values
         if key not in self._known:
@@ -350,7 +350,7 @@ class _Graph:
         base.ggml_backend_tensor_alloc(buffer, tensor, address)
 
     def _guarded_buffer(self, size: int) -> tuple[int, int]:
-        """A buffer that ends where a page begins that nobody may touch."""
+        """Return a buffer that ends at the start of an inaccessible page."""
         assert size % _ALIGNMENT == 0, size
         page = mmap.PAGESIZE
         n_bytes = -(-size // page) * page
@@ -364,7 +364,7 @@ class _Graph:
         return self._base.ggml_backend_cpu_buffer_from_ptr(address, size), address
 
     def _view(self, tensor: int, n_values: int = 0, n_cells: int = 0) -> int:
-        """The first values of each row, or cells of each stream: all of them where it is 0."""
+        """Return a view of each row's first values, or each stream's first cells (0: all)."""
         of = Tensor.from_address(tensor)
         sizes = [n_values or of.ne[0], of.ne[1], n_cells or of.ne[2], of.ne[3]]
         view = self._base.ggml_view_4d(self._ctx, tensor, *sizes, *of.nb[1:], 0)
@@ -372,7 +372,7 @@ class _Graph:
         return int(view)
 
     def _permuted(self, tensor: int) -> int:
-        """The two dimensions in the middle change places."""
+        """Return a view with the middle two dimensions swapped."""
         view = self._base.ggml_permute(self._ctx, tensor, 0, 2, 1, 3)
         self._base.ggml_backend_view_init(view)
         return int(view)

@@ -1,4 +1,4 @@
-"""ggml's libraries as ctypes: its tensors, the functions of libggml-base, the CPU's device."""
+"""Declare ggml in ctypes: tensors, the functions of libggml-base, the CPU device."""
 
 import ctypes
 import functools
@@ -11,7 +11,7 @@ from pop_local.engine.llama.backend import bindings
 
 
 class Tensor(ctypes.Structure):
-    """struct ggml_tensor of ggml.h, but for its padding."""
+    """struct ggml_tensor of ggml.h without its padding."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -40,7 +40,7 @@ class InitParams(ctypes.Structure):
 
 _POINTER, _INT, _INT64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _FLOAT = ctypes.c_float
-# Asked after each node whether to stop.
+# The abort callback, called after each node.
 ASKED = ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER)
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_init": ([InitParams], _POINTER),
@@ -97,7 +97,7 @@ def base() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Cpu:
-    """The CPU's backend, the type of its buffers, and functions."""
+    """The CPU backend, its buffer type and functions."""
 
     backend: int
     buffer_type: int
@@ -109,7 +109,7 @@ class Cpu:
 
 @functools.cache
 def cpu() -> Cpu:
-    """Return the device, begun once."""
+    """Return the device, which is initialised once."""
     ggml, library = bindings()._ggml, base()
     by_type = ggml.ggml_backend_dev_by_type
     by_type.restype = _POINTER
@@ -132,7 +132,7 @@ def cpu() -> Cpu:
 
 @functools.cache
 def work_size() -> Any:
-    """ggml_pop_work_size of the library with the CPU's kernels, which may be one of several."""
+    """Return ggml_pop_work_size of the loaded CPU library (one of several variants)."""
     for path in sorted(Path(bindings()._base_path).glob("*ggml-cpu*")):
         try:
             library = ctypes.CDLL(str(path), mode=getattr(os, "RTLD_NOLOAD", 0))

@@ -1,6 +1,6 @@
-"""Operations of ggml, as tests write them down.
+"""Describe operations of ggml for tests.
 
-Arrays have ggml's dimensions in the opposite order: the last one is contiguous in memory.
+Arrays have ggml's dimensions in reverse order: the last one is contiguous in memory.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 
 class Rows(IntEnum):
-    """enum ggml_pop_rows: the fastest kernels, never ours, or the same of ours for all rows."""
+    """enum ggml_pop_rows: the fastest kernels, upstream's only, or our same kernel for all rows."""
 
     FAST = 0
     NONE = 1
@@ -21,20 +21,20 @@ class Rows(IntEnum):
 
 @dataclass(frozen=True)
 class Stored:
-    """Values of a type, as a file has them: uint8 [..., bytes of a row]."""
+    """Values of a ggml type as stored in a file: uint8 [..., bytes of a row]."""
 
     type: Type
     data: np.ndarray
 
     @property
     def n_values(self) -> int:
-        """Values of a row."""
+        """Return the number of values in a row."""
         n_block, n_bytes = gguf.GGML_QUANT_SIZES[self.type]
         return self.data.shape[-1] // n_bytes * n_block
 
     @property
     def values(self) -> np.ndarray:
-        """The same as float64 [..., values of a row]."""
+        """Return the values as float64 [..., values of a row]."""
         if self.type == Type.F16:
             return self.data.view(np.float16).astype(np.float64)
         return gguf.dequantize(self.data, self.type).astype(np.float64)
@@ -42,10 +42,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class MulMat:
-    """`weights`: [..., n_out, n_in]; `x`: float32 [..., n_rows, n_in].
+    """MUL_MAT of `weights` [..., n_out, n_in] and `x`, float32 [..., n_rows, n_in].
 
-    `stride`: floats from a row of x to the next one; 0: n_in. `permuted`: n_out and n_rows are not
-    the last dimension but one in memory, but that before it, as in a KV cache.
+    `stride`: floats between the starts of two rows of x (0: n_in). `permuted`: n_out and n_rows are
+    the second-last dimension in memory instead of the third-last, as in a KV cache.
     """
 
     weights: Stored
@@ -56,9 +56,9 @@ class MulMat:
 
 @dataclass(frozen=True)
 class MulMatId:
-    """`weights`: [n_experts, n_out, n_in]; `x`: float32 [n_tokens, n_used or 1, n_in].
+    """MUL_MAT_ID of `weights` [n_experts, n_out, n_in] and `x` [n_tokens, n_used or 1, n_in].
 
-    `ids`: int32 [n_tokens, at least n_used], of which the first n_used count.
+    `x` is float32. `ids`: int32 [n_tokens, >= n_used], of which the first n_used are used.
     """
 
     weights: Stored
@@ -69,11 +69,11 @@ class MulMatId:
 
 @dataclass(frozen=True)
 class Attention:
-    """FLASH_ATTN_EXT with its tensors as a KV cache has them.
+    """FLASH_ATTN_EXT with the tensor layout of a KV cache.
 
-    `q`: float32 [n_streams, n_rows, n_heads, n_dims]; `k`, `v`: [n_streams, n_cells, n_kv_heads,
-    n_dims], of which the first `n_kv` cells count; `mask`: float16 [n_streams or 1, n_heads or 1,
-    n_rows, n_kv]; `sinks`: float32 [n_heads].
+    `q`: float32 [n_streams, n_rows, n_heads, n_dims]. `k`, `v`: [n_streams, n_cells, n_kv_heads,
+    n_dims], of which the first `n_kv` cells are used. `mask`: float16 [n_streams or 1,
+    n_heads or 1, n_rows, n_kv]. `sinks`: float32 [n_heads].
     """
 
     q: np.ndarray
@@ -89,11 +89,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Glu:
-    """GLU: by gelu gelu(x) * y, both float32 [..., n_rows, n], or as gpt-oss has it.
+    """GLU of `x` and `y`, float32 [..., n_rows, n]: gelu(x) * y, or the variant of gpt-oss.
 
-    `y`: None, and x has 2 n values a row, of which the first n are x and the others y, or the other
-    way round where it is `swapped`; the same array as x: one tensor is both. `stride`: floats from
-    a row to the next one; 0: as many as it has.
+    If `y` is None, each row of x has 2 n values: n of x, then n of y (`swapped`: y first). If `y`
+    and `x` are the same array, they share a tensor. `stride`: floats between the starts of two rows
+    (0: the row length).
     """
 
     x: np.ndarray
@@ -105,9 +105,9 @@ class Glu:
 
 @dataclass(frozen=True)
 class MulRows:
-    """MUL of rows of x, float32 [..., n_rows, n], by `factors`, float32 [..., n_rows, 1].
+    """MUL of the rows of x, float32 [..., n_rows, n], and `factors`, float32 [..., n_rows, 1].
 
-    `stride`: as of Glu.
+    `stride`: see Glu.
     """
 
     x: np.ndarray
@@ -117,9 +117,9 @@ class MulRows:
 
 @dataclass(frozen=True)
 class RmsNormMul:
-    """RMS_NORM of x, float32 [..., n_rows, n], and MUL by `gain`, float32 [n].
+    """RMS_NORM of x, float32 [..., n_rows, n], then MUL by `gain`, float32 [n].
 
-    `stride`: as of Glu.
+    `stride`: see Glu.
     """
 
     x: np.ndarray

@@ -1,7 +1,7 @@
-"""A small server that answers as a hub does: model info, resolve with redirects, ranges, refusals.
+"""A small server that behaves like a hub: model info, redirects, ranges, refusals.
 
-Files are kept as on the hub: /OWNER/REPO/resolve/COMMIT/FILE redirects to another host name, where
-the bytes are. `drops` holds, for the next downloads, after how many bytes the connection breaks.
+As on the hub, /OWNER/REPO/resolve/COMMIT/FILE redirects to another host name, which serves the
+bytes. `drops` lists the numbers of bytes after which the next downloads lose their connection.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Request:
 
 @dataclass
 class Repo:
-    """`token`: what opens it; `gated`: described to all, its files open to few."""
+    """A repository; `token` grants access, `gated` restricts access to its files."""
 
     files: dict[str, bytes]
     token: str = ""
@@ -46,14 +46,14 @@ class Hub:
     drops: list[int] = field(default_factory=list)
     busy: int = 0
     requests: list[Request] = field(default_factory=list)
-    # Headers that the bytes' host adds to its answers, or changes.
+    # Headers that the file host adds or overrides.
     headers: dict[str, str] = field(default_factory=dict)
     ignores_ranges: bool = False
-    # Where every request is sent on to, if anywhere.
+    # The host that all requests are redirected to ("": none).
     redirects_to: str = ""
-    # Replies as they go over the line, each before the connection closes; its own come after them.
+    # Raw replies, each followed by a closed connection; regular replies come after them.
     raw: list[bytes] = field(default_factory=list)
-    # Once: after how many bytes nothing more comes until the server stops.
+    # Bytes after which one response stalls until the server stops (0: none).
     stall: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -65,7 +65,7 @@ class Hub:
         return f"{self.endpoint}/plain/{quote(name)}"
 
     def downloads(self) -> list[Request]:
-        """The requests for bytes."""
+        """Return the requests for file contents."""
         return [
             request
             for request in self.requests
@@ -77,7 +77,7 @@ class Hub:
 
 
 def asked_here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the client in this process, which has read its environment already, ask this hub."""
+    """Point this process's client, which has already read its environment, to this hub."""
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -106,7 +106,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was interrupted
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client was interrupted
             super().handle_error(request, client_address)
 
 
@@ -155,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         return next(file for file in files if _sha256(file) == sha256)
 
     def _search(self, query: dict[str, list[str]]) -> None:
-        """Answer with the repositories of that name, in the order of `repos`."""
+        """Answer with the repositories of a name, in the order of `repos`."""
         assert (query["filter"], query["sort"]) == (["gguf"], ["downloads"])
         words = query["search"][0].lower()
         found = [{"_id": "0" * 24, "id": name} for name in self.hub.repos if words in name.lower()]
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _open(self, name: str, *, for_files: bool) -> Repo | None:
         repo = self.hub.repos.get(name)
-        if repo is None:  # the hub answers so, to keep private names to itself
+        if repo is None:  # The hub answers 401 to hide the names of private repositories.
             self._refuse(401, "RepoNotFound", "Repository not found")
             return None
         if self.headers.get("Authorization") == f"Bearer {repo.token}" or not repo.token:

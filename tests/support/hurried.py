@@ -1,4 +1,4 @@
-"""Children with less time, so that tests of their limits take less."""
+"""Shorten the time limits of child processes, so that tests of the limits are fast."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from pop_local.engine.limited.process import KeptProcess
 
 @contextmanager
 def hurried(kept: KeptProcess) -> Iterator[None]:
-    """Give the child one second for each call."""
+    """Limit each call of the child to one second."""
     before, kept.limit_s = kept.limit_s, 1.0
     kept.close()
     try:

@@ -1,7 +1,7 @@
-"""Inputs of the kernels' tests, and the errors that they may have.
+"""Build inputs of kernels, and check the errors of their results.
 
-Weights are random bytes, so that every code occurs, with sane scales. The ideal of a product has
-activations in int8 with a scale per 32, and is computed in float64 from there on.
+Weights are random bytes, so that every code occurs, with plausible scales. The ideal of a product
+has activations in int8 with one scale per 32 values, and is then computed in float64.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 from support.ggml import OAI, Attention, Glu, MulMat, MulMatId, MulRows, Op, RmsNormMul, Stored
 
-# Where a block of the type has float16: its scale, and that of its minimum.
+# Offsets of a block's float16 values: its scale, and the scale of its minimum.
 SCALES: dict[Type, tuple[int, ...]] = {
     Type.Q4_0: (0,),
     Type.Q4_1: (0, 2),
@@ -33,19 +33,19 @@ FLOATS = [Type.F16, Type.BF16]
 TYPES = QUANTISED + FLOATS
 _MXFP4_SCALE = 127  # of its byte: 1
 
-# A product's error relative to the ideal's.
+# Maximum error of a product, relative to the ideal's.
 WORSE = 1.05
-# The error of a sum in float32, relative to the product of the two norms.
+# Maximum error of a sum in float32, relative to the product of the two norms.
 ROUNDING = 2e-6
 
 
 def block(type_: Type) -> int:
-    """Values of a block."""
+    """Return the number of values in a block."""
     return gguf.GGML_QUANT_SIZES[type_][0]
 
 
 def weights(rng: np.random.Generator, type_: Type, *shape: int) -> Stored:
-    """Random ones, [..., n_out, n_in]. Scales differ by a factor of 16, and in their sign."""
+    """Return random weights [..., n_out, n_in] with scales of both signs, up to 16 times apart."""
     if type_ in FLOATS:
         return narrowed(rng.standard_normal(shape).astype(np.float32), type_)
     n_block, n_bytes = gguf.GGML_QUANT_SIZES[type_]
@@ -60,7 +60,7 @@ def weights(rng: np.random.Generator, type_: Type, *shape: int) -> Stored:
 
 
 def filled(type_: Type, byte: int, *shape: int, scale: float = 0.03) -> Stored:
-    """Weights [..., n_in] of which every byte is the same, but for the scales."""
+    """Return weights [..., n_in] whose bytes are all the same, except for the scales."""
     n_block, n_bytes = gguf.GGML_QUANT_SIZES[type_]
     data = np.full((*shape[:-1], shape[-1] // n_block, n_bytes), byte, np.uint8)
     for at in SCALES[type_]:
@@ -71,32 +71,32 @@ def filled(type_: Type, byte: int, *shape: int, scale: float = 0.03) -> Stored:
 
 
 def put_scale(data: np.ndarray, at: int, values: np.ndarray) -> None:
-    """Write float16 at a byte of each block, uint8 [..., bytes of a block]."""
+    """Write float16 values at one offset in each block, uint8 [..., bytes of a row]."""
     data[..., at : at + 2] = values.astype("<f2")[..., None].view(np.uint8)
 
 
 def narrowed(values: np.ndarray, type_: Type) -> Stored:
-    """The nearest values of a type that the gguf package can write."""
+    """Round to the nearest values of a type that the gguf package can write."""
     if type_ == Type.F16:
         return Stored(type_, values.astype("<f2").view(np.uint8))
     return Stored(type_, gguf.quantize(values, type_).view(np.uint8))
 
 
 def activations(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Normal ones of which some are eight times as large, float32."""
+    """Return normal float32 values with outliers that are eight times as large."""
     x = rng.standard_normal(shape)
     return np.where(rng.random(shape) < 0.02, 8 * x, x).astype(np.float32)
 
 
 def in_int8(x: np.ndarray) -> np.ndarray:
-    """The nearest activations with 8 bits and a scale per 32, as float64."""
+    """Round activations to 8 bits with one scale per 32 values; return float64."""
     blocks = x.astype(np.float64).reshape(*x.shape[:-1], -1, 32)
     scale = np.abs(blocks).max(-1, keepdims=True) / 127
     return (np.rint(blocks / np.where(scale, scale, 1)) * scale).reshape(x.shape)
 
 
 def in_bf16(x: np.ndarray) -> np.ndarray:
-    """The nearest values of bfloat16, as float64."""
+    """Round to bfloat16; return float64."""
     bits = x.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)).astype(np.uint32) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32).astype(np.float64)
@@ -107,10 +107,10 @@ def rms(values: np.ndarray) -> float:
 
 
 def check_product(got: np.ndarray, stored: Stored, x: np.ndarray) -> None:
-    """Hold float32 [..., n_rows, n_out] against float64, its error against the ideal's.
+    """Compare a product with float64, and its error with the ideal's.
 
-    `stored`: [..., n_out, n_in]; `x`: [..., n_rows, n_in]. BF16, and F16 at worst, are multiplied
-    with activations in bfloat16.
+    `got`: float32 [..., n_rows, n_out]; `stored`: [..., n_out, n_in]; `x`: [..., n_rows, n_in]. The
+    limit for BF16 and F16 assumes activations in bfloat16.
     """
     w, x64 = np.swapaxes(stored.values, -1, -2), x.astype(np.float64)
     want = x64 @ w
@@ -121,7 +121,7 @@ def check_product(got: np.ndarray, stored: Stored, x: np.ndarray) -> None:
 
 
 def extremes(type_: Type, n_in: int = 768) -> list[MulMat]:
-    """Codes at their ends, and activations that int8 holds exactly at its own ends."""
+    """Return products of the largest codes and of activations that int8 holds exactly."""
     sizes = np.array([1, -1, 3e4, -1e-4, 0.5, -2, 7] * 3)[:, None]
     same, turns = np.ones(n_in), np.tile([1, -1], n_in // 2)
     return [
@@ -132,7 +132,7 @@ def extremes(type_: Type, n_in: int = 768) -> list[MulMat]:
 
 
 def check_extreme(got: np.ndarray, op: MulMat, kernels: str) -> None:
-    """Hold a result of `extremes` against float64: integer sums that overflow are far from it.
+    """Compare a result of `extremes` with float64; an overflowing integer sum differs by far.
 
     AMX rounds weights and activations to bfloat16.
     """
@@ -156,7 +156,7 @@ def mul_mat_id(
     n_out: int = 64,
     n_in: int = 256,
 ) -> MulMatId:
-    """Experts with so many rows each, in any order; `n_used` of them a token, distinct."""
+    """Return a product whose experts have the given numbers of rows; a token's are distinct."""
     n_experts, n_tokens = len(per_expert), sum(per_expert) // n_used
     ids = np.empty((n_tokens, n_experts), np.int32)
     left = np.array(per_expert)
@@ -175,7 +175,7 @@ def mul_mat_id(
 
 
 def geglu(rng: np.random.Generator, *shape: int) -> Glu:
-    """Compare two tensors [..., n_rows, n], the first as large as one of a feed-forward may be."""
+    """Return a GEGLU of two tensors [..., n_rows, n] with the range of a feed-forward."""
     x = 3 * rng.standard_normal(shape)
     large = rng.choice([-1e4, -87, -20, -9.99, 0, 1e-30, 10.01, 20, 1e4], shape)
     x = np.where(rng.random(shape) < 0.1, large, x).astype(np.float32)
@@ -183,14 +183,14 @@ def geglu(rng: np.random.Generator, *shape: int) -> Glu:
 
 
 def swiglu_oai(rng: np.random.Generator, *shape: int) -> Glu:
-    """The GLU of gpt-oss, of the same tensors, and some of the second past its limit."""
+    """Return gpt-oss's GLU of the same tensors, with some values beyond its limit."""
     op = geglu(rng, *shape)
     assert op.y is not None
     return replace(op, y=6 * op.y, is_oai=True)
 
 
 def expected_glu(op: Glu) -> np.ndarray:
-    """In float64."""
+    """Return the GLU in float64."""
     x, y = op.x.astype(np.float64), op.y
     if y is None:
         x, y = np.split(x, 2, -1)
@@ -205,12 +205,12 @@ def expected_glu(op: Glu) -> np.ndarray:
 
 
 def mul_rows(rng: np.random.Generator, *shape: int) -> MulRows:
-    """Rows [..., n_rows, n], and a number for each."""
+    """Return a product of rows [..., n_rows, n] and one factor for each."""
     return MulRows(activations(rng, *shape), activations(rng, *shape[:-1], 1))
 
 
 def rms_norm_mul(rng: np.random.Generator, *shape: int) -> RmsNormMul:
-    """Rows [..., n_rows, n] whose sizes differ by up to 1e12."""
+    """Return a norm of rows [..., n_rows, n] whose sizes differ by up to 1e12."""
     sizes = 10 ** rng.uniform(-6, 6, (*shape[:-1], 1))
     x = (sizes * activations(rng, *shape)).astype(np.float32)
     return RmsNormMul(x, rng.standard_normal(shape[-1]).astype(np.float32))
@@ -233,9 +233,9 @@ def attention(
     type_: Type = Type.F16,
     mask: np.ndarray | None = None,
 ) -> Attention:
-    """Random rows and a cache, of which cells behind the last one are not numbers.
+    """Return attention on random rows and a cache whose unused cells are NaN.
 
-    `mask`: the causal one if there is none.
+    `mask`: the causal one by default.
     """
     n_cells = n_kv + 8
 
@@ -257,18 +257,18 @@ def attention(
 
 
 def causal(n_rows: int, n_kv: int, window: int = 0) -> np.ndarray:
-    """The mask of the last rows of a prompt, of which each sees `window` cells, 0: all before."""
+    """Return the mask of a prompt's last rows, each of which sees `window` cells (0: all)."""
     distance = np.arange(n_kv - n_rows, n_kv)[:, None] - np.arange(n_kv)
     return seen((distance >= 0) & ((distance < window) | (window == 0)))
 
 
 def seen(cells: np.ndarray) -> np.ndarray:
-    """The mask by which a row sees the cells that are true: float16 [1, 1, n_rows, n_kv]."""
+    """Return the mask, float16 [1, 1, n_rows, n_kv], of the visible cells."""
     return np.where(cells, 0.0, -np.inf).astype(np.float16)[None, None]
 
 
 def first_rows(op: Op, n_rows: int) -> Op:
-    """The same operation for fewer rows (tokens, of MulMatId)."""
+    """Return the operation with fewer rows (for MulMatId: tokens)."""
     if isinstance(op, Attention):
         mask = None if op.mask is None else np.ascontiguousarray(op.mask[:, :, :n_rows])
         return replace(op, q=op.q[:, :n_rows], mask=mask)
@@ -282,10 +282,10 @@ def first_rows(op: Op, n_rows: int) -> Op:
 
 
 def expected_attention(op: Attention, *, ideal: bool = False) -> np.ndarray:
-    """Attention in float64 [n_streams, n_rows, n_heads, n_dims].
+    """Return attention in float64 [n_streams, n_rows, n_heads, n_dims].
 
-    `ideal`: Q with 14 bits and a scale a row, K with 13 bits and a scale per 32, probabilities and
-    V in float16, all else exact.
+    `ideal`: with Q of 14 bits and one scale a row, K of 13 bits and one scale per 32 values, and
+    probabilities and V in float16.
     """
     n_heads = op.q.shape[2]
     q = np.moveaxis(op.q.astype(np.float64), 2, 1)
@@ -313,7 +313,7 @@ def expected_attention(op: Attention, *, ideal: bool = False) -> np.ndarray:
 
 
 def slopes(n_heads: int, max_bias: float) -> np.ndarray:
-    """ALiBi's factor of each head."""
+    """Return ALiBi's slope of each head."""
     if not max_bias:
         return np.ones(n_heads)
     head, power = np.arange(n_heads), 2 ** int(np.log2(n_heads))

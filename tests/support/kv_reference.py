@@ -1,7 +1,7 @@
-"""The K/V of skipped layers in float64, and those in a state that llama.cpp saved.
+"""Compute the K/V of skipped layers in float64, and parse those in a saved state.
 
-No code of the patches and none of the converter's fit is in what is expected: the boundary state
-comes from the unpatched library, weights and keys from the file.
+The reference uses no code of the patches or of the converter's fit. The unpatched library computes
+the boundary state; weights and keys are from the file.
 """
 
 import struct
@@ -27,14 +27,14 @@ from support.shapes import read_shape
 
 OWN, FITTED, WIDE = Projection
 
-# ggml rounds the input of a quantised product to 127 steps each side, in blocks of 32.
+# ggml rounds the input of a quantised product to 127 steps on each side, in blocks of 32.
 BLOCK, N_STEPS = 32, 127
 F32, F16 = 0, 1  # ggml's types of a cache
 
 
 @dataclass(frozen=True)
 class Stored:
-    """K [n_cells, n_k] and V [n_cells, n_v] of a layer; `pos` [n_cells]."""
+    """A layer's K [n_cells, n_k] and V [n_cells, n_v]; `pos` [n_cells]."""
 
     pos: np.ndarray
     k: np.ndarray
@@ -43,7 +43,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Expected:
-    """K and V [n_tokens, n], and the standard deviation of what rounding the input does to them."""
+    """K and V [n_tokens, n], and their standard deviation due to rounding of the input."""
 
     k: np.ndarray
     v: np.ndarray
@@ -52,9 +52,9 @@ class Expected:
 
 
 def normalised_states(trio: Trio, tokens: Tokens, job: Job) -> np.ndarray:
-    """h_b / rms(h_b), float64 [n_tokens, n_embd], by the unpatched library.
+    """Return h_b / rms(h_b), float64 [n_tokens, n_embd], from the unpatched library.
 
-    Silent deep layers leave the state as it was; it comes out behind the output norm.
+    Silent deep layers preserve the state, so it is available after the output norm.
     """
     step = Step("embeddings", "states", tokens=tokens, logits="all")
     normed = run(replace(job, model=str(trio.silent), steps=(step,)))["states"]
@@ -63,9 +63,9 @@ def normalised_states(trio: Trio, tokens: Tokens, job: Job) -> np.ndarray:
 
 
 class Reference:
-    """The K/V of context tokens at positions 0, 1, ... of a model: own, or fitted in any way.
+    """The K/V of context tokens at positions 0, 1, ...: own or fitted projections of any kind.
 
-    `edges`: the positions of the first rows of the ubatches, which see none before them.
+    `edges`: positions of each ubatch's first row, which has no previous row.
     """
 
     def __init__(self, pruned: Path, states: np.ndarray, edges: Sequence[int] = (0,)) -> None:
@@ -86,7 +86,7 @@ class Reference:
         return Expected(k.reshape(len(x), -1), v, k_noise.reshape(len(x), -1), v_noise)
 
     def _normed(self, layer: int, part: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Q or K by heads, [n_tokens, n_head, head_dim], and what its norm multiplied by."""
+        """Return Q or K by heads, [n_tokens, n_head, head_dim], and its norm's factor."""
         cur = self._product(layer, part, x).reshape(len(x), -1, self._head_dim)
         name = f"blk.{layer}.attn_{part}_norm.weight"
         if name not in self._weights:
@@ -105,9 +105,9 @@ class Reference:
         return self._weights[name].astype(np.float64)
 
     def _projection(self, layer: int, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """Weight [n_out, n_embd] and bias [n_out] of `part`, one of q, k and v.
+        """Return the weight [n_out, n_embd] and bias [n_out] of `part`, one of q, k and v.
 
-        They are fitted, own, or cut from Q, K and V in one.
+        The projection is fitted, own, or sliced from a combined QKV tensor.
         """
         for name in (f"blk.{layer}.pop_attn_{part}", f"blk.{layer}.attn_{part}"):
             if f"{name}.weight" in self._weights:
@@ -120,7 +120,7 @@ class Reference:
         return weight, np.zeros(len(weight))
 
     def _wide_input(self, x: np.ndarray, edges: Sequence[int]) -> np.ndarray | None:
-        """The previous row's state, reduced, and neurons: [n_tokens, n_wide]; or None."""
+        """Return the wide input (reduced previous state, neurons), [n_tokens, n_wide], or None."""
         layer = str(self._header.get("pop.schedule")).find("S")
         prefix = f"blk.{layer}.pop_"
         if f"{prefix}prev.weight" not in self._weights:
@@ -155,7 +155,7 @@ class Reference:
         return np.asarray(np.sqrt(step**2 / 12 @ power.T))
 
     def _rope(self, k: np.ndarray, swa: bool) -> np.ndarray:
-        """k [n_tokens, n_head, head_dim]; sliding windows of gemma3 turn by a base of their own."""
+        """Rotate k [n_tokens, n_head, head_dim]; gemma3's sliding windows have another base."""
         half = k.shape[-1] // 2
         own_base = swa and self.arch == "gemma3"
         base = 10000.0 if own_base else self._key("rope.freq_base")
@@ -175,9 +175,9 @@ class Reference:
 
 
 def parse_state(raw: bytes, windows: tuple[int, ...]) -> dict[int, Stored]:
-    """The layers of a sequence's state, as llama_kv_cache::state_write writes them.
+    """Parse a sequence's state, as llama_kv_cache::state_write writes it, by layer.
 
-    `windows`: by layer, 0 for none; layers with one have a cache of their own, the second.
+    `windows`: window sizes by layer (0: none). Layers with a window use the second cache.
     """
     reader = _Reader(raw)
     reader.take("Ii")  # magic number and sequence
@@ -206,7 +206,7 @@ class _Reader:
 
 
 def _parse_cache(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
-    """The sequence is in one of several streams, and the others are written as empty."""
+    """Parse a cache of several streams; only the sequence's stream has cells."""
     [n_streams] = reader.take("I")
     found = [_parse_stream(reader, layers) for _ in range(n_streams)]
     [stored] = [stream for stream in found if stream]
@@ -240,7 +240,7 @@ def _parse_stream(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
 
 
 def prefilled(trio: Trio, tokens: Tokens, folder: Path, job: Job) -> dict[int, Stored]:
-    """The patched library's state after a prefill whose last token alone is full."""
+    """Return the patched library's state after a prefill whose only full token is the last."""
     state = folder / "state"
     steps = (
         Step("full_from", value=len(tokens) - 1),
@@ -254,7 +254,7 @@ def prefilled(trio: Trio, tokens: Tokens, folder: Path, job: Job) -> dict[int, S
 
 
 def context_rows(stored: Stored, expected: Expected, n_tokens: int) -> tuple[Stored, Expected]:
-    """The rows of both that are stored and not full, in the order of the cells."""
+    """Return the rows of both that are stored and not full, in the cells' order."""
     rows = stored.pos < n_tokens - 1
     pos = stored.pos[rows]
     wanted = Expected(
@@ -266,7 +266,7 @@ def context_rows(stored: Stored, expected: Expected, n_tokens: int) -> tuple[Sto
 def fit_at_random(
     trio: Trio, path: Path, kv_type: KvType, projection: Projection = FITTED, scale: float = 1.0
 ) -> Path:
-    """Fitted projections unlike any of the model's own; each layer's differ."""
+    """Return random fitted projections, different for each layer and from the model's own."""
     shape = read_shape(trio.original)
     plan = make_plan(shape, boundary=trio.boundary, sink_tokens=0, projection=projection)
     convert(plan, trio.original, path, fitted=made_up(plan, kind=kv_type, scale=scale))

@@ -1,4 +1,4 @@
-"""A folder of tiny models, and a server of them in this process."""
+"""A folder of tiny models, and a server for them in this process."""
 
 import threading
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ NAMES = ("one", "three", "two")
 
 @dataclass
 class Library:
-    """Opens a folder's models; `models`: the opened ones in order."""
+    """A loader of a folder's models; `models` are the open ones in order."""
 
     folder: Path
     models: list[PopModel] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Random adapters (LoRA)."""
+"""Build random LoRA adapters."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-# The K and V projections of the tiny llama.
+# The tiny llama's K and V projections.
 OF_KV = {f"blk.{layer}.attn_{part}.weight": (64, 128) for layer in range(8) for part in "kv"}
 
 
 def make_lora(path: Path, arch: str, dims: Mapping[str, tuple[int, ...]]) -> Path:
-    """Write an adapter of rank 4 for the matrices [n_out, n_in] of these names."""
+    """Write an adapter of rank 4 for the named matrices [n_out, n_in]."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type("adapter")

@@ -1,4 +1,4 @@
-"""Damaged copies of something that is right, drawn from a seed."""
+"""Damage copies of valid data, reproducibly by seed."""
 
 import json
 import random
@@ -15,14 +15,14 @@ _JSON_VALUES: tuple[Any, ...] = (
 
 
 _KINDS = range(6)
-# The lines behind stay in their places.
+# Kinds that do not move the bytes after them.
 IN_PLACE = (0, 1, 2, 5)
 
 
 def mutated_bytes(
     rng: random.Random, content: bytes, start: int, end: int, kinds: Sequence[int] = _KINDS
 ) -> bytes:
-    """Some bytes between `start` and `end` become others, or more, or fewer."""
+    """Change, insert or remove some bytes between `start` and `end`."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         at = rng.randrange(start, max(start + 1, min(end, len(changed))))
@@ -43,7 +43,7 @@ def mutated_bytes(
 
 
 def mutated_json(rng: random.Random, value: Any) -> Any:
-    """A value somewhere within becomes another one, or is gone."""
+    """Change or remove some nested values."""
     copied = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = copied

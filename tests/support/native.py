@@ -1,4 +1,4 @@
-"""Model files opened and read by llama.cpp, in a child process that they may end."""
+"""Open and read model files with llama.cpp in a child process, which they may crash."""
 
 import json
 import os
@@ -16,17 +16,17 @@ TEXT = "The ferry leaves the pier at half past six, with nobody on board. "
 
 
 class Loader:
-    """Opens files for the one who asks; the child goes on until one of them ends it."""
+    """Opens files in a child process, which is reused until a file crashes it."""
 
     def __init__(self, patience_s: float, limit_bytes: int = 4 << 30) -> None:
         self._child = KeptProcess(__name__, limit_s=patience_s, limit_bytes=limit_bytes)
         self.children: set[int] = set()
 
     def read(self, path: Path, sidecar: Path | None = None) -> str:
-        """Inspect, open, tokenize, read with pruning, sample a token.
+        """Inspect, open, tokenize, prefill with pruning and sample a token.
 
-        Returns "", or what the user reads. Raises PopError where nobody says why: another
-        exception, a crash, too much time or memory.
+        Returns "" or the user's message. Raises PopError for a crash, another exception, or if a
+        limit of time or memory is exceeded.
         """
         self.children.add(self._child.start().pid)
         said: str = self._child.call("read", str(path), sidecar and str(sidecar))
@@ -51,7 +51,7 @@ class Work:
 
     def read(self, path: str, sidecar: str | None) -> str:
         given = None if sidecar is None else Path(sidecar)
-        with suppress(PopError):  # it counts on llama.cpp's graph
+        with suppress(PopError):  # inspect relies on llama.cpp's graph
             inspect(path, given, with_hash=False, watch=Watch())
         try:
             with opened(Path(path), sidecar=given, n_ctx=64) as model:

@@ -1,9 +1,8 @@
-"""The results of pruning, computed by the unpatched library alone (DESIGN.md, section 3).
+"""Compute the results of pruning with the unpatched library (DESIGN.md, section 3).
 
-A model whose deep layers' attn_output and ffn_down are zero keeps the boundary state through them,
-so it fills the deep KV cache from that state exactly as pruning does. Context tokens run through
-that model, full tokens through the real one, and the state of the KV cache is carried from one to
-the other.
+If the deep layers' attn_output and ffn_down are zero, they preserve the boundary state. The deep
+KV cache is then filled from that state exactly as pruning fills it. Context tokens run through such
+a copy and full tokens through the original model; a saved state carries the KV cache between them.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from support.synthetic import zero_deep_copy
 Tokens = tuple[int, ...]
 
 Q8_0 = 8  # GGML_TYPE_Q8_0
-# One token more than whole ubatches: every product then has the same shape here and in the oracle.
+# One token more than whole ubatches, so each product has the same shape here and in the oracle.
 EXACT: dict[str, dict[str, Any]] = {
     "ubatch 128": {"n_ubatch": 128},
     "K in q8_0": {"type_k": Q8_0},
@@ -31,7 +30,7 @@ EXACT: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trio:
-    """One model three ways: as it is, with POP keys, and with silent deep layers."""
+    """A model in three forms: original, with POP keys, and with silent deep layers."""
 
     original: Path
     pruned: Path
@@ -60,9 +59,9 @@ def expected(
     job: Job,
     first: tuple[Step, ...] = (),
 ) -> np.ndarray:
-    """Logits after each prompt, float32 [n_prompts, n_vocab]: sink, context, tail, in turn.
+    """Return the logits after each prompt (sink, context, tail), float32 [n_prompts, n_vocab].
 
-    `first`: steps before each of the three.
+    `first`: steps before each of the three parts.
     """
     phases = [
         (trio.original, lambda n: (0, trio.n_sink)),
@@ -86,7 +85,7 @@ def expected(
 def pruned(
     trio: Trio, prompts: list[Tokens], n_tail: int, job: Job
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """The patched library's logits, float32 [n_prompts, n_vocab], and (context, full) counts."""
+    """Return the patched library's logits, [n_prompts, n_vocab], and (context, full) counts."""
     steps: list[Step] = []
     for number, tokens in enumerate(prompts):
         steps.append(Step("remove"))
@@ -102,11 +101,10 @@ def pruned(
 def unpatched_noise(
     want: np.ndarray, trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: Job
 ) -> float:
-    """How far the oracle's `want`, all unpatched, is from itself computed in another order.
+    """Return the difference of `want` from the same computation in another order, unpatched.
 
-    The largest distance over the prompts, a ubatch that no kernel is tiled for, a KV cache whose
-    first cells another sequence has, and the full model's own between a prompt in the oracle's
-    pieces and in one.
+    The largest distance of three: all prompts with an unusual ubatch size, with another sequence in
+    the first cells of the KV cache, and the full model's prompt in pieces and in one.
     """
     others = [expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=7))]
     shared = replace(job, n_seq_max=2, kv_unified=True)
@@ -124,7 +122,7 @@ def unpatched_noise(
 
 
 def distance(logits: np.ndarray, other: np.ndarray) -> float:
-    """Root mean square difference: steadier than the largest one."""
+    """Return the root mean square difference, which is more stable than the largest one."""
     return float(np.sqrt(np.mean((logits - other) ** 2)))
 
 
@@ -133,7 +131,7 @@ def mean_distance(logits: np.ndarray, other: np.ndarray) -> float:
 
 
 def check_exact(trio: Trio, n_tokens: int, n_vocab: int, folder: Path, job: Job) -> None:
-    """One context prompt and its last token, full: bit for bit, and counted."""
+    """Require equal bits and counts for a prompt of context tokens and one full token."""
     prompts = [random_tokens(n_tokens, n_vocab)]
     logits, counters = pruned(trio, prompts, 1, job)
     assert counters == (n_tokens - 1, 1)
@@ -141,7 +139,7 @@ def check_exact(trio: Trio, n_tokens: int, n_vocab: int, folder: Path, job: Job)
 
 
 def assert_same_logits(one: Path, other: Path, lib: Path) -> None:
-    """All of a prompt's, and those of a token more, computed by the library `lib`."""
+    """Require equal logits of a prompt and of one more token in the library `lib`."""
     prompt = tuple(range(3, 60))
     steps = (
         Step("decode", "prefill", tokens=prompt, logits="all"),

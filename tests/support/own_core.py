@@ -1,8 +1,8 @@
-"""A core for each worker of pytest-xdist and its children; conftest imports this before all else.
+"""Pin each pytest-xdist worker and its children to a core; conftest imports this module first.
 
-llama.cpp then takes one thread: two threads that wait for each other on one core are many times
-slower. numpy counts the cores when it is loaded, and its sums depend on their number: what a child
-computes would differ from what a worker computes that was pinned later.
+llama.cpp then uses one thread: two threads on one core are many times slower. numpy counts the
+cores when it is imported, and its sums depend on the count. If workers were pinned later, their
+children would compute other bits.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""POP files that the converter would refuse to write, and fitted ones made by hand."""
+"""Write POP files that the converter would refuse to write, and fitted ones."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ OWN: Keys = {
 
 
 def add_to(src: Path, dst: Path, keys: Keys, tensors: Tensors | None = None) -> Path:
-    """Copy a model with further keys and tensors, whatever they are."""
+    """Copy a model with arbitrary further keys and tensors."""
     reader = gguf.GGUFReader(src)
     writer = gguf.GGUFWriter(dst, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
@@ -42,7 +42,7 @@ def add_to(src: Path, dst: Path, keys: Keys, tensors: Tensors | None = None) -> 
 
 
 def own_as_fitted(src: Path, boundary: int, n_layer: int) -> Tensors:
-    """Fitted tensors that are the layers' own projections: pruning must not differ."""
+    """Return fitted tensors that equal the layers' own projections, so pruning is unchanged."""
     by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(src).tensors}
     tensors: Tensors = {}
     for layer in range(boundary + 1, n_layer):

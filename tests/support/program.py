@@ -1,4 +1,4 @@
-"""The command line, called in this process or run in one of its own."""
+"""Call the command line in this process or run it in a child process."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from pop_local.cli import app
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended, named as subprocess names it."""
+    """A command's result, with the names that subprocess uses."""
 
     returncode: int
     stdout: str
@@ -20,7 +20,7 @@ class Done:
 
 
 def called(*arguments: object, text: str = "", **environment: str) -> Done:
-    """Calls a command here, with pipes for its streams. Raises what the command lets through."""
+    """Call a command in this process with pipes as its streams. Raise its uncaught exceptions."""
     words = [str(argument) for argument in arguments]
     done = CliRunner().invoke(app, words, input=text, env=environment, prog_name="pop-local")
     if done.exception and not isinstance(done.exception, SystemExit):
@@ -29,7 +29,7 @@ def called(*arguments: object, text: str = "", **environment: str) -> Done:
 
 
 def run(*arguments: object, text: str = "", **environment: str) -> Done:
-    """Runs a command in a process of its own, where imports, signals or the environment matter."""
+    """Run a command in a child process, for tests of imports, signals or the environment."""
     done = subprocess.run(
         [sys.executable, "-m", "pop_local", *map(str, arguments)],
         input=text,

@@ -1,9 +1,9 @@
-"""A script of llama.cpp calls, run in a child process with the patched or the unpatched library.
+"""Run scripts of llama.cpp calls in child processes with the patched or unpatched library.
 
-`run(Job(...))` gives back, by name, the logits of each decode step that has a name. States of a
-sequence, which jobs share, go through files. Each library has one child for all jobs, and
-one for those of each set of servers, which keeps the last models open; each job has a context of
-its own. This module imports no code of pop_local.
+`run(Job(...))` returns the logits of each named decode step. Jobs share sequence states through
+files. Each library has one child for all jobs, and another for each set of RPC servers. A child
+keeps the most recent models open; each job has its own context. This module imports no code of
+pop_local.
 """
 
 import ctypes
@@ -21,23 +21,23 @@ import numpy as np
 
 from support.raw_jobs import Job, Step
 
-# A child keeps four models open: three of a Trio, and one.
+# Models open in a child: a Trio's three and one more.
 N_MODELS = 4
 
 
 class DiedError(Exception):
-    """The library ended its process; what it wrote to stderr."""
+    """Raised with the child's stderr if the library ended its process."""
 
 
 def run(job: Job) -> dict[str, np.ndarray]:
-    """Run a job in the child process of its library.
+    """Run a job in its library's child process.
 
-    Returns, by the step's name, the logits as float32 [n_outputs, n_vocab], for embeddings
-    [n_tokens, n_embd], for counters int64 [2] (context, full), for exact int64 [1]. Raises
-    RuntimeError with the library's log when it fails, DiedError when the child died of it; the next
-    job has another.
+    Returns arrays by step name: logits as float32 [n_outputs, n_vocab], embeddings
+    [n_tokens, n_embd], counters int64 [2] (context, full), exact int64 [1]. Raises RuntimeError
+    with the library's log if a call fails. Raises DiedError if the child crashed; the next job
+    starts another child.
     """
-    # A model whose server is gone ends the process that frees it.
+    # Freeing a model whose server is gone would end the process.
     key = job.lib, job.servers
     child = _children.get(key) or _Child(job.lib)
     _children[key] = child
@@ -49,13 +49,13 @@ def run(job: Job) -> dict[str, np.ndarray]:
 
 
 class _Child:
-    """A process with one library. Jobs go to it and results come back in pickles.
+    """A process with one library; jobs and results are pickled.
 
-    Its stderr is a file, of which a job's part is known by where it began.
+    Its stderr is a file; a job's log starts at the file's length before the job.
     """
 
     def __init__(self, lib: str | None) -> None:
-        # The bits of our kernels are not those of an unpatched library.
+        # Our kernels round differently from those of an unpatched library.
         tests = str(Path(__file__).parents[1])
         env = (
             os.environ
@@ -94,7 +94,7 @@ _children: dict[tuple[str | None, tuple[str, ...]], _Child] = {}
 
 
 class Models:
-    """The models that were used last, by their files' names, sizes and times."""
+    """The most recently used models, by their files' names, sizes and times."""
 
     def __init__(self) -> None:
         import llama_cpp.llama_cpp as lib
@@ -135,7 +135,7 @@ class Models:
         return self._lib.llama_model_load_from_splits(paths, len(files), params)
 
     def _devices(self, servers: tuple[str, ...]) -> Any:
-        """The first one of each server, as llama_model_params takes them."""
+        """Return each server's first device, as llama_model_params expects them."""
         from llama_cpp._ctypes_extensions import load_shared_library
 
         pointer, base_path = ctypes.c_void_p, self._lib._base_path
@@ -147,7 +147,7 @@ class Models:
 
 
 class Session:
-    """A context of a model, of the library that this process loaded."""
+    """A context of a model in the library of this process."""
 
     def __init__(self, job: Job, model: object) -> None:
         import llama_cpp.llama_cpp as lib
@@ -179,7 +179,7 @@ class Session:
         params.swa_full = job.swa_full
         params.flash_attn_type = int(job.flash_attn)
         params.type_k, params.type_v = job.type_k, job.type_v
-        # Large products of layers that are on the CPU would go to a GPU.
+        # Otherwise a GPU would compute large products of layers that are on the CPU.
         params.op_offload = job.n_gpu_layers > 0
         if job.watched:
             self._watcher = self.lib.ggml_backend_sched_eval_callback(lambda *_: False)
@@ -270,7 +270,7 @@ class Session:
     def _embedded(
         self, states: np.ndarray, positions: np.ndarray, causal: bool, with_logits: bool, seq: int
     ) -> np.ndarray:
-        """Decode rows float32 [n, n_embd_inp] at positions int32 [n_pos, n]."""
+        """Decode rows, float32 [n, n_embd_inp], at positions int32 [n_pos, n]."""
         n, n_embd = states.shape
         states, positions = np.ascontiguousarray(states), np.ascontiguousarray(positions)
         batch = self.lib.llama_batch_init(positions.size, n_embd, 1)  # room for all positions
@@ -390,7 +390,7 @@ class Session:
 
 
 def image_positions(step: Step) -> np.ndarray:
-    """Return the positions of an image's rows, int32 [1 or 4, n]: time, height, width, nothing."""
+    """Return image positions, int32 [1 or 4, n]: time, height, width, unused."""
     rows = np.arange(step.value, dtype=np.int32)
     if not step.grid:
         return step.pos + rows[None]
@@ -408,7 +408,7 @@ def results(job: Job, models: Models) -> dict[str, np.ndarray | None]:
 
 
 def serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
-    """Answers each job with its results; None: it failed, and stderr says why."""
+    """Answer each job with its results, or with None if it failed (the log has the reason)."""
     models = Models()
     while True:
         try:
@@ -425,7 +425,7 @@ def serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    # Whatever the library prints goes to the log; a crash prints a backtrace.
+    # The log receives all output of the library; a crash prints a backtrace.
     kept = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(sys.stdin.buffer, kept)

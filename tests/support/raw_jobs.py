@@ -1,34 +1,38 @@
-"""Scripts of llama.cpp calls, which support.raw runs."""
+"""Describe scripts of llama.cpp calls for support.raw."""
 
 import os
 from dataclasses import dataclass, field
 
-# Layers on the local GPUs, in all tests that use this; bit equality is not to be had then.
+# Layers on the local GPUs in tests that use this. Results are then no longer equal bit for bit.
 GPU_LAYERS = int(os.environ.get("POP_TEST_GPU_LAYERS", "0"))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call. `op`: decode, embeddings, embed, causal, save, load, remove, shift, mode, boundary,
-    full_from, sink, counters, exact, image, hidden, keep, run_deep, deep, question, scores, copy,
-    logits, model.
+    """A call, named by `op`. A step returns the logits of its outputs unless stated otherwise.
 
-    decode: `tokens` from `pos` on in `seq`, and in each of `coupled`; `logits` "last", "all" or
-    "none"; `more`: further (seq, pos, tokens) in the same batch, with the logits of their last
-    token. embeddings: as decode, giving the state after the output norm; embed: asks for it from
-    now on. causal: whether rows see only earlier ones. save, load: the state of `seq` to or from
-    `path`. shift: positions from `pos` on move by `value`, the tokens before them are removed.
-    image: `value` rows of random embeddings from `pos` on, or `rows` (from, to) of them, in one
-    batch, without logits unless it has a name: then of the last one. `grid`: that many columns of
-    an image whose rows have several positions; otherwise `causal` says whether they see earlier
-    rows only. hidden: as decode, giving the state of all tokens
-    behind the last layer, as drafting heads read it (by a C++ function: not on Windows). exact: the
-    rows that left exactly, deep: those of deep passes, which `counters` would forget. keep: states
-    at the boundary from now on, or no longer. run_deep: a deep pass over the positions `tokens` of
-    `seq`, whose logits "last" asks for; `value`: what it returns, if not 0. question: rows of `seq`
-    from `pos` on. scores: of the first `value` positions. copy: `seq` becomes sequence `value`,
-    too. logits: those of the last output, once more. model: the first layer that rows without
-    logits need not enter (0: none), and whether the memory is recurrent, in part at least.
+    - decode: `tokens` at positions from `pos` in `seq` and in each of `coupled`. `logits`: "last",
+      "all" or "none". `more`: further (seq, pos, tokens) of the same batch.
+    - embeddings: decode, and return the states after the output norm. embed: enable embeddings.
+    - hidden: decode, and return all tokens' states after the last layer, which draft heads read.
+      This calls a C++ function, so it does not work on Windows.
+    - causal: set the causal mask for the following batches.
+    - save, load: write the state of `seq` to `path`, or restore it.
+    - remove: remove the cells from `pos`. copy: copy `seq` to sequence `value`.
+    - shift: move the positions from `pos` by `value` and remove the tokens before them.
+    - image: decode `value` rows of random embeddings from `pos`, or their slice `rows`, in one
+      batch. A named step returns the last row's logits. `grid`: the image's columns, if rows have
+      several positions; without it, `causal` sets whether rows see only earlier ones.
+    - mode, boundary, full_from, deep_rows, sink: the patches' setters.
+    - counters: return the counts of (context, full) rows, then reset all counts.
+    - exact, deep, marked: return the count of rows that skipped layers exactly, ran in deep passes, or
+      were marked deep.
+    - keep: keep boundary states if `value` is 1. run_deep: run a deep pass over the positions
+      `tokens`; `logits`: "last" or "none"; `value`: the expected status.
+    - question: set the first question row, `pos`. scores: return the first `value` scores.
+    - logits: return the last output's logits again.
+    - model: return the first layer that rows without logits may skip (0: none), and whether the
+      model is recurrent or hybrid.
     """
 
     op: str
@@ -48,10 +52,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """`lib`: folder of an unpatched library; None: the installed one, which is patched.
+    """A script and its context. `lib`: folder of an unpatched library (None: the patched one).
 
-    `further`: files after the model, as llama_model_load_from_splits takes them. `servers`: RPC
-    servers that are its devices instead of local GPUs.
+    `further`: files after the model for llama_model_load_from_splits. `servers`: RPC servers that
+    are the devices instead of local GPUs.
     """
 
     model: str
@@ -69,7 +73,7 @@ class Job:
     lora: str = ""
     further: tuple[str, ...] = ()
     mmap: bool = True
-    repacked: bool = True  # weights laid out anew for this processor's kernels
+    repacked: bool = True  # weights repacked for this processor's kernels
     cvec: tuple[float, ...] = field(default=())
     watched: bool = False  # by an evaluation callback
     n_gpu_layers: int = GPU_LAYERS

@@ -1,12 +1,12 @@
-// Tiny random models of all architectures, by the recipes of llama.cpp's own test of them, as GGUF files.
+// Write tiny random models of all architectures as GGUF files, with the recipes of llama.cpp's own test.
 //
-// recipes list                                             a line for each: its architecture, "dense" or "moe"
-// recipes make ARCH KIND LAYERS SEED FILE [KEY=VALUE]...   the keys come on top of the recipe's: an integer, a number
-//                                                          with a point, or several of these, or of true and false
+// recipes list                                             print a line for each: its architecture, "dense" or "moe"
+// recipes make ARCH KIND LAYERS SEED FILE [KEY=VALUE]...   write a model with additional keys: an integer, a number
+//                                                          with a point, or a list of numbers or of true and false
 
 #include <cstdint>
 
-// support/recipes.py puts this in the place of upstream's own number of layers
+// support/recipes.py replaces upstream's number of layers with this
 static uint32_t pop_n_layer = 2;
 
 #define main static upstream_main
@@ -40,7 +40,7 @@ static void fill_and_keep(ggml_tensor * tensor, void * userdata) {
     ggml_backend_tensor_get(tensor, copy.data.data(), 0, copy.data.size());
 }
 
-// upstream's saver does not know all architectures, and the keys that made the model are all that a file needs
+// upstream's saver does not support all architectures; a file needs only the keys that the model was built from
 static bool write_file(const gguf_context * keys, made_model & made, const char * path) {
     ggml_context_ptr ctx(ggml_init({ (made.tensors.size() + 1)*ggml_tensor_overhead(), nullptr, true }));
     gguf_context_ptr file(gguf_init_empty());

@@ -1,8 +1,8 @@
-"""Tiny random models of all architectures, by the recipes of llama.cpp's own test of them.
+"""Build tiny random models of all architectures with the recipes of llama.cpp's own test.
 
-`python -m support.recipes` compiles that test, which lies in the source distribution, with a small
-program of ours around it (recipes.cpp), against the unpatched library. A new architecture of a new
-llama.cpp is among the names then without a line here.
+`python -m support.recipes` compiles the test, which the source distribution contains, against the
+unpatched library. A small program of ours (recipes.cpp) wraps it. New architectures of a
+llama.cpp update are included automatically.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from support.paths import PACKAGE
 
 FOLDER = PACKAGE / "build" / "recipes"
 UNPATCHED = PACKAGE / "build" / "unpatched"
-# Upstream's two would leave nothing between the first layer and the last.
+# Upstream's two layers would leave none between the first and the last.
 N_LAYERS = 4
 
 _PROGRAM = Path(__file__).with_suffix(".cpp")
@@ -37,12 +37,12 @@ _OUR_LAYERS = "uint32_t n_layer = pop_n_layer;"
 
 
 class NoModelError(Exception):
-    """The recipe makes no model that llama.cpp opens; what it wrote to stderr."""
+    """Raised with stderr if llama.cpp cannot open a recipe's model."""
 
 
 @dataclass(frozen=True, order=True)
 class Name:
-    """One recipe: an architecture, with experts or without."""
+    """A recipe: an architecture, with or without experts."""
 
     arch: str
     is_moe: bool
@@ -52,7 +52,7 @@ class Name:
 
 
 def names() -> list[Name]:
-    """All that the program knows, in upstream's order; empty when it was not built."""
+    """Return all recipes of the program in upstream's order; empty if it was not built."""
     listed = FOLDER / "names.txt"
     if not listed.is_file():
         return []
@@ -61,10 +61,10 @@ def names() -> list[Name]:
 
 
 def make(name: Name, path: Path, more: Sequence[str] = (), seed: int = 1) -> Path:
-    """Write the model, F32, and return its path. `more`: keys on top of the recipe's, KEY=VALUE.
+    """Write a model in F32 and return its path. `more`: additional keys as KEY=VALUE.
 
-    It has N_LAYERS layers, unless the recipe says how many or fits upstream's two alone. Raises
-    NoModelError.
+    The model has N_LAYERS layers unless the recipe sets a number or supports only upstream's two.
+    Raises NoModelError.
     """
     kind = "moe" if name.is_moe else "dense"
     for n_layers in (N_LAYERS, 2):
@@ -77,7 +77,7 @@ def make(name: Name, path: Path, more: Sequence[str] = (), seed: int = 1) -> Pat
 
 
 def build() -> None:
-    """Compile the program into FOLDER, unless it is there; UNPATCHED has the library already."""
+    """Compile the program into FOLDER if it is missing, against the library in UNPATCHED."""
     wanted = recipe(PACKAGE, os.environ | {UNPATCHED_VARIABLE: "1"})
     program = hashlib.sha256(_PROGRAM.read_bytes() + Path(__file__).read_bytes()).hexdigest()
     stamp = f"{key(wanted)} {program}"
@@ -99,7 +99,7 @@ def build() -> None:
 
 
 def _extract(wanted: Recipe, tree: Path) -> None:
-    """The test and the headers that it includes, with a number of layers that can be set."""
+    """Extract the test and its headers, and make the number of layers configurable."""
     for inside, content in _sources(wanted):
         is_header = inside.suffix == ".h" and str(inside.parent) in _HEADERS
         if is_header or str(inside) == _TEST:
@@ -117,7 +117,7 @@ def _extract(wanted: Recipe, tree: Path) -> None:
 
 
 def _sources(wanted: Recipe) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
-    """Each file of llama.cpp, and what reads it."""
+    """Yield each file of llama.cpp and a function that reads it."""
     source = wanted.source or fetch_or_keep(wanted.pin, PACKAGE / "build" / "source")
     if source.is_dir():
         root = source / "vendor" / "llama.cpp"

@@ -1,4 +1,4 @@
-"""RPC servers on this machine, each a `pop-local rpc-server` in a process of its own."""
+"""Run RPC servers on this machine, each a `pop-local rpc-server` in a child process."""
 
 import socket
 import subprocess
@@ -13,7 +13,7 @@ PATIENCE_S = 60
 
 @dataclass(frozen=True)
 class Server:
-    """A running one; `name` is its HOST:PORT."""
+    """A running server; `name` is its HOST:PORT."""
 
     name: str
     process: "subprocess.Popen[bytes]"
@@ -21,7 +21,7 @@ class Server:
 
 @contextmanager
 def rpc_server(*arguments: object, changed: str = "") -> Iterator[Server]:
-    """A server with more arguments; `changed`: what runs before it in its process."""
+    """Run a server with more arguments, after the code `changed` in its process."""
     port = free_port()
     program = f"{changed}\nfrom pop_local.__main__ import main; main()"
     command = [sys.executable, "-c", program, "rpc-server", "--port", port, "--threads", 1]

@@ -1,4 +1,4 @@
-"""JSON schemas as programs send them, random ones, and answers sampled under them."""
+"""JSON schemas of typical programs, random schemas, and answers sampled under them."""
 
 import json
 from enum import Enum
@@ -12,9 +12,9 @@ from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar
 
 Json = dict[str, Any]
-# Formats that an answer has, and that jsonschema can check.
+# Supported formats that jsonschema can also check.
 FORMATS = ["date-time", "time", "date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
-# Pieces that join the letters of a tiny vocabulary to JSON.
+# Tokens that join a tiny vocabulary's letters to JSON.
 PIECES = [
     '{"',
     '":',
@@ -31,7 +31,7 @@ PIECES = [
     "null",
     "12",
 ]
-# An answer longer than this ends as soon as it may.
+# Longer answers end at the first opportunity.
 _LONG = 80
 _ENDING = ([b"}", b"]", b'"', b"@"], [b"n", b",", b":"])
 
@@ -185,7 +185,7 @@ REALISTIC: dict[str, Any] = {
 
 
 def random_schema(random: Random, depth: int = 3) -> Any:
-    """Make a schema that allows something, of keywords that are enforced."""
+    """Return a random schema that allows a value and has only enforced keywords."""
     kinds = ["string", "integer", "number", "enum", "null", "boolean", "format", "any"]
     kinds += ["object", "object", "object", "array", "tuple", "anyOf", "types"] if depth else []
     match random.choice(kinds):
@@ -244,7 +244,7 @@ def _some(random: Random, limits: Json) -> Json:
 
 
 class Answers:
-    """Answers whose logits are random, but of long ones, which end as soon as they may."""
+    """Samples answers from random logits; long answers end at the first opportunity."""
 
     def __init__(self, trie: Any, seed: int = 0) -> None:
         self._trie = trie
@@ -257,7 +257,7 @@ class Answers:
         self._wish[trie.eos_tokens] = 99
 
     def sample(self, grammar: Grammar) -> str:
-        """One answer. Raises AssertionError for one that does not end."""
+        """Sample one answer. Raises AssertionError if it does not end."""
         constraint = Constraint(self._trie, grammar)
         tokens: list[int] = []
         while True:
@@ -274,12 +274,12 @@ class Answers:
 
 
 def wrong(schema: Any, text: str) -> str:
-    """Why the text is no answer to the schema, formats included; "" if it is one."""
+    """Return why the text does not satisfy the schema and its formats; "" if it does."""
     try:
         value = json.loads(text)
     except ValueError as error:
         return f"{text!r}: {error}"
-    # All workers collect all tests, and its grammar of URIs takes seconds to build.
+    # xdist workers collect all tests, and building the URI grammar of jsonschema takes seconds.
     from jsonschema import Draft202012Validator
 
     validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)

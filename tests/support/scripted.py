@@ -1,4 +1,4 @@
-"""A model that says what a test tells it to, and a screen that writes down what is shown."""
+"""A model with scripted answers, and a screen that records its output."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,9 +40,9 @@ Step = str | TurnStats | BaseException
 
 
 class ScriptedModel:
-    """Gives the scripted answers; a step is text, the figures, or an exception to raise.
+    """Yields scripted answers; a step is text, statistics, or an exception to raise.
 
-    A word is a token. Prompts that do not fit are refused as the engine does.
+    Each word is one token. Prompts that do not fit are refused, as in the engine.
     """
 
     def __init__(self, *answers: Sequence[Step], n_ctx: int = 4096) -> None:
@@ -111,9 +111,9 @@ class ScriptedModel:
 
 
 class Transcript(Screen):
-    """A Screen and a reader of lines in one; `#` begins what does not belong to an answer.
+    """A Screen and a line reader in one; `#` marks lines that are no part of an answer.
 
-    `?` is a question of the program's, answered by the next line.
+    `?` marks a question of the program, which the next line answers.
     """
 
     is_typed = True
@@ -165,7 +165,7 @@ def scripted_chat(
     sampling: Mapping[str, Any] | None = None,
     others: Mapping[str | int, ScriptedModel] | None = None,
 ) -> Dialogue:
-    """`others`: the models that can be opened, by name or by context."""
+    """Return a chat; `others` are further models that it can open, by name or by context."""
 
     def open_model(name: str | None, n_ctx: int | None) -> Any:
         found = (others or {}).get(name or n_ctx or 0)
@@ -183,12 +183,12 @@ def scripted_chat(
 
 
 def talk(model: ScriptedModel, *lines: str | BaseException, **options: Any) -> list[str]:
-    """The transcript of a conversation; `options` go to scripted_chat."""
+    """Return a conversation's transcript; `options` are passed to scripted_chat."""
     transcript = Transcript(*lines)
     converse(scripted_chat(model, transcript, **options), transcript.read_line)
     return transcript.shown.splitlines()
 
 
 def figures(**changed: Any) -> TurnStats:
-    """STATS with other numbers."""
+    """Return STATS with the changed values."""
     return replace(STATS, **changed)

@@ -1,6 +1,6 @@
-"""Tiny random vision-language models: a text model with the tokens that mtmd wants, its mmproj.
+"""Build tiny random vision-language models: a text model with mtmd's tokens, and its mmproj.
 
-Keys and tensors of an mmproj are those that tools/mtmd/clip.cpp of llama.cpp asks for.
+The mmproj has the keys and tensors that tools/mtmd/clip.cpp of llama.cpp reads.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
-# Takes content as parts only, as SmolVLM's does.
+# Accepts content only as parts, like SmolVLM's template.
 PARTS_TEMPLATE = TEMPLATE.replace(
     "{{ message['content'] }}",
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
@@ -45,7 +45,7 @@ PARTS_TEMPLATE = TEMPLATE.replace(
 
 @dataclass(frozen=True)
 class Eye:
-    """The mmproj to build; `n_text`: the width of the text model's states."""
+    """The mmproj to build; `n_text`: width of the text model's states."""
 
     projector: str
     n_text: int = 128
@@ -90,7 +90,7 @@ def make_seeing(folder: Path, arch: str, *, boundary: int = 5, template: str = T
 
 
 def png(seed: int, width: int = 128, height: int = 96) -> bytes:
-    """Noise, which no two seeds have in common."""
+    """Return a PNG of noise that differs for each seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
     return encoded(Image.fromarray(pixels), "PNG")
 
@@ -204,18 +204,18 @@ class Seeing:
 
 
 def prompt(model: PopModel, question: str, *seeds: int) -> Prompt:
-    """A question about drawn pictures."""
+    """Return a prompt with a question about noise images."""
     shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
     return model.chat_prompt([Message("user", question, shown)])
 
 
 def append(model: PopModel, made: Prompt) -> Read:
-    """Read a prompt after all that is cached."""
+    """Read a prompt after the cached rows."""
     return prefill.append(model.cache, made, model.rule)
 
 
 def answered(model: PopModel, made: Prompt, n: int = 4) -> tuple[list[int], int]:
-    """The likeliest tokens after a prompt, and how many rows were read for the first."""
+    """Return greedy tokens after a prompt, and the number of rows read for the first token."""
     read = model.read(made)
     with closing(model.sampled(TurnOptions(temperature=0.0))) as sampled:
         return list(islice(sampled, n)), read.counters.n_rows

@@ -1,4 +1,4 @@
-"""Servers for tests: `pop-local serve` in a child process, or its application here."""
+"""Servers for tests: `pop-local serve` in a child process, or its application in this process."""
 
 import re
 import subprocess

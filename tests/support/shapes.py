@@ -1,4 +1,4 @@
-"""The shape and the POP keys of a file, as the product has them of a source or a header."""
+"""Read a file's shape and POP keys from its header."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Tiny random models whose last layers read the K/V of earlier ones: Gemma 3n and Gemma 4.
+"""Build tiny random models whose last layers share the K/V of earlier ones: Gemma 3n, Gemma 4.
 
-Keys and tensors are those that models/gemma3n.cpp and models/gemma4.cpp of llama.cpp ask for. Gemma
-3n's sizes of altup, laurel and per-layer inputs, and its 20 layers with K/V, are llama.cpp's own.
+Keys and tensors are those that models/gemma3n.cpp and models/gemma4.cpp of llama.cpp read. Gemma
+3n's sizes of altup, laurel and per-layer inputs, and its 20 layers with K/V, match llama.cpp.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ GEMMA3N_KV_LAYERS = 20
 
 @dataclass(frozen=True)
 class SharedKv:
-    """The model to build; `make_shared` takes every field as a keyword.
+    """The model to build; `make_shared` accepts every field as a keyword.
 
-    `base`: what both have in common with other architectures; its head_dim is that of layers
-    without a window, `head_dim_swa` that of the others. `n_ff`: by layer, if they differ.
-    `n_shared`: last layers without K/V of their own. `period`: each so many layers, the last has no
-    window. `n_per_layer`: width of the per-layer inputs, 0: none. `k_as_v`: layers without a window
-    have no V of their own.
+    `base`: the properties shared with other architectures; its head_dim applies to layers without a
+    window, `head_dim_swa` to the others. `n_ff`: width by layer, if widths differ. `n_shared`:
+    number of last layers without K/V. `period`: the last layer of each period has no window.
+    `n_per_layer`: width of the per-layer inputs (0: none). `k_as_v`: layers without a window have
+    no separate V.
     """
 
     base: Recipe
@@ -51,7 +51,7 @@ class SharedKv:
         return self.head_dim_swa if self.windows[layer] else self.base.head_dim
 
 
-# llama.cpp rotates K and V of quantised caches where all heads have multiples of 64.
+# llama.cpp rotates K and V of quantised caches if all head sizes are multiples of 64.
 _TIED = Recipe(tied_output=True, swa_window=16, type=Type.Q8_0, n_head_kv=1)
 DEFAULTS = {
     "gemma3n": SharedKv(
@@ -70,7 +70,7 @@ DEFAULTS = {
 }
 
 
-# Gemma 4 E2B as published, but for the vocabulary (262,144), which prefill has no use for.
+# Gemma 4 E2B as published, except for the vocabulary (262,144), which prefill does not need.
 GEMMA4_E2B = SharedKv(
     replace(
         DEFAULTS["gemma4"].base,
@@ -93,7 +93,7 @@ GEMMA4_E2B = SharedKv(
 def make_shared(path: Path, arch: str, **overrides: object) -> Path:
     """Write a random model to `path` and return it; `overrides` are fields of SharedKv or Recipe.
 
-    Weight matrices are Q8_0 unless `type` says otherwise, small ones and vectors F32.
+    Weight matrices are Q8_0 by default (`type`); small ones and vectors are F32.
     """
     own = {name: value for name, value in overrides.items() if hasattr(DEFAULTS[arch], name)}
     common = {name: value for name, value in overrides.items() if name not in own}
@@ -118,7 +118,7 @@ def write_shared(path: Path, recipe: SharedKv) -> None:
 
 
 def add_keys(writer: GGUFWriter, recipe: SharedKv) -> None:
-    """Everything but the tensors."""
+    """Add all keys and the tokenizer."""
     add_header(writer, replace(recipe.base, n_ff=recipe.n_ff or recipe.base.n_ff))  # type: ignore[arg-type]
     writer.add_sliding_window(recipe.base.swa_window)
     writer.add_sliding_window_pattern(recipe.windows)
@@ -137,7 +137,7 @@ def _random(rng: np.random.Generator, name: str, dims: tuple[int, ...]) -> Weigh
         return np.linspace(1.0, 8.0, dims[0], dtype=np.float32)
     if len(dims) == 1:
         return 1 + np.float32(0.1) * noise
-    # Rows of unit gain: the state keeps its size through the layers.
+    # With rows of unit gain, the state keeps its size through the layers.
     return noise * np.float32(dims[-1] ** -0.5)
 
 
@@ -145,7 +145,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def shapes(recipe: SharedKv) -> Shapes:
-    """Names and dimensions of all tensors, the last dimension that of the rows."""
+    """Return the names and dimensions of all tensors; the last dimension is contiguous."""
     base, n_embd = recipe.base, recipe.base.n_embd
     n_per_layer = recipe.n_per_layer * base.n_layer
     yield "token_embd.weight", (base.n_vocab, n_embd)

@@ -1,4 +1,4 @@
-"""A single file and a base with its sidecar, compared bit for bit."""
+"""Compare a single file with its base and sidecar, bit for bit."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from support.raw import Job, Step, run
 
 
 def outcome(model: Path, state: Path, tokens: tuple[int, ...], *further: Path, mmap: bool = True):
-    """Logits, counters and the saved state after a pruned prompt."""
+    """Return logits, counters and the saved state after a pruned prompt."""
     steps = (
         Step("full_from", value=len(tokens) - 16),
         Step("decode", "last", tokens=tokens),

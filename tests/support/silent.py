@@ -1,7 +1,7 @@
-"""Copies of any model whose layers from the boundary on leave the state as it is.
+"""Copy any model so that the layers from the boundary preserve the state.
 
-Their K/V and recurrent states are then those of the state at the boundary, which is what pruning
-stores. All architectures add to the residual stream by a few tensors, which share their names.
+Their K/V and recurrent states then depend only on the boundary state, which is what pruning
+stores. All architectures add to the residual stream through a few tensors with common names.
 """
 
 import shutil
@@ -13,22 +13,22 @@ from gguf import GGMLQuantizationType as Type
 
 from pop_converter.gguf.header import Header, TensorInfo, read_header
 
-# Without these a layer adds nothing.
+# A layer adds nothing if these tensors are zero.
 OUTPUTS = (
     *("attn_output", "attn_output_b", "ssm_out", "shortconv.out_proj"),
     *("time_mix_output", "channel_mix_value"),
     *("ffn_down", "ffn_down_exps", "ffn_down_shexp", "ffn_down_chexps"),
     *("vis_attn_output", "vis_down"),
 )
-# Other tensors that an architecture adds, or multiplies the state by. Layers without an FFN, as
-# recipes leave some, add what the norm before it gives.
+# Further tensors by which an architecture adds to the state or scales it. In layers without an FFN,
+# as in some recipes, the output of the preceding norm is added.
 MORE: Mapping[str, Mapping[str, float]] = {
     "ernie4_5-moe": {"ffn_norm": 0.0},
     "refact": {"ffn_norm": 0.0},
     "gemma4": {"proj": 0.0, "layer_output_scale": 1.0},
     "talkie": {"layer_output_scale": 0.0},
 }
-# Why there is no such copy.
+# Architectures without such a copy, and the reason.
 IMPOSSIBLE: Mapping[str, str] = {
     "gemma3n": "each layer averages two branches, of which one alone can be zero",
     "hrm_text": "layers before and behind the boundary share their weights",
@@ -64,14 +64,14 @@ def _values(data: np.ndarray, tensor: TensorInfo) -> np.ndarray:
 
 
 def _silence(header: Header, name: str, values: np.ndarray) -> None:
-    """Change the values of a layer's tensor, if the layer adds by it."""
+    """Change the values of a layer's tensor if the tensor adds to the state."""
     more = MORE.get(str(header.get("general.architecture")), {})
     if any(f"{name}.".startswith(f"{output}.") for output in OUTPUTS):
         values[:] = 0
     for part, value in more.items():
         if f"{name}.".startswith(f"{part}."):
             values[:] = value
-    # Hyper-connections mix several streams by a matrix; the last numbers of these make it.
+    # Hyper-connections mix streams by a matrix, which the last values of this tensor define.
     if setting(header, "hyper_connection.sinkhorn_iterations"):
         n = setting(header, "hyper_connection.count")
         if name in ("hc_attn_scale.weight", "hc_ffn_scale.weight"):

@@ -1,7 +1,7 @@
-"""Tiny random models that llama.cpp loads and decodes, one for each architecture.
+"""Build tiny random models that llama.cpp loads and decodes, one for each architecture.
 
-Keys and tensors are those that models/ARCH.cpp and llama-model.cpp of llama.cpp ask for. None of
-the supported architectures lets head counts differ between layers.
+Keys and tensors are those that models/ARCH.cpp and llama-model.cpp of llama.cpp read. None of the
+supported architectures has head counts that differ between layers.
 """
 
 import shutil
@@ -29,25 +29,24 @@ FILE_TYPES = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
 }
 GEMMAS = ("gemma2", "gemma3")
-# For models that are talked to.
+# For tests of conversations.
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-# Without these a layer adds nothing to the residual stream.
+# A layer adds nothing to the residual stream if these tensors are zero.
 DEEP_OUTPUTS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The model to build; `make_gguf` takes every field as a keyword.
+    """The model to build; `make_gguf` accepts every field as a keyword.
 
-    `type`: of the weight matrices. `zero_deep`: from this layer on attn_output and ffn_down are
-    zero (None: nowhere). `rope_factors`: rope_freqs (llama) or the long/short pair (phi3).
-    `rope_divisor`: of the positions, in the way of `rope_scaling`, 0 for none.
-    `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
-    architecture; `swa_pattern`: a flag for each layer instead. `n_expert` 0: a dense FFN.
-    `caps`: gemma2's soft caps of scores and logits. `control`: more control tokens, of n_vocab;
-    `pieces`: more ordinary ones.
-    `rope_sections`: how many pairs of a head's dimensions turn by time, height, width of an image.
-    `n_deepstack`: first layers that add features of an image.
+    `type`: type of the weight matrices. `zero_deep`: first layer with zero attn_output and ffn_down
+    (None: no such layer). `rope_factors`: write rope_freqs (llama) or the long/short pair (phi3).
+    `rope_divisor`: divisor of the positions, by `rope_scaling` (0: none). `head_arrays`: write head
+    counts as one number per layer. `swa_period`: 0 for the architecture's default; `swa_pattern`: a
+    flag for each layer instead. `n_expert`: 0 for a dense FFN. `caps`: gemma2's soft caps of scores
+    and logits. `control`: additional control tokens, out of n_vocab; `pieces`: additional ordinary
+    ones. `rope_sections`: pairs of head dimensions that rotate by an image's time, height, width.
+    `n_deepstack`: number of first layers that add image features.
     """
 
     arch: str = "llama"
@@ -84,7 +83,7 @@ class Recipe:
     seed: int = 0
 
 
-# Head dimensions unlike n_embd / n_head wherever the architecture allows it.
+# Head dimensions differ from n_embd / n_head if the architecture allows it.
 DEFAULTS = {
     "llama": Recipe(),
     "qwen2": Recipe(arch="qwen2", qkv_bias=True, tied_output=True),
@@ -117,9 +116,9 @@ def make_gguf(path: Path, arch: str, **overrides: object) -> Path:
 
 
 def make_split(path: Path, arch: str, *, max_tensors: int, empty_first: bool = False) -> list[Path]:
-    """Write the model that `make_gguf(path, arch)` writes as several parts; return them in order.
+    """Write the model of `make_gguf(path, arch)` as several parts and return them in order.
 
-    `empty_first`: all tensors are in the later parts.
+    `empty_first`: the first part has no tensors.
     """
     writer = GGUFWriter(path, arch, split_max_tensors=max_tensors, small_first_shard=empty_first)
     _write(writer, DEFAULTS[arch])
@@ -127,7 +126,7 @@ def make_split(path: Path, arch: str, *, max_tensors: int, empty_first: bool = F
 
 
 def add_keys(src: Path, dst: Path, **keys: int | float | str) -> Path:
-    """Copy a model with further keys (u32, f64 or string), unchecked; `__` stands for a dot."""
+    """Copy a model with further unchecked keys (u32, f64 or string); `__` stands for a dot."""
     content = read_content(read_source(src), without="\0")
     raw = tuple(_encode_key(name.replace("__", "."), value) for name, value in keys.items())
     with dst.open("wb") as file:
@@ -137,7 +136,7 @@ def add_keys(src: Path, dst: Path, **keys: int | float | str) -> Path:
 
 
 def renamed(src: Path, folder: Path, arch: str) -> Path:
-    """Copy a model into a folder as one of another architecture, with the same tensors."""
+    """Copy a model into a folder under another architecture's name, with the same tensors."""
     header = read_header(src)
     old, raw = str(header.get("general.architecture")), src.read_bytes()
     keys = b"".join(
@@ -160,7 +159,7 @@ def _renamed(name: str, raw: bytes, old: str, arch: str) -> bytes:
 
 
 def add_tensor(src: Path, dst: Path, name: str, values: NDArray[Any]) -> Path:
-    """Copy a model with a tensor of float32 more."""
+    """Copy a model with an additional float32 tensor."""
     data = values.astype(np.float32).tobytes()
     new = NewTensor(name, values.shape[::-1], GGMLQuantizationType.F32, data)
     content = with_tensors(read_content(read_source(src), without="\0"), [new])
@@ -185,7 +184,7 @@ def _write(writer: GGUFWriter, recipe: Recipe) -> None:
     add_header(writer, recipe)
     rng = np.random.default_rng(recipe.seed)
     for name, weights in _tensors(recipe, rng):
-        # As llama.cpp's converters do: vectors and the router stay in F32.
+        # Like llama.cpp's converters, leave vectors and the router in F32.
         precise = weights.ndim == 1 or "ffn_gate_inp" in name
         kind = GGMLQuantizationType.F32 if precise else recipe.type
         writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
@@ -196,10 +195,10 @@ def _write(writer: GGUFWriter, recipe: Recipe) -> None:
 
 
 def zero_deep_copy(src: Path, dst: Path, boundary: int) -> Path:
-    """Copy a model so that layers from `boundary` on leave the residual stream as it is.
+    """Copy a model so that layers from `boundary` preserve the residual stream.
 
-    An all-zero block is zero in every ggml type (its scale is), and a zero vector stays zero
-    under the post-norms of gemma.
+    An all-zero block is zero in every ggml type, because its scale is zero. A zero vector stays
+    zero under gemma's post-norms.
     """
     shutil.copyfile(src, dst)
     _zero_deep(dst, boundary)
@@ -217,7 +216,7 @@ def _zero_deep(path: Path, boundary: int) -> None:
 
 
 def add_header(writer: GGUFWriter, recipe: Recipe) -> None:
-    """Everything but the tensors."""
+    """Add all keys and the tokenizer."""
     _add_keys(writer, recipe)
     add_tokenizer(writer, recipe)
 
@@ -225,7 +224,7 @@ def add_header(writer: GGUFWriter, recipe: Recipe) -> None:
 def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
     if recipe.alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
         writer.add_custom_alignment(recipe.alignment)
-    # llama.cpp expects phi-3's own special tokens when the name says phi3.
+    # llama.cpp expects phi-3's special tokens if the name contains phi3.
     writer.add_name("tiny random model")
     writer.add_file_type(FILE_TYPES[recipe.type])
     writer.add_context_length(recipe.n_ctx_train)
@@ -268,7 +267,7 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
 
 
 def add_tokenizer(writer: GGUFWriter, recipe: Recipe) -> None:
-    """A SentencePiece vocabulary: three specials, all bytes, letters, then made-up words."""
+    """Add a SentencePiece vocabulary: three specials, all bytes, letters, invented words."""
     special = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL)]
     special.append(("</s>", gguf.TokenType.CONTROL))
     added = [(text, gguf.TokenType.CONTROL) for text in recipe.control]
@@ -351,7 +350,7 @@ def _experts(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, We
 
 
 def _matrix(rng: np.random.Generator, *dims: int) -> Weights:
-    """Rows of unit gain: the state keeps its size through the layers."""
+    """Return rows of unit gain, so that the state keeps its size through the layers."""
     weights: Weights = rng.standard_normal(dims, dtype=np.float32) * np.float32(dims[-1] ** -0.5)
     return weights
 

@@ -1,4 +1,4 @@
-"""Models of llama.cpp's recipes that can be talked with: these have numbers for words."""
+"""Turn models of llama.cpp's recipes into chat models; their vocabulary is only numbers."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from gguf.quants import quantize
 
 from support.synthetic import TEMPLATE, Recipe, add_tokenizer
 
-# The standard deviation of all that a recipe makes.
+# Standard deviation of all weights of a recipe.
 RECIPES_DEVIATION = 0.1
-# llama.cpp's quantisation leaves these, too, as they are.
+# llama.cpp's quantisation also leaves these unchanged.
 PRECISE = ("ffn_gate_inp.", "conv1d.", "shortconv.conv.")
 
 
@@ -35,7 +35,7 @@ def talkable(raw: Path, path: Path, n_vocab: int = 384) -> Path:
         if is_weight and (values.ndim == 1 or "norm" in tensor.name):
             values += 1
         elif values.ndim > 1:
-            # Rows of about unit gain.
+            # Scale rows to about unit gain.
             values *= values.shape[-1] ** -0.5 / RECIPES_DEVIATION
             if is_weight and not any(part in tensor.name for part in PRECISE):
                 kind = Type.Q4_0

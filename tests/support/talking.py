@@ -1,4 +1,4 @@
-"""A model that is talked to, and what it says."""
+"""Have conversations with a model."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def opened(file: Path, **options) -> PopModel:
 
 
 def answered(model: PopModel, *turns: Turn) -> Conversation:
-    """The conversation with the model's answer to its last question."""
+    """Return the conversation with the model's answer to its last question."""
     said = Conversation("Be brief.", turns)
     chunks = model.chat_turn(said.messages, temperature=0.0, max_tokens=8)
     answer = "".join(chunk.text for chunk in chunks)
@@ -23,7 +23,7 @@ def answered(model: PopModel, *turns: Turn) -> Conversation:
 
 
 def follow_up(model: PopModel, said: Conversation) -> tuple[str, int]:
-    """An answer, and how many tokens of its prompt were read for it."""
+    """Return an answer, and the number of prompt tokens read for it."""
     messages = said.plus(Turn("and now?")).messages
     chunks = list(model.chat_turn(messages, temperature=0.0, max_tokens=8))
     stats = chunks[-1].stats
@@ -32,7 +32,7 @@ def follow_up(model: PopModel, said: Conversation) -> tuple[str, int]:
 
 
 def ask(model: PopModel, *messages: Message, **options) -> tuple[str, TurnStats]:
-    """The answer to the last message, 12 likeliest tokens at most, and its figures."""
+    """Return the greedy answer to the last message (up to 12 tokens) and its statistics."""
     defaults = {"temperature": 0.0, "max_tokens": 12}
     *pieces, last = model.chat_turn(messages, **defaults | options)
     assert all(piece.stats is None for piece in pieces)

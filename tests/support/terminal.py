@@ -1,4 +1,4 @@
-"""A terminal for tests: the program on a pseudo-terminal, its output on an emulated screen."""
+"""Run a program on a pseudo-terminal and emulate its screen."""
 
 import os
 import re
@@ -14,7 +14,7 @@ TIMEOUT_S = 60
 
 
 class _Screen(pyte.HistoryScreen):
-    """Keeps what the terminal answers when it is asked where the cursor is."""
+    """Keeps the terminal's replies to queries of the cursor position."""
 
     replies = ""
 
@@ -23,7 +23,7 @@ class _Screen(pyte.HistoryScreen):
 
 
 class Terminal:
-    """Runs `python ARGUMENTS`; `text` is what one sees, with what has scrolled away above it."""
+    """Runs `python ARGUMENTS`; `text` is the screen, preceded by the lines scrolled off it."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Terminal:
         return "\n".join(lines).rstrip("\n")
 
     def expect(self, pattern: str, timeout_s: float = TIMEOUT_S) -> None:
-        """Waits until it is to be seen below what was expected before."""
+        """Wait until a pattern appears after the previously expected one."""
         deadline = time.monotonic() + timeout_s
         while (match := re.compile(pattern).search(self.text, self._at)) is None:
             assert not self.has_ended, f"ended without {pattern!r}:\n{self.text}"
@@ -72,7 +72,7 @@ class Terminal:
         self.expect(r"(?m)^>$", timeout_s)
 
     def expect_end(self) -> int:
-        """Waits for the program to end; its exit status."""
+        """Wait for the program to end and return its exit status."""
         deadline = time.monotonic() + TIMEOUT_S
         while not self.has_ended:
             assert time.monotonic() < deadline, f"has not ended:\n{self.text}"
@@ -90,7 +90,7 @@ class Terminal:
         self.send("\x03")
 
     def interrupt_question(self) -> None:
-        """Press Ctrl-C, and again if nothing came of it: input() may miss one as it begins."""
+        """Press Ctrl-C, twice if needed: input() may miss one while it starts."""
         for _ in range(6):
             self.interrupt()
             deadline = time.monotonic() + TIMEOUT_S / 6
@@ -107,7 +107,7 @@ class Terminal:
         self._child.setwinsize(height, width)
 
     def group(self, number: int) -> int:
-        """A number with commas in the last match; 0 where nothing matched."""
+        """Return a number with commas from the last match, or 0 without a match."""
         assert self.match is not None
         return int((self.match[number] or "0").replace(",", ""))
 

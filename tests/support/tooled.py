@@ -1,4 +1,4 @@
-"""Tools of a request, and llama.cpp's chat templates."""
+"""Tools of requests, and llama.cpp's chat templates."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ QWEN = "Qwen-Qwen2.5-7B-Instruct"
 
 
 def function(name: str, **properties: Any) -> dict[str, Any]:
-    """A tool as clients send it, all of whose arguments are required."""
+    """Return a tool in the clients' format, with all arguments required."""
     schema = {"type": "object", "properties": properties, "required": [*properties]}
     described = {"name": name, "description": f"It is {name}.", "parameters": schema}
     return {"type": "function", "function": described}
 
 
-# A random model ends these soon.
+# A random model soon completes one of these.
 WEATHER = function("get_weather", city={"enum": ["Paris", "Rome"]})
 DOUBLE = function("double", n={"type": "integer", "minimum": 0, "maximum": 9})

@@ -63,7 +63,6 @@ NOT_YET: set[str] = {
     "tests/kernels",
     "tests/oracle",
     "tests/real",
-    "tests/support",
     "tests/unit",
     "tests/unit/calibration",
     "tests/unit/engine",
