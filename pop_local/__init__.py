@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from pop_local.engine.context_full import ContextFullError as ContextFullError
     from pop_local.engine.decode.grammar import Grammar as Grammar
     from pop_local.engine.decode.grammar import GrammarError as GrammarError
+    from pop_local.engine.messages import SessionStats as SessionStats
+    from pop_local.engine.messages import TurnStats as TurnStats
     from pop_local.engine.model import PopModel as PopModel
     from pop_local.engine.sessions.chat_session import Answer as Answer
     from pop_local.engine.sessions.chat_session import ChatSession as ChatSession
     from pop_local.engine.sessions.chat_session import Stream as Stream
     from pop_local.engine.sessions.conversation import Conversation as Conversation
     from pop_local.engine.sessions.conversation import Turn as Turn
-    from pop_local.engine.turn import AnswerOptions as AnswerOptions
-    from pop_local.engine.turn import SessionStats as SessionStats
-    from pop_local.engine.turn import TurnStats as TurnStats
+    from pop_local.engine.turn_options import AnswerOptions as AnswerOptions
     from pop_local.measure.budget import BALANCED as BALANCED
     from pop_local.measure.budget import FAST as FAST
     from pop_local.measure.budget import NEAR_LOSSLESS as NEAR_LOSSLESS
@@ -71,7 +71,8 @@ _MODULES = {
     "pop_local.texts.document": ["Document"],
     "pop_local.engine.sessions.chat_session": ["Answer", "ChatSession", "Stream"],
     "pop_local.engine.context_full": ["ContextFullError"],
-    "pop_local.engine.turn": ["AnswerOptions", "SessionStats", "TurnStats"],
+    "pop_local.engine.messages": ["SessionStats", "TurnStats"],
+    "pop_local.engine.turn_options": ["AnswerOptions"],
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.pieces import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import AnsweredCarrier, CarrierSettings, make_carrier, with_answers
 

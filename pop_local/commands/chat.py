@@ -84,15 +84,18 @@ def chat(
     )
     begun.warn_of_base()
     if sys.stdin.isatty():
-        note(f"{begun.model.path}, context of {begun.model.n_ctx:,} tokens.")
+        context = begun.model.engine.context
+        note(f"{context.path}, context of {context.n_ctx:,} tokens.")
         note(begun.pop_state())
-        if (learned := begun.model.learned) and not learned.n_rows:
+        calibrator = begun.model.engine.calibrator
+        if calibrator is not None and not calibrator.learned.n_rows:
             note(
                 "Learning is on: pop-local stores statistics, never text, to speed up later"
                 " prompts. Disable with --learn off."
             )
-        if begun.model.mmproj:
-            note(f"Pictures are enabled ({begun.model.mmproj.name}): /image PATH reads one.")
+        mmproj = begun.model.engine.options.mmproj
+        if mmproj:
+            note(f"Pictures are enabled ({mmproj.name}): /image PATH reads one.")
         note("Type a question, /help for commands, /exit to quit.")
     try:
         talk(begun)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import ModelOptions
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.engine_options import EngineOptions
+from pop_local.engine.llama.context import ContextOptions
 from pop_local.engine.model import PopModel
-from pop_local.engine.open_model import OpenModel
 from pop_local.models.model_names import not_fetched
 from pop_local.ui.theme import warn
 from pop_local.ui.watch import asked, terminal_watch
@@ -44,43 +46,47 @@ class Opener:
     options: ModelOptions
     asked: Collection[str] = ()
     n_parallel: int | None = 1
+    prompt_cache: PromptCache | None = None
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
         options = self.options
+        wanted = EngineOptions(
+            model=name or self.model,
+            sidecar=None if name else options.sidecar,
+            mmproj=None if name else options.mmproj,
+            image_tokens=options.image_tokens,
+            keep_states=options.refill != "off",
+            parse_special=options.parse_special,
+            full=options.full,
+            learn=options.learn == "on",
+            prompt_cache=self.prompt_cache,
+            context=ContextOptions(
+                n_ctx=n_ctx or options.ctx, n_parallel=self.n_parallel, **vars(options.hardware)
+            ),
+        )
         with terminal_watch() as watch:
-            opened = open_model(
-                name or self.model,
-                None if name else options.sidecar,
-                n_ctx=n_ctx or options.ctx,
-                hardware=options.hardware,
-                watch=watch,
-                in_full=options.full,
-                keep_states=options.refill != "off",
-                learns=options.learn == "on",
-                mmproj=None if name else options.mmproj,
-                image_tokens=options.image_tokens,
-                n_parallel=self.n_parallel,
-            )
-        if options.mmproj and not name:
-            opened.prompter.open_vision()  # a wrong mmproj is an error at load time
+            opened = open_model(wanted, watch)
+        if wanted.mmproj:
+            opened.engine.prompter.open_vision()  # a wrong mmproj is an error at load time
         self._warn(opened)
-        opened.prompter.parse_special = options.parse_special
         return opened
 
     def _warn(self, opened: PopModel) -> None:
         """Warn of options that have no effect."""
         options = self.options
-        refills = opened.refills or opened.learner is not None  # a learner may prune later
+        engine = opened.engine
+        refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:
-            warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
-        if options.learn == "on" and "learn" in self.asked and len(opened.sequences) > 1:
+            why = engine.context.no_refill or "this model is not pruned"
+            warn(f"--refill has no effect: {why}")
+        if options.learn == "on" and "learn" in self.asked and len(engine.sequences) > 1:
             warn("--learn has no effect with several slots; use --parallel 1")
-        if options.image_tokens and opened.vision is None:
+        if options.image_tokens and engine.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
-        elif options.image_tokens and opened.vision is not None and opened.vision.is_fixed:
+        elif options.image_tokens and engine.vision is not None and engine.vision.is_fixed:
             warn("--image-tokens has no effect: this model's mmproj has a fixed size")
 
 
-def lessons(model: OpenModel) -> OnlineCalibration | None:
+def lessons(model: PopModel) -> OnlineCalibration | None:
     """Return the calibration of a model that learns, else None."""
-    return None if model.learner is None else OnlineCalibration(model)
+    return None if model.engine.calibrator is None else OnlineCalibration(model)

@@ -17,9 +17,9 @@ from pop_local.commands.opening import Opener, without_refill
 from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
+from pop_local.engine.messages import Chunk
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.engine.turn import Chunk
 from pop_local.texts.decoding import decoded
 from pop_local.texts.document import Document
 from pop_local.texts.document_readers import read_document, read_limited
@@ -81,13 +81,17 @@ def run(
         how = without_refill(how, why, asked)
     opened = Opener(model, how, asked)()
     for picture in pictures:
-        screen.note(picture_line(picture, opened.count_picture(picture), opened.n_ctx))
+        screen.note(
+            picture_line(
+                picture, opened.engine.prompter.count_picture(picture), opened.engine.context.n_ctx
+            )
+        )
     for document in turn.documents:
-        n_tokens = len(opened.tokenize(document.text))
-        screen.note(counted_line(document.name, n_tokens, opened.n_ctx))
+        n_tokens = len(opened.engine.context.tokenize(document.text))
+        screen.note(counted_line(document.name, n_tokens, opened.engine.context.n_ctx))
     options = sampling.given
     options["ends_repeats"] = True
-    options["min_answer"] = least_answer(sampling.max_tokens, opened.n_ctx)
+    options["min_answer"] = least_answer(sampling.max_tokens, opened.engine.context.n_ctx)
     with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         try:
@@ -100,9 +104,9 @@ def run(
                 _show(screen, chunks)
         except ContextFullError as error:
             raise too_long(opened, error) from error
-        if opened.learner is not None:
-            opened.learner.work(lambda: interrupt.asked)
-            opened.learner.save()
+        if opened.engine.calibrator is not None:
+            opened.engine.calibrator.work(lambda: interrupt.asked)
+            opened.engine.calibrator.save()
     if interrupt.asked:
         raise KeyboardInterrupt
 
@@ -155,10 +159,10 @@ def _collected(opened: PopModel, chunks: Iterator[Chunk]) -> dict[str, Any]:
     stats = pieces[-1].stats
     assert stats is not None, "the last chunk carries the figures"
     return {
-        "model": opened.path,
+        "model": opened.engine.context.path,
         "text": "".join(chunk.text for chunk in pieces),
-        "full": not opened.mode,
-        "boundary": opened.boundary,
+        "full": not opened.engine.cache.mode,
+        "boundary": opened.engine.cache.boundary,
         "reading": stats.reading,
         "stats": stats,
         "prefill_tokens_per_s": stats.prefill_tokens_per_s,

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -177,20 +177,17 @@ def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
-    def open_model(name: str | None) -> PopModel:
-        opened = opener(name)
-        opened.keep_prompts(prompts)
-        return opened
-
+    opener = replace(opener, prompt_cache=prompts)
     options: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
     if (folder := to.models) is None:
-        opened = open_model(None)
+        opened = opener()
         # Clients are likely to use the catalog name that the user gave.
-        name = to.name or (opener.model if lookup(opener.model) else printable(opened.path.stem))
-        return ModelPool.of_one(ModelFile(name, opened.path), opened, lessons, **options)
+        path = opened.engine.context.path
+        name = to.name or (opener.model if lookup(opener.model) else printable(path.stem))
+        return ModelPool.of_one(ModelFile(name, path), opened, lessons, **options)
     registry = ModelRegistry(
         lambda: models_in(folder),
-        lambda path: open_model(str(path)),
+        lambda path: opener(str(path)),
         lessons,
         opener.options.ctx,
         can_see=True,
@@ -210,11 +207,13 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
 
 
 def _announce_model(name: str, opened: PopModel) -> None:
-    pruning = f"prompts skip layers {opened.boundary} and up" if opened.mode else "no pruning"
-    if opened.mode and opened.exact:
-        pruning = f"prompts skip layers {opened.exact} and up, exactly"
-    note(f"{name}: context of {opened.n_ctx:,} tokens, {pruning}.")
-    if opened.mmproj and not opened.can_see:
+    engine = opened.engine
+    cache, mmproj = engine.cache, engine.options.mmproj
+    pruning = f"prompts skip layers {cache.boundary} and up" if cache.mode else "no pruning"
+    if cache.mode and cache.exact:
+        pruning = f"prompts skip layers {cache.exact} and up, exactly"
+    note(f"{name}: context of {engine.context.n_ctx:,} tokens, {pruning}.")
+    if mmproj and not engine.prompter.can_see:
         warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
-    elif opened.mmproj:
-        note(f"Pictures are enabled ({opened.mmproj.name}), as data: URLs.")
+    elif mmproj:
+        note(f"Pictures are enabled ({mmproj.name}), as data: URLs.")

@@ -4,82 +4,38 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.decode.logprobs import Logprobs
 from pop_local.engine.decode.repeats import Repeats
 from pop_local.engine.decode.sampler import Allowed, Sampler
-from pop_local.engine.decode.text import Pieces, TextStream
-from pop_local.engine.depth.refiller import Refiller
-from pop_local.engine.llama.interrupt import DisplacedError, stopped_by
-from pop_local.engine.prefill.plan import RowRule
-from pop_local.engine.prefill.read import OnPrefill, Read, ReadingStoppedError, read
+from pop_local.engine.decode.text import TextStream
+from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.messages import Chunk, FinishReason, TurnStats
+from pop_local.engine.prefill.read import ReadingStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import is_end
+from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.triggered import Triggered
-from pop_local.engine.turn import Chunk, FinishReason, TurnOptions, TurnStats
+from pop_local.engine.turn_options import TurnOptions
 
 # Closing it ends the answer.
 Answering = Generator[Chunk, None, None]
 
 
-class Sampling(Protocol):
-    """Where tokens come from."""
-
-    def sample(self) -> int:
-        """Choose the next token from the last logits."""
-
-    def close(self) -> None:
-        """Free what is held."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a model that answers take."""
-
-    cache: KvCache
-    refiller: Refiller
-    rule: RowRule
-
-    def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
-        return read(self.cache, prompt, self.rule, on_prefill)
-
-    def sampled(self, sampler: Sampling) -> Generator[int]:
-        """Sample the tokens that follow what was read, one after the other and without end.
-
-        Raises DisplacedError where the cache has another prompt by then.
-        """
-        return self._sampled(sampler, self.cache.epoch)
-
-    def _sampled(self, sampler: Sampling, epoch: int) -> Generator[int]:
-        cache = self.cache
-        try:
-            while True:
-                token = sampler.sample()
-                yield token
-                if cache.epoch != epoch:
-                    raise DisplacedError
-                cache.step(token)
-                if cache.epoch != epoch:
-                    raise DisplacedError
-        finally:
-            sampler.close()
-
-
 def answer(
-    parts: Parts,
+    sequence: CachedSequence,
     render: Callable[[], Prompt],
     options: TurnOptions,
     constraint: Callable[[], Allowed | None] = lambda: None,
 ) -> Answering:
     """Stream the answer to a prompt; the last chunk carries the figures."""
     if options.repeatable:
-        parts = replace(parts, rule=replace(parts.rule, reuses=False))
-    with closing(_Turn(parts, render, options, constraint)) as turn:
+        sequence = replace(sequence, rule=replace(sequence.rule, reuses=False))
+    with closing(_Turn(sequence, render, options, constraint)) as turn:
         yield from turn.chunks()
 
 
@@ -88,7 +44,7 @@ class _Turn:
 
     def __init__(
         self,
-        parts: Parts,
+        sequence: CachedSequence,
         render: Callable[[], Prompt],
         options: TurnOptions,
         constraint: Callable[[], Allowed | None],
@@ -102,11 +58,11 @@ class _Turn:
         stops: object = options.stops
         if isinstance(stops, str):  # a sequence of letters, to Python
             raise PopError("stops is a single text, not several", f"stops=({stops!r},)")
-        self._parts = parts
+        self._sequence = sequence
         self._options = options
         with stopped_by(options.should_stop):
             self._prompt = prompt = render()
-        context = self._context = parts.cache.context
+        context = self._context = sequence.cache.context
         room = context.n_ctx - len(prompt)
         if room < options.min_answer:
             raise ContextFullError(len(prompt), options.min_answer, context.n_ctx)
@@ -114,13 +70,13 @@ class _Turn:
         self._text = TextStream((*prompt.stops, *options.stops))
         self._pieces = Pieces(context, options.calls.shown if options.calls else ())
         n_top = options.n_top_logprobs
-        self._logprobs = None if n_top is None else Logprobs(parts.cache.slot, n_top)
+        self._logprobs = None if n_top is None else Logprobs(sequence.cache.slot, n_top)
         has_form = options.grammar is not None
         self._repeats = Repeats() if options.ends_repeats and not has_form else None
         self._is_repeating = False
         self._n_shown = 0
         self._constraint = constraint()
-        self._sampler = Sampler(parts.cache.slot, options, self._constraint)
+        self._sampler = Sampler(sequence.cache.slot, options, self._constraint)
         self._sampled: Generator[int] | None = None
         self._n_decoded = 0
         self._decode_s = 0.0
@@ -132,12 +88,12 @@ class _Turn:
 
     def chunks(self) -> Iterator[Chunk]:
         options = self._options
-        self._n_refilled = self._parts.refiller.take_refilled()
+        self._n_refilled = self._sequence.refiller.take_refilled()
         prefill_started_s = time.perf_counter()
         try:
             with stopped_by(options.should_stop):
-                found = self._parts.read(self._prompt, options.on_prefill)
-                self._sampled = self._parts.sampled(self._sampler)
+                found = self._sequence.read(self._prompt, options.on_prefill)
+                self._sampled = self._sequence.sampled(self._sampler)
                 token = next(self._sampled)
         except ReadingStoppedError as error:
             if options.should_stop is None:  # whoever watches the model stops more than this answer
@@ -208,7 +164,7 @@ class _Turn:
             n_refilled=self._n_refilled,
             n_exact=found.n_exact,
             n_skipped_exact=counters.n_exact,
-            exact_layer=self._parts.cache.exact,
+            exact_layer=self._sequence.cache.exact,
             n_full=counters.n_full,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
@@ -218,7 +174,7 @@ class _Turn:
             n_image=self._prompt.n_image,
             encode_s=found.encode_s,
             is_short=found.is_short,
-            fit=self._parts.cache.fit if counters.n_context else "",
+            fit=self._sequence.cache.fit if counters.n_context else "",
             stop=self._text.stop,
             is_repeating=self._is_repeating,
         )

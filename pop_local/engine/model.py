@@ -1,13 +1,31 @@
-"""The model as programs use it: opened by name or path, asked, and closed again."""
+"""The model handle for programs: opened by name or path, asked questions, closed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
-from pop_local.engine.open_model import OpenModel
+from pop_local.engine.answer import Answering
+from pop_local.engine.engine import Engine
+from pop_local.engine.engine_options import EngineOptions
+from pop_local.engine.learning.online_calibrator import (
+    OnlineCalibrator,
+    default_memory,
+    require_learnable,
+)
+from pop_local.engine.learning.store import SumsFile
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.messages import Message
+from pop_local.engine.prefill.read import Read
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sessions.chat_session import (
     Answer,
     ChatSession,
@@ -16,7 +34,7 @@ from pop_local.engine.sessions.chat_session import (
     load_session,
 )
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.turn import AnswerOptions
+from pop_local.engine.turn_options import AnswerOptions, TurnOptions
 from pop_local.models import model_names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.sidecars import sidecar_of
@@ -26,8 +44,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
-class PopModel(OpenModel):
-    """An open model that is found by its name, and holds conversations. Raises PopError."""
+class PopModel:
+    """An open model. Its parts are in `engine`. Raises PopError."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._engine = Engine.open(options)
+        self._lock = threading.RLock()
+        if options.learn:
+            self.learn()
 
     @classmethod
     def open(
@@ -36,25 +60,105 @@ class PopModel(OpenModel):
         *,
         sidecar: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = None,
-        learn: bool = False,
         **options: Any,
     ) -> Self:
-        """Open a GGUF file, or a model that is here by its name.
+        """Open a GGUF file, or a local model by name.
 
-        `sidecar`, `mmproj`: None takes the one beside the model, if there is one; a model of the
-        catalog has a sidecar in this package. `learn`: see OpenModel.learn. The rest is as in the
-        constructor. Nothing is fetched or converted.
+        `sidecar`, `mmproj`: default: the file next to the model, or for a sidecar the shipped one.
+        `options`: fields of EngineOptions, of ContextOptions and of llama.cpp's parameters. Nothing
+        is fetched or converted.
         """
         path = model_names.resolve(os.fspath(model))
-        opened = cls(
-            path,
-            sidecar=sidecar_of(read_source(path)) if sidecar is None else sidecar,
-            mmproj=find_mmproj(path) if mmproj is None else mmproj,
-            **options,
+        return cls(
+            EngineOptions.of(
+                path,
+                sidecar=sidecar_of(read_source(path)) if sidecar is None else sidecar,
+                mmproj=find_mmproj(path) if mmproj is None else mmproj,
+                **options,
+            )
         )
-        if learn:
-            opened.learn()
-        return opened
+
+    @property
+    def engine(self) -> Engine:
+        """The model's parts; swap_sidecar and learn replace it."""
+        return self._engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model, after stopping any prompt that this thread reads."""
+        self._engine.close()
+
+    def swap_sidecar(self, sidecar: Path) -> None:
+        """Prune with another sidecar from now on. A cache of exact rows survives.
+
+        Raises PopError, without any change, also for a model with vision.
+        """
+        with self._lock:
+            before = self._engine
+            before.context.interrupt.require_idle()
+            if before.vision is not None:
+                raise PopError(
+                    "a model with an mmproj cannot change its sidecar while it is open",
+                    "open it again",
+                )
+            cache = before.cache
+            state = cache.save() if 0 < cache.n_tokens == cache.n_exact else None
+            options = replace(
+                before.options,
+                sidecar=sidecar,
+                keep_states=before.refiller.is_on,
+                prompt_cache=cache.prompts,
+            )
+            engine = Engine.open(options)
+            if cache.can_switch and cache.mode is Mode.OFF:
+                engine.set_mode(Mode.OFF)
+            engine.prompter.parse_special = before.prompter.parse_special
+            if state is not None:
+                with suppress(PopError):  # the next question reads it again
+                    engine.cache.restore(state)
+            # The old context stays open while another thread uses it.
+            self._engine = replace(engine, calibrator=before.calibrator)
+            if before.calibrator is not None:
+                before.calibrator.attach(engine.cache)
+
+    def learn(self, memory_bytes: int | None = None) -> None:
+        """Learn from all rows that run in full from now on (docs/learning.md).
+
+        `memory_bytes`: limit for sums and waiting rows (default: a part of the free memory). Raises
+        PopError if no fit can prune the model, or if it computes on another machine.
+        """
+        with self._lock:
+            engine = self._engine
+            context = engine.context
+            cannot = bool(engine.cache.exact or context.shape.no_refill)
+            require_learnable(context, cannot=cannot)
+            calibrator = OnlineCalibrator(
+                engine.cache,
+                context.shape,
+                SumsFile.of(context.source),
+                memory_bytes or default_memory(),
+            )
+            self._engine = replace(engine, calibrator=calibrator)
+
+    @property
+    def pruning(self) -> bool:
+        """Whether prompts are pruned.
+
+        Setting it empties the KV cache unless all rows are exact. True raises PopError for a model
+        that is not converted.
+        """
+        return self._engine.cache.mode is not Mode.OFF
+
+    @pruning.setter
+    def pruning(self, is_on: bool) -> None:
+        self._engine.set_mode(Mode.CONTEXT if is_on else Mode.OFF)
+
+    # Questions
 
     def chat(
         self,
@@ -65,7 +169,7 @@ class PopModel(OpenModel):
         images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """Answer one question that has nothing before it; see ChatSession.chat."""
+        """Answer a single question without history; see ChatSession.chat."""
         return self.session(system=system).chat(
             question, documents=documents, images=images, **options
         )
@@ -79,15 +183,55 @@ class PopModel(OpenModel):
         images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
-        """Answer it in pieces, as they come; see ChatSession.stream."""
+        """Stream the answer to a single question; see ChatSession.stream."""
         return self.session(system=system).stream(
             question, documents=documents, images=images, **options
         )
 
     def session(self, *, system: str = "") -> ChatSession:
-        """Begin a conversation that remembers."""
+        """Start a conversation."""
         return ChatSession(self, Conversation(system))
 
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
-        """Go on with a conversation that ChatSession.save, or the chat, has written."""
+        """Continue a conversation that ChatSession.save or the chat has written."""
         return load_session(self, path)
+
+    def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:
+        """Read a prompt into the KV cache; see prefill.read.read."""
+        return self._engine.sequences[0].read(prompt, on_prefill)
+
+    def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
+        """Stream chunks of the answer to the last message.
+
+        A base model, which has no chat template, continues the messages' text, unless they have
+        pictures. `options`: fields of TurnOptions (default: the file's recommendation). Raises
+        PopError also if the template refuses the conversation.
+        """
+        prompter = self._engine.prompter
+        if prompter.has_template or any(message.pictures for message in messages):
+            return self._answer(lambda: prompter.conversation(messages), options)
+        return self.continue_text("\n\n".join(each.content for each in messages), **options)
+
+    def continue_text(self, text: str, **options: Any) -> Answering:
+        """Stream chunks that continue the text, which is the whole prompt."""
+        prompter = self._engine.prompter
+        return self._answer(lambda: prompter.text(text), options)
+
+    def _answer(self, render: Callable[[], Prompt], options: dict[str, Any]) -> Answering:
+        chosen: dict[str, Any] = self._engine.recommended | options
+        return self._engine.answer(render, TurnOptions(**chosen))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _MOVED:
+                raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+            warnings.warn(f"use model.engine.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
+            value = self.__dict__["_engine"]
+            for part in _MOVED[name].split("."):
+                value = getattr(value, part)
+            return value
+
+
+# Names of earlier releases, by their place in the engine.
+_MOVED = {"cache": "cache", "prompter": "prompter", "refill": "refiller.refill"}

@@ -1,24 +1,24 @@
-"""Which of a model's sequences a prompt is read in, and what it takes from the others."""
+"""Chooses the sequence that reads a prompt, and shares rows among sequences."""
 
-from pop_local.engine.answer import Parts
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.open_model import OpenModel
+from pop_local.engine.engine import EngineOwner
 from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.sequence import CachedSequence
 
 
 class SlotScheduler:
-    """The sequences of an open model, given out to one answer each.
+    """Lends each sequence of an engine to one answer at a time.
 
-    Not for several threads at once: the caller lets one after the other in.
+    Not thread-safe: the caller must serialize calls.
     """
 
-    def __init__(self, model: OpenModel) -> None:
+    def __init__(self, model: EngineOwner) -> None:
         self._model = model
-        # Those that were used least recently come first.
-        self._free = list(range(len(model.sequences)))
+        # The least recently used comes first.
+        self._free = list(range(len(model.engine.sequences)))
 
     def take(self, prompt: Prompt) -> int:
-        """Return the free sequence that has the most of a prompt, else one that nobody misses."""
+        """Return the free sequence with the most rows in common, else the least useful one."""
         best = max(self._free, key=lambda index: self._score(index, prompt))
         self._free.remove(best)
         return best
@@ -26,41 +26,42 @@ class SlotScheduler:
     def give_back(self, index: int) -> None:
         self._free.append(index)
 
-    def parts(self, index: int) -> Parts:
-        cache, refiller = self._model.sequences[index]
-        return Parts(cache, refiller, self._model.rule)
+    def sequence(self, index: int) -> CachedSequence:
+        return self._model.engine.sequences[index]
 
     def cache(self, index: int) -> KvCache:
-        return self._model.sequences[index][0]
+        return self.sequence(index).cache
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Have a sequence begin with what another one has of a prompt, busy ones among them."""
-        caches = [cache for cache, _ in self._model.sequences]
+        """Copy the longest common prefix that any sequence has cached, even a busy one."""
+        caches = [sequence.cache for sequence in self._model.engine.sequences]
         if len(caches) > 1:
             best = max(caches, key=lambda cache: cache.n_same(prompt))
             if best is not caches[index]:
                 caches[index].share(best, prompt)
 
     def refillable(self) -> int | None:
-        """Return a free sequence whose rows can be refilled, the one used last before others."""
-        found = (i for i in reversed(self._free) if self._model.sequences[i][1].n_refillable)
-        return next(found, None) if self._model.refills else None
+        """Return the most recently used free sequence whose rows can be refilled."""
+        found = (index for index in reversed(self._free) if self._n_refillable(index))
+        return next(found, None)
 
     def n_refillable(self) -> int:
-        """How many cached rows are still to run the skipped layers."""
-        if not self._model.refills:
-            return 0
-        return sum(refiller.n_refillable for _, refiller in self._model.sequences)
+        """Count the cached rows that must still run the skipped layers."""
+        return sum(map(self._n_refillable, range(len(self._model.engine.sequences))))
 
     def refilled(self, index: int) -> None:
-        """Rows of a sequence were redone: others may share them."""
+        """Let the other sequences adopt the refilled rows that they share."""
         cache = self.cache(index)
-        for other, _ in self._model.sequences:
-            if other is not cache:
-                other.follow(cache)
+        for other in self._model.engine.sequences:
+            if other.cache is not cache:
+                other.cache.follow(cache)
+
+    def _n_refillable(self, index: int) -> int:
+        refiller = self.sequence(index).refiller
+        return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Rows in common count where they are half of what is there, as in KvCache.stash."""
+        """Count common rows only if they are half of what is cached, as in KvCache.stash."""
         cache = self.cache(index)
         n_same = cache.n_same(prompt)
         return (n_same if 2 * n_same >= cache.n_tokens else 0), -cache.n_tokens

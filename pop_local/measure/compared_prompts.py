@@ -12,9 +12,9 @@ from typing import Any
 from pop_converter.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Turn
-from pop_local.engine.turn import Message
 from pop_local.texts.decoding import read_text
 from pop_local.texts.document import Document
 from pop_local.texts.document_readers import read_document
@@ -254,7 +254,9 @@ def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: An
         pruned=pruned,
         is_full_right=prompt.is_right(full.text),
         is_pruned_right=prompt.is_right(pruned.text),
-        first_difference=_first_difference(model.tokenize(full.text), model.tokenize(pruned.text)),
+        first_difference=_first_difference(
+            model.engine.context.tokenize(full.text), model.engine.context.tokenize(pruned.text)
+        ),
     )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.base.errors import PopError
-from pop_converter.popfile.pruning_plan import Plan
 from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama import backend
@@ -44,19 +43,8 @@ FULL = Pruning(0, Mode.OFF)
 
 def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
     """Return how many tokens of a context the rule leaves at the boundary."""
-    deep = find_deep_rows(model.context, np.asarray(context), rule.deep_rows)
+    deep = find_deep_rows(model.engine.context, np.asarray(context), rule.deep_rows)
     return plan_prefill(0, len(context), rule, len(context), deep=deep).n_pruned
-
-
-def as_planned(model: PopModel, plan: Plan) -> None:
-    """Apply the plan's rows to the model's rule; this empties the KV cache."""
-    model.rule = replace(
-        model.rule,
-        sink_tokens=plan.sink_tokens,
-        tail_tokens=plan.tail_tokens,
-        deep_rows=plan.deep_rows,
-    )
-    model.cache.clear()
 
 
 @contextmanager
@@ -66,7 +54,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
     Contexts of any length are pruned: `min_prompt` is a matter of speed. Afterwards mode and
     boundary are as before, and the KV cache is empty.
     """
-    with model.cache.preserved():
+    with model.engine.cache.preserved():
         yield Forced(model)
 
 
@@ -74,10 +62,10 @@ class Forced:
     """A model that is told what to read and what to predict; `forced` makes one."""
 
     def __init__(self, model: PopModel) -> None:
-        self.rule = replace(model.rule, min_prompt=0)
+        self.rule = replace(model.engine.rule, min_prompt=0)
         self.model = model
-        self._cache, self._context = model.cache, model.context
-        self._next = np.empty((0, model.context.n_vocab), np.float32)
+        self._cache, self._context = model.engine.cache, model.engine.context
+        self._next = np.empty((0, model.engine.context.n_vocab), np.float32)
         self._state: SavedState | None = None
         self.n_pruned = 0
 

@@ -191,20 +191,22 @@ def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDoc
     sized = CarrierSettings(settings.n_tokens, settings.n_per_document, Use.HELD_OUT)
     documents = []
     for _ in range(settings.n_documents):
-        carrier = make_carrier(rng, sized, prose, lambda text: len(model.tokenize(text)))
+        carrier = make_carrier(
+            rng, sized, prose, lambda text: len(model.engine.context.tokenize(text))
+        )
         # The blank line belongs to the document: most vocabularies merge it with a full stop.
-        tokens = (*model.context.bos, *model.tokenize(carrier.text + "\n\n"))
+        tokens = (*model.engine.context.bos, *model.engine.context.tokenize(carrier.text + "\n\n"))
         questions = tuple(_tokenize_question(model, each) for each in carrier.questions)
         documents.append(LookupDocument(tokens, questions))
     return tuple(documents)
 
 
 def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQuestion:
-    tokens = model.tokenize(question.completion)
-    whole = model.tokenize(f"{question.completion} {question.answer}")
+    tokens = model.engine.context.tokenize(question.completion)
+    whole = model.engine.context.tokenize(f"{question.completion} {question.answer}")
     answer = whole[len(tokens) :]
     if whole[: len(tokens)] != tokens:  # a vocabulary that merges across the space
-        answer = model.tokenize(f" {question.answer}")
+        answer = model.engine.context.tokenize(f" {question.answer}")
     return TokenizedQuestion(question, tuple(tokens), tuple(answer))
 
 
@@ -260,14 +262,14 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
     n_decoded = 0
-    while not is_end(model.context, token):
+    while not is_end(model.engine.context, token):
         tokens.append(token)
-        text = model.detokenize(tokens)
+        text = model.engine.context.detokenize(tokens)
         if len(tokens) >= n_most or "\n" in text.lstrip():
             return text
         reader.extend(tokens[n_decoded:])
         n_decoded, token = len(tokens), reader.next_token
-    return model.detokenize(tokens)
+    return model.engine.context.detokenize(tokens)
 
 
 def compare_answers(

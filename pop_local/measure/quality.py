@@ -247,7 +247,7 @@ def choose_windows(
     Raises PopError when the text or the context is too short.
     """
     require_passage(settings.n_context, reader.rule)
-    start = reader.model.context.bos
+    start = reader.model.engine.context.bos
     n_text = settings.n_context - len(start)
     rng = np.random.default_rng(settings.seed)
     windows = []

@@ -30,7 +30,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import NO_ENDS, plan_prefill
 from pop_local.engine.prefill.read import Read, read_context_only
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.measure.heldout import shipped_text
 
 N_DECODE = 32
@@ -112,7 +112,7 @@ def measure_speed(
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
-    seen = model.prompter.see(picture) if picture else None
+    seen = model.engine.prompter.see(picture) if picture else None
     prompts = [text_prompt(model, n_prompt, seen) for n_prompt in n_prompts]
     return tuple(_row(model, upstream, prompt, n_rounds, ran) for prompt in prompts)
 
@@ -190,11 +190,11 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Run:
     """Read a prompt into an empty cache, take the first token, decode `n_decode` more."""
-    model.set_mode(mode)
-    model.cache.clear()
+    model.engine.set_mode(mode)
+    model.engine.cache.clear()
     started_s = clock()
     read = model.read(prompt)
-    with closing(model.sampled(TurnOptions(temperature=0.0))) as sampled:
+    with closing(model.engine.sampled(TurnOptions(temperature=0.0))) as sampled:
         next(sampled)
         first_s = clock()
         for _ in range(n_decode):
@@ -206,10 +206,10 @@ def run(
 
 def run_context(model: PopModel, prompt: Prompt) -> Run:
     """Read a prompt into an empty cache with none of its rows full; no token comes of it."""
-    model.set_mode(Mode.CONTEXT)
-    model.cache.clear()
+    model.engine.set_mode(Mode.CONTEXT)
+    model.engine.cache.clear()
     started_s = time.perf_counter()
-    read = read_context_only(model.cache, prompt)
+    read = read_context_only(model.engine.cache, prompt)
     read_s = time.perf_counter() - started_s
     counters = read.counters
     if counters.n_context + counters.n_exact != len(prompt) or counters.n_full:
@@ -222,12 +222,12 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
 
 def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode requires."""
-    rule = NO_ENDS if model.exact else model.rule
+    rule = NO_ENDS if model.engine.cache.exact else model.engine.rule
     n_prompt = len(prompt)
-    deep = find_deep_rows(model.context, np.asarray(prompt.tokens), rule.deep_rows)
-    plan = plan_prefill(0, n_prompt, rule, model.context.n_batch, prompt.spans, deep)
+    deep = find_deep_rows(model.engine.context, np.asarray(prompt.tokens), rule.deep_rows)
+    plan = plan_prefill(0, n_prompt, rule, model.engine.context.n_batch, prompt.spans, deep)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
-    expected = (0, n_left) if model.exact else (n_left, 0)
+    expected = (0, n_left) if model.engine.cache.exact else (n_left, 0)
     n_pruned, n_full = counters.n_context, counters.n_full
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(
@@ -243,7 +243,7 @@ def text_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Pro
     The text decides how many rows run deep. A picture is near its start. Raises PopError if a
     picture leaves no room for text.
     """
-    kinds = [model.tokenize(part) for part in shipped_text().parts]
+    kinds = [model.engine.context.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))
     tokens = [token for kind in kinds for token in islice(cycle(kind), n_each)][:n_prompt]
     if seen is None:

@@ -57,14 +57,14 @@ def measure_cliff(
 
     The speed-up limits are for prompts of LIMIT_PROMPT tokens; `on_progress` counts draws.
     """
-    tried = boundaries(model.shape)
+    tried = boundaries(model.engine.context.shape)
     retentions = measure_retention(reference, model, tried, on_progress)
-    n_full = model.rule.sink_tokens + model.rule.tail_tokens
+    n_full = model.engine.rule.sink_tokens + model.engine.rule.tail_tokens
     return tuple(
         DepthCost(
             boundary=boundary,
-            n_skipped=model.shape.n_layer - boundary,
-            speedup_limit=speedup_limit(model.macs, LIMIT_PROMPT, boundary, n_full),
+            n_skipped=model.engine.context.shape.n_layer - boundary,
+            speedup_limit=speedup_limit(model.engine.context.macs, LIMIT_PROMPT, boundary, n_full),
             retention=retention,
             lost_retention=lost,
         )

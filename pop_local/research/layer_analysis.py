@@ -1,8 +1,8 @@
 """Layers that reading can do without: importance by gates, then what each boundary costs."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
-from pop_local.measure.forced import Pruning, as_planned
+from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, require_passage
 from pop_local.measure.quality import (
@@ -39,7 +39,7 @@ from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.conversion.stages import fit_stages
 from pop_local.workflows.events import PlannedStage, Watch
 from pop_local.workflows.hardware import Hardware
-from pop_local.workflows.measuring import opened
+from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
 # Draws of random tokens, which give the retention to some percent.
@@ -197,9 +197,9 @@ class _Run:
         settings = QualitySettings(
             n_probed, n_context, n_answer, seed=options.seed, n_draws=_N_DRAWS
         )
-        with self._opened_as_planned() as model:
+        with self._opened(None) as model:
             tokens = tokenize(model, self.text)
-            start = model.context.bos
+            start = model.engine.context.bos
             texts = spread_windows(tokens, n_gated, options.n_window - len(start))
             advance = self.watch.stage("Reading in full")
             reference = read_reference(model, tokens, settings, advance)
@@ -228,7 +228,7 @@ class _Run:
 
     def unfitted(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
         """Measure with the layers' own projections."""
-        with self._opened_as_planned() as model:
+        with self._opened(None) as model:
             advance = self.watch.stage("Measuring with own projections")
             prunings = [Pruning(depth.boundary) for depth in tried]
             found = measure_against(reference, model, prunings, advance)
@@ -250,14 +250,7 @@ class _Run:
         n_tokens = self.options.fit_tokens or default_tokens(self.shape.n_embd) // _FIT_SHARE
         return FitOptions(n_tokens, projection=Projection.FITTED)
 
-    @contextmanager
-    def _opened_as_planned(self) -> Iterator[PopModel]:
-        """The model with own projections, and the full rows that a conversion has."""
-        with self._opened(None) as model:
-            as_planned(model, self.ends)
-            yield model
-
     def _opened(self, sidecar: Path | None) -> AbstractContextManager[PopModel]:
         files = ModelFiles(self.source.first.path, sidecar)
         n_ctx = max(self.options.n_window, 2 * N_REPEATED + 1)
-        return opened(files, self.hardware, self.watch, n_ctx=n_ctx)
+        return opened(files, self.hardware, self.watch, n_ctx=n_ctx, **row_options(self.ends))

@@ -52,14 +52,14 @@ class ModelInfo:
     def of_model(cls, name: str, model: PopModel) -> "ModelInfo":
         return cls(
             name,
-            model.context.source,
-            model.n_ctx,
-            model.boundary,
-            model.exact,
-            model.can_see,
-            can_infill(model.context),
+            model.engine.context.source,
+            model.engine.context.n_ctx,
+            model.engine.cache.boundary,
+            model.engine.cache.exact,
+            model.engine.prompter.can_see,
+            can_infill(model.engine.context),
             is_loaded=True,
-            n_parallel=len(model.sequences),
+            n_parallel=len(model.engine.sequences),
         )
 
     @classmethod

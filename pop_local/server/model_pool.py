@@ -68,8 +68,8 @@ class ServedModel:
         if self.worker.is_alive():
             self.worker.join()
         try:
-            for cache, _ in self.model.sequences:
-                cache.stash(Prompt([]))
+            for sequence in self.model.engine.sequences:
+                sequence.cache.stash(Prompt([]))
         except Exception:  # such as a lack of memory, which closing the model ends
             log.exception("the KV cache of %s could not be stashed", self.name)
         finally:
@@ -148,9 +148,10 @@ class ModelPool:
         **options: Any,
     ) -> "ModelPool":
         """Create a pool of one open model; `options` as for the constructor."""
-        files, n = {file.name: file.path}, len(model.sequences)
+        files, engine = {file.name: file.path}, model.engine
+        can_see, n = engine.prompter.can_see, len(engine.sequences)
         registry = ModelRegistry(
-            lambda: files, lambda _: model, make_fitter, model.n_ctx, model.can_see, n
+            lambda: files, lambda _: model, make_fitter, engine.context.n_ctx, can_see, n
         )
         pool = cls(registry, **options)
         pool.load(file)

@@ -6,17 +6,18 @@ from dataclasses import replace
 from pop_local.config.settings import MOST_SEED
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar
-from pop_local.engine.decode.text import Pieces
 from pop_local.engine.embedding import require_pooling
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.messages import Message, ToolCall
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tool, Tools
-from pop_local.engine.turn import Message, ToolCall, TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.api_errors import ApiError, bad_request
 from pop_local.server.request_bodies import (
     ChatBody,
@@ -53,12 +54,12 @@ class TaskFactory:
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
         self.model = model
         self._repeatable = repeatable
-        self._is_full = model.can_switch and model.mode is Mode.OFF
+        self._is_full = model.engine.cache.can_switch and model.engine.cache.mode is Mode.OFF
 
     def chat(self, body: ChatBody) -> list[Task]:
         """Make `n` tasks with different seeds."""
         urls = [url for message in body.messages for _, url in message.image_urls]
-        if urls and not self.model.can_see:
+        if urls and not self.model.engine.prompter.can_see:
             raise ApiError(400, "this server's model cannot read images", param="messages")
         images = parse_images(urls)
         with bad_request("messages", grammar_param="tools"):
@@ -75,10 +76,10 @@ class TaskFactory:
 
     def _prompt(self, body: ChatBody, messages: list[Message]) -> tuple[Prompt, CallForm | None]:
         if not body.has_tools:
-            return self.model.chat_prompt(messages), None
-        prompt, calls = prompt_with_tools(self.model.prompter, messages, _tools(body))
+            return self.model.engine.prompter.conversation(messages), None
+        prompt, calls = prompt_with_tools(self.model.engine.prompter, messages, _tools(body))
         if calls is not None:  # builds the trie now, outside the model's thread
-            self.model.token_trie(calls.shown)
+            self.model.engine.token_tries.get(calls.shown)
         return prompt, calls
 
     def completions(self, body: CompletionBody) -> list[Task]:
@@ -92,11 +93,11 @@ class TaskFactory:
         return [one for task in tasks for one in _seeded(task, body.n)]
 
     def embeddings(self, body: EmbeddingsBody) -> list[Task]:
-        if body.dimensions not in (None, n_embd := self.model.context.n_embd):
+        if body.dimensions not in (None, n_embd := self.model.engine.context.n_embd):
             message = f"dimensions must be {n_embd}: embeddings cannot be shortened"
             raise ApiError(400, message, param="dimensions")
         with bad_request():
-            require_pooling(self.model.cache)
+            require_pooling(self.model.engine.cache)
         tokens = [self._tokens(prompt, None) for prompt in as_prompts(body.input)]
         for each in tokens:
             self._check_length(len(each), "input")
@@ -108,7 +109,7 @@ class TaskFactory:
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        pieces = Pieces(self.model.context, range(self.model.context.n_vocab))
+        pieces = Pieces(self.model.engine.context, range(self.model.engine.context.n_vocab))
         shown = tokens if body.echo or body.logprobs is not None else []
         text = b"".join(pieces[token] for token in shown).decode(errors="replace")
         if body.echo:
@@ -116,7 +117,7 @@ class TaskFactory:
         return Task(Prompt(tokens), options, mode, reason, n_written=len(text))
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
-        if not self.model.can_switch:
+        if not self.model.engine.cache.can_switch:
             if pop:
                 raise ApiError(400, f"pop must not be true: {NO_KEYS}", param="pop")
             return Mode.OFF, NO_KEYS
@@ -130,14 +131,14 @@ class TaskFactory:
             self.check_tokens(prompt, "prompt")
         if suffix:
             with bad_request("suffix"):
-                return infilling(self.model.context, prompt, suffix)
+                return infilling(self.model.engine.context, prompt, suffix)
         if isinstance(prompt, str):
-            return self.model.tokenize(prompt, add_bos=True, special=True)
+            return self.model.engine.context.tokenize(prompt, add_bos=True, special=True)
         return prompt
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Raise ApiError for tokens outside the vocabulary."""
-        n_vocab = self.model.context.n_vocab
+        n_vocab = self.model.engine.context.n_vocab
         if any(not 0 <= token < n_vocab for token in tokens):
             raise ApiError(400, f"token ids must be 0 to {n_vocab - 1}", param=param)
 
@@ -145,11 +146,11 @@ class TaskFactory:
         """Stop at the first image beyond the context, before the others are decoded."""
         n_rows = 0
         for image in images:
-            n_rows += self.model.count_picture(image)
+            n_rows += self.model.engine.prompter.count_picture(image)
             self._check_length(n_rows + 1, "messages")
 
     def _check_length(self, n_prompt: int, param: str) -> None:
-        n_ctx = self.model.n_ctx
+        n_ctx = self.model.engine.context.n_ctx
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= n_ctx:
@@ -171,7 +172,7 @@ class TaskFactory:
         if body.seed is not None and body.seed != -1:
             given["seed"] = body.seed % (MOST_SEED + 1)
         repeatable = self._repeatable if body.repeatable is None else body.repeatable
-        if repeatable and len(self.model.sequences) > 1:
+        if repeatable and len(self.model.engine.sequences) > 1:
             message = "repeatable answers need a server that was started with --parallel 1"
             raise ApiError(400, message, param="repeatable")
         return TurnOptions(
@@ -180,7 +181,7 @@ class TaskFactory:
             grammar=self._grammar(body),
             n_top_logprobs=n_top_logprobs,
             repeatable=repeatable or body.cache_prompt is False,
-            **{**self.model.recommended, **given},
+            **{**self.model.engine.recommended, **given},
         )
 
     def _grammar(self, body: GenerationBody) -> Grammar | None:
@@ -192,7 +193,7 @@ class TaskFactory:
                 grammar = Grammar.of_schema(schema)
             else:
                 grammar = Grammar.of_gbnf(body.grammar or "")
-            Constraint(self.model.token_trie(), grammar).allowed()
+            Constraint(self.model.engine.token_tries.get(), grammar).allowed()
         return grammar
 
 

@@ -11,17 +11,18 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.engine.answer import Parts
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.embedding import embedding
 from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.messages import Chunk, TokenLogprob, TurnStats
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.slot_scheduler import SlotScheduler
-from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.api_errors import ApiError, client_gone, stopping
 from pop_local.server.metrics import Metrics
 
@@ -216,7 +217,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         others = [
             threading.Thread(target=self._serve_all, name=f"{self.name} {number}", daemon=True)
-            for number in range(2, len(self._model.sequences) + 1)
+            for number in range(2, len(self._model.engine.sequences) + 1)
         ]
         for thread in others:
             thread.start()
@@ -257,13 +258,13 @@ class Worker(threading.Thread):
         return not self._calls.empty()
 
     def _refill(self, index: int) -> None:
-        _, refiller = self._model.sequences[index]
+        refiller = self._slots.sequence(index).refiller
         try:
             n_rows = refiller.refill(self._is_called)
             self._slots.refilled(index)
         except Exception:  # requests can still be answered
             log.exception("catching up failed and is now disabled")
-            self._model.set_depth()
+            self._model.engine.set_refill(False)
         else:
             self._metrics.refilled.inc(n_rows)
 
@@ -288,14 +289,14 @@ class Worker(threading.Thread):
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
         index = self._slots.take(job.task.prompt)
-        parts = self._slots.parts(index)
+        sequence = self._slots.sequence(index)
         try:
-            with parts.cache.slot.work():
+            with sequence.cache.slot.work():
                 # A change of mode clears the KV cache, which never mixes full and pruned prompts.
-                parts.cache.set_mode(job.task.mode)
+                sequence.cache.set_mode(job.task.mode)
                 if not job.task.options.repeatable:
                     self._slots.share(index, job.task.prompt)
-                for chunk in self._answer(job, parts, end_turn):
+                for chunk in self._answer(job, sequence, end_turn):
                     if chunk.stats is not None:
                         self._metrics.answered(chunk.stats)
                     job.put(chunk)
@@ -308,10 +309,12 @@ class Worker(threading.Thread):
         finally:
             self._slots.give_back(index)
             del self._seen_s[job]
-            if len(self._model.sequences) > 1:
+            if len(self._model.engine.sequences) > 1:
                 self._calls.put(None)  # the thread that waits may refill now
 
-    def _answer(self, job: Job, parts: Parts, end_turn: Callable[[], None]) -> Iterator[Chunk]:
+    def _answer(
+        self, job: Job, sequence: CachedSequence, end_turn: Callable[[], None]
+    ) -> Iterator[Chunk]:
         def should_stop() -> bool:
             self._seen_s[job] = time.monotonic()
             return job.cancelled.is_set() or self._stopping.is_set()
@@ -321,7 +324,7 @@ class Worker(threading.Thread):
             if n_done == n_rows:
                 end_turn()
 
-        task, cache = job.task, parts.cache
+        task, cache = job.task, sequence.cache
         n_prompt = len(task.prompt)
         options = replace(task.options, should_stop=should_stop, on_prefill=has_read)
         if task.embeds:
@@ -340,7 +343,7 @@ class Worker(threading.Thread):
             n_full = len(read)
             yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
             return
-        for chunk in self._model.answer(task.prompt, options, parts):
+        for chunk in self._model.engine.answer(task.prompt, options, sequence):
             end_turn()
             if read and (stats := chunk.stats) is not None:
                 # The answer reused the rows that were read for the log probabilities.

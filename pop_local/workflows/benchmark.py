@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from pop_converter.base.progress import counting
 from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.devices import cpu_kernels, devices, has_kernels
@@ -103,10 +104,10 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
             sidecar=str(files.sidecar) if files.sidecar else None,
             backend=backend,
             kernels=kernels,
-            boundary=loaded.boundary or loaded.exact,
-            is_exact=loaded.exact > 0,
-            n_layer=loaded.shape.n_layer,
-            min_prompt=loaded.rule.min_prompt,
+            boundary=loaded.engine.cache.boundary or loaded.engine.cache.exact,
+            is_exact=loaded.engine.cache.exact > 0,
+            n_layer=loaded.engine.context.shape.n_layer,
+            min_prompt=loaded.engine.rule.min_prompt,
             upstream=setting,
             rows=rows,
         )
@@ -121,13 +122,15 @@ def _upstream(
     def reading(name: str) -> AbstractContextManager[PopModel]:
         repack, flash_attn = _SETTINGS[name]
         return PopModel(
-            model.path,
-            kernels=False,
-            repack=repack,
-            flash_attn=flash_attn,
-            n_ctx=model.n_ctx,
-            n_threads=model.context.n_threads,
-            n_gpu_layers=0,
+            EngineOptions.of(
+                model.engine.context.path,
+                kernels=False,
+                repack=repack,
+                flash_attn=flash_attn,
+                n_ctx=model.engine.context.n_ctx,
+                n_threads=model.engine.context.n_threads,
+                n_gpu_layers=0,
+            )
         )
 
     prompt, times_s = text_prompt(model, min(_N_TRIED, max(options.n_prompts))), {}
@@ -164,11 +167,10 @@ def _opened(
         n_ctx=_context(source, options),
         mmproj=options.mmproj or find_mmproj(files.path),
         image_tokens=options.image_tokens,
+        deep_rows=options.deep_rows,
     ) as loaded:
         if options.boundary is not None:
-            loaded.set_boundary(options.boundary)
-        if options.deep_rows is not None:
-            loaded.rule = replace(loaded.rule, deep_rows=options.deep_rows)
+            loaded.engine.set_boundary(options.boundary)
         yield loaded, files
 
 
@@ -199,5 +201,9 @@ def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
         on = f"RPC ({', '.join(hardware.rpc)})"
     elif not device.is_gpu:
         kernels = cpu_kernels()
-    threads = "1 thread" if model.context.n_threads == 1 else f"{model.context.n_threads} threads"
+    threads = (
+        "1 thread"
+        if model.engine.context.n_threads == 1
+        else f"{model.engine.context.n_threads} threads"
+    )
     return f"{on}, {threads}", kernels

@@ -9,9 +9,9 @@ from pop_converter.architecture.work import speedup_limit
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.pruning_plan import require_prunable
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import Message
 from pop_local.measure.speed import Spread, spread
 from pop_local.workflows.events import Watch
 
@@ -55,34 +55,36 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     Raises PopError for a model that is not converted, or when the counters do not prove what is
     measured; StoppedError.
     """
-    path = opened.path
-    if opened.exact:
-        require_prunable(opened.shape)
-    if opened.meta is None:
+    path = opened.engine.context.path
+    if opened.engine.cache.exact:
+        require_prunable(opened.engine.context.shape)
+    if opened.engine.context.meta is None:
         raise PopError(
             f"{path} is not converted", "convert it first", cause="not-converted", model=path
         )
     # The first run of all reads the weights from the disk, and would be the slower one.
-    opened.read(Prompt(opened.tokenize(_text("document.md"))[:WARM_UP_TOKENS]))
+    opened.read(Prompt(opened.engine.context.tokenize(_text("document.md"))[:WARM_UP_TOKENS]))
     pairs = []
     for pair in range(n_pairs):
         order = [Mode.CONTEXT, Mode.OFF] if pair % 2 else [Mode.OFF, Mode.CONTEXT]
         nth = f"{pair + 1} of {n_pairs}"
         answers = {mode: _answer(opened, mode, nth, watch) for mode in order}
         pairs.append((answers[Mode.OFF], answers[Mode.CONTEXT]))
-    opened.set_mode(Mode.CONTEXT)
+    opened.engine.set_mode(Mode.CONTEXT)
     full, pop = pairs[0]
     return Demonstration(
-        model=str(opened.path),
-        boundary=opened.boundary,
-        n_layer=opened.shape.n_layer,
+        model=str(opened.engine.context.path),
+        boundary=opened.engine.cache.boundary,
+        n_layer=opened.engine.context.shape.n_layer,
         question=_text("question.md"),
         n_prompt=full.n_full,
         full=replace(full, ttft_s=median(each.ttft_s for each, _ in pairs)),
         pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
         n_pairs=n_pairs,
         speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
-        limit=speedup_limit(opened.macs, full.n_full, opened.boundary, pop.n_full),
+        limit=speedup_limit(
+            opened.engine.context.macs, full.n_full, opened.engine.cache.boundary, pop.n_full
+        ),
     )
 
 
@@ -97,12 +99,12 @@ def _text(name: str) -> str:
 
 def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:
     """Into an empty cache; raises PopError unless the counters prove that it was."""
-    opened.set_mode(mode)
-    opened.cache.clear()
+    opened.engine.set_mode(mode)
+    opened.engine.cache.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"
     what = "Reading in full" if mode is Mode.OFF else "Reading, pruned"
     chunks = list(
-        opened.chat_turn(
+        opened.ask(
             [Message("user", prompt)],
             temperature=0.0,
             max_tokens=MAX_TOKENS,

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pop_converter.architecture.arch_keys import trained_ctx
@@ -164,16 +164,14 @@ class _EvaluationRun:
         options, meta = self.options, pop_of(self.source, sidecar)
         pruning = Pruning(boundary)
         with self._opened(sidecar) as (model, tokens):
-            if options.deep_rows is not None:
-                model.rule = replace(model.rule, deep_rows=options.deep_rows)
-            deep_rows = model.rule.deep_rows
+            deep_rows = model.engine.rule.deep_rows
             advance = self.watch.stage("Measuring")
             [quality] = measure_prunings(model, tokens, options.settings, [pruning], advance)
             lookups = self._lookups(model, pruning)
-            n_full = model.rule.sink_tokens + model.rule.tail_tokens
+            n_full = model.engine.rule.sink_tokens + model.engine.rule.tail_tokens
             n_context = quality.n_windows * (quality.n_context - n_full)
             n_full += round((1 - quality.n_pruned / n_context) * (LIMIT_PROMPT - n_full))
-            limit = speedup_limit(model.macs, LIMIT_PROMPT, boundary, n_full)
+            limit = speedup_limit(model.engine.context.macs, LIMIT_PROMPT, boundary, n_full)
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
         return Evaluation(
             model=self.source.first.path,
@@ -207,7 +205,8 @@ class _EvaluationRun:
         Raises PopError where it has no room for the windows.
         """
         files = ModelFiles(self.source.first.path, sidecar)
-        with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx()) as model:
+        rows = {"deep_rows": self.options.deep_rows}
+        with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx(), **rows) as model:
             tokens = tokenize(model, self.text)
             with forced(model) as reader:
                 choose_windows(reader, tokens, self.options.settings)

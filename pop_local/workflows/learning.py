@@ -19,7 +19,7 @@ from pop_local.engine.learning.learned_fit import LearnedFit, Loss
 from pop_local.engine.learning.online_calibrator import N_WINDOW, OnlineCalibrator
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.engine.open_model import OpenModel
+from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, is_inside
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
@@ -77,20 +77,20 @@ class OnlineCalibration:
     `loss`: of the fit in use, None before it is known.
     """
 
-    def __init__(self, model: OpenModel, budget: Budget = BALANCED) -> None:
-        if model.learner is None:
+    def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
+        if model.engine.calibrator is None:
             raise PopError("the model does not learn", "call its learn()")
         self.loss: Loss | None = None
         self._in_use: Quality | None = None
-        self._model, self._learner, self._budget = model, model.learner, budget
+        self._model, self._learner, self._budget = model, model.engine.calibrator, budget
         self._should_stop: Callable[[], bool] = lambda: False
         watch = Watch(should_stop=lambda: self._should_stop())
-        context = model.context
+        context = model.engine.context
         hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
         self._runner = TrialRunner(context.source, hardware, watch)
         self._search: Search | None = None
-        self._next_rows = float(model.learner.learned.n_wanted)
-        meta = model.meta
+        self._next_rows = float(model.engine.calibrator.learned.n_wanted)
+        meta = model.engine.context.meta
         if meta and meta.calibration and meta.calibration.name == _NAME:
             self._next_rows = max(self._next_rows, self._later(meta.calibration.n_tokens))
 
@@ -129,7 +129,7 @@ class OnlineCalibration:
         if search is None:  # forgotten meanwhile
             self._end()
             return None
-        if self._model.boundary and self._in_use is None:
+        if self._model.engine.cache.boundary and self._in_use is None:
             self._take(self._measured_in_use(search.full))
         chosen = search.run()
         if not self._is_better(chosen):
@@ -165,7 +165,7 @@ class OnlineCalibration:
         )
 
     def _begun(self) -> Search | None:
-        learner, shape = self._learner, self._model.shape
+        learner, shape = self._learner, self._model.engine.context.shape
         macs, sums = GraphMacs(self._runner.path), learner.sums()
         plans = []
         for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
@@ -187,8 +187,8 @@ class OnlineCalibration:
 
     def _measured_in_use(self, full: FullModel) -> Quality:
         model, runner = self._model, self._runner
-        gradual = Gradual(full.reference, model.boundary)
-        files = ModelFiles(model.path, model.sidecar)
+        gradual = Gradual(full.reference, model.engine.cache.boundary)
+        files = ModelFiles(model.engine.context.path, model.engine.context.sidecar)
         with runner.opened(full.plan, files) as opened:
             return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
 
@@ -197,14 +197,14 @@ class OnlineCalibration:
         before = self._in_use
         if before is None or not is_inside(self._budget, before):
             return True
-        in_use = self._model.boundary
+        in_use = self._model.engine.cache.boundary
         if chosen.plan.boundary != in_use:
             return chosen.plan.boundary < in_use
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
         """The rows of the next try: half as many more, but no more than the sums would forget."""
-        return n_rows + min(n_rows, ROWS_KEPT * self._model.shape.n_embd) / 2
+        return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.shape.n_embd) / 2
 
     def _end(self) -> None:
         self._search = None

@@ -8,6 +8,8 @@ from typing import Any
 
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Measured
+from pop_converter.popfile.pruning_plan import Plan
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.measure.lookups import LookupCounts, Lookups
@@ -22,12 +24,20 @@ def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
     """Open a model that the watch may stop while llama.cpp reads; `options` as for PopModel."""
-    model = PopModel(files.path, sidecar=files.sidecar, **vars(hardware), **options)
+    model = PopModel(
+        EngineOptions.of(files.path, sidecar=files.sidecar, **vars(hardware), **options)
+    )
     with model, stopped_by(watch.should_stop):
         yield model
 
 
 _ERRORS = {"kl_se": "kl_mean", "ppl_ratio_se": "ppl_ratio"}
+
+
+def row_options(plan: Plan) -> dict[str, Any]:
+    """Return the fields of EngineOptions that make the plan's rows full."""
+    names = ("sink_tokens", "tail_tokens", "deep_rows")
+    return {name: getattr(plan, name) for name in names}
 
 
 def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:

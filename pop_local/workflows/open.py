@@ -1,6 +1,7 @@
 """From a model's name or path to its files, and to an opened model."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,10 @@ from pop_local.models.model_names import (
 from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fetch import fetch_named
-from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
+    from pop_local.engine.engine_options import EngineOptions
+    from pop_local.engine.llama.context import Context
     from pop_local.engine.model import PopModel
 
 
@@ -45,76 +47,38 @@ def best_model() -> CatalogModel:
     return find(next((name for name, least in _BEST if n_free >= least), DEFAULT_MODEL))
 
 
-def open_model(
-    model: str,
-    sidecar: Path | None,
-    *,
-    n_ctx: int | None,
-    hardware: Hardware,
-    watch: Watch,
-    in_full: bool = False,
-    keep_states: bool = False,
-    learns: bool = False,
-    mmproj: Path | None = None,
-    image_tokens: int | None = None,
-    n_parallel: int | None = 1,
-) -> "PopModel":
+def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     """Open a model by name or path; see `model_files`.
 
-    `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
-    that fits stays, to switch pruning on later. `keep_states`, `image_tokens`: as
-    for PopModel. `learns`: from what it reads, if that is possible. `mmproj`: None for the one
-    beside the model, if there is one. `n_parallel`: sequences, None for two where memory allows and
-    nothing stands against it.
-    Raises PopError, StoppedError.
+    With `options.full`, a sidecar next to the model is ignored if it does not fit. Learning is
+    skipped with a note if it is not possible. `options.context.n_parallel` None: two sequences if
+    memory and model allow. Raises PopError, StoppedError.
     """
-    files = (_files if in_full else model_files)(model, sidecar, watch)
-    if in_full and sidecar is None and files.sidecar is not None:
-        try:
-            pop_of(read_source(files.path), files.sidecar)
-        except FormatError as error:
-            watch.on_warning(PopError(f"left out: {error.message}"))
-            files = ModelFiles(files.path)
-    from pop_local.engine.llama.backend import Mode
+    files = _fitting_files(options, watch)
+    options = replace(
+        options,
+        model=str(files.path),
+        sidecar=files.sidecar,
+        mmproj=options.mmproj or find_mmproj(files.path),
+    )
     from pop_local.engine.model import PopModel
 
     def opened_with(n: int) -> PopModel:
         if n > 1:
-            _tell_memory(files.path, n_ctx, n, watch)
-        return PopModel(
-            files.path,
-            sidecar=files.sidecar,
-            n_ctx=n_ctx,
-            n_parallel=n,
-            keep_states=keep_states,
-            mmproj=mmproj or find_mmproj(files.path),
-            image_tokens=image_tokens,
-            **vars(hardware),
-        )
+            _tell_memory(files.path, options.context.n_ctx, n, watch)
+        context = replace(options.context, n_parallel=n)
+        return PopModel(replace(options, learn=False, context=context))
 
-    n = n_parallel
-    if n is None:
-        n = _n_at_once(files, hardware, learns=learns and not in_full)
+    n_parallel = options.context.n_parallel
     try:
-        opened = opened_with(n)
+        opened = opened_with(_n_at_once(options) if n_parallel is None else n_parallel)
     except PopError as error:
         if n_parallel is not None or error.cause != "one-sequence":
             raise
         watch.on_note(f"One request at a time: {error.message}.")
         opened = opened_with(1)
-    if n_ctx and opened.n_ctx > n_ctx:
-        watch.on_note(f"The context holds {opened.n_ctx:,} tokens: llama.cpp rounds it up.")
-    if n_ctx and n_ctx > opened.n_ctx_train:
-        watch.on_warning(
-            PopError(
-                f"the model was trained on {opened.n_ctx_train:,} tokens:"
-                " it reads badly what lies past them",
-                "take a smaller context",
-            )
-        )
-    if in_full:
-        opened.set_mode(Mode.OFF)
-    if learns and not in_full and len(opened.sequences) == 1:
+    _warn_of_context(opened.engine.context, watch)
+    if options.learn and not options.full and len(opened.engine.sequences) == 1:
         try:
             opened.learn()
         except PopError as error:
@@ -122,11 +86,39 @@ def open_model(
     return opened
 
 
-def _n_at_once(files: ModelFiles, hardware: Hardware, *, learns: bool) -> int:
-    """Return two where memory allows and nothing stands against it, such as `shared_slots`."""
-    source = read_source(files.path)
-    will_learn = learns and files.sidecar is None and pop_meta(source.first) is None
-    if will_learn or hardware.rpc or free_bytes() < _MEMORY_FOR_TWO:
+def _fitting_files(options: "EngineOptions", watch: Watch) -> ModelFiles:
+    if not options.full:
+        return model_files(options.model, options.sidecar, watch)
+    files = _files(options.model, options.sidecar, watch)
+    if options.sidecar is None and files.sidecar is not None:
+        try:
+            pop_of(read_source(files.path), files.sidecar)
+        except FormatError as error:
+            watch.on_warning(PopError(f"left out: {error.message}"))
+            return ModelFiles(files.path)
+    return files
+
+
+def _warn_of_context(context: "Context", watch: Watch) -> None:
+    n_ctx = context.options.n_ctx
+    if n_ctx and context.n_ctx > n_ctx:
+        watch.on_note(f"The context holds {context.n_ctx:,} tokens: llama.cpp rounds it up.")
+    if n_ctx and n_ctx > context.n_ctx_train:
+        watch.on_warning(
+            PopError(
+                f"the model was trained on {context.n_ctx_train:,} tokens:"
+                " it reads badly what lies past them",
+                "take a smaller context",
+            )
+        )
+
+
+def _n_at_once(options: "EngineOptions") -> int:
+    """Return 2 if memory and model allow two sequences, else 1."""
+    source = read_source(options.path)
+    learns = options.learn and not options.full and options.sidecar is None
+    will_learn = learns and pop_meta(source.first) is None
+    if will_learn or options.context.rpc or free_bytes() < _MEMORY_FOR_TWO:
         return 1
     with suppress(PopError):
         return 1 if any(source_shape(source).windows) else 2

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from measure_speed import machine, show
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.devices import cpu_kernels
@@ -76,8 +77,13 @@ def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats
     how: dict[str, Any] = {"type_k": 0, "type_v": 0} if is_truth else {}  # GGML_TYPE_F32
     how |= {"flash_attn": setting.flash_attn, "repack": setting.repack, "n_threads": 1}
     how |= {"n_ctx": n, "n_batch": n, "n_ubatch": n}
-    with PopModel(folder / "f32" if setting.is_f32 else options.model, n_gpu_layers=0, **how) as m:
-        start, text = m.context.bos, given_text(options.text) if options.text else shipped_text()
+    with PopModel(
+        EngineOptions.of(folder / "f32" if setting.is_f32 else options.model, n_gpu_layers=0, **how)
+    ) as m:
+        start, text = (
+            m.engine.context.bos,
+            given_text(options.text) if options.text else shipped_text(),
+        )
         windows = spread_windows(tokenize(m, text), options.chunks, n - len(start))
         for number, chunk in enumerate([*start, *window] for window in windows):
             path = folder / f"{number}.npy"
@@ -92,13 +98,13 @@ def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats
 def logits(model: PopModel, tokens: list[int]) -> Logits:
     """Return all rows' logits of a prompt read in full [n, n_vocab], until the next call."""
     model.pruning = False
-    model.cache.clear()
-    backend.set_reading(model.context.ctx, backend.Reading.SOME)
+    model.engine.cache.clear()
+    backend.set_reading(model.engine.context.ctx, backend.Reading.SOME)
     with closing(TokenBatch(len(tokens))) as rows:
-        if code := rows.decode(model.context.ctx, tokens, 0, Outputs.ALL):
+        if code := rows.decode(model.engine.context.ctx, tokens, 0, Outputs.ALL):
             raise logs.not_decoded(code)
-    buffer = backend.bindings().llama_get_logits(model.context.ctx)
-    return np.ctypeslib.as_array(buffer, (len(tokens), model.context.n_vocab))
+    buffer = backend.bindings().llama_get_logits(model.engine.context.ctx)
+    return np.ctypeslib.as_array(buffer, (len(tokens), model.engine.context.n_vocab))
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Estimate]]:

@@ -76,9 +76,11 @@ def command(*arguments: object) -> None:
 
 def save(model: Path, folder: Path) -> None:
     with opened(model, n_ctx=1024) as asked:
-        completed(asked, list(asked.chat_prompt(SAID.messages).tokens), max_tokens=1)
+        completed(
+            asked, list(asked.engine.prompter.conversation(SAID.messages).tokens), max_tokens=1
+        )
         for _ in range(40):  # as long as it takes to open a model
-            Sessions(folder).save("talk", asked, SAID)
+            Sessions(folder).save("talk", asked.engine, SAID)
 
 
 def learn(folder: Path) -> None:

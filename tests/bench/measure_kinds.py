@@ -24,6 +24,7 @@ from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Callbacks, calibrate
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
 from pop_local.measure.forced import Pruning, forced
@@ -61,7 +62,9 @@ def measure(
     """Return a row's KL and added NLL, by window; `references` are read once."""
     settings = QualitySettings(options.windows, n_draws=1)
     row: dict[str, Any] = {}
-    with PopModel(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048) as model:
+    with PopModel(
+        EngineOptions.of(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048)
+    ) as model:
         for column, [text] in options.held:
             if column not in references:
                 tokens = tokenize(model, given_text(text))

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from shared import rpc_server
 
 
@@ -36,10 +37,10 @@ def limit(rate: str) -> None:
 
 def measured(model: PopModel, tokens: list[int], n_decode: int) -> tuple[float, float, int]:
     """Return the time to first token, the decode time per token, and the prompt's bytes sent."""
-    model.cache.clear()
+    model.engine.cache.clear()
     before, start = sent_bytes(), time.perf_counter()
     model.read(Prompt(tokens))
-    sampled = model.sampled(TurnOptions(temperature=0.0))
+    sampled = model.engine.sampled(TurnOptions(temperature=0.0))
     next(sampled)
     ttft_s, n_bytes = time.perf_counter() - start, sent_bytes() - before
     start = time.perf_counter()
@@ -59,15 +60,17 @@ def main() -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=False)
     with ExitStack() as stack:
         servers = [stack.enter_context(rpc_server()).name for _ in range(options.servers)]
-        model = PopModel(options.model, n_ctx=options.prompt + 64, n_threads=1, rpc=servers)
+        model = PopModel(
+            EngineOptions.of(options.model, n_ctx=options.prompt + 64, n_threads=1, rpc=servers)
+        )
         stack.enter_context(model)
         rng = np.random.default_rng(0)
-        tokens: list[int] = rng.integers(3, model.context.n_vocab, options.prompt).tolist()
+        tokens: list[int] = rng.integers(3, model.engine.context.n_vocab, options.prompt).tolist()
         print("rate      mode     TTFT (s)  decode (ms)  sent for the prompt (MB)")
         for rate in options.rates.split(","):
             limit(rate)
             for mode in (Mode.OFF, Mode.CONTEXT):
-                model.set_mode(mode)
+                model.engine.set_mode(mode)
                 runs = [measured(model, tokens, 16) for _ in range(options.repeat)]
                 ttft_s, decode_s, n_bytes = (
                     statistics.median(of) for of in zip(*runs, strict=True)

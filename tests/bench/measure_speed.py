@@ -89,17 +89,18 @@ def child(options: argparse.Namespace) -> None:
 
 
 def _patched(options: argparse.Namespace, clock: Clock) -> Any:
+    from pop_local.engine.engine_options import EngineOptions
     from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import PopModel
     from pop_local.engine.prompt.prompt import Prompt
     from pop_local.measure.speed import run
 
     on = {"sidecar": options.sidecar, "n_threads": options.threads, "n_gpu_layers": 0}
-    opened = PopModel(options.model, n_ctx=options.ctx, **on)
+    opened = PopModel(EngineOptions.of(options.model, n_ctx=options.ctx, **on))
 
     def runner(tokens: list[int], n_decode: int, mode: int, boundary: int) -> dict[str, float]:
         if boundary:
-            opened.set_boundary(boundary)
+            opened.engine.set_boundary(boundary)
         done = run(opened, Mode(mode), Prompt(tokens), n_decode, clock)
         rows = done.read.counters
         return {

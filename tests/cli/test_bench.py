@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.read import Read
@@ -167,7 +168,7 @@ def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):
 
 @pytest.fixture
 def model(pop_file):
-    return PopModel(pop_file, n_ctx=512, n_threads=1)
+    return PopModel(EngineOptions.of(pop_file, n_ctx=512, n_threads=1))
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
@@ -181,7 +182,7 @@ def test_each_run_reads_the_whole_prompt_again(model, mode):
 def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
     tokens = text_prompt(model, 100)
     speed.run(model, mode, tokens)
-    monkeypatch.setattr(model.cache, "clear", lambda: None)
+    monkeypatch.setattr(model.engine.cache, "clear", lambda: None)
     with pytest.raises(PopError, match="does not hold"):
         speed.run(model, mode, tokens)
 
@@ -213,7 +214,9 @@ def test_each_run_advances(model):
 @pytest.mark.parametrize("is_exact", [False, True])
 def test_the_limit_is_a_reading_without_full_tokens(tmp_path, model, is_exact):
     if is_exact:
-        model = PopModel(make_shared(tmp_path / "model.gguf", "gemma4"), n_ctx=512, n_threads=1)
+        model = PopModel(
+            EngineOptions.of(make_shared(tmp_path / "model.gguf", "gemma4"), n_ctx=512, n_threads=1)
+        )
     counted = speed.run_context(model, text_prompt(model, 100)).read.counters
     assert counted == (Counters(0, 0, 100) if is_exact else Counters(100, 0))
 
@@ -226,7 +229,9 @@ def test_what_was_read_for_the_limit_answers_nothing(model):
 
 
 def test_what_upstream_takes_is_measured_beside_ours(model):
-    with PopModel(model.path, n_ctx=512, n_threads=1, kernels=False) as other:
+    with PopModel(
+        EngineOptions.of(model.engine.context.path, n_ctx=512, n_threads=1, kernels=False)
+    ) as other:
         theirs = functools.partial(speed.run, other, Mode.OFF)
         [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=theirs)
     assert row.upstream_ttft_s is not None and row.kernels_speedup is not None

@@ -143,8 +143,10 @@ def test_a_session(model, tmp_path, number, monkeypatch):
         check(
             tmp_path,
             number,
-            lambda folder: refusal(lambda: Sessions(folder).save(NAME, asked, said)),
-            lambda path: Sessions(path.parent).load(NAME, asked).session.conversation == said,
+            lambda folder: refusal(lambda: Sessions(folder).save(NAME, asked.engine, said)),
+            lambda path: (
+                Sessions(path.parent).load(NAME, asked.engine).session.conversation == said
+            ),
             makes_folder=True,
         )
 

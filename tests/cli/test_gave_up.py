@@ -82,7 +82,7 @@ def test_a_request_to_the_server(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
 def test_a_program_is_told_too(path):
-    opens = "import sys; from pop_local import PopModel; PopModel(sys.argv[1], n_threads=1)"
+    opens = "import sys; from pop_local import PopModel; PopModel.open(sys.argv[1], n_threads=1)"
     program = UNCHECKED + opens
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert done.returncode == -signal.SIGABRT

@@ -9,6 +9,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import _Completer
@@ -75,7 +76,7 @@ def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf", n_ctx: 
 
     def opened(name: str | None, larger: int | None) -> PopModel:
         seen_by = None if name else vision
-        return PopModel(path, mmproj=seen_by, n_ctx=larger or n_ctx, n_threads=1)
+        return PopModel(EngineOptions.of(path, mmproj=seen_by, n_ctx=larger or n_ctx, n_threads=1))
 
     screen = Transcript(*lines)
     sampling = {"temperature": 0.0, "max_tokens": 3}

@@ -17,6 +17,7 @@ from pop_converter.popfile.format import read_binding
 from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.cli import app
 from pop_local.commands.opening import default_model
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.models import model_names as models
 from pop_local.models import sidecars
@@ -25,7 +26,6 @@ from pop_local.models.model_names import DEFAULT_MODEL, find
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from pop_local.workflows.events import Watch
-from pop_local.workflows.hardware import Hardware
 from support.converted import paired, tiny
 from support.program import called
 from support.synthetic import make_gguf
@@ -87,8 +87,8 @@ def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shi
     [(1.9, DEFAULT_MODEL), (2, "qwen-0.5b"), (3.9, "qwen-0.5b"), (4, "qwen-1.5b")],
 )
 def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, free_gb, best):
-    def open_model(name: str, *_: object, **__: object) -> None:
-        raise PopError(f"it would be {name}")
+    def open_model(options: EngineOptions, *_: object) -> None:
+        raise PopError(f"it would be {options.model}")
 
     monkeypatch.setattr("pop_local.commands.opening.open_model", open_model)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=free_gb * 10**9))
@@ -110,20 +110,19 @@ def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, f
 def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
     monkeypatch.setattr(opening, "free_bytes", lambda: free_gb * 10**9)
     notes: list[str] = []
-    wanted: dict[str, Any] = {"n_ctx": 256, "n_parallel": None, "hardware": Hardware(n_threads=1)}
-    watch, path = Watch(on_note=notes.append), str(tiny(tmp_path))
-    with opening.open_model(path, None, watch=watch, **(wanted | how)) as model:
-        assert len(model.sequences) == n
+    wanted: dict[str, Any] = {"n_ctx": 256, "n_parallel": None, "n_threads": 1}
+    options = EngineOptions.of(tiny(tmp_path), **(wanted | how))
+    with opening.open_model(options, Watch(on_note=notes.append)) as model:
+        assert len(model.engine.sequences) == n
     assert notes == [] or f"{max(2, n)} requests at once, 256 tokens each" in notes[0]
 
 
 def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "free_bytes", lambda: 10**12)
-    how: dict[str, Any] = {"n_ctx": 512, "n_parallel": None, "learns": True}
     path = make_gguf(tmp_path / "tiny.gguf", "llama")
-    one = Hardware(n_threads=1)
-    with opening.open_model(str(path), None, watch=Watch(), hardware=one, **how) as model:
-        assert len(model.sequences) == 1 and model.learner is not None
+    options = EngineOptions.of(path, n_ctx=512, n_parallel=None, n_threads=1, learn=True)
+    with opening.open_model(options, Watch()) as model:
+        assert len(model.engine.sequences) == 1 and model.engine.calibrator is not None
 
 
 def test_a_person_is_asked_before_the_default_model_is_fetched(store, monkeypatch):
@@ -143,7 +142,7 @@ def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
     copy, other = tmp_path / "copy.gguf", tmp_path / "other.gguf"
     shutil.copy(tmp_path / "tiny.gguf", copy)
     assert files(str(copy)) == ModelFiles(copy, shipped)
-    assert PopModel.open(copy, n_ctx=64, n_threads=1).boundary == 5
+    assert PopModel.open(copy, n_ctx=64, n_threads=1).engine.cache.boundary == 5
     [listed] = [each for each in stock(tmp_path) if each.name == "copy"]
     assert (listed.boundary, listed.sidecar) == (5, None)
     content = bytearray(copy.read_bytes())

@@ -125,7 +125,12 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
     seen = []
 
     def measure(model: PopModel, *_: object) -> tuple[SimpleNamespace]:
-        seen.append((Path(model.path), model.meta and model.meta.projection))
+        seen.append(
+            (
+                Path(model.engine.context.path),
+                model.engine.context.meta and model.engine.context.meta.projection,
+            )
+        )
         assert existing_sidecar(read_source(base)) is None, "not in its place yet"
         return (SimpleNamespace(boundary=4),)
 

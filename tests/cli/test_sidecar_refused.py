@@ -15,6 +15,7 @@ from pop_converter.base.errors import FormatError, PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import read_sidecar
 from pop_local.cli import app
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from support.converted import Pair, paired
 from support.raw import Job, run
@@ -115,14 +116,19 @@ def test_edited(name, fitted, tmp_path):
     edit, reason = EDITS[name]
     sidecar = edited(fitted.sidecar, tmp_path / "edited.gguf", edit)
     with pytest.raises(PopError, match=reason):
-        PopModel(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1)
+        PopModel(EngineOptions.of(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1))
     with pytest.raises(RuntimeError, match=BARE[name]):
         run(Job(str(fitted.base), steps=(), further=(str(sidecar),)))
 
 
 def test_unedited(fitted, tmp_path):
     sidecar = edited(fitted.sidecar, tmp_path / "same.gguf", lambda keys, tensors: None)
-    assert PopModel(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1).boundary == 4
+    assert (
+        PopModel(
+            EngineOptions.of(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1)
+        ).engine.cache.boundary
+        == 4
+    )
 
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 7, 100, 900, -4096, -1])
@@ -142,21 +148,21 @@ def test_another_model_of_the_same_shape(fitted, tmp_path):
         fitted.base.read_bytes().replace(b"tiny random model", b"tiny other modelx", 1)
     )
     with pytest.raises(FormatError, match=r"does not belong to .*other\.gguf"):
-        PopModel(other, sidecar=fitted.sidecar)
+        PopModel(EngineOptions.of(other, sidecar=fitted.sidecar))
 
 
 def test_a_converted_base(fitted):
     with pytest.raises(FormatError, match="is converted itself"):
-        PopModel(fitted.single, sidecar=fitted.sidecar)
+        PopModel(EngineOptions.of(fitted.single, sidecar=fitted.sidecar))
     with pytest.raises(RuntimeError, match="POP keys of its own"):
         run(Job(str(fitted.single), steps=(), further=(str(fitted.sidecar),)))
 
 
 def test_files_that_are_no_sidecar(fitted):
     with pytest.raises(FormatError, match="is not a sidecar"):
-        PopModel(fitted.base, sidecar=fitted.single)
+        PopModel(EngineOptions.of(fitted.base, sidecar=fitted.single))
     with pytest.raises(FormatError, match="is not a sidecar"):
-        PopModel(fitted.base, sidecar=fitted.base)
+        PopModel(EngineOptions.of(fitted.base, sidecar=fitted.base))
     for further in (fitted.single, fitted.base):
         with pytest.raises(RuntimeError, match="is not a sidecar"):
             run(Job(str(fitted.base), steps=(), further=(str(further),)))
@@ -164,7 +170,7 @@ def test_files_that_are_no_sidecar(fitted):
 
 def test_a_sidecar_is_not_a_model(fitted):
     with pytest.raises(FormatError, match="is a sidecar and contains no model"):
-        PopModel(fitted.sidecar)
+        PopModel(EngineOptions.of(fitted.sidecar))
     with pytest.raises(RuntimeError, match="unknown model architecture: 'pop-sidecar'"):
         run(Job(str(fitted.sidecar), steps=()))
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, forced
 from support import recipes
@@ -24,9 +25,9 @@ def made(name: str, path):
 
 @pytest.mark.skipif("gpt2" not in NAMES, reason="the recipes are not built")
 def test_no_more_is_read_than_there_are_positions(tmp_path):
-    with PopModel(made("gpt2", tmp_path), n_ctx=512, n_threads=1) as model:
+    with PopModel(EngineOptions.of(made("gpt2", tmp_path), n_ctx=512, n_threads=1)) as model:
         append(model, [1] * 256)
-        model.cache.clear()
+        model.engine.cache.clear()
         with pytest.raises(PopError, match="the 256 positions of the model"):
             append(model, [1] * 257)
 
@@ -36,7 +37,10 @@ def test_no_more_is_read_than_there_are_positions(tmp_path):
 )
 def test_a_text_is_forgotten_by_recurrent_layers_too(name, tmp_path):
     """A text behind a context is scored, put back, and scores the same again."""
-    with PopModel(made(name, tmp_path), n_ctx=256, n_threads=1) as model, forced(model) as reader:
+    with (
+        PopModel(EngineOptions.of(made(name, tmp_path), n_ctx=256, n_threads=1)) as model,
+        forced(model) as reader,
+    ):
         context, text, another = (range(1, 1 + n) for n in (100, 20, 21))
         reader.read(context, FULL)
         first, other = reader.predict(text), reader.predict(another[1:])

@@ -16,6 +16,7 @@ from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_s
 from pop_converter.projection import Projection
 from pop_local.engine.cache.keys import conversion
 from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -76,7 +77,7 @@ def test_a_model_in_parts(projection, tmp_path):
     plan = make_plan(read_shape(parts[0]), projection=projection, boundary=4, tail_tokens=16)
     made_fit = None if projection == "own" else made_up(plan)
     write_sidecar(plan, parts[0], sidecar, fitted=made_fit)
-    model = PopModel(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1)
+    model = PopModel(EngineOptions.of(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1))
     want = read(opened(made.single, n_ctx=512, n_batch=512, n_ubatch=512), prompt(100))
     np.testing.assert_array_equal(read(model, prompt(100)), want)
 
@@ -88,16 +89,16 @@ def test_the_base_opens_unpatched(pair, unpatched_lib):
 def test_the_engine(pair):
     tokens = prompt(200)
     single, both = opened(pair.single), opened(pair.base, sidecar=pair.sidecar)
-    assert both.boundary == 4 and both.mode is Mode.CONTEXT
-    assert both.rule == single.rule
+    assert both.engine.cache.boundary == 4 and both.engine.cache.mode is Mode.CONTEXT
+    assert both.engine.rule == single.engine.rule
     np.testing.assert_array_equal(read(both, tokens), read(single, tokens))
 
 
 def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
     opened(pair.base, sidecar=pair.sidecar)
-    assert opened(pair.base).boundary == 0
+    assert opened(pair.base).engine.cache.boundary == 0
     again = opened(pair.base, sidecar=pair.sidecar, keep_states=True)
-    assert (again.boundary, again.refills) == (4, True)
+    assert (again.engine.cache.boundary, again.engine.refiller.is_on) == (4, True)
 
 
 def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
@@ -121,13 +122,13 @@ def test_a_state_of_another_conversion_is_refused(fitted, tmp_path):
     own = paired(fitted.base, folder, "own", boundary=4)
     model = opened(fitted.base, sidecar=fitted.sidecar)
     read(model, prompt(100))
-    state = model.cache.save()
+    state = model.engine.cache.save()
     for sidecar in (other.sidecar, own.sidecar):
         with pytest.raises(PopError, match="belongs to mode CONTEXT, boundary 4, fitted"):
-            opened(fitted.base, sidecar=sidecar).cache.restore(state)
+            opened(fitted.base, sidecar=sidecar).engine.cache.restore(state)
     single = opened(fitted.single)
-    single.cache.restore(state)
-    assert single.cache.n_tokens == 100
+    single.engine.cache.restore(state)
+    assert single.engine.cache.n_tokens == 100
 
 
 def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
@@ -150,7 +151,7 @@ def test_a_prompt_cache_does_not_mix_conversions(fitted, tmp_path):
         for sidecar in (fitted.sidecar, other.sidecar, fitted.sidecar)
     ]
     for model in models:
-        model.cache.prompts = cache
+        model.engine.cache.prompts = cache
     first, another, again = models
     first.read(tokens)
     first.read(Prompt(prompt(100, seed=1)))
@@ -161,9 +162,9 @@ def test_states_read_in_full_are_shared(pair):
     full = opened(pair.base)
     read(full, prompt(100))
     both = opened(pair.base, sidecar=pair.sidecar)
-    both.set_mode(Mode.OFF)
-    both.cache.restore(full.cache.save())
-    assert both.cache.n_tokens == 100
+    both.engine.set_mode(Mode.OFF)
+    both.engine.cache.restore(full.engine.cache.save())
+    assert both.engine.cache.n_tokens == 100
 
 
 # --- writing

@@ -3,6 +3,7 @@
 import pytest
 
 from pop_converter.gguf.source import read_source
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import shipped_text, tokenize
@@ -21,8 +22,8 @@ def test_the_shipped_sidecar_loses_what_it_says(name):
     if not path.is_file():
         pytest.skip(f"{path.name} is not in models/")
     sidecar = sidecar_of(read_source(path))
-    with PopModel(path, sidecar=sidecar, n_ctx=1280, n_threads=1) as model:
-        meta = model.meta
+    with PopModel(EngineOptions.of(path, sidecar=sidecar, n_ctx=1280, n_threads=1)) as model:
+        meta = model.engine.context.meta
         assert meta is not None and meta.measured is not None
         pruning, settings = Pruning(meta.boundary), QualitySettings(4)
         text = tokenize(model, shipped_text())

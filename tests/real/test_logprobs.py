@@ -5,11 +5,13 @@ import pytest
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.decode.logprobs import prompt_logprobs
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import Message, TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from support.calls import log_softmax, opened, prompt, read
 from support.converted import tiny
 
@@ -21,14 +23,14 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chatty(smollm2_pop):
-    return PopModel(smollm2_pop, n_ctx=256, n_threads=1)
+    return PopModel(EngineOptions.of(smollm2_pop, n_ctx=256, n_threads=1))
 
 
 def test_of_a_sampled_token(model):
     tokens = prompt(40)
     expected = log_softmax(read(model, tokens))
     options = TurnOptions(temperature=0.0, max_tokens=1, n_top_logprobs=3)
-    (chunk,) = model.answer(Prompt(tokens), options)
+    (chunk,) = model.engine.answer(Prompt(tokens), options)
     (found,) = chunk.logprobs
     best = np.sort(expected)[::-1]
     assert found.logprob == pytest.approx(best[0], abs=1e-3)
@@ -37,7 +39,7 @@ def test_of_a_sampled_token(model):
 
 
 def test_none_unless_asked_for(model):
-    chunks = list(model.answer(Prompt(prompt(8)), TurnOptions(max_tokens=3)))
+    chunks = list(model.engine.answer(Prompt(prompt(8)), TurnOptions(max_tokens=3)))
     assert not any(chunk.logprobs for chunk in chunks)
 
 
@@ -45,7 +47,7 @@ def test_they_go_with_the_text_and_not_with_a_stop_string(chatty):
     def parts(**options):
         asked = [Message("user", "Count from one to ten in words.")]
         fixed = {"temperature": 0.0, "max_tokens": 24, "n_top_logprobs": 0}
-        return list(chatty.chat_turn(asked, **fixed | options))
+        return list(chatty.ask(asked, **fixed | options))
 
     whole = parts()
     text = "".join(chunk.text for chunk in whole)
@@ -62,20 +64,20 @@ def test_they_go_with_the_text_and_not_with_a_stop_string(chatty):
 
 def test_of_a_prompt_are_those_of_the_full_model(model):
     tokens = prompt(150)
-    found = prompt_logprobs(model.cache, tokens, 2)
-    assert model.mode is Mode.CONTEXT
+    found = prompt_logprobs(model.engine.cache, tokens, 2)
+    assert model.engine.cache.mode is Mode.CONTEXT
     assert len(found) == 150
     assert found[0].logprob is None
-    model.set_mode(Mode.OFF)
+    model.engine.set_mode(Mode.OFF)
     for n in (1, 63, 64, 65, 149):
         expected = log_softmax(read(model, tokens[:n]))
         assert found[n].logprob == pytest.approx(expected[tokens[n]], abs=0.01)
         assert found[n].top[0].logprob == pytest.approx(expected.max(), abs=0.01)
-    model.set_mode(Mode.CONTEXT)
+    model.engine.set_mode(Mode.CONTEXT)
 
 
 def test_reading_a_prompt_can_be_stopped(model):
-    with stopped_by(lambda: model.cache.n_tokens >= 64), pytest.raises(StoppedError):
-        prompt_logprobs(model.cache, prompt(200), 0)
-    assert model.cache.n_tokens == 64
-    assert len(prompt_logprobs(model.cache, prompt(5), 0)) == 5
+    with stopped_by(lambda: model.engine.cache.n_tokens >= 64), pytest.raises(StoppedError):
+        prompt_logprobs(model.engine.cache, prompt(200), 0)
+    assert model.engine.cache.n_tokens == 64
+    assert len(prompt_logprobs(model.engine.cache, prompt(5), 0)) == 5

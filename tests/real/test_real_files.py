@@ -9,6 +9,7 @@ from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import speedup_limit
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.rewrite import strip
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.heldout import shipped_text, spread_windows, tokenize
@@ -67,7 +68,7 @@ def test_the_work_of_real_models(request, name, n_macs):
 
 def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
     shipped = shipped_text()
-    tokens = tokenize(PopModel(smollm2, n_ctx=64, n_threads=1), shipped)
+    tokens = tokenize(PopModel(EngineOptions.of(smollm2, n_ctx=64, n_threads=1)), shipped)
     assert len(tokens) == 4
     assert sum(len(part) for part in tokens) >= 25_000
     assert len(spread_windows(tokens, 32, 640)) == 32
@@ -79,7 +80,7 @@ def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
 
 def test_the_document_is_long_enough(smollm2):
     text = (importlib.resources.files("pop_local") / "data" / "document.md").read_text()
-    assert len(PopModel(smollm2, n_ctx=256).tokenize(text)) >= 1500
+    assert len(PopModel(EngineOptions.of(smollm2, n_ctx=256)).engine.context.tokenize(text)) >= 1500
 
 
 def test_needed_memory_grows_with_what_is_computed(smollm2):

@@ -5,6 +5,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from pop_converter.gguf.source import read_source
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure import probes
 from pop_local.measure.budget import BALANCED, copies, is_hopeless
@@ -27,7 +28,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(named, "N_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
-    model = PopModel(smollm2_q4_0, n_ctx=512, n_threads=1)
+    model = PopModel(EngineOptions.of(smollm2_q4_0, n_ctx=512, n_threads=1))
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(n_windows=1, n_context=256, n_continuation=64, n_draws=1)
     reference = read_reference(model, tokens, settings, ignore)
@@ -47,7 +48,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     text.write_text("\n".join(topics.values()))
     done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW, "--tokens", 4096)
     assert done.exit_code == 0, done.stderr
-    model = PopModel(target, n_ctx=512, n_threads=1)
+    model = PopModel(EngineOptions.of(target, n_ctx=512, n_threads=1))
     [fitted] = measure_against(reference, model, (Pruning(20),), ignore)
     assert fitted.kl_mean.value < third.kl_mean.value / 2
     assert copies(fitted)
@@ -59,7 +60,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
 def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
     path = request.getfixturevalue(name)
     monkeypatch.setattr(depths, "boundaries", lambda shape: tried)
-    opened = PopModel(path, n_ctx=512, n_threads=1)
+    opened = PopModel(EngineOptions.of(path, n_ctx=512, n_threads=1))
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=1)
     reference = read_reference(opened, tokens, settings, ignore)
@@ -75,9 +76,9 @@ def test_logits_of_a_real_model_are_those_of_the_backend(smollm2):
     pytest.importorskip("torch")
     from support.decoders import backend_logits, mean_kl, torch_logits
 
-    model = PopModel(smollm2, n_ctx=128, n_threads=1)
-    text = model.tokenize(shipped_part("prose"))
-    tokens = [*model.context.bos, *text][:64]
+    model = PopModel(EngineOptions.of(smollm2, n_ctx=128, n_threads=1))
+    text = model.engine.context.tokenize(shipped_part("prose"))
+    tokens = [*model.engine.context.bos, *text][:64]
     expected = backend_logits(model, tokens)
     assert mean_kl(expected, torch_logits(smollm2, tokens)) < 0.01
 
@@ -91,7 +92,7 @@ def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     from pop_local.workflows.events import Watch
     from pop_local.workflows.hardware import Hardware
 
-    model = PopModel(smollm2, n_ctx=64, n_threads=1)
+    model = PopModel(EngineOptions.of(smollm2, n_ctx=64, n_threads=1))
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))
     windows = spread_windows(text, 2, 96)
     device = torch_device(Hardware(1, 0), "")

@@ -6,9 +6,10 @@ import threading
 
 import pytest
 
+from pop_local.engine.engine_options import EngineOptions
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import PLAIN_STOPS
-from pop_local.engine.turn import Message
 from support.talking import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 16 + "When is it gone?")
@@ -16,7 +17,7 @@ QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 16 +
 
 @pytest.fixture(scope="module")
 def model(smollm2_pop) -> PopModel:
-    return PopModel(smollm2_pop, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64)
+    return PopModel(EngineOptions.of(smollm2_pop, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64))
 
 
 def test_an_answer_ends_by_itself(model):
@@ -26,7 +27,7 @@ def test_an_answer_ends_by_itself(model):
 
 def test_ctrl_c_ends_a_prefill_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
-    model.cache.clear()
+    model.engine.cache.clear()
     begun = threading.Event()
 
     def press() -> None:
@@ -38,17 +39,17 @@ def test_ctrl_c_ends_a_prefill_and_leaves_the_model_usable(model):
     with pytest.raises(KeyboardInterrupt):
         ask(model, QUESTION, on_prefill=lambda done, total: begun.set() if done == 64 else None)
     thread.join()
-    assert model.cache.n_tokens < 128
+    assert model.engine.cache.n_tokens < 128
     assert ask(model, QUESTION)[0] == expected
 
 
 def test_a_base_model_gets_a_plain_transcript(gemma):
-    model = PopModel(gemma, n_ctx=256, n_threads=1)
+    model = PopModel(EngineOptions.of(gemma, n_ctx=256, n_threads=1))
     text, stats = ask(model, Message("user", "What is the capital of France?"))
     assert "Paris" in text
     assert not any(stop in text for stop in PLAIN_STOPS)
     # BOS, which Gemma cannot do without, is part of the prompt.
-    assert (model.cache.tokens[0],) == model.context.bos
+    assert (model.engine.cache.tokens[0],) == model.engine.context.bos
     assert stats.n_prompt < 20
 
 

@@ -33,7 +33,7 @@ def client(path):
 def full(path):
     """A copy of the model that reads in full."""
     model = opened(path, n_ctx=N_CTX)
-    model.set_mode(Mode.OFF)
+    model.engine.set_mode(Mode.OFF)
     return model
 
 

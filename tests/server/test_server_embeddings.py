@@ -18,10 +18,10 @@ def test_embeddings(client, full):
     found = client.post("/v1/embeddings", json=asked).json()
     vectors = [np.array(one["embedding"]) for one in found["data"]]
     assert [one["index"] for one in found["data"]] == [0, 1, 2]
-    tokens = [full.tokenize(text, add_bos=True, special=True) for text in texts]
+    tokens = [full.engine.context.tokenize(text, add_bos=True, special=True) for text in texts]
     assert found["usage"]["prompt_tokens"] == sum(map(len, tokens))
     for vector, each in zip(vectors, tokens, strict=True):
-        assert np.allclose(vector, embedding(full.cache, each))
+        assert np.allclose(vector, embedding(full.engine.cache, each))
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     packed = client.post("/v1/embeddings", json=asked | {"encoding_format": "base64"}).json()
     raw = base64.b64decode(packed["data"][2]["embedding"])
@@ -36,7 +36,7 @@ def test_embeddings(client, full):
 
 def test_embeddings_keep_prompt_cache(path):
     with opened(path, n_ctx=N_CTX) as model:
-        model.cache.prompts = PromptCache(1 << 24)
+        model.engine.cache.prompts = PromptCache(1 << 24)
         with asking(app_of(model, NAME)) as client:
             chat(client)
             client.post("/v1/embeddings", json={"input": "another text"})

@@ -12,6 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pop_local.engine import open_model
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
 from pop_local.server import request_images, task_factory
@@ -28,7 +29,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(path: Path) -> Iterator[TestClient]:
-    model = PopModel(path, mmproj=path.parent / "mmproj.gguf", n_ctx=1024, n_threads=1)
+    model = PopModel(
+        EngineOptions.of(path, mmproj=path.parent / "mmproj.gguf", n_ctx=1024, n_threads=1)
+    )
     with asking(app_of(model, "tiny")) as client:
         yield client
     model.close()
@@ -151,7 +154,9 @@ def test_image_limits_per_request(client, monkeypatch):
 
 
 def test_images_beyond_context_are_not_decoded(path, monkeypatch):
-    model = PopModel(path, mmproj=path.parent / "mmproj.gguf", n_ctx=256, n_threads=1)
+    model = PopModel(
+        EngineOptions.of(path, mmproj=path.parent / "mmproj.gguf", n_ctx=256, n_threads=1)
+    )
     seen: list[str] = []
     rgb = Picture.rgb
 
@@ -253,7 +258,7 @@ def test_malformed_parts_are_refused(client, part, field):
 def test_server_without_vision_refuses_images(path, monkeypatch, lacks):
     vision = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
     monkeypatch.setattr(open_model, "has_pillow", lambda: lacks != "Pillow")
-    model = PopModel(path, mmproj=vision, n_ctx=1024, n_threads=1)
+    model = PopModel(EngineOptions.of(path, mmproj=vision, n_ctx=1024, n_threads=1))
     with asking(app_of(model, "tiny")) as client:
         assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False
         response = post(client, image(data_url(png(3))), text("a"))

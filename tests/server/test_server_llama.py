@@ -30,12 +30,12 @@ def test_health_and_props(client):
 def test_tokenize_and_detokenize(client, full):
     text = "a €uro </s>"
     tokens = ask(client, "tokenize", content=text)["tokens"]
-    assert tokens == full.tokenize(text, special=True)
-    assert ask(client, "tokenize", content=text, parse_special=False)["tokens"] == full.tokenize(
-        text
-    )
+    assert tokens == full.engine.context.tokenize(text, special=True)
+    assert ask(client, "tokenize", content=text, parse_special=False)[
+        "tokens"
+    ] == full.engine.context.tokenize(text)
     begun = ask(client, "tokenize", content=text, add_special=True)["tokens"]
-    assert begun == [*full.context.bos, *tokens]
+    assert begun == [*full.engine.context.bos, *tokens]
     assert ask(client, "detokenize", tokens=tokens)["content"].strip() == text
     pieces = ask(client, "tokenize", content=text, with_pieces=True)["tokens"]
     assert [piece["id"] for piece in pieces] == tokens
@@ -119,7 +119,10 @@ def test_editor_infill_requests(filler):
     extra = [{"filename": "a.py", "text": "x = 1"}]
     longer = ask(client, "infill", **asked, input_extra=extra)
     assert longer["tokens_evaluated"] > found["tokens_evaluated"]
-    assert FIM[0] not in ask(client, "detokenize", tokens=model.tokenize("x = 1"))["content"]
+    assert (
+        FIM[0]
+        not in ask(client, "detokenize", tokens=model.engine.context.tokenize("x = 1"))["content"]
+    )
     shown = client.post("/api/show", json={}).json()
     assert "insert" in shown["capabilities"]
     body = {"prompt": "def f(a, ", "suffix": "):", "options": {"temperature": 0, "num_predict": 8}}

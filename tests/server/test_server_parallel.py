@@ -157,8 +157,9 @@ def test_idle_server_refills_every_sequence(path):
     with asking(app_of(model, NAME)) as client:
         with ThreadPoolExecutor(2) as clients:
             list(clients.map(lambda text: chat(client, text), ["one. " + LONG, "two. " + LONG]))
-        wait_for(lambda: not any(refiller.n_refillable for _, refiller in model.sequences))
-        assert all(cache.n_exact == cache.n_tokens > 200 for cache, _ in model.sequences)
+        wait_for(lambda: not any(each.refiller.n_refillable for each in model.engine.sequences))
+        caches = [each.cache for each in model.engine.sequences]
+        assert all(cache.n_exact == cache.n_tokens > 200 for cache in caches)
         for text in ("one. " + LONG, "two. " + LONG):
             pop = chat(client, text).json()["usage"]["pop"]
             assert pop["n_refilled"] > 200

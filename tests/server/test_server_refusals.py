@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.api_errors import ApiError
 from pop_local.server.apis.llama_server import DetokenizeBody, InfillBody
 from pop_local.server.apis.ollama import OllamaChat

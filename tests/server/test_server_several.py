@@ -9,8 +9,9 @@ import pytest
 from starlette.datastructures import State
 
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.messages import Chunk
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import Chunk, TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.job_responses import streamed_answer
 from pop_local.server.replies import Reply
 from pop_local.server.worker import Job, Task
@@ -112,5 +113,5 @@ def test_suffix_infills(filler):
     found = complete(client, before, suffix=after)
     assert texts(found) == expected
     assert found.json()["usage"]["prompt_tokens"] == len(tokens)
-    assert texts(complete(client, model.tokenize(before), suffix=after)) == expected
+    assert texts(complete(client, model.engine.context.tokenize(before), suffix=after)) == expected
     assert texts(complete(client, before, suffix="")) == texts(complete(client, before))

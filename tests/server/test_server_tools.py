@@ -8,9 +8,10 @@ import pytest
 
 from pop_local.engine.decode import grammar
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.messages import ToolCall
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
-from pop_local.engine.turn import ToolCall, TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.apis.ollama import OllamaChatReply
 from pop_local.server.replies import AnswerEnd, CompleteAnswer
 from pop_local.server.worker import Task

@@ -4,19 +4,22 @@ import ctypes
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.read import OnPrefill, Read
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 
 N_VOCAB = 384
 # Logits have a standard deviation of 1. Other batch shapes change them by up to 0.002, a mode
@@ -48,7 +51,20 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def opened(path: Path, **options: Any) -> PopModel:
     defaults: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_batch": 64, "n_ubatch": 64}
-    return PopModel(path, **defaults | options)
+    return PopModel(EngineOptions.of(path, **defaults | options))
+
+
+def set_rule(model: PopModel, **changes: Any) -> None:
+    """Change which rows of a prompt are full, in every sequence."""
+    engine = model.engine
+    rule = replace(engine.rule, **changes)
+    sequences = tuple(replace(each, rule=rule) for each in engine.sequences)
+    model._engine = replace(engine, sequences=sequences)
+
+
+def keep_prompts(model: PopModel, prompts: PromptCache) -> None:
+    for sequence in model.engine.sequences:
+        sequence.cache.prompts = prompts
 
 
 def prompt(n_tokens: int, seed: int = 0) -> list[int]:
@@ -57,22 +73,22 @@ def prompt(n_tokens: int, seed: int = 0) -> list[int]:
 
 
 def last_logits(model: PopModel) -> np.ndarray:
-    row = backend.bindings().llama_get_logits_ith(model.context.ctx, -1)
+    row = backend.bindings().llama_get_logits_ith(model.engine.context.ctx, -1)
     return np.ctypeslib.as_array(row, (N_VOCAB,)).copy()
 
 
 def kv_bytes(model: PopModel) -> bytes:
     """Return the saved state of sequence 0."""
     api = backend.bindings()
-    size = api.llama_state_seq_get_size(model.context.ctx, 0)
+    size = api.llama_state_seq_get_size(model.engine.context.ctx, 0)
     buffer = (ctypes.c_uint8 * size)()
-    api.llama_state_seq_get_data(model.context.ctx, buffer, size, 0)
+    api.llama_state_seq_get_data(model.engine.context.ctx, buffer, size, 0)
     return bytes(buffer)
 
 
 def append(model: PopModel, tokens: list[int], on_prefill: OnPrefill | None = None) -> Read:
     """Read tokens after the cached rows, pruned as one prompt."""
-    return prefill.append(model.cache, Prompt(tokens), model.rule, on_prefill)
+    return prefill.append(model.engine.cache, Prompt(tokens), model.engine.rule, on_prefill)
 
 
 def read(model: PopModel, tokens: list[int]) -> np.ndarray:
@@ -88,7 +104,7 @@ def evaluated(model: PopModel, tokens: list[int]) -> Counters:
 def steps(model: PopModel, tokens: list[int]) -> Generator[int]:
     """Yield greedy tokens after a prompt."""
     model.read(Prompt(tokens))
-    return model.sampled(TurnOptions(temperature=0.0))
+    return model.engine.sampled(TurnOptions(temperature=0.0))
 
 
 def greedy(model: PopModel, tokens: list[int], n: int = 12) -> list[int]:
@@ -98,11 +114,11 @@ def greedy(model: PopModel, tokens: list[int], n: int = 12) -> list[int]:
 
 def text_of(model: PopModel, tokens: Iterable[int]) -> str:
     """Return the text of tokens, including control tokens."""
-    pieces = Pieces(model.context, range(model.context.n_vocab))
+    pieces = Pieces(model.engine.context, range(model.engine.context.n_vocab))
     return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
 
 def completed(model: PopModel, tokens: list[int], **options: Any) -> str:
     """Return the greedy continuation's text."""
     chosen = TurnOptions(temperature=0.0, **options)
-    return "".join(chunk.text for chunk in model.answer(Prompt(tokens), chosen))
+    return "".join(chunk.text for chunk in model.engine.answer(Prompt(tokens), chosen))

@@ -44,14 +44,17 @@ class Library:
         self.n_tried += 1
         if self.problem is not None:
             raise self.problem
-        model = opened(path, n_ctx=N_CTX, n_parallel=self.n_parallel)
-        model.keep_prompts(self.prompts)
+        model = opened(path, n_ctx=N_CTX, n_parallel=self.n_parallel, prompt_cache=self.prompts)
         self.models.append(model)
         return model
 
     @property
     def open_ones(self) -> list[str]:
-        return [model.path.stem for model in self.models if not model.context.is_closed]
+        return [
+            model.engine.context.path.stem
+            for model in self.models
+            if not model.engine.context.is_closed
+        ]
 
     def registry(self) -> ModelRegistry:
         return ModelRegistry(

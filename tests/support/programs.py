@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pop_local import PopModel
-from pop_local.engine.turn import AnswerOptions
+from pop_local.engine.turn_options import AnswerOptions
 
 QUESTION = "a b c d e f g h " * 20
 GREEDY: AnswerOptions = {"temperature": 0.0, "max_tokens": 8}

@@ -1,19 +1,18 @@
 """A model with scripted answers, and a screen that records its output."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 from pop_converter.base.errors import PopError
-from pop_converter.popfile.format import PopMeta
 from pop_local.engine.context_full import ContextFullError
-from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.messages import Chunk, Message, TurnStats
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.turn import Chunk, Message, TurnStats
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.screen import Screen
@@ -48,66 +47,81 @@ class ScriptedModel:
     def __init__(self, *answers: Sequence[Step], n_ctx: int = 4096) -> None:
         self.answers = list(answers)
         self.asked: list[list[Message]] = []
-        self.options: dict[str, Any] = {}
-        self.mode = Mode.CONTEXT
-        self.boundary, self.projection = 20, "fitted"
-        self.macs = lambda n_prompt, boundary, n_full: 1
-        self.shape = None
-        self.exact = 0
-        self.no_refill, self.learned = "", None
-        self.meta: PopMeta | None = None
-        self.path = "model.gguf"
-        names = {"general.architecture": "llama", "general.name": "Scripted"}
-        self.context = SimpleNamespace(header=names)
-        self.prompter = SimpleNamespace(has_template=True)
-        self.rule = SimpleNamespace(select=0.0)
-        self.n_ctx_train = 8192
-        self.recommended: dict[str, float] = {}
+        self.options = TurnOptions()
         self.is_closed = False
-        self.n_ctx = n_ctx
+        names = {"general.architecture": "llama", "general.name": "Scripted"}
+        self.engine = SimpleNamespace(
+            cache=SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True),
+            context=SimpleNamespace(
+                header=names,
+                path="model.gguf",
+                n_ctx=n_ctx,
+                n_ctx_train=8192,
+                no_refill="",
+                meta=None,
+                macs=lambda n_prompt, boundary, n_full: 1,
+                tokenize=self._tokenize,
+                detokenize=lambda tokens: " ".join(self._words[token] for token in tokens),
+            ),
+            prompter=SimpleNamespace(
+                has_template=True,
+                can_see=False,
+                conversation=ScriptedPrompt,
+                count_picture=len,
+            ),
+            options=SimpleNamespace(mmproj=None),
+            recommended={},
+            calibrator=None,
+            set_mode=self._set_mode,
+            set_refill=lambda is_on: None,
+            answer=self._answer,
+        )
 
-    @property
-    def can_switch(self) -> bool:
-        return bool(self.boundary or self.exact)
+    def convert(self, *, boundary: int) -> None:
+        """Make it a model with another boundary, or without one (0)."""
+        cache = self.engine.cache
+        cache.boundary, cache.can_switch = boundary, bool(boundary or cache.exact)
+        cache.mode = Mode.CONTEXT if cache.can_switch else Mode.OFF
 
-    def set_mode(self, mode: Mode) -> None:
-        if not self.can_switch:
+    def _set_mode(self, mode: Mode) -> None:
+        if not self.engine.cache.can_switch:
             raise PopError("model.gguf has no pruning keys", "convert it first")
-        self.mode = mode
+        self.engine.cache.mode = mode
 
-    def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
-        pass
-
-    def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
-        n_prompt = self.count_prompt(messages)
-        if n_prompt + options["min_answer"] > self.n_ctx:
-            raise ContextFullError(n_prompt, options["min_answer"], self.n_ctx)
-        self.asked.append(list(messages))
+    def _answer(
+        self, render: Callable[[], "ScriptedPrompt"], options: TurnOptions
+    ) -> Iterator[Chunk]:
+        prompt, n_ctx = render(), self.engine.context.n_ctx
+        if len(prompt) + options.min_answer > n_ctx:
+            raise ContextFullError(len(prompt), options.min_answer, n_ctx)
+        self.asked.append(prompt.messages)
         self.options = options
-        options["on_prefill"](512, 1000)
+        assert options.on_prefill is not None
+        options.on_prefill(512, 1000)
         for step in self.answers.pop(0):
             if isinstance(step, BaseException):
                 raise step
             yield Chunk("", step) if isinstance(step, TurnStats) else Chunk(step)
 
-    def count_prompt(self, messages: Sequence[Message]) -> int:
-        return sum(len(message.content.split()) for message in messages)
-
-    def count_picture(self, picture: Picture) -> int:
-        raise AssertionError("nobody shows it a picture")
-
-    def tokenize(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         self._words = text.split()
         return list(range(len(self._words)))
-
-    def detokenize(self, tokens: list[int]) -> str:
-        return " ".join(self._words[token] for token in tokens)
 
     def session(self, system: str = "") -> ChatSession:
         return ChatSession(cast(Any, self), Conversation(system))
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class ScriptedPrompt:
+    """A conversation whose tokens are its words."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self.messages = list(messages)
+
+    def __len__(self) -> int:
+        return sum(len(message.content.split()) for message in self.messages)
 
 
 class Transcript(Screen):

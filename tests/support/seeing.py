@@ -18,12 +18,14 @@ from PIL import Image
 
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import picture_of
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import Message, TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from support.shapes import read_shape
 from support.synthetic import DEFAULTS, Weights, make_gguf
 
@@ -200,24 +202,24 @@ class Seeing:
 
     def opened(self, **options: Any) -> PopModel:
         chosen: dict[str, Any] = {"n_ctx": 1024, "mmproj": self.path.parent / "mmproj.gguf"}
-        return PopModel(self.path, n_threads=1, **chosen | options)
+        return PopModel(EngineOptions.of(self.path, n_threads=1, **chosen | options))
 
 
 def prompt(model: PopModel, question: str, *seeds: int) -> Prompt:
     """Return a prompt with a question about noise images."""
     shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
-    return model.chat_prompt([Message("user", question, shown)])
+    return model.engine.prompter.conversation([Message("user", question, shown)])
 
 
 def append(model: PopModel, made: Prompt) -> Read:
     """Read a prompt after the cached rows."""
-    return prefill.append(model.cache, made, model.rule)
+    return prefill.append(model.engine.cache, made, model.engine.rule)
 
 
 def answered(model: PopModel, made: Prompt, n: int = 4) -> tuple[list[int], int]:
     """Return greedy tokens after a prompt, and the number of rows read for the first token."""
     read = model.read(made)
-    with closing(model.sampled(TurnOptions(temperature=0.0))) as sampled:
+    with closing(model.engine.sampled(TurnOptions(temperature=0.0))) as sampled:
         return list(islice(sampled, n)), read.counters.n_rows
 
 

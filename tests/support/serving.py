@@ -82,7 +82,9 @@ def app_of(
     model: PopModel, name: str, *, fitter=None, strict_model=False, rules=LOCAL, **how
 ) -> Starlette:
     """Return the application of one model; `how`: options of ModelPool."""
-    models = ModelPool.of_one(ModelFile(name, model.path), model, lambda _: fitter, **how)
+    models = ModelPool.of_one(
+        ModelFile(name, model.engine.context.path), model, lambda _: fitter, **how
+    )
     return create_app(models, rules, strict_model=strict_model)
 
 

@@ -41,7 +41,7 @@ def opened_chat_model(chat_model) -> PopModel:
 def model(opened_chat_model) -> PopModel:
     """The one to talk to, as programs open it; many files have a model of their own."""
     opened_chat_model.pruning = True
-    opened_chat_model.cache.clear()
+    opened_chat_model.engine.cache.clear()
     return opened_chat_model
 
 

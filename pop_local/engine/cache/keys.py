@@ -46,7 +46,7 @@ def opened_with(context: Context) -> str:
     defaults.flash_attn_type = 0
     found = {name: getattr(context.settings, name) for name in _FIELDS}
     given = [f"{k} {value:g}" for k, value in found.items() if value != getattr(defaults, k)]
-    if context.options.n_parallel > 1:
+    if context.options.n_sequences > 1:
         given.append("a state for each sequence")
     return "".join(f", {each}" for each in given)
 

@@ -87,6 +87,11 @@ class KvCache:
         return backend.get_boundary(self.context.ctx)
 
     @property
+    def can_switch(self) -> bool:
+        """Whether prompts can be pruned, or can skip layers exactly."""
+        return bool(self.boundary or self.exact)
+
+    @property
     def model_key(self) -> str:
         """Tells its K/V from those of other models, whatever is pruned."""
         images = self.vision.key if self.vision else ""
@@ -124,7 +129,7 @@ class KvCache:
         self.slot.require_idle()
         if mode is self.mode:
             return
-        if mode is not Mode.OFF and not (self.boundary or self.exact):
+        if mode is not Mode.OFF and not self.can_switch:
             raise PopError(
                 f"{self.context.path} has no pruning keys",
                 "convert it first",

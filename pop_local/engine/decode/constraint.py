@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from pop_local.engine.decode.grammar import Grammar, GrammarError, short
 from pop_local.engine.decode.grammar_child import LIMITS
-from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.pieces import Pieces
 
 
 class _Vocabulary:
@@ -43,6 +43,20 @@ def tokenizer_of(context: Context, shown: Container[int] = ()) -> LLTokenizer:
         raise GrammarError("the model has no token that ends an answer of a form")
     wrapper: Any = _Vocabulary(context, ends, shown)
     return LLTokenizer(wrapper, eos_token=ends)
+
+
+class TokenTries:
+    """A vocabulary as token tries, read when first needed."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._tries: dict[frozenset[int], LLTokenizer] = {}
+
+    def get(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
+        """Return the trie; `shown`: the special tokens that answers show."""
+        if shown not in self._tries:
+            self._tries[shown] = tokenizer_of(self._context, shown)
+        return self._tries[shown]
 
 
 class Constraint:

@@ -6,16 +6,30 @@ the whole vocabulary for each token, and picks the same one (the first of the la
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.slot import Slot
-from pop_local.engine.turn import TurnOptions
 
 _N_PENALISED = 64  # the last tokens that penalties look at
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How tokens are sampled; a temperature of 0 is greedy. `seed`: default: random."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
 
 
 class Allowed(Protocol):
@@ -31,7 +45,9 @@ class Allowed(Protocol):
 class Sampler:
     """Samples one answer from a sequence's last logits."""
 
-    def __init__(self, slot: Slot, options: TurnOptions, constraint: Allowed | None = None) -> None:
+    def __init__(
+        self, slot: Slot, options: SamplerOptions, constraint: Allowed | None = None
+    ) -> None:
         self._slot, self._constraint = slot, constraint
         self._api = bindings()
         self._chain: Any = None
@@ -41,7 +57,7 @@ class Sampler:
             self._ids = np.arange(slot.context.n_vocab, dtype=np.int32)
             self._candidates = np.zeros(len(self._ids), _CANDIDATE)
 
-    def _chained(self, options: TurnOptions, penalties: tuple[float, float, float]) -> Any:
+    def _chained(self, options: SamplerOptions, penalties: tuple[float, float, float]) -> Any:
         api = self._api
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
 

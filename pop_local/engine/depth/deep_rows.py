@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.deep_row_criterion import DeepRows
-from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.pieces import Pieces
 
 # Brackets, quotes and commas end a word, so that one number does not make a line of CSV or JSON
 # deep.

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.passes import run_deep
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import stopped_by
 
 # The length of a chunk of refilling. On the CPU the abort callback ends it between two nodes. A
@@ -23,12 +24,18 @@ class Refiller:
         self._cache = cache
         self._chunk_s = CHUNK_ON_DEVICE_S if cache.context.on_device else CHUNK_S
         self._chunk = min(_FIRST_CHUNK, cache.context.n_ubatch)
+        self.is_on = False
         self._n_refilled = 0
 
     def take_refilled(self) -> int:
         """Return how many rows were refilled since this was asked before."""
         n, self._n_refilled = self._n_refilled, 0
         return n
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of boundary states in bytes."""
+        return backend.keep_size(self._cache.context.ctx)
 
     @property
     def n_refillable(self) -> int:

@@ -52,7 +52,7 @@ def require_learnable(context: Context, *, cannot: bool) -> None:
     """Raises PopError where nothing can be learned; `cannot`: fits cannot prune the model."""
     options = context.options
     message, hint = "", "open it without learning"
-    if options.n_parallel > 1:
+    if options.n_sequences > 1:
         message, hint = "a model learns from one prompt at a time", "open it with n_parallel=1"
     elif cannot or options.rpc or pop_meta(context.source.first) is not None:
         message = (

@@ -2,14 +2,16 @@
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
@@ -17,7 +19,9 @@ from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices, has_kernels
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.llama.interrupt import Interrupt
+from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.llama.rpc import Servers, close_at_exit
 from pop_local.engine.llama.threads import default_threads
 from pop_local.models.sidecars import is_learned
@@ -41,7 +45,7 @@ class ContextOptions:
     """
 
     n_ctx: int | None = None
-    n_parallel: int = 1
+    n_parallel: int | None = 1
     n_batch: int = _N_BATCH
     n_ubatch: int = _N_BATCH
     n_threads: int | None = None
@@ -52,6 +56,10 @@ class ContextOptions:
     repack: bool | None = None
     use_mmap: bool = True
     others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_sequences(self) -> int:
+        return 1 if self.n_parallel is None else self.n_parallel
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
@@ -137,10 +145,10 @@ class Context:
         # It also refuses a file whose context has no sensible size.
         default = loading.default_ctx(self.header)
         n_ctx = options.n_ctx or default
-        if options.n_parallel < 1:
+        if options.n_sequences < 1:
             raise PopError(f"n_parallel is {options.n_parallel}", "give 1 or more")
-        params.n_ctx = min(n_ctx * options.n_parallel, 2**32 - 1)  # more would wrap around
-        params.n_seq_max, params.kv_unified = options.n_parallel, True
+        params.n_ctx = min(n_ctx * options.n_sequences, 2**32 - 1)  # more would wrap around
+        params.n_seq_max, params.kv_unified = options.n_sequences, True
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads = params.n_threads_batch = self.n_threads
@@ -185,7 +193,7 @@ class Context:
             self.batch.close()
             raise PopError(f"{self.path} cannot be opened: {logs.first_error()}")
         # llama.cpp rounds the context up.
-        self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_parallel
+        self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_sequences
         backend.set_kernels(self._ctx, options.kernels)
 
     @contextmanager
@@ -290,6 +298,36 @@ class Context:
             if n < 0 and (reason := logs.first_error()):
                 raise PopError(f"the text cannot be split into tokens: {reason}")
         return tokens[: max(n, 0)]
+
+    def detokenize(self, tokens: Iterable[int]) -> str:
+        """Return the tokens' text, without control tokens or incomplete characters at its ends."""
+        pieces = Pieces(self)
+        return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Context length in tokens that the model was trained with."""
+        return int(self._api.llama_model_n_ctx_train(self.model))
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Sizes of the model's layers.
+
+        Raises UnsupportedArchitectureError for a model that cannot be pruned.
+        """
+        return source_shape(self.source)
+
+    @cached_property
+    def no_refill(self) -> str:
+        """Why no row can be selected or refilled, or ""."""
+        with suppress(PopError):
+            return self.shape.no_refill
+        return ""
+
+    @cached_property
+    def macs(self) -> GraphMacs:
+        """Counter of multiply-accumulates."""
+        return GraphMacs(self.path, self.sidecar)
 
     @property
     def n_embd(self) -> int:

@@ -9,13 +9,13 @@ from typing import Any
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
-from pop_local.engine.images.pictures import Picture
+from pop_local.engine.images.pictures import Picture, has_pillow
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context, utf8
+from pop_local.engine.messages import Message
 from pop_local.engine.prompt.prompt import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.prompt.special_tokens import SpecialTokens, unused_marks
 from pop_local.engine.prompt.templates import Template
-from pop_local.engine.turn import Message
 
 _PROBE = "0f3c9a71d2"  # in no template
 
@@ -30,8 +30,10 @@ class Prompter:
     whoever wrote a document can write turns of the conversation, too.
     """
 
-    def __init__(self, context: Context, vision: Mmproj | None = None) -> None:
-        self.parse_special = False
+    def __init__(
+        self, context: Context, vision: Mmproj | None = None, *, parse_special: bool = False
+    ) -> None:
+        self.parse_special = parse_special
         self.context, self._vision = context, vision
 
     @property
@@ -47,6 +49,20 @@ class Prompter:
     def template(self) -> Template:
         """The model's own, or a plain one. Raises PopError for one that is broken."""
         return Template(self._source or PLAIN_TEMPLATE, self.context.vocab)
+
+    def require_template(self) -> None:
+        """Validate the chat template, if the file has one. Raises PopError."""
+        if self.has_template:
+            try:
+                _ = self.template
+            except PopError as error:
+                message = f"{self.context.path} cannot be opened: {error.message}"
+                raise PopError(message, error.hint) from error
+
+    @property
+    def can_see(self) -> bool:
+        """Whether pictures can be read, which takes an mmproj and Pillow."""
+        return self._vision is not None and has_pillow()
 
     @cached_property
     def _special(self) -> SpecialTokens:
@@ -122,6 +138,10 @@ class Prompter:
     def see(self, picture: Picture) -> Seen:
         """Cut a picture up as the model wants it. Raises PopError as Mmproj.see does."""
         return self.open_vision().see(picture)
+
+    def count_picture(self, picture: Picture) -> int:
+        """Return the number of tokens of a picture. Raises PopError as Mmproj.see does."""
+        return len(self.see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
         """Load the mmproj, unless it is. Raises PopError without one, and as Mmproj.open does."""

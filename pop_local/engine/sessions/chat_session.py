@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
+from pop_local.engine.engine import EngineOwner
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
-from pop_local.engine.open_model import OpenModel
+from pop_local.engine.messages import SessionStats, TurnStats
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
-from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
+from pop_local.engine.turn_options import AnswerOptions, TurnOptions
 from pop_local.texts.document import Document
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class ChatSession:
     """
 
     def __init__(
-        self, model: OpenModel, conversation: Conversation | None = None, *, reread: str = ""
+        self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
         """`reread`: why the conversation has to be read again, or nothing."""
         self.model = model
@@ -127,7 +128,7 @@ class ChatSession:
     @property
     def n_cached(self) -> int:
         """How many tokens of the conversation need not be read again."""
-        return n_own_tokens(self.model, self.conversation)
+        return n_own_tokens(self.model.engine, self.conversation)
 
     @property
     def stats(self) -> SessionStats:
@@ -225,7 +226,11 @@ class ChatSession:
 
         asked = options.get("should_stop")
         options["should_stop"] = lambda: stream.is_closing or (asked is not None and asked())
-        chunks = self.model.chat_turn(before.plus(turn).messages, **options)
+        engine, messages = self.model.engine, before.plus(turn).messages
+        chosen: dict[str, Any] = {**engine.recommended, **options}
+        chunks = engine.answer(
+            lambda: engine.prompter.conversation(messages), TurnOptions(**chosen)
+        )
         self._stream = stream = Stream(chunks, keep)
         self._conversation, self._dropped = before, turn
         return stream
@@ -250,11 +255,11 @@ class ChatSession:
         target = sessions.path(name)
         if target.exists() and not overwrite:
             raise OutputExistsError(f"{target} is there already", "overwrite=True replaces it")
-        sessions.save(name, self.model, self.conversation)
+        sessions.save(name, self.model.engine, self.conversation)
         return target
 
 
-def load_session(model: OpenModel, path: str | os.PathLike[str]) -> ChatSession:
+def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
     """Go on with a saved conversation; the model takes over its pruning and its KV cache.
 
     Where these do not fit the model, `reread` says why, and the next question reads all of it.
@@ -264,7 +269,7 @@ def load_session(model: OpenModel, path: str | os.PathLike[str]) -> ChatSession:
     sessions = Sessions(folder)
     if not sessions.path(name).is_file():
         raise PopError(f"there is no session {sessions.path(name)}", "check the path")
-    restored = sessions.load(name, model)
+    restored = sessions.load(name, model.engine)
     return ChatSession(model, restored.session.conversation, reread=restored.reread)
 
 

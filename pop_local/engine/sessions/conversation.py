@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.turn import Message
+from pop_local.engine.messages import Message
 from pop_local.texts.document import Document
 
 

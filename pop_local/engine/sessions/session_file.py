@@ -32,12 +32,12 @@ from pop_converter.gguf.source import sampled_sha256
 from pop_local.engine.cache.keys import opened_with
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import SavedState
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.engine import Engine
 from pop_local.engine.images.mmproj import NO_TOKEN
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.open_model import OpenModel
+from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.fields import (
     Fingerprint,
@@ -80,7 +80,7 @@ class Restored:
     reread: str
 
 
-def n_own_tokens(model: OpenModel, conversation: Conversation) -> int:
+def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """How many cached tokens, from the first on, are the conversation's.
 
     They are the prompt of its last question, whole, and what is cached of the answer; otherwise 0.
@@ -91,16 +91,16 @@ def n_own_tokens(model: OpenModel, conversation: Conversation) -> int:
     last = conversation.turns[-1]
     asked = conversation.without_last().plus(dataclasses.replace(last, answer=""))
     try:
-        prompt = model.chat_prompt(asked.messages)
+        prompt = engine.prompter.conversation(asked.messages)
     except PopError:  # of another model's template, so nothing of it is cached
         return 0
     n_own = len(prompt)
-    if model.cache.n_same(prompt) < n_own:
+    if engine.cache.n_same(prompt) < n_own:
         return 0
-    pieces = Pieces(model.context)
+    pieces = Pieces(engine.context)
     said = last.answer.removeprefix(prompt.begun).encode()
     at = 0
-    for token in model.cache.tokens[n_own:].tolist():
+    for token in engine.cache.tokens[n_own:].tolist():
         if token == NO_TOKEN:  # of a picture that was shown later
             break
         piece = pieces[token]
@@ -115,12 +115,12 @@ def _is_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and name == name.strip()
 
 
-def fingerprint(model: OpenModel) -> Fingerprint:
+def fingerprint(engine: Engine) -> Fingerprint:
     """Read the beginnings of the model's tensors; where a file was replaced there is no hash."""
-    source = model.context.source
-    version = f"{backend.version()} abi {backend.library_abi()}{opened_with(model.context)}"
-    mmproj = model.vision.key if model.vision else ""
-    sha256 = "" if model.context.replaced else sampled_sha256(source)
+    source = engine.context.source
+    version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
+    mmproj = engine.vision.key if engine.vision else ""
+    sha256 = "" if engine.context.replaced else sampled_sha256(source)
     return Fingerprint(source.size_bytes, sha256, version, mmproj)
 
 
@@ -155,29 +155,29 @@ class Sessions:
             )
         return self._folder / f"{name}{SUFFIX}"
 
-    def save(self, name: str, model: OpenModel, conversation: Conversation) -> int:
+    def save(self, name: str, engine: Engine, conversation: Conversation) -> int:
         """Write the file beside and rename it; returns its size in bytes. Raises PopError.
 
         Where the conversation's K/V are cached, what is cached after them is forgotten.
         """
-        return self._write(name, model, conversation, _own_state(model, conversation))
+        return self._write(name, engine, conversation, _own_state(engine, conversation))
 
-    def save_transcript(self, name: str, model: OpenModel, conversation: Conversation) -> int:
+    def save_transcript(self, name: str, engine: Engine, conversation: Conversation) -> int:
         """As `save`, without the K/V: quick, small, and nothing that is cached is forgotten."""
-        return self._write(name, model, conversation, None)
+        return self._write(name, engine, conversation, None)
 
     def _write(
-        self, name: str, model: OpenModel, conversation: Conversation, state: SavedState | None
+        self, name: str, engine: Engine, conversation: Conversation, state: SavedState | None
     ) -> int:
         path = self.path(name)
         n_tokens = 0 if state is None else state.n_tokens
         session = Session(
             name=name,
-            model=str(model.path),
+            model=str(engine.context.path),
             n_tokens=n_tokens,
-            mode=model.mode,
-            key=model.cache.key,
-            fingerprint=fingerprint(model),
+            mode=engine.cache.mode,
+            key=engine.cache.key,
+            fingerprint=fingerprint(engine),
             conversation=conversation,
             images=tuple(state.images.items()) if state else (),
         )
@@ -202,27 +202,27 @@ class Sessions:
             os.fsync(file.fileno())  # nothing else holds what was said
         return path.stat().st_size
 
-    def load(self, name: str, model: OpenModel) -> Restored:
+    def load(self, name: str, engine: Engine) -> Restored:
         """The model takes over mode and K/V where they fit. Raises PopError, nothing changed."""
         path = self._file(name)
-        ours, state = fingerprint(model), None
+        ours, state = fingerprint(engine), None
         with _opened(path) as archive:  # once: another process may replace the file meanwhile
             session = _session(archive, _stored_picture)
-            reread = _difference(session, ours, model)
+            reread = _difference(session, ours, engine)
             if session.n_tokens and not reread:
-                state = _state(archive, session, model.cache)
+                state = _state(archive, session, engine.cache)
         if reread:
             return Restored(session, reread)
         if state is None:
-            model.set_mode(session.mode)
+            engine.set_mode(session.mode)
             return Restored(session, _NOT_SAVED if session.conversation.turns else "")
-        if not _is_consistent(state, model.context.n_vocab):
+        if not _is_consistent(state, engine.context.n_vocab):
             raise _damaged(path)
-        model.set_mode(session.mode)
-        if not model.cache.accepts(session.key):
+        engine.set_mode(session.mode)
+        if not engine.cache.accepts(session.key):
             return Restored(session, f"they belong to {session.key}")
         try:
-            model.cache.take_over(state)
+            engine.cache.take_over(state)
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")
@@ -286,13 +286,13 @@ def _is_consistent(state: SavedState, n_vocab: int) -> bool:
     )
 
 
-def _own_state(model: OpenModel, conversation: Conversation) -> SavedState | None:
+def _own_state(engine: Engine, conversation: Conversation) -> SavedState | None:
     """None where the conversation's K/V are not cached."""
-    n_own = n_own_tokens(model, conversation)
-    return model.cache.save() if n_own and model.cache.truncate(n_own) else None
+    n_own = n_own_tokens(engine, conversation)
+    return engine.cache.save() if n_own and engine.cache.truncate(n_own) else None
 
 
-def _difference(session: Session, ours: Fingerprint, model: OpenModel) -> str:
+def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
     """Say why the model cannot use the K/V, nothing where it can."""
     saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
@@ -301,9 +301,9 @@ def _difference(session: Session, ours: Fingerprint, model: OpenModel) -> str:
         return "they belong to another mmproj, or to none"
     if saved.backend != ours.backend:
         return f"they were computed by backend {saved.backend}, this is {ours.backend}"
-    if session.mode is not Mode.OFF and not model.can_switch:
+    if session.mode is not Mode.OFF and not engine.cache.can_switch:
         return "they are pruned, which this model is not converted for"
-    if session.n_tokens > model.n_ctx:
+    if session.n_tokens > engine.context.n_ctx:
         return f"they need a context of {session.n_tokens} tokens"
     return ""
 

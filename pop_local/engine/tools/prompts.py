@@ -8,14 +8,14 @@ from typing import Any
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.messages import Message
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, is_end
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.form import CallForm, Trigger
 from pop_local.engine.tools.native import Rendered
 from pop_local.engine.tools.tool import Tool, Tools
-from pop_local.engine.turn import Message
 
 _OWN_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
 # The ids of calls that the template of Mistral takes.

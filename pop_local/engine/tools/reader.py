@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.messages import ToolCall
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.native import Parsed
-from pop_local.engine.turn import ToolCall
 
 _LETTERS = string.ascii_letters + string.digits
 

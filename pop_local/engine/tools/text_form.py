@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pop_local.engine.messages import Message
 from pop_local.engine.tools.native import Parsed
 from pop_local.engine.tools.tool import Tool
-from pop_local.engine.turn import Message
 
 _SAID = """# Tools
 

@@ -7,7 +7,7 @@ from llguidance import LLTokenizer
 
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.tools.form import CallForm
 
 # Characters in which a trigger lies, but for those that are anchored at the beginning.

@@ -12,10 +12,11 @@ from starlette.routing import Route
 
 from pop_local import __version__
 from pop_local.config.settings import MOST
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.messages import TokenLogprob
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
-from pop_local.engine.turn import TokenLogprob, TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import bad_request
@@ -87,7 +88,7 @@ class LlamaReply(OtherApiReply):
 
     def __init__(self, served: ServedModel) -> None:
         super().__init__(served)
-        self._n_ctx = served.model.n_ctx
+        self._n_ctx = served.model.engine.context.n_ctx
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         self._options = task.options
@@ -140,15 +141,18 @@ def routes(api: Api) -> list[Route]:
 async def _props(api: Api, request: Request) -> Response:
     served = await api.served(request, request.query_params.get("model"))
     model = served.model
-    template = model.prompter.template
-    settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
+    template = model.engine.prompter.template
+    settings = _settings(TurnOptions(**model.engine.recommended))  # type: ignore[arg-type]
     return JSONResponse(
         {
-            "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
-            "total_slots": len(model.sequences),
+            "default_generation_settings": {
+                "n_ctx": model.engine.context.n_ctx,
+                "params": settings,
+            },
+            "total_slots": len(model.engine.sequences),
             "model_alias": served.name,
-            "model_path": os.fsencode(model.path.name).decode(errors="replace"),
-            "modalities": {"vision": model.can_see, "audio": False},
+            "model_path": os.fsencode(model.engine.context.path.name).decode(errors="replace"),
+            "modalities": {"vision": model.engine.prompter.can_see, "audio": False},
             "chat_template": template.source,
             "bos_token": template.bos,
             "eos_token": template.eos,
@@ -164,10 +168,12 @@ async def _tokenize(api: Api, request: Request) -> Response:
     model = served.model
 
     def work() -> list[Any]:
-        tokens = model.tokenize(body.content, add_bos=body.add_special, special=body.parse_special)
+        tokens = model.engine.context.tokenize(
+            body.content, add_bos=body.add_special, special=body.parse_special
+        )
         if not body.with_pieces:
             return tokens
-        pieces = Pieces(model.context, range(model.context.n_vocab))
+        pieces = Pieces(model.engine.context, range(model.engine.context.n_vocab))
         return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
 
     return JSONResponse({"tokens": await api.work(request, served, work)})
@@ -179,7 +185,7 @@ async def _detokenize(api: Api, request: Request) -> Response:
 
     def work() -> str:
         served.tasks.check_tokens(body.tokens, "tokens")
-        context = served.model.context
+        context = served.model.engine.context
         pieces = Pieces(context, range(context.n_vocab))
         return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
 
@@ -198,7 +204,7 @@ async def _infill(api: Api, request: Request) -> Response:
 
 def _infilling(tasks: TaskFactory, body: InfillBody) -> list[Task]:
     files = [(file.filename, file.text) for file in body.input_extra]
-    context = tasks.model.context
+    context = tasks.model.engine.context
     with bad_request():
         tokens = infilling(context, body.input_prefix, body.input_suffix, body.prompt, files)
     return tasks.completions(body.model_copy(update={"prompt": tokens, "suffix": None}))

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pop_local.engine.messages import TokenLogprob
 from pop_local.engine.tools.reader import Piece
-from pop_local.engine.turn import TokenLogprob
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError

@@ -58,7 +58,7 @@ def attach_image(chat: Dialogue, argument: str) -> None:
     try:
         picture = read_picture(given_path(argument))
         chat.screen.note(_picture_line(chat, picture))
-        n_tokens = chat.model.count_picture(picture)
+        n_tokens = chat.model.engine.prompter.count_picture(picture)
         while n_tokens > (room := _room_in(chat)):
             if _choose(chat, n_tokens, room, {}) is None:
                 return
@@ -70,7 +70,7 @@ def attach_image(chat: Dialogue, argument: str) -> None:
 
 
 def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
-    n_ctx = chat.model.n_ctx
+    n_ctx = chat.model.engine.context.n_ctx
     files = [counted for path in paths if (counted := _counted(chat, path))]
     for counted in files:
         chat.screen.note(counted_line(counted.document.name, counted.n_tokens, n_ctx))
@@ -105,12 +105,12 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
 
 def _room_in(chat: Dialogue) -> int:
     """Return how many tokens may still be attached; it may be negative."""
-    return chat.model.n_ctx - chat.n_used - chat.n_answer - _QUESTION_TOKENS
+    return chat.model.engine.context.n_ctx - chat.n_used - chat.n_answer - _QUESTION_TOKENS
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
     """Ask for a way to attach too much: the key, "l" once the context is larger."""
-    n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.n_ctx)
+    n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
     larger = {"l": f"take a larger context (--ctx {n_larger})"} if n_larger else {}
     question = f"That is {n_tokens - room:,} tokens more than there is room for ({max(0, room):,})."
     chosen = chat.screen.choose(question, {**cuts, **larger, "s": "skip it"})
@@ -133,9 +133,9 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
 
 
 def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted:
-    tokens = chat.model.tokenize(counted.document.text)
+    tokens = chat.model.engine.context.tokenize(counted.document.text)
     kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
-    text = chat.model.detokenize(kept)
+    text = chat.model.engine.context.detokenize(kept)
     return _Counted(replace(counted.document, text=text), len(kept))
 
 
@@ -149,7 +149,7 @@ def _list_files(chat: Dialogue) -> None:
         chat.screen.note("Nothing is attached; /file PATH attaches a file.")
     for document in chat.documents:
         n_tokens = chat.count_tokens(document.text)
-        chat.screen.note(counted_line(document.name, n_tokens, chat.model.n_ctx))
+        chat.screen.note(counted_line(document.name, n_tokens, chat.model.engine.context.n_ctx))
 
 
 def _list_pictures(chat: Dialogue) -> None:
@@ -160,7 +160,9 @@ def _list_pictures(chat: Dialogue) -> None:
 
 
 def _picture_line(chat: Dialogue, picture: Picture) -> str:
-    return picture_line(picture, chat.model.count_picture(picture), chat.model.n_ctx)
+    return picture_line(
+        picture, chat.model.engine.prompter.count_picture(picture), chat.model.engine.context.n_ctx
+    )
 
 
 def given_path(path: str) -> Path:

@@ -10,14 +10,14 @@ from itertools import chain
 from typing import Any
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.learned_fit import Fitter, LearnedFit
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.messages import TurnStats
 from pop_local.engine.model import PopModel
-from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
-from pop_local.engine.turn import TurnStats
 from pop_local.measure.full_cost import FullCosts
 from pop_local.texts.document import Document
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
@@ -34,7 +34,7 @@ _OFFER = "A pruned prompt may misspell numbers, names and paths: /full on reads 
 # By name (None: the first one again) and context in tokens (None: as the options say).
 ModelOpener = Callable[[str | None, int | None], PopModel]
 # Makes the teacher of a model; None where it does not learn.
-Teach = Callable[[OpenModel], Fitter | None]
+Teach = Callable[[PopModel], Fitter | None]
 # ChatSession's stream, retry or edit; they take the options of an answer.
 Ask = Callable[..., Stream]
 
@@ -54,6 +54,7 @@ class Dialogue:
         teach: Teach = lambda model: None,
     ) -> None:
         """`refill`: one of ui.chat.refill.MODES."""
+        self.model = model
         self.session: ChatSession = model.session(system=system)
         self.costs = _costs(model)
         self._teach = teach
@@ -72,43 +73,32 @@ class Dialogue:
 
     # The model
 
-    @property
-    def model(self) -> OpenModel:
-        """The session's model, which reopen changes."""
-        return self.session.model
-
     def pop_state(self) -> str:
-        if self.model.exact:
-            return self._exact_state()
-        if not self.model.boundary:
+        cache = self.model.engine.cache
+        if cache.exact:
+            return _exact_state(cache)
+        if not cache.boundary:
             return "Pruning is not possible: this model is not converted."
-        if self.model.mode is Mode.OFF:
+        if cache.mode is Mode.OFF:
             return "Pruning is off: prompts are read in full."
-        return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
+        return f"Pruning is on: context tokens skip the layers from {cache.boundary} on."
 
     def set_refill(self, refill: str) -> None:
         """Choose when cached rows are refilled; `refill` is one of ui.chat.refill.MODES."""
         self.refill = refill
-        self.model.set_depth(keep_states=refill != "off")
-
-    def _exact_state(self) -> str:
-        if self.model.mode is Mode.OFF:
-            return "Exact skipping is off: prompts are read in full, with the same result."
-        return (
-            f"Exact skipping is on: context tokens leave at layer {self.model.exact}, past which"
-            " nothing reads them. Answers are those of the full model."
-        )
+        self.model.engine.set_refill(refill != "off")
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
         """Take another model or context for the conversation. Raises PopError, nothing changed."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
-        before, self.session.model, self.costs = self.model, opened, _costs(opened)
+        before, self.model, self.costs = self.model, opened, _costs(opened)
+        self.session.model = opened
         self.teacher = self._teach(opened)
         # One without anything to prune by is off, but not by choice.
-        if before.can_switch and self.model.can_switch:
-            self.model.set_mode(before.mode)
+        if before.engine.cache.can_switch and self.model.engine.cache.can_switch:
+            self.model.engine.set_mode(before.engine.cache.mode)
         before.close()
         self.set_refill(self.refill)
         self._is_warned = False
@@ -131,37 +121,37 @@ class Dialogue:
         except PopError as error:
             self.fail(error)
             return False
-        self.screen.note(f"The context holds {self.model.n_ctx:,} tokens now.")
+        self.screen.note(f"The context holds {self.model.engine.context.n_ctx:,} tokens now.")
         return True
 
     def warn_of_base(self) -> None:
-        if not self.model.prompter.has_template:
+        if not self.model.engine.prompter.has_template:
             self.screen.warn(
                 "This is a base model without a chat template:"
                 " it continues text rather than answers."
             )
 
     def warn_of_blindness(self) -> None:
-        if self.session.conversation.pictures and not self.model.can_see:
+        if self.session.conversation.pictures and not self.model.engine.prompter.can_see:
             self.screen.warn(
                 "This model is open without an mmproj, and cannot see the pictures of the"
                 " conversation: /undo and /clear drop them."
             )
 
     def count_tokens(self, text: str) -> int:
-        return len(self.model.tokenize(text))
+        return len(self.model.engine.context.tokenize(text))
 
     @property
     def n_used(self) -> int:
         """Tokens of the conversation and of the next question's attachments."""
         said = self.session.conversation.messages
-        n_said = self.model.count_prompt(said) if said else 0
-        n_shown = sum(map(self.model.count_picture, self.pictures))
+        n_said = len(self.model.engine.prompter.conversation(said)) if said else 0
+        n_shown = sum(map(self.model.engine.prompter.count_picture, self.pictures))
         return n_said + n_shown + sum(self.count_tokens(one.text) for one in self.documents)
 
     @property
     def n_answer(self) -> int:
-        return least_answer(self.sampling.get("max_tokens"), self.model.n_ctx)
+        return least_answer(self.sampling.get("max_tokens"), self.model.engine.context.n_ctx)
 
     # The conversation
 
@@ -246,10 +236,10 @@ class Dialogue:
 
         A file whose look-ups were measured without a loss needs no offer.
         """
-        meta = self.model.meta
+        meta = self.model.engine.context.meta
         found = meta and meta.measured
         is_lossless = bool(found and found.lookups_n and not found.lookups_lost)
-        is_exact = not self.model.boundary or stats.n_exact >= stats.n_prompt
+        is_exact = not self.model.engine.cache.boundary or stats.n_exact >= stats.n_prompt
         if not (is_exact or is_lossless or self._is_offered) and _EXACT_STRING.search(answer):
             self._is_offered = True
             self.screen.note(_OFFER)
@@ -266,7 +256,7 @@ class Dialogue:
     def _warn_when_full(self) -> None:
         if not self.session.answer_stats:
             return
-        last, n_ctx = self.session.answer_stats[-1], self.model.n_ctx
+        last, n_ctx = self.session.answer_stats[-1], self.model.engine.context.n_ctx
         n_used = last.n_prompt + last.n_decoded
         is_full = n_used >= WARN_SHARE * n_ctx
         if is_full and not self._is_warned:
@@ -277,5 +267,16 @@ class Dialogue:
         self._is_warned = is_full
 
 
-def _costs(model: OpenModel) -> FullCosts:
-    return FullCosts(model.macs, model.boundary or model.exact or None)
+def _exact_state(cache: KvCache) -> str:
+    if cache.mode is Mode.OFF:
+        return "Exact skipping is off: prompts are read in full, with the same result."
+    return (
+        f"Exact skipping is on: context tokens leave at layer {cache.exact}, past which"
+        " nothing reads them. Answers are those of the full model."
+    )
+
+
+def _costs(model: PopModel) -> FullCosts:
+    return FullCosts(
+        model.engine.context.macs, model.engine.cache.boundary or model.engine.cache.exact or None
+    )

@@ -2,7 +2,7 @@
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
-from pop_local.engine.open_model import OpenModel
+from pop_local.engine.engine import EngineOwner
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.ui.chat.screen import Screen
 
@@ -39,22 +39,22 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     return n_dropped, n_larger if n_larger and chosen == "l" else 0
 
 
-def too_long(model: OpenModel, error: ContextFullError) -> PopError:
+def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
     """Return the error for where nobody can be asked; it names a context that is large enough."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
     larger = f"take a larger context (--ctx {n_larger}) or " if n_larger else ""
     return PopError(error.message, f"{larger}give less text")
 
 
-def larger_ctx(model: OpenModel, n_needed: int) -> int | None:
+def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
     """Choose a context for half again as many tokens; None if the model has none."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
-    n_ctx = min(wanted, model.n_ctx_train)
-    return n_ctx if n_ctx >= n_needed and n_ctx > model.n_ctx else None
+    n_ctx = min(wanted, model.engine.context.n_ctx_train)
+    return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None
 
 
 def _fits(session: ChatSession, n_dropped: int, error: ContextFullError) -> bool:
     shorter = session.conversation.without_oldest(n_dropped)
     asked = [] if session.dropped is None else session.dropped.messages
-    n_prompt = session.model.count_prompt([*shorter.messages, *asked])
+    n_prompt = len(session.model.engine.prompter.conversation([*shorter.messages, *asked]))
     return n_prompt + error.n_answer <= error.n_ctx

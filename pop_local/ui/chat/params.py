@@ -3,7 +3,7 @@
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
 from pop_local.config.settings import MOST, MOST_SEED, Setting, find, parse
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.chat.dialogue import Dialogue
 
 # Fields of TurnOptions.
@@ -47,8 +47,8 @@ def set_param(chat: Dialogue, argument: str) -> None:
 def _line(chat: Dialogue, name: str) -> str:
     if name in chat.sampling:
         return f"{name} is {_shown(chat.sampling[name])}."
-    if name in chat.model.recommended:
-        return f"{name} is {_shown(chat.model.recommended[name])}, as the model recommends."
+    if name in chat.model.engine.recommended:
+        return f"{name} is {_shown(chat.model.engine.recommended[name])}, as the model recommends."
     unset = {"max_tokens": "what the context holds", "seed": "chance"}
     return f"{name} is {unset.get(name) or _shown(getattr(_DEFAULTS, name))}, by default."
 

@@ -32,12 +32,12 @@ def idling(chat: Dialogue) -> Iterator[None]:
     def work() -> None:
         try:
             while not stop.is_set() and not lessons:
-                refills = chat.refill != "off" and chat.model.refiller.n_refillable
+                refills = chat.refill != "off" and chat.model.engine.refiller.n_refillable
                 learns = chat.teacher is not None and chat.teacher.has_work
                 if not (refills or learns):
                     return
                 if refills:
-                    chat.model.refill(stop.is_set)
+                    chat.model.engine.refiller.refill(stop.is_set)
                 elif lesson := _learned(chat, stop.is_set):
                     lessons.append(lesson)
         except Exception as error:  # the conversation goes on
@@ -80,8 +80,8 @@ def set_mode(chat: Dialogue, mode: str) -> None:
     if line := status(chat):
         chat.screen.note(line)
         if (
-            chat.model.cache.n_exact < chat.model.cache.n_tokens
-            and not chat.model.refiller.n_refillable
+            chat.model.engine.cache.n_exact < chat.model.engine.cache.n_tokens
+            and not chat.model.engine.refiller.n_refillable
         ):
             chat.screen.note(
                 "They cannot be refilled: they were loaded, or read without keeping their states,"
@@ -91,11 +91,11 @@ def set_mode(chat: Dialogue, mode: str) -> None:
 
 def finish(chat: Dialogue) -> None:
     """Refill all rows before the cache is saved, unless Ctrl-C ends it."""
-    if chat.refill == "off" or not chat.model.refiller.n_refillable:
+    if chat.refill == "off" or not chat.model.engine.refiller.n_refillable:
         return
     try:
         with chat.screen.reading("Refilling") as advance:
-            chat.model.refill(on_progress=advance)
+            chat.model.engine.refiller.refill(on_progress=advance)
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
@@ -105,19 +105,25 @@ def finish(chat: Dialogue) -> None:
 def status(chat: Dialogue) -> str:
     """Tell how much of the cache is exact; "" where it is empty, or nothing can be refilled."""
     model = chat.model
-    nothing = not model.cache.n_tokens or not model.boundary or model.no_refill
+    nothing = (
+        not model.engine.cache.n_tokens
+        or not model.engine.cache.boundary
+        or model.engine.context.no_refill
+    )
     if chat.refill == "off" or nothing:
         return ""
-    cache = model.cache
+    cache = model.engine.cache
     return f"{cache.n_exact:,} of {cache.n_tokens:,} tokens are as if read in full"
 
 
 def _state(chat: Dialogue) -> str:
-    if not chat.model.boundary:
+    if not chat.model.engine.cache.boundary:
         return "There is nothing to refill: this model is not pruned."
-    if chat.model.no_refill:
-        return f"Pruned tokens of this model are not refilled: {chat.model.no_refill}."
+    if chat.model.engine.context.no_refill:
+        return (
+            f"Pruned tokens of this model are not refilled: {chat.model.engine.context.no_refill}."
+        )
     if chat.refill == "off":
         return "Refilling is off: pruned tokens stay so."
-    held = size(chat.model.held_bytes)
+    held = size(chat.model.engine.refiller.held_bytes)
     return f"Pruned tokens run the skipped layers while you type; their states take {held}."

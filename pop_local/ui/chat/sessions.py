@@ -36,7 +36,7 @@ def load(chat: Dialogue, name: str) -> None:
     if not name:
         chat.refuse("/load takes the name of a session; /sessions lists them.")
         return
-    sessions, before = saved(), chat.model.mode
+    sessions, before = saved(), chat.model.engine.cache.mode
     path = sessions.path(name)
     if not path.is_file():
         known = {known: known for known in sessions.names()}
@@ -55,7 +55,7 @@ def load(chat: Dialogue, name: str) -> None:
     else:
         chat.screen.note(f"{session.n_cached:,} tokens need not be read again.")
     chat.warn_of_blindness()
-    if chat.model.mode is not before:
+    if chat.model.engine.cache.mode is not before:
         chat.screen.note(chat.pop_state())
 
 

@@ -48,16 +48,18 @@ def _full(chat: Dialogue, argument: str) -> None:
         chat.refuse(f"/full takes on or off, not {argument}.")
         return
     if argument:
-        chat.model.set_mode(modes[argument.lower()])
+        chat.model.engine.set_mode(modes[argument.lower()])
     chat.screen.note(chat.pop_state())
 
 
 def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(chat.pop_state())
-    for line in session_lines(chat.session.answer_stats, chat.model.n_ctx, chat.costs.of):
+    for line in session_lines(
+        chat.session.answer_stats, chat.model.engine.context.n_ctx, chat.costs.of
+    ):
         chat.screen.note(line)
-    if (learned := chat.model.learned) is not None:
-        for line in learned_lines(learned, chat.teacher.loss if chat.teacher else None):
+    if (calibrator := chat.model.engine.calibrator) is not None:
+        for line in learned_lines(calibrator.learned, chat.teacher.loss if chat.teacher else None):
             chat.screen.note(line)
 
 
@@ -104,20 +106,20 @@ def _model(chat: Dialogue, argument: str) -> None:
         chat.reopen(str(path) if path.is_file() else argument, None)
         chat.warn_of_base()
         chat.warn_of_blindness()
-    header = chat.model.context.header
+    header = chat.model.engine.context.header
     known = (header.get("general.name"), header.get("general.architecture"))
     label = ", ".join(str(part) for part in known if part)
-    chat.screen.note(f"{chat.model.path} ({label})")
-    chat.screen.note(f"Its context holds {chat.model.n_ctx:,} tokens.")
+    chat.screen.note(f"{chat.model.engine.context.path} ({label})")
+    chat.screen.note(f"Its context holds {chat.model.engine.context.n_ctx:,} tokens.")
     chat.screen.note(chat.pop_state())
 
 
 def _context(chat: Dialogue, argument: str) -> None:
-    n_used, n_ctx = chat.n_used, chat.model.n_ctx
+    n_used, n_ctx = chat.n_used, chat.model.engine.context.n_ctx
     chat.screen.note(f"{n_used:,} of {n_ctx:,} tokens are used ({n_used / n_ctx:.0%}).")
     for number, turn in enumerate(chat.session.conversation.turns, start=1):
         n_asked, n_said = chat.count_tokens(turn.prompt), chat.count_tokens(turn.answer)
-        n_asked += sum(map(chat.model.count_picture, turn.pictures))
+        n_asked += sum(map(chat.model.engine.prompter.count_picture, turn.pictures))
         chat.screen.note(
             f"{number}. {n_asked:,} asked, {n_said:,} answered: {_short(turn.question)}"
         )

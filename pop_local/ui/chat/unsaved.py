@@ -50,7 +50,7 @@ class Unsaved:
         try:
             make_private(self._folder)
             self._lock.acquire()
-            self._sessions.save_transcript(self._name, chat.model, said)
+            self._sessions.save_transcript(self._name, chat.model.engine, said)
         except Exception as error:
             self._is_possible = False
             reason = as_pop_error(error).message
@@ -82,11 +82,11 @@ class Unsaved:
         return chosen in ("g", None)
 
     def _go_on(self, chat: Dialogue, name: str) -> None:
-        before = chat.model.mode
+        before = chat.model.engine.cache.mode
         chat.resume(load_session(chat.model, self._sessions.path(name)), "")
         self.keep(chat)
         chat.screen.note("It is read again with your next question.")
-        if chat.model.mode is not before:
+        if chat.model.engine.cache.mode is not before:
             chat.screen.note(chat.pop_state())
 
     def _remove(self, name: str) -> None:

@@ -52,15 +52,13 @@ class TrialRunner:
         `n_ctx` None: what held-out text takes. Raises PopError. The watch may stop it while
         llama.cpp reads: StoppedError.
         """
-        from pop_local.measure.forced import as_planned
         from pop_local.measure.quality import QualitySettings
-        from pop_local.workflows.measuring import opened
+        from pop_local.workflows.measuring import opened, row_options
 
         settings = QualitySettings()
         n_ctx = n_ctx or 2 * (settings.n_context + settings.n_continuation)
         files = files or ModelFiles(self.path)
-        with opened(files, self.hardware, self.watch, n_ctx=n_ctx) as model:
-            as_planned(model, plan)
+        with opened(files, self.hardware, self.watch, n_ctx=n_ctx, **row_options(plan)) as model:
             yield model
 
     @contextmanager

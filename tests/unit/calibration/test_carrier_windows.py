@@ -6,7 +6,7 @@ import pytest
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.texts import N_WINDOW, distill_text, given_text
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.pieces import Pieces
 from pop_local.measure.heldout import shipped_part
 
 

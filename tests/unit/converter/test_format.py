@@ -17,6 +17,7 @@ from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import MAX_KEPT_ITEMS, read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import Budget, Measured, PopMeta, Recalled, encode_keys
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.research.hyper import read_hyper
 from support.shapes import read_pop_meta, read_shape
@@ -206,7 +207,7 @@ def test_a_context_has_a_range(tiny, tmp_path, n_ctx):
     end = read_header(tiny).keys["llama.context_length"].end
     path.write_bytes(data[: end - 4] + struct.pack("<I", n_ctx) + data[end:])
     with pytest.raises(FormatError, match=f"a context of {n_ctx} tokens"):
-        PopModel(path, n_ctx=64)
+        PopModel(EngineOptions.of(path, n_ctx=64))
 
 
 def test_blocks_of_any_number_of_digits_are_no_layers(tmp_path):
@@ -294,8 +295,8 @@ def test_a_selection_that_an_older_file_names_is_ignored(tiny, tmp_path):
     keys = _as_keys() | {"pop__select": 0.1, "pop__refilled__n_rows": 8}
     path = add_keys(tiny, tmp_path / "pop.gguf", **keys)
     assert read_pop_meta(path) == read_pop_meta(add_keys(tiny, tmp_path / "b.gguf", **_as_keys()))
-    with PopModel(path, n_ctx=64, n_threads=1) as model:
-        assert (model.boundary, model.rule.deep_rows) == (1, DeepRows.NONE)
+    with PopModel(EngineOptions.of(path, n_ctx=64, n_threads=1)) as model:
+        assert (model.engine.cache.boundary, model.engine.rule.deep_rows) == (1, DeepRows.NONE)
 
 
 def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
-from pop_local.engine.turn import Message
 from support.calls import append
 from support.synthetic import make_gguf
 from support.talking import ask
@@ -21,7 +22,7 @@ QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + 
 @pytest.fixture(scope="module")
 def opened_chat_model(chat_model) -> PopModel:
     """In pieces of 64 tokens, of which there are several in a prompt."""
-    return PopModel(chat_model, n_ctx=1024, n_threads=1, n_batch=64, n_ubatch=64)
+    return PopModel(EngineOptions.of(chat_model, n_ctx=1024, n_threads=1, n_batch=64, n_ubatch=64))
 
 
 def test_the_figures_add_up(model):
@@ -66,10 +67,10 @@ def test_an_answer_ends_at_its_limit_and_at_a_stop_string(model):
 
 
 def test_an_answer_ends_where_the_context_does(chat_model):
-    small = PopModel(chat_model, n_ctx=256, n_threads=1)
+    small = PopModel(EngineOptions.of(chat_model, n_ctx=256, n_threads=1))
     _, stats = ask(small, Message("user", "Who?"), max_tokens=None)
     assert stats.finish_reason == "length"
-    assert stats.n_prompt + stats.n_decoded == small.n_ctx
+    assert stats.n_prompt + stats.n_decoded == small.engine.context.n_ctx
 
 
 def test_a_prompt_beyond_the_context_says_so(model):
@@ -84,7 +85,7 @@ def test_a_prompt_beyond_the_context_says_so(model):
 
 def test_an_answer_that_is_abandoned_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
-    chunks = model.chat_turn([QUESTION], temperature=0.0, max_tokens=12)
+    chunks = model.ask([QUESTION], temperature=0.0, max_tokens=12)
     for _ in range(4):
         next(chunks)
     chunks.close()
@@ -95,17 +96,17 @@ def test_an_answer_that_is_abandoned_leaves_the_model_usable(model):
 
 def test_a_prefill_that_is_stopped_has_its_figures_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
-    model.cache.clear()
+    model.engine.cache.clear()
     asked = 0
 
     def in_the_second_batch() -> bool:
         nonlocal asked
-        asked += model.cache.n_tokens >= 64
+        asked += model.engine.cache.n_tokens >= 64
         return asked > 50
 
     text, stats = ask(model, QUESTION, should_stop=in_the_second_batch)
     assert (text, stats.finish_reason, stats.n_decoded) == ("", "interrupted", 0)
-    assert model.cache.n_tokens == 64
+    assert model.engine.cache.n_tokens == 64
     assert ask(model, QUESTION)[0] == expected
 
 
@@ -127,10 +128,10 @@ def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
     expected, whole = ask(model, QUESTION)
     longer = [QUESTION, Message("assistant", expected), QUESTION]
     expected_later, later = ask(model, *longer)
-    model.cache.clear()
+    model.engine.cache.clear()
     n = whole.n_prompt
-    text, stats = ask(model, QUESTION, should_stop=lambda: model.cache.n_tokens == n)
-    assert (text, stats.finish_reason, model.cache.n_tokens) == ("", "interrupted", n)
+    text, stats = ask(model, QUESTION, should_stop=lambda: model.engine.cache.n_tokens == n)
+    assert (text, stats.finish_reason, model.engine.cache.n_tokens) == ("", "interrupted", n)
     text, stats = ask(model, QUESTION)
     assert (text, stats.n_cached) == (expected, n)
     text, stats = ask(model, *longer)
@@ -139,7 +140,7 @@ def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
 
 def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
     expected, whole = ask(model, QUESTION)
-    model.cache.clear()
+    model.engine.cache.clear()
 
     def press(done: int, total: int) -> None:
         if done == total:
@@ -147,15 +148,15 @@ def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
 
     with pytest.raises(KeyboardInterrupt):
         ask(model, QUESTION, on_prefill=press)
-    assert model.cache.n_tokens == whole.n_prompt
+    assert model.engine.cache.n_tokens == whole.n_prompt
     text, stats = ask(model, QUESTION)
     assert (text, stats.n_cached) == (expected, whole.n_prompt)
 
 
 def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
-    chunks = model.chat_turn([QUESTION], temperature=0.0, max_tokens=12)
+    chunks = model.ask([QUESTION], temperature=0.0, max_tokens=12)
     next(chunks)
-    model.set_mode(Mode.OFF)
+    model.engine.set_mode(Mode.OFF)
     with pytest.raises(PopError, match="emptied"):
         list(chunks)
 
@@ -165,11 +166,19 @@ def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
 
 def test_a_template_that_refuses_the_conversation_is_an_error(tmp_path):
     refusing = "{{ raise_exception('no system prompts') }}"
-    model = PopModel(make_gguf(tmp_path / "m.gguf", "llama", chat_template=refusing), n_threads=1)
+    model = PopModel(
+        EngineOptions.of(
+            make_gguf(tmp_path / "m.gguf", "llama", chat_template=refusing), n_threads=1
+        )
+    )
     with pytest.raises(PopError, match="no system prompts"):
         ask(model, QUESTION)
 
 
 def test_a_template_that_is_broken_is_an_error(tmp_path):
     with pytest.raises(PopError, match="cannot be opened"):
-        PopModel(make_gguf(tmp_path / "m.gguf", "llama", chat_template="{% for %}"), n_threads=1)
+        PopModel(
+            EngineOptions.of(
+                make_gguf(tmp_path / "m.gguf", "llama", chat_template="{% for %}"), n_threads=1
+            )
+        )

@@ -21,7 +21,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.prompt import template_child
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from support.calls import NOISE, append, opened, prompt, read
 from support.converted import tiny
 
@@ -105,17 +105,17 @@ def test_an_answer_of_a_model_closed_while_it_reads_is_an_error(pop_file, when, 
 
     options = TurnOptions(max_tokens=2, on_prefill=close, should_stop=should_stop)
     with pytest.raises(PopError if when != 512 else StoppedError):
-        list(model.answer(Prompt(prompt(968)), options))
-    assert model.context.is_closed
+        list(model.engine.answer(Prompt(prompt(968)), options))
+    assert model.engine.context.is_closed
 
 
 @pytest.mark.parametrize(
-    "use", [lambda model: model.cache.clear(), lambda model: append(model, [3])]
+    "use", [lambda model: model.engine.cache.clear(), lambda model: append(model, [3])]
 )
 def test_a_model_that_computes_does_nothing_else(pop_file, use):
     model = opened(pop_file)
     expected = read(model, prompt(300))
-    model.cache.clear()
+    model.engine.cache.clear()
     should_stop = partial(use, model)
     with stopped_by(should_stop), pytest.raises(PopError, match="only waits to hear"):
         append(model, prompt(300))
@@ -126,7 +126,7 @@ def test_a_forked_model_has_no_threads_to_compute_with(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(100))
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    for use in (lambda: append(model, prompt(10)), model.refill):
+    for use in (lambda: append(model, prompt(10)), model.engine.refiller.refill):
         with pytest.raises(PopError, match="opened by another process"):
             use()
 
@@ -149,17 +149,17 @@ def test_a_frozen_application_is_not_begun_again(monkeypatch):
 def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(300))
-    assert 0 < model.refill(on_progress=lambda done, total: model.close()) < 300
+    assert 0 < model.engine.refiller.refill(on_progress=lambda done, total: model.close()) < 300
     with pytest.raises(PopError, match="is closed"):
         append(model, prompt(10))
 
 
 def test_a_mode_is_not_switched_while_a_batch_is_computed(pop_file):
     model = opened(pop_file)
-    should_stop: Any = partial(model.set_mode, Mode.OFF)
+    should_stop: Any = partial(model.engine.set_mode, Mode.OFF)
     with stopped_by(should_stop), pytest.raises(PopError, match="only waits to hear"):
         append(model, prompt(300))
-    assert model.mode is backend.get_mode(model.context.ctx) is Mode.CONTEXT
+    assert model.engine.cache.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
 
 
 def test_a_state_is_saved_though_the_file_has_gone(tmp_path):
@@ -167,7 +167,7 @@ def test_a_state_is_saved_though_the_file_has_gone(tmp_path):
     read(model, prompt(50))
     for path in tmp_path.glob("*.gguf"):
         path.unlink()
-    assert model.cache.save().n_tokens == 50
+    assert model.engine.cache.save().n_tokens == 50
 
 
 def test_a_model_that_nobody_has_is_freed_at_once(pop_file):

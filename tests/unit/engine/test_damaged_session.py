@@ -19,7 +19,7 @@ from support.talking import QUESTION, answered, follow_up, opened
 def whole(chat_model, tmp_path_factory) -> tuple[PopModel, bytes]:
     """A model that has answered, and its saved session."""
     sessions, model = Sessions(tmp_path_factory.mktemp("whole")), opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
+    sessions.save("talk", model.engine, answered(model, QUESTION))
     return model, sessions.path("talk").read_bytes()
 
 
@@ -50,11 +50,11 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(talk, sessions, dama
                 "text": b"not a session",
             }[damage]
         )
-    n_tokens = model.cache.n_tokens
+    n_tokens = model.engine.cache.n_tokens
     with pytest.raises(PopError, match="damaged or not a session") as refused:
-        sessions.load("talk", model)
+        sessions.load("talk", model.engine)
     assert "delete" not in refused.value.hint, "it may be a copy that is not complete yet"
-    assert model.cache.n_tokens == n_tokens
+    assert model.engine.cache.n_tokens == n_tokens
     assert [stored.name for stored in sessions.listed()] == ["talk"]
 
 
@@ -118,10 +118,10 @@ def test_every_field_of_a_session_has_a_type_and_a_range(talk, sessions, place, 
         rewritten(path, fields={"conversation.turns": [value]})
     else:
         rewritten(path, fields={place: value})
-    n_tokens = model.cache.n_tokens
+    n_tokens = model.engine.cache.n_tokens
     with pytest.raises(PopError, match="damaged or not a session"):
-        sessions.load("talk", model)
-    assert model.cache.n_tokens == n_tokens
+        sessions.load("talk", model.engine)
+    assert model.engine.cache.n_tokens == n_tokens
     (stored,) = sessions.listed()
     assert stored.session is None
 
@@ -148,35 +148,35 @@ def npy(head: str, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize("name", ["tokens_npy", "full_npy"])
 def test_arrays_are_of_the_expected_type_and_size(talk, sessions, name, content):
     model, path = talk
-    rewritten(path, **{name: content.replace(b"N", str(model.cache.n_tokens).encode())})
+    rewritten(path, **{name: content.replace(b"N", str(model.engine.cache.n_tokens).encode())})
     with pytest.raises(PopError, match="damaged or not a session"):
-        sessions.load("talk", model)
+        sessions.load("talk", model.engine)
 
 
 def test_tokens_are_of_the_vocabulary(talk, sessions):
     model, path = talk
-    for token in (-2, model.context.n_vocab):
-        tokens = encoded_array(np.full(model.cache.n_tokens, token, np.int32))
+    for token in (-2, model.engine.context.n_vocab):
+        tokens = encoded_array(np.full(model.engine.cache.n_tokens, token, np.int32))
         rewritten(path, tokens_npy=tokens)
         with pytest.raises(PopError, match="damaged or not a session"):
-            sessions.load("talk", model)
+            sessions.load("talk", model.engine)
 
 
 @pytest.mark.parametrize("kv", ["empty", "cut", "of fewer cells"])
 def test_k_v_that_are_not_all_there_are_read_again(chat_model, sessions, kv):
     model = opened(chat_model)
     said = answered(model, QUESTION)
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     expected = follow_up(opened(chat_model), said)
-    state = model.cache.save().cells
+    state = model.engine.cache.save().cells
     if kv == "of fewer cells":
-        model.cache.truncate(10)
-        state = model.cache.save().cells
+        model.engine.cache.truncate(10)
+        state = model.engine.cache.save().cells
     content = {"empty": b"", "cut": state[:-1]}.get(kv, state)
     rewritten(sessions.path("talk"), kv_bin=content)
-    restored = sessions.load("talk", model)
+    restored = sessions.load("talk", model.engine)
     assert restored.reread == "the saved state does not fit this model and context"
-    assert model.cache.n_tokens == 0
+    assert model.engine.cache.n_tokens == 0
     assert follow_up(model, said) == expected
 
 
@@ -185,4 +185,4 @@ def test_a_packed_session_is_refused(talk, sessions):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("session.json", b" " * 1_000_000)
     with pytest.raises(PopError, match="damaged or not a session"):
-        sessions.load("talk", model)
+        sessions.load("talk", model.engine)

@@ -1,15 +1,14 @@
 """Deep rows by token: which rows the rule chooses, and that nothing else changes the choice."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from pop_converter.deep_row_criterion import DeepRows
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prefill.read import append as read_after
 from pop_local.engine.prompt.prompt import Prompt
-from support.calls import append, opened
+from support.calls import append, opened, set_rule
 
 TEXT = (
     "The parcel for Selby left at noon; its tracking number is 9f3a77c1, so the driver rang twice. "
@@ -20,21 +19,25 @@ TEXT = (
 @pytest.fixture
 def model(pop_file):
     model = opened(pop_file)
-    model.rule = replace(model.rule, deep_rows=DeepRows.SPELLING, min_prompt=0)
+    set_rule(model, deep_rows=DeepRows.SPELLING, min_prompt=0)
     return model
 
 
 def words(model, text, criterion=DeepRows.SPELLING):
     """Return the words that the deep rows spell."""
-    tokens = np.array(model.tokenize(text))
-    deep = find_deep_rows(model.context, tokens, criterion)
-    blank = model.tokenize(" ")[0]
-    spelled = model.detokenize(np.where(deep, tokens, blank).tolist())
+    tokens = np.array(model.engine.context.tokenize(text))
+    deep = find_deep_rows(model.engine.context, tokens, criterion)
+    blank = model.engine.context.tokenize(" ")[0]
+    spelled = model.engine.context.detokenize(np.where(deep, tokens, blank).tolist())
     return spelled.split()
 
 
 def deep_rows(model):
-    return np.flatnonzero(model.cache.rows.is_full[: model.cache.n_tokens])
+    return full_rows(model.engine.cache)
+
+
+def full_rows(cache):
+    return np.flatnonzero(cache.rows.is_full[: cache.n_tokens])
 
 
 def test_words_that_must_be_spelled_are_deep(model):
@@ -53,57 +56,58 @@ def test_a_long_word_takes_linear_time(model):
 
 @pytest.mark.parametrize("n_batch", [16, 64, 1024])
 def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
-    tokens = model.tokenize(3 * TEXT)
+    tokens = model.engine.context.tokenize(3 * TEXT)
     append(model, tokens)
     other = opened(pop_file, n_batch=n_batch, n_ubatch=n_batch)
-    other.rule = model.rule
+    set_rule(other, **vars(model.engine.rule))
     append(other, tokens)
     np.testing.assert_array_equal(deep_rows(other), deep_rows(model))
-    assert model.cache.slot.counters.n_marked == other.cache.slot.counters.n_marked > 10
+    assert (
+        model.engine.cache.slot.counters.n_marked == other.engine.cache.slot.counters.n_marked > 10
+    )
 
 
 def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
-    tokens = model.tokenize(3 * TEXT)
+    tokens = model.engine.context.tokenize(3 * TEXT)
     append(model, tokens)
     whole = deep_rows(model)
     for cut in (20, 61, 100):  # the second is within a word that is deep as a whole
         other = opened(pop_file)
-        other.rule = replace(model.rule, tail_tokens=0)
+        set_rule(other, **vars(model.engine.rule) | {"tail_tokens": 0})
         other.read(Prompt(tokens[:cut]))
         other.read(Prompt(tokens))
         assert set(whole) - set(deep_rows(other)) <= set(range(len(tokens) - 32, len(tokens)))
 
 
 def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
-    tokens = model.tokenize(3 * TEXT)
+    tokens = model.engine.context.tokenize(3 * TEXT)
     append(model, tokens)
     several = opened(pop_file, n_parallel=2)
-    several.rule = model.rule
-    for cache, _ in several.sequences:
-        several.cache = cache
-        append(several, tokens)
-        np.testing.assert_array_equal(deep_rows(several), deep_rows(model))
+    for cache in [each.cache for each in several.engine.sequences]:
+        read_after(cache, Prompt(tokens), model.engine.rule)
+        np.testing.assert_array_equal(full_rows(cache), deep_rows(model))
 
 
 def test_a_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
-    tokens = model.tokenize(3 * TEXT)
+    tokens = model.engine.context.tokenize(3 * TEXT)
     model.read(Prompt(tokens))
     other = opened(pop_file)
-    other.rule = model.rule
-    other.cache.restore(model.cache.save())
+    set_rule(other, **vars(model.engine.rule))
+    other.engine.cache.restore(model.engine.cache.save())
     assert other.read(Prompt([*tokens, *tokens[:40]])).n_cached == len(tokens)
 
 
 def test_rows_that_another_rule_left_pruned_are_read_again(model):
-    tokens = model.tokenize(3 * TEXT)
-    rule, model.rule = model.rule, replace(model.rule, deep_rows=DeepRows.NONE)
+    tokens = model.engine.context.tokenize(3 * TEXT)
+    set_rule(model, deep_rows=DeepRows.NONE)
     model.read(Prompt(tokens))
-    model.rule = rule
-    first = int(np.flatnonzero(find_deep_rows(model.context, np.array(tokens), rule.deep_rows))[0])
+    set_rule(model, deep_rows=DeepRows.SPELLING)
+    deep = find_deep_rows(model.engine.context, np.array(tokens), DeepRows.SPELLING)
+    first = int(np.flatnonzero(deep)[0])
     assert model.read(Prompt([*tokens, *tokens])).n_cached == first
 
 
 def test_in_full_no_row_is_counted_as_deep(model):
-    model.set_mode(Mode.OFF)
-    append(model, model.tokenize(TEXT))
-    assert model.cache.slot.counters.n_marked == 0
+    model.engine.set_mode(Mode.OFF)
+    append(model, model.engine.context.tokenize(TEXT))
+    assert model.engine.cache.slot.counters.n_marked == 0

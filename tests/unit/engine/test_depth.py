@@ -1,7 +1,6 @@
 """Depth on demand: which rows are exact, and refilling."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.measure.forced import forced
-from support.calls import NOISE, append, greedy, kv_bytes, opened, prompt, read
+from support.calls import NOISE, append, greedy, kv_bytes, opened, prompt, read, set_rule
 
 N_BATCH = 64
 
@@ -24,38 +23,49 @@ def kept(pop_file, **options):
 def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_file, monkeypatch):
     tokens = prompt(200)
     full = opened(pop_file)
-    full.set_mode(Mode.OFF)
+    full.engine.set_mode(Mode.OFF)
     append(full, tokens)
     model = kept(pop_file)
     append(model, tokens)
-    assert (model.cache.n_exact, model.refiller.n_refillable, model.cache.key == FULL) == (
+    assert (
+        model.engine.cache.n_exact,
+        model.engine.refiller.n_refillable,
+        model.engine.cache.key == FULL,
+    ) == (
         0,
         200,
         False,
     )
     # As large as a batch, whatever it takes.
-    monkeypatch.setattr(model.refiller, "_adapt", lambda n_rows, took_s: None)
-    monkeypatch.setattr(model.refiller, "_chunk", N_BATCH)
+    monkeypatch.setattr(model.engine.refiller, "_adapt", lambda n_rows, took_s: None)
+    monkeypatch.setattr(model.engine.refiller, "_chunk", N_BATCH)
     said = []
-    assert model.refill(on_progress=lambda done, total: said.append((done, total))) == 200
+    assert (
+        model.engine.refiller.refill(on_progress=lambda done, total: said.append((done, total)))
+        == 200
+    )
     assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
-    assert (model.cache.n_exact, model.refiller.n_refillable, model.cache.key) == (200, 0, FULL)
-    assert model.cache.slot.state()[-1000:] == full.cache.slot.state()[-1000:]
+    assert (
+        model.engine.cache.n_exact,
+        model.engine.refiller.n_refillable,
+        model.engine.cache.key,
+    ) == (200, 0, FULL)
+    assert model.engine.cache.slot.state()[-1000:] == full.engine.cache.slot.state()[-1000:]
     assert kv_bytes(model) == kv_bytes(full)
-    assert model.refill() == 0
+    assert model.engine.refiller.refill() == 0
 
 
 def test_turns_after_refilling_are_those_of_the_full_model(pop_file):
     """Questions too short to be pruned, over a document that was."""
     full, model = opened(pop_file), kept(pop_file)
-    full.set_mode(Mode.OFF)
-    model.rule = replace(model.rule, min_prompt=100)
+    full.engine.set_mode(Mode.OFF)
+    set_rule(model, min_prompt=100)
     said = prompt(300)
     said += greedy(model, said)
-    assert model.cache.n_exact == 0
+    assert model.engine.cache.n_exact == 0
     for turn in range(3):
-        model.refill()
-        assert model.cache.n_exact == model.cache.n_tokens
+        model.engine.refiller.refill()
+        assert model.engine.cache.n_exact == model.engine.cache.n_tokens
         said += prompt(20, seed=turn + 1)
         np.testing.assert_allclose(read(model, said), read(full, said), atol=NOISE)
         answer = greedy(model, said)
@@ -67,12 +77,12 @@ def test_refilling_that_is_stopped_goes_on_later(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     asked = iter([False] * 40)
-    n_first = model.refill(should_stop=lambda: next(asked, True))
+    n_first = model.engine.refiller.refill(should_stop=lambda: next(asked, True))
     assert 0 <= n_first < 200
-    assert model.cache.n_exact == n_first
-    assert n_first + model.refill() == 200
+    assert model.engine.cache.n_exact == n_first
+    assert n_first + model.engine.refiller.refill() == 200
     full = opened(pop_file)
-    full.set_mode(Mode.OFF)
+    full.engine.set_mode(Mode.OFF)
     answer = greedy(full, prompt(200))
     assert greedy(model, prompt(200)) == answer
 
@@ -81,42 +91,44 @@ def test_an_answer_is_redone_with_its_prompt(pop_file):
     model = kept(pop_file)
     tokens = prompt(200)
     answer = greedy(model, tokens)
-    assert model.refill() == model.cache.n_tokens == 200 + len(answer) - 1
+    assert model.engine.refiller.refill() == model.engine.cache.n_tokens == 200 + len(answer) - 1
 
 
 def test_without_states_nothing_is_refilled(pop_file):
     model = opened(pop_file)
     append(model, prompt(200))
-    assert (model.refiller.n_refillable, model.refill()) == (0, 0)
-    assert backend.keep_size(model.context.ctx) == 0
+    assert (model.engine.refiller.n_refillable, model.engine.refiller.refill()) == (0, 0)
+    assert backend.keep_size(model.engine.context.ctx) == 0
 
 
 def test_rows_of_a_loaded_state_cannot_be_redone(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    state = model.cache.save()
-    model.cache.restore(state)
-    assert (model.cache.n_exact, model.refiller.n_refillable) == (0, 0)
+    state = model.engine.cache.save()
+    model.engine.cache.restore(state)
+    assert (model.engine.cache.n_exact, model.engine.refiller.n_refillable) == (0, 0)
     append(model, prompt(40, seed=1))
-    assert model.refill() == 0
+    assert model.engine.refiller.refill() == 0
 
 
 def test_an_exact_state_is_the_full_models(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    model.refill()
-    state = model.cache.save()
+    model.engine.refiller.refill()
+    state = model.engine.cache.save()
     assert state.key == FULL
     other = opened(pop_file)
-    other.cache.restore(state)
-    assert other.cache.n_exact == 200
-    other.set_mode(Mode.OFF)
-    assert other.cache.n_tokens == 200, "the full model's cache stays when pruning is switched off"
-    other.cache.restore(state)
+    other.engine.cache.restore(state)
+    assert other.engine.cache.n_exact == 200
+    other.engine.set_mode(Mode.OFF)
+    assert other.engine.cache.n_tokens == 200, (
+        "the full model's cache stays when pruning is switched off"
+    )
+    other.engine.cache.restore(state)
     unfinished = kept(pop_file)
     append(unfinished, prompt(200))
-    unfinished.set_mode(Mode.OFF)
-    assert unfinished.cache.n_tokens == 0
+    unfinished.engine.set_mode(Mode.OFF)
+    assert unfinished.engine.cache.n_tokens == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted by Linux")
@@ -130,23 +142,23 @@ def test_memory_stays_flat_over_many_turns(pop_file):
         if len(said) > 900:
             said = said[:100]
         said += greedy(model, said, n=3)
-        model.refill()
+        model.engine.refiller.refill()
         said += prompt(5 + turn % 20, seed=turn)
         if turn == 49:
             before = resident_bytes()
-    assert model.cache.n_exact > 0
+    assert model.engine.cache.n_exact > 0
     assert resident_bytes() - before < 4 * 2**20
 
 
 def test_a_prompt_cache_is_of_the_mode_not_of_what_is_cached(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    model.refill()
-    model.cache.prompts = PromptCache(2**24)
+    model.engine.refiller.refill()
+    model.engine.cache.prompts = PromptCache(2**24)
     for mode in (Mode.CONTEXT, Mode.OFF):
         fresh = opened(pop_file)
         for each in (model, fresh):
-            each.set_mode(mode)
+            each.engine.set_mode(mode)
         assert greedy(model, prompt(200, seed=1)) == greedy(fresh, prompt(200, seed=1))
 
 
@@ -154,7 +166,7 @@ def test_measuring_leaves_refilling_as_it_was(pop_file):
     model = opened(pop_file, keep_states=True)
     with forced(model):
         pass
-    assert (model.refills, model.cache.keeps_states) == (True, True)
+    assert (model.engine.refiller.is_on, model.engine.cache.keeps_states) == (True, True)
 
 
 def test_refilling_that_raises_has_done_what_it_did(pop_file):
@@ -165,8 +177,8 @@ def test_refilling_that_raises_has_done_what_it_did(pop_file):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.refill(on_progress=fail)
-    n = model.cache.n_exact
+        model.engine.refiller.refill(on_progress=fail)
+    n = model.engine.cache.n_exact
     assert n > 0
-    assert model.refiller.take_refilled() == n
-    assert not model.cache.has_logits
+    assert model.engine.refiller.take_refilled() == n
+    assert not model.engine.cache.has_logits

@@ -38,7 +38,7 @@ def test_it_is_the_mean_of_all_rows_or_the_last_as_the_file_says(path, tmp_path)
     last = add_keys(path, tmp_path / "last.gguf", llama__pooling_type=gguf.PoolingType.LAST)
     for file, pooling in ((path, gguf.PoolingType.MEAN), (last, gguf.PoolingType.LAST)):
         with opened(file, n_ctx=1024) as model:
-            vector = embedding(model.cache, TOKENS)
+            vector = embedding(model.engine.cache, TOKENS)
         assert vector.dtype == np.float32
         assert np.allclose(vector, own(file, pooling), atol=5e-3)
 
@@ -48,12 +48,14 @@ def test_a_pruned_model_embeds_in_full_and_answers_afterwards(path, tmp_path):
     with opened(converted, n_ctx=1024) as model, opened(path, n_ctx=1024) as full:
         model.pruning = False
         before = greedy(model, TOKENS)
-        assert np.array_equal(embedding(model.cache, TOKENS), embedding(full.cache, TOKENS))
-        assert model.cache.n_tokens == 0
+        assert np.array_equal(
+            embedding(model.engine.cache, TOKENS), embedding(full.engine.cache, TOKENS)
+        )
+        assert model.engine.cache.n_tokens == 0
         assert greedy(model, TOKENS) == before
 
 
 def test_other_ways_of_pooling_are_refused(path, tmp_path):
     ranks = add_keys(path, tmp_path / "rank.gguf", llama__pooling_type=gguf.PoolingType.RANK)
     with opened(ranks) as model, pytest.raises(PopError, match="pools its rows"):
-        embedding(model.cache, TOKENS)
+        embedding(model.engine.cache, TOKENS)

@@ -97,11 +97,15 @@ def test_inspect_says_what_context_tokens_skip(shared: Path) -> None:
 
 def test_all_rows_but_the_last_leave_exactly(shared: Path) -> None:
     model = opened(shared)
-    assert model.exact == read_shape(shared).exact
-    assert (model.mode, model.boundary, model.cache.key) == (Mode.CONTEXT, 0, FULL)
+    assert model.engine.cache.exact == read_shape(shared).exact
+    assert (model.engine.cache.mode, model.engine.cache.boundary, model.engine.cache.key) == (
+        Mode.CONTEXT,
+        0,
+        FULL,
+    )
     assert evaluated(model, prompt(200)) == Counters(0, 1, 199)
-    model.set_mode(Mode.OFF)
-    model.cache.clear()
+    model.engine.set_mode(Mode.OFF)
+    model.engine.cache.clear()
     assert evaluated(model, prompt(200)) == Counters(0, 200)
 
 
@@ -110,23 +114,23 @@ def test_a_switch_keeps_the_cache(shared: Path) -> None:
     greedy(model, prompt(100), 5)
     # From now on the last token is read alone, in both modes: the same shapes, the same bits.
     reused = greedy(model, prompt(100), 5)
-    model.set_mode(Mode.OFF)
-    assert (model.cache.n_tokens, model.cache.key) == (104, FULL)
-    backend.reset_counters(model.context.ctx)
+    model.engine.set_mode(Mode.OFF)
+    assert (model.engine.cache.n_tokens, model.engine.cache.key) == (104, FULL)
+    backend.reset_counters(model.engine.context.ctx)
     assert greedy(model, prompt(100), 5) == reused
-    assert backend.get_counters(model.context.ctx).n_rows == 1 + 4
+    assert backend.get_counters(model.engine.context.ctx).n_rows == 1 + 4
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_state_of_either_mode_loads_in_the_other(mode: Mode, shared: Path) -> None:
     model = opened(shared)
-    model.set_mode(mode)
+    model.engine.set_mode(mode)
     first = greedy(model, prompt(100), 5)
-    state = model.cache.save()
+    state = model.engine.cache.save()
     other = opened(shared)
-    other.set_mode(Mode.CONTEXT if mode is Mode.OFF else Mode.OFF)
-    other.cache.restore(state)
-    assert other.cache.n_tokens == 104
+    other.engine.set_mode(Mode.CONTEXT if mode is Mode.OFF else Mode.OFF)
+    other.engine.cache.restore(state)
+    assert other.engine.cache.n_tokens == 104
     assert greedy(other, prompt(100), 5) == first
 
 
@@ -143,9 +147,9 @@ def test_the_figures_of_an_answer(shared: Path) -> None:
 def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
     model = opened(shared)
     with pytest.raises(PopError, match="store no K/V"):
-        model.set_boundary(model.exact)
+        model.engine.set_boundary(model.engine.cache.exact)
     with pytest.raises(PopError, match="no boundary"):
-        model.set_mode(Mode.ALWAYS)
+        model.engine.set_mode(Mode.ALWAYS)
 
 
 # --- what is said of them
@@ -153,7 +157,7 @@ def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
 
 def test_the_chat_says_where_tokens_leave_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
-    model.boundary, model.exact = 0, 15
+    model.engine.cache.boundary, model.engine.cache.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = (
         "# Exact skipping is on: context tokens leave at layer 15, past which nothing reads them."
@@ -170,7 +174,7 @@ def test_what_a_full_reading_would_take_is_known(shared: Path) -> None:
     model = opened(shared)
     stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
     cost = _costs(model).of(stats)
-    limit = speedup_limit(model.macs, 1000, model.exact, 1)
+    limit = speedup_limit(model.engine.context.macs, 1000, model.engine.cache.exact, 1)
     assert cost.seconds == pytest.approx(stats.prefill_s * limit)
     assert not cost.is_measured
     later = replace(stats, n_cached=400, n_skipped_exact=599)
@@ -182,15 +186,15 @@ def test_a_session_is_loaded_with_its_mode_and_its_cache(mode: Mode, tmp_path: P
     path = make_shared(tmp_path / "m.gguf", "gemma4", chat_template=TEMPLATE)
     sessions, asked = Sessions(tmp_path / "sessions"), Conversation("", (Turn("a b c d e f"),))
     model = opened(path)
-    model.set_mode(mode)
-    chunks = model.chat_turn(asked.messages, temperature=0.0, max_tokens=8)
+    model.engine.set_mode(mode)
+    chunks = model.ask(asked.messages, temperature=0.0, max_tokens=8)
     answer = "".join(chunk.text for chunk in chunks)
     said = asked.without_last().plus(replace(asked.turns[-1], answer=answer))
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     other = opened(path)
-    restored = sessions.load("talk", other)
-    assert (restored.reread, other.mode, other.cache.key) == ("", mode, FULL)
-    assert other.cache.n_tokens > 10
+    restored = sessions.load("talk", other.engine)
+    assert (restored.reread, other.engine.cache.mode, other.engine.cache.key) == ("", mode, FULL)
+    assert other.engine.cache.n_tokens > 10
 
 
 @pytest.mark.parametrize("pop", [None, True, False])

@@ -9,7 +9,7 @@ import pytest
 
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.pieces import Pieces
 from support.asked import BOMB
 from support.calls import N_VOCAB, opened, read
 from support.converted import tiny
@@ -57,19 +57,21 @@ def test_the_seed_counts_under_a_grammar(model):
     options = {"grammar": "root ::= [a-z]{30}", "temperature": 1.5}
     text = answer(model, seed=1, **options)
     assert text.isalpha() and len(text) == 30
-    model.cache.clear()
+    model.engine.cache.clear()
     assert answer(model, seed=1, **options) == text
     assert answer(model, seed=2, **options) != text
 
 
 def test_the_likeliest_of_the_allowed_tokens_is_taken(model):
-    model.cache.clear()
+    model.engine.cache.clear()
     text = answer(model, grammar="root ::= [b-y]", temperature=0.0)
-    model.cache.clear()
-    logits = read(model, model.context.tokenize("Once upon a time", add_bos=True))
-    allowed = Constraint(model.token_trie(), Grammar.of_gbnf("root ::= [b-y]")).allowed()
+    model.engine.cache.clear()
+    logits = read(model, model.engine.context.tokenize("Once upon a time", add_bos=True))
+    allowed = Constraint(
+        model.engine.token_tries.get(), Grammar.of_gbnf("root ::= [b-y]")
+    ).allowed()
     best = int(allowed[logits[allowed].argmax()])
-    assert text.encode() == model.token_trie().decode_bytes([best])
+    assert text.encode() == model.engine.token_tries.get().decode_bytes([best])
 
 
 def test_a_regular_expression_holds(model):
@@ -86,10 +88,12 @@ def test_a_regular_expression_holds(model):
 @pytest.fixture(scope="module")
 def accepts(model):
     """Whether a grammar lets a text through, byte by byte, and ends there."""
-    tokens = {model.token_trie().decode_bytes([token]): token for token in range(N_VOCAB)}
+    tokens = {
+        model.engine.token_tries.get().decode_bytes([token]): token for token in range(N_VOCAB)
+    }
 
     def accepts(gbnf: str, text: str) -> bool:
-        constraint = Constraint(model.token_trie(), Grammar.of_gbnf(gbnf))
+        constraint = Constraint(model.engine.token_tries.get(), Grammar.of_gbnf(gbnf))
         for byte in text.encode():
             if tokens[bytes([byte])] not in constraint.allowed():
                 return False
@@ -156,7 +160,7 @@ def test_attacks_take_seconds_at_most(model, text):
     memory = psutil.Process().memory_info().rss
     started_s = time.perf_counter()
     with suppress(GrammarError):
-        constraint = Constraint(model.token_trie(), Grammar.of_gbnf(text))
+        constraint = Constraint(model.engine.token_tries.get(), Grammar.of_gbnf(text))
         for _ in range(50):
             constraint.accept(int(constraint.allowed()[-1]))
     assert time.perf_counter() - started_s < 12
@@ -186,7 +190,7 @@ def test_no_line_ends_within_a_string(model):
 
 
 def test_tokens_are_the_bytes_that_they_show(model):
-    trie, pieces = model.token_trie(), Pieces(model.context)
+    trie, pieces = model.engine.token_tries.get(), Pieces(model.engine.context)
     ends = {token for token in range(N_VOCAB) if not pieces[token]}
     # No letter has the byte FF.
     shown = [token for token in range(N_VOCAB) if pieces[token] not in (b"", b"\xff")]
@@ -197,7 +201,7 @@ def test_tokens_are_the_bytes_that_they_show(model):
 
 
 def test_letters_of_several_tokens_are_let_through_whole(model):
-    trie = model.token_trie()
+    trie = model.engine.token_tries.get()
     constraint = Constraint(trie, Grammar.of_gbnf('root ::= [é-ê] "x"'))
     for byte in "é".encode():
         found = [trie.decode_bytes([token]) for token in constraint.allowed()]
@@ -208,8 +212,7 @@ def test_letters_of_several_tokens_are_let_through_whole(model):
 
 def test_the_vocabulary_is_read_once_and_outlives_the_model(path):
     with opened(path) as model:
-        assert not model._tries
-        trie = model.token_trie()
-        assert model.token_trie() is trie
+        trie = model.engine.token_tries.get()
+        assert model.engine.token_tries.get() is trie
     constraint = Constraint(trie, Grammar.of_gbnf('root ::= "ab"'))
     assert len(constraint.allowed()) >= 1

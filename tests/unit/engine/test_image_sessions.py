@@ -66,11 +66,11 @@ def test_what_was_shown_and_taken_back_is_not_saved(seeing, tmp_path):
         session.chat("what?", images=[png(3)], **options)
         session.undo()
         n_own = session.n_cached
-        assert 0 < n_own < model.cache.n_tokens
+        assert 0 < n_own < model.engine.cache.n_tokens
         path = session.save(tmp_path / "talk")
-        assert model.cache.n_tokens == n_own
-        model.cache.clear()
-        assert not model.load_session(path).reread and model.cache.n_tokens == n_own
+        assert model.engine.cache.n_tokens == n_own
+        model.engine.cache.clear()
+        assert not model.load_session(path).reread and model.engine.cache.n_tokens == n_own
 
 
 def test_a_session_of_another_format_says_so(smol, tmp_path):
@@ -112,7 +112,7 @@ def test_prompt_caches_know_pictures(smol):
 
     options = {"temperature": 0.0, "max_tokens": 2}
     with smol.opened() as model:
-        model.cache.prompts = PromptCache(1 << 28)
+        model.engine.cache.prompts = PromptCache(1 << 28)
         want = model.chat(LONG, images=[png(3)], **options)
         model.chat("q r s " * 90, **options)
         again = model.chat(LONG, images=[png(3)], **options)

@@ -19,10 +19,11 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import Message
+from support.calls import set_rule
 from support.seeing import (
     EYES,
     LONG,
@@ -42,7 +43,7 @@ from support.seeing import (
 def test_a_picture_is_read_once_and_another_one_anew(seeing):
     with seeing.opened() as model, seeing.opened() as fresh:
         # More than follows the picture in the last prompt.
-        model.rule = fresh.rule = replace(model.rule, tail_tokens=32)
+        set_rule(model, tail_tokens=32)
         first = prompt(model, LONG, 3)
         said, n_read = answered(model, first)
         assert n_read == len(first)
@@ -60,7 +61,7 @@ def test_a_picture_is_read_once_and_another_one_anew(seeing):
         short = prompt(model, "a b", 3)
         said_shortly, n_read = answered(model, short)
         assert n_read <= len(short) - image_end(short)
-        fresh.cache.clear()
+        fresh.engine.cache.clear()
         assert said_shortly == answered(fresh, prompt(fresh, "a b", 3))[0]
 
 
@@ -77,10 +78,14 @@ def test_two_pictures_in_a_conversation(seeing):
         assert second.n_prompt == second.n_cached + second.n_pruned + second.n_full
         third = session.chat("g", **options).stats
         assert third.n_image == second.n_image and third.encode_s == 0
-        assert model.cache.rows.positions[model.cache.n_tokens] <= model.cache.n_tokens
         assert (
-            model.cache.rows.positions[model.cache.n_tokens] < model.cache.n_tokens
-        ) == model.context.is_mrope
+            model.engine.cache.rows.positions[model.engine.cache.n_tokens]
+            <= model.engine.cache.n_tokens
+        )
+        assert (
+            model.engine.cache.rows.positions[model.engine.cache.n_tokens]
+            < model.engine.cache.n_tokens
+        ) == model.engine.context.is_mrope
 
 
 def test_an_image_is_read_as_mtmd_reads_it(seeing):
@@ -93,14 +98,14 @@ def test_an_image_is_read_as_mtmd_reads_it(seeing):
 
 
 def logits(model: PopModel) -> np.ndarray:
-    return model.context.logits().copy()
+    return model.engine.context.logits().copy()
 
 
 def read_raw(model: PopModel, made: Prompt) -> None:
     """Decode a prompt as the engine does, but the images as libmtmd does."""
-    context = model.context
-    plan = plan_prefill(0, len(made), model.rule, context.n_batch, made.spans)
-    model.cache.slot.forget_all()
+    context = model.engine.context
+    plan = plan_prefill(0, len(made), model.engine.rule, context.n_batch, made.spans)
+    model.engine.cache.slot.forget_all()
     batch = TokenBatch(context.n_batch)
     pos = 0
     backend.set_reading(context.ctx, backend.Reading.SOME)
@@ -116,7 +121,7 @@ def read_raw(model: PopModel, made: Prompt) -> None:
 
 def decode_raw(model: PopModel, image: ImageChunk, pos: int) -> int:
     """Decode an image as libmtmd does."""
-    vision, context = model.vision, model.context
+    vision, context = model.engine.vision, model.engine.context
     assert vision is not None
     vision.embedded(image)
     mtmd, after = vision._mtmd, ctypes.c_int32()
@@ -135,14 +140,14 @@ def test_reading_a_picture_can_be_stopped(seeing):
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)
         for n_asked in (1, 3, 6, 12):
-            model.cache.clear()
+            model.engine.cache.clear()
             left = iter([False] * n_asked)
             with (
                 stopped_by(partial(next, left, True)),
                 pytest.raises(StoppedError),
             ):
                 append(model, tokens)
-            at = model.cache.n_tokens
+            at = model.engine.cache.n_tokens
             assert not any(begin < at < end for begin, end in tokens.spans), "half an image"
             assert answered(model, tokens)[0] == want[0]
 
@@ -152,10 +157,10 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, how):
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]
-        model.cache.clear()
+        model.engine.cache.clear()
 
         def pressed() -> bool:
-            if model.cache.n_tokens > 0:
+            if model.engine.cache.n_tokens > 0:
                 if how == "an exception":
                     raise KeyboardInterrupt
                 signal.raise_signal(signal.SIGINT)
@@ -163,7 +168,7 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, how):
 
         with stopped_by(pressed), pytest.raises(KeyboardInterrupt):
             append(model, tokens)
-        assert model.cache.n_tokens == image_start(tokens)
+        assert model.engine.cache.n_tokens == image_start(tokens)
         assert answered(model, tokens)[0] == want
 
 
@@ -171,20 +176,20 @@ def test_a_wish_to_stop_need_not_be_repeated(smol):
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
         want = answered(model, tokens)[0]
-        n_nodes = model.vision._n_nodes
+        n_nodes = model.engine.vision._n_nodes
         n_stopped = 0
         for when in range(20):
-            model.cache.clear()
-            left, before = iter([False] * when + [True]), model.vision._n_nodes
+            model.engine.cache.clear()
+            left, before = iter([False] * when + [True]), model.engine.vision._n_nodes
 
             def once(left: Iterator[bool] = left) -> bool:
-                return model.cache.n_tokens > 0 and next(left, False)
+                return model.engine.cache.n_tokens > 0 and next(left, False)
 
             try:
                 with stopped_by(once):
                     append(model, tokens)
             except StoppedError:
-                n_stopped += 0 < model.vision._n_nodes - before < n_nodes
+                n_stopped += 0 < model.engine.vision._n_nodes - before < n_nodes
             assert answered(model, tokens)[0] == want
         assert n_stopped > 1, "encoding was ended in its midst"
 
@@ -195,7 +200,7 @@ def test_half_an_encoding_is_none(smol):
         image = next(iter(tokens.images.values()))
         left = iter([False, True])
         with stopped_by(partial(next, left, False)), pytest.raises(StoppedError):
-            model.vision.embedded(image)
+            model.engine.vision.embedded(image)
 
 
 def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
@@ -203,15 +208,18 @@ def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
         tokens = prompt(model, LONG, 3)
         n_left = 0
         for when in range(0, 400, 10):
-            model.cache.clear()
+            model.engine.cache.clear()
             left = iter([False] * when)
             with (
                 stopped_by(partial(next, left, True)),
                 pytest.raises(StoppedError),
             ):
                 append(model, tokens)
-            n_left += model.cache.slot.end > model.cache.rows.positions[model.cache.n_tokens]
-            model.cache.restore(model.cache.save())
+            n_left += (
+                model.engine.cache.slot.end
+                > model.engine.cache.rows.positions[model.engine.cache.n_tokens]
+            )
+            model.engine.cache.restore(model.engine.cache.save())
         assert n_left, "it was stopped between two ubatches"
 
 
@@ -221,7 +229,7 @@ def test_pictures_that_nobody_asks_about_are_not_kept_cut_up(smol, monkeypatch):
         first = prompt(model, "a", 3)
         for seed in (4, 5):
             prompt(model, "a", seed)
-        assert len(model.vision._known) == 1
+        assert len(model.engine.vision._known) == 1
         assert answered(model, first)[1] == len(first)
 
 
@@ -244,24 +252,24 @@ def test_cut_up_pictures_are_freed(smol):
             real.mtmd_input_chunks_free(chunks)
 
     with smol.opened() as model:
-        real = model.prompter.open_vision()._mtmd
-        model.vision._mtmd = Counting()
+        real = model.engine.prompter.open_vision()._mtmd
+        model.engine.vision._mtmd = Counting()
         tokens = prompt(model, "a b", 3, 4, 5)
         assert n_held == 1
         want = answered(model, tokens)[0]
-        model.cache.clear()
+        model.engine.cache.clear()
         assert answered(model, tokens)[0] == want and n_held == 1
     assert n_held == 0
 
 
 def test_a_model_that_is_closed_sees_nothing(smol):
     model = smol.opened()
-    vision = model.vision
+    vision = model.engine.vision
     prompt(model, "a", 3)
     model.close()
     for picture in (picture_of(png(3), "known"), picture_of(png(4), "other")):
         with pytest.raises(PopError, match="is closed"):
-            model.count_picture(picture)
+            model.engine.prompter.count_picture(picture)
         with pytest.raises(PopError, match="is closed"):
             vision.see(picture)
 
@@ -288,9 +296,9 @@ def test_pruning_off_reads_pictures_in_full(seeing):
         tokens = prompt(model, LONG, 3)
         append(model, tokens)
         pruned = logits(model)
-        model.set_mode(Mode.OFF)
+        model.engine.set_mode(Mode.OFF)
         assert append(model, tokens).counters.n_context == 0
-        assert model.cache.n_exact == len(tokens)
+        assert model.engine.cache.n_exact == len(tokens)
         assert not np.array_equal(logits(model), pruned)
 
 
@@ -303,12 +311,12 @@ def test_depth_with_pictures(seeing):
         tokens = prompt(model, LONG, 3)
         append(model, tokens)
         if seeing.arch != "llama":
-            assert model.refiller.n_refillable == 0
+            assert model.engine.refiller.n_refillable == 0
             return
-        assert model.refill() == len(tokens)
+        assert model.engine.refiller.refill() == len(tokens)
         refilled = answered(model, tokens)[0]
-        model.set_mode(Mode.OFF)
-        model.cache.clear()
+        model.engine.set_mode(Mode.OFF)
+        model.engine.cache.clear()
         assert answered(model, tokens)[0] == refilled
 
 
@@ -319,7 +327,7 @@ def test_a_picture_is_never_cut_in_two(smol):
         want = answered(model, tokens)[0]
         with pytest.raises(PopError, match="ends with a picture"):
             answered(model, replace(tokens, tokens=tokens.tokens[: image_end(tokens)]))
-        assert model.cache.n_tokens in tokens.images
+        assert model.engine.cache.n_tokens in tokens.images
         assert answered(model, tokens)[0] == want
 
 
@@ -335,14 +343,14 @@ def test_what_should_stop_raises_comes_out_of_an_encoding(smol):
                 return call
             raise KeyboardInterrupt
 
-        model.vision._should_stop = pressed
+        model.engine.vision._should_stop = pressed
         with pytest.raises(KeyboardInterrupt):
-            model.vision.embedded(image)
+            model.engine.vision.embedded(image)
 
 
 def test_a_prompt_with_a_picture_is_not_short(smol):
     with smol.opened() as model:
-        model.rule = replace(model.rule, tail_tokens=256)
+        set_rule(model, tail_tokens=256)
         stats = model.chat("a b", images=[png(3)], max_tokens=1).stats
         assert stats.n_pruned > 0 and not stats.is_short
         assert model.chat("a b", max_tokens=1).stats.is_short
@@ -353,7 +361,7 @@ def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
     with seeing.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens, which see each other"):
             model.chat("a", images=[png(3)], max_tokens=1)
-        assert model.cache.n_tokens == 0, "what precedes it was read for nothing"
+        assert model.engine.cache.n_tokens == 0, "what precedes it was read for nothing"
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
 
 
@@ -372,21 +380,23 @@ def test_what_a_message_spells_out_is_text(smol, text):
     with smol.opened() as model:
         made, plain = prompt(model, f"a {text} b", 3), prompt(model, "a b", 3)
         assert [*made.images.values()] == [*plain.images.values()]
-        is_special = model.prompter._special._is_special
-        special = [token for token in range(model.context.n_vocab) if is_special(token)]
+        is_special = model.engine.prompter._special._is_special
+        special = [token for token in range(model.engine.context.n_vocab) if is_special(token)]
         counted = [[each.tokens.count(one) for one in special] for each in (made, plain)]
         assert counted[0] == counted[1]
-        said = model.detokenize([token for token in made.tokens if token >= 0])
+        said = model.engine.context.detokenize([token for token in made.tokens if token >= 0])
         assert text in said
 
 
 def test_pictures_stand_where_the_message_has_them(smol):
     with smol.opened() as model:
         picture = picture_of(png(3), "3.png")
-        made = model.chat_prompt([Message("user", "abcd", ((2, picture),))])
+        made = model.engine.prompter.conversation([Message("user", "abcd", ((2, picture),))])
         before, after = made.tokens[: image_start(made)], made.tokens[image_end(made) :]
-        assert "ab" in model.detokenize(before) and "cd" in model.detokenize(after)
-        assert "cd" not in model.detokenize(before)
+        assert "ab" in model.engine.context.detokenize(
+            before
+        ) and "cd" in model.engine.context.detokenize(after)
+        assert "cd" not in model.engine.context.detokenize(before)
 
 
 def test_a_template_that_drops_a_picture(tmp_path):
@@ -395,7 +405,7 @@ def test_a_template_that_drops_a_picture(tmp_path):
     with seeing.opened() as model:
         shown = ((0, picture_of(png(3), "a")),)
         with pytest.raises(PopError, match="leaves out pictures"):
-            model.chat_prompt([Message("user", "a", shown), Message("user", "b")])
+            model.engine.prompter.conversation([Message("user", "a", shown), Message("user", "b")])
 
 
 # Plans

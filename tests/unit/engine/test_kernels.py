@@ -110,15 +110,15 @@ def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, 
     set_reading = backend.set_reading
 
     def noted(ctx, reading):
-        said.append((model.cache.n_tokens, reading))
+        said.append((model.engine.cache.n_tokens, reading))
         set_reading(ctx, reading)
 
     monkeypatch.setattr(backend, "set_reading", noted)
     answered = greedy(model, prompt(100))
     steps = [(100 + n, Reading.NONE) for n in range(len(answered) - 1)]
     assert said == [(0, Reading.SOME), *steps]
-    model.cache.truncate(100)
-    model.refill()
+    model.engine.cache.truncate(100)
+    model.engine.refiller.refill()
     said.clear()
     greedy(model, prompt(100))
     assert said == [(99, Reading.SOME), *steps]
@@ -142,7 +142,7 @@ def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
     found = []
     for n_batch, n_threads in ((64, 1), (64, 2), (7, 1), (1, 1)):
         model = opened(quantised, n_batch=n_batch, n_ubatch=n_batch, n_threads=n_threads)
-        model.set_mode(mode)
+        model.engine.set_mode(mode)
         append(model, prompt(150))
         found.append((kv_bytes(model), last_logits(model).tobytes()))
     assert len(set(found)) == 1
@@ -152,13 +152,13 @@ def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
 def test_a_refilled_cache_is_the_full_models_whatever_its_chunks_were(quantised):
     tokens = prompt(150)
     full = opened(quantised)
-    full.set_mode(Mode.OFF)
+    full.engine.set_mode(Mode.OFF)
     append(full, tokens)
     for n_ubatch in (50, 7, 1):
         model = opened(quantised, n_ubatch=n_ubatch, keep_states=True)
         append(model, tokens)
         assert kv_bytes(model) != kv_bytes(full)
-        assert model.refill() == len(tokens)
+        assert model.engine.refiller.refill() == len(tokens)
         assert kv_bytes(model) == kv_bytes(full)
 
 
@@ -186,7 +186,7 @@ def test_flash_attention_goes_with_the_kernels(
 ):
     monkeypatch.setattr(context, "has_kernels", lambda: has_kernels)
     model = opened(pop_file, **options)
-    assert model.context.settings.flash_attn_type == expected
+    assert model.engine.context.settings.flash_attn_type == expected
 
 
 def test_on_a_gpu_flash_attention_is_llama_cpps_choice(pop_file, monkeypatch):
@@ -194,10 +194,10 @@ def test_on_a_gpu_flash_attention_is_llama_cpps_choice(pop_file, monkeypatch):
     monkeypatch.setattr(context, "devices", lambda: (gpu,))
     auto = backend.bindings().LLAMA_FLASH_ATTN_TYPE_AUTO
     model = opened(pop_file)
-    assert model.context.settings.flash_attn_type == auto
+    assert model.engine.context.settings.flash_attn_type == auto
     assert len(greedy(model, prompt(40))) > 0
-    assert opened(pop_file, n_gpu_layers=0).context.settings.flash_attn_type != auto
-    assert opened(pop_file, flash_attn=False).context.settings.flash_attn_type == 0
+    assert opened(pop_file, n_gpu_layers=0).engine.context.settings.flash_attn_type != auto
+    assert opened(pop_file, flash_attn=False).engine.context.settings.flash_attn_type == 0
 
 
 def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
@@ -206,13 +206,13 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
     tokens = prompt(100)
     read(model, tokens)
     with pytest.raises(PopError, match="opened otherwise"):
-        other.cache.restore(model.cache.save())
+        other.engine.cache.restore(model.engine.cache.save())
     sessions = Sessions(tmp_path)
     conversation = Conversation()
     list(model.session().stream("What?", max_tokens=1))
-    sessions.save("one", model, conversation)
-    assert sessions.load("one", other).reread
-    assert not sessions.load("one", opened(pop_file, flash_attn=True)).reread
+    sessions.save("one", model.engine, conversation)
+    assert sessions.load("one", other.engine).reread
+    assert not sessions.load("one", opened(pop_file, flash_attn=True).engine).reread
 
 
 @pytest.mark.parametrize("kernels", [True, False])

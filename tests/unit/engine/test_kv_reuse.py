@@ -12,7 +12,7 @@ from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from support.calls import (
     MODES,
     NOISE,
@@ -39,11 +39,11 @@ def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
     expected = {}
     for mode in MODES:
         fresh = opened(pop_file)
-        fresh.set_mode(mode)
+        fresh.engine.set_mode(mode)
         expected[mode] = read(fresh, tokens)
     model = opened(pop_file)
     for mode in (first, second, first):
-        model.set_mode(mode)
+        model.engine.set_mode(mode)
         np.testing.assert_array_equal(read(model, tokens), expected[mode])
     assert np.abs(expected[Mode.OFF] - expected[Mode.CONTEXT]).max() > 10 * NOISE
 
@@ -60,7 +60,7 @@ def test_where_a_window_has_dropped_rows_what_follows_is_read_anew(tmp_path):
 def test_switching_to_the_mode_it_has_keeps_the_cache(pop_file):
     model = opened(pop_file)
     read(model, prompt(100))
-    model.set_mode(Mode.CONTEXT)
+    model.engine.set_mode(Mode.CONTEXT)
     assert evaluated(model, prompt(100) + prompt(40, seed=1)) == Counters(24, 16)
 
 
@@ -77,7 +77,7 @@ def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
     model = opened(pop_file)
-    model.set_mode(mode)
+    model.engine.set_mode(mode)
     answered = prompt(100) + greedy(model, prompt(100))
     longer = answered + prompt(40, seed=1)
     counters = evaluated(model, longer)
@@ -87,11 +87,11 @@ def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
     reused = last_logits(model)
     # The same rows full and pruned, the answer's in one piece: as many as a tail at most.
     fresh = opened(pop_file)
-    fresh.set_mode(mode)
+    fresh.engine.set_mode(mode)
     for piece in (longer[:100], longer[100:n_cached], longer[n_cached:]):
         append(fresh, piece)
     np.testing.assert_allclose(reused, last_logits(fresh), atol=NOISE)
-    fresh.cache.clear()
+    fresh.engine.cache.clear()
     at_once = np.abs(reused - read(fresh, longer)).max()
     assert at_once < NOISE if mode is Mode.OFF else at_once > NOISE
 
@@ -117,34 +117,34 @@ def test_the_same_prompt_again_evaluates_nothing(pop_file):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_saved_state_comes_back(pop_file, mode):
     model = opened(pop_file)
-    model.set_mode(mode)
+    model.engine.set_mode(mode)
     read(model, prompt(100))
-    state = model.cache.save()
+    state = model.engine.cache.save()
     expected = greedy(model, prompt(100) + prompt(30, seed=1))
     read(model, prompt(90, seed=2))
-    model.cache.restore(state)
-    backend.reset_counters(model.context.ctx)
+    model.engine.cache.restore(state)
+    backend.reset_counters(model.engine.context.ctx)
     assert greedy(model, prompt(100) + prompt(30, seed=1), 1) == expected[:1]
-    counters = backend.get_counters(model.context.ctx)
+    counters = backend.get_counters(model.engine.context.ctx)
     assert counters.n_context + counters.n_full == 30
 
 
 def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
     model = opened(pop_file)
     read(model, prompt(100))
-    state = model.cache.save()
-    model.set_mode(Mode.OFF)
+    state = model.engine.cache.save()
+    model.engine.set_mode(Mode.OFF)
     with pytest.raises(PopError, match="OFF"):
-        model.cache.restore(state)
-    model.set_mode(Mode.CONTEXT)
-    model.set_boundary(6)
+        model.engine.cache.restore(state)
+    model.engine.set_mode(Mode.CONTEXT)
+    model.engine.set_boundary(6)
     with pytest.raises(PopError, match="boundary 4"):
-        model.cache.restore(state)
+        model.engine.cache.restore(state)
 
 
 def n_read(model, tokens) -> int:
     """How many tokens of a prompt are read, and not found cached."""
-    *_, last = model.answer(Prompt(tokens), TurnOptions(max_tokens=1))
+    *_, last = model.engine.answer(Prompt(tokens), TurnOptions(max_tokens=1))
     assert last.stats is not None
     return last.stats.n_evaluated
 
@@ -152,7 +152,7 @@ def n_read(model, tokens) -> int:
 @pytest.mark.parametrize(("capacity_bytes", "is_kept"), [(2**24, True), (2**10, False)])
 def test_prompts_in_turn_are_kept_within_a_limit(pop_file, capacity_bytes, is_kept):
     model = opened(pop_file)
-    model.cache.prompts = PromptCache(capacity_bytes)
+    model.engine.cache.prompts = PromptCache(capacity_bytes)
     first, second = prompt(100), prompt(100, seed=1)
     assert [n_read(model, first), n_read(model, second)] == [100, 100]
     for tokens in (first, second):
@@ -164,8 +164,8 @@ def test_a_kept_prompt_is_answered_as_if_nothing_had_come_between(pop_file):
     longer = prompt(100) + prompt(40, seed=1)
     read(model, prompt(100))
     expected = read(model, longer)
-    model.cache.clear()
-    model.cache.prompts = PromptCache(2**24)
+    model.engine.cache.clear()
+    model.engine.cache.prompts = PromptCache(2**24)
     n_read(model, prompt(100))
     n_read(model, prompt(100, seed=2))
     assert n_read(model, longer) == 40
@@ -174,17 +174,17 @@ def test_a_kept_prompt_is_answered_as_if_nothing_had_come_between(pop_file):
 
 def test_what_another_mode_has_read_is_kept_too(pop_file):
     model = opened(pop_file)
-    model.cache.prompts = PromptCache(2**24)
+    model.engine.cache.prompts = PromptCache(2**24)
     for is_kept in (False, True):
         for mode in MODES:
-            model.set_mode(mode)
+            model.engine.set_mode(mode)
             assert (n_read(model, prompt(100)) <= 16) == is_kept
 
 
 def test_a_longer_prompt_takes_the_place_of_its_beginning(pop_file):
     model = opened(pop_file)
     cache = PromptCache(2**24)
-    model.cache.prompts = cache
+    model.engine.cache.prompts = cache
     for n_tokens in (100, 120, 140):
         n_read(model, prompt(n_tokens))
         n_read(model, prompt(50, seed=3))
@@ -194,8 +194,8 @@ def test_a_longer_prompt_takes_the_place_of_its_beginning(pop_file):
 def test_one_state_too_many_drives_out_the_oldest(pop_file):
     model = opened(pop_file)
     n_read(model, prompt(100))
-    cache = PromptCache(3 * len(model.cache.slot.state()))
-    model.cache.prompts = cache
+    cache = PromptCache(3 * len(model.engine.cache.slot.state()))
+    model.engine.cache.prompts = cache
     for seed in range(1, 6):
         n_read(model, prompt(100, seed))
         assert cache.size_bytes <= cache.capacity_bytes
@@ -222,19 +222,19 @@ def test_models_in_several_threads_share_a_cache():
 
 def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
     model = opened(pop_file)
-    model.cache.prompts = PromptCache(2**24)
+    model.engine.cache.prompts = PromptCache(2**24)
     tokens = prompt(100)
     expected = {}
     for mode in MODES:
-        model.set_mode(mode)
-        model.cache.clear()
+        model.engine.set_mode(mode)
+        model.engine.cache.clear()
         expected[mode] = completed(model, tokens, max_tokens=8)
     for mode in MODES:
-        model.set_mode(mode)
+        model.engine.set_mode(mode)
         read(model, prompt(50, seed=3))
-        backend.reset_counters(model.context.ctx)
+        backend.reset_counters(model.engine.context.ctx)
         again = completed(model, tokens, max_tokens=8)
-        counters = backend.get_counters(model.context.ctx)
+        counters = backend.get_counters(model.engine.context.ctx)
         assert again == expected[mode]
         assert counters.n_context == 0, "the prompt was in the cache"
         assert counters.n_full < 30
@@ -244,15 +244,15 @@ def test_an_answer_that_is_broken_off_leaves_no_logits_to_go_on_with(pop_file, m
     """As Ctrl-C does, which Python raises when llama_decode returns."""
     model = opened(pop_file)
     expected = greedy(model, prompt(100))
-    model.cache.clear()
-    have_read = model.cache._have_read
+    model.engine.cache.clear()
+    have_read = model.engine.cache._have_read
 
     def broken_off(tokens, *args, **options):
         if len(tokens) == 1:
             raise KeyboardInterrupt
         have_read(tokens, *args, **options)
 
-    monkeypatch.setattr(model.cache, "_have_read", broken_off)
+    monkeypatch.setattr(model.engine.cache, "_have_read", broken_off)
     with pytest.raises(KeyboardInterrupt):
         greedy(model, prompt(100))
     monkeypatch.undo()
@@ -263,20 +263,20 @@ def test_no_more_is_forgotten_than_is_cached(pop_file):
     model = opened(pop_file)
     expected = greedy(opened(pop_file), prompt(120))
     read(model, prompt(100))
-    assert model.cache.truncate(105)
-    assert model.cache.n_tokens == 100
+    assert model.engine.cache.truncate(105)
+    assert model.engine.cache.n_tokens == 100
     assert greedy(model, prompt(120)) == expected
 
 
 def test_a_state_that_cannot_go_back_is_neither_read_on_nor_saved(pop_file, monkeypatch):
     """As recurrent ones are after a prefill that was interrupted."""
     model = opened(pop_file)
-    for use in (lambda: append(model, [1]), model.cache.save):
+    for use in (lambda: append(model, [1]), model.engine.cache.save):
         read(model, prompt(100))
         with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the tokens"):
-            patched.setattr(model.cache.slot, "forget_from", lambda position: False)
+            patched.setattr(model.engine.cache.slot, "forget_from", lambda position: False)
             use()
-        assert model.cache.n_tokens == 0
+        assert model.engine.cache.n_tokens == 0
 
 
 def test_a_window_that_nobody_knows_of_may_have_dropped_rows(tmp_path):
@@ -294,11 +294,11 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
     paths = [make_gguf(tmp_path / f"{seed}.gguf", "llama", seed=seed) for seed in (0, 1)]
     first, other, again = map(opened, (*paths, paths[0]))
     for model in (first, other, again):
-        model.cache.prompts = cache
+        model.engine.cache.prompts = cache
     first.read(tokens)
     first.read(Prompt(prompt(100, seed=1)))
     with pytest.raises(PopError, match="another model"):
-        other.cache.restore(first.cache.save())
+        other.engine.cache.restore(first.engine.cache.save())
     assert other.read(tokens).n_cached == 0
     assert again.read(tokens).n_cached == 99
 
@@ -307,7 +307,7 @@ def test_an_answer_does_not_go_on_over_another_prompt(pop_file):
     model = opened(pop_file)
     first = steps(model, prompt(60))
     next(first)
-    second = model.answer(Prompt(prompt(100)), TurnOptions(max_tokens=50, temperature=0.0))
+    second = model.engine.answer(Prompt(prompt(100)), TurnOptions(max_tokens=50, temperature=0.0))
     next(second)
     read(model, prompt(50, seed=1))
     for answer in (first, second):
@@ -318,7 +318,7 @@ def test_an_answer_does_not_go_on_over_another_prompt(pop_file):
 def test_a_kept_prompt_of_a_larger_context_is_read_again(pop_file):
     """Models may share a prompt cache."""
     large, small = opened(pop_file), opened(pop_file, n_ctx=256)
-    large.cache.prompts = small.cache.prompts = PromptCache(2**24)
+    large.engine.cache.prompts = small.engine.cache.prompts = PromptCache(2**24)
     n_read(large, prompt(300))
     n_read(large, prompt(50, seed=1))
     assert n_read(small, prompt(200)) == 200

@@ -58,7 +58,7 @@ def with_sidecar(folder, arch, boundary):
 
 
 def read(model: Any, tokens) -> None:
-    model.cache.clear()
+    model.engine.cache.clear()
     model.read(Prompt(tokens))
 
 
@@ -74,18 +74,18 @@ def test_sums_of_full_readings_are_those_of_a_calibration(each):
     model = learning_model(each)
     for window in windows:
         read(model, window)
-    model.learner.work(never)
-    assert model.learned.n_rows == 3 * (N - 1)
-    found, summing = model.learner.sums(), model.learner.summing
+    model.engine.calibrator.work(never)
+    assert model.engine.calibrator.learned.n_rows == 3 * (N - 1)
+    found, summing = model.engine.calibrator.sums(), model.engine.calibrator.summing
     wanted = Sums(dict(found.wides))
-    for boundary in model.learner.boundaries:
+    for boundary in model.engine.calibrator.boundaries:
         wanted.grams[boundary] = summing.empty(boundary, summing.layers(boundary))
-    at = summing.wanted(model.learner.boundaries)
+    at = summing.wanted(model.engine.calibrator.boundaries)
     with loaded(each, n_threads=1) as context:
         reading = WindowReader(context, at)
         for window in windows:
             summing.add(wanted, reading.window(window))
-    for boundary in model.learner.boundaries:
+    for boundary in model.engine.calibrator.boundaries:
         same_sums(found, wanted, boundary)
 
 
@@ -97,13 +97,13 @@ def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkey
     full, pruned = (
         learning_model(path, sidecar=sidecar, keep_states=keeps) for keeps in (False, True)
     )
-    full.set_mode(Mode.OFF)
+    full.engine.set_mode(Mode.OFF)
     read(full, tokens)
     read(pruned, tokens)
-    assert pruned.learned.n_waiting == 0
-    monkeypatch.setattr(pruned.refiller, "_chunk", N)
-    pruned.refill()
-    [seen], [refilled] = full.learner._waiting, pruned.learner._waiting
+    assert pruned.engine.calibrator.learned.n_waiting == 0
+    monkeypatch.setattr(pruned.engine.refiller, "_chunk", N)
+    pruned.engine.refiller.refill()
+    [seen], [refilled] = full.engine.calibrator._waiting, pruned.engine.calibrator._waiting
     assert (seen.position, seen.n_rows) == (refilled.position, refilled.n_rows) == (0, N)
     for name in ("states", "k", "v", "mass"):
         of_full, of_deep = getattr(seen, name), getattr(refilled, name)
@@ -117,7 +117,7 @@ def test_rows_that_attend_to_projected_ones_are_not_learned(tmp_path):
     path, sidecar = with_sidecar(tmp_path, "llama", boundary=5)
     model = learning_model(path, sidecar=sidecar, keep_states=True)
     read(model, prompt(3 * N))
-    assert model.learned.n_waiting == 0
+    assert model.engine.calibrator.learned.n_waiting == 0
 
 
 def test_rows_kept_to_measure_on_are_in_no_sum(plain):
@@ -125,22 +125,25 @@ def test_rows_kept_to_measure_on_are_in_no_sum(plain):
     tokens = prompt(N * 3)
     read(model, tokens)
     read(model, prompt(N * 3, seed=1))
-    assert model.learned.n_held_out == 1
-    model.learner.work(never)
-    assert model.learned.n_rows == 5 * (N - 1)
-    assert model.learner.held_out[0].tolist() == prompt(N * 3, seed=1)[2 * N :]
+    assert model.engine.calibrator.learned.n_held_out == 1
+    model.engine.calibrator.work(never)
+    assert model.engine.calibrator.learned.n_rows == 5 * (N - 1)
+    assert model.engine.calibrator.held_out[0].tolist() == prompt(N * 3, seed=1)[2 * N :]
     # Read again, nothing is new.
     read(model, prompt(N * 3, seed=1))
-    model.learner.work(never)
-    assert (model.learned.n_rows, model.learned.n_held_out) == (5 * (N - 1), 1)
+    model.engine.calibrator.work(never)
+    assert (model.engine.calibrator.learned.n_rows, model.engine.calibrator.learned.n_held_out) == (
+        5 * (N - 1),
+        1,
+    )
 
 
 def test_nothing_of_a_prompt_is_on_the_disk(plain, folder):
     model = learning_model(plain)
     text = "the access code of the green depot is 48151 " * 300
-    tokens = model.tokenize(text)[: 3 * N]
+    tokens = model.engine.context.tokenize(text)[: 3 * N]
     read(model, tokens)
-    model.learner.work(never)
+    model.engine.calibrator.work(never)
     model.close()
     kept = b"".join(path.read_bytes() for path in folder.iterdir())
     assert len(kept) > 10_000
@@ -154,31 +157,34 @@ def test_two_who_learn_at_once_add_up(plain):
     one, two = learning_model(plain), learning_model(plain)
     for seed, model in enumerate((one, two)):
         read(model, prompt(3 * N, seed))
-    threads = [threading.Thread(target=m.learner.work, args=(never,)) for m in (one, two)]
+    threads = [threading.Thread(target=m.engine.calibrator.work, args=(never,)) for m in (one, two)]
     for thread in threads:
         thread.start()
         thread.join()
     one.close()
-    n_rows = one.learned.n_rows
+    n_rows = one.engine.calibrator.learned.n_rows
     two.close()
     # The second chose another wider input before it knew of the first: its rows do not fit.
-    assert SumsFile.of(read_source(plain)).known().n_rows[one.learner.boundaries[0]] == n_rows
+    assert (
+        SumsFile.of(read_source(plain)).known().n_rows[one.engine.calibrator.boundaries[0]]
+        == n_rows
+    )
     three = learning_model(plain)
     read(three, prompt(3 * N, 3))
-    three.learner.work(never)
+    three.engine.calibrator.work(never)
     three.close()
-    assert three.learned.n_rows == n_rows + 3 * (N - 1)
+    assert three.engine.calibrator.learned.n_rows == n_rows + 3 * (N - 1)
 
 
 def test_a_damaged_file_is_begun_anew_with_a_word(plain, folder, caplog):
     model = learning_model(plain)
     read(model, prompt(2 * N))
-    model.learner.work(never)
+    model.engine.calibrator.work(never)
     model.close()
     [path] = folder.glob("*.sums.npz")
     path.write_bytes(path.read_bytes()[:-5000])
     other = learning_model(plain)
-    assert other.learned.n_rows == 0 and "damaged" in caplog.text
+    assert other.engine.calibrator.learned.n_rows == 0 and "damaged" in caplog.text
     assert list(folder.glob("*.damaged")) and not path.exists()
 
 
@@ -219,19 +225,19 @@ def test_a_kill_at_any_time_leaves_whole_sums(tmp_path):
 
 def test_rows_without_room_are_counted_and_left(plain):
     model = learning_model(plain)
-    model.learner._room_bytes = 1_000_000
+    model.engine.calibrator._room_bytes = 1_000_000
     read(model, prompt(3 * N))
-    assert model.learned.n_missed > 0
-    assert model.learner._waiting_bytes <= 1_000_000
+    assert model.engine.calibrator.learned.n_missed > 0
+    assert model.engine.calibrator._waiting_bytes <= 1_000_000
 
 
 def test_memory_of_rows_is_used_again_whatever_is_decoded_meanwhile(plain):
     model = learning_model(plain)
     read(model, prompt(2 * N))
-    model.learner._waiting.clear()
-    model.learner._used.extend(blocks := [np.empty(10**6, np.float32)])
-    model.cache.step(5)
-    assert model.learner._used == blocks
+    model.engine.calibrator._waiting.clear()
+    model.engine.calibrator._used.extend(blocks := [np.empty(10**6, np.float32)])
+    model.engine.cache.step(5)
+    assert model.engine.calibrator._used == blocks
 
 
 def test_too_little_memory_is_said(plain):
@@ -243,8 +249,8 @@ def test_attention_is_not_needed_to_add(each):
     """A memory without cells shows none: all rows weigh alike then."""
     model = learning_model(each)
     read(model, prompt(N))
-    [tapped] = model.learner._waiting
-    summing, boundary = model.learner.summing, model.learner.boundaries[0]
+    [tapped] = model.engine.calibrator._waiting
+    summing, boundary = model.engine.calibrator.summing, model.engine.calibrator.boundaries[0]
     wides = {boundary: summing.choose_input(boundary, [summing.state(boundary, tapped)])}
     found, wanted = (Sums(wides, {boundary: summing.empty(boundary, [7])}) for _ in range(2))
     for mass in tapped.mass.values():
@@ -256,14 +262,14 @@ def test_attention_is_not_needed_to_add(each):
 
 
 def test_candidates_are_the_deepest_that_memory_allows(each):
-    every = learning_model(each).learner
+    every = learning_model(each).engine.calibrator
     assert every.boundaries == tuple(sorted(every.boundaries)) and every.boundaries[0] == 4
     few: Any = opened(each, **LARGE)
     few.learn(2 * every._sums_bytes(4) + 1000)
-    assert few.learner.boundaries == (4,)
+    assert few.engine.calibrator.boundaries == (4,)
 
 
 def test_figures_speak_of_all_that_was_learned(plain):
     model = learning_model(plain)
-    assert model.learned.n_wanted == learning.ROWS_TO_FIT * 128
-    assert opened(plain, **LARGE).learned is None
+    assert model.engine.calibrator.learned.n_wanted == learning.ROWS_TO_FIT * 128
+    assert opened(plain, **LARGE).engine.calibrator is None

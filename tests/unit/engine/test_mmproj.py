@@ -116,7 +116,8 @@ def test_a_picture_that_is_decoded_holds_no_other(smol, monkeypatch):
     monkeypatch.setattr(Picture, "rgb", slow)
     with smol.opened() as model:
         threads = [
-            threading.Thread(target=model.count_picture, args=(each,)) for each in (large, small)
+            threading.Thread(target=model.engine.prompter.count_picture, args=(each,))
+            for each in (large, small)
         ]
         threads[0].start()
         assert is_begun.wait(20)
@@ -132,7 +133,7 @@ def test_a_picture_that_is_decoded_holds_no_other(smol, monkeypatch):
 def test_the_library_starts_no_programs(smol):
     """Videos would start ffmpeg on whatever a client sends."""
     with smol.opened() as model:
-        vision = model.prompter.open_vision()
+        vision = model.engine.prompter.open_vision()
         assert not vision._mtmd.mtmd_helper_support_video(vision._ctx)
 
 
@@ -140,13 +141,13 @@ def test_a_path_that_is_no_utf8(smol, tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mm\xff.gguf"))
     path.write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     with smol.opened(mmproj=path) as model:
-        assert model.count_picture(picture_of(png(3), "a")) > 0
+        assert model.engine.prompter.count_picture(picture_of(png(3), "a")) > 0
 
 
 def test_the_library_is_not_loaded_for_text(smol):
     with smol.opened() as model:
         model.chat("a b", max_tokens=1)
-        assert model.vision is not None and model.vision._ctx is None
+        assert model.engine.vision is not None and model.engine.vision._ctx is None
 
 
 def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
@@ -162,7 +163,7 @@ def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
 
 def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
     model = smol.opened()
-    mtmd, freed = model.prompter.open_vision()._mtmd, []
+    mtmd, freed = model.engine.prompter.open_vision()._mtmd, []
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -172,7 +173,7 @@ def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
             freed.append(ctx)
             mtmd.mtmd_free(ctx)
 
-    model.vision._mtmd = Counting()
+    model.engine.vision._mtmd = Counting()
     del model
     gc.collect()
     assert len(freed) == 1
@@ -194,7 +195,7 @@ def decoded(monkeypatch) -> list[tuple[str, int, int]]:
 
 def asked(model: Any, images: list[Picture]) -> None:
     for image in images:
-        model.count_picture(image)
+        model.engine.prompter.count_picture(image)
     model.chat("a", images=images, max_tokens=1)
 
 
@@ -203,7 +204,7 @@ def test_no_picture_is_decoded_for_its_tokens_and_again_for_its_rows(smol, decod
     with smol.opened() as model:
         asked(model, images)
         assert [name for name, *_ in decoded] == ["0", "1", "2", "3"]
-        assert not model.vision._kept, "nothing needs them any more"
+        assert not model.engine.vision._kept, "nothing needs them any more"
 
 
 def test_a_picture_that_comes_while_another_is_encoded_takes_nothing_from_it(
@@ -212,7 +213,7 @@ def test_a_picture_that_comes_while_another_is_encoded_takes_nothing_from_it(
     """A row of qwen2vl has several positions, for which the picture is cut up, too."""
     first, other = (picture_of(png(seed), str(seed)) for seed in (3, 4))
     with Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl")).opened() as model:
-        vision = model.prompter.open_vision()
+        vision = model.engine.prompter.open_vision()
 
         def embedded(image: ImageChunk, real: Any = vision.embedded) -> Any:
             rows = real(image)
@@ -229,8 +230,8 @@ def test_pixels_that_wait_have_a_limit(smol, decoded, monkeypatch):
     monkeypatch.setattr("pop_local.engine.images.mmproj._KEPT_BYTES", 2 * 3 * 100 * 100)
     with smol.opened() as model:
         for image in images:
-            model.count_picture(image)
-        assert len(model.vision._kept) == 2
+            model.engine.prompter.count_picture(image)
+        assert len(model.engine.vision._kept) == 2
         model.chat("a", images=images, max_tokens=1)
     assert len(decoded) > 4
 
@@ -243,5 +244,5 @@ def test_a_picture_is_decoded_as_large_as_the_encoder_can_use(tmp_path, decoded,
     """Twice its 128 pixels, the shorter side."""
     seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
     with seeing.opened() as model:
-        model.count_picture(picture_of(png(3, *size), "a"))
+        model.engine.prompter.count_picture(picture_of(png(3, *size), "a"))
     assert decoded == [("a", *shown)]

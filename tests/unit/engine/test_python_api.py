@@ -10,7 +10,9 @@ import pytest
 
 import pop_local
 from pop_local import ContextFullError, Document, PopError, PopModel, TurnStats
-from pop_local.engine.turn import AnswerOptions, SessionStats, TurnOptions
+from pop_local.engine.engine_options import EngineOptions
+from pop_local.engine.messages import SessionStats
+from pop_local.engine.turn_options import AnswerOptions, TurnOptions
 from support.blocked import BLOCKER
 from support.converted import paired
 from support.paths import ROOT
@@ -114,16 +116,20 @@ def test_a_model_is_opened_by_name_and_with_the_sidecar_beside_it(tmp_path, monk
     base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
     pair = paired(base, tmp_path, "fitted", boundary=4)
     with opened("tiny") as model:
-        assert (model.boundary, model.sidecar, model.pruning) == (4, pair.sidecar, True)
+        assert (model.engine.cache.boundary, model.engine.context.sidecar, model.pruning) == (
+            4,
+            pair.sidecar,
+            True,
+        )
     with opened(pair.single) as model:
-        assert (model.boundary, model.sidecar) == (4, None)
+        assert (model.engine.cache.boundary, model.engine.context.sidecar) == (4, None)
     elsewhere = pair.sidecar.rename(tmp_path / "moved.gguf")
     with opened(base) as model:
-        assert (model.boundary, model.pruning) == (0, False)
+        assert (model.engine.cache.boundary, model.pruning) == (0, False)
         with pytest.raises(PopError, match="no pruning keys"):
             model.pruning = True
     with opened(base, sidecar=elsewhere) as model:
-        assert model.boundary == 4
+        assert model.engine.cache.boundary == 4
     with pytest.raises(PopError, match=r"missing\.gguf"):
         opened(base, sidecar=tmp_path / "missing.gguf")
     with pytest.raises(PopError) as caught:
@@ -132,8 +138,12 @@ def test_a_model_is_opened_by_name_and_with_the_sidecar_beside_it(tmp_path, monk
 
 
 def test_the_constructor_takes_a_path(chat_model):
-    with PopModel(str(chat_model), n_ctx=256) as model:
-        assert (model.n_ctx, model.boundary, model.pruning) == (256, 5, True)
+    with PopModel(EngineOptions.of(str(chat_model), n_ctx=256)) as model:
+        assert (model.engine.context.n_ctx, model.engine.cache.boundary, model.pruning) == (
+            256,
+            5,
+            True,
+        )
 
 
 def test_a_closed_model_says_so(chat_model, tmp_path):
@@ -147,7 +157,7 @@ def test_a_closed_model_says_so(chat_model, tmp_path):
         lambda: session.chat("a"),
         lambda: session.save(tmp_path / "closed"),
         lambda: model.load_session(session_file(chat_model, tmp_path)),
-        model.cache.clear,
+        model.engine.cache.clear,
     ):
         with pytest.raises(PopError, match="is closed"):
             ask()
@@ -168,7 +178,7 @@ def test_chat_and_stream_say_the_same_and_remember_nothing(model):
     stats = answer.stats
     assert (stats.n_pruned, stats.n_cached) == (stats.n_prompt - 17, 0)
     assert stats.n_decoded == 8
-    model.cache.clear()
+    model.engine.cache.clear()
     document = Document("notes.txt", "i j k " * 20)
     stream = model.stream(QUESTION, documents=[document], system="Be brief.", **GREEDY)
     pieces = list(stream)
@@ -208,9 +218,9 @@ def test_pruning_off_reads_in_full(model):
     model.pruning = False
     answer = model.chat(QUESTION, **GREEDY)
     assert (answer.stats.reading, answer.stats.n_full) == ("full", answer.stats.n_prompt)
-    n_tokens = model.cache.n_tokens
+    n_tokens = model.engine.cache.n_tokens
     model.pruning = False
-    assert model.cache.n_tokens == n_tokens, "nothing was switched, so nothing is emptied"
+    assert model.engine.cache.n_tokens == n_tokens, "nothing was switched, so nothing is emptied"
     model.pruning = True
     assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
 

@@ -88,7 +88,7 @@ def test_two_answers_at_once_are_refused(model):
         next(first)
     assert "one answer at a time" in caught.value.hint
     assert list(first) == []
-    model.cache.clear()
+    model.engine.cache.clear()
     assert list(model.stream("a b", **GREEDY)) == expected
 
 
@@ -96,7 +96,7 @@ def test_two_answers_at_once_are_refused(model):
 def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
     def on_prefill(done: int, total: int) -> None:
         if done == total:  # in the midst of what may be interrupted
-            model.cache.clear() if displace == "clear" else model.chat("a b", **GREEDY)
+            model.engine.cache.clear() if displace == "clear" else model.chat("a b", **GREEDY)
 
     session = model.session()
     before = signal.getsignal(signal.SIGINT)
@@ -105,7 +105,7 @@ def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
     assert signal.getsignal(signal.SIGINT) is before
     assert session.conversation.turns == ()
     expected = session.chat(QUESTION, **GREEDY).text
-    model.cache.clear()
+    model.engine.cache.clear()
     assert model.chat(QUESTION, **GREEDY).text == expected
 
 
@@ -152,7 +152,7 @@ def test_a_forgotten_conversation_leaves_the_system_prompt(model):
     session = model.session()
     session.system = "Be brief."
     session.chat(QUESTION, **GREEDY)
-    assert session.n_cached == model.cache.n_tokens
+    assert session.n_cached == model.engine.cache.n_tokens
     session.forget()
     assert (session.system, asked(session), session.n_cached) == ("Be brief.", [], 0)
     assert (session.undo(), session.answer_stats) == (None, ())

@@ -7,9 +7,10 @@ import pytest
 from pop_converter.architecture.work import speedup_limit
 from pop_converter.gguf.header import read_header
 from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
-from pop_local.engine.turn import Message
 from pop_local.measure.full_cost import FullCosts
 from support.converted import tiny
 from support.pop_files import Keys, add_to
@@ -33,15 +34,17 @@ def test_a_number_that_makes_no_sense_is_left_out(tmp_path, value):
 
 
 def test_the_model_answers_as_its_file_recommends(tmp_path):
-    model = PopModel(tiny(tmp_path, chat_template="{{ messages[0]['content'] }}"), n_threads=1)
+    model = PopModel(
+        EngineOptions.of(tiny(tmp_path, chat_template="{{ messages[0]['content'] }}"), n_threads=1)
+    )
     question = [Message("user", "a b c d")]
 
     def answer(**options: float) -> str:
-        return "".join(chunk.text for chunk in model.chat_turn(question, max_tokens=8, **options))
+        return "".join(chunk.text for chunk in model.ask(question, max_tokens=8, **options))
 
     greedy = answer(temperature=0.0)
     assert answer(seed=1) != greedy
-    model.recommended = {"temperature": 0.0}
+    model.engine.recommended = {"temperature": 0.0}
     assert answer(seed=1) == greedy
     assert answer(seed=1, temperature=5.0) != greedy
 

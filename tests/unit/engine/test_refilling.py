@@ -42,12 +42,12 @@ def test_rows_get_their_depth_while_a_line_is_typed(chat):
     begun = chat()
     assert refill.status(begun) == ""
     begun.ask(WORDS)
-    assert begun.model.cache.n_exact == 0
+    assert begun.model.engine.cache.n_exact == 0
     with refill.idling(begun):
-        wait_for(lambda: begun.model.refiller.n_refillable == 0)
-    n_tokens = begun.model.cache.n_tokens
-    assert begun.model.cache.n_exact == n_tokens > 200
-    assert begun.model.cache.key == FULL
+        wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
+    n_tokens = begun.model.engine.cache.n_tokens
+    assert begun.model.engine.cache.n_exact == n_tokens > 200
+    assert begun.model.engine.cache.key == FULL
     assert refill.status(begun) == f"{n_tokens} of {n_tokens} tokens are as if read in full"
 
 
@@ -57,11 +57,11 @@ def test_a_line_that_comes_early_ends_it(chat, pause_s):
     begun.ask(WORDS)
     with refill.idling(begun):
         time.sleep(pause_s)
-    n_exact = begun.model.cache.n_exact
+    n_exact = begun.model.engine.cache.n_exact
     assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
     begun.ask("and now?")
     assert begun.session.answer_stats[-1].n_refilled == n_exact
-    assert begun.model.cache.n_exact <= begun.model.cache.n_tokens
+    assert begun.model.engine.cache.n_exact <= begun.model.engine.cache.n_tokens
 
 
 def test_off_refills_nothing(chat):
@@ -69,7 +69,7 @@ def test_off_refills_nothing(chat):
     begun.ask(WORDS)
     with refill.idling(begun):
         pass
-    assert (begun.model.cache.n_exact, refill.status(begun)) == (0, "")
+    assert (begun.model.engine.cache.n_exact, refill.status(begun)) == (0, "")
 
 
 def talked(begun):
@@ -85,19 +85,19 @@ def test_whatever_comes_in_between_the_rest_is_refilled(chat, lines):
     begun = chat(WORDS, *lines, WORDS[::-1])
     assert "!" not in talked(begun)
     model = begun.model
-    model.refill()
-    assert model.cache.n_exact == model.cache.n_tokens > 200
-    tokens = model.cache.tokens[: model.cache.n_tokens].tolist()
-    full = opened(Path(model.path))
-    full.set_mode(Mode.OFF)
+    model.engine.refiller.refill()
+    assert model.engine.cache.n_exact == model.engine.cache.n_tokens > 200
+    tokens = model.engine.cache.tokens[: model.engine.cache.n_tokens].tolist()
+    full = opened(Path(model.engine.context.path))
+    full.engine.set_mode(Mode.OFF)
     np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
 
 
 def test_rows_whose_states_were_dropped_stay_pruned(chat):
     begun = chat(WORDS, "/refill off", "/refill idle", "what?")
     talked(begun)
-    assert begun.model.refill() == 0
-    assert begun.model.cache.n_exact < 200
+    assert begun.model.engine.refiller.refill() == 0
+    assert begun.model.engine.cache.n_exact < 200
 
 
 def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
     other = chat(mode="off").model
     restored = saved.load("here", other)
     assert restored.reread == ""
-    assert other.cache.n_exact == other.cache.n_tokens > 200
+    assert other.engine.cache.n_exact == other.engine.cache.n_tokens > 200
 
 
 def test_the_command_says_how_far_it_is(chat):
@@ -141,7 +141,7 @@ def test_a_server_refills_between_requests(pop_file):
         body = {"model": "tiny", "prompt": WORDS, "max_tokens": 2, "temperature": 0}
         first = client.post("/v1/completions", json=body).json()["usage"]["pop"]
         assert (first["n_refilled"], first["n_exact"]) == (0, 0)
-        wait_for(lambda: model.refiller.n_refillable == 0)
+        wait_for(lambda: model.engine.refiller.n_refillable == 0)
         again = client.post("/v1/completions", json={**body, "prompt": WORDS + "i"}).json()
         pop = again["usage"]["pop"]
         assert pop["n_refilled"] > 200
@@ -153,7 +153,7 @@ def test_a_server_refills_between_requests(pop_file):
 @pytest.mark.parametrize("by", ["request", "server"])
 def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
     model = opened(pop_file, keep_states=True)
-    model.cache.prompts = PromptCache(1 << 26)
+    model.engine.cache.prompts = PromptCache(1 << 26)
     with asking(app_of(model, "tiny", repeatable=by == "server")) as client:
 
         def ask(prompt: str, **more: bool):
@@ -166,7 +166,7 @@ def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
         for prompt in (WORDS + "i j k", "another", WORDS[:99]):
             ask(prompt, repeatable=False)
             assert ask(WORDS, **wanted) == (first, 0)
-            wait_for(lambda: model.refiller.n_refillable == 0)
+            wait_for(lambda: model.engine.refiller.n_refillable == 0)
         found, n_cached = ask(WORDS, repeatable=False)
         assert n_cached > 0 and found != first
 
@@ -177,9 +177,9 @@ def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monke
     def refill(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(model.refiller, "refill", refill)
+    monkeypatch.setattr(model.engine.refiller, "refill", refill)
     with asking(app_of(model, "tiny")) as client:
         for _ in range(2):
             body = {"prompt": WORDS, "max_tokens": 2}
             assert client.post("/v1/completions", json=body).status_code == 200
-        wait_for(lambda: not model.refills)
+        wait_for(lambda: not model.engine.refiller.is_on)

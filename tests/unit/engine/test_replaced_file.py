@@ -37,12 +37,12 @@ def test_a_file_that_was_replaced_is_refused(pair, tmp_path, change, which):
     path = base if which == "model" else pair.sidecar
     with opened(base, sidecar=pair.sidecar) as model:
         greedy(model, prompt(40))
-        before = fingerprint(model)
+        before = fingerprint(model.engine)
         change(path, make_gguf(tmp_path / "other.gguf", "llama", n_layer=4, seed=1))
         for tokens in (prompt(40), prompt(40, seed=1)):
             with pytest.raises(PopError, match=f"{path.name} is another file than when"):
                 greedy(model, tokens)
-        assert fingerprint(model) != before
+        assert fingerprint(model.engine) != before
 
 
 def test_an_answer_reads_no_settings(pair, tmp_path, monkeypatch):

@@ -60,7 +60,9 @@ def pair(pop_file, servers):
 def assert_same(model, other):
     np.testing.assert_array_equal(last_logits(model), last_logits(other))
     assert kv_bytes(model) == kv_bytes(other)
-    assert backend.get_counters(model.context.ctx) == backend.get_counters(other.context.ctx)
+    assert backend.get_counters(model.engine.context.ctx) == backend.get_counters(
+        other.engine.context.ctx
+    )
 
 
 def test_a_pruned_prompt_is_that_of_the_local_cpu(pair, servers, caplog):
@@ -78,18 +80,18 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
     models = pair(keep_states=True)
     for model in models:
         # As large as a batch, whatever it takes.
-        monkeypatch.setattr(model.refiller, "_adapt", lambda n_rows, took_s: None)
-        monkeypatch.setattr(model.refiller, "_chunk", 64)
+        monkeypatch.setattr(model.engine.refiller, "_adapt", lambda n_rows, took_s: None)
+        monkeypatch.setattr(model.engine.refiller, "_chunk", 64)
         append(model, prompt(200))
-        assert model.refill() == 200
-        assert model.cache.key == FULL
+        assert model.engine.refiller.refill() == 200
+        assert model.engine.cache.key == FULL
     assert_same(*models)
 
 
 def test_a_state_goes_from_here_to_there(pair):
     here, there = pair()
     append(here, prompt(200))
-    there.cache.restore(here.cache.save())
+    there.engine.cache.restore(here.engine.cache.save())
     assert greedy(there, prompt(220)) == greedy(here, prompt(220))
 
 
@@ -176,7 +178,7 @@ def test_a_server_that_dies_while_a_prompt_is_read_ends_the_process_with_a_reaso
 import os, signal, sys
 from pop_local import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-model = PopModel(sys.argv[1], n_ctx=1024, n_batch=64, n_threads=1, rpc=[sys.argv[2]])
+model = PopModel.open(sys.argv[1], n_ctx=1024, n_batch=64, n_threads=1, rpc=[sys.argv[2]])
 kill = lambda done, total: done and os.kill(int(sys.argv[3]), signal.SIGKILL)
 model.read(Prompt(list(range(3, 300))), kill)
 """

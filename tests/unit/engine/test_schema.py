@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def accepts(model):
     """Whether the grammar of a schema lets a value through, byte by byte, and ends there."""
-    trie = model.token_trie()
+    trie = model.engine.token_tries.get()
     tokens = {trie.decode_bytes([token]): token for token in range(N_VOCAB)}
 
     def accepts(schema: Any, value: Any) -> bool:
@@ -398,7 +398,7 @@ def test_what_cannot_be_expressed_is_refused(schema, reason):
 def test_a_definition_that_is_only_itself_leaves_no_token(model):
     grammar = Grammar.of_schema({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}})
     with pytest.raises(GrammarError, match="no token"):
-        Constraint(model.token_trie(), grammar).allowed()
+        Constraint(model.engine.token_tries.get(), grammar).allowed()
 
 
 def test_a_client_cannot_change_how_json_is_written(accepts):
@@ -434,7 +434,7 @@ def test_attacks_take_seconds_at_most(in_a_hurry, model, schema):
     memory = psutil.Process().memory_info().rss
     started_s = time.perf_counter()
     with suppress(GrammarError):
-        constraint = Constraint(model.token_trie(), Grammar.of_schema(schema))
+        constraint = Constraint(model.engine.token_tries.get(), Grammar.of_schema(schema))
         for _ in range(50):
             constraint.accept(int(constraint.allowed()[-1]))
     assert time.perf_counter() - started_s < 10

@@ -28,7 +28,7 @@ def answered(schema: Any, answers: Answers, n: int) -> None:
 def answers(tmp_path_factory):
     path = tmp_path_factory.mktemp("answers") / "tiny.gguf"
     with opened(make_gguf(path, "llama", pieces=PIECES)) as model:
-        yield Answers(model.token_trie())
+        yield Answers(model.engine.token_tries.get())
 
 
 @pytest.mark.parametrize("name", REALISTIC)

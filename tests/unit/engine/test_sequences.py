@@ -19,7 +19,7 @@ from pop_local.engine.prefill.read import Read
 from pop_local.engine.prefill.read import read as read_prompt
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
-from support.calls import NOISE, opened, prompt
+from support.calls import NOISE, keep_prompts, opened, prompt, set_rule
 from support.converted import converted, tiny
 from support.seeing import Seeing, make_seeing
 from support.seeing import prompt as seeing_prompt
@@ -39,20 +39,20 @@ def alone(pop_file):
 
 
 def read_in(model, index: int, tokens: Sequence[int]) -> Read:
-    return read_prompt(model.sequences[index][0], Prompt(list(tokens)), model.rule)
+    return read_prompt(model.engine.sequences[index].cache, Prompt(list(tokens)), model.engine.rule)
 
 
 def logits(model, index: int) -> np.ndarray:
-    return model.sequences[index][0].slot.logits
+    return model.engine.sequences[index].cache.slot.logits
 
 
 def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
     """The logits after a prompt that is read anew, and an answer to it."""
-    model.cache.clear()
+    model.engine.cache.clear()
     model.read(Prompt(list(tokens)))
     for token in answer:
-        model.cache.step(token)
-    return model.cache.slot.logits.copy()
+        model.engine.cache.step(token)
+    return model.engine.cache.slot.logits.copy()
 
 
 def together(*work) -> list[BaseException | None]:
@@ -81,26 +81,26 @@ def test_each_is_read_and_counted_for_itself(model, alone):
         expected = alone.read(Prompt(tokens)).counters
         assert (counters.n_context, counters.n_full) == (expected.n_context, expected.n_full)
         np.testing.assert_allclose(logits(model, index), logits_of(alone, tokens), atol=NOISE)
-    assert [cache.n_tokens for cache, _ in model.sequences] == [150, 151, 152]
+    assert [each.cache.n_tokens for each in model.engine.sequences] == [150, 151, 152]
 
 
 def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypatch):
     prompts = [prompt(100, seed) for seed in (1, 2)]
     sizes = []
-    run = model.context.batch.run
+    run = model.engine.context.batch.run
 
     def counted(ctx, tokens, *rest):
         sizes.append(len(tokens))
         return run(ctx, tokens, *rest)
 
-    monkeypatch.setattr(model.context.batch, "run", counted)
+    monkeypatch.setattr(model.engine.context.batch, "run", counted)
     answered: list[list[int]] = [[], []]
     for index in (0, 1):
         read_in(model, index, prompts[index])
     begun = threading.Barrier(3)
 
     def answer(index: int) -> None:
-        cache = model.sequences[index][0]
+        cache = model.engine.sequences[index].cache
         with cache.slot.work():
             begun.wait()
             for _ in range(20):
@@ -109,7 +109,7 @@ def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypa
                 cache.step(token)
 
     def read_third() -> None:
-        with model.sequences[2][0].slot.work():
+        with model.engine.sequences[2].cache.slot.work():
             begun.wait()
             read_in(model, 2, LONG)
 
@@ -127,22 +127,22 @@ def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypa
 
 def test_a_mode_is_of_one_sequence(model, pop_file):
     full = opened(pop_file)
-    full.set_mode(Mode.OFF)
-    model.sequences[1][0].set_mode(Mode.OFF)
+    full.engine.set_mode(Mode.OFF)
+    model.engine.sequences[1].cache.set_mode(Mode.OFF)
     assert read_in(model, 0, LONG).counters.n_context > 0
     counters = read_in(model, 1, LONG).counters
     assert (counters.n_context, counters.n_full) == (0, 200)
     np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
-    assert model.sequences[1][0].n_exact == 200
-    assert model.sequences[0][0].mode is Mode.CONTEXT
+    assert model.engine.sequences[1].cache.n_exact == 200
+    assert model.engine.sequences[0].cache.mode is Mode.CONTEXT
     with pytest.raises(PopError, match="ALWAYS"):
-        model.sequences[0][0].set_mode(Mode.ALWAYS)
+        model.engine.sequences[0].cache.set_mode(Mode.ALWAYS)
 
 
 def test_a_boundary_is_of_all_sequences(model):
     read_in(model, 1, LONG)
-    model.set_boundary(3)
-    cache = model.sequences[1][0]
+    model.engine.set_boundary(3)
+    cache = model.engine.sequences[1].cache
     assert (cache.n_tokens, cache.boundary) == (0, 3)
 
 
@@ -158,14 +158,14 @@ def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
     assert (found.n_cached, found.n_prompt) == (150, 170)
     logits_of(alone, LONG)
     assert alone.read(Prompt(other)).n_cached == 150
-    np.testing.assert_allclose(logits(model, index), alone.cache.slot.logits, atol=NOISE)
+    np.testing.assert_allclose(logits(model, index), alone.engine.cache.slot.logits, atol=NOISE)
     seats.give_back(index)
-    assert model.sequences[0][0].n_tokens == 200
+    assert model.engine.sequences[0].cache.n_tokens == 200
 
 
 def test_a_row_is_there_once_all_is_known_of_it(model, monkeypatch):
     """Another token is still in its place, and others look while the row is noted."""
-    cache = model.sequences[0][0]
+    cache = model.engine.sequences[0].cache
     read_in(model, 0, LONG)
     cache.truncate(150)
     note, found = cache.rows.read, []
@@ -189,27 +189,27 @@ def test_shared_rows_are_refilled_once(model):
     seats.share(index, Prompt(LONG[:150]))
     seats.give_back(0)
     assert seats.refillable() == 0
-    assert model.sequences[0][1].refill() == 200
+    assert model.engine.sequences[0].refiller.refill() == 200
     seats.refilled(0)
-    cache, refiller = model.sequences[index]
+    cache, refiller = model.engine.sequences[index]
     assert (cache.n_tokens, cache.n_exact, refiller.n_refillable) == (150, 150, 0)
     cache.truncate(100)
     read_in(model, index, LONG[:100] + prompt(100, seed=9))
-    model.sequences[0][0].truncate(120)
+    model.engine.sequences[0].cache.truncate(120)
     seats.refilled(0)
     assert cache.n_exact < 200  # what it has of its own is as it was
 
 
 def test_restored_rows_are_shared_with_nobody(model):
-    first, second = model.sequences[0][0], model.sequences[1][0]
+    first, second = model.engine.sequences[0].cache, model.engine.sequences[1].cache
     read_in(model, 0, prompt(100, seed=1))
-    model.sequences[0][1].refill()
+    model.engine.sequences[0].refiller.refill()
     read_in(model, 1, prompt(120, seed=2))
     exact, pruned = first.save(), second.save()
     first.restore(exact)
     second.restore(pruned)
     read_in(model, 0, prompt(100, seed=1) + prompt(80, seed=3))
-    assert model.sequences[0][1].refill() == 80
+    assert model.engine.sequences[0].refiller.refill() == 80
     SlotScheduler(model).refilled(0)
     assert second.n_exact == 0
     assert second.key != FULL
@@ -217,12 +217,12 @@ def test_restored_rows_are_shared_with_nobody(model):
 
 def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
     full = opened(pop_file)
-    full.set_mode(Mode.OFF)
+    full.engine.set_mode(Mode.OFF)
     read_in(model, 0, prompt(90, seed=5))
     read_in(model, 1, LONG)
-    model.sequences[1][1].refill()
+    model.engine.sequences[1].refiller.refill()
     longer = [*LONG, 7, 8]
-    model.rule = model.rule.__class__(min_prompt=1000)
+    set_rule(model, min_prompt=1000)
     read_in(model, 1, longer)
     np.testing.assert_allclose(logits(model, 1), logits_of(full, longer), atol=NOISE)
 
@@ -250,20 +250,20 @@ def test_one_of_several_is_stopped(model, alone):
     begun = threading.Barrier(2)
 
     def stopped() -> None:
-        cache = model.sequences[0][0]
+        cache = model.engine.sequences[0].cache
         with cache.slot.work(), stopped_by(lambda: cache.n_tokens >= 64):
             begun.wait()
             read_in(model, 0, LONG)
 
     def whole() -> None:
-        with model.sequences[1][0].slot.work():
+        with model.engine.sequences[1].cache.slot.work():
             begun.wait()
             read_in(model, 1, LONG)
 
     raised = together(stopped, whole)
     assert isinstance(raised[0], StoppedError)
     assert raised[1] is None
-    assert model.sequences[0][0].n_tokens < 200
+    assert model.engine.sequences[0].cache.n_tokens < 200
     np.testing.assert_allclose(logits(model, 1), logits_of(alone, LONG), atol=NOISE)
     read_in(model, 0, LONG)
     np.testing.assert_allclose(logits(model, 0), logits_of(alone, LONG), atol=NOISE)
@@ -280,16 +280,16 @@ def test_what_a_wish_to_stop_raises_is_raised_for_its_own_sequence_alone(model):
 
 def test_what_fails_in_a_batch_fails_for_those_in_it(model, monkeypatch):
     read_in(model, 1, LONG[:50])
-    monkeypatch.setattr(model.context.batch, "run", lambda *_: 1)
+    monkeypatch.setattr(model.engine.context.batch, "run", lambda *_: 1)
     with pytest.raises(PopError):
-        model.sequences[1][0].step(5)
+        model.engine.sequences[1].cache.step(5)
     monkeypatch.undo()
     read_in(model, 1, LONG[:60])
-    assert model.sequences[1][0].n_tokens == 60
+    assert model.engine.sequences[1].cache.n_tokens == 60
 
 
 def test_prompts_that_are_driven_out_come_back_from_the_cache_of_prompts(model):
-    model.keep_prompts(PromptCache(2**24))
+    keep_prompts(model, PromptCache(2**24))
     read_in(model, 1, LONG)
     read_in(model, 1, prompt(120, seed=4))
     found = read_in(model, 2, LONG)
@@ -300,10 +300,10 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
     """llama.cpp saves them in another form, and the rows in their place would be gone."""
     prompts = PromptCache(2**24)
     with opened(pop_file) as one:
-        one.keep_prompts(prompts)
+        one.engine.cache.prompts = prompts
         one.read(Prompt(LONG))
-        one.cache.stash(Prompt([]))
-    model.keep_prompts(prompts)
+        one.engine.cache.stash(Prompt([]))
+    keep_prompts(model, prompts)
     read_in(model, 1, LONG[:50])
     assert len(prompts) == 1
     assert read_in(model, 1, LONG).n_cached > 0
@@ -322,27 +322,27 @@ def test_what_cannot_be_several_is_refused(pop_file, model, tmp_path):
 
 
 def test_several_have_a_context_each(model):
-    assert model.n_ctx == 1024
+    assert model.engine.context.n_ctx == 1024
     for index in range(3):
         read_in(model, index, prompt(1000, seed=index))
-    assert [cache.n_tokens for cache, _ in model.sequences] == [1000] * 3
+    assert [each.cache.n_tokens for each in model.engine.sequences] == [1000] * 3
 
 
 def test_all_logits_are_of_one_sequence_alone(model, alone):
     read_in(model, 0, LONG)
-    cache = model.sequences[1][0]
+    cache = model.engine.sequences[1].cache
     with cache.slot.alone(), cache.slot.watching():
         cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
-        last = model.context.logits(50)[-1].copy()
-    alone.cache.clear()
-    alone.cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
-    np.testing.assert_allclose(last, alone.context.logits(50)[-1], atol=NOISE)
+        last = model.engine.context.logits(50)[-1].copy()
+    alone.engine.cache.clear()
+    alone.engine.cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
+    np.testing.assert_allclose(last, alone.engine.context.logits(50)[-1], atol=NOISE)
 
 
 def test_an_answer_goes_on_from_log_probabilities_of_its_prompt(model, pop_file):
     full = opened(pop_file)
-    full.set_mode(Mode.OFF)
-    cache = model.sequences[1][0]
+    full.engine.set_mode(Mode.OFF)
+    cache = model.engine.sequences[1].cache
     read_in(model, 1, prompt(50, seed=8))
     cache.set_mode(Mode.OFF)
     prompt_logprobs(cache, LONG, 1)
@@ -403,7 +403,9 @@ def test_a_picture_is_read_in_any_sequence(tmp_path):
         made = seeing_prompt(one, "a b c d", 3)
         expected = one.read(made)
         read_in(model, 0, made.tokens[:1])
-        found = read_prompt(model.sequences[1][0], seeing_prompt(model, "a b c d", 3), model.rule)
+        found = read_prompt(
+            model.engine.sequences[1].cache, seeing_prompt(model, "a b c d", 3), model.engine.rule
+        )
         assert found.counters == expected.counters
-        np.testing.assert_allclose(logits(model, 1), one.cache.slot.logits, atol=NOISE)
-        assert model.sequences[1][0].images == one.cache.images
+        np.testing.assert_allclose(logits(model, 1), one.engine.cache.slot.logits, atol=NOISE)
+        assert model.engine.sequences[1].cache.images == one.engine.cache.images

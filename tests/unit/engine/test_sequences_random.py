@@ -50,7 +50,7 @@ class Work:
         cache.set_mode(self._rng.choice([Mode.OFF, Mode.CONTEXT, Mode.CONTEXT]))
         if self._rng.random() < 0.8:
             self._seats.share(index, asked)
-        rule = replace(self._model.rule, reuses=self._rng.random() < 0.8)
+        rule = replace(self._model.engine.rule, reuses=self._rng.random() < 0.8)
         read(cache, asked, rule)
         assert cache.tokens.tolist() == asked.tokens
         assert cache.slot.end == len(asked)
@@ -78,18 +78,18 @@ class Work:
         if index is None:
             return
         left = [False] * self._rng.choice([1, 20, 400])
-        self._model.sequences[index][1].refill(lambda: not left or left.pop())
+        self._model.engine.sequences[index].refiller.refill(lambda: not left or left.pop())
         self._seats.refilled(index)
-        for cache, _ in self._model.sequences:
+        for cache in [each.cache for each in self._model.engine.sequences]:
             if 0 < cache.n_tokens == cache.n_exact:
                 cache.step(5)
                 self._check(cache)
 
     def _check(self, cache: KvCache) -> None:
         """The logits are those that the full model gives to the same tokens."""
-        self._full.cache.clear()
+        self._full.engine.cache.clear()
         self._full.read(Prompt(cache.tokens.tolist()))
-        expected = self._full.cache.slot.logits
+        expected = self._full.engine.cache.slot.logits
         np.testing.assert_allclose(cache.slot.logits, expected, rtol=0, atol=NOISE)
         self.n_checked += 1
 
@@ -97,9 +97,11 @@ class Work:
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_full_rows_are_the_full_models_after_anything(tmp_path, arch):
     path = tiny(tmp_path, arch)
-    with opened(path, n_parallel=3, keep_states=True) as model, opened(path) as full:
-        full.set_mode(Mode.OFF)
-        model.keep_prompts(PromptCache(2**22))
+    with (
+        opened(path, n_parallel=3, keep_states=True, prompt_cache=PromptCache(2**22)) as model,
+        opened(path) as full,
+    ):
+        full.engine.set_mode(Mode.OFF)
         work = Work(model, full, seed=1)
         work.run()
         assert work.n_checked > 20

@@ -31,7 +31,7 @@ from support.talking import QUESTION, answered, follow_up, opened
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_loaded_session_goes_on_without_reading_again(chat_model, sessions, mode):
     model = opened(chat_model)
-    model.set_mode(mode)
+    model.engine.set_mode(mode)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     path = sessions.path("talk")
@@ -40,7 +40,7 @@ def test_a_loaded_session_goes_on_without_reading_again(chat_model, sessions, mo
     fresh = opened(chat_model)
     restored = sessions.load("talk", fresh)
     assert (restored.reread, restored.session.conversation) == ("", said)
-    assert fresh.mode is mode
+    assert fresh.engine.cache.mode is mode
     text, n_read = follow_up(fresh, said)
     assert text == expected
     assert n_read < 50 < restored.session.n_tokens
@@ -99,24 +99,27 @@ def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions)
     ours, theirs = (ChatSession(model, Conversation("Be brief.")) for _ in range(2))
     ours.chat(QUESTION.question, max_tokens=8, temperature=0.0)
     theirs.chat("my secret", max_tokens=8, temperature=0.0)
-    n_tokens = model.cache.n_tokens
+    n_tokens = model.engine.cache.n_tokens
     sessions.save("ours", model, ours.conversation)
     with zipfile.ZipFile(sessions.path("ours")) as archive:
         assert archive.namelist() == ["session.json"]
-    assert model.cache.n_tokens == n_tokens, "theirs are left alone"
+    assert model.engine.cache.n_tokens == n_tokens, "theirs are left alone"
     fresh = opened(chat_model)
-    fresh.set_mode(Mode.OFF)
+    fresh.engine.set_mode(Mode.OFF)
     restored = sessions.load("ours", fresh)
     assert "another conversation" in restored.reread
-    assert (restored.session.conversation, fresh.mode) == (ours.conversation, Mode.CONTEXT)
+    assert (restored.session.conversation, fresh.engine.cache.mode) == (
+        ours.conversation,
+        Mode.CONTEXT,
+    )
 
 
 def test_what_another_conversation_adds_to_ours_is_not_saved(chat_model, sessions):
     model = opened(chat_model)
     said = Conversation("Be brief.", (replace(QUESTION, answer="i j k"),))
     messages = said.plus(Turn("my secret")).messages
-    list(model.chat_turn(messages, max_tokens=2, temperature=0.0))
-    cached = model.detokenize(model.cache.tokens.tolist())
+    list(model.ask(messages, max_tokens=2, temperature=0.0))
+    cached = model.engine.context.detokenize(model.engine.cache.tokens.tolist())
     assert "my secret" in cached
     sessions.save("talk", model, said)
     text = cached_text(sessions, model)
@@ -132,10 +135,12 @@ def test_an_answer_is_saved_to_its_end(chat_model, sessions, stops, answer):
     session = ChatSession(model)
     options = {"stops": stops, "grammar": 'root ::= "hello world"'}
     assert session.chat(QUESTION.question, temperature=0.0, **options).text == answer
-    n_tokens = model.cache.n_tokens
+    n_tokens = model.engine.cache.n_tokens
     sessions.save("talk", model, session.conversation)
     assert cached_text(sessions, model).endswith(f"assistant:{answer.rstrip()}")
-    assert (model.cache.n_tokens < n_tokens) == bool(stops), "a stop string's beginning is dropped"
+    assert (model.engine.cache.n_tokens < n_tokens) == bool(stops), (
+        "a stop string's beginning is dropped"
+    )
 
 
 def cached_text(sessions: Sessions, model: PopModel) -> str:
@@ -162,16 +167,16 @@ def test_k_v_of_something_else_are_not_used(chat_model, sessions, tmp_path, othe
     restored = sessions.load("talk", different)
     assert reason in restored.reread
     assert restored.session.conversation == said
-    assert different.cache.n_tokens == 0
+    assert different.engine.cache.n_tokens == 0
 
 
 def test_another_boundary_of_the_same_file_reads_again(chat_model, sessions):
     model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
-    model.set_boundary(6)
+    model.engine.set_boundary(6)
     assert "boundary 5" in sessions.load("talk", model).reread
-    assert model.cache.n_tokens == 0
+    assert model.engine.cache.n_tokens == 0
 
 
 def test_another_backend_reads_again(chat_model, sessions, monkeypatch):
@@ -321,6 +326,6 @@ def test_a_pruned_session_loaded_with_pruning_off_is_not_the_full_models(chat_mo
     other = opened(chat_model)
     other.pruning = False
     assert sessions.load("talk", other).reread == ""
-    assert (other.mode, other.cache.n_exact) == (Mode.CONTEXT, 0)
+    assert (other.engine.cache.mode, other.engine.cache.n_exact) == (Mode.CONTEXT, 0)
     other.pruning = False
-    assert other.cache.n_tokens == 0
+    assert other.engine.cache.n_tokens == 0

@@ -8,10 +8,11 @@ from typer.testing import CliRunner
 
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_local.cli import app
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
-from pop_local.engine.turn import Message
 from pop_local.ui.views.stats import stats_line
 from support.converted import converted
 from support.shapes import read_pop_meta, read_shape
@@ -47,7 +48,11 @@ def picky(tmp_path_factory) -> PopModel:
     """Prompts of less than 120 tokens are short."""
     folder = tmp_path_factory.mktemp("picky")
     source = make_gguf(folder / "m.gguf", "llama")
-    return PopModel(converted(source, folder, boundary=4, min_prompt=120), n_ctx=512, n_threads=1)
+    return PopModel(
+        EngineOptions.of(
+            converted(source, folder, boundary=4, min_prompt=120), n_ctx=512, n_threads=1
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,11 +65,11 @@ def picky(tmp_path_factory) -> PopModel:
     ],
 )
 def test_figures_say_how_the_prompt_was_read_and_why(picky, mode, n_words, reading):
-    picky.set_mode(mode)
-    picky.cache.clear()
+    picky.engine.set_mode(mode)
+    picky.engine.cache.clear()
     message = Message("user", "a " * n_words)
-    *_, last = picky.chat_turn([message], max_tokens=2, temperature=0.0)
-    rows = backend.get_counters(picky.context.ctx)
+    *_, last = picky.ask([message], max_tokens=2, temperature=0.0)
+    rows = backend.get_counters(picky.engine.context.ctx)
     assert last.stats.reading == reading
     assert (rows.n_context > 0) is (reading == "pruned")
     assert last.stats.n_pruned == rows.n_context
@@ -72,16 +77,16 @@ def test_figures_say_how_the_prompt_was_read_and_why(picky, mode, n_words, readi
 
 
 def test_a_short_question_after_a_cached_document_is_short(picky):
-    picky.set_mode(Mode.CONTEXT)
-    picky.cache.clear()
+    picky.engine.set_mode(Mode.CONTEXT)
+    picky.engine.cache.clear()
     document = [Message("user", "a " * 200)]
-    *_, first = picky.chat_turn(document, max_tokens=1, temperature=0.0)
-    backend.reset_counters(picky.context.ctx)
+    *_, first = picky.ask(document, max_tokens=1, temperature=0.0)
+    backend.reset_counters(picky.engine.context.ctx)
     more = [*document, Message("assistant", "b"), Message("user", "c")]
-    *_, second = picky.chat_turn(more, max_tokens=1, temperature=0.0)
+    *_, second = picky.ask(more, max_tokens=1, temperature=0.0)
     assert (first.stats.reading, second.stats.reading) == ("pruned", "short")
     assert second.stats.n_cached > 100
-    assert backend.get_counters(picky.context.ctx) == Counters(0, second.stats.n_full)
+    assert backend.get_counters(picky.engine.context.ctx) == Counters(0, second.stats.n_full)
 
 
 def test_run_says_it_in_json(tmp_path):

@@ -7,12 +7,13 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pop_converter.base.errors import PopError
 from pop_local.calibration.activations import loaded
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import picture_of
+from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter, _without_system
 from pop_local.engine.prompt.templates import Template
-from pop_local.engine.turn import Message
 from support.hurried import hurried
 from support.seeing import png
 from support.synthetic import make_gguf
@@ -71,7 +72,7 @@ def in_a_hurry():
 def test_a_wild_template_is_an_error_of_its_model_alone(in_a_hurry, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
-        PopModel(path, n_threads=1, n_ctx=128).chat("hello")
+        PopModel(EngineOptions.of(path, n_threads=1, n_ctx=128)).chat("hello")
     assert "Be brief." in Template(FAIR[0], vocab).render(MESSAGES)
 
 
@@ -82,14 +83,17 @@ def test_where_a_template_knows_no_system_the_user_says_it(tmp_path, of_system):
         "{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     path = make_gguf(tmp_path / "plain.gguf", "llama", chat_template=template)
-    with PopModel(path, n_threads=1, n_ctx=256) as model:
+    with PopModel(EngineOptions.of(path, n_threads=1, n_ctx=256)) as model:
         for given, meant in (
             (["system A", "user B", "assistant C"], ["user A\nB", "assistant C"]),
             (["system A", "assistant B", "system C", "user D"], ["assistant B", "user A\nC\nD"]),
             (["system A"], ["user A"]),
         ):
             one, other = ([message(line) for line in lines] for lines in (given, meant))
-            assert model.chat_prompt(one).tokens == model.chat_prompt(other).tokens
+            assert (
+                model.engine.prompter.conversation(one).tokens
+                == model.engine.prompter.conversation(other).tokens
+            )
 
 
 def message(line: str) -> Message:
@@ -117,7 +121,7 @@ def test_what_goes_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeyp
     monkeypatch.setattr(templates.renderer, "call", counted)
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
     with pytest.raises(PopError, match="more than 1 s"):
-        PopModel(path, n_threads=1, n_ctx=128).chat("hello")
+        PopModel(EngineOptions.of(path, n_threads=1, n_ctx=128)).chat("hello")
     assert len([each for each in rendered if each is not None]) == 1
 
 

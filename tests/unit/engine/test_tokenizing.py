@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 )
 def test_it_takes_time_in_proportion_to_the_text(model, piece, n_each):
     began_s = time.process_time()
-    tokens = model.tokenize(piece * 100_000, special=True)
+    tokens = model.engine.context.tokenize(piece * 100_000, special=True)
     assert time.process_time() - began_s < PATIENCE_S
     assert tokens[-100_000 * n_each :] == tokens[-n_each:] * 100_000
     assert len(tokens) <= 100_000 * n_each + 1  # the space that comes first
@@ -45,7 +45,7 @@ def test_it_takes_time_in_proportion_to_the_text(model, piece, n_each):
 
 def test_control_tokens_are_found_in_a_long_text_as_in_a_short_one(model):
     piece = "a <c1><c12> b<c1<c3>>."
-    two, three, many = (model.tokenize(piece * n, special=True) for n in (2, 3, 500))
+    two, three, many = (model.engine.context.tokenize(piece * n, special=True) for n in (2, 3, 500))
     assert {"<c1>", "<c3>", "<c12>"} <= {text_of(model, [token]) for token in two}
     assert many == two + three[len(two) :] * 498
 
@@ -84,16 +84,16 @@ def test_a_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
 def test_it_can_be_stopped(model):
     began_s = time.process_time()
     with stopped_by(lambda: True), pytest.raises(StoppedError):
-        model.tokenize(UNKNOWN * 2_000_000)
+        model.engine.context.tokenize(UNKNOWN * 2_000_000)
     assert time.process_time() - began_s < PATIENCE_S
     with stopped_by(lambda: False):
-        assert len(model.tokenize(UNKNOWN * 1000)) == 4001
+        assert len(model.engine.context.tokenize(UNKNOWN * 1000)) == 4001
 
 
 def test_short_texts_are_not_stopped_however_many_came_before(model):
     with stopped_by(lambda: True):
         for _ in range(5000):
-            assert model.tokenize("a short text")
+            assert model.engine.context.tokenize("a short text")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -101,5 +101,5 @@ def test_ctrl_c_stops_it(model):
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        model.tokenize(UNKNOWN * 2_000_000)
+        model.engine.context.tokenize(UNKNOWN * 2_000_000)
     assert time.monotonic() - began_s < PATIENCE_S

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.messages import Message, ToolCall
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, Write
 from pop_local.engine.prompt.templates import Template
@@ -22,7 +23,6 @@ from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.tools.triggered import Triggered
-from pop_local.engine.turn import Message, ToolCall
 from support.calls import opened
 from support.converted import tiny
 from support.synthetic import TEMPLATE
@@ -69,8 +69,8 @@ class Shown(Prompter):
 
 
 def prompter_of(model: Any, name: str) -> Shown:
-    prompter = Shown(model.context)
-    vars(prompter)["template"] = Template(TEMPLATES[name].read_text(), model.context.vocab)
+    prompter = Shown(model.engine.context)
+    vars(prompter)["template"] = Template(TEMPLATES[name].read_text(), model.engine.context.vocab)
     return prompter
 
 
@@ -206,8 +206,8 @@ def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
         tools = Tools(TOOLS, TOOLS, must_call=True, several=several)
         _, form = prompt_with_tools(prompter, [ASKED], tools)
         assert form is not None
-        trie = model.token_trie(form.shown)
-        constraint = Triggered(trie, Pieces(model.context, form.shown), form)
+        trie = model.engine.token_tries.get(form.shown)
+        constraint = Triggered(trie, Pieces(model.engine.context, form.shown), form)
         for text in ("", "\n", " "):
             ids = constraint.allowed()
             assert ids is not None and not set(trie.eos_tokens) & set(ids)

@@ -9,14 +9,14 @@ import pytest
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
-from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.messages import Message, ToolCall
 from pop_local.engine.tools import text_form
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.tools.triggered import Triggered
-from pop_local.engine.turn import Message, ToolCall
 from support.calls import opened, text_of
 from support.converted import tiny
 from support.synthetic import TEMPLATE, make_gguf
@@ -42,15 +42,15 @@ def model(request, tmp_path_factory):
 
 
 def form_of(model: Any, tools: Tools) -> CallForm:
-    _, form = prompt_with_tools(model.prompter, [ASKED], tools)
+    _, form = prompt_with_tools(model.engine.prompter, [ASKED], tools)
     assert form is not None
     return form
 
 
 def taken(model: Any, form: CallForm, text: str) -> str:
     """As much of a text as the form allows, token by token."""
-    trie = model.token_trie(form.shown)
-    constraint = Triggered(trie, Pieces(model.context, form.shown), form)
+    trie = model.engine.token_tries.get(form.shown)
+    constraint = Triggered(trie, Pieces(model.engine.context, form.shown), form)
     found = b""
     for token in trie.greedy_tokenize(text):
         ids = constraint.allowed()
@@ -111,7 +111,7 @@ def test_a_call_that_is_cut_short_has_what_there_is_of_its_arguments(model):
 
 def test_only_the_named_one_may_be_called_and_all_are_told(model):
     prompt, form = prompt_with_tools(
-        model.prompter, [ASKED], Tools(BOTH, (DOUBLE,), must_call=True)
+        model.engine.prompter, [ASKED], Tools(BOTH, (DOUBLE,), must_call=True)
     )
     assert form is not None and form.names == ("double",)
     assert "get_weather" in text_of(model, prompt.tokens)
@@ -157,12 +157,12 @@ def test_tools_that_are_named_alike_are_refused(names, reason):
 def test_a_schema_that_is_none_is_refused(model):
     tool = replace(WEATHER, parameters={"type": "object", "properties": {"a": {"type": "any"}}})
     with pytest.raises(GrammarError):
-        prompt_with_tools(model.prompter, [ASKED], Tools((tool,), (tool,)))
+        prompt_with_tools(model.engine.prompter, [ASKED], Tools((tool,), (tool,)))
 
 
 def test_a_model_without_a_template_is_told_of_none(tmp_path):
     with opened(tiny(tmp_path)) as model, pytest.raises(PopError, match="no chat template"):
-        prompt_with_tools(model.prompter, [ASKED], Tools(BOTH, BOTH))
+        prompt_with_tools(model.engine.prompter, [ASKED], Tools(BOTH, BOTH))
 
 
 @pytest.mark.parametrize("name", [QWEN, "microsoft-Phi-3.5-mini-instruct"])
@@ -184,7 +184,7 @@ def test_special_tokens_in_descriptions_arguments_and_results_are_text(tmp_path,
             Message("assistant", "", calls=(call,)),
             Message("tool", spelled, call_id=CALL.id),
         ]
-        prompt, _ = prompt_with_tools(model.prompter, messages, Tools((tool,), (tool,)))
+        prompt, _ = prompt_with_tools(model.engine.prompter, messages, Tools((tool,), (tool,)))
         shown = [text_of(model, [token]) for token in prompt.tokens]
         return [shown.count(one) for one in control]
 

@@ -13,7 +13,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read, steps
 from support.converted import converted, tiny
 from support.shapes import read_shape
@@ -24,9 +24,9 @@ from support.synthetic import add_keys, make_gguf, renamed
 
 def test_a_converted_model_starts_pruning_and_tells_its_boundary(pop_file):
     model = opened(pop_file)
-    assert (model.mode, model.boundary) == (Mode.CONTEXT, 4)
-    assert model.meta is not None
-    assert model.meta.tail_tokens == 16
+    assert (model.engine.cache.mode, model.engine.cache.boundary) == (Mode.CONTEXT, 4)
+    assert model.engine.context.meta is not None
+    assert model.engine.context.meta.tail_tokens == 16
 
 
 @pytest.mark.parametrize("n_tokens", [17, 18, 64, 65, 80, 200])
@@ -38,30 +38,30 @@ def test_only_sink_and_tail_are_full_whatever_the_batches(tmp_path, n_tokens):
 
 def test_in_full_mode_nothing_is_pruned(pop_file):
     model = opened(pop_file)
-    model.set_mode(Mode.OFF)
+    model.engine.set_mode(Mode.OFF)
     assert evaluated(model, prompt(200)) == Counters(0, 200)
 
 
 def test_decoded_tokens_are_full(pop_file):
     model = opened(pop_file)
-    backend.reset_counters(model.context.ctx)
+    backend.reset_counters(model.engine.context.ctx)
     greedy(model, prompt(100), 10)
     # The tenth token is sampled and not decoded.
-    assert backend.get_counters(model.context.ctx) == Counters(83, 17 + 9)
+    assert backend.get_counters(model.engine.context.ctx) == Counters(83, 17 + 9)
 
 
 def test_always_prunes_decoded_tokens_too(pop_file):
     model = opened(pop_file)
-    model.set_mode(Mode.ALWAYS)
-    backend.reset_counters(model.context.ctx)
+    model.engine.set_mode(Mode.ALWAYS)
+    backend.reset_counters(model.engine.context.ctx)
     greedy(model, prompt(100), 10)
-    assert backend.get_counters(model.context.ctx) == Counters(109, 0)
+    assert backend.get_counters(model.engine.context.ctx) == Counters(109, 0)
 
 
 def test_pruning_changes_the_logits(pop_file):
     model = opened(pop_file)
     pruned = read(model, prompt(200))
-    model.set_mode(Mode.OFF)
+    model.engine.set_mode(Mode.OFF)
     assert np.abs(read(model, prompt(200)) - pruned).max() > 10 * NOISE
 
 
@@ -69,25 +69,25 @@ def test_short_prompts_run_full_when_the_file_says_so(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     model = opened(converted(source, tmp_path, boundary=4, min_prompt=50))
     assert evaluated(model, prompt(49)) == Counters(0, 49)
-    model.cache.clear()
+    model.engine.cache.clear()
     assert evaluated(model, prompt(50)) == Counters(33, 17)
 
 
 def test_prompts_that_are_hardly_longer_than_their_full_tokens_run_full(pop_file):
     model = opened(pop_file)
     assert evaluated(model, prompt(33)) == Counters(0, 33)
-    model.cache.clear()
+    model.engine.cache.clear()
     assert evaluated(model, prompt(34)) == Counters(17, 17)
 
 
 def test_another_boundary_prunes_other_layers(pop_file):
     model = opened(pop_file)
     at_four = read(model, prompt(200))
-    model.set_boundary(6)
+    model.engine.set_boundary(6)
     at_six = read(model, prompt(200))
     assert evaluated(model, prompt(100, seed=1)) == Counters(83, 17)
-    model.set_boundary(0)
-    assert model.boundary == 4
+    model.engine.set_boundary(0)
+    assert model.engine.cache.boundary == 4
     assert np.abs(at_six - at_four).max() > 10 * NOISE
     np.testing.assert_array_equal(read(model, prompt(200)), at_four)
 
@@ -96,16 +96,16 @@ def test_another_boundary_prunes_other_layers(pop_file):
 def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
     model = opened(pop_file)
     with pytest.raises(PopError, match="boundary"):
-        model.set_boundary(layer)
-    assert model.boundary == 4
+        model.engine.set_boundary(layer)
+    assert model.engine.cache.boundary == 4
 
 
 def test_an_unconverted_model_runs_full_and_says_how_to_convert(tmp_path):
     model = opened(make_gguf(tmp_path / "m.gguf", "llama"))
-    assert model.mode is Mode.OFF
+    assert model.engine.cache.mode is Mode.OFF
     assert evaluated(model, prompt(100)) == Counters(0, 100)
     with pytest.raises(PopError) as caught:
-        model.set_mode(Mode.CONTEXT)
+        model.engine.set_mode(Mode.CONTEXT)
     assert "convert it first" in caught.value.hint
 
 
@@ -117,24 +117,24 @@ def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
     ours = greedy(model, prompt(100), 20)
     # Mirostat is not ours; with top_k=1 the ordinary chain has no choice.
     for options in ({"top_k": 1, "seed": 3}, {"temperature": 0.0, "repeat_penalty": 1.0001}):
-        model.cache.clear()
+        model.engine.cache.clear()
         model.read(Prompt(prompt(100)))
-        theirs = list(islice(model.sampled(TurnOptions(**options)), 20))
+        theirs = list(islice(model.engine.sampled(TurnOptions(**options)), 20))
         assert ours == theirs
 
 
 def test_grammars_hold(pop_file):
     model = opened(pop_file)
     options = TurnOptions(max_tokens=5, temperature=0.0, grammar='root ::= "a" | "b"')
-    said = "".join(chunk.text for chunk in model.answer(Prompt(prompt(100)), options))
+    said = "".join(chunk.text for chunk in model.engine.answer(Prompt(prompt(100)), options))
     assert said in ("a", "b")
 
 
 def test_completions_are_pruned_as_prompts_are(pop_file):
     model = opened(pop_file)
-    backend.reset_counters(model.context.ctx)
+    backend.reset_counters(model.engine.context.ctx)
     completed(model, prompt(100), max_tokens=1)
-    assert backend.get_counters(model.context.ctx) == Counters(83, 17)
+    assert backend.get_counters(model.engine.context.ctx) == Counters(83, 17)
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"])
@@ -253,7 +253,7 @@ def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
     model.close()
     stream.close()
     with pytest.raises(PopError, match="is closed"):
-        model.refill()
+        model.engine.refiller.refill()
 
 
 def test_an_option_that_nobody_knows_is_no_option(pop_file):

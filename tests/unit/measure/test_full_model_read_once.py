@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure import quality
 from pop_local.measure.forced import Pruning
@@ -32,7 +33,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(pair):
-    model = PopModel(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
     return read_reference(model, TEXT, SETTINGS, ignore)
 
 
@@ -43,7 +44,7 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
         "single": (pair.single, None),
         "sidecar": (pair.base, pair.sidecar),
     }[form]
-    model = PopModel(path, sidecar=sidecar, n_ctx=257, n_threads=1)
+    model = PopModel(EngineOptions.of(path, sidecar=sidecar, n_ctx=257, n_threads=1))
     [found] = measure_against(reference, model, (Pruning(3),), ignore)
     [whole] = measure_prunings(model, TEXT, SETTINGS, [Pruning(3)], ignore)
     # A reference keeps its predictions in half precision.
@@ -56,7 +57,7 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
 
 def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypatch):
     monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
-    model = PopModel(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
     found = measure_retention(reference, model, (4, 3), ignore)
     measured = measure_against(reference, model, [*map(Pruning, (4, 3))], ignore)
     assert found == tuple(each.induction_retention for each in measured)
@@ -65,7 +66,7 @@ def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypat
 
 def test_progress_ends_at_its_total(pair, reference):
     seen: list[tuple[int, int]] = []
-    model = PopModel(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
     read_reference(model, TEXT, SETTINGS, lambda *now: seen.append(now))
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
@@ -78,6 +79,6 @@ def test_progress_ends_at_its_total(pair, reference):
 
 
 def test_too_short_a_text(pair):
-    model = PopModel(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
     with pytest.raises(PopError, match="tokens are needed"):
         read_reference(model, [[1, 2, 3]], SETTINGS, ignore)

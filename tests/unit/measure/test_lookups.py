@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import StoppedError
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel
 from pop_local.measure import lookups
@@ -34,7 +35,7 @@ def ignored(*_: object) -> None:
 
 @pytest.fixture(scope="module")
 def model(pop_file):
-    with PopModel(pop_file, n_ctx=1200, n_threads=1) as opened:
+    with PopModel(EngineOptions.of(pop_file, n_ctx=1200, n_threads=1)) as opened:
         yield opened
 
 
@@ -95,7 +96,7 @@ def test_there_are_as_many_questions_as_requested_and_more_documents_go_on(
 ) -> None:
     assert [len(each.questions) for each in documents] == [2, 2]
     assert make_documents(model, replace(SETTINGS, n_documents=3))[:2] == documents
-    assert all(each.tokens[0] == model.context.bos[0] for each in documents)
+    assert all(each.tokens[0] == model.engine.context.bos[0] for each in documents)
 
 
 def test_a_log_probability_is_that_of_one_prompt_read_in_full(model, documents) -> None:
@@ -114,12 +115,14 @@ def test_only_document_rows_are_pruned(model, documents, monkeypatch) -> None:
     reset = backend.reset_counters
 
     def counting(ctx: object) -> None:
-        counted.append(model.cache.slot.counters.n_context)
+        counted.append(model.engine.cache.slot.counters.n_context)
         reset(ctx)
 
     monkeypatch.setattr(backend, "reset_counters", counting)
-    pruned = ask(model, documents[:1], Pruning(model.boundary))
-    n_pruned = len(documents[0].tokens) - model.rule.sink_tokens - model.rule.tail_tokens
+    pruned = ask(model, documents[:1], Pruning(model.engine.cache.boundary))
+    n_pruned = (
+        len(documents[0].tokens) - model.engine.rule.sink_tokens - model.engine.rule.tail_tokens
+    )
     assert max(counted) == n_pruned
     full = ask(model, documents[:1], FULL)
     assert [it.logprob for it in pruned[0]] != pytest.approx(
@@ -128,7 +131,7 @@ def test_only_document_rows_are_pruned(model, documents, monkeypatch) -> None:
 
 
 def test_layers_that_add_nothing_lose_nothing(tmp_path) -> None:
-    with PopModel(tiny(tmp_path, zero_deep=4), n_ctx=1200, n_threads=1) as idle:
+    with PopModel(EngineOptions.of(tiny(tmp_path, zero_deep=4), n_ctx=1200, n_threads=1)) as idle:
         [found] = measure_lookups(idle, SETTINGS, [Pruning(4)], ignored)
     assert (found.n, found.lost, found.gained) == (4, 0, 0)
     assert found.logprob_lost.value == pytest.approx(0, abs=1e-3)
@@ -143,7 +146,7 @@ def test_the_text_is_the_greedy_one_wherever_the_right_answer_leaves_it(model, d
         for _ in range(8):
             greedy.append(reader.next_token)
             reader.extend(greedy[-1:])
-    text = model.detokenize(greedy)
+    text = model.engine.context.detokenize(greedy)
     given = TokenizedQuestion(replace(asked.question, answer=text), asked.tokens, tuple(greedy))
     [[again]] = ask(model, [replace(document, questions=(given,))], FULL)
     assert again.text.startswith(text)

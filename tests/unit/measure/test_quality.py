@@ -9,6 +9,7 @@ import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.base.progress import Progress
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.llama.context import Context
@@ -27,7 +28,7 @@ from pop_local.measure.quality import (
     measure_prunings,
     read_reference,
 )
-from support.calls import ignore
+from support.calls import ignore, set_rule
 from support.converted import tiny
 from support.synthetic import make_gguf
 
@@ -41,7 +42,7 @@ def model(pop_file) -> PopModel:
 
 
 def opened(path: Path) -> PopModel:
-    return PopModel(path, n_ctx=512, n_threads=1)
+    return PopModel(EngineOptions.of(path, n_ctx=512, n_threads=1))
 
 
 def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
@@ -50,7 +51,9 @@ def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
 
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
     """At the model's own boundary."""
-    return measure_prunings(model, [text()], settings, [Pruning(model.boundary)], ignore)[0]
+    return measure_prunings(
+        model, [text()], settings, [Pruning(model.engine.cache.boundary)], ignore
+    )[0]
 
 
 # --- reading
@@ -71,19 +74,19 @@ def test_predictions_are_those_of_one_full_pass(model):
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_the_model_is_left_as_it_was(model, mode):
-    model.set_mode(mode)
-    before = model.boundary
+    model.engine.set_mode(mode)
+    before = model.engine.cache.boundary
     measure_prunings(model, [text()], SHORT, [Pruning(2), Pruning(6)], ignore)
-    assert model.boundary == before
-    assert model.mode is backend.get_mode(model.context.ctx) is mode
-    assert model.cache.n_tokens == 0
+    assert model.engine.cache.boundary == before
+    assert model.engine.cache.mode is backend.get_mode(model.engine.context.ctx) is mode
+    assert model.engine.cache.n_tokens == 0
 
 
 def test_a_model_without_keys_is_left_without_a_boundary(tmp_path):
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
     quality = measure_prunings(model, [text()], SHORT, [Pruning(4)], ignore)[0]
     assert quality.n_pruned > 0
-    assert (model.boundary, model.mode) == (0, Mode.OFF)
+    assert (model.engine.cache.boundary, model.engine.cache.mode) == (0, Mode.OFF)
 
 
 def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
@@ -120,13 +123,13 @@ def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_grap
     with stopped_by(should_stop), pytest.raises(StoppedError):
         measured(model)
     assert n_asked == 3, "the first batch was not read to its end"
-    assert (model.cache.n_tokens, model.mode) == (0, Mode.CONTEXT)
+    assert (model.engine.cache.n_tokens, model.engine.cache.mode) == (0, Mode.CONTEXT)
     assert measured(model).n_pruned > 0
 
 
 def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
-    model.set_mode(Mode.CONTEXT)
+    model.engine.set_mode(Mode.CONTEXT)
     with pytest.raises(PopError, match="does not hold"):
         measured(model)
 
@@ -141,7 +144,7 @@ def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
     ],
 )
 def test_tokens_pruned_follow_the_rule(model, rule, n_pruned):
-    model.rule = replace(model.rule, **rule)
+    set_rule(model, **rule)
     assert measured(model).n_pruned == 3 * n_pruned
 
 
@@ -170,7 +173,7 @@ def test_layers_that_add_nothing_cost_nothing(model, tmp_path):
 
 def test_depths_in_one_run_are_those_of_single_runs(model):
     both = measure_prunings(model, [text()], SHORT, [Pruning(6), Pruning(2)], ignore)
-    model.set_boundary(2)
+    model.engine.set_boundary(2)
     assert measured(model) == both[1]
     assert both[0].kl_mean.value < both[1].kl_mean.value
 
@@ -190,7 +193,7 @@ def test_progress_ends_at_its_total(model):
 
 def test_passages_are_pruned_tokens(model):
     context = list(range(100))
-    rule = model.rule
+    rule = model.engine.rule
     picked = {
         tuple(pick_passage(context, 20, rule, np.random.default_rng(seed))) for seed in range(200)
     }
@@ -210,14 +213,15 @@ def test_passages_are_pruned_tokens(model):
     ],
 )
 def test_random_tokens_are_scored_where_they_are_pruned(sink, tail, n_bos, scored):
-    model = SimpleNamespace(context=SimpleNamespace(bos=(1,) * n_bos))
+    context = SimpleNamespace(bos=(1,) * n_bos)
+    model = SimpleNamespace(engine=SimpleNamespace(context=context))
     reader = SimpleNamespace(rule=RowRule(sink, tail), model=model)
     assert probes._scored(reader) == scored  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tail", [126, 127, 200])
 def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
-    model.rule = replace(model.rule, tail_tokens=tail)
+    set_rule(model, tail_tokens=tail)
     found = measured(model, replace(SHORT, n_windows=1, n_context=260))
     assert found.n_pruned > 0
     assert np.isfinite(found.induction_delta_nll.value)
@@ -227,7 +231,7 @@ def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
 
 def test_random_tokens_are_no_control_tokens(model):
     tokens = random_tokens(model, 2000, np.random.default_rng(0))
-    vocab = model.context.vocab
+    vocab = model.engine.context.vocab
     attribute = backend.bindings().llama_vocab_get_attr
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 

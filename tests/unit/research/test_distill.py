@@ -15,6 +15,7 @@ from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import DistillText
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
@@ -55,7 +56,9 @@ def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> n
     write_sidecar(pruned_plan(path, made), path, sidecar, fitted=made, force=True)
     found = []
     with (
-        PopModel(path, sidecar=sidecar, n_ctx=256, n_threads=1, n_gpu_layers=0) as model,
+        PopModel(
+            EngineOptions.of(path, sidecar=sidecar, n_ctx=256, n_threads=1, n_gpu_layers=0)
+        ) as model,
         forced(model) as reader,
     ):
         for window in windows.tolist():

@@ -8,7 +8,7 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Measured, PopMeta
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.turn import Message, TurnStats
+from pop_local.engine.messages import Message, TurnStats
 from pop_local.ui.chat import dialogue
 from pop_local.ui.chat.repl import LEAVE_HINT, converse
 from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, obey
@@ -45,7 +45,7 @@ def test_two_turns_keep_the_conversation():
         Message("assistant", "Hello."),
         Message("user", "and now?"),
     ]
-    assert model.options["seed"] == 123456789
+    assert model.options.seed == 123456789
 
 
 def test_pop_is_switched_and_shown():
@@ -60,12 +60,12 @@ def test_pop_is_switched_and_shown():
         "> /full maybe",
         "# /full takes on or off, not maybe.",
     ]
-    assert model.mode is Mode.CONTEXT
+    assert model.engine.cache.mode is Mode.CONTEXT
 
 
 def test_pop_on_a_model_that_is_not_converted():
     model = ScriptedModel()
-    model.boundary, model.mode = 0, Mode.OFF
+    model.convert(boundary=0)
     assert talk(model, "/full", "/full off") == [
         "> /full",
         "# Pruning is not possible: this model is not converted.",
@@ -245,7 +245,7 @@ def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is
     model = ScriptedModel([answer, stats], [answer, stats])
     if lookups:
         found = Measured(lookups_n=lookups[0], lookups_lost=lookups[1])
-        model.meta = PopMeta("FS", measured=found)
+        model.engine.context.meta = PopMeta("FS", measured=found)
     offers = [line for line in talk(model, "which?", "again?") if "/full on" in line]
     assert len(offers) == is_offered
     assert all("may misspell" in line for line in offers)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.turn import Message
+from pop_local.engine.messages import Message
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.chat.repl import converse
 from support.scripted import (
     STATS,
@@ -76,7 +77,7 @@ def test_edit_offers_the_last_question_and_asks_the_new_one():
 
 def test_set_shows_and_changes_how_answers_are_sampled():
     model = ScriptedModel(["Hm.", STATS])
-    model.recommended = {"top_k": 20}
+    model.engine.recommended = {"top_k": 20}
     lines = ("/set top_p 0.5", "/set temperature 0.2", "/set top_p default", "/set", "hi")
     assert talk(model, *lines)[:14] == [
         "> /set top_p 0.5",
@@ -94,8 +95,8 @@ def test_set_shows_and_changes_how_answers_are_sampled():
         "# max_tokens is what the context holds, by default.",
         "# seed is 123456789.",
     ]
-    assert (model.options["temperature"], model.options["seed"]) == (0.2, 123456789)
-    assert "top_p" not in model.options
+    assert (model.options.temperature, model.options.seed) == (0.2, 123456789)
+    assert model.options.top_p == TurnOptions.top_p
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_set_refuses_nonsense(line, answer):
 
 def test_model_is_shown_and_changed_in_mid_conversation():
     model, other = ScriptedModel(["One.", STATS]), ScriptedModel(["Two.", STATS], n_ctx=2048)
-    other.path = "other.gguf"
+    other.engine.context.path = "other.gguf"
     shown = talk(model, "hi", "/full on", "/model other", "go on", others={"other": other})
     assert shown[6:10] == [
         "> /model other",
@@ -144,7 +145,7 @@ def test_a_model_may_be_given_as_a_file_may(tmp_path, monkeypatch):
 
 def test_a_base_model_is_warned_of():
     other = ScriptedModel()
-    other.prompter.has_template = False
+    other.engine.prompter.has_template = False
     shown = talk(ScriptedModel(), "/model other", others={"other": other})
     assert shown[1].startswith("* This is a base model without a chat template")
 
@@ -167,9 +168,9 @@ def test_a_larger_context_is_of_the_model_that_was_taken():
 
 def test_a_model_that_cannot_be_pruned_switches_nothing_off():
     plain, other = ScriptedModel(), ScriptedModel()
-    plain.boundary, plain.mode = 0, Mode.OFF
+    plain.convert(boundary=0)
     talk(plain, "/model other", others={"other": other})
-    assert other.mode is Mode.CONTEXT
+    assert other.engine.cache.mode is Mode.CONTEXT
 
 
 def test_a_model_that_is_not_there_leaves_the_one_that_is():
@@ -232,7 +233,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
 def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
     # 20 go to an answer (an eighth of the context), 64 to the question.
     model = ScriptedModel(["Hm.", STATS], n_ctx=98)
-    model.n_ctx_train = 98
+    model.engine.context.n_ctx_train = 98
     shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
     assert shown[2:6] == [
         "? That is 28 tokens more than there is room for (22).",
@@ -289,7 +290,7 @@ def test_a_file_that_is_not_there_is_one_error(tmp_path):
 def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]:
     """Two turns of 12 tokens each, then a question of 13 in a context of 40."""
     model = ScriptedModel(["x " * 6, STATS], ["y " * 6, STATS], ["z", STATS], n_ctx=n_ctx)
-    model.n_ctx_train = 40
+    model.engine.context.n_ctx_train = 40
     questions = ["a " * 6, "b " * 6, "c " * 13]
     return model, talk(model, *questions, *keys, sampling={})
 
@@ -324,7 +325,7 @@ def test_nothing_is_dropped_unasked():
 def test_a_switch_is_kept_by_a_larger_context(switch, mode):
     """Whatever its command line says: --full opens each model with pruning off."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
-    larger.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
+    larger.engine.cache.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
     shown = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
-    assert larger.mode is mode
+    assert larger.engine.cache.mode is mode
     assert shown[-2:] == ["z", STATS_LINE]

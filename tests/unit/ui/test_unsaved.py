@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.ui.chat.dialogue import Dialogue
@@ -18,7 +19,7 @@ from support.synthetic import TEMPLATE
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> PopModel:
     file = tiny(tmp_path_factory.mktemp("unsaved"), boundary=5, chat_template=TEMPLATE)
-    return PopModel(file, n_threads=1, n_ctx=1024)
+    return PopModel(EngineOptions.of(file, n_threads=1, n_ctx=1024))
 
 
 def talked(model: PopModel, folder: Path, *lines: str | BaseException) -> list[str]:
@@ -63,11 +64,11 @@ def test_who_says_nothing_to_one_is_not_asked_about_the_next(model, tmp_path):
 
 def test_a_mode_that_comes_back_with_a_conversation_is_said(model, tmp_path):
     talked(model, tmp_path, "my question", SystemExit(143))
-    model.set_mode(Mode.OFF)
+    model.engine.set_mode(Mode.OFF)
     try:
         shown = talked(model, tmp_path, "g", "/exit")
     finally:
-        model.set_mode(Mode.CONTEXT)
+        model.engine.set_mode(Mode.CONTEXT)
     assert "# Pruning is on: context tokens skip the layers from 5 on." in shown
 
 

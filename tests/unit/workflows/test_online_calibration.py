@@ -80,14 +80,14 @@ def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_pa
     path = make_gguf(tmp_path / "plain.gguf", arch)
     model, lessons = taught(path)
     lesson = lessons.idle(never)
-    assert lesson.boundary == model.learner.boundaries[0] == 4
-    assert lesson.speedup_limit > 1.2 and lesson.n_rows == model.learned.n_rows
+    assert lesson.boundary == model.engine.calibrator.boundaries[0] == 4
+    assert lesson.speedup_limit > 1.2 and lesson.n_rows == model.engine.calibrator.learned.n_rows
     before = last_logits(model)
-    n_cached = model.cache.n_tokens
+    n_cached = model.engine.cache.n_tokens
     model.swap_sidecar(lesson.sidecar)
-    assert (model.mode, model.boundary) == (Mode.CONTEXT, 4)
+    assert (model.engine.cache.mode, model.engine.cache.boundary) == (Mode.CONTEXT, 4)
     # Rows that were read in full are the full model's, and stay.
-    assert model.cache.n_tokens == model.cache.n_exact == n_cached
+    assert model.engine.cache.n_tokens == model.engine.cache.n_exact == n_cached
     assert model.read(Prompt(prompt(3 * N, 2))).n_cached == n_cached - 1
     np.testing.assert_allclose(last_logits(model), before, atol=0.01)
     found = model.read(Prompt(prompt(3 * N, 9)))
@@ -101,7 +101,7 @@ def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
     model, lessons = taught(plain)
     lesson = lessons.idle(never)
     model.close()
-    assert sidecar_of(model.context.source) == lesson.sidecar
+    assert sidecar_of(model.engine.context.source) == lesson.sidecar
     assert read_pop_meta(plain) is None
     [files] = learned_files()
     assert files.sidecar == lesson.sidecar
@@ -110,35 +110,39 @@ def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
     assert (shown["pruned_from"], shown["n_tokens"]) == (4, lesson.n_rows)
     assert lesson.boundary in shown["boundaries"]
     again, lessons = taught(plain, sidecar=lesson.sidecar, keep_states=True, n_prompts=0)
-    n_rows = again.learned.n_rows
+    n_rows = again.engine.calibrator.learned.n_rows
     assert not lessons.has_work
     for seed in range(3, 7):
         read(again, prompt(3 * N, seed))
-        again.refill()
+        again.engine.refiller.refill()
     lessons.idle(never)
-    assert again.learned.n_rows > n_rows and lessons.loss is not None
+    assert again.engine.calibrator.learned.n_rows > n_rows and lessons.loss is not None
     # The sidecar in use may be replaced by the next one meanwhile.
     lesson.sidecar.replace(lesson.sidecar.with_suffix(".old"))
     again.read(Prompt(prompt(600, 9)))
     again.close()
     assert CliRunner().invoke(app, ["learn", "forget", str(plain)]).exit_code == 0
-    assert not learned_files() and sidecar_of(model.context.source) is None
+    assert not learned_files() and sidecar_of(model.engine.context.source) is None
     assert "Nothing was learned" in CliRunner().invoke(app, ["learn", "show"]).stderr
 
 
 def test_what_the_user_has_set_stays(plain):
     model, lessons = taught(plain)
     model.swap_sidecar(lessons.idle(never).sidecar)
-    model.set_mode(Mode.OFF)
-    model.prompter.parse_special = True
-    model.swap_sidecar(model.sidecar)
-    assert model.mode is Mode.OFF and not model.refills and model.prompter.parse_special
+    model.engine.set_mode(Mode.OFF)
+    model.engine.prompter.parse_special = True
+    model.swap_sidecar(model.engine.context.sidecar)
+    assert (
+        model.engine.cache.mode is Mode.OFF
+        and not model.engine.refiller.is_on
+        and model.engine.prompter.parse_special
+    )
 
 
 def test_what_is_forgotten_meanwhile_is_begun_anew(plain):
     model, lessons = taught(plain)
-    model.learner.work(never)
-    model.learner.save()
+    model.engine.calibrator.work(never)
+    model.engine.calibrator.save()
     for files in learned_files():
         files.forget()
     assert lessons.idle(never) is None
@@ -150,7 +154,7 @@ def test_a_fit_that_loses_too_much_is_not_taken(plain):
     model, lessons = taught(plain, NONE)
     assert lessons.idle(never) is None
     assert not lessons.has_work  # until there is more
-    assert sidecar_of(model.context.source) is None
+    assert sidecar_of(model.engine.context.source) is None
 
 
 def test_a_stop_at_any_time_is_made_up_for(plain):
@@ -162,7 +166,7 @@ def test_a_stop_at_any_time_is_made_up_for(plain):
         if lesson:
             break
         stops += 1
-        assert sidecar_of(model.context.source) is None
+        assert sidecar_of(model.engine.context.source) is None
     assert stops > 1 and lesson.boundary == 4
 
 
@@ -170,10 +174,10 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
     model, lessons = taught(plain)
     model.swap_sidecar(lessons.idle(never).sidecar)
     assert not lessons.has_work
-    model.set_mode(Mode.OFF)
-    model.swap_sidecar(model.sidecar)
+    model.engine.set_mode(Mode.OFF)
+    model.swap_sidecar(model.engine.context.sidecar)
     # Who reads in full goes on doing so.
-    assert model.mode is Mode.OFF and not model.refills
+    assert model.engine.cache.mode is Mode.OFF and not model.engine.refiller.is_on
     for seed in range(3, 6):
         read(model, prompt(3 * N, seed))
     assert lessons.has_work
@@ -198,24 +202,24 @@ def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
     model, lessons = taught(plain, sidecar=sidecar, keep_states=True, n_prompts=0)
     for seed in range(3):
         read(model, prompt(3 * N, seed))
-        model.refill()
+        model.engine.refiller.refill()
     lesson = lessons.idle(never)
-    assert model.learner.boundaries == (5,)
+    assert model.engine.calibrator.boundaries == (5,)
     assert lesson.boundary == 5
     model.swap_sidecar(lesson.sidecar)
-    assert model.meta.projection == kind
+    assert model.engine.context.meta.projection == kind
     model.close()
     if kind != Projection.FITTED:
         return
     # At the next start, what is learned is added to the same sums.
-    n_rows = model.learned.n_rows
+    n_rows = model.engine.calibrator.learned.n_rows
     again, lessons = taught(plain, sidecar=sidecar, keep_states=True, n_prompts=0)
     for seed in range(3, 6):
         read(again, prompt(3 * N, seed))
-        again.refill()
-    again.learner.work(never)
-    again.learner.save()
-    assert again.learner.file.known().n_rows[5] > 1.5 * n_rows
+        again.engine.refiller.refill()
+    again.engine.calibrator.work(never)
+    again.engine.calibrator.save()
+    assert again.engine.calibrator.file.known().n_rows[5] > 1.5 * n_rows
     lessons.idle(never)
 
 
@@ -235,7 +239,7 @@ def test_a_chat_says_that_it_learned(plain):
 def test_a_server_says_which_fit_read_a_prompt(plain):
     model, lessons = taught(plain)
     with asking(app_of(model, "tiny", fitter=lessons)) as client:
-        wait_for(lambda: model.boundary)
+        wait_for(lambda: model.engine.cache.boundary)
         body = {"prompt": "a b c d " * 300, "max_tokens": 2}
         used = client.post("/v1/completions", json=body).json()["usage"]["pop"]
     assert used["n_pruned"] > 0

@@ -1,16 +1,14 @@
-"""A turn of a conversation: its messages and options, pieces of text, then the figures."""
+"""Messages of a conversation, chunks of an answer, and its figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypedDict
+from typing import Literal
 
-from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.tools.form import CallForm
 
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "interrupted"]
-Reading = Literal["pruned", "exact", "short", "full"]
+PrefillKind = Literal["pruned", "exact", "short", "full"]
 
 
 @dataclass(frozen=True)
@@ -35,65 +33,6 @@ class Message:
     pictures: tuple[tuple[int, Picture], ...] = ()
     calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
-
-
-@dataclass(frozen=True)
-class TurnOptions:
-    """How to answer. `max_tokens`: None for as many as the context holds. `seed`: None for chance.
-    `min_answer`: a prompt that leaves less room than this in the context is a ContextFullError.
-
-    `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
-    `should_stop` is asked during the prefill and after each token; an answer that it ends is
-    "interrupted" and has its figures all the same. While a long text is split into tokens it raises
-    StoppedError. `stops` end the answer and are not part of it.
-    `grammar`: a text is GBNF. `calls`: how the answer may call tools, in the place of a grammar.
-    `ends_repeats`: an answer that comes to repeat one block ends, where it has no such form.
-    `n_top_logprobs`: None for no log probabilities at all; `has_end_logprob`: whether the token
-    that ends the answer has one, too. `repeatable`: the prompt is read as if it were new, and
-    nothing is refilled meanwhile, so that the same options with a seed, or at temperature 0, give
-    the same answer whatever was asked before.
-    """
-
-    max_tokens: int | None = None
-    min_answer: int = 1
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
-    stops: tuple[str, ...] = ()
-    grammar: str | Grammar | None = None
-    n_top_logprobs: int | None = None
-    has_end_logprob: bool = False
-    calls: CallForm | None = None
-    repeatable: bool = False
-    ends_repeats: bool = False
-    on_prefill: Callable[[int, int], None] | None = None
-    should_stop: Callable[[], bool] | None = None
-
-
-class AnswerOptions(TypedDict, total=False):
-    """The fields of TurnOptions that callers may give; others are as the file recommends."""
-
-    max_tokens: int | None
-    min_answer: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    seed: int | None
-    stops: tuple[str, ...]
-    grammar: str | Grammar | None
-    repeatable: bool
-    ends_repeats: bool
-    on_prefill: Callable[[int, int], None] | None
-    should_stop: Callable[[], bool] | None
 
 
 @dataclass(frozen=True)
@@ -138,7 +77,7 @@ class TurnStats:
     is_repeating: bool = False
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> PrefillKind:
         """How the prompt was read: with context tokens pruned, or leaving exactly, or in full;
         "short" says why."""
         if self.n_pruned:

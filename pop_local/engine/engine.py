@@ -1,0 +1,204 @@
+"""An open model: the parts that read prompts and answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.engine.answer import Answering, answer
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.decode.constraint import Constraint, TokenTries
+from pop_local.engine.decode.grammar import Grammar
+from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.decode.sampler import Sampler
+from pop_local.engine.depth.refiller import Refiller
+from pop_local.engine.images.mmproj import Mmproj
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batching import shared_slots
+from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.slot import Slot
+from pop_local.engine.prefill.plan import RowRule
+from pop_local.engine.prompt import templates
+from pop_local.engine.prompt.prompter import Prompter
+from pop_local.engine.sequence import CachedSequence
+from pop_local.engine.tools.triggered import Triggered
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from pop_converter.popfile.format import PopMeta
+    from pop_local.engine.decode.sampler import Allowed
+    from pop_local.engine.engine_options import EngineOptions
+    from pop_local.engine.learning.online_calibrator import OnlineCalibrator
+    from pop_local.engine.prompt.prompt import Prompt
+    from pop_local.engine.turn_options import TurnOptions
+
+
+class EngineOwner(Protocol):
+    """A handle whose engine may be replaced."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """The parts of a model on the patched backend.
+
+    A converted model starts in mode CONTEXT: prompts are pruned. `sequences`: one for each prompt
+    that can be read at once. `vision`: the mmproj, or None. `calibrator`: learns from full rows, or
+    None.
+    """
+
+    options: EngineOptions
+    context: Context
+    sequences: tuple[CachedSequence, ...]
+    prompter: Prompter
+    vision: Mmproj | None
+    token_tries: TokenTries
+    calibrator: OnlineCalibrator | None = None
+
+    @classmethod
+    def open(cls, options: EngineOptions) -> Engine:
+        """Load a model. Raises PopError with llama.cpp's reason if that fails."""
+        backend.require_patched()
+        source = read_source(options.path)
+        if "tokenizer.chat_template" in source.first.keys:
+            templates.renderer.start()  # in parallel with loading the model
+        meta = pop_of(source, options.sidecar)
+        holds_states = meta is not None and options.keep_states
+        context = Context(
+            source, meta, options.context, sidecar=options.sidecar, holds_states=holds_states
+        )
+        vision = _vision(options, context)
+        prompter = Prompter(context, vision, parse_special=options.parse_special)
+        prompter.require_template()
+        caches = [KvCache(slot, vision) for slot in _slots(context)]
+        rule = _rule(options, meta)
+        for cache in caches:
+            cache.prompts = options.prompt_cache
+        sequences = tuple(CachedSequence(cache, Refiller(cache), rule) for cache in caches)
+        engine = cls(options, context, sequences, prompter, vision, TokenTries(context))
+        engine.set_refill(options.keep_states)
+        if options.full:
+            engine.set_mode(Mode.OFF)
+        return engine
+
+    def close(self) -> None:
+        """Free the model, after stopping any prompt that this thread reads."""
+        try:
+            if self.calibrator is not None:
+                self.calibrator.detach()
+        finally:
+            self.context.close()
+        if self.vision is not None and self.context.is_closed:
+            self.vision.close()
+
+    # Parts of the first sequence
+
+    @property
+    def cache(self) -> KvCache:
+        return self.sequences[0].cache
+
+    @property
+    def refiller(self) -> Refiller:
+        return self.sequences[0].refiller
+
+    @property
+    def rule(self) -> RowRule:
+        return self.sequences[0].rule
+
+    # Settings of all sequences
+
+    def set_mode(self, mode: Mode) -> None:
+        """Switch how prompts are read; see KvCache.set_mode."""
+        for sequence in self.sequences:
+            sequence.cache.set_mode(mode)
+
+    def set_boundary(self, layer: int) -> None:
+        """Prune from another layer, with own projections only (0: the file's boundary)."""
+        for sequence in self.sequences:
+            sequence.cache.set_boundary(layer)
+
+    def set_refill(self, is_on: bool) -> None:
+        """Keep boundary states for refilling from now on, or drop them.
+
+        It has no effect on a model that cannot be refilled.
+        """
+        self.context.interrupt.require_idle()
+        for sequence in self.sequences:
+            can_refill = bool(sequence.cache.boundary) and not self.context.no_refill
+            sequence.refiller.is_on = is_on and can_refill
+            sequence.cache.keep_states(sequence.refiller.is_on)
+
+    # Answering
+
+    @cached_property
+    def recommended(self) -> dict[str, float]:
+        """Sampling options that the model's file recommends, by field of TurnOptions."""
+        return recommended(self.context.header)
+
+    def answer(
+        self,
+        prompt: Prompt | Callable[[], Prompt],
+        options: TurnOptions,
+        sequence: CachedSequence | None = None,
+    ) -> Answering:
+        """Answer a prompt; the last chunk carries the figures.
+
+        `prompt`: a callable counts in the time to the first token. `sequence`: default: the first.
+        Closing the iterator, or an exception in it, leaves the engine usable. Raises PopError if
+        the prompt does not fit the context.
+        """
+        render = prompt if callable(prompt) else lambda: prompt
+        return answer(
+            sequence or self.sequences[0], render, options, lambda: self.constraint(options)
+        )
+
+    def sampled(self, options: TurnOptions) -> Generator[int]:
+        """Yield tokens without end, starting after the prompt that the first sequence has read."""
+        sequence = self.sequences[0]
+        return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
+
+    def constraint(self, options: TurnOptions) -> Allowed | None:
+        """Return what restricts the answer's tokens: tool calls, a grammar, or nothing."""
+        grammar, calls = options.grammar, options.calls
+        if calls is not None:
+            pieces = Pieces(self.context, calls.shown)
+            return Triggered(self.token_tries.get(calls.shown), pieces, calls)
+        if grammar is None:
+            return None
+        parsed = Grammar.of_gbnf(grammar) if isinstance(grammar, str) else grammar
+        return Constraint(self.token_tries.get(), parsed)
+
+
+def _vision(options: EngineOptions, context: Context) -> Mmproj | None:
+    if options.mmproj is None:
+        return None
+    return Mmproj(
+        options.mmproj,
+        use_gpu=options.context.n_gpu_layers != 0,
+        max_tokens=options.image_tokens,
+        should_stop=context.interrupt.is_wanted,
+    )
+
+
+def _slots(context: Context) -> Sequence[Slot]:
+    n = context.options.n_sequences
+    return shared_slots(context, n) if n > 1 else [Slot(context)]
+
+
+def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:
+    """Return the file's rule for full rows, with the options' changes."""
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("sink_tokens", "tail_tokens", "deep_rows")
+        if (value := getattr(options, name)) is not None
+    }
+    return replace(RowRule.of(meta), **changes)

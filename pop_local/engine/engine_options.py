@@ -1,0 +1,57 @@
+"""Options for opening a model, built once by the command line, the server or Python."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pop_converter.deep_row_criterion import DeepRows
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.llama.context import ContextOptions
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options for Engine.open.
+
+    `model`: the GGUF file, or a name that the caller resolves before opening. `sidecar`: a file
+    with POP keys and tensors for it. `mmproj`: the vision encoder, loaded with the first picture.
+    `image_tokens`: upper limit of one image's tokens. `sink_tokens`, `tail_tokens`: full rows at a
+    prompt's ends (default: the file's). `deep_rows`: context rows that run all
+    layers because of their tokens (default: the file's).
+    `keep_states`: keep boundary states, so that rows can be refilled. `parse_special`: parse
+    special tokens in messages and documents, which lets a document write turns. `full`: start with
+    pruning off. `learn`: see PopModel.learn. `prompt_cache`: store for the KV caches of earlier
+    prompts.
+    """
+
+    model: str
+    sidecar: Path | None = None
+    mmproj: Path | None = None
+    image_tokens: int | None = None
+    sink_tokens: int | None = None
+    tail_tokens: int | None = None
+    deep_rows: DeepRows | None = None
+    keep_states: bool = False
+    parse_special: bool = False
+    full: bool = False
+    learn: bool = False
+    prompt_cache: PromptCache | None = None
+    context: ContextOptions = field(default_factory=ContextOptions)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.model)
+
+    @classmethod
+    def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
+        """Build options from keywords: fields of this class, of ContextOptions and of llama.cpp.
+
+        Raises TypeError for an unknown keyword.
+        """
+        known = {each.name for each in fields(cls)}
+        own = {name: value for name, value in options.items() if name in known}
+        own |= {name: Path(own[name]) for name in ("sidecar", "mmproj") if own.get(name)}
+        rest: Mapping[str, Any] = {name: options[name] for name in options.keys() - known}
+        return cls(os.fspath(model), context=ContextOptions.of(rest), **own)

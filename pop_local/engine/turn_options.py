@@ -1,0 +1,60 @@
+"""Options of one answer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+from pop_local.engine.decode.grammar import Grammar
+from pop_local.engine.decode.sampler import SamplerOptions
+from pop_local.engine.tools.form import CallForm
+
+
+@dataclass(frozen=True)
+class TurnOptions(SamplerOptions):
+    """Options of one answer.
+
+    `max_tokens`: default: the rest of the context. `min_answer`: tokens to leave for the answer. A
+    longer prompt raises ContextFullError. `stops`: strings that end the answer, without being part
+    of it. `grammar`: GBNF if it is a string. `calls`: how the answer may call tools, instead of a
+    grammar. `n_top_logprobs`: alternatives per token (None: no log probabilities).
+    `has_end_logprob`: include the token that ends the answer. `repeatable`: read the prompt as if
+    it were new, so that equal options give equal answers. That also takes a seed or temperature 0.
+    `ends_repeats`: end an answer that only repeats one block, unless it has a form.
+
+    `on_prefill(done, total)` counts prompt tokens that are not cached, once per batch.
+    `should_stop` is called during prefill and after each token. It ends the answer as
+    "interrupted", with its figures. During tokenization it raises StoppedError instead.
+    """
+
+    max_tokens: int | None = None
+    min_answer: int = 1
+    stops: tuple[str, ...] = ()
+    grammar: str | Grammar | None = None
+    n_top_logprobs: int | None = None
+    has_end_logprob: bool = False
+    calls: CallForm | None = None
+    repeatable: bool = False
+    ends_repeats: bool = False
+    on_prefill: Callable[[int, int], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
+class AnswerOptions(TypedDict, total=False):
+    """The fields of TurnOptions that programs may set (default: the file's recommendation)."""
+
+    max_tokens: int | None
+    min_answer: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int | None
+    stops: tuple[str, ...]
+    grammar: str | Grammar | None
+    repeatable: bool
+    ends_repeats: bool
+    on_prefill: Callable[[int, int], None] | None
+    should_stop: Callable[[], bool] | None
