@@ -25,10 +25,11 @@ def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) ->
     """Return which rows run all layers because of their words: bool [n_tokens].
 
     `tokens`: int [n_tokens], from the start of the prompt, negative for rows of images. A word is
-    deep as a whole. Control tokens and images separate words.
+    deep as a whole. Control tokens and images separate words. No row of a recurrent model is deep:
+    its rows run in order, so scattered deep rows would cut batches into pieces.
     """
     found = np.zeros(len(tokens), bool)
-    if criterion is DeepRows.NONE or not len(tokens):
+    if criterion is DeepRows.NONE or not len(tokens) or context.is_recurrent:
         return found
     pieces = _spelled(context, tokens)
     ends = np.cumsum([len(piece) for piece in pieces])

@@ -127,8 +127,8 @@ def _n_usable(cache: KvCache, prompt: Prompt, rule: RowRule) -> int:
 
 def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> np.ndarray:
     """Find the deep rows of all tokens from the first on, where pruning makes a difference."""
-    is_pruning = _is_pruning(cache) and not cache.context.is_recurrent
-    return find_deep_rows(cache.context, tokens, rule.deep_rows if is_pruning else DeepRows.NONE)
+    criterion = rule.deep_rows if _is_pruning(cache) else DeepRows.NONE
+    return find_deep_rows(cache.context, tokens, criterion)
 
 
 def _is_pruning(cache: KvCache) -> bool:
