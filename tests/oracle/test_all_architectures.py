@@ -1,7 +1,7 @@
-"""Every architecture of llama.cpp against the unpatched library, by tiny models of its own recipes.
+"""Compare every architecture of llama.cpp with the unpatched library on tiny recipe models.
 
-The models are support/recipes.py's, their silent copies support/silent.py's. Context rows and full
-rows come in calls of their own, so that all products have the same shapes in both libraries.
+support/recipes.py builds the models, and support/silent.py their silent copies. Context rows and
+full rows are in separate calls, so all products have the same shapes in both libraries.
 """
 
 import shutil
@@ -56,8 +56,9 @@ def make(name: recipes.Name, path: Path, seed: int = 1) -> Path:
 
 @dataclass(frozen=True)
 class Full:
-    """Logits of the tail, [n_tail, n_vocab]; those of its last row, [n_vocab], where context and
-    tail come in one call; the state after the context.
+    """The full model's tail logits, [n_tail, n_vocab], and its state after the context.
+
+    `at_once`: the last row's logits, [n_vocab], if one call reads context and tail.
     """
 
     tail: np.ndarray
@@ -67,7 +68,7 @@ class Full:
 
 @dataclass
 class Subject:
-    """A tiny model, its tokens, and how both libraries read them."""
+    """A tiny model, its tokens, and the steps that both libraries run."""
 
     name: recipes.Name
     folder: Path
@@ -95,7 +96,7 @@ class Subject:
 
     @property
     def at_once(self) -> Step:
-        """Context and tail, with the logits of the last row."""
+        """Read context and tail in one call, with the last row's logits."""
         return Step("decode", "at once", tokens=self.tokens)
 
     def state(self, name: str) -> str:
@@ -118,13 +119,13 @@ class Subject:
 
     @cached_property
     def full(self) -> "Full":
-        """Run steps in the unpatched library."""
+        """Return the unpatched library's results."""
         steps = (self.context, self.save("full"), self.tail, Step("remove"), self.at_once)
         got = self.unpatched(*steps)
         return Full(got["tail"], got["at once"][-1], self.read("full"))
 
     def silent(self, boundary: int) -> Path:
-        """The copy whose layers from `boundary` on leave the state as it is."""
+        """Return the copy whose layers from `boundary` preserve the state."""
         path = self.folder / f"silent{boundary}.gguf"
         return path if path.exists() else silent_copy(self.path, path, boundary)
 
@@ -135,17 +136,17 @@ class Subject:
 
     @property
     def last(self) -> int:
-        """The last layer that stores anything."""
+        """Return the last layer that stores K/V or a state."""
         return (self._traits[0] or self.n_layer) - 1
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether some of its layers are: refilling is impossible then."""
+        """Return whether some layers are recurrent, which prevents refilling."""
         return self._traits[1]
 
     @property
     def boundaries(self) -> list[int]:
-        """Half of the layers; and all but one, so that recurrent layers are among the skipped."""
+        """Return half of the layers, and all but one, so that recurrent layers are also skipped."""
         return sorted({self.n_layer // 2, *([1] if self.is_recurrent else [])})
 
 
@@ -183,7 +184,7 @@ def pruned(boundary: int) -> tuple[Step, ...]:
 
 
 @every
-def test_the_table_has_what_headers_say(subject: Subject) -> None:
+def test_architecture_table_matches_headers(subject: Subject) -> None:
     assert row(read_shape(subject.path)) in TABLE
     require_loadable(read_header(subject.path))
 
@@ -205,7 +206,7 @@ def test_numbers_that_end_the_process_are_named_before(name: str, key: str, tmp_
 
 
 @every
-def test_off_is_the_full_model(subject: Subject) -> None:
+def test_mode_off_equals_the_full_model(subject: Subject) -> None:
     off = (*pruned(subject.n_layer // 2), Step("mode", value=0))
     got = subject.patched(*off, subject.context, subject.tail, Step("counters", "counters"))
     np.testing.assert_array_equal(got["tail"], subject.full.tail)
@@ -213,14 +214,14 @@ def test_off_is_the_full_model(subject: Subject) -> None:
 
 
 @every
-def test_the_last_layer_is_skipped_exactly(subject: Subject) -> None:
-    """The same is stored as by the full model, so that nothing behind it can differ."""
+def test_skipping_the_last_layer_is_exact(subject: Subject) -> None:
+    """The cache equals the full model's, so later results cannot differ."""
     check_equal_to_full(subject, subject.last)
 
 
 @flashing
-def test_the_last_layer_with_flash_attention_and_a_window_cache(subject: Subject) -> None:
-    """V is not transposed then, and layers with a window keep few rows."""
+def test_skipping_the_last_layer_is_exact_with_flash_attention_and_swa(subject: Subject) -> None:
+    """Flash attention does not transpose V, and the SWA cache has few rows."""
     job = replace(subject.job, flash_attn=True, swa_full=False)
     check_equal_to_full(replace(subject, job=job), subject.last)
 
@@ -234,8 +235,7 @@ def check_equal_to_full(subject: Subject, boundary: int) -> None:
     assert subject.read("got") == subject.full.state
 
 
-def test_the_check_can_fail(job: Job, tmp_path: Path) -> None:
-    """A layer more, skipped by own projections, is seen; so is another model."""
+def test_exactness_check_detects_another_layer_and_another_model(job: Job, tmp_path: Path) -> None:
     made = [make(LLAMA, tmp_path / f"{seed}.gguf", seed) for seed in (1, 2)]
     first, second = (Subject(LLAMA, tmp_path, replace(job, model=str(path))) for path in made)
     check_equal_to_full(first, first.last)
@@ -247,10 +247,10 @@ def test_the_check_can_fail(job: Job, tmp_path: Path) -> None:
 
 
 @every
-def test_half_of_the_layers_equal_the_reference(subject: Subject) -> None:
-    """And neither state nor logits are the full model's: writes that fail would be seen.
+def test_skipping_half_of_the_layers_equals_the_reference(subject: Subject) -> None:
+    """State and logits differ from the full model's, so missing writes would be noticed.
 
-    In mode ALWAYS the logits are those of the state at the boundary, as the silent copy's are.
+    Logits in mode ALWAYS are those of the boundary state, and so are the silent copy's.
     """
     context, at_once, again = subject.context, subject.at_once, Step("remove")
     for boundary in subject.boundaries:
@@ -271,10 +271,10 @@ def test_half_of_the_layers_equal_the_reference(subject: Subject) -> None:
 
 
 @comparable
-def test_two_prompts_in_one_batch(subject: Subject) -> None:
-    """They store what the silent copy stores of them; where layers recur, of each in its turn.
+def test_two_prompts_in_one_batch_equal_the_reference(subject: Subject) -> None:
+    """The reference of recurrent models reads the prompts in turn.
 
-    Upstream's own ubatches of two sequences give others bits then, or even (plamo2) other numbers.
+    With two sequences in a ubatch, upstream's results have other bits, or (plamo2) other numbers.
     """
     job = replace(subject.job, n_seq_max=2, n_ctx=512)
     boundary = subject.boundaries[0]
@@ -296,7 +296,7 @@ def test_two_prompts_in_one_batch(subject: Subject) -> None:
 
 @every
 def test_context_and_full_rows_share_a_ubatch(subject: Subject) -> None:
-    """The last ubatch has rows of both; recurrent layers get them apart, bit for bit."""
+    """Rows of both kinds are in the last ubatch; recurrent models split it, bit for bit."""
     boundary = subject.boundaries[0]
     counters = Step("counters", "counters")
     apart = (subject.context, replace(subject.tail, logits="last"), Step("remove"))
@@ -310,7 +310,7 @@ def test_context_and_full_rows_share_a_ubatch(subject: Subject) -> None:
 
 
 @every
-def test_a_deep_pass_over_the_context_gives_the_full_model(subject: Subject) -> None:
+def test_deep_pass_over_the_context_equals_the_full_model(subject: Subject) -> None:
     starts = range(0, N_CONTEXT, N_UBATCH)
     pieces = [tuple(range(start, min(start + N_UBATCH, N_CONTEXT))) for start in starts]
     steps = (
@@ -334,7 +334,7 @@ def test_a_deep_pass_over_the_context_gives_the_full_model(subject: Subject) -> 
     [name for name in NAMES if name.arch in REFUSED.keys() - {*NO_RECIPE, *CRASHES}],
     ids=str,
 )
-def test_what_is_no_decoder_is_refused_by_name(name: recipes.Name, tmp_path: Path) -> None:
+def test_models_other_than_decoders_are_refused_by_name(name: recipes.Name, tmp_path: Path) -> None:
     path = make(name, tmp_path / "model.gguf")
     with pytest.raises(RuntimeError, match=rf"(?s)'{name.arch}'.*llama_pop_set_boundary"):
         run(Job(str(path), (Step("boundary", value=1),), n_ctx=256))
@@ -348,12 +348,12 @@ def test_what_is_no_decoder_is_refused_by_name(name: recipes.Name, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.arch in NO_RECIPE], ids=str)
-def test_there_is_no_recipe_yet(name: recipes.Name, tmp_path: Path) -> None:
+def test_recipe_is_still_missing(name: recipes.Name, tmp_path: Path) -> None:
     with pytest.raises(recipes.NoModelError):
         make(name, tmp_path / "model.gguf")
 
 
-def test_each_name_of_ours_is_one_of_llama_cpps() -> None:
+def test_listed_architectures_exist_in_llama_cpp() -> None:
     ours = {*REFUSED, *NO_RECIPE, *CRASHES, *NO_DEEP_PASS, *NO_FLASH_ATTENTION, *IMPOSSIBLE}
     ours |= {*MORE_KEYS, *WITH_EXPERTS}
     assert ours <= {name.arch for name in NAMES}, "`make recipes` was not run, or a name is gone"

@@ -1,4 +1,4 @@
-"""Learned positions, and states that are put back: models of some architectures in the engine."""
+"""Read models of several architectures with the engine: learned positions, restored states."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def made(name: str, path):
 
 
 @pytest.mark.skipif("gpt2" not in NAMES, reason="the recipes are not built")
-def test_no_more_is_read_than_there_are_positions(tmp_path):
+def test_prompts_longer_than_the_learned_positions_are_refused(tmp_path):
     with PopModel(EngineOptions.of(made("gpt2", tmp_path), n_ctx=512, n_threads=1)) as model:
         append(model, [1] * 256)
         model.engine.cache.clear()
@@ -35,8 +35,8 @@ def test_no_more_is_read_than_there_are_positions(tmp_path):
 @pytest.mark.parametrize(
     "name", sorted(NAMES.keys() & {"qwen35", "lfm2", "mamba2", "rwkv7", "deepseek4+experts"})
 )
-def test_a_text_is_forgotten_by_recurrent_layers_too(name, tmp_path):
-    """A text behind a context is scored, put back, and scores the same again."""
+def test_recurrent_layers_forget_scored_texts(name, tmp_path):
+    """A text after a context is scored, removed, and gets the same score again."""
     with (
         PopModel(EngineOptions.of(made(name, tmp_path), n_ctx=256, n_threads=1)) as model,
         forced(model) as reader,
@@ -45,6 +45,6 @@ def test_a_text_is_forgotten_by_recurrent_layers_too(name, tmp_path):
         reader.read(context, FULL)
         first, other = reader.predict(text), reader.predict(another[1:])
         again = reader.predict(text)
-    # Other cells of the cache are added up in another order.
+    # With other cells of the cache, the order of sums differs.
     noise, change = np.abs(again - first)[1:].max(), np.abs(other - first)[1:].max()
     assert noise < 1e-3 * change

@@ -1,4 +1,4 @@
-"""Files that the patched library loads, and the reasons it gives for refusals."""
+"""Files that the patched library loads or refuses, with the refusals' reasons."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_missing_keys_are_refused(missing: str, llama: Path, tmp_path: Path) -> 
         run(Job(str(add_to(llama, tmp_path / "wrong.gguf", keys)), steps=()))
 
 
-def test_a_missing_projection_means_own(llama: Path, tmp_path: Path) -> None:
+def test_missing_projection_key_means_own(llama: Path, tmp_path: Path) -> None:
     keys = {name: value for name, value in OWN.items() if name != "pop.projection"}
     want = run(Job(str(add_to(llama, tmp_path / "own.gguf", OWN)), (LAST,)))
     steps = (LAST, Step("counters", "counters"))
@@ -58,7 +58,7 @@ def test_a_missing_projection_means_own(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
-def test_own_projections_given_as_fitted_change_nothing(arch: str, tmp_path: Path) -> None:
+def test_own_projections_stored_as_fitted_change_nothing(arch: str, tmp_path: Path) -> None:
     base = make_gguf(tmp_path / "base.gguf", arch, type=Type.Q8_0)
     own = add_to(base, tmp_path / "own.gguf", OWN)
     fitted = add_to(base, tmp_path / "fitted.gguf", FITTED, own_as_fitted(base, 5, 8))
@@ -68,7 +68,7 @@ def test_own_projections_given_as_fitted_change_nothing(arch: str, tmp_path: Pat
     np.testing.assert_array_equal(got["last"], want["last"])
 
 
-def test_fitted_tensors_are_used(llama: Path, tmp_path: Path) -> None:
+def test_fitted_tensors_change_the_logits(llama: Path, tmp_path: Path) -> None:
     tensors = own_as_fitted(llama, 5, 8)
     bias, kind = tensors["blk.7.pop_attn_v.bias"]
     tensors["blk.7.pop_attn_v.bias"] = (bias + 1, kind)
@@ -86,7 +86,7 @@ def test_fitted_tensors_of_a_wrong_shape_are_refused(llama: Path, tmp_path: Path
         run(Job(str(model), steps=()))
 
 
-def test_fitted_tensors_that_are_not_finite_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_non_finite_fitted_tensors_are_refused(llama: Path, tmp_path: Path) -> None:
     tensors = own_as_fitted(llama, 5, 8)
     bias, kind = tensors["blk.7.pop_attn_k.bias"]
     tensors["blk.7.pop_attn_k.bias"] = (np.where(np.arange(bias.size) == 3, np.nan, bias), kind)
@@ -95,15 +95,15 @@ def test_fitted_tensors_that_are_not_finite_are_refused(llama: Path, tmp_path: P
         run(Job(str(model), steps=()))
 
 
-def test_weights_that_a_processor_packs_its_own_way_are_checked(tmp_path: Path) -> None:
-    """Most processors pack Q4_0, some Q8_0, too: such a buffer cannot be read."""
+def test_non_finite_weights_are_refused_although_repacked(tmp_path: Path) -> None:
+    """Most processors repack Q4_0, some also Q8_0, and repacked buffers cannot be read."""
     base = make_gguf(tmp_path / "base.gguf", "llama", type=Type.Q4_0)
     tensors = own_as_fitted(base, 5, 8)
     want = run(Job(str(add_to(base, tmp_path / "own.gguf", OWN)), (LAST,)))
     got = run(Job(str(add_to(base, tmp_path / "fitted.gguf", FITTED, tensors)), (LAST,)))
     np.testing.assert_array_equal(got["last"], want["last"])
     weight, _ = tensors["blk.6.pop_attn_v.weight"]
-    weight.view(np.float16)[0, 0] = np.nan  # the scale of its first block
+    weight.view(np.float16)[0, 0] = np.nan  # scale of the first block
     wrong = add_to(base, tmp_path / "wrong.gguf", FITTED, tensors)
     with pytest.raises(RuntimeError, match=r"blk\.6\.pop_attn_v\.weight.*not finite"):
         run(Job(str(wrong), steps=()))
@@ -141,22 +141,22 @@ def test_wrong_calls_are_refused(step: Step, keys: Keys, llama: Path, tmp_path: 
         run(Job(str(model), (step,)))
 
 
-def test_fitted_projections_keep_their_boundary(llama: Path, tmp_path: Path) -> None:
+def test_fitted_projections_fix_the_boundary(llama: Path, tmp_path: Path) -> None:
     model = add_to(llama, tmp_path / "fitted.gguf", FITTED, own_as_fitted(llama, 5, 8))
     run(Job(str(model), (Step("boundary", value=5),)))
     with pytest.raises(RuntimeError, match="was refused"):
         run(Job(str(model), (Step("boundary", value=4),)))
 
 
-def test_a_model_without_keys_takes_a_boundary(llama: Path, tmp_path: Path) -> None:
-    """Sweeps need no file for each depth."""
+def test_model_without_keys_accepts_a_boundary(llama: Path, tmp_path: Path) -> None:
+    """Searches over depths need no file for each depth."""
     own = add_to(llama, tmp_path / "own.gguf", {**OWN, "pop.sink_tokens": 1})
     want = run(Job(str(own), (LAST,)))
     got = run(Job(str(llama), (Step("boundary", value=5), Step("mode", value=1), LAST)))
     np.testing.assert_array_equal(got["last"], want["last"])
 
 
-def test_the_sink_can_be_set(llama: Path, tmp_path: Path) -> None:
+def test_sink_can_be_changed(llama: Path, tmp_path: Path) -> None:
     none = run(Job(str(add_to(llama, tmp_path / "none.gguf", OWN)), (LAST,)))
     one = add_to(llama, tmp_path / "one.gguf", {**OWN, "pop.sink_tokens": 1})
     again = (Step("remove"), Step("sink", value=-1), replace(LAST, name="one"))

@@ -1,4 +1,4 @@
-"""One context over time, and sequences that share its tokens."""
+"""Changing settings in a context, and sequences that share its tokens."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from support.raw import Job, Step, run
 from support.synthetic import make_gguf
 
 TOKENS = random_tokens(64, 380)
-# Mode, boundary, sink, full_from: with as many full rows at other places, a graph may be reused.
+# Mode, boundary, sink, full_from. Equal numbers of full rows at other places may reuse a graph.
 SETTINGS = [
     (0, 3, 1, -1),
     (1, 3, 1, 60),
@@ -30,9 +30,9 @@ SETTINGS = [
 def test_settings_that_alternate_never_run_the_graph_of_others(
     swa: dict, decodes: bool, tmp_path: Path
 ) -> None:
-    """Each prefill on one context and on a fresh one: bit for bit, and so the decode after it.
+    """Each prefill, and the decode after it, equals that of a fresh context bit for bit.
 
-    Only a graph that follows one of its shape can be reused: hence without decodes, too.
+    llama.cpp reuses a graph only directly after one of its shape, so a case without decodes exists.
     """
     model = str(tiny(tmp_path, "gemma3", **swa))
     order = [*range(len(SETTINGS)), *reversed(range(len(SETTINGS))), 0, 4, 2, 4, 0, 6, 0]
@@ -55,7 +55,7 @@ def test_settings_that_alternate_never_run_the_graph_of_others(
 
 
 def _turn(setting: tuple[int, int, int, int], prefix: str) -> tuple[list[Step], Step]:
-    """The prefill from an empty cache, and the decode of a token after it."""
+    """Return the prefill of an empty cache, and the decode of the next token."""
     mode, boundary, sink, full_from = setting
     prefill = [
         Step("boundary", value=boundary),
@@ -69,10 +69,10 @@ def _turn(setting: tuple[int, int, int, int], prefix: str) -> tuple[list[Step], 
 
 
 @pytest.mark.parametrize("before", [Step("embed"), Step("causal", value=0)], ids=["embed", "all"])
-def test_who_needs_every_row_gets_every_row(
+def test_embeddings_and_non_causal_masks_run_all_rows_full(
     before: Step, tmp_path: Path, unpatched_lib: Path
 ) -> None:
-    """Embeddings may be pooled over all rows; without a causal mask rows depend on later ones."""
+    """Embeddings may be pooled over all rows; without a causal mask, rows depend on later ones."""
     model = str(tiny(tmp_path))
     last = Step("decode", "last", tokens=TOKENS)
     want = run(Job(model, (before, last), lib=str(unpatched_lib)))
@@ -96,7 +96,7 @@ def test_tokens_of_two_sequences_in_separate_streams_are_an_error(
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_tokens_of_two_sequences_in_one_stream_are_pruned(arch: str, tmp_path: Path) -> None:
-    """A row is full as soon as one of its sequences says so."""
+    """A row is full as soon as it is full for one of its sequences."""
     job = Job(str(tiny(tmp_path, arch)), (), n_seq_max=2, kv_unified=True)
     alone = (
         Step("full_from", value=50),
@@ -119,7 +119,7 @@ def test_tokens_of_two_sequences_in_one_stream_are_pruned(arch: str, tmp_path: P
 @pytest.mark.parametrize("n_seq", [1, 3])
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_sequences_without_a_sink_are_pruned(arch: str, n_seq: int, tmp_path: Path) -> None:
-    """Nor may the reserve of memory, whose rows are all at position 0, be taken for a prompt."""
+    """The batch that reserves memory, with all rows at position 0, must not count as a prompt."""
     source = make_gguf(tmp_path / "model.gguf", arch)
     model = converted(source, tmp_path, boundary=4, sink_tokens=0)
     more = tuple((seq, 0, TOKENS) for seq in range(1, n_seq))

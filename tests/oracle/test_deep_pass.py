@@ -1,4 +1,4 @@
-"""Deep passes against the unpatched library: once all rows are deep, the KV cache is its own."""
+"""Compare deep passes with the unpatched library: after them, the KV caches are equal."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,7 +67,7 @@ def job(unpatched_lib: Path) -> Job:
 
 
 def deepened(start: int, end: int, seq: int = 0) -> list[Step]:
-    """Deep passes over these rows in the ubatches of a prompt."""
+    """Return deep passes over the rows, in the ubatches of a prompt."""
     pieces = [range(first, min(first + N_UBATCH, end)) for first in range(start, end, N_UBATCH)]
     return [Step("run_deep", tokens=tuple(piece), seq=seq, logits="none") for piece in pieces]
 
@@ -82,10 +82,10 @@ def read_pruned(job: Job, trio: Trio, steps: Sequence[Step]) -> dict[str, np.nda
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_refilled_in_order_the_cache_is_the_full_models(
+def test_refilling_in_order_equals_the_full_model(
     tiny: Trio, context: str, tmp_path: Path, job: Job
 ) -> None:
-    """Sink, tail, and rows that were deep before, out of order, are redone with the others."""
+    """Sink, tail, and rows that were run deep earlier are refilled together with the others."""
     job = replace(job, **CONTEXTS[context])
     tokens = random_tokens(300, N_VOCAB)
     ours, before, theirs = tmp_path / "ours", tmp_path / "before", tmp_path / "theirs"
@@ -120,7 +120,7 @@ def test_refilled_in_order_the_cache_is_the_full_models(
     assert not np.array_equal(got["pruned"], want["last"])
 
 
-def test_rows_of_an_answer_are_redone_one_by_one(llama: Trio, tmp_path: Path, job: Job) -> None:
+def test_answer_rows_are_refilled_one_by_one(llama: Trio, tmp_path: Path, job: Job) -> None:
     tokens, answer = random_tokens(200, N_VOCAB), random_tokens(6, N_VOCAB, seed=1)
     steps = [Step("decode", tokens=(token,), pos=200 + i) for i, token in enumerate(answer)]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -134,10 +134,10 @@ def test_rows_of_an_answer_are_redone_one_by_one(llama: Trio, tmp_path: Path, jo
 
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
-def test_a_sequence_beside_another(
+def test_refilling_works_next_to_another_sequence(
     gemma3: Trio, kv_unified: bool, tmp_path: Path, job: Job
 ) -> None:
-    """Refilled is the second one, whose cells lie behind those of the first."""
+    """The refilled sequence is the second one, so its cells come after the first one's."""
     job = replace(job, n_seq_max=2, kv_unified=kv_unified)
     first, second = random_tokens(150, N_VOCAB, seed=1), random_tokens(200, N_VOCAB, seed=2)
     both = [Step("decode", tokens=first), Step("decode", tokens=second, seq=1)]
@@ -148,8 +148,10 @@ def test_a_sequence_beside_another(
 
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
-def test_two_sequences_in_turn(llama: Trio, kv_unified: bool, tmp_path: Path, job: Job) -> None:
-    """Passes of one size over each, whose graphs are alike but for where the K/V lie."""
+def test_two_sequences_are_refilled_in_turn(
+    llama: Trio, kv_unified: bool, tmp_path: Path, job: Job
+) -> None:
+    """Passes have one size, so their graphs differ only in the locations of the K/V."""
     job = replace(job, n_seq_max=2, kv_unified=kv_unified)
     both = [
         Step("decode", tokens=random_tokens(N_UBATCH, N_VOCAB, seed=1 + seq), seq=seq)
@@ -166,7 +168,7 @@ def test_two_sequences_in_turn(llama: Trio, kv_unified: bool, tmp_path: Path, jo
         assert Path(mine.path).read_bytes() == Path(other.path).read_bytes()
 
 
-def test_rows_that_came_later_into_the_same_cells(llama: Trio, tmp_path: Path, job: Job) -> None:
+def test_rows_that_reuse_cells_have_new_states(llama: Trio, tmp_path: Path, job: Job) -> None:
     tokens, others = random_tokens(200, N_VOCAB), random_tokens(80, N_VOCAB, seed=1)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     prompt = Step("decode", tokens=tokens[:128])
@@ -178,7 +180,7 @@ def test_rows_that_came_later_into_the_same_cells(llama: Trio, tmp_path: Path, j
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_copied_sequence_shares_its_states(llama: Trio, tmp_path: Path, job: Job) -> None:
+def test_copied_sequence_shares_its_states(llama: Trio, tmp_path: Path, job: Job) -> None:
     job = replace(job, n_seq_max=2, kv_unified=True)
     prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -189,7 +191,7 @@ def test_a_copied_sequence_shares_its_states(llama: Trio, tmp_path: Path, job: J
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_lora_adapter_is_part_of_a_deep_pass(llama: Trio, tmp_path: Path, job: Job) -> None:
+def test_deep_pass_applies_a_lora_adapter(llama: Trio, tmp_path: Path, job: Job) -> None:
     lora = make_lora(tmp_path / "lora.gguf", "llama", OF_KV)
     job = replace(job, lora=str(lora))
     prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
@@ -199,7 +201,7 @@ def test_a_lora_adapter_is_part_of_a_deep_pass(llama: Trio, tmp_path: Path, job:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_without_logits_those_of_the_last_batch_stay(llama: Trio, job: Job) -> None:
+def test_deep_pass_without_logits_leaves_the_last_logits(llama: Trio, job: Job) -> None:
     prompt = Step("decode", "before", tokens=random_tokens(200, N_VOCAB))
     deep = deepened(0, 200)
     got = read_pruned(job, llama, [prompt, *deep, Step("logits", "after")])
@@ -235,7 +237,9 @@ REFUSALS: dict[str, tuple[Step, ...]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_had_is_refused(llama: Trio, case: str, tmp_path: Path, job: Job) -> None:
+def test_impossible_deep_passes_are_refused(
+    llama: Trio, case: str, tmp_path: Path, job: Job
+) -> None:
     steps = [
         replace(step, path=step.path.format(folder=tmp_path), name="") for step in REFUSALS[case]
     ]
@@ -243,14 +247,14 @@ def test_what_cannot_be_had_is_refused(llama: Trio, case: str, tmp_path: Path, j
     read_pruned(job, llama, [prompt, *steps])
 
 
-def test_rows_that_a_window_has_lost_are_refused(gemma3: Trio, job: Job) -> None:
+def test_rows_outside_the_window_are_refused(gemma3: Trio, job: Job) -> None:
     prompt = Step("decode", tokens=random_tokens(1500, N_VOCAB))
     refused = Step("run_deep", tokens=(700,), value=REFUSED)
     read_pruned(replace(job, swa_full=False), gemma3, [prompt, refused])
     read_pruned(job, gemma3, [prompt, replace(refused, value=0)])
 
 
-def test_keeping_changes_nothing(tiny: Trio, tmp_path: Path, job: Job) -> None:
+def test_keeping_states_changes_no_result(tiny: Trio, tmp_path: Path, job: Job) -> None:
     tokens = random_tokens(300, N_VOCAB)
     results = []
     for name, first in {"off": (), "on": (KEEP, Step("question", pos=280))}.items():

@@ -1,8 +1,8 @@
-"""Pruning on other devices: as far from the CPU as the full model is there, and no farther.
+"""Compare pruning on other devices with the CPU: it adds no error to the full model's.
 
-Devices are the local GPUs, with POP_TEST_GPU_LAYERS=99 in the environment; without it two RPC
-servers of this machine. Whatever is not equal bit for bit is noise of kernels and of the order of
-sums, of which the full model has its own.
+The devices are the local GPUs if POP_TEST_GPU_LAYERS=99 is set, otherwise two RPC servers on this
+machine. Differences in some bits are noise of kernels and of summation order, which the full model
+also has.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ N_VOCAB, N_LAYER, BOUNDARY, N_TAIL = 380, 8, 5, 16
 ALL = N_LAYER + 1  # the output counts as a layer
 PROMPTS = [random_tokens(n, N_VOCAB, seed=n) for n in (90, 130, 170, 210, 250)]
 AT_MOST = 1.3
-# Random fits times this store K and V as large as the model's own: larger ones have larger noise.
+# Scales of random fits that store K/V of the own projections' size: larger K/V have more noise.
 AS_OWN = {FITTED: 0.7, WIDE: 0.43}
 
 QUANTISED = {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}
@@ -49,7 +49,7 @@ ARCHS = ("llama", "qwen2", "gemma3", "phi3", "llama-moe", "qwen2vl", "qwen3vl")
 
 @dataclass(frozen=True)
 class Case:
-    """`model`: an architecture, with experts or a fit; `reads`: what, and how."""
+    """An architecture (`model`) with experts or a fit, and its prompts (`reads`)."""
 
     model: str = "llama"
     options: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +101,7 @@ CASES = {
 }
 
 
-# RPC servers compute as the CPU here does: what they are given is all there is to see.
+# RPC servers compute on the same CPU, so these cases check the data that they receive.
 ON_RPC = (
     *("llama", "qwen2", "gemma3", "phi3", "moe", "gemma4", "qwen3vl, pictures"),
     *("below the boundary", "at the boundary", "above the boundary", "wide, at the boundary"),
@@ -130,7 +130,7 @@ def trios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trio]:
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[dict[str, Any]]:
-    """The fields of a job on the devices."""
+    """Return the job fields that select the devices."""
     if GPU_LAYERS:
         yield {"n_gpu_layers": GPU_LAYERS}
         return
@@ -140,7 +140,7 @@ def device() -> Iterator[dict[str, Any]]:
 
 
 def in_turn(mode: int, *, deep: bool) -> list[Step]:
-    """Each prompt and a token behind it; `deep`: refilled in between, unless it is read in full."""
+    """Return steps that read each prompt and a next token; `deep`: refill pruned prompts first."""
     steps = []
     for number, tokens in enumerate(PROMPTS):
         rule = Step("full_from", value=len(tokens) - N_TAIL)
@@ -154,7 +154,7 @@ def in_turn(mode: int, *, deep: bool) -> list[Step]:
 
 
 def in_sequences() -> list[Step]:
-    """All prompts in one batch, and a token behind each."""
+    """Return steps that read all prompts in one batch, then a next token of each."""
     rules = [
         Step("full_from", seq=seq, value=len(tokens) - N_TAIL) for seq, tokens in enumerate(PROMPTS)
     ]
@@ -168,7 +168,7 @@ def in_sequences() -> list[Step]:
 
 
 def steps_and_rows(case: Case, mode: int) -> tuple[list[Step], int]:
-    """The tokens to read, and how many rows stop at the boundary, or leave, unless all are full."""
+    """Return the steps, and the number of rows that are context or skip layers exactly."""
     if case.reads == "pictures":
         *before, last = steps_of(PICTURES["over several ubatches"][0], case.model)
         return [*before, asking(last)], sum(map(n_rows, (*before, last))) - 1
@@ -179,7 +179,7 @@ def steps_and_rows(case: Case, mode: int) -> tuple[list[Step], int]:
 
 
 def noise(case: Case, job: Job, device: dict[str, Any], mode: int) -> float:
-    """How far the device's logits are from the CPU's."""
+    """Return the distance of the device's logits from the CPU's."""
     steps, n = steps_and_rows(case, mode)
     keep = [KEEP] if case.reads == "deep" and mode else []
     counted = [Step("deep", "deep"), Step("exact", "exact"), Step("counters", "counters")]
@@ -196,7 +196,7 @@ def noise(case: Case, job: Job, device: dict[str, Any], mode: int) -> float:
 
 
 @pytest.mark.parametrize("name", CASES if GPU_LAYERS else ON_RPC)
-def test_pruning_has_the_noise_of_the_full_model(
+def test_pruning_has_no_more_noise_than_the_full_model(
     name: str, trios: dict[str, Trio], device: dict[str, Any]
 ) -> None:
     case = CASES[name]
@@ -207,14 +207,14 @@ def test_pruning_has_the_noise_of_the_full_model(
     pruned, full = (noise(case, job, there, mode) for mode in (1, 0))
     print(f"{name}: pruned {pruned:.2e}, full {full:.2e} from the CPU")
     assert pruned <= AT_MOST * full, (pruned, full)
-    assert full > 0 or not GPU_LAYERS  # without a device both are the CPU
+    assert full > 0 or not GPU_LAYERS  # without a GPU, both run on the CPU
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma3"])
 def test_attention_is_counted_as_on_the_cpu(
     model: str, trios: dict[str, Trio], device: dict[str, Any]
 ) -> None:
-    """The scores that a selection goes by."""
+    """Look-ups rank rows by these scores."""
     [tokens] = PROMPTS[-1:]
     steps = (
         *(Step("mode", value=1), KEEP, Step("full_from", value=len(tokens) - N_TAIL)),

@@ -1,4 +1,4 @@
-"""Exact skipping against the unpatched library: the same logits, the same KV cache."""
+"""Compare exact skipping with the unpatched library: equal logits, equal KV cache."""
 
 import sys
 from dataclasses import replace
@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights whose products do not depend on the shape of the batch."""
+    """Return a model whose products do not depend on the batch's shape."""
     arch = request.param.split("-")[0]
     folder = tmp_path_factory.mktemp(request.param)
     return make_shared(folder / "model.gguf", arch, **MODELS[request.param])
@@ -41,7 +41,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module", params=["gemma3n", "gemma4"])
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model of each architecture, for what does not depend on its parts."""
+    """Return one model per architecture, for tests that do not depend on its parts."""
     return make_shared(tmp_path_factory.mktemp(request.param) / "model.gguf", request.param)
 
 
@@ -51,23 +51,23 @@ def job(unpatched_lib: Path) -> Job:
 
 
 def counted(job: Job, model: Path, steps: tuple[Step, ...]) -> dict:
-    """Results of the patched library, which counts its rows at the end."""
+    """Return the patched library's results, followed by its row counts."""
     steps = (*steps, Step("exact", "exact"), Step("counters", "counters"))
     return run(replace(job, model=str(model), steps=steps, lib=None))
 
 
 def both(job: Job, model: Path, steps: tuple[Step, ...]) -> tuple[dict, dict]:
-    """Results of the patched and the unpatched library; nothing may be saved by these steps."""
+    """Return both libraries' results; the steps must not save files."""
     return counted(job, model, steps), run(replace(job, model=str(model), steps=steps))
 
 
 def rows(got: dict) -> tuple[int, ...]:
-    """Context, full, and exact rows."""
+    """Return the counts of context, full and exact rows."""
     return tuple(int(n) for n in (*got["counters"], *got["exact"]))
 
 
 def answered(tokens: tuple[int, ...], folder: Path, n_answer: int = 4) -> tuple[Step, ...]:
-    """A prefill, its KV state, and the decoding of a few more tokens, whose state follows."""
+    """Return steps for a prefill and a few decodes, with the state saved after each phase."""
     n = len(tokens)
     return (
         Step("decode", "last", tokens=tokens),
@@ -78,7 +78,7 @@ def answered(tokens: tuple[int, ...], folder: Path, n_answer: int = 4) -> tuple[
 
 
 def compare(job: Job, model: Path, tokens: tuple[int, ...], folder: Path) -> tuple[dict, dict]:
-    """Both libraries' logits; their KV states are the same, byte for byte."""
+    """Return both libraries' logits; require equal KV states, byte for byte."""
     ours, theirs = folder / "ours", folder / "theirs"
     ours.mkdir()
     theirs.mkdir()
@@ -96,8 +96,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "K in q8_0": {"type_k": Q8_0},
     "K and V in q8_0": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
 }
-# Ways of storing K/V, and ubatches, are tried on models that store K/V differently from each other:
-# fused weights, experts and parts that are left out change none of it.
+# Cache types and ubatch sizes are tested on models that store K/V in different ways. Fused weights,
+# experts and omitted parts do not affect the stores.
 STORES = ("gemma3n", "gemma4", "gemma4-k-as-v")
 CASES = [
     pytest.param(model, options, id=f"{model}-{name}")
@@ -123,7 +123,7 @@ def test_one_token_more_than_whole_ubatches_is_the_same_bit_for_bit(
 def test_rows_that_share_a_ubatch_are_within_the_unpatched_noise(
     options: dict, model: Path, tmp_path: Path, job: Job
 ) -> None:
-    """All rows but one leave in the same ubatch; what they stored is the same bit for bit."""
+    """All rows but one leave in the same ubatch; their K/V are equal bit for bit."""
     job, tokens = replace(job, **options), random_tokens(160, N_VOCAB)
     got, want = compare(job, model, tokens, tmp_path)
     assert rows(got) == (0, 5, 159)
@@ -131,7 +131,7 @@ def test_rows_that_share_a_ubatch_are_within_the_unpatched_noise(
 
 
 def check_noise(got: dict, want: dict, job: Job, *steps: Step) -> None:
-    """Rows [.., n_vocab] are as near as the unpatched library is to itself in other ubatches."""
+    """Limit the difference to that between ubatch sizes in the unpatched library."""
     others = [run(replace(job, steps=steps, n_ubatch=n_ubatch)) for n_ubatch in (71, 7)]
     for name in (step.name for step in steps):
         noise = [distance(*pair) for o in others for pair in zip(o[name], want[name], strict=True)]
@@ -139,11 +139,13 @@ def check_noise(got: dict, want: dict, job: Job, *steps: Step) -> None:
         assert max(found) <= max(noise), name
 
 
-# Fused weights are the same product, row by row.
+# Fused weights compute the same products, row by row.
 @pytest.mark.parametrize("model", [name for name in MODELS if "fused" not in name], indirect=True)
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
-def test_sequences_in_one_batch(kv_unified: bool, model: Path, tmp_path: Path, job: Job) -> None:
-    """Prompts of other lengths end in other ubatches: a stream's rows are never fewer."""
+def test_sequences_in_one_batch_equal_the_unpatched_library(
+    kv_unified: bool, model: Path, tmp_path: Path, job: Job
+) -> None:
+    """Prompts of different lengths end in different ubatches; all rows of a stream remain."""
     lengths = (50, 83, 25, 31)
     prompts = [random_tokens(n, N_VOCAB, seed=n) for n in lengths]
     more = tuple((seq, 0, prompts[seq]) for seq in (1, 2, 3))
@@ -164,12 +166,12 @@ def test_sequences_in_one_batch(kv_unified: bool, model: Path, tmp_path: Path, j
         assert ours.read_bytes() == theirs.read_bytes()
     n_context, n_full, n_exact = rows(got)
     assert (n_context, n_full + n_exact) == (0, sum(lengths) + 8)
-    # Four last rows, and of each ubatch in which a prompt ends a row of the others.
+    # Four last rows, and one row of the others for each ubatch in which a prompt ends.
     assert n_full == 8 if kv_unified else 8 <= n_full <= 20
     check_noise(got, want, replace(job, model=str(model)), decode, following)
 
 
-def test_who_asks_for_every_row_gets_every_row(model: Path, job: Job) -> None:
+def test_requested_logits_run_every_row_full(model: Path, job: Job) -> None:
     tokens = random_tokens(130, N_VOCAB)
     for op in ("decode", "embeddings"):
         got, want = both(job, model, (Step(op, "every", tokens=tokens, logits="all"),))
@@ -177,7 +179,7 @@ def test_who_asks_for_every_row_gets_every_row(model: Path, job: Job) -> None:
         np.testing.assert_array_equal(got["every"], want["every"])
 
 
-def test_mode_off_is_the_unpatched_library(model: Path, job: Job) -> None:
+def test_mode_off_equals_the_unpatched_library(model: Path, job: Job) -> None:
     last = Step("decode", "last", tokens=random_tokens(130, N_VOCAB))
     got = counted(job, model, (Step("mode", value=0), last))
     assert rows(got) == (0, 130, 0)
@@ -186,8 +188,8 @@ def test_mode_off_is_the_unpatched_library(model: Path, job: Job) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="C++ names are others there")
-def test_a_drafting_head_reads_the_state_of_every_row(tmp_path: Path, job: Job) -> None:
-    """Logits of the last row only, but states of all; after that, rows leave again."""
+def test_draft_head_reads_every_rows_state(tmp_path: Path, job: Job) -> None:
+    """The states need all rows, although only the last one has logits; later rows leave again."""
     model = make_shared(tmp_path / "model.gguf", "gemma4")
     hidden = Step("hidden", "states", tokens=random_tokens(130, N_VOCAB))
     again = (Step("remove"), Step("decode", "last", tokens=hidden.tokens))
@@ -196,15 +198,14 @@ def test_a_drafting_head_reads_the_state_of_every_row(tmp_path: Path, job: Job) 
     np.testing.assert_array_equal(got["states"], want["states"])
 
 
-def test_an_observer_of_the_graph_sees_every_row(plain: Path, job: Job) -> None:
-    """An evaluation callback, as tools that collect activations set it."""
+def test_evaluation_callback_sees_every_row(plain: Path, job: Job) -> None:
+    """Tools that collect activations set such a callback."""
     step = (Step("decode", "last", tokens=random_tokens(40, N_VOCAB)),)
     assert rows(counted(job, plain, step)) == (0, 1, 39)
     assert rows(counted(replace(job, watched=True), plain, step)) == (0, 40, 0)
 
 
-def test_some_logits_of_a_batch(plain: Path, tmp_path: Path, job: Job) -> None:
-    """Outputs in the middle of the batch, as a batch of several parts has them."""
+def test_outputs_in_the_middle_of_a_batch(plain: Path, tmp_path: Path, job: Job) -> None:
     tokens = random_tokens(150, N_VOCAB)
     parts = tuple((0, start, tokens[start : start + 25]) for start in range(25, 150, 25))
     six = Step("decode", "six", tokens=tokens[:25], more=parts)
@@ -214,12 +215,12 @@ def test_some_logits_of_a_batch(plain: Path, tmp_path: Path, job: Job) -> None:
 
 
 @pytest.mark.parametrize("decodes", [False, True], ids=["prefills", "prefills and decodes"])
-def test_prompts_that_alternate_never_run_the_graph_of_another(
+def test_alternating_prompts_never_reuse_a_wrong_graph(
     decodes: bool, plain: Path, job: Job
 ) -> None:
-    """Each on one context and on a fresh one: bit for bit, and so the decode after it.
+    """Each prefill, and the decode after it, equals that of a fresh context bit for bit.
 
-    Only a graph that follows one of its shape can be reused: hence without decodes, too.
+    llama.cpp reuses a graph only directly after one of its shape, so a case without decodes exists.
     """
     tokens = random_tokens(64, N_VOCAB)
     calls = {
@@ -252,7 +253,7 @@ def test_prompts_that_alternate_never_run_the_graph_of_another(
 
 
 @pytest.mark.parametrize("patched_first", [True, False])
-def test_a_state_goes_from_either_library_to_the_other(
+def test_either_library_restores_the_others_state(
     patched_first: bool, plain: Path, tmp_path: Path, job: Job
 ) -> None:
     tokens = random_tokens(300, N_VOCAB)
@@ -266,8 +267,8 @@ def test_a_state_goes_from_either_library_to_the_other(
     np.testing.assert_array_equal(straight["last"], loaded["last"])
 
 
-def test_a_lora_adapter(plain: Path, tmp_path: Path, job: Job) -> None:
-    """They include layers without K/V, and the per-layer projections."""
+def test_lora_adapter_equals_the_unpatched_library(plain: Path, tmp_path: Path, job: Job) -> None:
+    """The adapters include layers without K/V, and the per-layer projections."""
     arch = "gemma3n" if "gemma3n" in str(plain) else "gemma4"
     wanted = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
     dims = {
@@ -285,7 +286,7 @@ def test_a_lora_adapter(plain: Path, tmp_path: Path, job: Job) -> None:
     assert not np.array_equal(without["last"], want["last"])
 
 
-def test_a_control_vector(plain: Path, tmp_path: Path, job: Job) -> None:
+def test_control_vector_equals_the_unpatched_library(plain: Path, tmp_path: Path, job: Job) -> None:
     base = DEFAULTS["gemma3n" if "gemma3n" in str(plain) else "gemma4"].base
     values = np.random.default_rng(0).standard_normal((base.n_layer - 1) * base.n_embd)
     job = replace(job, cvec=tuple(float(value) for value in values), n_ubatch=128)
@@ -295,8 +296,10 @@ def test_a_control_vector(plain: Path, tmp_path: Path, job: Job) -> None:
         np.testing.assert_array_equal(got[name], logits)
 
 
-def test_an_image_in_the_prompt(plain: Path, tmp_path: Path, job: Job) -> None:
-    """Embeddings instead of tokens; in layers with a window each of them sees the later ones."""
+def test_image_in_the_prompt_equals_the_unpatched_library(
+    plain: Path, tmp_path: Path, job: Job
+) -> None:
+    """An image is embeddings without tokens; its rows see later ones in layers with a window."""
     tokens = random_tokens(129, N_VOCAB)
 
     def steps(who: str) -> tuple[Step, ...]:
@@ -314,13 +317,13 @@ def test_an_image_in_the_prompt(plain: Path, tmp_path: Path, job: Job) -> None:
     np.testing.assert_array_equal(got["last"], want["last"])
 
 
-def test_the_batch_of_one_token_is_no_prompt(plain: Path, job: Job) -> None:
+def test_batch_of_one_token_runs_full(plain: Path, job: Job) -> None:
     got, want = both(job, plain, (Step("decode", "last", tokens=(5,)),))
     assert rows(got) == (0, 1, 0)
     np.testing.assert_array_equal(got["last"], want["last"])
 
 
-def test_a_model_that_shares_nothing_runs_all_layers(tmp_path: Path, job: Job) -> None:
+def test_model_without_shared_layers_runs_all_layers(tmp_path: Path, job: Job) -> None:
     model = make_shared(tmp_path / "model.gguf", "gemma4", n_shared=0)
     got, want = both(job, model, (Step("decode", "last", tokens=random_tokens(50, N_VOCAB)),))
     assert rows(got) == (0, 50, 0)
@@ -329,7 +332,7 @@ def test_a_model_that_shares_nothing_runs_all_layers(tmp_path: Path, job: Job) -
         counted(job, model, (Step("mode", value=1),))
 
 
-def test_layers_without_k_v_are_no_boundary(plain: Path, tmp_path: Path, job: Job) -> None:
+def test_layers_without_kv_are_refused_as_boundary(plain: Path, tmp_path: Path, job: Job) -> None:
     n_layer = read_shape(plain).n_layer
     for step in (Step("mode", value=2), Step("boundary", value=n_layer - 1)):
         with pytest.raises(RuntimeError, match="was refused"):

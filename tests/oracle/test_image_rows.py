@@ -1,8 +1,8 @@
-"""Images in a prompt, pruned, against the oracle: rows of embeddings with positions of their own.
+"""Compare pruned prompts with images with the oracle: rows of embeddings with own positions.
 
-The five kinds of vision-language models that are hooked: llama (SmolVLM and others like it),
-gemma3 (an image's rows see each other), qwen2vl (several positions a row), qwen3vl and qwen3vlmoe
-(and features of the image that the first layers add).
+The five kinds of vision-language models with hooks are: llama (SmolVLM and similar), gemma3 (an
+image's rows see each other), qwen2vl (several positions a row), and qwen3vl and qwen3vlmoe (the
+first layers also add image features).
 """
 
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ class Image:
 
 Part = Text | Image
 
-# The last row asks for logits; all others are context, but for those of a part named below.
+# The last row has logits; all others are context, except for a named part's.
 PROMPTS: dict[str, tuple[tuple[Part, ...], dict[str, Any]]] = {
     "over several ubatches": ((Text(40), Image(200), Text(30)), {"n_ubatch": 128}),
     "two, K in q8_0": ((Text(20), Image(60), Text(9), Image(90), Text(30)), {"type_k": Q8_0}),
@@ -62,7 +62,7 @@ def arch_of(trio: Trio) -> str:
 
 
 def steps_of(parts: tuple[Part, ...], arch: str) -> list[Step]:
-    """One step for each part, as mtmd numbers the positions; nothing asks for logits."""
+    """Return one step for each part, with mtmd's positions and without logits."""
     steps, pos = [], 0
     for part in parts:
         if isinstance(part, Text):
@@ -77,12 +77,12 @@ def steps_of(parts: tuple[Part, ...], arch: str) -> list[Step]:
 
 
 def asking(step: Step) -> Step:
-    """With the logits of its last row."""
+    """Add the logits of a step's last row."""
     return replace(step, name="logits", logits="last")
 
 
 def split(step: Step, n: int) -> tuple[Step, Step]:
-    """The first `n` rows, and the rest."""
+    """Split a step after its first `n` rows."""
     if step.op == "decode":
         head, tail = step.tokens[:n], step.tokens[n:]
         return replace(step, tokens=head), replace(step, tokens=tail, pos=step.pos + n)
@@ -96,9 +96,9 @@ def n_rows(step: Step) -> int:
 def expected(
     trio: Trio, context: list[Step], tail: list[Step], job: Job, folder: Path, cut: tuple[Step, ...]
 ) -> np.ndarray:
-    """Outputs of the rows of `tail` after `context` ran through the model with silent layers.
+    """Return outputs of the rows of `tail`, after the silent model read `context`.
 
-    `cut`: steps in between, on the real model.
+    `cut`: steps in between, on the original model.
     """
     state = str(folder / "state")
     silent = (*context, Step("save", path=state))
@@ -117,7 +117,7 @@ def pruned(trio: Trio, steps: list[Step], full_from: int, job: Job) -> dict[str,
 def test_images_equal_the_oracle(tiny: Trio, name: str, tmp_path: Path, job: Job) -> None:
     parts, options = PROMPTS[name]
     arch = arch_of(tiny)
-    if arch == "gemma3":  # its images are never split: the ubatch holds them
+    if arch == "gemma3":  # a ubatch must hold each image, which is never split
         options = {**options, "n_ubatch": max(options.get("n_ubatch", 0), 200)}
     job = replace(job, **options)
     *before, last = steps_of(parts, arch)
@@ -127,7 +127,7 @@ def test_images_equal_the_oracle(tiny: Trio, name: str, tmp_path: Path, job: Job
 
     head, tail = split(last, n_rows(last) - 1)
     cut: tuple[Step, ...] = ()
-    if last.op == "image" and arch == "gemma3":  # every row has seen the last one
+    if last.op == "image" and arch == "gemma3":  # every row sees the last one
         head, cut = last, (Step("remove", pos=last.pos + n_rows(last) - 1),)
     want = expected(tiny, [*before, head], [asking(tail)], job, tmp_path, cut)
     np.testing.assert_array_equal(got["logits"], want)
@@ -141,10 +141,10 @@ def test_images_equal_the_oracle(tiny: Trio, name: str, tmp_path: Path, job: Job
     assert not np.array_equal(full, want)
 
 
-def test_full_rows_that_begin_within_an_image(tiny: Trio, tmp_path: Path, job: Job) -> None:
-    """By position: where the rows of an image share one, all of them are full."""
+def test_full_rows_may_start_within_an_image(tiny: Trio, tmp_path: Path, job: Job) -> None:
+    """Rows are full by position: if an image's rows share one, all of them are full."""
     arch = arch_of(tiny)
-    if arch == "gemma3":  # a saved state has only the cells that the window still reaches
+    if arch == "gemma3":  # a saved state has only the cells inside the window
         model = make_gguf(tmp_path / "wide.gguf", arch, type=Type.Q8_0, swa_window=256)
         tiny = make_trio(model, tmp_path, BOUNDARY)
     text, image, rest = steps_of((Text(40), Image(70), Text(20)), arch)
@@ -160,9 +160,7 @@ def test_full_rows_that_begin_within_an_image(tiny: Trio, tmp_path: Path, job: J
 
 
 @pytest.mark.parametrize("arch", ["qwen3vl", "qwen3vlmoe"])
-def test_a_boundary_among_the_layers_that_take_features_is_refused(
-    arch: str, tmp_path: Path
-) -> None:
+def test_boundary_among_layers_that_add_features_is_refused(arch: str, tmp_path: Path) -> None:
     model = make_gguf(tmp_path / "model.gguf", arch)
     low = add_to(model, tmp_path / "low.gguf", OWN | {"pop.schedule": "FFSSSSSS"})
     with pytest.raises(RuntimeError, match="boundary 2 is too low: the first 3 layers take feat"):
@@ -172,7 +170,7 @@ def test_a_boundary_among_the_layers_that_take_features_is_refused(
     run(Job(str(model), (Step("boundary", value=3),)))
 
 
-def test_rows_of_several_positions_cannot_run_deep_later(tmp_path: Path) -> None:
+def test_rows_of_several_positions_have_no_deep_pass(tmp_path: Path) -> None:
     model = make_gguf(tmp_path / "model.gguf", "qwen2vl")
     read = Step("decode", tokens=random_tokens(20, N_VOCAB), logits="none")
     steps = (Step("boundary", value=5), Step("mode", value=1), Step("keep", value=1), read)
@@ -180,8 +178,8 @@ def test_rows_of_several_positions_cannot_run_deep_later(tmp_path: Path) -> None
         run(Job(str(model), (*steps, Step("run_deep", tokens=(3, 4)))))
 
 
-def test_projections_fitted_on_text_are_not_for_images(tmp_path: Path, job: Job) -> None:
-    """Rows of images get the layers' own, unless a key says that the fit saw some."""
+def test_image_rows_use_own_projections_after_a_fit_on_text(tmp_path: Path, job: Job) -> None:
+    """A key marks fits that included image rows."""
     model = make_gguf(tmp_path / "model.gguf", "qwen3vl", type=Type.Q8_0)
     trio = make_trio(model, tmp_path, BOUNDARY)
     rng = np.random.default_rng(0)

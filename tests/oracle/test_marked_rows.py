@@ -1,4 +1,4 @@
-"""Deep rows by token: marked rows equal rows that are full by position or run in a deep pass."""
+"""Compare marked rows with rows that are full by position or ran in a deep pass."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The patched library against the oracle, and against the unpatched library itself."""
+"""Compare the patched library with the oracle and with the unpatched library."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=SYNTHETIC)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    """A tiny model with weights whose products do not depend on the shape of the batch."""
+    """Return a model with weights whose products do not depend on the batch's shape."""
     name = request.param
     folder = tmp_path_factory.mktemp(name)
     arch = name.split("-")[0]
@@ -72,7 +72,7 @@ def test_full_and_context_rows_share_a_ubatch(llama: Trio, tmp_path: Path, job: 
     check_exact(llama, 300, N_VOCAB, tmp_path, job)
 
 
-def test_a_lora_adapter_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job) -> None:
+def test_lora_adapter_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job) -> None:
     lora = make_lora(tmp_path / "lora.gguf", "llama", OF_KV)
     with_lora = replace(job, lora=str(lora))
     check_exact(llama, 300, N_VOCAB, tmp_path, with_lora)
@@ -82,7 +82,7 @@ def test_a_lora_adapter_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job)
     assert not np.array_equal(plain, changed)
 
 
-def test_a_control_vector_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job) -> None:
+def test_control_vector_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job) -> None:
     kept = np.random.default_rng(0).standard_normal(4 * 128)  # layers 1 to 4 of 8, boundary 5
     cvec = tuple(float(value) for value in np.concatenate([kept, np.zeros(3 * 128)]))
     check_exact(llama, 300, N_VOCAB, tmp_path, replace(job, cvec=cvec))
@@ -90,7 +90,9 @@ def test_a_control_vector_equals_the_oracle(llama: Trio, tmp_path: Path, job: Jo
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_sequences_in_one_batch(arch: str, kv_unified: bool, tmp_path: Path, job: Job) -> None:
+def test_sequences_in_one_batch_equal_the_oracle(
+    arch: str, kv_unified: bool, tmp_path: Path, job: Job
+) -> None:
     trio = make_trio(make_gguf(tmp_path / "model.gguf", arch), tmp_path, boundary=5, n_sink=1)
     lengths = (50, 83, 25, 31)
     prompts = [random_tokens(n, N_VOCAB, seed=n) for n in lengths]
@@ -126,7 +128,7 @@ def test_all_logits_and_mode_off_equal_the_unpatched_library(tiny: Trio, job: Jo
 def test_mode_and_boundary_take_effect_on_the_next_decode(
     llama: Trio, job: Job, tmp_path: Path
 ) -> None:
-    """A graph of the other mode or boundary must not be reused: alternate on one context."""
+    """Modes and boundaries alternate on one context, so a reused graph would be noticed."""
     tokens = random_tokens(300, N_VOCAB)
 
     def again(name: str) -> tuple[Step, ...]:
@@ -156,8 +158,8 @@ def test_mode_and_boundary_take_effect_on_the_next_decode(
     assert not np.array_equal(got["always"], got["pruned"])
 
 
-def test_always_mode_gives_the_logits_of_the_boundary_state(llama: Trio, job: Job) -> None:
-    """The model with silent deep layers is the model without them."""
+def test_mode_always_gives_the_boundary_states_logits(llama: Trio, job: Job) -> None:
+    """Silent deep layers equal omitted layers."""
     tokens = random_tokens(300, N_VOCAB)
     last = Step("decode", "last", tokens=tokens)
     want = run(replace(job, model=str(llama.silent), steps=(last,)))["last"]
@@ -167,7 +169,7 @@ def test_always_mode_gives_the_logits_of_the_boundary_state(llama: Trio, job: Jo
     np.testing.assert_array_equal(got["counters"], [300, 0])
 
 
-def test_a_state_goes_round_through_a_file(llama: Trio, job: Job, tmp_path: Path) -> None:
+def test_restored_state_equals_the_saved_one(llama: Trio, job: Job, tmp_path: Path) -> None:
     tokens = random_tokens(300, N_VOCAB)
     state = str(tmp_path / "kept")
     prefill = Step("decode", tokens=tokens[:-1], logits="none")
@@ -181,7 +183,7 @@ def test_a_state_goes_round_through_a_file(llama: Trio, job: Job, tmp_path: Path
     np.testing.assert_array_equal(first["last"], unpatched["last"])
 
 
-def test_a_context_shift_equals_the_oracle(llama: Trio, job: Job, tmp_path: Path) -> None:
+def test_context_shift_equals_the_oracle(llama: Trio, job: Job, tmp_path: Path) -> None:
     tokens = random_tokens(300, N_VOCAB)
     shift = Step("shift", pos=100, value=-60)
     last = Step("decode", "last", tokens=tokens[-1:], pos=299 - 60)

@@ -1,4 +1,4 @@
-"""The child processes that the oracle's jobs run in: one that dies, fails, or has an old model."""
+"""Child processes of the oracle: crashes, failed jobs, replaced models."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ def model(tmp_path: Path) -> Path:
     return make_gguf(tmp_path / "model.gguf", "llama")
 
 
-def test_a_child_that_dies_says_why_and_has_a_successor(model: Path) -> None:
+def test_crashed_child_reports_why_and_is_replaced(model: Path) -> None:
     want = run(Job(str(model), (LAST,)))["last"]
     with pytest.raises(DiedError, match=r"GGML_ASSERT\(.*n_batch"):
         run(Job(str(model), (LAST,), n_batch=32))
     np.testing.assert_array_equal(run(Job(str(model), (LAST,)))["last"], want)
 
 
-def test_a_job_that_fails_shows_its_own_log_and_leaves_the_child_in_order(model: Path) -> None:
+def test_failed_job_shows_only_its_log_and_the_child_survives(model: Path) -> None:
     want = run(Job(str(model), (LAST,)))["last"]
     with pytest.raises(RuntimeError, match="data is not within the file bounds"):
         short = model.with_name("short.gguf")
@@ -36,7 +36,7 @@ def test_a_job_that_fails_shows_its_own_log_and_leaves_the_child_in_order(model:
     np.testing.assert_array_equal(run(Job(str(model), (LAST,)))["last"], want)
 
 
-def test_each_job_has_a_context_of_its_own(model: Path) -> None:
+def test_each_job_has_its_context(model: Path) -> None:
     pruning = (Step("boundary", value=4), Step("mode", value=1), LAST, Step("counters", "counters"))
     pruned = run(Job(str(model), pruning))
     np.testing.assert_array_equal(pruned["counters"], [62, 2])
@@ -45,7 +45,7 @@ def test_each_job_has_a_context_of_its_own(model: Path) -> None:
     assert not np.array_equal(full["last"], pruned["last"])
 
 
-def test_a_file_that_was_replaced_is_opened_anew(model: Path) -> None:
+def test_replaced_file_is_reopened(model: Path) -> None:
     before = run(Job(str(model), (LAST,)))["last"]
     make_gguf(model, "llama", seed=1)
     assert not np.array_equal(run(Job(str(model), (LAST,)))["last"], before)

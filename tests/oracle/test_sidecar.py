@@ -1,4 +1,4 @@
-"""Base and sidecar give what the single converted file gives, bit for bit."""
+"""Compare base and sidecar with the single converted file, bit for bit."""
 
 import hashlib
 from dataclasses import replace
@@ -45,19 +45,19 @@ def fitted(tmp_path_factory) -> Pair:
     return paired(make_gguf(folder / "tiny.gguf", "llama"), folder, "fitted", boundary=4)
 
 
-# --- the same as a single file
+# --- Equality with a single file
 
 
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_sliding_windows(projection, mmap, tmp_path):
+def test_sliding_windows_equal_the_single_file(projection, mmap, tmp_path):
     base = make_gguf(tmp_path / "gemma.gguf", "gemma3")
     made = paired(base, tmp_path, projection, boundary=4)
     require_same(made, tmp_path, random_tokens(200, 380), mmap=mmap)
 
 
-def test_fitted_tensors_count(fitted, tmp_path):
-    """Otherwise the comparisons above would hold for a sidecar that is ignored."""
+def test_fitted_tensors_change_the_result(fitted, tmp_path):
+    """Without this, the tests of equality would also pass with an ignored sidecar."""
     other = paired(fitted.base, tmp_path, "fitted", seed=1, boundary=4)
     tokens = random_tokens(100, 380)
     logits = [
@@ -68,7 +68,7 @@ def test_fitted_tensors_count(fitted, tmp_path):
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_a_model_in_parts(projection, tmp_path):
+def test_split_model_equals_the_single_file(projection, tmp_path):
     whole = make_gguf(tmp_path / "model.gguf", "llama")
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     assert len(parts) > 1
@@ -82,11 +82,11 @@ def test_a_model_in_parts(projection, tmp_path):
     np.testing.assert_array_equal(read(model, prompt(100)), want)
 
 
-def test_the_base_opens_unpatched(pair, unpatched_lib):
+def test_unpatched_library_opens_the_base(pair, unpatched_lib):
     run(Job(str(pair.base), steps=(), lib=str(unpatched_lib)))
 
 
-def test_the_engine(pair):
+def test_engine_equals_the_single_file(pair):
     tokens = prompt(200)
     single, both = opened(pair.single), opened(pair.base, sidecar=pair.sidecar)
     assert both.engine.cache.boundary == 4 and both.engine.cache.mode is Mode.CONTEXT
@@ -94,14 +94,14 @@ def test_the_engine(pair):
     np.testing.assert_array_equal(read(both, tokens), read(single, tokens))
 
 
-def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
+def test_sidecar_applies_only_to_the_model_opened_with_it(pair):
     opened(pair.base, sidecar=pair.sidecar)
     assert opened(pair.base).engine.cache.boundary == 0
     again = opened(pair.base, sidecar=pair.sidecar, keep_states=True)
     assert (again.engine.cache.boundary, again.engine.refiller.is_on) == (4, True)
 
 
-def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
+def test_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
     api = backend.bindings()
 
     def load(paths, n_paths, params):
@@ -112,10 +112,10 @@ def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
         opened(pair.base, sidecar=pair.sidecar)
 
 
-# --- the states of two conversions
+# --- States of two conversions
 
 
-def test_a_state_of_another_conversion_is_refused(fitted, tmp_path):
+def test_state_of_another_conversion_is_refused(fitted, tmp_path):
     other = paired(fitted.base, tmp_path, "fitted", seed=1, boundary=4)
     folder = tmp_path / "own"
     folder.mkdir()
@@ -131,7 +131,7 @@ def test_a_state_of_another_conversion_is_refused(fitted, tmp_path):
     assert single.engine.cache.n_tokens == 100
 
 
-def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
+def test_search_results_do_not_change_the_conversion_key(fitted):
     source = read_source(fitted.single)
     meta = pop_meta(source.first)
     assert meta is not None
@@ -143,7 +143,7 @@ def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
     )
 
 
-def test_a_prompt_cache_does_not_mix_conversions(fitted, tmp_path):
+def test_prompt_cache_does_not_mix_conversions(fitted, tmp_path):
     other = paired(fitted.base, tmp_path, "fitted", seed=1, boundary=4)
     cache, tokens = PromptCache(2**24), Prompt(prompt(100))
     models = [
@@ -158,7 +158,7 @@ def test_a_prompt_cache_does_not_mix_conversions(fitted, tmp_path):
     assert (another.read(tokens).n_cached, again.read(tokens).n_cached) == (0, 99)
 
 
-def test_states_read_in_full_are_shared(pair):
+def test_full_states_are_shared(pair):
     full = opened(pair.base)
     read(full, prompt(100))
     both = opened(pair.base, sidecar=pair.sidecar)
@@ -167,7 +167,7 @@ def test_states_read_in_full_are_shared(pair):
     assert both.engine.cache.n_tokens == 100
 
 
-# --- writing
+# --- Writing
 
 
 def meta_of(path: Path) -> PopMeta:
@@ -176,7 +176,7 @@ def meta_of(path: Path) -> PopMeta:
     return meta
 
 
-def test_what_is_written(pair):
+def test_written_sidecar_has_expected_keys_and_tensors(pair):
     header, source = read_header(pair.sidecar), read_source(pair.base)
     meta, single = read_sidecar(pair.sidecar, source), meta_of(pair.single)
     assert meta.source_sha256 == hashlib.sha256(pair.base.read_bytes()).hexdigest()
@@ -188,14 +188,14 @@ def test_what_is_written(pair):
     assert header.size_bytes < pair.base.stat().st_size / 4
 
 
-def test_the_size_is_known_beforehand(pair):
+def test_size_is_predicted(pair):
     projection = meta_of(pair.sidecar).projection
     plan = make_plan(read_shape(pair.base), boundary=4, projection=projection)
     sizes = measure_sidecar(plan, pair.base)
     assert abs(sizes.output_bytes - pair.sidecar.stat().st_size) < 2048
 
 
-def test_the_measured_quality_is_stored_and_the_file_examined_whole(tmp_path):
+def test_measured_quality_is_stored_and_the_complete_file_is_examined(tmp_path):
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 
@@ -210,7 +210,7 @@ def test_the_measured_quality_is_stored_and_the_file_examined_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [PopError("cannot copy"), KeyboardInterrupt()])
-def test_nothing_is_left_of_a_sidecar_that_fails_its_examination(error, tmp_path):
+def test_sidecar_that_fails_its_examination_is_removed(error, tmp_path):
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
 
     def examine(written: Path) -> Measured:
@@ -228,7 +228,7 @@ def test_nothing_is_left_of_a_sidecar_that_fails_its_examination(error, tmp_path
     assert target.read_text() == "mine"
 
 
-def test_a_model_that_changes_meanwhile_gets_none(tmp_path):
+def test_model_that_changes_during_writing_gets_no_sidecar(tmp_path):
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
 
     def change(done_bytes: int, total_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""The K/V that pruning stores for context tokens, against a reference in float64."""
+"""Compare the K/V that pruning stores for context tokens with a float64 reference."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +27,10 @@ from support.synthetic import make_gguf
 OWN, FITTED, WIDE = Projection
 
 N_VOCAB = 380
-# For values around 1 to 10: sums of F32 products, and RoPE's angles in F32.
+# For values around 1 to 10, sums of F32 products and RoPE's angles in F32 have this error.
 CLOSE = 2e-3
 
-# The synthetic models differ in biases, k_norm, RoPE and windows by layer, fused weights.
+# The models differ in biases, k_norm, fused weights, and in RoPE and windows by layer.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-rope-factors": {"rope_factors": True},
@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    """F32 throughout: what remains is the order of additions. Boundary 3 of 8 layers."""
+    """Return a model in F32, so only summation order causes noise. Boundary 3 of 8 layers."""
     folder = tmp_path_factory.mktemp(request.param)
     arch = request.param.split("-")[0]
     model = make_gguf(folder / "model.gguf", arch, type=Type.F32, **MODELS[request.param])
@@ -61,7 +61,7 @@ def job(unpatched_lib: Path) -> Job:
 
 
 @pytest.mark.parametrize(("projection", "cache"), [(OWN, F32), (FITTED, F16), (WIDE, F32)])
-def test_context_rows_are_those_of_the_reference(
+def test_stored_context_rows_equal_the_reference(
     tiny: Trio, projection: Projection, cache: int, tmp_path: Path, job: Job
 ) -> None:
     if projection != OWN:
@@ -76,10 +76,10 @@ def test_context_rows_are_those_of_the_reference(
         found, wanted = context_rows(
             stored[layer], reference.layer(layer, swa=windows[layer] > 0), len(tokens)
         )
-        # Windows of 16 tokens keep the last ones.
+        # Windows of 16 tokens retain only the last rows.
         assert len(found.pos) == (15 if windows[layer] else 63)
         for ours, theirs in ((found.k, wanted.k), (found.v, wanted.v)):
-            # F16 has 11 binary digits.
+            # F16 has 11 significant bits.
             rounding = np.abs(theirs) * 2.0**-11 if cache == F16 else 0
             assert (np.abs(ours - theirs) <= CLOSE + rounding).all(), f"layer {layer}"
             assert np.abs(theirs).mean() > 100 * CLOSE

@@ -1,4 +1,4 @@
-"""Wide fits in the patched library: which row is the previous one, and what is refused."""
+"""Wide fits in the patched library: the previous row, and refused files."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,14 +32,14 @@ from support.synthetic import make_gguf
 OWN, FITTED, WIDE = Projection
 
 N_VOCAB, N_UBATCH, BOUNDARY = 380, 32, 3
-# For values around 1: sums of F32 products, ggml's table of GELU in F16; attention in F16 below the
-# boundary moves the state itself, as products in F16 do on GPUs. An error is off by more.
+# For values around 1: sums of F32 products, and ggml's GELU table in F16. On GPUs, products and
+# attention in F16 below the boundary also change the state. An actual error is larger than WRONG.
 ROUNDED, WRONG = 0.06, 0.3
 CLOSE = ROUNDED if GPU_LAYERS else 4e-3
 Parts = Sequence[tuple[int, int, Tokens]]
 
 FIRST, SECOND = random_tokens(70, N_VOCAB, seed=1), random_tokens(58, N_VOCAB, seed=2)
-# As many rows of each ubatch, so that its graph is used again: only what is set in it differs.
+# All ubatches have equal numbers of rows, so graphs are reused and only their inputs differ.
 IN_TURN: Parts = [
     (0, 0, FIRST[:20]),
     (1, 0, SECOND[:30]),
@@ -62,7 +62,7 @@ def job(unpatched_lib: Path) -> Job:
 
 
 def edges(parts: Parts, seq: int) -> list[int]:
-    """The positions of a sequence that begin in a ubatch, where ubatches are cut in order."""
+    """Return a sequence's positions that start a ubatch, if ubatches are cut in order."""
     rows = [(s, pos + i) for s, pos, tokens in parts for i in range(len(tokens))]
     ubatches = [rows[i : i + N_UBATCH] for i in range(0, len(rows), N_UBATCH)]
     first = (next((pos for s, pos in each if s == seq), None) for each in ubatches)
@@ -70,7 +70,7 @@ def edges(parts: Parts, seq: int) -> list[int]:
 
 
 def stored_kv(trio: Trio, parts: Parts, folder: Path, job: Job) -> list[dict[int, Stored]]:
-    """The K/V of each of two sequences after a batch of context rows alone."""
+    """Return the K/V of two sequences after a batch of context rows."""
     (seq, pos, tokens), *more = parts
     steps = (
         Step("decode", seq=seq, pos=pos, tokens=tokens, more=tuple(more), logits="none"),
@@ -85,7 +85,7 @@ def stored_kv(trio: Trio, parts: Parts, folder: Path, job: Job) -> list[dict[int
 
 
 def off(found: Stored, wanted: Expected) -> np.ndarray:
-    """By position: how far K and V are from the reference, at the most."""
+    """Return the largest distance of K and V from the reference, by position."""
     distance = np.zeros(len(found.pos))
     pairs = ((found.k, wanted.k[found.pos]), (found.v, wanted.v[found.pos]))
     for ours, theirs in pairs:
@@ -106,7 +106,7 @@ def test_the_previous_row_is_of_the_same_sequence_and_ubatch(
 ) -> None:
     found = stored_kv(wide, IN_TURN, tmp_path, replace(job, **options))  # type: ignore[arg-type]
     close = ROUNDED if "flash_attn" in options else CLOSE
-    # With a stream for each, ubatches hold one sequence.
+    # With separate streams, each ubatch has one sequence.
     alone = [[part for part in IN_TURN if part[0] == seq] for seq in (0, 1)]
     for seq, tokens in enumerate((FIRST, SECOND)):
         states = normalised_states(wide, tokens, job)
@@ -118,14 +118,14 @@ def test_the_previous_row_is_of_the_same_sequence_and_ubatch(
         for layer in range(BOUNDARY + 1, 8):
             swa = read_shape(wide.original).windows[layer] > 0
             assert (off(found[seq][layer], reference.layer(layer, swa=swa)) < close).all()
-            # A difference that the reference would not notice proves nothing.
+            # The reference must be sensitive to the previous row.
             assert (off(found[seq][layer], uncut.layer(layer, swa=swa))[cut[1:]] > WRONG).all()
             wrong = off(found[seq][layer], itself.layer(layer, swa=swa))
             assert (np.delete(wrong, cut) > WRONG).all()
 
 
-def test_a_quantised_cache(wide: Trio, tmp_path: Path, job: Job) -> None:
-    """K is turned there before it is rounded, V is not."""
+def test_quantised_cache_equals_the_reference(wide: Trio, tmp_path: Path, job: Job) -> None:
+    """The cache rotates K before rounding, but not V."""
     job = replace(job, kv_unified=True, type_k=Q8_0, type_v=F16)
     found = stored_kv(wide, IN_TURN, tmp_path, job)
     windows = read_shape(wide.original).windows
@@ -138,10 +138,10 @@ def test_a_quantised_cache(wide: Trio, tmp_path: Path, job: Job) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0.02)
 
 
-def test_a_row_of_two_sequences_is_the_previous_one_of_both(
+def test_shared_row_is_the_previous_one_of_both_sequences(
     wide: Trio, tmp_path: Path, job: Job
 ) -> None:
-    """A shared beginning, then rows of each, in one ubatch."""
+    """A ubatch has a shared prefix, then rows of each sequence."""
     shared, own = FIRST[:12], (FIRST[12:20], SECOND[:8])
     steps = (
         Step("decode", tokens=shared, coupled=(1,), logits="none"),
@@ -159,10 +159,10 @@ def test_a_row_of_two_sequences_is_the_previous_one_of_both(
             assert (off(found[layer], wanted) < CLOSE).all()
 
 
-def test_rows_of_images_have_previous_ones_too(tmp_path: Path) -> None:
-    """Embeddings of a batch that are those of tokens: the same K/V, bit for bit."""
+def test_image_rows_have_previous_rows(tmp_path: Path) -> None:
+    """A batch of the tokens' embeddings stores the same K/V as the tokens, bit for bit."""
     n, base = 40, make_gguf(tmp_path / "base.gguf", "llama", type=Type.F32)
-    states = np.random.default_rng(0).standard_normal((n, 128), np.float32)  # as Step's images
+    states = np.random.default_rng(0).standard_normal((n, 128), np.float32)  # equals Step's images
     header = read_header(base)
     [table] = [each for each in header.tensors if each.name == "token_embd.weight"]
     with base.open("r+b") as file:
@@ -181,17 +181,17 @@ def test_rows_of_images_have_previous_ones_too(tmp_path: Path) -> None:
             run(replace(job, steps=(step, Step("save", path=str(state)))))
             seen.setdefault(image_rows, []).append(state.read_bytes())
     assert seen[1][0] == seen[1][1] == seen[0][0]
-    # Fitted on text alone, they are not for images.
+    # A fit on text alone does not apply to images.
     assert seen[0][1] != seen[0][0]
 
 
-# --- what is refused
+# --- Refused files
 
 
 def damaged(
     folder: Path, changed: dict[str, np.ndarray | None], projection: Projection = WIDE
 ) -> Job:
-    """A wide fit whose F32 tensors are changed, or left out."""
+    """Return a job on a wide fit with changed or omitted F32 tensors."""
     base = make_gguf(folder / "base.gguf", "llama")
     plan = make_plan(read_shape(base), boundary=4, sink_tokens=0, projection=WIDE)
     fit = made_up(plan, kind=KvType.F32)
@@ -233,10 +233,10 @@ def test_damaged_wide_tensors_are_refused(
         run(damaged(tmp_path, changed))
 
 
-def test_an_undamaged_one_loads(tmp_path: Path) -> None:
+def test_undamaged_wide_tensors_load(tmp_path: Path) -> None:
     run(damaged(tmp_path, {}))
 
 
-def test_a_plain_fit_with_wide_tensors_is_refused(tmp_path: Path) -> None:
+def test_plain_fit_with_wide_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="does not belong to the schedule and projection"):
         run(damaged(tmp_path, {}, projection=Projection.FITTED))

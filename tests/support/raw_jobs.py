@@ -25,8 +25,8 @@ class Step:
       several positions; without it, `causal` sets whether rows see only earlier ones.
     - mode, boundary, full_from, deep_rows, sink: the patches' setters.
     - counters: return the counts of (context, full) rows, then reset all counts.
-    - exact, deep, marked: return the count of rows that skipped layers exactly, ran in deep passes, or
-      were marked deep.
+    - exact, deep, marked: return the count of rows that skipped layers exactly, ran in deep passes
+      or were marked deep.
     - keep: keep boundary states if `value` is 1. run_deep: run a deep pass over the positions
       `tokens`; `logits`: "last" or "none"; `value`: the expected status.
     - question: set the first question row, `pos`. scores: return the first `value` scores.

@@ -61,7 +61,6 @@ NOT_YET: set[str] = {
     "tests",
     "tests/cli",
     "tests/kernels",
-    "tests/oracle",
     "tests/real",
     "tests/unit",
     "tests/unit/calibration",
