@@ -1,4 +1,4 @@
-"""Kernels are tested where the processor has them; a library without our patches fails."""
+"""Skip tests on processors without kernels; fail with an unpatched library."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from support import ggml
 
 @pytest.fixture(scope="session")
 def kernels() -> str:
-    """Their name; what asks for it is skipped where there are none."""
+    """Return the name of the active kernels; skip the test if no kernels are active."""
     name = ggml.kernels()
     if name in ("none", "off"):
         pytest.skip(f"the library's kernels on this processor: {name}")

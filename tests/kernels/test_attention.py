@@ -1,4 +1,4 @@
-"""FLASH_ATTN_EXT against float64: masks, heads, caches, and what a row's result may depend on."""
+"""Compare FLASH_ATTN_EXT with float64, and check what a row's result depends on."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,13 +21,13 @@ from support.kernels import (
 pytestmark = pytest.mark.usefixtures("kernels")
 
 Make = Callable[[np.random.Generator], Attention]
-# An error relative to the ideal's.
+# Maximum error relative to the ideal's.
 MARGIN = 2
 SINKS = np.array([-1, 0, 3, 9], np.float32)
 
 
 def check(op: Attention, got: np.ndarray) -> None:
-    """Hold a result against float64, its error against the ideal's; or it is upstream's."""
+    """Compare a covered result with float64 and its ideal; others must equal upstream's."""
     want = expected_attention(op)
     error, ideal = rms(got - want), rms(expected_attention(op, ideal=True) - want)
     if is_covered(op):
@@ -42,7 +42,7 @@ def with_heads(n_heads: int, n_kv_heads: int) -> Make:
 
 
 def several_sequences(rng: np.random.Generator) -> Attention:
-    """Cells and rows of three sequences, in any order."""
+    """Return attention with cells and rows of three sequences in any order."""
     n_rows, n_kv = 40, 150
     of_cell, of_row = rng.integers(0, 3, n_kv), rng.integers(0, 3, n_rows)
     position, now = rng.permutation(n_kv), rng.integers(0, n_kv, n_rows)
@@ -66,7 +66,7 @@ def blind_rows(rng: np.random.Generator) -> Attention:
 
 
 def biased_keys(rng: np.random.Generator) -> Attention:
-    """As Qwen2.5 has them: some dimensions of K are large in every cell."""
+    """Return attention with Qwen2.5's keys: some dimensions of K are large in every cell."""
     op = attention(rng, n_kv=200)
     k = op.k.values
     k[..., [3, 40, 41]] += [100.0, -60.0, 30.0]
@@ -82,7 +82,7 @@ def alibi(rng: np.random.Generator, n_heads: int = 6) -> Attention:
 
 
 def uneven_mask(rng: np.random.Generator) -> Attention:
-    """Values of a mask that are neither 0 nor infinite, and others of each head."""
+    """Return attention with finite mask values that differ by head."""
     mask = rng.standard_normal((1, 4, 40, 100)).astype(np.float16)
     return attention(rng, mask=mask)
 
@@ -121,7 +121,7 @@ COVERED: dict[str, Make] = {
     "f32": lambda rng: attention(rng, type_=Type.F32),
     "bf16": lambda rng: attention(rng, type_=Type.BF16),
 }
-# The results of upstream's kernels.
+# Operations that are left to upstream's kernels.
 OTHER: dict[str, Make] = {
     "q4_0": lambda rng: attention(rng, type_=Type.Q4_0),
 }
@@ -144,7 +144,9 @@ def test_common_models_are_covered(make: Make, rng: np.random.Generator) -> None
 
 
 @each
-def test_a_rows_result_depends_on_what_it_sees_alone(make: Make, rng: np.random.Generator) -> None:
+def test_result_of_a_row_depends_only_on_visible_cells(
+    make: Make, rng: np.random.Generator
+) -> None:
     op = make(rng)
     if not is_covered(op):
         pytest.skip("these kernels leave it to upstream's")
@@ -158,7 +160,7 @@ def test_a_rows_result_depends_on_what_it_sees_alone(make: Make, rng: np.random.
         np.testing.assert_array_equal(compute(last), want[..., -1:, :, :])
 
 
-def test_a_row_that_is_no_number_stays_alone(rng: np.random.Generator) -> None:
+def test_nan_row_changes_no_other_row(rng: np.random.Generator) -> None:
     op = attention(rng)
     want = compute(op)
     q = op.q.copy()
@@ -169,9 +171,11 @@ def test_a_row_that_is_no_number_stays_alone(rng: np.random.Generator) -> None:
     assert np.isnan(got[:, 5]).all()
 
 
-def test_cells_that_nobody_sees_change_nothing(rng: np.random.Generator) -> None:
-    """Not even large ones, before, among and behind those that rows see. The first two say what
-    K is biased by."""
+def test_invisible_cells_change_nothing(rng: np.random.Generator) -> None:
+    """Large values may be anywhere between the cells that rows see, or before or after them.
+
+    The first two cells stay unchanged, because they set K's bias.
+    """
     op = attention(rng, n_kv=333, mask=seen(rng.random((40, 333)) < 0.3))
     if not is_covered(op):
         pytest.skip("these kernels leave it to upstream's")
@@ -180,7 +184,7 @@ def test_cells_that_nobody_sees_change_nothing(rng: np.random.Generator) -> None
     want = compute(op)
     hidden = (op.mask == -np.inf).all((0, 1, 2)) & (np.arange(333) > 1)
     k, v = op.k.data.copy(), op.v.data.copy()
-    # The largest float16.
+    # The largest float16 value.
     k.view("<f2")[:, :333][:, hidden] = v.view("<f2")[:, :333][:, hidden] = 65504
     np.testing.assert_array_equal(
         compute(replace(op, k=Stored(Type.F16, k), v=Stored(Type.F16, v))), want
@@ -190,7 +194,7 @@ def test_cells_that_nobody_sees_change_nothing(rng: np.random.Generator) -> None
         np.testing.assert_array_equal(compute(shorter), want)
 
 
-def test_streams_are_computed_as_each_alone(rng: np.random.Generator) -> None:
+def test_streams_equal_separate_computations(rng: np.random.Generator) -> None:
     op = streams(rng)
     if not is_covered(op):
         pytest.skip("these kernels leave it to upstream's")
@@ -214,8 +218,8 @@ def test_one_mask_serves_all_streams(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("large", [30.0, 3e4])
-def test_scores_may_be_large(large: float, rng: np.random.Generator) -> None:
-    """One cell gets it all."""
+def test_large_scores_stay_finite(large: float, rng: np.random.Generator) -> None:
+    """A single cell receives the whole probability."""
     op = attention(rng)
     op = replace(op, q=(large * op.q).astype(np.float32))
     got = compute(op)

@@ -1,4 +1,4 @@
-"""The kernels that a processor of less would have, which GGML_POP_KERNELS chooses by their name."""
+"""Test the kernels of lesser processors, selected by name in GGML_POP_KERNELS."""
 
 from dataclasses import replace
 

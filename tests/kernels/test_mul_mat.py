@@ -1,4 +1,4 @@
-"""MUL_MAT: errors by type, shapes, extreme codes, and what a row's result may depend on."""
+"""MUL_MAT: errors by type, shapes, extreme codes, and what a row's result depends on."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ each_quantised = pytest.mark.parametrize("type_", QUANTISED, ids=lambda type_: t
 
 
 def widths(type_: Type) -> tuple[int, ...]:
-    """Numbers of inputs that end within whatever is unpacked at once."""
+    """Return numbers of inputs with an incomplete last group of each unpacking size."""
     if type_ in FLOATS:
         return 32, 50, 96, 768
     return (32, 64, 96, 1056) if block(type_) == 32 else (256, 768, 1280)
@@ -53,7 +53,9 @@ def test_all_sizes_are_covered(type_: Type, rng: np.random.Generator) -> None:
 
 
 @each_type
-def test_a_rows_result_does_not_depend_on_the_others(type_: Type, rng: np.random.Generator) -> None:
+def test_result_of_a_row_does_not_depend_on_the_others(
+    type_: Type, rng: np.random.Generator
+) -> None:
     op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
     if not is_covered(op):
         pytest.skip("these kernels leave the type to upstream's")
@@ -68,7 +70,7 @@ def test_a_rows_result_does_not_depend_on_the_others(type_: Type, rng: np.random
 
 
 @each_type
-def test_threads_change_nothing(type_: Type, rng: np.random.Generator) -> None:
+def test_number_of_threads_changes_nothing(type_: Type, rng: np.random.Generator) -> None:
     for n_out in (40, 300):
         op = mul_mat(rng, type_, 70, n_out)
         if not is_covered(op):
@@ -81,7 +83,7 @@ def test_threads_change_nothing(type_: Type, rng: np.random.Generator) -> None:
 
 
 @each_type
-def test_what_is_no_number_stays_so_and_alone(type_: Type, rng: np.random.Generator) -> None:
+def test_nan_spreads_only_in_its_row(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
     if not is_covered(op):
         pytest.skip("these kernels leave the type to upstream's")
@@ -105,10 +107,10 @@ def test_few_rows_have_the_same_errors(type_: Type, rng: np.random.Generator) ->
 
 
 @each_quantised
-def test_a_rows_result_does_not_depend_on_a_few_others(
+def test_result_of_a_row_does_not_depend_on_a_few_others(
     type_: Type, rng: np.random.Generator
 ) -> None:
-    """Four rows go to one of the kernels for few on all processors."""
+    """On all processors, four rows are computed by a kernel for few rows."""
     op = mul_mat(rng, type_, 4, n_out=300, n_in=max(widths(type_)))
     want = compute(op, Rows.FAST)
     assert not np.array_equal(want, compute(op, Rows.NONE))
@@ -132,7 +134,7 @@ def test_few_rows_of_floats_get_one_of_two_results(type_: Type, rng: np.random.G
 
 
 @each_quantised
-def test_extreme_codes_fit(type_: Type, kernels: str) -> None:
+def test_extreme_codes_do_not_overflow(type_: Type, kernels: str) -> None:
     for op in extremes(type_):
         check_extreme(compute(op), op, kernels)
         few = first_rows(op, 2)
@@ -141,7 +143,7 @@ def test_extreme_codes_fit(type_: Type, kernels: str) -> None:
 
 
 @each_quantised
-def test_blocks_of_zeros(type_: Type, rng: np.random.Generator) -> None:
+def test_blocks_of_zeros_give_zeros(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat(rng, type_, 16, n_out=40, n_in=768)
     data = op.weights.data.reshape(40, 768 // block(type_), -1)
     for at in SCALES[type_]:
@@ -164,9 +166,9 @@ def test_scales_may_be_tiny_and_activations_large(
 ) -> None:
     stored = weights(rng, type_, 40, 256)
     data = stored.data.reshape(40, 256 // block(type_), -1)
-    for at in SCALES[type_]:  # the smallest ones of float16
+    for at in SCALES[type_]:  # the smallest float16 values
         put_scale(data, at, rng.integers(-3, 4, data.shape[:-1]) * 2.0**-24)
-    if type_ == Type.MXFP4:  # AMX takes subnormal numbers for zeros
+    if type_ == Type.MXFP4:  # AMX flushes subnormal numbers to zero
         data[..., 0] = rng.integers(0, 4, data.shape[:-1]) + (8 if kernels == "amx" else 0)
     x = activations(rng, 32, 256)
     x[::2] *= 1e5
@@ -176,7 +178,7 @@ def test_scales_may_be_tiny_and_activations_large(
 
 
 @each_type
-def test_rows_may_be_apart(type_: Type, rng: np.random.Generator) -> None:
+def test_rows_may_have_gaps(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat(rng, type_, 16)
     np.testing.assert_array_equal(compute(replace(op, stride=300)), compute(op))
 
@@ -184,7 +186,7 @@ def test_rows_may_be_apart(type_: Type, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("type_", [Type.Q4_K, Type.Q5_0, Type.Q8_0, *FLOATS], ids=lambda t: t.name)
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
 def test_several_matrices(type_: Type, permuted: bool, rng: np.random.Generator) -> None:
-    """Weights of two heads or one, rows of six heads in two streams: attention without kernels."""
+    """Weights have one or two heads, and rows six heads in two streams, as in plain attention."""
     for n_weights in (1, 2):
         stored = weights(rng, type_, 1, n_weights, 33, 256)
         x = activations(rng, 2, 6, 17, 256)
@@ -195,6 +197,6 @@ def test_several_matrices(type_: Type, permuted: bool, rng: np.random.Generator)
             op = MulMat(stored, np.ascontiguousarray(np.swapaxes(x, 1, 2)), permuted=True)
         if is_covered(op):
             check_product(compute(op, n_threads=2), of_each_head, x)
-        # Upstream's activations have a scale per 256.
+        # Upstream's activations have one scale per 256 values.
         got, want = compute(op), np.einsum("nhrk,mhok->nhro", x, of_each_head.values)
         assert rms(got - want) <= 0.05 * rms(want)

@@ -1,4 +1,4 @@
-"""MUL_MAT_ID, the experts of a mixture: as MUL_MAT of each expert for the rows that chose it."""
+"""Compare MUL_MAT_ID with MUL_MAT of each expert and its rows."""
 
 from dataclasses import replace
 
@@ -18,14 +18,14 @@ from support.kernels import (
 pytestmark = pytest.mark.usefixtures("kernels")
 
 each_type = pytest.mark.parametrize("type_", TYPES, ids=lambda type_: type_.name)
-# Rows of each expert.
+# Number of rows of each expert.
 UNEVEN = (0, 1, 5, 6, 40, 7, 13)
 # The same for tokens with two or three experts.
 SHARED = (0, 1, 5, 6, 40, 34, 34)
 
 
 def check(op: MulMatId, got: np.ndarray) -> None:
-    """Each expert's rows against float64, with the error that MUL_MAT may have."""
+    """Compare each expert's rows with float64, within the limits of MUL_MAT."""
     ids = op.ids[:, : op.n_used]
     x = np.broadcast_to(op.x, (*ids.shape, op.x.shape[-1]))
     assert not np.isnan(got).any()
@@ -51,7 +51,7 @@ def test_experts_with_none_one_or_many_rows(type_: Type, rng: np.random.Generato
 def test_several_experts_a_token(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat_id(rng, type_, SHARED, n_used=3, n_out=40)
     check(op, compute(op))
-    # The up projections read one row for all experts of a token.
+    # Up projections read one row for all experts of a token.
     shared = replace(op, x=op.x[:, :1])
     got = compute(shared)
     check(shared, got)
@@ -61,7 +61,7 @@ def test_several_experts_a_token(type_: Type, rng: np.random.Generator) -> None:
 
 
 @each_type
-def test_a_rows_result_is_that_of_its_expert_alone(type_: Type, rng: np.random.Generator) -> None:
+def test_result_of_a_row_equals_its_expert_alone(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat_id(rng, type_, SHARED, n_used=2, n_out=77)
     if not is_covered(op):
         pytest.skip("these kernels leave the type to upstream's")
@@ -79,7 +79,7 @@ def test_a_rows_result_is_that_of_its_expert_alone(type_: Type, rng: np.random.G
 
 
 @each_type
-def test_what_is_no_number_stays_so_and_alone(type_: Type, rng: np.random.Generator) -> None:
+def test_nan_spreads_only_in_its_row(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat_id(rng, type_, SHARED, n_used=2, n_out=77)
     if not is_covered(op):
         pytest.skip("these kernels leave the type to upstream's")
@@ -94,7 +94,7 @@ def test_what_is_no_number_stays_so_and_alone(type_: Type, rng: np.random.Genera
 
 @each_type
 def test_experts_with_few_rows(type_: Type, rng: np.random.Generator) -> None:
-    """Where the fastest kernels compute: those for few rows, for many, or upstream's."""
+    """Rows.FAST selects kernels for few rows, for many, or upstream's."""
     for per_expert in ((1, 0, 0, 0, 1), (1, 0, 2, 3), (5, 6, 1, 0), UNEVEN):
         op = mul_mat_id(rng, type_, per_expert, n_out=77)
         got = compute(op, Rows.FAST)

@@ -11,7 +11,7 @@ from support.kernels import activations, mul_mat_id, weights
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-# Q, K and V of a Q4_K_M model, and floats, which are packed in another form.
+# A Q4_K_M model's Q, K and V, and floats, which have another packed form.
 KINDS = (Type.Q4_K, Type.Q4_K, Type.Q6_K, Type.F16, Type.Q5_0)
 
 
@@ -30,7 +30,7 @@ def assert_alone(ops: list[MulMat], results: list[np.ndarray], rows: Rows = Rows
 @pytest.mark.parametrize("rows", [Rows.ALL, Rows.FAST])
 @pytest.mark.parametrize("n_rows", [1, 7, 40])
 @pytest.mark.parametrize("between", [None, Between.ADD, Between.ROPE])
-def test_each_has_the_bits_that_it_has_alone(
+def test_results_equal_separate_computations(
     between: Between | None, n_rows: int, rows: Rows, rng: np.random.Generator
 ) -> None:
     ops = products(rng, activations(rng, n_rows, 512))
@@ -38,7 +38,7 @@ def test_each_has_the_bits_that_it_has_alone(
         assert_alone(ops, compute_all(ops, rows, n_threads, between=between), rows)
 
 
-def test_other_rows_are_packed_anew(rng: np.random.Generator) -> None:
+def test_other_rows_are_packed_again(rng: np.random.Generator) -> None:
     some, others = (products(rng, activations(rng, 40, 512)) for _ in range(2))
     ops = [op for pair in zip(some, others, strict=True) for op in pair]
     assert_alone(ops, compute_all(ops))
@@ -46,20 +46,20 @@ def test_other_rows_are_packed_anew(rng: np.random.Generator) -> None:
     assert_alone([*some[:2], *fewer], compute_all([*some[:2], *fewer]))
 
 
-def test_rows_that_change_in_place_are_packed_anew(rng: np.random.Generator) -> None:
+def test_rows_that_change_in_place_are_packed_again(rng: np.random.Generator) -> None:
     ops = products(rng, activations(rng, 40, 512))[:3]
     changed = [replace(op, x=op.x * 2**n) for n, op in enumerate(ops)]
     assert_alone(changed, compute_all(ops, between=Between.OVERWRITE))
 
 
-def test_what_a_wide_rope_overwrites_is_packed_anew(rng: np.random.Generator) -> None:
-    """It keeps more than 512 floats of each thread in the work buffer."""
+def test_rows_overwritten_by_a_wide_rope_are_packed_again(rng: np.random.Generator) -> None:
+    """Such a RoPE stores more than 512 floats per thread in the work buffer."""
     x = activations(rng, 40, 256)
     ops = [MulMat(weights(rng, Type.Q4_K, 2048, 256), x) for _ in range(2)]
     assert_alone(ops, compute_all(ops, n_threads=3, between=Between.ROPE))
 
 
-def test_experts(rng: np.random.Generator) -> None:
+def test_experts_equal_separate_computations(rng: np.random.Generator) -> None:
     gate, up = (mul_mat_id(rng, Type.Q4_K, (0, 1, 8, 30, 21), n_used=2) for _ in range(2))
     same = replace(up, x=gate.x, ids=gate.ids)
     other_ids = replace(same, ids=gate.ids[::-1].copy())
@@ -70,7 +70,7 @@ def test_experts(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(("n_rows", "rows"), [(40, Rows.ALL), (1, Rows.FAST)])
-def test_they_are_packed_once(n_rows: int, rows: Rows, rng: np.random.Generator) -> None:
+def test_same_rows_are_packed_once(n_rows: int, rows: Rows, rng: np.random.Generator) -> None:
     query, key, _, of_floats, _ = products(rng, activations(rng, n_rows, 512))
     *shared, alone = compute_with_rows_lost([query, key, of_floats], rows)
     assert_alone([query, key], shared, rows)

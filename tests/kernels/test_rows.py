@@ -1,4 +1,4 @@
-"""GLU, MUL of rows, RMS_NORM with the MUL behind it: against float64, and beside upstream's."""
+"""Compare GLU, MUL of rows, and RMS_NORM followed by MUL with float64 and with upstream."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,16 +68,16 @@ def test_errors_are_those_of_float32(
 
 @each
 @pytest.mark.parametrize("n_values", [1, 15, 20, 100])
-def test_rows_that_fill_no_vector_are_right(
+def test_rows_with_an_incomplete_vector_are_right(
     make: Make, n_values: int, rng: np.random.Generator
 ) -> None:
-    """Upstream's gelu comes from a table in float16."""
+    """Upstream's gelu uses a table in float16."""
     op = make(rng, 7, n_values)
     np.testing.assert_allclose(compute(op, Rows.FAST), expected(op), rtol=0.01, atol=2e-3)
 
 
 @each
-def test_they_are_in_use_for_any_number_of_rows(make: Make, rng: np.random.Generator) -> None:
+def test_our_kernels_compute_any_number_of_rows(make: Make, rng: np.random.Generator) -> None:
     for n_rows in (1, 40):
         ops = [make(rng, n_rows, 1152) for _ in range(20)]
         results = [compute(op, Rows.FAST) for op in ops]
@@ -87,7 +87,9 @@ def test_they_are_in_use_for_any_number_of_rows(make: Make, rng: np.random.Gener
 
 
 @each
-def test_a_row_depends_on_nothing_else(make: Make, rng: np.random.Generator) -> None:
+def test_result_of_a_row_does_not_depend_on_the_others(
+    make: Make, rng: np.random.Generator
+) -> None:
     op = make(rng, 41, 208)
     want = compute(op)
     for n_threads in (2, 3):
@@ -98,7 +100,7 @@ def test_a_row_depends_on_nothing_else(make: Make, rng: np.random.Generator) -> 
 
 
 @each
-def test_rows_may_be_apart(make: Make, rng: np.random.Generator) -> None:
+def test_rows_may_have_gaps(make: Make, rng: np.random.Generator) -> None:
     for shape in ((9, 64), (2, 3, 9, 64)):
         op = make(rng, *shape)
         apart = replace(op, stride=op.x.shape[-1] + 5)
@@ -106,7 +108,7 @@ def test_rows_may_be_apart(make: Make, rng: np.random.Generator) -> None:
 
 
 @each
-def test_what_is_no_number_stays_so_and_alone(make: Make, rng: np.random.Generator) -> None:
+def test_nan_spreads_only_where_it_must(make: Make, rng: np.random.Generator) -> None:
     op = make(rng, 9, 64)
     x = op.x.copy()
     x[4, 37] = np.nan
@@ -120,7 +122,7 @@ def test_what_is_no_number_stays_so_and_alone(make: Make, rng: np.random.Generat
 
 
 @pytest.mark.parametrize("make", [geglu, swiglu_oai])
-def test_the_second_of_a_glu_may_be_no_number(
+def test_nan_in_a_glus_second_input_stays_in_place(
     make: Callable[..., Glu], rng: np.random.Generator
 ) -> None:
     op = make(rng, 9, 64)
@@ -136,14 +138,14 @@ def test_norms_of_zeros_are_zeros(rng: np.random.Generator) -> None:
     assert not compute(op)[1].any()
 
 
-def test_the_norms_epsilon_counts(rng: np.random.Generator) -> None:
+def test_epsilon_of_the_norm_is_used(rng: np.random.Generator) -> None:
     for eps in (0, 1e-12, 1.0):
         op = replace(rms_norm_mul(rng, 20, 96), eps=eps)
         np.testing.assert_allclose(compute(op), expected(op), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (5, 6, 96), (7, 100), (2, 3, 5, 64)])
-def test_rows_times_numbers_have_upstreams_bits(
+def test_rows_times_factors_have_upstreams_bits(
     shape: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     op = mul_rows(rng, *shape)
@@ -152,7 +154,7 @@ def test_rows_times_numbers_have_upstreams_bits(
             np.testing.assert_array_equal(compute(each, rows, n_threads), op.x * op.factors)
 
 
-def test_rows_that_share_their_numbers_are_left_to_upstream(rng: np.random.Generator) -> None:
+def test_broadcast_factors_are_left_to_upstream(rng: np.random.Generator) -> None:
     op = mul_rows(rng, 4, 6, 32)
     for factors in (op.factors[:1], op.factors[:, :1], op.factors[:1, :1]):
         shared = MulRows(op.x, np.ascontiguousarray(factors))

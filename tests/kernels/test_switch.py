@@ -1,4 +1,4 @@
-"""When our kernels compute, and when upstream's do."""
+"""Check when our kernels compute and when upstream's do."""
 
 import functools
 from pathlib import Path
@@ -25,7 +25,7 @@ N_ROWS = (1, 8, 64)
 
 @functools.cache
 def samples() -> list[Op]:
-    """Products of each type, of experts, attention, and others, of few rows and of many."""
+    """Return operations of each kind and type, with few rows and with many."""
     rng = np.random.default_rng(1)
     ops: list[Op] = [mul_mat(rng, type_, n_rows) for type_ in TYPES for n_rows in N_ROWS]
     ops += [mul_mat_id(rng, type_, (0, 1, 8, 30, 21), n_used=2) for type_ in TYPES]
@@ -45,7 +45,7 @@ def assert_same(some: list[np.ndarray], others: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("type_", QUANTISED, ids=lambda type_: type_.name)
-def test_they_are_in_use(type_: Type, kernels: str, rng: np.random.Generator) -> None:
+def test_our_kernels_compute_products(type_: Type, kernels: str, rng: np.random.Generator) -> None:
     for op in (mul_mat(rng, type_, 64, 256), mul_mat_id(rng, type_, (64, 64), n_out=256)):
         got = compute(op, Rows.FAST)
         assert not np.array_equal(got, compute(op, Rows.NONE))
@@ -55,19 +55,19 @@ def test_they_are_in_use(type_: Type, kernels: str, rng: np.random.Generator) ->
 
 
 @pytest.mark.parametrize("type_", [Type.F16, Type.Q8_0], ids=lambda type_: type_.name)
-def test_attention_is_in_use(type_: Type, kernels: str, rng: np.random.Generator) -> None:
+def test_our_kernels_compute_attention(type_: Type, kernels: str, rng: np.random.Generator) -> None:
     op = attention(rng, n_rows=128, n_kv=256, n_heads=6, type_=type_)
     got = compute(op, Rows.FAST)
     assert not np.array_equal(got, compute(op, Rows.NONE))
     np.testing.assert_array_equal(got, compute(op, Rows.ALL))
 
 
-def test_none_gives_upstreams_bits(unpatched_lib: Path) -> None:
+def test_rows_none_gives_upstreams_bits(unpatched_lib: Path) -> None:
     theirs = in_child(samples(), lib=unpatched_lib, rows=Rows.NONE)
     assert_same([compute(op, Rows.NONE) for op in samples()], theirs.results)
 
 
-def test_the_environment_turns_them_off(kernels: str) -> None:
+def test_environment_disables_our_kernels(kernels: str) -> None:
     off = in_child(samples(), env={"GGML_POP_KERNELS": "0"}, rows=Rows.ALL)
     assert off.kernels == "off"
     assert_same([compute(op, Rows.NONE) for op in samples()], off.results)
@@ -77,23 +77,23 @@ def kernels_with(word: str) -> str | None:
     return in_child([], env={"GGML_POP_KERNELS": word}).kernels
 
 
-def test_a_word_that_names_none_turns_none_off(kernels: str) -> None:
+def test_unknown_name_disables_no_kernels(kernels: str) -> None:
     assert {kernels_with(word) for word in ("", "1", "avx-2")} == {kernels_with("")} != {"off"}
     assert kernels_with("off") == "off"
 
 
-def test_kernels_that_are_not_built_leave_lesser_ones(kernels: str) -> None:
+def test_name_of_missing_kernels_selects_lesser_ones(kernels: str) -> None:
     assert kernels_with("avxvnni") in ("avxvnni", "avx2")
 
 
-def test_the_reference_implementation_remains(kernels: str) -> None:
+def test_reference_implementation_is_unchanged(kernels: str) -> None:
     for op in samples():
         want = compute(op, Rows.NONE, reference=True)
         np.testing.assert_array_equal(compute(op, Rows.ALL, reference=True), want)
 
 
-def test_nothing_behind_a_tensor_is_touched(kernels: str) -> None:
-    """A model's last tensor may end where its file and the memory end."""
+def test_no_kernel_reads_past_a_tensor(kernels: str) -> None:
+    """A model's last tensor may end where the file and the mapped memory end."""
     rng = np.random.default_rng(2)
     ops: list[Op] = []
     for type_ in TYPES:

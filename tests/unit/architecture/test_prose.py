@@ -60,7 +60,6 @@ NOT_YET: set[str] = {
     "pop_local/workflows/conversion",
     "tests",
     "tests/cli",
-    "tests/kernels",
     "tests/real",
     "tests/unit",
     "tests/unit/calibration",
