@@ -1,4 +1,4 @@
-"""Log probabilities of sampled tokens and of prompts, against the logits themselves."""
+"""Compare log probabilities of sampled and prompt tokens with the logits."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def chatty(smollm2_pop):
     return PopModel(EngineOptions.of(smollm2_pop, n_ctx=256, n_threads=1))
 
 
-def test_of_a_sampled_token(model):
+def test_logprobs_of_a_sampled_token_equal_the_logits(model):
     tokens = prompt(40)
     expected = log_softmax(read(model, tokens))
     options = TurnOptions(temperature=0.0, max_tokens=1, n_top_logprobs=3)
@@ -38,12 +38,12 @@ def test_of_a_sampled_token(model):
     assert found.top[0].text == found.text
 
 
-def test_none_unless_asked_for(model):
+def test_logprobs_are_absent_by_default(model):
     chunks = list(model.engine.answer(Prompt(prompt(8)), TurnOptions(max_tokens=3)))
     assert not any(chunk.logprobs for chunk in chunks)
 
 
-def test_they_go_with_the_text_and_not_with_a_stop_string(chatty):
+def test_logprobs_match_the_text_without_a_stop_string(chatty):
     def parts(**options):
         asked = [Message("user", "Count from one to ten in words.")]
         fixed = {"temperature": 0.0, "max_tokens": 24, "n_top_logprobs": 0}
@@ -62,7 +62,7 @@ def test_they_go_with_the_text_and_not_with_a_stop_string(chatty):
     assert kept.startswith(shown) and stop not in kept
 
 
-def test_of_a_prompt_are_those_of_the_full_model(model):
+def test_logprobs_of_a_prompt_are_the_full_models(model):
     tokens = prompt(150)
     found = prompt_logprobs(model.engine.cache, tokens, 2)
     assert model.engine.cache.mode is Mode.CONTEXT
@@ -76,7 +76,7 @@ def test_of_a_prompt_are_those_of_the_full_model(model):
     model.engine.set_mode(Mode.CONTEXT)
 
 
-def test_reading_a_prompt_can_be_stopped(model):
+def test_prompt_logprobs_can_be_stopped(model):
     with stopped_by(lambda: model.engine.cache.n_tokens >= 64), pytest.raises(StoppedError):
         prompt_logprobs(model.engine.cache, prompt(200), 0)
     assert model.engine.cache.n_tokens == 64

@@ -1,4 +1,4 @@
-"""README's commands and its Python, as they are written, in a clone with SmolLM2."""
+"""Run README's commands and its Python unchanged in a clone with SmolLM2."""
 
 import os
 import re
@@ -15,7 +15,7 @@ USE = (ROOT / "README.md").read_text("utf-8").split("## Use it")[1].split("\n## 
 COMMANDS = [
     shlex.split(line, comments=True) for line in re.findall("^    pop-local (.*)", USE, re.M)
 ]
-# Each without what takes minutes, or never ends.
+# Arguments that keep slow or endless commands short.
 LESS = {
     "chat": [],
     "run": ["--max-tokens", "8"],
@@ -40,10 +40,10 @@ def run(*words: str) -> str:
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_command_runs(words, smollm2):
+def test_command_runs(words, smollm2):
     run("-m", "pop_local", *words, *LESS[words[0]])
 
 
-def test_the_python_runs(smollm2):
+def test_python_example_runs(smollm2):
     [code] = re.findall(r"From Python:\n\n((?:    .*\n)+)", USE)
     assert run("-c", textwrap.dedent(code)).strip()

@@ -1,4 +1,4 @@
-"""The keys of the real models' files, and texts in their tokens."""
+"""Check the real models' header keys, and the number of tokens in shipped texts."""
 
 import hashlib
 import importlib.resources
@@ -20,7 +20,7 @@ from support.shapes import read_shape
 pytestmark = pytest.mark.slow
 
 
-def test_real_models(smollm2, gemma):
+def test_shapes_of_real_models(smollm2, gemma):
     shape = read_shape(smollm2)
     assert (shape.arch, shape.n_layer, shape.n_embd, shape.n_vocab) == ("llama", 30, 576, 49152)
     assert (shape.n_q[0], shape.n_k[0], shape.n_v[0]) == (9 * 64, 3 * 64, 3 * 64)
@@ -31,7 +31,7 @@ def test_real_models(smollm2, gemma):
     assert max(windows) == 512
 
 
-def test_round_trip_of_a_real_model(tmp_path, smollm2):
+def test_strip_restores_a_real_model(tmp_path, smollm2):
     pruned, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
     convert_default(smollm2, pruned)
     strip(pruned, back)
@@ -39,15 +39,15 @@ def test_round_trip_of_a_real_model(tmp_path, smollm2):
     assert digests[0] == digests[1]
 
 
-def test_about_half_of_the_saving_is_there_at_the_shortest_prompt(smollm2):
+def test_shortest_pruned_prompt_saves_about_half(smollm2):
     macs = GraphMacs(smollm2)
     for boundary in (25, 20, 15):
         whole, shortest = (1 - 1 / speedup_limit(macs, n, boundary, 33) for n in (2048, 66))
         assert shortest == pytest.approx(whole / 2, rel=0.15)
 
 
-def test_limit_of_a_real_model_lies_where_the_design_measured_it(smollm2):
-    # One full row; the prototype reached 97 to 103 % of this with 1.42 to 1.455.
+def test_speedup_limit_of_a_real_model_matches_the_design(smollm2):
+    # With one full row; the prototype reached 97 to 103% of this, 1.42 to 1.455.
     macs = GraphMacs(smollm2)
     found = [speedup_limit(macs, n, 20, 1) for n in (512, 4096)]
     assert found == pytest.approx([1.42, 1.45], abs=0.005)
@@ -60,8 +60,8 @@ def test_limit_of_a_real_model_lies_where_the_design_measured_it(smollm2):
         ("gemma", {(None, 1): 238_556_545_024, (12, 33): 169_773_727_744}),
     ],
 )
-def test_the_work_of_real_models(request, name, n_macs):
-    """By hand: projections, FFN, windows, and the LM head and last FFN of one row."""
+def test_macs_of_real_models_match_a_count_by_hand(request, name, n_macs):
+    """The count covers projections, FFN, windows, and the last row's LM head and last FFN."""
     macs = GraphMacs(request.getfixturevalue(name))
     assert {key: macs(2048, *key) for key in n_macs} == n_macs
 
@@ -74,23 +74,23 @@ def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
     assert len(spread_windows(tokens, 32, 640)) == 32
     for part in tokens:
         grams = [tuple(part[i : i + 8]) for i in range(len(part) - 8)]
-        # The rules below the heads of tables are alike.
+        # Separator lines of tables repeat.
         assert len(set(grams)) > 0.9 * len(grams)
 
 
-def test_the_document_is_long_enough(smollm2):
+def test_shipped_document_is_long_enough(smollm2):
     text = (importlib.resources.files("pop_local") / "data" / "document.md").read_text()
     assert len(PopModel(EngineOptions.of(smollm2, n_ctx=256)).engine.context.tokenize(text)) >= 1500
 
 
-def test_needed_memory_grows_with_what_is_computed(smollm2):
+def test_needed_memory_grows_with_the_computation(smollm2):
     pytest.importorskip("torch")
     from pop_local.research.gates import needed_bytes
 
     source = read_source(smollm2)
     shape, hyper = source_shape(source), read_hyper(source)
     short, long = (needed_bytes(shape, hyper, n, 64, 4) for n in (256, 1024))
-    # `pop-local analyze` of this model was seen to take 0.8 GB with windows of 256.
+    # `pop-local analyze` of this model used 0.8 GB with windows of 256.
     assert 0.7e9 < short < 1.5e9
     assert long > short + 4 * 768 * shape.n_embd * shape.n_layer * 4
     assert needed_bytes(shape, hyper, 256, 64, 1) < short

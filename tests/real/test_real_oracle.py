@@ -1,4 +1,4 @@
-"""The oracle on the small real models: quantised weights, windows, a tied output."""
+"""Compare small real models with the oracle: quantised weights, windows, a tied output."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_real_models_equal_the_oracle(real: Trio, options: dict, tmp_path: Path,
 
 @pytest.fixture(scope="module")
 def sunk(real: Trio, tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    """With a sink token, which changes the keys alone."""
+    """Return a model with a sink token, which changes only the keys of the file."""
     path = tmp_path_factory.mktemp("sunk") / "pruned.gguf"
     plan = make_plan(read_shape(real.original), boundary=real.boundary, sink_tokens=1)
     convert(plan, real.original, path)
@@ -87,7 +87,7 @@ def test_sink_and_tail_are_within_the_unpatched_noise(sunk: Trio, tmp_path: Path
 
 
 def prose(model: Path, n_prompts: int, n_tokens: int) -> list[Tokens]:
-    """Windows of Python's own documentation, one after the other."""
+    """Return consecutive windows of Python's documentation."""
     vocab = Llama(str(model), vocab_only=True, verbose=False)
     text = "\n".join(topics[name] for name in sorted(topics))[: 10 * n_prompts * n_tokens]
     tokens = vocab.tokenize(text.encode())
@@ -96,7 +96,7 @@ def prose(model: Path, n_prompts: int, n_tokens: int) -> list[Tokens]:
 
 @pytest.fixture(scope="module")
 def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    """Few skipped layers, so that the reference computes little."""
+    """Return a model with few skipped layers, so the reference is fast."""
     boundary = {"smollm2": 26, "gemma": 14}[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     return make_trio(request.getfixturevalue(request.param), folder, boundary)
@@ -105,10 +105,10 @@ def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(
     ("deep", "projection"), [("smollm2", "fitted"), ("gemma", "own")], indirect=["deep"]
 )
-def test_a_real_model_differs_by_the_rounding_of_its_products(
+def test_stored_kv_of_a_real_model_differs_only_by_rounding(
     deep: Trio, projection: str, tmp_path: Path, job: Job
 ) -> None:
-    """Quantised weights take inputs of 8 bits: the error is that of such a rounding, no more."""
+    """Products of quantised weights round their inputs to 8 bits; the error has that size."""
     trio = deep
     if projection == "fitted":
         trio = replace(trio, pruned=fit_at_random(trio, tmp_path / "fitted.gguf", KvType.Q8_0))
@@ -128,11 +128,11 @@ def test_a_real_model_differs_by_the_rounding_of_its_products(
             assert rms(noise) < 0.05 * rms(theirs)
 
 
-def test_a_sidecar_of_smollm2(smollm2, tmp_path):
+def test_smollm2_with_a_sidecar_equals_the_single_file(smollm2, tmp_path):
     require_same(paired(smollm2, tmp_path, "fitted"), tmp_path, random_tokens(96, 40000))
 
 
-def test_unpatched_library_runs_it_as_the_source(smollm2, tmp_path, unpatched_lib):
+def test_unpatched_library_runs_a_converted_model_like_its_source(smollm2, tmp_path, unpatched_lib):
     target = tmp_path / "out.gguf"
     convert_default(smollm2, target)
     assert_same_logits(smollm2, target, unpatched_lib)

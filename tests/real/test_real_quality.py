@@ -1,4 +1,4 @@
-"""Losses of the small real models by pruning, and figures of their layers."""
+"""Check the small real models' losses by pruning, and statistics of their layers."""
 
 from pydoc_data.topics import topics
 
@@ -21,10 +21,10 @@ from support.searched import FEW, convert
 pytestmark = pytest.mark.slow
 
 
-def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
-    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it.
+def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
+    """SmolLM2 loses its copying between boundaries 20 and 16, although prose hardly changes.
 
-    At 20 a fit on eight windows, which the command examines, takes off most of what is lost.
+    At 20, a fit on eight windows recovers most of the loss.
     """
     monkeypatch.setattr(named, "N_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
@@ -41,7 +41,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
     assert half.kl_mean.value > BALANCED.max_kl
     assert not copies(half)
-    # `convert` refuses it before it fits.
+    # `convert` refuses this boundary before fitting.
     assert is_hopeless(half.induction_retention)
     assert not is_hopeless(third.induction_retention)
     text, target = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
@@ -57,7 +57,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (11, 10, 9), {10})]
 )
-def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
+def test_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
     path = request.getfixturevalue(name)
     monkeypatch.setattr(depths, "boundaries", lambda shape: tried)
     opened = PopModel(EngineOptions.of(path, n_ctx=512, n_threads=1))
@@ -68,11 +68,11 @@ def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, 
     assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
     assert found[-1].retention is not None
     assert found[-1].retention.value < 0.3
-    # Down to the layer of the cliff, not past it.
+    # Down to the cliff's layer.
     assert min(each.boundary for each in worth_measuring(found)) == min(cliff)
 
 
-def test_logits_of_a_real_model_are_those_of_the_backend(smollm2):
+def test_torch_logits_of_a_real_model_equal_the_backends(smollm2):
     pytest.importorskip("torch")
     from support.decoders import backend_logits, mean_kl, torch_logits
 
@@ -83,8 +83,8 @@ def test_logits_of_a_real_model_are_those_of_the_backend(smollm2):
     assert mean_kl(expected, torch_logits(smollm2, tokens)) < 0.01
 
 
-def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
-    """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
+def test_deep_layers_of_a_real_model_matter_in_decode_and_not_in_prefill(smollm2):
+    """Compared with the other layers, SmolLM2's last third has importance 0.2 and 2."""
     pytest.importorskip("torch")
     from pop_local.research.analyze_options import AnalyzeOptions
     from pop_local.research.importance import importance

@@ -1,4 +1,4 @@
-"""Turns of a conversation that take a real model: an answer that ends, Ctrl-C, plain text."""
+"""Conversation turns that need a real model: an answer that ends, Ctrl-C, plain text."""
 
 import os
 import signal
@@ -20,12 +20,12 @@ def model(smollm2_pop) -> PopModel:
     return PopModel(EngineOptions.of(smollm2_pop, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64))
 
 
-def test_an_answer_ends_by_itself(model):
+def test_answer_stops_before_the_token_limit(model):
     _, stats = ask(model, Message("user", "What is 2 + 2?"), max_tokens=200)
     assert stats.finish_reason == "stop"
 
 
-def test_ctrl_c_ends_a_prefill_and_leaves_the_model_usable(model):
+def test_ctrl_c_stops_a_prefill_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
     model.engine.cache.clear()
     begun = threading.Event()
@@ -43,12 +43,12 @@ def test_ctrl_c_ends_a_prefill_and_leaves_the_model_usable(model):
     assert ask(model, QUESTION)[0] == expected
 
 
-def test_a_base_model_gets_a_plain_transcript(gemma):
+def test_base_model_gets_a_plain_transcript(gemma):
     model = PopModel(EngineOptions.of(gemma, n_ctx=256, n_threads=1))
     text, stats = ask(model, Message("user", "What is the capital of France?"))
     assert "Paris" in text
     assert not any(stop in text for stop in PLAIN_STOPS)
-    # BOS, which Gemma cannot do without, is part of the prompt.
+    # Gemma needs BOS, so the prompt contains it.
     assert (model.engine.cache.tokens[0],) == model.engine.context.bos
     assert stats.n_prompt < 20
 

@@ -1,4 +1,4 @@
-"""`pop-local serve` as a process of its own: the clients that people use, hanging up, stopping."""
+"""Test `pop-local serve` in a child process: common clients, disconnects, shutdown."""
 
 import json
 import os
@@ -27,13 +27,13 @@ STORY = (
 )
 QUESTION = {"role": "user", "content": STORY + "Who sells coffee at the pier?"}
 PRUNED = 'pop_prompt_tokens_total{kind="pruned"}'
-# An answer as long as the context.
+# The answer fills the context.
 ENDLESS = "root ::= [a-z] root"
 DECODED = "pop_decoded_tokens_total"
-HUNG_UP = 'pop_requests_total{path="/v1/chat/completions",status="499"}'
+DISCONNECTED = 'pop_requests_total{path="/v1/chat/completions",status="499"}'
 
 
-# Rows that were refilled between two requests change the second answer.
+# Rows refilled between two requests would change the second answer.
 REPEATABLE = ("--ctx", 2048, "--refill", "off", "--parallel", 1)
 
 
@@ -51,7 +51,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def free(smollm2_pop):
-    """Without a key, for clients of the tests' own."""
+    """Run a server without a key, for plain HTTP clients."""
     with served(smollm2_pop, *REPEATABLE) as server:
         yield server
 
@@ -61,10 +61,10 @@ def ask(client, **options):
     return client.chat.completions.create(**fixed | options)
 
 
-# --- OpenAI's own client
+# --- OpenAI's client
 
 
-def test_a_model_of_the_catalog_goes_by_the_name_that_was_given(smollm2, monkeypatch):
+def test_catalog_model_keeps_the_requested_name(smollm2, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(smollm2.parent))
     with served("SmolLM2") as server:
         [card] = httpx2.get(f"{server.api}/models").json()["data"]
@@ -137,7 +137,7 @@ def test_openai_completes_lists(client):
     assert streamed == texts
 
 
-# --- llm
+# --- The llm program
 
 
 def test_the_llm_program(server, client, tmp_path):
@@ -162,10 +162,10 @@ def test_the_llm_program(server, client, tmp_path):
     assert done.stdout.rstrip("\n") == ask(client).choices[0].message.content
 
 
-# --- several clients, and clients that go
+# --- Several clients, and clients that disconnect
 
 
-def test_eight_clients_at_once_get_their_own_answers(free):
+def test_eight_concurrent_clients_get_their_answers(free):
     def answers_of(client: int) -> list[str]:
         own = f"client {client}"
         given = []
@@ -185,23 +185,23 @@ def test_eight_clients_at_once_get_their_own_answers(free):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_ends_the_prefill(free, stream):
+def test_disconnect_stops_the_prefill(free, stream):
     before = free.metrics()
     asked = {"role": "user", "content": f"{stream}. " + STORY * 45}
     impatient = httpx2.Timeout(60, read=0.2)
     with pytest.raises(httpx2.ReadTimeout):
-        # The stream's first event comes at once, the next one after the prefill.
+        # A stream's first event is immediate; the next one follows the prefill.
         free.post("chat/completions", timeout=impatient, messages=[asked], stream=stream)
     answer = free.post("chat/completions", messages=[QUESTION], max_tokens=2).json()
     after = free.metrics()
     assert answer["usage"]["completion_tokens"] == 2
-    assert after[HUNG_UP] == before.get(HUNG_UP, 0) + 1
+    assert after[DISCONNECTED] == before.get(DISCONNECTED, 0) + 1
     n_own = answer["usage"]["pop"]["n_pruned"]
     assert after[PRUNED] - before[PRUNED] - n_own < 1000, "of about 1,700"
     assert after[DECODED] - before[DECODED] == 2
 
 
-def test_a_client_that_goes_ends_the_answer(free):
+def test_disconnect_stops_the_answer(free):
     before = free.metrics()
     body = {"messages": [QUESTION], "stream": True, "grammar": ENDLESS}
     with httpx2.stream("POST", f"{free.api}/chat/completions", json=body, timeout=60) as stream:
@@ -209,11 +209,11 @@ def test_a_client_that_goes_ends_the_answer(free):
         assert sum(1 for _, line in zip(range(12), lines, strict=False) if line) == 6
     assert free.post("chat/completions", messages=[QUESTION], max_tokens=2).status_code == 200
     after = free.metrics()
-    assert after[HUNG_UP] == before.get(HUNG_UP, 0) + 1
+    assert after[DISCONNECTED] == before.get(DISCONNECTED, 0) + 1
     assert after[DECODED] - before[DECODED] < 500
 
 
-def test_a_client_that_goes_while_it_waits_is_not_served(free):
+def test_client_that_disconnects_in_the_queue_is_not_served(free):
     before = free.metrics()
     slow = {"messages": [QUESTION], "grammar": ENDLESS, "stream": True}
     with httpx2.stream("POST", f"{free.api}/chat/completions", json=slow, timeout=60) as first:
@@ -223,16 +223,16 @@ def test_a_client_that_goes_while_it_waits_is_not_served(free):
             free.post(
                 "chat/completions", httpx2.Timeout(60, read=0.2), messages=[QUESTION], max_tokens=2
             )
-        wait_for(lambda: free.metrics().get(HUNG_UP, 0) > before.get(HUNG_UP, 0))
+        wait_for(lambda: free.metrics().get(DISCONNECTED, 0) > before.get(DISCONNECTED, 0))
         assert free.metrics()["pop_queue_length"] == 0
-        assert next(lines, None) is not None  # the first one is being answered still
+        assert next(lines, None) is not None  # the first answer continues
     assert free.post("chat/completions", messages=[QUESTION], max_tokens=2).status_code == 200
     after = free.metrics()
     assert after["pop_queue_seconds_count"] - before["pop_queue_seconds_count"] == 2
-    assert after[HUNG_UP] == before.get(HUNG_UP, 0) + 2
+    assert after[DISCONNECTED] == before.get(DISCONNECTED, 0) + 2
 
 
-# --- starting and stopping
+# --- Startup and shutdown
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def tiny_file(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_in_the_middle_of_an_answer(tiny_file, number, code):
+def test_signal_stops_the_server_during_an_answer(tiny_file, number, code):
     with served(tiny_file, "--ctx", 4096) as server:
         body = {"prompt": "a", "stream": True, "max_tokens": 4000, "grammar": ENDLESS}
         url = f"{server.api}/completions"
@@ -257,7 +257,7 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(tiny_file, number, code):
         assert server.log.count("POST '/v1/completions' 200") == 1
 
 
-def test_a_port_in_use_is_one_clear_error(tiny_file):
+def test_used_port_is_one_clear_error(tiny_file):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = subprocess.run(
@@ -276,13 +276,13 @@ def test_a_port_in_use_is_one_clear_error(tiny_file):
     ("host", "reason"),
     [("192.0.2.1", r"cannot listen on 192\.0\.2\.1"), ("a..b", r"a\.\.b is not an address")],
 )
-def test_an_address_of_another_machine_is_said_to_be_none_of_this_one(host, reason):
+def test_address_of_another_machine_is_refused(host, reason):
     with pytest.raises(PopError, match=reason) as caught:
         startup.bind(host, 0)
     assert "an address of this machine" in caught.value.hint
 
 
-def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
+def test_missing_packages_are_reported_with_the_extra(monkeypatch, tiny_file):
     monkeypatch.setattr(serve, "_PACKAGES", ("uvicorn", "no_such_package"))
     done = CliRunner().invoke(app, ["serve", str(tiny_file)])
     assert done.exit_code == 1
@@ -293,14 +293,12 @@ def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
 @pytest.mark.parametrize(
     ("arguments", "is_kept"), [((), True), (("--cache-ram", 0, "--parallel", 1), False)]
 )
-def test_prompts_in_turn_are_kept_and_an_open_address_without_a_key_is_warned_of(
-    tiny_file, arguments, is_kept
-):
+def test_prompt_cache_and_open_address_follow_the_options(tiny_file, arguments, is_kept):
     key = () if is_kept else ("--api-key", "secret")
     with served(tiny_file, "--host", "0.0.0.0", *arguments, *key) as server:
         assert ("set --api-key" in server.log) == (not key)
         headers = {"Authorization": "Bearer secret"}
-        # Pages that a browser was sent to know no key.
+        # DNS rebinding: a foreign page has another Host and no key.
         for host, status in (("192.168.1.5", 200), ("evil.example", 200 if key else 403)):
             named = {**headers, "Host": host}
             assert httpx2.get(f"{server.api}/models", headers=named).status_code == status
