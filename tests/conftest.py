@@ -1,4 +1,4 @@
-"""Shared by all tests: their environment, two small models and the unpatched library."""
+"""Set up all tests: their environment, two small models and the unpatched library."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ from pop_local.fetching.catalog import fetch
 from support.converted import converted, tiny
 from support.paths import MODELS, PACKAGE, TESTS
 
-# Whoever runs the tests may have settings; children inherit this, too. A process that imports
-# readline, as pytest does, hands a terminal's size to its children. All of them would compile the
-# same modules again where nobody writes what was compiled.
+# The user's settings must not affect tests or child processes. Importing readline, as pytest does,
+# exports the terminal's size to children. PYTHONDONTWRITEBYTECODE would make each child compile all
+# modules again.
 for name in list(os.environ):
     if name.startswith("POP_LOCAL_") or name in ("COLUMNS", "LINES", "PYTHONDONTWRITEBYTECODE"):
         del os.environ[name]
@@ -28,14 +28,14 @@ sys.dont_write_bytecode = False
 os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
 
 
-# A shell's background job ignores Ctrl-C, and so would the children of these tests.
+# Background jobs of a shell ignore Ctrl-C, and their children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fetch a model, or build the unpatched library, are no part of `make check`."""
+    """Mark tests that need a model or the unpatched library as slow; `make check` omits them."""
     for item in items:
         if {"smollm2", "gemma", "unpatched_lib"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """History and sessions of the tests; children inherit it, too."""
+    """Set the folder of history and sessions, also for children."""
     folder = tmp_path_factory.mktemp("state")
     os.environ["POP_LOCAL_STATE_DIR"] = str(folder)
     return folder
@@ -51,7 +51,7 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with a sentence 40 times; never write there."""
+    """Return a file with a sentence 40 times. Read only."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     return path
@@ -59,7 +59,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random words, by which a tiny model is fitted well: its inputs differ. Never write there."""
+    """Return random words, whose varied inputs fit a tiny model well. Read only."""
     drawn = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
     path = tmp_path_factory.mktemp("letters") / "words.txt"
     path.write_text(" ".join(bytes(word).decode() for word in drawn))
@@ -68,19 +68,19 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pop_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 8 layers that skips from 4 on; never write there."""
+    """Return a random model of 8 layers that skips from layer 4. Read only."""
     return tiny(tmp_path_factory.mktemp("pop"))
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct Q4_1, in the clone's models folder; never write there."""
+    """Return SmolLM2-135M-Instruct Q4_1 in the clone's models folder. Read only."""
     return fetch("SmolLM2-135M-Instruct", folder=MODELS)
 
 
 @pytest.fixture(scope="session")
 def gemma() -> Path:
-    """Gemma-3-270M Q4_K_M (a base model), in the clone's models folder; never write there."""
+    """Return Gemma-3-270M Q4_K_M (a base model) in the clone's models folder. Read only."""
     return fetch("Gemma-3-270M", folder=MODELS)
 
 
@@ -89,7 +89,7 @@ Made = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Gives a folder that the first test of all workers to ask for it fills; never write there."""
+    """Return a function that fills a folder once for all workers. Such folders are read only."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if WORKER else base
 
@@ -108,7 +108,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture(scope="session")
 def smollm2_q4_0(smollm2: Path, made_once: Made) -> Path:
-    """SmolLM2 quantised further: x86 reads it in 0.4 of the time. Shared, so never write there."""
+    """Return SmolLM2 requantised, which x86 reads in 0.4 of the time. Read only."""
 
     def make(folder: Path) -> None:
         api = bindings()
@@ -123,7 +123,7 @@ def smollm2_q4_0(smollm2: Path, made_once: Made) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_pop(smollm2_q4_0: Path, made_once: Made) -> Path:
-    """It skips a third, own projections; shared, so never write there."""
+    """Return SmolLM2 converted to skip a third of its layers, with own projections. Read only."""
     folder = made_once("smollm2-pop", lambda folder: converted(smollm2_q4_0, folder, boundary=20))
     (path,) = folder.glob("*.gguf")
     return path
@@ -131,9 +131,9 @@ def smollm2_pop(smollm2_q4_0: Path, made_once: Made) -> Path:
 
 @pytest.fixture(scope="session")
 def unpatched_lib() -> Path:
-    """Upstream's own libraries of the same release and flags: LLAMA_CPP_LIB_PATH of a child.
+    """Return the folder of upstream's libraries, of the same release and flags, for a child.
 
-    Where that is set for the tests, as by `make sanitize`, all of them are those.
+    If LLAMA_CPP_LIB_PATH is set for the tests, as by `make sanitize`, return that folder instead.
     """
     if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
         return Path(chosen)

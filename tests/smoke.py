@@ -1,10 +1,10 @@
-"""pop-local installed from a folder of wheels alone answers a pruned prompt. Not a test of pytest.
+"""Check that wheels alone can answer a pruned prompt; pytest does not run this file.
 
     python tests/smoke.py WHEELS MODEL.gguf
 
-In a fresh environment without an index, with nothing on PATH but its own programs and nothing of
-the caller's settings. MODEL is one of the catalog, whose sidecar is in the wheel, or a converted
-one. Ends with 1 when a step fails, nothing was pruned, or it all took a minute of processor time.
+The fresh environment has no index, no user settings, and only its programs on PATH. MODEL is from
+the catalog, whose sidecar is in the wheel, or a converted model. The exit status is 1 if a step
+fails, if no token is pruned, or if it all takes a minute of processor time.
 """
 
 import json

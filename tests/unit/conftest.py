@@ -1,4 +1,4 @@
-"""Models: some that see, a plain one to calibrate, and one to talk to."""
+"""Models for unit tests: vision, plain and chat models."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def opened_chat_model(chat_model) -> PopModel:
 
 @pytest.fixture
 def model(opened_chat_model) -> PopModel:
-    """The one to talk to, as programs open it; many files have a model of their own."""
+    """Return the shared chat model, reset; many files override this fixture."""
     opened_chat_model.pruning = True
     opened_chat_model.engine.cache.clear()
     return opened_chat_model
