@@ -10,7 +10,7 @@ import pytest
 
 from support.paths import ROOT
 
-# `pop_local` itself is the public package, without modules in folders.
+# `pop_local` is the public package without its subfolders.
 ARROWS = {
     "cli": "config ui",
     "commands": (
@@ -93,7 +93,7 @@ def imports() -> list[Import]:
     return [found for module in FILES for found in imports_of(module)]
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     package, *inner = module.split(".")
     if package == "pop_converter":
         return "converter"
@@ -102,7 +102,7 @@ def room(module: str) -> str:
     return "cli" if inner == ["__main__"] else package
 
 
-def inner_room(module: str) -> str:
+def folder_of(module: str) -> str:
     """Return the folder within a package; "" for a module outside any."""
     parts = module.split(".")[1 if module.startswith("pop_converter") else 2 :]
     folder = FILES[module].name == "__init__.py"
@@ -110,16 +110,18 @@ def inner_room(module: str) -> str:
 
 
 def test_every_package_has_arrows():
-    assert {room(module) for module in FILES} == ARROWS.keys()
+    assert {package_of(module) for module in FILES} == ARROWS.keys()
     graphlib.TopologicalSorter({name: set(to.split()) for name, to in ARROWS.items()}).prepare()
 
 
 @pytest.mark.parametrize("name", ARROWS)
 def test_packages_import_along_their_arrows(name):
     allowed = {name, "converter", *ARROWS[name].split()}
-    of_ours = [found for found in imports() if room(found.by) == name and found.module in FILES]
-    # The version belongs to the package.
-    wrong = [found for found in of_ours if room(found.module) not in allowed]
+    of_ours = [
+        found for found in imports() if package_of(found.by) == name and found.module in FILES
+    ]
+    # Every package may import `__version__`.
+    wrong = [found for found in of_ours if package_of(found.module) not in allowed]
     assert [found for found in wrong if found.name != "__version__"] == []
 
 
@@ -127,14 +129,15 @@ def test_packages_import_along_their_arrows(name):
 def test_inner_folders_import_along_their_arrows(outer):
     table = INSIDE[outer]
     graphlib.TopologicalSorter({name: set(to.split()) for name, to in table.items()}).prepare()
-    inner = [each for each in imports() if each.module in FILES and room(each.by) == outer]
-    assert {inner_room(module) for module in FILES if room(module) == outer} - {""} == table.keys()
+    inner = [each for each in imports() if each.module in FILES and package_of(each.by) == outer]
+    folders = {folder_of(module) for module in FILES if package_of(module) == outer}
+    assert folders - {""} == table.keys()
     wrong = [
         found
         for found in inner
-        if room(found.module) == outer
-        and (by := inner_room(found.by))
-        and (to := inner_room(found.module))
+        if package_of(found.module) == outer
+        and (by := folder_of(found.by))
+        and (to := folder_of(found.module))
         and to not in {by, *table[by].split()}
     ]
     assert wrong == []
@@ -142,14 +145,14 @@ def test_inner_folders_import_along_their_arrows(outer):
 
 @pytest.mark.parametrize("arrow", DRAWN)
 def test_ui_imports_only_types_of_results(arrow):
-    found = [each for each in imports() if (room(each.by), room(each.module)) == arrow]
+    found = [each for each in imports() if (package_of(each.by), package_of(each.module)) == arrow]
     assert found
     assert [each for each in found if not each.name[:1].isupper()] == []
 
 
 def test_research_is_imported_lazily():
     """Outside research, imports of it are within functions or for types."""
-    outside = [module for module in FILES if room(module) != "research"]
+    outside = [module for module in FILES if package_of(module) != "research"]
     wrong = [
         node
         for module in outside
@@ -161,10 +164,10 @@ def test_research_is_imported_lazily():
 
 def test_only_the_terminal_imports_typer_and_rich():
     found = [each for each in imports() if each.module.split(".")[0] in ("typer", "rich")]
-    assert {room(each.by) for each in found} == ON_THE_TERMINAL
+    assert {package_of(each.by) for each in found} == ON_THE_TERMINAL
 
 
-def test_modules_import_each_other_without_circles():
+def test_imports_have_no_cycles():
     graph: dict[str, set[str]] = {module: set() for module in FILES}
     for found in imports():
         if found.module in FILES:
@@ -176,7 +179,7 @@ def test_modules_import_each_other_without_circles():
 DEFINED = re.compile(r"^(?!static)[\w:<>*& ]*\b(llama_pop_\w+)\([^;{]*\) *\{", re.M)
 
 
-def test_patch_files_have_no_circles():
+def test_patch_files_have_no_cycles():
     """Check calls of other files' functions and, among headers, includes."""
     folder = ROOT / "patches" / "llama.cpp" / "src"
     texts = {path.name: re.sub(r"//.*", "", path.read_text()) for path in folder.glob("*.*")}

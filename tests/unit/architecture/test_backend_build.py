@@ -1,4 +1,4 @@
-"""The backend's build: key, pinned source and tree, on tiny examples."""
+"""Test the backend's build on tiny examples: key, pinned source and tree."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ from pop_build.tree import PORTABLE_VARIABLE, UNPATCHED_VARIABLE, key, prepare, 
 from pop_build.unpatched import build_unpatched
 from pop_local.engine.llama.backend import OTHER, OURS
 
-# CMake reads these from the environment (docs/install.md).
+# CMake reads these environment variables (docs/install.md).
 FLAGS = (
     *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),
@@ -61,7 +61,7 @@ def make_sdist(path: Path, extra: str = "src/extra.cpp") -> Path:
     return path
 
 
-def test_key_changes_with_what_is_built(package, tmp_path):
+def test_key_changes_with_the_inputs(package, tmp_path):
     hooks = package.parent / "llama.cpp"
     plain = key(recipe(package, {}))
     assert plain.startswith("0.3.36-")
@@ -81,7 +81,7 @@ def test_key_changes_with_what_is_built(package, tmp_path):
         seen.add(changed)
 
 
-def test_the_unpatched_key_does_not_depend_on_the_hooks(package):
+def test_unpatched_key_does_not_depend_on_the_hooks(package):
     before = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
     write(package.parent / "llama.cpp" / "0001-hook.patch", DIFF + "\n")
     assert key(recipe(package, {UNPATCHED_VARIABLE: "1"})) == before
@@ -113,7 +113,7 @@ def test_prepare_keeps_an_intact_tree_and_replaces_a_touched_one(package, tmp_pa
     assert read(patched) == "\n".join(PATCHED) + "\n"
 
 
-def test_prepare_without_hooks_leaves_llama_cpp_alone(package, tmp_path):
+def test_prepare_without_hooks_leaves_llama_cpp_unchanged(package, tmp_path):
     sdist = make_sdist(tmp_path / "own.tar.gz")
     env = {SOURCE_VARIABLE: str(sdist), UNPATCHED_VARIABLE: "1"}
     llama_cpp = prepare(recipe(package, env)) / "src/vendor/llama.cpp/src"
@@ -121,7 +121,7 @@ def test_prepare_without_hooks_leaves_llama_cpp_alone(package, tmp_path):
     assert not (llama_cpp / "llama-pop.cpp").exists()
 
 
-def test_prepare_takes_an_extracted_tree_and_does_not_touch_it(package, tmp_path):
+def test_prepare_copies_an_extracted_tree(package, tmp_path):
     with tarfile.open(make_sdist(tmp_path / "own.tar.gz")) as archive:
         archive.extractall(tmp_path / "own")
     own = tmp_path / "own" / "llama_cpp_python-0.3.36"
@@ -137,7 +137,7 @@ def test_prepare_refuses_an_unsafe_archive(package, tmp_path):
     assert not (package.parent / "outside.txt").exists()
 
 
-def test_prepare_leaves_nothing_behind_a_failing_hunk(package, tmp_path):
+def test_prepare_removes_the_tree_after_a_failing_hunk(package, tmp_path):
     write(package.parent / "llama.cpp" / "0001-hook.patch", DIFF.replace("line 16", "line XVI"))
     env = {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))}
     for _ in range(2):
@@ -147,7 +147,7 @@ def test_prepare_leaves_nothing_behind_a_failing_hunk(package, tmp_path):
     assert not any(folder.iterdir())
 
 
-def test_missing_hooks_and_missing_source(package, tmp_path):
+def test_missing_hooks_and_missing_source_are_refused(package, tmp_path):
     with pytest.raises(BuildError, match="There is nothing at"):
         recipe(package, {SOURCE_VARIABLE: str(tmp_path / "nowhere")})
     shutil.rmtree(package.parent / "llama.cpp")
@@ -155,7 +155,7 @@ def test_missing_hooks_and_missing_source(package, tmp_path):
         recipe(package, {})
 
 
-def test_a_source_is_named_as_every_folder_knows_it(package, tmp_path, monkeypatch):
+def test_relative_source_path_is_refused(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sdist(tmp_path / "own.tar.gz")
     with pytest.raises(BuildError, match="another folder") as refused:
@@ -163,14 +163,14 @@ def test_a_source_is_named_as_every_folder_knows_it(package, tmp_path, monkeypat
     assert "absolute" in refused.value.hint
 
 
-def test_a_build_is_of_one_processor_unless_it_is_portable(package, monkeypatch):
+def test_build_is_specific_to_the_processor_unless_portable(package, monkeypatch):
     here, portable = key(recipe(package, {})), key(recipe(package, {PORTABLE_VARIABLE: "1"}))
     monkeypatch.setattr(tree, "cpu", lambda: "another one")
     assert key(recipe(package, {})) != here
     assert key(recipe(package, {PORTABLE_VARIABLE: "1"})) == portable
 
 
-def test_the_wheel_says_of_which_build_it_is(package, tmp_path):
+def test_wheel_contains_its_build_key(package, tmp_path):
     asked = recipe(package, {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))})
     assert read(prepare(asked) / "src" / "llama_cpp" / tree.KEY_FILE) == key(asked)
 
@@ -192,7 +192,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
     return calls
 
 
-def test_another_file_than_the_pinned_one_is_refused(pin, tmp_path, monkeypatch):
+def test_file_other_than_the_pinned_one_is_refused(pin, tmp_path, monkeypatch):
     serve(monkeypatch, b"not the release")
     with pytest.raises(BuildError, match="serves another llama_cpp_python") as caught:
         fetch(pin, tmp_path / "cache")
@@ -201,7 +201,7 @@ def test_another_file_than_the_pinned_one_is_refused(pin, tmp_path, monkeypatch)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_cached_file_is_checked_each_time(package, tmp_path, monkeypatch):
+def test_cached_file_is_checked_each_time(package, tmp_path, monkeypatch):
     digest = hashlib.sha256(b"the release").hexdigest()
     write(package / "upstream.txt", f"llama-cpp-python==0.3.36 --hash=sha256:{digest}\n")
     pin = recipe(package, {}).pin
@@ -214,7 +214,7 @@ def test_the_cached_file_is_checked_each_time(package, tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-def test_where_no_cache_can_be_kept_it_is_beside_the_build(package, tmp_path, monkeypatch):
+def test_without_a_cache_folder_the_file_is_next_to_the_build(package, tmp_path, monkeypatch):
     digest = hashlib.sha256(b"the release").hexdigest()
     write(package / "upstream.txt", f"llama-cpp-python==0.3.36 --hash=sha256:{digest}\n")
     serve(monkeypatch, b"the release")
@@ -224,7 +224,7 @@ def test_where_no_cache_can_be_kept_it_is_beside_the_build(package, tmp_path, mo
     assert kept.parent == tmp_path / "instead"
 
 
-def test_what_pip_did_not_expect_is_told(pin, tmp_path, monkeypatch):
+def test_error_of_pip_is_reported(pin, tmp_path, monkeypatch):
     said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: File name too long\n"
     failed = subprocess.CompletedProcess([], 2, "", said)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
@@ -232,14 +232,14 @@ def test_what_pip_did_not_expect_is_told(pin, tmp_path, monkeypatch):
         fetch(pin, tmp_path)
 
 
-def test_the_unpatched_library_is_built_once(package, tmp_path):
+def test_unpatched_library_is_built_once(package, tmp_path):
     target = tmp_path / "unpatched"
     wanted = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
     write(target / "key", wanted)
     assert build_unpatched(package, target) is False
 
 
-def test_ccache_is_used_where_the_path_leads_to_it(tmp_path):
+def test_ccache_on_the_path_is_used(tmp_path):
     ccache = write(tmp_path / ("ccache.exe" if sys.platform == "win32" else "ccache"), "")
     ccache.chmod(0o755)
     here = {"PATH": str(tmp_path)}
@@ -250,7 +250,7 @@ def test_ccache_is_used_where_the_path_leads_to_it(tmp_path):
     assert launchers(here | {"CMAKE_CXX_COMPILER_LAUNCHER": "distcc"}) == {}
 
 
-def test_a_portable_build_chooses_the_cpus_code_at_run_time():
+def test_portable_build_selects_cpu_code_at_run_time():
     portable = defines({PORTABLE_VARIABLE: "1"})
     assert "GGML_NATIVE" not in defines({})
     assert (portable["GGML_NATIVE"], portable["GGML_BACKEND_DL"]) == ("OFF", "ON")
@@ -264,14 +264,14 @@ def test_a_portable_build_chooses_the_cpus_code_at_run_time():
         ([], 2, "stderr", "tool.py key"),
     ],
 )
-def test_tool(arguments, code, channel, text):
+def test_tool_has_exit_status_and_output(arguments, code, channel, text):
     command = [sys.executable, PACKAGE / "tool.py", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == code
     assert text in getattr(run, channel)
 
 
-def test_the_app_asks_for_the_version_that_is_built():
+def test_app_depends_on_the_built_version():
     built = recipe(PACKAGE, {})
     assert built.version.startswith(f"{built.pin.version}.")
     project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
@@ -279,7 +279,7 @@ def test_the_app_asks_for_the_version_that_is_built():
     assert (built.name, built.pin.name) == (OURS, OTHER)
 
 
-def test_every_module_lies_in_a_package_that_setup_finds():
+def test_every_module_is_in_a_package_that_setup_finds():
     for folder in ("pop_local", "converter/pop_converter"):
         for module in (ROOT / folder).rglob("*.py"):
             assert (module.parent / "__init__.py").is_file()
@@ -304,7 +304,7 @@ GGML_CUDA_NO_VMM:BOOL={no_vmm}
         ("GGML_VULKAN", "", "OFF", ("glslc",), ("cuBLAS", "libvulkan-dev")),
     ],
 )
-def test_what_cmake_did_not_find_is_named(tmp_path, option, cublas, no_vmm, said, unsaid):
+def test_parts_missing_for_cmake_are_named(tmp_path, option, cublas, no_vmm, said, unsaid):
     cache = write(tmp_path / "cache", CACHE.format(option=option, cublas=cublas, no_vmm=no_vmm))
     with pytest.raises(BuildError) as error:
         missing.explain(cache)
@@ -313,7 +313,7 @@ def test_what_cmake_did_not_find_is_named(tmp_path, option, cublas, no_vmm, said
 
 
 @pytest.mark.parametrize("option", ["GGML_METAL", "GGML_CUDA"])
-def test_nothing_is_said_of_what_is_there(tmp_path, option):
+def test_complete_toolkits_raise_no_error(tmp_path, option):
     text = CACHE.format(option=option, cublas="/lib/libcublas.so", no_vmm="ON")
     missing.explain(write(tmp_path / "cache", text))
     missing.explain(tmp_path / "none")
@@ -322,7 +322,7 @@ def test_nothing_is_said_of_what_is_there(tmp_path, option):
 CUDA = {"CMAKE_ARGS": "-DGGML_VULKAN=on -DGGML_CUDA:BOOL=ON"}
 
 
-def test_cuda_is_not_compiled_for_a_gpu_that_nobody_named(monkeypatch):
+def test_cuda_build_without_a_gpu_needs_an_architecture(monkeypatch):
     sees_gpu = iter([False, True])
     monkeypatch.setattr(missing, "_sees_gpu", lambda: next(sees_gpu))
     named = CUDA | {"CUDAARCHS": "90"}, CUDA | {PORTABLE_VARIABLE: "1"}

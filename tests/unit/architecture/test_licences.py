@@ -1,4 +1,4 @@
-"""Each shipped sidecar's licence is in LICENSES.md, equal to the model's in the catalog."""
+"""Check that LICENSES.md lists each shipped sidecar with its model's licence in the catalog."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from support.paths import ROOT
 SIDECARS = ROOT / "pop_local" / "data" / "sidecars"
 
 
-def test_each_sidecar_has_the_licence_of_its_model() -> None:
+def test_each_sidecar_has_its_models_licence() -> None:
     table = (SIDECARS / "LICENSES.md").read_text(encoding="utf-8")
     lines = dict(line.split(" | ", 1) for line in table.splitlines() if line.startswith("| `"))
     assert {name[3:-1] for name in lines} == {path.name for path in SIDECARS.glob("*.gguf")}

@@ -1,4 +1,4 @@
-"""Links of the documents lead to files and headings, and the paths that they name exist."""
+"""Check that the documents' links and paths lead to existing files and headings."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ _CODE = re.compile(r"(?s:^```.*?^```$)|(?<=\n\n)(?: {4}.*\n+)+", re.M)
 
 
 def anchors(path: Path) -> set[str]:
-    """Return the anchors that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", _CODE.sub("", path.read_text(encoding="utf-8")), re.M)
     plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
@@ -64,7 +64,7 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
 
 @pytest.mark.parametrize("document", MAPS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_paths_that_explain_the_code_exist(document: Path) -> None:
-    # A short name stands for the file of a link with a longer path.
+    # A short name may abbreviate the path of a link.
     text = document.read_text(encoding="utf-8")
     linked = {Path(link[1] or link[2]).name for link in _LINK.finditer(text)}
     missing = [
@@ -75,7 +75,7 @@ def test_paths_that_explain_the_code_exist(document: Path) -> None:
     assert missing == []
 
 
-def test_the_notebook_lists_each_of_its_pages() -> None:
+def test_notebook_lists_each_of_its_pages() -> None:
     listed = set(re.findall(r"\]\(([\w./-]+\.md)", (NOTEBOOK / "README.md").read_text("utf-8")))
     pages = {path.relative_to(NOTEBOOK).as_posix() for path in NOTEBOOK.rglob("*.md")}
     assert pages - {"README.md"} <= listed

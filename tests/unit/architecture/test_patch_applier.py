@@ -1,4 +1,4 @@
-"""The diff applier of the build, on tiny trees."""
+"""Test the build's diff applier on tiny trees."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ def patch_of(tmp_path: Path, text: str) -> Path:
     return write(tmp_path / "0001-hook.patch", text)
 
 
-def test_applies(tree, tmp_path):
+def test_diff_applies(tree, tmp_path):
     assert apply_patch(patch_of(tmp_path, DIFF), tree) == ("src/a.cpp",)
     assert read(tree / "src/a.cpp") == "\n".join(PATCHED) + "\n"
 
 
-def test_applies_at_an_offset(tree, tmp_path):
+def test_diff_applies_at_an_offset(tree, tmp_path):
     moved = ["new 1", "new 2", *LINES[:10], "new 3", *LINES[10:]]
     write(tree / "src/a.cpp", "\n".join(moved) + "\n")
     apply_patch(patch_of(tmp_path, DIFF), tree)
@@ -34,13 +34,13 @@ def test_applies_at_an_offset(tree, tmp_path):
 
 @pytest.mark.parametrize("patch_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("file_end", ["\n", "\r\n"])
-def test_the_file_keeps_its_line_ends(tree, tmp_path, patch_end, file_end):
+def test_line_ends_are_preserved(tree, tmp_path, patch_end, file_end):
     write(tree / "src/a.cpp", file_end.join(LINES) + file_end)
     apply_patch(patch_of(tmp_path, DIFF.replace("\n", patch_end)), tree)
     assert read(tree / "src/a.cpp") == file_end.join(PATCHED) + file_end
 
 
-def test_lines_that_stay_keep_their_bytes_in_a_mixed_file(tree, tmp_path):
+def test_unchanged_lines_keep_their_bytes_in_a_mixed_file(tree, tmp_path):
     text = "line 1\r\nline 2\fx\nline 3\r\nline 4\n" + "\n".join(LINES[4:]) + "\n"
     write(tree / "src/a.cpp", text)
     apply_patch(patch_of(tmp_path, DIFF), tree)
@@ -49,7 +49,7 @@ def test_lines_that_stay_keep_their_bytes_in_a_mixed_file(tree, tmp_path):
     )
 
 
-def test_an_open_last_line(tree, tmp_path):
+def test_last_line_without_a_newline_is_replaced(tree, tmp_path):
     write(tree / "src/a.cpp", "one\ntwo")
     diff = "--- a/src/a.cpp\n+++ b/src/a.cpp\n@@ -1,2 +1,3 @@\n one\n-two\n"
     marker = "\\ No newline at end of file\n"
@@ -57,7 +57,7 @@ def test_an_open_last_line(tree, tmp_path):
     assert read(tree / "src/a.cpp") == "one\n2\nthree"
 
 
-def test_creates_a_file(tree, tmp_path):
+def test_diff_creates_a_file(tree, tmp_path):
     diff = "--- /dev/null\n+++ b/src/new/b.h\n@@ -0,0 +1,2 @@\n+#pragma once\n+int b;\n"
     apply_patch(patch_of(tmp_path, diff), tree)
     assert read(tree / "src/new/b.h") == "#pragma once\nint b;\n"
@@ -66,7 +66,7 @@ def test_creates_a_file(tree, tmp_path):
         apply_patch(tmp_path / "0001-hook.patch", tree)
 
 
-def test_a_second_application_is_refused(tree, tmp_path):
+def test_second_application_is_refused(tree, tmp_path):
     patch = patch_of(tmp_path, DIFF)
     apply_patch(patch, tree)
     with pytest.raises(BuildError, match=r"0001-hook.patch is in src/a.cpp already"):
@@ -74,7 +74,7 @@ def test_a_second_application_is_refused(tree, tmp_path):
     assert read(tree / "src/a.cpp") == "\n".join(PATCHED) + "\n"
 
 
-def test_a_failing_hunk_says_where_and_what_and_writes_nothing(tree, tmp_path):
+def test_failing_hunk_is_reported_and_writes_no_file(tree, tmp_path):
     write(tree / "src/a.cpp", read(tree / "src/a.cpp").replace("line 16", "line XVI"))
     write(tree / "src/b.cpp", "int b;\n")
     first = "--- a/src/b.cpp\n+++ b/src/b.cpp\n@@ -1 +1 @@\n-int b;\n+int c;\n"
@@ -83,7 +83,7 @@ def test_a_failing_hunk_says_where_and_what_and_writes_nothing(tree, tmp_path):
         apply_patch(patch_of(tmp_path, first + DIFF), tree)
     message = caught.value.message
     assert "0001-hook.patch does not fit src/a.cpp: hunk 2 of 2 (@@ -15,3 +16,4 @@)" in message
-    # The number includes the line that the first hunk adds.
+    # The line number includes the line that the first hunk adds.
     assert "line 17:" in message
     assert "expected 'line 16'" in message
     assert "found    'line XVI'" in message
@@ -92,14 +92,14 @@ def test_a_failing_hunk_says_where_and_what_and_writes_nothing(tree, tmp_path):
     assert read(tree / "src/b.cpp") == "int b;\n"
 
 
-def test_no_fuzz_and_no_guess_between_places(tree, tmp_path):
+def test_ambiguous_hunk_is_refused(tree, tmp_path):
     twice = ["begin", *LINES, "middle", *LINES]
     write(tree / "src/a.cpp", "\n".join(twice) + "\n")
     with pytest.raises(BuildError, match=r"fits at several places \(lines 4, 25\)"):
         apply_patch(patch_of(tmp_path, DIFF), tree)
 
 
-def test_a_hunk_that_lies_before_the_one_above_it(tree, tmp_path):
+def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
     first, second = DIFF.index("@@ -3"), DIFF.index("@@ -15")
     swapped = DIFF[:first] + DIFF[second:] + DIFF[first:second]
     with pytest.raises(BuildError, match="fits only before the hunk above it"):
@@ -120,6 +120,6 @@ def test_a_hunk_that_lies_before_the_one_above_it(tree, tmp_path):
         ("--- a/src/a.cpp\n+++ b/src/a.cpp\n@@ -4,0 +5 @@\n+x\n", "no context lines"),
     ],
 )
-def test_bad_diffs(tree, tmp_path, text, message):
+def test_bad_diffs_are_refused(tree, tmp_path, text, message):
     with pytest.raises(BuildError, match=message):
         apply_patch(patch_of(tmp_path, text), tree)

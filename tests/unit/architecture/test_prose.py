@@ -23,13 +23,13 @@ from support.prose import Sentence, sentences_of
 
 PROSE_FOLDERS = ("pop_local", "converter", "patches", "tests", "docs")
 PROSE_SUFFIXES = {".py", ".md", ".cpp", ".h", ".patch"}
-# Built, vendored or read by models.
+# Built and vendored files, and data that models read.
 EXCLUDED = ("patches/llama-cpp-python/build", "pop_local/data")
 # Pages about earlier versions keep their words.
 ARCHIVE = "docs/notebook/archive"
 MEAN_WORDS = 20
 
-# Folders that are not rewritten yet; an entry holds for the files in it, not for its subfolders.
+# Folders to be rewritten; an entry applies to a folder's files and not to its subfolders.
 NOT_YET: set[str] = {
     "patches/llama-cpp-python",
     "patches/llama-cpp-python/pop_build",
@@ -58,10 +58,7 @@ NOT_YET: set[str] = {
     "pop_local/ui/views",
     "pop_local/workflows",
     "pop_local/workflows/conversion",
-    "tests",
     "tests/cli",
-    "tests/real",
-    "tests/unit",
     "tests/unit/calibration",
     "tests/unit/engine",
     "tests/unit/fetching",
@@ -75,11 +72,11 @@ NOT_YET: set[str] = {
 DOCSTRING_STARTS = re.compile(
     r"(What|Whose|Of|That|Those|Whether|How|Who|Whoever|Nobody|One(?! \w+ of)|Where|As)\b"
 )
-# A sentence that starts so has no subject, or a clause instead of one.
+# Sentences with these starts lack a subject, or have a clause instead of one.
 SENTENCE_STARTS = re.compile(
     r"(What|Whose|Of(?! course\b)|Those|Whether|Who|Whoever|Nobody|So many|As many|As asked)\b"
 )
-# Pattern and what to write. Only phrases that are nearly always wrong: readers judge the rest.
+# Patterns and their replacements. All are nearly always wrong; readers judge the rest.
 BANNED = {
     r"whoever|nobody|somebody|anybody|who else": "name the actor",
     r"so many|as many( as|(?=[.,;:)]|$))|that many|for so long": "N, up to N",

@@ -1,4 +1,4 @@
-"""The documents' tables equal the stored results (tests/bench/render_docs.py)."""
+"""Check that the documents' tables equal the stored results (tests/bench/render_docs.py)."""
 
 import sys
 from pathlib import Path
@@ -16,12 +16,12 @@ import render_docs
 @pytest.mark.parametrize(
     "path", render_docs.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_the_tables_are_rendered(path: Path) -> None:
+def test_tables_are_rendered(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert render_docs.rendered(text) == text, "run `make docs`"
 
 
-def test_each_result_is_shown_and_says_where_it_is_from() -> None:
+def test_each_result_is_shown_with_its_origin() -> None:
     shown = "".join(path.read_text(encoding="utf-8") for path in render_docs.DOCUMENTS)
     for path in render_docs.RESULTS.glob("*.json"):
         kept = render_docs.read(path.stem)
@@ -31,7 +31,7 @@ def test_each_result_is_shown_and_says_where_it_is_from() -> None:
         assert all(names.issuperset(row.keys() - {"lookups"}) for row in kept["rows"])
 
 
-def test_the_table_of_budgets_has_the_limits() -> None:
+def test_budget_table_has_the_limits() -> None:
     rows = {row["quality"].split(" ")[0]: row for row in render_docs.read("budgets")["rows"]}
     assert rows.keys() == BUDGETS.keys()
     for quality, budget in BUDGETS.items():
@@ -44,7 +44,7 @@ def test_the_table_of_budgets_has_the_limits() -> None:
         assert row["lookups_lost"] == budget.max_lost_lookups
 
 
-def test_cells_take_as_much_of_a_format_as_they_have_values() -> None:
+def test_cells_use_the_format_up_to_their_number_of_values() -> None:
     layout = "{:.2f}x ({:.2f}-{:.2f})"
     assert render_docs.cell_text([1.5, 1, 2], layout) == "1.50x (1.00-2.00)"
     assert render_docs.cell_text(1.5, layout) == "1.50x"
@@ -53,7 +53,7 @@ def test_cells_take_as_much_of_a_format_as_they_have_values() -> None:
     assert render_docs.cell_text(None, layout) == ""
 
 
-def test_a_repeated_name_is_left_out_and_columns_are_chosen() -> None:
+def test_repeated_names_are_omitted_and_columns_are_selected() -> None:
     columns = [{"name": "a", "title": "A"}, {"name": "b", "title": "B", "format": "{:.0%}"}]
     made = render_docs.table(columns, [{"a": "x", "b": 0.5}, {"a": "x", "b": 1}])
     assert made == "| A | B |\n|---|---:|\n| x | 50% |\n|  | 100% |\n"
@@ -61,7 +61,7 @@ def test_a_repeated_name_is_left_out_and_columns_are_chosen() -> None:
     assert "copy" not in render_docs.rendered(text) and "balanced" in render_docs.rendered(text)
 
 
-def test_look_ups_fill_columns_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_look_ups_fill_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = [{"name": "model", "title": "model"}]
     columns += [{"name": name, "title": name, "format": "{}"} for name in ("skipped", "facts")]
     columns += [{"name": name, "title": name} for name in ("ppl_ratio", "copy_ppl_ratio")]
@@ -81,7 +81,7 @@ def test_look_ups_fill_columns_of_their_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert "facts" in render_docs.rendered("<!-- table summary -->\n<!-- end -->\n")
 
 
-def test_the_chart_is_drawn(tmp_path: Path) -> None:
+def test_chart_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     render_docs.draw(tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Conversion of task benchmarks to prompts with expected answers (tests/bench/tasks.py)."""
+"""Test the conversion of task benchmarks to prompts with answers (tests/bench/tasks.py)."""
 
 import json
 import re
@@ -36,12 +36,12 @@ HUMANEVAL = {
         ),
     ],
 )
-def test_a_right_answer_is_told_from_a_wrong_one(task, right, wrong):
+def test_right_answers_match_and_wrong_ones_do_not(task, right, wrong):
     assert re.search(task.expected, right)
     assert not re.search(task.expected, wrong)
 
 
-def test_shots_stand_before_each_question_and_are_not_asked(tmp_path: Path):
+def test_shots_precede_each_question_and_are_not_scored(tmp_path: Path):
     given = [
         {
             "question": f"Who {number}?",
@@ -71,16 +71,16 @@ def test_shots_stand_before_each_question_and_are_not_asked(tmp_path: Path):
         ("I cannot.", False),
     ],
 )
-def test_programs_are_run_with_what_the_task_imports(answer, is_right):
+def test_programs_run_with_the_tasks_imports(answer, is_right):
     assert tasks.passes(HUMANEVAL, answer) is is_right
 
 
-def test_programs_of_both_modes_are_counted(tmp_path: Path):
+def test_programs_answered_in_both_modes_are_counted(tmp_path: Path):
     path, answers = tmp_path / "tasks.jsonl", tmp_path / "answers.jsonl"
     path.write_text("\n".join([json.dumps(HUMANEVAL)] * 3))
     right = tasks.humaneval(HUMANEVAL).shown
     lines = [{}, *({"mode": m, "line": 1, "text": t} for m, t in (("full", right), ("pruned", "")))]
-    lines.append({"mode": "full", "line": 2, "text": right})  # not answered when pruned
+    lines.append({"mode": "full", "line": 2, "text": right})  # without a pruned answer
     answers.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"mode": "pru')
     found = tasks.score(path, 1, answers)
     assert found == {
