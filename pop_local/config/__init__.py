@@ -1,1 +1,1 @@
-"""Settings, and the folders that the program keeps things in."""
+"""Settings, and the program's folders."""

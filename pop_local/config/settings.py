@@ -1,4 +1,4 @@
-"""Settings: a command's flags override the environment, which overrides the user's file."""
+"""Settings: command options override environment variables, which override the user's file."""
 
 import math
 import os
@@ -20,14 +20,14 @@ from pop_converter.base.numbers import size
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
-# Variables with the prefix that are no settings.
+# Variables with the prefix that are not settings.
 _OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
 
 Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
 # The largest of llama.cpp's counts.
 MOST = 2**31 - 1
-# The next number asks llama.cpp for a random seed.
+# llama.cpp uses the next number for a random seed.
 MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
 _MOST_BYTES = 10**6
@@ -36,10 +36,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that a user may make.
-
-    `default` is for people to read; `least` and `most` are inclusive.
-    """
+    """A user setting; `default` is display text, `least` and `most` are inclusive."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -53,7 +50,7 @@ class Setting:
         return PREFIX + self.key.upper()
 
 
-# Keys are the names of the commands' parameters, which is how they reach them.
+# Keys are the names of the commands' parameters.
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
@@ -72,7 +69,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class SettingValue:
-    """A setting's value and its origin; `where` is the file or the variable."""
+    """A setting's value and its origin; `where` is a file or a variable."""
 
     key: str
     value: Scalar | None
@@ -90,15 +87,15 @@ def config_path() -> Path:
 def expanded(path: str) -> Path:
     """Replace ~ by the home folder. Raises PopError for an unknown user or a NUL."""
     if "\0" in path:
-        raise PopError("a path has no NUL in it", "write the path anew")
+        raise PopError("the path contains a NUL", "correct the path")
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise PopError(f"{path}: there is no such home folder", "write the path out") from None
+        raise PopError(f"{path}: that home folder does not exist", "use a full path") from None
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings in their order. Raises PopError naming file or variable, line and key."""
+    """Return all settings in order. Raises PopError with file or variable, line and key."""
     in_file = _from_file(config_path())
     return tuple(
         _from_environment(setting) or in_file.get(setting.key) or SettingValue(setting.key, None)
@@ -107,17 +104,17 @@ def load() -> tuple[SettingValue, ...]:
 
 
 def given() -> dict[str, Scalar]:
-    """Return the settings that someone set, by key. Raises PopError as `load` does."""
+    """Return the user's settings by key. Raises PopError like `load`."""
     return {value.key: value.value for value in load() if value.value is not None}
 
 
 def get(key: str) -> Scalar | None:
-    """Return the value of a setting, None where nobody set it. Raises PopError as `load` does."""
+    """Return a setting's value, None if the user did not set it. Raises PopError like `load`."""
     return next(value.value for value in load() if value.key == key)
 
 
 def state_dir() -> Path:
-    """Return the folder that is set, else the system's for such things; it need not exist yet."""
+    """Return the state folder from the settings or the system; it may not exist yet."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 
@@ -127,7 +124,7 @@ def sessions_dir() -> Path:
 
 
 def unsaved_dir() -> Path:
-    """Return the folder of running chats, kept in case of a crash."""
+    """Return the folder of unsaved running chats, for recovery after a crash."""
     return state_dir() / "unsaved"
 
 
@@ -140,24 +137,24 @@ def history_file() -> Path:
 
 
 def unknown_variables() -> list[str]:
-    """Return variables of the environment that look like settings and are none."""
+    """Return environment variables with the settings' prefix that are not settings."""
     known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def find(key: str) -> Setting:
-    """Return the setting of that name. Raises PopError naming the nearest one."""
+    """Return the setting with that key. Raises PopError with the nearest key."""
     for setting in SETTINGS:
         if setting.key == key:
             return setting
     hint = nearest_hint(key, {known: known for known in KEYS}, "known: " + ", ".join(KEYS))
-    raise PopError(f"there is no setting {key!r}", hint)
+    raise PopError(f"no setting is named {key!r}", hint)
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """Parse a value as typed. Raises PopError saying what it should be."""
+    """Parse a typed value. Raises PopError with the expected kind of value."""
     try:
-        text.encode()  # what the command line could not decode
+        text.encode()  # raises for bytes that the command line could not decode
         return _checked(setting, setting.kind(text))
     except ValueError:
         raise PopError(f"{text!r} is not {_wanted(setting)}") from None
@@ -180,9 +177,9 @@ def _from_file(path: Path) -> dict[str, SettingValue]:
 
 
 def read_document(path: Path) -> tomlkit.TOMLDocument:
-    """Read the file, comments included; an empty one when there is none.
+    """Read the file with its comments; return an empty document if it does not exist.
 
-    Raises PopError naming the line of a mistake, and for what is no file of settings' size.
+    Raises PopError with the line of a mistake, and for a folder, a device or a huge file.
     """
     try:
         if str(path) == os.devnull:
@@ -208,7 +205,7 @@ def _file_value(path: Path, text: str, key: str, value: object) -> SettingValue:
     setting = located(lambda: find(key), where)
     checked = located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
     if setting.is_path:
-        # Relative to the file, not to the current folder.
+        # Paths are relative to the settings file.
         checked = str(path.parent / expanded(str(checked)))
     return SettingValue(key, checked, "file", str(path))
 
@@ -220,7 +217,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Call it; a PopError gets `where` before its message, and `hint` where it has none."""
+    """Call `call`, and add `where` and a default `hint` to its PopError."""
     try:
         return call()
     except PopError as error:
@@ -235,7 +232,7 @@ def _checked(setting: Setting, value: object) -> Scalar:
         if setting.is_path:
             expanded(value)
         return value
-    # This refuses nan, too, and numbers that no float holds.
+    # Also refuses NaN and numbers beyond a float's range.
     if not setting.least <= value <= min(setting.most, sys.float_info.max):
         raise PopError(f"{_shown(value)} is not {_wanted(setting)}")
     return setting.kind(value)
@@ -244,7 +241,7 @@ def _checked(setting: Setting, value: object) -> Scalar:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    # Python prints no whole number of thousands of digits.
+    # Python refuses to print an integer with thousands of digits.
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         return f"a number of {value.bit_length():,} bits"
     return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"

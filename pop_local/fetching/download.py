@@ -1,6 +1,6 @@
-"""One file over HTTP: resumed where it stopped, checked, and only then given its name.
+"""Resumable download of a file over HTTP, which gets its name after a check.
 
-Until then it is NAME.gguf.partial; NAME.gguf.partial.origin tells which file it is a part of.
+Before, it is NAME.gguf.partial; NAME.gguf.partial.origin identifies the complete file.
 """
 
 import hashlib
@@ -27,23 +27,22 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK_BYTES = 1 << 16
-# Disk space required ahead where a server does not announce a file's size.
+# Disk space required in advance if a server does not announce a file's size.
 _UNANNOUNCED_BYTES = 256 << 20
-_TIMEOUT_S = (15, 60)  # to connect, between two pieces
-_MAX_FAILURES = 3  # in a row, without a byte more than there was before
+_TIMEOUT_S = (15, 60)  # to connect, between two chunks
+_MAX_FAILURES = 3  # consecutive failures without a new byte
 _PAUSE_S = 1.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_AGAIN = "check the network and run this again"
-_GOES_ON = ": it goes on with what has arrived"
+_AGAIN = "check the network and try again"
+_RESUMES = ": the download will resume"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
     """A file to fetch.
 
-    `identity` names it even when its address changes; "" takes the address. `headers` go to the
-    address' own host only. `sha256` is "" when nobody knows it. `name` and `size_bytes` are a
-    hub's.
+    `identity` identifies it across changing addresses (default: the address). `headers` are sent to
+    the address' host only. `sha256` is "" if unknown. `name` and `size_bytes` come from a hub.
     """
 
     url: str
@@ -61,7 +60,7 @@ def without_secrets(url: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason given by OpenSSL or the system, else the name of the error's class."""
+    """Return the reason from OpenSSL or the system, else the error's class name."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -75,14 +74,14 @@ def reason_of(error: BaseException) -> str:
 
 
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)
-    """The connection broke or the server is busy: worth another try."""
+    """A broken connection or a busy server: worth a retry."""
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
-    """Fetch `remote` to `target`, replacing what is there; the folder must exist.
+    """Fetch `remote` to `target`, replacing any file; the folder must exist.
 
-    `advance` gets (done_bytes, total_bytes), the total being 0 when the server does not say.
-    Raises PopError; what has arrived is kept when the network fails or the user interrupts.
+    `advance` is called with (done_bytes, total_bytes), the total 0 if unknown. Raises PopError. The
+    received bytes are kept if the network fails or the user interrupts.
     """
     with download_lock(target):
         _Transfer(remote, target, advance).run()
@@ -109,7 +108,7 @@ class _Transfer:
                 os.fsync(file.fileno())
             self._partial.replace(self._target)
         finally:
-            if self._size() == 0:  # nothing came, or all of it has its name
+            if self._size() == 0:  # nothing received, or already renamed
                 self._forget()
 
     def kept_bytes(self) -> int:
@@ -126,7 +125,7 @@ class _Transfer:
                 failures = 1 if self._size() > most else failures + 1
                 most = max(most, self._size())
                 if failures > _MAX_FAILURES:
-                    hint = _AGAIN + _GOES_ON * bool(self.kept_bytes())
+                    hint = _AGAIN + _RESUMES * bool(self.kept_bytes())
                     raise PopError(f"{self._where}: {dropped}", hint) from dropped
             time.sleep(_PAUSE_S)
 
@@ -154,16 +153,16 @@ class _Transfer:
             with session.get(
                 self._remote.url,
                 headers=headers,
-                # With a token of its own, none of ~/.netrc.
+                # A given token takes precedence over ~/.netrc.
                 auth=(lambda request: request) if "authorization" in headers else None,
                 stream=True,
                 timeout=_TIMEOUT_S,
             ) as response:
                 self._receive(response, start)
-        # The texts of requests' errors are not shown: they may hold the address' query.
+        # The messages of requests' errors may contain the address' query, so they are not shown.
         except requests.exceptions.SSLError as error:
             raise PopError(
-                f"no safe connection to {self._where}: {reason_of(error)}",
+                f"no secure connection to {self._where}: {reason_of(error)}",
                 "check the clock, and the certificates (REQUESTS_CA_BUNDLE)",
             ) from error
         except (
@@ -172,18 +171,18 @@ class _Transfer:
             requests.exceptions.ChunkedEncodingError,
         ) as error:
             raise _Dropped("the connection failed or broke off") from error
-        except (requests.RequestException, ValueError) as error:  # urllib3 has some of its own
+        except (requests.RequestException, ValueError) as error:  # ValueError: from urllib3
             raise PopError(
                 f"{self._shown} cannot be fetched ({type(error).__name__})", "check the address"
             ) from error
 
     def _require_unpacked(self, response: "requests.Response", **_: object) -> None:
-        """Few packed bytes may be any number of others; requests unpacks those of redirects."""
+        """Refuse compressed replies, which may expand without limit."""
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity" and response.status_code < 400:
             raise PopError(
-                f"{self._shown} is sent packed ({encoding}), which was not asked for",
-                "give another address",
+                f"the server sends {self._shown} compressed ({encoding})",
+                "use another address",
             )
 
     def _receive(self, response: "requests.Response", asked: int) -> None:
@@ -191,13 +190,13 @@ class _Transfer:
         start, total = _extent(response)
         if start not in (0, asked):
             self._forget()
-            raise _Dropped("the server sent another part than was asked for")
+            raise _Dropped("the server sent another part than requested")
         validator = _validator(response)
         if start:
             validator = self._of_the_same(validator, total)
         require_space(self._target.parent, total - start, self._target.name)
         chunks = response.iter_content(_CHUNK_BYTES)
-        # Checked before anything is written: a web page must not replace the kept part.
+        # Checked before writing: a web page must not replace the partial file.
         first = [] if start else [self._beginning(response, chunks, total)]
         self._write_origin(validator, total)
         with self._partial.open("r+b" if start else "wb") as file:
@@ -216,10 +215,9 @@ class _Transfer:
             raise _Dropped("the connection broke off")
 
     def _of_the_same(self, validator: str, total: int) -> str:
-        """Return the validator of the kept part; where the reply's is another, begin anew.
+        """Return the validator of the partial file, or restart if the reply's validator differs.
 
-        Not all servers heed If-Range, and a part need not repeat its validator. Without one, the
-        hash decides at the end.
+        Some servers ignore If-Range or omit the validator; then the hash decides at the end.
         """
         before, total_before = self._origin()
         if total != total_before or (validator and before and validator != before):
@@ -230,7 +228,7 @@ class _Transfer:
     def _beginning(
         self, response: "requests.Response", chunks: Iterator[bytes], total: int
     ) -> bytes:
-        """Take as many chunks as tell a GGUF file from others. Raises FormatError for another."""
+        """Read enough chunks to recognize a GGUF file. Raises FormatError for another file."""
         begun = b""
         for chunk in chunks:
             begun += chunk
@@ -243,9 +241,9 @@ class _Transfer:
         if not begun:
             raise FormatError(f"{self._shown} is empty", "check the address")
         kind = response.headers.get("Content-Type", "")
-        what = "a web page" if kind.startswith("text/html") else "no GGUF file"
+        what = "a web page" if kind.startswith("text/html") else "not a GGUF file"
         raise FormatError(
-            f"what {self._shown} sends is {what}",
+            f"{self._shown} is {what}",
             "give the address of the file itself (NAME.gguf), or hf:OWNER/REPO for a hub",
         )
 
@@ -254,50 +252,50 @@ class _Transfer:
         if code in (200, 206):
             return
         if code == 416:
-            self._forget()  # no part of what the server has now
+            self._forget()  # no part of the server's current file
             raise _Dropped("the file changed on the server")
         if code in _BUSY:
             raise _Dropped(f"the server answers {code} {response.reason}")
         message = f"{self._where} answers {code} {response.reason} for {self._target.name}"
         hint = "check the address"
         if code in (401, 403):
-            message = f"{self._where} does not let you have {self._target.name} ({code})"
+            message = f"{self._where} denies access to {self._target.name} ({code})"
             hint = "check that you have access to it, or fetch it another way"
         elif code in (404, 410):
-            message = f"there is nothing at {self._shown}"
+            message = f"{self._shown} does not exist"
         raise PopError(message, hint)
 
     def _check(self) -> None:
-        """Compare the hash; read the header, too, since servers err about lengths."""
+        """Check the hash, and the header too, since servers may report wrong lengths."""
         sha256 = self._remote.sha256
         if sha256 and (found := file_sha256(self._partial)) != sha256:
             self._forget()
             raise PopError(
-                f"what {self._where} sent for {self._target.name} is damaged or another file:"
+                f"the file from {self._where} for {self._target.name} is damaged or another one:"
                 f" its sha256 is {found}, not {sha256}",
-                "nothing was kept; run it again, and compare the hash with its publisher's",
+                "nothing was kept; try again, and compare the hash with the publisher's",
             )
         try:
             read_header(self._partial)
         except TruncatedError as error:
             self._forget()
             what = error.message.removeprefix(f"{self._partial} ")
-            raise FormatError(f"what {self._shown} sent {what}", "run it again") from error
+            raise FormatError(f"the file from {self._shown} {what}", "try again") from error
         except FormatError:
-            return  # perhaps of a kind unknown here, but as it was sent
+            return  # perhaps a newer kind of file
 
     def _origin(self) -> tuple[str, int]:
-        """Return validator and size of the file that a part is kept of; size 0: not usable."""
+        """Return validator and size of the partial file's origin, size 0 if it is not usable."""
         try:
             identity, validator, total = json.loads(self._origin_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
             return "", 0
-        # Without hash or validator nobody could tell whether the two halves belong together.
+        # Without hash or validator, the two halves may belong to different files.
         fits = identity == self._identity and (validator or self._remote.sha256)
         return (validator, total) if fits else ("", 0)
 
     def _write_origin(self, validator: str, total: int) -> None:
-        """Name the partial file's origin by a hash, since addresses may hold secrets."""
+        """Store the partial file's origin as a hash, since addresses may contain secrets."""
         origin = (self._identity, validator, total)
         self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""Models of a Hugging Face hub, through its own client.
+"""Models of a Hugging Face hub, through the huggingface_hub client.
 
-The client knows the endpoint, the token and the meaning of a refusal (HF_ENDPOINT, HF_TOKEN). The
-bytes are fetched here, since an interrupted client keeps nothing.
+The client handles the endpoint, the token and refusals (HF_ENDPOINT, HF_TOKEN). pop-local downloads
+the files, since an interrupted client keeps nothing.
 """
 
 import logging
@@ -30,7 +30,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """One model of a repository at one commit, in one file or in the parts of a split one.
+    """A model of a repository at one commit, in one file or several parts.
 
     `mmproj` lets it see pictures; None if the repository has none.
     """
@@ -49,7 +49,7 @@ class HubModel:
         return sum(file.size_bytes for file in self.all_files)
 
     def targets(self, folder: Path) -> tuple[Path, ...]:
-        """Return where `all_files` go; the mmproj gets the model's name, since many share one."""
+        """Return the paths of `all_files`; the mmproj's generic name becomes the model's."""
         names = [PurePosixPath(usual_ending(file.name)).name for file in self.all_files]
         if self.mmproj:
             names[-1] = mmproj_name(names[0])
@@ -57,15 +57,12 @@ class HubModel:
 
 
 def search_hub(words: str) -> tuple[str, ...]:
-    """Return the most downloaded repositories with GGUF files that a hub finds, five at most.
-
-    Raises PopError.
-    """
+    """Return up to five of the most downloaded repositories with GGUF files. Raises PopError."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     client = _client()
     wanted = {"search": words, "filter": "gguf", "sort": "downloads", "limit": f"{_N_HITS}"}
-    with _explained(words):  # not by list_models, which tries for half a minute without a network
+    with _explained(words):  # list_models retries for half a minute without a network
         headers = client._build_hf_headers()
         url = f"{client.endpoint}/api/models"
         found = get_session().get(url, params=wanted, headers=headers, timeout=_SEARCH_S)
@@ -74,14 +71,14 @@ def search_hub(words: str) -> tuple[str, ...]:
 
 
 def find_on_hub(name: str) -> HubModel:
-    """Find the model meant by hf:OWNER/REPO[:FILE]; FILE may be a part of its name, as Q4_K_M.
+    """Find the model hf:OWNER/REPO[:FILE]; FILE may be a part of its name, such as Q4_K_M.
 
-    Raises PopError for a repository that is missing or closed to the user. For a name that fits no
-    file, or several, it lists the choices.
+    Raises PopError for a missing or private repository, and, with a list of the choices, for a name
+    that matches no file or several.
     """
     match = _SPEC.fullmatch(name)
     if match is None:
-        raise PopError(f"{name!r} names no model of a hub", "write hf:OWNER/REPO[:Q4_K_M]")
+        raise PopError(f"{name!r} is not the name of a hub model", "write hf:OWNER/REPO[:Q4_K_M]")
     from huggingface_hub import hf_hub_url
 
     repo = match["repo"]
@@ -92,7 +89,7 @@ def find_on_hub(name: str) -> HubModel:
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
 
     def remote(name: str) -> RemoteFile:
-        # The hub keeps tiny files in git itself, and has no hash of them.
+        # Tiny files are in git itself, without a hash.
         sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
         return RemoteFile(
             hf_hub_url(repo, name, revision=commit),
@@ -115,10 +112,10 @@ def find_on_hub(name: str) -> HubModel:
 
 
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
-    """Fetch a model's files into `folder`, and return the path of the first.
+    """Fetch a model's files into `folder` and return the path of the first.
 
-    The hub's hashes are checked. Files that match are kept; others of the same name are refused
-    unless `force`. `advance` gets (done_bytes, total_bytes). Raises PopError.
+    Existing files with the hub's hash are kept; other files with the same name are refused unless
+    `force`. `advance` is called with (done_bytes, total_bytes). Raises PopError.
     """
     targets = model.targets(folder)
     missing = [
@@ -138,7 +135,7 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
 
     for file, target in missing:
         with _explained(model.repo):
-            # Asked first, since a model may be described to all and open to few.
+            # Checks access first: a gated model's description is public.
             _client().get_hf_file_metadata(url=file.url)
         download(file, target, advance_all)
         before += file.size_bytes
@@ -148,7 +145,7 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
 def _client() -> "HfApi":
     from huggingface_hub import HfApi
 
-    # Its notes on retries would be written across the bar.
+    # Its warnings about retries would overwrite the progress bar.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(library_name="pop-local")
 
@@ -161,15 +158,15 @@ def _explained(repo: str) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        raise PopError(f"{repo!r} names no repository", "write hf:OWNER/REPO") from error
+        raise PopError(f"{repo!r} is not a repository name", "write hf:OWNER/REPO") from error
     except errors.GatedRepoError as error:
         raise PopError(
-            f"{repo} is gated: its owner lets only those in who accepted its terms",
+            f"{repo} is gated: its owner requires that you accept its terms",
             f"accept them on the page of {repo}, then set HF_TOKEN or run `hf auth login`",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise PopError(
-            f"there is no repository {repo}, or it is private",
+            f"the repository {repo} does not exist, or is private",
             "check the name; for a private one set HF_TOKEN or run `hf auth login`",
         ) from error
     except errors.OfflineModeIsEnabled as error:
@@ -185,8 +182,8 @@ def _explained(repo: str) -> Iterator[None]:
             f"the hub cannot be reached: {reason_of(error)}",
             "check the network, proxies and HF_ENDPOINT",
         ) from error
-    except ValueError as error:  # of an answer, or of what the environment says
+    except ValueError as error:  # an invalid reply or environment variable
         raise PopError(
-            f"the hub cannot be asked for {repo} ({type(error).__name__})",
+            f"the request to the hub for {repo} failed ({type(error).__name__})",
             "check HF_ENDPOINT, HF_TOKEN and the proxies",
         ) from error

@@ -1,4 +1,4 @@
-"""Chooses among a repository's GGUF files."""
+"""Choice of a model among a repository's GGUF files."""
 
 import re
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from pop_converter.gguf.source import part_names, part_of
 from pop_local.models.mmproj_files import n_shared
 from pop_local.models.model_files import SUFFIX
 
-# The first that a repository has is the default. The smallest good ones come first, then larger
-# ones, then the rest.
+# The default is the first of these in a repository: the smallest good ones, then larger ones, then
+# the rest.
 PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_K_L", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "Q2_K", "BF16", "F16", "F32"),
 )
-# GGUF files that are no language models: projectors of images, statistics of calibration.
+# GGUF files that are not language models: image projectors, calibration statistics.
 _HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
-# Types of projectors, the smallest first.
+# Projector types, smallest first.
 _MMPROJ_TYPES = ("Q8_0", "F16", "BF16", "F32")
 _MAX_LISTED = 40
 
 
 @dataclass(frozen=True)
 class QuantFile:
-    """A model of a repository: its name there without the ending, and its files in order.
+    """A model of a repository: its name without suffix, and its files in order.
 
-    `missing`: the first part that the repository lacks, "" where all are there.
+    `missing`: the first part that the repository lacks, "" if it is complete.
     """
 
     name: str
@@ -37,7 +37,7 @@ class QuantFile:
 
 
 def _choices(files: Sequence[str]) -> tuple[QuantFile, ...]:
-    """Return the models among a repository's files; a split one counts once."""
+    """Return the models among a repository's files; a split model counts once."""
     found: dict[tuple[str, int], QuantFile] = {}
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     for name in sorted(by_name):
@@ -53,14 +53,14 @@ def _choices(files: Sequence[str]) -> tuple[QuantFile, ...]:
 
 
 def _whole(models: list[QuantFile]) -> list[QuantFile]:
-    """Return the complete models; all, where none is complete."""
+    """Return the complete models, or all models if every one is incomplete."""
     return [model for model in models if not model.missing] or models
 
 
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
-    """Return the mmproj for a file of a repository, None where it has none.
+    """Return the mmproj for a model file of a repository, None without one.
 
-    One in the file's folder comes first, then the one with most words in common, then the smallest.
+    Precedence: the file's folder, then the most common words, then the smallest type.
     """
     of = PurePosixPath(model)
 
@@ -75,32 +75,32 @@ def choose_mmproj(files: Sequence[str], model: str) -> str | None:
 
 
 def usual_ending(file: str) -> str:
-    """Return NAME.gguf for NAME.GGUF, too, as llama.cpp expects of a split model's parts."""
+    """Return a name with lower-case .gguf, which llama.cpp requires of a split model's parts."""
     return file[: -len(SUFFIX)] + SUFFIX
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
-    """Return the model named by `wanted`: a file, or a part of its name; "" for the usual one.
+    """Return the model with the name or partial name `wanted`, "" for the default.
 
-    Raises PopError listing the choices when there is none, or more than one.
+    Raises PopError with a list of the choices if no model or several models match.
     """
     known = list(_choices(files))
     if not known:
-        raise PopError(f"{repo} has no GGUF files", "look for a repository of that model with them")
+        raise PopError(f"{repo} has no GGUF files", "search for a GGUF repository of that model")
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
     whole = _whole(models)
     if not wanted and len(whole) != 1:
         known = models = whole
         wanted = next((quant for quant in PREFERRED if _matching(whole, quant)), "")
         if not wanted:
-            raise PopError(f"{repo} has several models; say which", _listed(repo, whole))
+            raise PopError(f"{repo} has several models", _listed(repo, whole))
     found = _whole(_named(known, models, wanted)) if wanted else whole
     if not found:
         raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, whole))
     if len(found) > 1:
-        raise PopError(f"{wanted!r} names {len(found)} files of {repo}", _listed(repo, found))
+        raise PopError(f"{wanted!r} matches {len(found)} files of {repo}", _listed(repo, found))
     if found[0].missing:
-        raise PopError(f"the repository lacks {found[0].missing}", "take another file of it")
+        raise PopError(f"the repository lacks {found[0].missing}", "choose another file of it")
     return found[0]
 
 
@@ -112,7 +112,7 @@ def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list
 
 
 def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models whose names have `wanted` as a word (F16, BF16), else as a part of one."""
+    """Return the models with the word `wanted` in their names, else with that part of a word."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained

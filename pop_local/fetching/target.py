@@ -1,4 +1,4 @@
-"""Checks of the place for a fetched model, which all ways of fetching share."""
+"""Checks of a download's target, for all ways of fetching."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def safe_name(name: str) -> str:
-    """Make a file name for any system out of a server's; it may be empty."""
+    """Return a server's file name with only characters that every system allows; may be ""."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
@@ -29,13 +29,13 @@ def file_sha256(path: Path) -> str:
 
 
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
-    """Tell whether the file is there already; without a `sha256` nobody can tell.
+    """Return True if the target exists with the hash `sha256`, False if it must be fetched.
 
     Raises PopError for a folder or too long a name, OutputExistsError for another file unless
     `force`.
     """
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
-        raise PopError(f"{target.name} is too long a name for a file", "fetch it another way")
+        raise PopError(f"the file name {target.name} is too long", "fetch it another way")
     if target.is_dir():
         raise PopError(
             f"{target} is a folder",
@@ -58,9 +58,9 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
 
 @contextmanager
 def download_lock(target: Path) -> Iterator[None]:
-    """Keep others from fetching to the same place; two would write into one partial file.
+    """Lock the target, so that no other process writes the same partial file.
 
-    Raises PopError while another process does.
+    Raises PopError if another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -74,12 +74,12 @@ def download_lock(target: Path) -> Iterator[None]:
                     lock.unlink()
     except Timeout as error:
         raise PopError(
-            f"{target.name} is being fetched already", "wait until the other one is done"
+            f"another process is fetching {target.name}", "wait until it is done"
         ) from error
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise PopError when the folder's disk has fewer bytes free than `what` needs."""
+    """Raise PopError if the folder's disk has less free space than `needed_bytes`."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise PopError(

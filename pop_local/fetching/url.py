@@ -1,4 +1,4 @@
-"""A GGUF file at any address."""
+"""A GGUF file at any URL."""
 
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -13,8 +13,8 @@ from pop_local.models.model_files import SUFFIX
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
     """Fetch the file at `url` into `folder` under its own name, and return its path.
 
-    `sha256` may be "". A file with that hash is kept; another is refused unless `force`. `advance`
-    gets (done_bytes, total_bytes). Raises PopError.
+    `sha256` may be "". An existing file with that hash is kept; another file is refused unless
+    `force`. `advance` is called with (done_bytes, total_bytes). Raises PopError.
     """
     target = folder / file_name(url)
     if is_fetched(target, sha256, f"the file of sha256 {sha256}", force=force):
@@ -25,22 +25,22 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
 
 
 def file_name(url: str) -> str:
-    """Return the last part of the address as a harmless file name.
+    """Return the last part of the address as a safe file name.
 
-    Raises PopError for an address that is invalid, or has no host or no such part.
+    Raises PopError for an invalid address and for one without host or file name.
     """
     try:
         parts = urlsplit(url)
-    except ValueError as error:  # its text may hold a password
-        raise PopError("that is no valid address", "give the whole one of a GGUF file") from error
+    except ValueError as error:  # its message may contain a password
+        raise PopError("invalid address", "give the full address of a GGUF file") from error
     if not parts.hostname:
         raise PopError(
-            f"{without_secrets(url)} names no host", "give the whole address of a GGUF file"
+            f"{without_secrets(url)} has no host", "give the full address of a GGUF file"
         )
     name = safe_name(PurePosixPath(unquote(parts.path)).name)
     if not name:
         raise PopError(
-            f"{without_secrets(url)} names no file",
+            f"{without_secrets(url)} has no file name",
             "give the address of the file itself (NAME.gguf)",
         )
     return name if name.lower().endswith(SUFFIX) else name + SUFFIX

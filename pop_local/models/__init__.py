@@ -1,1 +1,1 @@
-"""Models' files and names."""
+"""Model files and model names."""

@@ -1,4 +1,4 @@
-"""The folder of what was learned: of each model its sums, and the sidecar that was made of them."""
+"""The folder of learned files: each model's sums and the sidecar built from them."""
 
 import glob
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SUMS = ".sums.npz"
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """The files of one model, by its name and hash; they need not be there."""
+    """Paths of one model's learned files, by its name and hash; the files may not exist."""
 
     name: str
 
@@ -31,17 +31,17 @@ class LearnedFiles:
 
     @property
     def size_bytes(self) -> int:
-        """The size of both, as far as they are there."""
+        """The size of the existing files."""
         return sum(path.stat().st_size for path in (self.sums, self.sidecar) if path.exists())
 
     def forget(self) -> None:
-        """Remove both, and what belongs to them."""
+        """Remove both files and those with the same name."""
         for path in learned_dir().glob(f"{glob.escape(self.name)}.*"):
             path.unlink(missing_ok=True)
 
 
 def learned_files() -> list[LearnedFiles]:
-    """Return the models of which something was learned here."""
+    """Return the learned files of all models."""
     endings = (SUMS, SUFFIX)
     names = {
         path.name.removesuffix(ending)

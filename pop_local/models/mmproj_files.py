@@ -1,4 +1,4 @@
-"""Mmprojs, the files that let a model see pictures, beside their models."""
+"""Mmproj files, which let a model see pictures, in the folder of their models."""
 
 import re
 from collections.abc import Collection
@@ -9,12 +9,12 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import part_of, read_source
 
 ARCHITECTURE = "clip"
-# Words of a file's name that are no model's.
+# Words of a file's name that identify no model.
 _GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)?", re.IGNORECASE)
 
 
 def mmproj_name(model: str) -> str:
-    """Return the name of the mmproj for a model's file, where several models share a folder."""
+    """Return the mmproj's name for a model file in a folder with several models."""
     return f"mmproj-{_stem(model)}.gguf"
 
 
@@ -24,7 +24,7 @@ def _stem(model: str) -> str:
 
 
 def n_shared(mmproj: str, model: str) -> int:
-    """Count the words that both names begin with, generic ones left out."""
+    """Return the number of common words at the start of both names, without generic words."""
     pairs = zip(_words(mmproj), _words(model), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -35,7 +35,7 @@ def _words(name: str) -> list[str]:
 
 
 def is_mmproj(path: Path) -> bool:
-    """Tell whether a file is an mmproj; False for one that cannot be read."""
+    """Return True if a file is a readable mmproj."""
     try:
         return read_source(path).first.get("general.architecture") == ARCHITECTURE
     except (PopError, OSError):
@@ -43,9 +43,9 @@ def is_mmproj(path: Path) -> bool:
 
 
 def find_mmproj(model: Path) -> Path | None:
-    """Return the mmproj beside a model: the one with its name, else the only one.
+    """Return the mmproj in a model's folder: the one with its name, else the only one.
 
-    One with another model's name is left alone, even if that model is gone.
+    An mmproj with another model's name is ignored, even if that model does not exist.
     """
     files = [path for path in sorted(model.parent.glob("*.gguf")) if path != model]
     found = [path for path in files if "mmproj" in path.name]
@@ -62,10 +62,7 @@ def find_mmproj(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmprojs of models that are `gone` from a folder.
-
-    One that another model still uses, such as a converted copy, is left out.
-    """
+    """Return the mmprojs of models that are `gone` from a folder and that no other model uses."""
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept

@@ -15,7 +15,7 @@ from pop_local.models.sidecars import sidecar_of
 
 SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
-# Beside an unfinished download, this file names its origin.
+# A file with this suffix identifies the origin of an unfinished download.
 ORIGIN_SUFFIX = ".origin"
 _PARTS_SUFFIX = ".gguf.parts"
 _UNFINISHED = "unfinished download: pull it again"
@@ -23,7 +23,7 @@ _UNFINISHED = "unfinished download: pull it again"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model, and the sidecar with its pruning, None where its own file has it."""
+    """A model and its sidecar, None if its own file has the POP keys."""
 
     path: Path
     sidecar: Path | None = None
@@ -31,10 +31,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """One model of a folder; `problem` tells why it cannot be used, or is empty.
+    """A model in a folder; `problem` is the reason why it cannot be used, "" for none.
 
-    `size_bytes` counts all its files, the sidecar too. `boundary` and `projection` are the model's
-    own, else those of its sidecar, which may be a shipped one.
+    `size_bytes` includes the sidecar. `boundary` and `projection` are the model's own or those of
+    its sidecar, which may be a shipped one.
     """
 
     name: str
@@ -52,9 +52,9 @@ class StoredModel:
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Return each model's GGUF files in order, by file name without the ending.
+    """Return each model's GGUF files in order, by file name without suffix.
 
-    The parts of a split model count as one; sidecars are left out.
+    The parts of a split model count as one model. Sidecars are excluded.
     """
     found: dict[str, tuple[Path, ...]] = {}
     parts: dict[tuple[str, int], list[Path]] = {}
@@ -70,41 +70,39 @@ def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def parts_folder(model: Path) -> Path:
-    """Return the hidden folder where the parts of a model of the catalog are gathered."""
+    """Return the hidden folder for the downloaded parts of a catalog model."""
     return model.with_name(f".{model.name}.parts")
 
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
-    """Return all models of a folder in the order of their names, damaged ones too."""
+    """Return all models of a folder by name, including damaged ones."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files of that name: a model and its sidecar, a sidecar, or a download.
+    """Return the files of a name: a model and its sidecar, a sidecar, or a download.
 
-    Raises PopError for a file elsewhere, and for an unknown name, naming the nearest.
+    Raises PopError for a file in another folder and for an unknown name.
     """
     path = Path(name)
     if path.name != name and path.parent.resolve() != folder.resolve():
-        raise PopError(
-            f"{name} is not in the models folder", f"only what lies in {folder} is removed"
-        )
+        raise PopError(f"{name} is not in the models folder", f"name a file in {folder}")
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
     if known := known_name(path.name.removeprefix("."), groups):
         return groups[known]
     raise PopError(
-        f"there is no model {name!r} in {folder}",
+        f"{folder} has no model {name!r}",
         nearest_hint(path.name, {known: known for known in groups}, "check the name"),
         cause="unknown-model",
     )
 
 
 def known_name(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is meant, with or without .gguf, None for none.
+    """Return the known name that matches with or without .gguf, None without a match.
 
-    An exact match comes before one in another case.
+    An exact match takes precedence over another case.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:
@@ -115,12 +113,12 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Return the size of all files together; a link counts with its own size."""
+    """Return the total size of files; a link counts with its own size."""
     return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the size of all files in a folder, where pip may still be at work."""
+    """Return the size of all files in a folder; pip may delete some of them at the same time."""
     n_bytes = 0
     for at, _, names in os.walk(folder):
         for name in names:
@@ -153,7 +151,7 @@ def _unread(folder: Path) -> Iterator[StoredModel]:
 
 
 def _examined(found: StoredModel) -> StoredModel:
-    # A link counts with its target, if that exists.
+    # A link counts with its target's size, if the target exists.
     here = [path.resolve() for path in found.all_files if path.exists()]
     found = replace(found, size_bytes=total_bytes(here))
     if found.problem:

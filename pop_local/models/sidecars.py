@@ -1,4 +1,4 @@
-"""The sidecar of a model: the one beside it, else one that was learned, or is shipped for it."""
+"""A model's sidecar: the one in its folder, else a learned or a shipped one."""
 
 import importlib.resources
 from contextlib import suppress
@@ -12,13 +12,12 @@ from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, read_s
 from pop_local.config.settings import learned_dir
 from pop_local.models.learned import LearnedFiles
 
-# For the models of the catalog (docs/quality.md tells how each was made), which are known by their
-# hashes.
+# Sidecars of the catalog's models (docs/quality.md), identified by the models' hashes.
 SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars"))
 
 
 def sidecar_of(base: Source) -> Path | None:
-    """Return the sidecar to open a model with, None for none and for a converted model.
+    """Return the sidecar to open a model with, None for a model that has none or is converted.
 
     Raises FormatError.
     """
@@ -28,7 +27,7 @@ def sidecar_of(base: Source) -> Path | None:
 
 
 def _learned(base: Source) -> Path | None:
-    """Return the one that was learned, None where there is none, or a damaged one."""
+    """Return the learned sidecar, None if it does not exist or is damaged."""
     path = LearnedFiles.of(base).sidecar
     with suppress(FormatError):
         if path.is_file():
@@ -38,19 +37,19 @@ def _learned(base: Source) -> Path | None:
 
 
 def is_learned(sidecar: Path) -> bool:
-    """Tell whether a sidecar was made of what was read here."""
+    """Return True if a sidecar was learned from prompts."""
     return sidecar.parent == learned_dir()
 
 
 def is_shipped(sidecar: Path) -> bool:
-    """Tell whether a sidecar is one of this package's."""
+    """Return True if this package ships a sidecar."""
     return sidecar.parent == SHIPPED
 
 
 def _shipped(base: Source) -> Path | None:
     for path in SHIPPED.glob(f"*{SUFFIX}"):
         binding = read_binding(read_header(path))
-        # A hash reads the vocabulary, a size nothing.
+        # Sizes first: a hash reads the vocabulary.
         if binding.base_bytes == base.size_bytes and binding == bind(base):
             return path
     return None

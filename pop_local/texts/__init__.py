@@ -1,1 +1,1 @@
-"""Text out of users' files."""
+"""Documents: users' files as text, and synthetic ones."""

@@ -193,7 +193,9 @@ class _Writer:
     def _record(self, kinds: Sequence[str]) -> Record:
         entity = next(self._entities, None)
         if entity is None:
-            raise PopError("a look-up document needs more names than there are", "shorten it")
+            raise PopError(
+                "a look-up document needs more names than the word list has", "shorten it"
+            )
         return Record(entity, tuple(self._new_value(kind) for kind in kinds))
 
     def _new_value(self, kind: str) -> str:

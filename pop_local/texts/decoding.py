@@ -1,4 +1,4 @@
-"""Plain text out of bytes and files: UTF-8, or UTF-16 with its byte order mark."""
+"""Plain text from bytes and files: UTF-8, or UTF-16 with a byte order mark."""
 
 import codecs
 from pathlib import Path
@@ -11,7 +11,7 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decoded(content: bytes, origin: str) -> str:
-    """Decode a text. Raises PopError, naming `origin`, if it is no text."""
+    """Decode a text. Raises PopError, naming `origin`, if it is not text."""
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -22,7 +22,7 @@ def decoded(content: bytes, origin: str) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file. Raises PopError when it cannot be read."""
+    """Read a file. Raises PopError if it cannot be read."""
     try:
         return read_file(path)
     except OSError as error:
@@ -32,8 +32,8 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Read a whole text. Raises PopError when it cannot be read, is no text or holds none."""
+    """Read a text file. Raises PopError if it cannot be read, is not text or is empty."""
     text = decoded(read_bytes(path), str(path))
     if not text.strip():
-        raise PopError(f"{path} holds no text", "give a file with text in it")
+        raise PopError(f"{path} has no text", "give a file with text")
     return text

@@ -1,6 +1,6 @@
-"""The text of a file: plain text in any language, mail, PDF and DOCX.
+"""Readers of documents: plain text in any language, mail, PDF and DOCX.
 
-pypdf and python-docx come with the extra `documents` and are imported when such a file is read.
+pypdf and python-docx come with the extra `documents` and are imported on demand.
 """
 
 import email
@@ -18,7 +18,7 @@ from pop_local.texts.decoding import decoded, read_text
 from pop_local.texts.document import Document
 
 MAX_BYTES = 100_000_000
-# A DOCX may grow by this when unpacked: its XML takes twelve times as much memory.
+# Maximum growth of an unpacked DOCX: its XML takes twelve times as much memory.
 _MAX_GROWTH_BYTES = 32_000_000
 EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 
@@ -26,22 +26,20 @@ EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 def read_document(path: str | os.PathLike[str]) -> Document:
     """Read a document: plain text, mail, PDF or DOCX.
 
-    Raises OSError when it cannot be read, PopError when it is no text, holds none or is too large.
+    Raises OSError if it cannot be read, PopError if it is not text, has no text or is too large.
     """
     document = _read(Path(path))
     if not document.text.strip():
-        raise PopError(
-            f"{path} holds no text", "give one that does; pictures of text need an OCR first"
-        )
+        raise PopError(f"{path} has no text", "give a file with text; scanned pages need OCR first")
     return document
 
 
 def read_text_of(path: Path) -> str:
-    """Return the text of a document, plain text of any length. Raises PopError."""
+    """Return a document's text; plain text may have any length. Raises PopError."""
     if path.suffix.lower() not in _READERS:
         return read_text(path)
     try:
-        # A PDF may have halves of characters.
+        # A PDF may contain lone surrogates.
         return read_document(path).text.encode(errors="replace").decode()
     except OSError as error:
         hint = "give a file that can be read"
@@ -50,7 +48,7 @@ def read_text_of(path: Path) -> str:
 
 def _read(path: Path) -> Document:
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
-    # A file of a session holds text alone.
+    # Session files contain valid Unicode only.
     name = os.fsencode(path).decode(errors="replace")
     if path.suffix.lower() not in _READERS:
         return Document(name, decoded(content, str(path)))
@@ -61,36 +59,34 @@ def _read(path: Path) -> Document:
         raise
     except ImportError as error:
         raise PopError(f"{path} is {library} is not installed", EXTRA_HINT) from error
-    except Exception as error:  # the libraries let through whatever a broken file does to them
+    except Exception as error:  # a broken file can raise anything in the libraries
         raise PopError(
             f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
         ) from error
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """Read a whole file. Raises PopError for more than MAX_BYTES, which are not read."""
+    """Read a file. Raises PopError for more than MAX_BYTES, without reading all of it."""
     return _within_limit(file.read(MAX_BYTES + 1), origin)
 
 
 def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
-            f"{origin} has more than {MAX_BYTES:,} bytes, more than any context holds",
+            f"{origin} is too large: it has more than {MAX_BYTES:,} bytes",
             "give a part of it",
         )
     return content
 
 
 def _too_much(path: Path) -> PopError:
-    return PopError(
-        f"{path} unpacks to far more than any context holds", "save it as plain text first"
-    )
+    return PopError(f"{path} is too large when unpacked", "save it as plain text first")
 
 
 def _pdf(path: Path, content: bytes) -> str:
     import pypdf
 
-    # It warns of every oddity that it can live with.
+    # pypdf warns about harmless defects.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     reader = pypdf.PdfReader(io.BytesIO(content))
     if reader.is_encrypted and not reader.decrypt(""):
@@ -99,7 +95,7 @@ def _pdf(path: Path, content: bytes) -> str:
     for page in reader.pages:
         texts.append(page.extract_text())
         n_chars += len(texts[-1])
-        if n_chars > MAX_BYTES:  # pages may share what they draw
+        if n_chars > MAX_BYTES:  # pages may share content
             raise _too_much(path)
     return "\n\n".join(texts)
 
@@ -113,8 +109,8 @@ def _docx(path: Path, content: bytes) -> str:
         raise _too_much(path)
     document = docx.Document(io.BytesIO(content))
     if document.element.getroottree().docinfo.internalDTD is not None:
-        # Its entities are not expand_options, and the text behind them would be lost.
-        raise PopError(f"{path} has a DTD, which no DOCX may have", "save it as plain text first")
+        # python-docx does not expand entities, so their text would be lost.
+        raise PopError(f"{path} has a DTD, which DOCX forbids", "save it as plain text first")
     blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
     return "\n\n".join(text for text in texts if text.strip())
@@ -128,7 +124,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Take each cell once; `row.cells` would repeat one for each column that it spans."""
+    """Return a table's text; `row.cells` would repeat a cell for each column that it spans."""
     rows = ([_cell(cell) for cell in row.tc_lst] for row in table._tbl.tr_lst)
     return "\n".join(" | ".join(cells) for cells in rows)
 

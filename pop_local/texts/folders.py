@@ -1,4 +1,4 @@
-"""Text out of files and folders that a person names, by kinds, so that none hides another."""
+"""Texts of files and folders, grouped by kind, so that no kind crowds out another."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,11 @@ from pop_local.texts.document_readers import read_text_of
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return the texts of each path: one of a file, one of each kind in a folder.
+    """Return the texts of each path: one text of a file, one per kind of files in a folder.
 
-    A kind is all files that lie below the same folder of the path and whose names end alike. It is
-    read until it has `most_chars`, in an order by chance that is always the same. Left out are
-    files that are no text, texts that were there before, and names that begin with a dot. Raises
-    PopError for a path that cannot be read, or adds no text.
+    Files are of the same kind if they share a first-level folder and a suffix. Each kind is read up
+    to `most_chars`, in a fixed random order. Binary files, duplicates and names with a leading dot
+    are skipped. Raises PopError for a path that cannot be read or adds no text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []
@@ -28,8 +27,8 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
         found.append(texts)
         if not texts:
             raise PopError(
-                f"{path} holds no text, or copies of what was read before",
-                "give a file of its own, or a folder of text files",
+                f"{path} has no text, or only copies of earlier texts",
+                "give another file, or a folder of text files",
             )
     return found
 

@@ -161,7 +161,7 @@ def test_an_error_is_two_lines_on_stderr_and_exit_1():
     assert done.returncode == 1
     assert done.stdout == ""
     first, second = done.stderr.splitlines()
-    assert first.startswith("error: there is no model named 'smolm2'")
+    assert first.startswith("error: no model named 'smolm2'")
     assert second.startswith("hint: did you mean smollm2?")
 
 

@@ -49,7 +49,7 @@ def test_without_a_terminal_each_command_says_what_fetches_it(hub, command):
     done = called(command, TINY, *["hi"] * (command == "run"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-2:] == [
-        f"error: {TINY} has to be fetched first",
+        f"error: {TINY} must be fetched first",
         f"hint: run `pop-local pull {TINY}`",
     ]
     assert not hub.downloads()
@@ -89,7 +89,7 @@ def test_an_unknown_name_is_searched_for(hub):
     assert hits == ["pop-local pull hf:acme/tiny-GGUF"] + [
         f"pop-local pull hf:acme/tiny-{n}-GGUF" for n in range(4)
     ]
-    assert "there is no model named 'tiny'" in done.stderr
+    assert "no model named 'tiny'" in done.stderr
 
 
 def test_a_hub_that_cannot_be_searched_changes_nothing(hub):
@@ -98,7 +98,7 @@ def test_a_hub_that_cannot_be_searched_changes_nothing(hub):
     assert done.returncode == 1
     said, error, _ = done.stderr.splitlines()
     assert said.startswith("Could not search the hub for qwen3-8c")
-    assert error.startswith("error: there is no model named 'qwen3-8c'")
+    assert error.startswith("error: no model named 'qwen3-8c'")
     assert "qwen3-8b" in done.stderr
 
 

@@ -108,7 +108,7 @@ def test_bad_files_are_one_error(tmp_path, tiny):
     for path, reason in (
         (text, "is not a GGUF file"),
         (short, "is truncated"),
-        (tmp_path / "absent.gguf", "there is no file"),
+        (tmp_path / "absent.gguf", "does not exist"),
         (tmp_path, "is a folder"),
     ):
         done = inspect(path)

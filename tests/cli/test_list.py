@@ -259,7 +259,7 @@ def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
         str(store / entry.pop_file),
     ]
     assert not (store / entry.file).exists()
-    assert "there is no model 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
+    assert "has no model 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
 
 
 @pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-270m.Q4_K_M.gguf.parts"])
@@ -328,7 +328,7 @@ def test_rm_takes_nothing_when_one_name_is_unknown(store):
     before = set(store.iterdir())
     done = pop_local("rm", "Tiny.Q8_0", "partet", "--yes")
     assert done.exit_code == 1
-    assert "there is no model 'partet'" in done.stderr
+    assert "has no model 'partet'" in done.stderr
     assert "did you mean parted?" in done.stderr
     assert set(store.iterdir()) == before
 

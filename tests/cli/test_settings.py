@@ -70,8 +70,8 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "line", "message", "hint"),
     [
-        ("# mine\nthread = 4\n", 2, "there is no setting 'thread'", "did you mean threads?"),
-        ("\n[chat]\nthreads = 4\n", 2, "there is no setting 'chat'", "known: models_dir"),
+        ("# mine\nthread = 4\n", 2, "no setting is named 'thread'", "did you mean threads?"),
+        ("\n[chat]\nthreads = 4\n", 2, "no setting is named 'chat'", "known: models_dir"),
         ("threads = 4\n\nctx = 'big'\n", 3, "ctx: 'big' is not a whole number from 1", "correct"),
         ("threads = 0\n", 1, "threads: 0 is not a whole number from 1", "correct"),
         ("threads = true\n", 1, "threads: true is not a whole number from 1", "correct"),
@@ -84,8 +84,13 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         (f"threads = {10**400}\n", 1, "a number of 1,329 bits is not a whole number", "correct"),
         (f"threads = 0x{'f' * 5000}\n", 1, "20,000 bits is not a whole number from 1", "correct"),
         (f"temperature = {10**400}\n", 1, "1,329 bits is not a number from 0", "correct"),
-        ('models_dir = "~\\u0000/x"\n', 1, "a path has no NUL in it", "write the path"),
-        ("state_dir = '~nobody-at-all/x'\n", 1, "~nobody-at-all/x: there is no such", "write the"),
+        ('models_dir = "~\\u0000/x"\n', 1, "the path contains a NUL", "correct the path"),
+        (
+            "state_dir = '~nobody-at-all/x'\n",
+            1,
+            "~nobody-at-all/x: that home folder",
+            "use a full path",
+        ),
         ('"gpu_layers" = -2\n', 1, "gpu_layers: -2 is not a whole number from -1", "correct"),
         ("ctx = 1\nthreads = = 4\n", 2, "is not valid TOML", "threads = 4"),
     ],
@@ -135,7 +140,7 @@ def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
 
 def test_the_file_of_a_user_who_is_not_there(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
-    with pytest.raises(PopError, match="no such home folder"):
+    with pytest.raises(PopError, match="that home folder does not exist"):
         load()
 
 
@@ -308,7 +313,7 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
         (["set", "threads", "many"], "threads: 'many' is not a whole number from 1"),
         (["set", "top_p", "2"], "top_p: 2.0 is not a number from 0 to 1"),
         (["set", "ctx", "9" * 400], "bits is not a whole number from 1 to 2,147,483,647"),
-        (["set", "models_dir", "~nobody-at-all/x"], "there is no such home folder"),
+        (["set", "models_dir", "~nobody-at-all/x"], "that home folder does not exist"),
         (["set", "models_dir", ""], "an empty path is not allowed"),
         (["set", "theme", "drak"], "theme: there is no theme drak"),
         (["set", "system", "\udcff"], r"system: '\udcff' is not text"),

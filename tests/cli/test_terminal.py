@@ -55,7 +55,7 @@ def test_a_model_of_a_hub_is_fetched_once_a_person_agrees(hub):
     asked = terminal(*words, **hub)
     asked.expect(r"Fetch .* MB from acme/tiny-GGUF\? \[Y/n\]")
     asked.line("n")
-    asked.expect("has to be fetched first")
+    asked.expect("must be fetched first")
     assert asked.expect_end() == 1
     asked = terminal(*words, **hub)
     asked.expect(r"\[Y/n\]")

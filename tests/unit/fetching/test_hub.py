@@ -96,7 +96,7 @@ def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path):
     hub.drops = [3 * CHUNK, 0, 0, 0]
     error, hint = failed(pull(folder, "hf:acme/tiny-GGUF"))
     assert "broke off" in error
-    assert "goes on" in hint
+    assert "will resume" in hint
     hub.requests.clear()
     done = pull(folder, "hf:acme/tiny-GGUF")
     assert done.returncode == 0, done.stderr
@@ -135,14 +135,14 @@ def test_private_or_missing(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"] = Repo(FILES, token="hf_secret")
     for name in ("acme/tiny-GGUF", "acme/nothing"):
         error, hint = failed(pull(tmp_path / "models", f"hf:{name}"))
-        assert f"there is no repository {name}, or it is private" in error
+        assert f"the repository {name} does not exist, or is private" in error
         assert "HF_TOKEN" in hint
     assert not (tmp_path / "models").exists()
 
 
 def test_ambiguous_lists_the_choices(hub, tmp_path):
     error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF:q4_k"))
-    assert "'q4_k' names 2 files" in error
+    assert "'q4_k' matches 2 files" in error
     assert "hf:acme/tiny-GGUF:NAME from tiny-Q4_K_M, tiny-Q4_K_S" in hint
 
 
@@ -159,7 +159,7 @@ def test_no_hub_there(tmp_path, monkeypatch):
 )
 def test_what_the_client_says_itself_is_not_shown(hub, tmp_path, texts):
     error, hint = failed(pull_by_environment(hub, tmp_path / "models", **texts))
-    assert error.startswith("error: the hub cannot be ")
+    assert error.startswith(("error: the hub cannot be ", "error: the request to the hub"))
     assert "SECRET" not in error + hint and "secure" not in error
     assert "HF_ENDPOINT" in hint
 
@@ -178,7 +178,7 @@ def test_offline_is_said(hub, tmp_path):
 @pytest.mark.parametrize("name", ["hf:tiny", "hf:a/b/c", "hf:", "hf:--/..", "hf:a/b:"])
 def test_what_names_no_repository(hub, tmp_path, name):
     error, hint = failed(pull(tmp_path / "models", name))
-    assert "names no" in error
+    assert "is not " in error
     assert "hf:OWNER/REPO" in hint
 
 

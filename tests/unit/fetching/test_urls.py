@@ -22,7 +22,7 @@ from pop_local.fetching.url import file_name
 )
 def test_names_from_addresses_are_harmless(path, name):
     if name == ".gguf":
-        with pytest.raises(PopError, match="names no file"):
+        with pytest.raises(PopError, match="has no file name"):
             file_name(f"https://example.org/{path}")
         return
     assert file_name(f"https://example.org/{path}") == name
@@ -32,8 +32,8 @@ def test_names_from_addresses_are_harmless(path, name):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https:///x.gguf?key=s3cret", "https:///x.gguf names no host"),
-        ("https://me:s3cret@example.org/?key=s3cret", "https://example.org/ names no file"),
+        ("https:///x.gguf?key=s3cret", "https:///x.gguf has no host"),
+        ("https://me:s3cret@example.org/?key=s3cret", "https://example.org/ has no file name"),
     ],
 )
 def test_an_address_without_a_host_or_a_file(url, message):

@@ -59,9 +59,9 @@ def test_what_holds_no_text_is_refused(tmp_path: Path):
     write(tmp_path / "more", a_txt=b"text")
     text = tmp_path / "more" / "a.txt"
     for message, *paths in (
-        ("other holds no text", tmp_path / "other"),
+        ("other has no text", tmp_path / "other"),
         ("cannot read", text, tmp_path / "nowhere"),
-        ("more holds no text, or copies", text, text.parent),
+        ("more has no text, or only copies", text, text.parent),
     ):
         with pytest.raises(PopError, match=message):
             read_kinds(paths, 100)
