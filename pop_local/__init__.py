@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from pop_converter.base.errors import PopError as PopError
     from pop_converter.base.errors import StoppedError as StoppedError
     from pop_local.calibration.fit_options import FitOptions as FitOptions
+    from pop_local.engine.cache.prompt_cache import PromptCache as PromptCache
     from pop_local.engine.context_full import ContextFullError as ContextFullError
     from pop_local.engine.decode.grammar import Grammar as Grammar
     from pop_local.engine.decode.grammar import GrammarError as GrammarError
+    from pop_local.engine.engine_options import EngineOptions as EngineOptions
     from pop_local.engine.messages import SessionStats as SessionStats
     from pop_local.engine.messages import TurnStats as TurnStats
     from pop_local.engine.model import PopModel as PopModel
@@ -65,6 +67,8 @@ _MODULES = {
     "pop_local.workflows.hardware": ["Hardware"],
     "pop_local.workflows.conversion.row_options": ["RowOptions"],
     "pop_local.engine.decode.grammar": ["Grammar", "GrammarError"],
+    "pop_local.engine.cache.prompt_cache": ["PromptCache"],
+    "pop_local.engine.engine_options": ["EngineOptions"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.document_readers": ["read_document"],
     "pop_local.engine.sessions.conversation": ["Conversation", "Turn"],

@@ -2,19 +2,23 @@
 
 import ctypes
 from collections.abc import Container
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from pop_local.engine.llama.backend import bindings
 
-if TYPE_CHECKING:
-    from pop_local.engine.llama.context import Context
+
+class VocabOwner(Protocol):
+    """Owns a llama_vocab, such as a Context."""
+
+    @property
+    def vocab(self) -> Any: ...
 
 
 class Pieces:
     """The bytes of single tokens; control tokens have none unless they are `shown`."""
 
-    def __init__(self, context: "Context", shown: Container[int] = ()) -> None:
-        self._context = context  # which stays open as long as somebody asks
+    def __init__(self, context: VocabOwner, shown: Container[int] = ()) -> None:
+        self._context = context  # keeps the vocabulary alive
         self._vocab = context.vocab
         self._shown = shown
         self._to_piece = bindings().llama_token_to_piece
