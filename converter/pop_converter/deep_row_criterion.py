@@ -19,3 +19,9 @@ class DeepRows(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+    @property
+    def fewer(self) -> tuple["DeepRows", ...]:
+        """The rules that choose fewer rows, from more rows to none."""
+        rules = list(DeepRows)
+        return tuple(reversed(rules[: rules.index(self)]))

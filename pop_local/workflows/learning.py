@@ -29,6 +29,7 @@ from pop_local.workflows.conversion.candidate import Candidate
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.conversion.row_options import RowOptions
 from pop_local.workflows.conversion.search import Search
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
@@ -169,7 +170,13 @@ class OnlineCalibration:
         macs, sums = GraphMacs(self._runner.path), learner.sums()
         plans = []
         for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
-            plan = make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
+            plan = make_plan(
+                shape,
+                boundary=boundary,
+                projection=Projection.FITTED,
+                deep_rows=RowOptions.deep_rows,
+                macs=macs,
+            )
             plain, *wider = learner.summing.projections[boundary]
             kinds = [plain, *(kind for kind in wider if fit_cost(plan, kind) <= MAX_WIDE_COST)]
             plans.append(replace(plan, projection=kinds[-1]))
@@ -189,7 +196,8 @@ class OnlineCalibration:
         model, runner = self._model, self._runner
         gradual = Gradual(full.reference, model.engine.cache.boundary)
         files = ModelFiles(model.engine.context.path, model.engine.context.sidecar)
-        with runner.opened(full.plan, files) as opened:
+        plan = replace(full.plan, deep_rows=model.engine.rule.deep_rows)
+        with runner.opened(plan, files) as opened:
             return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
 
     def _is_better(self, chosen: Candidate) -> bool:

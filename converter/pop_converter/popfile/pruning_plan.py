@@ -25,8 +25,10 @@ Share = Fraction | int
 class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
-    `budget` decided the boundary; None if the user did. `is_distilled`: whether the fit is also
-    trained end to end. `macs` counts the model's work.
+    `deep_rows`: the rule by which context tokens run all layers because of their words.
+    `deep_share`: the share of ordinary text that it chooses, 0 before that is known. `budget`
+    decided the boundary; None if the user did. `is_distilled`: whether the fit is also trained end
+    to end. `macs` counts the model's work.
     """
 
     shape: ModelShape
@@ -36,6 +38,7 @@ class Plan:
     tail_tokens: int
     min_prompt: int
     deep_rows: DeepRows = DeepRows.NONE
+    deep_share: float = 0.0
     budget: Budget | None = None
     is_distilled: bool = False
     macs: Macs = field(default=uncounted, compare=False, repr=False)
@@ -52,7 +55,8 @@ class Plan:
     @property
     def speedup_limit(self) -> float:
         """The speed-up limit of a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
-        n_full = self.sink_tokens + self.tail_tokens
+        n_ends = self.sink_tokens + self.tail_tokens
+        n_full = n_ends + round(self.deep_share * (LIMIT_PROMPT - n_ends))
         more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
         return speedup_limit(self.macs, LIMIT_PROMPT, self.boundary, n_full, more)
 

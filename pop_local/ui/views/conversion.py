@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT
 from pop_converter.base.numbers import duration, size
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST
@@ -38,6 +39,9 @@ def show_plan(conversion: Conversion) -> None:
     if n_few := conversion.n_few:
         past += f"; own projections first, then fits of about {n_few} deeper ones"
     where = [*budget, ("Boundaries", past)]
+    if fewer := first.deep_rows.fewer:
+        rules = ", ".join(fewer)
+        where.append(("Deep rows", f"by the rule {first.deep_rows}, at the end by fewer: {rules}"))
     if most := conversion.limit(plan):
         limit += f" if only the first is inside, {most:.2f}x if all are"
     layers = f"as many as the budget allows, {plan.n_skipped} at most"
@@ -116,6 +120,8 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "sink_tokens": plan.sink_tokens,
         "tail_tokens": plan.tail_tokens,
         "min_prompt": plan.min_prompt,
+        "deep_rows": plan.deep_rows,
+        "deep_share": plan.deep_share,
         "source_bytes": conversion.sizes.source_bytes,
         "limit_n_prompt": LIMIT_PROMPT,
         "memory_bytes": needs.total_bytes if needs else None,
@@ -132,7 +138,10 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 def _limit(conversion: Conversion, plan: Plan) -> str:
     if conversion.not_counted:
         return f"not known: {conversion.not_counted}"
-    return f"for a prompt of {LIMIT_PROMPT:,} tokens at most {plan.speedup_limit:.2f}x"
+    limit = f"for a prompt of {LIMIT_PROMPT:,} tokens at most {plan.speedup_limit:.2f}x"
+    if plan.deep_rows is not DeepRows.NONE and not plan.deep_share:
+        limit += " without deep rows"
+    return limit
 
 
 def _facts(
@@ -181,7 +190,12 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
-    return "Always in full", f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
+    ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
+    if rows.deep_rows is DeepRows.NONE:
+        return "Always in full", ends
+    share = getattr(rows, "deep_share", 0.0)
+    share_of = f" ({share:.0%} of ordinary text)" if share else ""
+    return "Always in full", f"{ends}, and words by the rule {rows.deep_rows}{share_of}"
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:

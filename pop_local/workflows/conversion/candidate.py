@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
@@ -68,7 +69,9 @@ class Candidate:
 
     def __str__(self) -> str:
         own = " own" if self.plan.projection == Projection.OWN else ""
-        return f"{self.boundary}{own}{' distilled' if self.plan.is_distilled else ''}"
+        distilled = " distilled" if self.plan.is_distilled else ""
+        rows = "" if self.plan.deep_rows is DeepRows.NONE else f" ({self.plan.deep_rows})"
+        return f"{self.boundary}{own}{distilled}{rows}"
 
 
 @dataclass(frozen=True)

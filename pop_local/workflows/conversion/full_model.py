@@ -3,7 +3,11 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile.pruning_plan import Plan
+from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
 from pop_local.measure.lookups import Answers, LookupReference, LookupSettings
 from pop_local.measure.quality import FullScores, QualityReference, QualitySettings, read_reference
@@ -26,6 +30,18 @@ class FullModel:
     _scores: list[FullScores] = field(default_factory=list)
     _answers: Answers = field(default_factory=list)
     _references: dict[int, LookupReference] = field(default_factory=dict)
+
+    @cached_property
+    def deep_shares(self) -> dict[DeepRows, float]:
+        """Return the share of the text's tokens that each rule runs deep."""
+        with self.runner.opened(self.plan) as model:
+            texts = [np.asarray(part) for part in self.text or tokenize(model, shipped_text())]
+            return {
+                rule: float(
+                    np.mean([find_deep_rows(model.context, part, rule).mean() for part in texts])
+                )
+                for rule in DeepRows
+            }
 
     @cached_property
     def reference(self) -> QualityReference:

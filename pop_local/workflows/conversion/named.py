@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, counting
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile.format import Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
@@ -31,6 +32,7 @@ from pop_local.measure.quality import (
 )
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
+from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_copy
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
@@ -53,6 +55,9 @@ def write_named(run: ConversionRun) -> Outcome:
             " measure it."
         )
         return run.write(plan, None, None)
+    if plan.deep_rows is not DeepRows.NONE:
+        shares = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_shares
+        plan = replace(plan, deep_share=shares[plan.deep_rows])
     examination = Examination(run.runner, plan, allow_broken_copy=run.force)
     examination.before_fit()
     with run.resumable():

@@ -1,6 +1,7 @@
 """Search for the fastest candidate within a budget: one ladder of stages.
 
-STAGES lists the stages in order: which candidates each one tries, and in which order. The rules:
+A candidate is a boundary, a fit and a rule for deep rows. STAGES lists the stages in order: which
+candidates each one tries, and in which order. The rules:
 
 1. A candidate is measured as it would be written: on held-out text first, by look-ups last.
 2. Clear verdicts need few windows. The chosen candidate was measured on all of them.
@@ -10,7 +11,10 @@ STAGES lists the stages in order: which candidates each one tries, and in which 
    boundaries that are deeper, evenly spaced, are fitted in one pass.
 6. A walk starts at the fastest candidate so far and goes one boundary deeper until one is outside.
    If its work fails, such as for lack of memory, the earlier results stand.
-7. The fastest candidate inside is chosen. Of equally fast ones, a distilled one is preferred unless
+7. Deep rows restore look-ups and cost time. The last stage trades them for layers: each rule with
+   fewer rows is tried at the deepest boundary inside, then at shallower ones, until one is inside
+   or none would be the fastest. Fewer rows are never better at the same boundary.
+8. The fastest candidate inside is chosen. Of equally fast ones, a distilled one is preferred unless
    its KL is larger beyond the error, else the one with the smallest KL.
 """
 
@@ -21,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile.format import Budget
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
@@ -126,7 +131,7 @@ class Search:
         return replace(chosen, plan=plan)
 
     def fastest(self) -> Candidate:
-        """Return the fastest candidate inside (rule 7)."""
+        """Return the fastest candidate inside (rule 8)."""
         best = max(self.inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
         for each in self.inside:
             if each.plan.is_distilled and each.plan.speedup_limit == best.plan.speedup_limit:
@@ -179,7 +184,27 @@ class Search:
                 self._note(f"Boundary {candidate} is left out: {error}")
                 return
 
+    def trade(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
+        """Find the deepest candidate inside with each rule, if it is the fastest (rule 7)."""
+        deepest = dict.fromkeys(DeepRows, 0)
+        for candidate in rung:
+            rule, limit = candidate.plan.deep_rows, self.fastest().plan.speedup_limit
+            if candidate.boundary < deepest[rule]:
+                continue
+            if candidate.is_inside is None and candidate.plan.speedup_limit <= limit:
+                continue
+            is_inside = self.judge.settle(candidate)
+            # Fewer rows are never better at the same boundary.
+            least = candidate.boundary + (not is_inside)
+            deepest |= {fewer: max(least, deepest[fewer]) for fewer in rule.fewer}
+            if is_inside:
+                deepest[rule] = candidate.plan.shape.n_layer
+
     # Candidates
+
+    def _with_rows(self, plan: Plan, rule: DeepRows) -> Plan:
+        share = 0.0 if rule is DeepRows.NONE else self.full.deep_shares[rule]
+        return replace(plan, deep_rows=rule, deep_share=share)
 
     def own(self) -> list[Candidate]:
         """Return own projections at each boundary of a large model, if the options allow them."""
@@ -187,7 +212,8 @@ class Search:
         if self.fitter.options.projection is not None or len(self._spaced(fitted)) == len(fitted):
             return []
         self._note("Measuring own projections first, since fits at each boundary take memory")
-        return [Candidate(replace(plan, projection=Projection.OWN)) for plan in self.plans]
+        plans = [replace(plan, projection=Projection.OWN) for plan in self.plans]
+        return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in plans]
 
     def fitted(self) -> list[Candidate]:
         """Return fits at each boundary, or at a few that are deeper than own projections pass."""
@@ -199,7 +225,8 @@ class Search:
                 for plan in plans
                 if plan.boundary < shallowest and plan.projection != Projection.OWN
             ]
-        return list(map(Candidate, self._spaced(plans)))
+        few = self._spaced(plans)
+        return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in few]
 
     def distilled(self) -> list[Candidate]:
         """Return the fits from the fastest candidate on; from the shallowest if none is inside."""
@@ -208,6 +235,22 @@ class Search:
         first = (self.fastest() if self.inside else self.judged[0]).boundary
         plain = [it for rung in self.rungs for it in rung if it.fitted and it.boundary <= first]
         return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
+
+    def fewer_rows(self) -> list[Candidate]:
+        """Return candidates with fewer deep rows, by rule and from the deepest boundary inside on.
+
+        Each boundary has its last fit, which is the distilled one if there is one.
+        """
+        if not self.inside:
+            return []
+        deepest = min(each.boundary for each in self.inside)
+        ready = {it.boundary: it for rung in self.rungs for it in rung if it.is_ready}
+        found = [ready[boundary] for boundary in sorted(ready) if boundary >= deepest]
+        return [
+            Candidate(self._with_rows(it.plan, rule), it.fitted)
+            for rule in self.plans[0].deep_rows.fewer
+            for it in found
+        ]
 
     def _spaced(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
         return spaced(plans, self.runner.source, self.fitter.options)
@@ -258,4 +301,5 @@ STAGES = (
     SearchStage(Search.own, Search.bisect, prepare=Search.fit),
     SearchStage(Search.fitted, Search.bisect, prepare=Search.fit),
     SearchStage(Search.distilled, Search.walk, prepare=Search.distil),
+    SearchStage(Search.fewer_rows, Search.trade, prepare=Search.fit),
 )
