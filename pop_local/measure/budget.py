@@ -170,10 +170,8 @@ def limits_in_words(budget: Budget) -> str:
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
     """Return the figures that a budget limits, with look-ups if they were asked for."""
-    retention = quality.induction_retention
-    kept = "" if retention is None else f", {retention.value:.0%} kept of copying random tokens"
     lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "
-        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}{lost}"
+        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{lost}"
     )

@@ -6,7 +6,7 @@ import pytest
 
 from pop_local.measure import estimate, gradual, probes
 from pop_local.workflows import benchmark
-from pop_local.workflows.conversion import candidate, named
+from pop_local.workflows.conversion import candidate, named, search
 from support import calibrating
 from support.synthetic import make_gguf
 
@@ -43,6 +43,8 @@ def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure few windows and one document, and trade no deep rows: one test does."""
+    monkeypatch.setattr(search, "STAGES", search.STAGES[:3])
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(candidate, "N_WINDOWS", 2)
     monkeypatch.setattr(candidate, "N_DOCUMENTS", 1)

@@ -79,7 +79,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
     assert read == [3, 2], "once for three boundaries, and again for what is deeper"
     assert (meta.boundary, meta.calibration.n_distilled) == (3, 6 * texts.N_WINDOW)
     assert meta.budget.tried.endswith(
-        "5 distilled inside, 4 distilled inside, 3 distilled inside, 2 distilled outside"
+        "4 distilled (names) inside, 3 distilled (names) inside, 2 distilled (names) outside"
     )
     said = json.loads(done.stdout)
     assert said["distilled"] is True
@@ -104,7 +104,10 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None
-    assert (meta.boundary, meta.budget.tried) == (4, "4 outside, 4 distilled inside")
+    assert (meta.boundary, meta.budget.tried) == (
+        4,
+        "4 (names) outside, 4 distilled (names) inside",
+    )
     assert read == [4], "nothing is kept for deeper boundaries"
 
 
@@ -170,7 +173,7 @@ def test_what_goes_wrong_leaves_what_was_found_without(tiny, letters, tmp_path, 
     done = convert(tiny, "--sidecar", *FIT, *LOOSE, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["distilled"] is False
-    assert "Boundary 2 distilled is left out: no memory is left" in done.stderr
+    assert "Boundary 2 distilled (names) is left out: no memory is left" in done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
     assert (meta.boundary, meta.calibration.n_distilled) == (2, 0)

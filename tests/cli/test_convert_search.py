@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.deep_rows import DeepRows
 from pop_converter.popfile import sidecar as sidecars
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
@@ -29,6 +30,8 @@ from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
+
+ALL_STAGES = searching.STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
@@ -68,7 +71,7 @@ def test_the_deepest_within_is_written_with_what_decided(tiny, letters, tmp_path
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.budget.quality, meta.budget.max_kl) == ("custom", 50)
-    assert meta.budget.tried == "5 inside, 4 inside, 3 inside, 2 inside"
+    assert meta.budget.tried == ", ".join(f"{boundary} (names) inside" for boundary in (5, 4, 3, 2))
     assert meta.measured.kl_mean == last["kl_mean"]
     assert meta.calibration is not None and meta.calibration.n_tokens == 2048
     assert not names(temporary)
@@ -85,6 +88,21 @@ def test_the_deepest_within_is_written_with_what_decided(tiny, letters, tmp_path
     assert last["lookups"]["logprob_lost"] == meta.measured.lookups_logprob_lost
     assert found["verdict"].endswith("Use --full to be certain.")
     assert min(seconds.values()) > 0
+
+
+def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):
+    """Everything is inside, so the rule without deep rows is the fastest."""
+    monkeypatch.setattr(searching, "STAGES", ALL_STAGES)
+    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [each["deep_rows"] for each in found["tried"][-2:]] == ["spelling", "none"]
+    assert (found["boundary"], found["deep_rows"], found["deep_share"]) == (2, "none", 0)
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.budget is not None and meta.deep_rows is DeepRows.NONE
+    assert meta.budget.tried.endswith("2 (names) inside, 2 (spelling) inside, 2 inside")
+    limits = [each["speedup_limit"] for each in found["tried"][-3:]]
+    assert limits == sorted(limits) and limits[0] < limits[-1]
 
 
 def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, monkeypatch):
@@ -132,7 +150,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.projection) == (7, "own")
-    tried = "7 own inside, 6 outside, 5 outside"
+    tried = "7 own (names) inside, 6 (names) outside, 5 (names) outside"
     assert meta.budget.tried == tried
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
     assert f"Boundaries tried  {tried}" in shown.stdout
@@ -164,7 +182,7 @@ def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch)
     assert (trial["boundary"], trial["in_budget"]) == (4, True)
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
-    assert (meta.boundary, meta.budget.tried) == (4, "4 inside")
+    assert (meta.boundary, meta.budget.tried) == (4, "4 (names) inside")
 
 
 QUESTION = LookupQuestion("What?", "x", "hex", "log", "It is")
@@ -200,7 +218,9 @@ def test_look_ups_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, 
     assert asked == [(2, 2), (3, 2), (3, 8), (4, 2), (4, 8)]
     found = meta.measured
     assert (meta.boundary, found.lookups_n, found.lookups_lost) == (4, 200, 4)
-    assert meta.budget.tried.startswith("5 inside, 4 inside, 3 outside, 2 outside")
+    assert meta.budget.tried == (
+        "5 (names) inside, 4 (names) inside, 3 (names) outside, 2 (names) outside"
+    )
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[-1].split("|")[-3].strip() == "5 of 40"
     assert "Exact strings: 4 of 200 lost. Use --full to be certain." in " ".join(
