@@ -23,7 +23,6 @@ REPEATED_CLASSES_FOR_NOW: set[str] = {
 }
 REPEATED_FILES_FOR_NOW: set[str] = set()
 LONG_SIGNATURES_FOR_NOW: set[str] = {
-    "converter/pop_converter/popfile/pruning_plan.py:make_plan",
     "pop_local/workflows/conversion/convert_model.py:convert",
     "pop_local/workflows/open.py:open_model",
 }

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_converter.deep_rows import DeepRows
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.measure.budget import BALANCED
@@ -120,7 +120,7 @@ def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
         raise PopError("no memory is left")
 
     notes: list[str] = []
-    search.runner.watch.on_note = notes.append  # type: ignore[misc]
+    search.runner.watch.on_note = notes.append
     monkeypatch.setattr(Judge, "settle", fail)
     search.walk(STAGES[DISTILLED_STAGE], [search.rungs[FITTED_STAGE][1]])
     assert notes == ["Boundary 6 (names) is left out: no memory is left"]
