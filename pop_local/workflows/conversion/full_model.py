@@ -38,7 +38,9 @@ class FullModel:
             texts = [np.asarray(part) for part in self.text or tokenize(model, shipped_text())]
             return {
                 rule: float(
-                    np.mean([find_deep_rows(model.context, part, rule).mean() for part in texts])
+                    np.mean(
+                        [find_deep_rows(model.engine.context, part, rule).mean() for part in texts]
+                    )
                 )
                 for rule in DeepRows
             }
