@@ -1,1 +1,1 @@
-"""Analyses beside the product; some need torch. Commands import them when they are asked for."""
+"""Analyses and training, some of which need torch; commands import them on demand."""

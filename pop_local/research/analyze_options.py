@@ -1,4 +1,4 @@
-"""How to analyze a model."""
+"""Options of an analysis."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """How to analyze. `text`: a file, None for the shipped prose.
+    """Options of an analysis; `text` is a file (default: the shipped prose).
 
-    Windows have `n_context` + `n_answer` tokens: `n_probed` of them for the probes, `n_gated` for
-    the gates, 0 for no gates. `with_fit`: measure fitted projections; `fit_tokens` None for a
-    quarter of what a conversion fits on.
+    Windows have `n_context` + `n_answer` tokens: `n_probed` windows for the probes, `n_gated` for
+    the gates (0: no gates). `with_fit`: measure fitted projections, on `fit_tokens` tokens
+    (default: a quarter of a conversion's).
     """
 
     text: Path | None = None

@@ -1,6 +1,6 @@
-"""A dense decoder in torch, for gradients: weights from the GGUF, one layer at a time.
+"""A dense decoder in torch, for gradients, that loads a GGUF's weights layer by layer.
 
-The computation is llama.cpp's (models/llama.cpp, qwen2, qwen3, gemma2, gemma3), by default in
+It computes what llama.cpp does (models/llama.cpp, qwen2, qwen3, gemma2, gemma3), by default in
 float32. llama.cpp rounds activations and the KV cache: the logits differ by a KL of about 0.001.
 """
 
@@ -21,11 +21,10 @@ BASE_BYTES = 400_000_000
 
 
 class Decoder:
-    """A dense model of `n_layer` layers and `n_vocab` tokens; its LM head stays in memory, its
-    layers do not.
+    """A dense model whose LM head stays in memory and whose layers are loaded on demand.
 
-    `matrices` is the type that matrices are kept and multiplied in, None for that of the states.
-    Raises UnsupportedArchitectureError for what it does not compute, FormatError for a bad file.
+    `matrices` is the type of stored and multiplied matrices (default: the states' type). Raises
+    UnsupportedArchitectureError, and FormatError for a bad file.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Decoder:
         return states * self.hyper.embedding_scale
 
     def layer(self, index: int) -> "DecoderLayer":
-        """Read and dequantise one layer."""
+        """Read and dequantize one layer."""
         prefix = f"blk.{index}."
         names = self._weights.names(prefix)
         tensors = {name: self._matrix(self._tensor(prefix + name)) for name in names}
@@ -59,7 +58,7 @@ class Decoder:
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] of the last layer's output [..., n_embd].
 
-        With `tokens` [n] they are of these alone, [..., n], and computed in the states' type.
+        With `tokens` [n], return only their logits [..., n], computed in the states' type.
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)
@@ -78,8 +77,9 @@ class Decoder:
 
 @dataclass(frozen=True)
 class StoredKv:
-    """K [n_windows, n_rows, n_k], before norm and RoPE, and V [n_windows, n_rows, n_v] of rows
-    whose states a layer does not get, at `positions` [n_rows].
+    """Cached K [n_windows, n_rows, n_k], before norm and RoPE, and V [n_windows, n_rows, n_v].
+
+    The rows are at `positions` [n_rows].
     """
 
     k: Tensor
@@ -89,7 +89,7 @@ class StoredKv:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One layer of the decoder; `window` is the number of visible positions, 0 for all."""
+    """A layer of the decoder; `window` is the number of visible positions, 0 for all."""
 
     tensors: dict[str, Tensor]
     hyper: Hyper
@@ -100,9 +100,9 @@ class DecoderLayer:
     def __call__(
         self, states: Tensor, positions: Tensor | None = None, stored: StoredKv | None = None
     ) -> Tensor:
-        """Return the output of the layer for states [n_windows, n_rows, n_embd], as large.
+        """Return the layer's output for states [n_windows, n_rows, n_embd], in the same shape.
 
-        The rows are at `positions` [n_rows], None for those from 0 on, and see `stored` besides.
+        The rows are at `positions` [n_rows] (default: from 0 on) and also attend to `stored`.
         """
         attended = self._linear("attn_output", self._heads(states, positions, stored))
         states = states + self._norm("post_attention_norm", attended)
@@ -132,7 +132,7 @@ class DecoderLayer:
         return StoredKv(self._linear("attn_k", x), self._linear("attn_v", x), positions)
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        """Return [n_windows, n_head, n_rows, dim_v] of what queries take from keys and values."""
+        """Return the attention output [n_windows, n_head, n_rows, dim_v]."""
         # Query heads that share a key head are next to each other.
         n_sharing = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(n_sharing, 1), v.repeat_interleave(n_sharing, 1)
@@ -156,12 +156,12 @@ class DecoderLayer:
         return product if bias is None else product + bias
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """Return `x` as it is where the architecture has no such norm."""
+        """Return `x` unchanged if the architecture has no such norm."""
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 
     def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Apply RoPE to the last axis of [..., n_rows, dim]; what is past n_rot stays."""
+        """Apply RoPE to the first n_rot elements of the last axis of [..., n_rows, dim]."""
         n = self.hyper.n_rot
         angles = self._angles(positions)
         cos, sin = angles.cos(), angles.sin()
@@ -182,7 +182,7 @@ class DecoderLayer:
         return positions[:, None] * frequencies
 
     def _hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return which positions [of a query, of a key] are out of sight."""
+        """Return the mask [n_queries, n_keys] of hidden positions."""
         distance = queries[:, None] - keys
         hidden = distance < 0
         return hidden | (distance >= self.window) if self.window else hidden

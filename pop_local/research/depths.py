@@ -1,8 +1,8 @@
-"""How deep pruning may go: each boundary of the deeper half, measured cheaply.
+"""Cheap measurements of the boundaries in the deeper half of a model.
 
-Random tokens repeated show how much of copying each boundary keeps, with the layers' own
-projections: where it is kept, a fit hardly changes that. There a few windows of prose give the KL
-and the copy ratio, with fitted projections if there are any.
+Repeated random tokens show how much copying each boundary retains with the layers' own projections;
+fits hardly change it. For boundaries that retain copying, a few windows of prose give KL and copy
+ratio, with fitted projections if possible.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pop_local.measure.budget import boundaries, deepest_inside, is_inside, keep
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.quality import Quality, QualityReference, measure_retention
 
-# A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
+# A layer is the cliff if skipping it also loses this share of the full model's gain.
 CLIFF = 0.2
 # The boundary that is likely to be chosen keeps so much more than the least.
 _LIKELY = 0.1
@@ -28,12 +28,12 @@ LEAST_LIMIT = 1.05
 
 @dataclass(frozen=True)
 class DepthCost:
-    """One boundary, measured cheaply.
+    """The cost of one boundary, measured cheaply.
 
-    `retention`: as in `Quality`, with the layers' own projections. `lost_retention`: the part of
-    the full model's gain that skipping the layer at the boundary loses on top of those above it.
-    Both are None where the full model has no gain. `quality` on prose, with `projection`; both are
-    None where it was not worth measuring. `calibration` of its fit, None without one.
+    `retention`: see `Quality`, with the layers' own projections. `lost_retention`: the additional
+    loss of the full model's gain by skipping the boundary layer. Both are None if the full model
+    has no gain. `quality`, on prose, and its `projection` are None if not measured. `calibration`
+    is None without a fit.
     """
 
     boundary: int
@@ -53,9 +53,9 @@ class DepthCost:
 def measure_cliff(
     model: PopModel, reference: QualityReference, on_progress: Progress
 ) -> tuple[DepthCost, ...]:
-    """Measure the retention at each of `boundaries`, and how much of it each layer loses.
+    """Measure the retention at each of `boundaries`, and each layer's loss of it.
 
-    The speed-up limits are for prompts of LIMIT_PROMPT tokens; `on_progress` counts draws.
+    The speed-up limits are for prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
     """
     tried = boundaries(model.engine.context.shape)
     retentions = measure_retention(reference, model, tried, on_progress)
@@ -73,10 +73,9 @@ def measure_cliff(
 
 
 def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
-    """Return how much of the gain each boundary loses, from the shallowest to the deepest.
+    """Return the additional loss at each boundary, from the shallowest to the deepest.
 
-    A boundary worse than not copying at all counts as not copying. Where the full model does not
-    copy, none has a retention.
+    Negative retentions count as 0. All losses are None if the full model does not copy.
     """
     kept = [max(0.0, each.value) for each in retentions if each is not None]
     if len(kept) < len(retentions):
@@ -100,6 +99,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within a budget, None where there is none."""
+    """Return the deepest boundary within a budget, None without one."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)

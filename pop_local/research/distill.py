@@ -1,14 +1,13 @@
-"""Distils fitted K/V projections: trains them end to end on what the full model predicts.
+"""Distillation of fitted K/V projections: training on the full model's predictions.
 
-Least squares (pop_converter.fit.least_squares) brings K and V of each layer near to the full
-model's, whatever the layers make of the difference. Here the skipped layers are computed as a
-pruned prompt has them. Rows of a context stop at the boundary, all but the sinks before it. Rows
-of the answer after it run all layers and attend to the projections' K and V. The loss is
-KL(full || pruned), averaged over the answer's rows. Its gradient goes through the skipped layers
-into the projections, which Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531;
-Adam: arXiv 1412.6980). The model's weights stay as they are.
+Least squares (pop_converter.fit.least_squares) brings each layer's K and V near to the full
+model's, whatever later layers make of the difference. Distilling computes the skipped layers as in
+a pruned prompt: context rows after the sinks stop at the boundary, and answer rows run all layers
+and attend to the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam
+changes the projections along its gradient through the skipped layers; the model's weights stay
+unchanged (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
-Some windows end with a passage of their own context, since copying is what pruning loses first.
+Some windows end with a passage of their context, since pruning loses copying first.
 """
 
 from collections.abc import Mapping
@@ -32,27 +31,25 @@ from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
 
-# Windows a step, how often each is seen, and how many are read at once.
+# Windows per step, passes over all windows, and windows read at a time.
 N_BATCH = 2
 _N_PASSES = 2
 _N_READ = 4
-# The largest step: what it changes in K or V at most, in units of their own spread, where all
-# inputs are as strong as usual. Steps rise to it.
+# The maximum step, as the change of K or V in units of their spread for inputs of typical power.
 _STEP = 0.2
 _N_WARM = 10
 _BETAS = (0.9, 0.98)
-# For each window of text, how many repeat a passage, and its length in tokens.
+# The share of windows that are added again with a repeated passage, and its length in tokens.
 _COPIES = 0.4
 _PASSAGE = (96, 200)
-# The share of a window that is its context, at least and at most; less in a step that has a window
-# which repeats a passage.
+# The context's share of a window, from and to; smaller in a step with a repeated passage.
 _CONTEXT = (0.47, 0.78)
 _COPY_CONTEXT = (0.47, 0.58)
-# Rows of each window that the statistics of the inputs are from.
+# Rows of each window in the statistics of the inputs.
 _ROWS_EACH = 64
-# The power of an input, in units of the mean.
+# The minimum power of an input, in units of the mean.
 _LEAST_POWER = 0.1
-# Tokens of each row of an answer that the loss is of, in all rows of the answer.
+# Likeliest tokens of each answer row, whose union over all rows the loss covers.
 _N_LIKELY = 64
 
 
@@ -118,7 +115,7 @@ def read(
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
-    """Put a layer's output in the place of its input [n_windows, n_tokens, n_embd]."""
+    """Replace a layer's input [n_windows, n_tokens, n_embd] by its output."""
     layer = decoder.layer(index)
     for at in range(0, len(states), _N_READ):
         part = states[at : at + _N_READ]
@@ -134,11 +131,11 @@ def distill(
     seed: int,
     on_progress: Progress,
 ) -> dict[int, KvProjection]:
-    """Train projections on what was read, and return them.
+    """Return projections trained on the full model's states.
 
-    The boundary is `reference.first` or a later one. `on_progress(done, total)` counts windows
-    through layers, forwards and backwards; what it raises ends the work. The same seed draws the
-    same contexts. Raises FitError for weights that are not finite.
+    The boundary is `reference.first` or later. `on_progress(done, total)` counts windows through
+    layers, forward and backward; its exceptions end the work. The seed determines the contexts.
+    Raises FitError for weights that are not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -146,9 +143,9 @@ def distill(
     n_each = n_windows // n_batch
     n_steps = _N_PASSES * n_each
     between = range(reference.first, start.boundary)
-    # A way backwards costs what two forwards do.
+    # A backward pass costs as much as two forward passes.
     n_step = 3 * (decoder.n_layer - start.boundary) * n_batch
-    # The inputs are counted as one layer more.
+    # The inputs count as one more layer.
     ran = counting((len(between) + 1) * n_windows + n_steps * n_step, on_progress)
     student = _Student(decoder, start, reference, ran)
     optimizer = torch.optim.Adam(student.changes, lr=_STEP, betas=_BETAS)
@@ -170,7 +167,7 @@ def distill(
 
 
 def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
-    """Return a share of windows [n, n_tokens] with a passage of theirs again at the end."""
+    """Return a share of the windows [n, n_tokens], each ending with a passage of its context."""
     n_windows, n_tokens = windows.shape
     made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
@@ -183,7 +180,7 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
 
 @torch.no_grad()
 def _entering(decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran) -> Tensor:
-    """Return the states that enter the boundary layer [n_windows, n_tokens, n_embd]."""
+    """Return the boundary layer's input states [n_windows, n_tokens, n_embd]."""
     states = reference.states if reference.first == start.boundary else reference.states.clone()
     for index in range(reference.first, start.boundary):
         _run(decoder, index, states, ran)
@@ -192,7 +189,7 @@ def _entering(decoder: Decoder, start: InitialFit, reference: TeacherStates, ran
 
 @torch.no_grad()
 def _inputs(decoder: Decoder, start: InitialFit, states: Tensor, n_inputs: int, ran: Ran) -> Tensor:
-    """Return what projections see of states, [n_windows, n_tokens, n_inputs], a one last."""
+    """Return the projections' inputs [n_windows, n_tokens, n_inputs], the constant last."""
     made = torch.ones(*states.shape[:2], n_inputs)
     for window, inputs in zip(states, made, strict=True):
         x = normalised(window.numpy(), decoder.hyper.eps)
@@ -203,7 +200,7 @@ def _inputs(decoder: Decoder, start: InitialFit, states: Tensor, n_inputs: int, 
 
 
 class _Student:
-    """The skipped layers as a pruned prompt has them, and the changes of its projections."""
+    """The skipped layers in a pruned prompt, and the trained changes of their projections."""
 
     def __init__(
         self, decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran
@@ -214,7 +211,7 @@ class _Student:
         n_inputs = next(iter(self._weights.values())).shape[1]
         self._states = _entering(decoder, start, reference, ran)
         self._inputs = _inputs(decoder, start, self._states, n_inputs, ran)
-        # The first row of a window is unlike all others.
+        # A window's first row is an outlier.
         context = self._inputs[:, 1:]
         mean = context.mean((0, 1))
         mean[-1] = 0
@@ -226,7 +223,7 @@ class _Student:
         for layer, weights in self._weights.items():
             gain = torch.tensor(start.projections[layer].gain, device=decoder.device)
             gain = functional.pad(gain, (0, n_inputs - len(gain)), value=1.0)
-            # Changes of other weights should leave the mean of K and V alone.
+            # Centered inputs: changed weights leave the mean of K and V unchanged.
             weights[:, -1] += weights @ (gain * self._mean)
             self._gains[layer], self._units[layer] = gain, _units(rows * gain, weights)
         self._changes = {
@@ -244,9 +241,9 @@ class _Student:
         return (self.kl(chosen, n_context) * weights).sum() / weights.sum()
 
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
-        """Return KL(full || pruned) in nats of the answer's rows of some windows, [n, n_answer].
+        """Return KL(full || pruned) in nats of some windows' answer rows, [n, n_answer].
 
-        It is among the tokens that are likely in one of these rows. With all of a large vocabulary
+        It covers the tokens that are likely in one of these rows: with a complete large vocabulary,
         the LM head would take most of the time.
         """
         reference, device = self._reference, self._decoder.device
@@ -279,7 +276,7 @@ class _Student:
         return StoredKv(both[..., :n_k], both[..., n_k:], positions)
 
     def _joined(self, projection: KvProjection) -> Tensor:
-        """Return a layer's weights for inputs with their mean, of which the gain is apart."""
+        """Return a layer's weights for uncentered inputs, without the gain."""
         parts = [projection.weight]
         if projection.wide is not None:
             parts.append(projection.wide)
@@ -298,7 +295,7 @@ class _Student:
             after = changed.cpu().numpy()
             if not np.isfinite(after).all():
                 raise FitError(
-                    f"the distilled fit of layer {layer} is not finite", "take it as it was"
+                    f"the distilled fit of layer {layer} is not finite", "do not distil it"
                 )
             n_embd = len(before.gain)
             wide = np.ascontiguousarray(after[:, n_embd:-1])
@@ -312,10 +309,10 @@ class _Student:
 
 
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return the units [n_out, n_in] of changes, for inputs [n_rows, n_in] and weights alike.
+    """Return the units [n_out, n_in] of changes for inputs [n_rows, n_in].
 
-    A change of one moves an output by its own spread over n_in. Weak inputs count as stronger than
-    they are: large weights would spoil the blocks that they are stored in.
+    A change of 1 moves an output by its spread over n_in. The power of weak inputs is raised, since
+    large weights would spoil their quantization blocks.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()
@@ -325,13 +322,13 @@ def _units(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _n_sink(wanted: int, n_tokens: int) -> int:
-    # With more, windows would have no context.
+    # More sinks would leave windows without context.
     return min(wanted, n_tokens // 4)
 
 
 @dataclass(frozen=True)
 class DistillMemory:
-    """Bytes: `reference` is what `read` returns, `main` what `distill` takes beside it.
+    """Bytes: `reference` of the result of `read`, `main` of `distill` in addition.
 
     Both are in main memory. `device` is what `distill` takes where torch computes.
     """
@@ -360,7 +357,7 @@ def _device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype
     shape = plan.shape
     head = shape.n_vocab * shape.n_embd
     kept = sum(shape.n_weights[plan.boundary :]) + head
-    # One layer, or the head, is read in float32 while the others are there.
+    # One layer, or the head, is loaded in float32 at a time.
     weights = matrices.itemsize * kept + 4 * max(*shape.n_weights, head)
     projections = 6 * _n_inputs(plan) * sum(map(shape.n_kv, plan.fitted_layers))
     n_head = max(shape.n_heads_out) // hyper.dim_v

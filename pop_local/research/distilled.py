@@ -1,4 +1,4 @@
-"""Whether a conversion's fits can be distilled on this machine, and their training (distill.py)."""
+"""Distillation within a conversion: its requirements on this machine, and its steps."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class Distiller:
     reference: TeacherStates | None = None
 
     def require(self, plan: Plan) -> TorchDevice:
-        """Return the device that can distil the plan's fit. Raises PopError where none can."""
+        """Return the device that can distil the plan's fit. Raises PopError if no device can."""
         cannot, why = "the fit cannot be distilled", ""
         try:
             hyper = read_hyper(self.source)
         except UnsupportedArchitectureError as error:
             why = f"{error.message}; {error.hint}"
         if plan.projection == Projection.OWN:
-            why = "with one skipped layer there is none"
+            why = "with one skipped layer, nothing is fitted"
         if why:
-            raise PopError(f"{cannot}: {why}", "take it as it is", cause="not-distilled")
+            raise PopError(f"{cannot}: {why}", "convert without distilling", cause="not-distilled")
         device = torch_device(self.hardware, cannot)
         from pop_local.research.distill import memory
 
@@ -65,7 +65,7 @@ class Distiller:
         takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
         is_read = self.reference is not None and self.reference.first <= plan.boundary
         needed, free = takes.main + (0 if is_read else takes.reference), needs.free_bytes()
-        if device.name == "cpu":  # a GPU says itself what is too much for it
+        if device.name == "cpu":  # a GPU reports its own lack of memory
             needed += takes.device
         if needed > free:
             raise TooLittleMemoryError(
@@ -104,7 +104,7 @@ class Distiller:
     def trained(
         self, plan: Plan, fitted: Fitted, reference: TeacherStates, device: TorchDevice
     ) -> Fitted:
-        """Return the fit, trained on what was read."""
+        """Return the fit, trained on the full model's states."""
         from pop_local.research.distill import distill
 
         start, kv_type = start_of(plan, self.source, fitted), self.options.kv_type
@@ -126,7 +126,7 @@ class Distiller:
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:
-    """Return the fit as distilling begins with it. Raises FormatError."""
+    """Return a fit's projections before distilling. Raises FormatError."""
     from pop_local.research.distill import InitialFit
 
     shape, weights = source_shape(source), Weights(source)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pop_local.research.analyze_options import AnalyzeOptions
 
 Windows = Sequence[Sequence[int]]
-# Windows at a time: more are not faster on a CPU.
+# Windows per batch: more are not faster on a CPU.
 _N_BATCH = 4
 _SHORTER = "take shorter windows"
 
@@ -60,7 +60,7 @@ class Importance:
 def gates_device(
     source: Source, options: AnalyzeOptions, hardware: Hardware, watch: Watch
 ) -> TorchDevice | None:
-    """Return the device to compute the gates on; None, with a warning, where none can.
+    """Return the device for the gates; warn and return None if they cannot be computed.
 
     Raises PopError for too little memory.
     """
@@ -92,7 +92,7 @@ def importance(
 ) -> Importance:
     """Estimate the importance of each layer from windows of equal length.
 
-    Their first tokens are as the model wants a text to begin. Raises PopError, StoppedError.
+    The windows start with the model's BOS, if it has one. Raises PopError, StoppedError.
     """
     from pop_local.research.decoder import Decoder
     from pop_local.research.gates import gate_gradients

@@ -1,4 +1,4 @@
-"""Layers that reading can do without: importance by gates, then what each boundary costs."""
+"""Analysis of layers: their importance for reading and answering, and each boundary's cost."""
 
 import os
 from collections.abc import Sequence
@@ -42,20 +42,20 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
-# Draws of random tokens, which give the retention to some percent.
+# Draws of random tokens: two give the retention to some percent.
 _N_DRAWS = 2
-# The part of `convert`'s tokens that is enough to compare depths.
+# A quarter of `convert`'s tokens is enough to compare depths.
 _FIT_SHARE = 4
-# A window takes so many times as long by torch, forwards and backwards, as it is read.
+# Time of a window in torch, forward and backward, over its reading time.
 _GATES_COST = 4
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """`importance` is None where the gates were left out; `depths` from the last layer on.
+    """The result of an analysis; `depths` start at the last layer.
 
-    `calibration`: of the fits, None where there are none. `chosen`: the deepest boundary that
-    `budget` accepts on these figures.
+    `importance` is None without gates, `calibration` None without fits. `chosen`: the deepest
+    boundary that `budget` accepts on these figures.
     """
 
     model: Path
@@ -80,10 +80,10 @@ def analyze(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Analysis:
-    """Measure which layers matter for reading and for answering, and how deep pruning may go.
+    """Measure which layers matter for reading and for answering, and each boundary's cost.
 
-    The model is given by path or name, and is not converted. Without torch, or for an architecture
-    that it does not compute, the gates are left out with a warning. Raises PopError, StoppedError.
+    `model` is the path or name of an unconverted model. Without torch, or for an unsupported
+    architecture, gates are omitted with a warning. Raises PopError, StoppedError.
     """
     source = read_source(base_file(os.fspath(model), watch))
     require_unconverted(source)
@@ -115,12 +115,12 @@ def analyze(
 
 
 def require_unconverted(source: Source) -> None:
-    """Refuse a converted file: fits are made, and boundaries compared, for the model it was."""
+    """Raise PopError for a converted file: fits and comparisons need the original model."""
     path = source.first.path
     if pop_of(source, None) is not None:
         raise PopError(
             f"{path} is converted already",
-            "analyze the model that it was made of; stripping the file gives it back",
+            "analyze the original model, which `strip` restores",
             cause="analyze-converted",
             path=path,
         )
@@ -128,7 +128,7 @@ def require_unconverted(source: Source) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """One analysis under way."""
+    """A running analysis."""
 
     source: Source
     shape: ModelShape
@@ -139,7 +139,7 @@ class _Run:
 
     @property
     def ends(self) -> Plan:
-        """A plan with the full rows that a conversion has."""
+        """A plan with the full rows of a conversion."""
         return self._plan(self.shape.n_layer - 1)
 
     @property
@@ -154,7 +154,7 @@ class _Run:
         return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
 
     def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
-        """Return the steps of the analysis at the most, with `n_gated` windows for the gates."""
+        """Return the maximum steps of the analysis, with `n_gated` windows for the gates."""
         options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
         draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
         probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
@@ -173,7 +173,7 @@ class _Run:
         )
 
     def require_memory(self) -> None:
-        """Raise PopError where memory does not do for the fits."""
+        """Raise PopError if the fits need more memory than is free."""
         if (needs := self._needs) is None:
             return
         free_bytes = memory.free_bytes()
@@ -188,9 +188,9 @@ class _Run:
             )
 
     def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], QualityReference, Windows]:
-        """Read the full model's half, then random tokens at each boundary. Raises PopError.
+        """Read in full, then repeat random tokens at each boundary. Raises PopError.
 
-        Returns how much of copying each boundary keeps, that half, and `n_gated` windows.
+        Returns each boundary's retention of copying, the full reading, and `n_gated` windows.
         """
         options = self.options
         n_probed, n_context, n_answer = options.n_probed, options.n_context, options.n_answer
@@ -207,7 +207,7 @@ class _Run:
         return depths, reference, [[*start, *text] for text in texts]
 
     def fitted(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
-        """Fit the boundaries and measure each; the last layer alone has nothing to fit."""
+        """Fit and measure the boundaries; the last layer alone has nothing to fit."""
         known = {depth.boundary: depth for depth in tried}
 
         def measure(plan: Plan, sidecar: Path) -> DepthCost:

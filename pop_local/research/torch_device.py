@@ -1,4 +1,4 @@
-"""Where torch computes, for what llama.cpp cannot: gradients."""
+"""The torch device for gradients, which llama.cpp does not compute."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TorchDevice:
-    """A device by torch's name, and its fast type of matrices."""
+    """A device's name in torch, and its fast matrix type."""
 
     name: str
     matrices: torch.dtype
 
 
 def torch_device(hardware: Hardware, what: str) -> TorchDevice:
-    """Choose the device, and its number of threads. Raises PopError, `what`, without torch."""
+    """Choose the device and set its threads.
+
+    Raises PopError, with `what` as the consequence, if torch is missing.
+    """
     try:
         import torch
     except ImportError:
@@ -34,7 +37,7 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
     torch.set_num_threads(hardware.n_threads or default_threads())
     if hardware.n_gpu_layers != 0 and torch.cuda.is_available():
         return TorchDevice("cuda", torch.bfloat16)
-    # Other processors have bfloat16 as well, but slower than float32.
+    # On other CPUs bfloat16 is slower than float32.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     is_fast = capabilities.get("avx512_bf16") is True
     return TorchDevice("cpu", torch.bfloat16 if is_fast else torch.float32)
@@ -42,7 +45,7 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
 
 @contextmanager
 def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
-    """Around work of torch's. Raises PopError where `what` finds too little memory."""
+    """Turn torch's out-of-memory errors of a block into PopError; `what` names the work."""
     import torch
 
     try:

@@ -48,7 +48,6 @@ NOT_YET: set[str] = {
     "pop_local/engine/sessions",
     "pop_local/engine/tools",
     "pop_local/measure",
-    "pop_local/research",
     "pop_local/texts",
     "pop_local/ui",
     "pop_local/ui/chat",
