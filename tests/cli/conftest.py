@@ -13,11 +13,13 @@ from support.synthetic import make_gguf
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw random tokens once, and few windows for an error.
+    """Draw random tokens once, few windows for an error, and read one document of look-ups.
 
     Upstream's library takes three processes more: a test of `bench` has them.
     """
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
+    for module in (named, candidate):
+        monkeypatch.setattr(module, "N_DOCUMENTS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
@@ -38,7 +40,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named, "N_WINDOWS", 1)
-    monkeypatch.setattr(named, "N_DOCUMENTS", 1)
 
 
 @pytest.fixture
@@ -47,4 +48,3 @@ def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "STAGES", search.STAGES[:3])
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(candidate, "N_WINDOWS", 2)
-    monkeypatch.setattr(candidate, "N_DOCUMENTS", 1)

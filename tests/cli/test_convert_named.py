@@ -33,7 +33,6 @@ def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget
     # The command, which may be imported only now, has its choices from these names.
     fast = replace(fast, quality=budget.FAST.quality)
     monkeypatch.setattr(examining, "BALANCED", balanced)
-    monkeypatch.setattr(examining, "FAST", fast)
     monkeypatch.setattr(budget, "FAST", fast)
 
 
