@@ -1,4 +1,4 @@
-"""Measure a sidecar anew and write its rule and figures into its keys. Not a test.
+"""Measure a sidecar again and write its rule and figures into its keys. Not a test.
 
     python tests/bench/remeasure_sidecar.py MODEL SIDECAR [--deep-rows names] [--lookups 200]
 
@@ -52,7 +52,7 @@ def remeasure(model: Path, sidecar: Path, options: EvaluateOptions) -> Evaluatio
 
 
 def strictest(found: Evaluation) -> Budget | None:
-    """Return the strictest budget that the figures are within, None if there is none."""
+    """Return the strictest budget that the figures are within, or None."""
     assert found.lookups is not None
     for budget in BUDGETS.values():
         if is_inside(budget, found.quality) and keeps_lookups(budget, found.lookups):
