@@ -9,7 +9,7 @@ from pop_local.models import model_names
 from pop_local.models.model_names import hub_name, hub_names, load_catalog, resolve
 from pop_local.workflows.events import Watch
 from pop_local.workflows.open import base_file
-from support.hub_server import Hub, Repo, asked_here, serving
+from support.hub_server import Hub, Repo, serving, use_hub
 from support.program import called
 from support.synthetic import make_gguf
 
@@ -22,7 +22,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     files = {f"tiny-{quant}.gguf": content + quant.encode() for quant in ("Q4_0", "Q8_0")}
     files["tiny-Q4_0.gguf"] = content
     with serving(Hub(repos={"acme/tiny-GGUF": Repo(files)})) as hub:
-        asked_here(hub, monkeypatch)
+        use_hub(hub, monkeypatch)
         monkeypatch.setenv(model_names.MODELS_VARIABLE, str(tmp_path / "store"))
         yield hub
 

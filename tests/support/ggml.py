@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from support.ggml_library import ASKED, InitParams, Tensor, base, cpu, work_size
+from support.ggml_library import AbortCallback, InitParams, Tensor, base, cpu, work_size
 from support.ggml_ops import (
     OAI,
     Attention,
@@ -253,18 +253,18 @@ class _Graph:
         device.set_n_threads(device.backend, n_threads)
         device.set_use_ref(device.backend, reference)
 
-        def go_on(_: int) -> bool:
+        def never_abort(_: int) -> bool:
             if after_node is not None:
                 after_node()
             return False
 
-        asked = ASKED(go_on)
-        device.set_abort_callback(device.backend, asked, None)
+        callback = AbortCallback(never_abort)
+        device.set_abort_callback(device.backend, callback, None)
         try:
             if status := base.ggml_backend_graph_compute(device.backend, graph):
                 raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
         finally:
-            device.set_abort_callback(device.backend, ASKED(0), None)
+            device.set_abort_callback(device.backend, AbortCallback(0), None)
         for result, array in zip(results, found, strict=True):
             base.ggml_backend_tensor_get(result, array.ctypes.data, 0, array.nbytes)
         return found

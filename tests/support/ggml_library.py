@@ -41,7 +41,7 @@ class InitParams(ctypes.Structure):
 _POINTER, _INT, _INT64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _FLOAT = ctypes.c_float
 # The abort callback, called after each node.
-ASKED = ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER)
+AbortCallback = ctypes.CFUNCTYPE(ctypes.c_bool, _POINTER)
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_init": ([InitParams], _POINTER),
     "ggml_free": ([_POINTER], None),
@@ -126,7 +126,7 @@ def cpu() -> Cpu:
         function("ggml_backend_set_n_threads", None, _POINTER, _INT),
         function("ggml_backend_cpu_set_use_ref", None, _POINTER, ctypes.c_bool),
         function("ggml_pop_kernels", ctypes.c_char_p),
-        function("ggml_backend_set_abort_callback", None, _POINTER, ASKED, _POINTER),
+        function("ggml_backend_set_abort_callback", None, _POINTER, AbortCallback, _POINTER),
     )
 
 

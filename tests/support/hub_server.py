@@ -76,7 +76,7 @@ class Hub:
         return {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}
 
 
-def asked_here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point this process's client, which has already read its environment, to this hub."""
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.ENDPOINT", hub.endpoint)

@@ -46,7 +46,7 @@ PARTS_TEMPLATE = TEMPLATE.replace(
 
 
 @dataclass(frozen=True)
-class Eye:
+class MmprojRecipe:
     """The mmproj to build; `n_text`: width of the text model's states."""
 
     projector: str
@@ -67,11 +67,11 @@ class Eye:
 
 
 EYES = {
-    "llama": Eye("idefics3", image_size=64),
-    "gemma3": Eye("gemma3"),
-    "qwen2vl": Eye("qwen2vl_merger"),
-    "qwen3vl": Eye("qwen3vl_merger", n_deepstack=3),
-    "qwen3vlmoe": Eye("qwen3vl_merger", n_deepstack=3),
+    "llama": MmprojRecipe("idefics3", image_size=64),
+    "gemma3": MmprojRecipe("gemma3"),
+    "qwen2vl": MmprojRecipe("qwen2vl_merger"),
+    "qwen3vl": MmprojRecipe("qwen3vl_merger", n_deepstack=3),
+    "qwen3vlmoe": MmprojRecipe("qwen3vl_merger", n_deepstack=3),
 }
 
 
@@ -103,7 +103,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def make_mmproj(path: Path, vision: Eye) -> Path:
+def make_mmproj(path: Path, vision: MmprojRecipe) -> Path:
     writer = GGUFWriter(path, "clip")
     writer.add_type("mmproj")
     writer.add_name("tiny random vision")
@@ -136,7 +136,7 @@ def make_mmproj(path: Path, vision: Eye) -> Path:
     return path
 
 
-def _tensors(vision: Eye) -> Iterator[tuple[str, Weights]]:
+def _tensors(vision: MmprojRecipe) -> Iterator[tuple[str, Weights]]:
     rng = np.random.default_rng(vision.seed)
     n, wide = vision.n_embd, 4 * vision.n_embd
 

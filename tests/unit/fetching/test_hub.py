@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.hub_server import COMMIT, Hub, Repo, asked_here, serving
+from support.hub_server import COMMIT, Hub, Repo, serving, use_hub
 from support.program import Done, called, run
 
 CHUNK = 1 << 16
@@ -31,7 +31,7 @@ FILES = {
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[Hub]:
     with serving(Hub(repos={"acme/tiny-GGUF": Repo(FILES)})) as hub:
-        asked_here(hub, monkeypatch)
+        use_hub(hub, monkeypatch)
         yield hub
 
 
@@ -148,7 +148,7 @@ def test_ambiguous_lists_the_choices(hub, tmp_path):
 
 def test_no_hub_there(tmp_path, monkeypatch):
     with serving(Hub()) as hub:
-        asked_here(hub, monkeypatch)
+        use_hub(hub, monkeypatch)
     error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF"))
     assert "the hub cannot be reached" in error
     assert "HF_ENDPOINT" in hint
