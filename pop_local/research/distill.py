@@ -71,10 +71,10 @@ class InitialFit:
 class TeacherStates:
     """The full model on the text's windows and on some more that repeat a passage, n_all in all.
 
-    `states` [n_all, n_tokens, n_embd] enter the layer `first`: no fit that is distilled with them
-    begins before. `last` [same] leave the last layer. `likely` [n_all, n_tokens, n_likely] are the
-    likeliest tokens after each row that may be an answer's, 0 for others. `weights`
-    [n_all, n_tokens] say how much each row's prediction counts. All tensors are in main memory.
+    `states` [n_all, n_tokens, n_embd] enter the layer `first`, the first boundary that a fit may
+    have. `last` [same] leave the last layer. `likely` [n_all, n_tokens, n_likely] are the likeliest
+    tokens after each possible answer row, 0 for other rows. `weights` [n_all, n_tokens] are the
+    rows' weights in the loss. All tensors are in main memory.
     """
 
     text: DistillText

@@ -152,19 +152,19 @@ def test_another_model_of_the_same_shape(fitted, tmp_path):
 
 
 def test_a_converted_base(fitted):
-    with pytest.raises(FormatError, match="is converted itself"):
+    with pytest.raises(FormatError, match="is a converted model"):
         PopModel(EngineOptions.of(fitted.single, sidecar=fitted.sidecar))
     with pytest.raises(RuntimeError, match="POP keys of its own"):
         run(Job(str(fitted.single), steps=(), further=(str(fitted.sidecar),)))
 
 
 def test_files_that_are_no_sidecar(fitted):
-    with pytest.raises(FormatError, match="is not a sidecar"):
+    with pytest.raises(FormatError, match="not a sidecar"):
         PopModel(EngineOptions.of(fitted.base, sidecar=fitted.single))
-    with pytest.raises(FormatError, match="is not a sidecar"):
+    with pytest.raises(FormatError, match="not a sidecar"):
         PopModel(EngineOptions.of(fitted.base, sidecar=fitted.base))
     for further in (fitted.single, fitted.base):
-        with pytest.raises(RuntimeError, match="is not a sidecar"):
+        with pytest.raises(RuntimeError, match="not a sidecar"):
             run(Job(str(fitted.base), steps=(), further=(str(further),)))
 
 
@@ -182,7 +182,7 @@ def test_two_sidecars(fitted, tmp_path):
 
 
 REFUSED = {
-    "strip": (("strip", "tiny.pop-sidecar.gguf"), "is not a converted file"),
+    "strip": (("strip", "tiny.pop-sidecar.gguf"), "nothing to strip"),
     "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
     "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
@@ -199,7 +199,7 @@ REFUSED = {
     ),
     "converted model": (
         ("chat", "single.gguf", "--sidecar", "tiny.pop-sidecar.gguf"),
-        "converted itself",
+        "is a converted model",
     ),
 }
 
