@@ -14,6 +14,7 @@ from pop_local.commands.opening import Opener, default_model, lessons, without_r
 from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.model_notes import pruning_state, warn_of_base_model
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.error_output import EXIT_FAILED
@@ -82,11 +83,11 @@ def chat(
         refill=opened.refill,
         teach=lessons,
     )
-    begun.warn_of_base()
+    warn_of_base_model(begun)
     if sys.stdin.isatty():
         context = begun.model.engine.context
         note(f"{context.path}, context of {context.n_ctx:,} tokens.")
-        note(begun.pop_state())
+        note(pruning_state(begun.model))
         calibrator = begun.model.engine.calibrator
         if calibrator is not None and not calibrator.learned.n_rows:
             note(

@@ -1,1 +1,1 @@
-"""All that draws on the terminal."""
+"""Terminal output."""

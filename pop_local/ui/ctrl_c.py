@@ -1,4 +1,4 @@
-"""Ctrl-C that asks first: the work ends between two steps, not within one."""
+"""Deferred Ctrl-C, which stops work between two steps."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """`asked`: whether Ctrl-C has been pressed; `at_once`: it raises, as at a question."""
+    """State of Ctrl-C. `asked`: it was pressed. `at_once`: the next press raises."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False
@@ -16,14 +16,14 @@ class CtrlC:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[CtrlC]:
-    """Only remember the first Ctrl-C; a second one raises at once.
+    """Record the first Ctrl-C and raise KeyboardInterrupt only for the second one.
 
-    A KV cache must not be cut off between a decode and the count of its tokens. Where Ctrl-C is
-    ignored, as in a script's background jobs, it stays ignored.
+    An exception between a decode and its token count would corrupt the KV cache. If Ctrl-C is
+    ignored, as in background jobs of a script, it stays ignored.
     """
     interrupt = CtrlC()
     is_main = threading.current_thread() is threading.main_thread()
-    # None: handled by something that is not Python's, which could not be put back.
+    # None: a handler of C code, which Python could not restore.
     if not is_main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield interrupt
         return

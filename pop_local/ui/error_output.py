@@ -1,4 +1,4 @@
-"""The one place that turns an exception into two lines on stderr and an exit code."""
+"""Conversion of exceptions into two lines on stderr and an exit code."""
 
 import functools
 import logging
@@ -28,13 +28,13 @@ EXIT_PIPE_CLOSED = 141
 
 @contextmanager
 def guard(*, debug: bool) -> Iterator[None]:
-    """Run a command: a failure becomes two lines on stderr and exit code 1, without a trace.
+    """Run a command and turn a failure into two lines on stderr and exit code 1.
 
-    With `debug` the trace comes first, and llama.cpp's log goes to stderr meanwhile.
+    With `debug`, stderr also receives the traceback and llama.cpp's log.
     """
     if debug:
         _log_to_stderr()
-    with suppress(OSError):  # there may be no stderr
+    with suppress(OSError):  # stderr may be closed
         logs.on_abort = _last_words()
     try:
         with _terminations_unwind():
@@ -49,7 +49,7 @@ def guard(*, debug: bool) -> Iterator[None]:
         if isinstance(error, typer.Abort) and isinstance(error.__context__, KeyboardInterrupt):
             raise _stopped() from None
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
-            # typer's own; wrong usage has a message, which quotes what was given.
+            # Errors of typer quote the user's arguments.
             if hasattr(error, "message"):
                 error.message = printable(str(error.message), kept="\n")
             raise
@@ -69,7 +69,7 @@ def as_pop_error(error: Exception) -> PopError:
     if isinstance(error, PopError):
         return error
     if isinstance(error, MemoryError):
-        return PopError("there is not enough memory", hints.MEMORY)
+        return PopError("not enough memory", hints.MEMORY)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return PopError(f"{where}{error.strerror}", hints.os_hint(error))
@@ -77,7 +77,7 @@ def as_pop_error(error: Exception) -> PopError:
 
 
 def show(error: PopError) -> None:
-    """Print the error and its hint on stderr, a line each."""
+    """Print the error and its hint on stderr, one line each."""
     _labelled("error", error.message)
     if hint := hints.hint_of(error):
         _labelled("hint", hint)
@@ -90,8 +90,8 @@ def _labelled(label: str, text: str) -> None:
 
 @functools.cache
 def _last_words() -> Callable[[str], None]:
-    """Return a function that reports why llama.cpp gave up, and ends the process."""
-    # stderr itself leads nowhere while llama_cpp opens a model.
+    """Return a function that reports why llama.cpp aborted, and exits."""
+    # llama_cpp redirects stderr while it opens a model.
     stderr = os.dup(2)
 
     def say(reason: str) -> None:
@@ -105,7 +105,7 @@ def _last_words() -> Callable[[str], None]:
 
 
 class _Printable(logging.Formatter):
-    """llama.cpp logs what is in a model's metadata."""
+    """Escapes log lines, which may quote a model's metadata."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), kept="\n")
@@ -118,7 +118,7 @@ def _log_to_stderr() -> None:
 
 
 def _forget_stdout() -> None:
-    # The reader has gone; without this the interpreter complains again when it flushes at exit.
+    # Otherwise the interpreter reports the closed pipe again at exit.
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, sys.stdout.fileno())
     os.close(devnull)
@@ -126,7 +126,7 @@ def _forget_stdout() -> None:
 
 @contextmanager
 def _terminations_unwind() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit, so that temporary files are cleaned up."""
+    """Raise SystemExit for SIGTERM and SIGHUP, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -135,7 +135,7 @@ def _terminations_unwind() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
-    # One that is ignored already (nohup) stays ignored.
+    # Signals that nohup ignores stay ignored.
     ours = [n for n in numbers if n is not None and signal.getsignal(n) == signal.SIG_DFL]
     for number in ours:
         signal.signal(number, leave)

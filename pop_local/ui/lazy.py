@@ -1,4 +1,4 @@
-"""A typer group that imports a command's module only when that command is used."""
+"""A typer group that imports a command's module on first use."""
 
 import importlib
 import inspect
@@ -16,7 +16,7 @@ HELP_OPTIONS = ["-h", "--help"]
 
 
 def sub_app(**how: Any) -> typer.Typer:
-    """Return an app of which a command is made; `how` goes to typer."""
+    """Return an app for a command or a group; `how`: arguments of typer.Typer."""
     return typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -26,7 +26,7 @@ def sub_app(**how: Any) -> typer.Typer:
 
 
 def imported(package: str, name: str) -> Any:
-    """Return the function, or the Typer app, of a command: that of its name in its own module."""
+    """Return a command's function or Typer app from the module of that name."""
     word = name.replace("-", "_")
     return getattr(importlib.import_module(f"{package}.{word}"), word)
 
@@ -46,15 +46,15 @@ def _command(package: str, name: str) -> Any:
 
 
 def _defaults(command: Any) -> dict[str, Any]:
-    """The settings, as defaults of a command's parameters."""
-    # Required arguments are never filled in: `rm` would take the default model.
+    """Return the settings that are defaults of a command's parameters."""
+    # Never fill in required arguments: `rm` would delete the default model.
     wanted = {param.name for param in command.params if not param.required} & {*settings.KEYS}
     found = settings.given() if wanted else {}
     return {name: value for name, value in found.items() if name in wanted}
 
 
 def _shown_without_type(command: Any, ctx: Any) -> None:
-    """Leave <bool> out behind each flag of a help page, where Typer writes it since 0.29."""
+    """Remove <bool> from flags in help pages, which Typer adds since 0.29."""
     for param in command.get_params(ctx):
         if getattr(param, "is_flag", False):
             param.metavar = ""
@@ -63,21 +63,18 @@ def _shown_without_type(command: Any, ctx: Any) -> None:
 
 
 def _paragraphs(docstring: str | None) -> str:
-    """Join each paragraph's lines; Typer does so only in the first."""
+    """Join the lines of every paragraph; Typer joins only the first one's."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
-    """Return a group class of a package's commands, for `typer.Typer(cls=...)`.
-
-    `commands`: the help of each, by its name.
-    """
+    """Return a class for `typer.Typer(cls=...)`; `commands`: help texts by command name."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
-            # They stand in the listing, and give way to the real ones.
+            # Placeholders for the listing, replaced on use.
             self.commands = {name: TyperCommand(name, help=commands[name]) for name in commands}
 
         def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -92,10 +89,10 @@ def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
                 return name, known, given
             command = _command(package, name)
             _shown_without_type(command, ctx)
-            # Completion and help work whatever the values are.
+            # Completion and help must work with invalid settings.
             if not ctx.resilient_parsing and not {*given} & {*HELP_OPTIONS}:
                 ctx.default_map = {name: _defaults(command)}
-            ctx.obj = [*given]  # which parsing takes apart
+            ctx.obj = [*given]  # parsing empties the list
             return name, command, given
 
         def invoke(self, ctx: Any) -> Any:

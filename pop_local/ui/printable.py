@@ -1,13 +1,13 @@
-"""Makes foreign text (names, metadata, replies) harmless to a terminal."""
+"""Escaping of untrusted text (names, metadata, replies) for terminals."""
 
 import unicodedata
 
-# Control and format characters, halves of surrogates, separators of lines and paragraphs.
+# Control and format characters, surrogates, line and paragraph separators.
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str, *, kept: str = "") -> str:
-    """Escape all that would steer a terminal or cannot be encoded; all of `kept` stays."""
+    """Escape characters that control a terminal or cannot be encoded, except for `kept`."""
     return "".join(
         char.encode("unicode_escape").decode()
         if unicodedata.category(char) in _UNPRINTABLE and char not in kept

@@ -1,4 +1,4 @@
-"""Progress on stderr with the time left: a bar in a terminal, elsewhere a line now and then."""
+"""Progress on stderr: bars in a terminal, occasional lines elsewhere."""
 
 import math
 import sys
@@ -29,9 +29,9 @@ from pop_local.workflows.events import TimeLeft, Unit
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
 _LONG_TOKENS = 256
-# A bar is drawn in the model's own time.
+# Drawing takes time from the model.
 _DRAWN_PER_S = 4
-_SAID_EVERY_S = 20.0
+_LINE_EVERY_S = 20.0
 
 
 @dataclass
@@ -42,15 +42,15 @@ class Pace:
     time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
 
     def left(self) -> str:
-        """Return the time left of the whole in words, "" where it is not known."""
+        """Return the time left for all stages, "" if unknown."""
         if (left_s := self.time_left.left_s) is None:
             return ""
-        about = "at most" if self.time_left.is_at_most else "about"
-        return f"{about} {duration(left_s)} left in all"
+        about = "up to" if self.time_left.is_at_most else "about"
+        return f"{about} {duration(left_s)} left in total"
 
 
 def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
-    """Show (done, total), counted in this unit, while the block runs."""
+    """Show (done, total) in this unit while the block runs."""
     if unit is Unit.BYTES:
         return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), pace)
     return _bar(what, (MofNCompleteColumn(), _TimeLeft(pace)), pace)
@@ -58,7 +58,7 @@ def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[
 
 @contextmanager
 def prefill_progress(what: str) -> Iterator[Advance]:
-    """The same of a prompt's tokens, with the speed; a short one gets no bar."""
+    """Show a prompt's tokens with the speed; short prompts have no bar."""
     with ExitStack() as stack:
         bars: list[Advance] = []
 
@@ -73,7 +73,7 @@ def prefill_progress(what: str) -> Iterator[Advance]:
         yield advance
 
 
-# Tokens come in a few large batches. rich would know a speed after the second one only.
+# Tokens arrive in a few large batches; rich reports a speed only after the second one.
 class _TokensPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed / _taken_s(task):,.0f} tokens/s" if task.completed else "")
@@ -108,9 +108,9 @@ def _in_words(what: str, pace: Pace) -> Advance:
     def advance(done: int, total: int) -> None:
         nonlocal begun
         now_s = time.monotonic()
-        # Work that was done before tells nothing about the time left.
+        # Resumed work does not count for the rate.
         first_done, first_s = begun = begun or (done, now_s)
-        if now_s - pace.said_s < _SAID_EVERY_S or not first_done < done < total:
+        if now_s - pace.said_s < _LINE_EVERY_S or not first_done < done < total:
             return
         pace.said_s = now_s
         left_s = (now_s - first_s) * (total - done) / (done - first_done)
@@ -124,7 +124,7 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...], pace: Pace) -> Iterator[Ad
     if not (err.is_interactive and sys.stderr.isatty()):
         yield _in_words(what, pace)
         return
-    # The last one is the time left.
+    # The last column is the time left.
     columns = (TaskProgressColumn(), wide[-1]) if err.width < _NARROW_COLUMNS else wide
     label = TextColumn("{task.description}", markup=False)
     shown = Progress(

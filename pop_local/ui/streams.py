@@ -1,4 +1,4 @@
-"""Makes stdin, stdout and stderr usable, however a command was started."""
+"""Preparation of stdin, stdout and stderr."""
 
 import codecs
 import io
@@ -7,10 +7,10 @@ import sys
 
 
 def prepare_streams() -> None:
-    """Open a closed stream on the null device, and let stdout take any character.
+    """Open closed streams on the null device, and let stdout encode any character.
 
-    On Windows a pipe or a file gets UTF-8. Names that are no text come out as their bytes; a locale
-    other than UTF-8 gets escapes for characters that it lacks.
+    On Windows, pipes and files receive UTF-8. Undecodable file names are written as their bytes.
+    Other encodings escape characters that they lack.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -1,4 +1,4 @@
-"""Tables, drawn for a terminal or in Markdown; facts, and JSON."""
+"""Tables for terminals and in Markdown, facts and JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rich.text import Text
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import out
 
-# Json escapes the others by itself.
+# json escapes the others.
 _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its title, and what it shows of a row, nothing for None."""
+    """A table column; `cell` returns a row's content, None for an empty cell."""
 
     title: str
     cell: Callable[[Any], object]
@@ -37,7 +37,7 @@ def _texts(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[str]]:
 def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
     drawn = RichTable(header_style="title")
     for column in columns:
-        # Folded, not cut: a name is there to be copied.
+        # Fold long names instead of cutting them, so that they can be copied.
         drawn.add_column(
             column.title, justify="right" if column.numeric else "left", overflow="fold"
         )
@@ -47,7 +47,7 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Any]) -> None:
-    """Print a table on stdout: drawn in a terminal, elsewhere Markdown."""
+    """Print a table on stdout, as Markdown unless it is a terminal."""
     if out.is_terminal:
         out.print(rich_table(columns, rows))
     else:
@@ -55,7 +55,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Any]) -> None:
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Any]) -> str:
-    """Return a Markdown table, its cells padded to read well as text."""
+    """Return a Markdown table with padded cells."""
     head = [column.title for column in columns]
     body = [[text.replace("|", "\\|") for text in texts] for texts in _texts(columns, rows)]
     widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
@@ -80,14 +80,14 @@ def _jsonable(value: object) -> object:
         return dataclasses.asdict(value)
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"no JSON for {type(value).__name__}")
+    raise TypeError(f"cannot encode {type(value).__name__} as JSON")
 
 
 Fact = tuple[str, str]
 
 
 def print_facts(facts: Sequence[Fact]) -> None:
-    """Print labels and values in two columns on stdout, wrapped only in a terminal."""
+    """Print labels and values in two columns on stdout, wrapped in a terminal."""
     facts = [(label, printable(value)) for label, value in facts]
     if not out.is_terminal:
         width = max(len(label) for label, _ in facts)

@@ -1,4 +1,4 @@
-"""The one theme and the two consoles: answers and data on `out`, everything else on `err`."""
+"""The theme and the consoles: `out` for answers and data, `err` for everything else."""
 
 import os
 
@@ -31,12 +31,12 @@ THEME = Theme(
 class _Console(Console):
     @property
     def is_terminal(self) -> bool:
-        """False for a pipe, even with FORCE_COLOR or TTY_COMPATIBLE."""
+        """Return False for a pipe, even with FORCE_COLOR or TTY_COMPATIBLE."""
         return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
 
 
 def _console(*, stderr: bool) -> Console:
-    # rich drops only the colours for NO_COLOR; without a colour system bold and dim go as well.
+    # For NO_COLOR rich only drops colours; without a colour system also bold and dim.
     plain = bool(os.environ.get("NO_COLOR"))
     return _Console(
         theme=THEME,
@@ -50,37 +50,37 @@ out = _console(stderr=False)
 err = _console(stderr=True)
 
 
-# The Pygments style of code in answers; "": no Markdown, as the model wrote them.
+# Pygments styles of code in answers; "": plain text without Markdown.
 LOOKS = {"terminal": "ansi_dark", "dark": "monokai", "light": "default", "plain": ""}
 
 
 def look(name: str) -> str:
-    """Return one of LOOKS, or the Pygments style of this name. Raises PopError.
+    """Return one of LOOKS or a Pygments style by name. Raises PopError.
 
-    It is plain where colours are off, and on a terminal that cannot move its cursor.
+    The result is plain without colours, and on terminals without cursor movement.
     """
     from pygments.styles import get_all_styles
 
     known = {style: style for style in get_all_styles()} | LOOKS
     if name not in known:
         hint = nearest_hint(name, {style: style for style in known}, "known: " + ", ".join(LOOKS))
-        raise PopError(f"there is no theme {name}", hint)
+        raise PopError(f"unknown theme {name}", hint)
     is_plain = os.environ.get("NO_COLOR") or out.is_dumb_terminal or not out.is_terminal
     return LOOKS["plain"] if is_plain else known[name]
 
 
 def say(text: str) -> None:
-    """Print lines of data on stdout; a pipe gets them unchanged."""
+    """Print lines of data on stdout, unchanged for a pipe."""
     out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
 
 
 def note(message: str) -> None:
-    """Print one line of news on stderr."""
+    """Print a line of information on stderr."""
     _tell(message, "note")
 
 
 def warn(message: str) -> None:
-    """Print one line on stderr that the user should not miss."""
+    """Print a warning on stderr."""
     _tell(message, "warn")
 
 

@@ -1,4 +1,4 @@
-"""Keys typed while the program is busy wait for the next prompt, unseen until then."""
+"""Hidden echo of keys that are typed while the program is busy."""
 
 import os
 import sys
@@ -9,13 +9,13 @@ from typing import Any
 if sys.platform != "win32":
     import termios
 
-# The earlier modes of terminals that do not echo now.
+# Original modes of terminals whose echo is off.
 _before: list[list[Any]] = []
 
 
 @contextmanager
 def unechoed_keys() -> Iterator[None]:
-    """Keep typed keys out of an answer, which could not be redrawn with them."""
+    """Turn off the terminal's echo, which would mix typed keys into an answer."""
     if sys.platform == "win32" or not _is_in_foreground():
         yield
         return
@@ -32,14 +32,14 @@ def unechoed_keys() -> Iterator[None]:
 
 
 def echo_again() -> None:
-    """Undo `unechoed_keys`, unless the terminal is gone or belongs to another program."""
+    """Undo `unechoed_keys` if the terminal still belongs to this process."""
     if sys.platform != "win32" and _before and _is_in_foreground():
         with suppress(termios.error):
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, _before.pop())
 
 
 def _is_in_foreground() -> bool:
-    """Tell whether we may change the terminal: from the background, that stops a program."""
+    """Return True if this process may change the terminal; others would be stopped."""
     try:
         return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except OSError:

@@ -1,4 +1,4 @@
-"""A workflow's Watch on the terminal: bars, notes and warnings on stderr, Ctrl-C."""
+"""A workflow's Watch on the terminal, with progress bars, notes and Ctrl-C."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 
 def asked(question: str) -> bool:
-    """Ask whoever sits at the terminal; False where nobody does."""
+    """Ask the user, and return False without a terminal."""
     return sys.stdin.isatty() and typer.confirm(question, default=True, err=True)
 
 
 class _Stages:
-    """One bar at a time, removed before the next stage, before a note, and at the end."""
+    """Progress bars of stages, each removed before a note and before the next stage."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -63,7 +63,7 @@ class _Stages:
 
 @contextmanager
 def terminal_watch() -> Iterator[Watch]:
-    """Show a workflow's progress; Ctrl-C raises KeyboardInterrupt at once."""
+    """Show a workflow's progress; Ctrl-C raises KeyboardInterrupt."""
     stages = _Stages()
     try:
         yield Watch(
@@ -80,7 +80,7 @@ def terminal_watch() -> Iterator[Watch]:
 
 @contextmanager
 def stoppable_watch() -> Iterator[Watch]:
-    """As `terminal_watch`, but the first Ctrl-C only asks to stop, so that a fit can be kept."""
+    """Show progress like `terminal_watch`; the first Ctrl-C only sets `should_stop`."""
     with deferred_interrupt() as interrupt, terminal_watch() as watch:
 
         def may(question: str) -> bool:

@@ -1,1 +1,1 @@
-"""The work of commands as library calls: convert, evaluate, bench, and their shared parts."""
+"""The work of commands as library calls."""

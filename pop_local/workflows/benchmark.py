@@ -35,24 +35,24 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_boundary, model_files
 
-# Whether llama.cpp repacks weights, and whether its attention is flash attention.
+# Values of llama.cpp's options `repack` and `flash_attn`.
 _SETTINGS = {
     "flash attention": (True, True),
     "no flash attention": (True, False),
     "flash attention, weights not repacked": (False, True),
     "no flash attention, weights not repacked": (False, False),
 }
-# Tokens by which llama.cpp's best setting is chosen, at the most.
+# Maximum prompt length for choosing llama.cpp's best setting.
 _N_TRIED = 512
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure, and where.
+    """Options of a benchmark.
 
-    `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
-    file's. `n_ctx` None: what is measured needs. `deep_rows` None: the file's rule. `image`: a
-    picture in each prompt, None for text alone. `mmproj` None: the one next to the model.
+    `n_prompts`: prompt lengths in tokens. `n_pairs`: pairs of runs per length. `image`: a picture
+    in each prompt. None means the file's `boundary` and `deep_rows`, an `n_ctx` as needed, and the
+    `mmproj` next to the model.
     """
 
     n_prompts: tuple[int, ...]
@@ -68,12 +68,11 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed-ups by prompt length, and the circumstances.
+    """Speed-ups by prompt length, with the conditions of the measurement.
 
-    `backend` names the device and the threads. `kernels`: those of ours that read the prompts
-    (`cpu_kernels`), "" where a device does. `is_exact`: the tokens that skip the layers from
-    `boundary` on are of no use there. `upstream`: which setting of llama.cpp without our kernels,
-    the faster one, was measured beside them; None where they do not compute.
+    `backend`: device and threads. `kernels`: see `cpu_kernels`, "" on a GPU. `is_exact`: skipping
+    the layers from `boundary` on loses nothing. `upstream`: llama.cpp's fastest setting without our
+    kernels, None if they are not in use.
     """
 
     model: str
@@ -117,7 +116,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 def _upstream(
     model: PopModel, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
-    """The same model by llama.cpp's own kernels, in the setting that reads fastest, and which."""
+    """Open the model with llama.cpp's kernels. Yield its fastest setting and its `run`."""
 
     def reading(name: str) -> AbstractContextManager[PopModel]:
         repack, flash_attn = _SETTINGS[name]
@@ -135,7 +134,7 @@ def _upstream(
 
     prompt, times_s = text_prompt(model, min(_N_TRIED, max(options.n_prompts))), {}
     tried = counting(len(_SETTINGS), watch.stage("Trying settings of llama.cpp"))
-    for name in _SETTINGS:  # one at a time, for the memory
+    for name in _SETTINGS:  # one at a time, to save memory
         with reading(name) as other:
             times_s[name] = run_rounds([partial(run, other, Mode.OFF, prompt)], 1)[0][0].ttft_s
         tried(1)
@@ -148,15 +147,15 @@ def _upstream(
 def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[PopModel, ModelFiles]]:
-    """The model at the boundary to measure, and its files. Raises PopError."""
+    """Open the model at the boundary to measure. Raises PopError."""
     find = model_files if options.boundary is None else files_at_boundary
     files = find(model, sidecar, watch)
     source = read_source(files.path)
     is_plain = pop_of(source, files.sidecar) is None and not source_shape(source).exact
     if options.boundary is None and is_plain:
         raise PopError(
-            f"{files.path} is not converted: there is nothing to compare",
-            "convert it, or choose a boundary",
+            f"{files.path} is not converted, so there is nothing to compare",
+            "convert it or choose a boundary",
             cause="nothing-to-compare",
             model=files.path,
         )
@@ -175,24 +174,24 @@ def _opened(
 
 
 def _context(source: Source, options: BenchOptions) -> int:
-    """The context to open, which must hold the longest prompt and what is decoded after it."""
+    """Return the context for the longest prompt and its decoded tokens. Raises PopError."""
     n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
-    what = f"the longest prompt takes {n_needed} tokens of context"
+    what = f"the longest prompt needs {n_needed} tokens of context"
     if options.n_ctx is not None and options.n_ctx < n_needed:
         raise PopError(
-            f"{what}, {options.n_ctx} are given",
-            "give a larger context, or shorter prompts",
+            f"{what}, the limit is {options.n_ctx}",
+            "use a larger context or shorter prompts",
             cause="bench-context",
         )
     if trained is not None and trained < n_needed:
         raise PopError(
-            f"{what}, the model has {trained}", "give shorter prompts", cause="bench-trained"
+            f"{what}, the model has {trained}", "use shorter prompts", cause="bench-trained"
         )
     return options.n_ctx or n_needed
 
 
 def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
-    """Return the device with its threads, and the kernels of ours that read prompts there."""
+    """Return the device with its threads, and our kernels in use there."""
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]

@@ -1,4 +1,4 @@
-"""The user's own prompts, answered in full and pruned; answers are kept, so that it can go on."""
+"""Comparison of full and pruned answers to the user's prompts, which can be resumed."""
 
 import hashlib
 import json
@@ -35,11 +35,11 @@ _MODES = {"full": False, "pruned": True}
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """How to answer: greedily, `max_tokens` at most.
+    """Options of a comparison.
 
-    `n_ctx`: the context in tokens, None as for a chat. `answers`: a file that keeps the answers, so
-    that the same work goes on after them; None for none. `mmproj`: for prompts with images, None
-    for the one beside the model.
+    `max_tokens`: maximum length of the greedy answers. `n_ctx`: context length in tokens (default:
+    as for a chat). `answers`: a file that stores the answers, to resume from. `mmproj`: default:
+    the one next to the model.
     """
 
     max_tokens: int = MAX_TOKENS
@@ -59,8 +59,8 @@ def compare_answers(
 ) -> Comparison:
     """Answer all prompts of a file (`read_prompts`) in full, then pruned, and compare.
 
-    The model is given by path or name, and converted. Prompts that begin alike should follow one
-    another: what they share is read once. Raises PopError, StoppedError.
+    The model must be converted. Consecutive prompts share the reading of a common prefix. Raises
+    PopError, StoppedError.
     """
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)
@@ -78,7 +78,7 @@ def compare_answers(
                     ran(1)
         except (KeyboardInterrupt, StoppedError):
             if (path := options.answers) is not None:
-                watch.on_note(f"{path} keeps {len(kept.found)} answers: the same goes on then.")
+                watch.on_note(f"{path} has {len(kept.found)} answers; the same command resumes.")
             raise
         found = tuple(
             compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))
@@ -90,12 +90,12 @@ def compare_answers(
 def _identity(
     files: ModelFiles, mmproj: Path | None, given: PromptFile, max_tokens: int
 ) -> dict[str, Any]:
-    """Return all that answers depend on. Raises PopError for a model that prunes nothing."""
+    """Return everything that answers depend on. Raises PopError for an unconverted model."""
     source = read_source(files.path)
     meta = pop_of(source, files.sidecar)
     if meta is None:
         raise PopError(
-            f"{source.first.path} is not converted: there is nothing to compare",
+            f"{source.first.path} is not converted, so there is nothing to compare",
             "convert it",
             cause="not-converted",
             model=source.first.path,
@@ -104,7 +104,7 @@ def _identity(
     return {
         "model": meta.source_sha256,
         "mmproj": fingerprint(mmproj) if mmproj and has_pictures else None,
-        # With what was measured of it, which differs wherever two fits do.
+        # Includes the measured quality, which differs between two fits.
         "conversion": hashlib.sha256(repr(meta).encode()).hexdigest(),
         "prompts": given.sha256,
         "max_tokens": max_tokens,
@@ -112,9 +112,9 @@ def _identity(
 
 
 class _Kept:
-    """The answers so far, by mode and line, and the file that they are appended to.
+    """The answers so far, by mode and line, and the file that stores them.
 
-    Raises PopError when there is a file of something else.
+    Raises PopError if the file belongs to another comparison.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:

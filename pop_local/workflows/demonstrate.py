@@ -1,4 +1,4 @@
-"""One question about a long document, answered in full and pruned, in pairs."""
+"""Answers to a question about a long document, in full and pruned."""
 
 import importlib.resources
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.speed import Spread, spread
 from pop_local.workflows.events import Watch
 
-# The longest answer, of two.
+# Maximum answer length.
 MAX_TOKENS = 32
 WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """One of the two answers; `ttft_s` is the median of all pairs."""
+    """An answer of the demonstration; `ttft_s` is the median of all pairs."""
 
     text: str
     ttft_s: float
@@ -32,9 +32,9 @@ class TimedAnswer:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """The two answers; `limit`: how many times fewer multiply-accumulates pruning takes.
+    """A full and a pruned answer, with the speed-up of their pairs.
 
-    `speedup` is of the pairs, each an answer in full and one with pruning.
+    `limit`: the ratio of their multiply-accumulates.
     """
 
     model: str
@@ -50,10 +50,9 @@ class Demonstration:
 
 
 def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
-    """Answer in pairs; which comes first changes from pair to pair, and pruning is on at the end.
+    """Answer in pairs with alternating order, and leave pruning on.
 
-    Raises PopError for a model that is not converted, or when the counters do not prove what is
-    measured; StoppedError.
+    Raises PopError for an unconverted model or unexpected row counters, and StoppedError.
     """
     path = opened.engine.context.path
     if opened.engine.cache.exact:
@@ -62,7 +61,7 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
         raise PopError(
             f"{path} is not converted", "convert it first", cause="not-converted", model=path
         )
-    # The first run of all reads the weights from the disk, and would be the slower one.
+    # The first run is slower, because it reads the weights from the disk.
     opened.read(Prompt(opened.engine.context.tokenize(_text("document.md"))[:WARM_UP_TOKENS]))
     pairs = []
     for pair in range(n_pairs):
@@ -89,7 +88,7 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
 
 
 def data_path(name: str) -> Path:
-    """Where a file of the demo lies."""
+    """Return the path of a file of the demo."""
     return Path(str(importlib.resources.files("pop_local") / "data" / name))
 
 
@@ -98,7 +97,7 @@ def _text(name: str) -> str:
 
 
 def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:
-    """Into an empty cache; raises PopError unless the counters prove that it was."""
+    """Answer with an empty cache. Raises PopError for unexpected row counters."""
     opened.engine.set_mode(mode)
     opened.engine.cache.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"

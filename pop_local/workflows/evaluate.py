@@ -39,7 +39,7 @@ from pop_local.workflows.open import files_at_boundary, model_files
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """How to measure. `text`: a file, None for the shipped held-out text.
+    """Options of an evaluation. `text`: a file (default: the shipped held-out text).
 
     `n_lookups`: questions about exact strings of documents, 0 for none. `deep_rows`: which context
     rows run all layers because of their tokens (default: the file's). `n_ctx`: context length in
@@ -55,9 +55,9 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What pruning at one boundary costs a model on a text.
+    """The quality of a model that is pruned at a boundary, on a text.
 
-    `speedup_limit`: by multiply-accumulates. `lookups`: None if none was asked for. `calibration`,
+    `speedup_limit`: by multiply-accumulates. `lookups`: None if not measured. `calibration`,
     `kv_type`: those of fitted projections, else None.
     """
 
@@ -74,7 +74,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """The verdict in words. Raises PopError where a figure is no number."""
+        """Return the verdict in words. Raises PopError if a figure is not a number."""
         return verdict_in_words(measured(self.quality, self.lookups))
 
 
@@ -136,7 +136,7 @@ def _require_projections(source: Source, sidecar: Path | None, boundary: int) ->
 
 @dataclass(frozen=True)
 class _EvaluationRun:
-    """One evaluation under way."""
+    """The inputs of an evaluation."""
 
     source: Source
     shape: ModelShape

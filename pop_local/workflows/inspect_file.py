@@ -1,4 +1,4 @@
-"""The content of a model file or a sidecar: its headers, and on request all of it."""
+"""Inspection of model files and sidecars."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -38,10 +38,10 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class Verification:
-    """The hash of the file as it was before its conversion.
+    """The hash of the original file.
 
-    `unchanged`: whether it is what the conversion read, None when the file does not say.
-    `catalog_name`: the model of the catalog that it is.
+    `unchanged`: it equals the converted model's, None if that is unknown. `catalog_name`: the name
+    of the catalog model with this hash.
     """
 
     sha256: str
@@ -51,9 +51,9 @@ class Verification:
 
 @dataclass(frozen=True)
 class SkippingGain:
-    """The gain of skipping from a layer on for LIMIT_PROMPT tokens, by multiply-accumulates.
+    """The gain of skipping layers for LIMIT_PROMPT tokens, by multiply-accumulates.
 
-    `left_share`: of the skipped layers' work, what is left to context tokens, None if not known.
+    `left_share`: the share of the skipped layers' work that remains, None if unknown.
     """
 
     boundary: int
@@ -63,10 +63,10 @@ class SkippingGain:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The content of a model; `pop` is what the sidecar says if there is one.
+    """The content of a model; `pop`: its keys or its sidecar's.
 
-    `mmproj` is what lies beside it to let it see pictures. `skipping`: None for what cannot be
-    pruned, because of `refused`. `work`: None where nothing counts it.
+    `mmproj`: the multimodal projector in its folder. `skipping`: None for a model that cannot be
+    pruned, with the reason in `refused`. `work`: None if it cannot be counted.
     """
 
     file: str
@@ -93,7 +93,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class SidecarInspection:
-    """The content of a sidecar; `model` None when its model does not lie beside it."""
+    """The content of a sidecar; `model`: None unless it is in the same folder."""
 
     file: str
     size_bytes: int
@@ -112,9 +112,9 @@ def inspect(
     with_hash: bool,
     watch: Watch,
 ) -> Inspection | SidecarInspection:
-    """Look into a file given by path or name, and into its sidecar: given, beside it or shipped.
+    """Inspect a file by path or name, with its sidecar.
 
-    `with_hash` reads all of it. Raises PopError, StoppedError.
+    `with_hash` reads the whole file. Raises PopError, StoppedError.
     """
     path = resolve(model)
     header = read_header(path)
@@ -128,18 +128,18 @@ def inspect(
 
 
 def require_unchanged(found: Inspection | SidecarInspection) -> None:
-    """Raises FormatError when the hash is not that of the model that was converted."""
+    """Raise FormatError if the hash differs from the converted model's."""
     if found.verification is not None and found.verification.unchanged is False:
         path = found.file if isinstance(found, Inspection) else found.model
         raise FormatError(
-            f"{path} does not hold the model that was converted", "convert the model again"
+            f"{path} differs from the model that was converted", "convert the model again"
         )
 
 
 def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
     """Hash the model without its POP keys. Raises FormatError, StoppedError."""
     content = original(source, meta) if meta else read_content(source, without=PREFIX)
-    ran = counting(content.data_bytes, watch.stage("Reading all of it", Unit.BYTES))
+    ran = counting(content.data_bytes, watch.stage("Reading the file", Unit.BYTES))
     sha256 = copy_data(content, content.header, lambda chunk: None, ran)
     return Verification(
         sha256=sha256,
@@ -149,7 +149,7 @@ def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
 
 
 def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspection:
-    """With the model beside it, if it is there: it must be the right one then."""
+    """Inspect a sidecar. Raises FormatError if the model in its folder does not match."""
     meta = sidecar_meta(header)
     path = base_path(header.path, meta.source_name)
     source = read_source(path) if path else None
@@ -157,8 +157,8 @@ def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspect
         pop_of(source, header.path)
     if with_hash and source is None:
         raise FormatError(
-            f"the model {meta.source_name} does not lie beside {header.path}",
-            "say where it is: give the model, and this as its sidecar",
+            f"the model {meta.source_name} is not in the folder of {header.path}",
+            "inspect the model, with this file as its sidecar",
             cause="sidecar-alone",
             sidecar=header.path,
         )
@@ -183,7 +183,7 @@ def _of_model(
     first = source.first
     architecture = first.get("general.architecture")
     if not isinstance(architecture, str):
-        raise FormatError(f"{first.path} names no architecture", "give a language model")
+        raise FormatError(f"{first.path} has no architecture", "give a language model")
     name = first.get("general.name")
     mmproj = None if architecture == ARCHITECTURE else find_mmproj(first.path)
     skipping, refused = None, ""
@@ -216,7 +216,7 @@ def _of_model(
 
 
 def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
-    """At the file's boundary, else where tokens leave exactly, else at two thirds."""
+    """Count at the file's boundary, else at the exact one, else at two thirds."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
     if not 0 < boundary <= skipping.last:
@@ -239,7 +239,7 @@ def _groups(tensors: Iterable[TensorInfo]) -> tuple[TensorGroup, ...]:
     for tensor in tensors:
         counts[tensor.type] += 1
         sizes[tensor.type] += tensor.size_bytes
-    # Some may be newer than the gguf package.
+    # The gguf package may not know newer types.
     names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
     return tuple(
         TensorGroup(names.get(kind, f"type {kind}"), counts[kind], n_bytes)

@@ -1,4 +1,4 @@
-"""From learned sums to a sidecar: solved, measured on what was read, taken where it is better."""
+"""Conversion of learned sums into sidecars, measured on the user's prompts."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import measured
 
 _NAME = "prompts that were read here"
-# Windows of what was read, without which nothing is measured.
+# Minimum number of held-out windows for a measurement.
 LEAST_WINDOWS = 6
 _N_CONTINUATION = 128
 _N_DRAWS = 4
@@ -45,7 +45,7 @@ _N_DRAWS = 4
 
 @dataclass(kw_only=True)
 class _LearnedFitter(PlanFitter):
-    """Solves the sums at each boundary, in the place of a calibration."""
+    """Solves learned sums instead of calibrating."""
 
     learner: OnlineCalibrator
     sums: Sums
@@ -73,9 +73,9 @@ class _LearnedFitter(PlanFitter):
 
 
 class OnlineCalibration:
-    """Makes sidecars of what an open model learns, while nobody waits for it.
+    """Creates sidecars from an open model's learned sums while the model is idle.
 
-    `loss`: of the fit in use, None before it is known.
+    `loss`: the loss of the fit in use, None until it is measured.
     """
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
@@ -97,7 +97,7 @@ class OnlineCalibration:
 
     @property
     def has_work(self) -> bool:
-        """Whether `idle` would do something."""
+        """Return True if `idle` has work."""
         return self._learner.has_work or self._is_due
 
     @property
@@ -107,11 +107,10 @@ class OnlineCalibration:
         return self._search is not None or is_enough
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Add rows that wait; once they are enough, solve and measure.
+        """Add waiting rows, and solve and measure once there are enough.
 
-        Returns a sidecar that is better than the one in use, written: the deepest within the
-        budget, on what was read and on shipped facts. A stopped call is continued by the next.
-        Raises PopError.
+        Return a written sidecar that is better than the one in use: the deepest within the budget.
+        The next call resumes an interrupted one. Raises PopError.
         """
         self._should_stop = should_stop
         self._learner.work(should_stop)
@@ -127,7 +126,7 @@ class OnlineCalibration:
 
     def _tried(self) -> LearnedFit | None:
         search = self._search = self._search or self._begun()
-        if search is None:  # forgotten meanwhile
+        if search is None:  # the sums were deleted in the meantime
             self._end()
             return None
         if self._model.engine.cache.boundary and self._in_use is None:
@@ -154,7 +153,7 @@ class OnlineCalibration:
         return LearnedFit(target, plan.boundary, plan.speedup_limit, n_rows)
 
     def _take(self, quality: Quality) -> None:
-        """This is the loss of the fit in use."""
+        """Set the loss of the fit in use."""
         self._in_use = quality
         self.loss = Loss(
             quality.n_windows,
@@ -201,7 +200,7 @@ class OnlineCalibration:
             return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
 
     def _is_better(self, chosen: Candidate) -> bool:
-        """Deeper than the one in use, or as deep and closer to the full model, or that is lost."""
+        """Return True for a deeper fit, or for a closer one at the same depth."""
         before = self._in_use
         if before is None or not is_inside(self._budget, before):
             return True
@@ -211,7 +210,7 @@ class OnlineCalibration:
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
-        """The rows of the next try: half as many more, but no more than the sums would forget."""
+        """Return the rows for the next attempt: up to half more, limited by what the sums keep."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.shape.n_embd) / 2
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""A model opened to be measured, and the figures that a file stores of the result."""
+"""Opening of models to measure, and the figures that a file stores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from pop_local.workflows.hardware import Hardware
 def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
-    """Open a model that the watch may stop while llama.cpp reads; `options` as for PopModel."""
+    """Open a model that the watch can stop; `options`: see `EngineOptions.of`."""
     model = PopModel(
         EngineOptions.of(files.path, sidecar=files.sidecar, **vars(hardware), **options)
     )
@@ -41,11 +41,11 @@ def row_options(plan: Plan) -> dict[str, Any]:
 
 
 def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
-    """Return the figures that a converted file stores. Raises PopError where one is no number."""
+    """Return the figures that a converted file stores. Raises PopError if one is not a number."""
     names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
     found = {name: getattr(quality, name).value for name in names}
     if any(map(isnan, found.values())):
-        raise PopError("what the model predicts is no number", "download it again")
+        raise PopError("the model predicts values that are not numbers", "download it again")
     found |= {error: getattr(quality, name).se or 0.0 for error, name in _ERRORS.items()}
     if lookups is None:
         return Measured(**found)

@@ -1,4 +1,4 @@
-"""From a model's name or path to its files, and to an opened model."""
+"""Opening of models by name or path."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
 
-# From so much free memory on, two prompts are answered at once.
+# Minimum free memory in bytes for two slots.
 _MEMORY_FOR_TWO = 8e9
-# The catalog's best models by the free memory that they want, in bytes.
+# The catalog's best models, with the free memory that they need in bytes.
 _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
 
@@ -75,14 +75,14 @@ def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     except PopError as error:
         if n_parallel is not None or error.cause != "one-sequence":
             raise
-        watch.on_note(f"One request at a time: {error.message}.")
+        watch.on_note(f"Using one slot: {error.message}.")
         opened = opened_with(1)
     _warn_of_context(opened.engine.context, watch)
     if options.learn and not options.full and len(opened.engine.sequences) == 1:
         try:
             opened.learn()
         except PopError as error:
-            watch.on_note(f"It does not learn: {error.message}.")
+            watch.on_note(f"Learning is off: {error.message}.")
     return opened
 
 
@@ -94,7 +94,7 @@ def _fitting_files(options: "EngineOptions", watch: Watch) -> ModelFiles:
         try:
             pop_of(read_source(files.path), files.sidecar)
         except FormatError as error:
-            watch.on_warning(PopError(f"left out: {error.message}"))
+            watch.on_warning(PopError(f"ignoring the sidecar: {error.message}"))
             return ModelFiles(files.path)
     return files
 
@@ -102,13 +102,12 @@ def _fitting_files(options: "EngineOptions", watch: Watch) -> ModelFiles:
 def _warn_of_context(context: "Context", watch: Watch) -> None:
     n_ctx = context.options.n_ctx
     if n_ctx and context.n_ctx > n_ctx:
-        watch.on_note(f"The context holds {context.n_ctx:,} tokens: llama.cpp rounds it up.")
+        watch.on_note(f"llama.cpp rounds the context up to {context.n_ctx:,} tokens.")
     if n_ctx and n_ctx > context.n_ctx_train:
         watch.on_warning(
             PopError(
-                f"the model was trained on {context.n_ctx_train:,} tokens:"
-                " it reads badly what lies past them",
-                "take a smaller context",
+                f"the model was trained on {context.n_ctx_train:,} tokens and is unreliable beyond",
+                "use a smaller context",
             )
         )
 
@@ -130,31 +129,33 @@ def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
     n_each = n_ctx or default_ctx(source.first)
     with suppress(PopError):
         n_bytes = kv_bytes(source_shape(source), n * n_each)
-        watch.on_note(f"{n} requests at once, {n_each:,} tokens each: {size(n_bytes)} of K and V.")
+        watch.on_note(f"{n} slots of {n_each:,} tokens each, {size(n_bytes)} of KV cache.")
 
 
 def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open (`_files`); a sidecar that was not asked for is named."""
+    """Return the files to open (`_files`), with a note on an implicit sidecar."""
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
         named = str(files.sidecar)
         if is_shipped(files.sidecar):
-            named = f"{files.sidecar.name}, which comes with pop-local"
+            named = f"{files.sidecar.name} (shipped with pop-local)"
         elif is_learned(files.sidecar):
-            named = "what was learned from your prompts"
-        watch.on_note(f"Pruning by {named}.")
+            named = "the fit learned from your prompts"
+        watch.on_note(f"Sidecar: {named}.")
     return files
 
 
 def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open: with the sidecar given, the one beside the model or a shipped one.
+    """Return the files to open, with the given sidecar or the model's (`sidecar_of`).
 
-    One of the catalog is fetched first, and its sidecar is shipped.
+    A catalog model is fetched first.
     """
     if sidecar is not None:
         if not sidecar.is_file():
             raise PopError(
-                f"there is no sidecar {sidecar}", "convert the model to one", cause="no-sidecar"
+                f"there is no sidecar {sidecar}",
+                "convert the model to one",
+                cause="no-sidecar",
             )
         return ModelFiles(base_file(model, watch), sidecar)
     is_catalogs = not (Path(model).is_file() or stored_model(model))
@@ -165,20 +166,14 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open for a boundary that fitted projections cannot have.
-
-    So no sidecar is looked for, and of the catalog's model the unconverted file is taken.
-    """
+    """Return the files to open at a new boundary, with a sidecar only if it is explicit."""
     if sidecar is None:
         return ModelFiles(base_file(model, watch))
     return model_files(model, sidecar, watch)
 
 
 def base_file(model: str, watch: Watch) -> Path:
-    """Return the model without POP keys; one of the catalog or of a hub is fetched first.
-
-    Raises PopError.
-    """
+    """Return the model without POP keys, after fetching it if necessary. Raises PopError."""
     try:
         return resolve_base(model)
     except PopError as error:

@@ -147,7 +147,7 @@ def test_on_other_architectures_the_probes_still_run(tmp_path, text):
     assert len(json.loads(done.stdout)["boundaries"]) == 2
 
 
-def test_too_little_memory_says_how_much_and_what_to_lower(model, text, monkeypatch):
+def test_too_little_memory_is_reported_with_a_remedy(model, text, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(needs, "free_bytes", lambda: 100_000_000)
     done = analyze(model, "--text", text, *UNFITTED)
@@ -175,9 +175,7 @@ def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason
 
 
 @pytest.mark.parametrize(("context", "is_enough"), [(34, False), (35, True)])
-def test_too_short_a_context_is_said_before_anything_is_loaded(
-    model, text, monkeypatch, context, is_enough
-):
+def test_a_short_context_is_refused_before_loading(model, text, monkeypatch, context, is_enough):
     def load(*_: object, **options: object) -> NoReturn:
         raise PopError("loaded")
 

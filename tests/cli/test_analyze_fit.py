@@ -1,4 +1,4 @@
-"""`pop-local analyze` with a fit: what is fitted, what is chosen, what it takes."""
+"""`pop-local analyze` with a fit: the fitted boundaries, the choice, the memory."""
 
 import json
 from dataclasses import replace
@@ -54,8 +54,8 @@ def test_the_choice_is_named_an_estimate(model, text):
     ]
     assert row.split("|")[1].strip() == "3"
     assert "2,048 tokens" in done.stdout
-    assert "balanced would take boundary 3" in done.stdout
-    assert "an estimate from 2 windows" in done.stdout
+    assert "balanced allows boundary 3" in done.stdout
+    assert "estimated from 2 windows" in done.stdout
 
 
 def test_without_a_fit_the_own_projections_decide(model, text, monkeypatch):
@@ -69,7 +69,7 @@ def test_without_a_fit_the_own_projections_decide(model, text, monkeypatch):
     monkeypatch.setattr(budget, "BALANCED", nothing)
     assert report(model, "--text", text, "--no-gates")["chosen"]["boundary"] is None
     done = analyze(model, "--text", text, "--no-gates", *UNFITTED)
-    assert "no boundary that was measured is within the balanced budget" in done.stdout
+    assert "no measured boundary is within the balanced budget" in done.stdout
 
 
 def test_tokens_without_a_fit_are_wrong_usage(model):
@@ -99,7 +99,7 @@ def test_prose_is_measured_down_to_one_boundary_past_hope():
     assert set(_boundaries(depths[:3])) == {9, 8, 7}
     # 9 saves too little.
     assert set(_boundaries([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}
-    # A model that does not copy: nothing says where to stop.
+    # A model that does not copy has no cliff.
     assert _boundaries([replace(d, retention=None) for d in depths]) == [9, 8, 7, 6, 5, 4]
 
 

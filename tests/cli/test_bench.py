@@ -78,17 +78,17 @@ def test_a_speedup_above_the_limit_is_explained(capsys, limit, is_above):
     found = workflow.Speed("m.gguf", None, "CPU", "ours", 4, False, 8, 0, None, (row,))
     show_speed(found)
     shown = capsys.readouterr().out
-    assert ("Above the limit" in shown) == is_above and "ours" not in shown
+    assert ("exceed the limit" in shown) == is_above and "ours" not in shown
     show_speed(replace(found, upstream="without flash attention"))
     shown = capsys.readouterr().out
-    assert "ours, beside llama.cpp's own (without flash attention)" in shown
+    assert "ours, compared with llama.cpp's (without flash attention)" in shown
     assert "TTFT llama.cpp (s)" in shown
 
 
 def test_table_is_markdown_on_stdout(pop_file):
     done = bench(pop_file, "--prompt", "100", "--repeat", 1)
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{pop_file}: context tokens skip layers 4 to 7 of 8"
+    assert lines[0] == f"{pop_file}: prompt tokens skip layers 4 to 7 of 8"
     _, rule, row = (line for line in lines if line.startswith("|"))
     assert set(rule) <= set("|-: ")
     assert row.split("|")[1].strip() == "100"
@@ -128,7 +128,7 @@ def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--prompt", "100", "--ctx", "64"), "64 are given"),
+        (("--prompt", "100", "--ctx", "64"), "the limit is 64"),
         (("--prompt", "5000"), "the model has 4096"),
         (("--prompt", "100", "--boundary", "8"), "boundary 8"),
     ],
@@ -163,7 +163,7 @@ def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):
     assert "pop-local convert" in done.stderr
 
 
-# --- what is measured
+# --- measurements
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def model(pop_file):
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_each_run_reads_the_whole_prompt_again(model, mode):
+def test_each_run_reads_the_whole_prompt(model, mode):
     tokens = text_prompt(model, 100)
     counters = {speed.run(model, mode, tokens).read.counters for _ in range(3)}
     assert counters == {Counters(0, 100) if mode is Mode.OFF else Counters(83, 17)}
@@ -228,7 +228,7 @@ def test_what_was_read_for_the_limit_answers_nothing(model):
     np.testing.assert_array_equal(read(model, list(tokens.tokens)), expected)
 
 
-def test_what_upstream_takes_is_measured_beside_ours(model):
+def test_upstream_is_measured_next_to_our_kernels(model):
     with PopModel(
         EngineOptions.of(model.engine.context.path, n_ctx=512, n_threads=1, kernels=False)
     ) as other:

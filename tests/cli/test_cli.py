@@ -173,13 +173,13 @@ def test_a_question_that_is_not_utf8_is_an_ordinary_error(tmp_path, template):
     assert done.stderr.startswith("error: the prompt is not UTF-8 text\n")
 
 
-def test_special_tokens_in_a_question_are_text_unless_told_otherwise(tmp_path):
+def test_special_tokens_in_a_question_are_text_by_default(tmp_path):
     template = "{{ messages[0]['content'] }}"
     model = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=template)
     words = ("run", model, "</s></s></s>", "--json", "--max-tokens", 1, "--threads", 1)
     asked = [json.loads(called(*words, *more).stdout) for more in ((), ("--parse-special",))]
     n_prompt = [found["stats"]["n_prompt"] for found in asked]
-    assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece begins text with a space
+    assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece adds a space at the start
 
 
 def test_options_without_effect_get_a_word(tmp_path):
@@ -188,7 +188,7 @@ def test_options_without_effect_get_a_word(tmp_path):
     done = called("run", path, "hi", *given, "--threads", 1)
     assert done.returncode == 0
     for words in (
-        "The context holds 256 tokens",
+        "llama.cpp rounds the context up to 256 tokens",
         "--refill idle has no effect: one question leaves no idle time",
         "--image-tokens has no effect: this model has no mmproj",
     ):
@@ -215,7 +215,7 @@ PIPED = "piped lines leave no idle time"
         ("llama.pop.gguf", "chat", ""),
     ],
 )
-def test_who_asks_for_refilling_hears_why_there_is_none(tmp_path, monkeypatch, file, words, why):
+def test_refilling_without_effect_is_explained(tmp_path, monkeypatch, file, words, why):
     tiny(tmp_path, boundary=4)
     monkeypatch.setattr("pop_local.server.app.run_app", lambda app, listening: None)
     command, *options = words.split()
@@ -227,7 +227,7 @@ def test_who_asks_for_refilling_hears_why_there_is_none(tmp_path, monkeypatch, f
     assert not why or warned[0].endswith(f" has no effect: {why}")
 
 
-def test_pull_into_what_is_no_folder(tmp_path):
+def test_pull_into_a_path_that_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     done = called("pull", "smollm2", "--dir", str(tmp_path / "file" / "models"))
     assert done.returncode == 1
@@ -236,7 +236,7 @@ def test_pull_into_what_is_no_folder(tmp_path):
     assert "Apache-2.0" in licence
     assert error.startswith("error: ")
     assert error.endswith("Not a directory")
-    assert "not a folder" in hint
+    assert "a part of it is a file" in hint
 
 
 def test_debug_shows_the_trace_before_the_two_lines():
@@ -277,7 +277,7 @@ def test_guard_turns_failures_into_two_lines(capsys, error, line, hint):
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, StoppedError])
-def test_guard_says_that_it_was_stopped(capsys, stopped):
+def test_guard_reports_a_stop(capsys, stopped):
     with pytest.raises(typer.Exit) as leaving, error_output.guard(debug=False):
         raise stopped
     assert leaving.value.exit_code == 130

@@ -64,15 +64,15 @@ def test_a_table_shows_what_differs(pop_file, mine):
     done = answered(pop_file, mine)
     assert done.exit_code == 0, done.stderr
     facts = " ".join(done.stdout.split())
-    assert "Right in full 1, pruned 1, of 2; 0 in full only, 0 pruned only" in facts
-    assert "Not pruned 2, which are short, or cached" in facts
+    assert "Right in full 1, pruned 1, of 2; only in full 0, only pruned 0" in facts
+    assert "Not pruned 2, short or cached" in facts
     found = compared(pop_file, mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert found["n_same"] < 3
     assert len(rows) == 2 + 3 - found["n_same"]
 
 
-def test_it_goes_on_where_it_was_stopped(pop_file, mine, tmp_path, monkeypatch):
+def test_a_stopped_comparison_resumes(pop_file, mine, tmp_path, monkeypatch):
     kept = tmp_path / "answers.jsonl"
     left = iter(range(4))
 
@@ -84,7 +84,7 @@ def test_it_goes_on_where_it_was_stopped(pop_file, mine, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_local.workflows.compare_answers.answered", counted)
     stopped = answered(pop_file, mine, "--answers", kept)
     assert stopped.exit_code == 130
-    assert "keeps 4 answers" in " ".join(stopped.stderr.split())
+    assert "has 4 answers" in " ".join(stopped.stderr.split())
     with kept.open("a") as file:
         file.write('{"mode": "pruned", "line": 2, "te')
     monkeypatch.undo()
@@ -135,10 +135,10 @@ def test_prompts_that_do_not_fit_are_named(pop_file, mine):
 def test_a_model_that_prunes_nothing_is_refused(mine, tmp_path):
     refused = answered(make_gguf(tmp_path / "plain.gguf", "llama"), mine)
     assert refused.exit_code == 1
-    assert "there is nothing to compare" in refused.stderr
+    assert "so there is nothing to compare" in refused.stderr
     assert "convert it first: pop-local convert" in refused.stderr
 
 
-def test_a_server_that_is_not_there_is_one_clear_error(pop_file, mine):
+def test_an_unreachable_server_is_one_clear_error(pop_file, mine):
     unreachable = answered(pop_file, mine, "--rpc", "127.0.0.1:1")
     assert (unreachable.exit_code, "cannot be reached" in unreachable.stderr) == (1, True)

@@ -1,4 +1,4 @@
-"""`pop-local convert`: the plan, what is written, split models, the command."""
+"""`pop-local convert`: the plan, the output, split models, the command."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_plan_of_another_model(tiny, tmp_path):
         convert(make_plan(read_shape(other)), tiny, tmp_path / "out.gguf")
 
 
-# --- what is written
+# --- output
 
 
 @pytest.mark.parametrize("arch", sorted(DEFAULTS))
@@ -187,7 +187,7 @@ def test_missing_parts_are_named(tmp_path):
     assert all(part.name in raised.value.message for part in parts[1:])
 
 
-def test_later_part_says_which_to_give(tmp_path):
+def test_a_later_part_names_the_first(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     with pytest.raises(FormatError, match="not the first part") as raised:
         read_shape(parts[1])
@@ -218,7 +218,7 @@ def test_parts_of_another_model(tmp_path):
 # --- the command
 
 
-def test_command_prints_its_plan_and_writes_beside(tiny, tmp_path):
+def test_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
     done = command(tiny, "--skip", "1/4")
     assert done.exit_code == 0
     assert "FFFFFFSS" in done.stdout
@@ -235,7 +235,7 @@ def test_a_dry_run_refuses_the_output_that_a_conversion_would(tiny, tmp_path):
         assert reason in " ".join(refused.stderr.split())
 
 
-def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     planned = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--dry-run", "--json").stdout)
     assert names(tmp_path) == {"tiny.gguf"}
     assert planned.pop("source_sha256") is None

@@ -1,4 +1,4 @@
-"""`convert --distill`: what a search tries, what is refused beforehand, what may go wrong."""
+"""`convert --distill`: the tried candidates, refusals, failures."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
 
 
 def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path, monkeypatch):
-    """The fits are trained on so little here that what is inside says nothing about them."""
+    """The fits are trained on too little text for a meaningful loss."""
     read, trained = followed(monkeypatch)
     monkeypatch.setattr(searching, "N_DEEPER", 2)
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, rea
     tiny = make_gguf(tmp_path / "tiny.gguf", arch)
     done = convert(tiny, "--distill", *options)
     assert done.exit_code == 1
-    assert reason in done.stderr and "leave out --distill" in done.stderr
+    assert reason in done.stderr and "remove --distill" in done.stderr
     assert names(tmp_path) == {"tiny.gguf"}
 
 
@@ -155,7 +155,7 @@ def test_distilling_wants_torch_and_memory(tiny, monkeypatch):
         done = convert(tiny, "--distill")
         assert done.exit_code == 1
         assert "distilling the fit needs" in done.stderr
-        assert "close other programs, or leave out --distill" in " ".join(done.stderr.split())
+        assert "close other programs or remove --distill" in " ".join(done.stderr.split())
     monkeypatch.setitem(sys.modules, "torch", None)
     done = convert(tiny, "--distill")
     assert done.exit_code == 1

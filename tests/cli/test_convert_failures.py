@@ -43,7 +43,7 @@ main()
 """
 
 
-# --- what is refused before writing
+# --- refusals before writing
 
 
 def test_existing_output_stays(tiny, tmp_path):
@@ -132,7 +132,7 @@ def test_disk_too_small_is_seen_before_writing(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [0, 1_000_000, -1])
 def test_damage_on_the_way_is_noticed(tiny, tmp_path, monkeypatch, at):
-    """One bit that the disk gets wrong: the file is read back, and not kept."""
+    """A flipped bit on the disk: the file is verified and deleted."""
     real = rewrite._verify
 
     def verify(written: Path, *rest: object) -> None:
@@ -165,7 +165,7 @@ def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
 
 
 def unknown_usage(folder: Path, real=shutil.disk_usage):
-    """As a network drive tells it that does not know."""
+    """The answer of a network drive that does not know it."""
     return real(folder)._replace(total=0, used=0, free=0)
 
 
@@ -203,7 +203,7 @@ def unprivileged() -> Iterator[Path]:
     folder.chmod(0o777)
     before = os.geteuid()
     if before == 0:
-        os.seteuid(65534)  # nobody
+        os.seteuid(65534)  # an unprivileged user
     yield folder
     os.seteuid(before)
     shutil.rmtree(folder)

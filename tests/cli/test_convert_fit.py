@@ -52,7 +52,7 @@ from pop_local.cli import main
 sys.argv = ["pop-local", *sys.argv[1:]]
 main()
 """
-# The command, which keeps each window, examines little, and says when it begins to read.
+# The command, which saves each window, measures little, and reports its start.
 KEEPING = """
 import sys
 from pop_local.calibration import job
@@ -148,7 +148,7 @@ def test_a_wide_fit(tiny, tmp_path, words, short_examination):
 
 
 def test_where_it_is_cheap_the_kind_is_measured(tmp_path, words, short_examination, monkeypatch):
-    """Few K/V heads beside a wide FFN; which is taken is not for a fit to noise to show."""
+    """Few K/V heads with a wide FFN; a fit to noise does not show which one is better."""
     monkeypatch.setattr(fits, "_N_WINDOWS", 1)
     monkeypatch.setattr(fits, "_WORTH", -100.0)
     model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
@@ -219,7 +219,7 @@ def test_too_few_tokens(tiny, tmp_path):
 
 
 def test_a_singular_gram(tmp_path, words):
-    """As many tokens as inputs, but the first of each window does not count."""
+    """N tokens for N inputs, but the first token of each window does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
     fit = FitOptions(texts=(words,), tokens=2048, ridge=0.0)
     with pytest.raises(PopError, match="singular"):
@@ -245,7 +245,7 @@ def test_options_that_belong_to_nothing_are_wrong_usage(tiny):
 
 
 def stopped(folder: Path, *arguments: object) -> str:
-    """Ctrl-C while the second window is read; returns what was said."""
+    """Press Ctrl-C while the second window is read, and return stderr."""
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, *map(str, arguments), *FEW],
         stdin=subprocess.PIPE,
@@ -292,7 +292,7 @@ def test_ctrl_c_and_resume(tiny, tmp_path, words, short_examination):
 
 @posix
 def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, words):
-    """At random moments; a conversion that is done before begins anew."""
+    """Kill at random moments; a conversion that finished earlier is started again."""
     target, kept = tmp_path / "tiny.pop.gguf", tmp_path / ".tiny.pop.gguf.calibration"
     rng, n_kills = random.Random(0), 0
 

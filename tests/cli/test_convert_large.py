@@ -77,7 +77,7 @@ def test_a_named_projection_is_fitted_without_own_ones(tiny, letters, own_pass_a
     assert {kind for boundary, kind in tried if boundary < 7} == {"fitted"}
 
 
-def test_a_stopped_search_goes_on_with_the_same_fits(tiny, letters, own_pass_at, monkeypatch):
+def test_a_stopped_search_resumes_with_the_same_fits(tiny, letters, own_pass_at, monkeypatch):
     own_pass_at(7)
     options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
 

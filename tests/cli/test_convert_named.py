@@ -1,4 +1,4 @@
-"""`convert` at a depth that the user named: what is measured, what it warns of."""
+"""`convert` at a depth that the user named: measurements and warnings."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def shown(model: Path) -> str:
     return CliRunner().invoke(app, ["inspect", str(model)]).stdout
 
 
-def test_own_projections_are_measured_when_a_quality_is_asked_for(tiny, tmp_path, monkeypatch):
+def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as unmeasured:
         unmeasured.setattr(examining, "measure_prunings", None)
         done = convert(tiny, "--projection", "own", "--boundary", 5, "--tail", 600)
@@ -105,7 +105,7 @@ def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, mon
     assert "no fit restores that" in " ".join(done.stderr.split())
 
 
-def test_a_context_shorter_than_what_is_measured_is_warned_of(tmp_path):
+def test_a_context_shorter_than_a_window_is_warned_of(tmp_path):
     path = make_gguf(tmp_path / "short.gguf", "llama", n_ctx_train=256)
     done = convert(path, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr

@@ -105,7 +105,7 @@ def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monk
     assert limits == sorted(limits) and limits[0] < limits[-1]
 
 
-def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, monkeypatch):
+def test_measurements_that_choose_a_kind_are_reused(tiny, letters, monkeypatch):
     monkeypatch.setattr(needs, "MAX_WIDE_COST", 1.0)
     n_read: list[int] = []
 
@@ -120,7 +120,7 @@ def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, 
     assert n_read == [2]
     found = json.loads(done.stdout)
     stages = [phase["name"] for phase in found["phases"]]
-    # Both windows of both kinds are the first boundary's, which the search begins with.
+    # Both windows of both kinds are the first boundary's, where the search starts.
     assert stages[1:4] == ["Reading in full", "Measuring", "Measuring boundary 4"]
     first = found["tried"][0]
     assert (first["boundary"], first["n_windows"]) == (5, 2)
@@ -144,7 +144,7 @@ def test_no_trial_reads_the_model_to_hash_it(tiny, letters, monkeypatch):
 
 
 def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
-    """The last layer's own projections are exact; a random model loses all else."""
+    """The last layer's own projections are exact; a random model loses the other ones."""
     done = convert(tiny, *FEW, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -285,15 +285,18 @@ def test_what_no_fit_could_use_is_refused_before_measuring(
         assert reason in " ".join(refused.stderr.split())
 
 
-def test_dry_run_says_what_would_be_tried(tiny, tmp_path, monkeypatch):
+def test_dry_run_lists_the_candidates(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    assert re.search(r"at most 1\.\d\dx if only the first is inside, \d\.\d\dx if all are", facts)
+    limit = r"up to 1\.\d\dx for [\d,]+ prompt tokens if only the first is inside, \d\.\d\dx if all"
+    assert re.search(limit, facts)
     assert "16,384 tokens in one pass" in facts
-    assert re.search(r"Memory [\d.]+ MB beside the model's file, [\d.]+ MB for the fit", facts)
+    assert re.search(
+        r"Memory [\d.]+ MB in addition to the model file, [\d.]+ MB for the fit", facts
+    )
     short_of_memory = convert(tiny, "--dry-run", "--memory", 0).stdout
     assert "up to 15 passes" in " ".join(short_of_memory.split())
     assert "near-lossless allows KL 0.015, perplexity ratio 1.01" in facts

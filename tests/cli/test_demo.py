@@ -34,11 +34,11 @@ def tiny_file(tmp_path_factory):
 
 
 def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
-    """As `make demo` runs it, with the shipped sidecar."""
+    """The run of `make demo`, with the shipped sidecar."""
     done = run("demo", "--threads", 1, smollm2, "--pairs", 1)
     assert done.returncode == 0, done.stderr
     [said] = [line for line in done.stderr.splitlines() if not line.endswith(" left")]
-    assert "pop-sidecar.gguf, which comes with pop-local" in said
+    assert "pop-sidecar.gguf (shipped with pop-local)" in said
     assert done.stdout.count("first token after") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
     assert done.stdout.count("The light is never late") == 2, "both know it from the document"
@@ -59,7 +59,7 @@ def test_a_speedup_above_the_count_is_explained(capsys, least, is_above):
     show_demonstration(
         Demonstration("m.gguf", 4, 8, "Why?", 17, answer, answer, 3, speedup, limit=1.425)
     )
-    assert ("More than the count" in capsys.readouterr().out) == is_above
+    assert ("exceeds the count" in capsys.readouterr().out) == is_above
 
 
 def test_json_has_all_figures_and_the_counters_add_up(tiny_file, short):
@@ -80,7 +80,7 @@ def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     assert least <= middle <= most
 
 
-def test_in_a_terminal_it_goes_on_as_a_chat_with_the_settings(tiny_file, monkeypatch):
+def test_in_a_terminal_a_chat_with_the_settings_follows(tiny_file, monkeypatch):
     pexpect = pytest.importorskip("pexpect", reason="a pseudo-terminal is needed")
     monkeypatch.setenv("POP_LOCAL_TEMPERATURE", "0.5")
     monkeypatch.setenv("POP_LOCAL_SYSTEM", "Be brief.")
@@ -88,25 +88,25 @@ def test_in_a_terminal_it_goes_on_as_a_chat_with_the_settings(tiny_file, monkeyp
     arguments += ["--pairs", "1"]
     child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=120)
     child.expect("Tokens pruned")
-    child.expect("/exit leaves")
+    child.expect("/exit to quit")
     child.sendline("/full")
-    child.expect("Pruning is on")
+    child.expect("Fast reading is on")
     child.sendline("/set")
     child.expect("temperature is 0.5")
     child.expect("seed is 3")
     child.sendline("/system")
-    child.expect("The system prompt is: Be brief")
+    child.expect("System prompt: Be brief")
     child.sendline("/exit")
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
 
 
-def test_settings_are_looked_at_before_it_begins(tiny_file, monkeypatch):
+def test_settings_are_checked_first(tiny_file, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_THEME", "darc")
     done = demo(tiny_file, *WIDE)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "there is no theme darc" in done.stderr
+    assert "unknown theme darc" in done.stderr
 
 
 def test_an_unconverted_model_is_refused(tmp_path):
@@ -115,7 +115,7 @@ def test_an_unconverted_model_is_refused(tmp_path):
     assert "pop-local convert" in done.stderr
 
 
-def test_a_context_too_small_for_the_document_says_so(tiny_file):
+def test_a_context_too_small_for_the_document_is_reported(tiny_file):
     done = demo(tiny_file, "--ctx", 512)
     assert done.returncode == 1
     assert "the context holds 512" in done.stderr

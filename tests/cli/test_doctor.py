@@ -98,8 +98,8 @@ def test_missing_backend_must_be_fixed(install, monkeypatch):
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
-def test_llama_cpp_python_beside_ours_must_go(tmp_path, monkeypatch, is_ours):
-    """One of the system, whose files a virtual environment's hide, does no harm."""
+def test_llama_cpp_python_next_to_ours_is_a_problem(tmp_path, monkeypatch, is_ours):
+    """A hidden system package outside the virtual environment is no problem."""
     folder = tmp_path / "llama_cpp"
     if is_ours:
         folder.symlink_to(Path(llama_cpp.__file__).parent)
@@ -184,7 +184,7 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     [({}, backend.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
 )
 def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
-    """As libgomp itself says, in a process that loads it."""
+    """The number that libgomp reports in a process that loads it."""
     given = given | {"OMP_DISPLAY_ENV": "VERBOSE"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SPINNING)}
     load = "from pop_local.engine.llama.backend import bindings; bindings()"
@@ -228,7 +228,7 @@ def test_default_model_is_looked_for(install, tmp_path):
     assert checks()["model"]["found"] == str(file)
 
 
-def test_a_model_that_is_read_exactly_is_said_to_be(install, tmp_path, monkeypatch):
+def test_exact_skipping_of_a_model_is_shown(install, tmp_path, monkeypatch):
     install()
     path = make_shared(tmp_path / "model.gguf", "gemma4")
     monkeypatch.setenv("POP_LOCAL_MODEL", str(path))

@@ -137,7 +137,7 @@ def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, rea
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where temporary folders go."""
+    """The folder of temporary files."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -150,7 +150,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_boundary_is_measured_with_a_fit_of_its_own(plain, text, temporary):
+def test_a_boundary_is_measured_with_its_fit(plain, text, temporary):
     fit = ("--fit", "--tokens", 2048, "--kv-type", "f16")
     options = (plain, "--text", text, "--skip")
     # The first skipped layer's own projections are exact.
@@ -165,7 +165,7 @@ def test_a_boundary_is_measured_with_a_fit_of_its_own(plain, text, temporary):
     assert not list(temporary.iterdir())
 
 
-def test_a_fitted_file_says_how_it_was_fitted(plain, text, temporary, tmp_path):
+def test_the_fit_is_described(plain, text, temporary, tmp_path):
     options = ("--fit", "--fit-text", words(tmp_path), "--boundary", 5, "--tokens", 2048)
     done = evaluate(plain, "--text", text, *SHORT, "--lookups", 0, *options)
     assert done.exit_code == 0, done.output
@@ -187,7 +187,7 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
         (["--ctx", "700"], "no look-ups (--lookups 0)"),
     ],
 )
-def test_what_does_not_fit_is_said_before_the_fit(plain, text, monkeypatch, options, reason):
+def test_refusals_come_before_the_fit(plain, text, monkeypatch, options, reason):
     monkeypatch.setattr("pop_local.workflows.evaluate.measure_fits", None)
     done = evaluate(plain, "--text", text, *SHORT, "--fit", "--skip", "1/4", *options)
     assert done.exit_code == 1
@@ -221,7 +221,7 @@ def test_look_ups_are_reported_in_full_and_pruned(pop_file, text):
     assert report["verdict"] in said
 
 
-def test_without_look_ups_the_verdict_says_so(pop_file, text):
+def test_without_look_ups_the_verdict_mentions_it(pop_file, text):
     report = measured(pop_file, "--text", text)
     assert report["lookups"] is None
     assert "Exact strings: not measured." in report["verdict"]
@@ -238,4 +238,4 @@ def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path
         done = evaluate(*given, "--skip", 2)
         assert done.exit_code == 1
         assert "has projections for boundary 4 only" in done.stderr
-        assert "measure other boundaries on the model itself" in done.stderr
+        assert "measure other boundaries on the original model" in done.stderr

@@ -1,5 +1,5 @@
 """Each write, rename and operation on a folder fails in turn: the old file stays, or the new one is
-whole; nothing else is left, and one error says why."""
+whole; nothing else is left, and one error gives the reason."""
 
 import hashlib
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def check(
 ) -> None:
     """`work` writes a file into a folder and returns its error; again and again, until none fails.
 
-    `kept`: what may be left after an error. `makes_folder`: `work` does, where there is none.
+    `kept`: what may be left after an error. `makes_folder`: `work` creates a missing folder.
     """
     seen = []
     for before in (None, b"mine"):

@@ -33,7 +33,7 @@ FOLDERS = (
     *(Path(pop_local.__file__).parent / room for room in ROOMS),
 )
 LIBRARY = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
-# pip, which it runs, is told what to do by options.
+# Options of pip, which it runs.
 RUNS_PIP = "fetching/catalog.py"
 
 # At the end of a piece its name follows from a variable: f"--{name}".
@@ -113,7 +113,7 @@ def test_a_cause_is_shown_in_the_words_of_the_command_line(capsys):
     error_output.show(
         PopError("too few", "give 512 tokens", cause="too-few-tokens", n_least=512, n_default=9)
     )
-    assert "hint: give --tokens 512 or more; the default is 9\n" in capsys.readouterr().err
+    assert "hint: use --tokens 512 or more (default: 9)\n" in capsys.readouterr().err
 
 
 def test_without_a_cause_the_library_has_the_word():

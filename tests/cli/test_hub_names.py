@@ -1,4 +1,4 @@
-"""A model of a hub goes wherever a command takes a model: it is fetched when a person says so."""
+"""A model of a hub goes wherever a command takes a model: it is fetched after confirmation."""
 
 from collections.abc import Iterator
 from unittest.mock import Mock
@@ -27,7 +27,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_a_person_is_asked_once_and_the_name_is_that_file_from_then_on(hub, tmp_path):
+def test_the_user_confirms_once_and_the_name_stays_bound_to_the_file(hub, tmp_path):
     may = Mock(return_value=True)
     watch = Watch(may=may)
     path = base_file(TINY, watch)
@@ -39,13 +39,13 @@ def test_a_person_is_asked_once_and_the_name_is_that_file_from_then_on(hub, tmp_
     assert may.call_count == 1 and not hub.requests
 
 
-def test_what_is_there_under_another_name_is_taken_unasked(hub):
+def test_an_existing_file_of_another_name_needs_no_confirmation(hub):
     path = base_file(TINY, Watch(may=lambda question: True))
     assert base_file("hf:acme/tiny-GGUF", Watch()) == path
 
 
 @pytest.mark.parametrize("command", ["run", "serve", "bench", "convert", "analyze", "inspect"])
-def test_without_a_terminal_each_command_says_what_fetches_it(hub, command):
+def test_without_a_terminal_each_command_names_the_pull_command(hub, command):
     done = called(command, TINY, *["hi"] * (command == "run"))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-2:] == [
@@ -55,7 +55,7 @@ def test_without_a_terminal_each_command_says_what_fetches_it(hub, command):
     assert not hub.downloads()
 
 
-def test_convert_asks_too(hub, tmp_path, monkeypatch):
+def test_convert_asks_for_confirmation(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_local.ui.watch.asked", lambda question: True)
     done = called("convert", TINY, "--skip", "2", "--projection", "own", "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -91,12 +91,12 @@ def test_chat_attaches_pictures(path):
     shown = chatted(path, "/image", f"/image '{a}'", "/image", "what?", f"/image {b}", "and?")
     assert "# No picture is attached" in shown
     assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 2
-    assert shown.count("# It goes with your next question.") == 2
+    assert shown.count("# It will be sent with your next question.") == 2
     assert "pictures 48 tokens, encoded in" in shown
     assert "pictures 96 tokens, encoded in" in shown
 
 
-def test_chat_says_what_fills_the_context(path):
+def test_chat_shows_the_contents_of_the_context(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "/context", "what?", "/stats", "/context", "/retry")
     assert "1. 55 asked" in shown
@@ -104,7 +104,7 @@ def test_chat_says_what_fills_the_context(path):
     assert shown.count("pictures 48 tokens") >= 2
 
 
-def test_chat_refuses_what_is_no_picture(path):
+def test_chat_refuses_files_that_are_no_pictures(path):
     folder = path.parent
     shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
     assert f"! {folder / 'no.png'} is no picture that can be read; give a PNG" in shown
@@ -113,7 +113,7 @@ def test_chat_refuses_what_is_no_picture(path):
     assert "--mmproj FILE" in shown
 
 
-def test_refilling_says_what_it_cannot(path, tmp_path):
+def test_refilling_reports_its_limits(path, tmp_path):
     assert "several positions each (M-RoPE)" in chatted(path, "/refill idle")
     gemma = make_seeing(tmp_path, "gemma3")
     (tmp_path / "a.png").write_bytes(png(3))
@@ -135,7 +135,7 @@ def test_a_picture_larger_than_the_context(path):
     lines = (f"/image {big}", "s", "/image", f"/image {big}", "l", "/image", "what?")
     shown = chatted(path, *lines, n_ctx=256)
     assert "tokens more than there is room for" in shown
-    assert "# Nothing is attached.\n> /image\n# No picture is attached" in shown
+    assert "# Nothing was attached.\n> /image\n# No picture is attached" in shown
     assert "pictures 361 tokens" in shown
 
 
@@ -145,7 +145,7 @@ def test_a_model_that_cannot_see_what_was_shown(path):
     shown = chatted(path, *lines)
     blind = "* This model is open without an mmproj, and cannot see the pictures"
     assert shown.count(blind) == 1
-    assert shown.count("/undo and /clear drop what it cannot see") == 1
+    assert shown.count("/undo and /clear remove pictures") == 1
     assert shown.endswith("0 of 1,024 tokens are used (0%).\n")
     shown = chatted(path, "/load shown", "/sessions", mmproj=None)
     assert blind in shown and "# shown: 1 turn" in shown
@@ -204,7 +204,7 @@ def test_inspect_and_doctor_name_it(path):
     assert json.loads(done.stdout)["mmproj"] == str(path.parent / "mmproj.gguf")
     assert "mmproj.gguf" in called("inspect", path).stdout
     found = called("inspect", path.parent / "mmproj.gguf")
-    assert "lets a model see" in found.stdout
+    assert "multimodal projector" in found.stdout
     done = called("doctor", POP_LOCAL_MODEL=str(path))
     assert "mmproj.gguf" in done.stdout
 

@@ -71,7 +71,7 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_folder_is_shown_with_what_is_damaged(store):
+def test_the_folder_is_shown_with_damaged_files(store):
     done = pop_local("list")
     assert done.exit_code == 0
     head, _, *body = rows(done.stdout)
@@ -94,7 +94,7 @@ def test_the_folder_is_shown_with_what_is_damaged(store):
 def test_a_pipe_is_a_problem_and_is_not_read(store):
     path = store / "pipe.gguf"
     os.mkfifo(path)
-    # Whoever reads it all the same need not wait for ever.
+    # Reading it anyway must not block.
     writer = threading.Thread(target=lambda: path.open("wb").close())
     writer.start()
     problem = the("pipe", store).problem
@@ -172,20 +172,20 @@ def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
     assert ("truncated" if damage == "cut" else "does not belong") in model.problem
 
 
-def test_a_sidecar_without_its_model_is_said(store):
+def test_a_sidecar_without_its_model_is_reported(store):
     sidecar(store)
     (store / "Tiny.Q8_0.gguf").unlink()
     assert "not in this folder" in the("Tiny.Q8_0.pop-sidecar", store).problem
 
 
-def test_an_incomplete_split_model_says_what_is_missing(store):
+def test_an_incomplete_split_model_names_its_missing_parts(store):
     missing = sorted(store.glob("parted-*.gguf"))[1]
     missing.unlink()
     assert missing.name in the("parted", store).problem
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_an_empty_folder_says_what_to_do(tmp_path, monkeypatch, exists):
+def test_an_empty_folder_suggests_a_command(tmp_path, monkeypatch, exists):
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "none"))
     if exists:
         (tmp_path / "none").mkdir()
@@ -229,7 +229,7 @@ def test_the_nearest_name_is_suggested(store, name, nearest):
     assert f"did you mean {nearest}?" in failure.value.hint
 
 
-def test_rm_takes_one_model_and_tells_what_was_freed(store):
+def test_rm_removes_one_model_and_reports_the_freed_space(store):
     before = set(store.iterdir())
     freed = (store / "Tiny.Q8_0.gguf").stat().st_size
     done = pop_local("rm", "tiny.q8_0", "--yes", "--json")
@@ -371,7 +371,7 @@ def test_of_names_that_differ_in_case_the_exact_one_is_meant(name, found):
     assert known_name(name, ["Foo", "foo", "Bar"]) == found
 
 
-def test_rm_does_not_take_what_is_no_model(store):
+def test_rm_refuses_files_that_are_no_models(store):
     done = pop_local("rm", "notes.txt", "--yes")
     assert done.exit_code == 1
     assert (store / "notes.txt").exists()

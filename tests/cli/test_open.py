@@ -77,7 +77,7 @@ def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shi
     fetching, pruning = "".join(said.err).splitlines()
     assert fetching.startswith(f"Fetching {DEFAULT_MODEL} (92.9 MB) into ")
     assert "licence Apache-2.0" in fetching
-    assert pruning == f"Pruning by {shipped.name}, which comes with pop-local."
+    assert pruning == f"Sidecar: {shipped.name} (shipped with pop-local)."
     assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     assert "Fetching" not in capsys.readouterr().err
 
@@ -114,7 +114,7 @@ def test_how_many_are_answered_at_once(tmp_path, monkeypatch, free_gb, how, n):
     options = EngineOptions.of(tiny(tmp_path), **(wanted | how))
     with opening.open_model(options, Watch(on_note=notes.append)) as model:
         assert len(model.engine.sequences) == n
-    assert notes == [] or f"{max(2, n)} requests at once, 256 tokens each" in notes[0]
+    assert notes == [] or f"{max(2, n)} slots of 256 tokens each" in notes[0]
 
 
 def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_model_that_learns_answers_one_at_a_time(tmp_path, monkeypatch):
         assert len(model.engine.sequences) == 1 and model.engine.calibrator is not None
 
 
-def test_a_person_is_asked_before_the_default_model_is_fetched(store, monkeypatch):
+def test_the_user_confirms_fetching_the_default_model(store, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=0))
     monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
     asked = Mock(return_value=False)
@@ -151,14 +151,14 @@ def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
     assert files(str(other)) == ModelFiles(other)
 
 
-def test_a_conversion_says_that_a_sidecar_is_there(shipped, tmp_path):
+def test_a_conversion_mentions_a_shipped_sidecar(shipped, tmp_path):
     given = ["convert", str(tmp_path / "tiny.gguf"), "--dry-run", "--json"]
     planned = CliRunner().invoke(app, given)
     assert planned.exit_code == 0 and json.loads(planned.stdout)
     assert f"pop-local ships {shipped.name}" in " ".join(planned.stderr.split())
 
 
-def test_one_beside_the_model_comes_first(shipped, tmp_path):
+def test_a_sidecar_next_to_the_model_comes_first(shipped, tmp_path):
     base = tmp_path / "tiny.gguf"
     own = Path(shutil.copy(shipped, tmp_path / "tiny.pop-sidecar.gguf"))
     assert files(str(base)) == ModelFiles(base, own)
@@ -180,13 +180,13 @@ def test_the_unconverted_file_of_a_name(store, tmp_path):
     assert at_depth(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
 
 
-def test_a_path_is_taken_as_it_is(store, tmp_path, capsys):
+def test_a_path_is_used_unchanged(store, tmp_path, capsys):
     path = tmp_path / "tiny.gguf"
     assert files(str(path)) == ModelFiles(path)
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_stored_under_a_name_comes_before_the_catalog(store, capsys):
+def test_stored_models_precede_the_catalog(store, capsys):
     own = make_gguf(store / "smollm2.gguf", "llama", n_layer=4)
     assert files("smollm2") == ModelFiles(own)
     assert at_depth("smollm2") == own
@@ -201,5 +201,5 @@ def test_a_folder_does_not_hide_a_name_of_the_catalog(store, shipped, tmp_path, 
 
 def test_unknown_names_and_paths_are_refused(store):
     for model in ("nonsense", "no/such/file.gguf"):
-        with pytest.raises(PopError, match="there is no"):
+        with pytest.raises(PopError, match=r"no model named|no file"):
             files(model)

@@ -51,7 +51,7 @@ def test_its_limits_and_names_are_the_options(wrong):
     assert called("box", *wrong).exit_code == 2
 
 
-def test_the_help_has_it_under_its_heading():
+def test_the_help_shows_options_under_their_heading():
     shown = called("--help").stdout
     assert shown.index("Options") < shown.index("How large") < shown.index("From left to right.")
 

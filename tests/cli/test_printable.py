@@ -51,7 +51,7 @@ def test_messages(tell, capsys):
     assert is_harmless(shown)
 
 
-def test_data_is_escaped_in_a_terminal_and_as_it_is_in_a_pipe(monkeypatch, capsys):
+def test_data_is_escaped_in_a_terminal_and_unchanged_in_a_pipe(monkeypatch, capsys):
     theme.say(EVIL)
     assert capsys.readouterr().out == EVIL + "\n"
     monkeypatch.setattr(theme.out, "_force_terminal", True)

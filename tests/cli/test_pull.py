@@ -38,7 +38,7 @@ def test_a_url_goes_into_the_models_folder_and_its_path_is_printed(hub, tmp_path
     assert (tmp_path / "store" / "tiny.gguf").read_bytes() == MODEL
 
 
-def test_it_says_what_a_fit_would_take(hub, tmp_path):
+def test_pull_prints_the_cost_of_a_fit(hub, tmp_path):
     hub.plain["model.gguf"] = make_gguf(tmp_path / "model.gguf", "llama").read_bytes()
     done = pull(hub.url("model.gguf"), "--dir", str(tmp_path / "store"))
     assert "`pop-local convert`, memory: " in done.stderr and "for the fit" in done.stderr
@@ -52,7 +52,7 @@ def test_a_right_hash_is_silent(hub, tmp_path):
 
 
 @pytest.mark.parametrize("sha256", ["abc", "g" * 64, ""])
-def test_what_is_no_hash(hub, tmp_path, sha256):
+def test_invalid_hashes_are_refused(hub, tmp_path, sha256):
     done = pull(hub.url("tiny.gguf"), "--dir", str(tmp_path), "--sha256", sha256)
     assert (done.returncode, done.stdout) == (1, "")
     assert "is not a SHA-256 hash" in done.stderr
@@ -67,7 +67,7 @@ def test_a_hash_is_for_urls(name):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_keeps_what_arrived_and_says_so(hub, tmp_path):
+def test_ctrl_c_keeps_the_download_and_mentions_how_to_resume(hub, tmp_path):
     hub.stall = STALL
     partial = tmp_path / "tiny.gguf.partial"
     with subprocess.Popen(

@@ -138,7 +138,7 @@ def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
     assert given() == {"threads": 4}
 
 
-def test_the_file_of_a_user_who_is_not_there(monkeypatch):
+def test_the_file_of_an_unknown_user(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
     with pytest.raises(PopError, match="that home folder does not exist"):
         load()
@@ -315,7 +315,7 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
         (["set", "ctx", "9" * 400], "bits is not a whole number from 1 to 2,147,483,647"),
         (["set", "models_dir", "~nobody-at-all/x"], "that home folder does not exist"),
         (["set", "models_dir", ""], "an empty path is not allowed"),
-        (["set", "theme", "drak"], "theme: there is no theme drak"),
+        (["set", "theme", "drak"], "theme: unknown theme drak"),
         (["set", "system", "\udcff"], r"system: '\udcff' is not text"),
         (["unset", "thread"], "did you mean threads?"),
     ],

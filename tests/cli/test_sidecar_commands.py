@@ -72,7 +72,7 @@ def fitted(tmp_path) -> Pair:
 # --- convert
 
 
-def test_it_lies_beside_the_model_which_stays_as_it_is(base):
+def test_the_sidecar_is_next_to_the_unchanged_model(base):
     before = base.read_bytes()
     done = convert(base, "--boundary", 4, "--json")
     found = json.loads(done.stdout)
@@ -120,7 +120,7 @@ def test_parts_have_one_sidecar(tmp_path):
 
 
 def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
-    """The model to measure is opened with both; fit and measuring have tests of their own."""
+    """The model to measure is opened with both; other tests cover fit and measuring."""
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 
@@ -151,11 +151,11 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
 # --- finding it
 
 
-def test_it_is_found_beside_the_model_and_said_so(base, sidecar, capsys):
+def test_a_sidecar_next_to_the_model_is_found_and_named(base, sidecar, capsys):
     assert model_files(str(base)) == ModelFiles(base, sidecar)
     said = capsys.readouterr()
     assert said.out == ""
-    assert f"Pruning by {sidecar}." in said.err.replace("\n", "")
+    assert f"Sidecar: {sidecar}." in said.err.replace("\n", "")
 
 
 def test_it_can_be_named(base, sidecar, capsys):
@@ -198,7 +198,7 @@ def test_run(base, sidecar):
     assert (found["boundary"], found["full"]) == (4, False)
     assert found["stats"]["n_pruned"] > 0
     done = command(*arguments, "--full")
-    assert "Pruning by" not in done.stderr
+    assert "Sidecar:" not in done.stderr
     found = json.loads(done.stdout)
     assert found["stats"]["n_pruned"] == 0
     elsewhere = sidecar.rename(base.with_name("other.gguf"))
@@ -253,7 +253,7 @@ def test_inspect_of_the_model(base, sidecar):
     assert found["verification"]["unchanged"] is True
     lines = command("inspect", base).stdout.splitlines()
     assert any(line.startswith("Sidecar") and str(sidecar) in line for line in lines)
-    assert any("opens it as before" in line for line in lines)
+    assert any(line.endswith("opens it") for line in lines)
 
 
 def test_inspect_of_the_sidecar(base, sidecar):
@@ -280,7 +280,7 @@ def test_inspect_of_a_sidecar_alone(base, sidecar, tmp_path):
     assert json.loads(command("inspect", alone, "--json").stdout)["model"] is None
     done = command("inspect", alone, "--verify")
     assert done.exit_code == 1
-    assert "does not lie beside" in done.stderr
+    assert "is not in the folder of" in done.stderr
     done = command("inspect", base, "--sidecar", alone, "--verify", "--json")
     assert json.loads(done.stdout)["verification"]["unchanged"] is True
 
@@ -294,7 +294,7 @@ def test_verify_finds_a_changed_weight(base, sidecar):
     for path in (base, sidecar):
         done = command("inspect", path, "--verify")
         assert done.exit_code == 1
-        assert "does not hold the model that was converted" in done.stderr
+        assert "differs from the model that was converted" in done.stderr
 
 
 def test_verify_of_a_fitted_copy(fitted):

@@ -1,4 +1,4 @@
-"""Sidecars that do not belong, were edited or cut short: an error that says so, never a crash."""
+"""Sidecars that do not belong, were edited or cut short: a clear error, never a crash."""
 
 import shutil
 from collections.abc import Callable

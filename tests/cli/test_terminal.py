@@ -72,10 +72,10 @@ def test_ctrl_c_ends_the_question_of_a_command_that_defers_it(hub):
 
 
 def test_second_turn_reuses_the_first(model):
-    """A cache that was refilled meanwhile would stay when pruning is switched off."""
+    """A refilled cache would stay when pruning is switched off."""
     options = ("--max-tokens", "5", "--refill", "off")
     chat = terminal("chat", str(model), *options, *ANSWER_OPTIONS)
-    chat.expect("Pruning is on: context tokens skip the layers from 5 on")
+    chat.expect("Fast reading is on: prompt tokens skip the last 3 of 8 layers")
     chat.expect_prompt()
     chat.line("hello there, " * 20)
     chat.expect(STATS)
@@ -85,7 +85,7 @@ def test_second_turn_reuses_the_first(model):
     chat.expect(STATS)
     assert chat.group(2) >= n_first - 20
     chat.line("/full on")
-    chat.expect("Pruning is off")
+    chat.expect("Fast reading is off")
     chat.line("and now?")
     chat.expect(STATS)
     assert (chat.group(2), chat.group(3)) == (0, 0)
@@ -123,7 +123,7 @@ def test_ctrl_c_in_run_is_exit_130(model):
     assert run.expect_end() == 130
 
 
-def test_a_prompt_longer_than_the_context_is_asked_about(model, tmp_path):
+def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("a word " * 1000)
     chat = terminal("chat", str(model), "--ctx", "256", "--max-tokens", "3", *ANSWER_OPTIONS)
@@ -135,11 +135,11 @@ def test_a_prompt_longer_than_the_context_is_asked_about(model, tmp_path):
     chat.expect_prompt()
     assert "skip it" not in chat.text
     chat.line("long " * 150)
-    chat.expect(r"The context is too small by [\d,]+ tokens")
-    chat.expect(r"l  take a larger context \(--ctx (\d+)\)")
+    chat.expect(r"Context is [\d,]+ tokens too small")
+    chat.expect(r"l  use a larger context \(--ctx (\d+)\)")
     n_ctx = chat.group(1)
     chat.line("l")
-    chat.expect(f"The context holds {n_ctx:,} tokens now")
+    chat.expect(f"The context now has {n_ctx:,} tokens")
     chat.expect(STATS)
     assert chat.group(1) > 256
     chat.line("/exit")
@@ -161,7 +161,7 @@ def test_no_color_in_a_narrow_terminal(model):
 def test_progress_and_facts_fit_a_narrow_terminal(model):
     inspect = terminal("inspect", str(model), "--verify", width=40)
     inspect.expect_end()
-    assert "Reading all of it" in inspect.raw
+    assert "Reading the file" in inspect.raw
     lines = ESCAPE.sub("", inspect.raw).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 40
     assert called("inspect", model, "--verify").stderr == ""
@@ -242,7 +242,7 @@ def test_bad_models_are_one_error(command, tmp_path, model):
     assert done.returncode == 0
 
 
-def test_run_refuses_what_is_no_text(model, tmp_path):
+def test_run_refuses_binary_input(model, tmp_path):
     image = tmp_path / "image.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     done = called("run", str(model), "What is it?", "--file", str(image))
@@ -267,7 +267,7 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
         error,
     )
     assert found and int(found[2]) == int(found[1]) + 64 - 512
-    larger = re.fullmatch(r"hint: take a larger context \(--ctx (\d+)\) or give less text", hint)
+    larger = re.fullmatch(r"hint: use a larger context \(--ctx (\d+)\) or shorten the prompt", hint)
     assert larger
     assert called(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
     file.write_text("a word " * 1000)

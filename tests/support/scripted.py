@@ -59,6 +59,7 @@ class ScriptedModel:
                 n_ctx_train=8192,
                 no_refill="",
                 meta=None,
+                shape=SimpleNamespace(n_layer=30),
                 macs=lambda n_prompt, boundary, n_full: 1,
                 tokenize=self._tokenize,
                 detokenize=lambda tokens: " ".join(self._words[token] for token in tokens),

@@ -1,4 +1,4 @@
-"""/file, /glob and /image: what goes with the next question, counted before it is read."""
+"""/file, /glob and /image: attachments of the next question, and their token counts."""
 
 import glob
 import os
@@ -14,14 +14,14 @@ from pop_local.engine.images.pictures import Picture, read_picture
 from pop_local.texts.document import Document
 from pop_local.texts.document_readers import read_document
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.overflow import larger_ctx
+from pop_local.ui.chat.overflow import larger_ctx, least_answer
 from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.views.stats import counted_line, picture_line
 
-# Tokens of a question without its files, with the template's marks.
+# An allowance for the question and the template's tokens.
 _QUESTION_TOKENS = 64
 _MAX_FILES = 500
-_NEXT = "It goes with your next question."
+_NEXT = "It will be sent with your next question."
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ def attach_file(chat: Dialogue, argument: str) -> None:
 
 def attach_glob(chat: Dialogue, argument: str) -> None:
     if not argument:
-        chat.refuse("/glob takes a pattern, such as docs/**/*.md.")
+        chat.refuse("/glob needs a pattern, for example docs/**/*.md.")
         return
     pattern = str(given_path(argument))
     found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
     paths = sorted(path for path in found if path.is_file() and path.stat().st_size)
     if not paths or len(paths) > _MAX_FILES:
         number = f"{len(paths)} files match" if paths else "No file matches"
-        chat.refuse(f"{number} {argument}: nothing is attached.")
+        chat.refuse(f"{number} {argument}. Nothing was attached.")
         return
     _offer(chat, paths, may_cut=False)
 
@@ -90,8 +90,8 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
         return
     cuts = {}
     if may_cut and room > 0:
-        cuts["b"] = f"read its beginning, {room:,} tokens"
-        cuts["e"] = f"read its end, {room:,} tokens"
+        cuts["b"] = f"read the first {room:,} tokens"
+        cuts["e"] = f"read the last {room:,} tokens"
     elif fitting:
         cuts["f"] = f"read the first {len(fitting)} of {len(files)}"
     chosen = _choose(chat, sum(counted.n_tokens for counted in files), room, cuts)
@@ -103,22 +103,36 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
         _attach(chat, files, may_cut)
 
 
+def count_tokens(chat: Dialogue, text: str) -> int:
+    return len(chat.model.engine.context.tokenize(text))
+
+
+def count_used(chat: Dialogue) -> int:
+    """Count the tokens of the conversation and of the next question's attachments."""
+    messages = chat.session.conversation.messages
+    n_messages = len(chat.model.engine.prompter.conversation(messages)) if messages else 0
+    n_pictures = sum(map(chat.model.engine.prompter.count_picture, chat.pictures))
+    return n_messages + n_pictures + sum(count_tokens(chat, each.text) for each in chat.documents)
+
+
 def _room_in(chat: Dialogue) -> int:
-    """Return how many tokens may still be attached; it may be negative."""
-    return chat.model.engine.context.n_ctx - chat.n_used - chat.n_answer - _QUESTION_TOKENS
+    """Return the number of tokens left for attachments; it may be negative."""
+    n_ctx = chat.model.engine.context.n_ctx
+    n_answer = least_answer(chat.sampling.get("max_tokens"), n_ctx)
+    return n_ctx - count_used(chat) - n_answer - _QUESTION_TOKENS
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
-    """Ask for a way to attach too much: the key, "l" once the context is larger."""
+    """Ask how to attach too many tokens. Return the key, "l" after enlarging the context."""
     n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
-    larger = {"l": f"take a larger context (--ctx {n_larger})"} if n_larger else {}
-    question = f"That is {n_tokens - room:,} tokens more than there is room for ({max(0, room):,})."
+    larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}
+    question = f"This is {n_tokens - room:,} tokens too long ({max(0, room):,} tokens left)."
     chosen = chat.screen.choose(question, {**cuts, **larger, "s": "skip it"})
     if chosen == "l" and n_larger and chat.enlarge(n_larger):
         return "l"
     if chosen in (None, "s", "l"):
         chat.has_failed |= chosen is None
-        chat.screen.note("Nothing is attached.")
+        chat.screen.note("Nothing was attached.")
         return None
     return chosen
 
@@ -129,7 +143,7 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
     except (OSError, PopError) as error:
         chat.fail(as_pop_error(error))
         return None
-    return _Counted(document, chat.count_tokens(document.text))
+    return _Counted(document, count_tokens(chat, document.text))
 
 
 def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted:
@@ -141,14 +155,14 @@ def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted
 
 def _add(chat: Dialogue, files: Sequence[_Counted]) -> None:
     chat.documents += [counted.document for counted in files]
-    chat.screen.note(_NEXT if len(files) == 1 else "They go with your next question.")
+    chat.screen.note(_NEXT if len(files) == 1 else "They will be sent with your next question.")
 
 
 def _list_files(chat: Dialogue) -> None:
     if not chat.documents:
-        chat.screen.note("Nothing is attached; /file PATH attaches a file.")
+        chat.screen.note("No file is attached; /file PATH attaches one.")
     for document in chat.documents:
-        n_tokens = chat.count_tokens(document.text)
+        n_tokens = count_tokens(chat, document.text)
         chat.screen.note(counted_line(document.name, n_tokens, chat.model.engine.context.n_ctx))
 
 
@@ -166,7 +180,7 @@ def _picture_line(chat: Dialogue, picture: Picture) -> str:
 
 
 def given_path(path: str) -> Path:
-    """Terminals quote the paths that are dropped on them, or put backslashes before blanks."""
+    """Return a path without the quotes or backslashes of a terminal's drag and drop."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         return expanded(path[1:-1])
     if os.sep == "/" and not expanded(path).exists():

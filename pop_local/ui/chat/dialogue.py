@@ -1,7 +1,4 @@
-"""The conversation on a screen: asks the session, shows its answers, and finds room for them.
-
-It knows neither the terminal nor llama.cpp: answers come from a ChatSession and go to a Screen.
-"""
+"""A conversation on a screen: sends questions to a ChatSession and shows its answers."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,11 +7,9 @@ from itertools import chain
 from typing import Any
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.learned_fit import Fitter, LearnedFit
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.messages import TurnStats
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
@@ -31,16 +26,16 @@ _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
 _OFFER = "A pruned prompt may misspell numbers, names and paths: /full on reads all tokens in full."
 
 
-# By name (None: the first one again) and context in tokens (None: as the options say).
+# Opens a model by name (None: the current one) with a context in tokens (None: the option's).
 ModelOpener = Callable[[str | None, int | None], PopModel]
-# Makes the teacher of a model; None where it does not learn.
-Teach = Callable[[PopModel], Fitter | None]
-# ChatSession's stream, retry or edit; they take the options of an answer.
+# Returns the calibration of a model, None if it does not learn.
+MakeTeacher = Callable[[PopModel], Fitter | None]
+# ChatSession's stream, retry or edit, which take the options of an answer.
 Ask = Callable[..., Stream]
 
 
 class Dialogue:
-    """A session, what is attached to its next question, and how its answers are sampled."""
+    """A session with its sampling options and the attachments of the next question."""
 
     def __init__(
         self,
@@ -51,7 +46,7 @@ class Dialogue:
         system: str = "",
         sampling: Mapping[str, Any],
         refill: str = "off",
-        teach: Teach = lambda model: None,
+        teach: MakeTeacher = lambda model: None,
     ) -> None:
         """`refill`: one of ui.chat.refill.MODES."""
         self.model = model
@@ -60,12 +55,12 @@ class Dialogue:
         self._teach = teach
         self.teacher = teach(model)
         self.screen = screen
-        self.refill = refill
+        self._refill = refill
         self.sampling = dict(sampling)
         self.documents: list[Document] = []
         self.pictures: list[Picture] = []
         self.has_failed = False
-        # The session is saved under this name, or "": then no file is replaced without asking.
+        # The name of the saved session, which /save replaces without confirmation, or "".
         self.saved_as = ""
         self._open_model = open_model
         self._name: str | None = None
@@ -73,85 +68,54 @@ class Dialogue:
 
     # The model
 
-    def pop_state(self) -> str:
-        cache = self.model.engine.cache
-        if cache.exact:
-            return _exact_state(cache)
-        if not cache.boundary:
-            return "Pruning is not possible: this model is not converted."
-        if cache.mode is Mode.OFF:
-            return "Pruning is off: prompts are read in full."
-        return f"Pruning is on: context tokens skip the layers from {cache.boundary} on."
+    @property
+    def refill(self) -> str:
+        """When cached rows are refilled, one of ui.chat.refill.MODES."""
+        return self._refill
 
-    def set_refill(self, refill: str) -> None:
-        """Choose when cached rows are refilled; `refill` is one of ui.chat.refill.MODES."""
-        self.refill = refill
-        self.model.engine.set_refill(refill != "off")
+    @refill.setter
+    def refill(self, mode: str) -> None:
+        self._refill = mode
+        self._keep_states()
+
+    def _keep_states(self) -> None:
+        self.model.engine.set_refill(self._refill != "off")
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Take another model or context for the conversation. Raises PopError, nothing changed."""
+        """Continue with another model or context. Raises PopError and changes nothing then."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
         before, self.model, self.costs = self.model, opened, _costs(opened)
         self.session.model = opened
         self.teacher = self._teach(opened)
-        # One without anything to prune by is off, but not by choice.
+        # A model that cannot be pruned is always off, which is not the user's choice.
         if before.engine.cache.can_switch and self.model.engine.cache.can_switch:
             self.model.engine.set_mode(before.engine.cache.mode)
         before.close()
-        self.set_refill(self.refill)
+        self._keep_states()
         self._is_warned = False
 
     def swap_sidecar(self, lesson: LearnedFit) -> None:
-        """Prune by what was learned from now on, and say so."""
+        """Prune by a learned fit from now on, and report it."""
         try:
             self.model.swap_sidecar(lesson.sidecar)
         except PopError as error:
-            self.screen.note(f"{lesson} That begins with the next start: {error.message}.")
+            self.screen.note(f"{lesson} It takes effect at the next start: {error.message}.")
             return
         self.costs = _costs(self.model)
-        self.set_refill(self.refill)
-        self.screen.note(f"{lesson} /full on compares.")
+        self._keep_states()
+        self.screen.note(f"{lesson} /full on disables it.")
 
     def enlarge(self, n_ctx: int) -> bool:
-        """Open the model again with a larger context; returns whether that worked."""
+        """Reopen the model with a larger context. Return False if that fails."""
         try:
             self.reopen(None, n_ctx)
         except PopError as error:
             self.fail(error)
             return False
-        self.screen.note(f"The context holds {self.model.engine.context.n_ctx:,} tokens now.")
+        self.screen.note(f"The context now has {self.model.engine.context.n_ctx:,} tokens.")
         return True
-
-    def warn_of_base(self) -> None:
-        if not self.model.engine.prompter.has_template:
-            self.screen.warn(
-                "This is a base model without a chat template:"
-                " it continues text rather than answers."
-            )
-
-    def warn_of_blindness(self) -> None:
-        if self.session.conversation.pictures and not self.model.engine.prompter.can_see:
-            self.screen.warn(
-                "This model is open without an mmproj, and cannot see the pictures of the"
-                " conversation: /undo and /clear drop them."
-            )
-
-    def count_tokens(self, text: str) -> int:
-        return len(self.model.engine.context.tokenize(text))
-
-    @property
-    def n_used(self) -> int:
-        """Tokens of the conversation and of the next question's attachments."""
-        said = self.session.conversation.messages
-        n_said = len(self.model.engine.prompter.conversation(said)) if said else 0
-        n_shown = sum(map(self.model.engine.prompter.count_picture, self.pictures))
-        return n_said + n_shown + sum(self.count_tokens(one.text) for one in self.documents)
-
-    @property
-    def n_answer(self) -> int:
-        return least_answer(self.sampling.get("max_tokens"), self.model.engine.context.n_ctx)
 
     # The conversation
 
@@ -173,9 +137,9 @@ class Dialogue:
         self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
-        """Show the answer. The part before Ctrl-C or a failure stays.
+        """Show an answer, of which Ctrl-C or a failure keeps the first part.
 
-        Ctrl-C ends piped lines for good: raises KeyboardInterrupt.
+        Raises KeyboardInterrupt for Ctrl-C if the lines are piped.
         """
         interrupt = CtrlC()
         try:
@@ -194,7 +158,7 @@ class Dialogue:
         if self.session.dropped is None:
             self._warn_when_full()
         else:
-            self.screen.note("The question is dropped; /retry asks it again.")
+            self.screen.note("The question was dropped; /retry asks it again.")
         if interrupt.asked and not self.screen.is_typed:
             raise KeyboardInterrupt
 
@@ -203,7 +167,7 @@ class Dialogue:
         self.screen.error(error)
 
     def refuse(self, line: str) -> None:
-        """Say why nothing was done."""
+        """Show why a command has no effect."""
         self.has_failed = True
         self.screen.note(line)
 
@@ -212,7 +176,9 @@ class Dialogue:
             stream = ask(
                 on_prefill=advance,
                 should_stop=lambda: interrupt.asked,
-                min_answer=self.n_answer,
+                min_answer=least_answer(
+                    self.sampling.get("max_tokens"), self.model.engine.context.n_ctx
+                ),
                 ends_repeats=True,
                 **self.sampling,
             )
@@ -262,18 +228,9 @@ class Dialogue:
         if is_full and not self._is_warned:
             self.screen.warn(
                 f"The context is {n_used / n_ctx:.0%} full ({n_used:,} of {n_ctx:,} tokens):"
-                " /clear starts anew, /undo drops the last turn, --ctx gives a larger one."
+                " /clear starts over, /undo drops the last turn, --ctx sets a larger context."
             )
         self._is_warned = is_full
-
-
-def _exact_state(cache: KvCache) -> str:
-    if cache.mode is Mode.OFF:
-        return "Exact skipping is off: prompts are read in full, with the same result."
-    return (
-        f"Exact skipping is on: context tokens leave at layer {cache.exact}, past which"
-        " nothing reads them. Answers are those of the full model."
-    )
 
 
 def _costs(model: PopModel) -> FullCosts:

@@ -1,7 +1,4 @@
-"""The line that the user types: history, completion, several lines, pasted documents.
-
-prompt_toolkit where a keyboard is; a pipe is read line by line, without a prompt.
-"""
+"""Input lines: prompt_toolkit in a terminal, plain lines from a pipe."""
 
 import codecs
 import sys
@@ -29,23 +26,23 @@ PROMPT = "> "
 CONTINUATION = ". "
 WRAPPED = "  "
 QUOTES = '"""'
-# A pasted book need not be offered again.
+# Longer lines, such as pasted books, are left out of the history.
 _MAX_REMEMBERED = 10_000
-# The status below the line is brought up to date this often.
+# Update interval of the status below the line.
 _REFRESH_S = 0.5
 
 Words = Callable[[], Iterable[str]]
-# Gives the next line; its argument, if any, is there to be edited. Raises EOFError,
-# KeyboardInterrupt, and PopError for a line that is not UTF-8 text.
+# Returns the next line; an argument is its initial text. Raises EOFError, KeyboardInterrupt, and
+# PopError for a line that is not UTF-8.
 LineReader = Callable[..., str]
 
 
 def line_reader(
     history: Path, commands: Mapping[str, Words], status: Callable[[], str]
 ) -> LineReader:
-    """Return a reader of stdin. `commands` gives the words that may follow each command.
+    """Return a reader of stdin. `commands`: completions for each command's argument.
 
-    `status` is shown below a typed line, unless it is empty when the line begins.
+    `status` is shown below a typed line, unless it is empty at first.
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -65,7 +62,7 @@ def line_reader(
 
     def read(default: str = "") -> str:
         below = status if status() else None
-        # A dumb terminal gets what is typed, not what is there to be edited.
+        # A dumb terminal cannot show the initial text.
         prompt = PROMPT + default if is_dumb_terminal() else PROMPT
         return unquoted(_utf8(session.prompt(prompt, default=default, bottom_toolbar=below)))
 
@@ -77,15 +74,15 @@ def piped_line(default: str = "") -> str:
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
-    # Each file that is piped in may begin with a mark.
+    # Each piped file may start with a byte order mark.
     line = line.removeprefix(codecs.BOM_UTF8)
     return _utf8(line.rstrip(b"\r\n").decode(errors="surrogateescape"))
 
 
 def _utf8(line: str) -> str:
-    """Return the line. Raises PopError for a NUL, and for bytes that came as surrogates."""
+    """Return the line. Raises PopError for a NUL or for surrogates, which encode invalid bytes."""
     if any("\ud800" <= char <= "\udfff" or char == "\0" for char in line):
-        raise PopError("that line is not UTF-8 text, and is left out", "save it as UTF-8")
+        raise PopError("skipped a line that is not UTF-8 text", "save it as UTF-8")
     return line
 
 
@@ -102,28 +99,28 @@ def chosen_key(keys: Sequence[str]) -> str | None:
 
 
 def _session(**options: Any) -> PromptSession[str]:
-    # Answers may go to a file; what is asked must not.
+    # Stdout may be a file; prompts must stay visible.
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
     output = PlainTextOutput(stream) if is_dumb_terminal() else create_output(stream)
-    # Given to the session itself, it would keep it from the mode for dumb terminals.
+    # As an argument of PromptSession it would disable the mode for dumb terminals.
     with create_app_session(output=output):
         return PromptSession(**options)
 
 
 def is_open(text: str) -> bool:
-    """Tell whether the text, or its command's argument, begins a block that has not ended."""
+    """Return True if the text, or its command's argument, has an unclosed block."""
     body = _body(text)
     return body.startswith(QUOTES) and (not body.endswith(QUOTES) or body.count(QUOTES) % 2 == 1)
 
 
 def unquoted(text: str) -> str:
-    """Remove the triple quotes around a block of several lines."""
+    """Remove the triple quotes around a block."""
     body = _body(text)
     if not body.startswith(QUOTES) or is_open(text):
         return text
     head = text[: text.index(QUOTES)]
     inner = body.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
-    # A block that begins with a slash is text, not a command.
+    # A leading slash in a block is text, not a command.
     return head + inner if head.startswith("/") else " " + inner
 
 
@@ -151,7 +148,7 @@ def _bindings() -> KeyBindings:
 
 
 class _History(FileHistory):
-    """A file that only its owner can read; one that cannot be written is done without."""
+    """A history file that only its owner can read; write errors are ignored."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -183,7 +180,7 @@ class _Completer(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-        with suppress(Exception):  # prompt_toolkit would show a trace in the midst of the line
+        with suppress(Exception):  # prompt_toolkit would print a traceback
             yield from self._found(document, event)
 
     def _found(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
@@ -211,6 +208,6 @@ def _matching(words: Iterable[str], begun: str, end: str = "") -> Iterator[Compl
 
 
 def _with_slash(found: Completion) -> Completion:
-    """prompt_toolkit shows the slash after a folder, and leaves it to be typed."""
+    """Add the slash after a folder, which prompt_toolkit shows but does not insert."""
     slash = "/" if found.display_text.endswith("/") else ""
     return Completion(found.text + slash, found.start_position, display=found.display)

@@ -1,7 +1,7 @@
-"""An answer while it is written: Markdown in a terminal, the bare text elsewhere.
+"""Rendering of streamed answers: Markdown in a terminal, plain text elsewhere.
 
-Finished blocks are printed for good. Only the last is drawn anew as it grows, and never more of it
-than the screen holds. Nothing that has scrolled away is ever touched.
+Finished blocks are printed once. Only the last block is redrawn while it grows, up to the screen's
+height. Lines that scrolled away never change.
 """
 
 import time
@@ -18,15 +18,15 @@ from pop_local.engine.tools.reader import Piece
 from pop_local.ui.chat.markdown import Lines, is_code, rendered, top_level
 from pop_local.ui.chat.thinking import ThinkingSplitter
 
-# A model must not move the cursor or recolour the terminal.
+# Keep a model from moving the cursor or changing colours.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
-# Drawing takes no more than a 75th of the time.
+# Limits drawing to 1/75 of the time.
 _REST = 74
 
 
 class PlainAnswer:
-    """The text as the model wrote it; control characters are kept from a terminal."""
+    """Writes the model's text unchanged, except for control characters in a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -46,16 +46,16 @@ class PlainAnswer:
 
 
 class Tail:
-    """The last lines on a terminal, drawn over and over; all above is printed for good."""
+    """The last lines on a terminal, which are redrawn."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._widths: list[int] = []
 
     def draw(self, above: Lines, lines: Lines) -> None:
-        """Put `above` and `lines` in place of the lines drawn last; `lines` may be replaced again.
+        """Replace the lines drawn last with `above` and `lines`; a next call replaces `lines`.
 
-        All goes to the terminal in one write, so nothing flickers.
+        One write to the terminal avoids flicker.
         """
         n_rows = sum(map(self._n_rows, self._widths))
         with self._console:
@@ -67,12 +67,12 @@ class Tail:
         self._widths = [Segment.get_line_length(line) for line in lines]
 
     def _n_rows(self, width: int) -> int:
-        """Count the rows of a line, which a terminal wraps when it becomes narrower."""
+        """Count the rows of a line, which a narrower terminal wraps."""
         return max(1, -(-width // max(1, self._console.width)))
 
 
 class MarkdownAnswer:
-    """Rendered and highlighted; a reasoning model's thoughts are dim and plain."""
+    """Renders Markdown with highlighting; the model's reasoning is dim and plain."""
 
     def __init__(self, console: Console, code_theme: str) -> None:
         self._console = console
@@ -80,7 +80,7 @@ class MarkdownAnswer:
         self._splitter = ThinkingSplitter()
         self._tail = Tail(console)
         self._pending = ""
-        self._n_printed = 0  # lines of the pending block that are printed for good
+        self._n_printed = 0  # final lines of the pending block
         self._width = console.width
         self._has_blocks = False
         self._is_thinking = False
@@ -117,7 +117,7 @@ class MarkdownAnswer:
         self._is_thinking = False
 
     def _draw(self) -> None:
-        # A line that is not complete may still turn out to belong to the block before it.
+        # An incomplete line may still belong to the preceding block.
         end = self._pending.rfind("\n") + 1
         *finished, last = top_level(self._pending[:end]) or [""]
         for block in finished:
@@ -132,7 +132,7 @@ class MarkdownAnswer:
         n_over = len(lines) - n_visible
         lead = self._lead()
         if n_over > 0 and is_code(self._pending):
-            # The upper lines of code stay what they are: they need not wait for its end.
+            # Later code does not change the upper lines.
             n_done = min(len(lines) - 2, n_over + n_visible // 2)
             self._tail.draw(lead + lines[:n_done], lines[n_done:])
             self._n_printed += n_done
@@ -148,16 +148,16 @@ class MarkdownAnswer:
         self._n_printed = 0
 
     def _lead(self) -> Lines:
-        """The blank line between two blocks."""
+        """Return the blank line between two blocks."""
         return [[]] if self._has_blocks and not self._n_printed else []
 
     def _lines(self, block: str) -> Lines:
-        if not self._n_printed:  # lines that are printed stay as wide as they were
+        if not self._n_printed:  # printed lines keep their width
             self._width = self._console.width
         return rendered(self._console, block, self._code_theme, self._width)
 
 
-# Both take an answer piece by piece (`push`), and put the cursor on a new line at its `end`.
+# Both receive an answer in pieces (`push`) and finish the line at its `end`.
 AnswerView = PlainAnswer | MarkdownAnswer
 
 

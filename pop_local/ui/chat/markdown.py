@@ -1,4 +1,4 @@
-"""Markdown as lines of a terminal, block by block; nothing that a model wrote gets lost."""
+"""Markdown rendered as terminal lines, without losing any text."""
 
 import re
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from rich.text import Text
 
 Lines = list[list[Segment]]
 
-# HTML and definitions of links are shown as they are, images as links: rich would leave them out.
+# Show HTML and link definitions unchanged and images as links: rich would drop them.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 _PARSER.disable(["reference", "image"])
-# Finding the blocks alone takes half the time.
+# Parsing only blocks takes half the time.
 _BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table")
 _BLOCKS.disable(["inline", "reference"])
-# Columns of a table, with the space between two.
+# Minimum width of a table's column, with its padding.
 _LEAST_COLUMN = 4
 
 
 class _LeftHeading(Heading):
-    """rich centres titles, or draws a box around them."""
+    """A left-aligned heading; rich centres it or draws a box."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         self.text.justify = "left"
@@ -32,7 +32,7 @@ class _LeftHeading(Heading):
 
 
 class _WholeTable(TableElement):
-    """rich cuts off what is too wide for its column, and leaves out columns that find no room."""
+    """A table that wraps cells; rich cuts off wide cells and drops columns."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         tables: Any = super().__rich_console__(console, options)
@@ -51,7 +51,7 @@ class _WholeTable(TableElement):
 
 
 class _Markdown(Markdown):
-    """Line breaks stay where the model made them, links show where they lead."""
+    """Markdown that keeps line breaks and shows link targets."""
 
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,
@@ -83,12 +83,12 @@ def top_level(text: str) -> list[str]:
 
 
 def is_code(text: str) -> bool:
-    """Tell whether a text is a single block of code between fences."""
+    """Return True for a single fenced code block."""
     return [token.type for token in _BLOCKS.parse(text)] == ["fence"]
 
 
 def rendered(console: Console, text: str, code_theme: str, width: int) -> Lines:
-    """Return lines as wide as their content, without blank ones before and after."""
+    """Return lines without padding, and without blank lines at both ends."""
     markdown, options = _Markdown(text, code_theme), console.options.update(width=width)
     lines = [_trimmed(line) for line in console.render_lines(markdown, options, pad=False)]
     while lines and not lines[-1]:
@@ -99,7 +99,7 @@ def rendered(console: Console, text: str, code_theme: str, width: int) -> Lines:
 
 
 def _trimmed(line: list[Segment]) -> list[Segment]:
-    """Remove invisible spaces at the end, which would be copied and wrapped."""
+    """Remove trailing spaces, which would be copied and wrapped."""
     while line and not (line[-1].style and line[-1].style.bgcolor):
         text = line[-1].text.rstrip()
         if text:

@@ -1,4 +1,4 @@
-"""A question that does not fit the context: the user chooses, nothing is cut silently."""
+"""Choices for a question that does not fit the context."""
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
@@ -6,7 +6,7 @@ from pop_local.engine.engine import EngineOwner
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.ui.chat.screen import Screen
 
-# A prompt that leaves less room for its answer does not fit.
+# Minimum room for an answer.
 ANSWER_TOKENS = 128
 _CTX_STEP = 1024
 
@@ -16,11 +16,10 @@ def least_answer(max_tokens: int | None, n_ctx: int) -> int:
 
 
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> tuple[int, int]:
-    """Return the turns to drop, and the tokens of a larger context; 0 each for none."""
+    """Ask the user. Return the number of turns to drop and a larger context, 0 for neither."""
     message = (
-        f"The context is too small by {error.n_short:,} tokens: the conversation and this question"
-        f" have {error.n_prompt:,}, an answer needs {error.n_answer:,} or more,"
-        f" and it holds {error.n_ctx:,}."
+        f"Context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}, an"
+        f" answer needs {error.n_answer:,} or more, the limit is {error.n_ctx:,}."
     )
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
@@ -30,9 +29,9 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
         turns = "the oldest turn" if n_drop == 1 else f"the {n_drop} oldest turns"
         choices["d"] = f"drop {turns}"
     if n_turns and _fits(session, n_turns, error):
-        choices["n"] = "start anew with this question alone"
+        choices["n"] = "start over with this question"
     if n_larger:
-        choices["l"] = f"take a larger context (--ctx {n_larger}), read all again"
+        choices["l"] = f"use a larger context (--ctx {n_larger}) and read the prompt again"
     choices["x"] = "drop this question"
     chosen = screen.choose(message, choices)
     n_dropped = n_drop if chosen == "d" else n_turns if chosen == "n" else 0
@@ -40,14 +39,14 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 
 
 def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
-    """Return the error for where nobody can be asked; it names a context that is large enough."""
+    """Return the error without a dialogue, with a sufficient context as its hint."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
-    larger = f"take a larger context (--ctx {n_larger}) or " if n_larger else ""
-    return PopError(error.message, f"{larger}give less text")
+    larger = f"use a larger context (--ctx {n_larger}) or " if n_larger else ""
+    return PopError(error.message, f"{larger}shorten the prompt")
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Choose a context for half again as many tokens; None if the model has none."""
+    """Return a context for 1.5 times the tokens, None if the model cannot have one."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.n_ctx_train)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

@@ -1,4 +1,4 @@
-"""/set: how answers are sampled, and how long they may be."""
+"""/set: sampling parameters and answer length."""
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
@@ -30,7 +30,7 @@ def set_param(chat: Dialogue, argument: str) -> None:
     param = PARAMS.get(name.lower())
     if param is None:
         hint = nearest_hint(name, {known: known for known in PARAMS}, "/set lists them.")
-        chat.refuse(f"There is no parameter {name}: {hint}")
+        chat.refuse(f"Unknown parameter {name}: {hint}")
         return
     name, text = name.lower(), text.strip()
     if text == DEFAULT:
@@ -39,7 +39,7 @@ def set_param(chat: Dialogue, argument: str) -> None:
         try:
             chat.sampling[name] = parse(param, text)
         except PopError as error:
-            chat.refuse(f"{name}: {error.message}, nor {DEFAULT!r}.")
+            chat.refuse(f"{name}: {error.message} or {DEFAULT!r}.")
             return
     chat.screen.note(_line(chat, name))
 
@@ -48,9 +48,11 @@ def _line(chat: Dialogue, name: str) -> str:
     if name in chat.sampling:
         return f"{name} is {_shown(chat.sampling[name])}."
     if name in chat.model.engine.recommended:
-        return f"{name} is {_shown(chat.model.engine.recommended[name])}, as the model recommends."
-    unset = {"max_tokens": "what the context holds", "seed": "chance"}
-    return f"{name} is {unset.get(name) or _shown(getattr(_DEFAULTS, name))}, by default."
+        return (
+            f"{name} is {_shown(chat.model.engine.recommended[name])} (recommended by the model)."
+        )
+    unset = {"max_tokens": "unlimited", "seed": "random"}
+    return f"{name} is {unset.get(name) or _shown(getattr(_DEFAULTS, name))} (default)."
 
 
 def _shown(value: float) -> str:

@@ -1,4 +1,4 @@
-"""While the user types: pruned rows run the skipped layers (/refill), and the model learns."""
+"""Idle work while the user types: refilling the cache (/refill) and learning."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -13,18 +13,18 @@ MODES = ("idle", "off")
 
 
 def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
-    """Go on learning; a failure ends only that."""
+    """Continue learning; a failure only turns learning off."""
     try:
         return chat.teacher.idle(should_stop) if chat.teacher else None
     except Exception as error:
         chat.teacher = None
-        chat.screen.warn(f"It learns no longer: {as_pop_error(error).message}.")
+        chat.screen.warn(f"Learning is off: {as_pop_error(error).message}.")
         return None
 
 
 @contextmanager
 def idling(chat: Dialogue) -> Iterator[None]:
-    """Refill and learn in another thread; leaving waits for a node of a graph, or a solve."""
+    """Refill and learn in another thread, which stops at the end of the block."""
     stop = threading.Event()
     lessons: list[LearnedFit] = []
     failures: list[Exception] = []
@@ -40,7 +40,7 @@ def idling(chat: Dialogue) -> Iterator[None]:
                     chat.model.engine.refiller.refill(stop.is_set)
                 elif lesson := _learned(chat, stop.is_set):
                     lessons.append(lesson)
-        except Exception as error:  # the conversation goes on
+        except Exception as error:  # keep the conversation alive
             failures.append(error)
 
     thread = threading.Thread(target=work, name="pop-local idle", daemon=True)
@@ -51,14 +51,14 @@ def idling(chat: Dialogue) -> Iterator[None]:
         stop.set()
         _join(thread)
         for error in failures:
-            chat.set_refill("off")
+            chat.refill = "off"
             chat.fail(as_pop_error(error))
     for lesson in lessons:
         chat.swap_sidecar(lesson)
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for the thread despite Ctrl-C: nobody else may touch the model before."""
+    """Wait for the thread despite Ctrl-C, since it owns the model."""
     interrupted = False
     while thread.is_alive():
         try:
@@ -70,12 +70,12 @@ def _join(thread: threading.Thread) -> None:
 
 
 def set_mode(chat: Dialogue, mode: str) -> None:
-    """Obey /refill; alone, it shows how far the cache is exact."""
+    """Run /refill; without a mode, show the progress."""
     if mode and mode not in MODES:
-        chat.refuse(f"/refill takes {', '.join(MODES)}, not {mode}.")
+        chat.refuse(f"/refill accepts {' or '.join(MODES)}, not {mode}.")
         return
     if mode:
-        chat.set_refill(mode)
+        chat.refill = mode
     chat.screen.note(_state(chat))
     if line := status(chat):
         chat.screen.note(line)
@@ -84,26 +84,26 @@ def set_mode(chat: Dialogue, mode: str) -> None:
             and not chat.model.engine.refiller.n_refillable
         ):
             chat.screen.note(
-                "They cannot be refilled: they were loaded, or read without keeping their states,"
-                " or are of a picture whose tokens see each other."
+                "The others stay pruned: they were loaded, were read while catching up was off, or"
+                " belong to a picture."
             )
 
 
 def finish(chat: Dialogue) -> None:
-    """Refill all rows before the cache is saved, unless Ctrl-C ends it."""
+    """Refill all rows before the cache is saved, until Ctrl-C."""
     if chat.refill == "off" or not chat.model.engine.refiller.n_refillable:
         return
     try:
-        with chat.screen.reading("Refilling") as advance:
+        with chat.screen.reading("Catching up") as advance:
             chat.model.engine.refiller.refill(on_progress=advance)
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
-        chat.screen.note("Not refilled to the end.")
+        chat.screen.note("Stopped before all tokens were exact.")
 
 
 def status(chat: Dialogue) -> str:
-    """Tell how much of the cache is exact; "" where it is empty, or nothing can be refilled."""
+    """Return the share of exact tokens; "" for an empty cache or without refilling."""
     model = chat.model
     nothing = (
         not model.engine.cache.n_tokens
@@ -113,17 +113,15 @@ def status(chat: Dialogue) -> str:
     if chat.refill == "off" or nothing:
         return ""
     cache = model.engine.cache
-    return f"{cache.n_exact:,} of {cache.n_tokens:,} tokens are as if read in full"
+    return f"Cache: {cache.n_exact:,} of {cache.n_tokens:,} tokens exact"
 
 
 def _state(chat: Dialogue) -> str:
     if not chat.model.engine.cache.boundary:
-        return "There is nothing to refill: this model is not pruned."
+        return "Nothing to catch up: this model is not pruned."
     if chat.model.engine.context.no_refill:
-        return (
-            f"Pruned tokens of this model are not refilled: {chat.model.engine.context.no_refill}."
-        )
+        return f"Pruned tokens cannot catch up: {chat.model.engine.context.no_refill}."
     if chat.refill == "off":
-        return "Refilling is off: pruned tokens stay so."
+        return "Catching up is off: pruned tokens stay pruned."
     held = size(chat.model.engine.refiller.held_bytes)
-    return f"Pruned tokens run the skipped layers while you type; their states take {held}."
+    return f"Catching up is on: pruned tokens run the skipped layers while you type ({held})."

@@ -1,4 +1,4 @@
-"""The chat loop: reads lines and passes them on, as questions or as commands."""
+"""The chat loop, which reads lines and runs them as questions or commands."""
 
 import sys
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from pop_local.ui.chat.unsaved import Unsaved
 from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.typed_keys import unechoed_keys
 
-LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
+LEAVE_HINT = "To quit, type /exit or press Ctrl-D."
 
 
 def talk(chat: Dialogue) -> None:
-    """Talk in the terminal until the user leaves, or the piped lines end."""
+    """Chat until the user quits or the piped lines end."""
     words = {name: command.words for name, command in COMMANDS.items()}
     with unechoed_keys(), Unsaved(unsaved_dir()) as unsaved:
         if sys.stdin.isatty():
@@ -29,9 +29,9 @@ def talk(chat: Dialogue) -> None:
 def converse(
     chat: Dialogue, read_line: LineReader, keep: Callable[[Dialogue], None] = lambda chat: None
 ) -> None:
-    """Pass lines on until the user leaves or the input ends; `keep` is called before each.
+    """Run lines until the user quits or the input ends, and call `keep` before each.
 
-    Raises KeyboardInterrupt where the lines are piped.
+    Raises KeyboardInterrupt for Ctrl-C if the lines are piped.
     """
     while True:
         try:
@@ -45,7 +45,7 @@ def converse(
             return
         except BrokenPipeError:
             raise
-        except Exception as error:  # the conversation goes on
+        except Exception as error:  # keep the conversation alive
             chat.fail(as_pop_error(error))
 
 
@@ -55,9 +55,9 @@ def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
             line = read_line()
     except BrokenPipeError:
         raise
-    except OSError as error:  # as under nohup: there is nothing more to read
-        hint = "run it in a terminal, or pipe lines into it"
-        chat.fail(PopError(f"the input cannot be read: {error.strerror or error}", hint))
+    except OSError as error:  # nohup closes stdin
+        hint = "run it in a terminal or pipe lines into it"
+        chat.fail(PopError(f"cannot read the input: {error.strerror or error}", hint))
         raise LeaveRequest from error
     if not line.strip():
         return
@@ -71,4 +71,4 @@ def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
         if edited:
             chat.answer(partial(chat.session.edit, edited))
         else:
-            chat.screen.note("Nothing is changed.")
+            chat.screen.note("Nothing was changed.")

@@ -1,4 +1,4 @@
-"""Where an answer goes: text on stdout, everything else on stderr."""
+"""The output of a conversation: answers on stdout, everything else on stderr."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from pop_local.ui.theme import note, out, warn
 
 
 class Screen:
-    """The screen of a conversation; in a pipe the answers alone come out on stdout."""
+    """Shows a conversation. A pipe receives only the answers."""
 
     def __init__(self, code_theme: str) -> None:
         """`code_theme`: see `theme.look`."""
@@ -41,19 +41,19 @@ class Screen:
         error_output.show(error)
 
     def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
-        """Show (done_tokens, total_tokens) while a prompt is read, or another pass goes on."""
+        """Show (done_tokens, total_tokens) while a prompt is read or refilled."""
         return prefill_progress(what)
 
     @property
     def is_typed(self) -> bool:
-        """Whether somebody types the lines, and can be asked."""
+        """Return True if the user types the lines and can answer questions."""
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
-        """Return the key of the user's choice; None for no choice, or when nobody can be asked.
+        """Return the key of the user's choice, None without a choice or without a terminal.
 
-        `choices` are by the key that is typed. The last one is to do nothing; when it is the only
-        one, nothing is asked.
+        `choices`: texts by key. The last one means to do nothing; the user is not asked if it is
+        the only one.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

@@ -9,6 +9,7 @@ from pop_local.config.settings import sessions_dir
 from pop_local.engine.sessions.chat_session import load_session
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.model_notes import pruning_state, warn_of_hidden_pictures
 from pop_local.ui.chat.refill import finish
 
 
@@ -18,30 +19,30 @@ def saved() -> Sessions:
 
 def save(chat: Dialogue, name: str) -> None:
     if not name:
-        chat.refuse("/save takes a name.")
+        chat.refuse("/save needs a name.")
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
-        choices = {"r": "replace it", "k": "keep it, save nothing"}
-        if chat.screen.choose(f"There is a session {name} already.", choices) != "r":
-            chat.refuse("Nothing is saved.")
+        choices = {"r": "replace it", "k": "keep it and save nothing"}
+        if chat.screen.choose(f"Session {name} already exists.", choices) != "r":
+            chat.refuse("Nothing was saved.")
             return
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    chat.screen.note(f"Saved as {name}, {size(n_bytes)}; /load {name} goes on from here.")
+    chat.screen.note(f"Saved as {name} ({size(n_bytes)}); /load {name} continues from here.")
 
 
 def load(chat: Dialogue, name: str) -> None:
     if not name:
-        chat.refuse("/load takes the name of a session; /sessions lists them.")
+        chat.refuse("/load needs a session name; /sessions lists them.")
         return
     sessions, before = saved(), chat.model.engine.cache.mode
     path = sessions.path(name)
     if not path.is_file():
         known = {known: known for known in sessions.names()}
         raise PopError(
-            f"there is no session {name}", nearest_hint(name, known, "/sessions lists them")
+            f"no session named {name}", nearest_hint(name, known, "/sessions lists them")
         )
     session = load_session(chat.model, path)
     chat.resume(session, name)
@@ -49,20 +50,20 @@ def load(chat: Dialogue, name: str) -> None:
     chat.screen.note(f"Loaded {name}: {n_turns} turn{'' if n_turns == 1 else 's'}.")
     if session.reread:
         chat.screen.warn(
-            f"Its K/V cannot be used: {session.reread}. "
-            "The transcript will be read again with your next question."
+            f"Cannot reuse its KV cache: {session.reread}. The transcript will be read again with"
+            " your next question."
         )
     else:
-        chat.screen.note(f"{session.n_cached:,} tokens need not be read again.")
-    chat.warn_of_blindness()
+        chat.screen.note(f"{session.n_cached:,} tokens are cached and need no reading.")
+    warn_of_hidden_pictures(chat)
     if chat.model.engine.cache.mode is not before:
-        chat.screen.note(chat.pop_state())
+        chat.screen.note(pruning_state(chat.model))
 
 
 def show(chat: Dialogue, argument: str) -> None:
     listed = list(saved().listed())
     if not listed:
-        chat.screen.note("No session is saved; /save NAME saves this one.")
+        chat.screen.note("No saved sessions; /save NAME saves this one.")
     for stored in listed:
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
         what = "damaged"

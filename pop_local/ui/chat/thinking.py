@@ -1,4 +1,4 @@
-"""Splits the thoughts of a reasoning model from its answer."""
+"""Separation of a model's reasoning from its answer."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -10,7 +10,7 @@ END = "</think>"
 
 
 class ThinkingSplitter:
-    """Splits an answer that comes in pieces; only a block at its very beginning is thinking."""
+    """Splits a streamed answer; only a block at its start is reasoning."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -39,7 +39,7 @@ class ThinkingSplitter:
             self._held = ""
 
     def flush(self) -> Iterator[Piece]:
-        """Return the text that was held back, at the end of the answer."""
+        """Yield the remaining text at the end of the answer."""
         if self._held:
             is_thought = self._at == "thought"
             yield Piece(reasoning=self._held) if is_thought else Piece(self._held)

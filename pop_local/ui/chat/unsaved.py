@@ -1,7 +1,7 @@
-"""Keeps an unsaved conversation through a crash, a kill or a closed terminal.
+"""Recovery of unsaved conversations after a crash.
 
-Every chat keeps its transcript, without K/V, in a file beside a lock, and removes both when it
-ends. A file whose lock nobody holds belongs to a chat that died.
+Every chat stores its transcript, without the KV cache, in a file with a lock, and removes both when
+it ends. A file without a locked lock belongs to a chat that crashed.
 """
 
 import time
@@ -16,9 +16,10 @@ from pop_local.engine.sessions.chat_session import load_session
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import SavedFile, Sessions
 from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.model_notes import pruning_state
 from pop_local.ui.error_output import as_pop_error
 
-_CHOICES = {"g": "go on with it", "d": "delete it", "k": "keep it, to be asked again"}
+_CHOICES = {"c": "continue it", "d": "delete it", "k": "keep it and ask again later"}
 
 
 class Unsaved:
@@ -36,7 +37,7 @@ class Unsaved:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Ctrl-C ends piped lines as they are meant to be ended.
+        # Ctrl-C is a normal end of piped lines.
         if kind in (None, KeyboardInterrupt) and self._lock.is_locked:
             self._remove(self._name)
         self._lock.release(force=True)
@@ -54,13 +55,10 @@ class Unsaved:
         except Exception as error:
             self._is_possible = False
             reason = as_pop_error(error).message
-            chat.screen.warn(f"A crash would lose this conversation, unless you /save it: {reason}")
+            chat.screen.warn(f"A crash would lose this conversation ({reason}); /save it.")
 
     def offer(self, chat: Dialogue) -> None:
-        """Offer the conversations of chats that died, the last one first.
-
-        It ends when the user goes on with one, or does not answer.
-        """
+        """Offer the conversations of crashed chats, the newest first, until the user picks one."""
         try:
             for stored in reversed(list(self._sessions.listed())):
                 with suppress(Timeout), FileLock(self._lock_of(stored.name), timeout=0, mode=0o600):
@@ -73,21 +71,21 @@ class Unsaved:
         assert stored.session is not None
         n_turns = len(stored.session.conversation.turns)
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
-        what = f"A chat ended unexpectedly on {day}; it has {n_turns} turn{'s' * (n_turns != 1)}."
+        what = f"A chat with {n_turns} turn{'s' * (n_turns != 1)} ended unexpectedly on {day}."
         chosen = chat.screen.choose(what, _CHOICES)
-        if chosen == "g":
-            self._go_on(chat, stored.name)
-        if chosen == "d" or (chosen == "g" and self._is_possible):
+        if chosen == "c":
+            self._continue(chat, stored.name)
+        if chosen == "d" or (chosen == "c" and self._is_possible):
             self._remove(stored.name)
-        return chosen in ("g", None)
+        return chosen in ("c", None)
 
-    def _go_on(self, chat: Dialogue, name: str) -> None:
+    def _continue(self, chat: Dialogue, name: str) -> None:
         before = chat.model.engine.cache.mode
         chat.resume(load_session(chat.model, self._sessions.path(name)), "")
         self.keep(chat)
-        chat.screen.note("It is read again with your next question.")
+        chat.screen.note("It will be read again with your next question.")
         if chat.model.engine.cache.mode is not before:
-            chat.screen.note(chat.pop_state())
+            chat.screen.note(pruning_state(chat.model))
 
     def _remove(self, name: str) -> None:
         for path in (self._sessions.path(name), self._lock_of(name)):

@@ -1,1 +1,1 @@
-"""How results are shown: tables and words."""
+"""Results as tables, texts and JSON."""

@@ -1,4 +1,4 @@
-"""How an analysis is shown: a table, findings in words, JSON."""
+"""An analysis as a table, facts and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
-    """Estimates as a value and its standard error, NAME and NAME_se."""
+    """Return the analysis as one object; NAME_se is the standard error of NAME."""
     chosen = found.chosen
     return {
         "model": str(found.model),
@@ -60,7 +60,7 @@ def show(found: Analysis) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Each row is a layer, which is the boundary, too: the cost of pruning from there on."""
+    """Yield the columns; a row is a layer, and the cost of the boundary at it."""
     gates, depths = found.importance, {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
@@ -103,7 +103,7 @@ def _facts(found: Analysis) -> Iterator[Fact]:
 def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
-        return f"no boundary that was measured is within the {name} budget"
+        return f"no measured boundary is within the {name} budget"
     quality = depth.quality
     losses = f"KL {with_se(quality.kl_mean, '.4f')}, copy ratio {quality.copy_ppl_ratio.value:.3f}"
     if quality.induction_retention is not None:
@@ -112,8 +112,8 @@ def _choice(found: Analysis) -> str:
     how = "with the layers' own projections" if is_own else "with the fit"
     windows = f"{quality.n_windows} window{'s' * (quality.n_windows > 1)}"
     return (
-        f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "
-        f"{losses} {how}; an estimate from {windows}, `convert` measures more"
+        f"{name} allows boundary {depth.boundary}, up to {depth.speedup_limit:.2f}x: {losses} {how}"
+        f" (estimated from {windows}; `convert` measures more)"
     )
 
 
@@ -129,13 +129,13 @@ def _thirds(stage: StageImportance) -> str:
 def _cliff(found: Analysis) -> str:
     deepest = found.depths[-1]
     if deepest.lost_retention is None:
-        return "the full model does not copy random tokens: induction says nothing here"
+        return "unknown: the full model does not copy random tokens"
     if not found.cliff:
-        return f"no single layer loses it, down to boundary {deepest.boundary}"
+        return f"kept down to boundary {deepest.boundary}"
     layers = [f"{depth.boundary} ({_share(depth.lost_retention)})" for depth in found.cliff]
-    return f"lost with layer {' and '.join(layers)}"
+    return f"lost at layer {' and '.join(layers)}"
 
 
 def _share(value: float | None) -> str:
-    """Without a minus before 0 %."""
+    """Return a percentage without -0%."""
     return "-" if value is None else f"{round(value, 2) + 0.0:.0%}"

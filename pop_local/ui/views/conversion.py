@@ -1,4 +1,4 @@
-"""The output of `convert`: facts for people, one object for --json."""
+"""The output of `convert` as facts and JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def show_plan(conversion: Conversion) -> None:
         print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits])
         return
     limit = _limit(conversion, first)
-    past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
+    past = f"from {first.boundary} down to {plan.boundary}"
     if n_few := conversion.n_few:
         past += f"; own projections first, then fits of about {n_few} deeper ones"
     where = [*budget, ("Boundaries", past)]
@@ -44,7 +44,7 @@ def show_plan(conversion: Conversion) -> None:
         where.append(("Deep rows", f"by the rule {first.deep_rows}, at the end by fewer: {rules}"))
     if most := conversion.limit(plan):
         limit += f" if only the first is inside, {most:.2f}x if all are"
-    layers = f"as many as the budget allows, {plan.n_skipped} at most"
+    layers = f"up to {plan.n_skipped}, within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
 
@@ -53,7 +53,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
     if done.trials:
         show_trials(done.trials)
     is_known = conversion.goal.is_named and not done.trials
-    # The better one of several kinds of fit was taken.
+    # The conversion may have chosen another kind of fit.
     if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
     verdict = done.meta.measured and verdict_in_words(done.meta.measured)
@@ -61,7 +61,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
     if verdict:
         print_facts([("Verdict", verdict)])
     if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
-        note(f"It is looked for beside the model only: open it with --sidecar {done.path}.")
+        note(f"The sidecar is not next to the model: open it with --sidecar {done.path}.")
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
@@ -137,8 +137,8 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: FileSizes) -> list[Fa
 
 def _limit(conversion: Conversion, plan: Plan) -> str:
     if conversion.not_counted:
-        return f"not known: {conversion.not_counted}"
-    limit = f"for a prompt of {LIMIT_PROMPT:,} tokens at most {plan.speedup_limit:.2f}x"
+        return f"unknown: {conversion.not_counted}"
+    limit = f"up to {plan.speedup_limit:.2f}x for {LIMIT_PROMPT:,} prompt tokens"
     if plan.deep_rows is not DeepRows.NONE and not plan.deep_share:
         limit += " without deep rows"
     return limit
@@ -147,20 +147,20 @@ def _limit(conversion: Conversion, plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """`layers` are skipped, `where` says which or why, what is written takes `output`.
+    """Return the plan. `layers`: the skipped ones. `where`: facts on them. `output`: its size.
 
-    `limit` is the speed-up's.
+    `limit`: the limit of the speed-up.
     """
     form, read = conversion.output.name, size(conversion.sizes.source_bytes)
-    opened_by = "stock llama.cpp opens the copy, too"
+    opened_by = "stock llama.cpp also opens the copy"
     if form == "sidecar":
-        opened_by = "the model itself stays as it is, for any program"
+        opened_by = "the model file stays unchanged"
     elif plan.projection != Projection.OWN:
-        opened_by = "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
+        opened_by = "only pop-local opens the copy"
     return [
         ("Model", str(conversion.path)),
         ("Architecture", plan.shape.arch),
-        ("Layers", f"{plan.shape.n_layer}, of which context tokens skip {layers}"),
+        ("Layers", f"{plan.shape.n_layer}, prompt tokens skip {layers}"),
         *where,
         ("K/V of skipped", f"{plan.projection} projections; {opened_by}"),
         *skipping_facts(skipping_of(plan.shape))[1:],
@@ -171,7 +171,7 @@ def _facts(
 
 
 def fit_facts(conversion: Conversion) -> Iterator[Fact]:
-    """The text, memory and time of the fit; nothing where none is planned."""
+    """Yield the text, memory and time of a planned fit."""
     plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return
@@ -181,25 +181,25 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
     distilled = ", then distilled" if conversion.is_distilled else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
-    more = "; distilling is not in it" if conversion.is_distilled else ""
-    memory = f"{size(needs.total_bytes)} beside the model's file"
+    more = " without distilling" if conversion.is_distilled else ""
+    memory = f"{size(needs.total_bytes)} in addition to the model file"
     yield "Memory", f"{memory}, {size(needs.sums_bytes)} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:
         time = f"{at_most}about {duration(seconds)} for the fit{more}"
-        yield "Time", f"{time}, by this machine's speed"
+        yield "Time", f"{time} on this machine"
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
     ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
     if rows.deep_rows is DeepRows.NONE:
-        return "Always in full", ends
+        return "Run all layers", ends
     share = getattr(rows, "deep_share", 0.0)
     share_of = f" ({share:.0%} of ordinary text)" if share else ""
-    return "Always in full", f"{ends}, and words by the rule {rows.deep_rows}{share_of}"
+    return "Run all layers", f"{ends}, and words by the rule {rows.deep_rows}{share_of}"
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
-    """The quality that a file states, or that was just found; nothing where none was measured."""
+    """Yield the measured quality of a file, if there is one."""
     if (found := meta.measured) is None:
         return
     yield (
@@ -214,7 +214,7 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     )
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         limit = f"BROKEN: above {FAST.max_copy_ratio:g}"
-        yield "", f"{limit} a model can no longer copy from its prompt"
+        yield "", f"{limit} a model no longer copies from its prompt"
     if found.lookups_n:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"

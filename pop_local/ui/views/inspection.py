@@ -26,22 +26,22 @@ def _model_facts(found: Inspection) -> list[Fact]:
         return [
             ("File", found.file),
             ("Size", size(found.size_bytes)),
-            ("Name", found.name or "none given"),
-            ("Kind", "an mmproj: lets a model see pictures (--mmproj)"),
+            ("Name", found.name or "none"),
+            ("Kind", "a multimodal projector for pictures (--mmproj)"),
             ("Tensors", _tensors(found.tensors)),
         ]
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
     return [
         ("File", found.file),
         ("Size", f"{size(found.size_bytes)}{files}"),
-        ("Name", found.name or "none given"),
+        ("Name", found.name or "none"),
         ("Architecture", f"{found.architecture}{_refused(found)}"),
         ("Layers", f"{found.n_layer}, width {found.n_embd}"),
         ("Trained context", f"{found.n_ctx_train:,} tokens"),
-        ("Chat template", "yes" if found.has_chat_template else "no: a base model"),
+        ("Chat template", "yes" if found.has_chat_template else "no (base model)"),
         ("Tensors", _tensors(found.tensors)),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
-        *([("Sees pictures by", found.mmproj)] if found.mmproj else []),
+        *([("Reads pictures with", found.mmproj)] if found.mmproj else []),
         *(skipping_facts(found.skipping, found.work) if found.skipping else []),
         *([] if _is_exact(found) else _pruning_facts(found.pop)),
         ("Stock llama.cpp", _stock(found)),
@@ -52,7 +52,7 @@ def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
     return [
         ("File", found.file),
         ("Size", size(found.size_bytes)),
-        ("Sidecar of", found.model or f"{found.pop.source_name}, which does not lie beside it"),
+        ("Sidecar of", found.model or f"{found.pop.source_name} (not in this folder)"),
         ("Tensors", _tensors(found.tensors)),
         *_pruning_facts(found.pop),
     ]
@@ -60,9 +60,9 @@ def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
 
 def _stock(found: Inspection) -> str:
     if not found.opens_in_stock_llama_cpp:
-        return "refuses it: it does not know the fitted projections"
+        return "cannot open it: the fitted projections are unknown there"
     is_marked = found.pop is not None and found.sidecar is None
-    return "opens it, and runs it in full" if is_marked else "opens it as before"
+    return "opens it without pruning" if is_marked else "opens it"
 
 
 def _tensors(groups: tuple[TensorGroup, ...]) -> str:
@@ -80,11 +80,11 @@ def _refused(found: Inspection) -> str:
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
     if meta is None:
-        return [("Pruning", "none: not converted (see `pop-local convert`)")]
+        return [("Pruning", "not converted (see `pop-local convert`)")]
     skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
     own = meta.projection == Projection.OWN
     return [
-        ("Boundary", f"layer {meta.boundary}: context tokens skip the last {skipped}"),
+        ("Boundary", f"layer {meta.boundary}: prompt tokens skip the last {skipped}"),
         ("Schedule", meta.schedule),
         ("K/V projections", "own: the layers' own weights" if own else _fitted(meta)),
         full_fact(meta),
@@ -99,16 +99,16 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
 
 
 def _fitted(meta: PopMeta) -> str:
-    pictures = f", on {meta.image_rows:,} rows of pictures, too" if meta.image_rows else ""
+    pictures = f", also on {meta.image_rows:,} rows of pictures" if meta.image_rows else ""
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
     return f"{meta.projection}{pictures}{', distilled' if is_distilled else ''}"
 
 
 def _verification_facts(verification: Verification) -> list[Fact]:
     verdict = {
-        None: "nothing to compare with",
-        True: "unchanged: stripping gives back the file it was converted from",
-        False: "CHANGED: not the file it was converted from",
+        None: "the original's hash is unknown",
+        True: "unchanged: strip restores the original file",
+        False: "CHANGED: differs from the original file",
     }
     name = verification.catalog_name
     return [

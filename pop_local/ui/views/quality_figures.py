@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def with_se(estimate: Estimate | None, spec: str) -> str:
-    """A value in this format, and its standard error where it is known."""
+    """Return a formatted value with its standard error, if known."""
     error = "" if estimate is None or estimate.se is None else f" ± {estimate.se:{spec}}"
     return bare(estimate, spec) + error
 
 
 def bare(estimate: Estimate | None, spec: str) -> str:
-    """The value alone, in this format."""
+    """Return a formatted value without its error."""
     return "-" if estimate is None else format(estimate.value, spec)
 
 
 def figures(quality: Quality | Lookups) -> dict[str, Any]:
-    """Return JSON: estimates as value and NAME_se, but kl_se for kl_mean; other fields as are."""
+    """Return the fields for JSON, with NAME_se for each estimate (kl_se for kl_mean)."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)
@@ -64,7 +64,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
 
 
 def lookup_facts(found: Lookups) -> Iterator[Fact]:
-    """Counts of look-ups, and the log-probability of the right strings."""
+    """Return counts of look-ups, and the log-probability of the correct strings."""
     counts = f"full {found.full}, pruned {found.pruned}, of {found.n}"
     yield "Look-ups", f"{counts}; {found.lost} lost, {found.gained} gained, p = {found.p:.2g}"
     full, lost = with_se(found.logprob_full, ".2f"), with_se(found.logprob_lost, ".2f")

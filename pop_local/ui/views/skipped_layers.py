@@ -1,4 +1,4 @@
-"""The layers that can be skipped, in words."""
+"""Facts on the layers that can be skipped."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 
 def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> list[Fact]:
-    """Which layers context tokens can skip, what is left there, and what can be done about it."""
-    exact = f"; from {found.exact} on exactly, and nothing changes" if found.exact else ""
+    """Return the layers that prompt tokens can skip, and the work that is left in them."""
+    exact = f"; layers {found.exact} and up exactly, without loss" if found.exact else ""
     left = " and ".join(found.left) or "nothing"
     if work is not None:
         share = f", {work.left_share:.1%} of their work" if work.left_share is not None else ""
-        limit = f"at most {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
-        left += f"{share}; from layer {work.boundary} on {limit}"
-    projections = f"own ones alone: {found.no_fit}"
+        limit = f"up to {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
+        left += f"{share}; {limit} from layer {work.boundary} on"
+    projections = f"own only: {found.no_fit}"
     if found.fits_from is not None:
         later = f" from boundary {found.fits_from} on" if found.fits_from > found.first else ""
-        projections = f"fitted{later}, or own ones"
-    measured = "real models" if found.is_measured else "random models alone"
+        projections = f"fitted{later}, or own"
+    measured = "real models" if found.is_measured else "random models only"
     return [
         ("Can be skipped", f"layers {found.first} to {found.last}{exact}"),
         ("Left in them", left),
         ("Projections", projections),
-        ("Refilling", f"no: {found.no_refill}" if found.no_refill else "yes"),
+        ("Catching up", f"no: {found.no_refill}" if found.no_refill else "yes"),
         ("Measured on", measured),
     ]

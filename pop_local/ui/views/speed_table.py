@@ -1,4 +1,4 @@
-"""How `bench` shows time to first token: a table in Markdown."""
+"""The output of `bench`: a Markdown table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 def show_speed(found: Speed) -> None:
     layers = f"{found.boundary} to {found.n_layer - 1} of {found.n_layer}"
     layers += ", exactly" if found.is_exact else ""
-    say(f"{found.model}: context tokens skip layers {layers}")
-    say(f"{found.backend}; medians, in brackets the extremes")
+    say(f"{found.model}: prompt tokens skip layers {layers}")
+    say(f"{found.backend}; medians (minimum-maximum)")
     if found.upstream is not None:
-        say(f"Kernels for prompts: {found.kernels}, beside llama.cpp's own ({found.upstream})")
+        say(f"Kernels for prompts: {found.kernels}, compared with llama.cpp's ({found.upstream})")
     say("")
     say(markdown([*_columns(found)], found.rows))
     if any(row.read_speedup.min > row.limit for row in found.rows):
@@ -63,9 +63,7 @@ def _number(title: str, cell: Callable[[Any], str]) -> Column:
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
 _NOT_ENCODING = (
-    "\nEncoding the picture is part of both TTFTs, and pruning does not shorten it; the limit is"
-    " that of the rest."
+    "\nBoth TTFTs include encoding the picture, which pruning does not shorten. The limit is for"
+    " the rest."
 )
-_ABOVE = (
-    "\nAbove the limit: that is a measurement, too, whose noise is more than the full tokens cost."
-)
+_ABOVE = "\nSpeed-ups exceed the limit where its noise is larger than the full tokens' cost."

@@ -1,4 +1,4 @@
-"""The figures of answers, as lines."""
+"""Figures of answers as lines of text."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,10 +12,10 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Prompt tokens (of which cached and pruned), TTFT, prefill and decode tokens per second.
+    """Return prompt tokens (cached, pruned), TTFT, prefill and decode tokens per second.
 
-    A prompt that was read in full although pruning is on is said to be short. Encoding pictures is
-    in TTFT, not in prefill. An answer that never began says how much of its prompt was read.
+    A prompt that ran all layers although pruning is on is labelled short. TTFT includes encoding
+    pictures, prefill does not. Without an answer, the line reports the progress of the prompt.
     """
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
@@ -44,15 +44,15 @@ def counted_line(name: str, n_tokens: int, n_ctx: int) -> str:
 def session_lines(
     answers: Sequence[TurnStats], n_ctx: int, full_cost: Callable[[TurnStats], FullCost]
 ) -> Iterator[str]:
-    """The last answer, a conversation's totals, and how much of the context it fills."""
+    """Yield the last answer's figures, the totals, and the used part of the context."""
     if not answers:
-        yield "Nothing has been answered yet."
+        yield "No answers yet."
         return
     total = SessionStats.of(answers)
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
     yield f"Its {_reading([last], full_cost)}"
-    yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens written."
+    yield f"Answers: {len(answers)}, {total.n_decoded:,} tokens."
     left = f"{total.n_pruned:,} pruned"
     if total.n_skipped_exact:
         left = f"{total.n_skipped_exact:,} left at layer {last.exact_layer}, exactly"
@@ -62,13 +62,12 @@ def session_lines(
     )
     if total.n_deep or total.n_refilled or last.n_exact:
         yield (
-            f"Deep by spelling: {total.n_deep:,} tokens; refilled: {total.n_refilled:,};"
-            f" of the last prompt {last.n_exact:,} were the full model's own."
+            f"Deep by spelling: {total.n_deep:,} tokens, caught up: {total.n_refilled:,}, exact in"
+            f" the last prompt: {last.n_exact:,}."
         )
     if total.n_image:
         yield (
-            f"Encoding pictures took {total.encode_s:.2f} s besides, which pruning does not"
-            " shorten."
+            f"Encoding pictures took {total.encode_s:.2f} s more, which pruning does not shorten."
         )
     if len(answers) > 1:
         yield f"All {_reading(answers, full_cost)}"
@@ -76,22 +75,22 @@ def session_lines(
 
 
 def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
-    """How much was learned, and what the fit in use loses on the newest of what was read."""
-    waiting = f", {learned.n_waiting:,} wait" if learned.n_waiting else ""
-    missed = f", {learned.n_missed:,} found no room" if learned.n_missed else ""
-    wanted = "" if learned.n_rows >= learned.n_wanted else f" of {learned.n_wanted:,} to begin with"
+    """Yield the progress of learning, and the fit's loss on the latest prompts."""
+    waiting = f", {learned.n_waiting:,} waiting" if learned.n_waiting else ""
+    missed = f", {learned.n_missed:,} dropped for lack of memory" if learned.n_missed else ""
+    wanted = "" if learned.n_rows >= learned.n_wanted else f" of the first {learned.n_wanted:,}"
     yield f"Learned: {learned.n_rows:,} tokens{wanted}{waiting}{missed}."
     if loss is None:
         return
     yield (
-        f"On your own prompts ({loss.n_windows} pieces) pruning loses: KL {loss.kl:.3f} ±"
-        f" {loss.kl_se:.3f}, perplexity ratio {loss.ppl_ratio:.3f}, copying"
-        f" {loss.copy_ppl_ratio:.3f}{'' if loss.is_inside else ', more than it may'}."
+        f"Loss on your prompts ({loss.n_windows} chunks): KL {loss.kl:.3f} ± {loss.kl_se:.3f},"
+        f" perplexity ratio {loss.ppl_ratio:.3f}, copying {loss.copy_ppl_ratio:.3f}"
+        f"{'' if loss.is_inside else ', above the budget'}."
     )
 
 
 def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]) -> str:
-    """Seconds spent on reading prompts, and how many a full reading would have cost."""
+    """Return the seconds spent on prompts, and those of reading them with all layers."""
     taken_s = sum(stats.prefill_s for stats in answers)
     pruned = [stats for stats in answers if stats.n_pruned or stats.n_skipped_exact]
     if not pruned:
@@ -101,9 +100,9 @@ def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], Full
     full_s = rest_s + sum(cost.seconds for cost in costs)
     n_measured = sum(cost.is_measured for cost in costs)
     if n_measured == len(costs):
-        source = "as measured here with pruning off"
+        source = "measured here with pruning off"
     elif n_measured:
         source = "partly measured here, partly computed from the limit"
     else:
         source = "computed from the limit, not measured"
-    return f"reading took {taken_s:.2f} s; in full it would be {full_s:.2f} s ({source})."
+    return f"reading took {taken_s:.2f} s, in full it would take {full_s:.2f} s ({source})."

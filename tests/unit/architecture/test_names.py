@@ -24,14 +24,10 @@ REPEATED_CLASSES_FOR_NOW: set[str] = {
 REPEATED_FILES_FOR_NOW: set[str] = set()
 LONG_SIGNATURES_FOR_NOW: set[str] = {
     "pop_local/workflows/conversion/convert_model.py:convert",
-    "pop_local/workflows/open.py:open_model",
 }
 LARGE_CLASSES_FOR_NOW: set[str] = {
     "Context",
-    "Dialogue",
     "KvCache",
-    "OpenModel",
-    "PopModel",
     "SharedSlot",
     "Slot",
 }

@@ -160,10 +160,10 @@ def test_the_chat_says_where_tokens_leave_and_keeps_its_turns() -> None:
     model.engine.cache.boundary, model.engine.cache.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = (
-        "# Exact skipping is on: context tokens leave at layer 15, past which nothing reads them."
-        " Answers are those of the full model."
+        "# Exact skipping is on: prompt tokens skip layers 15 and up. Answers equal the full"
+        " model's."
     )
-    off = "# Exact skipping is off: prompts are read in full, with the same result."
+    off = "# Exact skipping is off: prompt tokens run all layers, with the same result."
     assert said[1] == on
     assert any("983 left at layer 15, exactly) · TTFT" in line for line in said)
     assert any(line.startswith("# Prompt tokens: 983 left at layer 15, exactly, ") for line in said)

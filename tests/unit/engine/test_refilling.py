@@ -48,7 +48,7 @@ def test_rows_get_their_depth_while_a_line_is_typed(chat):
     n_tokens = begun.model.engine.cache.n_tokens
     assert begun.model.engine.cache.n_exact == n_tokens > 200
     assert begun.model.engine.cache.key == FULL
-    assert refill.status(begun) == f"{n_tokens} of {n_tokens} tokens are as if read in full"
+    assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens exact"
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
@@ -103,7 +103,7 @@ def test_rows_whose_states_were_dropped_stay_pruned(chat):
 def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     begun = chat(WORDS, "/save here")
-    assert "Refilling" in talked(begun)
+    assert "Catching up" in talked(begun)
     saved = Sessions(tmp_path / "sessions")
     other = chat(mode="off").model
     restored = saved.load("here", other)
@@ -114,9 +114,9 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 def test_the_command_says_how_far_it_is(chat):
     shown = talked(chat(WORDS, "/refill", "/refill never", "/refill off"))
     assert "Pruned tokens run the skipped layers while you type; their states take" in shown
-    assert "tokens are as if read in full" in shown
-    assert "/refill takes idle, off, not never." in shown
-    assert "Refilling is off" in shown
+    assert "tokens exact" in shown
+    assert "/refill accepts idle or off, not never." in shown
+    assert "Catching up is off" in shown
 
 
 def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):

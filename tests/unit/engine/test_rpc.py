@@ -216,7 +216,7 @@ def test_a_chat_whose_server_dies_says_so_and_is_kept(pop_file, tmp_path, last):
     error, hint = said.splitlines()
     assert chat.returncode == 1
     assert error.startswith("error: llama.cpp gave up: ggml-rpc.cpp:")
-    assert hint.startswith("hint: start it again (pop-local rpc-server)")
+    assert hint.startswith("hint: restart it (pop-local rpc-server)")
     assert bool(list(tmp_path.rglob("*.popsession"))) is bool(last)
 
 

@@ -239,12 +239,12 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     assert shown[2].endswith(" tokens need not be read again.")
     assert shown[3] == "> /stats", "pruning was on and still is"
     _, in_another_mode = talked(opened(chat_model), "/full on", "/load one")
-    assert in_another_mode[-1].startswith("# Pruning is on")
+    assert in_another_mode[-1].startswith("# Fast reading is on")
     assert chat.session.answer_stats[0].n_cached > 100
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? There is a session one already."
-    assert "# Nothing is saved." in shown
-    assert "! there is no session oen; did you mean one? (/sessions lists them)" in shown
+    assert "# Nothing was saved." in shown
+    assert "! no session named oen; did you mean one? (/sessions lists them)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 
@@ -294,7 +294,7 @@ def test_what_lies_beside_the_sessions_is_left_out(chat_model, monkeypatch, tmp_
     (folder / "bad.popsession").write_text("x")
     _, shown = talked(model, "/sessions", "/load gone")
     assert [line.split()[1] for line in shown[1:3]] == ["bad:", "talk:"]
-    assert shown[-1].startswith("! there is no session gone; ")
+    assert shown[-1].startswith("! no session named gone; ")
 
 
 def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Answers in a terminal: what is to be seen, while they are written and afterwards."""
+"""Answers in a terminal: the screen during and after streaming."""
 
 import io
 from itertools import count
@@ -152,7 +152,7 @@ def test_thoughts_are_dim_and_their_marks_gone(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_only_a_block_at_the_beginning_is_thinking(size):
+def test_only_a_block_at_the_start_is_thinking(size):
     for text, thought, said in (
         ("<think>a < b</think>\n\nc", "a < b", "c"),
         ("no <think>x</think>", "", "no <think>x</think>"),

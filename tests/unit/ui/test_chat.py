@@ -24,7 +24,7 @@ from support.scripted import (
     talk,
 )
 
-DROPPED = "# The question is dropped; /retry asks it again."
+DROPPED = "# The question was dropped; /retry asks it again."
 
 
 def test_two_turns_keep_the_conversation():
@@ -52,13 +52,13 @@ def test_pop_is_switched_and_shown():
     model = ScriptedModel()
     assert talk(model, "/full", "/full on", "/FULL OFF", "/full maybe") == [
         "> /full",
-        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
         "> /full on",
-        "# Pruning is off: prompts are read in full.",
+        "# Fast reading is off: prompt tokens run all layers (/full off enables it).",
         "> /FULL OFF",
-        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
         "> /full maybe",
-        "# /full takes on or off, not maybe.",
+        "# /full accepts on or off, not maybe.",
     ]
     assert model.engine.cache.mode is Mode.CONTEXT
 
@@ -68,7 +68,7 @@ def test_pop_on_a_model_that_is_not_converted():
     model.convert(boundary=0)
     assert talk(model, "/full", "/full off") == [
         "> /full",
-        "# Pruning is not possible: this model is not converted.",
+        "# Fast reading is not available: this model is not converted.",
         "> /full off",
         "! model.gguf has no pruning keys; convert it first",
     ]
@@ -77,8 +77,8 @@ def test_pop_on_a_model_that_is_not_converted():
 def test_clear_forgets_the_turns_but_not_the_system_prompt():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
     shown = talk(model, "a", "/clear", "/stats", "b", system="Be brief.")
-    assert "# The conversation is forgotten." in shown
-    assert "# Nothing has been answered yet." in shown
+    assert "# Conversation cleared." in shown
+    assert "# No answers yet." in shown
     assert model.asked[1] == [Message("system", "Be brief."), Message("user", "b")]
 
 
@@ -87,11 +87,11 @@ def test_system_is_set_and_shown():
     shown = talk(model, "/system", "/system Talk like a sailor.", "/system", "hi")
     assert shown[:6] == [
         "> /system",
-        "# There is no system prompt.",
+        "# No system prompt.",
         "> /system Talk like a sailor.",
-        "# The system prompt is set.",
+        "# System prompt set.",
         "> /system",
-        "# The system prompt is: Talk like a sailor.",
+        "# System prompt: Talk like a sailor.",
     ]
     assert model.asked[0][0] == Message("system", "Talk like a sailor.")
 
@@ -99,13 +99,13 @@ def test_system_is_set_and_shown():
 def test_stats_add_up():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
     assert talk(model, "a", "b", "/stats")[-7:] == [
-        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
         "# Last answer: " + STATS_LINE.removeprefix("# "),
-        "# Its reading took 0.25 s; in full it would be 0.25 s"
+        "# Its reading took 0.25 s, in full it would take 0.25 s"
         " (computed from the limit, not measured).",
-        "# Answers: 2, with 22 tokens written.",
+        "# Answers: 2, 22 tokens.",
         "# Prompt tokens: 1,966 pruned, 34 in full, 400 reused from the cache.",
-        "# All reading took 0.50 s; in full it would be 0.50 s"
+        "# All reading took 0.50 s, in full it would take 0.50 s"
         " (computed from the limit, not measured).",
         "# Context: 1,211 of 4,096 tokens used.",
     ]
@@ -124,9 +124,9 @@ def test_exit_leaves():
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("/clera", "There is no command /clera: did you mean /clear?"),
-        ("/quit", "There is no command /quit: did you mean /exit?"),
-        ("/zzz", "There is no command /zzz: /help lists the commands."),
+        ("/clera", "Unknown command /clera: did you mean /clear?"),
+        ("/quit", "Unknown command /quit: did you mean /exit?"),
+        ("/zzz", "Unknown command /zzz: /help lists the commands."),
     ],
 )
 def test_unknown_command_suggests_the_nearest(line, answer):
@@ -139,7 +139,7 @@ def test_a_space_before_a_slash_makes_it_text():
     assert model.asked[0] == [Message("user", "/etc/hosts, what is it?")]
 
 
-def test_interrupt_in_the_answer_keeps_what_was_said():
+def test_interrupt_in_the_answer_keeps_its_text():
     model = ScriptedModel(["Once upon", KeyboardInterrupt()], ["a time.", STATS])
     assert talk(model, "tell", "go on")[2:5] == ["Once upon", "# Stopped.", "> go on"]
     assert model.asked[1][1] == Message("assistant", "Once upon")
@@ -168,13 +168,13 @@ def test_an_answer_that_was_stopped_before_it_began():
         "# Stopped after reading 512 of 1,000 prompt tokens.",
         DROPPED,
         "> /stats",
-        "# Pruning is on: context tokens skip the layers from 20 on.",
-        "# Nothing has been answered yet.",
+        "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
+        "# No answers yet.",
     ]
 
 
 class Piped(Transcript):
-    """Nobody types its lines."""
+    """A screen without a terminal."""
 
     is_typed = False
 
@@ -205,17 +205,17 @@ def test_interrupt_ends_piped_lines(answer, monkeypatch):
         *("/full maybe", "/refill often", "/set top_p 2", "/set nothing"),
     ],
 )
-def test_what_is_refused_counts_as_a_failure(line):
+def test_a_refused_line_counts_as_a_failure(line):
     begun = scripted_chat(ScriptedModel(), Transcript())
     obey(begun, line)
     assert begun.has_failed
 
 
-def test_interrupt_at_the_prompt_says_how_to_leave():
+def test_interrupt_at_the_prompt_explains_how_to_quit():
     assert talk(ScriptedModel(), KeyboardInterrupt(), "/exit") == [f"# {LEAVE_HINT}", "> /exit"]
 
 
-def test_too_long_a_prompt_is_dropped_and_the_program_goes_on():
+def test_too_long_a_prompt_is_dropped_and_the_chat_continues():
     too_long = PopError("the prompt has 5000 tokens, the context holds 4096", "/clear, or --ctx")
     model = ScriptedModel([too_long], ["Yes.", STATS])
     assert talk(model, "long", "short")[2:5] == [
@@ -251,12 +251,12 @@ def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is
     assert all("may misspell" in line for line in offers)
 
 
-def test_a_context_that_fills_up_is_told_once():
+def test_a_full_context_is_reported_once():
     filling = TurnStats(3200, 0, 3183, 17, 0.5, 0.25, 96, 0.5, "length")
     shown = talk(ScriptedModel(["And so", filling], ["on", filling]), "tell", "more")
     assert shown[3].endswith("· cut off at the token limit")
     assert shown[4] == (
         "* The context is 80% full (3,296 of 4,096 tokens):"
-        " /clear starts anew, /undo drops the last turn, --ctx gives a larger one."
+        " /clear starts over, /undo drops the last turn, --ctx sets a larger context."
     )
     assert sum(line.startswith("* ") for line in shown) == 1

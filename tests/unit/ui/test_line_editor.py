@@ -25,7 +25,7 @@ def test_a_line_that_is_not_utf8_is_left_out(monkeypatch):
     chat = scripted_chat(model, screen)
     converse(chat, piped_line)
     assert [messages[-1].content for messages in model.asked] == ["one", "two", "Grüße"]
-    assert screen.shown.count("! that line is not UTF-8 text, and is left out") == 1
+    assert screen.shown.count("! skipped a line that is not UTF-8 text") == 1
     assert chat.has_failed
 
 
@@ -35,8 +35,8 @@ def test_a_mark_of_the_encoding_is_not_sent(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf16_is_not_asked(monkeypatch, encoding):
-    """As Windows PowerShell writes files."""
+def test_utf16_is_refused(monkeypatch, encoding):
+    """The encodings of Windows PowerShell."""
     piped(monkeypatch, "hi\r\nyou\r\n".encode(encoding))
     for _ in range(2):
         with pytest.raises(PopError, match="not UTF-8 text") as failure:
@@ -44,7 +44,7 @@ def test_utf16_is_not_asked(monkeypatch, encoding):
         assert failure.value.hint == "save it as UTF-8"
 
 
-def test_words_and_paths_are_completed_beside_each_other(tmp_path):
+def test_words_and_paths_are_both_completed(tmp_path):
     (tmp_path / "small.gguf").touch()
     completer = _Completer({"/model": lambda: (f"{tmp_path}/smol", "other")})
     found = completer.get_completions(Document(f"/model {tmp_path}/sm"), CompleteEvent())
@@ -52,7 +52,7 @@ def test_words_and_paths_are_completed_beside_each_other(tmp_path):
 
 
 def test_a_pipe_that_cannot_be_read_ends_the_chat():
-    """As nohup leaves it: reading on would fail for ever."""
+    """nohup closes stdin, so every read fails."""
 
     def unreadable(default: str = "") -> str:
         raise OSError(errno.EBADF, "Bad file descriptor")
@@ -60,5 +60,5 @@ def test_a_pipe_that_cannot_be_read_ends_the_chat():
     screen = Transcript()
     chat = scripted_chat(ScriptedModel(), screen)
     converse(chat, unreadable)
-    assert screen.shown.count("! the input cannot be read: Bad file descriptor") == 1
+    assert screen.shown.count("! cannot read the input: Bad file descriptor") == 1
     assert chat.has_failed

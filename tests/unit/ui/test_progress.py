@@ -17,7 +17,7 @@ from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 @pytest.fixture
 def shown(monkeypatch):
-    """Lines on a terminal of a width; the clock goes on by two seconds with each batch."""
+    """Lines on a terminal of a width; the clock advances by two seconds with each batch."""
 
     def read(width: int, *steps: tuple[int, int]) -> str:
         file = io.StringIO()
@@ -84,7 +84,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
     ]
 
 
-def test_what_a_run_goes_on_from_does_not_make_it_faster(monkeypatch, capsys):
+def test_resumed_work_does_not_raise_the_rate(monkeypatch, capsys):
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(progress_bars, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     with progress_bars.stage_progress("Fitting", Unit.TOKENS, progress_bars.Pace()) as advance:
@@ -139,7 +139,7 @@ def test_the_time_left_is_of_all_the_work_by_the_rate_so_far(clock):
     assert whole.left_s == 0 and not whole.is_at_most
 
 
-def test_what_is_kept_or_left_out_does_not_make_the_whole_faster(clock):
+def test_skipped_work_does_not_raise_the_total_rate(clock):
     whole = TimeLeft(STAGES)
     whole.begin("Fitting")
     whole.advance(30, 60)
@@ -159,8 +159,8 @@ def test_a_log_gets_the_time_left_of_the_whole_however_short_its_stages_are(cloc
                 clock.now_s += 2.5
                 advance(done, 8)
     assert capsys.readouterr().err.splitlines() == [
-        "Reading: 88%, at most 3 min left in all",
-        "Fitting: 75%, at most 33 s left in all",
+        "Reading: 88%, up to 3 min left in total",
+        "Fitting: 75%, up to 33 s left in total",
     ]
 
 
@@ -174,7 +174,7 @@ def test_a_bar_shows_the_time_left_of_the_whole(clock, monkeypatch):
         advance(0, 2)
         clock.now_s = 20.0
         advance(2, 2)
-    assert "at most 3 min left in all" in file.getvalue()
+    assert "up to 3 min left in total" in file.getvalue()
 
 
 def test_a_bar_makes_way_for_another(monkeypatch):

@@ -27,7 +27,7 @@ def test_retry_asks_the_last_question_again():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     assert talk(model, "/retry", "hi", "/retry", "and?")[:9] == [
         "> /retry",
-        "# Nothing has been asked yet.",
+        "# No question yet.",
         "> hi",
         *ASKED,
         "One.",
@@ -46,7 +46,7 @@ def test_retry_asks_a_dropped_question():
 
 
 @pytest.mark.parametrize("lines", [("/retry", "/retry"), ("/edit", "?", "/retry")])
-def test_a_question_outlives_what_nobody_foresaw(lines):
+def test_a_question_survives_an_unexpected_error(lines):
     model = ScriptedModel(["One.", STATS], [RuntimeError("lost the GPU")], ["Two.", STATS])
     shown = talk(model, "hi", *lines)
     assert any("lost the GPU" in line for line in shown)
@@ -57,11 +57,11 @@ def test_a_question_outlives_what_nobody_foresaw(lines):
 def test_undo_drops_one_turn_after_the_other():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     shown = talk(model, "a", "b", "/undo", "c", "/undo", "/undo", "/undo")
-    assert [line for line in shown if line.startswith(("# Dropped", "# There"))] == [
+    assert [line for line in shown if line.startswith(("# Dropped", "# No turn"))] == [
         "# Dropped: b",
         "# Dropped: c",
         "# Dropped: a",
-        "# There is no turn to drop.",
+        "# No turn to drop.",
     ]
     assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
 
@@ -69,7 +69,7 @@ def test_undo_drops_one_turn_after_the_other():
 def test_edit_offers_the_last_question_and_asks_the_new_one():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
     shown = talk(model, "/edit", "who", "/edit", " are you?", "/edit", KeyboardInterrupt())
-    assert "# Nothing has been asked yet." in shown
+    assert "# No question yet." in shown
     assert "> who are you?" in shown
     assert model.asked[1] == [Message("user", "who are you?")]
     assert len(model.asked) == 2
@@ -85,14 +85,14 @@ def test_set_shows_and_changes_how_answers_are_sampled():
         "> /set temperature 0.2",
         "# temperature is 0.2.",
         "> /set top_p default",
-        "# top_p is 0.95, by default.",
+        "# top_p is 0.95 (default).",
         "> /set",
         "# temperature is 0.2.",
-        "# top_k is 20, as the model recommends.",
-        "# top_p is 0.95, by default.",
-        "# min_p is 0.05, by default.",
-        "# repeat_penalty is 1, by default.",
-        "# max_tokens is what the context holds, by default.",
+        "# top_k is 20 (recommended by the model).",
+        "# top_p is 0.95 (default).",
+        "# min_p is 0.05 (default).",
+        "# repeat_penalty is 1 (default).",
+        "# max_tokens is unlimited (default).",
         "# seed is 123456789.",
     ]
     assert (model.options.temperature, model.options.seed) == (0.2, 123456789)
@@ -102,16 +102,16 @@ def test_set_shows_and_changes_how_answers_are_sampled():
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("/set top_p 2", "top_p: 2.0 is not a number from 0 to 1, nor 'default'."),
-        ("/set seed x", "seed: 'x' is not a whole number from 0 to 4,294,967,294, nor 'default'."),
+        ("/set top_p 2", "top_p: 2.0 is not a number from 0 to 1 or 'default'."),
+        ("/set seed x", "seed: 'x' is not a whole number from 0 to 4,294,967,294 or 'default'."),
         (
             "/set max_tokens 0",
-            "max_tokens: 0 is not a whole number from 1 to 2,147,483,647, nor 'default'.",
+            "max_tokens: 0 is not a whole number from 1 to 2,147,483,647 or 'default'.",
         ),
-        ("/set temperature nan", "temperature: nan is not a number from 0, nor 'default'."),
+        ("/set temperature nan", "temperature: nan is not a number from 0 or 'default'."),
         (
             "/set temprature 1",
-            "There is no parameter temprature: did you mean temperature? (/set lists them.)",
+            "Unknown parameter temprature: did you mean temperature? (/set lists them.)",
         ),
     ],
 )
@@ -126,8 +126,8 @@ def test_model_is_shown_and_changed_in_mid_conversation():
     assert shown[6:10] == [
         "> /model other",
         "# other.gguf (Scripted, llama)",
-        "# Its context holds 2,048 tokens.",
-        "# Pruning is off: prompts are read in full.",
+        "# Context: 2,048 tokens.",
+        "# Fast reading is off: prompt tokens run all layers (/full off enables it).",
     ]
     assert model.is_closed and not other.is_closed
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
@@ -147,7 +147,7 @@ def test_a_base_model_is_warned_of():
     other = ScriptedModel()
     other.engine.prompter.has_template = False
     shown = talk(ScriptedModel(), "/model other", others={"other": other})
-    assert shown[1].startswith("* This is a base model without a chat template")
+    assert shown[1].startswith("* This base model has no chat template")
 
 
 def test_a_larger_context_is_of_the_model_that_was_taken():
@@ -180,12 +180,12 @@ def test_a_model_that_is_not_there_leaves_the_one_that_is():
     assert not model.is_closed and len(model.asked) == 1
 
 
-def test_context_says_what_fills_it():
+def test_context_shows_its_contents():
     model = ScriptedModel(["Fine, thanks.", STATS], n_ctx=100)
     shown = talk(model, "how are you?", "/context", system="Be brief.", sampling={})
     assert shown[-2:] == [
-        "# 7 of 100 tokens are used (7%).",
-        "# 1. 3 asked, 2 answered: how are you?",
+        "# Context: 7 of 100 tokens used (7%).",
+        "# 1. question 3, answer 2: how are you?",
     ]
 
 
@@ -193,8 +193,8 @@ def test_stats_compare_with_what_was_measured_with_pruning_off():
     full = figures(n_cached=0, n_pruned=0, n_full=1000, n_prompt=1000, prefill_s=0.5)
     model = ScriptedModel(["One.", full], ["Two.", STATS])
     shown = talk(model, "a", "b", "/stats")
-    assert "# Its reading took 0.25 s; in full it would be 0.50 s (as measured here" in shown[-5]
-    assert "in full it would be 1.00 s (as measured here with pruning off)." in shown[-2]
+    assert "# Its reading took 0.25 s, in full it would take 0.50 s (measured here" in shown[-5]
+    assert "in full it would take 1.00 s (measured here with pruning off)." in shown[-2]
 
 
 def test_a_prompt_of_another_length_is_no_measure():
@@ -218,7 +218,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
     shown = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
     assert shown[1:5] == [
         f"# {report}: 50 tokens, 1% of the context.",
-        "# It goes with your next question.",
+        "# It will be sent with your next question.",
         "> /file",
         f"# {report}: 50 tokens, 1% of the context.",
     ]
@@ -236,14 +236,14 @@ def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
     model.engine.context.n_ctx_train = 98
     shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
     assert shown[2:6] == [
-        "? That is 28 tokens more than there is room for (22).",
-        "?   b  read its beginning, 22 tokens",
-        "?   e  read its end, 22 tokens",
+        "? This is 28 tokens too long (22 tokens left).",
+        "?   b  read the first 22 tokens",
+        "?   e  read the last 22 tokens",
         "?   s  skip it",
     ]
     words = model.asked[0][0].content.split("\n\n")[0].split()
     if kept is None:
-        assert "# Nothing is attached." in shown
+        assert "# Nothing was attached." in shown
         assert words == ["what", "is", "it?"]
     else:
         assert len(words) == 22
@@ -253,8 +253,8 @@ def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
 def test_a_larger_context_makes_room_for_a_file(report):
     model, larger = ScriptedModel(n_ctx=98), ScriptedModel(["Hm.", STATS])
     shown = talk(model, f"/file {report}", "l", "what?", sampling={}, others={1024: larger})
-    assert "?   l  take a larger context (--ctx 1024)" in shown
-    assert "# The context holds 4,096 tokens now." in shown
+    assert "?   l  use a larger context (--ctx 1024)" in shown
+    assert "# The context now has 4,096 tokens." in shown
     assert len(larger.asked[0][0].content.split()) == 51
 
 
@@ -266,7 +266,7 @@ def test_glob_attaches_several_files(tmp_path):
     shown = talk(model, f"/glob {tmp_path}/*.md", f"/glob {tmp_path}/*.pdf", "what?")
     assert f"! {tmp_path}/d.md is not UTF-8 text; convert it to plain text first" in shown
     assert "# All 2: 6 tokens, 0% of the context." in shown
-    assert f"# No file matches {tmp_path}/*.pdf: nothing is attached." in shown
+    assert f"# No file matches {tmp_path}/*.pdf. Nothing was attached." in shown
     assert model.asked[0][0].content == "text of a.md\n\ntext of b.md\n\nwhat?"
 
 
@@ -279,7 +279,7 @@ def test_a_file_may_be_dropped_on_the_terminal(tmp_path, name):
         assert f"# {plain}: 1 tokens, 0% of the context." in talk(ScriptedModel(), f"/file {given}")
 
 
-def test_a_file_that_is_not_there_is_one_error(tmp_path):
+def test_a_missing_file_is_one_error(tmp_path):
     shown = talk(ScriptedModel(), f"/file {tmp_path}/absent.txt")
     assert shown[1].startswith(f"! {tmp_path}/absent.txt: No such file or directory; ")
 
@@ -295,16 +295,16 @@ def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]
     return model, talk(model, *questions, *keys, sampling={})
 
 
-def test_a_question_that_does_not_fit_says_what_is_missing_and_what_can_be_done():
+def test_a_question_that_does_not_fit_offers_choices():
     _, shown = conversation()
     at = next(i for i, line in enumerate(shown) if line.startswith("? "))
     assert shown[at:] == [
-        "? The context is too small by 2 tokens: the conversation and this question have 37,"
-        " an answer needs 5 or more, and it holds 40.",
+        "? Context is 2 tokens too small: the prompt has 37, an answer needs 5 or more, the limit"
+        " is 40.",
         "?   d  drop the oldest turn",
-        "?   n  start anew with this question alone",
+        "?   n  start over with this question",
         "?   x  drop this question",
-        "# The question is dropped; /retry asks it again.",
+        "# The question was dropped; /retry asks it again.",
     ]
 
 
@@ -315,7 +315,7 @@ def test_dropping_turns_makes_room(key, n_messages):
     assert model.asked[2][-1] == Message("user", ("c " * 13).strip())
 
 
-def test_nothing_is_dropped_unasked():
+def test_nothing_is_dropped_without_confirmation():
     for keys in ((), ("x",)):
         model, _ = conversation(*keys)
         assert len(model.asked) == 2
@@ -323,7 +323,7 @@ def test_nothing_is_dropped_unasked():
 
 @pytest.mark.parametrize(("switch", "mode"), [("on", Mode.OFF), ("off", Mode.CONTEXT)])
 def test_a_switch_is_kept_by_a_larger_context(switch, mode):
-    """Whatever its command line says: --full opens each model with pruning off."""
+    """--full opens each model with pruning off; the mode is kept."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
     larger.engine.cache.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
     shown = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})

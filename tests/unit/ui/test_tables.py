@@ -59,7 +59,7 @@ def test_facts_in_a_pipe_are_not_wrapped(capsys):
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_a_pipe_gets_the_bare_text_whatever_the_environment_says(monkeypatch, capsys, variable):
+def test_a_pipe_gets_plain_text_in_any_environment(monkeypatch, capsys, variable):
     monkeypatch.setenv(variable, "1")
     for stream, stderr in (("out", False), ("err", True)):
         monkeypatch.setattr(theme, stream, theme._console(stderr=stderr))

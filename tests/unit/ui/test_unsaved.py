@@ -35,41 +35,43 @@ def talked(model: PopModel, folder: Path, *lines: str | BaseException) -> list[s
     return transcript.shown.splitlines()
 
 
-def test_a_chat_that_dies_is_offered_until_it_is_gone_on_with(model, tmp_path):
+def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     talked(model, tmp_path, "my question", "and more?", SystemExit(143))
     (file,) = tmp_path.glob("*.popsession")
     assert file.stat().st_mode & 0o077 == 0
     shown = talked(model, tmp_path, "k", "/context")
-    assert shown[0].startswith("? A chat ended unexpectedly on 20")
-    assert shown[0].endswith("; it has 2 turns.")
-    assert "# 0 of 1,024 tokens are used (0%)." in shown
-    shown = talked(model, tmp_path, "g", "/context", SystemExit(143))
-    assert "# It is read again with your next question." in shown
+    assert shown[0].startswith("? A chat with 2 turns ended unexpectedly on 20")
+    assert "# Context: 0 of 1,024 tokens used (0%)." in shown
+    shown = talked(model, tmp_path, "c", "/context", SystemExit(143))
+    assert "# It will be read again with your next question." in shown
     assert shown[-2].endswith(": my question") and shown[-1].endswith(": and more?")
-    talked(model, tmp_path, "g", "third", SystemExit(143))
+    talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
-    assert shown[0].endswith("; it has 3 turns.")
+    assert shown[0].startswith("? A chat with 3 turns ended")
     assert talked(model, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_says_nothing_to_one_is_not_asked_about_the_next(model, tmp_path):
+def test_no_answer_to_one_offer_skips_the_next(model, tmp_path):
     for question in ("one", "two"):
         talked(model, tmp_path, *["k"] * (question == "two"), question, SystemExit(143))
     assert len(list(tmp_path.glob("*.popsession"))) == 2
     for lines, n_asked in ((("", "/exit"), 1), (("k", "k", "/exit"), 2)):
         shown = talked(model, tmp_path, *lines)
-        assert sum(line.startswith("? A chat ended") for line in shown) == n_asked
+        assert sum(line.startswith("? A chat with") for line in shown) == n_asked
 
 
-def test_a_mode_that_comes_back_with_a_conversation_is_said(model, tmp_path):
+def test_a_mode_restored_with_a_conversation_is_reported(model, tmp_path):
     talked(model, tmp_path, "my question", SystemExit(143))
     model.engine.set_mode(Mode.OFF)
     try:
-        shown = talked(model, tmp_path, "g", "/exit")
+        shown = talked(model, tmp_path, "c", "/exit")
     finally:
         model.engine.set_mode(Mode.CONTEXT)
-    assert "# Pruning is on: context tokens skip the layers from 5 on." in shown
+    assert (
+        "# Fast reading is on: prompt tokens skip the last 3 of 8 layers (/full on disables it)."
+        in shown
+    )
 
 
 def test_its_folders_are_the_owners(model, tmp_path):
@@ -104,13 +106,13 @@ def test_a_living_chat_is_not_offered(model, tmp_path):
         assert len(list(tmp_path.glob("*.popsession"))) == 1
 
 
-def test_what_is_no_transcript_is_not_offered(model, tmp_path):
+def test_files_that_are_no_transcripts_are_not_offered(model, tmp_path):
     (tmp_path / "bad.popsession").write_text("x")
     assert talked(model, tmp_path, "hello")[0] == "> hello"
     assert (tmp_path / "bad.popsession").exists()
 
 
-def test_a_transcript_that_cannot_be_kept_is_said_once(model, tmp_path):
+def test_a_transcript_that_cannot_be_saved_is_reported_once(model, tmp_path):
     (tmp_path / "file").write_text("")
     shown = talked(model, tmp_path / "file" / "unsaved", "one", "two")
     assert [line[:30] for line in shown if line.startswith("* ")] == [

@@ -117,7 +117,7 @@ def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
         again.engine.refiller.refill()
     lessons.idle(never)
     assert again.engine.calibrator.learned.n_rows > n_rows and lessons.loss is not None
-    # The sidecar in use may be replaced by the next one meanwhile.
+    # The next sidecar may replace the one in use.
     lesson.sidecar.replace(lesson.sidecar.with_suffix(".old"))
     again.read(Prompt(prompt(600, 9)))
     again.close()
@@ -139,7 +139,7 @@ def test_what_the_user_has_set_stays(plain):
     )
 
 
-def test_what_is_forgotten_meanwhile_is_begun_anew(plain):
+def test_deleted_statistics_restart_learning(plain):
     model, lessons = taught(plain)
     model.engine.calibrator.work(never)
     model.engine.calibrator.save()
@@ -176,7 +176,7 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
     assert not lessons.has_work
     model.engine.set_mode(Mode.OFF)
     model.swap_sidecar(model.engine.context.sidecar)
-    # Who reads in full goes on doing so.
+    # A model in full mode stays in it.
     assert model.engine.cache.mode is Mode.OFF and not model.engine.refiller.is_on
     for seed in range(3, 6):
         read(model, prompt(3 * N, seed))
@@ -188,7 +188,7 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [Projection.FITTED, Projection.WIDE])
-def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
+def test_a_fit_in_use_adapts_to_new_prompts(plain, kind, tmp_path):
     [made] = fitted_at((5,), plain, settings(words(tmp_path)), projections=(kind,))
     # A bias that no text explains.
     worse = [
@@ -211,7 +211,7 @@ def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
     model.close()
     if kind != Projection.FITTED:
         return
-    # At the next start, what is learned is added to the same sums.
+    # The next start adds to the same sums.
     n_rows = model.engine.calibrator.learned.n_rows
     again, lessons = taught(plain, sidecar=sidecar, keep_states=True, n_prompts=0)
     for seed in range(3, 6):
@@ -223,7 +223,7 @@ def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
     lessons.idle(never)
 
 
-def test_a_chat_says_that_it_learned(plain):
+def test_a_chat_reports_a_learned_fit(plain):
     model, lessons = taught(plain)
     screen = Transcript()
     sampling = {"temperature": 0.0, "max_tokens": 4}
@@ -236,7 +236,7 @@ def test_a_chat_says_that_it_learned(plain):
     assert chat.session.answer_stats[-1].n_pruned > 0
 
 
-def test_a_server_says_which_fit_read_a_prompt(plain):
+def test_a_server_reports_the_fit_of_a_prompt(plain):
     model, lessons = taught(plain)
     with asking(app_of(model, "tiny", fitter=lessons)) as client:
         wait_for(lambda: model.engine.cache.boundary)
