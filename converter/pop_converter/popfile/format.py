@@ -341,8 +341,13 @@ def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
 
 
 def _encode_group(prefix: str, group: Group) -> list[bytes]:
-    named = ((name, value) for name, value in vars(group).items() if value != NO_LIMIT)
-    return [_encode_key(prefix + name, value) for name, value in named]
+    # Limits that a budget lacks are missing keys.
+    lacks = {each.name for each in fields(group) if each.default == NO_LIMIT}
+    return [
+        _encode_key(prefix + name, value)
+        for name, value in vars(group).items()
+        if not (name in lacks and value == NO_LIMIT)
+    ]
 
 
 def _encode_key(name: str, value: int | float | str) -> bytes:

@@ -123,7 +123,7 @@ def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
     again.close()
     assert CliRunner().invoke(app, ["learn", "forget", str(plain)]).exit_code == 0
     assert not learned_files() and sidecar_of(model.engine.context.source) is None
-    assert "Nothing was learned" in CliRunner().invoke(app, ["learn", "show"]).stderr
+    assert "No learned statistics yet" in CliRunner().invoke(app, ["learn", "show"]).stderr
 
 
 def test_what_the_user_has_set_stays(plain):
