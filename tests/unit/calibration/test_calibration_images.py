@@ -1,4 +1,4 @@
-"""Fits on pictures besides text: what is read, what it wins for their K/V, what is refused."""
+"""Fits on pictures and text: the images, the gain for their K/V, and refusals."""
 
 from contextlib import closing
 from dataclasses import replace

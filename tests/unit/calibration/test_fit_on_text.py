@@ -1,4 +1,4 @@
-"""Calibration: what is fitted, in one go, in groups, resumed; what it takes, what is stored."""
+"""Calibration in one pass, in groups and resumed; its memory and its stored tensors."""
 
 import re
 from dataclasses import replace
@@ -47,7 +47,7 @@ def whole(llama: Path, letters: Path) -> Fitted:
 
 @pytest.fixture(scope="module")
 def apart(llama: Path, letters: Path) -> list[Fitted]:
-    """Two depths, each by itself."""
+    """Two depths, fitted separately."""
     return [fitted_at((boundary,), llama, settings(letters))[0] for boundary in (3, 5)]
 
 

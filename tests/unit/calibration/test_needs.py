@@ -25,7 +25,7 @@ Q8_0 = GGMLQuantizationType.Q8_0
 # A laptop with 16 GB, most of them free.
 FREE_BYTES = 12 * 10**9
 
-# Fits two boundaries, wide, and says what was announced and what was taken beside the modules.
+# Prints the announced and the measured memory of two wide fits, without the modules' memory.
 FITTING = """
 import re, sys, threading, time
 from pathlib import Path

@@ -40,7 +40,7 @@ def pull(folder: Path, name: str, *options: str, **environment: str) -> Done:
 
 
 def pull_by_environment(hub: Hub, folder: Path, **environment: str) -> Done:
-    """In a process of its own, since the client reads some variables once."""
+    """In a separate process, since the client reads some variables once."""
     home = {"HF_HOME": str(folder.parent / "hf-home")}
     variables = hub.environment() | home | environment
     return run("pull", "hf:acme/tiny-GGUF", "--dir", folder, **variables)

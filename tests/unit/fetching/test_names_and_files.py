@@ -1,4 +1,4 @@
-"""The catalog and fetching, against an index made of a folder of small wheels."""
+"""The catalog and fetching, against an index that is a folder of small wheels."""
 
 import hashlib
 import os

@@ -13,7 +13,7 @@ from pop_local.fetching import download as download_module
 from pop_local.fetching.url import fetch_url
 from support.downloads import HALF, MODEL, OTHER, SHA256, names, pull, reply
 
-# One tensor, of bytes: the header says how many there must be.
+# One tensor of bytes, whose number follows from the header.
 WHOLE = b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"x", 1, 1000, 0, 0) + bytes(23 + 4000)
 
 
@@ -45,7 +45,7 @@ def test_a_part_that_is_shorter_than_asked_for_is_gone_on_with(hub, tmp_path):
 
 @pytest.mark.parametrize("what", [{"etag": '"other"'}, {"n_bytes": len(MODEL) + 1}])
 def test_a_part_of_another_file_is_not_joined(hub, tmp_path, what):
-    """Servers there are that heed Range and not If-Range."""
+    """Some servers support Range and ignore If-Range."""
     hub.drops = [HALF]
 
     def answer_from_another(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Texts of files and folders: which are read, how they are grouped, what is left out."""
+"""Texts of files and folders: selection, grouping and skipped files."""
 
 from pathlib import Path
 
