@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from pop_converter.base.errors import StoppedError as StoppedError
     from pop_local.calibration.fit_options import FitOptions as FitOptions
     from pop_local.engine.cache.prompt_cache import PromptCache as PromptCache
+    from pop_local.engine.chat_messages import SessionStats as SessionStats
+    from pop_local.engine.chat_messages import TurnStats as TurnStats
     from pop_local.engine.context_full import ContextFullError as ContextFullError
     from pop_local.engine.decode.grammar import Grammar as Grammar
     from pop_local.engine.decode.grammar import GrammarError as GrammarError
     from pop_local.engine.engine_options import EngineOptions as EngineOptions
-    from pop_local.engine.messages import SessionStats as SessionStats
-    from pop_local.engine.messages import TurnStats as TurnStats
     from pop_local.engine.model import PopModel as PopModel
     from pop_local.engine.sessions.chat_session import Answer as Answer
     from pop_local.engine.sessions.chat_session import ChatSession as ChatSession
@@ -75,7 +75,7 @@ _MODULES = {
     "pop_local.texts.document": ["Document"],
     "pop_local.engine.sessions.chat_session": ["Answer", "ChatSession", "Stream"],
     "pop_local.engine.context_full": ["ContextFullError"],
-    "pop_local.engine.messages": ["SessionStats", "TurnStats"],
+    "pop_local.engine.chat_messages": ["SessionStats", "TurnStats"],
     "pop_local.engine.turn_options": ["AnswerOptions"],
 }
 

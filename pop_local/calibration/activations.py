@@ -13,7 +13,7 @@ from pop_local.engine.llama import taps
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context, ContextOptions
 from pop_local.engine.llama.devices import has_kernels
-from pop_local.engine.llama.slot import Slot
+from pop_local.engine.llama.slot import SingleSlot
 from pop_local.engine.llama.taps import Tapped, Wanted
 
 
@@ -42,8 +42,8 @@ class WindowReader:
     """A reader of single windows into an empty KV cache; it returns the requested activations."""
 
     def __init__(self, context: Context, wanted: Wanted) -> None:
-        self._slot, self._wanted = Slot(context), wanted
-        self._slot.begin_reading()
+        self._slot, self._wanted = SingleSlot(context), wanted
+        self._slot.begin_prefill()
         taps.set_taps(context.ctx, wanted)
 
     def window(self, tokens: Sequence[int]) -> Tapped:
@@ -58,10 +58,10 @@ class WindowReader:
         return self._read(lambda: vision.decode(self._slot, image, 0))
 
     def _read(self, decode: Callable[[], object]) -> Tapped:
-        self._slot.forget_all()
-        with self._slot.watching():
+        self._slot.cells.clear()
+        with self._slot.interruptible():
             decode()
-            self._slot.check()
+            self._slot.raise_if_stopped()
         tapped = taps.take(self._slot.context.ctx)
         if tapped is None or not tapped.has(self._wanted):
             raise PopError(

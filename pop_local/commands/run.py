@@ -15,9 +15,9 @@ import typer
 from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, without_refill
 from pop_local.commands.option_expansion import expand_options
+from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
-from pop_local.engine.messages import Chunk
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.texts.decoding import decoded

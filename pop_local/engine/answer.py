@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.chat_messages import Chunk, FinishReason, TurnStats
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.decode.logprobs import Logprobs
 from pop_local.engine.decode.repeats import Repeats
@@ -14,7 +15,6 @@ from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import TextStream
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.messages import Chunk, FinishReason, TurnStats
 from pop_local.engine.prefill.read import ReadingStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import is_end

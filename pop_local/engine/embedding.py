@@ -35,7 +35,7 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()
     total = np.zeros(context.n_embd, np.float64)
-    with cache.slot.held():
+    with cache.slot.locked():
         api.llama_set_embeddings(context.ctx, True)
         try:
             for n_rows in cache.append_all(tokens, _MAX_ROWS):

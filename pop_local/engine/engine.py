@@ -19,10 +19,10 @@ from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.batching import shared_slots
+from pop_local.engine.llama.batching import batched_slots
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.llama.slot import Slot
+from pop_local.engine.llama.slot import SingleSlot, Slot
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter
@@ -191,7 +191,9 @@ def _vision(options: EngineOptions, context: Context) -> Mmproj | None:
 
 def _slots(context: Context) -> Sequence[Slot]:
     n = context.options.n_sequences
-    return shared_slots(context, n) if n > 1 else [Slot(context)]
+    if n > 1:
+        return batched_slots(context, n)
+    return [SingleSlot(context)]
 
 
 def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_local.engine.answer import Answering
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine import Engine
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.learning.online_calibrator import (
@@ -23,7 +24,6 @@ from pop_local.engine.learning.online_calibrator import (
 )
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.messages import Message
 from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sessions.chat_session import (

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Turn
 from pop_local.texts.decoding import read_text

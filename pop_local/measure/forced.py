@@ -132,13 +132,13 @@ class Forced:
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)
-        cache.slot.begin_step()
+        cache.slot.begin_decode()
         try:
             for start in range(0, len(tokens), step):
                 piece = tokens[start : start + step]
-                with cache.slot.watching():
+                with cache.slot.interruptible():
                     cache.append(piece, outputs, np.ones(len(piece), bool))
-                    cache.slot.check()
+                    cache.slot.raise_if_stopped()
                 yield start, start + len(piece)
         finally:
             cache.slot.set_mode(cache.mode)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pop_converter.architecture.work import Macs
-from pop_local.engine.messages import TurnStats
+from pop_local.engine.chat_messages import TurnStats
 
 # Fewer tokens predict little of a long prompt, and attention makes long ones slower per token.
 _LEAST_TOKENS = 64

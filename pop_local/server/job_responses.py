@@ -7,8 +7,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response
 
+from pop_local.engine.chat_messages import Chunk, TokenLogprob
 from pop_local.engine.decode.grammar import Grammar
-from pop_local.engine.messages import Chunk, TokenLogprob
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.reader import CallReader, Piece
 from pop_local.server.api_errors import as_api_error, client_gone, stopping

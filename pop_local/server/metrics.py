@@ -4,7 +4,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from pop_local.engine.messages import TurnStats
+from pop_local.engine.chat_messages import TurnStats
 
 # Seconds, from a cached prompt on a GPU to a long prompt on an old CPU.
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)

@@ -9,7 +9,7 @@ from functools import reduce
 from itertools import accumulate
 from typing import Any
 
-from pop_local.engine.messages import TokenLogprob, ToolCall, TurnStats
+from pop_local.engine.chat_messages import TokenLogprob, ToolCall, TurnStats
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from pop_local.config.settings import MOST_SEED
+from pop_local.engine.chat_messages import Message, ToolCall
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.embedding import require_pooling
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.messages import Message, ToolCall
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.prompt.prompt import Prompt

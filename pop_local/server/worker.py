@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.chat_messages import Chunk, TokenLogprob, TurnStats
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.embedding import embedding
 from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.engine.messages import Chunk, TokenLogprob, TurnStats
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
@@ -291,7 +291,7 @@ class Worker(threading.Thread):
         index = self._slots.take(job.task.prompt)
         sequence = self._slots.sequence(index)
         try:
-            with sequence.cache.slot.work():
+            with sequence.cache.slot.working():
                 # A change of mode clears the KV cache, which never mixes full and pruned prompts.
                 sequence.cache.set_mode(job.task.mode)
                 if not job.task.options.repeatable:

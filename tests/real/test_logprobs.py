@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import StoppedError
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import PLAIN_STOPS
 from support.talking import ask

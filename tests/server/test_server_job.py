@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.messages import Chunk
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.worker import Job, Task

@@ -159,7 +159,7 @@ import random, resource
 import numpy as np
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.prompt_cache import SavedState
-from pop_local.engine.messages import Chunk, TurnStats
+from pop_local.engine.chat_messages import Chunk, TurnStats
 from pop_local.server import worker
 
 def resident():

@@ -196,7 +196,7 @@ def test_aborted_upload_leaves_no_file(client, monkeypatch, tmp_path):
 
 
 def test_slow_reader_is_killed(monkeypatch, tmp_path):
-    slow = file_reader._Reader(file_reader.__name__, limit_s=0.0, limit_bytes=2**30)
+    slow = file_reader._Reader(file_reader.FileReader, limit_s=0.0, limit_bytes=2**30)
     path = tmp_path / "a.txt"
     path.write_text("text " * 1_000_000)
     with pytest.raises(Exception, match=r"reading story takes more than 0 s"):

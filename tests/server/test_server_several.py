@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.datastructures import State
 
+from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.messages import Chunk
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.job_responses import streamed_answer

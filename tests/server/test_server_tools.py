@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from pop_local.engine.chat_messages import ToolCall
 from pop_local.engine.decode import grammar
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.messages import ToolCall
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn_options import TurnOptions

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pop_local.engine.messages import Chunk, Message
+from pop_local.engine.chat_messages import Chunk, Message
 from pop_local.ui.chat.line import line_reader
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.screen import Screen

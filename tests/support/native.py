@@ -19,7 +19,7 @@ class Loader:
     """Opens files in a child process, which is reused until a file crashes it."""
 
     def __init__(self, patience_s: float, limit_bytes: int = 4 << 30) -> None:
-        self._child = KeptProcess(__name__, limit_s=patience_s, limit_bytes=limit_bytes)
+        self._child = KeptProcess(Work, limit_s=patience_s, limit_bytes=limit_bytes)
         self.children: set[int] = set()
 
     def read(self, path: Path, sidecar: Path | None = None) -> str:

@@ -18,9 +18,9 @@ from PIL import Image
 
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import picture_of
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.read import Read

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from pop_local.engine.chat_messages import Message, TurnStats
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.messages import Message, TurnStats
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.texts.document import Document

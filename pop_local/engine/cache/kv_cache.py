@@ -186,12 +186,12 @@ class KvCache:
     def clear(self) -> None:
         """Forget everything. Raises PopError while a batch is computed."""
         self.slot.require_idle()
-        with self.slot.held():
+        with self.slot.locked():
             self.n_tokens = 0
             self.images.clear()
             self.has_logits = False
             self.rows.forget_from(0)
-            self.slot.forget_all()
+            self.slot.cells.clear()
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
@@ -200,7 +200,7 @@ class KvCache:
         Returns False for a memory that cannot do so. Raises PopError while a batch is computed.
         """
         self.slot.require_idle()
-        with self.slot.held():
+        with self.slot.locked():
             kept = max(0, min(n_rows, self.n_tokens))
             if self._lacks_rows_before(kept) or not self._forget_from(kept):
                 return False
@@ -222,7 +222,7 @@ class KvCache:
             raise PopError("the state is ahead of the tokens that were read", "read them again")
 
     def _forget_from(self, row: int) -> bool:
-        return self.slot.forget_from(int(self.rows.positions[row]))
+        return self.slot.cells.truncate(int(self.rows.positions[row]))
 
     def _lacks_rows_before(self, row: int) -> bool:
         """Whether a sliding window has dropped rows that this one attends to.
@@ -231,7 +231,7 @@ class KvCache:
         """
         window = self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
-        return bool(window) and self.slot.first_kept > seen_from
+        return bool(window) and self.slot.cells.first > seen_from
 
     # Sharing
 
@@ -240,13 +240,13 @@ class KvCache:
 
         Both have them then, and nothing is computed. Nothing is done where they are of another key.
         """
-        with self.slot.held():
+        with self.slot.locked():
             n = prompt.whole(other.n_same(prompt))
             if n <= self.n_same(prompt) or other.mode_key != self.mode_key:
                 return
             self.stash(prompt)
             self.clear()
-            self.slot.share(other.slot, int(other.rows.positions[n]))
+            self.slot.cells.share(other.slot.cells, int(other.rows.positions[n]))
             self._tokens[:n] = other.tokens[:n]
             self.images = {start: key for start, key in other.images.items() if start < n}
             self.rows.share(other.rows, n)
@@ -273,7 +273,7 @@ class KvCache:
             tokens=self.tokens.copy(),
             is_full=self.rows.is_full[:n].copy(),
             positions=self.rows.positions[: n + 1].copy(),
-            cells=self.slot.state(),
+            cells=self.slot.cells.state(),
             images=dict(self.images),
         )
 
@@ -302,7 +302,7 @@ class KvCache:
         self.clear()
         n = state.n_tokens
         end = int(state.positions[n - 1]) + 1 if n else 0
-        if not self.slot.restore(state.cells) or self.slot.end != end:
+        if not self.slot.cells.restore(state.cells) or self.slot.cells.end != end:
             self.clear()
             raise PopError("the saved state does not fit this model and context")
         self._tokens[:n] = state.tokens
@@ -332,7 +332,7 @@ class KvCache:
     def _keep(self) -> None:
         if self.prompts is None or not self.n_tokens:
             return
-        if self.slot.state_size() <= self.prompts.capacity_bytes:
+        if self.slot.cells.state_size() <= self.prompts.capacity_bytes:
             with suppress(PopError):  # a state that is ahead of its tokens is of no use
                 self.prompts.add(self._prompts_key, self.save())
 
@@ -362,7 +362,7 @@ class KvCache:
     def step(self, token: int) -> None:
         """Append a token of an answer, which runs all layers unless the mode is ALWAYS."""
         self.make_room(1)
-        self.slot.begin_step()
+        self.slot.begin_decode()
         self.append([token], Outputs.LAST, np.ones(1, bool))
 
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
@@ -387,12 +387,12 @@ class KvCache:
         """
         self.clear()
         step = min(step, self.context.n_batch)
-        self.slot.begin_reading()
-        with self.slot.alone(), self.slot.watching():
+        self.slot.begin_prefill()
+        with self.slot.exclusive(), self.slot.interruptible():
             for start in range(0, len(tokens), step):
                 piece = tokens[start : start + step]
                 self.append(piece, Outputs.ALL, np.ones(len(piece), bool))
-                self.slot.check()
+                self.slot.raise_if_stopped()
                 yield len(piece)
 
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
@@ -404,7 +404,7 @@ class KvCache:
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = self.position
-        with self.slot.alone():
+        with self.slot.exclusive():
             encode_s = self.vision.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)
         if self.context.is_mrope:

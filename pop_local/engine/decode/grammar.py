@@ -49,7 +49,7 @@ _STRICTER = {
     "date-time": [f"^(?:{_DAY})", "^[0-9]{0,3}[1-9]", ":[0-9]{2}:[0-5]"],
     "time": [":[0-9]{2}:[0-5]"],
 }
-_child = KeptProcess(grammar_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+_child = KeptProcess(grammar_child.GrammarCompiler, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
 
 
 @dataclass(frozen=True)

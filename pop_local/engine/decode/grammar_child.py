@@ -15,7 +15,7 @@ LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
 _STACK_BYTES = 4 << 20
 
 
-class Work:
+class GrammarCompiler:
     """The calls that are answered, with arguments and results of JSON."""
 
     def __init__(self) -> None:

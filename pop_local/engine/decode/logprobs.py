@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.llama.slot import Slot
-from pop_local.engine.messages import TokenLogprob
 
 # Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
 _MAX_ROWS = 64

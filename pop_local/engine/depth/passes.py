@@ -18,10 +18,10 @@ def run_deep(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> No
     for start in range(0, len(rows), context.n_ubatch):
         piece = rows[start : start + context.n_ubatch]
         at_end = start + len(piece) == len(rows)
-        with cache.slot.watching():
+        with cache.slot.interruptible():
             if cache.slot.run_deep(np.asarray(piece, np.int32), logits=logits and at_end):
                 cache.rows.deepened(piece)
                 if cache.learner is not None:
                     cache.learner.computed()
-            cache.slot.check()
+            cache.slot.raise_if_stopped()
     cache.has_logits = logits

@@ -61,7 +61,7 @@ class Refiller:
         if not total:
             return 0
         try:
-            with suppress(StoppedError), cache.slot.watching(), stopped_by(should_stop):
+            with suppress(StoppedError), cache.slot.interruptible(), stopped_by(should_stop):
                 while cache.n_exact < cache.n_tokens and not (should_stop and should_stop()):
                     self._run_chunk()
                     if on_progress is not None:

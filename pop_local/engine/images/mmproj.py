@@ -202,7 +202,7 @@ class Mmproj:
         try:
             rows = self.embedded(image)
         except StoppedError:
-            slot.check()  # it may have been Ctrl-C
+            slot.raise_if_stopped()  # it may have been Ctrl-C
             raise
         encode_s = time.perf_counter() - started_s
         logs.forget_errors()
@@ -212,7 +212,7 @@ class Mmproj:
                 ctx, piece, places, sequence=slot.sequence, is_mutual=image.is_mutual
             )
             if code != 0:
-                slot.check()
+                slot.raise_if_stopped()
                 raise logs.not_decoded(code)
         return encode_s
 

@@ -124,7 +124,9 @@ def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
     return shown.width, shown.height, shown.tobytes()
 
 
-class Work:
+class PictureDecoder:
+    """Decodes pictures in a child process."""
+
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
         """As Picture.rgb, with bytes as base64."""
@@ -132,7 +134,7 @@ class Work:
         return width, height, base64.b64encode(pixels).decode()
 
 
-_decoder = KeptProcess(__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+_decoder = KeptProcess(PictureDecoder, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
 
 
 def _rgb_by_child(picture: Picture, most: int) -> tuple[int, int, bytes]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from pop_converter.base.errors import PopError
 
 
-def main(module: str, limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of a module's `Work` from standard input until it is closed.
+def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
+    """Answer calls of a module's class from standard input until it is closed.
 
     A call that takes longer than `limit_s` ends this process; memory is limited to `limit_bytes`
     more than there is in use now, on Linux. An error of a method is its refusal.
     """
-    work = importlib.import_module(module).Work()
+    work = getattr(importlib.import_module(module), worker)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever calls
     _limit_memory(limit_bytes)
     print("{}", flush=True)

@@ -42,29 +42,32 @@ def _python() -> str:
 
 
 class KeptProcess:
-    """A child that answers calls of a module's `Work`, begun again after it has ended.
+    """A child process that answers calls, restarted after it has ended.
 
-    May be used from several threads, one call at a time. A call that fails or is interrupted ends
-    the child.
+    Thread-safe: calls run one at a time. A call that fails or is interrupted ends the child.
     """
 
     def __init__(
         self,
-        module: str,
+        worker: type,
         *,
         limit_s: float,
         limit_bytes: int,
         takes: str = "it takes",
         hint: str = "",
     ) -> None:
-        """`takes`, `hint`: the words of BeyondLimitsError."""
+        """`worker`: its methods are the calls. `takes`, `hint`: the words of BeyondLimitsError."""
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
-        self._module, self._takes, self._hint = module, takes, hint
+        self._worker, self._takes, self._hint = worker, takes, hint
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
         self._is_ready = False
         atexit.register(self.close)
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        return self._worker.__module__, self._worker.__qualname__
 
     @property
     def limits(self) -> str:
@@ -77,7 +80,7 @@ class KeptProcess:
             # After a fork it is the other process's.
             if child is None or self._owner != os.getpid() or child.poll() is not None:
                 self.close()
-                given = json.dumps([self._module, self.limit_s, self.limit_bytes])
+                given = json.dumps([*self._place, self.limit_s, self.limit_bytes])
                 child = self._child = subprocess.Popen(
                     [_python(), "-I", "-c", _START, given, *sys.path],
                     stdin=subprocess.PIPE,

@@ -16,17 +16,12 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.cells import Cells, SequenceCells
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import whether_to_stop
-from pop_local.engine.llama.slot import Slot, bytes_at
+from pop_local.engine.llama.prefill_throttle import PrefillThrottle
+from pop_local.engine.llama.slot import decode_now, last_logits
 
-# Rows of a prompt beside answers, before it is known how long they take.
-_FIRST_ROWS = 64
-# For how long rows of a prompt may hold up an answer's token. Few of them take as long as many.
-_WAIT_S = 0.25
-# Answers keep this share of their speed while a prompt is read.
-_SHARE = 0.52
-_SMOOTHING = 0.3
 _NO_COUNTERS = Counters(0, 0)
 
 
@@ -34,7 +29,7 @@ _NO_COUNTERS = Counters(0, 0)
 class _Request:
     """Rows that a sequence wants decoded; `n_done` of them are."""
 
-    slot: "SharedSlot"
+    slot: "BatchedSlot"
     tokens: Sequence[int]
     first: int
     outputs: Outputs
@@ -56,59 +51,7 @@ class _Request:
 
     def are_context(self, n: int) -> bool:
         """Whether none of the next `n` rows is full."""
-        return not self.gives_logits(n) and self.slot.is_context(self.first + self.n_done, n)
-
-
-class PrefillThrottle:
-    """How many rows of a prompt go beside answers, by the time that earlier batches took.
-
-    A batch takes as long as one of its answers alone, and something for having a prompt, and
-    something for each of its rows. After one that took long come others of answers alone.
-    """
-
-    def __init__(self, n_batch: int) -> None:
-        self._n_batch = n_batch
-        self._step_s: dict[int, float] = {}
-        self._row_s = 0.0
-        self._prompt_s = 0.0
-        self._owed_s = 0.0
-
-    def rows_beside(self, n_answers: int) -> int:
-        """Return so many rows that the answers keep half of their tokens per second."""
-        if not n_answers:
-            return self._n_batch
-        if self._owed_s > 0:
-            return 0
-        if not (self._step_s and self._row_s):
-            return min(_FIRST_ROWS, self._n_batch - n_answers)
-        wait_s = max(_WAIT_S, self._step_of(n_answers)) - self._prompt_s
-        return min(max(int(wait_s / self._row_s), _FIRST_ROWS), self._n_batch - n_answers)
-
-    def took(self, n_answers: int, n_rows: int, seconds: float) -> None:
-        if not n_answers:
-            self._owed_s = 0.0
-            if n_rows >= _FIRST_ROWS:
-                self._row_s = _smoothed(self._row_s, seconds / n_rows)
-            return
-        if n_rows:
-            rest_s = seconds - self._step_of(n_answers) - n_rows * self._row_s
-            self._prompt_s = max(0.0, _smoothed(self._prompt_s, rest_s))
-        else:
-            self._step_s[n_answers] = _smoothed(self._step_s.get(n_answers), seconds)
-        step_s = self._step_of(n_answers)
-        owed_s = self._owed_s + _SHARE * seconds - step_s
-        # Time that other programs took is not made up for: a prompt would wait for that.
-        self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
-
-    def _step_of(self, n_answers: int) -> float:
-        """The seconds of a batch of so many answers, or of the nearest number that is known."""
-        if not self._step_s:
-            return 0.0
-        return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]
-
-
-def _smoothed(known: float | None, seconds: float) -> float:
-    return known + _SMOOTHING * (seconds - known) if known else seconds
+        return not self.gives_logits(n) and self.slot._is_context(self.first + self.n_done, n)
 
 
 class Batcher:
@@ -124,7 +67,7 @@ class Batcher:
         self._holder = 0
 
     @contextmanager
-    def work(self) -> Iterator[None]:
+    def working(self) -> Iterator[None]:
         """Have batches wait for one more sequence."""
         with self._turn:
             self._n_at_work += 1
@@ -141,7 +84,7 @@ class Batcher:
         return self._holder == threading.get_ident()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep others from computing, and from changing what is cached."""
         with self._turn:
             before, self._holder = self._holder, threading.get_ident()
@@ -171,8 +114,8 @@ class Batcher:
                     request.error = StoppedError()
             except BaseException as error:  # for whoever asks so, who may be in another thread
                 request.error = error
-        steps = [one for one in self._wanted if not (one.is_over or one.slot.is_reading)]
-        prompts = [one for one in self._wanted if not one.is_over and one.slot.is_reading]
+        steps = [one for one in self._wanted if not (one.is_over or one.slot._is_prefilling)]
+        prompts = [one for one in self._wanted if not one.is_over and one.slot._is_prefilling]
         try:
             if steps or prompts:
                 self._decode(steps, prompts[:1])
@@ -190,7 +133,7 @@ class Batcher:
         backend.set_reading(ctx, _reading_of(parts))
         started_s = time.perf_counter()
         self._run(parts)
-        n_read = sum(n for one, n in parts if one.slot.is_reading)
+        n_read = sum(n for one, n in parts if one.slot._is_prefilling)
         self._throttle.took(len(steps), n_read, time.perf_counter() - started_s)
         self._count(prompts, len(steps), before)
         self._hand_out(parts)
@@ -229,7 +172,7 @@ class Batcher:
         now = backend.get_counters(self._context.ctx)
         for one in prompts:
             others = replace(before, n_full=before.n_full + n_steps)
-            one.slot.counted = added(one.slot.counted, others, now)
+            one.slot._counted = added(one.slot._counted, others, now)
 
     def _hand_out(self, parts: list[tuple[_Request, int]]) -> None:
         """Give each its logits, before the next batch overwrites them."""
@@ -239,11 +182,11 @@ class Batcher:
             one.n_done += n
             if one.outputs is Outputs.LAST and one.is_over:
                 row = self._api.llama_get_logits_ith(self._context.ctx, last)
-                one.slot.handed = np.ctypeslib.as_array(row, (self._context.n_vocab,)).copy()
+                one.slot._handed = np.ctypeslib.as_array(row, (self._context.n_vocab,)).copy()
 
 
 def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
-    of_prompts = [(one, n) for one, n in parts if one.slot.is_reading]
+    of_prompts = [(one, n) for one, n in parts if one.slot._is_prefilling]
     if not of_prompts:
         return Reading.NONE
     return Reading.CONTEXT if all(one.are_context(n) for one, n in of_prompts) else Reading.SOME
@@ -258,78 +201,81 @@ def added(known: Counters, before: Counters, now: Counters) -> Counters:
     )
 
 
-class SharedSlot(Slot):
-    """One of several sequences of a context, for one thread at a time; others use the others.
+class BatchedSlot:
+    """One of several sequences of a context; each is used by its own thread.
 
-    All prompts are read in the context's one mode. In mode OFF a sequence has full rows alone.
+    All prompts are read in the context's mode. In mode OFF all rows of a sequence are full.
     """
 
     def __init__(self, batcher: Batcher, context: Context, sequence: int) -> None:
-        super().__init__(context, sequence)
+        self.context, self.sequence = context, sequence
+        self.cells: Cells = SequenceCells(context, sequence, batcher.locked)
         self._batcher = batcher
-        self._mode = super().mode
-        self.is_reading = False
-        self.counted = _NO_COUNTERS
+        self._mode = backend.get_mode(context.ctx)
+        self._is_prefilling = False
+        self._counted = _NO_COUNTERS
         self._context_rows = range(0)
         self._deep_rows = np.empty(0, np.int32)
-        self.handed = np.zeros(0, np.float32)
+        self._handed = np.zeros(0, np.float32)
 
-    def work(self) -> AbstractContextManager[None]:
-        return self._batcher.work()
+    def working(self) -> AbstractContextManager[None]:
+        return self._batcher.working()
 
-    def held(self) -> AbstractContextManager[None]:
-        return self._batcher.held()
+    def locked(self) -> AbstractContextManager[None]:
+        return self._batcher.locked()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self.held(), super().watching():
-            before = backend.get_counters(self._ctx)
-            backend.set_reading(self._ctx, Reading.SOME)
+    def exclusive(self) -> Iterator[None]:
+        ctx = self.context.ctx
+        with self.locked(), self.context.interrupt.watching(ctx):
+            before = backend.get_counters(ctx)
+            backend.set_reading(ctx, Reading.SOME)
             yield
-            self.counted = added(self.counted, before, backend.get_counters(self._ctx))
+            self._counted = added(self._counted, before, backend.get_counters(ctx))
 
-    def watching(self) -> AbstractContextManager[None]:
+    def interruptible(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         if whether_to_stop()():
             raise StoppedError
 
     def require_idle(self) -> None:
-        """Nobody is asked in the midst of a batch but by the thread that computes it."""
+        """Allow every call: callbacks run only in the thread that computes the batch."""
 
     @property
     def mode(self) -> Mode:
         return self._mode
 
     def set_mode(self, mode: Mode) -> None:
-        if mode not in (Mode.OFF, super().mode):
+        if mode not in (Mode.OFF, backend.get_mode(self.context.ctx)):
             raise PopError(f"one of several sequences cannot be read in mode {mode.name}")
         self._mode = mode
 
-    def begin_reading(self) -> None:
-        self.is_reading = True
-        self.counted = _NO_COUNTERS
+    def begin_prefill(self) -> None:
+        self._is_prefilling = True
+        self._counted = _NO_COUNTERS
 
-    def begin_step(self) -> None:
-        self.is_reading = False
+    def begin_decode(self) -> None:
+        self._is_prefilling = False
 
     @property
     def counters(self) -> Counters:
-        return self.counted
+        return self._counted
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
         full_from = 0 if self._mode is Mode.OFF else full_from
         self._context_rows = range(sink_tokens, full_from)
-        with self.held():
-            super().set_full(sink_tokens, full_from)
+        with self.locked():
+            backend.set_sink(self.context.ctx, sink_tokens)
+            backend.set_full_from(self.context.ctx, self.sequence, full_from)
 
     def set_deep_rows(self, positions: np.ndarray) -> None:
         self._deep_rows = positions
-        with self.held():
-            super().set_deep_rows(positions)
+        with self.locked():
+            backend.set_deep_rows(self.context.ctx, self.sequence, positions)
 
-    def is_context(self, first: int, n: int) -> bool:
+    def _is_context(self, first: int, n: int) -> bool:
         """Return whether no row of [first, first + n) is full by its position or its token."""
         if not (self._context_rows.start <= first and first + n <= self._context_rows.stop):
             return False
@@ -338,44 +284,24 @@ class SharedSlot(Slot):
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.is_held:
-            super().decode(tokens, first_position, outputs)
+            decode_now(self.context, self.sequence, tokens, first_position, outputs)
             if outputs is not Outputs.NONE:
-                self.handed = super().logits.copy()
+                self._handed = last_logits(self.context).copy()
             return
         request = _Request(self, tokens, first_position, outputs, whether_to_stop())
         self._batcher.decode(request)
 
     @property
     def logits(self) -> np.ndarray:
-        return self.handed
+        return self._handed
 
     def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
-        with self.held(), super().watching():
-            return super().run_deep(positions, logits=logits)
-
-    def forget_all(self) -> None:
-        self.forget_from(0)
-
-    def state_size(self) -> int:
-        with self.held():
-            return int(self._api.llama_state_seq_get_size(self._ctx, self.sequence))
-
-    def state(self) -> bytes:
-        """Return what the context holds of it (llama_state_seq_get_data)."""
-        with self.held():
-            buffer = np.empty(self.state_size(), dtype=np.uint8)
-            size, at = buffer.size, bytes_at(buffer)
-            n = self._api.llama_state_seq_get_data(self._ctx, at, size, self.sequence)
-            return buffer[:n].tobytes()
-
-    def _set_state(self, buffer: np.ndarray) -> int:
-        with self.held():
-            size, at = buffer.size, bytes_at(buffer)
-            found = self._api.llama_state_seq_set_data(self._ctx, at, size, self.sequence)
-            return int(found)
+        ctx = self.context.ctx
+        with self.locked(), self.context.interrupt.watching(ctx):
+            return backend.run_deep(ctx, self.sequence, positions, logits=logits)
 
 
-def shared_slots(context: Context, n: int) -> list[SharedSlot]:
+def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
     """Return the sequences of a context. Raises PopError for one that cannot have several."""
     # llama.cpp gives cells that a sequence's window has passed to others, also with swa_full: a
     # sequence cannot go back then, or be refilled.
@@ -392,4 +318,4 @@ def shared_slots(context: Context, n: int) -> list[SharedSlot]:
             cause="one-sequence",
         )
     batcher = Batcher(context)
-    return [SharedSlot(batcher, context, sequence) for sequence in range(n)]
+    return [BatchedSlot(batcher, context, sequence) for sequence in range(n)]

@@ -1,182 +1,167 @@
-"""A sequence of a context, as the KV cache sees it: its cells, its batches, its logits."""
+"""One sequence of a llama_context: its KV cells, batches and logits."""
 
-import ctypes
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.context import Context
 
 
-class Slot:
-    """The only sequence of a context; `SharedSlot` (batching.py) is one of several.
+class Slot(Protocol):
+    """One sequence of a context, used by one thread at a time.
 
-    For one thread at a time.
+    Implementations: SingleSlot, and BatchedSlot (batching.py) for several sequences.
     """
 
-    def __init__(self, context: Context, sequence: int = 0) -> None:
-        self.context = context
-        self.sequence = sequence
-        self._api = backend.bindings()
-
-    @property
-    def _ctx(self) -> Any:
-        return self.context.ctx
-
-    @property
-    def _memory(self) -> Any:
-        return self._api.llama_get_memory(self._ctx)
+    context: Context
+    sequence: int
+    cells: Cells
 
     # Taking turns
 
-    def work(self) -> AbstractContextManager[None]:
-        """Let batches of other sequences wait for those of this one, from here to the end."""
-        return nullcontext()
+    def working(self) -> AbstractContextManager[None]:
+        """Make other sequences' batches wait for this one's rows until exit."""
 
-    def held(self) -> AbstractContextManager[None]:
-        """Keep others from changing what is cached."""
-        return nullcontext()
+    def locked(self) -> AbstractContextManager[None]:
+        """Prevent other threads from changing the cells until exit."""
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Have the context for this sequence alone: its batches are computed at once, and those of
-        others wait."""
-        return nullcontext()
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Run this sequence's batches immediately and block the others until exit."""
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Stop what is computed meanwhile where the caller wants it, see Interrupt."""
-        return self.context.interrupt.watching(self._ctx)
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Let the caller's `should_stop` abort batches until exit (see Interrupt)."""
 
-    def check(self) -> None:
-        """Raise why what was computed has been stopped, see Interrupt.check."""
-        self.context.interrupt.check()
+    def raise_if_stopped(self) -> None:
+        """Raise the reason if the last batch was aborted (see Interrupt.check)."""
 
     def require_idle(self) -> None:
-        """Raises PopError for whoever is asked whether to stop, in the midst of a batch."""
-        self.context.interrupt.require_idle()
+        """Raise PopError if called from a callback within a batch."""
 
     # Batches
 
     @property
     def mode(self) -> Mode:
-        return backend.get_mode(self._ctx)
+        """The mode in which rows are computed."""
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch it. Raises PopError for a mode that the model lacks."""
-        backend.set_mode(self._ctx, mode)
+        """Switch the mode. Raises PopError for a mode that the model lacks."""
 
-    def begin_reading(self) -> None:
-        """Batches are of a prompt from now on, and counted anew."""
-        backend.reset_counters(self._ctx)
-        backend.set_reading(self._ctx, Reading.SOME)
+    def begin_prefill(self) -> None:
+        """Mark the following batches as prefill, and reset the counters."""
 
-    def begin_step(self) -> None:
-        """Batches are of an answer from now on."""
-        backend.set_reading(self._ctx, Reading.NONE)
+    def begin_decode(self) -> None:
+        """Mark the following batches as decode, not prefill."""
 
     @property
     def counters(self) -> Counters:
-        """The rows that were read since `begin_reading`."""
-        return backend.get_counters(self._ctx)
+        """Rows computed since `begin_prefill`."""
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Say which rows are full: those below the sink's number of tokens, those from a position
-        on; -1: none by position."""
-        backend.set_sink(self._ctx, sink_tokens)
-        backend.set_full_from(self._ctx, self.sequence, full_from)
+        """Run rows below `sink_tokens` and from position `full_from` on (-1: none) in full."""
 
     def set_deep_rows(self, positions: np.ndarray) -> None:
         """Run the next batch's rows at these ascending positions through all layers.
 
         They replace those of an earlier call.
         """
-        backend.set_deep_rows(self._ctx, self.sequence, positions)
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         """Decode tokens at consecutive positions.
 
-        Raises PopError where llama.cpp refuses them; when interrupted, StoppedError or whatever
-        Ctrl-C raises.
+        Raises PopError if llama.cpp refuses them, and StoppedError or the signal handler's
+        exception if interrupted.
         """
-        ctx = self._ctx
-        logs.forget_errors()
-        code = self.context.batch.decode(ctx, tokens, first_position, outputs, self.sequence)
-        if code != 0:
-            self.context.interrupt.check()
-            raise logs.not_decoded(code)
 
     @property
     def logits(self) -> np.ndarray:
-        """The logits of the last row that had some, float32 [n_vocab], until the next batch."""
-        row = self._api.llama_get_logits_ith(self._ctx, -1)
-        return np.ctypeslib.as_array(row, (self.context.n_vocab,))
+        """Logits of the last row with outputs, float32 [n_vocab], valid until the next batch."""
 
     def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
-        """Run rows deep, see backend.run_deep."""
+        """Run a deep pass over rows; see backend.run_deep."""
+
+
+class SingleSlot:
+    """The only sequence of a context."""
+
+    sequence = 0
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.cells = Cells(context)
+        self._api = backend.bindings()
+
+    @property
+    def _ctx(self) -> Any:
+        return self.context.ctx
+
+    def working(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    locked = exclusive = working
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        return self.context.interrupt.watching(self._ctx)
+
+    def raise_if_stopped(self) -> None:
+        self.context.interrupt.check()
+
+    def require_idle(self) -> None:
+        self.context.interrupt.require_idle()
+
+    @property
+    def mode(self) -> Mode:
+        return backend.get_mode(self._ctx)
+
+    def set_mode(self, mode: Mode) -> None:
+        backend.set_mode(self._ctx, mode)
+
+    def begin_prefill(self) -> None:
+        backend.reset_counters(self._ctx)
+        backend.set_reading(self._ctx, Reading.SOME)
+
+    def begin_decode(self) -> None:
+        backend.set_reading(self._ctx, Reading.NONE)
+
+    @property
+    def counters(self) -> Counters:
+        return backend.get_counters(self._ctx)
+
+    def set_full(self, sink_tokens: int, full_from: int) -> None:
+        backend.set_sink(self._ctx, sink_tokens)
+        backend.set_full_from(self._ctx, self.sequence, full_from)
+
+    def set_deep_rows(self, positions: np.ndarray) -> None:
+        backend.set_deep_rows(self._ctx, self.sequence, positions)
+
+    def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
+        decode_now(self.context, self.sequence, tokens, first_position, outputs)
+
+    @property
+    def logits(self) -> np.ndarray:
+        return last_logits(self.context)
+
+    def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
         return backend.run_deep(self._ctx, self.sequence, positions, logits=logits)
 
-    # Cells
 
-    @property
-    def end(self) -> int:
-        """The position after the last one in llama.cpp's memory."""
-        with self.held():
-            if not (memory := self._memory):
-                return 0
-            return int(self._api.llama_memory_seq_pos_max(memory, self.sequence)) + 1
-
-    @property
-    def first_kept(self) -> int:
-        """The first position that is in it."""
-        with self.held():
-            return int(self._api.llama_memory_seq_pos_min(self._memory, self.sequence))
-
-    def forget_from(self, position: int) -> bool:
-        """Forget what is cached from this position on; False for a memory that cannot."""
-        with self.held():
-            if self.end <= position:
-                return True
-            return bool(self._api.llama_memory_seq_rm(self._memory, self.sequence, position, -1))
-
-    def forget_all(self) -> None:
-        """Forget all that is cached, whatever a state of strangers has put there."""
-        if memory := self._memory:
-            self._api.llama_memory_clear(memory, True)
-
-    def share(self, other: "Slot", n_positions: int) -> None:
-        """Have the first cells of another sequence as well (llama_memory_seq_cp)."""
-        self._api.llama_memory_seq_cp(self._memory, other.sequence, self.sequence, 0, n_positions)
-
-    def state_size(self) -> int:
-        """Return the bytes of `state`, at most."""
-        return int(self._api.llama_state_get_size(self._ctx))
-
-    def state(self) -> bytes:
-        """Return all that the context holds (llama_state_get_data).
-
-        That of a sequence alone lacks rows that a sliding window has passed.
-        """
-        buffer = np.empty(self.state_size(), dtype=np.uint8)
-        n = self._api.llama_state_get_data(self._ctx, bytes_at(buffer), buffer.size)
-        return buffer[:n].tobytes()
-
-    def restore(self, state: bytes) -> bool:
-        """Take over a `state`; what is cached is undefined where that is False.
-
-        Nothing is no state, though llama.cpp reads 0 bytes of it, as many as there are.
-        """
-        if not state:
-            return False
-        buffer = np.frombuffer(state, dtype=np.uint8).copy()
-        return self._set_state(buffer) == buffer.size
-
-    def _set_state(self, buffer: np.ndarray) -> int:
-        return int(self._api.llama_state_set_data(self._ctx, bytes_at(buffer), buffer.size))
+def decode_now(
+    context: Context, sequence: int, tokens: Sequence[int], first_position: int, outputs: Outputs
+) -> None:
+    """Decode tokens as one batch; see Slot.decode."""
+    logs.forget_errors()
+    code = context.batch.decode(context.ctx, tokens, first_position, outputs, sequence)
+    if code != 0:
+        context.interrupt.check()
+        raise logs.not_decoded(code)
 
 
-def bytes_at(buffer: np.ndarray) -> Any:
-    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+def last_logits(context: Context) -> np.ndarray:
+    """Return the last row's logits, float32 [n_vocab], valid until the next batch."""
+    row = backend.bindings().llama_get_logits_ith(context.ctx, -1)
+    return np.ctypeslib.as_array(row, (context.n_vocab,))

@@ -167,7 +167,7 @@ class _Reading:
             self._deep,
         )
         self._encode_s = 0.0
-        cache.slot.begin_reading()
+        cache.slot.begin_prefill()
 
     def so_far(self) -> Read:
         cache = self._cache
@@ -197,7 +197,7 @@ class _Reading:
 
     def _run(self, rule: RowRule, full_from: int, last: Outputs) -> None:
         cache, prompt = self._cache, self._prompt
-        with cache.slot.watching():
+        with cache.slot.interruptible():
             for start, end in self._plan.chunks:
                 outputs = last if end == len(prompt) else Outputs.NONE
                 n = end - start
@@ -213,7 +213,7 @@ class _Reading:
                     full = full_rows(positions, rule, full_from, outputs) | deep
                     cache.slot.set_deep_rows(positions[deep])
                     cache.append(prompt.tokens[start:end], outputs, full)
-                cache.slot.check()
+                cache.slot.raise_if_stopped()
                 if cache.epoch != self._epoch:
                     raise DisplacedError
                 self._report(end)

@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
 from pop_local.engine.images.pictures import Picture, has_pillow
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context, utf8
-from pop_local.engine.messages import Message
 from pop_local.engine.prompt.prompt import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.prompt.special_tokens import SpecialTokens, unused_marks
 from pop_local.engine.prompt.templates import Template

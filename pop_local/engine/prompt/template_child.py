@@ -49,7 +49,9 @@ def _compiled(template: str) -> Template:
     return environment().from_string(template)
 
 
-class Work:
+class TemplateRenderer:
+    """Renders templates in a child process."""
+
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
         """Render a template; without arguments, only see whether it is one.

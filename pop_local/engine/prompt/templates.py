@@ -15,7 +15,7 @@ MAX_TEMPLATE_CHARACTERS = 1 << 20
 _HINT = "take the model from another publisher"
 
 renderer = KeptProcess(
-    template_child.__name__,
+    template_child.TemplateRenderer,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
     takes="the chat template takes",

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pop_converter.base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
+from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
-from pop_local.engine.messages import SessionStats, TurnStats
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
 from pop_local.engine.turn_options import AnswerOptions, TurnOptions

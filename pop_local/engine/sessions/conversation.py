@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.messages import Message
 from pop_local.texts.document import Document
 
 

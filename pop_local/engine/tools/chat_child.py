@@ -27,7 +27,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-class Work:
+class ChatFormatter:
     """The calls that are answered; a ValueError says what llama.cpp does not take."""
 
     def __init__(self) -> None:

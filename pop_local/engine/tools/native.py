@@ -39,7 +39,7 @@ class Parsed:
 
 
 _chat = KeptProcess(
-    chat_child.__name__,
+    chat_child.ChatFormatter,
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
     takes="the tool calls take",

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.messages import Message
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, is_end
 from pop_local.engine.tools import native, text_form

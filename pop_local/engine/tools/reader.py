@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.messages import ToolCall
+from pop_local.engine.chat_messages import ToolCall
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.native import Parsed

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pop_local.engine.messages import Message
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.tools.native import Parsed
 from pop_local.engine.tools.tool import Tool
 

@@ -12,8 +12,8 @@ from starlette.routing import Route
 
 from pop_local import __version__
 from pop_local.config.settings import MOST
+from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.messages import TokenLogprob
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn_options import TurnOptions

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pop_local.engine.messages import TokenLogprob
+from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.tools.reader import Piece
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api

@@ -14,7 +14,7 @@ MAX_CHARACTERS = 8_000_000  # more than any context holds
 _HINT = "save it as plain text first"
 
 
-class Work:
+class FileReader:
     """The functions that run in the child process."""
 
     @staticmethod
@@ -44,4 +44,4 @@ class _Reader(KeptProcess):
         return found
 
 
-reader = _Reader(__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+reader = _Reader(FileReader, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.learned_fit import Loss
 from pop_local.engine.learning.online_calibrator import Learned
-from pop_local.engine.messages import SessionStats, TurnStats
 from pop_local.measure.full_cost import FullCost
 
 ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted": " · stopped"}

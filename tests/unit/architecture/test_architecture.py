@@ -35,28 +35,30 @@ ARROWS = {
 INSIDE = {
     "engine": {
         "model": (
-            "answer engine engine_options learning llama messages prefill prompt sessions"
+            "answer engine engine_options learning llama chat_messages prefill prompt sessions"
             " turn_options"
         ),
         "slot_scheduler": "cache engine prompt sequence",
-        "sessions": "answer cache engine images llama messages turn_options",
+        "sessions": "answer cache engine images llama chat_messages turn_options",
         "engine": (
             "answer cache decode depth engine_options images learning llama prefill prompt"
             " sequence tools turn_options"
         ),
         "engine_options": "cache llama",
-        "answer": "context_full decode llama messages prefill prompt sequence tools turn_options",
+        "answer": (
+            "chat_messages context_full decode llama prefill prompt sequence tools turn_options"
+        ),
         "sequence": "cache depth llama prefill prompt",
         "turn_options": "decode tools",
-        "tools": "decode limited llama messages prompt",
+        "tools": "decode limited llama chat_messages prompt",
         "prefill": "cache depth images llama prompt",
-        "decode": "cache limited llama messages",
+        "decode": "cache limited llama chat_messages",
         "embedding": "cache llama",
         "depth": "cache llama",
         "learning": "cache llama",
         "cache": "images llama prompt",
-        "prompt": "images limited llama messages",
-        "messages": "images",
+        "prompt": "images limited llama chat_messages",
+        "chat_messages": "images",
         "images": "limited llama",
         "context_full": "",
         "llama": "",

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from support.calls import append
 from support.synthetic import make_gguf

@@ -135,7 +135,7 @@ def test_a_frozen_application_is_not_begun_again(monkeypatch):
     """Its executable is itself; who embeds Python names one, as for multiprocessing."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     limits: Any = {"limit_s": 5.0, "limit_bytes": 2**29}
-    child = KeptProcess(template_child.__name__, **limits)
+    child = KeptProcess(template_child.TemplateRenderer, **limits)
     with pytest.raises(NoChildError) as refused:
         child.start()
     assert "multiprocessing.set_executable" in refused.value.hint

@@ -50,7 +50,10 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
         model.engine.refiller.n_refillable,
         model.engine.cache.key,
     ) == (200, 0, FULL)
-    assert model.engine.cache.slot.state()[-1000:] == full.engine.cache.slot.state()[-1000:]
+    assert (
+        model.engine.cache.slot.cells.state()[-1000:]
+        == full.engine.cache.slot.cells.state()[-1000:]
+    )
     assert kv_bytes(model) == kv_bytes(full)
     assert model.engine.refiller.refill() == 0
 

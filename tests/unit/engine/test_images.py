@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images import mmproj
 from pop_local.engine.images.mmproj import ImageChunk
@@ -19,7 +20,6 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 from pop_local.engine.prompt.prompt import Prompt
@@ -105,7 +105,7 @@ def read_raw(model: PopModel, made: Prompt) -> None:
     """Decode a prompt as the engine does, but the images as libmtmd does."""
     context = model.engine.context
     plan = plan_prefill(0, len(made), model.engine.rule, context.n_batch, made.spans)
-    model.engine.cache.slot.forget_all()
+    model.engine.cache.slot.cells.clear()
     batch = TokenBatch(context.n_batch)
     pos = 0
     backend.set_reading(context.ctx, backend.Reading.SOME)
@@ -216,7 +216,7 @@ def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
             ):
                 append(model, tokens)
             n_left += (
-                model.engine.cache.slot.end
+                model.engine.cache.slot.cells.end
                 > model.engine.cache.rows.positions[model.engine.cache.n_tokens]
             )
             model.engine.cache.restore(model.engine.cache.save())

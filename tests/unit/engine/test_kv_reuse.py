@@ -194,7 +194,7 @@ def test_a_longer_prompt_takes_the_place_of_its_beginning(pop_file):
 def test_one_state_too_many_drives_out_the_oldest(pop_file):
     model = opened(pop_file)
     n_read(model, prompt(100))
-    cache = PromptCache(3 * len(model.engine.cache.slot.state()))
+    cache = PromptCache(3 * len(model.engine.cache.slot.cells.state()))
     model.engine.cache.prompts = cache
     for seed in range(1, 6):
         n_read(model, prompt(100, seed))

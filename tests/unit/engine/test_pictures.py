@@ -152,7 +152,7 @@ def test_a_webp_that_would_be_decoded_far_larger_than_it_is_shown_is_refused():
 @pytest.mark.parametrize("limit", ["limit_s", "limit_bytes"])
 def test_decoding_has_limits(monkeypatch, limit):
     limits = {"limit_s": 20.0, "limit_bytes": 1 << 29} | {limit: 1e-3 if limit == "limit_s" else 1}
-    child = pictures.KeptProcess(pictures.__name__, **limits)
+    child = pictures.KeptProcess(pictures.PictureDecoder, **limits)
     monkeypatch.setattr(pictures, "_decoder", child)
     with pytest.raises(PopError, match="to decode"):
         picture_of(webp(4000, 3900), "a").rgb()

@@ -10,8 +10,8 @@ import pytest
 
 import pop_local
 from pop_local import ContextFullError, Document, PopError, PopModel, TurnStats
+from pop_local.engine.chat_messages import SessionStats
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.messages import SessionStats
 from pop_local.engine.turn_options import AnswerOptions, TurnOptions
 from support.blocked import BLOCKER
 from support.converted import paired

@@ -13,8 +13,8 @@ from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.batching import PrefillThrottle
 from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.prefill_throttle import PrefillThrottle
 from pop_local.engine.prefill.read import Read
 from pop_local.engine.prefill.read import read as read_prompt
 from pop_local.engine.prompt.prompt import Prompt
@@ -101,7 +101,7 @@ def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypa
 
     def answer(index: int) -> None:
         cache = model.engine.sequences[index].cache
-        with cache.slot.work():
+        with cache.slot.working():
             begun.wait()
             for _ in range(20):
                 token = int(cache.slot.logits.argmax())
@@ -109,7 +109,7 @@ def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypa
                 cache.step(token)
 
     def read_third() -> None:
-        with model.engine.sequences[2].cache.slot.work():
+        with model.engine.sequences[2].cache.slot.working():
             begun.wait()
             read_in(model, 2, LONG)
 
@@ -191,7 +191,7 @@ def test_shared_rows_are_refilled_once(model):
     assert seats.refillable() == 0
     assert model.engine.sequences[0].refiller.refill() == 200
     seats.refilled(0)
-    cache, refiller = model.engine.sequences[index]
+    cache, refiller = model.engine.sequences[index].cache, model.engine.sequences[index].refiller
     assert (cache.n_tokens, cache.n_exact, refiller.n_refillable) == (150, 150, 0)
     cache.truncate(100)
     read_in(model, index, LONG[:100] + prompt(100, seed=9))
@@ -251,12 +251,12 @@ def test_one_of_several_is_stopped(model, alone):
 
     def stopped() -> None:
         cache = model.engine.sequences[0].cache
-        with cache.slot.work(), stopped_by(lambda: cache.n_tokens >= 64):
+        with cache.slot.working(), stopped_by(lambda: cache.n_tokens >= 64):
             begun.wait()
             read_in(model, 0, LONG)
 
     def whole() -> None:
-        with model.engine.sequences[1].cache.slot.work():
+        with model.engine.sequences[1].cache.slot.working():
             begun.wait()
             read_in(model, 1, LONG)
 
@@ -331,7 +331,7 @@ def test_several_have_a_context_each(model):
 def test_all_logits_are_of_one_sequence_alone(model, alone):
     read_in(model, 0, LONG)
     cache = model.engine.sequences[1].cache
-    with cache.slot.alone(), cache.slot.watching():
+    with cache.slot.exclusive(), cache.slot.interruptible():
         cache.append(LONG[:50], Outputs.ALL, np.ones(50, bool))
         last = model.engine.context.logits(50)[-1].copy()
     alone.engine.cache.clear()

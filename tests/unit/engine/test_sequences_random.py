@@ -53,7 +53,7 @@ class Work:
         rule = replace(self._model.engine.rule, reuses=self._rng.random() < 0.8)
         read(cache, asked, rule)
         assert cache.tokens.tolist() == asked.tokens
-        assert cache.slot.end == len(asked)
+        assert cache.slot.cells.end == len(asked)
         if cache.mode is Mode.OFF:
             self._check(cache)
 

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_local.cli import app
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.ui.views.stats import stats_line
 from support.converted import converted

@@ -3,8 +3,8 @@ public model families, as far as they are about messages."""
 
 import pytest
 
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import bindings
-from pop_local.engine.messages import Message
 from pop_local.engine.prompt.templates import Template
 from support.calls import opened, text_of
 from support.converted import tiny

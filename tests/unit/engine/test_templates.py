@@ -7,9 +7,9 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pop_converter.base.errors import PopError
 from pop_local.calibration.activations import loaded
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import picture_of
-from pop_local.engine.messages import Message
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter, _without_system

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from pop_local.engine.chat_messages import Message, ToolCall
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.messages import Message, ToolCall
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, Write
 from pop_local.engine.prompt.templates import Template

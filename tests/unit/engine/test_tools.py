@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.chat_messages import Message, ToolCall
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.messages import Message, ToolCall
 from pop_local.engine.tools import text_form
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools

@@ -7,8 +7,8 @@ import pytest
 
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Measured, PopMeta
+from pop_local.engine.chat_messages import Message, TurnStats
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.messages import Message, TurnStats
 from pop_local.ui.chat import dialogue
 from pop_local.ui.chat.repl import LEAVE_HINT, converse
 from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, obey

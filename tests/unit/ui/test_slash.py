@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.messages import Message
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.chat.repl import converse
 from support.scripted import (

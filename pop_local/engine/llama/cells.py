@@ -1,0 +1,118 @@
+"""The cells of one sequence in llama.cpp's memory."""
+
+import ctypes
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.context import Context
+
+Lock = Callable[[], AbstractContextManager[None]]
+
+
+class Cells:
+    """The cells of a context's only sequence.
+
+    Saved states hold the whole context: a sequence's own state would lack rows that a sliding
+    window has passed.
+    """
+
+    def __init__(self, context: Context, sequence: int = 0, locked: Lock = nullcontext) -> None:
+        """`locked`: prevents other threads from changing the cells."""
+        self._context, self._sequence, self._locked = context, sequence, locked
+        self._api = backend.bindings()
+
+    @property
+    def _ctx(self) -> Any:
+        return self._context.ctx
+
+    @property
+    def _memory(self) -> Any:
+        return self._api.llama_get_memory(self._ctx)
+
+    @property
+    def end(self) -> int:
+        """The position after the last cell."""
+        with self._locked():
+            if not (memory := self._memory):
+                return 0
+            return int(self._api.llama_memory_seq_pos_max(memory, self._sequence)) + 1
+
+    @property
+    def first(self) -> int:
+        """The first position that has a cell."""
+        with self._locked():
+            return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
+
+    def truncate(self, position: int) -> bool:
+        """Drop the cells from this position on. Return False if the memory cannot do so."""
+        with self._locked():
+            if self.end <= position:
+                return True
+            return bool(self._api.llama_memory_seq_rm(self._memory, self._sequence, position, -1))
+
+    def clear(self) -> None:
+        """Drop all cells, including any restored from a foreign state."""
+        if memory := self._memory:
+            self._api.llama_memory_clear(memory, True)
+
+    def share(self, other: "Cells", n_positions: int) -> None:
+        """Share another sequence's first cells (llama_memory_seq_cp)."""
+        copy = self._api.llama_memory_seq_cp
+        copy(self._memory, other._sequence, self._sequence, 0, n_positions)
+
+    def state_size(self) -> int:
+        """Return the upper limit of the state's size in bytes."""
+        with self._locked():
+            return self._get_size()
+
+    def state(self) -> bytes:
+        """Return the cells as llama.cpp saves them."""
+        with self._locked():
+            buffer = np.empty(self._get_size(), dtype=np.uint8)
+            return buffer[: self._read(buffer)].tobytes()
+
+    def restore(self, state: bytes) -> bool:
+        """Replace the cells by a `state`. The cells are undefined after False.
+
+        Reject an empty state: llama.cpp would accept it as a complete one of 0 bytes.
+        """
+        if not state:
+            return False
+        buffer = np.frombuffer(state, dtype=np.uint8).copy()
+        with self._locked():
+            return self._write(buffer) == buffer.size
+
+    def _get_size(self) -> int:
+        return int(self._api.llama_state_get_size(self._ctx))
+
+    def _read(self, buffer: np.ndarray) -> int:
+        return int(self._api.llama_state_get_data(self._ctx, _address(buffer), buffer.size))
+
+    def _write(self, buffer: np.ndarray) -> int:
+        return int(self._api.llama_state_set_data(self._ctx, _address(buffer), buffer.size))
+
+
+class SequenceCells(Cells):
+    """The cells of one of several sequences; its states hold that sequence alone."""
+
+    def clear(self) -> None:
+        self.truncate(0)
+
+    def _get_size(self) -> int:
+        return int(self._api.llama_state_seq_get_size(self._ctx, self._sequence))
+
+    def _read(self, buffer: np.ndarray) -> int:
+        get, at = self._api.llama_state_seq_get_data, _address(buffer)
+        return int(get(self._ctx, at, buffer.size, self._sequence))
+
+    def _write(self, buffer: np.ndarray) -> int:
+        put, at = self._api.llama_state_seq_set_data, _address(buffer)
+        return int(put(self._ctx, at, buffer.size, self._sequence))
+
+
+def _address(buffer: np.ndarray) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
