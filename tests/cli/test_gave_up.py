@@ -87,3 +87,22 @@ def test_a_program_receives_the_reason(path):
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert done.returncode == -signal.SIGABRT
     assert done.stderr.startswith("llama.cpp gave up: qwen2.cpp:")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
+def test_an_uncaught_exception_is_reported(tmp_path):
+    """A token that llama_tokenize needs is missing, and its exception leaves the C function."""
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    path.write_bytes(path.read_bytes().replace(b"<0x", b"<1x"))
+    program = """
+import sys
+from pop_local.engine.llama import backend
+api = backend.bindings()
+model = api.llama_model_load_from_file(sys.argv[1].encode(), api.llama_model_default_params())
+text = "☃".encode()
+tokens = (api.llama_token * 8)()
+api.llama_tokenize(api.llama_model_get_vocab(model), text, len(text), tokens, 8, False, False)
+"""
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert "llama.cpp gave up: llama-pop.cpp" in done.stderr

@@ -103,7 +103,7 @@ BARE = {
     "nan": "not finite",
     "shape": "wrong shape",
     "missing": r"blk\.6\.pop_attn_k\.weight",
-    "unknown": r"tensor blk\.6\.attn_k\.weight, which is not a sidecar's",
+    "unknown": r"tensor blk\.6\.attn_k\.weight, which does not belong in a sidecar",
     "schedule": "one letter for each of the 8 layers",
     "unbound": "belongs to another model",
     "size": "belongs to another model: one of 12345 bytes",
@@ -154,7 +154,7 @@ def test_another_model_of_the_same_shape(fitted, tmp_path):
 def test_a_converted_base(fitted):
     with pytest.raises(FormatError, match="is a converted model"):
         PopModel(EngineOptions.of(fitted.single, sidecar=fitted.sidecar))
-    with pytest.raises(RuntimeError, match="POP keys of its own"):
+    with pytest.raises(RuntimeError, match="already has POP keys"):
         run(Job(str(fitted.single), steps=(), further=(str(fitted.sidecar),)))
 
 

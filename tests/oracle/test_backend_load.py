@@ -30,6 +30,7 @@ REFUSED = {
     "nothing kept": ({"pop.schedule": "SSSSSSSS"}, "'SSSSSSSS'"),
     "nothing skipped": ({"pop.schedule": "FFFFFFFF"}, "'FFFFFFFF'"),
     "projection": ({"pop.projection": "guessed"}, "'guessed'"),
+    "projection with attention": ({"pop.projection": "fitted-attention"}, "'fitted-attention'"),
     "fitted without tensors": ({"pop.projection": "fitted"}, "blk.6.pop_attn_k.weight"),
 }
 

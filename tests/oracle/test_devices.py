@@ -208,20 +208,3 @@ def test_pruning_has_no_more_noise_than_the_full_model(
     print(f"{name}: pruned {pruned:.2e}, full {full:.2e} from the CPU")
     assert pruned <= AT_MOST * full, (pruned, full)
     assert full > 0 or not GPU_LAYERS  # without a GPU, both run on the CPU
-
-
-@pytest.mark.parametrize("model", ["llama", "gemma3"])
-def test_attention_is_counted_as_on_the_cpu(
-    model: str, trios: dict[str, Trio], device: dict[str, Any]
-) -> None:
-    """Look-ups rank rows by these scores."""
-    [tokens] = PROMPTS[-1:]
-    steps = (
-        *(Step("mode", value=1), KEEP, Step("full_from", value=len(tokens) - N_TAIL)),
-        *(Step("question", pos=len(tokens) - N_TAIL), Step("decode", tokens=tokens)),
-        Step("scores", "scores", value=len(tokens)),
-    )
-    job = Job(str(trios[model].pruned), steps, n_gpu_layers=0)
-    here, there = (run(each)["scores"] for each in (job, replace(job, **device)))
-    print(f"{model}: scores {rms(here - there) / rms(here):.2e} from the CPU's")
-    assert rms(here - there) < 0.02 * rms(here)

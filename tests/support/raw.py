@@ -347,16 +347,16 @@ class Session:
         return self._rows()[4:]
 
     def _keep(self, step: Step) -> None:
-        self._pop("llama_pop_set_keep", bool(step.value))
+        self._pop("llama_pop_set_snapshots", bool(step.value))
 
     def _run_deep(self, step: Step) -> np.ndarray:
         n = len(step.tokens)
         positions = (ctypes.c_int32 * n)(*step.tokens)
         with_logits = step.logits == "last"
         ctx = ctypes.c_void_p(self.ctx)
-        status = self.capi.llama_pop_deepen(ctx, step.seq, positions, n, with_logits)
+        status = self.capi.llama_pop_run_deep(ctx, step.seq, positions, n, with_logits)
         if status != step.value:
-            raise RuntimeError(f"llama_pop_deepen returned {status}")
+            raise RuntimeError(f"llama_pop_run_deep returned {status}")
         if not with_logits or status != 0:
             return np.zeros((0, self.n_vocab), np.float32)
         return self._logits(step)
@@ -364,15 +364,6 @@ class Session:
     def _logits(self, step: Step) -> np.ndarray:
         logits = self.lib.llama_get_logits_ith(self.ctx, -1)
         return np.ctypeslib.as_array(logits, (1, self.n_vocab)).copy()
-
-    def _question(self, step: Step) -> None:
-        self._pop("llama_pop_set_question", step.seq, step.pos)
-
-    def _scores(self, step: Step) -> np.ndarray:
-        scores = np.zeros(step.value, np.float32)
-        pointer = scores.ctypes.data_as(ctypes.c_void_p)
-        self._pop("llama_pop_get_scores", step.seq, pointer, step.value)
-        return scores
 
     def _copy(self, step: Step) -> None:
         self.lib.llama_memory_seq_cp(

@@ -27,9 +27,8 @@ class Step:
     - counters: return the counts of (context, full) rows, then reset all counts.
     - exact, deep, marked: return the count of rows that skipped layers exactly, ran in deep passes
       or were marked deep.
-    - keep: keep boundary states if `value` is 1. run_deep: run a deep pass over the positions
+    - keep: store snapshots if `value` is 1. run_deep: run a deep pass over the positions
       `tokens`; `logits`: "last" or "none"; `value`: the expected status.
-    - question: set the first question row, `pos`. scores: return the first `value` scores.
     - logits: return the last output's logits again.
     - model: return the first layer that rows without logits may skip (0: none), and whether the
       model is recurrent or hybrid.

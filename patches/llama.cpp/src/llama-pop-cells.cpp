@@ -1,4 +1,4 @@
-// prefill-only pruning: rows of a ubatch in the cells that they have, see llama-pop-cells.h
+// prefill-only pruning: memory contexts for rows that already have cells, see llama-pop-cells.h
 
 #include "llama-pop-cells.h"
 
@@ -34,7 +34,7 @@ int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, l
     return it != all.end() && it->first == pos ? (int64_t) it->second : -1;
 }
 
-// note: the rows of a ubatch lie stream by stream, as many of each
+// note: a ubatch's rows are sorted by stream, with equally many of each
 static llama_kv_cache::slot_info pick_slots(const llama_kv_cache_context & whole, const std::vector<int32_t> & rows) {
     const auto & slots = whole.pop_slots();
 
@@ -110,7 +110,7 @@ llama_ubatch llama_pop_pick_rows(const llama_ubatch & whole, const std::vector<i
             data->embd.insert(data->embd.end(), whole.embd + row*n_embd_inp, whole.embd + (row + 1)*n_embd_inp);
         }
         data->n_seq_id.push_back(whole.n_seq_id[row]);
-        data->seq_id  .push_back(whole.seq_id  [row]); // those of the whole ubatch, which lives as long
+        data->seq_id  .push_back(whole.seq_id  [row]); // owned by the whole ubatch, which outlives this one
         data->output  .push_back(whole.output  [row]);
     }
 

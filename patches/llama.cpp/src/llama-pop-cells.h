@@ -1,4 +1,4 @@
-// prefill-only pruning: rows of a ubatch in the cells that they have, see llama-pop.h
+// prefill-only pruning: memory contexts for rows that already have cells, see llama-pop.h
 
 #pragma once
 
@@ -6,21 +6,21 @@
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 
-// both are null where the memory is another one: recurrent states, several kinds of cells
+// both are null for other memories: recurrent states, several kinds of cells
 struct llama_pop_caches {
     llama_kv_cache * base = nullptr;
-    llama_kv_cache * swa  = nullptr; // of the layers with a sliding window, null: there are none
+    llama_kv_cache * swa  = nullptr; // for layers with a sliding window, null if there are none
 };
 
 llama_pop_caches llama_pop_get_caches(llama_memory_i * memory);
 
-// the cache of the layers with a sliding window or of the others that a ubatch is placed in, null: the memory has none
+// return the KV cache of a ubatch for layers with a sliding window (is_swa) or without. null if the memory has none
 const llama_kv_cache_context * llama_pop_find_cache(const llama_memory_context_i * mctx, bool is_swa);
 
-// the cell of a position, -1: the sequence has no such position
+// return the cell of a position, -1 if the sequence lacks the position
 int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos);
 
-// where the rows of a ubatch are in each cache, and how many of the cells they may attend to
+// the cells of a ubatch's rows in each cache, and the number of cells they may attend to
 struct llama_pop_places {
     llama_kv_cache::slot_info base{};
     llama_kv_cache::slot_info swa{};
@@ -29,13 +29,13 @@ struct llama_pop_places {
     uint32_t n_kv_swa  = 0;
 };
 
-// the places of some rows of the ubatch that the memory has just placed
+// return the places of some rows of the ubatch that was just placed
 llama_pop_places llama_pop_pick_places(const llama_memory_context_i & whole, const std::vector<int32_t> & rows);
 
-// a context for rows that have their cells, to be applied while llama_pop_in_place lives
+// return a memory context for rows that already have cells. apply it within the scope of llama_pop_in_place
 llama_memory_context_ptr llama_pop_use_places(llama_memory_i * memory, llama_pop_places places, const llama_ubatch & ubatch);
 
-// while it lives nothing is placed
+// disables the placement of rows within its scope
 struct llama_pop_in_place {
     llama_pop_in_place(llama_memory_i * memory, const llama_pop_places & places);
     ~llama_pop_in_place();
@@ -43,5 +43,5 @@ struct llama_pop_in_place {
     const llama_pop_caches kv;
 };
 
-// a ubatch of some rows of another, as many of each of its sequences where these are equally long
+// return a ubatch of the given rows. if sequences of the whole ubatch have equal lengths, the rows must have, too
 llama_ubatch llama_pop_pick_rows(const llama_ubatch & whole, const std::vector<int32_t> & rows, int64_t n_embd_inp);

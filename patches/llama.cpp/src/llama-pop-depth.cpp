@@ -1,4 +1,4 @@
-// prefill-only pruning: deep passes from kept states, see llama-pop.h
+// prefill-only pruning: deep passes from snapshots, see llama-pop.h
 
 #include "llama-pop.h"
 
@@ -15,11 +15,12 @@
 // cells
 //
 
+// return the index of the position's snapshot, -1: none
 static int64_t find_state(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos) {
     const auto & cells = kv.get_cells(seq_id);
 
     const int64_t cell = llama_pop_find_cell(cells, seq_id, pos);
-    return cell >= 0 && cells.pop_kept[cell] ? (int64_t) kv.get_stream(seq_id)*kv.get_size() + cell : -1;
+    return cell >= 0 && cells.pop_has_snapshot[cell] ? (int64_t) kv.get_stream(seq_id)*kv.get_size() + cell : -1;
 }
 
 static llama_kv_cache::slot_info find_slot(const llama_kv_cache & kv, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
@@ -42,8 +43,8 @@ static llama_kv_cache::slot_info find_slot(const llama_kv_cache & kv, llama_seq_
     return res;
 }
 
-// the cells that rows up to pos_max may attend to, rounded as in llama_kv_cache::get_n_kv(). so a pass over a prompt's
-// first rows is of the shape that it had when the rest was not there
+// return the number of cells that rows up to pos_max may attend to, rounded as in llama_kv_cache::get_n_kv(). so a pass over a
+// prompt's first rows has the same shape before and after the other rows are read
 static uint32_t count_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos_max) {
     uint32_t n = 0;
     for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
@@ -59,22 +60,22 @@ static uint32_t count_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llam
 // deep pass
 //
 
-// while it lives, graphs are those of a deep pass
-struct deepening {
-    deepening(llama_pop_cparams & pop, const float * states) : pop(pop) {
-        pop.deepening = true;
+// makes graphs deep passes within its scope
+struct deep_pass_scope {
+    deep_pass_scope(llama_pop_cparams & pop, const float * states) : pop(pop) {
+        pop.is_deep_pass = true;
         pop.states    = states;
     }
 
-    ~deepening() {
-        pop.deepening = false;
+    ~deep_pass_scope() {
+        pop.is_deep_pass = false;
         pop.states    = nullptr;
     }
 
     llama_pop_cparams & pop;
 };
 
-// tokens: of each row, for what an architecture adds to the state behind the boundary. fewer than n: some have none
+// tokens: one per row, for architectures that add token features after the boundary. fewer than n if some rows have no token
 static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits, std::vector<llama_token> tokens, int64_t n_embd_inp) {
     auto data = std::make_shared<llama_ubatch::data_t>();
 
@@ -97,7 +98,7 @@ static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int3
 
     llama_ubatch res;
 
-    // of one sequence, so that its graph is not taken for another's, whose K/V lie elsewhere
+    // marked as one sequence, so that allow_reuse() compares sequences: another one's K/V are in other cells
     res.b_equal_seqs = true;
     res.n_tokens     = n;
     res.n_seq_tokens = n;
@@ -117,16 +118,16 @@ static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int3
     return res;
 }
 
-// why a pass cannot be had, empty: it can
-static std::string find_obstacle(llama_context & ctx, const llama_pop_caches & kv, const llama_pop_kept & kept, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
+// return the reason why the pass is impossible, empty if it is possible
+static std::string find_obstacle(llama_context & ctx, const llama_pop_caches & kv, const llama_pop_snapshots & snapshots, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
     const auto & cparams = ctx.get_cparams();
     const auto & pop     = cparams.pop;
 
-    if (!pop.keep || pop.boundary == 0) {
-        return "states are not kept, see llama_pop_set_keep()";
+    if (!pop.snapshots || pop.boundary == 0) {
+        return "there are no snapshots, see llama_pop_set_snapshots()";
     }
     if (n < 1 || n > (int32_t) cparams.n_ubatch) {
-        return format("%d rows, expected 1 to %u, the rows of a ubatch", n, cparams.n_ubatch);
+        return format("%d rows, expected 1 to %u (n_ubatch)", n, cparams.n_ubatch);
     }
     if (seq_id < 0 || seq_id >= (llama_seq_id) kv.base->get_n_seq_max()) {
         return format("there is no sequence %d", seq_id);
@@ -135,33 +136,33 @@ static std::string find_obstacle(llama_context & ctx, const llama_pop_caches & k
         return "rows of this model have several positions each";
     }
     if (llama_pop_reads_all(cparams) || !cparams.causal_attn) {
-        return "the context gives the states of rows, or its rows see later ones";
+        return "the context returns states of rows, or its rows attend to later ones";
     }
     if (!std::is_sorted(pos, pos + n, std::less_equal<>())) {
         return "the positions are not ascending";
     }
     for (int32_t i = 0; i < n; ++i) {
-        if (kept.states.empty() || kept.boundary != pop.boundary || find_state(*kv.base, seq_id, pos[i]) < 0) {
-            return format("the state of position %d was not kept", pos[i]);
+        if (snapshots.states.empty() || snapshots.boundary != pop.boundary || find_state(*kv.base, seq_id, pos[i]) < 0) {
+            return format("position %d has no snapshot", pos[i]);
         }
     }
     if (kv.swa) {
         const llama_pos first = std::max<int64_t>(0, (int64_t) pos[0] - ctx.get_model().hparams.n_swa + 1);
         const auto & cells = kv.swa->get_cells(seq_id);
         if (cells.seq_pos_min(seq_id) > std::max(first, kv.base->get_cells(seq_id).seq_pos_min(seq_id)) || find_slot(*kv.swa, seq_id, pos, n).empty()) {
-            return "rows that these attend to have left the cache of layers with a sliding window, open the context with swa_full";
+            return "layers with a sliding window have evicted rows that these attend to, open the context with swa_full";
         }
     }
     return "";
 }
 
-int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool with_logits) {
+int32_t llama_context::pop_run_deep(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool with_logits) {
     const auto kv = llama_pop_get_caches(memory.get());
 
-    const auto obstacle = kv.base ? find_obstacle(*this, kv, pop_kept, seq_id, pos, n) : "the memory is not a KV cache";
+    const auto obstacle = kv.base ? find_obstacle(*this, kv, pop_snapshots, seq_id, pos, n) : "the memory is not a KV cache";
     if (!obstacle.empty() || (with_logits && !sampling.samplers.empty())) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, obstacle.empty() ? "samplers of the backend are not supported" : obstacle.c_str());
-        return LLAMA_POP_DEEPEN_REFUSED;
+        return LLAMA_POP_DEEP_REFUSED;
     }
 
     synchronize();
@@ -173,7 +174,7 @@ int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, in
     std::vector<float>       states;
     std::vector<llama_token> tokens;
     for (int32_t i = 0; i < n; ++i) {
-        const float * state = pop_kept.states.data() + find_state(*kv.base, seq_id, pos[i])*n_embd;
+        const float * state = pop_snapshots.states.data() + find_state(*kv.base, seq_id, pos[i])*n_embd;
         states.insert(states.end(), state, state + n_embd);
 
         const auto & cells = kv.base->get_cells(seq_id);
@@ -196,13 +197,13 @@ int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, in
     const auto mctx = llama_pop_use_places(memory.get(), places, ubatch);
 
     const llama_pop_in_place in_place(memory.get(), places);
-    const deepening          guard(cparams.pop, states.data());
+    const deep_pass_scope    guard(cparams.pop, states.data());
 
-    // without logits, those of the last batch stay
+    // without logits, those of the last batch stay valid
     const int32_t n_outputs_before = n_outputs;
 
     if (with_logits && output_reserve(1) < 1) {
-        return LLAMA_POP_DEEPEN_FAILED;
+        return LLAMA_POP_DEEP_FAILED;
     }
 
     n_outputs = with_logits;
@@ -214,7 +215,7 @@ int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, in
         n_outputs = with_logits ? 0 : n_outputs_before;
     }
     if (!res) {
-        return status == GGML_STATUS_ABORTED ? LLAMA_POP_DEEPEN_ABORTED : LLAMA_POP_DEEPEN_FAILED;
+        return status == GGML_STATUS_ABORTED ? LLAMA_POP_DEEP_ABORTED : LLAMA_POP_DEEP_FAILED;
     }
 
     if (with_logits) {
@@ -225,12 +226,12 @@ int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, in
         ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched.get(), t_logits), t_logits, logits.data, 0, ggml_nbytes(t_logits));
     }
 
-    // who measures how long it takes, or lets somebody wait for it, must know when it is done
+    // callers measure the time, or let another thread wait, so the pass must be complete on return
     synchronize();
 
-    return LLAMA_POP_DEEPEN_DONE;
+    return LLAMA_POP_DEEP_DONE;
 }
 
-int32_t llama_pop_deepen(llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits) {
-    return ctx->pop_deepen(seq_id, pos, n, logits);
+int32_t llama_pop_run_deep(llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits) {
+    return ctx->pop_run_deep(seq_id, pos, n, logits);
 }

@@ -1,17 +1,17 @@
-// prefill-only pruning: the fitted projections of skipped layers, and their wider input, see llama-pop.h
+// prefill-only pruning: fitted projections of skipped layers and their second input, see llama-pop.h
 
-#include "llama-pop-graph.h"
+#include "llama-pop-build.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <stdexcept>
 
-// neurons have unit variance where they were fitted; rare ones far beyond spoil whole texts
-static const float MOST_NEURON = 5.0f;
+// neurons have unit variance in the fit's data. rare outliers would spoil the K/V of a whole text, so they are clamped, as in the fit
+static const float MAX_NEURON = 5.0f;
 
-// of each row the one before it in its first sequence, or the row itself where the ubatch has none. positions never
-// decrease within a sequence, so that this is the row before in the ubatch's order (images: the patch before)
+// return the preceding row of each row's first sequence, or the row itself if the ubatch has none. positions never decrease
+// within a sequence, so the preceding row in the ubatch is the preceding token (images: the preceding patch)
 static std::vector<int32_t> find_previous(const llama_ubatch & ubatch) {
     std::vector<int32_t> last(LLAMA_MAX_SEQ, -1);
     std::vector<int32_t> res;
@@ -40,7 +40,7 @@ public:
     ggml_tensor * rows = nullptr; // I32 [n_tokens]
 };
 
-// the activation of the FFN, which the layer at the boundary has just been built with
+// return whether the FFN of the layer at the boundary, whose nodes were just built, uses GELU
 static bool has_gelu(ggml_cgraph * gf, int first) {
     for (int i = first; i < ggml_graph_n_nodes(gf); ++i) {
         const ggml_tensor * node = ggml_graph_node(gf, i);
@@ -57,12 +57,12 @@ static ggml_tensor * build_neurons(const llm_graph_context & g, const llama_laye
     ggml_tensor * up   = g.build_lora_mm(layer.pop.up,   cur);
 
     cur = has_gelu(g.gf, g.res->pop.n_nodes) ? ggml_geglu_split(g.ctx0, gate, up) : ggml_swiglu_split(g.ctx0, gate, up);
-    cur = ggml_clamp(g.ctx0, cur, -MOST_NEURON, MOST_NEURON);
+    cur = ggml_clamp(g.ctx0, cur, -MAX_NEURON, MAX_NEURON);
     g.cb(cur, "pop_neurons", -1);
     return cur;
 }
 
-// the wider input, [n_wide, n_tokens], that all layers behind the boundary share
+// build the second input [n_wide, n_tokens] for all layers after the boundary
 static ggml_tensor * build_wide(const llm_graph_context & g) {
     const auto & build = g.res->pop;
     const auto & layer = build.model->layers[build.boundary];
@@ -70,9 +70,9 @@ static ggml_tensor * build_wide(const llm_graph_context & g) {
     ggml_tensor * normed = g.build_norm(build.state, nullptr, nullptr, LLM_NORM_RMS, -1);
 
     auto inp = std::make_unique<llm_graph_input_pop_previous>();
-    inp->rows = new_input(g, GGML_TYPE_I32, g.n_tokens, 1);
+    inp->rows = llama_pop_new_input(g, GGML_TYPE_I32, g.n_tokens, 1);
 
-    ggml_tensor * wide = pick_rows(g, g.build_lora_mm(layer.pop.prev, normed), inp->rows);
+    ggml_tensor * wide = llama_pop_get_rows(g, g.build_lora_mm(layer.pop.prev, normed), inp->rows);
     g.cb(wide, "pop_previous", -1);
 
     g.res->add_input(std::move(inp));
@@ -80,22 +80,13 @@ static ggml_tensor * build_wide(const llm_graph_context & g) {
     if (layer.pop.gate) {
         wide = ggml_concat(g.ctx0, wide, build_neurons(g, layer, normed), 0);
     }
-    if (g.hparams.pop.attention) {
-        const auto name = format("kqv_out-%d", build.boundary);
-
-        ggml_tensor * heads = ggml_graph_get_tensor(g.gf, name.c_str());
-        if (!heads) {
-            throw std::runtime_error(format("prefill-only pruning: the graph has no %s", name.c_str()));
-        }
-        wide = ggml_concat(g.ctx0, wide, heads, 0);
-    }
     return wide;
 }
 
 void llama_pop_project(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * cur, ggml_tensor *& k, ggml_tensor *& v) {
     auto & build = g.res->pop;
 
-    // fitted on text alone they are worse for images than the layer's own projections
+    // projections fitted on text only are worse for images than the layer's own
     if (build.pass != LLAMA_POP_PASS_CONTEXT || !layer.pop.wk || (g.ubatch.embd && !g.hparams.pop.fitted_images)) {
         return;
     }
@@ -125,7 +116,7 @@ void llama_pop_check_projected(const llm_graph_params & params) {
     const int32_t n_projected = params.res->pop.n_projected;
     const int32_t n_fitted    = !pop.fitted || (params.ubatch.embd && !pop.fitted_images) ? 0 : params.hparams.n_layer() - pop.boundary - 1;
     if (n_projected != n_fitted) {
-        throw std::runtime_error(format("prefill-only pruning: the graph of architecture '%s' takes fitted projections in %d of %d layers",
+        throw std::runtime_error(format("prefill-only pruning: the graph of architecture '%s' uses fitted projections in %d of %d layers",
                 llm_arch_name(params.arch), n_projected, n_fitted));
     }
 }

@@ -1,12 +1,11 @@
-// prefill-only pruning: the inputs of a graph's second build, see llama-pop-inputs.h
+// prefill-only pruning: inputs of a graph's second build, see llama-pop-inputs.h
 
 #include "llama-pop-inputs.h"
 
 #include "llama-pop-cells.h"
-#include "llama-pop-graph.h"
 
 llm_graph_input_pop::llm_graph_input_pop(const llm_graph_params & whole) : params(whole) {
-    take(whole);
+    update(whole);
 }
 
 void llm_graph_input_pop::set_input(const llama_ubatch *) {
@@ -25,7 +24,7 @@ bool llm_graph_input_pop::can_reuse(const llm_graph_params & whole) {
     const auto il     = plan.il;
     const auto n_rows = plan.rows.size();
 
-    take(whole);
+    update(whole);
 
     bool res = il == plan.il && n_rows == plan.rows.size();
     for (auto & input : inputs) {
@@ -34,20 +33,20 @@ bool llm_graph_input_pop::can_reuse(const llm_graph_params & whole) {
     return res;
 }
 
-void llm_graph_input_pop::take(const llm_graph_params & whole) {
+void llm_graph_input_pop::update(const llm_graph_params & whole) {
     plan = llama_pop_make_plan(whole.cparams, whole.ubatch);
 
     params.cparams = whole.cparams;
     params.ubatch  = whole.ubatch;
     params.mctx    = whole.mctx;
 
-    // a deep pass has a ubatch and cells of its own already
+    // a deep pass without a context pass already has its own ubatch and cells
     if (plan.il < 0) {
         return;
     }
     params.ubatch = llama_pop_pick_rows(whole.ubatch, plan.rows, whole.hparams.n_embd_inp());
 
-    // in a reserve the rows have no cells
+    // a reserve's rows have no cells
     if (whole.cparams.pop.n_reserve == 0) {
         auto * memory = whole.cparams.pop.memory;
 

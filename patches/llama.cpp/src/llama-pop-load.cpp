@@ -1,4 +1,4 @@
-// prefill-only pruning: what cannot be pruned, and what the file and its sidecar say, see llama-pop.h
+// prefill-only pruning: models that cannot be pruned, and the keys and tensors of the file and its sidecar, see llama-pop.h
 
 #include "llama-pop.h"
 
@@ -15,7 +15,7 @@
 // architectures
 //
 
-// those that read no prompt into a memory, and those whose layers are no loop of their own
+// return false for architectures that read no prompt into a memory, or whose layers are not built in one loop
 static bool is_decoder(llm_arch arch) {
     switch (arch) {
         case LLM_ARCH_BERT:
@@ -48,13 +48,13 @@ std::string llama_pop_find_obstacle(const llama_model & model, uint32_t boundary
         return format("architecture '%s' is an encoder, a diffusion model or a draft", llm_arch_name(model.arch));
     }
     if (model.arch == LLM_ARCH_CHAMELEON) {
-        return "llama.cpp reads no rows without logits of architecture 'chameleon'";
+        return "llama.cpp does not support rows without logits for architecture 'chameleon'";
     }
     if (boundary < 1 || boundary >= hparams.n_layer()) {
         return format("boundary %u is not between 1 and %u", boundary, hparams.n_layer() - 1);
     }
     if (boundary < hparams.n_deepstack_layers) {
-        return format("boundary %u is too low: the first %u layers take features of images", boundary, hparams.n_deepstack_layers);
+        return format("boundary %u is too low: the first %u layers add image features", boundary, hparams.n_deepstack_layers);
     }
     const uint32_t shared = llama_pop_exact_layer(hparams);
     if (shared > 0 && boundary >= shared) {
@@ -70,7 +70,7 @@ uint32_t llama_pop_exact_layer(const llama_hparams & hparams) {
 }
 
 //
-// what the file says
+// keys
 //
 
 [[noreturn]] static void refuse(const std::string & why) {
@@ -131,12 +131,12 @@ static uint64_t get_u64(const gguf_context * gguf, const char * key) {
 std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_split) {
     const size_t n_base = std::max<uint16_t>(n_split, 1);
 
-    // too few files, and none where llama.cpp finds the parts itself, are its own business
+    // llama.cpp reports missing parts itself
     if (paths.size() <= n_base) {
         return "";
     }
     if (paths.size() > n_base + 1) {
-        refuse(format("%zu files are given for a model of %zu and one sidecar", paths.size(), n_base));
+        refuse(format("there are %zu files for a model of %zu and one sidecar", paths.size(), n_base));
     }
 
     const std::string path = paths.back();
@@ -144,14 +144,14 @@ std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_
     return path;
 }
 
-// the size only: the caller compares hashes, the schedule and the tensors are checked like those of any other file
+// compare only the model's size: the caller compares hashes, and the schedule and tensors are checked when they are read
 static void check_sidecar(const llama_model_loader & ml, const gguf_context * gguf, const char * path) {
     const std::string arch = get_str(gguf, "general.architecture");
     if (arch != "pop-sidecar") {
         refuse(format("%s is not a sidecar", path));
     }
     if (has_pop_keys(ml.metadata)) {
-        refuse("the model has POP keys of its own, it takes no sidecar");
+        refuse("the model already has POP keys, so it accepts no sidecar");
     }
 
     uint64_t n_bytes = 0;
@@ -159,22 +159,22 @@ static void check_sidecar(const llama_model_loader & ml, const gguf_context * gg
         n_bytes += file->size();
     }
 
-    const uint64_t n_wanted = get_u64(gguf, "pop.sidecar.base_bytes");
-    if (n_bytes != n_wanted) {
+    const uint64_t n_expected = get_u64(gguf, "pop.sidecar.base_bytes");
+    if (n_bytes != n_expected) {
         refuse(format("%s belongs to another model: one of %llu bytes, not %llu", path,
-                (unsigned long long) n_wanted, (unsigned long long) n_bytes));
+                (unsigned long long) n_expected, (unsigned long long) n_bytes));
     }
 
     for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
         const char * key = gguf_get_key(gguf, i);
         if (strncmp(key, "pop.", 4) != 0 && strcmp(key, "general.architecture") != 0) {
-            refuse(format("%s has the key %s, which is not a sidecar's", path, key));
+            refuse(format("%s has the key %s, which does not belong in a sidecar", path, key));
         }
     }
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
         const char * name = gguf_get_tensor_name(gguf, i);
         if (strstr(name, ".pop_") == nullptr) {
-            refuse(format("%s has the tensor %s, which is not a sidecar's", path, name));
+            refuse(format("%s has the tensor %s, which does not belong in a sidecar", path, name));
         }
     }
 }
@@ -206,7 +206,7 @@ void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path) {
         }
     }
 
-    // from here on the model is as if its own file had the keys
+    // merge the keys: all later code sees a model with POP keys
     gguf_remove_key(gguf.get(), "general.architecture");
     gguf_set_kv(ml.metadata, gguf.get());
 }
@@ -220,7 +220,7 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
 
     const uint32_t exact = llama_pop_exact_layer(model.hparams);
     if (exact > 0) {
-        LLAMA_LOG_INFO("%s: layers %u to %u store no K/V, rows without logits leave before them\n", __func__, exact, model.hparams.n_layer() - 1);
+        LLAMA_LOG_INFO("%s: layers %u to %u store no K/V, so rows without logits skip them\n", __func__, exact, model.hparams.n_layer() - 1);
     }
 
     if (!gguf || !has_pop_keys(gguf)) {
@@ -233,14 +233,13 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     }
 
     const std::string projection = get_str(gguf, "pop.projection", "own");
-    if (projection != "own" && projection != "fitted" && projection != "fitted-wide" && projection != "fitted-attention") {
-        refuse(format("pop.projection is '%s', expected 'own', 'fitted', 'fitted-wide' or 'fitted-attention'", projection.c_str()));
+    if (projection != "own" && projection != "fitted" && projection != "fitted-wide") {
+        refuse(format("pop.projection is '%s', expected 'own', 'fitted' or 'fitted-wide'", projection.c_str()));
     }
 
     auto & pop = model.hparams.pop;
 
-    pop.attention   = projection == "fitted-attention";
-    pop.wide        = projection == "fitted-wide" || pop.attention;
+    pop.wide        = projection == "fitted-wide";
     pop.fitted      = projection == "fitted" || pop.wide;
     pop.boundary    = parse_schedule(get_str(gguf, "pop.schedule"), model.hparams.n_layer());
     pop.sink_tokens = get_u32(gguf, "pop.sink_tokens", pop.sink_tokens);
@@ -256,7 +255,7 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     LLAMA_LOG_INFO("%s: boundary = %u of %u layers, %s projections\n", __func__, pop.boundary, model.hparams.n_layer(), projection.c_str());
 }
 
-// reads the file: weights that a backend has packed its own way cannot be read back
+// check the values in the file: loaded weights may be repacked by a backend and cannot be read back
 static void check_tensor(const llama_model_loader & ml, const llama_model_loader::llama_tensor_weight & weight) {
     const ggml_tensor * tensor = weight.tensor;
 
@@ -281,20 +280,20 @@ static void check_tensor(const llama_model_loader & ml, const llama_model_loader
 static bool belongs(const llama_pop_hparams & pop, uint32_t il, const char * part, uint32_t first) {
     const bool is_projection = strncmp(part, "attn_", 5) == 0;
 
-    // the layer at the boundary makes the wider input
+    // tensors of the second input belong to the layer at the boundary
     if (!is_projection || strstr(part, "_wide")) {
         return pop.wide && (is_projection ? il >= first : il == pop.boundary);
     }
     return il >= first;
 }
 
-// as many rows as the file's tensor has, 0: it is not there
+// return the number of rows of a tensor, 0 if the file lacks it
 static int64_t count_rows(const llama_model_loader & ml, const std::string & name) {
     const ggml_tensor * meta = ml.get_tensor_meta(name.c_str());
     return meta ? meta->ne[1] : 0;
 }
 
-// returns how many inputs it has
+// load the tensors of the second input and return its length
 static int64_t load_wide_input(llama_model_base & model, llama_model_loader & ml, int il) {
     auto & pop = model.layers[il].pop;
 
@@ -306,15 +305,13 @@ static int64_t load_wide_input(llama_model_base & model, llama_model_loader & ml
 
     if (n_neurons > 0) {
         if (!model.layers[il].ffn_norm) {
-            refuse(format("layer %d has no FFN whose neurons could be read", il));
+            refuse(format("layer %d has no FFN, but the file has neurons of it", il));
         }
         pop.gate = model.create_tensor(model.tn(LLM_TENSOR_POP_FFN_GATE, "weight", il), { n_embd, n_neurons }, 0);
         pop.up   = model.create_tensor(model.tn(LLM_TENSOR_POP_FFN_UP,   "weight", il), { n_embd, n_neurons }, 0);
     }
 
-    const int64_t n_heads = model.hparams.pop.attention ? model.hparams.n_embd_head_v(il)*model.hparams.n_head(il) : 0;
-
-    return n_prev + n_neurons + n_heads;
+    return n_prev + n_neurons;
 }
 
 void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
@@ -324,7 +321,7 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
         refuse("fitted projections cannot be split among devices by tensor, split by layer");
     }
 
-    // the layer at the boundary has none: its own projections are exact
+    // the layer at the boundary has no fitted projections: its own are exact
     const uint32_t first = hparams.pop.fitted ? hparams.pop.boundary + 1 : hparams.n_layer();
 
     std::vector<const llama_model_loader::llama_tensor_weight *> weights;
@@ -360,7 +357,7 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
         }
     }
 
-    // nothing is read where the caller wants no data
+    // with no_alloc, data must not be read
     if (!ml.no_alloc) {
         for (const auto * weight : weights) {
             check_tensor(ml, *weight);

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
-// the cells that the last n_rows of a prompt attend to, all together. n_swa: the window, 0: none
+// return the sum of cells that the last n_rows of a prompt attend to. n_swa: the sliding window, 0: none
 static int64_t count_visible(int64_t n_prompt, int64_t n_rows, int64_t n_swa) {
     const auto count = [&](int64_t n) {
         const int64_t n_inside = n_swa > 0 ? std::min(n, n_swa) : n;
@@ -22,7 +22,7 @@ static bool is_named(const ggml_tensor * node, const char * prefix) {
     return strncmp(node->name, prefix, strlen(prefix)) == 0;
 }
 
-// by the names of scores and sums, or of a view of K in the cache
+// return the layer, which is part of the names of scores, of sums and of the view of K in the cache
 static int32_t find_layer(const ggml_tensor * node) {
     const char * number = node->op == GGML_OP_FLASH_ATTN_EXT ? strstr(node->src[1]->name, "_l") : strrchr(node->name, '-');
     return number ? atoi(number + (*number == '_' ? 2 : 1)) : 0;
@@ -68,11 +68,11 @@ int64_t llama_pop_count_macs(llama_context * ctx, int32_t n_tokens, int32_t n_fu
     const auto & cparams = ctx->get_cparams();
 
     if (ctx->pop().mode == LLAMA_POP_MODE_ALWAYS || llama_pop_reads_all(cparams) || (!cparams.kv_unified && cparams.n_seq_max > 1)) {
-        LLAMA_LOG_ERROR("%s: counted is one sequence of a context that gives logits, pruned or not\n", __func__);
+        LLAMA_LOG_ERROR("%s: only contexts with logits and a single sequence can be counted, with mode OFF or CONTEXT\n", __func__);
         return -1;
     }
     if (n_tokens < 1 || n_tokens > (int32_t) std::min(cparams.n_ubatch, cparams.n_ctx) || n_full < 1 || !ctx->get_memory()) {
-        LLAMA_LOG_ERROR("%s: %d tokens of which %d are full, expected at most %u\n", __func__, n_tokens, n_full, cparams.n_ubatch);
+        LLAMA_LOG_ERROR("%s: %d tokens with %d full rows, expected up to %u tokens\n", __func__, n_tokens, n_full, cparams.n_ubatch);
         return -1;
     }
 
@@ -83,11 +83,11 @@ int64_t llama_pop_count_macs(llama_context * ctx, int32_t n_tokens, int32_t n_fu
 
     const auto mctx   = ctx->get_memory()->init_full();
     const bool prunes = pop.mode != LLAMA_POP_MODE_OFF && (pop.boundary > 0 || pop.exact > 0) && n_full < n_tokens;
-    const bool apart  = prunes && pop.apart;
+    const bool split  = prunes && pop.separate_rows;
 
     pop.n_reserve = prunes ? n_full : 0;
-    int64_t res   = count_graph(*ctx, mctx.get(), apart ? n_tokens - n_full : n_tokens, apart ? n_tokens - n_full : n_tokens);
+    int64_t res   = count_graph(*ctx, mctx.get(), split ? n_tokens - n_full : n_tokens, split ? n_tokens - n_full : n_tokens);
     pop.n_reserve = 0;
 
-    return apart ? res + count_graph(*ctx, mctx.get(), n_full, n_tokens) : res;
+    return split ? res + count_graph(*ctx, mctx.get(), n_full, n_tokens) : res;
 }

@@ -1,4 +1,4 @@
-// tokenizing in bounded time and stack, see llama-pop-vocab.h
+// interruptible tokenizing in bounded time and stack, see llama-pop-vocab.h
 
 #include "llama-pop-vocab.h"
 #include "llama-pop.h"
@@ -21,19 +21,19 @@ struct trie {
 
 }
 
-static const uint32_t N_TICKS = 4096; // milliseconds: a short text is not stopped
+static const uint32_t CHECK_INTERVAL = 4096; // calls between two callbacks: a few milliseconds
 
 static thread_local ggml_abort_callback should_stop = nullptr;
 static thread_local void *              stop_data   = nullptr;
-static thread_local uint32_t            n_ticks     = 0;
+static thread_local uint32_t            n_calls     = 0;
 
-void llama_pop_tick() {
-    if (should_stop && ++n_ticks % N_TICKS == 0 && should_stop(stop_data)) {
+void llama_pop_check_stop() {
+    if (should_stop && ++n_calls % CHECK_INTERVAL == 0 && should_stop(stop_data)) {
         throw stopped();
     }
 }
 
-std::vector<llama_token> llama_pop_spelled(const llama_vocab & vocab, const std::vector<llama_token> & special, const std::string & text) {
+std::vector<llama_token> llama_pop_find_special(const llama_vocab & vocab, const std::vector<llama_token> & special, const std::string & text) {
     if (text.size() < 1024) {
         return special;
     }
@@ -49,7 +49,7 @@ std::vector<llama_token> llama_pop_spelled(const llama_vocab & vocab, const std:
 
     std::set<llama_token> found;
     for (size_t start = 0; start < text.size(); ++start) {
-        llama_pop_tick();
+        llama_pop_check_stop();
         const trie * node = &root;
         for (size_t at = start; at < text.size(); ++at) {
             const auto next = node->next.find(text[at]);
@@ -61,20 +61,20 @@ std::vector<llama_token> llama_pop_spelled(const llama_vocab & vocab, const std:
         }
     }
 
-    std::vector<llama_token> spelled; // in their order
+    std::vector<llama_token> occurring; // in the order of `special`
     for (const auto token : special) {
         if (found.count(token)) {
-            spelled.push_back(token);
+            occurring.push_back(token);
         }
     }
-    return spelled;
+    return occurring;
 }
 
 int32_t llama_pop_tokenize(const llama_vocab * vocab, const char * text, int32_t n_text, llama_token * tokens, int32_t n_tokens_max,
         bool add_special, bool parse_special, ggml_abort_callback callback, void * data) {
     should_stop = callback;
     stop_data   = data;
-    n_ticks     = 0;
+    n_calls     = 0;
 
     int32_t n = std::numeric_limits<int32_t>::min();
     try {

@@ -19,7 +19,7 @@
 
 enum row_depth {
     ROW_CONTEXT = 0,
-    ROW_MARKED  = 1, // full because of llama_pop_set_deep_rows() alone
+    ROW_MARKED  = 1, // full only because of llama_pop_set_deep_rows()
     ROW_FULL    = 2,
 };
 
@@ -46,49 +46,17 @@ static row_depth get_depth(const llama_pop_cparams & pop, const llama_ubatch & u
     return get_depth(pop, ubatch.pos[i], ubatch.output[i], ubatch.n_seq_id[i], ubatch.seq_id[i]);
 }
 
-bool llama_pop_differ(const llama_pop_cparams * pop, const llama_batch & batch, int32_t a, int32_t b) {
-    return pop && pop->apart &&
+bool llama_pop_needs_split(const llama_pop_cparams * pop, const llama_batch & batch, int32_t a, int32_t b) {
+    return pop && pop->separate_rows &&
         (get_depth(*pop, batch.pos[a], batch.logits[a], batch.n_seq_id[a], batch.seq_id[a]) == ROW_CONTEXT) !=
         (get_depth(*pop, batch.pos[b], batch.logits[b], batch.n_seq_id[b], batch.seq_id[b]) == ROW_CONTEXT);
-}
-
-static uint32_t n_streams(const llama_cparams & cparams) {
-    return cparams.kv_unified ? 1 : cparams.n_seq_max;
-}
-
-static bool has_seq(const llama_ubatch & ubatch, uint32_t i, llama_seq_id seq_id) {
-    return std::find(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i], seq_id) != ubatch.seq_id[i] + ubatch.n_seq_id[i];
-}
-
-llama_pop_scored llama_pop_make_scored(const llama_cparams & cparams, const llama_ubatch & ubatch) {
-    const auto & pop = cparams.pop;
-
-    llama_pop_scored scored;
-
-    const bool is_reserve = ubatch.seq_id[0] == ubatch.seq_id_unq;
-    if (!pop.keep || pop.mode != LLAMA_POP_MODE_CONTEXT || pop.deepening || is_reserve || n_streams(cparams) > 1) {
-        return scored;
-    }
-
-    std::vector<float> paid;
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const bool asks = has_seq(ubatch, i, pop.question_seq) && ubatch.pos[i] >= pop.question_pos;
-        const bool pays = ubatch.n_tokens > 1 && ubatch.pos[i] % LLAMA_POP_SCORE_STRIDE == 0;
-        if (asks || pays) {
-            scored.rows   .push_back(i);
-            scored.weights.push_back(asks);
-            paid          .push_back(pays);
-        }
-    }
-    scored.weights.insert(scored.weights.end(), paid.begin(), paid.end());
-    return scored;
 }
 
 static llama_pop_plan plan_reserve(const llama_cparams & cparams, const llama_ubatch & ubatch) {
     const auto & pop = cparams.pop;
 
-    // as many of each sequence, at the most all but one: the attention splits the rows among the streams
-    const uint32_t n_each = pop.apart ? 0 : std::min(pop.n_reserve, ubatch.n_seq_tokens - 1);
+    // equally many of each sequence, since attention splits the rows evenly among KV streams, and fewer than all
+    const uint32_t n_each = pop.separate_rows ? 0 : std::min(pop.n_reserve, ubatch.n_seq_tokens - 1);
 
     llama_pop_plan plan;
     plan.il = pop.boundary > 0 ? pop.boundary : pop.exact;
@@ -98,8 +66,8 @@ static llama_pop_plan plan_reserve(const llama_cparams & cparams, const llama_ub
     return plan;
 }
 
-// the rows with logits, and of each stream as many others as another one has more of them: the attention splits the
-// rows evenly among the streams. the others are computed in vain
+// full rows are those with logits. attention splits rows evenly among KV streams, so streams with fewer of them are filled up
+// with rows that are computed in vain
 static llama_pop_plan plan_exact(const llama_cparams & cparams, const llama_ubatch & ubatch) {
     const uint32_t n_streams = cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
     const uint32_t n_each    = ubatch.n_tokens/n_streams;
@@ -109,11 +77,11 @@ static llama_pop_plan plan_exact(const llama_cparams & cparams, const llama_ubat
         n_outputs[i/n_each] += ubatch.output[i] != 0;
     }
 
-    const uint32_t n_most = *std::max_element(n_outputs.begin(), n_outputs.end());
+    const uint32_t n_max = *std::max_element(n_outputs.begin(), n_outputs.end());
 
     llama_pop_plan plan;
 
-    if (n_most == n_each) {
+    if (n_max == n_each) {
         return plan;
     }
 
@@ -121,7 +89,7 @@ static llama_pop_plan plan_exact(const llama_cparams & cparams, const llama_ubat
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         auto & n = n_outputs[i/n_each];
-        if (ubatch.output[i] || n < n_most) {
+        if (ubatch.output[i] || n < n_max) {
             plan.rows.push_back(i);
             n += !ubatch.output[i];
         }
@@ -139,7 +107,7 @@ bool llama_pop_reads_all(const llama_cparams & cparams) {
 llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ubatch & ubatch) {
     const auto & pop = cparams.pop;
 
-    // a ubatch for a reserve borrows its sequences from the list of them, see ubatch_prepare_reserve()
+    // a reserve's ubatch uses the list of unique sequences as its rows' sequences, see ubatch_prepare_reserve()
     const bool is_reserve = ubatch.seq_id[0] == ubatch.seq_id_unq;
     if (is_reserve) {
         return pop.n_reserve > 0 ? plan_reserve(cparams, ubatch) : llama_pop_plan();
@@ -147,15 +115,15 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
 
     llama_pop_plan plan;
 
-    if (pop.mode == LLAMA_POP_MODE_OFF || pop.deepening || llama_pop_reads_all(cparams)) {
+    if (pop.mode == LLAMA_POP_MODE_OFF || pop.is_deep_pass || llama_pop_reads_all(cparams)) {
         return plan;
     }
 
     if (pop.boundary == 0) {
-        return pop.exact > 0 && !pop.apart && !cparams.cb_eval && pop.taps.empty() ? plan_exact(cparams, ubatch) : plan;
+        return pop.exact > 0 && !pop.separate_rows && !cparams.cb_eval && pop.taps.empty() ? plan_exact(cparams, ubatch) : plan;
     }
 
-    // without a causal mask a text is an encoder's. the rows of an image read each other, and are context all the same
+    // tokens without a causal mask belong to an encoder. image rows attend to each other, and can be context rows
     if (!cparams.causal_attn && !ubatch.embd) {
         return plan;
     }
@@ -168,16 +136,16 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
         }
     }
 
-    // a recurrent layer must see its rows in order: such ubatches hold rows of one kind, or all are full
+    // a recurrent layer needs its rows in order: such ubatches hold rows of one kind, or all are full
     const bool is_mixed = !plan.rows.empty() && plan.rows.size() < ubatch.n_tokens;
-    if (plan.rows.size() < ubatch.n_tokens && !(pop.apart && is_mixed)) {
+    if (plan.rows.size() < ubatch.n_tokens && !(pop.separate_rows && is_mixed)) {
         plan.il = pop.boundary;
     }
 
     return plan;
 }
 
-// as enum ggml_pop_rows in ggml-cpu/fast/fast.h, at GGML_POP_OP_PARAM of an operation's parameters. other backends ignore it
+// enum ggml_pop_rows and GGML_POP_OP_PARAM of ggml-cpu/fast/fast.h. other backends ignore the parameter
 enum kernel_rows {
     KERNEL_ROWS_FAST = 0,
     KERNEL_ROWS_NONE = 1,
@@ -186,12 +154,13 @@ enum kernel_rows {
 
 static const int KERNEL_OP_PARAM = 15;
 
-static kernel_rows get_kernel_rows(const llama_pop_cparams & pop, bool of_answers) {
+static kernel_rows get_kernel_rows(const llama_pop_cparams & pop, bool is_deep) {
     if (!pop.kernels) {
         return KERNEL_ROWS_NONE;
     }
-    const bool reads = pop.reading == LLAMA_POP_READING_SOME || (pop.reading == LLAMA_POP_READING_CONTEXT && !of_answers);
-    return reads || pop.deepening ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
+    // with READING_CONTEXT, the deep pass of a graph has only rows of answers
+    const bool reads = pop.reading == LLAMA_POP_READING_SOME || (pop.reading == LLAMA_POP_READING_CONTEXT && !is_deep);
+    return reads || pop.is_deep_pass ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
 }
 
 static bool has_kernels(ggml_op op) {
@@ -225,8 +194,8 @@ bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b
 
     const auto & pop_a = a.cparams.pop;
     const auto & pop_b = b.cparams.pop;
-    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep || pop_a.taps != pop_b.taps || pop_a.kernels != pop_b.kernels || pop_a.reading != pop_b.reading ||
-            llama_pop_make_scored(a.cparams, a.ubatch).rows.size() != llama_pop_make_scored(b.cparams, b.ubatch).rows.size() || pop_a.boundary != pop_b.boundary) {
+    if (pop_a.is_deep_pass != pop_b.is_deep_pass || pop_a.snapshots != pop_b.snapshots || pop_a.taps != pop_b.taps ||
+            pop_a.kernels != pop_b.kernels || pop_a.reading != pop_b.reading || pop_a.boundary != pop_b.boundary) {
         return false;
     }
 
@@ -234,7 +203,7 @@ bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b
 }
 
 void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparams, const llama_ubatch & ubatch) {
-    if (cparams.pop.deepening) {
+    if (cparams.pop.is_deep_pass) {
         counters.n_deep += ubatch.n_tokens;
         return;
     }
@@ -256,12 +225,12 @@ void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparam
 bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32_t n_tokens) {
     const auto & pop = cparams.pop;
 
-    // who keeps snapshots of states wants the last rows of a sequence in one ubatch: all of them are full then
-    if (pop.apart && cparams.n_rs_seq > 0) {
+    // upstream's recurrent snapshots need the last rows of a sequence in one ubatch: all rows are full then
+    if (pop.separate_rows && cparams.n_rs_seq > 0) {
         return false;
     }
 
-    return pop.boundary > 0 && (!cparams.kv_unified || pop.apart) &&
+    return pop.boundary > 0 && (!cparams.kv_unified || pop.separate_rows) &&
         (pop.mode == LLAMA_POP_MODE_ALWAYS || (pop.mode == LLAMA_POP_MODE_CONTEXT && n_outputs < n_tokens));
 }
 
@@ -270,9 +239,9 @@ bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_
     const auto & hparams = ctx.get_model().hparams;
 
     pop.memory = ctx.get_memory();
-    pop.apart  = pop.memory && !llama_pop_get_caches(pop.memory).base;
+    pop.separate_rows  = pop.memory && !llama_pop_get_caches(pop.memory).base;
 
-    // nothing is pruned where all states are read, and pooling would not fit the fewer rows
+    // nothing is pruned if all states are read, and pooling expects all rows
     if (!pop.memory || (pop.boundary == 0 && pop.exact == 0) || hparams.no_alloc || llama_pop_reads_all(cparams)) {
         return true;
     }
@@ -303,8 +272,11 @@ llama_pop_cparams llama_pop_init(const llama_model & model) {
     return pop;
 }
 
-// an exception that nobody in llama.cpp catches, as a damaged vocabulary may throw, tells the abort callback why
-static const bool is_told = [] {
+int32_t llama_pop_abi(void) {
+    return 10;
+}
+
+void llama_pop_report_exceptions(void) {
     std::set_terminate([] {
         std::string reason = "std::terminate";
         if (const auto thrown = std::current_exception()) {
@@ -318,11 +290,6 @@ static const bool is_told = [] {
         }
         GGML_ABORT("%s", reason.c_str());
     });
-    return true;
-}();
-
-int32_t llama_pop_abi(void) {
-    return 9;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {
@@ -353,8 +320,8 @@ int32_t llama_pop_get_mode(const llama_context * ctx) {
     return ctx->get_cparams().pop.mode;
 }
 
-// builds a pruned graph, and computes nothing: whether the architecture meets the boundary
-static bool meets_boundary(llama_context & ctx) {
+// return whether the architecture's graph reaches the boundary: build a pruned graph without computing it
+static bool reaches_boundary(llama_context & ctx) {
     const auto & cparams = ctx.get_cparams();
     if (llama_pop_reads_all(cparams)) {
         return true;
@@ -402,7 +369,7 @@ int32_t llama_pop_set_boundary(llama_context * ctx, int32_t layer) {
     const uint32_t before = pop.boundary;
 
     pop.boundary = layer;
-    if (before != pop.boundary && !meets_boundary(*ctx)) {
+    if (before != pop.boundary && !reaches_boundary(*ctx)) {
         pop.boundary = before;
         return -1;
     }
@@ -459,7 +426,7 @@ int32_t llama_pop_set_kernels(llama_context * ctx, bool kernels) {
 
 int32_t llama_pop_set_reading(llama_context * ctx, int32_t reading) {
     if (reading < LLAMA_POP_READING_NONE || reading > LLAMA_POP_READING_CONTEXT) {
-        LLAMA_LOG_ERROR("%s: unknown rows %d\n", __func__, reading);
+        LLAMA_LOG_ERROR("%s: unknown value %d\n", __func__, reading);
         return -1;
     }
     ctx->pop().reading = (llama_pop_reading) reading;

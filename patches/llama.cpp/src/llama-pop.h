@@ -1,15 +1,15 @@
 // Prefill-only pruning (POP, He et al., arXiv 2602.03295).
 //
-// A *full* row runs all layers. A *context* row runs only the layers below the boundary; its K/V of the skipped layers
-// are projected from its state at the boundary. A row is full if its logits are requested, or its position is below
-// sink_tokens, or it is at or past full_from of one of its sequences, or it is one of that sequence's deep rows.
+// A *full* row runs all layers. A *context* row runs only the layers below the boundary; its K/V of the skipped layers are
+// projected from its state at the boundary. A row is full if its logits are requested, its position is below sink_tokens, it is
+// at or past full_from of one of its sequences, or it is one of that sequence's deep rows.
 //
-// Exact skipping: where the last layers read the K/V of an earlier one, a row whose logits are not requested is of no
-// use past the K and V of the last layer that stores any. That layer is the boundary then, with its own projections, and no
-// other row changes. This needs no keys in the file.
+// Exact skipping: if the last layers share the K/V of an earlier one, a row without logits needs nothing past the last layer
+// that stores K/V. That layer becomes the boundary, with its own projections, and no other row changes. This needs no keys in
+// the file.
 //
-// Deep pass: of rows whose state at the boundary was kept, the layers from there on run later, on the cells that the rows
-// have. They attend to what the KV cache holds by then, and overwrite their projected K/V.
+// Deep pass: if the state of a row at the boundary is stored (a snapshot), the remaining layers can run later, in the row's
+// cell. They attend to the current KV cache and overwrite the projected K/V.
 
 #pragma once
 
@@ -47,123 +47,119 @@ extern "C" {
 #endif
 
     //
-    // the C ABI. setters return 0, or -1 (with an error in the log) when the value cannot be had
-    // they take effect with the next llama_decode()
+    // C ABI
+    //
+    // setters return 0, or -1 and log an error. they take effect with the next llama_decode()
     //
 
     enum llama_pop_mode {
         LLAMA_POP_MODE_OFF     = 0, // every row runs all layers
-        LLAMA_POP_MODE_CONTEXT = 1, // context rows are pruned, or leave exactly where the model allows it: its default
-        LLAMA_POP_MODE_ALWAYS  = 2, // every row is pruned, the logits come from the state at the boundary
+        LLAMA_POP_MODE_CONTEXT = 1, // context rows are pruned, or leave exactly if the model allows it (default if either applies)
+        LLAMA_POP_MODE_ALWAYS  = 2, // every row is pruned, and logits are computed from the state at the boundary
     };
 
     struct llama_pop_counters {
         int64_t n_context; // rows that stopped at the boundary
         int64_t n_full;    // rows that ran all layers
-        int64_t n_exact;   // rows that left at the last layer that stores K/V, exactly
+        int64_t n_exact;   // rows that left exactly, at the last layer that stores K/V
         int64_t n_deep;    // rows of deep passes
         int64_t n_marked;  // full rows that only llama_pop_set_deep_rows() made full
     };
 
     enum llama_pop_reading {
-        LLAMA_POP_READING_NONE    = 0,
-        LLAMA_POP_READING_SOME    = 1, // full rows, too
-        LLAMA_POP_READING_CONTEXT = 2, // context rows alone: the full ones are of answers
+        LLAMA_POP_READING_NONE    = 0, // no prompt rows
+        LLAMA_POP_READING_SOME    = 1, // prompt rows, some of them full
+        LLAMA_POP_READING_CONTEXT = 2, // prompt rows, none of them full: full rows belong to answers
     };
 
-    enum llama_pop_deepen_result {
-        LLAMA_POP_DEEPEN_REFUSED = -1, // nothing was done, the log says why
-        LLAMA_POP_DEEPEN_FAILED  = -2, // the pass is to be done again, or the rows are to be removed
-        LLAMA_POP_DEEPEN_DONE    =  0,
-        LLAMA_POP_DEEPEN_ABORTED =  2, // by the abort callback: the pass is to be done again
+    enum llama_pop_deep_result {
+        LLAMA_POP_DEEP_REFUSED = -1, // nothing was changed, the log has the reason
+        LLAMA_POP_DEEP_FAILED  = -2, // the pass must run again, or the caller must remove the rows
+        LLAMA_POP_DEEP_DONE    =  0,
+        LLAMA_POP_DEEP_ABORTED =  2, // by the abort callback: the pass must run again
     };
 
-    // what a layer computes, by its row: floats [n_rows, n_cols]
+    // activations of a layer by row: f32 [n_rows, n_cols]
     enum llama_pop_tap_kind {
-        LLAMA_POP_TAP_STATE = 0, // what the layer is given
+        LLAMA_POP_TAP_STATE = 0, // the layer's input
         LLAMA_POP_TAP_K     = 1, // before norm and RoPE
         LLAMA_POP_TAP_V     = 2,
-        LLAMA_POP_TAP_HEADS = 3, // of its attention, before the output projection
-        LLAMA_POP_TAP_MASS  = 4, // the attention that a row receives from every LLAMA_POP_TAP_STRIDE-th later one, all heads
+        LLAMA_POP_TAP_MASS  = 3, // attention that the row receives from every LLAMA_POP_TAP_STRIDE-th later row, summed over heads
     };
 
     struct llama_pop_tapped {
         int32_t kind;
         int32_t layer;
-        int32_t pos; // of the first row
+        int32_t pos; // position of the first row
         int32_t n_rows;
         int32_t n_cols;
     };
 
+    // return the version of this C ABI
     LLAMA_API int32_t llama_pop_abi(void);
 
-    // the boundary that the file asks for, 0: the file has no POP keys, -1: the architecture cannot be pruned
+    // report uncaught C++ exceptions, such as those of a damaged vocabulary, to ggml's abort callback before the process ends.
+    // sets the process's terminate handler
+    LLAMA_API void llama_pop_report_exceptions(void);
+
+    // return the file's boundary, 0 if the file has no POP keys, -1 if the architecture cannot be pruned
     LLAMA_API int32_t llama_pop_model_boundary(const struct llama_model * model);
 
-    // the first of the layers that store no K/V, so that rows without logits leave before them. 0: there is none
+    // return the first of the layers without stored K/V, where rows without logits leave exactly. 0: none
     LLAMA_API int32_t llama_pop_model_exact(const struct llama_model * model);
 
     LLAMA_API int32_t llama_pop_set_mode(struct llama_context * ctx, int32_t mode);
     LLAMA_API int32_t llama_pop_get_mode(const struct llama_context * ctx);
 
-    // own projections only, 0: the file's boundary
+    // set the boundary, with the layers' own projections. 0: the file's boundary
     LLAMA_API int32_t llama_pop_set_boundary(struct llama_context * ctx, int32_t layer);
     LLAMA_API int32_t llama_pop_get_boundary(const struct llama_context * ctx);
 
-    // the rows of this sequence at or past pos are full, -1: none by position
+    // make the sequence's rows at or past pos full. -1: none by position
     LLAMA_API int32_t llama_pop_set_full_from(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
 
-    // the rows of this sequence at these n ascending positions are full. replaces the earlier ones, n = 0: none.
+    // make the sequence's rows at these n ascending positions full, instead of earlier ones. n = 0: none.
     // the caller chooses them, so that a row's depth may depend on its token
     LLAMA_API int32_t llama_pop_set_deep_rows(struct llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n);
 
-    // the rows of every sequence below position n are full, -1: as many as the file asks for
+    // make every sequence's rows below position n full. -1: the file's value
     LLAMA_API int32_t llama_pop_set_sink(struct llama_context * ctx, int32_t n_tokens);
 
-    // from the next llama_decode() on, the state at the boundary of every row is kept while its cell lives, in host memory
-    // and as F32. false: no longer, and those that were kept are dropped
-    LLAMA_API int32_t llama_pop_set_keep(struct llama_context * ctx, bool keep);
+    // store every row's state at the boundary from the next llama_decode() on, as f32 in host memory, until its cell is reused.
+    // false: stop, and drop all snapshots
+    LLAMA_API int32_t llama_pop_set_snapshots(struct llama_context * ctx, bool snapshots);
 
-    // bytes that are held for states and scores
-    LLAMA_API size_t llama_pop_keep_size(const struct llama_context * ctx);
+    // return the memory of all snapshots in bytes
+    LLAMA_API size_t llama_pop_snapshots_size(const struct llama_context * ctx);
 
-    // runs the layers from the boundary on for n rows of the sequence, at ascending positions and at most n_ubatch of them.
-    // true: with the logits of the last one. refused where the state of a row is not kept, or rows that it
-    // attends to have left the cache of layers with a sliding window
-    LLAMA_API int32_t llama_pop_deepen(struct llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits);
+    // run the layers from the boundary on for n rows of the sequence (1 to n_ubatch), at ascending positions. with logits of the
+    // last row if requested. refused if a row has no snapshot, or if a layer with a sliding window has evicted rows that these
+    // rows attend to. returns llama_pop_deep_result
+    LLAMA_API int32_t llama_pop_run_deep(struct llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits);
 
-    // while states are kept, attention is counted in the last layers below the boundary: that of every
-    // LLAMA_POP_SCORE_STRIDE-th row of a prompt, and that of the question, which are the rows of the sequence at or past
-    // pos. earlier questions are forgotten. -1: there is none
-    LLAMA_API int32_t llama_pop_set_question(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
-
-    // what the question attends to: of each position below n, the sum over layers of the largest A/(T + mean T) of
-    // any head, where A is the attention that the question pays to it and T that of all rows
-    LLAMA_API int32_t llama_pop_get_scores(struct llama_context * ctx, llama_seq_id seq_id, float * scores, int32_t n);
-
-    // whether our kernels for CPUs (ggml-cpu/pop) may compute: true at first
+    // allow our CPU kernels (ggml-cpu/fast). default: true
     LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, bool kernels);
 
-    // which rows of each llama_decode() from now on are a prompt's. their products and attention are left to these kernels
-    // however few rows there are, so that no row depends on how the prompt was cut. deep passes always are
+    // declare which rows of the following llama_decode() calls belong to a prompt (llama_pop_reading). our kernels compute the
+    // products and attention of these for any number of rows, so that a row's result does not depend on how the prompt was
+    // split. this always holds for deep passes
     LLAMA_API int32_t llama_pop_set_reading(struct llama_context * ctx, int32_t reading);
 
-    // taps: each ubatch of several rows, which all run all layers, hands out what was asked for here. so
-    // does a deep pass, from the boundary on. architectures whose K and V cannot be fitted hand out none
+    // taps: copy the requested activations of each ubatch with several rows if all rows run all layers, and of each deep pass
+    // from the boundary on. architectures whose K and V cannot be fitted have no taps
     LLAMA_API int32_t llama_pop_add_tap    (struct llama_context * ctx, int32_t kind, int32_t layer);
     LLAMA_API void    llama_pop_remove_taps(struct llama_context * ctx);
 
-    // what the last ubatch of the last llama_decode() or deep pass hands out, until the next one
+    // activations of the last ubatch of the last llama_decode() or deep pass, valid until the next one
     LLAMA_API int32_t llama_pop_n_tapped   (const struct llama_context * ctx);
     LLAMA_API int32_t llama_pop_get_tapped (const struct llama_context * ctx, int32_t i, struct llama_pop_tapped * tapped);
     LLAMA_API int32_t llama_pop_read_tapped(struct llama_context * ctx, int32_t i, float * dst);
 
-    // multiply-accumulates of a prompt of n_tokens that is read into an empty cache, at most n_ubatch of them, for the logits of
-    // the last one, at the present boundary and mode; the last n_full rows are full. scans of recurrent states are not counted.
-    // -1: an error
+    // return the multiply-accumulates of a prompt of n_tokens (up to n_ubatch) in an empty cache, up to the last row's logits, at
+    // the current boundary and mode, with the last n_full rows full. scans of recurrent states are not counted. -1: error
     LLAMA_API int64_t llama_pop_count_macs(struct llama_context * ctx, int32_t n_tokens, int32_t n_full);
 
-    // as llama_tokenize(), which the callback may stop. what the vocabulary throws goes to the log. both give INT32_MIN
+    // llama_tokenize() with a callback that can stop it. exceptions of the vocabulary are logged. returns INT32_MIN in both cases
     LLAMA_API int32_t llama_pop_tokenize(const struct llama_vocab * vocab, const char * text, int32_t n_text, llama_token * tokens,
         int32_t n_tokens_max, bool add_special, bool parse_special, ggml_abort_callback callback, void * data);
 
@@ -175,21 +171,20 @@ extern "C" {
 #endif
 
 //
-// what the file says
+// keys and tensors of the file (llama-pop-load.cpp)
 //
 
 struct llama_pop_hparams {
-    uint32_t boundary    = 0; // first skipped layer, 0: none
-    uint32_t sink_tokens = 1;
-    uint32_t tail_tokens = 16; // a hint, here only for the size of the reserve
-    bool     fitted      = false;
-    bool     wide        = false; // fitted to more than the state of the row
-    bool     attention   = false; // wide, and fitted to what the attention of the layer at the boundary gives
-    bool     fitted_images = false; // on rows of images, too; else these use the layers' own projections
+    uint32_t boundary      = 0;     // first skipped layer, 0: none
+    uint32_t sink_tokens   = 1;
+    uint32_t tail_tokens   = 16;    // only sizes the reserve
+    bool     fitted        = false;
+    bool     wide          = false; // fitted with a second input, besides the row's state
+    bool     fitted_images = false; // fitted on image rows too; otherwise these use the layers' own projections
 };
 
-// fitted projections of a layer. wide ones have a second input, which the layer at the boundary makes: the previous row's
-// state, reduced, some neurons of its FFN, see llama-pop-fit.cpp, and perhaps the heads of its attention
+// fitted projections of a layer. wide ones have a second input from the layer at the boundary: the previous row's reduced
+// state and neurons of the FFN (llama-pop-fit.cpp)
 struct llama_pop_layer {
     ggml_tensor * wk   = nullptr; // [n_embd, n_embd_k_gqa]
     ggml_tensor * wk_b = nullptr; // [n_embd_k_gqa]
@@ -199,29 +194,29 @@ struct llama_pop_layer {
     ggml_tensor * wk_wide = nullptr; // [n_wide, n_embd_k_gqa]
     ggml_tensor * wv_wide = nullptr; // [n_wide, n_embd_v_gqa]
 
-    // of the layer at the boundary
+    // only in the layer at the boundary
     ggml_tensor * prev = nullptr; // [n_embd, n_prev]
-    ggml_tensor * gate = nullptr; // [n_embd, n_neurons], null where there are none
+    ggml_tensor * gate = nullptr; // [n_embd, n_neurons], null if the fit has no neurons
     ggml_tensor * up   = nullptr; // [n_embd, n_neurons]
 };
 
-// why a model cannot be pruned from this layer on, empty: it can
+// return the reason why the model cannot be pruned from this layer on, empty if it can
 std::string llama_pop_find_obstacle(const llama_model & model, uint32_t boundary);
 
 // see llama_pop_model_exact()
 uint32_t llama_pop_exact_layer(const llama_hparams & hparams);
 
-// a sidecar is the file after the model's own, of which there is one unless n_split says more. empty: there is none
+// remove the sidecar from the paths and return it: the path after the model's n_split files. empty: none
 std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_split);
 
-// adds its keys and tensors to those of the model
+// add the sidecar's keys and tensors to the model's
 void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path);
 
 void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml);
 void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml);
 
 //
-// what the caller says, of a context
+// settings of a context (llama-pop.cpp)
 //
 
 struct llama_pop_tap {
@@ -235,7 +230,7 @@ struct llama_pop_cparams {
     llama_pop_mode mode        = LLAMA_POP_MODE_OFF;
     uint32_t       boundary    = 0;
     uint32_t       sink_tokens = 0;
-    uint32_t       exact       = 0; // the boundary of exact skipping, 0: none. only where the file has no other
+    uint32_t       exact       = 0; // boundary of exact skipping, 0: none. used only if the file has no boundary
 
     std::vector<llama_pos> full_from; // by sequence, no entry: none by position
 
@@ -243,59 +238,48 @@ struct llama_pop_cparams {
 
     std::vector<llama_pop_tap> taps;
 
-    llama_seq_id question_seq = -1; // -1: there is no question
-    llama_pos    question_pos = -1;
+    llama_memory_i * memory = nullptr; // the context's
 
-    llama_memory_i * memory = nullptr; // of the context
+    bool separate_rows = false; // the memory supports no second build: context and full rows need separate ubatches
 
-    bool apart = false; // the memory takes no second build: context and full rows come in ubatches of their own
+    const float * states = nullptr; // [n_embd, n_rows], input of a deep pass
 
-    const float * states = nullptr; // of a deep pass, [n_embd, n_rows]
+    uint32_t n_reserve = 0; // the next graph reserves memory for a pruned prefill with N full rows. 0: an ordinary graph
 
-    uint32_t n_reserve = 0; // the next graph is for a reserve: that of a pruned prefill with so many full rows. 0: for none
-    bool deepening = false; // the next graph is a deep pass
-    bool keep      = false; // the states at the boundary
-    bool kernels   = true;  // our kernels for CPUs may compute
+    bool is_deep_pass = false; // the next graph is a deep pass
+    bool snapshots    = false;
+    bool kernels      = true;
 
     llama_pop_reading reading = LLAMA_POP_READING_NONE;
 };
 
-// what a context keeps of its rows, by the cells of their stream. a cell that another row takes forgets that it was kept,
-// see llama_kv_cells::pos_set()
-struct llama_pop_kept {
+// states at the boundary, by cell. llama_kv_cells::pos_set() invalidates a cell's snapshot when a row is placed there
+struct llama_pop_snapshots {
     uint32_t boundary = 0;
 
     std::vector<float> states; // [n_embd, n_cells, n_streams]
-
-    // attention by the question and by every LLAMA_POP_SCORE_STRIDE-th row
-    std::vector<float> asked;  // [n_cells, n_head, n_score_layers]
-    std::vector<float> paid;   // likewise
 };
 
 struct llama_pop_tapped_rows {
     llama_pop_tap tap;
     ggml_tensor * cur;
-    llama_pos     pos; // of the first row
+    llama_pos     pos; // position of the first row
     int32_t       n_rows;
 
-    std::vector<uint32_t> cells; // of the rows, for MASS
+    std::vector<uint32_t> cells; // the rows' cells, for MASS
 };
 
 llama_pop_cparams llama_pop_init(const llama_model & model);
 
-// the ubatches of separate KV streams hold one sequence each, since rows are picked within one stream. so do those of
-// memories that take context and full rows apart
+// return whether ubatches must hold one sequence each: full rows are selected within one KV stream, and some memories need
+// context and full rows separated
 bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32_t n_tokens);
 
-// whether two rows of a batch belong into different ubatches. pop: null, they never do
-bool llama_pop_differ(const llama_pop_cparams * pop, const llama_batch & batch, int32_t a, int32_t b);
+// return whether rows a and b of a batch belong to different ubatches. pop: null if they never do
+bool llama_pop_needs_split(const llama_pop_cparams * pop, const llama_batch & batch, int32_t a, int32_t b);
 
-// reserve the compute buffers for a pruned prefill, false: out of memory
+// reserve the compute buffers of a pruned prefill. returns false if out of memory
 bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_tokens, const llama_memory_context_i * mctx);
-
-static const int LLAMA_POP_SCORE_LAYERS = 4;
-static const int LLAMA_POP_SCORE_STRIDE = 16;
-static const int LLAMA_POP_TAP_STRIDE   = 16;
 
 void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparams, const llama_ubatch & ubatch);
 
@@ -304,87 +288,78 @@ void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparam
 //
 
 struct llama_pop_plan {
-    int32_t il = -1; // first layer of the full rows alone, -1: all rows run all layers
+    int32_t il = -1; // first layer that only full rows run, -1: all rows run all layers
 
-    std::vector<int32_t> rows; // the full rows of the ubatch, as many of each KV stream
+    std::vector<int32_t> rows; // the full rows of the ubatch, equally many of each KV stream
 };
 
-// whether somebody reads the states of all rows, so that all are full
+// return whether the states of all rows are read, which makes all rows full
 bool llama_pop_reads_all(const llama_cparams & cparams);
 
-// room for nodes. n_nodes: that of an unpruned graph
+// return the maximum number of nodes, given that of an unpruned graph
 uint32_t llama_pop_max_nodes(llama_memory_i * memory, uint32_t n_nodes);
 
 llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ubatch & ubatch);
 
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b);
 
-// tells our kernels for CPUs which operations of a new graph are theirs
+// mark the operations of a new graph that our CPU kernels may or must compute
 void llama_pop_mark_graph(llm_graph_result & res, const llama_pop_cparams & pop);
 
 //
-// building
+// building (llama-pop-graph.cpp)
 //
-// the architecture's own code builds the graph, once or twice. context pass: for all rows; the layers from the boundary on are
-// given the states there, and only what they write into the memory stays, with what that needs. deep pass: for the full rows;
-// the layers below the boundary go, and those from there on begin with the states of the context pass, or with kept ones
+// the architecture's own code builds the graph once or twice.
+// context pass: for all rows. the layers from the boundary on get the state at the boundary, and only their writes to memory
+// remain, with the inputs of these.
+// deep pass: for the full rows. the layers below the boundary are dropped, and the others start from the states of the context
+// pass or from snapshots
 //
 
 enum llama_pop_pass {
-    LLAMA_POP_PASS_WHOLE   = 0, // neither: all rows run all layers
+    LLAMA_POP_PASS_WHOLE   = 0, // all rows run all layers
     LLAMA_POP_PASS_CONTEXT = 1,
     LLAMA_POP_PASS_DEEP    = 2,
 };
 
-// how far a graph is built, of its llm_graph_result
+// progress of building a graph, stored in its llm_graph_result
 struct llama_pop_build {
     llama_pop_pass pass = LLAMA_POP_PASS_WHOLE;
 
     const llama_model * model = nullptr;
 
-    int32_t boundary    = 0;  // 0: nothing is to be done at any layer
-    int32_t n_nodes     = -1; // those of the graph when the boundary was met in this pass, -1: not yet
-    int32_t n_context   = -1; // nodes before those of the deep pass, -1: there is none beside another pass
-    int32_t n_projected = 0;  // layers that took their fitted projections
+    int32_t boundary    = 0;  // 0: nothing to do at any layer
+    int32_t n_nodes     = -1; // number of nodes when this pass reached the boundary, -1: not yet
+    int32_t n_context   = -1; // number of nodes of the context pass if a deep pass follows, else -1
+    int32_t n_projected = 0;  // layers that used their fitted projections
 
-    ggml_tensor * state = nullptr; // at the boundary, of all rows
-    ggml_tensor * wide  = nullptr; // the wider input of fitted projections
+    ggml_tensor * state = nullptr; // state at the boundary, of all rows
+    ggml_tensor * wide  = nullptr; // second input of wide projections
 
     std::vector<std::pair<llama_pop_tap, ggml_tensor *>> taps;
 
     llm_graph_input_pop * deep = nullptr; // owned by the result
 };
 
-// to be called in the place of build_arch_graph()
+// called instead of build_arch_graph()
 std::unique_ptr<llm_graph_context> llama_pop_build_graph(const llama_model & model, const llm_graph_params & params);
 
-// to be called at the end of each layer: what the next one is given, and at the boundary the states that a pass begins with
+// called at the end of each layer. returns the input of the next one
 ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur, int il);
 
-// to be called where a layer has projected its K and V from cur: in skipped layers they become the fitted ones
+// called after a layer projected K and V from cur. replaces them by the fitted ones in skipped layers
 void llama_pop_project(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * cur, ggml_tensor *& k, ggml_tensor *& v);
 
-// to be called with what a layer gives, with its K and V, and when all layers are built
+// called with the output of layer il, and with a layer's K and V
 void llama_pop_tap_state(const llm_graph_context & g, ggml_tensor * cur, int il);
 void llama_pop_tap_kv   (const llm_graph_context & g, const llama_layer & layer, ggml_tensor * k, ggml_tensor * v);
-void llama_pop_tap_heads(const llm_graph_context & g);
 
-// to be called by the attention, as llama_pop_score()
+// called by the attention. q [n, n_head, n_tokens], k [n, n_head_kv, n_kv]
 void llama_pop_tap_mass(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il);
 
 void llama_pop_take_taps(llama_context & ctx, const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result & res);
 
-// rows whose attention is counted
-struct llama_pop_scored {
-    std::vector<int32_t> rows;
-    std::vector<float>   weights; // [n_rows, 2]: 1 where a row counts as asked, as paid
-};
+static const int LLAMA_POP_TAP_STRIDE = 16;
 
-llama_pop_scored llama_pop_make_scored(const llama_cparams & cparams, const llama_ubatch & ubatch);
-
-// to be called by the attention. q [n, n_head, n_tokens], k [n, n_head_kv, n_kv]
-void llama_pop_score(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il);
-
-// the names of the graph's outputs: states [n_embd, n_tokens]; of a layer, asked and paid [2, n_kv, n_head]
+// name of the graph's output with the states at the boundary, [n_embd, n_tokens]
 #define LLAMA_POP_STATES "pop_states"
-#define LLAMA_POP_SCORES "pop_scores-%d"

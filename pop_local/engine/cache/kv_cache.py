@@ -154,7 +154,7 @@ class KvCache:
 
     def keep_states(self, keep: bool) -> None:
         """Keep the state at the boundary of each row from now on, or drop all."""
-        backend.set_keep(self.context.ctx, keep)
+        backend.set_snapshots(self.context.ctx, keep)
         self.keeps_states = keep
         if not keep:
             self.rows.has_state[:] = False

@@ -35,7 +35,7 @@ class Refiller:
     @property
     def held_bytes(self) -> int:
         """Memory of boundary states in bytes."""
-        return backend.keep_size(self._cache.context.ctx)
+        return backend.snapshots_size(self._cache.context.ctx)
 
     @property
     def n_refillable(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 9
+ABI = 10
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
@@ -73,7 +73,7 @@ class _CCounters(ctypes.Structure):
     ]
 
 
-_ABORTED = 2  # LLAMA_POP_DEEPEN_ABORTED
+_ABORTED = 2  # LLAMA_POP_DEEP_ABORTED
 _INT32 = ctypes.c_int32
 _POINTER = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
@@ -87,11 +87,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_full_from": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_set_sink": ([_POINTER, _INT32], _INT32),
     "llama_pop_set_deep_rows": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
-    "llama_pop_set_keep": ([_POINTER, ctypes.c_bool], _INT32),
-    "llama_pop_keep_size": ([_POINTER], ctypes.c_size_t),
-    "llama_pop_deepen": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
-    "llama_pop_set_question": ([_POINTER, _INT32, _INT32], _INT32),
-    "llama_pop_get_scores": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
+    "llama_pop_set_snapshots": ([_POINTER, ctypes.c_bool], _INT32),
+    "llama_pop_snapshots_size": ([_POINTER], ctypes.c_size_t),
+    "llama_pop_run_deep": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
     "llama_pop_set_kernels": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_set_reading": ([_POINTER, _INT32], _INT32),
     "llama_pop_add_tap": ([_POINTER, _INT32, _INT32], _INT32),
@@ -141,6 +139,10 @@ def bindings() -> ModuleType:
 
     logs.take_over(llama_cpp)
     logs.take_over_aborts(load_shared_library("ggml-base", llama_cpp._base_path))
+    report_exceptions = getattr(llama_cpp._lib, "llama_pop_report_exceptions", None)
+    if report_exceptions is not None:
+        report_exceptions.restype = None
+        report_exceptions()
     return llama_cpp
 
 
@@ -227,14 +229,14 @@ def set_sink(ctx: Any, n_tokens: int) -> None:
     _set("llama_pop_set_sink", ctx, n_tokens)
 
 
-def set_keep(ctx: Any, keep: bool) -> None:
-    """Keep the state at the boundary of every row that is read from now on, or drop all."""
-    _set("llama_pop_set_keep", ctx, keep)
+def set_snapshots(ctx: Any, are_on: bool) -> None:
+    """Store every row's state at the boundary from the next decode on, or stop and drop all."""
+    _set("llama_pop_set_snapshots", ctx, are_on)
 
 
-def keep_size(ctx: Any) -> int:
-    """Bytes that are held for states and scores."""
-    return int(require_patched().llama_pop_keep_size(ctx))
+def snapshots_size(ctx: Any) -> int:
+    """Return the memory of all snapshots in bytes."""
+    return int(require_patched().llama_pop_snapshots_size(ctx))
 
 
 def run_deep(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = False) -> bool:
@@ -245,22 +247,10 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = F
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
-    status = require_patched().llama_pop_deepen(ctx, sequence, pointer, len(positions), logits)
+    status = require_patched().llama_pop_run_deep(ctx, sequence, pointer, len(positions), logits)
     if status not in (0, _ABORTED):
         raise PopError(logs.first_error() or f"the deep pass failed (code {status})")
     return bool(status == 0)
-
-
-def set_question(ctx: Any, position: int) -> None:
-    """Count the attention that rows of sequence 0 from this position on pay; -1: no longer."""
-    _set("llama_pop_set_question", ctx, 0, position)
-
-
-def get_scores(ctx: Any, n_rows: int) -> np.ndarray:
-    """Return the question's attention to the first rows of sequence 0: float32 [n_rows]."""
-    scores = np.zeros(n_rows, np.float32)
-    _set("llama_pop_get_scores", ctx, 0, scores.ctypes.data_as(_POINTER), n_rows)
-    return scores
 
 
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:

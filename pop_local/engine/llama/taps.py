@@ -18,7 +18,7 @@ Rows = NDArray[np.float32]
 
 
 class _Kind(IntEnum):
-    STATE, K, V, MASS = 0, 1, 2, 4
+    STATE, K, V, MASS = 0, 1, 2, 3
 
 
 class _CTapped(ctypes.Structure):

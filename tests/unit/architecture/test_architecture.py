@@ -200,8 +200,8 @@ def test_imports_have_no_cycles():
 DEFINED = re.compile(r"^(?!static)[\w:<>*& ]*\b(llama_pop_\w+)\([^;{]*\) *\{", re.M)
 
 
-def test_patch_files_have_no_cycles():
-    """Check calls of other files' functions and, among headers, includes."""
+def test_calls_between_libllama_sources_have_no_cycles():
+    """See test_cpp_includes.py for includes."""
     folder = ROOT / "patches" / "llama.cpp" / "src"
     texts = {path.name: re.sub(r"//.*", "", path.read_text()) for path in folder.glob("*.*")}
     sources = [name for name in texts if name.endswith(".cpp")]
@@ -211,11 +211,5 @@ def test_patch_files_have_no_cycles():
         name: {owner[f] for f in re.findall(r"\b(llama_pop_\w+)\(", texts[name]) if f in owner}
         for name in sources
     }
-    includes = {
-        name: set(re.findall(r'#include "(llama-pop[\w-]*\.h)"', text))
-        for name, text in texts.items()
-        if name.endswith(".h")
-    }
-    for graph in (calls, includes):
-        order = {name: found - {name} for name, found in graph.items()}
-        graphlib.TopologicalSorter(order).prepare()
+    graph = {name: found - {name} for name, found in calls.items()}
+    graphlib.TopologicalSorter(graph).prepare()

@@ -101,7 +101,7 @@ def test_without_states_nothing_is_refilled(pop_file):
     model = opened(pop_file)
     append(model, prompt(200))
     assert (model.engine.refiller.n_refillable, model.engine.refiller.refill()) == (0, 0)
-    assert backend.keep_size(model.engine.context.ctx) == 0
+    assert backend.snapshots_size(model.engine.context.ctx) == 0
 
 
 def test_rows_of_a_loaded_state_cannot_be_redone(pop_file):

@@ -87,7 +87,7 @@ def test_a_prompt_is_theirs_however_few_its_rows_and_a_step_is_not(watched):
 
 def test_a_deep_pass_is_theirs(pop_file):
     with Watched(pop_file) as watched:
-        backend.set_keep(watched.ctx, True)
+        backend.set_snapshots(watched.ctx, True)
         watched.decoded(40)
         assert {mark for _, mark in watched.deepened(range(2))} == {ALL}
 
@@ -95,7 +95,7 @@ def test_a_deep_pass_is_theirs(pop_file):
 def test_nothing_is_theirs_where_they_are_off(pop_file):
     with Watched(pop_file) as watched:
         backend.set_kernels(watched.ctx, False)
-        backend.set_keep(watched.ctx, True)
+        backend.set_snapshots(watched.ctx, True)
         assert {mark for _, mark in watched.decoded(1)} == {NONE}
         backend.set_reading(watched.ctx, Reading.SOME)
         assert {mark for _, mark in watched.decoded(40)} == {NONE}

@@ -1,0 +1,38 @@
+"""Includes of the C++ files have no cycles."""
+
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+LLAMA_CPP = Path(__file__).resolve().parents[3] / "patches" / "llama.cpp"
+FOLDERS = ("src", "ggml/src/ggml-cpu/fast", "ggml/src/ggml-rpc", "common/pop")
+INCLUDE = re.compile(r'^#\s*include "([^"]+)"', re.MULTILINE)
+
+
+def includes(folder: Path) -> dict[str, set[str]]:
+    """Map each module (a header and its source) to the modules of the folder that it includes."""
+    files = [path for path in folder.iterdir() if path.suffix in (".h", ".cpp")]
+    modules = {path.stem for path in files}
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for path in files:
+        included = {Path(name).stem for name in INCLUDE.findall(path.read_text(encoding="utf-8"))}
+        graph[path.stem] |= (included & modules) - {path.stem}
+    return graph
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_includes_have_no_cycles(folder):
+    graph = includes(LLAMA_CPP / folder)
+    assert graph
+    TopologicalSorter(graph).prepare()
+
+
+def test_detects_a_cycle(tmp_path):
+    (tmp_path / "a.h").write_text("")
+    (tmp_path / "a.cpp").write_text('#include "b.h"\n')
+    (tmp_path / "b.h").write_text("")
+    (tmp_path / "b.cpp").write_text('#    include "a.h"\n')
+    with pytest.raises(CycleError):
+        TopologicalSorter(includes(tmp_path)).prepare()
