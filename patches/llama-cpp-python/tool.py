@@ -1,7 +1,7 @@
-"""The Makefile's door to this package.
+"""Commands for the Makefile.
 
-python tool.py key               prints the key of the build: pin, patches and compiler flags
-python tool.py unpatched FOLDER  builds the unpatched libraries into the folder, once
+python tool.py key               print the build's key: pin, patches and compiler flags
+python tool.py unpatched FOLDER  build the unpatched libraries into the folder unless up to date
 """
 
 import os

@@ -1,1 +1,1 @@
-"""Builds llama-cpp-python with the hooks of pop-local: fetch, extract, patch, hand over."""
+"""Build llama-cpp-python with pop-local's hooks: fetch, extract, patch, compile."""

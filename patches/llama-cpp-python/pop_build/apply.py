@@ -1,7 +1,7 @@
-"""Applies unified diffs to a tree of files: exact context, any offset, either line end.
+"""Apply unified diffs to a tree of files: exact context, any offset, LF or CRLF.
 
-Pure Python, since Windows has no `patch`, and `git apply` inside another repository does nothing
-and says nothing.
+This is pure Python because Windows has no `patch`, and `git apply` inside another repository
+silently does nothing.
 """
 
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ from pathlib import Path
 from .diff import FileDiff, Hunk, parse
 from .errors import BuildError
 
-_HINT = "patches/README.md tells how to carry a hook over to another version of llama.cpp."
+_HINT = "patches/README.md explains how to port a hook to another version of llama.cpp."
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A file as lines; `ends` holds each line's own line end ("" at an open last line)."""
+    """A file as lines. `ends` holds each line's terminator ("" if the last line has none)."""
 
     lines: tuple[str, ...]
     ends: tuple[str, ...]
 
     @property
     def end(self) -> str:
-        """The line end that most lines have."""
+        """Return the terminator of most lines."""
         return "\r\n" if self.ends.count("\r\n") > len(self.ends) / 2 else "\n"
 
 
 def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
-    """Applies the patch to the tree, all of it or nothing; returns the paths it changed.
+    """Apply the patch completely or not at all, and return the changed paths.
 
-    Raises BuildError naming file and hunk when it does not fit or is in the tree already.
+    Raises BuildError naming the file and hunk if the patch does not fit or was already applied.
     """
     diffs = parse(_read(patch), patch.name)
     texts = {diff.path: _patched(diff, tree, patch.name) for diff in diffs}
@@ -39,7 +39,7 @@ def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
         _write(target, text)
     for diff in diffs:
         if not _is_applied(diff, tree):
-            raise BuildError(f"{patch.name} did not arrive in {diff.path}.", _HINT)
+            raise BuildError(f"{diff.path} lacks {patch.name} after patching.", _HINT)
     return tuple(texts)
 
 
@@ -47,15 +47,15 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
     target = tree / diff.path
     if _is_applied(diff, tree):
         raise BuildError(
-            f"{name} is in {diff.path} already.",
+            f"{name} was already applied to {diff.path}.",
             "Start from an unpatched tree: hooks are applied once, to a fresh extraction.",
         )
     if diff.creates:
         if target.exists():
-            raise BuildError(f"{name} would create {diff.path}, which exists.", _HINT)
+            raise BuildError(f"{name} creates {diff.path}, but the file exists.", _HINT)
         text = _Text((), ())
     elif not target.is_file():
-        raise BuildError(f"{name} changes {diff.path}, which this tree does not have.", _HINT)
+        raise BuildError(f"{name} changes {diff.path}, but the file is missing.", _HINT)
     else:
         text = _split(_read(target))
     floor = shift = 0
@@ -72,7 +72,7 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
 
 
 def _is_applied(diff: FileDiff, tree: Path) -> bool:
-    """Whether the new side of every hunk is in the file, in order."""
+    """Return whether the file contains the new side of every hunk, in order."""
     target = tree / diff.path
     if not target.is_file():
         return False
@@ -88,16 +88,16 @@ def _is_applied(diff: FileDiff, tree: Path) -> bool:
     return True
 
 
-def _matches(text: _Text, wanted: tuple[str, ...], floor: int) -> list[int]:
-    last = len(text.lines) - len(wanted)
-    return [at for at in range(floor, last + 1) if text.lines[at : at + len(wanted)] == wanted]
+def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
+    last = len(text.lines) - len(lines)
+    return [at for at in range(floor, last + 1) if text.lines[at : at + len(lines)] == lines]
 
 
-def _locate(text: _Text, wanted: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Where the lines stand: at the expected place, or at the only other one; None otherwise."""
-    if not wanted:
+def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
+    """Return the lines' index: the expected one, else the only other match, else None."""
+    if not lines:
         return 0 if not text.lines else None
-    places = _matches(text, wanted, floor)
+    places = _matches(text, lines, floor)
     if expected in places:
         return expected
     return places[0] if len(places) == 1 else None
@@ -106,7 +106,7 @@ def _locate(text: _Text, wanted: tuple[str, ...], expected: int, floor: int) -> 
 def _replace(text: _Text, hunk: Hunk, at: int) -> _Text:
     stop = at + len(hunk.before)
     ends = [text.end] * len(hunk.after)
-    # Lines that stay keep their own line end, also in a file that mixes them.
+    # Unchanged lines keep their terminator, even in a file that mixes LF and CRLF.
     old = list(zip(hunk.before, text.ends[at:stop], strict=True))
     for i, line in enumerate(hunk.after):
         for j, (kept, end) in enumerate(old):
@@ -126,7 +126,7 @@ def _misfit(
 ) -> str:
     head = f"{name} does not fit {diff.path}: {where}"
     if not hunk.before:
-        return f"{head} has no context lines to find its place by."
+        return f"{head} has no context lines, so its place is unknown."
     places = _matches(text, hunk.before, floor)
     if len(places) > 1:
         lines = ", ".join(str(at + 1) for at in places)
@@ -135,12 +135,12 @@ def _misfit(
         range(max(len(text.lines), 1)),
         key=lambda at: (_agreement(text, hunk, at), -abs(at - expected)),
     )
-    for i, wanted in enumerate(hunk.before):
+    for i, expected_line in enumerate(hunk.before):
         found = text.lines[at + i] if at + i < len(text.lines) else None
-        if found != wanted:
+        if found != expected_line:
             seen = "the file ends" if found is None else f"found    {found!r}"
-            return f"{head}, line {at + i + 1}:\n     expected {wanted!r}\n     {seen}"
-    return f"{head} fits only before the hunk above it (line {at + 1})."
+            return f"{head}, line {at + i + 1}:\n     expected {expected_line!r}\n     {seen}"
+    return f"{head} fits only above the preceding hunk (line {at + 1})."
 
 
 def _agreement(text: _Text, hunk: Hunk, at: int) -> int:
@@ -159,7 +159,7 @@ def _write(path: Path, text: _Text) -> None:
 
 
 def _split(text: str) -> _Text:
-    # Not splitlines(): form feeds and the like are part of a line of C++.
+    # splitlines() would split at form feeds, which are part of a C++ line.
     lines = text.split("\n")
     ends = ["\n"] * (len(lines) - 1) + [""]
     if lines[-1] == "":

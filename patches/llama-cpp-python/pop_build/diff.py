@@ -1,4 +1,4 @@
-"""Reads unified diffs."""
+"""Parse unified diffs."""
 
 import re
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ _NO_NEWLINE = "\\ No newline"
 
 @dataclass(frozen=True)
 class Hunk:
-    """One hunk: the lines it expects and the lines it leaves, without line ends.
+    """A hunk's lines before and after the change, without terminators.
 
-    `old_start` counts from 1; `after_open` says that the last line it leaves has no newline.
+    `old_start` counts from 1. `after_open` is set if the last line after the change has no newline.
     """
 
     header: str
@@ -27,7 +27,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class FileDiff:
-    """All hunks for one file; `creates` when the old side is /dev/null."""
+    """All hunks of one file. `creates` is set if the old side is /dev/null."""
 
     path: str
     creates: bool
@@ -35,7 +35,7 @@ class FileDiff:
 
 
 def parse(text: str, name: str) -> tuple[FileDiff, ...]:
-    """The files of a diff whose paths are a/... and b/...; prose before and between is skipped."""
+    """Parse a diff with paths a/... and b/..., and skip prose before and between the files."""
     return _Reader(text.replace("\r\n", "\n").split("\n"), name).files()
 
 
@@ -49,7 +49,7 @@ class _Reader:
         found: list[FileDiff] = []
         while self.at < len(self.lines):
             if self.lines[self.at].startswith(_UNSUPPORTED):
-                raise self._error(f"has a part that is not a plain text diff: {self._here()!r}")
+                raise self._error(f"has a part that is no text diff: {self._here()!r}")
             if self._at_file():
                 found.append(self._file())
             elif _HUNK.match(self._here()):
@@ -57,7 +57,7 @@ class _Reader:
             else:
                 self.at += 1
         if not found:
-            raise self._error("holds no diff")
+            raise self._error("contains no diff")
         paths = [file.path for file in found]
         if len(set(paths)) < len(paths):
             raise self._error("names the same file twice")
@@ -81,7 +81,7 @@ class _Reader:
         if not hunks:
             raise self._error(f"changes nothing in {new}")
         if old == "/dev/null" and (len(hunks) > 1 or hunks[0].before):
-            raise self._error(f"creates {new} from lines that it expects to be there")
+            raise self._error(f"creates {new}, but expects existing lines")
         return FileDiff(self._path(new), old == "/dev/null", tuple(hunks))
 
     def _path(self, new: str) -> str:
@@ -99,7 +99,7 @@ class _Reader:
         after_open = False
         previous = ""
         while old_left > 0 or new_left > 0 or self._here().startswith(_NO_NEWLINE):
-            # Editors strip the single space of an empty context line.
+            # Editors strip the space of an empty context line.
             sign, line = (self._here() or " ")[0], self._here()[1:]
             if self.at >= len(self.lines) or sign not in " +-\\":
                 raise self._error(f"is cut short in {header}")
@@ -120,5 +120,5 @@ class _Reader:
     def _error(self, what: str) -> BuildError:
         return BuildError(
             f"{self.name} {what} (line {self.at + 1}).",
-            "Write it anew with `diff -u` or `git diff`; see patches/README.md.",
+            "Recreate it with `diff -u` or `git diff`; see patches/README.md.",
         )

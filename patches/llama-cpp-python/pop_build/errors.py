@@ -1,8 +1,8 @@
-"""The one error of the build: what is wrong, and what to do about it."""
+"""The error that every part of the build raises."""
 
 
 class BuildError(Exception):
-    """A failure that the user can understand; `hint` says what to do."""
+    """A failure that the user can fix. `hint` is the suggested action."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The pinned source distribution: fetched with pip, kept in the user's cache, checked each time."""
+"""Fetch the pinned source distribution with pip, cache it and verify its hash on every use."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ _PIN = re.compile(r"^([A-Za-z0-9_-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.
 
 @dataclass(frozen=True)
 class Pin:
-    """The upstream release: the one line of upstream.txt, which is a requirement of pip."""
+    """The upstream release, read from upstream.txt: one pip requirement with a hash."""
 
     name: str
     version: str
@@ -34,13 +34,13 @@ def read_pin(requirement: Path) -> Pin:
     if match is None:
         raise BuildError(
             f"{requirement.name} does not pin a release.",
-            "Its one line is NAME==VERSION --hash=sha256:DIGEST.",
+            "The file's one line is NAME==VERSION --hash=sha256:DIGEST.",
         )
     return Pin(match[1], match[2], match[3], requirement)
 
 
 def cache_folder() -> Path:
-    """Where source distributions are kept for the next build, by the platform's custom."""
+    """Return the platform's cache folder for source distributions."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -51,15 +51,15 @@ def cache_folder() -> Path:
 
 
 def fetch_or_keep(pin: Pin, instead: Path) -> Path:
-    """The pinned source distribution, in the user's cache, or `instead` where none can be kept."""
+    """Fetch the pinned source distribution to the user's cache, else to the folder `instead`."""
     try:
         return fetch(pin, cache_folder())
-    except (OSError, RuntimeError):  # no home, or one that somebody else owns
+    except (OSError, RuntimeError):  # no home folder, or no permission to write there
         return fetch(pin, instead)
 
 
 def fetch(pin: Pin, folder: Path) -> Path:
-    """The pinned source distribution in the folder, downloaded when it is not there or damaged."""
+    """Return the pinned source distribution in the folder; download it if missing or damaged."""
     kept = folder / pin.sdist
     if kept.is_file() and _sha256(kept) == pin.sha256:
         return kept
@@ -83,14 +83,14 @@ def _other_file(pin: Pin, found: str) -> BuildError:
     return BuildError(
         f"The index serves another {pin.sdist} than the pinned one: {found},"
         f" not sha256 {pin.sha256}.",
-        f"Do not use it. If you trust a copy of your own, point {SOURCE_VARIABLE} at it.",
+        f"Do not use it. If you have a trusted copy, point {SOURCE_VARIABLE} at it.",
     )
 
 
 def _download(pin: Pin, folder: Path) -> None:
-    # Not our build's environment: its backend settings would be taken for those of upstream.
+    # Drop the settings of our build backend: pip would apply them to upstream's package.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("_PYPROJECT_HOOKS", "PEP517_"))}
-    # With a hash in the requirement pip refuses another file before it runs anything of it.
+    # With a hash in the requirement, pip rejects another file before it runs any of its code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
     command += ["--no-binary", pin.name, "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "-d", str(folder), "-r", str(pin.requirement)]
@@ -99,7 +99,7 @@ def _download(pin: Pin, folder: Path) -> None:
         raise _other_file(pin, "pip refused it")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
-        # An error that pip did not expect is a trace; its last line tells the reason.
+        # An unexpected error prints a traceback, whose last line has the reason.
         found = [line for line in lines if re.match("ERROR: (?!Exception:)", line)]
         errors = found or lines[-5:]
         reason = "\n     ".join(errors)
@@ -109,7 +109,7 @@ def _download(pin: Pin, folder: Path) -> None:
 def _hint() -> str:
     return (
         "Check the network and pip's index settings (`pip config list`, PIP_INDEX_URL), or point"
-        f" {SOURCE_VARIABLE} at a source distribution or an extracted tree of your own."
+        f" {SOURCE_VARIABLE} at a local source distribution or extracted tree."
     )
 
 

@@ -1,4 +1,4 @@
-"""The build backend (PEP 517): prepares the tree, then hands over to scikit-build-core in it."""
+"""The build backend (PEP 517): prepare the patched tree and run scikit-build-core in it."""
 
 import os
 import shutil
@@ -20,18 +20,18 @@ Settings = dict[str, "list[str] | str"] | None
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _DEFINES = {
-    # llama.cpp's multimodal library, without videos: it starts ffmpeg on what a client sends.
+    # llama.cpp's multimodal library. Videos are off: it would run ffmpeg on a client's data.
     "LLAVA_BUILD": "ON",
     "MTMD_VIDEO": "OFF",
-    # Other machines as devices; without RDMA, which would link what this machine happens to have.
+    # Other machines as devices. RDMA is off: it would link a library of the build machine.
     "GGML_RPC": "ON",
     "GGML_RPC_RDMA": "OFF",
-    # One file per library instead of three copies of each, since a wheel holds no links.
+    # One file per library: a wheel cannot hold links, so versions would be copies.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
-    # Keeps the folder's path out of what ccache compares (CMake 4).
+    # Keep the build folder's path out of ccache's keys (CMake 4).
     "CMAKE_UNITY_BUILD_RELOCATABLE": "ON",
 }
-# For wheels: backends are loaded as they are needed, of the CPU's the one for the machine at hand.
+# For wheels: backends are loaded at run time, with the CPU variant that fits the machine.
 _PORTABLE_DEFINES = {
     "GGML_NATIVE": "OFF",
     "GGML_BACKEND_DL": "ON",
@@ -43,7 +43,7 @@ _CACHED_LANGUAGES = ("C", "CXX", "CUDA", "HIP", "OBJC")
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     from scikit_build_core import build
 
-    # Asked in our own folder: fetching the tree already needs what this answers (cmake).
+    # Query in our own folder: the upstream tree is not extracted yet.
     with _in(PACKAGE):
         requires: list[str] = build.get_requires_for_build_wheel(config_settings)
     return requires
@@ -77,7 +77,7 @@ def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
 
 
 def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
-    """An sdist of this package: the recipe and the patches, not upstream's sources."""
+    """Build an sdist of this package: recipe and patches, without upstream's sources."""
     with _short_errors():
         hooks = find_hooks(PACKAGE)
         own = recipe(PACKAGE, os.environ)
@@ -100,18 +100,17 @@ def build_editable(
 ) -> NoReturn:
     with _short_errors():
         raise BuildError(
-            "The patched llama-cpp-python cannot be installed as editable.",
-            "Leave out -e: `pip install ./patches/llama-cpp-python`; after a change of a patch,"
-            " run it again.",
+            "The patched llama-cpp-python does not support editable installs.",
+            "Run `pip install ./patches/llama-cpp-python`, and again after changing a patch.",
         )
     raise AssertionError
 
 
 @contextmanager
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
-    """Inside the patched tree, with our settings beneath those of the user.
+    """Enter the patched tree, with our settings as defaults for the user's.
 
-    One build at a time: CMake's folder holds paths of the one that is under way.
+    A lock allows one build at a time: CMake's folder holds the running build's paths.
     """
     with _short_errors():
         missing.check_architecture(os.environ)
@@ -129,28 +128,28 @@ def _configured(folder: Path, config_settings: Settings) -> Iterator[Settings]:
     settings: dict[str, list[str] | str] = {"build-dir": str(folder / "cmake")}
     settings["wheel.license-files"] = ["LICENSE.md", "vendor/llama.cpp/LICENSE"]
     settings |= {f"cmake.define.{name}": value for name, value in defines(os.environ).items()}
-    # Make and Visual Studio build one file at a time unless told otherwise.
+    # Make and Visual Studio build one file at a time by default.
     os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-    # Paths below the folder must not count for ccache, or each patch compiles everything anew.
+    # Otherwise ccache's keys contain the folder's path, and each new patch recompiles everything.
     os.environ.setdefault("CCACHE_BASEDIR", str(folder))
     with _short_errors(), _in(folder / "src"):
         try:
             yield settings | (config_settings or {})
-        except SystemExit:  # scikit-build-core's way to say that CMake failed
+        except SystemExit:  # scikit-build-core exits if CMake fails
             missing.explain(folder / "cmake" / "CMakeCache.txt")
             raise
 
 
 def defines(env: Mapping[str, str]) -> dict[str, str]:
-    """CMake's defines of a build in this environment, beneath those of CMAKE_ARGS."""
+    """Return the default CMake defines for this environment; CMAKE_ARGS override them."""
     portable = _PORTABLE_DEFINES if env.get(PORTABLE_VARIABLE) else {}
     return _DEFINES | portable | launchers(env)
 
 
 def launchers(env: Mapping[str, str]) -> dict[str, str]:
-    """CMake's defines for ccache or sccache, unless the user chose something.
+    """Return CMake defines for ccache or sccache, unless the user configured a launcher.
 
-    llama.cpp looks for them itself, but also where PATH does not lead, and then fails.
+    llama.cpp's detection also finds launchers outside PATH, and then fails.
     """
     arguments = env.get("CMAKE_ARGS", "")
     if "COMPILER_LAUNCHER" in arguments or "GGML_CCACHE" in arguments:
@@ -176,7 +175,7 @@ def _in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _short_errors() -> Iterator[None]:
-    """A frontend shows all that the backend prints: the message, and no traceback."""
+    """Exit with the error's message: frontends show the backend's output, including tracebacks."""
     try:
         yield
     except BuildError as error:

@@ -1,4 +1,4 @@
-"""The processor at hand, for which a build is compiled unless it is a portable one."""
+"""Identify the build machine's processor: builds are tuned for it unless they are portable."""
 
 import platform
 import re
@@ -6,18 +6,18 @@ import subprocess
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
-_TELLING = re.compile(r"^(?:model name|flags|Features|CPU part)\s*:.*$", re.MULTILINE)
+_RELEVANT = re.compile(r"^(?:model name|flags|Features|CPU part)\s*:.*$", re.MULTILINE)
 
 
 def cpu() -> str:
-    """Its architecture, and where the system says so, its model and instructions."""
-    said = [platform.machine()]
+    """Return the processor's architecture and, if available, its model and instructions."""
+    parts = [platform.machine()]
     if _CPUINFO.is_file():
         first = _CPUINFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
-        said += _TELLING.findall(first)
+        parts += _RELEVANT.findall(first)
     elif platform.system() == "Darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        said.append(subprocess.run(asked, capture_output=True, text=True).stdout.strip())
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        parts.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
     else:
-        said.append(platform.processor())
-    return "; ".join(said)
+        parts.append(platform.processor())
+    return "; ".join(parts)

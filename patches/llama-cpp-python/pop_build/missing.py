@@ -1,4 +1,4 @@
-"""Explains a failed build of a GPU's backend, since CMake's messages are not for users."""
+"""Explain a failed GPU build: CMake's own messages do not name the missing packages."""
 
 import ctypes
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 from .errors import BuildError
 from .tree import PORTABLE_VARIABLE
 
-# By ggml's option: what its CMakeLists.txt looks for, as CMakeCache.txt names it, and what that is.
-_WANTED = {
+# Per ggml option: the entries of CMakeCache.txt that it needs, and the packages that provide them.
+_REQUIRED = {
     "GGML_CUDA": {
         "CUDAToolkit_NVCC_EXECUTABLE": "nvcc of the CUDA toolkit (on PATH, or CUDACXX=.../nvcc)",
         "CUDA_cublas_LIBRARY": "cuBLAS and its headers (libcublas-dev-...)",
@@ -31,40 +31,40 @@ _ON = ("1", "on", "true", "yes", "y")
 
 
 def explain(cache: Path) -> None:
-    """After a failed build: raises BuildError if CMake's cache says what was not found."""
+    """Raise BuildError after a failed build if CMake's cache names a missing dependency."""
     text = cache.read_text(encoding="utf-8") if cache.is_file() else ""
     entries: dict[str, str] = dict(_ENTRY.findall(text))
 
     def is_on(option: str) -> bool:
         return entries.get(option, "").lower() in _ON
 
-    for option, wanted in _WANTED.items():
+    for option, required in _REQUIRED.items():
         lacks = [
-            what
-            for name, what in wanted.items()
+            package
+            for name, package in required.items()
             if entries.get(name, "").endswith("NOTFOUND")
             and not (name == "CUDA_cuda_driver_LIBRARY" and is_on("GGML_CUDA_NO_VMM"))
         ]
         if is_on(option) and lacks:
             raise BuildError(
                 f"CMake did not find what {option} needs: {'; '.join(lacks)}.",
-                "Install it (names of Debian's and NVIDIA's packages are in brackets) and run this"
+                "Install it (Debian's and NVIDIA's package names are in brackets) and run this"
                 " again, or build for the CPU, without CMAKE_ARGS.",
             )
 
 
 def check_architecture(env: Mapping[str, str]) -> None:
-    """Raises BuildError where nvcc would compile for its oldest GPU, seeing none.
+    """Raise BuildError if no GPU is visible: nvcc would compile for its oldest one.
 
-    It only warns of that, and pip hides warnings.
+    nvcc only warns about that, and pip hides warnings.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
-    # A portable build is for all.
+    # A portable build covers every architecture.
     is_named = bool({"CUDAARCHS", PORTABLE_VARIABLE} & env.keys() or given.keys() & _ARCHITECTURES)
     if given.get("GGML_CUDA") in _ON and not is_named and not _sees_gpu():
         raise BuildError(
-            "No NVIDIA GPU is visible here, so nobody knows what to compile CUDA code for.",
-            "Name the GPU that it is for: CUDAARCHS=80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100),"
+            "No NVIDIA GPU is visible, so the target of CUDA code is unknown.",
+            "Name the target GPU: CUDAARCHS=80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100),"
             " 120 (RTX 50), or -DGGML_NATIVE=OFF in CMAKE_ARGS for all, which takes long.",
         )
 

@@ -1,4 +1,4 @@
-"""The patched source tree: its key, its extraction, its patches."""
+"""Prepare the patched source tree: compute its key, extract it, apply the patches."""
 
 import hashlib
 import os
@@ -17,9 +17,9 @@ from .machine import cpu
 
 PORTABLE_VARIABLE = "POP_LLAMA_CPP_PORTABLE"
 UNPATCHED_VARIABLE = "POP_LLAMA_CPP_UNPATCHED"
-# In the package `llama_cpp`, so that a wheel says of which build it is.
+# A file in the package `llama_cpp` that identifies the build of an installed wheel.
 KEY_FILE = "pop_build_key.txt"
-# Variables that give another library out of the same sources.
+# Variables that change the library built from the same sources.
 _FLAGS = (
     *("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),
@@ -28,15 +28,15 @@ _PACKAGE_FILES = ("pyproject.toml", "upstream.txt", "*.patch", "pop_build/*.py")
 _HOOK_SUFFIXES = (".patch", ".cpp", ".h", ".hpp", ".c", ".cu", ".cuh", ".m", ".metal", ".txt")
 _LLAMA_CPP = Path("vendor", "llama.cpp")
 _NOT_SOURCE = (".git", "build", "__pycache__")
-# Not compiled, two thirds of the bytes, and too deep a path for Windows.
+# Not compiled, two thirds of the bytes, and paths too long for Windows.
 _LEFT_OUT = ("benches", "docs", "examples", "models", "tests", "tools/ui")
-_KEPT = ("models/templates",)  # small, and the tests of chat formats read them
-_KEPT_TREES = 4
+_KEPT = ("models/templates",)  # the tests of chat formats read these small files
+_MAX_TREES = 4
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a build. `hooks` is None for the unpatched library; `source` one's own."""
+    """The inputs of a build. `hooks` is None for the unpatched library, `source` for the pin."""
 
     package: Path
     hooks: Path | None
@@ -49,12 +49,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The name of this package, which the wheel carries."""
+        """Return this package's name, which becomes the wheel's."""
         return self._own("name")
 
     @property
     def version(self) -> str:
-        """The version of this package, which the wheel carries."""
+        """Return this package's version, which becomes the wheel's."""
         return self._own("version")
 
     def _own(self, field: str) -> str:
@@ -65,7 +65,7 @@ class Recipe:
 
 
 def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
-    """The recipe that the package and the environment ask for."""
+    """Return the recipe for this package and environment."""
     source = Path(env[SOURCE_VARIABLE]).expanduser() if env.get(SOURCE_VARIABLE) else None
     if source is not None and not source.is_absolute():
         raise BuildError(
@@ -74,7 +74,7 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
         )
     if source is not None and not source.exists():
         raise BuildError(
-            f"There is nothing at {source}.",
+            f"{source} does not exist.",
             f"{SOURCE_VARIABLE} takes a source distribution (.tar.gz) or an extracted tree.",
         )
     hooks = None if env.get(UNPATCHED_VARIABLE) else find_hooks(package)
@@ -85,19 +85,19 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
 
 
 def find_hooks(package: Path) -> Path:
-    """The folder with the hooks for llama.cpp: beside the package, or inside it in an sdist."""
+    """Return the folder of llama.cpp's hooks: a sibling of the package, in an sdist a child."""
     for folder in (package / "llama.cpp", package.parent / "llama.cpp"):
         if any(folder.glob("*.patch")):
             return folder
     raise BuildError(
-        f"There are no patches for llama.cpp beside {package}.",
+        f"The patches for llama.cpp are missing next to {package}.",
         "Build from a whole clone, with pip 21.3 or newer: an older pip copies the folder away"
         " from its neighbours (`python -m pip install --upgrade pip`).",
     )
 
 
 def hook_files(hooks: Path) -> tuple[Path, ...]:
-    """The patches and the new files, sorted by path."""
+    """Return the patches and the new files, sorted by path."""
     found = (path for path in hooks.rglob("*") if path.suffix in _HOOK_SUFFIXES)
     return tuple(sorted(path for path in found if path.is_file()))
 
@@ -107,7 +107,7 @@ def package_files(package: Path) -> tuple[Path, ...]:
 
 
 def key(recipe: Recipe) -> str:
-    """Names a build: the pin, what is changed in it, and how it is compiled."""
+    """Return a build's key: the pin, a hash of the changes, a hash of the compiler flags."""
     patches = hashlib.sha256()
     for folder, files in (
         (recipe.package, package_files(recipe.package)),
@@ -125,7 +125,7 @@ def key(recipe: Recipe) -> str:
 
 
 def prepare(recipe: Recipe) -> Path:
-    """The folder of the build, whose `src` is the patched tree; extracted unless it is intact."""
+    """Return the build's folder, whose `src` is the patched tree. Reuse an intact tree."""
     builds = recipe.package / "build"
     folder = builds / key(recipe)
     stamp = folder / "tree.sha256"
@@ -144,7 +144,7 @@ def prepare(recipe: Recipe) -> Path:
         (tree / "llama_cpp" / KEY_FILE).write_text(folder.name, encoding="utf-8")
         tree.replace(source)
     stamp.write_text(_fingerprint(source))
-    _forget_old(builds, folder)
+    _delete_old_trees(builds, folder)
     return folder
 
 
@@ -162,7 +162,7 @@ def _extract(recipe: Recipe, scratch: Path) -> Path:
         (tree,) = scratch.iterdir()
     if not (tree / "llama_cpp" / "__init__.py").is_file() or not (tree / _LLAMA_CPP).is_dir():
         raise BuildError(
-            f"{source} is no source tree of llama-cpp-python.",
+            f"{source} is not a source tree of llama-cpp-python.",
             f"It lacks llama_cpp/__init__.py or {_LLAMA_CPP.as_posix()} (a git submodule).",
         )
     return tree
@@ -172,7 +172,7 @@ def _safe(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
         parts = Path(member.name).parts
         if not (member.isfile() or member.isdir()) or ".." in parts or Path(member.name).anchor:
-            raise BuildError(f"The archive holds {member.name}, which is unsafe.", "Do not use it.")
+            raise BuildError(f"The archive has an unsafe member: {member.name}", "Do not use it.")
         inside = Path(*parts[1:])
         is_kept = any(inside.is_relative_to(_LLAMA_CPP / folder) for folder in _KEPT)
         if is_kept or not any(inside.is_relative_to(_LLAMA_CPP / name) for name in _LEFT_OUT):
@@ -195,7 +195,7 @@ def _patch(recipe: Recipe, tree: Path) -> None:
 def _add(file: Path, target: Path) -> None:
     if target.exists():
         raise BuildError(
-            f"llama.cpp has a file {target.name} of its own now.",
+            f"llama.cpp already has a file {target.name}.",
             "Rename ours in patches/llama.cpp and in the hooks that name it.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -207,14 +207,14 @@ def _set(path: Path, field: str, value: str) -> None:
     text, n = pattern.subn(f'{field} = "{value}"', path.read_text(encoding="utf-8"))
     if n != 1:
         raise BuildError(
-            f"{path.name} no longer says {field} = ...",
-            "Teach pop_build/tree.py where upstream keeps its name and version.",
+            f'{path.name} has no line {field} = "...".',
+            "Upstream moved its name or version: adapt pop_build/tree.py.",
         )
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _fingerprint(source: Path) -> str:
-    """A hash over names, sizes and times: notices an edit without reading 200 MB."""
+    """Hash names, sizes and times: this detects an edit without reading 200 MB."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()
@@ -229,14 +229,14 @@ def _files(source: Path) -> Iterable[Path]:
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if name not in _NOT_SOURCE]
         found += [Path(folder, name) for name in names]
-    # Upstream installs the library into its own tree, too.
+    # Upstream also installs the built library into its source tree.
     built = source / "llama_cpp" / "lib"
     return sorted(path for path in found if path.parent != built)
 
 
-def _forget_old(builds: Path, current: Path) -> None:
+def _delete_old_trees(builds: Path, current: Path) -> None:
     stamps = sorted(builds.glob("*/tree.sha256"), key=lambda stamp: -stamp.stat().st_mtime_ns)
-    for stamp in stamps[_KEPT_TREES:]:
+    for stamp in stamps[_MAX_TREES:]:
         if stamp.parent != current:
             stamp.unlink(missing_ok=True)
             shutil.rmtree(stamp.parent, ignore_errors=True)

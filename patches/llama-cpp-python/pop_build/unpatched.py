@@ -1,4 +1,4 @@
-"""The unpatched libraries of the same release and flags, to compare with."""
+"""Build the unpatched libraries with the same release and flags, as a reference for tests."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ _IN_WHEEL = "llama_cpp/lib/"
 
 
 def build_unpatched(package: Path, target: Path) -> bool:
-    """Puts the libraries into the folder `target`; False when they were there already.
+    """Build the libraries into the folder `target`. Return False if they are up to date.
 
-    The folder serves as LLAMA_CPP_LIB_PATH of an installed llama_cpp.
+    The folder can serve as LLAMA_CPP_LIB_PATH of an installed llama_cpp.
     """
     env = os.environ | {UNPATCHED_VARIABLE: "1"}
     wanted = key(recipe(package, env))
@@ -43,6 +43,6 @@ def _wheel(package: Path, folder: Path, env: dict[str, str]) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--disable-pip-version-check"]
     command += ["--wheel-dir", str(folder), str(package)]
     if subprocess.run(command, env=env, stdout=sys.stderr).returncode != 0:
-        raise BuildError("The unpatched library was not built.", "pip says why above.")
+        raise BuildError("The unpatched library was not built.", "See pip's output above.")
     (wheel,) = folder.glob("*.whl")
     return wheel

@@ -62,14 +62,14 @@ def test_diff_creates_a_file(tree, tmp_path):
     apply_patch(patch_of(tmp_path, diff), tree)
     assert read(tree / "src/new/b.h") == "#pragma once\nint b;\n"
     write(tree / "src/new/b.h", "something else\n")
-    with pytest.raises(BuildError, match=r"would create src/new/b.h, which exists"):
+    with pytest.raises(BuildError, match=r"creates src/new/b.h, but the file exists"):
         apply_patch(tmp_path / "0001-hook.patch", tree)
 
 
 def test_second_application_is_refused(tree, tmp_path):
     patch = patch_of(tmp_path, DIFF)
     apply_patch(patch, tree)
-    with pytest.raises(BuildError, match=r"0001-hook.patch is in src/a.cpp already"):
+    with pytest.raises(BuildError, match=r"0001-hook.patch was already applied to src/a.cpp"):
         apply_patch(patch, tree)
     assert read(tree / "src/a.cpp") == "\n".join(PATCHED) + "\n"
 
@@ -102,21 +102,21 @@ def test_ambiguous_hunk_is_refused(tree, tmp_path):
 def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
     first, second = DIFF.index("@@ -3"), DIFF.index("@@ -15")
     swapped = DIFF[:first] + DIFF[second:] + DIFF[first:second]
-    with pytest.raises(BuildError, match="fits only before the hunk above it"):
+    with pytest.raises(BuildError, match="fits only above the preceding hunk"):
         apply_patch(patch_of(tmp_path, swapped), tree)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nothing here\n", "holds no diff"),
+        ("nothing here\n", "contains no diff"),
         (DIFF.replace("b/src/a.cpp", "b/../a.cpp"), "outside the tree"),
         (DIFF.replace("b/src/a.cpp", "/etc/a.cpp"), "outside the tree"),
         (DIFF.replace("-15,3", "-15,9"), "cut short"),
         (DIFF.replace("-3,4", "-3,2"), "wrong line counts"),
         (DIFF.replace("b/src/a.cpp", "/dev/null"), "deletes a/src/a.cpp"),
-        ("rename from src/a.cpp\n" + DIFF, "not a plain text diff"),
-        (DIFF.replace("src/a.cpp", "src/z.cpp"), "which this tree does not have"),
+        ("rename from src/a.cpp\n" + DIFF, "is no text diff"),
+        (DIFF.replace("src/a.cpp", "src/z.cpp"), "but the file is missing"),
         ("--- a/src/a.cpp\n+++ b/src/a.cpp\n@@ -4,0 +5 @@\n+x\n", "no context lines"),
     ],
 )

@@ -31,9 +31,6 @@ MEAN_WORDS = 20
 
 # Folders to be rewritten; an entry applies to a folder's files and not to its subfolders.
 NOT_YET: set[str] = {
-    "patches/llama-cpp-python",
-    "patches/llama-cpp-python/pop_build",
-    "patches/llama.cpp/src",
     "pop_local",
     "pop_local/engine",
     "pop_local/engine/cache",
