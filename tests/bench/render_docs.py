@@ -21,14 +21,8 @@ RESULTS = ROOT / "docs" / "results"
 CHART = ROOT / "docs" / "images" / "ttft.png"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _TABLE = re.compile(r"(<!-- table ([\w-]+)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.S)
-# The chart's rows of speeds.json: model and tokens of the prompt.
-_CHARTED = [
-    ("SmolLM2-135M Q4_1", 2048),
-    ("Gemma-3-270M Q4_K_M", 2048),
-    ("Qwen2.5-Coder-0.5B Q4_K_M", 2048),
-    ("Qwen2.5-Coder-1.5B Q4_K_M", 2048),
-    ("SmolLM2-135M Q4_1", 8192),
-]
+# Tokens of the chart's prompts.
+_N_CHARTED = 2048
 _BARS = {"llama": "llama.cpp", "full": "pop-local, in full", "pruned": "pop-local, pruned"}
 
 Row: TypeAlias = dict[str, Any]
@@ -77,9 +71,10 @@ def table(columns: list[Row], rows: list[Row]) -> str:
 
 
 def with_lookups(row: Row) -> Row:
-    """Return the row with a cell for each column of LOOKUPS, empty if none were measured."""
-    found = row.get("lookups")
-    return row | {c["name"]: found and [found[name] for name in c["of"]] for c in LOOKUPS}
+    """Return the row with a cell for each column of LOOKUPS if look-ups were measured."""
+    if (found := row.get("lookups")) is None:
+        return row
+    return row | {c["name"]: [found[name] for name in c["of"]] for c in LOOKUPS}
 
 
 def kept_table(name: str, chosen: str | None) -> str:
@@ -97,22 +92,16 @@ def kept_table(name: str, chosen: str | None) -> str:
 
 def summary() -> str:
     """Return README's table: the shipped sidecars' losses and speeds."""
-    losses, speeds = read("shipped"), read("speeds")
-    columns = {column["name"]: column for column in losses["columns"]}
-    by_model = {row["model"]: row for row in speeds["rows"] if row["tokens"] == 2048}
-    rows = []
-    for row in losses["rows"]:
-        speed = by_model[row["model"]]
-        three = [speed[name][0] for name in ("llama", "full", "pruned")]
-        rows.append(with_lookups(row) | {"speeds": three})
+    shipped = read("shipped")
+    columns = {column["name"]: column for column in shipped["columns"]}
+    rows = [
+        with_lookups(row) | {"speeds": [row[name] for name in _BARS]} for row in shipped["rows"]
+    ]
     title = "tokens/s: llama.cpp, ours in full, pruned"
     shown = [columns["model"], columns["skipped"]]
     shown += [{"name": "speeds", "title": title, "format": "{:,.0f}, {:,.0f}, {:,.0f}"}]
     shown += [columns[name] for name in ("ppl_ratio", "copy_ppl_ratio")]
-    # Until look-ups are measured, the facts that the sidecars were chosen by.
-    is_measured = any("lookups" in row for row in rows)
-    shown += LOOKUPS if is_measured else [columns["facts"]]
-    return table(shown, rows)
+    return table([*shown, *LOOKUPS], rows)
 
 
 def rendered(text: str) -> str:
@@ -130,21 +119,21 @@ def draw(path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = {(row["model"], row["tokens"]): row for row in read("speeds")["rows"]}
+    shipped = read("shipped")
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for at, (name, color) in enumerate(zip(_BARS, ("#b8b8b8", "#7aa6d8", "#1f5fa8"), strict=True)):
-        heights = [n_tokens / rows[model, n_tokens][name][0] for model, n_tokens in _CHARTED]
+        heights = [_N_CHARTED / row[name] for row in shipped["rows"]]
         places = [place + (at - 1) * 0.27 for place in range(len(heights))]
         bars = axes.bar(places, heights, 0.26, label=_BARS[name], color=color)
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=8)
     axes.set_yscale("log")
     axes.set_ylim(0.5, 130)
-    names = [f"{model.split(' ')[0]}\n{n_tokens:,} tokens" for model, n_tokens in _CHARTED]
+    names = [f"{row['model'].split(' ')[0]}\n{_N_CHARTED:,} tokens" for row in shipped["rows"]]
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("seconds (log scale)", fontsize=8)
-    axes.set_title("Time to first token, one thread of a Xeon with AMX", fontsize=9)
+    axes.set_title(f"Time to first token, {shipped['machine']}", fontsize=9)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
