@@ -189,7 +189,7 @@ KINDS := encyclopaedia markup documentation code tables dialogue german-french
 ON_KINDS = --distill $(KINDS:%=--text $(TEXTS)/%.fit.txt)
 SIDECAR_smollm2 ?= --boundary 20 --projection fitted --quality balanced --distill-tokens 262144 $(ON_KINDS)
 SIDECAR_gemma3 ?= --boundary 11 --projection fitted --quality balanced --distill-tokens 262144 $(ON_KINDS)
-SIDECAR_qwen-0.5b ?= --boundary 13 --projection fitted-wide --quality balanced --distill-tokens 196608 $(ON_KINDS)
+SIDECAR_qwen-0.5b ?= --boundary 16 --projection fitted-wide --quality balanced $(KINDS:%=--text $(TEXTS)/%.fit.txt)
 SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --quality fast --distill-tokens 131072 $(ON_KINDS)
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
 sidecars: $(addprefix sidecar-,$(CATALOG))
