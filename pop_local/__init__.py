@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are asked for: the commands' --help must not load llama.cpp.
+# Imported on first access: the commands' --help must not load llama.cpp.
 _MODULES = {
     "pop_converter.base.errors": ["OutputExistsError", "PopError", "StoppedError"],
     "pop_local.calibration.fit_options": ["FitOptions"],
@@ -79,7 +79,7 @@ _MODULES = {
     "pop_local.engine.turn_options": ["AnswerOptions"],
 }
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     _WHERE = {name: module for module, names in _MODULES.items() for name in names}
     __all__ = ["__version__", *_WHERE]
 

@@ -1,1 +1,1 @@
-"""Load, prove, switch, count, stream: all that touches llama_cpp, and nothing that draws."""
+"""Engine: everything that calls llama_cpp, without any user interface."""

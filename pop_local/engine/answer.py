@@ -1,4 +1,4 @@
-"""From a prompt to an answer: pieces of text as they are sampled, then the figures."""
+"""Answering a prompt: text pieces as they are sampled, then the statistics."""
 
 import math
 import time
@@ -32,7 +32,7 @@ def answer(
     options: TurnOptions,
     constraint: Callable[[], Allowed | None] = lambda: None,
 ) -> Answering:
-    """Stream the answer to a prompt; the last chunk carries the figures."""
+    """Stream the answer to a prompt; the last chunk carries the statistics."""
     if options.repeatable:
         sequence = replace(sequence, rule=replace(sequence.rule, reuses=False))
     with closing(_Turn(sequence, render, options, constraint)) as turn:
@@ -40,7 +40,7 @@ def answer(
 
 
 class _Turn:
-    """One answer while it comes into being; time starts with the object."""
+    """State of an answer that is being generated; its clock starts with the constructor."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class _Turn:
         self._started_s = time.perf_counter()
         if options.max_tokens is not None and options.max_tokens < 1:
             raise PopError(
-                f"max_tokens is {options.max_tokens}: an answer has one token at least",
-                "give 1 or more, or None for as many as the context holds",
+                f"max_tokens is {options.max_tokens}: the minimum is 1",
+                "give 1 or more, or None to fill the context",
             )
         stops: object = options.stops
-        if isinstance(stops, str):  # a sequence of letters, to Python
-            raise PopError("stops is a single text, not several", f"stops=({stops!r},)")
+        if isinstance(stops, str):  # iterates over its characters
+            raise PopError("stops is a string, not a tuple", f"use stops=({stops!r},)")
         self._sequence = sequence
         self._options = options
         with stopped_by(options.should_stop):
@@ -96,7 +96,7 @@ class _Turn:
                 self._sampled = self._sequence.sampled(self._sampler)
                 token = next(self._sampled)
         except ReadingStoppedError as error:
-            if options.should_stop is None:  # whoever watches the model stops more than this answer
+            if options.should_stop is None:  # the model's own stop callback: not only this answer
                 raise
             found, token = error.read, -1
         now_s = time.perf_counter()
@@ -105,7 +105,7 @@ class _Turn:
         if token == -1:
             yield Chunk("", self._stats("interrupted"))
             return
-        if self._prompt.begun and options.grammar is None:  # a form has no room for it
+        if self._prompt.begun and options.grammar is None:  # a grammar excludes it
             yield Chunk(self._prompt.begun)
         yield from self._decode(token)
 
@@ -115,7 +115,7 @@ class _Turn:
             at_end = is_end(self._context, token)
             piece = b"" if at_end else self._pieces[token]
             if isinstance(self._constraint, Triggered) and self._constraint.is_calling:
-                # Both may be parts of its arguments.
+                # A call's arguments may contain stop strings and repetitions.
                 self._text.ignore_stops()
                 self._repeats = None
             shown = self._text.push(piece)
@@ -123,7 +123,7 @@ class _Turn:
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):
                 self._logprobs.push(token)
             is_over = at_end or self._text.stop or self._is_repeating
-            reason = "stop" if is_over else self._cut_short()
+            reason = "stop" if is_over else self._limit_reason()
             if reason is not None:
                 yield self._chunk(shown + self._text.flush(), self._stats(reason))
                 return
@@ -135,18 +135,18 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        # Last tokens without text, or of half a character, count; those of a stop string do not.
+        # Include final tokens without text or with half a character, but not a stop string's.
         is_whole = stats is not None and not self._text.stop
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _next_token(self) -> int:
-        assert self._sampled is not None, "a first token came of it"
+        assert self._sampled is not None, "it yielded the first token"
         started_s = time.perf_counter()
         token = next(self._sampled)
         self._decode_s += time.perf_counter() - started_s
         return token
 
-    def _cut_short(self) -> FinishReason | None:
+    def _limit_reason(self) -> FinishReason | None:
         if self._n_decoded >= self._limit:
             return "length"
         if self._options.should_stop is not None and self._options.should_stop():

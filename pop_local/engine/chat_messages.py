@@ -1,4 +1,4 @@
-"""Messages of a conversation, chunks of an answer, and its figures."""
+"""Messages of a conversation, chunks of an answer, and its statistics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ PrefillKind = Literal["pruned", "exact", "short", "full"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the model wants called; `arguments` is a JSON text."""
+    """A function call that the model requested; `arguments` is JSON."""
 
     id: str
     name: str
@@ -24,8 +24,8 @@ class ToolCall:
 class Message:
     """One message of a conversation.
 
-    `pictures`: (offset, picture) pairs in order: each stands before that character of `content`.
-    `calls`: what an assistant called. `call_id`, of a tool's message: the call that it answers.
+    `pictures`: ascending (offset, picture) pairs; each precedes that character of `content`.
+    `calls`: an assistant's function calls. `call_id`: the call that a tool's message answers.
     """
 
     role: Role
@@ -37,22 +37,20 @@ class Message:
 
 @dataclass(frozen=True)
 class TurnStats:
-    """The figures of one answer; n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
+    """Statistics of one answer; n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
-    n_cached: prompt tokens whose K/V were still there. n_pruned: prompt tokens that stopped at the
-    boundary. n_deep: prompt tokens, counted in n_full, that ran all layers because of their
-    spelling. n_refilled: cached tokens that were given their depth since the answer
-    before. n_image: tokens of the prompt, cached ones among them, that are rows of pictures.
-    n_exact: tokens of the prompt whose K/V are the full model's own. n_skipped_exact: prompt tokens
-    that left, exactly, at exact_layer, since the layers from it on share the K/V of earlier ones.
-    n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, the one that ended the
-    answer included. ttft_s: from the question to the first token, templating and tokenising
-    included. encode_s: making rows of pictures, which pruning does not touch. prefill_s: reading
-    the prompt, without that. decode_s: from the first to the last sampled token, the reader's own
-    time left out. is_short: pruning is on, and the prompt (what was not cached of it) too short to
-    be pruned. fit: what the projections were fitted on that pruned tokens took, "" for none.
-    stop: the stop string that ended the answer, "" for none. is_repeating: it was ended since it
-    only repeated itself.
+    n_cached: prompt tokens with K/V in the cache. n_pruned: prompt tokens that stopped at the
+    boundary layer. n_deep: deep rows, which n_full includes. n_refilled: cached tokens that were
+    refilled since the previous answer. n_image: image rows of the prompt, including cached ones.
+    n_exact: prompt tokens whose K/V equal the full model's. n_skipped_exact: prompt tokens that
+    stopped at exact_layer without loss, because later layers share the K/V of earlier ones.
+    n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, including the last one.
+    ttft_s: seconds from the question to the first token, including the template and tokenization.
+    encode_s: seconds for encoding images, which pruning does not change. prefill_s: seconds for
+    the prompt, without encode_s. decode_s: seconds from the first to the last sampled token,
+    without the caller's. is_short: pruning was on, but the uncached prompt was too short for it.
+    fit: the text that the pruned tokens' projections were fitted on, or "". stop: the stop string
+    that ended the answer, or "". is_repeating: the answer was ended because it repeated itself.
     """
 
     n_prompt: int
@@ -78,8 +76,7 @@ class TurnStats:
 
     @property
     def reading(self) -> PrefillKind:
-        """How the prompt was read: with context tokens pruned, or leaving exactly, or in full;
-        "short" says why."""
+        """The mode in which the prompt was read; "short" is in full because of its length."""
         if self.n_pruned:
             return "pruned"
         if self.n_skipped_exact:
@@ -88,7 +85,7 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """In words: how many prompt tokens were not read, or did not run all layers."""
+        """The numbers of prompt tokens that were cached or skipped layers, in words."""
         cached = f"{self.n_cached:,} cached, " if self.n_cached else ""
         if self.n_skipped_exact:
             return f"{cached}{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
@@ -102,18 +99,18 @@ class TurnStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Only the tokens that were evaluated count; it is 0 when none was."""
+        """Evaluated prompt tokens per second (0 if all were cached)."""
         return _rate(self.n_evaluated, self.prefill_s)
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """The first token belongs to the prefill; it is 0 when there is no second one."""
+        """Decoded tokens per second without the first, which prefill samples (0 if it is alone)."""
         return _rate(self.n_decoded - 1, self.decode_s)
 
 
 @dataclass(frozen=True)
 class SessionStats:
-    """The sums over a conversation; fields as in TurnStats. An answer has a token at least."""
+    """Sums over a conversation; see TurnStats. n_answers counts answers with a token."""
 
     n_answers: int
     n_prompt: int
@@ -143,13 +140,13 @@ class SessionStats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """The first token of each answer belongs to its prefill."""
+        """Decoded tokens per second, without each answer's first, which prefill samples."""
         return _rate(self.n_decoded - self.n_answers, self.decode_s)
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and its natural log probability; `top`: the likeliest in its place, best first."""
+    """A token and its natural log probability; `top`: the most likely tokens, best first."""
 
     text: bytes
     logprob: float | None
@@ -158,10 +155,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the answer; the last one carries the figures, and perhaps no text.
+    """A piece of the answer; the last one carries the statistics and may have no text.
 
-    `logprobs`: of the piece's tokens, where they were asked for. `embedding`: of the prompt, in the
-    place of an answer.
+    `logprobs`: the tokens' log probabilities, if requested. `embedding`: the prompt's embedding,
+    instead of an answer.
     """
 
     text: str

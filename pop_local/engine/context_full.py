@@ -4,9 +4,9 @@ from pop_converter.base.errors import PopError
 
 
 class ContextFullError(PopError):
-    """A prompt and its answer do not fit the context; all numbers are tokens.
+    """Error: a prompt and its answer exceed the context. All numbers are tokens.
 
-    `n_answer` is the room that the answer was to have, `n_short` what is missing.
+    `n_answer`: tokens reserved for the answer. `n_short`: missing tokens.
     """
 
     def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:

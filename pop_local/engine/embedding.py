@@ -1,4 +1,4 @@
-"""Embeddings: the states behind the last layer, pooled as the model's file says."""
+"""Embeddings: the last layer's states, pooled as the model's metadata specifies."""
 
 from collections.abc import Sequence
 
@@ -14,23 +14,25 @@ _MAX_ROWS = 512
 
 
 def require_pooling(cache: KvCache) -> gguf.PoolingType:
-    """Return how rows become one vector: the file's way, else their mean.
+    """Return the file's pooling type (default: mean).
 
-    Raises PopError for a way that is neither the mean nor the last row.
+    Raises PopError for a type other than mean and last row.
     """
     kind = cache.context.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
         return gguf.PoolingType.MEAN
     if kind == gguf.PoolingType.LAST:
         return gguf.PoolingType.LAST
-    raise PopError("this model pools its rows in a way that is not supported", "take another model")
+    raise PopError(
+        "the model's pooling type is not supported", "use a model that pools by mean or last row"
+    )
 
 
 def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Return the vector of a text, float32 [n_embd] of length 1 (llama_get_embeddings_ith).
+    """Return a text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
 
-    All rows run in full, and take the place of the KV cache, which is empty afterwards. Raises
-    PopError, and StoppedError or whatever Ctrl-C raises when interrupted.
+    All rows run in full. They replace the KV cache, which is empty afterwards. Raises PopError, and
+    StoppedError or the exception of Ctrl-C if interrupted.
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()

@@ -51,9 +51,8 @@ class EngineOwner(Protocol):
 class Engine:
     """The parts of a model on the patched backend.
 
-    A converted model starts in mode CONTEXT: prompts are pruned. `sequences`: one for each prompt
-    that can be read at once. `vision`: the mmproj, or None. `calibrator`: learns from full rows, or
-    None.
+    A converted model starts in mode CONTEXT: prompts are pruned. `sequences`: one per concurrent
+    prompt. `vision`: the mmproj, or None. `calibrator`: the learner from full rows, or None.
     """
 
     options: EngineOptions
@@ -117,7 +116,7 @@ class Engine:
     # Settings of all sequences
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch how prompts are read; see KvCache.set_mode."""
+        """Switch the mode in which prompts are read; see KvCache.set_mode."""
         for sequence in self.sequences:
             sequence.cache.set_mode(mode)
 
@@ -150,11 +149,11 @@ class Engine:
         options: TurnOptions,
         sequence: CachedSequence | None = None,
     ) -> Answering:
-        """Answer a prompt; the last chunk carries the figures.
+        """Answer a prompt; the last chunk carries the statistics.
 
-        `prompt`: a callable counts in the time to the first token. `sequence`: default: the first.
-        Closing the iterator, or an exception in it, leaves the engine usable. Raises PopError if
-        the prompt does not fit the context.
+        `prompt`: TTFT includes a callable's time. `sequence`: default: the first. The engine stays
+        usable after the iterator is closed or raises. Raises PopError if the prompt exceeds the
+        context.
         """
         render = prompt if callable(prompt) else lambda: prompt
         return answer(
@@ -162,12 +161,12 @@ class Engine:
         )
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
-        """Yield tokens without end, starting after the prompt that the first sequence has read."""
+        """Yield tokens endlessly, starting after the first sequence's prompt."""
         sequence = self.sequences[0]
         return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
 
     def constraint(self, options: TurnOptions) -> Allowed | None:
-        """Return what restricts the answer's tokens: tool calls, a grammar, or nothing."""
+        """Return the constraint on the answer's tokens: tool calls, a grammar, or None."""
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context, calls.shown)

@@ -16,14 +16,12 @@ class EngineOptions:
     """Options for Engine.open.
 
     `model`: the GGUF file, or a name that the caller resolves before opening. `sidecar`: a file
-    with POP keys and tensors for it. `mmproj`: the vision encoder, loaded with the first picture.
-    `image_tokens`: upper limit of one image's tokens. `sink_tokens`, `tail_tokens`: full rows at a
-    prompt's ends (default: the file's). `deep_rows`: context rows that run all
-    layers because of their tokens (default: the file's).
-    `keep_states`: keep boundary states, so that rows can be refilled. `parse_special`: parse
-    special tokens in messages and documents, which lets a document write turns. `full`: start with
-    pruning off. `learn`: see PopModel.learn. `prompt_cache`: store for the KV caches of earlier
-    prompts.
+    with the model's POP keys and tensors. `mmproj`: the vision encoder, loaded with the first
+    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: full rows at a
+    prompt's ends (default: the file's). `deep_rows`: criterion for context rows that run all layers
+    (default: the file's). `keep_states`: keep boundary states for refilling. `parse_special`: parse
+    special tokens in messages and documents, which lets a document inject turns. `full`: start with
+    pruning off. `learn`: see PopModel.learn. `prompt_cache`: store for earlier prompts' KV caches.
     """
 
     model: str

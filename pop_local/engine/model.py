@@ -1,4 +1,4 @@
-"""The model handle for programs: opened by name or path, asked questions, closed."""
+"""The model handle of the Python API."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class PopModel:
-    """An open model. Its parts are in `engine`. Raises PopError."""
+    """An open model; `engine` has its parts. Raises PopError."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._engine = Engine.open(options)
@@ -62,11 +62,10 @@ class PopModel:
         mmproj: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
-        """Open a GGUF file, or a local model by name.
+        """Open a GGUF file, or a local model by name, without downloading or converting.
 
         `sidecar`, `mmproj`: default: the file next to the model, or for a sidecar the shipped one.
-        `options`: fields of EngineOptions, of ContextOptions and of llama.cpp's parameters. Nothing
-        is fetched or converted.
+        `options`: fields of EngineOptions, of ContextOptions and of llama.cpp's parameters.
         """
         path = model_names.resolve(os.fspath(model))
         return cls(
@@ -104,7 +103,7 @@ class PopModel:
             if before.vision is not None:
                 raise PopError(
                     "a model with an mmproj cannot change its sidecar while it is open",
-                    "open it again",
+                    "reopen the model",
                 )
             cache = before.cache
             state = cache.save() if 0 < cache.n_tokens == cache.n_exact else None
@@ -119,7 +118,7 @@ class PopModel:
                 engine.set_mode(Mode.OFF)
             engine.prompter.parse_special = before.prompter.parse_special
             if state is not None:
-                with suppress(PopError):  # the next question reads it again
+                with suppress(PopError):  # the next question then reads the prompt again
                     engine.cache.restore(state)
             # The old context stays open while another thread uses it.
             self._engine = replace(engine, calibrator=before.calibrator)
@@ -127,10 +126,10 @@ class PopModel:
                 before.calibrator.attach(engine.cache)
 
     def learn(self, memory_bytes: int | None = None) -> None:
-        """Learn from all rows that run in full from now on (docs/learning.md).
+        """Start learning from rows that run in full (docs/learning.md).
 
-        `memory_bytes`: limit for sums and waiting rows (default: a part of the free memory). Raises
-        PopError if no fit can prune the model, or if it computes on another machine.
+        `memory_bytes`: limit for sums and pending rows (default: see default_memory). Raises
+        PopError if no fit can prune the model, or if it runs on an RPC server.
         """
         with self._lock:
             engine = self._engine
@@ -147,10 +146,10 @@ class PopModel:
 
     @property
     def pruning(self) -> bool:
-        """Whether prompts are pruned.
+        """True if prompts are pruned.
 
-        Setting it empties the KV cache unless all rows are exact. True raises PopError for a model
-        that is not converted.
+        Setting it empties the KV cache unless all rows are exact. True raises PopError for an
+        unconverted model.
         """
         return self._engine.cache.mode is not Mode.OFF
 
@@ -193,7 +192,7 @@ class PopModel:
         return ChatSession(self, Conversation(system))
 
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
-        """Continue a conversation that ChatSession.save or the chat has written."""
+        """Load a conversation that ChatSession.save or the chat has written."""
         return load_session(self, path)
 
     def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:
@@ -203,9 +202,9 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model, which has no chat template, continues the messages' text, unless they have
+        A base model, which has no chat template, continues the messages' text unless they have
         pictures. `options`: fields of TurnOptions (default: the file's recommendation). Raises
-        PopError also if the template refuses the conversation.
+        PopError, for example if the template rejects the conversation.
         """
         prompter = self._engine.prompter
         if prompter.has_template or any(message.pictures for message in messages):
@@ -213,7 +212,7 @@ class PopModel:
         return self.continue_text("\n\n".join(each.content for each in messages), **options)
 
     def continue_text(self, text: str, **options: Any) -> Answering:
-        """Stream chunks that continue the text, which is the whole prompt."""
+        """Stream chunks that continue the text, without a chat template."""
         prompter = self._engine.prompter
         return self._answer(lambda: prompter.text(text), options)
 
@@ -233,5 +232,5 @@ class PopModel:
             return value
 
 
-# Names of earlier releases, by their place in the engine.
+# Attributes of earlier releases and their paths in the engine.
 _MOVED = {"cache": "cache", "prompter": "prompter", "refill": "refiller.refill"}

@@ -1,4 +1,4 @@
-"""One sequence of an engine: it reads a prompt into its KV cache and yields what follows."""
+"""A sequence of an engine: reads a prompt into its KV cache and yields sampled tokens."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pop_local.engine.prompt.prompt import Prompt
 
 
 class TokenSource(Protocol):
-    """Yields sampled tokens."""
+    """Source of sampled tokens."""
 
     def sample(self) -> int:
         """Sample the next token from the last logits."""
@@ -24,7 +24,7 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class CachedSequence:
-    """A KV cache, its refiller, and the rule for which prompt rows are full."""
+    """A KV cache, its refiller and the rule that selects full rows."""
 
     cache: KvCache
     refiller: Refiller
@@ -35,9 +35,9 @@ class CachedSequence:
         return read(self.cache, prompt, self.rule, on_prefill)
 
     def sampled(self, source: TokenSource) -> Generator[int]:
-        """Yield tokens without end, starting after the cached prompt.
+        """Yield tokens endlessly, starting after the cached prompt.
 
-        Raises DisplacedError once another prompt has taken the cache.
+        Raises DisplacedError once another prompt has replaced the cache.
         """
         return self._sampled(source, self.cache.epoch)
 

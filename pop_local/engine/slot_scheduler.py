@@ -1,4 +1,4 @@
-"""Chooses the sequence that reads a prompt, and shares rows among sequences."""
+"""Choice of the sequence for a prompt, and sharing of rows among sequences."""
 
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.engine import EngineOwner
@@ -7,14 +7,14 @@ from pop_local.engine.sequence import CachedSequence
 
 
 class SlotScheduler:
-    """Lends each sequence of an engine to one answer at a time.
+    """Assigns each sequence of an engine to one answer at a time.
 
-    Not thread-safe: the caller must serialize calls.
+    The class is not thread-safe.
     """
 
     def __init__(self, model: EngineOwner) -> None:
         self._model = model
-        # The least recently used comes first.
+        # Least recently used first.
         self._free = list(range(len(model.engine.sequences)))
 
     def take(self, prompt: Prompt) -> int:
@@ -33,7 +33,7 @@ class SlotScheduler:
         return self.sequence(index).cache
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Copy the longest common prefix that any sequence has cached, even a busy one."""
+        """Copy the longest common prefix from any sequence, even a busy one."""
         caches = [sequence.cache for sequence in self._model.engine.sequences]
         if len(caches) > 1:
             best = max(caches, key=lambda cache: cache.n_same(prompt))
@@ -61,7 +61,7 @@ class SlotScheduler:
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Count common rows only if they are half of what is cached, as in KvCache.stash."""
+        """Score common rows only if they are half of the cached ones, as in KvCache.stash."""
         cache = self.cache(index)
         n_same = cache.n_same(prompt)
         return (n_same if 2 * n_same >= cache.n_tokens else 0), -cache.n_tokens

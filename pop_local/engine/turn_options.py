@@ -13,17 +13,17 @@ from pop_local.engine.tools.form import CallForm
 class TurnOptions(SamplerOptions):
     """Options of one answer.
 
-    `max_tokens`: default: the rest of the context. `min_answer`: tokens to leave for the answer. A
-    longer prompt raises ContextFullError. `stops`: strings that end the answer, without being part
-    of it. `grammar`: GBNF if it is a string. `calls`: how the answer may call tools, instead of a
+    `max_tokens`: default: the rest of the context. `min_answer`: tokens to reserve for the answer.
+    A longer prompt raises ContextFullError. `stops`: strings that end the answer, and are removed
+    from it. `grammar`: GBNF if it is a string. `calls`: the form of tool calls, instead of a
     grammar. `n_top_logprobs`: alternatives per token (None: no log probabilities).
-    `has_end_logprob`: include the token that ends the answer. `repeatable`: read the prompt as if
-    it were new, so that equal options give equal answers. That also takes a seed or temperature 0.
-    `ends_repeats`: end an answer that only repeats one block, unless it has a form.
+    `has_end_logprob`: include the token that ends the answer. `repeatable`: ignore cached rows, so
+    that equal options give equal answers. It also requires a seed or temperature 0.
+    `ends_repeats`: end an answer that repeats a block, unless it has a grammar.
 
-    `on_prefill(done, total)` counts prompt tokens that are not cached, once per batch.
+    `on_prefill(done, total)` is called once per batch; it counts uncached prompt tokens.
     `should_stop` is called during prefill and after each token. It ends the answer as
-    "interrupted", with its figures. During tokenization it raises StoppedError instead.
+    "interrupted", with its statistics. During tokenization it raises StoppedError instead.
     """
 
     max_tokens: int | None = None

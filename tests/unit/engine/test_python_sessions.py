@@ -230,5 +230,5 @@ def test_saving_while_an_answer_streams_ends_it(model, tmp_path):
 
 
 def test_a_single_stop_is_no_sequence_of_letters(model):
-    with pytest.raises(PopError, match="stops is a single text"):
+    with pytest.raises(PopError, match="stops is a string"):
         model.chat(QUESTION, stops="END", **GREEDY)
