@@ -1,1 +1,1 @@
-"""From logits to tokens, and from tokens to text that may be shown."""
+"""Decoding: sampling under grammars, log probabilities and streamed text."""

@@ -1,4 +1,4 @@
-"""Which tokens may follow in an answer of a form, by llguidance."""
+"""Constrained decoding: the token ids that a grammar allows next, from llguidance."""
 
 from collections.abc import Container
 from typing import Any
@@ -15,9 +15,9 @@ from pop_local.engine.llama.pieces import Pieces
 
 
 class _Vocabulary:
-    """A llama.cpp vocabulary as llguidance asks for one (`TokenizerWrapper`).
+    """A llama.cpp vocabulary in the interface that llguidance expects (`TokenizerWrapper`).
 
-    A token is the bytes that it shows, as in Pieces: a control token has none and is never allowed.
+    A token's bytes are those of Pieces. Control tokens have no bytes, so they are never allowed.
     """
 
     is_tokenizer_wrapper = True
@@ -31,38 +31,43 @@ class _Vocabulary:
         self.special_token_ids = ends
 
     def __call__(self, text: str) -> list[int]:
-        raise NotImplementedError("no_forcing: the model decides on its tokens")
+        raise NotImplementedError("unused: no_forcing leaves the tokens to the model")
 
 
 def tokenizer_of(context: Context, shown: Container[int] = ()) -> LLTokenizer:
-    """Read llama.cpp's vocabulary, which takes a second or more; `shown`: see Pieces."""
+    """Convert llama.cpp's vocabulary, which takes a second or more; `shown`: see Pieces.
+
+    Raises GrammarError if the vocabulary has no end token.
+    """
     api, vocab = bindings(), context.vocab
     every = range(api.llama_vocab_n_tokens(vocab))
     ends = [token for token in every if api.llama_vocab_is_eog(vocab, token)]
     if not ends:
-        raise GrammarError("the model has no token that ends an answer of a form")
+        raise GrammarError(
+            "the model has no end token, which grammars need", "use a model with an end token"
+        )
     wrapper: Any = _Vocabulary(context, ends, shown)
     return LLTokenizer(wrapper, eos_token=ends)
 
 
 class TokenTries:
-    """A vocabulary as token tries, read when first needed."""
+    """Token tries of one vocabulary, built on first use."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._tries: dict[frozenset[int], LLTokenizer] = {}
 
     def get(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
-        """Return the trie; `shown`: the special tokens that answers show."""
+        """Return a trie; `shown`: special tokens that appear in answers as text."""
         if shown not in self._tries:
             self._tries[shown] = tokenizer_of(self._context, shown)
         return self._tries[shown]
 
 
 class Constraint:
-    """One answer of a form: which tokens may follow those that were accepted.
+    """Grammar state of one answer, which is not thread-safe.
 
-    Not thread-safe. Raises GrammarError when the grammar goes beyond llguidance's limits.
+    Raises GrammarError if the grammar exceeds llguidance's limits.
     """
 
     def __init__(self, tokenizer: LLTokenizer, grammar: Grammar) -> None:
@@ -71,9 +76,9 @@ class Constraint:
         self._check()
 
     def allowed(self) -> NDArray[np.intp]:
-        """Return the ids of the tokens that may follow, in order; at the end those that end it.
+        """Return the allowed token ids in order; after a complete text, they include end tokens.
 
-        Raises GrammarError when there is none.
+        Raises GrammarError if the grammar allows no token.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -91,4 +96,4 @@ class Constraint:
             reason = short(self._matcher.get_error())
             if reason.startswith("NoExtension"):
                 raise GrammarError("the grammar allows no token here")
-            raise GrammarError(f"the grammar goes beyond its limits: {reason}")
+            raise GrammarError(f"the grammar exceeds its limits: {reason}", "simplify it")

@@ -1,8 +1,8 @@
-"""llama.cpp's GBNF, written as llguidance's Lark.
+"""Translation of llama.cpp's GBNF into llguidance's Lark.
 
-The library's own converter makes tokens of whole words and classes, and takes the longest one that
-fits: `"a" "b" | "ab" "c"` then refuses "ab". Here each character is one of its own, or, where no
-rule holds itself, the grammar is a single regular expression.
+llguidance's converter makes lexemes of whole words and classes, and matches the longest one. With
+`"a" "b" | "ab" "c"` it then rejects "ab". Here each character is a lexeme. A grammar without
+recursion becomes a single regular expression.
 """
 
 import re
@@ -27,9 +27,9 @@ _CONTROL = {"t": 9, "n": 10, "r": 13}
 
 
 def lark_of(text: str, instead: Mapping[str, str]) -> str:
-    """Write a GBNF grammar as Lark; raises ValueError for one that is not valid.
+    """Translate a GBNF grammar into Lark. Raises ValueError if it is invalid.
 
-    `instead`: the right side of some rules, as Lark. Rules that are only for these are left out.
+    `instead`: right sides of some rules in Lark. Rules used only by the replaced ones are dropped.
     """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None
@@ -37,19 +37,19 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
     while at < len(text):
         token = _TOKEN.match(text, at)
         if token is None:
-            raise ValueError(f"{text[at : at + 20]!r} is not part of a grammar")
+            raise ValueError(f"{text[at : at + 20]!r} is not a GBNF token")
         at = token.end()
         depth += {"(": 1, ")": -1}.get(token["mark"] or "", 0)
         if token["rule"]:
             if token["rule"] in rules or body is not None:
-                raise ValueError(f"the rule {token['rule']} begins twice, or within another")
+                raise ValueError(f"rule {token['rule']} is defined twice, or inside a rule")
             body = rules[token["rule"]] = []
         elif token["space"]:
-            # A line's end is a rule's end, unless more has to follow.
+            # A rule ends at a line break, unless it is incomplete.
             if "\n" in token["space"] and body and not depth and body[-1]["mark"] != "|":
                 body = None
         elif body is None:
-            raise ValueError(f"{token[0]} is in no rule")
+            raise ValueError(f"{token[0]} is outside of a rule")
         else:
             body.append(token)
     rules = {name: _looped(name, body) for name, body in rules.items()}
@@ -62,8 +62,8 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
         named = {name: named[name] for name in used if name in named}
         rules = {name: rules[name] for name in named}
     if missing := {"root"}.union(*named.values()) - rules.keys():
-        raise ValueError(f"there is no rule {min(missing)}")
-    # Lark's names in capitals are regular expressions, which cannot hold themselves.
+        raise ValueError(f"the rule {min(missing)} is missing")
+    # Lark compiles names in capitals to regular expressions, which cannot be recursive.
     flat: set[str] = set()
     while more := {name for name in named.keys() - flat - instead.keys() if named[name] <= flat}:
         flat |= more
@@ -77,7 +77,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
 
 
 def _looped(name: str, body: list[re.Match[str]]) -> list[re.Match[str]]:
-    """Write `r ::= a r | b` as `(a)* (b)`, whose tokens do not take longer the more there are."""
+    """Rewrite `r ::= a r | b` as `(a)* (b)`, since recursion makes each token slower."""
     several: list[list[re.Match[str]]] = [[]]
     depth = 0
     for token in body:
@@ -130,10 +130,10 @@ def _class(members: str) -> str:
 
 
 def _whole(pattern: re.Pattern[str], text: str) -> list[str]:
-    """All matches in a row; raises ValueError for an escape that GBNF does not have."""
+    """Return consecutive matches. Raises ValueError for an escape that GBNF does not define."""
     found = [match[0] for match in pattern.finditer(text)]
     if "".join(found) != text:
-        raise ValueError(f"{text!r} has an escape that GBNF does not know")
+        raise ValueError(f"{text!r} has an escape that GBNF does not define")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Forms of answers: JSON schemas, GBNF and regular expressions, as llguidance takes them."""
+"""Grammars for llguidance: JSON schemas, GBNF and regular expressions."""
 
 import json
 import re
@@ -17,29 +17,29 @@ LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
 _MAX_CHARACTERS = 2**20
 _MAX_MESSAGE = 300
-# Forced text is left to the model's own tokens: `a{400000000}` is forced text, too.
+# Answers keep the model's own tokens, and llguidance must not expand `a{400000000}` at once.
 _HEAD = '%llguidance {"no_forcing": true}\n'
 _OPTIONS: Any = {
-    # A model may otherwise write white space for ever.
+    # With unlimited white space, a model may never end its answer.
     "whitespace_pattern": r" |\n{1,2}[ \t]{0,20}",
     "whitespace_flexible": True,
     "item_separator": ",",
     "key_separator": ":",
-    # With \u a named property could be written a second time, with any value.
+    # With \u escapes, a model could repeat a named property with any value.
     "json_allowed_escapes": 'nrbtf\\"',
     "json_allow_general_unicode_escapes": False,
     "coerce_one_of": True,
     "lenient": True,
 }
-# Schemas are below these keywords by name, and values below those.
+# Keywords that map names to schemas, and keywords that hold plain values.
 _NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 _VALUES = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _DATA = {*_VALUES, "default", "examples", "example"}
-# Beyond it llguidance compares integers as floating point.
+# llguidance compares larger integers as floating point.
 _MAX_INTEGER = 2**53
-# Characters that JSON writes with \u only.
+# Characters that need \u in JSON, which _OPTIONS rules out.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-# Its formats know no leap years, and all years and seconds that RFC 3339 has digits for.
+# llguidance's formats ignore leap years, and allow the year 0 and seconds beyond 59.
 _DAY = (
     r"\d{4}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))"
     r"|(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29"
@@ -54,21 +54,21 @@ _child = KeptProcess(grammar_child.GrammarCompiler, limit_s=LIMIT_S, limit_bytes
 
 @dataclass(frozen=True)
 class JsonRule:
-    """A JSON schema as the right side of a rule of Lark; `ignored`: keywords not enforced."""
+    """A JSON schema as the right side of a Lark rule; `ignored`: keywords not enforced."""
 
     text: str
     ignored: tuple[str, ...]
 
 
 class GrammarError(PopError):
-    """The grammar or the JSON schema cannot be used, or leaves no token to go on with."""
+    """An unusable grammar or JSON schema, or a grammar that allows no next token."""
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A form of answers that compiles within limits on time and memory.
+    """A grammar that compiles within limits on time and memory.
 
-    `text` is llguidance's own. `ignored`: keywords of a JSON schema that are not enforced.
+    `text`: in llguidance's format. `ignored`: keywords of a JSON schema that are not enforced.
     """
 
     text: str
@@ -76,25 +76,25 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Grammar":
-        """Allow the JSON texts of a JSON schema (draft 2020-12), properties in the order given.
+        """Allow the JSON texts of a JSON schema (draft 2020-12), with its order of properties.
 
-        Raises GrammarError for what is no schema, allows nothing, or cannot be expressed.
+        Raises GrammarError if the schema is invalid, allows nothing or cannot be expressed.
         """
         rule = json_rule(schema)
         return cls.of_lark(f"start: {rule.text}", "the JSON schema", rule.ignored)
 
     @classmethod
     def of_lark(cls, lark: str, noun: str, ignored: Sequence[str] = ()) -> "Grammar":
-        """Allow what llguidance's Lark describes. Raises GrammarError for what is not valid."""
+        """Allow the texts of a Lark grammar. Raises GrammarError if it is invalid."""
         text, warnings = _checked(lark, noun)
         found = [*ignored, *(name for each in warnings for name in _named(each))]
         return cls(text, tuple(dict.fromkeys(found)))
 
     @classmethod
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
-        """Allow what llama.cpp's GBNF describes, from the rule `root` on.
+        """Allow the texts of the rule `root` in llama.cpp's GBNF.
 
-        `instead`: JSON in the place of some rules. Raises GrammarError for what is not valid.
+        `instead`: JSON schemas that replace some rules. Raises GrammarError if it is invalid.
         """
         rules = instead or {}
         try:
@@ -110,21 +110,21 @@ class Grammar:
 
     @classmethod
     def of_regex(cls, pattern: str) -> "Grammar":
-        """Allow what a regular expression (of Rust's `regex`) matches as a whole.
+        """Allow the texts that a regular expression (Rust's `regex`) matches as a whole.
 
-        Raises GrammarError for what is not valid.
+        Raises GrammarError if it is invalid.
         """
         return cls.of_lark(f"start: /{regex_to_lark(pattern)}/", "the regular expression")
 
 
 def json_rule(schema: Any) -> JsonRule:
-    """Write a JSON schema as Lark. Raises GrammarError for what is none."""
+    """Translate a JSON schema into Lark. Raises GrammarError if it is invalid."""
     try:
-        # A copy, to be changed, of which the texts and numbers are JSON's.
+        # The copy has JSON's types only, and is changed below.
         given = {"allOf": [schema]} if isinstance(schema, bool) else schema
         given = json.loads(json.dumps(given))
         if not isinstance(given, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         ignored = [name for part in _schemas(given) for name in _prepared(part)]
         text = f"%json {json.dumps({**given, 'x-guidance': _OPTIONS})}"
     except (RecursionError, TypeError, ValueError) as error:
@@ -133,14 +133,14 @@ def json_rule(schema: Any) -> JsonRule:
 
 
 def unchecked(lark: str) -> Grammar:
-    """Return a grammar whose parts were checked in another one."""
+    """Return a grammar without compiling it; its parts were checked in another one."""
     return Grammar(LLMatcher.grammar_from_lark(f"{_HEAD}{lark}"))
 
 
 def _checked(lark: str, noun: str) -> tuple[str, list[str]]:
-    """Compile a grammar in the child process; return it and llguidance's warnings.
+    """Compile a grammar in the child process. Return its text and llguidance's warnings.
 
-    Raises GrammarError for one that is wrong or takes too much.
+    Raises GrammarError if it is invalid or exceeds the limits.
     """
     text = LLMatcher.grammar_from_lark(f"{_HEAD}{lark}")
     if len(text) > _MAX_CHARACTERS:
@@ -150,18 +150,18 @@ def _checked(lark: str, noun: str) -> tuple[str, list[str]]:
     except RefusedError as error:
         raise GrammarError(f"{noun} is not valid: {short(error.message)}") from error
     except BeyondLimitsError as error:
-        raise GrammarError(f"{noun} takes {_child.limits}", "write fewer parts") from error
+        raise GrammarError(f"{noun} takes {_child.limits}", "simplify it") from error
 
 
 def short(message: str) -> str:
-    """Return a message of llguidance in one line, in the words of JSON schemas."""
-    said = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
-    said = re.split(r"\n<|\n +\d+ \| ", said)[0]
-    return " ".join(said.split()).replace("regex", "pattern")[:_MAX_MESSAGE]
+    """Return llguidance's message in one line, with the terms of JSON schemas."""
+    text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
+    text = re.split(r"\n<|\n +\d+ \| ", text)[0]
+    return " ".join(text.split()).replace("regex", "pattern")[:_MAX_MESSAGE]
 
 
 def _named(warning: str) -> list[str]:
-    """The keywords that one of llguidance's warnings is about."""
+    """Return the keywords in one of llguidance's warnings."""
     head, _, tail = warning.partition(": ")
     if head == "Unimplemented keys":
         return [str(key) for key in json.loads(tail)]
@@ -171,7 +171,7 @@ def _named(warning: str) -> list[str]:
 
 
 def _schemas(part: Any) -> Iterator[dict[str, Any]]:
-    """A schema and those within it, whatever their properties are called."""
+    """Yield a schema and all schemas in it; names of properties are not keywords."""
     if isinstance(part, list):
         for each in part:
             yield from _schemas(each)
@@ -185,9 +185,9 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(schema: dict[str, Any]) -> list[str]:
-    """Make up for what llguidance does not see; returns what it enforces in part only.
+    """Add constraints that llguidance lacks. Return keywords that it enforces only in part.
 
-    Raises GrammarError for values that it would take for others.
+    Raises GrammarError for values that llguidance would confuse with others.
     """
     for name in _VALUES:
         for value in _leaves(schema.get(name)):
@@ -198,7 +198,7 @@ def _prepared(schema: dict[str, Any]) -> list[str]:
     patterns = _STRICTER.get(str(schema.get("format")), [])
     if patterns and isinstance(schema.setdefault("allOf", []), list):
         schema["allOf"] += [{"pattern": each} for each in patterns]
-    # The same name twice counts as two.
+    # llguidance counts a repeated name twice.
     n_least = schema.get("minProperties")
     return ["minProperties"] if isinstance(n_least, int) and n_least > 1 else []
 

@@ -1,29 +1,29 @@
-"""The process in which grammars are compiled first: what is hostile ends it instead of ours.
+"""Child process that compiles grammars first, so that a hostile one cannot end the parent.
 
-llguidance bounds each step by its limits, but not all of its compiler: a chain of 1,000 `$ref` ends
-the stack, a `multipleOf` of six digits or 10,000 optional properties take half a minute.
+llguidance limits each step, but not its whole compiler. A chain of 1,000 `$ref` overflows the
+stack. A `multipleOf` of six digits or 10,000 optional properties take half a minute.
 """
 
 import threading
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-# Messages without the state of its parser. Large expressions are not tried on all tokens at once,
-# so that a vocabulary does not change what compiling takes.
+# Messages omit the parser's state. Compile time must not depend on the vocabulary, so large
+# lexemes are not matched with all tokens in advance.
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
-# Less than any thread of a server has.
+# Smaller than the stack of any server thread.
 _STACK_BYTES = 4 << 20
 
 
 class GrammarCompiler:
-    """The calls that are answered, with arguments and results of JSON."""
+    """Methods that the parent calls, with JSON arguments and results."""
 
     def __init__(self) -> None:
         self._tokenizer = LLTokenizer("byte")
         threading.stack_size(_STACK_BYTES)
 
     def warnings(self, grammar: str) -> list[str]:
-        """Compile a grammar; returns what of it is ignored. Raises ValueError for a wrong one."""
+        """Compile a grammar and return its warnings. Raises ValueError if it is invalid."""
         made: list[LLMatcher] = []
         thread = threading.Thread(target=lambda: made.append(self._compiled(grammar)))
         thread.start()

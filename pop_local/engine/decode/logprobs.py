@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, sampled ones and those of a prompt."""
+"""Log probabilities of sampled tokens and of prompt tokens."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.llama.slot import Slot
 
-# Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
+# A row takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
 _MAX_ROWS = 64
 
 
 class Logprobs:
-    """The log probabilities of the sampled tokens, given out along with the text.
+    """Log probabilities of sampled tokens, returned along with the text.
 
-    They are the model's own: of its logits as they are, before temperature, penalties or grammar.
+    They are computed from the model's logits, before temperature, penalties and grammar.
     """
 
     def __init__(self, slot: Slot, n_top: int) -> None:
@@ -25,26 +25,26 @@ class Logprobs:
         self._pieces = Pieces(slot.context)
         self._n_top = n_top
         self._end = 0
-        # With the byte of the answer where each begins.
-        self._waiting: list[tuple[int, TokenLogprob]] = []
+        # Pairs of the token's first byte in the answer and its log probability.
+        self._pending: list[tuple[int, TokenLogprob]] = []
 
     def push(self, token: int) -> None:
-        """Keep the token's. The next decode overwrites the logits, so this comes before it."""
+        """Store a token's log probability, before the next decode overwrites the logits."""
         logprob = _of_token(self._pieces, self._slot.logits, token, self._n_top)
-        self._waiting.append((self._end, logprob))
+        self._pending.append((self._end, logprob))
         self._end += len(logprob.text)
 
     def take(self, n_shown: float) -> tuple[TokenLogprob, ...]:
-        """Give out those of the tokens that begin within the first `n_shown` bytes, once."""
-        taken = tuple(logprob for start, logprob in self._waiting if start < n_shown)
-        self._waiting = self._waiting[len(taken) :]
+        """Remove and return those of tokens that start within the first `n_shown` bytes."""
+        taken = tuple(logprob for start, logprob in self._pending if start < n_shown)
+        self._pending = self._pending[len(taken) :]
         return taken
 
 
 def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
-    """Find that of each token of a prompt; the first one, which nothing precedes, has none.
+    """Return the log probability of each prompt token; the first token has none.
 
-    Every row asks for logits, so all of them run in full, and take the place of the KV cache.
+    Every row computes logits, so all rows run in full, and they replace the cached rows.
     """
     pieces = Pieces(cache.context, range(cache.context.n_vocab))
     found = [TokenLogprob(pieces[tokens[0]], None)]

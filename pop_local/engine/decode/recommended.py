@@ -1,6 +1,7 @@
-"""How a model's publisher wants it sampled: the general.sampling keys of newer GGUF files.
+"""Sampling parameters that a model's publisher recommends, in `general.sampling` GGUF keys.
 
-Names as in llama.cpp's src/llama-arch.cpp; older files have none, and TurnOptions' defaults hold.
+The keys are those of llama.cpp's src/llama-arch.cpp. Older files have none, so the defaults of
+TurnOptions apply.
 """
 
 import math
@@ -17,7 +18,7 @@ _OPTIONS = {
 
 
 def recommended(header: Header) -> dict[str, float]:
-    """Return fields of TurnOptions; what is no sensible number is left out."""
+    """Return recommended fields of TurnOptions, without negative and non-finite values."""
     found: dict[str, float] = {}
     for key, (option, kind) in _OPTIONS.items():
         value = header.get(key)

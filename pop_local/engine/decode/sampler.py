@@ -1,7 +1,7 @@
-"""From logits to tokens: llama.cpp's samplers, in the order in which llama_cpp chains them.
+"""Sampling with llama.cpp's samplers, in the order of llama_cpp's chain.
 
-Greedy sampling takes the largest logit itself. A chain first fills a list of {id, logit, p} of
-the whole vocabulary for each token, and picks the same one (the first of the largest).
+Greedy sampling takes the largest logit directly. A chain would first fill a list of
+{id, logit, p} of the whole vocabulary, and pick the same token (the first of the largest).
 """
 
 import ctypes
@@ -14,13 +14,13 @@ import numpy as np
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.slot import Slot
 
-_N_PENALISED = 64  # the last tokens that penalties look at
+_N_PENALISED = 64  # last tokens that penalties consider
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """How tokens are sampled; a temperature of 0 is greedy. `seed`: default: random."""
+    """Sampling parameters; a temperature of 0 is greedy. `seed`: default: random."""
 
     temperature: float = 0.8
     top_k: int = 40
@@ -33,17 +33,17 @@ class SamplerOptions:
 
 
 class Allowed(Protocol):
-    """Which tokens may come next."""
+    """Source of the token ids allowed next."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return the ids of tokens, in order; None for all. Raises PopError where there is none."""
+        """Return token ids in order, None for all. Raises PopError if no token is allowed."""
 
     def accept(self, token: int) -> None:
-        """Go on after a token."""
+        """Advance past a sampled token."""
 
 
 class Sampler:
-    """Samples one answer from a sequence's last logits."""
+    """Sampler of one answer, from a sequence's last logits."""
 
     def __init__(
         self, slot: Slot, options: SamplerOptions, constraint: Allowed | None = None
@@ -78,7 +78,7 @@ class Sampler:
         return chain
 
     def sample(self) -> int:
-        """Choose the next token. Raises PopError where the constraint allows none."""
+        """Choose the next token. Raises PopError if the constraint allows none."""
         ids = None if self._constraint is None else self._constraint.allowed()
         token = self._one_of(ids)
         if self._constraint is not None:

@@ -1,14 +1,13 @@
-"""From sampled tokens to text that may be shown: whole characters, nothing of a stop string."""
+"""Streamed text from sampled tokens, in whole characters and without stop strings."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class TextStream:
-    """Text out of bytes that come in pieces.
+    """Text decoded from bytes that arrive in pieces.
 
-    Half a character is held back until its other half comes, and so is what may turn out to be
-    the beginning of a stop string.
+    It holds back an incomplete character, and text that may be the start of a stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -18,7 +17,7 @@ class TextStream:
         self.stop = ""
 
     def push(self, piece: bytes) -> str:
-        """The text that may be shown now; `stop` is the stop string that ended it."""
+        """Return the text that may be shown now, and set `stop` at a stop string."""
         self._held += self._decoder.decode(piece)
         return self._release()
 
@@ -26,9 +25,9 @@ class TextStream:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the text held back, at the end of an answer; nothing after a stop string.
+        """Return the text held back, at the end of an answer.
 
-        Half a character is left out.
+        Incomplete characters are dropped. After a stop string the text is empty.
         """
         shown, self._held = self._held, ""
         return shown
@@ -45,6 +44,6 @@ class TextStream:
         return shown
 
     def _n_begun(self, stop: str) -> int:
-        """How many characters of the stop string the text ends with."""
+        """Return how many characters of the stop string the text ends with."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -362,7 +362,7 @@ def test_what_is_not_enforced_is_named(schema, ignored):
     ("schema", "reason"),
     [
         (False, "false"),
-        ([], "no object"),
+        ([], "not an object"),
         ({1, 2}, "serializable"),
         ({"enum": []}, "empty"),
         ({"anyOf": []}, "empty"),
