@@ -43,7 +43,8 @@ from support.seeing import (
 def test_a_picture_is_read_once_and_another_one_anew(seeing):
     with seeing.opened() as model, seeing.opened() as fresh:
         # More than follows the picture in the last prompt.
-        set_rule(model, tail_tokens=32)
+        for each in (model, fresh):
+            set_rule(each, tail_tokens=32)
         first = prompt(model, LONG, 3)
         said, n_read = answered(model, first)
         assert n_read == len(first)

@@ -274,7 +274,7 @@ def test_a_state_that_cannot_go_back_is_neither_read_on_nor_saved(pop_file, monk
     for use in (lambda: append(model, [1]), model.engine.cache.save):
         read(model, prompt(100))
         with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the tokens"):
-            patched.setattr(model.engine.cache.slot, "forget_from", lambda position: False)
+            patched.setattr(model.engine.cache.slot.cells, "truncate", lambda position: False)
             use()
         assert model.engine.cache.n_tokens == 0
 

@@ -44,7 +44,7 @@ def test_the_model_answers_as_its_file_recommends(tmp_path):
 
     greedy = answer(temperature=0.0)
     assert answer(seed=1) != greedy
-    model.engine.recommended = {"temperature": 0.0}
+    vars(model.engine)["recommended"] = {"temperature": 0.0}
     assert answer(seed=1) == greedy
     assert answer(seed=1, temperature=5.0) != greedy
 

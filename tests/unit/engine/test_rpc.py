@@ -231,7 +231,7 @@ def test_a_server_for_others_is_warned_of_and_a_taken_port_is_an_error(servers):
     # The port is taken on one address, and so on all of them.
     port = rpc.address(servers[0])[1]
     done = run("rpc-server", "--host", "0.0.0.0", "--port", port)
-    assert "Anyone who reaches this port" in done.stderr
+    assert "Anyone who can reach this port" in done.stderr
     assert (done.returncode, done.stdout) == (1, "")
     assert f"error: cannot listen on 0.0.0.0 port {port}" in done.stderr
     names = ("127.evil.example", "localhost.evil", "127.0.0.2", "LocalHost")

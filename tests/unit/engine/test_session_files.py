@@ -33,12 +33,12 @@ def test_a_loaded_session_goes_on_without_reading_again(chat_model, sessions, mo
     model = opened(chat_model)
     model.engine.set_mode(mode)
     said = answered(model, QUESTION)
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     path = sessions.path("talk")
     assert [at.stat().st_mode & 0o077 for at in (path, path.parent)] == [0, 0]
     expected, _ = follow_up(model, said)
     fresh = opened(chat_model)
-    restored = sessions.load("talk", fresh)
+    restored = sessions.load("talk", fresh.engine)
     assert (restored.reread, restored.session.conversation) == ("", said)
     assert fresh.engine.cache.mode is mode
     text, n_read = follow_up(fresh, said)
@@ -52,13 +52,13 @@ def test_only_the_cells_in_use_are_saved(chat_model, sessions):
     for n_ctx in (1024, 4096):
         model = opened(chat_model, n_ctx=n_ctx)
         answered(model, QUESTION)
-        sizes.append(sessions.save("talk", model, said))
+        sizes.append(sessions.save("talk", model.engine, said))
     assert sizes[1] - sizes[0] < 10_000
 
 
 def test_a_name_that_is_no_text_is_saved(chat_model, sessions):
     said = Conversation("", (Turn("What?", (Document("\udcff.txt", "Words."),), "Words."),))
-    sessions.save_transcript("talk", opened(chat_model), said)
+    sessions.save_transcript("talk", opened(chat_model).engine, said)
     [stored] = sessions.listed()
     assert stored.session is not None
     assert stored.session.conversation.turns[0].documents == (Document("?.txt", "Words."),)
@@ -71,8 +71,8 @@ def test_a_clock_that_zip_does_not_know_keeps_nothing_from_being_saved(
     model = opened(chat_model)
     said = answered(model, QUESTION)
     monkeypatch.setattr(time, "time", lambda: now_s)
-    sessions.save("talk", model, said)
-    assert sessions.load("talk", model).session.conversation == said
+    sessions.save("talk", model.engine, said)
+    assert sessions.load("talk", model.engine).session.conversation == said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file that is read cannot be replaced")
@@ -81,16 +81,16 @@ def test_a_session_that_is_replaced_while_it_is_read_is_the_one_before(
 ):
     model = opened(chat_model)
     said = answered(model, QUESTION)
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     longer = answered(model, *said.turns, Turn("and now?"))
-    sessions.save("other", model, longer)
+    sessions.save("other", model.engine, longer)
 
     def replaced(*arguments, real=session_file._difference):
         sessions.path("other").replace(sessions.path("talk"))
         return real(*arguments)
 
     monkeypatch.setattr(session_file, "_difference", replaced)
-    restored = sessions.load("talk", model)
+    restored = sessions.load("talk", model.engine)
     assert (restored.reread, restored.session.conversation) == ("", said)
 
 
@@ -100,13 +100,13 @@ def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions)
     ours.chat(QUESTION.question, max_tokens=8, temperature=0.0)
     theirs.chat("my secret", max_tokens=8, temperature=0.0)
     n_tokens = model.engine.cache.n_tokens
-    sessions.save("ours", model, ours.conversation)
+    sessions.save("ours", model.engine, ours.conversation)
     with zipfile.ZipFile(sessions.path("ours")) as archive:
         assert archive.namelist() == ["session.json"]
     assert model.engine.cache.n_tokens == n_tokens, "theirs are left alone"
     fresh = opened(chat_model)
     fresh.engine.set_mode(Mode.OFF)
-    restored = sessions.load("ours", fresh)
+    restored = sessions.load("ours", fresh.engine)
     assert "another conversation" in restored.reread
     assert (restored.session.conversation, fresh.engine.cache.mode) == (
         ours.conversation,
@@ -121,11 +121,11 @@ def test_what_another_conversation_adds_to_ours_is_not_saved(chat_model, session
     list(model.ask(messages, max_tokens=2, temperature=0.0))
     cached = model.engine.context.detokenize(model.engine.cache.tokens.tolist())
     assert "my secret" in cached
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     text = cached_text(sessions, model)
     assert text.endswith(QUESTION.question + "\nassistant:") and "my secret" not in text
     fresh = opened(chat_model)
-    assert sessions.load("talk", fresh).reread == ""
+    assert sessions.load("talk", fresh.engine).reread == ""
     assert follow_up(fresh, said) == follow_up(model, said)
 
 
@@ -136,7 +136,7 @@ def test_an_answer_is_saved_to_its_end(chat_model, sessions, stops, answer):
     options = {"stops": stops, "grammar": 'root ::= "hello world"'}
     assert session.chat(QUESTION.question, temperature=0.0, **options).text == answer
     n_tokens = model.engine.cache.n_tokens
-    sessions.save("talk", model, session.conversation)
+    sessions.save("talk", model.engine, session.conversation)
     assert cached_text(sessions, model).endswith(f"assistant:{answer.rstrip()}")
     assert (model.engine.cache.n_tokens < n_tokens) == bool(stops), (
         "a stop string's beginning is dropped"
@@ -154,7 +154,7 @@ def cached_text(sessions: Sessions, model: PopModel) -> str:
 def test_k_v_of_something_else_are_not_used(chat_model, sessions, tmp_path, other):
     model = opened(chat_model)
     said = answered(model, QUESTION)
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     if other == "context":
         different, reason = opened(chat_model, n_ctx=256), "need a context of"
     elif other == "boundary":
@@ -164,7 +164,7 @@ def test_k_v_of_something_else_are_not_used(chat_model, sessions, tmp_path, othe
     else:
         different = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
         reason = "another model"
-    restored = sessions.load("talk", different)
+    restored = sessions.load("talk", different.engine)
     assert reason in restored.reread
     assert restored.session.conversation == said
     assert different.engine.cache.n_tokens == 0
@@ -173,24 +173,24 @@ def test_k_v_of_something_else_are_not_used(chat_model, sessions, tmp_path, othe
 def test_another_boundary_of_the_same_file_reads_again(chat_model, sessions):
     model = opened(chat_model)
     said = answered(model, QUESTION)
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     model.engine.set_boundary(6)
-    assert "boundary 5" in sessions.load("talk", model).reread
+    assert "boundary 5" in sessions.load("talk", model.engine).reread
     assert model.engine.cache.n_tokens == 0
 
 
 def test_another_backend_reads_again(chat_model, sessions, monkeypatch):
     model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
+    sessions.save("talk", model.engine, answered(model, QUESTION))
     monkeypatch.setattr("pop_local.engine.llama.backend.version", lambda: "9.9.9")
-    assert "backend" in sessions.load("talk", model).reread
+    assert "backend" in sessions.load("talk", model.engine).reread
 
 
 def test_a_session_is_on_the_disk_before_it_has_its_name(chat_model, sessions, monkeypatch):
     model = opened(chat_model)
     synced: list[bool] = []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(sessions.path("talk").exists()))
-    sessions.save("talk", model, answered(model, QUESTION))
+    sessions.save("talk", model.engine, answered(model, QUESTION))
     assert synced == [False]
 
 
@@ -203,7 +203,7 @@ def test_names_have_no_parts_of_paths(chat_model, sessions, name):
 def test_a_failed_save_leaves_the_old_session(chat_model, sessions, monkeypatch):
     model = opened(chat_model)
     said = answered(model, QUESTION)
-    sessions.save("talk", model, said)
+    sessions.save("talk", model.engine, said)
     before = sessions.path("talk").read_bytes()
 
     def fail(*_: object) -> None:
@@ -211,7 +211,7 @@ def test_a_failed_save_leaves_the_old_session(chat_model, sessions, monkeypatch)
 
     monkeypatch.setattr("zipfile.ZipFile.writestr", fail)
     with pytest.raises(PopError, match="No space left"):
-        sessions.save("talk", model, said)
+        sessions.save("talk", model.engine, said)
     assert sessions.path("talk").read_bytes() == before
     assert len(list(sessions.path("talk").parent.iterdir())) == 1
 
@@ -231,18 +231,18 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
     _, shown = talked(model, "/sessions", "a b c d " * 30, "/save one", "/save one", "/sessions")
-    assert shown[1] == "# No session is saved; /save NAME saves this one."
-    assert shown[-5].startswith("# Saved as one, ") and shown[-3].startswith("# Saved as one, ")
+    assert shown[1] == "# No saved sessions; /save NAME saves this one."
+    assert shown[-5].startswith("# Saved as one (") and shown[-3].startswith("# Saved as one (")
     assert shown[-1].startswith("# one: 1 turn, ")
     chat, shown = talked(opened(chat_model), "/load one", "/stats", "more?")
     assert shown[1] == "# Loaded one: 1 turn."
-    assert shown[2].endswith(" tokens need not be read again.")
+    assert shown[2].endswith(" tokens are cached and need no reading.")
     assert shown[3] == "> /stats", "pruning was on and still is"
     _, in_another_mode = talked(opened(chat_model), "/full on", "/load one")
     assert in_another_mode[-1].startswith("# Fast reading is on")
     assert chat.session.answer_stats[0].n_cached > 100
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
-    assert shown[1] == "? There is a session one already."
+    assert shown[1] == "? Session one already exists."
     assert "# Nothing was saved." in shown
     assert "! no session named oen; did you mean one? (/sessions lists them)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
@@ -259,7 +259,7 @@ def test_what_was_cleared_or_undone_is_not_saved(chat_model, monkeypatch, tmp_pa
     with zipfile.ZipFile(sessions.path("cleared")) as archive:
         assert archive.namelist() == ["session.json"]
     _, shown = talked(opened(chat_model), "/load cleared")
-    assert shown[2] == "# 0 tokens need not be read again."
+    assert shown[2] == "# 0 tokens are cached and need no reading."
 
 
 def test_a_session_of_another_model_is_read_again_after_saying_so(
@@ -269,7 +269,7 @@ def test_a_session_of_another_model_is_read_again_after_saying_so(
     talked(opened(chat_model), "a b c d " * 30, "/save one")
     other = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
     chat, shown = talked(other, "/load one", "more?")
-    assert shown[2].startswith("* Its K/V cannot be used: they belong to another model (")
+    assert shown[2].startswith("* Cannot reuse its KV cache: they belong to another model (")
     assert shown[2].endswith("The transcript will be read again with your next question.")
     (stats,) = chat.session.answer_stats
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
@@ -307,25 +307,25 @@ def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_
 def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):
     """Two files of one recipe, whose tensors alone differ."""
     model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
-    assert sessions.load("talk", opened(chat_model)).reread == ""
+    sessions.save("talk", model.engine, answered(model, QUESTION))
+    assert sessions.load("talk", opened(chat_model).engine).reread == ""
     stretched = opened(chat_model, rope_freq_base=500_000.0)
-    assert "rope_freq_base 500000" in sessions.load("talk", stretched).reread
+    assert "rope_freq_base 500000" in sessions.load("talk", stretched.engine).reread
     trained = bytearray(chat_model.read_bytes())
     first = read_header(chat_model)
     start = first.data_start + first.tensors[-1].offset
     trained[start : start + 64] = bytes(64)
     other = tmp_path / "other.gguf"
     other.write_bytes(trained)
-    assert "another model" in sessions.load("talk", opened(other)).reread
+    assert "another model" in sessions.load("talk", opened(other).engine).reread
 
 
 def test_a_pruned_session_loaded_with_pruning_off_is_not_the_full_models(chat_model, sessions):
     model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
+    sessions.save("talk", model.engine, answered(model, QUESTION))
     other = opened(chat_model)
     other.pruning = False
-    assert sessions.load("talk", other).reread == ""
+    assert sessions.load("talk", other.engine).reread == ""
     assert (other.engine.cache.mode, other.engine.cache.n_exact) == (Mode.CONTEXT, 0)
     other.pruning = False
     assert other.engine.cache.n_tokens == 0

@@ -186,7 +186,7 @@ def test_a_file_without_a_hash_is_said_to_be_unchecked(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"].in_git = True
     done = pull(tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0")
     assert done.returncode == 0, done.stderr
-    assert "was not checked" in done.stderr
+    assert "was not verified" in done.stderr
 
 
 def test_another_file_of_that_name_is_left_alone(hub, tmp_path):

@@ -231,7 +231,7 @@ def test_a_chat_reports_a_learned_fit(plain):
     with refill.idling(chat):
         wait_for(lambda: not lessons.has_work)
     assert "# Learned from" in screen.shown
-    assert "times as fast from now on. /full on compares." in screen.shown
+    assert "times as fast from now on. /full on disables it." in screen.shown
     chat.ask("a b c d " * 300)
     assert chat.session.answer_stats[-1].n_pruned > 0
 
