@@ -42,6 +42,7 @@ def test_budget_table_has_the_limits() -> None:
             budget.max_copy_ratio,
         )
         assert row["lookups_lost"] == budget.max_lost_lookups
+        assert f"| {budget.max_lost_lookups:.0%} |" in render_docs.kept_table("budgets", None)
 
 
 def test_cells_use_the_format_up_to_their_number_of_values() -> None:
