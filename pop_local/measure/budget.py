@@ -1,6 +1,6 @@
-"""How deep a budget lets pruning go: from what was measured to the boundary, and to the next one.
+"""Budgets: limits on the measured quality, and the next boundaries to measure.
 
-Deeper is taken to be never better; what is chosen was measured as it will be used.
+The search assumes that a deeper boundary is never better.
 """
 
 from collections.abc import Collection, Mapping
@@ -29,7 +29,7 @@ BALANCED = Budget(
     max_copy_ratio=1.1,
     max_lost_lookups=0.02,
 )
-# Past its limits on copying a model can no longer copy from its prompt.
+# Beyond these limits on copying, a model can no longer copy from its prompt.
 FAST = Budget(
     "fast",
     max_kl=0.1,
@@ -39,31 +39,31 @@ FAST = Budget(
 )
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
-# Below this share of the full model's gain on random tokens, a model no longer copies.
+# Below this share of the full model's gain on random tokens, a model can no longer copy.
 LEAST_RETENTION = 0.7
-# Where copying is kept it hardly moves the retention; few draws leave as much open.
+# A fit hardly changes the retention of a model that copies; few draws have an error as large.
 _RETENTION_GAIN = 0.05
-# No fit brings back a retention this far below the least.
+# No fit restores a retention that is this far below the least.
 _LOST_RETENTION = 0.3
-# Standard errors; where there are few windows, these are not well known themselves.
+# Standard errors. More than two are required, since errors of few windows are uncertain.
 _CLEAR = 3.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Tell whether all figures but look-ups are within the budget (`keeps_lookups`)."""
+    """Return whether all figures except look-ups are within the budget (see `keeps_lookups`)."""
     return all(over <= 0 for over, _ in _excesses(budget, quality))
 
 
 def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
-    """Tell whether the budget allows what is lost of the look-ups that the full model answers."""
+    """Return whether the budget allows the loss of look-ups that the full model answers."""
     return lookups.lost <= budget.max_lost_lookups * lookups.full
 
 
 def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
-    """Tell early whether `n_questions` would lose more look-ups than the budget allows.
+    """Return early whether `n_questions` would lose more look-ups than the budget allows.
 
-    Either more are lost already, or the right strings' probability, which has less noise, has
-    clearly fallen by more.
+    Either more are lost already, or the right strings' probability has clearly fallen by more. The
+    probability has less noise.
     """
     expected, limit = lookups.expected_lost, budget.max_lost_lookups
     has_fallen = expected.se is not None and expected.value - _CLEAR * expected.se > limit
@@ -71,18 +71,18 @@ def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
 
 
 def copies(quality: "Quality") -> bool:
-    """Tell whether a model still copies from its prompt, by both probes.
+    """Return whether a model still copies from its prompt, by both probes.
 
-    A model that does not copy random tokens itself has no retention to keep.
+    The retention does not count if the full model does not copy random tokens.
     """
     ratio = quality.copy_ppl_ratio.value
     return ratio <= FAST.max_copy_ratio and keeps(quality.induction_retention)
 
 
 def is_clear(budget: Budget, quality: "Quality") -> bool:
-    """Tell whether more windows would hardly change the verdict.
+    """Return whether more windows would hardly change the verdict.
 
-    A limit is passed by more than sampling explains, or all figures are so far within theirs.
+    One figure exceeds its limit by more than sampling explains, or all are as far below theirs.
     """
     excesses = _excesses(budget, quality)
     outside = any(over > _CLEAR * error for over, error in excesses)
@@ -90,33 +90,33 @@ def is_clear(budget: Budget, quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Tell whether so much of copying with own projections may be enough with fitted ones."""
+    """Return whether fits may keep enough copying, by the retention of own projections."""
     return keeps(retention, _RETENTION_GAIN)
 
 
 def is_hopeless(retention: "Estimate | None") -> bool:
-    """Tell whether so little of copying with own projections is left that no fit brings it back."""
+    """Return whether no fit can restore copying, by the retention of own projections."""
     return not keeps(retention, _LOST_RETENTION)
 
 
 def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
-    """Return the boundaries from the last layer alone down to half of all, or to n_layer / divisor.
+    """Return the boundaries from the last layer down to n_layer / divisor.
 
-    Layers that take features of images are kept. Raises PlanError for a model of one layer.
+    Layers that read image features are kept. Raises PlanError for a model with one layer.
     """
     if shape.n_layer < 2:
-        raise PlanError("a model of one layer has none that could be skipped")
+        raise PlanError("the model has only one layer, which cannot be skipped")
     lowest = max(1, shape.n_deepstack, shape.n_layer // divisor)
     return tuple(range(shape.n_layer - 1, lowest - 1, -1))
 
 
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
-    """Return the boundaries whose verdict may matter: the next to ask about, then its neighbours.
+    """Return the boundaries to measure next, the most useful one first.
 
-    There is none when the deepest inside is known, or that there is none. `plans`: the boundaries
-    that may be chosen. `verdicts`: whether each boundary measured so far is inside. The search
-    starts in the middle, which is near to most models' answer. Its steps double until one boundary
-    is inside and one is outside; then it halves the gap.
+    The result is empty once the deepest boundary inside is known, or all are outside. `plans`: the
+    boundaries that may be chosen. `verdicts`: whether each measured boundary is inside. The search
+    starts in the middle, near most models' result. Its steps double until one boundary is inside
+    and one outside, then it bisects.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
@@ -133,17 +133,17 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
 
 def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
-    """Return the deepest boundary inside, None when there is none."""
+    """Return the deepest boundary inside, None if all are outside."""
     return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
 
 
 def keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Tell whether so much of copying is enough, or nearly; a model that never copies keeps all."""
+    """Return whether a retention is enough, within `slack`; None (no copying in full) is."""
     return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
 def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
-    """Return how far each figure is past its limit, and its standard error."""
+    """Return each figure's excess over its limit, and its standard error."""
     return [
         _excess(quality.kl_mean, budget.max_kl),
         _excess(quality.ppl_ratio, budget.max_ppl_ratio),
@@ -156,7 +156,7 @@ def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
 
 
 def limits_in_words(budget: Budget) -> str:
-    """Return a budget's limits, in the order of `figures_in_words`; older files have others."""
+    """Return a budget's limits, in the order of `figures_in_words`; old files have others."""
     limits = (
         ("KL {:g}", budget.max_kl),
         ("perplexity ratio {:g}", budget.max_ppl_ratio),
@@ -169,7 +169,7 @@ def limits_in_words(budget: Budget) -> str:
 
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
-    """Return the figures that a budget limits, with look-ups if they were asked for."""
+    """Return the figures that a budget limits, with look-ups if they were measured."""
     lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "

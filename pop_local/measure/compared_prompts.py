@@ -1,4 +1,4 @@
-"""Prompts of the user's own, answered greedily in full and pruned: same, right, how fast."""
+"""The user's prompts, answered greedily in full and pruned, and both answers compared."""
 
 import json
 import re
@@ -24,9 +24,9 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """A conversation whose last message is to be answered; `line` is that of its file, from 1.
+    """A conversation to answer, from one line of a file (counted from 1).
 
-    `expected` is looked for in the answer, None for nobody knows what is right.
+    `expected` is the pattern of right answers, None if the file has none.
     """
 
     line: int
@@ -34,13 +34,13 @@ class ComparedPrompt:
     expected: re.Pattern[str] | None = None
 
     def is_right(self, answer: str) -> bool | None:
-        """Whether the answer holds what is expected; None where that is not known."""
+        """Return whether the answer matches `expected`, None without one."""
         return None if self.expected is None else self.expected.search(answer) is not None
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file; `sha256` is of their content and lines, documents included."""
+    """The prompts of a file. `sha256` covers lines, texts, documents and pictures."""
 
     name: str
     prompts: tuple[ComparedPrompt, ...]
@@ -61,7 +61,7 @@ class PromptFile:
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer; times in seconds, token counts as in TurnStats."""
+    """An answer, with times in seconds and token counts as in TurnStats."""
 
     text: str
     n_prompt: int
@@ -74,9 +74,9 @@ class Answered:
 
 @dataclass(frozen=True)
 class Compared:
-    """Both answers to a prompt; `is_*_right` is None where nothing was expected.
+    """Both answers to a prompt. `is_*_right` is None without an expected answer.
 
-    `first_difference`: how many tokens they share at their beginning, None where they are the same.
+    `first_difference`: number of leading tokens that both share, None if they are identical.
     """
 
     line: int
@@ -112,17 +112,17 @@ class Comparison:
 
     @property
     def n_only_full(self) -> int:
-        """How many are right in full only."""
+        """Count the answers that are right in full only."""
         return sum(a.is_full_right is True and not a.is_pruned_right for a in self.answers)
 
     @property
     def n_only_pruned(self) -> int:
-        """How many are right pruned only."""
+        """Count the answers that are right pruned only."""
         return sum(a.is_pruned_right is True and not a.is_full_right for a in self.answers)
 
     @property
     def p_value(self) -> float:
-        """That of McNemar's exact test: as unequal by chance if pruning changed nothing."""
+        """Return the p of McNemar's exact test that pruning changes right answers."""
         return mcnemar(self.n_only_full, self.n_only_pruned)
 
     @property
@@ -135,26 +135,25 @@ class Comparison:
 
     @property
     def n_unpruned(self) -> int:
-        """How many prompts had no token pruned: they were too short, or cached."""
+        """Count the prompts without a pruned token, which were too short or cached."""
         return sum(each.pruned.n_pruned == 0 for each in self.answers)
 
 
 def mcnemar(n_first: int, n_second: int) -> float:
-    """Return the two-sided p of McNemar's exact test, by the pairs of which only one is right."""
+    """Return the two-sided p of McNemar's exact test, from both counts of discordant pairs."""
     n = n_first + n_second
     n_tail: int = sum(comb(n, k) for k in range(min(n_first, n_second) + 1))
-    of_both: float = 2 * n_tail / 2**n  # of whole numbers, which no float may hold
+    of_both: float = 2 * n_tail / 2**n  # integers divide exactly beyond a float's range
     return min(1.0, of_both)
 
 
 def read_prompts(path: Path) -> PromptFile:
-    """Read a JSONL file: one object a line, with `prompt` or `messages`, and what may go with it.
+    """Read a JSONL file of objects with `prompt` or `messages`. Raises PopError.
 
-    `documents` are texts, or {"file": PATH} for files beside it, `images` paths of pictures; they
-    come before `prompt`.
-    `answer` is a text that a right answer holds, or {"regex": PATTERN}. Raises PopError.
+    `documents` are texts or {"file": PATH}, `images` are paths; both precede `prompt`. Paths are
+    relative to the file. `answer` is a text that a right answer contains, or {"regex": PATTERN}.
     """
-    # JSON's texts may hold what str.splitlines takes for an end.
+    # JSON strings may contain characters at which str.splitlines would split.
     lines = re.split(r"\r\n?|\n", read_text(path))
     prompts = tuple(
         _prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
@@ -166,23 +165,23 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
     def wrong(what: str) -> PopError:
         return PopError(
             f"{path}, line {number}: {what}",
-            'a line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]}, perhaps'
-            ' with "answer": TEXT or {"regex": PATTERN}, and with "documents" and "images" where'
-            " there is a prompt",
+            'write {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]} on each line,'
+            ' optionally with "answer": TEXT or {"regex": PATTERN}, and with "documents" and'
+            ' "images" next to a prompt',
         )
 
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise wrong("no JSON") from error
+        raise wrong("this is not JSON") from error
     if not isinstance(entry, dict):
-        raise wrong("no object")
+        raise wrong("this is not a JSON object")
     if unknown := sorted(entry.keys() - {"prompt", "messages", "documents", "images", "answer"}):
-        raise wrong(f"what is {unknown[0]!r}?")
+        raise wrong(f"the key {unknown[0]!r} is unknown")
     if ("prompt" in entry) == ("messages" in entry):
-        raise wrong("there must be a prompt or messages, one of them")
+        raise wrong("the object must have either prompt or messages")
     if "messages" in entry and entry.keys() & {"documents", "images"}:
-        raise wrong("documents and images go with a prompt")
+        raise wrong("documents and images require a prompt")
     try:
         messages = _messages(entry, path.parent)
         expected = entry.get("answer")
@@ -194,7 +193,7 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
     except (re.error, OverflowError, RecursionError) as error:
         raise wrong(f"the regex is wrong: {error}") from error
     except (TypeError, KeyError, ValueError) as error:
-        raise wrong("something has another form than it should") from error
+        raise wrong("a value has the wrong type") from error
     return ComparedPrompt(number, messages, expected)
 
 
@@ -223,10 +222,10 @@ def _text(given: Any) -> str:
 
 
 def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
-    """Answer a prompt greedily, as the model's pruning is set; one without template continues it.
+    """Answer a prompt greedily with the model's current pruning.
 
-    The beginning that it shares with the prompt before is not read again. Raises PopError when it
-    does not fit, and StoppedError when the watcher of the model stops it.
+    The prefix shared with the previous prompt stays cached. Raises PopError if the prompt does not
+    fit, StoppedError if the model's watcher stops it.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))
@@ -234,7 +233,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
         error.message = f"line {prompt.line}: {error.message}"
         raise
     stats = chunks[-1].stats
-    assert stats is not None, "the last chunk carries the figures"
+    assert stats is not None, "the last chunk has the statistics"
     return Answered(
         text="".join(chunk.text for chunk in chunks),
         n_prompt=stats.n_prompt,

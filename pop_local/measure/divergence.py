@@ -1,7 +1,7 @@
-"""Two models on the same tokens: KL divergence, log-likelihood, first choice.
+"""Comparison of two models on the same tokens: KL divergence, log-likelihood, first choice.
 
-float64 throughout: single precision has an error of 1e-6 in log-softmax over a large vocabulary,
-which is as large as what must be told from zero.
+All sums are float64: over a large vocabulary, single precision has an error of 1e-6 in log-softmax,
+as large as the smallest differences of interest.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,13 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Logits = NDArray[np.floating[Any]]
 
-# Values of one float64 array, 1 MB, unless a row has more: it stays in the cache of a core.
+# Values of one float64 array: its 1 MB fits the L2 cache of a core.
 _CHUNK_VALUES = 1 << 17
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits [n, n_vocab], the log of the sum of their exponentials [n], in nats, and the likeliest
-    token [n]."""
+    """Logits [n, n_vocab], their log-sum-exp [n] in nats, and the likeliest tokens [n]."""
 
     logits: Logits
     log_z: Floats
@@ -31,7 +30,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The negative log-likelihood of tokens [n] in nats; whether they were the first choice [n]."""
+    """Negative log-likelihood of tokens [n] in nats, and whether each was the first choice [n]."""
 
     nll: Floats
     is_top1: Flags
@@ -39,14 +38,14 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(full || pruned) at positions [n] in nats; whether both first choices are the same [n]."""
+    """KL(full || pruned) at positions [n] in nats, and whether both first choices agree [n]."""
 
     kl: Floats
     same_top1: Flags
 
 
 def predictions(logits: Logits) -> Predictions:
-    """Return the predictions of logits [n, n_vocab], which are kept, not copied."""
+    """Return the predictions of logits [n, n_vocab], without copying them."""
     log_z = np.empty(len(logits))
     for rows in _chunks(logits):
         largest = logits[rows].max(axis=1).astype(np.float64)
@@ -56,9 +55,9 @@ def predictions(logits: Logits) -> Predictions:
 
 
 def halved(predicted: Predictions) -> Predictions:
-    """Return the predictions in half the memory: as log-probabilities in half precision.
+    """Return the predictions as log-probabilities in half precision, in half the memory.
 
-    That adds about 1e-6 to a KL. First choices stay the same.
+    This adds about 1e-6 to a KL. First choices stay the same.
     """
     logits = np.empty(predicted.logits.shape, np.float16)
     for rows in _chunks(predicted.logits):

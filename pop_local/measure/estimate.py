@@ -1,7 +1,7 @@
 """Figures over windows with their standard errors.
 
-Tokens of one window depend on each other, so a window is the unit. Errors of means come from the
-spread between windows, other errors from windows drawn again (bootstrap).
+A window is the unit, since its tokens depend on each other. Errors of means are computed from the
+spread between windows, other errors by bootstrap over windows.
 """
 
 import math
@@ -14,13 +14,13 @@ from pop_local.measure.divergence import Flags, Floats
 
 _N_BOOTSTRAP = 200
 _SEED = 20260203
-# Beyond it exp is no number of 64 bits.
+# exp overflows a float64 beyond it.
 _MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, which is None where there is one window only."""
+    """A figure and its standard error, None for a single window."""
 
     value: float
     se: float | None
@@ -35,14 +35,14 @@ def mean(per_window: Floats | Flags) -> Estimate:
 
 
 def exp_mean(per_window: Floats) -> Estimate:
-    """Return exp of the mean, as in a perplexity; its error is to first order."""
+    """Return exp of the mean, as for a perplexity, with a first-order error."""
     inner = mean(per_window)
     value = math.exp(inner.value) if inner.value < _MAX_EXPONENT else math.inf
     return Estimate(value, None if inner.se is None else value * inner.se)
 
 
 def ratio(upper: Floats, lower: Floats) -> Estimate:
-    """Return the ratio of two figures' means [n_windows]; its error is to first order."""
+    """Return the ratio of two figures' means [n_windows], with a first-order error."""
     value = float(upper.mean() / lower.mean())
     return Estimate(value, mean((upper - value * lower) / lower.mean()).se)
 
@@ -53,7 +53,7 @@ def quantile(per_window: Floats, share: float) -> Estimate:
 
 
 def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
-    """Return any figure of [n_windows, ...]; its error is by drawing windows again (bootstrap)."""
+    """Return a figure of [n_windows, ...], with its error by bootstrap over windows."""
     value, n = figure(per_window), len(per_window)
     if n < 2:
         return Estimate(value, None)

@@ -1,8 +1,8 @@
 """Teacher forcing: read a context in one mode, then score texts that follow it.
 
-Rows that request logits run all layers. So the context itself is never scored, except for what its
-last token predicts. After each context and each text the row counters must show the planned number
-of pruned rows, otherwise PopError. `stopped_by` can abort the work with StoppedError.
+Rows that request logits run all layers, so only the context's last token predicts. `Forced`
+raises PopError unless the backend's row counters show the planned number of pruned rows after each
+context and text. `stopped_by` can abort the work with StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from pop_local.engine.prompt.prompt import Prompt
 Logits = NDArray[np.float32]
 Tokens = Sequence[int]
 
-# Rows of one batch that all request logits, which is what takes memory (n_vocab * 4 bytes each).
+# Rows of a batch in which all rows request logits, which take n_vocab * 4 bytes each.
 _MAX_SCORED_ROWS = 128
 
 
@@ -42,7 +42,7 @@ FULL = Pruning(0, Mode.OFF)
 
 
 def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
-    """Return how many tokens of a context the rule leaves at the boundary."""
+    """Return the number of a context's tokens that stop at the boundary."""
     deep = find_deep_rows(model.engine.context, np.asarray(context), rule.deep_rows)
     return plan_prefill(0, len(context), rule, len(context), deep=deep).n_pruned
 
@@ -51,15 +51,15 @@ def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
 def forced(model: PopModel) -> Iterator["Forced"]:
     """Open a model for teacher forcing.
 
-    Contexts of any length are pruned: `min_prompt` is a matter of speed. Afterwards mode and
-    boundary are as before, and the KV cache is empty.
+    Contexts of any length are pruned, since `min_prompt` only affects speed. On exit, mode and
+    boundary are restored and the KV cache is empty.
     """
     with model.engine.cache.preserved():
         yield Forced(model)
 
 
 class Forced:
-    """A model that is told what to read and what to predict; `forced` makes one."""
+    """A model opened for teacher forcing; see `forced`."""
 
     def __init__(self, model: PopModel) -> None:
         self.rule = replace(model.engine.rule, min_prompt=0)
@@ -70,10 +70,7 @@ class Forced:
         self.n_pruned = 0
 
     def read(self, context: Tokens, pruning: Pruning) -> None:
-        """Read a context into an empty cache.
-
-        `n_pruned` counts its pruned rows afterwards. Raises PopError if the backend counts others.
-        """
+        """Read a context into an empty cache, and set `n_pruned` to its number of pruned rows."""
         cache = self._cache
         cache.clear()
         if pruning.context is not Mode.OFF:
@@ -90,8 +87,7 @@ class Forced:
     def predict(self, tokens: Tokens) -> Logits:
         """Return the logits (len(tokens), n_vocab) of a text that follows the context, in full.
 
-        Row i is predicted by the context and tokens[:i]. The text is dropped from the cache
-        afterwards. Raises PopError if the backend counts a pruned row of the text.
+        The context and tokens[:i] predict row i. The text leaves the cache afterwards.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.n_vocab), np.float32)
@@ -103,12 +99,12 @@ class Forced:
 
     @property
     def next_token(self) -> int:
-        """The token that the model puts first after all that was read."""
+        """Return the likeliest token after the context and its extensions."""
         return int(self._next[-1].argmax())
 
     @contextmanager
     def branch(self) -> Iterator[None]:
-        """Drop on exit all that `extend` has added to the context since."""
+        """Drop on exit all tokens that `extend` has appended since."""
         n_tokens, following, state = self._cache.n_tokens, self._next, self._state
         try:
             yield
@@ -117,10 +113,7 @@ class Forced:
             self._next, self._state = following, state
 
     def extend(self, tokens: Tokens) -> None:
-        """Append tokens that run all layers, such as a question and a generated answer.
-
-        Raises PopError unless all of them did.
-        """
+        """Append tokens that run all layers, such as a question and a generated answer."""
         for _ in self._append_full(tokens, Outputs.LAST, self._context.n_batch):
             self._next = self._context.logits().copy()
         self._state = self._cache.save() if self._context.is_recurrent else None
@@ -128,7 +121,7 @@ class Forced:
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
     ) -> Iterator[tuple[int, int]]:
-        """Append tokens in full, up to `n_rows` at once; yield the start and end of each piece."""
+        """Append tokens in full, up to `n_rows` at once, and yield each piece's start and end."""
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)
@@ -148,12 +141,13 @@ class Forced:
         if state is not None:
             self._cache.take_over(state)
         elif not self._cache.truncate(n_context):
-            raise PopError("this model's KV cache cannot forget its last tokens")
+            raise PopError("this model's KV cache cannot drop its last tokens")
 
     def _require(self, what: str, n_tokens: int, expected: int) -> None:
         counters = self._cache.slot.counters
         if (counters.n_context, counters.n_rows) != (expected, n_tokens):
             raise PopError(
-                f"the measurement does not hold: of {n_tokens} {what} tokens {expected} should be"
-                f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
+                f"the measurement is not valid: of {n_tokens} {what} tokens {expected} should be"
+                f" pruned, but the backend counted {counters.n_context} pruned,"
+                f" {counters.n_full} full"
             )

@@ -1,4 +1,4 @@
-"""The cost of reading a prompt in full: measured in this run, else computed."""
+"""Estimates of the time to read a prompt in full: measured in this run, else computed."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -6,23 +6,23 @@ from statistics import median
 from pop_converter.architecture.work import Macs
 from pop_local.engine.chat_messages import TurnStats
 
-# Fewer tokens predict little of a long prompt, and attention makes long ones slower per token.
+# Short prompts predict little about long ones: attention makes those slower per token.
 _LEAST_TOKENS = 64
 _COMPARABLE = 2.0
 
 
 @dataclass(frozen=True)
 class FullCost:
-    """The seconds of a full prefill, measured on this machine or by multiply-accumulates."""
+    """Seconds of a full prefill, measured on this machine or computed from its work."""
 
     seconds: float
     is_measured: bool
 
 
 class FullCosts:
-    """A record of prompts that were read in full, and the cost of others by it.
+    """Prompts that were read in full, from which the cost of other prompts is estimated.
 
-    `boundary` is where context tokens leave the model, pruned or exactly; None: they do not.
+    `boundary`: the layer at which context tokens stop, None without pruning.
     """
 
     def __init__(self, macs: Macs, boundary: int | None) -> None:
@@ -30,12 +30,12 @@ class FullCosts:
         self._measured: list[TurnStats] = []
 
     def record(self, stats: TurnStats) -> None:
-        """Remember a prompt if it was read in full."""
+        """Add a prompt if it was read in full."""
         if stats.n_evaluated == stats.n_full >= _LEAST_TOKENS:
             self._measured.append(stats)
 
     def of(self, stats: TurnStats) -> FullCost:
-        """Return what reading this prompt in full takes; tokens that were cached stay cached."""
+        """Return the cost of reading this prompt in full, with the same tokens cached."""
         if stats.n_evaluated == stats.n_full:
             return FullCost(stats.prefill_s, is_measured=True)
         rates = [full.prefill_s / full.n_full for full in self._measured if _like(full, stats)]
@@ -50,11 +50,11 @@ class FullCosts:
         return self._work(stats, None, n_full) / self._work(stats, self._boundary, n_full)
 
     def _work(self, stats: TurnStats, boundary: int | None, n_full: int) -> int:
-        """Count the new tokens' work: that of all less that of the cached, none of it full."""
+        """Return the new tokens' multiply-accumulates: the prompt's minus the cached rows'."""
         whole = self._macs(stats.n_prompt, boundary, n_full)
         if not stats.n_cached:
             return whole
-        # One row of the cached is full here, which they had not.
+        # The count assumes a full row in every prompt, but the cached rows have none.
         return whole - self._macs(stats.n_cached, boundary, 1) + self._macs(1, None, 1)
 
 

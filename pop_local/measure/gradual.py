@@ -1,4 +1,4 @@
-"""One boundary measured a few windows at a time, so that one may stop when they are enough."""
+"""Measurement of one boundary in steps of a few windows, which may stop early."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pop_local.measure.quality import (
     summarize,
 )
 
-# After so many windows, and after twice as many each time, it is asked whether they are enough.
+# Windows of the first step; each further step doubles the number of measured windows.
 N_FIRST_WINDOWS = 4
 
 
@@ -27,7 +27,7 @@ N_FIRST_WINDOWS = 4
 class Gradual:
     """A boundary's scores so far, against a reference that was read at once.
 
-    `quality` is their summary, None before the first are measured.
+    `quality` summarizes them; it is None before the first step.
     """
 
     reference: QualityReference
@@ -38,16 +38,16 @@ class Gradual:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all windows of the reference are measured."""
+        """Return whether all windows of the reference are measured."""
         return len(self._scores) == len(self.reference.windows)
 
     def kl_over(self, other: "Gradual") -> Estimate:
-        """Return how much larger the KL is than another's, on the windows that both have."""
+        """Return the KL minus another's, on the windows that both have measured."""
         pairs = zip(self._scores, other._scores, strict=False)
         return mean(np.stack([a.divergence.kl - b.divergence.kl for a, b in pairs]))
 
     def settled(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
-        """`quality`, if it is of all windows, or if `is_enough` accepts it; else None."""
+        """Return `quality` if it covers all windows or `is_enough` accepts it, else None."""
         found = self.quality
         return found if found and (self.is_whole or is_enough(found)) else None
 
@@ -57,19 +57,19 @@ class Gradual:
         model: PopModel,
         begin: Callable[[], Progress],
     ) -> Quality:
-        """Measure until it is `settled`; `begin` gives what follows each step.
+        """Measure until the quality is `settled`. Raises PopError as `measure` does.
 
-        Raises PopError as `measure` does.
+        `begin` returns the progress callback of each step.
         """
         while not (found := self.settled(is_enough)):
             self.measure(model, begin())
         return found
 
     def measure(self, model: PopModel, on_progress: Progress) -> None:
-        """Measure four windows that are spread over the text, later as many as before.
+        """Measure the first four windows, then twice as many in total, spread over the text.
 
-        `model`: a file of the reference's model, always with the same projections. `on_progress`
-        counts windows and draws of this call. Raises PopError as `measure_prunings` does.
+        `model`: a file of the reference's model, with the same projections in each call.
+        `on_progress` counts this call's windows and draws. Raises PopError as `measure_prunings`.
         """
         reference, n_done = self.reference, len(self._scores)
         pruning = Pruning(self.boundary)
@@ -82,7 +82,8 @@ class Gradual:
             ran = counting(len(windows) + n_draws, on_progress)
             if self._repeated_nll is None:
                 [self._repeated_nll] = measure_induction(reader, reference.repeated, [pruning], ran)
-            for window, of_full in zip(windows, full, strict=True):  # a stop keeps those before it
+            # Each window is added separately, so that a stop keeps the measured ones.
+            for window, of_full in zip(windows, full, strict=True):
                 self._scores += score(reader, [window], [of_full], [pruning], ran)[0]
             self.quality = summarize(
                 pruning,

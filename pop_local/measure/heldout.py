@@ -1,4 +1,4 @@
-"""Text to measure on: ours, which nothing is ever calibrated on, or the user's; and its windows."""
+"""Held-out text: the shipped one, on which nothing is calibrated, or the user's; its windows."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ TextTokens = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Text:
-    """A text in parts that no window goes across, such as several kinds of text."""
+    """A text in parts, such as several kinds of text. No window crosses a part's end."""
 
     name: str
     parts: tuple[str, ...]
@@ -41,7 +41,7 @@ def shipped_part(name: str) -> str:
 
 
 def given_text(path: Path) -> Text:
-    """Read a file as one part. Raises PopError when it cannot be read, is no text or holds none."""
+    """Read a file as one part. Raises PopError if it is not readable, not text or empty."""
     return Text(path.name, (read_text(path),))
 
 
@@ -51,23 +51,22 @@ def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
 
 
 def room(texts: TextTokens, n_tokens: int) -> int:
-    """Return how many windows of `n_tokens` `spread_windows` finds."""
+    """Return the number of windows of `n_tokens` for which the texts have room."""
     return sum(len(text) // n_tokens for text in texts)
 
 
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
-    """Return windows of `n_tokens` that do not overlap, spread evenly over all parts.
+    """Return windows of `n_tokens` that do not overlap, spread evenly over and within all parts.
 
-    They are spread within each part, too. Parts too short for their share leave it to the others.
-    Raises PopError when the parts are too short for `n_windows`.
+    Longer parts take the share of parts that are too short. Raises PopError if all are.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:
         raise PopError(
-            f"the text has room for {sum(rooms)} windows of {n_tokens:,} tokens, {n_windows} are"
-            f" wanted: at least {n_windows * n_tokens:,} tokens are needed, it has"
-            f" {sum(len(text) for text in texts):,}",
-            "give a longer text, fewer windows or shorter ones",
+            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens: they need"
+            f" {n_windows * n_tokens:,} tokens, the text has {sum(len(text) for text in texts):,}"
+            f" with room for {sum(rooms)}",
+            "use a longer text, fewer windows or shorter ones",
             cause="text-too-short",
         )
     return [
@@ -78,7 +77,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
 
 
 def _shares(room: list[int], n_windows: int) -> list[int]:
-    """Share out windows as equally as room allows; the first parts get what does not divide."""
+    """Distribute windows as equally as room allows; the first parts get the remainder."""
     shares = [0] * len(room)
     for _ in range(n_windows):
         open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]

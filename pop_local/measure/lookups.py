@@ -1,12 +1,12 @@
-"""Look-ups: exact strings of a document that the model must find again, in full and pruned.
+"""Look-ups: questions for exact strings of a document, answered in full and pruned.
 
-Synthetic documents (`carriers`, layouts that nothing is fitted on) are read once by the full model
-and once under each pruning. Each question follows its document in full, as a prompt's tail does.
-All questions have one completion form, so that base models and tuned ones answer alike.
+The full model reads each synthetic document (`carriers`, layouts on which nothing is fitted) once,
+then the model reads it once under each pruning. Questions run all layers, as a prompt's tail does.
+They are completions, so that base models and tuned ones answer alike.
 
-Two figures come of an answer. It is *right* if the greedy continuation holds the exact string (see
-`is_right`). Its *log-probability* is teacher-forced: that of the right string after the question.
-It has far less noise, so searches decide by it first.
+An answer is *right* if the greedy continuation contains the exact string (see `is_right`). Its
+*log-probability* is the right string's after the question, teacher-forced. It has far less noise,
+so searches decide by it first.
 """
 
 import re
@@ -27,9 +27,9 @@ from pop_local.measure.heldout import shipped_part
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import CarrierSettings, LookupQuestion, make_carrier
 
-# Tokens that question and answer add to a document, at the most.
+# Maximum of the tokens that question and answer add to a document.
 _N_AROUND = 256
-# Tokens past the length of the right answer in which it may still be found.
+# Tokens beyond the right answer's length that may precede it in a continuation.
 _N_LEEWAY = 12
 
 
@@ -44,19 +44,19 @@ class LookupSettings:
 
     @classmethod
     def of_questions(cls, n_questions: int, seed: int = 0) -> "LookupSettings":
-        """Share out the questions evenly; rounding up may add a few."""
+        """Return settings with `n_questions`, or a few more, spread evenly over documents."""
         n_documents = -(-n_questions // cls.n_per_document)
         return cls(n_documents, -(-n_questions // n_documents), seed=seed)
 
     @property
     def n_ctx(self) -> int:
-        """The context length in tokens that the longest prompt takes."""
+        """Return the context length in tokens that the longest prompt needs."""
         return self.n_tokens + _N_AROUND
 
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """A question and its right answer in tokens; both follow the document."""
+    """A question and its right answer as tokens; both follow the document."""
 
     question: LookupQuestion
     tokens: tuple[int, ...]
@@ -65,7 +65,7 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True)
 class LookupDocument:
-    """A document in tokens, BOS first, and the questions about it."""
+    """A document's tokens with BOS, and the questions about it."""
 
     tokens: tuple[int, ...]
     questions: tuple[TokenizedQuestion, ...]
@@ -73,7 +73,7 @@ class LookupDocument:
 
 @dataclass(frozen=True)
 class LookupAnswer:
-    """One answer: `logprob` of the right string in nats, and the greedy `text`."""
+    """An answer: the right string's `logprob` in nats, and the greedy `text`."""
 
     is_right: bool
     logprob: float
@@ -100,10 +100,10 @@ class LookupCounts:
 class Lookups(LookupCounts):
     """Look-ups under one pruning against the full model's.
 
-    `p`: McNemar's exact two-sided p for lost against gained. `logprob_*` are nats per string,
-    `logprob_lost` is full minus pruned, `logprob_lost_per_token` likewise per token.
-    `expected_lost`: the share that pruning takes of the right strings' mean probability. Errors are
-    from the spread between documents. `by_kind` and `by_layout` count the same questions.
+    `p`: McNemar's exact two-sided p for lost against gained. `logprob_*` are nats per string;
+    `logprob_lost` is full minus pruned. `expected_lost`: share of the right strings' mean
+    probability that pruning loses. Errors are computed from the spread between documents. `by_kind`
+    and `by_layout` count the same questions.
     """
 
     n_documents: int
@@ -119,7 +119,7 @@ class Lookups(LookupCounts):
 
     @property
     def lost_share(self) -> float:
-        """The share of the full model's right answers that pruning loses; 0 if it has none."""
+        """Return the share of the full model's right answers that pruning loses, 0 without any."""
         return self.lost / self.full if self.full else 0.0
 
 
@@ -129,10 +129,10 @@ def measure_lookups(
     prunings: Sequence[Pruning],
     on_progress: Progress,
 ) -> tuple[Lookups, ...]:
-    """Ask about each document, in full once and under each pruning.
+    """Ask about each document once in full and once under each pruning.
 
-    `on_progress` gets (done, total) questions. Raises PopError if a prompt does not fit the context
-    or was not pruned as planned.
+    `on_progress` counts questions. Raises PopError if a prompt does not fit the context or was not
+    pruned as planned.
     """
     documents = make_documents(model, settings)
     n_each = sum(len(each.questions) for each in documents)
@@ -146,7 +146,7 @@ def measure_lookups(
 
 @dataclass(frozen=True)
 class LookupReference:
-    """The full model's answers, to compare several files of the same model with."""
+    """The full model's answers, for comparison with several files of the same model."""
 
     settings: LookupSettings
     documents: tuple[LookupDocument, ...]
@@ -160,9 +160,10 @@ class LookupReference:
         on_progress: Progress,
         known: Answers | None = None,
     ) -> "LookupReference":
-        """Ask in full about the documents after those of `known`. Raises as `measure_lookups`.
+        """Ask in full about the documents that follow those of `known`.
 
-        Each document's answers are added to `known`, so that a stop keeps them.
+        Each document's answers are added to `known`, so that a stop keeps them. Raises as
+        `measure_lookups`.
         """
         full = [] if known is None else known
         found = cls(settings, make_documents(model, settings), full)
@@ -170,7 +171,7 @@ class LookupReference:
         return replace(found, full=full[: len(found.documents)])
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
-        """Ask a file of the same model under a pruning, likewise."""
+        """Ask a file of the same model under a pruning; `known` as in `read`."""
         new = self.documents[len(known) :]
         ran = counting(sum(len(each.questions) for each in new), on_progress)
         for document in new:
@@ -182,10 +183,10 @@ class LookupReference:
 
 
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
-    """Build documents of held-out layouts, words and prose.
+    """Build documents from held-out layouts, words and prose.
 
-    The first ones are the same whatever `n_documents`. Raises PopError if documents are too short
-    for a look-up.
+    A larger `n_documents` only appends documents. Raises PopError if they are too short for a
+    look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
     sized = CarrierSettings(settings.n_tokens, settings.n_per_document, Use.HELD_OUT)
@@ -205,16 +206,16 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
     tokens = model.engine.context.tokenize(question.completion)
     whole = model.engine.context.tokenize(f"{question.completion} {question.answer}")
     answer = whole[len(tokens) :]
-    if whole[: len(tokens)] != tokens:  # a vocabulary that merges across the space
+    if whole[: len(tokens)] != tokens:  # the vocabulary merges tokens across the space
         answer = model.engine.context.tokenize(f" {question.answer}")
     return TokenizedQuestion(question, tuple(tokens), tuple(answer))
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Tell whether the first line of a continuation holds the exact answer.
+    """Return whether the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround it. It must not be part of a longer value: no letter or digit may
-    touch it, nor may one follow or precede it after a sign (".", ",", "-", "/", "@").
+    Quotes and words may surround it, but it must not be part of a longer value: no letter or digit
+    may touch it, neither directly nor across a sign (".", ",", "-", "/", "@").
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -242,7 +243,7 @@ def _ask(
 def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
     with reader.branch():
         reader.extend(asked.tokens)
-        # The last token is not decoded: it gets the row that follows the right answer.
+        # The repeated last token is not decoded: it adds the row that follows the right answer.
         logits = reader.predict((*asked.answer, asked.answer[-1]))
         predicted = predictions(logits)
         found = likelihood(predicted, np.asarray((*asked.answer, asked.answer[-1])))
@@ -255,9 +256,9 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the greedy continuation, of which the first tokens are known; one line of it.
+    """Return the first line of the greedy continuation, whose first tokens are known.
 
-    After a right answer, one further token tells whether it goes on.
+    After a right answer, one further token shows whether the value continues.
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
@@ -314,7 +315,7 @@ def _per_string(answers: Answers, figure: _Figure) -> Estimate:
 
 
 def _lost(full: Answers, pruned: Answers, figure: _Figure, unit: _Figure) -> Estimate:
-    """Return what pruning takes of a figure, per unit of the full model's answers."""
+    """Return a figure's loss by pruning, per unit of the full model's answers."""
     return ratio(_sums(full, figure) - _sums(pruned, figure), _sums(full, unit))
 
 

@@ -1,8 +1,8 @@
-"""Can the model still copy from what it has read? Two probes that see what the KL of prose hides.
+"""Two probes of copying from the prompt, a loss that the KL of prose hides.
 
-*Copy*: a passage of the context follows the context again. *Induction*: random token ids, twice.
-It needs no text, and the first occurrence has the loss of not copying at all. Both score only
-tokens whose first occurrence was pruned (all of the random ones if none was).
+*Copy*: a passage of the context follows the context again. *Induction*: random token ids occur
+twice, and the first occurrence's loss is that of a model that does not copy. Both score only tokens
+whose first occurrence was pruned (all random ones if none was).
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the mean NLL [n_draws] in nats that the full model gives them.
+    """Random tokens, and the full model's mean NLL [n_draws] in nats of each occurrence.
 
-    `first` is that of the first occurrence, `full` that of the second.
+    `first` belongs to the first occurrence, `full` to the second.
     """
 
     draws: tuple[Sequence[int], ...]
@@ -40,9 +40,9 @@ def require_passage(n_context: int, rule: RowRule) -> None:
     least = max(1, rule.sink_tokens) + rule.tail_tokens + 2
     if n_context < least:
         raise PopError(
-            f"of {n_context} context tokens the first {rule.sink_tokens} and the last"
-            f" {rule.tail_tokens} are full: too few are left to measure",
-            f"give a longer context: {least} tokens or more",
+            f"the context is too short: of {n_context} tokens the first"
+            f" {rule.sink_tokens} and the last {rule.tail_tokens} are full",
+            f"use a context of {least} tokens or more",
             cause="context-too-short",
             n_least=least,
         )
@@ -51,9 +51,9 @@ def require_passage(n_context: int, rule: RowRule) -> None:
 def pick_passage(
     context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
 ) -> Sequence[int]:
-    """Pick consecutive pruned tokens of the context, `n_tokens` if it has as many.
+    """Pick up to `n_tokens` consecutive pruned tokens, anywhere in the context.
 
-    They come from anywhere in it. Raises PopError when it has too few.
+    Raises PopError if the context has too few.
     """
     require_passage(len(context), rule)
     start, end = max(1, rule.sink_tokens), len(context) - rule.tail_tokens
@@ -63,7 +63,7 @@ def pick_passage(
 
 
 def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
-    """Score the passage except for its first token, which nothing announces."""
+    """Score the passage except its first token, which is not predictable."""
     targets = np.asarray(passage)[1:]
     return likelihood(predictions(reader.predict(passage)[1:]), targets)
 
@@ -83,10 +83,7 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated
 def measure_induction(
     reader: Forced, repeated: Repeated, prunings: Sequence[Pruning], ran: Ran
 ) -> Floats:
-    """Return the mean NLL [n_prunings, n_draws] in nats of the second occurrence when pruned.
-
-    `ran` counts them.
-    """
+    """Return the second occurrence's mean NLL [n_prunings, n_draws] in nats; `ran` counts them."""
     pruned = np.empty((len(prunings), len(repeated.draws)))
     for i, pruning in enumerate(prunings):
         for draw, tokens in enumerate(repeated.draws):
@@ -111,9 +108,9 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return start and end of the tokens that are pruned when read first; all where none is.
+    """Return start and end of the tokens whose first occurrence is pruned, of all if none is.
 
-    The first token, which nothing announces, is never among them.
+    The first token is excluded, since it is not predictable.
     """
     start = max(1, reader.rule.sink_tokens - len(reader.model.engine.context.bos))
     end = N_REPEATED - reader.rule.tail_tokens
@@ -121,7 +118,7 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
-    """Draw ordinary tokens evenly; control tokens are treated by models in their own way."""
+    """Draw ordinary tokens uniformly, without control tokens, which models treat specially."""
     vocab, attribute = model.engine.context.vocab, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:

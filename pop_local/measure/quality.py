@@ -1,9 +1,8 @@
 """The loss by pruning: a pruned context and its continuation, compared with the full model.
 
 A window is a context and a continuation. The context is read pruned or in full. The continuation is
-teacher-forced over that context's K/V and always runs all layers. Both models see the same windows
-in one process, on the same weights. The predicted distributions of each continuation token are
-compared; the context's last token predicts the first one.
+teacher-forced over that context's K/V and runs all layers. The predicted distributions of its
+tokens are compared; the context's last token predicts the first one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,16 +36,13 @@ from pop_local.measure.probes import (
     require_passage,
 )
 
-# Below this share of the first occurrence's NLL the full model itself does not copy random tokens.
+# A gain below this share of the first occurrence's NLL means that the full model does not copy.
 _LEAST_INDUCTION = 0.1
 
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """How much to measure; lengths are in tokens.
-
-    `n_draws`: how often random tokens are repeated.
-    """
+    """Number of windows, their lengths in tokens, and number of draws of random tokens."""
 
     n_windows: int = 32
     n_context: int = 512
@@ -59,14 +55,13 @@ class QualitySettings:
 class Quality:
     """The loss by pruning at one boundary, against the full model.
 
-    kl_*: KL(full || pruned) of the continuation's tokens in nats; kl_first of its first one. ppl_*:
-    perplexity of the continuation. top1_agreement: share of tokens where both have the same first
-    choice. copy_*: a passage of the context repeated; copy_top1 is the share of its tokens that the
-    model puts first. induction_*: random tokens repeated. delta_nll is the NLL that pruning adds to
-    the second occurrence. retention is the part of the full model's gain over the first occurrence
-    that is left, None where the full model has none.
-
-    n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted.
+    kl_*: KL(full || pruned) of the continuation's tokens in nats (kl_first: of its first one).
+    ppl_*: perplexity of the continuation. top1_agreement: share of tokens whose first choice stays
+    the same. copy_*: a passage of the context repeated; copy_top1: share of its tokens that are the
+    first choice. induction_*: random tokens repeated; delta_nll: NLL that pruning adds to the
+    second occurrence; retention: remaining share of the full model's gain over the first
+    occurrence, None if it has no gain. n_pruned: number of context tokens in all windows that
+    stopped at the boundary, counted by the backend.
     """
 
     boundary: int
@@ -91,7 +86,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Window:
-    """A context, its continuation, and a passage of the context to be repeated, as tokens."""
+    """The tokens of a context, its continuation, and a passage of the context to repeat."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -100,7 +95,7 @@ class Window:
 
 @dataclass(frozen=True)
 class FullScores:
-    """The full model on one window; `predicted` is for its continuation."""
+    """The full model's scores of a window; `predicted` belongs to its continuation."""
 
     predicted: Predictions
     continuation: Likelihood
@@ -109,7 +104,7 @@ class FullScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """One window under one pruning, against the full model."""
+    """A window's scores under one pruning, and the full model's."""
 
     divergence: Divergence
     full: Likelihood
@@ -121,10 +116,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class QualityReference:
-    """The full model's scores of windows, and of random tokens repeated.
+    """The full model's scores of windows, and of repeated random tokens.
 
-    From `read_reference` it takes 2 * n_windows * n_continuation * n_vocab bytes for as long as it
-    is kept.
+    A reference from `read_reference` takes 2 * n_windows * n_continuation * n_vocab bytes.
     """
 
     settings: QualitySettings
@@ -142,10 +136,10 @@ def measure_prunings(
 ) -> tuple[Quality, ...]:
     """Measure each pruning; the full model runs once.
 
-    At other boundaries than the file's the projections are the layers' own. `text_tokens`: one
-    sequence for each part of the text, without BOS. `on_progress` counts windows and draws.
-    Memory: 8 * n_continuation * n_vocab bytes. Raises PopError when the text is too short, nothing
-    would be pruned, or the counters do not show what was planned.
+    The file's projections apply to its own boundary only. `text_tokens`: one sequence for each part
+    of the text, without BOS. `on_progress` counts windows and draws. Memory: 8 * n_continuation *
+    n_vocab bytes. Raises PopError if the text is too short, no token would be pruned, or the
+    counters differ from the plan.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -165,9 +159,9 @@ def read_reference(
 ) -> QualityReference:
     """Run the full model over windows and random tokens.
 
-    `known` has the scores of the first windows, and gets those of the others, so that one may go on
-    after a stop. `on_progress` counts windows and draws. Raises PopError when the text is too
-    short, or nothing would be pruned.
+    `known` contains the first windows' scores. The other ones are added to it, so that a stopped
+    call can be resumed. `on_progress` counts windows and draws. Raises PopError if the text is too
+    short, or no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -184,8 +178,8 @@ def measure_against(
 ) -> tuple[Quality, ...]:
     """Measure each pruning of a file of the same model.
 
-    At boundaries other than the file's the projections are the layers' own. `on_progress` counts
-    windows and draws. Raises PopError as `measure_prunings` does.
+    The file's projections apply to its own boundary only. `on_progress` counts windows and draws.
+    Raises PopError as `measure_prunings` does.
     """
     n_each = len(reference.windows) + reference.settings.n_draws
     with forced(model) as reader:
@@ -196,7 +190,7 @@ def measure_against(
 def measure_retention(
     reference: QualityReference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
 ) -> tuple[Estimate | None, ...]:
-    """Measure `Quality.induction_retention` at each boundary, by random tokens alone."""
+    """Measure `Quality.induction_retention` at each boundary, on random tokens only."""
     prunings = [Pruning(boundary) for boundary in boundaries]
     with forced(model) as reader:
         ran = counting(len(prunings) * reference.settings.n_draws, on_progress)
@@ -242,10 +236,7 @@ def score(
 def choose_windows(
     reader: Forced, text_tokens: TextTokens, settings: QualitySettings
 ) -> tuple[Window, ...]:
-    """Cut the windows that `settings` ask for out of a text.
-
-    Raises PopError when the text or the context is too short.
-    """
+    """Cut windows out of a text. Raises PopError if the text or the context is too short."""
     require_passage(settings.n_context, reader.rule)
     start = reader.model.engine.context.bos
     n_text = settings.n_context - len(start)
@@ -259,7 +250,6 @@ def choose_windows(
 
 
 def _score_full(reader: Forced, window: Window) -> FullScores:
-    """Score a window by the full model."""
     reader.read(window.context, FULL)
     predicted = predictions(reader.predict(window.continuation))
     return FullScores(
@@ -270,7 +260,7 @@ def _score_full(reader: Forced, window: Window) -> FullScores:
 
 
 def _score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
-    """Score a window under a pruning, against what the full model made of it."""
+    """Score a window under a pruning, against the full model's scores."""
     reader.read(window.context, pruning)
     predicted = predictions(reader.predict(window.continuation))
     return Scores(
@@ -291,9 +281,9 @@ def summarize(
     repeated: Repeated,
     repeated_nll: Floats,
 ) -> Quality:
-    """Turn the scores of all windows into the figures of one pruning.
+    """Summarize all windows' scores under one pruning.
 
-    `repeated_nll`: its row of what `measure_induction` returns.
+    `repeated_nll` [n_draws] is the pruning's row from `measure_induction`.
     """
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
@@ -325,9 +315,9 @@ def _nll(scores: Iterable[Likelihood]) -> Floats:
 
 
 def retention(repeated: Repeated, pruned: Floats) -> Estimate | None:
-    """Return the part of the full model's gain over the first occurrence that is left.
+    """Return the remaining share of the full model's gain over the first occurrence.
 
-    It is None where the full model has none to speak of. `pruned` is `repeated_nll` of `summarize`.
+    The result is None if the full model has hardly any gain. `pruned`: NLL [n_draws] in nats.
     """
     gain = repeated.first - repeated.full
     if gain.mean() < _LEAST_INDUCTION * repeated.first.mean():

@@ -1,13 +1,12 @@
 """Time to first token, pruned against full: in rounds, in one process, on the same weights.
 
-The runs of a round follow each other, in an order that turns round each time. Ratios are those
-within a round: a machine that slows down for a while slows down all of them. Each run starts from
-an empty KV cache. The backend's row counters must show that every prompt token was evaluated, and
-pruned or not as expected; otherwise nothing is reported.
+Ratios are computed within a round, so that a slower phase of the machine affects both sides. The
+order of a round's runs is reversed each time. Each run starts with an empty KV cache. A run is
+prefill and the sampling of the first token; decoded tokens follow. Every run raises PopError unless
+the backend's row counters show that all prompt tokens were evaluated, and pruned as planned.
 
-A run is prefill and the sampling of the first token; some more are then decoded, which always run
-all layers. TTFT of a prompt with a picture includes the encoding, which pruning does not touch: the
-limit is that of the rest. It is measured, too: in the last run of a round every token is context.
+TTFT of a prompt with a picture includes the encoding, which pruning does not change, so the limit
+applies to the remaining time. The limit is measured: the last run of a round has no full row.
 """
 
 import statistics
@@ -34,13 +33,13 @@ from pop_local.engine.turn_options import TurnOptions
 from pop_local.measure.heldout import shipped_text
 
 N_DECODE = 32
-# Tokens that a template puts before a picture, at the least.
+# Number of tokens that precede a picture, as in most chat templates.
 _N_BEFORE = 8
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, least and most of repeated measurements."""
+    """Median, minimum and maximum of repeated measurements."""
 
     median: float
     min: float
@@ -49,7 +48,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ModePair:
-    """The same figure in full and in pruned mode."""
+    """A figure in full and in pruned mode."""
 
     full: float
     pop: float
@@ -57,13 +56,13 @@ class ModePair:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One prompt length; `speedup` is of the rounds' TTFT, `read_speedup` of what is not encoding.
+    """The speed at one prompt length: times in seconds, ratios of full to pruned times.
 
-    `limit`: what `read_speedup` would be if no token were full. `of_limit` is the median of the
-    latter by it. `n_image`: rows of a picture, which took `encode_s` to encode in the middle run.
-    `n_skipped_exact`: rows that left exactly, of a model that allows it. `n_deep`: prompt
-    rows that ran all layers because of their tokens. `upstream_ttft_s`: of llama.cpp
-    without our kernels, `kernels_speedup`: of the full model with them; None where there are none.
+    `speedup`: ratio of TTFT. `read_speedup`: the same without the encoding of pictures, `limit`:
+    the same if no token were full, `of_limit`: median of `read_speedup` over `limit`. `n_image`:
+    number of picture rows. `n_deep`: prompt rows that ran all layers because of their tokens.
+    `n_skipped_exact`: rows that skipped layers without loss. `upstream_ttft_s`: TTFT of llama.cpp
+    without our kernels, `kernels_speedup`: its ratio to the full model's TTFT (None: not measured).
     """
 
     n_prompt: int
@@ -85,7 +84,7 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement."""
+    """A measured run."""
 
     ttft_s: float
     decode_tokens_per_s: float
@@ -104,11 +103,11 @@ def measure_speed(
     picture: Picture | None = None,
     upstream: Callable[[Prompt], Run] | None = None,
 ) -> tuple[SpeedRow, ...]:
-    """Measure each prompt length in `n_rounds` rounds after one to warm up.
+    """Measure each prompt length in `n_rounds` rounds after a warm-up round.
 
-    `picture` is part of each prompt. `upstream` runs one without our kernels. `on_progress` gets
-    (done_tokens, total_tokens). The context must hold the longest prompt and N_DECODE more tokens.
-    Raises PopError when the counters do not prove what is measured.
+    `picture` is part of each prompt. `upstream` runs a prompt without our kernels. `on_progress`
+    counts prompt tokens. The context must have room for the longest prompt and N_DECODE tokens.
+    Raises PopError if the counters differ from the plan.
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
@@ -163,9 +162,9 @@ def _row(
 def run_rounds(
     ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
 ) -> list[list[Run]]:
-    """Run each way once a round, after a round to warm up; returns the runs of each.
+    """Run each way once a round, after a warm-up round, and return the runs of each.
 
-    Their order turns round each time. `ran` is told of each run.
+    The order is reversed each time. `ran` is called after each run.
     """
     runs: list[list[Run]] = [[] for _ in ways]
     order = list(range(len(ways)))
@@ -178,7 +177,7 @@ def run_rounds(
 
 
 def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
-    """Return the speed-up of each pair."""
+    """Return the speed-up of each round."""
     return [a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)]
 
 
@@ -189,7 +188,7 @@ def run(
     n_decode: int = N_DECODE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Run:
-    """Read a prompt into an empty cache, take the first token, decode `n_decode` more."""
+    """Read a prompt into an empty cache, sample the first token and decode `n_decode` more."""
     model.engine.set_mode(mode)
     model.engine.cache.clear()
     started_s = clock()
@@ -205,7 +204,7 @@ def run(
 
 
 def run_context(model: PopModel, prompt: Prompt) -> Run:
-    """Read a prompt into an empty cache with none of its rows full; no token comes of it."""
+    """Read a prompt into an empty cache without full rows, and therefore without a first token."""
     model.engine.set_mode(Mode.CONTEXT)
     model.engine.cache.clear()
     started_s = time.perf_counter()
@@ -214,14 +213,14 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
     counters = read.counters
     if counters.n_context + counters.n_exact != len(prompt) or counters.n_full:
         raise PopError(
-            f"the measurement does not hold: of {len(prompt)} prompt tokens all should be context;"
+            f"the measurement is not valid: all {len(prompt)} prompt tokens should be context, but"
             f" the backend counted {counters.n_full} full"
         )
     return Run(read_s, 0.0, read)
 
 
 def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:
-    """Raise PopError unless the whole prompt was evaluated, and pruned as the mode requires."""
+    """Raise PopError unless the counters show the whole prompt, pruned as the mode requires."""
     rule = NO_ENDS if model.engine.cache.exact else model.engine.rule
     n_prompt = len(prompt)
     deep = find_deep_rows(model.engine.context, np.asarray(prompt.tokens), rule.deep_rows)
@@ -231,17 +230,17 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
     n_pruned, n_full = counters.n_context, counters.n_full
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(
-            f"the measurement does not hold: of {n_prompt} prompt tokens {expected[0]} should be"
-            f" pruned, {expected[1]} leave exactly; the backend counted {n_pruned} pruned,"
-            f" {counters.n_exact} left, {n_full} full"
+            f"the measurement is not valid: of {n_prompt} prompt tokens {expected[0]} should be"
+            f" pruned and {expected[1]} skip layers exactly, but the backend counted {n_pruned}"
+            f" pruned, {counters.n_exact} exact, {n_full} full"
         )
 
 
 def text_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Prompt:
-    """Return a prompt of ordinary text: pieces of the held-out prose, dialogue, code and tables.
+    """Return a prompt of held-out prose, dialogue, code and tables, with a picture near its start.
 
-    The text decides how many rows run deep. A picture is near its start. Raises PopError if a
-    picture leaves no room for text.
+    Real text is needed, since its words decide which rows run deep. Raises PopError if a picture
+    leaves no room for text.
     """
     kinds = [model.engine.context.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))
@@ -251,8 +250,8 @@ def text_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Pro
     n_text = n_prompt - len(seen.tokens)
     if n_text <= _N_BEFORE:
         raise PopError(
-            f"the picture takes {len(seen.tokens)} tokens, the prompt has {n_prompt}",
-            "give longer prompts, or a smaller picture",
+            f"the prompt is too short: it has {n_prompt} tokens, the picture {len(seen.tokens)}",
+            "use longer prompts, or a smaller picture",
             cause="prompts-too-short",
             n_least=len(seen.tokens) + 64,
         )
@@ -262,6 +261,6 @@ def text_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Pro
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Return median, least and most of the values."""
+    """Return median, minimum and maximum of the values."""
     known = list(values)
     return Spread(statistics.median(known), min(known), max(known))

@@ -1,4 +1,4 @@
-"""Verdicts on pruning in words, from figures and their errors."""
+"""Verdicts on pruning in words, computed from figures and their errors."""
 
 from typing import TYPE_CHECKING
 
@@ -7,15 +7,15 @@ from pop_converter.popfile.format import Measured
 if TYPE_CHECKING:
     from pop_local.measure.compared_prompts import Comparison
 
-# A perplexity that rises by less cannot be seen in an answer.
+# A smaller increase of perplexity is not visible in answers.
 _INVISIBLE = 0.01
-# Standard errors that chance explains, and the p that it leaves.
+# Chance explains differences of up to 2 standard errors, or with a larger p.
 _BY_CHANCE, _LEAST_P = 2.0, 0.05
 _CERTAIN = "Use --full to be certain."
 
 
 def verdict_in_words(found: Measured) -> str:
-    """Return what pruning does to prose and to exact strings."""
+    """Describe the loss by pruning, of prose and of exact strings."""
     return f"Prose: {_prose(found)}. Exact strings: {_strings(found)}. {_CERTAIN}"
 
 
@@ -32,16 +32,16 @@ def _strings(found: Measured) -> str:
     if not found.lookups_n:
         return "not measured"
     if not found.lookups_full:
-        return f"the full model finds none of {found.lookups_n} either"
+        return f"the full model answers none of {found.lookups_n} either"
     return f"{found.lookups_lost or 'none'} of {found.lookups_full} lost"
 
 
 def comparison_in_words(found: "Comparison") -> str:
-    """Return what pruning does to answers: how many right ones are lost, or how many differ."""
+    """Describe how many right answers pruning loses, or how many answers differ."""
     n = len(found.answers)
     if not found.n_judged:
         differ = f"{len(found.different) or 'none'} of {n} differ"
-        return f"Answers: {differ}; none was compared with an expected one. {_CERTAIN}"
+        return f"Answers: {differ}; the prompts have no expected answers. {_CERTAIN}"
     lost = f"{found.n_only_full or 'none'} of {found.full_hits} right ones lost"
     if found.n_only_pruned:
         lost += f", {found.n_only_pruned} gained"

@@ -161,8 +161,8 @@ def test_too_little_memory_is_reported_with_a_remedy(model, text, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--windows", "500"], "tokens are needed"),
-        (["--probe-windows", "500"], "tokens are needed"),
+        (["--windows", "500"], "too short for 500 windows"),
+        (["--probe-windows", "500"], "too short for 500 windows"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--plot", "nowhere/out.png"], "does not exist"),
     ],
@@ -184,7 +184,7 @@ def test_a_short_context_is_refused_before_loading(model, text, monkeypatch, con
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
     assert ("loaded" in message) == is_enough
-    assert ("too few are left to measure" in message) != is_enough
+    assert ("context is too short" in message) != is_enough
     assert ("--context 35 or more" in message) != is_enough
     assert "--tail" not in message
 

@@ -119,8 +119,8 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
         (["--boundary", "8"], "1 to 7"),
         (["--skip", "9"], "9 of 8 layers cannot be skipped"),
         (["--ctx", "100"], "100 are given"),
-        (["--windows", "500"], "tokens are needed"),
-        (["--context", "17"], "too few are left"),
+        (["--windows", "500"], "too short for 500 windows"),
+        (["--context", "17"], "context is too short"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
     ],
 )
@@ -183,7 +183,7 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
     ("options", "reason"),
     [
         (["--ctx", "100"], "100 are given"),
-        (["--windows", "500"], "tokens are needed"),
+        (["--windows", "500"], "too short for 500 windows"),
         (["--ctx", "700"], "no look-ups (--lookups 0)"),
     ],
 )
@@ -215,7 +215,7 @@ def test_look_ups_are_reported_in_full_and_pruned(pop_file, text):
     assert sum(part["n"] for part in found["by_kind"].values()) == 3
     assert sum(part["n"] for part in found["by_layout"].values()) == 3
     assert found["logprob_full"] != found["logprob_pruned"] < 0
-    assert report["verdict"].endswith("finds none of 3 either. Use --full to be certain.")
+    assert report["verdict"].endswith("answers none of 3 either. Use --full to be certain.")
     said = " ".join(evaluate(*options).stdout.split())
     assert "full 0, pruned 0, of 3; 0 lost, 0 gained, p = 1" in said
     assert report["verdict"] in said

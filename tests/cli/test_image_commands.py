@@ -172,7 +172,7 @@ def test_bench_with_a_picture(path):
     shown = called("bench", path, *options).stdout
     assert "pruning does not shorten it" in shown and "Speed-up without it" in shown
     done = called("bench", path, "--prompt", 32, "--image", a, "--threads", 1)
-    assert done.returncode == 1 and "the picture takes 50 tokens" in done.stderr
+    assert done.returncode == 1 and "the picture 50" in done.stderr
 
 
 def test_compare_prompts_with_pictures(path, tmp_path):

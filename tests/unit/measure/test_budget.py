@@ -1,4 +1,4 @@
-"""The decision of a budget: what is inside, where to begin, what to measure next."""
+"""Budgets: verdicts, and the next boundaries to measure."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from pop_local.measure.estimate import Estimate
 
 
 def quality(kl=0.02, ppl=1.01, copy=1.05, retention=0.95, se=0.0):
-    """The four figures of a budget; `retention` None: the full model has none."""
+    """Return the figures that a budget limits (`retention` None: the full model has none)."""
     return SimpleNamespace(
         kl_mean=Estimate(kl, se),
         ppl_ratio=Estimate(ppl, 0.0),
@@ -35,14 +35,14 @@ def quality(kl=0.02, ppl=1.01, copy=1.05, retention=0.95, se=0.0):
 
 
 def lookups(n_lost, n_full=200, expected=0.0, se=None):
-    """Counts of look-ups, and the share of the right strings' probability that is lost."""
+    """Return counts of look-ups, and the lost share of the right strings' probability."""
     return SimpleNamespace(
         lost=n_lost, full=n_full, lost_share=n_lost / n_full, expected_lost=Estimate(expected, se)
     )
 
 
 def searched(deepest: int) -> tuple[int | None, list[int]]:
-    """The boundary found of 15 to 29, and those measured, when all from `deepest` on is inside."""
+    """Return the boundary found among 15 to 29, if all from `deepest` on are inside; the tried."""
     verdicts: dict[int, bool] = {}
     while wanted := undecided(range(15, 30), verdicts):
         assert wanted[0] not in verdicts
@@ -50,7 +50,7 @@ def searched(deepest: int) -> tuple[int | None, list[int]]:
     return deepest_inside(verdicts), list(verdicts)
 
 
-# --- one boundary
+# --- verdicts
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def searched(deepest: int) -> tuple[int | None, list[int]]:
         ({"retention": 0.1}, True),
     ],
 )
-def test_every_figure_must_be_within(figures, inside):
+def test_every_figure_must_be_inside(figures, inside):
     assert is_inside(BALANCED, quality(**figures)) is inside
 
 
@@ -96,11 +96,11 @@ def test_a_model_copies_by_both_probes(figures, copied):
         ({"kl": 0.07, "copy": 1.09, "se": 0.007}, False),
     ],
 )
-def test_three_standard_errors_from_all_limits_or_past_one_are_enough(figures, clear):
+def test_three_standard_errors_make_a_verdict_clear(figures, clear):
     assert is_clear(BALANCED, quality(**figures)) is clear
 
 
-def test_one_window_has_no_error_and_decides():
+def test_a_single_window_without_an_error_is_clear():
     assert is_clear(BALANCED, quality(kl=0.07, se=None))
 
 
@@ -116,14 +116,14 @@ def test_one_window_has_no_error_and_decides():
         (FAST, lookups(21), False),
     ],
 )
-def test_look_ups_are_limited_by_those_of_the_full_model(budget, found, kept):
+def test_lost_look_ups_are_a_share_of_the_full_models(budget, found, kept):
     assert keeps_lookups(budget, found) is kept
 
 
 @pytest.mark.parametrize(
     ("found", "is_over"),
     [
-        (lookups(0, 40, expected=0.5, se=0.1), False),  # nothing is lost yet
+        (lookups(0, 40, expected=0.5, se=0.1), False),  # none is lost yet
         (lookups(1, 40, expected=0.05, se=0.02), False),
         (lookups(1, 40, expected=0.15, se=0.04), True),  # the probability has clearly fallen
         (lookups(1, 40, expected=0.15), False),
@@ -131,17 +131,17 @@ def test_look_ups_are_limited_by_those_of_the_full_model(budget, found, kept):
         (lookups(5, 40, expected=0.0, se=0.1), True),  # more than 2 % of 200
     ],
 )
-def test_clear_losses_are_known_early(found, is_over):
+def test_clear_losses_are_detected_early(found, is_over):
     assert has_lost(BALANCED, found, 200) is is_over
 
 
-def test_no_fit_brings_back_what_is_lost():
+def test_a_low_retention_is_hopeless():
     assert not is_hopeless(Estimate(0.41, 0.01))
     assert is_hopeless(Estimate(0.39, 0.01))
     assert not is_hopeless(None)
 
 
-def test_budgets_are_ordered_and_named():
+def test_budgets_are_ordered_by_their_limits():
     assert [BUDGETS[name] for name in BUDGETS] == [NEAR_LOSSLESS, BALANCED, FAST]
     for stricter, looser in ((NEAR_LOSSLESS, BALANCED), (BALANCED, FAST)):
         assert stricter.max_kl < looser.max_kl
@@ -160,7 +160,7 @@ def test_the_deepest_inside_is_found_in_few_steps(deepest):
     assert len(measured) <= (3 if 21 <= deepest <= 24 else 7)
 
 
-def test_boundaries_are_fitted_in_the_order_in_which_they_may_be_asked_for():
+def test_undecided_boundaries_are_ordered_by_their_use():
     assert undecided(range(15, 22), {}) == (18, 17, 19, 16, 20, 15, 21)
     assert undecided(range(15, 22), {18: True}) == (17, 16, 15)
     assert undecided(range(15, 22), {18: False}) == (19, 20, 21)
@@ -170,15 +170,15 @@ def test_boundaries_are_fitted_in_the_order_in_which_they_may_be_asked_for():
     assert undecided(range(15, 22), {18: True, 17: False}) == ()
 
 
-def test_what_was_inside_on_few_windows_may_be_outside_on_all():
+def test_a_later_verdict_may_reverse_an_earlier_one():
     assert undecided(range(15, 22), {18: True, 16: False, 17: False}) == ()
     assert undecided(range(15, 22), {18: False, 20: True, 16: False, 17: False}) == (19,)
 
 
-def test_a_limit_that_a_budget_does_not_have_is_not_said():
+def test_missing_limits_are_not_shown():
     older = Budget("mine", max_kl=0.1, max_copy_ratio=1.1, least_retention=0.85)
-    said = "KL 0.1, copy ratio 1.1, 85% kept of copying random tokens"
-    assert limits_in_words(older) == said
-    assert limits_in_words(replace(older, max_lost_recall=0.03)) == f"{said}, 3% of facts lost"
+    expected = "KL 0.1, copy ratio 1.1, 85% kept of copying random tokens"
+    assert limits_in_words(older) == expected
+    assert limits_in_words(replace(older, max_lost_recall=0.03)) == f"{expected}, 3% of facts lost"
     balanced = "KL 0.06, perplexity ratio 1.03, copy ratio 1.1, 2% of look-ups lost"
     assert limits_in_words(BALANCED) == balanced

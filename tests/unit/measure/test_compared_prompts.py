@@ -1,4 +1,4 @@
-"""The user's own prompts: how their file is read, how two answers are compared."""
+"""The user's prompts: their file, and the comparison of two answers."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def written(folder: Path, *entries: object) -> Path:
     return path
 
 
-def test_documents_come_before_the_question(tmp_path):
+def test_documents_precede_the_prompt(tmp_path):
     (tmp_path / "report.txt").write_text("What was decided.")
     entry = {"prompt": "What?", "documents": ["A text.", {"file": "report.txt"}]}
     [prompt] = read_prompts(written(tmp_path, entry)).prompts
@@ -24,11 +24,15 @@ def test_documents_come_before_the_question(tmp_path):
     assert prompt.is_right("whatever") is None
 
 
-def test_a_conversation_is_taken_as_it_is_and_lines_are_counted_from_one(tmp_path):
-    said = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
-    first, second = read_prompts(written(tmp_path, {"prompt": "a"}, {"messages": said})).prompts
+def test_conversations_stay_unchanged_and_lines_count_from_one(tmp_path):
+    conversation = [
+        {"role": role, "content": role} for role in ("system", "user", "assistant", "user")
+    ]
+    first, second = read_prompts(
+        written(tmp_path, {"prompt": "a"}, {"messages": conversation})
+    ).prompts
     assert (first.line, second.line) == (1, 3)
-    assert [message.role for message in second.messages] == [each["role"] for each in said]
+    assert [message.role for message in second.messages] == [each["role"] for each in conversation]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,7 @@ def test_a_conversation_is_taken_as_it_is_and_lines_are_counted_from_one(tmp_pat
         ({"regex": r"^\s*[Yy]es\b"}, "Oh yes.", False),
     ],
 )
-def test_a_right_answer_holds_a_text_or_matches(expected, answer, is_right, tmp_path):
+def test_a_right_answer_contains_a_text_or_matches_a_regex(expected, answer, is_right, tmp_path):
     [prompt] = read_prompts(written(tmp_path, {"prompt": "?", "answer": expected})).prompts
     assert prompt.is_right(answer) is is_right
 
@@ -48,29 +52,29 @@ def test_a_right_answer_holds_a_text_or_matches(expected, answer, is_right, tmp_
 @pytest.mark.parametrize(
     ("entry", "what"),
     [
-        ([], "no object"),
-        ({}, "a prompt or messages, one of them"),
-        ({"prompt": "a", "messages": []}, "one of them"),
-        ({"prompt": "a", "anwser": "b"}, "what is 'anwser'"),
-        ({"prompt": 5}, "another form"),
-        ({"messages": []}, "another form"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "another form"),
-        ({"messages": [{"role": "user", "content": "a"}], "documents": ["b"]}, "go with a prompt"),
-        ({"prompt": "a", "documents": [{"path": "b"}]}, "another form"),
+        ([], "not a JSON object"),
+        ({}, "either prompt or messages"),
+        ({"prompt": "a", "messages": []}, "either prompt or messages"),
+        ({"prompt": "a", "anwser": "b"}, "key 'anwser' is unknown"),
+        ({"prompt": 5}, "wrong type"),
+        ({"messages": []}, "wrong type"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "wrong type"),
+        ({"messages": [{"role": "user", "content": "a"}], "documents": ["b"]}, "require a prompt"),
+        ({"prompt": "a", "documents": [{"path": "b"}]}, "wrong type"),
         ({"prompt": "a", "documents": [{"file": "nowhere"}]}, "cannot read"),
         ({"prompt": "a", "answer": {"regex": "("}}, "the regex is wrong"),
         ({"prompt": "a", "answer": {"regex": f"a{{{10**20}}}"}}, "the regex is wrong"),
         ({"prompt": "a", "answer": {"regex": "(" * 5000 + ")" * 5000}}, "the regex is wrong"),
-        ({"prompt": "a", "answer": 5}, "another form"),
+        ({"prompt": "a", "answer": 5}, "wrong type"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_line(entry, what, tmp_path):
+def test_errors_name_the_line(entry, what, tmp_path):
     with pytest.raises(PopError, match=r"mine\.jsonl, line 3: .*" + what) as failure:
         read_prompts(written(tmp_path, {"prompt": "right"}, entry))
     assert '{"prompt": TEXT}' in failure.value.hint
 
 
-def test_what_json_allows_in_a_line_is_no_end_of_it(tmp_path):
+def test_unicode_line_separators_do_not_end_a_line(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes('{"prompt": "a\u2028b\x85"}\r\n{"prompt": "c"}'.encode())
     first, second = read_prompts(path).prompts
@@ -78,14 +82,14 @@ def test_what_json_allows_in_a_line_is_no_end_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{'prompt': 'a'}", "[" * 100_000])
-def test_a_line_that_is_no_json(line, tmp_path):
+def test_a_line_must_be_json(line, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(line)
-    with pytest.raises(PopError, match="line 1: no JSON"):
+    with pytest.raises(PopError, match="line 1: this is not JSON"):
         read_prompts(path)
 
 
-def test_the_hash_is_of_all_that_prompts_say(tmp_path):
+def test_the_hash_covers_texts_answers_and_lines(tmp_path):
     same, again, other, judged = (
         read_prompts(written(tmp_path, entry)).sha256
         for entry in (
@@ -99,7 +103,7 @@ def test_the_hash_is_of_all_that_prompts_say(tmp_path):
     assert len({same, other, judged}) == 3
     later = tmp_path / "later.jsonl"
     later.write_text('\n{"prompt": "a"}')
-    assert read_prompts(later).sha256 != same, "answers are kept by line"
+    assert read_prompts(later).sha256 != same, "answers are stored by line"
 
 
 @pytest.mark.parametrize(
@@ -114,11 +118,11 @@ def test_the_hash_is_of_all_that_prompts_say(tmp_path):
         (1100, 0, 0),
     ],
 )
-def test_mcnemar_is_the_binomial_test_of_the_unequal_pairs(n_first, n_second, p):
+def test_mcnemar_is_the_binomial_test_of_discordant_pairs(n_first, n_second, p):
     assert mcnemar(n_first, n_second) == pytest.approx(p)
 
 
-def test_the_first_token_that_differs():
+def test_first_difference_counts_the_shared_tokens():
     assert _first_difference([1, 2, 3], [1, 2, 3]) is None
     assert _first_difference([1, 2, 3], [1, 5, 3]) == 1
     assert _first_difference([1, 2, 3], [1, 2]) == 2

@@ -1,4 +1,4 @@
-"""The full model's half, read once: the same figures as measuring each file by itself."""
+"""References of the full model, read once, give the same figures as separate measurements."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def reference(pair):
 
 
 @pytest.mark.parametrize("form", ["base", "single", "sidecar"])
-def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
+def test_figures_equal_those_of_a_separate_measurement(pair, reference, form):
     path, sidecar = {
         "base": (pair.base, None),
         "single": (pair.single, None),
@@ -55,7 +55,7 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
     assert found.kl_mean.value > 0
 
 
-def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypatch):
+def test_the_retention_equals_that_of_a_whole_measurement(pair, reference, monkeypatch):
     monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
     model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
     found = measure_retention(reference, model, (4, 3), ignore)
@@ -78,7 +78,7 @@ def test_progress_ends_at_its_total(pair, reference):
     assert seen[-1][0] == seen[-1][1]
 
 
-def test_too_short_a_text(pair):
+def test_a_text_that_is_too_short_is_refused(pair):
     model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
-    with pytest.raises(PopError, match="tokens are needed"):
+    with pytest.raises(PopError, match="too short for 2 windows"):
         read_reference(model, [[1, 2, 3]], SETTINGS, ignore)

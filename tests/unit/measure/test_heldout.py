@@ -1,4 +1,4 @@
-"""Held-out text: what is taken for text, and its windows."""
+"""Held-out text and its windows."""
 
 import pytest
 
@@ -6,18 +6,18 @@ from pop_converter.base.errors import PopError
 from pop_local.measure.heldout import given_text, spread_windows
 
 
-def test_windows_do_not_overlap_and_are_shared_out_evenly():
+def test_windows_do_not_overlap_and_are_spread_evenly():
     parts = [range(1000), range(2000, 2250), range(3000, 4000)]
     windows = spread_windows(parts, 8, 100)
     flat = [token for window in windows for token in window]
     assert len(flat) == len(set(flat)) == 800
     starts = [window[0] // 1000 for window in windows]
-    # The second part has room for two only.
+    # The second part has room for two windows.
     assert [starts.count(part) for part in (0, 2, 3)] == [3, 2, 3]
 
 
-def test_a_text_that_is_too_short_names_what_is_needed():
-    with pytest.raises(PopError, match=r"800 tokens are needed, it has 799"):
+def test_errors_name_the_needed_tokens():
+    with pytest.raises(PopError, match="need 800 tokens, the text has 799"):
         spread_windows([range(799)], 8, 100)
 
 
@@ -25,7 +25,7 @@ def test_a_text_that_is_too_short_names_what_is_needed():
     ("content", "reason"),
     [(b"", "no text"), (b" \n", "no text"), (b"a\0b", "binary"), (b"\xff", "UTF")],
 )
-def test_what_is_not_text_is_refused(tmp_path, content, reason):
+def test_files_without_text_are_refused(tmp_path, content, reason):
     path = tmp_path / "text"
     path.write_bytes(content)
     with pytest.raises(PopError, match=reason):

@@ -1,4 +1,4 @@
-"""Look-ups: strict answers, documents read once, counts against the full model."""
+"""Look-ups: strict verdicts, shared documents, counts against the full model."""
 
 from dataclasses import replace
 
@@ -54,19 +54,19 @@ def ask(model: PopModel, documents, pruning: Pruning) -> lookups.Answers:
     ("n", "n_documents", "n_each"),
     [(1, 1, 1), (20, 1, 20), (30, 2, 15), (100, 5, 20), (200, 10, 20)],
 )
-def test_questions_are_shared_out_evenly(n: int, n_documents: int, n_each: int) -> None:
+def test_questions_are_spread_evenly(n: int, n_documents: int, n_each: int) -> None:
     found = LookupSettings.of_questions(n)
     assert (found.n_documents, found.n_per_document) == (n_documents, n_each)
 
 
-# --- the verdict on one answer
+# --- the verdict on an answer
 
 
 @pytest.mark.parametrize(
     "text",
     [" 12.50", ' "12.50".', " `12.50`\n99", " the value 12.50, as stated", " 12.50."],
 )
-def test_the_exact_string_is_right_whatever_surrounds_it(text: str) -> None:
+def test_an_exact_string_among_other_words_is_right(text: str) -> None:
     assert is_right(text, "12.50")
 
 
@@ -84,22 +84,20 @@ def test_the_exact_string_is_right_whatever_surrounds_it(text: str) -> None:
         " 12 .50",
     ],
 )
-def test_a_part_another_line_or_a_longer_value_is_wrong(text: str) -> None:
+def test_parts_later_lines_and_longer_values_are_wrong(text: str) -> None:
     assert not is_right(text, "12.50")
 
 
 # --- reading
 
 
-def test_there_are_as_many_questions_as_requested_and_more_documents_go_on(
-    model, documents
-) -> None:
+def test_more_documents_follow_the_same_first_ones(model, documents) -> None:
     assert [len(each.questions) for each in documents] == [2, 2]
     assert make_documents(model, replace(SETTINGS, n_documents=3))[:2] == documents
     assert all(each.tokens[0] == model.engine.context.bos[0] for each in documents)
 
 
-def test_a_log_probability_is_that_of_one_prompt_read_in_full(model, documents) -> None:
+def test_log_probabilities_equal_those_of_one_full_prompt(model, documents) -> None:
     answers = ask(model, documents, FULL)
     for document, of_document in zip(documents, answers, strict=True):
         for asked, answer in zip(document.questions, of_document, strict=True):
@@ -130,14 +128,14 @@ def test_only_document_rows_are_pruned(model, documents, monkeypatch) -> None:
     )
 
 
-def test_layers_that_add_nothing_lose_nothing(tmp_path) -> None:
+def test_skipping_layers_that_add_nothing_loses_no_look_up(tmp_path) -> None:
     with PopModel(EngineOptions.of(tiny(tmp_path, zero_deep=4), n_ctx=1200, n_threads=1)) as idle:
         [found] = measure_lookups(idle, SETTINGS, [Pruning(4)], ignored)
     assert (found.n, found.lost, found.gained) == (4, 0, 0)
     assert found.logprob_lost.value == pytest.approx(0, abs=1e-3)
 
 
-def test_the_text_is_the_greedy_one_wherever_the_right_answer_leaves_it(model, documents) -> None:
+def test_the_text_is_greedy_where_the_right_answer_differs(model, documents) -> None:
     document = documents[0]
     asked = document.questions[0]
     with forced(model) as reader:
@@ -155,7 +153,7 @@ def test_the_text_is_the_greedy_one_wherever_the_right_answer_leaves_it(model, d
     assert changed.text.startswith(text)
 
 
-def test_a_stop_keeps_whole_documents_and_the_rest_is_asked_later(model, documents) -> None:
+def test_a_stopped_reference_continues_after_whole_documents(model, documents) -> None:
     known: lookups.Answers = []
 
     def stop(done: int, _total: int) -> None:
@@ -169,7 +167,7 @@ def test_a_stop_keeps_whole_documents_and_the_rest_is_asked_later(model, documen
     assert found.full == ask(model, documents, FULL)
 
 
-def test_documents_asked_for_in_two_goes_are_those_of_one(model) -> None:
+def test_two_steps_of_documents_equal_one(model) -> None:
     whole = LookupReference.read(model, SETTINGS, ignored)
     full: lookups.Answers = []
     first = LookupReference.read(model, replace(SETTINGS, n_documents=1), ignored, full)
@@ -197,7 +195,7 @@ def answers(*rights: bool, logprob: float = -1.0, n_tokens: int = 2) -> tuple[Lo
     return tuple(LookupAnswer(right, logprob, n_tokens, "") for right in rights)
 
 
-def test_lost_and_gained_are_counted_by_pairs_kind_and_layout() -> None:
+def test_lost_and_gained_are_counted_by_kind_and_layout() -> None:
     documents = [document("hex", "date"), document("hex", "date")]
     full = [answers(True, True), answers(True, False)]
     pruned = [answers(False, True, logprob=-2), answers(True, True, logprob=-4)]
@@ -214,6 +212,6 @@ def test_lost_and_gained_are_counted_by_pairs_kind_and_layout() -> None:
     assert found.expected_lost.value == pytest.approx(expected)
 
 
-def test_a_model_that_finds_nothing_loses_nothing() -> None:
+def test_a_model_without_right_answers_loses_none() -> None:
     found = compare_answers([document("hex")], [answers(False)], [answers(False)], SETTINGS)
     assert (found.lost_share, found.p, found.logprob_lost.se) == (0.0, 1.0, None)

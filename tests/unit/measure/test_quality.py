@@ -1,4 +1,4 @@
-"""Quality: reading, proof by the counters; tiny models, some figures of a real one."""
+"""Quality: teacher forcing, proof by the counters, figures of tiny models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,7 @@ def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
 
 
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
-    """At the model's own boundary."""
+    """Measure the loss at the model's own boundary."""
     return measure_prunings(
         model, [text()], settings, [Pruning(model.engine.cache.boundary)], ignore
     )[0]
@@ -59,7 +59,7 @@ def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
 # --- reading
 
 
-def test_predictions_are_those_of_one_full_pass(model):
+def test_predictions_equal_those_of_one_full_pass(model):
     tokens = text(90)
     with forced(model) as reader:
         reader.read(tokens[:60], FULL)
@@ -73,7 +73,7 @@ def test_predictions_are_those_of_one_full_pass(model):
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_the_model_is_left_as_it_was(model, mode):
+def test_measuring_restores_the_model(model, mode):
     model.engine.set_mode(mode)
     before = model.engine.cache.boundary
     measure_prunings(model, [text()], SHORT, [Pruning(2), Pruning(6)], ignore)
@@ -82,14 +82,14 @@ def test_the_model_is_left_as_it_was(model, mode):
     assert model.engine.cache.n_tokens == 0
 
 
-def test_a_model_without_keys_is_left_without_a_boundary(tmp_path):
+def test_measuring_restores_a_model_without_keys(tmp_path):
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
     quality = measure_prunings(model, [text()], SHORT, [Pruning(4)], ignore)[0]
     assert quality.n_pruned > 0
     assert (model.engine.cache.boundary, model.engine.cache.mode) == (0, Mode.OFF)
 
 
-def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
+def test_rows_pruned_against_the_plan_are_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "get_counters", lambda ctx: Counters(0, 60))
     with forced(model) as reader, pytest.raises(PopError, match="of 60 context tokens 43 should"):
         reader.read(text(60), Pruning(4, Mode.CONTEXT))
@@ -104,7 +104,7 @@ def test_a_continuation_with_pruned_rows_is_an_error(model, monkeypatch):
             reader.predict(text(20))
 
 
-def test_a_recurrent_state_that_is_not_brought_back_is_an_error(model, monkeypatch):
+def test_a_recurrent_state_that_cannot_be_restored_is_an_error(model, monkeypatch):
     monkeypatch.setattr(Context, "is_recurrent", property(lambda _: True))
     monkeypatch.setattr(Cells, "restore", lambda *_: False)
     with forced(model) as reader, pytest.raises(PopError, match="the saved state does not fit"):
@@ -112,7 +112,7 @@ def test_a_recurrent_state_that_is_not_brought_back_is_an_error(model, monkeypat
         reader.predict(text(20))
 
 
-def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_graph(model):
+def test_should_stop_aborts_a_measurement_between_graph_nodes(model):
     n_asked = 0
 
     def should_stop() -> bool:
@@ -122,15 +122,15 @@ def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_grap
 
     with stopped_by(should_stop), pytest.raises(StoppedError):
         measured(model)
-    assert n_asked == 3, "the first batch was not read to its end"
+    assert n_asked == 3, "the first batch is aborted"
     assert (model.engine.cache.n_tokens, model.engine.cache.mode) == (0, Mode.CONTEXT)
     assert measured(model).n_pruned > 0
 
 
-def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
+def test_a_mode_without_effect_is_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
     model.engine.set_mode(Mode.CONTEXT)
-    with pytest.raises(PopError, match="does not hold"):
+    with pytest.raises(PopError, match="not valid"):
         measured(model)
 
 
@@ -143,13 +143,13 @@ def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
         ({"min_prompt": 1000}, 60 - 17),
     ],
 )
-def test_tokens_pruned_follow_the_rule(model, rule, n_pruned):
+def test_the_rule_decides_which_tokens_are_pruned(model, rule, n_pruned):
     set_rule(model, **rule)
     assert measured(model).n_pruned == 3 * n_pruned
 
 
 def test_a_context_of_full_tokens_only_is_an_error(model):
-    with pytest.raises(PopError, match="too few are left"):
+    with pytest.raises(PopError, match="context is too short"):
         measured(model, replace(SHORT, n_context=17))
 
 
@@ -165,13 +165,13 @@ def test_full_against_full_is_zero(model):
     assert quality.induction_delta_nll.value == 0
 
 
-def test_layers_that_add_nothing_cost_nothing(model, tmp_path):
+def test_skipping_layers_that_add_nothing_loses_nothing(model, tmp_path):
     idle = opened(tiny(tmp_path, zero_deep=4))
     assert measured(idle).kl_mean.value < 1e-4
     assert measured(model).kl_mean.value > 1e-2
 
 
-def test_depths_in_one_run_are_those_of_single_runs(model):
+def test_boundaries_in_one_run_equal_those_of_single_runs(model):
     both = measure_prunings(model, [text()], SHORT, [Pruning(6), Pruning(2)], ignore)
     model.engine.set_boundary(2)
     assert measured(model) == both[1]
@@ -220,7 +220,7 @@ def test_random_tokens_are_scored_where_they_are_pruned(sink, tail, n_bos, score
 
 
 @pytest.mark.parametrize("tail", [126, 127, 200])
-def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
+def test_random_tokens_are_scored_even_if_all_are_full(model, tail):
     set_rule(model, tail_tokens=tail)
     found = measured(model, replace(SHORT, n_windows=1, n_context=260))
     assert found.n_pruned > 0
@@ -229,14 +229,14 @@ def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
         assert found.induction_delta_nll.value == pytest.approx(0, abs=1e-5)
 
 
-def test_random_tokens_are_no_control_tokens(model):
+def test_random_tokens_exclude_control_tokens(model):
     tokens = random_tokens(model, 2000, np.random.default_rng(0))
     vocab = model.engine.context.vocab
     attribute = backend.bindings().llama_vocab_get_attr
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 
 
-def test_windows_measured_little_by_little_are_those_of_one_run(model):
+def test_gradual_measurements_equal_those_of_one_run(model):
     settings = replace(SHORT, n_windows=6)
     parts = [text(400), text(400, seed=1)]
     reference = read_reference(model, parts, settings, ignore)
@@ -260,7 +260,7 @@ def test_windows_measured_little_by_little_are_those_of_one_run(model):
     assert found.top1_agreement == whole.top1_agreement
 
 
-def test_a_kept_reference_takes_half_the_memory_and_is_as_good(model):
+def test_a_reference_takes_half_the_memory_with_the_same_figures(model):
     reference = read_reference(model, [text()], SHORT, ignore)
     assert {full.predicted.logits.dtype for full in reference.full} == {np.dtype(np.float16)}
     [found] = measure_against(reference, model, (FULL,), ignore)
