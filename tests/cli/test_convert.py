@@ -22,7 +22,7 @@ from support.synthetic import DEFAULTS, make_gguf, make_split, renamed
 
 
 def command(*arguments: object):
-    """Own projections at a given depth: what a fit and a budget add is tested with those."""
+    """Run `convert` with own projections at a named boundary."""
     depth = () if {"--skip", "--boundary"} & set(arguments) else ("--skip", "1/3")
     options = ["--projection", "own", *depth, *map(str, arguments)]
     return CliRunner().invoke(app, ["convert", *options])
@@ -55,7 +55,7 @@ def test_skip_is_rounded_to_layers(tiny, text, n_layer, boundary):
 @pytest.mark.parametrize(
     "text", ["", "x", "0", "0.0", "-1", "1/0", "1.0", "3/2", "1e400", "nan", "½"]
 )
-def test_skip_that_means_nothing(text):
+def test_a_malformed_skip_is_refused(text):
     with pytest.raises(PlanError, match="neither"):
         parse_skip(text)
 
@@ -72,7 +72,7 @@ def test_one_layer_must_be_kept(tiny, n_skipped):
         boundary_of(read_shape(tiny), n_skipped)
 
 
-def test_plan_of_another_model(tiny, tmp_path):
+def test_a_plan_for_another_model_is_refused(tiny, tmp_path):
     other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=6)
     with pytest.raises(PlanError, match="another model"):
         convert(make_plan(read_shape(other)), tiny, tmp_path / "out.gguf")
@@ -112,14 +112,14 @@ def test_only_keys_are_added(tmp_path, arch):
 
 
 @pytest.mark.parametrize("arch", sorted(DEFAULTS))
-def test_unpatched_library_runs_it_as_the_source(tmp_path, arch, unpatched_lib):
+def test_the_unpatched_library_computes_the_same_logits(tmp_path, arch, unpatched_lib):
     src = make_gguf(tmp_path / "model.gguf", arch)
     dst = tmp_path / "out.gguf"
     convert_default(src, dst)
     assert_same_logits(src, dst, unpatched_lib)
 
 
-def test_progress_goes_from_little_to_all(tiny, tmp_path, monkeypatch):
+def test_progress_increases_to_its_total(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(content, "CHUNK_BYTES", 50_000)
     seen: list[tuple[int, int]] = []
     convert_default(tiny, tmp_path / "out.gguf", progress=lambda *both: seen.append(both))
@@ -140,7 +140,7 @@ def test_chunks_smaller_than_tensors_change_nothing(tiny, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("empty_first", [False, True])
-def test_split_model_becomes_one_file(tmp_path, unpatched_lib, empty_first):
+def test_a_split_model_becomes_one_file(tmp_path, unpatched_lib, empty_first):
     whole = make_gguf(tmp_path / "whole.gguf", "qwen2")
     parts = make_split(tmp_path / "model.gguf", "qwen2", max_tensors=30, empty_first=empty_first)
     assert len(parts) > 2
@@ -172,7 +172,7 @@ def test_a_split_model_is_fitted_and_stripped(tmp_path, letters, empty_first):
         assert (old.name, old.data.tobytes()) == (new.name, new.data.tobytes())
 
 
-def test_default_name_of_a_split_model(tmp_path):
+def test_the_default_name_of_a_split_model_has_no_number(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
     assert command(parts[0]).exit_code == 0
     assert (tmp_path / "model.pop.gguf").is_file()
@@ -194,7 +194,7 @@ def test_a_later_part_names_the_first(tmp_path):
     assert str(parts[0]) in raised.value.hint
 
 
-def test_parts_that_do_not_belong(tmp_path):
+def test_wrong_parts_are_refused(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     renamed = tmp_path / "renamed.gguf"
     shutil.copy(parts[0], renamed)
@@ -205,7 +205,7 @@ def test_parts_that_do_not_belong(tmp_path):
         read_shape(parts[0])
 
 
-def test_parts_of_another_model(tmp_path):
+def test_parts_of_another_model_are_refused(tmp_path):
     (tmp_path / "other").mkdir()
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
@@ -218,7 +218,7 @@ def test_parts_of_another_model(tmp_path):
 # --- the command
 
 
-def test_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
+def test_the_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
     done = command(tiny, "--skip", "1/4")
     assert done.exit_code == 0
     assert "FFFFFFSS" in done.stdout
@@ -228,14 +228,14 @@ def test_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path):
     assert meta.boundary == 6
 
 
-def test_a_dry_run_refuses_the_output_that_a_conversion_would(tiny, tmp_path):
+def test_a_dry_run_refuses_the_same_outputs_as_a_conversion(tiny, tmp_path):
     for target, reason in ((tiny, "input itself"), (tmp_path / "no" / "out.gguf", "not exist")):
         refused = command(str(tiny), str(target), "--dry-run")
         assert refused.exit_code == 1
         assert reason in " ".join(refused.stderr.split())
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     planned = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--dry-run", "--json").stdout)
     assert names(tmp_path) == {"tiny.gguf"}
     assert planned.pop("source_sha256") is None

@@ -35,7 +35,7 @@ FIT = ("--projection", "fitted", "--distill", *FEW)
 
 
 def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """The boundaries from which six windows are read to distil on, and those that are distilled."""
+    """Distil on six windows; record the boundaries of each reading, and the distilled ones."""
     pytest.importorskip("torch")
     read: list[int] = []
     trained: list[int] = []
@@ -54,12 +54,12 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     return read, trained
 
 
-def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path, monkeypatch):
-    """The fits are trained on too little text for a meaningful loss."""
+def test_distilled_fits_are_tried_from_the_fastest_candidate(tiny, letters, tmp_path, monkeypatch):
+    """The training has too little text for a meaningful loss, so the test sets the figures."""
     read, trained = followed(monkeypatch)
     monkeypatch.setattr(searching, "N_DEEPER", 2)
 
-    class Told(gradual.Gradual):
+    class Scripted(gradual.Gradual):
         def measure(self, model, on_progress):
             super().measure(model, on_progress)
             assert self.quality is not None
@@ -70,28 +70,28 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
             )
 
     for module in (fits, candidate):
-        monkeypatch.setattr(module, "Gradual", Told)
+        monkeypatch.setattr(module, "Gradual", Scripted)
     done = convert(tiny, "--sidecar", *FIT, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
     assert trained == [5, 4, 3, 2]
-    assert read == [3, 2], "once for three boundaries, and again for what is deeper"
+    assert read == [3, 2], "one reading serves three boundaries"
     assert (meta.boundary, meta.calibration.n_distilled) == (3, 6 * texts.N_WINDOW)
     assert meta.budget.tried.endswith(
         "4 distilled (names) inside, 3 distilled (names) inside, 2 distilled (names) outside"
     )
-    said = json.loads(done.stdout)
-    assert said["distilled"] is True
-    assert [each["distilled"] for each in said["tried"][-5:]] == [False, *[True] * 4]
+    report = json.loads(done.stdout)
+    assert report["distilled"] is True
+    assert [each["distilled"] for each in report["tried"][-5:]] == [False, *[True] * 4]
 
 
-def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
+def test_a_named_boundary_is_distilled_if_its_plain_fit_is_outside(
     tiny, letters, tmp_path, monkeypatch
 ):
     read, trained = followed(monkeypatch)
 
-    class Told(gradual.Gradual):
+    class Scripted(gradual.Gradual):
         def measure(self, model, on_progress):
             super().measure(model, on_progress)
             assert self.quality is not None
@@ -99,7 +99,7 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
             self.quality = replace(self.quality, copy_ppl_ratio=found)
 
     for module in (fits, candidate):
-        monkeypatch.setattr(module, "Gradual", Told)
+        monkeypatch.setattr(module, "Gradual", Scripted)
     done = convert(tiny, *FIT, "--text", letters, "--boundary", 4, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -108,12 +108,12 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
         4,
         "4 (names) outside, 4 distilled (names) inside",
     )
-    assert read == [4], "nothing is kept for deeper boundaries"
+    assert read == [4], "no state is read for deeper boundaries"
 
 
 @pytest.mark.parametrize(("more", "is_taken"), [(-0.001, True), (0.0004, True), (0.001, False)])
 def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_taken, tiny):
-    """Windows differ by far more than the two fits do on each of them."""
+    """Windows differ by far more than both fits on each window."""
     given: Any = {"projection": Projection.FITTED, "macs": GraphMacs(tiny)}
     plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
     unused: Any = None
@@ -136,7 +136,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
         ("phi3", (), "the architecture 'phi3'"),
     ],
 )
-def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, reason, tmp_path):
+def test_impossible_distilling_is_refused_before_measuring(arch, options, reason, tmp_path):
     tiny = make_gguf(tmp_path / "tiny.gguf", arch)
     done = convert(tiny, "--distill", *options)
     assert done.exit_code == 1
@@ -144,12 +144,12 @@ def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, rea
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_a_program_that_wants_no_fit_can_distil_none(tiny):
-    with pytest.raises(PopError, match="of own projections"):
+def test_own_projections_cannot_be_distilled(tiny):
+    with pytest.raises(PopError, match="own projections, and fits for pictures"):
         pop_local.convert(tiny, goal=pop_local.Skip("1/3"), fit=None, distiller=Distiller)
 
 
-def test_distilling_wants_torch_and_memory(tiny, monkeypatch):
+def test_distilling_requires_torch_and_memory(tiny, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(needs, "free_bytes", lambda: 10**6)
         done = convert(tiny, "--distill")
@@ -163,7 +163,7 @@ def test_distilling_wants_torch_and_memory(tiny, monkeypatch):
     assert convert(tiny, "--distill", "--projection", "own").exit_code == 2
 
 
-def test_what_goes_wrong_leaves_what_was_found_without(tiny, letters, tmp_path, monkeypatch):
+def test_a_failed_distilling_keeps_the_plain_fit(tiny, letters, tmp_path, monkeypatch):
     pytest.importorskip("torch")
 
     def fail(*args):

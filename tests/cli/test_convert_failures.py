@@ -1,4 +1,4 @@
-"""Conversions that are refused, fail or are killed: nothing lost, no partial file."""
+"""Conversions that are refused, fail or are killed lose no file and leave no partial one."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from support.synthetic import add_keys, make_gguf, make_split
 
 resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 
-# The command, which gets nothing more to copy after its first chunk.
+# Runs the command, which copies one chunk and then waits.
 STOPPED = """
 import sys, time
 from pop_converter.gguf import content
@@ -46,7 +46,7 @@ main()
 # --- refusals before writing
 
 
-def test_existing_output_stays(tiny, tmp_path):
+def test_an_existing_output_stays(tiny, tmp_path):
     dst = tmp_path / "out.gguf"
     dst.write_text("mine")
     copied: list[int] = []
@@ -58,7 +58,7 @@ def test_existing_output_stays(tiny, tmp_path):
     assert read_pop_meta(dst) is not None
 
 
-def test_output_that_appears_meanwhile_stays(tiny, tmp_path):
+def test_an_output_that_appears_during_the_copy_stays(tiny, tmp_path):
     dst = tmp_path / "out.gguf"
     with pytest.raises(OutputExistsError):
         convert_default(tiny, dst, progress=lambda *both: dst.write_text("mine"))
@@ -66,14 +66,16 @@ def test_output_that_appears_meanwhile_stays(tiny, tmp_path):
     assert names(tmp_path) == {"tiny.gguf", "out.gguf"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a folder that takes no file, even root's")
-def test_a_folder_that_takes_no_file_is_refused_beforehand(tiny):
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs /proc, where even root cannot create files"
+)
+def test_a_folder_without_write_access_is_refused_before_the_copy(tiny):
     with pytest.raises(WriteError, match="cannot write /proc/out"):
         check_target(tiny, Path("/proc/out.gguf"), FileSizes(1, 1), force=False)
 
 
 @pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])
-def test_output_that_is_the_input(tiny, tmp_path, how):
+def test_the_input_is_refused_as_output(tiny, tmp_path, how):
     dst = tmp_path / "link.gguf"
     if how == "same":
         dst = tiny
@@ -87,20 +89,20 @@ def test_output_that_is_the_input(tiny, tmp_path, how):
     assert tiny.read_bytes() == before
 
 
-def test_output_that_is_a_part_of_the_input(tmp_path):
+def test_a_part_of_the_input_is_refused_as_output(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
     with pytest.raises(WriteError, match="input itself"):
         convert_default(parts[0], parts[1], force=True)
 
 
-def test_converted_file_is_not_converted_again(tiny, tmp_path):
+def test_a_converted_file_is_refused_as_input(tiny, tmp_path):
     convert_default(tiny, tmp_path / "out.gguf")
     with pytest.raises(FormatError, match="converted already") as raised:
         convert_default(tmp_path / "out.gguf", tmp_path / "twice.gguf")
     assert "strip" in raised.value.hint
 
 
-def test_padding_that_could_not_be_restored(tiny, tmp_path):
+def test_padding_that_strip_could_not_restore_is_refused(tiny, tmp_path):
     add_keys(tiny, tmp_path / "odd.gguf", some__key="text of odd length")
     odd = tmp_path / "odd.gguf"
     header = read_header(odd)
@@ -113,13 +115,13 @@ def test_padding_that_could_not_be_restored(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["nowhere/out.gguf", "tiny.gguf/out.gguf", "folder"])
-def test_output_where_no_file_can_be(tiny, tmp_path, where):
+def test_an_impossible_output_path_is_refused(tiny, tmp_path, where):
     (tmp_path / "folder").mkdir()
     with pytest.raises(WriteError):
         convert_default(tiny, tmp_path / where)
 
 
-def test_disk_too_small_is_seen_before_writing(tiny, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_detected_before_writing(tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(WriteError, match="1,000,000 left"):
@@ -127,12 +129,12 @@ def test_disk_too_small_is_seen_before_writing(tiny, tmp_path, monkeypatch):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-# --- what goes wrong while writing
+# --- failures while writing
 
 
 @pytest.mark.parametrize("at", [0, 1_000_000, -1])
-def test_damage_on_the_way_is_noticed(tiny, tmp_path, monkeypatch, at):
-    """A flipped bit on the disk: the file is verified and deleted."""
+def test_a_damaged_output_is_detected(tiny, tmp_path, monkeypatch, at):
+    """Flip a bit of the written file, which is then verified and deleted."""
     real = rewrite._verify
 
     def verify(written: Path, *rest: object) -> None:
@@ -149,7 +151,7 @@ def test_damage_on_the_way_is_noticed(tiny, tmp_path, monkeypatch, at):
 
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a tmpfs with the given options; skips where that is not permitted."""
+    """Return a function that mounts a tmpfs with the given options, or skips the test."""
     folder: Path = tmp_path / "mounted"
     folder.mkdir()
 
@@ -165,12 +167,12 @@ def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
 
 
 def unknown_usage(folder: Path, real=shutil.disk_usage):
-    """The answer of a network drive that does not know it."""
+    """Return the usage that network drives report if they do not know it."""
     return real(folder)._replace(total=0, used=0, free=0)
 
 
 @pytest.mark.parametrize("room_is_checked", [True, False])
-def test_disk_full(tiny, mount, monkeypatch, room_is_checked):
+def test_a_full_disk_leaves_no_file(tiny, mount, monkeypatch, room_is_checked):
     folder = mount("size=1m")
     if not room_is_checked:
         monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
@@ -180,7 +182,7 @@ def test_disk_full(tiny, mount, monkeypatch, room_is_checked):
     assert not names(folder)
 
 
-def test_disk_full_keeps_what_was_to_be_replaced(tiny, mount, monkeypatch):
+def test_a_full_disk_keeps_the_output_to_replace(tiny, mount, monkeypatch):
     folder = mount("size=1m")
     (folder / "out.gguf").write_text("mine")
     monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
@@ -190,7 +192,7 @@ def test_disk_full_keeps_what_was_to_be_replaced(tiny, mount, monkeypatch):
     assert (folder / "out.gguf").read_text() == "mine"
 
 
-def test_read_only_disk(tiny, mount):
+def test_a_read_only_disk_is_refused(tiny, mount):
     folder = mount("ro,size=9m")
     with pytest.raises(WriteError, match="Read-only file system"):
         convert_default(tiny, folder / "out.gguf")
@@ -198,18 +200,18 @@ def test_read_only_disk(tiny, mount):
 
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
-    """A folder for a user whom permissions bind, which root becomes for a while."""
+    """Return a folder, and drop root's rights during the test, since they override permissions."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     before = os.geteuid()
     if before == 0:
-        os.seteuid(65534)  # an unprivileged user
+        os.seteuid(65534)
     yield folder
     os.seteuid(before)
     shutil.rmtree(folder)
 
 
-def test_folder_without_permission(unprivileged):
+def test_a_folder_without_permission_is_refused(unprivileged):
     source = make_gguf(unprivileged / "tiny.gguf", "llama")
     locked = unprivileged / "locked"
     locked.mkdir(mode=0o555)
@@ -219,7 +221,7 @@ def test_folder_without_permission(unprivileged):
     assert not names(locked)
 
 
-def test_file_too_large_for_its_limit(tiny, tmp_path):
+def test_a_file_size_limit_leaves_no_file(tiny, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
@@ -230,7 +232,7 @@ def test_file_too_large_for_its_limit(tiny, tmp_path):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_source_that_shrinks_while_it_is_read(tiny, tmp_path, monkeypatch):
+def test_a_source_that_shrinks_during_the_copy_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_converter.gguf.content.CHUNK_BYTES", 100_000)
     with pytest.raises(FormatError, match="became shorter"):
         convert_default(
@@ -241,13 +243,13 @@ def test_source_that_shrinks_while_it_is_read(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stopped(tiny, tmp_path) -> Iterator[subprocess.Popen[str]]:
-    """The command in mid-copy, its temporary file in place."""
+    """Start the command and return it in the middle of its copy, with a temporary file."""
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, str(tiny), str(tmp_path / "out.gguf")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Under nohup it would be ignored.
+        # Under nohup, the child would ignore SIGHUP.
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert process.stdout is not None
@@ -260,7 +262,7 @@ def stopped(tiny, tmp_path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_in_mid_conversion(tmp_path, stopped, number):
+def test_a_signal_leaves_no_file(tmp_path, stopped, number):
     stopped.send_signal(number)
     _, stderr = stopped.communicate(timeout=30)
     assert stopped.returncode == 128 + number
@@ -268,13 +270,13 @@ def test_stopped_in_mid_conversion(tmp_path, stopped, number):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_another_process_at_the_same_target_keeps_its_file(tiny, tmp_path, stopped):
+def test_a_second_process_keeps_the_first_file(tiny, tmp_path, stopped):
     (theirs,) = names(tmp_path) - {"tiny.gguf"}
     convert_default(tiny, tmp_path / "out.gguf")
     assert names(tmp_path) == {"tiny.gguf", "out.gguf", theirs}
 
 
-def test_killed_in_mid_conversion(tiny, tmp_path, stopped):
+def test_the_next_conversion_deletes_the_file_of_a_killed_one(tiny, tmp_path, stopped):
     stopped.kill()
     stopped.wait(timeout=30)
     (left,) = names(tmp_path) - {"tiny.gguf"}

@@ -1,4 +1,4 @@
-"""`pop-local convert` at a given depth: fitted, measured, refused, stopped."""
+"""`pop-local convert` at a named boundary: fits, measurements, refusals, stops."""
 
 import json
 import os
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 THIRD = ("--skip", "1/3")
 FEW = ("--tokens", "2048", "--threads", "1")
-# The command, which waits after each window for a line from its parent.
+# Runs the command, which waits for a line from its parent after each window.
 WAITING = """
 import sys
 from pop_local.calibration import activations
@@ -52,7 +52,7 @@ from pop_local.cli import main
 sys.argv = ["pop-local", *sys.argv[1:]]
 main()
 """
-# The command, which saves each window, measures little, and reports its start.
+# Runs the command, which saves each window, measures little and reports its start.
 KEEPING = """
 import sys
 from pop_local.calibration import job
@@ -60,7 +60,7 @@ from pop_local.measure import probes
 from pop_local.workflows.conversion import named
 
 def load(*arguments, real=job.load):
-    print("begins", flush=True)
+    print("started", flush=True)
     return real(*arguments)
 
 job.load, job.SAVE_EVERY_S = load, 0.0
@@ -73,13 +73,13 @@ N_KILLS = 1  # tests/bench/measure_kills.py has more
 
 
 def convert(*arguments: object):
-    """At a third of the layers, unless they say otherwise."""
+    """Run `convert`, skipping a third of the layers unless the arguments name a boundary."""
     has_depth = {"--skip", "--boundary"} & set(arguments)
     depth = () if has_depth else THIRD
     return CliRunner().invoke(app, ["convert", *map(str, arguments), *depth, *FEW])
 
 
-def test_by_default_it_fits_and_measures(tiny, tmp_path, short_examination):
+def test_the_default_is_a_measured_fit(tiny, tmp_path, short_examination):
     done = convert(tiny, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -92,15 +92,15 @@ def test_by_default_it_fits_and_measures(tiny, tmp_path, short_examination):
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
 
-def test_people_read_the_figures_that_are_stored(tiny, tmp_path, words, monkeypatch):
+def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 2)
     done = convert(tiny, "--text", words)
-    said = " ".join(done.stdout.split())
+    shown = " ".join(done.stdout.split())
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.measured is not None
-    assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in said
-    assert f"perplexity {meta.measured.copy_ppl_ratio:.3f} times" in said
-    assert said.count("pop-local only") == 1
+    assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in shown
+    assert f"perplexity {meta.measured.copy_ppl_ratio:.3f} times" in shown
+    assert shown.count("pop-local only") == 1
 
 
 def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination):
@@ -129,8 +129,7 @@ def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination)
     assert "fitted-wide, distilled" in shown.stdout
 
 
-def test_a_wide_fit(tiny, tmp_path, words, short_examination):
-    """Its cost is in every limit that is said."""
+def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_examination):
     done = convert(tiny, "--projection", "fitted-wide", "--text", words, "--json")
     assert done.exit_code == 0, done.output
     report, target = json.loads(done.stdout), tmp_path / "tiny.pop.gguf"
@@ -147,8 +146,10 @@ def test_a_wide_fit(tiny, tmp_path, words, short_examination):
     assert "fitted-wide" in done.stdout
 
 
-def test_where_it_is_cheap_the_kind_is_measured(tmp_path, words, short_examination, monkeypatch):
-    """Few K/V heads with a wide FFN; a fit to noise does not show which one is better."""
+def test_the_kind_is_measured_if_a_wide_fit_is_cheap(
+    tmp_path, words, short_examination, monkeypatch
+):
+    """The model has few K/V heads and a wide FFN. Its fit to noise prefers neither kind."""
     monkeypatch.setattr(fits, "_N_WINDOWS", 1)
     monkeypatch.setattr(fits, "_WORTH", -100.0)
     model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
@@ -159,7 +160,7 @@ def test_where_it_is_cheap_the_kind_is_measured(tmp_path, words, short_examinati
     assert "Projections are fitted-wide: " in done.stderr
 
 
-def test_several_texts(tiny, tmp_path, words, short_examination):
+def test_texts_may_be_files_and_folders(tiny, tmp_path, words, short_examination):
     notes = tmp_path.parent / f"{tmp_path.name}-notes"
     notes.mkdir()
     (notes / "note.md").write_text(" ".join(f"note{number}" for number in range(3000)))
@@ -175,7 +176,7 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
     assert (meta.projection, meta.calibration) == ("own", None)
 
 
-def test_a_broken_copy_can_be_kept(tiny, tmp_path, words, monkeypatch, short_examination):
+def test_force_writes_a_fit_that_cannot_copy(tiny, tmp_path, words, monkeypatch, short_examination):
     monkeypatch.setattr(examining, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
     refused = convert(tiny, "--text", words)
     assert refused.exit_code == 1
@@ -192,8 +193,8 @@ def test_a_broken_copy_can_be_kept(tiny, tmp_path, words, monkeypatch, short_exa
 
 def assert_refused(done, folder: Path, reason: str) -> None:
     assert done.exit_code == 1, done.output
-    said = [line for line in done.stderr.splitlines() if line.startswith(("error", "hint"))]
-    assert len(said) == 2 and reason in said[0]
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error", "hint"))]
+    assert len(lines) == 2 and reason in lines[0]
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     assert len(names(folder)) == 1
 
@@ -207,19 +208,19 @@ def assert_refused(done, folder: Path, reason: str) -> None:
         (b"again " * 5000, "repeats itself"),
     ],
 )
-def test_texts_that_cannot_be_used(tiny, tmp_path, tmp_path_factory, content, reason):
+def test_unusable_texts_are_refused(tiny, tmp_path, tmp_path_factory, content, reason):
     path = tmp_path_factory.mktemp("bad") / "text.txt"
     path.write_bytes(content)
     assert_refused(convert(tiny, "--text", path), tmp_path, reason)
 
 
-def test_too_few_tokens(tiny, tmp_path):
+def test_too_few_tokens_are_refused(tiny, tmp_path):
     done = CliRunner().invoke(app, ["convert", str(tiny), *THIRD, "--tokens", "100"])
     assert_refused(done, tmp_path, "this model needs 2,048")
 
 
-def test_a_singular_gram(tmp_path, words):
-    """N tokens for N inputs, but the first token of each window does not count."""
+def test_a_singular_gram_matrix_is_refused(tmp_path, words):
+    """Fit N inputs to N tokens, of which each window's first does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
     fit = FitOptions(texts=(words,), tokens=2048, ridge=0.0)
     with pytest.raises(PopError, match="singular"):
@@ -227,7 +228,7 @@ def test_a_singular_gram(tmp_path, words):
 
 
 @pytest.mark.parametrize("own_text", [True, False])
-def test_activations_that_are_not_finite(tiny, tmp_path, words, own_text):
+def test_activations_that_are_not_finite_are_refused(tiny, tmp_path, words, own_text):
     with tiny.open("r+b") as file:
         norm = next(t for t in gguf.GGUFReader(tiny).tensors if t.name == "blk.1.attn_norm.weight")
         file.seek(norm.data_offset)
@@ -236,16 +237,16 @@ def test_activations_that_are_not_finite(tiny, tmp_path, words, own_text):
     assert_refused(done, tmp_path, "predicts NaN" if own_text else "not finite")
 
 
-def test_options_that_belong_to_nothing_are_wrong_usage(tiny):
+def test_options_without_their_main_option_are_wrong_usage(tiny):
     assert convert(tiny, "--distill-tokens", 4096).exit_code == 2
-    assert convert(tiny, "--projection", "own").exit_code == 2  # for --tokens
+    assert convert(tiny, "--projection", "own").exit_code == 2  # because of --tokens
 
 
 # --- Ctrl-C
 
 
 def stopped(folder: Path, *arguments: object) -> str:
-    """Press Ctrl-C while the second window is read, and return stderr."""
+    """Press Ctrl-C during the second window, and return stderr."""
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, *map(str, arguments), *FEW],
         stdin=subprocess.PIPE,
@@ -273,16 +274,16 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 
 
 @posix
-def test_ctrl_c_leaves_nothing(tiny, tmp_path, words):
+def test_ctrl_c_leaves_no_file(tiny, tmp_path, words):
     stopped(tmp_path, "convert", tiny, "--text", words, *THIRD)
     assert names(tmp_path) == {"tiny.gguf"}
 
 
 @posix
-def test_ctrl_c_and_resume(tiny, tmp_path, words, short_examination):
+def test_resume_after_ctrl_c_gives_the_same_file(tiny, tmp_path, words, short_examination):
     target, whole = tmp_path / "tiny.pop.gguf", tmp_path / "whole.gguf"
     options = ("--text", words, "--resume", *THIRD)
-    assert "goes on from there" in stopped(tmp_path, "convert", tiny, *options)
+    assert "continues from there" in stopped(tmp_path, "convert", tiny, *options)
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
     assert convert(tiny, *options).exit_code == 0
     assert convert(tiny, whole, "--text", words).exit_code == 0
@@ -291,8 +292,8 @@ def test_ctrl_c_and_resume(tiny, tmp_path, words, short_examination):
 
 
 @posix
-def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, words):
-    """Kill at random moments; a conversion that finished earlier is started again."""
+def test_resume_after_kills_gives_the_same_file(tiny, tmp_path, words):
+    """Kill at random times after the first checkpoint; restart conversions that finish earlier."""
     target, kept = tmp_path / "tiny.pop.gguf", tmp_path / ".tiny.pop.gguf.calibration"
     rng, n_kills = random.Random(0), 0
 
@@ -301,7 +302,7 @@ def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, words
         command = [sys.executable, "-c", KEEPING, *map(str, options), "--resume"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
-            assert b"begins\n" in iter(process.stdout.readline, b"")
+            assert b"started\n" in iter(process.stdout.readline, b"")
             began_s = time.monotonic()
             if killed_within_s:
                 while not kept.exists():
@@ -330,7 +331,7 @@ def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, words
     print(f"{n_kills} kills; {n_done} conversions were done before")
 
 
-def test_a_fit_outlasts_a_stop_of_what_follows(
+def test_a_stop_during_the_measurement_keeps_the_fit(
     tiny, tmp_path, words, monkeypatch, short_examination
 ):
     options = (tiny, "--text", words, "--resume")
@@ -338,7 +339,7 @@ def test_a_fit_outlasts_a_stop_of_what_follows(
         stopping.setattr(examining.Examination, "of_fit", _interrupt)
         stopped = convert(*options)
     assert stopped.exit_code == 130
-    assert "goes on from there" in stopped.stderr
+    assert "continues from there" in stopped.stderr
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
     monkeypatch.setattr("pop_local.calibration.job.Reading", None)
     assert convert(*options).exit_code == 0
@@ -350,6 +351,6 @@ def _interrupt(*arguments: object) -> None:
 
 
 @posix
-def test_ctrl_c_in_eval_leaves_nothing(tiny, tmp_path, words):
+def test_ctrl_c_in_eval_leaves_no_file(tiny, tmp_path, words):
     stopped(tmp_path, "eval", tiny, "--fit", *THIRD, "--fit-text", words)
     assert names(tmp_path) == {"tiny.gguf"}

@@ -1,4 +1,4 @@
-"""`convert` of a model that is too large for a fit at each boundary, played by a small one."""
+"""`convert` of a model that is too large for a fit at each boundary, simulated on a tiny one."""
 
 import json
 
@@ -14,13 +14,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search", "few_fit
 
 @pytest.fixture
 def few_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sums have room for two of the boundaries 2 to 6."""
+    """Limit the sums to two of the boundaries 2 to 6."""
     monkeypatch.setattr(needs, "MOST_SUMS_BYTES", 4_200_000)
 
 
 @pytest.fixture
 def own_pass_at(monkeypatch: pytest.MonkeyPatch):
-    """Own projections pass from a boundary on, fits everywhere."""
+    """Return a function that sets the deepest own boundary inside; all fits are inside."""
 
     def passing(shallowest: int) -> None:
         def judge(self, candidate, is_enough, real=Judge._measure):
@@ -56,14 +56,14 @@ def test_few_boundaries_are_fitted_in_one_pass(tiny, letters, own_pass_at, monke
     assert len(read) == 2048 // 512
 
 
-def test_fits_are_tried_deeper_than_own_projections_pass(tiny, letters, own_pass_at):
+def test_fits_are_tried_deeper_than_own_projections_inside(tiny, letters, own_pass_at):
     own_pass_at(4)
     found, tried = found_by(tiny, letters)
     assert [boundary for boundary, kind in tried if kind != "own"] == [3, 2]
     assert (found["boundary"], found["projection"]) == (2, "fitted")
 
 
-def test_own_projections_stay_where_none_is_deeper(tiny, letters, own_pass_at, tmp_path):
+def test_own_projections_are_chosen_if_no_boundary_is_deeper(tiny, letters, own_pass_at, tmp_path):
     own_pass_at(2)
     found, tried = found_by(tiny, letters)
     assert {kind for _, kind in tried} == {"own"}

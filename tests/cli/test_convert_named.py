@@ -1,4 +1,4 @@
-"""`convert` at a depth that the user named: measurements and warnings."""
+"""`convert` at a named boundary: measurements, warnings, refusals."""
 
 import json
 import subprocess
@@ -21,7 +21,6 @@ from support.synthetic import make_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_examination")]
 
-# Copying random tokens is left out of them: no random model does.
 ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_ppl_ratio=1000.0, max_copy_ratio=1000.0)
 
 
@@ -30,7 +29,7 @@ def convert(*arguments: object) -> Result:
 
 
 def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget.Budget) -> None:
-    # The command, which may be imported only now, has its choices from these names.
+    # The command line takes its choices from the budgets' names, so those stay.
     fast = replace(fast, quality=budget.FAST.quality)
     monkeypatch.setattr(examining, "BALANCED", balanced)
     monkeypatch.setattr(budget, "FAST", fast)
@@ -63,7 +62,7 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_pat
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, words, tmp_path, monkeypatch):
+def test_a_hopeless_boundary_is_refused_before_the_fit(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     arguments = (tiny, "--boundary", 6, "--text", words, "--tokens", 2048)
     with monkeypatch.context() as unfitted:
@@ -78,25 +77,25 @@ def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, words, tmp_path
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, words, tmp_path, monkeypatch):
+def test_a_fit_that_cannot_be_measured_is_not_started(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "calibrate", None)
     done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", words, "--tokens", 2048)
     assert done.exit_code == 1
-    assert "the fit could not be measured: of 512 context tokens the first" in done.stderr
+    assert "the fit could not be measured: the context is too short" in done.stderr
     assert "lower --sink and --tail" in done.stderr
     assert not (tmp_path / "tiny.pop.gguf").exists()
 
 
 @pytest.mark.parametrize("depth", [(), ("--boundary", 5)])
-def test_no_search_is_begun_that_could_not_measure(tiny, words, monkeypatch, depth):
+def test_a_search_that_cannot_measure_is_not_started(tiny, words, monkeypatch, depth):
     monkeypatch.setattr(fits, "calibrate", None)
     given = (tiny, *depth, "--quality", "fast", "--text", words, "--tokens", 2048)
     done = convert(*given, "--tail", 600)
     assert done.exit_code == 1
-    assert "the fit could not be measured: of 512 context tokens the first" in done.stderr
+    assert "the fit could not be measured: the context is too short" in done.stderr
 
 
-def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, monkeypatch):
+def test_a_hopeless_boundary_is_refused_with_a_budget(tiny, words, monkeypatch):
     monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     monkeypatch.setattr(fits, "calibrate", None)
     given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--quality", "fast", "--force")
@@ -105,14 +104,14 @@ def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, mon
     assert "no fit restores that" in " ".join(done.stderr.split())
 
 
-def test_a_context_shorter_than_a_window_is_warned_of(tmp_path):
+def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
     path = make_gguf(tmp_path / "short.gguf", "llama", n_ctx_train=256)
     done = convert(path, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
-    assert "trained on 256 tokens, fewer than are read at once" in " ".join(done.stderr.split())
+    assert "trained on contexts of 256 tokens, but windows of 512" in " ".join(done.stderr.split())
 
 
-def test_what_only_a_fit_needs_is_refused_by_the_dry_run(tiny, monkeypatch):
+def test_a_dry_run_refuses_weights_that_a_fit_cannot_read(tiny, monkeypatch):
     with monkeypatch.context() as unknown:
         unknown.setattr(weights, "dequantize", Mock(side_effect=NotImplementedError))
         refused = convert(tiny, "--dry-run")
@@ -126,20 +125,20 @@ def test_what_only_a_fit_needs_is_refused_by_the_dry_run(tiny, monkeypatch):
     assert "bytes after its last tensor" in " ".join(refused.stderr.split())
 
 
-def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
+def test_own_projections_are_written_without_a_backend(tiny, tmp_path):
     code = "import sys; sys.modules['llama_cpp'] = None; from pop_local.cli import main; main()"
     arguments = ["convert", str(tiny), "--skip", "1", "--projection", "own"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
-    told = [sys.executable, "-c", code, "convert", str(tiny), "--skip", "1", "--dry-run"]
-    done = subprocess.run([*told, "--json"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, "convert", str(tiny), "--skip", "1", "--dry-run"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["speedup_limit"] is None
-    done = subprocess.run(told, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "not known: pop-local-llama-cpp cannot be imported" in done.stdout
 
 
-def test_a_refusal_leaves_the_fit_of_another_depth(tiny, words, tmp_path, monkeypatch):
+def test_a_refusal_keeps_the_fit_of_another_boundary(tiny, words, tmp_path, monkeypatch):
     state = tmp_path / ".tiny.pop.gguf.calibration"
     state.write_bytes(b"kept by a run that was stopped")
     monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))

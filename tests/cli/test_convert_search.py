@@ -1,4 +1,4 @@
-"""`convert` without a depth: the budget decides, on small models and few windows."""
+"""`convert` within a budget, on tiny models and few windows."""
 
 import json
 import os
@@ -35,7 +35,7 @@ ALL_STAGES = searching.STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
-# The command, stopped for good where it measures the first fitted candidate.
+# Runs the command, which waits forever in the first candidate's measurement.
 STOPPED = """
 import sys, time
 
@@ -54,7 +54,9 @@ main()
 """
 
 
-def test_the_deepest_within_is_written_with_what_decided(tiny, letters, tmp_path, monkeypatch):
+def test_the_deepest_boundary_inside_is_written_with_its_figures(
+    tiny, letters, tmp_path, monkeypatch
+):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
@@ -91,7 +93,7 @@ def test_the_deepest_within_is_written_with_what_decided(tiny, letters, tmp_path
 
 
 def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):
-    """Everything is inside, so the rule without deep rows is the fastest."""
+    """All candidates are inside, so the one without deep rows is the fastest."""
     monkeypatch.setattr(searching, "STAGES", ALL_STAGES)
     done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
@@ -105,7 +107,7 @@ def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monk
     assert limits == sorted(limits) and limits[0] < limits[-1]
 
 
-def test_measurements_that_choose_a_kind_are_reused(tiny, letters, monkeypatch):
+def test_measurements_that_chose_a_kind_are_reused(tiny, letters, monkeypatch):
     monkeypatch.setattr(needs, "MAX_WIDE_COST", 1.0)
     n_read: list[int] = []
 
@@ -120,7 +122,7 @@ def test_measurements_that_choose_a_kind_are_reused(tiny, letters, monkeypatch):
     assert n_read == [2]
     found = json.loads(done.stdout)
     stages = [phase["name"] for phase in found["phases"]]
-    # Both windows of both kinds are the first boundary's, where the search starts.
+    # The kind is chosen at boundary 5, the first one, whose measurement is reused.
     assert stages[1:4] == ["Reading in full", "Measuring", "Measuring boundary 4"]
     first = found["tried"][0]
     assert (first["boundary"], first["n_windows"]) == (5, 2)
@@ -129,7 +131,7 @@ def test_measurements_that_choose_a_kind_are_reused(tiny, letters, monkeypatch):
     assert f"{first['kl_mean']:.4f}" == kl
 
 
-def test_no_trial_reads_the_model_to_hash_it(tiny, letters, monkeypatch):
+def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):
     hashed: list[object] = []
 
     def copy_data(content, *rest, real=sidecars.copy_data):
@@ -140,11 +142,11 @@ def test_no_trial_reads_the_model_to_hash_it(tiny, letters, monkeypatch):
     done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
     assert len(json.loads(done.stdout)["tried"]) > 1
-    assert len(hashed) == 1, "for the sidecar that stays"
+    assert len(hashed) == 1, "only the written sidecar's model is hashed"
 
 
-def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
-    """The last layer's own projections are exact; a random model loses the other ones."""
+def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
+    """Only the last layer's own projections are exact for a random model."""
     done = convert(tiny, *FEW, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -162,12 +164,12 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     assert "custom allows KL 0.0001" in done.stdout
 
 
-def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch):
+def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path, monkeypatch):
     named = ("--text", letters, "--projection", "fitted", *FEW, "--skip", "1/2", "--json")
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
-    said = " ".join(refused.stderr.split())
-    assert "4 skipped layers lose more than the budget allows (KL 0.0001," in said
+    shown = " ".join(refused.stderr.split())
+    assert "4 skipped layers lose more than the budget allows (KL 0.0001," in shown
     assert names(tmp_path) == {"tiny.gguf"}
     planned = json.loads(convert(tiny, *named, *LOOSE, "--dry-run").stdout)
     assert (planned["boundary"], planned["budget"]["max_kl"]) == (4, 50)
@@ -188,8 +190,8 @@ def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch)
 QUESTION = LookupQuestion("What?", "x", "hex", "log", "It is")
 
 
-def test_look_ups_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
-    """Ten documents of 20 questions: 2 % may be lost, which few documents may already show."""
+def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
+    """Up to 2 % of 200 questions may be lost. The first documents may already show a loss."""
     lost = {2: {0: 5}, 3: {1: 2, 7: 3}, 4: {1: 2, 9: 2}}
     asked: list[tuple[int, int]] = []
     document = LookupDocument((), (TokenizedQuestion(QUESTION, (), ()),) * 20)
@@ -242,7 +244,6 @@ def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):
     "options",
     [
         ("--quality", "fastest"),
-        ("--skip", "1/3", "--select", "10%"),
         ("--quality", "fast", "--max-kl", 0.1),
         ("--quality", "balanced", "--max-copy-ratio", 1.1),
         ("--quality", "perfect"),
@@ -256,7 +257,7 @@ def test_contradictions_are_wrong_usage(tiny, tmp_path, options):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_an_output_in_the_way_is_refused_before_measuring(tiny, tmp_path, monkeypatch):
+def test_an_existing_output_is_refused_before_measuring(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "Search", None)
     (tmp_path / "tiny.pop.gguf").touch()
     refused = convert(tiny)
@@ -273,9 +274,7 @@ def test_an_output_in_the_way_is_refused_before_measuring(tiny, tmp_path, monkey
         (("--tokens", 100), "100 tokens are too few"),
     ],
 )
-def test_what_no_fit_could_use_is_refused_before_measuring(
-    tiny, tmp_path, monkeypatch, options, reason
-):
+def test_unusable_texts_are_refused_before_measuring(tiny, tmp_path, monkeypatch, options, reason):
     monkeypatch.setattr(searching, "Search", None)
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("ten bytes.")
@@ -285,7 +284,7 @@ def test_what_no_fit_could_use_is_refused_before_measuring(
         assert reason in " ".join(refused.stderr.split())
 
 
-def test_dry_run_lists_the_candidates(tiny, tmp_path, monkeypatch):
+def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
@@ -305,22 +304,20 @@ def test_dry_run_lists_the_candidates(tiny, tmp_path, monkeypatch):
     assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)
     assert planned["budget"]["max_copy_ratio"] == 1.1
     assert 1 < planned["least_speedup_limit"] < 1.2 < planned["most_speedup_limit"]
-    assert f"{planned['memory_bytes'] / 1e6:.1f} MB beside" in facts
+    assert f"{planned['memory_bytes'] / 1e6:.1f} MB in addition" in facts
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
-    tiny, letters, tmp_path, monkeypatch
-):
+def test_a_stopped_search_is_resumed_regardless_of_the_memory(tiny, letters, tmp_path, monkeypatch):
     options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
     with monkeypatch.context() as stopping:
         stopping.setattr(gradual.Gradual, "measure", _interrupt)
         stopped = convert(*options, "--memory", 0)
     assert stopped.exit_code == 130
-    assert "goes on from there" in stopped.stderr
+    assert "continues from there" in stopped.stderr
     assert "for boundary 5\n" in stopped.stderr
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration-5"}
-    (tmp_path / ".tiny.pop.gguf.calibration-6").write_text("of a search that went another way")
+    (tmp_path / ".tiny.pop.gguf.calibration-6").write_text("left by a search of other boundaries")
     read: list[object] = []
 
     def window(self, tokens, real=activations.WindowReader.window):
@@ -334,7 +331,7 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
 
-def test_text_is_sampled_once_however_many_fits_there_are(tmp_path, monkeypatch):
+def test_text_is_sampled_once_for_several_fits(tmp_path, monkeypatch):
     tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=4)
     sampled, fitted = [], []
 
@@ -358,7 +355,7 @@ def _interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_stopping_leaves_nothing(tiny, letters, tmp_path):
+def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     child = subprocess.Popen(
@@ -382,7 +379,7 @@ def test_stopping_leaves_nothing(tiny, letters, tmp_path):
     assert not names(temporary)
 
 
-def test_nothing_is_kept_of_a_search_that_finds_nothing(tiny, letters, tmp_path, monkeypatch):
+def test_a_search_without_a_candidate_inside_leaves_no_file(tiny, letters, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "is_inside", lambda *_: False)
     done = convert(tiny, "--text", letters, *FEW, *LOOSE, "--resume")
     assert done.exit_code == 1

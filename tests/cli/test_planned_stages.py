@@ -1,4 +1,4 @@
-"""Every stage of a workflow was announced, and no more stages come than that."""
+"""Planned stages of workflows: each stage that starts was announced."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Followed:
-    """The announced stages, and how often each started."""
+    """Record of the announced stages, and the number of times that each started."""
 
     def __init__(self) -> None:
         self.begun: dict[PlannedStage, int] = {}
@@ -42,12 +42,14 @@ class Followed:
     def check(self) -> None:
         assert sum(self.begun.values()) > 1
         for step, n in self.begun.items():
-            # Both halves of writing are one step.
+            # Writing and reading back are one planned stage.
             assert n <= step.n_most * step.n_parts + (step is [*self.begun][-1]), step
 
 
 @pytest.mark.parametrize("goal", [Within(LOOSE), Within(LOOSE, Boundary(4)), Boundary(4)])
-def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, short_examination, goal: Goal):
+def test_a_conversion_announces_its_stages(
+    tiny, letters, tmp_path, monkeypatch, request, short_examination, goal: Goal
+):
     if isinstance(goal, Within):
         request.getfixturevalue("short_search")
     monkeypatch.setattr(needs, "MAX_WIDE_COST", 1.0)
@@ -59,14 +61,14 @@ def test_a_conversion(tiny, letters, tmp_path, monkeypatch, request, short_exami
 
 
 @pytest.mark.parametrize("with_fit", [False, True])
-def test_an_analysis(tiny, with_fit):
+def test_an_analysis_announces_its_stages(tiny, with_fit):
     followed = Followed()
     options = AnalyzeOptions(None, 64, 10, 2, 2, with_fit=with_fit, fit_tokens=2048)
     analyses.analyze(tiny, options, hardware=ONE_THREAD, watch=followed.watch)
     followed.check()
 
 
-def test_nothing_is_announced_where_distilling_takes_most(tiny):
+def test_no_stage_is_announced_with_distilling(tiny):
     from pop_local.research.distilled import Distiller
     from pop_local.workflows.conversion.stages import planned_stages
 
@@ -85,10 +87,10 @@ def test_sampling_takes_several_times_as_long_as_reading(tiny):
     assert needs.fit_work(planned.plans, planned.fit, none).sampling == 0
 
 
-def test_a_benchmark_counts_how_it_chooses_what_to_compare_with(tiny, monkeypatch):
-    said: list[str] = []
-    watch = Watch(on_stage=lambda name, unit: said.append(name))
+def test_a_benchmark_announces_the_choice_of_settings(tiny, monkeypatch):
+    started: list[str] = []
+    watch = Watch(on_stage=lambda name, unit: started.append(name))
     options = benchmark.BenchOptions((32,), 1, 4, None, ONE_THREAD)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: True)
     benchmark.bench(str(tiny), None, options, watch)
-    assert said == ["Trying settings of llama.cpp", "Measuring"]
+    assert started == ["Trying settings of llama.cpp", "Measuring"]

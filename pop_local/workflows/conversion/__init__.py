@@ -1,1 +1,1 @@
-"""Conversion: choose how deep, fit, measure, write."""
+"""Conversion: choose a boundary, fit the projections, measure and write."""

@@ -22,7 +22,7 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 # 16 windows leave the mean KL a standard error of a fifth or less.
 N_WINDOWS = 16
-# Documents whose look-ups are asked, and those after which clear losses end the measurement.
+# Documents with look-ups, and those after which a clear loss ends the measurement.
 N_DOCUMENTS = 10
 N_SCREENED = 2
 
@@ -31,9 +31,9 @@ N_SCREENED = 2
 class Candidate:
     """A plan that a search may choose, and the results so far.
 
-    `fitted` is None before the fit, and for own projections. `start`: the fit that distilling
-    starts from. `is_inside`: the verdict so far, None before the first. A stopped search keeps
-    `gradual` and `answers`, so that it continues after the windows and documents that it measured.
+    `fitted` is None before the fit, and for own projections. `start`: the fit from which distilling
+    starts. `is_inside`: the current verdict, None before the first. A resumed search continues from
+    `gradual` and `answers`.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""A conversion that is settled before anything is measured or written, and one under way."""
+"""A planned conversion, and its run."""
 
 from __future__ import annotations
 
@@ -50,11 +50,10 @@ STATE_SUFFIX = ".calibration"
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert.
+    """Options of a conversion.
 
-    `fit` None leaves the skipped layers their own projections. With `resume` a fit that is stopped
-    is kept beside the output, and a kept one goes on. With a `distiller` the fit is trained
-    end to end, too.
+    `fit` None keeps the skipped layers' own projections. `resume` keeps a stopped fit next to the
+    output, and continues a kept one. A `distiller` also trains the fit end to end.
     """
 
     goal: Goal
@@ -68,9 +67,9 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is planned; nothing is measured or written yet.
+    """A planned conversion, before anything is measured or written.
 
-    `plans`: the one whose boundary the caller named, or all that a search may choose, in its order.
+    `plans`: the plan of a named boundary, or all that a search may choose, the shallowest first.
     """
 
     source: Source
@@ -101,7 +100,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Why no plan's work can be counted, as without the backend; "" where it can."""
+        """Return why the plans' work cannot be counted (such as without the backend), else ""."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -110,14 +109,14 @@ class Conversion:
 
     @cached_property
     def needs(self) -> FitNeeds | None:
-        """The memory and time of all plans' fits; None where there are none, or not counted."""
+        """Return the memory and work of all fits, None without fits or if not counted."""
         if self.fit is None or not self._fittable or self.not_counted:
             return None
         return fit_needs(self._fitted, self.source, self.fit)
 
     @cached_property
     def fit_seconds(self) -> float | None:
-        """About how long that takes."""
+        """Return the estimated seconds of all fits."""
         return None if self.fit_work is None else sum(self.fit_work) / macs_per_s()
 
     @property
@@ -125,12 +124,12 @@ class Conversion:
         return fit_work(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
 
     def limit(self, plan: Plan) -> float | None:
-        """The speed-up of a plan at most; None where its work cannot be counted."""
+        """Return a plan's largest possible speed-up, None if its work cannot be counted."""
         return None if self.not_counted else plan.speedup_limit
 
     @cached_property
     def n_few(self) -> int:
-        """How many boundaries of a large model are fitted at most, 0 for all that are tried."""
+        """Return the maximum number of boundaries fitted of a large model (0: no maximum)."""
         return len(self._fitted) if self.needs and len(self._fitted) < len(self._fittable) else 0
 
     @property
@@ -145,7 +144,7 @@ class Conversion:
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Those of the deepest plan."""
+        """Return the sizes of the deepest plan's files."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
@@ -157,7 +156,7 @@ class Conversion:
 def plan_conversion(
     model: str | os.PathLike[str], out: str | os.PathLike[str] | None, options: ConvertOptions
 ) -> Conversion:
-    """Settle what `convert` would do, in milliseconds. Raises PopError for what it would refuse."""
+    """Plan a conversion in milliseconds. Raises PopError if `convert` would refuse it."""
     source = read_source(resolve_base(os.fspath(model)))
     shape, fit = source_shape(source), options.fit
     output = OUTPUTS[options.output]
@@ -194,8 +193,8 @@ def _require_distillable(
 ) -> None:
     if fit is None or fit.mmproj:
         raise PopError(
-            "nothing is distilled of own projections, or for pictures",
-            "take it as it is, or do without them",
+            "own projections, and fits for pictures, cannot be distilled",
+            "convert without distilling, or fit projections to text only",
             cause="not-distilled",
         )
     deepest = _deepest(plans)
@@ -206,7 +205,7 @@ def _require_distillable(
 
 @dataclass(frozen=True)
 class Outcome:
-    """The plan and the keys that were written, and the trials of a search."""
+    """The written plan and keys, and the trials of a search."""
 
     plan: Plan
     meta: PopMeta
@@ -215,7 +214,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ConversionRun:
-    """A conversion under way. `force`: replace an output, and write what would be refused."""
+    """A running conversion. `force` replaces an output, and allows broken copying."""
 
     conversion: Conversion
     force: bool
@@ -226,7 +225,7 @@ class ConversionRun:
         return self.conversion.fit or FitOptions()
 
     def fitter(self, full: FullModel | None = None) -> PlanFitter:
-        """Return what fits the plans, and measures against `full`."""
+        """Return a fitter of the plans, which measures against `full`."""
         from pop_local.workflows.conversion.fits import PlanFitter
 
         runner = self.runner
@@ -241,7 +240,7 @@ class ConversionRun:
         examine: Examine | None,
         trials: tuple[Trial, ...] = (),
     ) -> Outcome:
-        """Write a plan with its fit, None for own projections. Raises PopError, StoppedError."""
+        """Write a plan with its fit (None: own projections). Raises PopError, StoppedError."""
         planned, watch = self.conversion, self.runner.watch
         output = planned.output
         advance = watch.stage(output.stage, Unit.BYTES)
@@ -270,9 +269,9 @@ class ConversionRun:
 
     @contextmanager
     def resumable(self, *, keeps_refused: bool = False) -> Iterator[None]:
-        """Keep the fit of the block when that is stopped or its result cannot be written.
+        """Keep the block's fit if the block is stopped or cannot write its result.
 
-        `keeps_refused`: over a budget, too, since the same boundary may be asked for with another.
+        `keeps_refused` also keeps a fit that is over a budget, for a conversion with another one.
         """
         keeping: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))
@@ -283,7 +282,7 @@ class ConversionRun:
                 again = "the same conversion"
                 if isinstance(error, OverBudgetError):
                     again = "this boundary with another budget, or none,"
-                note = f"What was read is kept in {kept}: {again} goes on from there."
+                note = f"The unfinished fit is kept in {kept}: {again} continues from there."
                 self.runner.watch.on_note(note)
             raise
         except (CopyingBrokenError, OverBudgetError):

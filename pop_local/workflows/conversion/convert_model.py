@@ -40,7 +40,7 @@ from pop_local.workflows.open import base_file
 
 @dataclass(frozen=True)
 class Phase:
-    """All stages of one name, with what follows each of them until the next."""
+    """The total time of all stages with one name, each until the next stage starts."""
 
     name: str
     seconds: float
@@ -48,10 +48,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Converted:
-    """A written conversion. `meta` is what the file says of itself, its measured quality included.
-
-    `warnings`: what was let through and might have been refused. `phases`: what took how long.
-    """
+    """A written conversion; `meta` has the file's keys, including its measured quality."""
 
     path: Path
     plan: Plan
@@ -78,14 +75,14 @@ def convert(
 ) -> Converted:
     """Convert a model, given by path or name, so that it reads long prompts faster.
 
-    `goal` is a quality budget, within which the fastest candidate is searched (`Within`), or a
-    named boundary (`Skip`, `Boundary`). `out` defaults to NAME.pop.gguf next to the model, or
-    NAME.pop-sidecar.gguf for a sidecar. `force` replaces an existing output. It also writes a
-    boundary that is named without a budget although the model can no longer copy with it. The
-    other parameters are fields of `ConvertOptions`.
+    `goal`: a budget, within which the fastest candidate is searched (`Within`), or a named boundary
+    (`Skip`, `Boundary`). `out` (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model):
+    the output's path. `force` replaces an existing output, and writes a boundary that is named
+    without a budget even if the model can no longer copy. The other parameters are fields of
+    `ConvertOptions`.
 
-    Raises PopError: OutputExistsError, OverBudgetError, CopyingBrokenError and others. An earlier
-    output stays then, and nothing new is left. Raises StoppedError when the watch says so.
+    Raises PopError (such as OutputExistsError, OverBudgetError, CopyingBrokenError), and
+    StoppedError if the watch stops it. Then an earlier output is unchanged.
     """
     options = ConvertOptions(goal, fit, rows, output, resume, distiller, hardware)
     planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
@@ -95,7 +92,7 @@ def convert(
 def run_conversion(
     conversion: Conversion, *, force: bool = False, watch: Watch = Watch()
 ) -> Converted:
-    """Do what is planned; see `convert`."""
+    """Run a planned conversion; see `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)
     warnings: list[PopError] = []
     stages = [("", time.monotonic())]
@@ -112,8 +109,9 @@ def run_conversion(
     if trained is not None and 0 < trained < N_WINDOW:
         warned(
             PopError(
-                f"the model was trained on {trained:,} tokens, fewer than are read at once here",
-                "expect little of its figures",
+                f"the model was trained on contexts of {trained:,} tokens, but windows of"
+                f" {N_WINDOW:,} are read",
+                "do not rely on the measured quality",
             )
         )
     watched = replace(watch, on_warning=warned, on_stage=begun)
@@ -135,9 +133,9 @@ def run_conversion(
 
 
 def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
-    """Add up the seconds of stages that began at these times, until now, in their order.
+    """Add up the seconds of stages from their start times, in order of first start.
 
-    Time before the first one counts to it.
+    The time before the first stage is added to it.
     """
     seconds: dict[str, float] = {}
     for (name, began_s), (following, ended_s) in pairwise([*stages, ("", time.monotonic())]):

@@ -1,4 +1,4 @@
-"""Fits of one model, whose text is sampled once, and who trains them end to end."""
+"""Fits of one model on text that is sampled once, and their distillation."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.hardware import Hardware
 
 T = TypeVar("T")
-# A wider fit is worth a share of the speed where it takes off this many times that share of the KL.
-# One layer more costs about 4 % of the speed, and takes off a fifth of the KL.
+# A wider fit must reduce the KL by this many times its share of the speed. That is the rate of one
+# skipped layer less, which costs about 4 % of the speed and reduces the KL by a fifth.
 _WORTH = 5.0
 _N_WINDOWS = 8
 
 
 class Distilling(Protocol):
-    """Trains fits of one model end to end: research, which the command hands in."""
+    """Distiller of one model's fits, implemented in research and passed by the command."""
 
     def require(self, plan: Plan) -> object:
-        """Raise PopError where the plan's fit cannot be distilled."""
+        """Raise PopError if the plan's fit cannot be distilled."""
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
         """Return the fit, trained on `text`. Raises PopError, StoppedError.
 
-        With `n_deeper`, as many boundaries below will probably follow.
+        `n_deeper`: number of deeper boundaries that will probably follow.
         """
 
 
@@ -52,10 +52,9 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 class PlanFitter:
     """Fits plans of one model, all with the same options and on the same text.
 
-    Without a kind of fit in the options, one is chosen by measuring at the first boundary. Kinds
-    that copy take precedence. `full` is the model that they are measured against, None to
-    read a few windows for that alone; `seen` is how each measured, by boundary and kind.
-    `distiller` trains chosen fits end to end, None for none.
+    If the options have no kind of fit, one is chosen by measuring at the first boundary; kinds that
+    copy take precedence. They are measured against `full` (None: a few windows are read for that).
+    `seen` contains these measurements by boundary and kind.
     """
 
     runner: TrialRunner
@@ -67,9 +66,9 @@ class PlanFitter:
     distiller: Distilling | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
-        """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
+        """Fit all plans in one pass. Raises PopError, StoppedError.
 
-        With `state_path`, what was read or fitted is kept there, and taken from there.
+        The progress is kept in `state_path`, from which a later call continues.
         """
         if not plans:
             return ()
@@ -88,12 +87,12 @@ class PlanFitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train one of the fits end to end; see Distilling. Raises PopError, StoppedError."""
+        """Train one of the fits end to end. Raises PopError, StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)
 
     def _better(self, plan: Plan, fits: Mapping[Projection, Fitted]) -> Fitted:
-        """Take the kind found to be better, by measuring the first boundary that has several."""
+        """Return the fit of the better kind, measured at the first boundary with several."""
         if len(fits) == 1:
             [self.kind] = fits
         if self.kind is None:
@@ -127,7 +126,7 @@ class PlanFitter:
         return qualities
 
     def _lazily(self, name: str) -> Progress:
-        """Return a stage that begins when its work does: a kept fit has none of it."""
+        """Return the progress of a stage that starts with its first work, if it has any."""
         watch, begun = self.runner.watch, False
 
         def advance(done: int, total: int) -> None:
@@ -148,10 +147,10 @@ def measure_fits(
     watch: Watch,
     measure: Callable[[Plan, Path], T],
 ) -> list[T]:
-    """Fit all plans in one go, then measure a temporary sidecar of each, one after the other.
+    """Fit all plans in one pass, then measure a temporary sidecar of each.
 
-    The fits are of one kind, so that boundaries compare: plain unless the options say otherwise.
-    Raises PopError, StoppedError.
+    All fits are of one kind (default: fitted), so that boundaries can be compared. Raises PopError,
+    StoppedError.
     """
     runner = TrialRunner(source, hardware, watch)
     options = replace(options, projection=options.projection or Projection.FITTED)

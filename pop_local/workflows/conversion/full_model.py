@@ -1,4 +1,4 @@
-"""The full model on held-out text and look-ups: read on first use, then kept."""
+"""The full model's results on held-out text and look-ups, computed on first use."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,11 +16,10 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 @dataclass(frozen=True)
 class FullModel:
-    """The model in full, with the sink and tail of `plan`; the plan's boundary does not matter.
+    """The model without pruning, measured with the sink and tail of `plan`.
 
-    `settings`: fewer windows are read if the text has no more. `text`: tokens, None for the shipped
-    held-out text. The first reading may raise PopError and StoppedError. After a stop, the next
-    one continues after the windows and documents that were read.
+    `settings` give the maximum number of windows. `text`: tokens (default: the shipped held-out
+    text). The first use raises PopError and StoppedError; a later one continues a stopped reading.
     """
 
     runner: TrialRunner
@@ -47,7 +46,7 @@ class FullModel:
 
     @cached_property
     def reference(self) -> QualityReference:
-        """Return its predictions of the held-out text."""
+        """Return the predictions of the held-out text."""
         watch, settings = self.runner.watch, self.settings
         watch.on_note("Reading held-out text in full")
         with self.runner.opened(self.plan) as model:
@@ -58,7 +57,7 @@ class FullModel:
             return read_reference(model, tokens, settings, advance, self._scores)
 
     def lookups(self, n_documents: int) -> LookupReference:
-        """Return its answers to the look-ups of some documents; each document is read once."""
+        """Return the answers to the first documents' look-ups. Each document is read once."""
         if n_documents not in self._references:
             with self.runner.opened(self.plan) as model:
                 advance = self.runner.watch.stage("Asking for look-ups in full")

@@ -11,16 +11,16 @@ from pop_converter.popfile.format import Budget
 from pop_converter.popfile.pruning_plan import Plan, boundary_of, make_plan, parse_skip
 from pop_local.measure.budget import boundaries
 
-# No model was seen to copy with fewer than a third of its layers left.
+# No measured model copies with fewer than a third of its layers (docs/quality.md).
 LEAST_DIVISOR = 3
 
 
 class Goal(ABC):
-    """How many layers a conversion skips."""
+    """The choice of the layers that a conversion skips."""
 
     @property
     def limits(self) -> Budget | None:
-        """The budget that the quality is held to; None for none."""
+        """Return the budget that the quality must meet, if any."""
         return None
 
     @property
@@ -29,9 +29,9 @@ class Goal(ABC):
 
     @abstractmethod
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        """Return the plans that may be chosen, in the order of the choice.
+        """Return the plans that may be chosen, the shallowest first. Raises PopError.
 
-        `rows` go to make_plan. Raises PlanError, PopError.
+        `rows`: keyword arguments of make_plan.
         """
 
 
@@ -40,7 +40,7 @@ class Named(Goal):
 
     @abstractmethod
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Plan it for a model; `rows` go to make_plan. Raises PlanError."""
+        """Return the boundary's plan for a model; `rows` as in `plans`. Raises PlanError."""
 
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         return (self.plan(shape, **rows),)
@@ -48,7 +48,7 @@ class Named(Goal):
 
 @dataclass(frozen=True)
 class Skip(Named):
-    """A share of the layers ("1/3", "0.33"), or a number of them ("10")."""
+    """A share of the layers ("1/3", "0.33"), or their number ("10")."""
 
     share: str
 
@@ -68,7 +68,7 @@ class Boundary(Named):
 
 @dataclass(frozen=True)
 class Within(Goal):
-    """The deepest boundary whose measured quality is within the budget, or `at`, if that is."""
+    """The fastest candidate whose measured quality is within the budget, or `at` if it is."""
 
     budget: Budget
     at: Named | None = None

@@ -1,4 +1,4 @@
-"""A boundary that the user named: fitted, measured briefly and written, or refused."""
+"""Conversion at a named boundary: fit, measure briefly, and write or refuse."""
 
 from dataclasses import dataclass, replace
 
@@ -37,16 +37,16 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_c
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Windows of text and look-up documents for a fit, and draws of random tokens before it.
+# Windows and look-up documents that examine a fit, and draws of random tokens preceding it.
 N_WINDOWS = 8
 N_DOCUMENTS = 5
 N_OWN_DRAWS = 2
 
 
 def write_named(run: ConversionRun) -> Outcome:
-    """Write the boundary of a conversion. Raises CopyingBrokenError, PopError, StoppedError.
+    """Fit, examine and write a named boundary. Own projections are not measured.
 
-    A fit that cannot copy is refused unless forced. Own projections are not measured.
+    Raises CopyingBrokenError unless forced, PopError, StoppedError.
     """
     [plan], output = run.conversion.plans, run.conversion.output
     if plan.projection == Projection.OWN:
@@ -74,17 +74,14 @@ def write_named(run: ConversionRun) -> Outcome:
 
 @dataclass(frozen=True)
 class Examination:
-    """The checks of a named plan. Broken copying is only a warning if allowed."""
+    """Checks of a named plan. If allowed, broken copying is only a warning."""
 
     runner: TrialRunner
     plan: Plan
     allow_broken_copy: bool
 
     def before_fit(self) -> None:
-        """Raise CopyingBrokenError if no fit would restore copying.
-
-        Raises PopError if a fit could not be measured.
-        """
+        """Raise CopyingBrokenError if no fit would restore copying, PopError if not measurable."""
         require_windows(self.runner, self.plan)
         if self.allow_broken_copy:
             return

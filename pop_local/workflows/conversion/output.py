@@ -1,4 +1,4 @@
-"""The two kinds of output: a converted copy, and a sidecar beside the model."""
+"""Kinds of output: a converted copy, and a sidecar of the unchanged model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +19,9 @@ OutputName = Literal["copy", "sidecar"]
 
 @dataclass(frozen=True)
 class Output:
-    """One kind of output.
+    """A kind of output.
 
-    `stage` names the work of writing it, `write` is the converter's function for that, and
-    `files(source, written)` are the files to open then.
+    `stage` names the work of writing. `files(source, written)` returns the files to open.
     """
 
     name: OutputName

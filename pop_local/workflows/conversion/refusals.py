@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CopyingBrokenError(PopError):
-    """A boundary is refused because the model could no longer copy from its prompt."""
+    """Refusal of a boundary with which the model can no longer copy from its prompt."""
 
     def __init__(self, boundary: int, found: str) -> None:
         hint = "skip fewer layers, or search within a budget"
@@ -30,7 +30,7 @@ def broken_copy(boundary: int, found: str) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """A measured candidate of a search; look-ups follow once all else is within the budget."""
+    """A measured candidate. `lookups` is None if another figure is over the budget."""
 
     plan: Plan
     quality: Quality
@@ -39,15 +39,15 @@ class Trial:
 
 
 class OverBudgetError(PopError):
-    """No candidate is within the budget; `trials` are the measured ones."""
+    """Refusal of a budget that no candidate meets; `trials` are the measured candidates."""
 
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
-        super().__init__(message, "allow more, or name the boundary", cause="over-budget")
+        super().__init__(message, "use a looser budget, or name the boundary", cause="over-budget")
         self.trials = trials
 
 
 class TooLittleMemoryError(PopError):
-    """Too little memory is free for a part of the work; `what` ends with its verb."""
+    """Refusal of work for which too little memory is free; `what` includes the verb."""
 
     def __init__(
         self, what: str, needed_bytes: int, free_bytes: int, hint: str, *, cause: str

@@ -1,4 +1,4 @@
-"""The rows of a converted model that run in full."""
+"""Options for the rows that run in full."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The tokens of a prompt that run in full, and the shortest prompt in tokens that is pruned.
+    """Numbers and kinds of prompt tokens that run in full.
 
-    `deep_rows`: context tokens that run in full because of their words. `min_prompt` None: the
-    length below which pruning would save little.
+    `deep_rows`: context tokens that run in full because of their words. `min_prompt`: shortest
+    pruned prompt in tokens (default: computed; shorter prompts would save little).
     """
 
     sink_tokens: int = PopMeta.sink_tokens

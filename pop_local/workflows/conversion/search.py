@@ -3,7 +3,7 @@
 A candidate is a boundary, a fit and a rule for deep rows. STAGES lists the stages in order: which
 candidates each one tries, and in which order. The rules:
 
-1. A candidate is measured as it would be written: on held-out text first, by look-ups last.
+1. A candidate is measured as it would be written: on held-out text first, with look-ups last.
 2. Clear verdicts need few windows. The chosen candidate was measured on all of them.
 3. Bisection assumes that deeper is never better. It starts in the middle (`budget.undecided`).
 4. Boundaries that bisection may need next are fitted in the same pass, if memory allows.
@@ -14,8 +14,8 @@ candidates each one tries, and in which order. The rules:
 7. Deep rows restore look-ups and cost time. The last stage trades them for layers: each rule with
    fewer rows is tried at the deepest boundary inside, then at shallower ones, until one is inside
    or none would be the fastest. Fewer rows are never better at the same boundary.
-8. The fastest candidate inside is chosen. Of equally fast ones, a distilled one is preferred unless
-   its KL is larger beyond the error, else the one with the smallest KL.
+8. The fastest candidate inside is chosen. Among equally fast ones, a distilled one is preferred
+   unless its KL is larger beyond the error, else the one with the smallest KL.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Deeper boundaries that the text read for distilling one boundary serves, too.
+# Deeper boundaries whose distilling shares the text that is read for one boundary.
 N_DEEPER = 3
 
 
@@ -51,8 +51,8 @@ N_DEEPER = 3
 class SearchStage:
     """A stage of the ladder.
 
-    `candidates` returns what the stage tries, from the shallowest on; none skips it. `order` tries
-    them, and `prepare` fits the first of the candidates that it gets, and others if it saves work.
+    `candidates` returns the candidates to try, the shallowest first. `order` tries them. `prepare`
+    fits the first of its candidates, and other ones if that saves work.
     """
 
     candidates: Callable[[Search], Iterable[Candidate]]
@@ -81,10 +81,9 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 
 @dataclass
 class Search:
-    """A search among plans, from the shallowest on.
+    """A search among plans, the shallowest first.
 
-    `rungs` holds the candidates of each stage so far. A stopped search continues where it stopped
-    if `run` is called again.
+    `rungs` contains each stage's candidates. After a stop, `run` continues the search.
     """
 
     runner: TrialRunner
@@ -111,7 +110,7 @@ class Search:
         return Judge(self.runner, self.budget, self.full)
 
     def run(self) -> Candidate:
-        """Return the fastest candidate inside; its plan names all that were tried.
+        """Return the fastest candidate inside, whose plan names all tried candidates.
 
         Raises OverBudgetError, PopError, StoppedError.
         """
@@ -168,7 +167,7 @@ class Search:
                 self.judge.judge(candidate)
                 continue
             deepest = budgets.deepest_inside(verdicts)
-            # On all windows, and by look-ups, the deepest may be outside after all.
+            # All windows and the look-ups may reverse the verdict on the deepest.
             if deepest is None or self.judge.settle(by_boundary[deepest]):
                 return
 
@@ -216,7 +215,7 @@ class Search:
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in plans]
 
     def fitted(self) -> list[Candidate]:
-        """Return fits at each boundary, or at a few that are deeper than own projections pass."""
+        """Return fits at each boundary, or at a few that are deeper than own projections inside."""
         plans = self.plans
         if any(self.rungs):
             shallowest = min((each.boundary for each in self.inside), default=plans[0].boundary + 1)
@@ -229,7 +228,7 @@ class Search:
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in few]
 
     def distilled(self) -> list[Candidate]:
-        """Return the fits from the fastest candidate on; from the shallowest if none is inside."""
+        """Return distilled fits at the fastest candidate and deeper, at all if none is inside."""
         if self.fitter.distiller is None:
             return []
         first = (self.fastest() if self.inside else self.judged[0]).boundary
@@ -237,9 +236,9 @@ class Search:
         return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
 
     def fewer_rows(self) -> list[Candidate]:
-        """Return candidates with fewer deep rows, by rule and from the deepest boundary inside on.
+        """Return candidates with fewer deep rows, by rule, then from the deepest boundary inside.
 
-        Each boundary has its last fit, which is the distilled one if there is one.
+        Each boundary has its last fit, which may be distilled.
         """
         if not self.inside:
             return []
@@ -258,7 +257,7 @@ class Search:
     # Fits
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate, with others in the same pass over the text (rule 4)."""
+        """Fit the first candidate, and later ones in the same pass over the text (rule 4)."""
         options = self.fitter.options
         options = options if len(self.plans) == 1 else options.at(wanted[0].boundary)
         fitted = self._kept(wanted, options.state_path) or self._room_for(wanted)
@@ -273,14 +272,14 @@ class Search:
             candidate.gradual = self.fitter.seen.get((candidate.boundary, fit.projection))
 
     def _kept(self, wanted: Sequence[Candidate], state_path: Path | None) -> list[Candidate]:
-        """Return the candidates of a kept fit, which continues whatever memory is free now."""
+        """Return the candidates of a kept fit, which continues regardless of the free memory."""
         kept = kept_boundaries(state_path) if state_path else ()
         known = {each.boundary: each for each in wanted}
         is_ours = wanted[0].boundary in kept and known.keys() >= set(kept)
         return [known[each] for each in kept] if is_ours else []
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, and the next ones whose sums fit into memory, too."""
+        """Return the first candidate, and the next ones whose sums also fit into memory."""
         chosen: list[Candidate] = []
         for candidate in (each for each in wanted if not each.is_ready):
             plans = [each.plan for each in (*chosen, candidate)]

@@ -8,16 +8,16 @@ from pop_local.workflows.conversion.candidate import N_DOCUMENTS, N_WINDOWS
 from pop_local.workflows.conversion.conversion_plan import Conversion
 from pop_local.workflows.events import PlannedStage
 
-# A boundary is measured in up to this number of stages, each on twice as many windows.
+# Stages in which a boundary is measured; each doubles the measured windows.
 _N_PARTS = 3
-# Candidates that answer look-ups.
+# Typical number of candidates that are measured with look-ups.
 _N_LOOKED_UP = 3
-# Multiply-accumulates in the time that a byte is written and read back.
+# Multiply-accumulates that take as long as writing and reading back a byte.
 _WRITING = 100
 
 
 def fit_stages(work: FitWork | None, n_most: int = 1) -> tuple[PlannedStage, ...]:
-    """Return the stages of a fit, which may come up to `n_most` times; none without a fit."""
+    """Return the stages of a fit that may run up to `n_most` times (none without a fit)."""
     if work is None:
         return ()
     sampling = (PlannedStage("Sampling text", work.sampling),) if work.sampling else ()
@@ -25,10 +25,9 @@ def fit_stages(work: FitWork | None, n_most: int = 1) -> tuple[PlannedStage, ...
 
 
 def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
-    """Return the stages that a conversion may have, with their work in multiply-accumulates.
+    """Return a conversion's possible stages, with their work in multiply-accumulates.
 
-    The result is empty if the work cannot be counted, or includes distilling, whose time is not
-    known.
+    The result is empty if work cannot be counted, or includes distilling, whose time is unknown.
     """
     if planned.not_counted or planned.is_distilled:
         return ()

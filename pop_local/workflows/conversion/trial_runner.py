@@ -1,4 +1,4 @@
-"""The model that is converted, opened to measure it: as it is, or with a fit that is not kept."""
+"""Opens the source model for measurements, unchanged or with a temporary sidecar."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAME = "fitted.gguf"
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """A model that is measured in parts, the hardware for that, and who follows."""
+    """A source model, and the hardware and watch of its measurements."""
 
     source: Source
     hardware: Hardware
@@ -47,10 +47,10 @@ class TrialRunner:
     def opened(
         self, plan: Plan, files: ModelFiles | None = None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
-        """Open the model, or `files` made of it, with the full rows of the plan.
+        """Open the model, or `files` built from it, with the plan's full rows.
 
-        `n_ctx` None: what held-out text takes. Raises PopError. The watch may stop it while
-        llama.cpp reads: StoppedError.
+        `n_ctx`: context length in tokens (default: room for held-out windows). Raises PopError, and
+        StoppedError if the watch stops llama.cpp.
         """
         from pop_local.measure.quality import QualitySettings
         from pop_local.workflows.measuring import opened, row_options
@@ -65,7 +65,7 @@ class TrialRunner:
     def tried(
         self, plan: Plan, fitted: Fitted | None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
-        """Open the model as the plan converts it. Raises as `opened`."""
+        """Open the model as converted by the plan. Raises as `opened`."""
         with (
             self.sidecar(plan, fitted) as sidecar,
             self.opened(plan, ModelFiles(self.path, sidecar), n_ctx=n_ctx) as model,
@@ -74,14 +74,14 @@ class TrialRunner:
 
     @contextmanager
     def sidecar(self, plan: Plan, fitted: Fitted | None) -> Iterator[Path]:
-        """Write a sidecar that is gone afterwards. Raises PopError."""
+        """Write a sidecar that is deleted on exit. Raises PopError."""
         with TemporaryDirectory(prefix=_PREFIX) as folder:
             target = Path(folder) / _NAME
             write_trial(plan, self.source, target, self.binding, fitted)
             yield target
 
     def require_room(self, plans: Sequence[Plan], kv_type: KvType) -> None:
-        """Raises WriteError when such a sidecar would not find the space, before the fit."""
+        """Raise WriteError if the disk has too little room for the plans' sidecars."""
         with TemporaryDirectory(prefix=_PREFIX) as folder:
             for plan in plans:
                 sizes = measure_sidecar(plan, self.path, kv_type)

@@ -1,4 +1,4 @@
-"""From learned sums to a sidecar that a model adopts, on tiny random models."""
+"""Online calibration of tiny random models, from learned sums to a sidecar in use."""
 
 import json
 from dataclasses import replace
@@ -66,7 +66,7 @@ def plain(tmp_path):
 
 
 def taught(path, budget=ANY, n_prompts=3, **options) -> Any:
-    """A model that has read enough for a fit, and its teacher."""
+    """Return a model that has read enough for a fit, and its online calibration."""
     model = opened(path, n_batch=N, n_ubatch=N, n_ctx=4 * N, **options)
     model.learn(1 << 30)
     lessons = OnlineCalibration(model, budget)
@@ -86,7 +86,7 @@ def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_pa
     n_cached = model.engine.cache.n_tokens
     model.swap_sidecar(lesson.sidecar)
     assert (model.engine.cache.mode, model.engine.cache.boundary) == (Mode.CONTEXT, 4)
-    # Rows that were read in full are the full model's, and stay.
+    # Rows that were read in full are exact, and stay.
     assert model.engine.cache.n_tokens == model.engine.cache.n_exact == n_cached
     assert model.read(Prompt(prompt(3 * N, 2))).n_cached == n_cached - 1
     np.testing.assert_allclose(last_logits(model), before, atol=0.01)
@@ -97,7 +97,7 @@ def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_pa
     assert meta.measured.kl_mean == pytest.approx(lessons.loss.kl)
 
 
-def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
+def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
     model, lessons = taught(plain)
     lesson = lessons.idle(never)
     model.close()
@@ -126,7 +126,7 @@ def test_the_next_start_finds_what_was_learned_and_learns_on(plain):
     assert "No learned statistics yet" in CliRunner().invoke(app, ["learn", "show"]).stderr
 
 
-def test_what_the_user_has_set_stays(plain):
+def test_the_users_settings_stay(plain):
     model, lessons = taught(plain)
     model.swap_sidecar(lessons.idle(never).sidecar)
     model.engine.set_mode(Mode.OFF)
@@ -150,14 +150,14 @@ def test_deleted_statistics_restart_learning(plain):
     assert lessons.idle(never) is None
 
 
-def test_a_fit_that_loses_too_much_is_not_taken(plain):
+def test_a_fit_outside_the_budget_is_not_used(plain):
     model, lessons = taught(plain, NONE)
     assert lessons.idle(never) is None
-    assert not lessons.has_work  # until there is more
+    assert not lessons.has_work  # until more prompts are read
     assert sidecar_of(model.engine.context.source) is None
 
 
-def test_a_stop_at_any_time_is_made_up_for(plain):
+def test_work_that_is_stopped_at_any_time_continues(plain):
     model, lessons = taught(plain)
     stops = 0
     for patience in count(5, 400):
@@ -176,13 +176,13 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
     assert not lessons.has_work
     model.engine.set_mode(Mode.OFF)
     model.swap_sidecar(model.engine.context.sidecar)
-    # A model in full mode stays in it.
+    # The user's full mode stays.
     assert model.engine.cache.mode is Mode.OFF and not model.engine.refiller.is_on
     for seed in range(3, 6):
         read(model, prompt(3 * N, seed))
     assert lessons.has_work
     better = lessons.idle(never)
-    # Random text teaches nothing more, but whether it did is what decides.
+    # More random text may or may not improve the fit.
     assert better is None or better.boundary == 4
     assert lessons.loss.n_windows > 1
 
@@ -190,7 +190,7 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
 @pytest.mark.parametrize("kind", [Projection.FITTED, Projection.WIDE])
 def test_a_fit_in_use_adapts_to_new_prompts(plain, kind, tmp_path):
     [made] = fitted_at((5,), plain, settings(words(tmp_path)), projections=(kind,))
-    # A bias that no text explains.
+    # This bias is wrong for all text.
     worse = [
         replace(each, data=np.full(each.dims, 3.0, np.float32).tobytes())
         if each.name.endswith(".bias")

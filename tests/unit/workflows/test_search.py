@@ -1,4 +1,4 @@
-"""Stages of a search, with verdicts that the tests decide: no model is read."""
+"""Stages of a search, with verdicts from the tests instead of a model."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +26,9 @@ OWN_STAGE, FITTED_STAGE, DISTILLED_STAGE, ROWS_STAGE = range(4)
 
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
-    """Return a search over boundaries 7 to 2 that are all fitted, and the settled candidates.
+    """Return a search over the fitted boundaries 7 to 2, and the candidates that it settles.
 
-    `least` names the deepest boundary inside for each rule; other rules are always outside.
+    `least`: the deepest boundary inside for each rule. Other rules are always outside.
     """
     shape = read_shape(make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=N_LAYER))
     watch = SimpleNamespace(on_note=ignore)
