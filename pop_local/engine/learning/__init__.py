@@ -1,1 +1,1 @@
-"""Learning while reading: the sums that a fit of projections needs, kept of what is read."""
+"""Online calibration: sums for fitting projections, collected from the user's prompts."""

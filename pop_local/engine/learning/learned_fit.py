@@ -1,4 +1,4 @@
-"""A fit that was learned, and whoever makes it between answers."""
+"""A learned fit, and the protocol of the fitter that computes it between answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class LearnedFit:
-    """A sidecar that was learned from `n_rows` tokens, and is better than the one in use.
+    """A sidecar learned from `n_rows` tokens that is better than the current one.
 
-    `speedup_limit`: how many times as fast prompts are read by it at most.
+    `speedup_limit`: upper bound of the prefill speed-up.
     """
 
     sidecar: Path
@@ -27,9 +27,9 @@ class LearnedFit:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of the fit in use on the newest of what was read: `n_windows` pieces of it.
+    """The current fit's loss on the `n_windows` newest held-out windows.
 
-    KL in nats with its standard error; `is_inside`: within the budget.
+    KL divergence in nats with its standard error. `is_inside`: the loss is within the budget.
     """
 
     n_windows: int
@@ -41,13 +41,13 @@ class Loss:
 
 
 class Fitter(Protocol):
-    """Makes lessons of what a model learns (pop_local.workflows.learning)."""
+    """Computes fits from learned sums (pop_local.workflows.learning)."""
 
     loss: Loss | None
 
     @property
     def has_work(self) -> bool:
-        """Whether `idle` would do something."""
+        """True if `idle` has work to do."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Go on until there is a lesson, nothing to do, or a wish to stop. Raises PopError."""
+        """Work until a fit is ready, no work is left, or a stop is requested. Raises PopError."""

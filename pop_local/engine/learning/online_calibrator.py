@@ -1,7 +1,7 @@
-"""Learning while reading: rows that run all layers anyway are added to the sums of fits.
+"""Online calibration: rows that run all layers anyway are added to the sums of fits.
 
-Full readings give rows at several boundaries, refilled rows those at the boundary in use. While a
-prompt is read its rows are only kept; they are added later, when nobody waits.
+Prompts in full provide rows at several boundaries, refilled rows at the current boundary only. Rows
+are queued during prefill and added while the model is idle.
 """
 
 from __future__ import annotations
@@ -32,45 +32,44 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pop_local.learning")
 
-# Shares of the layers that may be skipped, the deepest first.
+# Candidate shares of skipped layers.
 _SHARES = (0.5, 0.46, 0.4, 1 / 3)
-# One chunk of a prompt in N_APART is kept apart, to measure on; N_HELD_OUT are kept.
+# One prompt chunk in N_APART is held out for measuring; the newest N_HELD_OUT are kept.
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
-# Rows for each dimension of the state: by which the wider input is chosen, and after which a fit is
-# worth trying.
+# Rows per dimension of the state, for choosing the wider input and for trying a fit.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
-# Sums of fewer rows are not written: of a few, something might be read back.
+# Sums of fewer rows are not written, because they might reveal text.
 LEAST_SAVED = 2048
-# Sums are written after so many rows, and at the end.
+# Sums are written after this number of rows, and on detach.
 _ROWS_TO_SAVE = 16_384
 
 
 def require_learnable(context: Context, *, cannot: bool) -> None:
-    """Raises PopError where nothing can be learned; `cannot`: fits cannot prune the model."""
+    """Raise PopError if the model cannot be learned from; `cannot`: fits cannot prune it."""
     options = context.options
     message, hint = "", "open it without learning"
     if options.n_sequences > 1:
         message, hint = "a model learns from one prompt at a time", "open it with n_parallel=1"
     elif cannot or options.rpc or pop_meta(context.source.first) is not None:
         message = (
-            "nothing can be learned of this model: it is converted itself, leaves layers out"
-            " exactly, its rows have several positions, or are computed on another machine"
+            "learning does not support this model: the file itself is converted, it skips layers"
+            " exactly, its rows have several positions, or it runs on another machine"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
-        message = f"learning needs batches and ubatches of {N_WINDOW} tokens or more, of one size"
+        message = f"learning needs equal batch and ubatch sizes of {N_WINDOW} tokens or more"
     if message:
         raise PopError(message, hint, cause="cannot-learn")
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The figures of what was learned of a model so far, by all who use it.
+    """Learning statistics of a model over all processes.
 
-    `n_rows` of the boundary that has most. `n_waiting` are kept to be added, `n_missed` found no
-    room. `boundaries` are those that are learned, the deepest first.
+    `n_rows`: the most rows of any boundary. `n_waiting`: queued rows. `n_missed`: rows dropped
+    for lack of memory. `boundaries`: learned boundaries, most skipped layers first.
     """
 
     n_rows: int
@@ -82,8 +81,8 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class _Apart:
-    """A chunk of a prompt that is kept to measure on: its tokens from a row on."""
+class _HeldOutChunk:
+    """A held-out chunk of a prompt: its first row and its tokens."""
 
     start: int
     tokens: np.ndarray
@@ -102,29 +101,29 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 
 
 class OnlineCalibrator:
-    """Learns from what a KvCache reads; one thread at a time uses both."""
+    """Learner from the rows of a KvCache; the caller must use both from one thread at a time."""
 
     def __init__(
         self, cache: KvCache, shape: ModelShape, file: SumsFile, memory_bytes: int
     ) -> None:
-        """`memory_bytes`: for sums and rows that wait together, at most."""
+        """`memory_bytes`: limit for sums and queued rows together."""
         self.file, self._shape = file, shape
         self.held_out: deque[np.ndarray] = deque(maxlen=N_HELD_OUT)
-        self._apart: deque[_Apart] = deque(maxlen=N_HELD_OUT)
+        self._held_out_chunks: deque[_HeldOutChunk] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
         self._used: list[Rows] = []
-        # Chunks that were added, so that what is read again does not count again.
+        # Hashes of added chunks, so that repeated prompts count once.
         self._seen: set[int] = set()
         self._n_chunks = self._n_missed = self._waiting_bytes = 0
         self._known = file.known()
         self._new = Sums(dict(self._known.wides))
         self._room_bytes = memory_bytes
-        self._begin(cache.context, memory_bytes)
+        self._set_boundaries(cache.context, memory_bytes)
         self._room_bytes -= sum(map(self._sums_bytes, self.boundaries))
         self.attach(cache)
 
-    def _begin(self, context: Context, memory_bytes: int) -> None:
-        """Learn at the boundary of the fit in use, which is bent; without one at several."""
+    def _set_boundaries(self, context: Context, memory_bytes: int) -> None:
+        """Choose the current fit's boundary, whose fit is refined, or else several candidates."""
         meta, source, start = context.meta, context.source, {}
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
@@ -134,30 +133,30 @@ class OnlineCalibrator:
             kinds = {meta.boundary: (meta.projection,)}
         self.summing = Summing(source, self._shape, kinds, start=start)
         if meta and self._sums_bytes(meta.boundary) > memory_bytes // 2:
-            raise _too_little()
+            raise _insufficient_memory()
         if start and self.summing.is_wide(self.boundaries[0]):
             self._new.wides.setdefault(
                 self.boundaries[0], self.summing.start_input(self.boundaries[0])
             )
 
     def attach(self, cache: KvCache) -> None:
-        """Learn from this cache from now on."""
+        """Start learning from a cache."""
         self._cache = cache
         cache.learner = self
         taps.set_taps(cache.context.ctx, self.summing.wanted(self.boundaries))
 
     def detach(self) -> None:
-        """Learn no longer, and save what was learned."""
+        """Stop learning and save the sums."""
         self._cache.learner = None
         if not self._cache.context.is_closed:
             taps.set_taps(self._cache.context.ctx, None)
         try:
             self.save()
         except PopError as error:
-            log.warning("what was learned is not saved: %s", error)
+            log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Boundaries whose sums fit, the deepest first; those of the file where it has some."""
+        """Return boundaries whose sums fit the memory: the file's, or else the default shares'."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -169,7 +168,7 @@ class OnlineCalibrator:
                 chosen.append(boundary)
                 memory_bytes -= n_bytes
         if not chosen:
-            raise _too_little()
+            raise _insufficient_memory()
         return tuple(chosen)
 
     def _sums_bytes(self, boundary: int) -> int:
@@ -183,30 +182,30 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """A chunk of a prompt was read from row `start` on, in whatever mode."""
+        """Note that a prompt chunk was read from row `start`, in any mode."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
         if self._n_chunks % N_APART == 0:
-            apart = _Apart(start, np.asarray(tokens[:N_WINDOW]))
-            self.held_out.append(apart.tokens)
-            self._apart.append(apart)
+            chunk = _HeldOutChunk(start, np.asarray(tokens[:N_WINDOW]))
+            self.held_out.append(chunk.tokens)
+            self._held_out_chunks.append(chunk)
 
     def computed(self) -> None:
-        """Rows were computed: keep those that are the full model's own."""
+        """Queue the computed rows that equal the full model's."""
         cache = self._cache
         used = self._used.pop() if self._used else None
         tapped = taps.take(cache.context.ctx, used)
-        if tapped is None:  # of a token that was decoded, say
+        if tapped is None:  # for example a decoded token
             if used is not None:
                 self._used.append(used)
             return
         start, end = tapped.position, tapped.position + tapped.n_rows
         tokens = cache.tokens[start:end]
-        is_apart = any(each.overlaps(start, tokens) for each in self._apart)
+        is_held_out = any(each.overlaps(start, tokens) for each in self._held_out_chunks)
         key = _key(tokens)
         is_known = key in self._seen
-        is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_apart or is_known)
+        is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_held_out or is_known)
         has_room = self._waiting_bytes + tapped.block.nbytes <= self._room_bytes
         if end <= cache.n_exact and is_wanted and has_room:
             self._seen.add(key)
@@ -217,15 +216,15 @@ class OnlineCalibrator:
         if end <= cache.n_exact and is_wanted:
             self._n_missed += tapped.n_rows
 
-    # While nobody waits
+    # While the model is idle
 
     @property
     def has_work(self) -> bool:
-        """Whether rows wait, and can be added."""
+        """True if queued rows can be added."""
         return bool(self._waiting) and (not self._lacks_input or self._can_choose)
 
     def work(self, should_stop: Callable[[], bool]) -> None:
-        """Add the rows that wait, and save the sums. Raises PopError."""
+        """Add the queued rows and save the sums. Raises PopError."""
         while self.has_work and not should_stop():
             if self._lacks_input:
                 self._choose()
@@ -242,7 +241,7 @@ class OnlineCalibrator:
                 self.save()
 
     def save(self) -> None:
-        """Add what is new to the file. Raises PopError; what is new stays here then."""
+        """Add the new sums to the file. Raises PopError and keeps them in memory then."""
         if self._n_new >= LEAST_SAVED:
             kinds = {each: list(self.summing.projections[each]) for each in self._new.grams}
             self.file.add(self._new, kinds)
@@ -250,17 +249,14 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides)
 
     def sums(self) -> Sums:
-        """Save what is new, and return all that was learned, of whatever process.
-
-        Raises PopError.
-        """
+        """Save the new sums and return the sums of all processes. Raises PopError."""
         self.save()
         self._known = self.file.known()
         return self.file.load()
 
     @property
     def learned(self) -> Learned:
-        """The figures so far."""
+        """The current learning statistics."""
         return Learned(
             n_rows=self._n_new + max(self._known.n_rows.values(), default=0),
             n_wanted=ROWS_TO_FIT * self._shape.n_embd,
@@ -293,20 +289,20 @@ class OnlineCalibrator:
                 for each in self._waiting
                 if boundary in each.states
             ]
-            if not seen:  # of rows that are refilled at another boundary
+            if not seen:  # the queued rows were refilled at another boundary
                 self.boundaries = tuple(each for each in self.boundaries if each != boundary)
                 continue
             self._new.wides[boundary] = self.summing.choose_input(boundary, seen)
 
 
-def _too_little() -> PopError:
+def _insufficient_memory() -> PopError:
     return PopError(
-        "there is too little memory to learn, or the model cannot be fitted",
-        "read in full, or convert it",
+        "too little memory to learn, or the model cannot be fitted",
+        "open it without learning, or convert it",
         cause="cannot-learn",
     )
 
 
 def default_memory() -> int:
-    """Return a sixth of the memory that is free, 2 GiB at most."""
+    """Return a sixth of the free memory in bytes, up to 2 GiB."""
     return min(2**31, int(psutil.virtual_memory().available) // 6)

@@ -1,7 +1,7 @@
-"""The file of a model's sums. Processes that learn at once add theirs to it, one after the other.
+"""The file of a model's sums, to which concurrent processes add theirs under a lock.
 
-It holds sums of products over thousands of rows, no row and no token. Its folder is its owner's
-only (docs/learning.md).
+It contains sums of products over thousands of rows, and no row or token. Only its owner can read
+the folder (docs/learning.md).
 """
 
 import json
@@ -32,44 +32,44 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Known:
-    """The head of a file of sums, and the wider inputs by boundary."""
+    """The header of a file of sums, and the wider inputs by boundary."""
 
     head: Any
     wides: dict[int, WideInput]
 
     @property
     def n_rows(self) -> dict[int, int]:
-        """The rows that were added, by boundary."""
+        """The number of added rows by boundary."""
         return {boundary: n_rows for boundary, _, n_rows in self.head["grams"]}
 
     @property
     def kinds(self) -> dict[int, list[str]]:
-        """The kinds of fit that the sums of each boundary are for."""
+        """The projection kinds that each boundary's sums support."""
         return {int(boundary): kinds for boundary, kinds in self.head.get("kinds", {}).items()}
 
     def is_own(self, boundary: int) -> bool:
-        """Whether the sums of a boundary were begun without a fit: several kinds can be made."""
+        """Return True if a boundary's sums started without a fit, so they support several kinds."""
         return len(self.kinds.get(boundary, ())) > 1
 
 
 @dataclass(frozen=True)
 class SumsFile:
-    """The file of one model; `model` is the hash that it is known by."""
+    """A model's file of sums; `model` is the model's hash."""
 
     path: Path
     model: str
 
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
-        """Return the file of a model, which need not be there."""
+        """Return a model's file, which may not exist."""
         return cls(LearnedFiles.of(source).sums, sampled_sha256(source))
 
     def load(self) -> Sums:
-        """Return the sums, empty ones where there are none. A damaged file is put aside."""
+        """Return the sums (default: empty). A damaged file is renamed to *.damaged."""
         return self._read(Sums.of) or Sums()
 
     def known(self) -> Known:
-        """Return what was added to what, without the sums."""
+        """Return the header and wider inputs without loading the sums."""
         found = self._read(lambda head, arrays: Known(head, stored_inputs(head, arrays)))
         return found or Known({"grams": []}, {})
 
@@ -79,20 +79,20 @@ class SumsFile:
                 head = json.loads(str(arrays["head"]))
                 if (head["version"], head["model"]) == (_VERSION, self.model):
                     return take(head, arrays)
-                log.warning("%s is of another model or version: it is begun anew", self.path)
+                log.warning("%s has another model or version: learning restarts", self.path)
         except FileNotFoundError:
             return None
         except DAMAGES as error:
-            # The file may be whole where the system refuses; numpy's own errors have no number.
+            # The file may be intact after a system error; numpy's errors have no errno.
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise PopError(f"{self.path} cannot be read now: {error}") from error
-            log.warning("%s is damaged, and begun anew: %s", self.path, error)
+            log.warning("%s is damaged, learning restarts: %s", self.path, error)
         with suppress(OSError):
             self.path.replace(self.path.with_suffix(".damaged"))
         return None
 
     def rows(self) -> dict[int, int]:
-        """Return the rows of each boundary, of whatever model; none of what cannot be read."""
+        """Return each boundary's row count for any model, or {} if the file is unreadable."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 head = json.loads(str(arrays["head"]))
@@ -101,10 +101,9 @@ class SumsFile:
             return {}
 
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
-        """Add sums of some kinds of fit to the file. Raises PopError where it cannot be written.
+        """Add sums for some projection kinds to the file. Raises PopError if writing fails.
 
-        At boundaries whose wider input is another one there, these are left out: their rows were
-        added to other products.
+        Boundaries with another wider input in the file are dropped: their products differ.
         """
         try:
             make_private(self.path.parent)

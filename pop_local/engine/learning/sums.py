@@ -1,7 +1,7 @@
-"""The sums of the fits at some boundaries: how rows become inputs, what is added, what is solved.
+"""Sums for fitting projections at some boundaries: inputs, accumulation and solution.
 
-`convert` adds windows of a text, learning adds what is read anyway (learner.py). Sums of the same
-rows are the same.
+`convert` adds windows of a text, online_calibrator.py adds rows of prompts. Both compute equal sums
+from equal rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,19 +26,19 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
-# The last layers, whose attention tells how much a row counts.
+# The number of last layers whose attention weighs the rows.
 N_WEIGHING = 4
 
 
 @dataclass
 class Sums:
-    """By boundary, `wides`: what makes the wider input where there is one, `grams`: the sums."""
+    """Gram sums by boundary; `wides`: the parameters of wider inputs, for boundaries with one."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
 
     def has_same_input(self, other: "Sums", boundary: int) -> bool:
-        """Whether rows of both are products of the same inputs."""
+        """Return True if both were summed over the same inputs."""
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
@@ -46,7 +46,7 @@ class Sums:
         return same_width and bool(np.array_equal(ours.previous, theirs.previous))
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what JSON can hold of them, and their arrays by name; see `of`."""
+        """Return a JSON header and the arrays by name; `of` is the inverse."""
         head = {
             "grams": [
                 (boundary, list(gram.xy), gram.n_rows) for boundary, gram in self.grams.items()
@@ -69,7 +69,7 @@ class Sums:
 
     @classmethod
     def of(cls, head: Any, arrays: Any) -> "Sums":
-        """Return the sums that `arrays` took apart."""
+        """Return the sums from the results of `arrays`."""
         sums = cls(stored_inputs(head, arrays))
         for boundary, layers, n_rows in head["grams"]:
             xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
@@ -78,7 +78,7 @@ class Sums:
 
 
 def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
-    """Return the wider inputs that `Sums.arrays` took apart, by boundary."""
+    """Return the wider inputs by boundary from the results of `Sums.arrays`."""
     wides = {}
     for boundary, is_gelu in head["wides"]:
         neurons = None
@@ -90,7 +90,7 @@ def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
 
 
 class Summing:
-    """Adds the rows of a model to sums, and solves these."""
+    """Accumulator of a model's rows, and solver of its fits."""
 
     def __init__(
         self,
@@ -99,10 +99,10 @@ class Summing:
         projections: Mapping[int, Sequence[Projection]],
         start: Mapping[str, NewTensor] | None = None,
     ) -> None:
-        """`projections`: the kinds of fit at each boundary, own ones not among them.
+        """`projections`: the kinds of fit at each boundary, without own projections.
 
-        `start`: the tensors of an earlier fit, toward which the ridge pulls in the place of the
-        layers' own projections.
+        `start`: tensors of an earlier fit. The ridge pulls toward them instead of the layers' own
+        projections.
         """
         self.shape, self.projections = shape, projections
         self._start = start or {}
@@ -111,51 +111,51 @@ class Summing:
         self._eps = eps if isinstance(eps, float) else 0.0
 
     def layers(self, boundary: int) -> range:
-        """The layers that are fitted at a boundary."""
+        """Return the layers that are fitted at a boundary."""
         return range(boundary + 1, self.shape.n_layer)
 
     def wanted(self, boundaries: Iterable[int]) -> Wanted:
-        """Return what rows must show to be added to the sums of these boundaries."""
+        """Return the tensors to tap for the sums of these boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
-        # The same for all, so that no fit depends on those that are made beside it.
+        # All boundaries share these layers, so that no fit depends on the other ones.
         weighing = range(max(1, self.shape.n_layer - N_WEIGHING), self.shape.n_layer)
         return Wanted(at, layers, tuple(weighing))
 
     def is_wide(self, boundary: int) -> bool:
-        """Whether an input must be chosen (`choose_input`) before rows can be added."""
+        """Return True if `choose_input` must precede adding rows."""
         return Projection.WIDE in self.projections[boundary]
 
     def state(self, boundary: int, tapped: Tapped) -> Rows:
-        """Return the normalised state [n_rows, n_embd]. Raises FitError if not finite."""
+        """Return the normalized state [n_rows, n_embd]. Raises FitError if not finite."""
         state = tapped.states[boundary]
         if not np.isfinite(state).all():
             raise FitError(
-                f"what layer {boundary - 1} of the model computes is not finite",
+                f"the output of the model's layer {boundary - 1} is not finite",
                 DAMAGED_HINT,
                 cause="not-finite",
             )
         return fit.normalised(state, self._eps)
 
     def start_input(self, boundary: int) -> WideInput:
-        """Return the wider input of the earlier fit."""
+        """Return the earlier fit's wider input."""
         return decode_input(self.shape, self._weights, boundary, self._start)
 
     def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
-        """Choose what the wider input is made of, by the normalised states of some windows."""
+        """Choose the wider input by the normalized states of some windows."""
         return wide_input(self.shape, self._weights, boundary, windows)
 
     def empty(self, boundary: int, layers: Iterable[int]) -> Gram:
-        """Return the sums of no row, of some of the layers that are fitted at a boundary."""
+        """Return empty sums for some of the layers that are fitted at a boundary."""
         widths = {layer: self.shape.n_kv(layer) for layer in layers}
         kinds = self.projections[boundary]
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
 
     def add(self, sums: Sums, tapped: Tapped) -> None:
-        """Add all rows but the first, which has no predecessor, or runs in full always.
+        """Add all rows except the first, which lacks a predecessor or always runs in full.
 
-        All layers share one weighting, the mean of the last few. A deep pass shows no boundary
-        below its own: nothing is added there.
+        All layers share one weighting, the mean of the last N_WEIGHING layers. A deep pass has no
+        state below its boundary, so it adds nothing there.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]
@@ -172,7 +172,7 @@ class Summing:
     def solve(
         self, gram: Gram, boundary: int, layer: int, kind: Projection, ridge: float, stored: KvType
     ) -> tuple[NewTensor, ...]:
-        """Solve for the fit of a layer by the sums at a boundary. Raises FitError."""
+        """Solve a layer's fit from the sums at a boundary. Raises FitError."""
         own = self._weights.own_projection(layer, self.shape.n_k[layer], self.shape.n_v[layer])
         if self._start:
             own = fit.decode(layer, self._start, own)
@@ -180,7 +180,7 @@ class Summing:
         return fit.encode(layer, fitted, stored)
 
     def encode_input(self, sums: Sums, boundary: int, stored: KvType) -> tuple[NewTensor, ...]:
-        """Return the tensors of the wider input at a boundary."""
+        """Return the tensors of a boundary's wider input."""
         return encode_input(boundary, sums.wides[boundary], stored)
 
     def _n_inputs(self, boundary: int, kind: Projection) -> int:
