@@ -49,8 +49,8 @@ class TurnStats:
     encode_s: seconds for encoding images, which pruning does not change. prefill_s: seconds for
     the prompt, without encode_s. decode_s: seconds from the first to the last sampled token,
     without the caller's. is_short: pruning was on, but the uncached prompt was too short for it.
-    fit: the origin of the pruned tokens' projections, or "". stop: the stop string
-    that ended the answer, or "". is_repeating: the answer was ended because it repeated itself.
+    fit: the origin of the pruned tokens' projections, or "". stop: the stop string that ended the
+    answer, or "". is_repeating: the answer was ended because it repeated itself.
     """
 
     n_prompt: int

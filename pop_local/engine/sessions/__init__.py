@@ -1,1 +1,1 @@
-"""Conversations: what was said, held with a model, and kept in a file with its KV cache."""
+"""Conversations with a model, and session files with transcript and KV cache."""

@@ -1,7 +1,4 @@
-"""A conversation that a program or the chat holds with a model.
-
-Asking, answers in pieces, taking back, figures, saving.
-"""
+"""Chat sessions of the Python API and the chat: asking, streaming, undoing, saving."""
 
 from __future__ import annotations
 
@@ -40,29 +37,29 @@ class Answer:
 
 
 class Stream(Iterator[str]):
-    """The pieces of an answer as they come; `stats` are there once it has ended by itself.
+    """Text pieces of an answer. `text`: the pieces so far. `stats`: None until the answer is over.
 
-    Closing it ends the answer. Whatever ends it, `text` is what was said until then. Closed by its
-    own on_prefill or should_stop, it ends as soon as these return, and has its `stats`.
+    Closing the stream ends the answer and leaves `stats` at None. If its on_prefill or should_stop
+    closes it, the answer ends after that call returns, and `stats` is set.
     """
 
     def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
         self._chunks = chunks
         self._on_end = on_end
-        self._said: list[str] = []
+        self._pieces: list[str] = []
         self._is_open = True
         self.is_closing = False
         self.stats: TurnStats | None = None
 
     @property
     def text(self) -> str:
-        return "".join(self._said)
+        return "".join(self._pieces)
 
     def __next__(self) -> str:
         for chunk in self._chunks:
             self.stats = chunk.stats
             if chunk.text and not self.is_closing:
-                self._said.append(chunk.text)
+                self._pieces.append(chunk.text)
                 return chunk.text
         self.close()
         raise StopIteration
@@ -77,16 +74,16 @@ class Stream(Iterator[str]):
 
 
 class ChatSession:
-    """A conversation in which every question comes after all that was said before.
+    """A conversation; each prompt contains all earlier turns.
 
-    Not for several threads. A model has one KV cache, and gives one answer at a time. Another
-    session's question drives this conversation out, which is then read again.
+    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. If
+    another session asks a question, this conversation is evicted and must be read again.
     """
 
     def __init__(
         self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
-        """`reread`: why the conversation has to be read again, or nothing."""
+        """`reread`: the reason for reading the conversation again, or ""."""
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
@@ -96,16 +93,16 @@ class ChatSession:
 
     @property
     def conversation(self) -> Conversation:
-        """The system prompt and all turns so far; an answer that still streams is ended.
+        """The system prompt and all turns so far; reading it ends a streaming answer.
 
-        Raises PopError in the on_prefill and should_stop of this very answer.
+        Raises PopError if that answer's on_prefill or should_stop reads it.
         """
         self._settle()
         return self._conversation
 
     @property
     def system(self) -> str:
-        """The system prompt, "" for none; another one is read with the next question."""
+        """The system prompt, or ""; a new one takes effect with the next question."""
         return self._conversation.system
 
     @system.setter
@@ -115,29 +112,29 @@ class ChatSession:
 
     @property
     def dropped(self) -> Turn | None:
-        """The last question, if nothing was answered to it; it is not part of the conversation."""
+        """The last question if it has no answer; the conversation excludes it."""
         self._settle()
         return self._dropped
 
     @property
     def last_asked(self) -> Turn | None:
-        """The question that retry and edit ask again: the dropped one, or else the last turn's."""
+        """The question that retry and edit repeat: the dropped one, or else the last turn's."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
 
     @property
     def n_cached(self) -> int:
-        """How many tokens of the conversation need not be read again."""
+        """The number of cached tokens of the conversation."""
         return n_own_tokens(self.model.engine, self.conversation)
 
     @property
     def stats(self) -> SessionStats:
-        """The sums over the answers that ended by themselves since this session was opened."""
+        """Sums over this session's answers that were not closed early."""
         return SessionStats.of(self._stats)
 
     @property
     def answer_stats(self) -> tuple[TurnStats, ...]:
-        """The figures of these answers one by one, without those that ended before they began."""
+        """The statistics of each of these answers, without those that have no token."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(
@@ -148,9 +145,9 @@ class ChatSession:
         images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """Give the whole answer; images and documents precede the question.
+        """Return the whole answer; images and documents precede the question.
 
-        Raises PopError as `stream`.
+        Raises PopError like `stream`.
         """
         stream = self.stream(question, documents=documents, images=images, **options)
         for _ in stream:
@@ -166,28 +163,30 @@ class ChatSession:
         images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
-        """Give the answer in pieces; reading starts with the first one.
+        """Stream the answer; prefill starts when the caller requests the first piece.
 
-        `images`: paths, or the bytes of picture files, for a model with its mmproj.
+        `images`: paths or contents of image files, for a model with its mmproj.
 
-        When it has ended, by itself, by close() or by Ctrl-C, question and answer belong to the
-        conversation; when nothing was said, the question is `dropped`. Raises ContextFullError when
-        the prompt does not fit the context, and PopError when the template refuses it.
+        After the end, close() or Ctrl-C, the conversation includes question and answer. If the
+        answer is empty, the question is `dropped` instead. Raises ContextFullError if the prompt
+        exceeds the context, and PopError if the template rejects it.
         """
         turn = Turn(question, _documents(documents), pictures=_pictures(images))
         return self._ask(turn, self.conversation, options)
 
     def retry(self, **options: Unpack[AnswerOptions]) -> Stream:
-        """Ask the last question again; its answer is forgotten. Raises PopError as `stream`, and
-        when nothing has been asked yet."""
+        """Replace the last question's answer by a new one.
+
+        Raises PopError like `stream`, and if the session has no question yet.
+        """
         return self._ask_again(None, options)
 
     def edit(self, question: str, **options: Unpack[AnswerOptions]) -> Stream:
-        """Ask the last question in other words, about the same documents; as `retry`."""
+        """Replace the last question, keep its documents and images, and ask it like `retry`."""
         return self._ask_again(question, options)
 
     def undo(self) -> Turn | None:
-        """Forget the last turn, and what was dropped after it; None when there is no turn."""
+        """Remove and return the last turn, None if no turn exists; also clear `dropped`."""
         turns = self.conversation.turns
         if not turns:
             return None
@@ -195,18 +194,18 @@ class ChatSession:
         return turns[-1]
 
     def forget_oldest(self, n_turns: int) -> None:
-        """Make room: the rest of the conversation is read again with the next question."""
+        """Remove the first `n_turns` turns; the next question reads the rest again."""
         self._conversation = self.conversation.without_oldest(n_turns)
 
     def forget(self) -> None:
-        """Forget all turns and their figures; the system prompt stays."""
+        """Remove all turns and their statistics, but keep the system prompt."""
         self._conversation, self._dropped = Conversation(self.conversation.system), None
         self._stats.clear()
 
     def _ask_again(self, question: str | None, options: AnswerOptions) -> Stream:
         turn = self.last_asked
         if turn is None:
-            raise PopError("nothing has been asked yet")
+            raise PopError("the session has no question yet", "ask one first")
         question = turn.question if question is None else question
         before = self.conversation if self._dropped else self.conversation.without_last()
         asked = Turn(question, turn.documents, pictures=turn.pictures)
@@ -240,53 +239,53 @@ class ChatSession:
             self._stream.close()
         if self._stream is not None:
             raise PopError(
-                "the session is in the midst of an answer",
-                "on_prefill and should_stop may end it; go on when it has ended",
+                "the session is still answering",
+                "use it after the answer has ended; on_prefill and should_stop may only end it",
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write transcript and KV cache to a .popsession file, which gets that suffix, whole or
-        not at all; returns its path. Raises PopError.
+        """Write transcript and KV cache atomically; return the path, with suffix .popsession.
 
-        The KV cache is the model's: if another session asked last, this one will be read again.
+        If another session asked last, the file lacks the KV cache, and loading it rereads the
+        conversation. Raises PopError.
         """
-        folder, name = _place(path)
+        folder, name = _split(path)
         sessions = Sessions(folder)
         target = sessions.path(name)
         if target.exists() and not overwrite:
-            raise OutputExistsError(f"{target} is there already", "overwrite=True replaces it")
+            raise OutputExistsError(f"{target} exists", "replace it with overwrite=True")
         sessions.save(name, self.model.engine, self.conversation)
         return target
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Go on with a saved conversation; the model takes over its pruning and its KV cache.
+    """Load a saved conversation; the model adopts its mode and its KV cache.
 
-    Where these do not fit the model, `reread` says why, and the next question reads all of it.
-    Raises PopError for what is no session.
+    If these do not fit the model, `reread` is the reason, and the next question rereads the
+    conversation. Raises PopError if the file is not a session.
     """
-    folder, name = _place(path)
+    folder, name = _split(path)
     sessions = Sessions(folder)
     if not sessions.path(name).is_file():
-        raise PopError(f"there is no session {sessions.path(name)}", "check the path")
+        raise PopError(f"no session {sessions.path(name)}", "check the path")
     restored = sessions.load(name, model.engine)
     return ChatSession(model, restored.session.conversation, reread=restored.reread)
 
 
-def _place(path: str | os.PathLike[str]) -> tuple[Path, str]:
+def _split(path: str | os.PathLike[str]) -> tuple[Path, str]:
     given = Path(path)
     return given.parent, given.name.removesuffix(SUFFIX)
 
 
 def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
-    if isinstance(given, str):  # a sequence of letters, to Python
-        raise PopError("documents is a single text, not a list of them", "documents=[text]")
+    if isinstance(given, str):  # iterates over its characters
+        raise PopError("documents is a string, not a list", "use documents=[text]")
     return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)
 
 
 def _pictures(given: Sequence[GivenImage]) -> tuple[Picture, ...]:
     if isinstance(given, str | bytes | os.PathLike):
-        raise PopError("images is a single one, not a list of them", "images=[path]")
+        raise PopError("images is a single image, not a list", "use images=[path]")
     return tuple(map(_picture, given))
 
 

@@ -1,4 +1,4 @@
-"""A conversation as it is kept and saved: questions with the documents they are about, answers."""
+"""The data of a conversation: questions with documents and pictures, and answers."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from pop_local.texts.document import Document
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, what it is about, and the answer ("" until there is one)."""
+    """A question with its documents and pictures, and the answer ("" until it exists)."""
 
     question: str
     documents: tuple[Document, ...] = ()
@@ -18,7 +18,7 @@ class Turn:
 
     @property
     def prompt(self) -> str:
-        """The question comes last, so that it lies in the tail that runs all layers."""
+        """The user message; the question comes last, so that it is in the full tail."""
         texts = [*(document.text for document in self.documents), self.question]
         return "\n\n".join(text.strip("\n") for text in texts if text.strip())
 
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system prompt ("" for none) and the turns in order."""
+    """A system prompt (or "") and the turns in order."""
 
     system: str = ""
     turns: tuple[Turn, ...] = ()
@@ -42,7 +42,7 @@ class Conversation:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """All pictures of its turns, each once."""
+        """The turns' pictures without duplicates."""
         found = {picture.sha256: picture for turn in self.turns for picture in turn.pictures}
         return tuple(found.values())
 

@@ -1,4 +1,4 @@
-"""The fields of a session file: each has a type and a range, checked before it is used."""
+"""The fields of a session file, whose types and ranges are checked on load."""
 
 import dataclasses
 import io
@@ -17,8 +17,8 @@ from pop_local.engine.sessions.conversation import Conversation
 T = TypeVar("T")
 
 FORMAT = 3
-# The head of an array as numpy writes one of one dimension; numpy's own reader would allocate what
-# a head asks for, and evaluates it.
+# The header that numpy writes for an array of one dimension. numpy's reader evaluates headers and
+# allocates any size in them.
 _NPY = re.compile(
     rb"\x93NUMPY\x01\0..\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \((\d{1,9}),\), }"
     rb" *\n",
@@ -28,7 +28,7 @@ _NPY = re.compile(
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The model and backend of saved K/V, besides the POP key."""
+    """The model and backend of saved K/V, in addition to the POP key."""
 
     model_bytes: int
     model_sha256: str
@@ -37,14 +37,14 @@ class Fingerprint:
 
 
 class OtherFormatError(Exception):
-    """A session of another version."""
+    """Error: the session has another format version."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A file but for the K/V; `mode` is the one that they were computed in.
+    """A session file without its K/V; `mode`: the mode in which these were computed.
 
-    `images`: the key of each image by the row where it begins.
+    `images`: (first row, key) of each image.
     """
 
     name: str
@@ -58,25 +58,25 @@ class Session:
 
 
 def encoded(session: Session) -> str:
-    """Return the session as JSON, its pictures by name and hash."""
+    """Return the session as JSON, with the names and hashes of its pictures."""
     fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
     for turn, raw in zip(session.conversation.turns, fields["conversation"]["turns"], strict=True):
         raw["pictures"] = [{"name": one.name, "sha256": one.sha256} for one in turn.pictures]
     return json.dumps(fields, ensure_ascii=False, indent=1)
 
 
-# The picture of a name and a hash.
+# Returns a picture by its name and hash.
 ReadPicture = Callable[[str, str], Picture]
 
 
 def decoded(content: bytes, picture: ReadPicture) -> Session:
-    """Return the session in JSON.
+    """Parse a session's JSON.
 
-    Raises OtherFormatError, and ValueError or RecursionError for what is none.
+    Raises OtherFormatError, and ValueError or RecursionError if it is invalid.
     """
     raw = _typed(json.loads(content), dict)
     if (found := _typed(raw.pop("format", None), int)) != FORMAT:
-        raise OtherFormatError(f"it is of format {found}, this version reads format {FORMAT}")
+        raise OtherFormatError(f"it has format {found}, this version reads format {FORMAT}")
     session: Session = _value(Session, raw, picture)
     return session
 
@@ -88,7 +88,7 @@ def encoded_array(values: np.ndarray) -> bytes:
 
 
 def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
-    """Return the array of a .npy file. Raises ValueError for another type, length or size."""
+    """Parse a .npy file. Raises ValueError for another type, length or size."""
     head, dtype = _NPY.match(content), np.dtype(kind)
     if (
         head is None
@@ -101,7 +101,7 @@ def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.nda
 
 
 def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
-    """A value of a field's type; of a dataclass, these fields alone and all of them."""
+    """Convert a field's JSON to its type; a dataclass requires exactly its fields."""
     if kind is Picture:
         named = _fields(raw, {"name", "sha256"})
         return picture(_text(named["name"]), _text(named["sha256"]))
@@ -143,5 +143,5 @@ def _number(value: object) -> int:
 
 def _text(value: object) -> str:
     text = _typed(value, str)
-    text.encode()  # JSON can spell halves of surrogates, which are no text
+    text.encode()  # raises for lone surrogates, which JSON can contain
     return text

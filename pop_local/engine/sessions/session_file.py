@@ -1,17 +1,17 @@
-"""Saved conversations: the transcript and the KV state, in one zip file each.
+"""Session files: a conversation's transcript and KV state in a zip file.
 
     session.json   format, model, backend, KV key and the transcript
-    tokens.npy     int32 (n_tokens): the token of each cached row, NO_TOKEN for those of images
-    full.npy       bool (n_tokens): whether its row ran all layers
-    positions.npy  int32 (n_tokens + 1): where it stands, and where the next one will
-    pictures/HASH  the files of pictures, by SHA-256
-    kv.bin         llama.cpp's state: the cells in use, not the whole context
+    tokens.npy     int32 (n_tokens): each cached row's token, NO_TOKEN for image rows
+    full.npy       bool (n_tokens): rows that ran all layers
+    positions.npy  int32 (n_tokens + 1): each row's position, and the next row's
+    pictures/HASH  image files by SHA-256
+    kv.bin         llama.cpp's state: only the used cells
 
-Where the model has another conversation cached, n_tokens is 0 and there is session.json alone.
+If the model has cached another conversation, n_tokens is 0 and the arrays are missing.
 
-The K/V are used again only by the same model and mmproj (size and hash of headers and tensors'
-beginnings), POP mode, boundary and projections (KvCache.key), backend version and RoPE options;
-otherwise the transcript alone is. zip's CRC-32 tells a damaged file.
+Loading restores the K/V only for the same model and mmproj (size, and a hash of headers and samples
+of the tensors), POP mode, boundary and projections (KvCache.key), backend version and RoPE options.
+Otherwise it restores the transcript alone. zip's CRC-32 detects damage.
 """
 
 import dataclasses
@@ -50,21 +50,21 @@ from pop_local.engine.sessions.fields import (
 )
 
 SUFFIX = ".popsession"
-_NOT_SAVED = "they had made room for another conversation when it was saved"
+_NOT_SAVED = "another conversation had replaced them when it was saved"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
-# Errors of zipfile and the schema; RuntimeError for encrypted archives and deeply nested JSON.
+# zipfile and the schema raise these; RuntimeError: encrypted archives and deeply nested JSON.
 _DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
 
-# The picture of a name and a hash in a file.
+# Returns an archive's picture by its name and hash.
 ReadFrom = Callable[[zipfile.ZipFile, str, str], Picture]
 
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A file in the folder; `session` is None when it cannot be read."""
+    """A file in the folder; `session` is None if it is unreadable."""
 
     name: str
     size_bytes: int
@@ -74,17 +74,17 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Restored:
-    """A session after loading; `reread` says why its K/V were not used, or is empty."""
+    """A loaded session; `reread`: the reason for not using its K/V, or ""."""
 
     session: Session
     reread: str
 
 
 def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
-    """How many cached tokens, from the first on, are the conversation's.
+    """Count the leading cached tokens that belong to the conversation.
 
-    They are the prompt of its last question, whole, and what is cached of the answer; otherwise 0.
-    The answer is compared as text: as a message its tokens may be others than were sampled.
+    They are the last question's whole prompt and the cached part of its answer, otherwise 0. The
+    answer is compared as text, because tokenizing it may not return the sampled tokens.
     """
     if not conversation.turns:
         return 0
@@ -92,7 +92,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     asked = conversation.without_last().plus(dataclasses.replace(last, answer=""))
     try:
         prompt = engine.prompter.conversation(asked.messages)
-    except PopError:  # of another model's template, so nothing of it is cached
+    except PopError:  # only another model's template accepts it, so its rows are not cached
         return 0
     n_own = len(prompt)
     if engine.cache.n_same(prompt) < n_own:
@@ -101,7 +101,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     said = last.answer.removeprefix(prompt.begun).encode()
     at = 0
     for token in engine.cache.tokens[n_own:].tolist():
-        if token == NO_TOKEN:  # of a picture that was shown later
+        if token == NO_TOKEN:  # a later turn's picture
             break
         piece = pieces[token]
         if not said.startswith(piece, at):
@@ -116,7 +116,7 @@ def _is_name(name: str) -> bool:
 
 
 def fingerprint(engine: Engine) -> Fingerprint:
-    """Read the beginnings of the model's tensors; where a file was replaced there is no hash."""
+    """Hash samples of the model's tensors (no hash if a file was replaced while open)."""
     source = engine.context.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
     mmproj = engine.vision.key if engine.vision else ""
@@ -131,7 +131,7 @@ class Sessions:
         self._folder = folder
 
     def names(self) -> list[str]:
-        """Return the names that `load` takes; links to nowhere, pipes and folders are no files."""
+        """Return the names that `load` accepts, without broken links, pipes and folders."""
         found = (path for path in self._folder.glob(f"*{SUFFIX}") if path.is_file())
         names = (path.name.removesuffix(SUFFIX) for path in found)
         return sorted(filter(_is_name, names))
@@ -147,23 +147,23 @@ class Sessions:
             yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
-        """Give the file of a name. Raises PopError for what is no name, such as a path."""
+        """Return a session's path. Raises PopError for an invalid name, such as a path."""
         if not _is_name(name):
             raise PopError(
                 f"{name!r} cannot name a session",
-                "take letters, digits, blanks and any of . _ + - (at most 80)",
+                "use up to 80 letters, digits, spaces and any of . _ + -",
             )
         return self._folder / f"{name}{SUFFIX}"
 
     def save(self, name: str, engine: Engine, conversation: Conversation) -> int:
-        """Write the file beside and rename it; returns its size in bytes. Raises PopError.
+        """Write the file atomically; return its size in bytes. Raises PopError.
 
-        Where the conversation's K/V are cached, what is cached after them is forgotten.
+        If the conversation's K/V are cached, cached rows after them are dropped.
         """
         return self._write(name, engine, conversation, _own_state(engine, conversation))
 
     def save_transcript(self, name: str, engine: Engine, conversation: Conversation) -> int:
-        """As `save`, without the K/V: quick, small, and nothing that is cached is forgotten."""
+        """Save without the K/V, which is fast and small and leaves the cache unchanged."""
         return self._write(name, engine, conversation, None)
 
     def _write(
@@ -184,12 +184,14 @@ class Sessions:
         try:
             make_private(self._folder)
         except OSError as error:
-            raise PopError(f"cannot make {self._folder}: {error.strerror}") from error
+            raise PopError(
+                f"cannot create {self._folder}: {error.strerror}", "check its permissions"
+            ) from error
         with replacing(path, force=True) as file:
-            if hasattr(os, "fchmod"):  # what was said is nobody else's business
+            if hasattr(os, "fchmod"):  # conversations are private
                 os.fchmod(file.fileno(), 0o600)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                # The name of a file may be no text.
+                # File names may contain lone surrogates.
                 _add(archive, _TRANSCRIPT, encoded(session).encode(errors="replace"))
                 for picture in conversation.pictures:
                     _add(archive, _PICTURE.format(picture.sha256), picture.content)
@@ -199,14 +201,17 @@ class Sessions:
                     _add(archive, "full.npy", encoded_array(state.is_full))
                     _add(archive, "kv.bin", state.cells)
             file.flush()
-            os.fsync(file.fileno())  # nothing else holds what was said
+            os.fsync(file.fileno())  # this is the only copy
         return path.stat().st_size
 
     def load(self, name: str, engine: Engine) -> Restored:
-        """The model takes over mode and K/V where they fit. Raises PopError, nothing changed."""
+        """Load a session, with its mode and K/V if they fit.
+
+        Raises PopError, and leaves the model unchanged then.
+        """
         path = self._file(name)
         ours, state = fingerprint(engine), None
-        with _opened(path) as archive:  # once: another process may replace the file meanwhile
+        with _opened(path) as archive:  # open once, since another process may replace the file
             session = _session(archive, _stored_picture)
             reread = _difference(session, ours, engine)
             if session.n_tokens and not reread:
@@ -230,12 +235,12 @@ class Sessions:
     def _file(self, name: str) -> Path:
         path = self.path(name)
         if not path.is_file():
-            raise PopError(f"there is no session {name}", "check the name")
+            raise PopError(f"no session {name}", "check the name")
         return path
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a member without the time, which the clock may have outside of what zip knows."""
+    """Add a member without a timestamp, since zip cannot represent every clock value."""
     archive.writestr(zipfile.ZipInfo(name), content)
 
 
@@ -251,7 +256,7 @@ def _stored_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture
 
 
 def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
-    """For a list of sessions, which shows none."""
+    """Return a picture without content, which suffices for listing sessions."""
     archive.getinfo(_PICTURE.format(sha256))
     return Picture(name, b"", 0, 0)
 
@@ -271,14 +276,14 @@ def _state(archive: zipfile.ZipFile, session: Session, cache: KvCache) -> SavedS
 
 
 def _is_consistent(state: SavedState, n_vocab: int) -> bool:
-    """Whether tokens are in the vocabulary or of images, and positions ascend."""
+    """Return True if all tokens are valid or image rows, and positions ascend."""
     is_text = state.tokens != NO_TOKEN
-    begins = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
+    image_starts = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
     steps = np.diff(state.positions)
     return bool(
         state.tokens.max() < n_vocab
         and state.tokens.min() >= NO_TOKEN
-        and set(begins.tolist()) <= state.images.keys()
+        and set(image_starts.tolist()) <= state.images.keys()
         and not is_text[[start for start in state.images if start < len(is_text)]].any()
         and state.positions[0] == 0
         and (steps >= 0).all()
@@ -287,13 +292,13 @@ def _is_consistent(state: SavedState, n_vocab: int) -> bool:
 
 
 def _own_state(engine: Engine, conversation: Conversation) -> SavedState | None:
-    """None where the conversation's K/V are not cached."""
+    """Return the conversation's KV state, None if it is not cached."""
     n_own = n_own_tokens(engine, conversation)
     return engine.cache.save() if n_own and engine.cache.truncate(n_own) else None
 
 
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
-    """Say why the model cannot use the K/V, nothing where it can."""
+    """Return the reason why the model cannot use the K/V, or ""."""
     saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"they belong to another model ({session.model})"
@@ -309,10 +314,10 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member as it is stored: one that is packed could be of any size."""
+    """Return a member; reject compressed ones, which could expand to any size."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ValueError(f"{name} is packed")
+        raise ValueError(f"{name} is compressed")
     if name == _TRANSCRIPT and info.file_size > _MAX_TRANSCRIPT_BYTES:
         raise ValueError(f"{name} is longer than any conversation")
     return archive.read(info)
@@ -334,5 +339,5 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 def _damaged(path: Path) -> PopError:
     return PopError(
         f"the session {path} is damaged or not a session",
-        "try again if it is being copied, else save under another name",
+        "retry if it is still being copied, otherwise use another file",
     )

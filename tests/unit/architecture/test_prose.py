@@ -39,7 +39,7 @@ NOT_YET: set[str] = {
     "pop_local/engine/llama",
     "pop_local/engine/prefill",
     "pop_local/engine/prompt",
-    "pop_local/engine/sessions",
+
     "pop_local/engine/tools",
     "pop_local/texts",
     "tests/unit/engine",
