@@ -101,7 +101,7 @@ def test_disconnect_stops_tokenization(path):
     changed = """
 from pop_local.engine.llama import interrupt
 from pop_local.server.task_factory import TaskFactory
-make, wanted = TaskFactory.completions, interrupt.Interrupt._wanted
+make, wanted = TaskFactory.completions, interrupt.Interrupt._stop_requested
 def seen(self, body):
     try:
         return make(self, body)
@@ -112,7 +112,7 @@ def asked(self):
     time.sleep(0.05)
     return wanted(self)
 import time
-interrupt.Interrupt._wanted, TaskFactory.completions = asked, seen
+interrupt.Interrupt._stop_requested, TaskFactory.completions = asked, seen
 """
     body = json.dumps({"prompt": "\U00012345" * 80_000}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"

@@ -1,1 +1,1 @@
-"""The C boundary: the patched llama.cpp as Python sees it, and nothing that decides."""
+"""Bindings of the patched llama.cpp, free of decisions about pruning."""

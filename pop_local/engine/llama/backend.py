@@ -1,7 +1,6 @@
-"""The patched backend: prove that it is there, switch pruning, count rows.
+"""Bindings of the C ABI in llama-pop.h, over the library that llama_cpp has loaded.
 
-Bindings of the C ABI in llama-pop.h over the library that llama_cpp has already loaded. Every
-setter raises PopError when the library refuses. `ctx` is a llama_context pointer.
+Every setter raises PopError if the library refuses. `ctx` is a llama_context pointer.
 """
 
 import ctypes
@@ -23,15 +22,15 @@ from pop_local.engine.llama import logs
 ABI = 10
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
-    f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
+    f"install it with: pip install ./patches/llama-cpp-python, or reinstall the wheel of {OURS}"
 )
-# Spins of libgomp at a barrier. Its own 300,000 last for milliseconds: beside other work, threads
-# would spend their time slices on waiting for each other.
+# Spins of libgomp at a barrier. The default of 300,000 takes milliseconds: on a busy machine,
+# threads would spend their time slices on waiting for each other.
 SPINS = "1000"
 
 
 class Reading(IntEnum):
-    """Which rows are a prompt's. CONTEXT: no full ones, which are those of answers."""
+    """The batch's prompt rows. NONE: no row. SOME: any. CONTEXT: all rows that are not full."""
 
     NONE = 0
     SOME = 1
@@ -39,8 +38,11 @@ class Reading(IntEnum):
 
 
 class Mode(IntEnum):
-    """OFF: every row is full. CONTEXT: context rows are pruned, or leave exactly where the model
-    allows it. ALWAYS: every row is pruned."""
+    """Pruning mode of a context.
+
+    OFF: every row is full. CONTEXT: context rows are pruned, or skip layers exactly if the model
+    allows it. ALWAYS: every row is pruned.
+    """
 
     OFF = 0
     CONTEXT = 1
@@ -49,11 +51,11 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Counters:
-    """Rows since the last reset, by how they were computed.
+    """Rows computed since the last reset.
 
-    `n_context` stopped at the boundary, `n_full` ran all layers, `n_exact` left exactly at a layer
-    that shares the KV of earlier ones. `n_deep` rows ran deep passes afterwards. `n_marked` of the
-    full rows are deep rows by token.
+    `n_context` rows stopped at the boundary, and `n_full` rows ran all layers. `n_exact` rows
+    stopped at a layer from which on all layers share earlier KV. `n_deep` rows ran deep passes
+    afterwards. `n_marked` of the full rows are deep rows by token.
     """
 
     n_context: int
@@ -112,17 +114,19 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 @functools.cache
 def bindings() -> ModuleType:
-    """llama_cpp's low-level module, its log taken over. Raises PopError when there is none, or
-    another distribution that owns the same files."""
+    """Return llama_cpp's low-level module, and redirect its log.
+
+    Raises PopError if it is missing, or if another distribution owns the same files.
+    """
     ours = find_spec("llama_cpp")
     used = ours and ours.origin and Path(ours.origin).resolve()
     for other in metadata.distributions(name=OTHER):
-        # One of the system may lie behind that of a virtual environment, which is ours.
+        # A virtual environment's backend shadows a distribution of the system.
         if used and Path(str(other.locate_file("llama_cpp/__init__.py"))).resolve() != used:
             continue
         raise PopError(
-            f"{OTHER} {other.version} is installed, whose files take the place of those of {OURS}",
-            f"pip uninstall {OTHER}, which takes files of both, and {INSTALL_HINT}",
+            f"{OTHER} {other.version} is installed and overwrites files of {OURS}",
+            f"run pip uninstall {OTHER}, which removes files of both, then {INSTALL_HINT}",
         )
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -131,7 +135,7 @@ def bindings() -> ModuleType:
     except ImportError as error:
         raise PopError(
             f"{OURS} cannot be imported: {error}",
-            f"{INSTALL_HINT}; uninstalling {OTHER} takes files of it, too",
+            f"{INSTALL_HINT}; uninstalling {OTHER} removes its files, too",
         ) from error
     except (AttributeError, OSError, RuntimeError) as error:
         raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
@@ -154,7 +158,7 @@ def version() -> str:
 
 
 def library_abi() -> int | None:
-    """The version of the C ABI that the loaded library has; None when it is not patched."""
+    """Return the loaded library's C ABI version, or None if it is unpatched."""
     function = getattr(bindings()._lib, "llama_pop_abi", None)
     if function is None:
         return None
@@ -164,12 +168,12 @@ def library_abi() -> int | None:
 
 @functools.cache
 def require_patched() -> ctypes.CDLL:
-    """The library with the ABI's functions declared. Raises PopError when it is not patched."""
+    """Return the library with the ABI's functions declared. Raises PopError if it is unpatched."""
     abi = library_abi()
     if abi is None:
         raise PopError("the installed llama.cpp cannot prune: it is unpatched", INSTALL_HINT)
     if abi != ABI:
-        raise PopError(f"the backend's ABI is version {abi}, needed is {ABI}", INSTALL_HINT)
+        raise PopError(f"the backend has ABI {abi}, pop-local needs ABI {ABI}", INSTALL_HINT)
     library: ctypes.CDLL = bindings()._lib
     for name, (argument_types, result_type) in _SIGNATURES.items():
         function = getattr(library, name)
@@ -179,17 +183,17 @@ def require_patched() -> ctypes.CDLL:
 
 
 def model_boundary(model: Any) -> int:
-    """The boundary that the file asks for; 0: none, -1: the architecture cannot be pruned."""
+    """Return the file's boundary layer (0: none, -1: the architecture cannot be pruned)."""
     return int(require_patched().llama_pop_model_boundary(model))
 
 
 def model_exact(model: Any) -> int:
-    """The first layer that rows without logits need not enter, exactly; 0: there is none."""
+    """Return the first layer that rows without logits can skip exactly (0: none)."""
     return int(require_patched().llama_pop_model_exact(model))
 
 
 def is_mrope(model: Any) -> bool:
-    """Whether rows have several positions each: time, height and width of an image."""
+    """Return whether a row has several positions: an image's time, height and width."""
     api = bindings()
     kinds = (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
     return api.llama_model_rope_type(model) in kinds
@@ -208,42 +212,42 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
+    """Prune from another layer on, with own projections (0: the file's boundary)."""
     _set("llama_pop_set_boundary", ctx, layer)
 
 
 def set_full_from(ctx: Any, sequence: int, position: int) -> None:
-    """Rows of a sequence at or past the position are full; -1: none by position."""
+    """Run a sequence's rows from a position on in full (-1: no rows)."""
     _set("llama_pop_set_full_from", ctx, sequence, position)
 
 
 def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
-    """Make the rows of a sequence at these ascending positions full, and no earlier ones."""
+    """Run a sequence's rows at these ascending positions in full. Replaces earlier positions."""
     pointed = np.ascontiguousarray(positions, np.int32)
     pointer = pointed.ctypes.data_as(_POINTER)
     _set("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
-    """Rows of every sequence below this position are full; -1 goes back to the file's number."""
+    """Run every sequence's rows below position `n_tokens` in full (-1: the file's number)."""
     _set("llama_pop_set_sink", ctx, n_tokens)
 
 
 def set_snapshots(ctx: Any, are_on: bool) -> None:
-    """Store every row's state at the boundary from the next decode on, or stop and drop all."""
+    """Store each row's boundary state from the next decode on, or drop all states."""
     _set("llama_pop_set_snapshots", ctx, are_on)
 
 
 def snapshots_size(ctx: Any) -> int:
-    """Return the memory of all snapshots in bytes."""
+    """Return the size of all snapshots in bytes."""
     return int(require_patched().llama_pop_snapshots_size(ctx))
 
 
 def run_deep(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = False) -> bool:
-    """Run the layers from the boundary on for rows of a sequence, at most a ubatch of them.
+    """Run the layers from the boundary on for up to a ubatch of a sequence's rows.
 
-    `positions`: int32, ascending. Returns False when the abort callback ended it: then it is to be
-    done again. Raises PopError where the backend refuses, which names the reason.
+    `positions`: int32, ascending. Returns False if the abort callback stopped the pass, which the
+    caller must repeat. Raises PopError with the backend's reason.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
@@ -254,33 +258,33 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = F
 
 
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
-    """Return the multiply-accumulates of a prompt, `n_full` rows full, in the context's mode.
+    """Return the multiply-accumulates of a prompt with `n_full` full rows in the context's mode.
 
-    It is read into an empty cache, up to the last row's logits. Raises PopError.
+    The count assumes an empty cache, and includes the last row's logits. Raises PopError.
     """
     logs.forget_errors()
     found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
     if found < 0:
-        raise PopError(logs.first_error() or f"work of {n_tokens} tokens cannot be counted")
+        raise PopError(logs.first_error() or f"cannot count the work of {n_tokens} tokens")
     return found
 
 
 def set_kernels(ctx: Any, are_on: bool) -> None:
-    """Say whether the CPU may compute with our kernels instead of llama.cpp's."""
+    """Allow or forbid pop-local's CPU kernels."""
     _set("llama_pop_set_kernels", ctx, are_on)
 
 
 def set_reading(ctx: Any, reading: Reading) -> None:
-    """Say which rows are of a prompt from now on, so that none of them depends on how it is cut.
+    """Declare the following batches' prompt rows, so that results do not depend on the batch size.
 
-    That holds with our kernels and flash attention: they compute it however few rows are left.
-    While a token is decoded they compute only what they are faster at.
+    This holds with flash attention and pop-local's kernels, which compute even the smallest prompt
+    batch. In decode, the kernels compute only the operations that they speed up.
     """
     _set("llama_pop_set_reading", ctx, reading)
 
 
 def add_tap(ctx: Any, kind: int, layer: int) -> None:
-    """Hand out what a layer computes from now on; see engine/llama/taps.py."""
+    """Copy a layer's values from the next batch on (see engine/llama/taps.py)."""
     _set("llama_pop_add_tap", ctx, kind, layer)
 
 

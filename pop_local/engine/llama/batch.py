@@ -1,4 +1,4 @@
-"""A llama_batch, filled through numpy views, not field by field."""
+"""A llama_batch filled through numpy views."""
 
 import ctypes
 from collections.abc import Sequence
@@ -27,9 +27,10 @@ def decode_rows(
     sequence: int = 0,
     is_mutual: bool = False,
 ) -> int:
-    """Decode rows of embeddings, without logits; returns what llama_decode returns.
+    """Decode rows of embeddings without logits. Returns llama_decode's code.
 
-    `rows`: float32 [n, n_embd_inp], at `positions`: int32 [n_pos, n]. `is_mutual`: each sees all.
+    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: each row attends
+    to all rows.
     """
     api = bindings()
     rows, positions = np.ascontiguousarray(rows), np.ascontiguousarray(positions)
@@ -48,6 +49,8 @@ def decode_rows(
 
 
 class TokenBatch:
+    """A reusable llama_batch for up to `n_batch` tokens."""
+
     def __init__(self, n_batch: int) -> None:
         self._api = bindings()
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)
@@ -64,7 +67,7 @@ class TokenBatch:
     def decode(
         self, ctx: object, tokens: Tokens, first_pos: int, outputs: Outputs, sequence: int = 0
     ) -> int:
-        """Decode tokens of one sequence at consecutive positions, as `run` does."""
+        """Decode one sequence's tokens at consecutive positions. Returns llama_decode's code."""
         n = len(tokens)
         wanted = np.full(n, outputs is Outputs.ALL)
         wanted[-1] = outputs is not Outputs.NONE
@@ -78,7 +81,7 @@ class TokenBatch:
         sequences: Tokens,
         wants_logits: Sequence[bool] | np.ndarray,
     ) -> int:
-        """Decode tokens; returns what llama_decode returns, 0 when all is well."""
+        """Decode tokens. Returns llama_decode's code, 0 for success."""
         n = len(tokens)
         self._batch.n_tokens = n
         self._token[:n], self._pos[:n], self._logits[:n] = tokens, positions, wants_logits

@@ -1,7 +1,7 @@
-"""Several sequences on one context, whose rows share batches (continuous batching).
+"""Continuous batching: the rows of several sequences of one context share batches.
 
-Each sequence is used by a thread of its own, which blocks in `decode`. A batch is computed once all
-that are at work wait for it. It has a row of each answer, and rows of the one prompt that is read.
+Each sequence has its own thread, which blocks in `decode`. A batch runs once all working sequences
+have queued a request. It contains one row per answer, and rows of up to one prompt.
 """
 
 import threading
@@ -27,7 +27,7 @@ _NO_COUNTERS = Counters(0, 0)
 
 @dataclass(eq=False)
 class _Request:
-    """Rows that a sequence wants decoded; `n_done` of them are."""
+    """A sequence's rows to decode; the first `n_done` are decoded."""
 
     slot: "BatchedSlot"
     tokens: Sequence[int]
@@ -46,46 +46,48 @@ class _Request:
         return self.error is not None or self.n_left == 0
 
     def gives_logits(self, n: int) -> bool:
-        """Whether the last of the next `n` rows does."""
+        """Return whether the last of the next `n` rows has logits."""
         return self.outputs is Outputs.LAST and n == self.n_left
 
     def are_context(self, n: int) -> bool:
-        """Whether none of the next `n` rows is full."""
+        """Return whether no row of the next `n` is full."""
         return not self.gives_logits(n) and self.slot._is_context(self.first + self.n_done, n)
 
 
 class Batcher:
+    """Queue of decode requests, run as shared batches by one of the waiting threads."""
+
     def __init__(self, context: Context) -> None:
         self._context = context
         self._api = backend.bindings()
         self._turn = threading.Condition(threading.RLock())
-        self._n_at_work = 0
-        self._wanted: list[_Request] = []
+        self._n_working = 0
+        self._queue: list[_Request] = []
         self._throttle = PrefillThrottle(context.n_batch)
         self._in_batch: list[_Request] = []
-        self._callback = self._api.ggml_abort_callback(lambda _: self._is_unwanted())
+        self._callback = self._api.ggml_abort_callback(lambda _: self._should_stop())
         self._holder = 0
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Have batches wait for one more sequence."""
+        """Make batches wait for one more sequence until exit."""
         with self._turn:
-            self._n_at_work += 1
+            self._n_working += 1
         try:
             yield
         finally:
             with self._turn:
-                self._n_at_work -= 1
+                self._n_working -= 1
                 self._turn.notify_all()
 
     @property
     def is_held(self) -> bool:
-        """Whether this thread has the context for itself."""
+        """True if the calling thread holds the context."""
         return self._holder == threading.get_ident()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others from computing, and from changing what is cached."""
+        """Prevent other threads from decoding and from changing cells until exit."""
         with self._turn:
             before, self._holder = self._holder, threading.get_ident()
             try:
@@ -94,11 +96,11 @@ class Batcher:
                 self._holder = before
 
     def decode(self, request: _Request) -> None:
-        """Have rows decoded. Raises what became of them."""
+        """Queue a request and block until it is decoded. Raises its error."""
         with self._turn:
-            self._wanted.append(request)
+            self._queue.append(request)
             while not request.is_over:
-                if len(self._wanted) >= self._n_at_work:
+                if len(self._queue) >= self._n_working:
                     self._compute()
                     self._turn.notify_all()
                 else:
@@ -107,22 +109,22 @@ class Batcher:
             raise request.error
 
     def _compute(self) -> None:
-        """Decode a batch of what is wanted, at most one request's rows of a prompt among them."""
-        for request in self._wanted:
+        """Decode a batch of queued rows, with rows of up to one prompt."""
+        for request in self._queue:
             try:
                 if request.should_stop():
                     request.error = StoppedError()
-            except BaseException as error:  # for whoever asks so, who may be in another thread
+            except BaseException as error:  # the thread that queued the request raises it
                 request.error = error
-        steps = [one for one in self._wanted if not (one.is_over or one.slot._is_prefilling)]
-        prompts = [one for one in self._wanted if not one.is_over and one.slot._is_prefilling]
+        steps = [one for one in self._queue if not (one.is_over or one.slot._is_prefilling)]
+        prompts = [one for one in self._queue if not one.is_over and one.slot._is_prefilling]
         try:
             if steps or prompts:
                 self._decode(steps, prompts[:1])
         except BaseException as error:
             for request in (*steps, *prompts[:1]):
                 request.error = error
-        self._wanted = [request for request in self._wanted if not request.is_over]
+        self._queue = [request for request in self._queue if not request.is_over]
 
     def _decode(self, steps: list[_Request], prompts: list[_Request]) -> None:
         ctx = self._context.ctx
@@ -136,7 +138,7 @@ class Batcher:
         n_read = sum(n for one, n in parts if one.slot._is_prefilling)
         self._throttle.took(len(steps), n_read, time.perf_counter() - started_s)
         self._count(prompts, len(steps), before)
-        self._hand_out(parts)
+        self._copy_logits(parts)
 
     def _run(self, parts: list[tuple[_Request, int]]) -> None:
         ctx = self._context.ctx
@@ -152,37 +154,37 @@ class Batcher:
             wanted += [False] * (n - 1) + [one.gives_logits(n)]
         logs.forget_errors()
         self._in_batch = [one for one, _ in parts]
-        # Asked at each node, it waits for other threads of Python. A step of answers is short.
+        # The callback runs at each node and waits for the GIL. A step of answers is short.
         has_prompt = len(tokens) > len(parts)
-        asked = self._callback if has_prompt else self._api.ggml_abort_callback(0)
-        self._api.llama_set_abort_callback(ctx, asked, None)
+        callback = self._callback if has_prompt else self._api.ggml_abort_callback(0)
+        self._api.llama_set_abort_callback(ctx, callback, None)
         try:
             code = self._context.batch.run(ctx, tokens, positions, sequences, wanted)
         finally:
             self._api.llama_set_abort_callback(ctx, self._api.ggml_abort_callback(0), None)
         if code != 0:
-            raise StoppedError if self._is_unwanted() else logs.not_decoded(code)
+            raise StoppedError if self._should_stop() else logs.not_decoded(code)
 
-    def _is_unwanted(self) -> bool:
-        """Whether all whose rows are in the batch want it stopped."""
+    def _should_stop(self) -> bool:
+        """Return whether every request in the batch is to stop."""
         return all(one.should_stop() for one in self._in_batch)
 
     def _count(self, prompts: list[_Request], n_steps: int, before: Counters) -> None:
-        """Count a batch for the prompt in it; the rows of answers all were full."""
+        """Add a batch's counters to its prompt's, less the rows of answers, which are full."""
         now = backend.get_counters(self._context.ctx)
         for one in prompts:
             others = replace(before, n_full=before.n_full + n_steps)
             one.slot._counted = added(one.slot._counted, others, now)
 
-    def _hand_out(self, parts: list[tuple[_Request, int]]) -> None:
-        """Give each its logits, before the next batch overwrites them."""
+    def _copy_logits(self, parts: list[tuple[_Request, int]]) -> None:
+        """Copy each request's logits, since the next batch overwrites them."""
         last = -1
         for one, n in parts:
             last += n
             one.n_done += n
             if one.outputs is Outputs.LAST and one.is_over:
                 row = self._api.llama_get_logits_ith(self._context.ctx, last)
-                one.slot._handed = np.ctypeslib.as_array(row, (self._context.n_vocab,)).copy()
+                one.slot._logits = np.ctypeslib.as_array(row, (self._context.n_vocab,)).copy()
 
 
 def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
@@ -202,9 +204,9 @@ def added(known: Counters, before: Counters, now: Counters) -> Counters:
 
 
 class BatchedSlot:
-    """One of several sequences of a context; each is used by its own thread.
+    """A sequence among several of a context, used by its own thread.
 
-    All prompts are read in the context's mode. In mode OFF all rows of a sequence are full.
+    Prompts are read in the context's mode, or in mode OFF, in which all rows are full.
     """
 
     def __init__(self, batcher: Batcher, context: Context, sequence: int) -> None:
@@ -216,7 +218,7 @@ class BatchedSlot:
         self._counted = _NO_COUNTERS
         self._context_rows = range(0)
         self._deep_rows = np.empty(0, np.int32)
-        self._handed = np.zeros(0, np.float32)
+        self._logits = np.zeros(0, np.float32)
 
     def working(self) -> AbstractContextManager[None]:
         return self._batcher.working()
@@ -241,7 +243,7 @@ class BatchedSlot:
             raise StoppedError
 
     def require_idle(self) -> None:
-        """Allow every call: callbacks run only in the thread that computes the batch."""
+        """Allow every call: callbacks run only in the batch's thread."""
 
     @property
     def mode(self) -> Mode:
@@ -249,7 +251,7 @@ class BatchedSlot:
 
     def set_mode(self, mode: Mode) -> None:
         if mode not in (Mode.OFF, backend.get_mode(self.context.ctx)):
-            raise PopError(f"one of several sequences cannot be read in mode {mode.name}")
+            raise PopError(f"a context of several sequences cannot switch to mode {mode.name}")
         self._mode = mode
 
     def begin_prefill(self) -> None:
@@ -276,7 +278,7 @@ class BatchedSlot:
             backend.set_deep_rows(self.context.ctx, self.sequence, positions)
 
     def _is_context(self, first: int, n: int) -> bool:
-        """Return whether no row of [first, first + n) is full by its position or its token."""
+        """Return whether no row of [first, first + n) is full by position or token."""
         if not (self._context_rows.start <= first and first + n <= self._context_rows.stop):
             return False
         start, end = np.searchsorted(self._deep_rows, (first, first + n))
@@ -286,14 +288,14 @@ class BatchedSlot:
         if self._batcher.is_held:
             decode_now(self.context, self.sequence, tokens, first_position, outputs)
             if outputs is not Outputs.NONE:
-                self._handed = last_logits(self.context).copy()
+                self._logits = last_logits(self.context).copy()
             return
         request = _Request(self, tokens, first_position, outputs, whether_to_stop())
         self._batcher.decode(request)
 
     @property
     def logits(self) -> np.ndarray:
-        return self._handed
+        return self._logits
 
     def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
         ctx = self.context.ctx
@@ -302,9 +304,9 @@ class BatchedSlot:
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
-    """Return the sequences of a context. Raises PopError for one that cannot have several."""
-    # llama.cpp gives cells that a sequence's window has passed to others, also with swa_full: a
-    # sequence cannot go back then, or be refilled.
+    """Return a context's sequences. Raises PopError if it cannot have several."""
+    # llama.cpp reuses cells that a sequence's window has passed for other sequences, also with
+    # swa_full. The sequence then cannot be truncated or refilled.
     if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):
         raise PopError(
             "a model with recurrent layers or sliding windows reads one prompt at a time",
@@ -314,7 +316,7 @@ def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
     if context.n_batch < 2 * n:
         raise PopError(
             f"batches of {context.n_batch} tokens are too small for {n} sequences",
-            f"open the model with n_batch={2 * n} at least",
+            f"open the model with n_batch={2 * n} or more",
             cause="one-sequence",
         )
     batcher = Batcher(context)

@@ -16,7 +16,7 @@ Lock = Callable[[], AbstractContextManager[None]]
 class Cells:
     """The cells of a context's only sequence.
 
-    Saved states hold the whole context: a sequence's own state would lack rows that a sliding
+    Saved states hold the whole context, because a sequence's state lacks rows that a sliding
     window has passed.
     """
 
@@ -35,7 +35,7 @@ class Cells:
 
     @property
     def end(self) -> int:
-        """The position after the last cell."""
+        """Position after the last cell."""
         with self._locked():
             if not (memory := self._memory):
                 return 0
@@ -43,12 +43,12 @@ class Cells:
 
     @property
     def first(self) -> int:
-        """The first position that has a cell."""
+        """First position with a cell."""
         with self._locked():
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 
     def truncate(self, position: int) -> bool:
-        """Drop the cells from this position on. Return False if the memory cannot do so."""
+        """Drop the cells from a position on. Return False if the memory cannot do so."""
         with self._locked():
             if self.end <= position:
                 return True
@@ -70,15 +70,15 @@ class Cells:
             return self._get_size()
 
     def state(self) -> bytes:
-        """Return the cells as llama.cpp saves them."""
+        """Return the cells in llama.cpp's format."""
         with self._locked():
             buffer = np.empty(self._get_size(), dtype=np.uint8)
             return buffer[: self._read(buffer)].tobytes()
 
     def restore(self, state: bytes) -> bool:
-        """Replace the cells by a `state`. The cells are undefined after False.
+        """Replace the cells by a saved state. The cells are undefined after False.
 
-        Reject an empty state: llama.cpp would accept it as a complete one of 0 bytes.
+        Rejects an empty state, which llama.cpp would accept.
         """
         if not state:
             return False
@@ -97,7 +97,7 @@ class Cells:
 
 
 class SequenceCells(Cells):
-    """The cells of one of several sequences; its states hold that sequence alone."""
+    """The cells of a sequence among several; its states hold only that sequence."""
 
     def clear(self) -> None:
         self.truncate(0)

@@ -1,4 +1,4 @@
-"""A model and its llama_context: opened, tokenised with, decoded on, freed."""
+"""A model, its vocabulary and its llama_context."""
 
 import ctypes
 import os
@@ -31,17 +31,19 @@ _N_BATCH = 512
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How a model is opened.
+    """Options for opening a model.
 
-    `n_ctx`: None takes the model's own context, at most 8192 tokens. `n_parallel`: sequences, with
-    so many tokens each; their rows share batches. `n_threads`: None takes the physical cores.
-    `n_gpu_layers`: -1 for all, without effect where there is no GPU. `rpc`: servers (HOST:PORT)
-    that hold these layers, before local GPUs; if one goes away, llama.cpp ends the process.
-    `kernels`: whether our kernels compute, where there are any for this CPU.
-    `flash_attn`: None takes it where it wins: on a CPU with them, and on GPUs that have it.
-    `repack`: whether llama.cpp copies weights in another order for its own CPU kernels; None does
-    where they are the ones that compute. Ours leave such copies to them, for prompts too.
-    `others`: fields of llama_model_params and llama_context_params by their own names.
+    `n_ctx`: context length of each sequence in tokens (None: the model's, up to 8192).
+    `n_parallel`: number of sequences, whose rows share batches.
+    `n_threads`: CPU threads (None: the number of physical cores).
+    `n_gpu_layers`: layers on GPUs (-1: all), ignored without a GPU.
+    `rpc`: servers (HOST:PORT) that hold these layers, preceding local GPUs. If a server
+    disconnects, llama.cpp ends the process.
+    `kernels`: whether to use pop-local's kernels if this CPU has any.
+    `flash_attn`: None enables it on a CPU with these kernels, and on GPUs that support it.
+    `repack`: whether llama.cpp reorders weights for its own CPU kernels (None: without
+    pop-local's kernels). pop-local's kernels do not compute with reordered weights.
+    `others`: fields of llama_model_params and llama_context_params by name.
     """
 
     n_ctx: int | None = None
@@ -63,12 +65,12 @@ class ContextOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
-        """Make options of keywords. Raises TypeError for a name that llama.cpp does not know."""
+        """Return options from keywords. Raises TypeError for an unknown name."""
         api = backend.bindings()
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}
         structures = (api.llama_model_params, api.llama_context_params)
-        # Pointers and callbacks are no options.
+        # Pointers and callbacks are not options.
         fields = {
             name
             for each in structures
@@ -76,7 +78,7 @@ class ContextOptions:
             if issubclass(kind, ctypes._SimpleCData) and kind is not ctypes.c_void_p
         }
         if unknown := sorted(others.keys() - fields):
-            raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
+            raise TypeError(f"unknown option {unknown[0]!r}")
         ours = {name: value for name, value in given.items() if name in known}
         return cls(**ours, others=others)
 
@@ -85,9 +87,8 @@ class Context:
     """A model's weights and vocabulary, and one llama_context on them.
 
     `model`, `vocab` and `ctx` are llama.cpp's pointers, `settings` its llama_context_params.
-    `window`: how many positions layers with a sliding window keep, 0 where they keep all. Raises
-    PopError with llama.cpp's reason when the file cannot be opened. For one thread at a time;
-    closing from another one is postponed.
+    `window`: positions that layers with a sliding window keep (0: all). Only one thread may use a
+    context at a time.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class Context:
         sidecar: Path | None = None,
         holds_states: bool = False,
     ) -> None:
-        """Open a model with its POP keys, of the file or the sidecar.
+        """Open a model with the POP keys of its file or sidecar.
 
-        `holds_states`: whether memory is needed for states at the boundary, too.
+        `holds_states`: whether boundary states need memory, too. Raises PopError with llama.cpp's
+        reason if the file cannot be opened.
         """
         self._ctx: Any = None
         self._model: Any = None
@@ -113,7 +115,7 @@ class Context:
         has_gpu = any(device.is_gpu for device in devices())
         self.on_device = options.n_gpu_layers != 0 and (bool(options.rpc) or has_gpu)
         self.settings = self._context_params(has_gpu)
-        # llama.cpp keeps all rows otherwise.
+        # By default llama.cpp keeps all rows.
         is_windowed = options.others.get("swa_full") is False
         loading.require_room(
             self.source,
@@ -122,14 +124,14 @@ class Context:
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
         )
-        self._files = {path: _mark(path) for path in self._mapped()}  # looked at for each token
+        self._files = {path: _mark(path) for path in self._mapped()}  # checked for each token
         self.interrupt = Interrupt()
         self._servers = Servers(tuple(options.rpc)) if options.rpc else None
         params = self._model_params()
         try:
             with self.interrupt.opening(params):
                 self._open(params)
-        except BaseException:  # Ctrl-C, too
+        except BaseException:  # KeyboardInterrupt, too
             self.close()
             raise
         self.window = self._api.llama_model_n_swa(self.model) if is_windowed else 0
@@ -142,12 +144,12 @@ class Context:
     def _context_params(self, has_gpu: bool) -> Any:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
-        # It also refuses a file whose context has no sensible size.
+        # default_ctx also refuses a file whose context length is invalid.
         default = loading.default_ctx(self.header)
         n_ctx = options.n_ctx or default
         if options.n_sequences < 1:
-            raise PopError(f"n_parallel is {options.n_parallel}", "give 1 or more")
-        params.n_ctx = min(n_ctx * options.n_sequences, 2**32 - 1)  # more would wrap around
+            raise PopError(f"n_parallel is {options.n_parallel}", "set it to 1 or more")
+        params.n_ctx = min(n_ctx * options.n_sequences, 2**32 - 1)  # prevents an overflow
         params.n_seq_max, params.kv_unified = options.n_sequences, True
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
@@ -156,7 +158,7 @@ class Context:
             params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
         flash_attn = options.flash_attn
         if flash_attn is None:
-            # A server's device may lack it, and cannot be asked.
+            # A server's device may lack flash attention, and cannot be queried.
             flash_attn = not options.rpc and self._has_kernels
         params.flash_attn_type = int(flash_attn)
         if options.flash_attn is None and self.on_device and has_gpu:
@@ -198,9 +200,9 @@ class Context:
 
     @contextmanager
     def another(self, **params: Any) -> Iterator[Any]:
-        """Open another llama_context on the same weights, to be freed at the end.
+        """Open another llama_context on the same weights until exit.
 
-        `params`: llama_context_params that are not to be the defaults. Raises PopError.
+        `params`: llama_context_params that replace defaults. Raises PopError.
         """
         settings = self._api.llama_context_default_params()
         settings.n_threads = settings.n_threads_batch = self.n_threads
@@ -208,42 +210,42 @@ class Context:
         logs.forget_errors()
         ctx = self._api.llama_init_from_model(self.model, settings)
         if not ctx:
-            raise PopError(f"no context for {self.path}: {logs.first_error()}")
+            raise PopError(f"cannot create a context for {self.path}: {logs.first_error()}")
         try:
             yield ctx
         finally:
             self._api.llama_free(ctx)
 
     def _mapped(self) -> Iterator[Path]:
-        """Give the files that must stay as they are, since their pages are read when needed."""
+        """Yield the memory-mapped files, which must not change while the model is open."""
         if self.options.use_mmap:
             yield from self.source.paths
-            # A learned sidecar is only ever renamed over, and stays mapped.
+            # A learned sidecar is only replaced by renaming, so its pages stay mapped.
             if self.sidecar is not None and not is_learned(self.sidecar):
                 yield self.sidecar
 
     @property
     def replaced(self) -> list[Path]:
-        """The files that are no longer those that were opened; those that are gone stay mapped."""
+        """Files that changed since they were opened. Deleted files stay mapped."""
         return [path for path, mark in self._files.items() if _mark(path) not in (None, mark)]
 
     @property
     def ctx(self) -> Any:
-        """llama.cpp's context. Raises PopError once it is closed."""
+        """llama.cpp's context. Raises PopError if it is closed."""
         if self._ctx is None:
             raise PopError(f"the model {self.path} is closed", "open it again")
         return self._ctx
 
     @property
     def model(self) -> Any:
-        """llama.cpp's model. Raises PopError once it is closed."""
+        """llama.cpp's model. Raises PopError if it is closed."""
         if self._model is None:
             raise PopError(f"the model {self.path} is closed", "open it again")
         return self._model
 
     @property
     def vocab(self) -> Any:
-        """llama.cpp's vocabulary. Raises PopError once it is closed."""
+        """llama.cpp's vocabulary. Raises PopError if it is closed."""
         _ = self.model
         return self._vocab
 
@@ -258,36 +260,36 @@ class Context:
 
     @property
     def bos(self) -> tuple[int, ...]:
-        """The token that the model wants before any text, or nothing."""
+        """Beginning-of-sequence token that the model needs, or ()."""
         adds = self._api.llama_vocab_get_add_bos(self.vocab)
         return (int(self._api.llama_vocab_bos(self.vocab)),) if adds else ()
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether some layer has a state that cannot go back."""
+        """True if any layer has a recurrent state, which cannot be truncated."""
         api = self._api
         recurrent = api.llama_model_is_recurrent(self.model)
         return bool(recurrent or api.llama_model_is_hybrid(self.model))
 
     def require_usable(self) -> None:
-        """Raise PopError in a fork, which has no threads of it, and once a file was replaced."""
+        """Raise PopError in a forked process, and if a file changed."""
         if os.getpid() != self._opened_by:
             raise PopError(
-                "the model was opened by another process, whose threads a fork does not have",
-                "open it in the process that asks it",
+                "the model was opened by another process, and a fork does not copy its threads",
+                "open it in the process that uses it",
             )
         if replaced := self.replaced:
             raise PopError(
-                f"{replaced[0]} is another file than when it was opened",
+                f"{replaced[0]} was changed after it was opened",
                 "open the model again",
                 cause="model-replaced",
             )
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
-        """Return the tokens of a text; what looks like a special token is text unless `special`.
+        """Return a text's tokens. `special`: whether to parse special tokens.
 
-        Raises PopError for what cannot be split, or written as UTF-8; StoppedError, or whatever
-        Ctrl-C raises, when it is interrupted.
+        Raises PopError if the text cannot be tokenized or encoded as UTF-8, and StoppedError or
+        the signal handler's exception if interrupted.
         """
         raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
         room = len(raw) + 8
@@ -300,13 +302,13 @@ class Context:
         return tokens[: max(n, 0)]
 
     def detokenize(self, tokens: Iterable[int]) -> str:
-        """Return the tokens' text, without control tokens or incomplete characters at its ends."""
+        """Return the tokens' text without control tokens and incomplete characters."""
         pieces = Pieces(self)
         return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
 
     @property
     def n_ctx_train(self) -> int:
-        """Context length in tokens that the model was trained with."""
+        """Trained context length in tokens."""
         return int(self._api.llama_model_n_ctx_train(self.model))
 
     @cached_property
@@ -319,7 +321,7 @@ class Context:
 
     @cached_property
     def no_refill(self) -> str:
-        """Why no row can be selected or refilled, or ""."""
+        """Reason why rows cannot be selected or refilled, or ""."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""
@@ -331,16 +333,16 @@ class Context:
 
     @property
     def n_embd(self) -> int:
-        """The width of a row's state."""
+        """Width of a row's state."""
         return int(self._api.llama_model_n_embd(self.model))
 
     def logits(self, n_rows: int = 1) -> np.ndarray:
-        """Return the last batch's outputs, float32 [n_rows, n_vocab], until the next decode."""
+        """Return the last logits, float32 [n_rows, n_vocab], valid until the next decode."""
         found = self._api.llama_get_logits(self.ctx)
         return np.ctypeslib.as_array(found, (n_rows, self.n_vocab))
 
     def close(self) -> None:
-        """Free the model. Where this thread reads a prompt, that is stopped first."""
+        """Free the model. Within a batch, stop the batch first, and free the model at its end."""
         if self._model is None or self.interrupt.postponed(self.close):
             return
         if self._ctx:
@@ -354,7 +356,7 @@ class Context:
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return what tells a file from another one in its place, or None where there is none."""
+    """Return values that change if a file is replaced, or None if it is missing."""
     try:
         stat = path.stat()
     except OSError:
@@ -363,7 +365,7 @@ def _mark(path: Path) -> tuple[int, ...] | None:
 
 
 def utf8(text: str) -> bytes:
-    """Encode a text. Raises PopError for what cannot be written so."""
+    """Encode a text as UTF-8. Raises PopError for lone surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""The devices to compute on: ggml's functions by name, its backends and their devices."""
+"""ggml's backends and devices, and its functions by name."""
 
 import ctypes
 import re
@@ -18,7 +18,7 @@ KERNELS_OFF = "off"
 
 
 class Kind(IntEnum):
-    """enum ggml_backend_dev_type, as far as it matters here."""
+    """The values of enum ggml_backend_dev_type that pop-local uses."""
 
     CPU = 0
     GPU = 1
@@ -27,7 +27,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Device:
-    """One of ggml's devices; memory in bytes."""
+    """A ggml device; memory in bytes."""
 
     name: str
     description: str
@@ -38,11 +38,11 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """The backend as `doctor` shows it; `abi` is None when the library is unpatched.
+    """Description of the backend for `doctor`.
 
-    `built_in`: ggml's backends by name, each with the number of devices that it found here.
-    `cpu_variant`: the one that ggml chose of several for this CPU, by its name; none: "".
-    `kernels`: as of `cpu_kernels`.
+    `abi`: None if the library is unpatched. `built_in`: ggml's backends, as (name, number of
+    devices found). `cpu_variant`: name of the CPU library that ggml loaded, "" without variants.
+    `kernels`: see `cpu_kernels`.
     """
 
     version: str
@@ -57,7 +57,7 @@ class BackendInfo:
 
 
 def describe_backend() -> BackendInfo:
-    """Works with an unpatched library too. Raises PopError when there is none at all."""
+    """Describe the patched or unpatched library. Raises PopError if there is no library."""
     llama_cpp = backend.bindings()
     return BackendInfo(
         version=backend.version(),
@@ -73,33 +73,33 @@ def describe_backend() -> BackendInfo:
 
 
 def cpu_kernels() -> str:
-    """The kernels of ours that compute on this CPU, by their name (ggml_pop_kernels).
+    """Return the name of pop-local's kernels for this CPU (ggml_pop_kernels).
 
-    NO_KERNELS: there are none for it. KERNELS_OFF: the environment says GGML_POP_KERNELS=0.
+    NO_KERNELS: this CPU has none. KERNELS_OFF: the environment sets GGML_POP_KERNELS=0.
     """
     named = GgmlLibrary().function("CPU", "ggml_pop_kernels", ctypes.c_char_p)
     return NO_KERNELS if named is None else str(named().decode())
 
 
 def has_kernels() -> bool:
-    """Whether there are such kernels, and they are on."""
+    """Return whether pop-local's kernels exist for this CPU and are on."""
     return cpu_kernels() not in (NO_KERNELS, KERNELS_OFF)
 
 
 def _cpu_variant(log: str) -> str:
-    """By the name of its file, in what ggml said as it loaded it."""
+    """Return the variant in the library's file name, from ggml's log."""
     found = re.search(r"loaded CPU backend from .*ggml-cpu-(.+)\.\w+$", log, re.MULTILINE)
     return found[1] if found else ""
 
 
 def devices() -> tuple[Device, ...]:
-    """ggml's devices, the CPU last as ggml lists them."""
+    """Return ggml's devices in ggml's order, the CPU last."""
     ggml = GgmlLibrary()
     return tuple(ggml.device(handle) for handle in ggml.devices())
 
 
 class GgmlLibrary:
-    """Calls of ggml's functions by name, since llama_cpp binds few of them."""
+    """ggml's functions by name, since llama_cpp binds few of them."""
 
     _LIBRARIES = ("ggml", "ggml-base")
 
@@ -119,9 +119,9 @@ class GgmlLibrary:
     def function(
         self, of: str, name: str, result_type: Any, *argument_types: Any
     ) -> Callable[..., Any] | None:
-        """A function that one of ggml's backends offers by its name; None: it does not.
+        """Return a function of the ggml backend `of`, or None if the backend lacks it.
 
-        So it is found in a backend that is a file of its own, too.
+        This also finds functions of a backend in a separate file.
         """
         registered = self("ggml_backend_reg_by_name", _POINTER, of.encode())
         get = "ggml_backend_reg_get_proc_address"
@@ -129,23 +129,23 @@ class GgmlLibrary:
         return ctypes.CFUNCTYPE(result_type, *argument_types)(found) if found else None
 
     def devices(self) -> Iterator[int]:
-        """The pointers (ggml_backend_dev_t) of all."""
+        """Yield the pointers (ggml_backend_dev_t) of all devices."""
         for i in range(self("ggml_backend_dev_count", ctypes.c_size_t)):
             yield self("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i))
 
     def backends(self) -> Iterator[tuple[str, int]]:
-        """The names of those that are built in, and how many devices each has."""
+        """Yield each built-in backend's name and number of devices."""
         for i in range(self("ggml_backend_reg_count", ctypes.c_size_t)):
             registered = _POINTER(self("ggml_backend_reg_get", _POINTER, ctypes.c_size_t(i)))
             name = self("ggml_backend_reg_name", ctypes.c_char_p, registered).decode()
             yield name, self("ggml_backend_reg_dev_count", ctypes.c_size_t, registered)
 
     def kind(self, device: int) -> int:
-        """Its `Kind`, or a number of another one."""
+        """Return a device's `Kind`, or the number of an unlisted kind."""
         return int(self("ggml_backend_dev_type", ctypes.c_int, _POINTER(device)))
 
     def gpus(self) -> list[int]:
-        """The local ones that llama.cpp computes on: integrated ones only without others."""
+        """Return the local GPUs that llama.cpp uses: integrated GPUs only if no other exists."""
         found = list(self.devices())
         gpus = [device for device in found if self.kind(device) == Kind.GPU]
         return gpus or [device for device in found if self.kind(device) == Kind.INTEGRATED_GPU]

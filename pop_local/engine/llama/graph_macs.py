@@ -1,4 +1,4 @@
-"""Multiply-accumulates, counted on llama.cpp's own graph of a model whose weights are not read."""
+"""Multiply-accumulates, counted on llama.cpp's graph without reading weights."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,16 +10,16 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.backend import Mode
 
-# Tokens that are counted at once; graphs of some recurrent layers grow with them.
+# Longest counted prompt in tokens, since graphs of some recurrent layers grow with it.
 _N_CTX = 2048
 
 
 class GraphMacs:
-    """The work of a prompt by a model's file and sidecar (pop_converter.architecture.work.Macs).
+    """Counter of a prompt's work (pop_converter.architecture.work.Macs).
 
-    Nothing but the headers is read, when something is first asked for; that takes as long as the
-    vocabulary, some tenths of a second. Numbers are kept. Prompts of more than 2,048 tokens are
-    extrapolated, which is exact for windows of up to 1,024.
+    The first call reads the headers of the model's file and sidecar, which takes some tenths of a
+    second for the vocabulary. Counts are cached. Counts of more than 2,048 tokens are extrapolated,
+    which is exact for sliding windows of up to 1,024 tokens.
     """
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
@@ -29,13 +29,13 @@ class GraphMacs:
         self._found: dict[tuple[int, int | None, int], int] = {}
 
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Count (architecture.work.Macs); a boundary with a fit is that of the file.
+        """Return the multiply-accumulates (architecture.work.Macs).
 
-        Raises PopError where there is no such model or boundary.
+        A fit applies only at the file's boundary. Raises PopError for an invalid model or boundary.
         """
         key = n_prompt, boundary, 1 if boundary is None else n_full
         if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:
-            return self._beyond(*key)
+            return self._extrapolate(*key)
         if key not in self._found:
             ctx = self._context(n_prompt)
             backend.set_mode(ctx, Mode.OFF)
@@ -47,8 +47,8 @@ class GraphMacs:
             self._found[key] = backend.count_macs(ctx, n_prompt, key[2])
         return self._found[key]
 
-    def _beyond(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Continue three shorter prompts: all work grows with the tokens, or with their square."""
+    def _extrapolate(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
+        """Extrapolate from three shorter prompts: work is quadratic in the number of tokens."""
         step = _N_CTX // 4
         first, second, third = (self(i * step, boundary, n_full) for i in (2, 3, 4))
         n = n_prompt / step - 2
@@ -58,22 +58,22 @@ class GraphMacs:
     def _context(self, n_prompt: int) -> Any:
         api = backend.bindings()
         if self._model is None:
-            self._model = self._opened()
+            self._model = self._open()
             self._exact = backend.model_exact(self._model)
         if self._ctx is None or api.llama_n_ctx(self._ctx) < n_prompt:
             if self._ctx is not None:
                 api.llama_free(self._ctx)
             params = api.llama_context_default_params()
             params.n_ctx = params.n_batch = params.n_ubatch = max(n_prompt, _N_CTX)
-            # Its nodes of flash attention do not tell which layer they are of.
+            # Flash attention's nodes lack the layer's number.
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             logs.forget_errors()
             self._ctx = api.llama_init_from_model(self._model, params)
             if not self._ctx:
-                raise PopError(f"no context for {self._path}: {logs.first_error()}")
+                raise PopError(f"cannot create a context for {self._path}: {logs.first_error()}")
         return self._ctx
 
-    def _opened(self) -> Any:
+    def _open(self) -> Any:
         api, source = backend.bindings(), read_source(self._path)
         params = api.llama_model_default_params()
         params.no_alloc, params.load_mode = True, api.LLAMA_LOAD_MODE_NONE

@@ -1,4 +1,4 @@
-"""Stopping a long prefill: asked between the nodes of llama.cpp's graph, and between batches."""
+"""Interruption of a prefill between graph nodes and between batches."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import bindings
 
-# For the work of this thread alone.
+# A context variable, since each thread has its own caller.
 _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
 _SIGNALS = [
     getattr(signal, name)
@@ -22,7 +22,7 @@ _SIGNALS = [
 
 @contextmanager
 def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Ask this for a while; without one, whoever might stop it before still may."""
+    """Stop this thread's batches if `should_stop` returns true, until exit (None: no change)."""
     token = _should_stop.set(should_stop or _should_stop.get())
     try:
         yield
@@ -31,25 +31,25 @@ def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
 
 
 def whether_to_stop() -> Callable[[], bool]:
-    """Return what `stopped_by` asks now, for another thread that works for this one."""
+    """Return this thread's `should_stop`, for a thread that works on its behalf."""
     return _should_stop.get()
 
 
 class DisplacedError(PopError):
-    """Another prompt has taken the KV cache of an answer."""
+    """The KV cache was emptied or overwritten during an answer."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the KV cache was emptied, or another answer begun, before this one had ended",
-            "a model gives one answer at a time: read it to its end, or close it",
+            "the KV cache was emptied, or another answer started, before this answer ended",
+            "read an answer to its end, or close it, before starting the next",
         )
 
 
 class Interrupt:
-    """Passes signals (Ctrl-C) and the caller's wish to stop through llama_decode.
+    """Abort callback that stops llama_decode at a signal or the caller's `should_stop`.
 
     Python handles signals only between bytecodes: without a callback, Ctrl-C would wait for the
-    end of the batch. ctypes drops what a callback raises, so handlers are put off.
+    end of the batch. Exceptions cannot cross ctypes, so signal handlers are deferred.
     """
 
     def __init__(self) -> None:
@@ -60,18 +60,19 @@ class Interrupt:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._pending: list[tuple[int, FrameType | None]] = []
         self._is_watching = False
-        self._is_asking = False
-        self._at_end: Callable[[], None] | None = None
+        self._in_callback = False
+        self._on_exit: Callable[[], None] | None = None
 
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
-        if self._is_watching:  # whoever is told how far a prefill is asks the same model
+        """Install the abort callback on a llama_context until exit."""
+        if self._is_watching:  # a progress callback may use the same model
             try:
                 yield
             finally:
                 self._raised = None
             return
-        with self._signals_put_off():
+        with self._deferred_signals():
             self._api.llama_set_abort_callback(ctx, self._callback, None)
             self._is_watching = True
             try:
@@ -80,74 +81,74 @@ class Interrupt:
                 self._is_watching = False
                 self._api.llama_set_abort_callback(ctx, self._no_callback, None)
                 self._raised = None
-                at_end, self._at_end = self._at_end, None
-                if at_end is not None:
-                    at_end()
+                on_exit, self._on_exit = self._on_exit, None
+                if on_exit is not None:
+                    on_exit()
 
     @contextmanager
     def opening(self, model_params: Any) -> Iterator[None]:
-        """Stop the loading of a model (llama_progress_callback) at a signal, and handle it then.
+        """Abort a model's loading (llama_progress_callback) at a signal or `should_stop`.
 
-        The caller's wish to stop ends it as well; the model cannot be opened then.
+        llama.cpp then fails to open the model. Signals are handled at exit.
         """
         should_stop = whether_to_stop()
         callback = self._api.llama_progress_callback(
             lambda *_: not (self._pending or should_stop())
         )
         model_params.progress_callback = callback
-        with self._signals_put_off():
+        with self._deferred_signals():
             yield
 
     @contextmanager
     def tokenizing(self) -> Iterator[Any]:
-        """Yield the callback that stops llama_pop_tokenize, and raise why it did."""
-        with self._signals_put_off():
+        """Yield the callback that stops llama_pop_tokenize, and raise the reason at exit."""
+        with self._deferred_signals():
             yield self._callback
             if self._raised is not None:
                 raise self._raised
 
     def postponed(self, work: Callable[[], None]) -> bool:
-        """Whether llama.cpp computes now: it is stopped then, and `work` is done at its end."""
+        """If a batch runs, stop it, call `work` at its end and return True."""
         if self._is_watching:
-            self._at_end = work
+            self._on_exit = work
         return self._is_watching
 
     def require_idle(self) -> None:
-        """Raises PopError for whoever is asked whether to stop, in the midst of a batch."""
-        if self._is_asking:
+        """Raise PopError if called from a callback within a batch."""
+        if self._in_callback:
             raise PopError(
-                "the model computes, and only waits to hear whether it should stop",
-                "ask it for more once this answer has ended",
+                "the model was called from a callback within a batch",
+                "call the model again after this answer has ended",
             )
 
     def check(self) -> None:
-        """To be called after each batch: raises what the callback could not raise.
+        """Raise the exception that the callback deferred. Call this after each batch.
 
-        That is StoppedError where the caller wished so; what was decoded before stays cached.
+        The exception is StoppedError if `should_stop` returned true. Decoded rows stay cached.
         """
         if self._raised is not None:
             raise self._raised
         self._deliver()
-        if self._wanted():
+        if self._stop_requested():
             raise StoppedError
 
     def is_wanted(self) -> bool:
-        """Whether to stop, for whatever runs between two batches; `check` then says why."""
+        """Return whether to stop. `check` then raises the reason."""
         if self._raised is None:
-            self._is_asking = True
+            self._in_callback = True
             try:
                 self._deliver()
-                if self._wanted():  # which need not be said again
+                if self._stop_requested():  # stored, since the next call may return false
                     self._raised = StoppedError()
             except BaseException as error:
                 self._raised = error
             finally:
-                self._is_asking = False
+                self._in_callback = False
         return self._raised is not None
 
     @contextmanager
-    def _signals_put_off(self) -> Iterator[None]:
-        """Handle signals at the end; of the main thread alone, as Python does."""
+    def _deferred_signals(self) -> Iterator[None]:
+        """Defer signal handlers until exit. Only the main thread handles signals."""
         self._pending.clear()
         self._handlers.clear()
         if threading.current_thread() is threading.main_thread():
@@ -167,5 +168,5 @@ class Interrupt:
             number, frame = self._pending.pop(0)
             self._handlers[number](number, frame)
 
-    def _wanted(self) -> bool:
-        return self._at_end is not None or whether_to_stop()()
+    def _stop_requested(self) -> bool:
+        return self._on_exit is not None or whether_to_stop()()

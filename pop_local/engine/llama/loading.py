@@ -1,4 +1,4 @@
-"""How a model is loaded: its files and sidecar, devices, the context that memory allows."""
+"""Loading of a model's files and sidecar, and the memory that a context needs."""
 
 import ctypes
 from contextlib import suppress
@@ -23,10 +23,10 @@ DEFAULT_CTX = 8192
 def load_model(
     source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any, servers: Servers | None
 ) -> Any:
-    """Load a model by its llama_model_params; returns llama.cpp's pointer, to be freed.
+    """Load a model with llama_model_params. Returns llama.cpp's pointer, which the caller frees.
 
-    With a sidecar the tensors come from all files (llama_model_load_from_splits). Raises PopError
-    with llama.cpp's reason, and where it does not prune as `meta` says.
+    With a sidecar, llama_model_load_from_splits reads all files. Raises PopError with llama.cpp's
+    reason, and if the boundary differs from that of `meta`.
     """
     backend.require_patched()
     require_loadable(source.first)
@@ -44,29 +44,31 @@ def load_model(
         model = api.llama_model_load_from_splits(paths, len(files), params)
     if not model:
         named = path if sidecar is None else f"{path} with {sidecar}"
-        raise PopError(f"{named} cannot be opened: {logs.first_error() or 'llama.cpp refuses it'}")
+        reason = logs.first_error() or "llama.cpp refuses it"
+        raise PopError(f"{named} cannot be opened: {reason}")
     wanted = meta.boundary if meta else 0
     if (found := max(0, backend.model_boundary(model))) != wanted:
         api.llama_model_free(model)
         raise PopError(
-            f"the backend prunes from layer {found}, the file says {wanted}", backend.INSTALL_HINT
+            f"the backend prunes from layer {found}, the file states layer {wanted}",
+            backend.INSTALL_HINT,
         )
     return model
 
 
 def default_ctx(header: Header) -> int:
-    """Return the context that the model was trained with, in tokens, at most DEFAULT_CTX."""
+    """Return the trained context length in tokens, up to DEFAULT_CTX."""
     return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
 
 
 def n_positions(source: Source) -> int:
-    """Return how many positions a model has learned, past which llama.cpp aborts; 0: any number."""
+    """Return the number of learned positions (0: no limit). llama.cpp aborts past it."""
     dims = {tensor.name: tensor.dims for tensor in source.tensors}.get("position_embd.weight", ())
     return dims[-1] if dims else 0
 
 
 def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int:
-    """Return the bytes of K and V in F16 of a context."""
+    """Return the size of a context's K and V in F16, in bytes."""
     windows = shape.windows if is_windowed else [0] * shape.n_layer
     cells = [min(n_ctx, window or n_ctx) for window in windows]
     return int(2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer)))))
@@ -75,12 +77,12 @@ def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int
 def require_room(
     source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, holds_states: bool
 ) -> None:
-    """Raise PopError for a context whose K/V in F16 are more than the memory that is free.
+    """Raise PopError if a context needs more than the free memory.
 
-    llama.cpp fills them with zeros, and the system ends the process. Where it `is_windowed`, layers
-    with a sliding window count as that, the least that they take. `holds_kv`: they are in main
-    memory, and in F16. Rows that can be redone (`holds_states`) have their state in F32 there,
-    whatever computes. Other parts of a state are not counted.
+    Without this check, llama.cpp fills the cache with zeros and the system kills the process.
+    `is_windowed`: whether layers with a sliding window keep only the window. `holds_kv`: whether
+    K/V are in main memory and in F16. `holds_states`: whether each row's boundary state is stored,
+    in F32 in main memory on every device. Other parts of a context are not counted.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
@@ -91,7 +93,7 @@ def require_room(
             needed_bytes += 4 * n_ctx * shape.n_embd
     if needed_bytes > free_bytes:
         raise PopError(
-            f"a context of {n_ctx:,} tokens takes {needed_bytes / 1e9:,.1f} GB of memory,"
+            f"a context of {n_ctx:,} tokens needs {needed_bytes / 1e9:,.1f} GB of memory,"
             f" {free_bytes / 1e9:.1f} GB are free",
-            "take a smaller context",
+            "choose a smaller context",
         )

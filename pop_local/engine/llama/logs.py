@@ -1,7 +1,7 @@
-"""llama.cpp's log, taken over: handed to `logging`, and its complaints kept for error messages.
+"""llama.cpp's log, forwarded to `logging`, with error lines kept for messages.
 
-Silent unless the application configures the logger "pop_local.llama_cpp". Where llama.cpp ends the
-process, as its assertions do for some damaged files, `on_abort` is told why.
+The logger "pop_local.llama_cpp" is silent unless the application configures it. If llama.cpp
+aborts the process, as its assertions do for some damaged files, `on_abort` gets the reason.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """Each thread's own: what another one tries meanwhile is no reason for what fails here."""
+    """Error lines per thread, since another thread's errors do not explain this one's."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)
@@ -35,8 +35,7 @@ _errors = _Errors()
 _last_level = logging.DEBUG
 _callback: Any = None
 _abort_callback: Any = None
-# Called with the reason in whichever thread it happens; the process ends afterwards, come what may.
-# None: it is written to stderr.
+# Called with the reason in the aborting thread; the process then ends. None: write to stderr.
 on_abort: Callable[[str], None] | None = None
 
 _PLACE = re.compile(r"^.*[/\\](?=[\w.-]+:\d+: )")
@@ -45,7 +44,7 @@ _WRAPPING = re.compile(r"^error loading model( \w+)?: ")
 
 
 def take_over(llama_cpp: Any) -> None:
-    """Make llama.cpp log here; llama_cpp's own callback printed to stderr."""
+    """Redirect llama.cpp's log, which llama_cpp prints to stderr."""
     global _callback
     if _callback is None:
         _callback = llama_cpp.llama_log_callback(_on_log)
@@ -53,27 +52,27 @@ def take_over(llama_cpp: Any) -> None:
 
 
 def take_over_images(mtmd: Any) -> None:
-    """Make libmtmd log here, too, after llama.cpp does."""
+    """Redirect libmtmd's log. Call this after `take_over`."""
     mtmd.mtmd_helper_log_set(_callback, ctypes.c_void_p(0))
 
 
 def take_over_aborts(ggml: ctypes.CDLL) -> None:
-    """Make ggml tell `on_abort`."""
+    """Make ggml report aborts to `on_abort`."""
     global _abort_callback
     if _abort_callback is not None:
         return
     stderr = 2
-    with suppress(OSError):  # llama_cpp silences the one that everybody has while it opens a model
+    with suppress(OSError):  # llama_cpp redirects descriptor 2 while it opens a model
         stderr = os.dup(2)
 
-    def tell(message: bytes) -> None:
+    def report(message: bytes) -> None:
         reason = _PLACE.sub("", message.decode("utf-8", errors="replace"))
         if on_abort is not None:
             on_abort(reason)
         else:
             os.write(stderr, f"llama.cpp gave up: {reason}\n".encode())
 
-    _abort_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(tell)
+    _abort_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(report)
     ggml.ggml_set_abort_callback(_abort_callback)
 
 
@@ -92,17 +91,17 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
 
 
 def forget_errors() -> None:
-    """To be called before something is tried, so that `first_error` speaks of that."""
+    """Clear this thread's error lines. Call this before an operation that may fail."""
     _errors.lines.clear()
 
 
 def not_decoded(code: int) -> PopError:
-    """The error for a batch that llama_decode refused."""
+    """Return the error for a batch that llama_decode refused."""
     return PopError(first_error() or f"llama.cpp could not decode (code {code})")
 
 
 def first_error() -> str:
-    """The first error line since then without the names of functions, or nothing."""
+    """Return the first error line since `forget_errors`, without function names, or ""."""
     if not _errors.lines:
         return ""
     line = _FUNCTION.sub("", _errors.lines[0])

@@ -8,14 +8,14 @@ from pop_local.engine.llama.backend import bindings
 
 
 class VocabOwner(Protocol):
-    """Owns a llama_vocab, such as a Context."""
+    """An owner of a llama_vocab, such as a Context."""
 
     @property
     def vocab(self) -> Any: ...
 
 
 class Pieces:
-    """The bytes of single tokens; control tokens have none unless they are `shown`."""
+    """Map from tokens to bytes. Control tokens map to b"" unless they are in `shown`."""
 
     def __init__(self, context: VocabOwner, shown: Container[int] = ()) -> None:
         self._context = context  # keeps the vocabulary alive

@@ -1,19 +1,19 @@
-"""How many prompt rows share a batch with answers."""
+"""Limit of prompt rows that share a batch with answers."""
 
-# Rows of a prompt beside answers, before it is known how long they take.
+# Prompt rows next to answers, until batches have been timed.
 _FIRST_ROWS = 64
-# For how long rows of a prompt may hold up an answer's token. Few of them take as long as many.
+# Maximum delay of an answer's token by prompt rows. Smaller batches would not be faster.
 _WAIT_S = 0.25
-# Answers keep this share of their speed while a prompt is read.
+# 0.52: answers keep half their tokens per second during a prefill (docs/server.md).
 _SHARE = 0.52
 _SMOOTHING = 0.3
 
 
 class PrefillThrottle:
-    """How many rows of a prompt go beside answers, by the time that earlier batches took.
+    """Limiter of prompt rows next to answers, from the time of earlier batches.
 
-    A batch takes as long as one of its answers alone, and something for having a prompt, and
-    something for each of its rows. After one that took long come others of answers alone.
+    A batch's time is that of a batch without a prompt, plus a constant for the prompt, plus a
+    time per row. Batches of answers alone follow a batch that took long.
     """
 
     def __init__(self, n_batch: int) -> None:
@@ -24,7 +24,7 @@ class PrefillThrottle:
         self._owed_s = 0.0
 
     def rows_beside(self, n_answers: int) -> int:
-        """Return so many rows that the answers keep half of their tokens per second."""
+        """Return the number of prompt rows at which answers keep half their tokens per second."""
         if not n_answers:
             return self._n_batch
         if self._owed_s > 0:
@@ -35,6 +35,7 @@ class PrefillThrottle:
         return min(max(int(wait_s / self._row_s), _FIRST_ROWS), self._n_batch - n_answers)
 
     def took(self, n_answers: int, n_rows: int, seconds: float) -> None:
+        """Record a batch's time. `n_rows`: its prompt rows."""
         if not n_answers:
             self._owed_s = 0.0
             if n_rows >= _FIRST_ROWS:
@@ -47,11 +48,11 @@ class PrefillThrottle:
             self._step_s[n_answers] = _smoothed(self._step_s.get(n_answers), seconds)
         step_s = self._step_of(n_answers)
         owed_s = self._owed_s + _SHARE * seconds - step_s
-        # Time that other programs took is not made up for: a prompt would wait for that.
+        # Capped: a delay by other programs must not stop the prompt for long.
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
-        """The seconds of a batch of so many answers, or of the nearest number that is known."""
+        """Return the seconds of a batch of `n_answers`, or of the nearest timed number."""
         if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]

@@ -1,8 +1,8 @@
-"""Other machines as devices: llama.cpp's RPC backend.
+"""llama.cpp's RPC backend: devices on other machines.
 
-Where a server does not answer as it should, llama.cpp ends the process, and it waits without end
-for one that serves another client. So each is asked before a model is loaded. One that goes away
-later still ends the process (`logs.on_abort`).
+llama.cpp aborts if a server's reply is invalid, and waits forever for a server that is busy. So
+each server is probed before a model is loaded. A server that disconnects later still ends the
+process (`logs.on_abort`).
 """
 
 import atexit
@@ -19,24 +19,24 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.devices import GgmlLibrary, Kind
 
-DEFAULT_PORT = 50052  # that of llama.cpp's own rpc-server
-_PATIENCE_S = 5.0
-# The patience of a server: for a hello, and between commands while another client waits.
+DEFAULT_PORT = 50052  # the default of llama.cpp's rpc-server
+_TIMEOUT_S = 5.0
+# A server's timeouts: for a hello, and between commands while another client waits.
 _HELLO_S, _IDLE_S = 4, 600
 # RPC_CMD_HELLO, the size of its request, and 24 bytes of capabilities; see rpc_msg_hello_rsp.
 _HELLO = struct.pack("<BQ24x", 14, 24)
 _HELLO_ANSWER = struct.pack("<Q", 28)
 _POINTER = ctypes.c_void_p
 
-# Servers of open models are busy, and not asked again.
+# Servers of open models are busy, so they are not probed.
 _in_use: "WeakSet[Servers]" = WeakSet()
 _models: "WeakSet[Any]" = WeakSet()
 
 
 def close_at_exit(model: Any) -> None:
-    """Close a model on servers before Python winds down, unless it is closed or gone by then.
+    """Close a model on servers before the interpreter exits.
 
-    In a thread that can no longer say so, a lost server is a hang.
+    A server that disconnects later would hang the process, which can no longer report it.
     """
     _models.add(model)
 
@@ -48,18 +48,18 @@ def _close_models() -> None:
 
 
 def address(server: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT. Raises PopError for anything else."""
+    """Return host and port of HOST:PORT. Raises PopError for other text."""
     host, _, port = server.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise PopError(f"{server!r} is no RPC server", "give it as HOST:PORT")
+        raise PopError(f"{server!r} is not the address of an RPC server", "give it as HOST:PORT")
     return host, int(port)
 
 
 class Servers:
-    """RPC servers that a model computes on, in this order, and on local GPUs behind them.
+    """A model's RPC servers in this order, followed by local GPUs.
 
-    `handles`: the devices, for `llama_model_params.devices`. Raises PopError, naming a server that
-    cannot be reached. To be kept as long as the model is open.
+    `handles`: the devices, for `llama_model_params.devices`. The caller must keep the object while
+    the model is open. Raises PopError for a server that cannot be reached.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ class Servers:
         devices: list[int] = []
         for name in names:
             if not any(name in servers.names for servers in _in_use):
-                _ask(name)
+                _probe(name)
             registered = _POINTER(add(name.encode()))
             for i in range(ggml("ggml_backend_reg_dev_count", ctypes.c_size_t, registered)):
                 index = ctypes.c_size_t(i)
@@ -80,12 +80,12 @@ class Servers:
 
 
 def serve(host: str, port: int, n_threads: int, memory_bytes: int | None = None) -> NoReturn:
-    """Lend this machine's GPUs, or its CPU where there is none, to one client after the other.
+    """Serve this machine's GPUs, or its CPU if it has none, to one client at a time.
 
-    `memory_bytes`: the most that a client may allocate; None for what is free on a CPU, and for no
-    limit on GPUs. A client that is silent for long gives way to another. llama.cpp prints what
-    happens to standard output. Python handles no signals meanwhile. Raises PopError when it cannot
-    listen there, and does not return otherwise.
+    `memory_bytes`: a client's memory limit (None: the free memory on a CPU, no limit on GPUs). A
+    client that is idle for long is disconnected if another one waits. llama.cpp logs to standard
+    output. Python handles no signals while it serves. Raises PopError if it cannot listen, and
+    does not return otherwise.
     """
     ggml = GgmlLibrary()
     cpus = [device for device in ggml.devices() if ggml.kind(device) == Kind.CPU]
@@ -101,12 +101,12 @@ def serve(host: str, port: int, n_threads: int, memory_bytes: int | None = None)
     handles = (_POINTER * len(devices))(*devices)
     try:
         endpoint = f"{socket.gethostbyname(host)}:{port}"
-    except (OSError, UnicodeError) as error:  # the latter by the rules for host names
+    except (OSError, UnicodeError) as error:  # the IDNA codec raises UnicodeError
         reason = getattr(error, "strerror", None) or error
-        raise PopError(f"{host} is no address of this machine: {reason}") from error
+        raise PopError(f"{host} is not an address of this machine: {reason}") from error
     start(endpoint.encode(), None, n_threads, len(devices), handles)
     raise PopError(
-        f"cannot listen on {host} port {port}", "another program may use it: take another port"
+        f"cannot listen on {host} port {port}", "choose another port: a program may use this one"
     )
 
 
@@ -119,28 +119,28 @@ def _function(
     return function
 
 
-def _ask(server: str) -> None:
-    """Say hello, as llama.cpp would."""
+def _probe(server: str) -> None:
+    """Send llama.cpp's hello command. Raises PopError if the reply is invalid."""
     try:
-        with socket.create_connection(address(server), _PATIENCE_S) as connection:
+        with socket.create_connection(address(server), _TIMEOUT_S) as connection:
             connection.sendall(_HELLO)
             with connection.makefile("rb") as answer:
                 is_rpc = answer.read(len(_HELLO_ANSWER)) == _HELLO_ANSWER
     except TimeoutError as error:
         raise PopError(
             f"the RPC server {server} does not answer",
-            "it serves one client at a time: end the other one",
+            "it serves one client at a time: stop the other client",
         ) from error
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PopError(
             f"the RPC server {server} cannot be reached: {reason}",
-            "start one there",
+            "start an RPC server there",
             cause="rpc-unreachable",
         ) from error
     if not is_rpc:
         raise PopError(
-            f"what answers at {server} is no RPC server of this version",
-            "give the port of one, from the same version of llama.cpp",
+            f"{server} is not an RPC server of this version",
+            "give the port of a server from the same version of llama.cpp",
             cause="rpc-unreachable",
         )

@@ -63,12 +63,12 @@ class Slot(Protocol):
         """Rows computed since `begin_prefill`."""
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
-        """Run rows below `sink_tokens` and from position `full_from` on (-1: none) in full."""
+        """Run rows in full below `sink_tokens`, and from position `full_from` on (-1: none)."""
 
     def set_deep_rows(self, positions: np.ndarray) -> None:
-        """Run the next batch's rows at these ascending positions through all layers.
+        """Run the next batch's rows at these ascending positions in full.
 
-        They replace those of an earlier call.
+        Replaces the positions of an earlier call.
         """
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
@@ -83,7 +83,7 @@ class Slot(Protocol):
         """Logits of the last row with outputs, float32 [n_vocab], valid until the next batch."""
 
     def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
-        """Run a deep pass over rows; see backend.run_deep."""
+        """Run a deep pass over rows (see backend.run_deep)."""
 
 
 class SingleSlot:
@@ -153,7 +153,7 @@ class SingleSlot:
 def decode_now(
     context: Context, sequence: int, tokens: Sequence[int], first_position: int, outputs: Outputs
 ) -> None:
-    """Decode tokens as one batch; see Slot.decode."""
+    """Decode tokens as one batch (see Slot.decode)."""
     logs.forget_errors()
     code = context.batch.decode(context.ctx, tokens, first_position, outputs, sequence)
     if code != 0:

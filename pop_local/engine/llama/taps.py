@@ -1,7 +1,6 @@
-"""Taps: what rows compute on their way through all layers, for fits of K/V projections.
+"""Taps: intermediate values of full rows, for fitting K/V projections.
 
-See llama_pop_add_tap in llama-pop.h. A batch shows those of its last ubatch, and so does a deep
-pass.
+See llama_pop_add_tap in llama-pop.h. A batch or a deep pass provides those of its last ubatch.
 """
 
 import ctypes
@@ -29,9 +28,9 @@ class _CTapped(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A choice of what is handed out: states at `boundaries`, K and V of `layers`.
+    """Selection of values: states at `boundaries`, K and V of `layers`.
 
-    `weighing`: the layers whose attention weights the rows.
+    `weighing`: layers whose attention weights the rows in a fit.
     """
 
     boundaries: tuple[int, ...]
@@ -41,12 +40,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Tapped:
-    """The rows of one ubatch, at positions from `position` on: arrays by layer.
+    """Arrays by layer for one ubatch's rows, whose first position is `position`.
 
-    `states` [n_rows, n_embd] are what the layer is given. `k` (before norm and RoPE) is
-    [n_rows, n_k], `v` [n_rows, n_v]. `mass` [n_rows] is the
-    attention that a row receives from later ones, all heads together, of each 16th of them. All
-    are views of `block`.
+    `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: before norm and RoPE. `v`
+    [n_rows, n_v]. `mass` [n_rows]: attention that a row receives from every 16th later row, summed
+    over heads. All are views of `block`.
     """
 
     position: int
@@ -58,14 +56,14 @@ class Tapped:
     mass: dict[int, Rows] = field(default_factory=dict)
 
     def has(self, wanted: Wanted) -> bool:
-        """Whether all that was wanted is here, but for the mass, which some memories lack."""
+        """Return whether all selected values exist, except mass, which some memories lack."""
         return self.states.keys() >= set(wanted.boundaries) and min(
             self.k.keys(), self.v.keys(), key=len
         ) >= set(wanted.layers)
 
 
 def set_taps(ctx: Any, wanted: Wanted | None) -> None:
-    """Say what is handed out from now on, None for nothing. Raises PopError."""
+    """Select the values of the following batches (None: no values). Raises PopError."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:
         kinds = {
@@ -80,10 +78,10 @@ def set_taps(ctx: Any, wanted: Wanted | None) -> None:
 
 
 def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
-    """Return what the last ubatch handed out, None where that was nothing.
+    """Return the last ubatch's values, or None if it has none.
 
-    `used`: the block of an earlier one that is not needed any more. Where it is large enough it is
-    filled again, since new memory costs more than the copy.
+    `used`: an earlier result's block, to be overwritten if it is large enough, since allocating
+    memory costs more than the copy.
     """
     library = backend.require_patched()
     found = [_CTapped() for _ in range(library.llama_pop_n_tapped(ctx))]

@@ -1,4 +1,4 @@
-"""How many threads compute where nobody says so."""
+"""Default number of CPU threads."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import psutil
 
 
 def default_threads() -> int:
-    """Return the physical cores that this process may use.
+    """Return the number of physical cores that this process may use.
 
     A second thread on a core slows llama.cpp down.
     """

@@ -36,7 +36,6 @@ NOT_YET: set[str] = {
     "pop_local/engine/images",
 
     "pop_local/engine/limited",
-    "pop_local/engine/llama",
     "pop_local/engine/prefill",
     "pop_local/engine/prompt",
 

@@ -311,7 +311,7 @@ def test_an_answer_does_not_go_on_over_another_prompt(pop_file):
     next(second)
     read(model, prompt(50, seed=1))
     for answer in (first, second):
-        with pytest.raises(PopError, match="another answer begun"):
+        with pytest.raises(PopError, match="another answer started"):
             list(answer)
 
 

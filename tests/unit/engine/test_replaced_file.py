@@ -40,7 +40,7 @@ def test_a_file_that_was_replaced_is_refused(pair, tmp_path, change, which):
         before = fingerprint(model.engine)
         change(path, make_gguf(tmp_path / "other.gguf", "llama", n_layer=4, seed=1))
         for tokens in (prompt(40), prompt(40, seed=1)):
-            with pytest.raises(PopError, match=f"{path.name} is another file than when"):
+            with pytest.raises(PopError, match=f"{path.name} was changed after it was opened"):
                 greedy(model, tokens)
         assert fingerprint(model.engine) != before
 

@@ -101,7 +101,7 @@ def test_two_models_of_a_process_share_a_server(pop_file, servers):
 
 
 def test_a_server_that_has_another_client_is_named(pop_file, servers, monkeypatch):
-    monkeypatch.setattr(rpc, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(rpc, "_TIMEOUT_S", 0.2)
     with socket.create_connection(rpc.address(servers[1])) as client:
         client.sendall(rpc._HELLO)
         client.recv(1)
@@ -131,11 +131,11 @@ def greeted(server: Server) -> Iterator[Callable[..., bytes]]:
 def test_a_silent_client_gives_way_to_another():
     with rpc_server(changed=IMPATIENT) as server:
         with socket.create_connection(rpc.address(server.name)):
-            rpc._ask(server.name)
+            rpc._probe(server.name)
         with greeted(server) as say:
             time.sleep(1.5)  # without another client it may be silent
             assert say(struct.pack("<BQ", DEVICE_COUNT, 0), 12)[8:] == struct.pack("<I", 1)
-            rpc._ask(server.name)
+            rpc._probe(server.name)
             assert say(b"", 1) == b""
 
 
@@ -157,7 +157,7 @@ def test_a_server_that_is_not_there_is_an_error():
     for name in (f"127.0.0.1:{free_port()}", "a..b:50052"):
         with pytest.raises(PopError, match=f"the RPC server {name} cannot be reached"):
             rpc.Servers([name])
-    with pytest.raises(PopError, match=r"a\.\.b is no address of this machine"):
+    with pytest.raises(PopError, match=r"a\.\.b is not an address of this machine"):
         rpc.serve("a..b", 50052, 1)
 
 
@@ -167,7 +167,7 @@ def test_what_is_no_rpc_server_is_an_error():
         asked = client.submit(rpc.Servers, [name])
         connection, _ = listening.accept()
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        with pytest.raises(PopError, match=f"what answers at {name} is no RPC server"):
+        with pytest.raises(PopError, match=f"{name} is not an RPC server"):
             asked.result(60)
         connection.close()
 
