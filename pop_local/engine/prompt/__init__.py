@@ -1,1 +1,1 @@
-"""From a conversation to a prompt: templates, special tokens, places of pictures."""
+"""Prompts from conversations: chat templates, special tokens and pictures."""

@@ -1,4 +1,4 @@
-"""Prompts whose answer goes between two texts, for models that were trained to fill in code."""
+"""Fill-in-the-middle (FIM) prompts, for models that were trained to fill in code."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _SNIPPET = "\n\n--- snippet ---\n\n"
 
 
 def can_infill(context: Context) -> bool:
-    """Whether the vocabulary has tokens for it."""
+    """Return whether the vocabulary has FIM tokens."""
     return min(_marks(context, "pre", "suf", "mid")) >= 0
 
 
@@ -21,14 +21,17 @@ def infilling(
     begun: str = "",
     files: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
-    """Return the tokens of a prompt, in the order of llama.cpp's server (format_prompt_infill).
+    """Return a FIM prompt's tokens, in the order of llama.cpp's server (format_prompt_infill).
 
-    `prefix`: a text or its tokens. `begun`: how the answer begins. `files`: names and texts that
-    are shown before. A special token that is spelled out is text. Raises PopError for a model that
-    cannot infill.
+    `prefix`: a text or its tokens. `begun`: start of the answer. `files`: names and texts of
+    preceding files. Special tokens in texts are tokenized as plain text. Raises PopError for a
+    model without FIM tokens.
     """
     if not can_infill(context):
-        raise PopError("this model has no tokens for filling in between two texts")
+        raise PopError(
+            "this model has no tokens for filling in between two texts",
+            "use a model that was trained to fill in code",
+        )
     pre, suf, mid, rep, sep = _marks(context, "pre", "suf", "mid", "rep", "sep")
     split = context.tokenize
     shown = [rep, *split("myproject\n")] if rep >= 0 and files else []
@@ -42,6 +45,6 @@ def infilling(
 
 
 def _marks(context: Context, *names: str) -> list[int]:
-    """The tokens of these names, -1 for those that the vocabulary lacks."""
+    """Return the FIM tokens of these names, -1 for each missing token."""
     api = bindings()
     return [int(getattr(api, f"llama_vocab_fim_{name}")(context.vocab)) for name in names]

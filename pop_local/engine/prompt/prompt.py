@@ -1,4 +1,4 @@
-"""A prompt: tokens, and images in the place of some of them."""
+"""A prompt of tokens and images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,21 +7,22 @@ import numpy as np
 
 from pop_local.engine.images.mmproj import ImageChunk
 
-# For base models, which come without a template; it needs no special tokens.
+# For base models, which have no chat template. It needs no special tokens.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
     "{% endfor %}Assistant:"
 )
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
-# Templates of some reasoning models open the block themselves, so that only its end is sampled.
+# Some reasoning models' templates open the block, so the model only samples its end.
 THINK = "<think>"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens, the strings that end the answer, and what the template has begun of it already.
+    """A prompt's tokens and images.
 
-    `images`: by the row where each begins; its rows have NO_TOKEN among the tokens.
+    `stops`: strings that end the answer. `begun`: start of the answer in the template.
+    `images`: by first row; their rows have NO_TOKEN in `tokens`.
     """
 
     tokens: Sequence[int]
@@ -38,28 +39,27 @@ class Prompt:
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """The (start, end) rows of each image, in order."""
+        """Return the (start, end) rows of each image, in order."""
         return tuple((start, start + image.n_rows) for start, image in self.images.items())
 
     @property
     def text_from(self) -> int:
-        """The row after the last image."""
+        """Return the row after the last image, 0 without images."""
         return self.spans[-1][1] if self.images else 0
 
     def from_row(self, row: int) -> "Prompt":
-        """Return the rest from a row on, which lies within no image."""
+        """Return the rest of the prompt from a row on, which must not split an image."""
         images = {start - row: image for start, image in self.images.items() if start >= row}
         return Prompt(self.tokens[row:], self.stops, self.begun, images)
 
     def whole(self, n_rows: int) -> int:
-        """Return how many of the first rows are there without a part of an image."""
+        """Round `n_rows` down so that the rows contain no part of an image."""
         return next((start for start, end in self.spans if start < n_rows < end), n_rows)
 
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
-        """Count the rows, from the first on, that are the same.
+        """Return the length of the common prefix in rows; it contains whole images only.
 
-        `tokens`: int32 [n], `images`: the key of each by the row where it begins. An image of
-        which only a part is there is not the same.
+        `tokens`: int32 [n]. `images`: each image's key by its first row.
         """
         n = min(len(self.tokens), len(tokens))
         differ = np.flatnonzero(tokens[:n] != np.asarray(self.tokens[:n], dtype=np.intc))

@@ -1,4 +1,4 @@
-"""From a conversation to its prompt, by the template of the model's file."""
+"""Prompts from conversations, by the chat template in the model's file."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +19,15 @@ from pop_local.engine.prompt.templates import Template
 
 _PROBE = "0f3c9a71d2"  # in no template
 
-# From the messages' contents, and what marks other texts, to the text of a prompt.
+# Renders a prompt's text from the messages' contents and a function that marks other texts.
 Write = Callable[[list[str], Callable[[str], str]], str]
 
 
 class Prompter:
-    """Makes prompts for one model.
+    """Builder of one model's prompts.
 
-    `parse_special`: whether special tokens that messages and documents spell out act as such. Then
-    whoever wrote a document can write turns of the conversation, too.
+    `parse_special`: whether special tokens in messages and documents act as such. If so, a
+    document's author can also write turns of the conversation.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Prompter:
 
     @property
     def has_template(self) -> bool:
-        """Whether the model's file has one; base models have none."""
+        """Return whether the model's file has a chat template; base models have none."""
         return bool(self._source)
 
     @property
@@ -47,7 +47,7 @@ class Prompter:
 
     @cached_property
     def template(self) -> Template:
-        """The model's own, or a plain one. Raises PopError for one that is broken."""
+        """Return the model's template or a plain one. Raises PopError for a broken one."""
         return Template(self._source or PLAIN_TEMPLATE, self.context.vocab)
 
     def require_template(self) -> None:
@@ -61,7 +61,7 @@ class Prompter:
 
     @property
     def can_see(self) -> bool:
-        """Whether pictures can be read, which takes an mmproj and Pillow."""
+        """Return whether the model can read pictures, which needs an mmproj and Pillow."""
         return self._vision is not None and has_pillow()
 
     @cached_property
@@ -69,23 +69,23 @@ class Prompter:
         return SpecialTokens(self.context)
 
     def text(self, text: str) -> Prompt:
-        """Return the prompt of a text that is to be continued. Raises PopError."""
+        """Return the prompt that continues a text. Raises PopError."""
         return Prompt(self.context.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message]) -> Prompt:
-        """Return the prompt of a conversation, which ends where the answer begins.
+        """Return the prompt of a conversation, up to the start of the answer.
 
         Raises PopError when the template refuses the conversation.
         """
-        if any(message.role == "system" for message in messages) and not self._takes_system:
+        if any(message.role == "system" for message in messages) and not self._supports_system:
             messages = _without_system(messages)
         return self.written(messages, (), lambda contents, _: self._rendered(messages, contents))
 
     def written(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
-        """Return the prompt that `write` makes of the messages' contents and these other texts.
+        """Return the prompt that `write` renders from the messages' contents and the other texts.
 
-        It is called again, with marks in the place of special tokens that a text spells out: those
-        of the contents are there, the second argument puts them into other texts.
+        If a text contains special tokens, `write` is called again with marks instead of them.
+        The contents are marked already; the second argument marks the other texts.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -121,10 +121,10 @@ class Prompter:
         return Prompt(tokens, () if self.has_template else PLAIN_STOPS, begun, images)
 
     def before_question(self) -> str:
-        """Return what the model's template puts before a user's first question.
+        """Return the text that the template writes in front of a user's first question.
 
-        It is "" without one, and where that wants something else than a question. Raises PopError
-        where it goes beyond its limits.
+        It is "" without a template, and if the template refuses a lone question. Raises PopError
+        if the template exceeds its limits.
         """
         if not self.has_template:
             return ""
@@ -136,18 +136,18 @@ class Prompter:
         return before if found else ""
 
     def see(self, picture: Picture) -> Seen:
-        """Cut a picture up as the model wants it. Raises PopError as Mmproj.see does."""
+        """Split a picture into the model's images. Raises PopError, see Mmproj.see."""
         return self.open_vision().see(picture)
 
     def count_picture(self, picture: Picture) -> int:
-        """Return the number of tokens of a picture. Raises PopError as Mmproj.see does."""
+        """Return a picture's number of tokens. Raises PopError, see Mmproj.see."""
         return len(self.see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
-        """Load the mmproj, unless it is. Raises PopError without one, and as Mmproj.open does."""
+        """Load the mmproj on first use. Raises PopError without one, see also Mmproj.open."""
         if self._vision is None:
             raise PopError(
-                "a picture is given, but the model is open without its mmproj",
+                "cannot read a picture: the model is open without its mmproj",
                 "open it with the mmproj that was published with it",
                 cause="no-mmproj",
             )
@@ -156,10 +156,10 @@ class Prompter:
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, Seen]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
-        """The tokens and images of a rendered prompt in which a mark stands for each picture."""
+        """Return the tokens and images of a rendered prompt that has a mark for each picture."""
         pieces = re.split(f"([{''.join(shown)}])", text)
         if pieces[1::2] != list(shown):
-            raise PopError("the chat template leaves out pictures", "ask about fewer at a time")
+            raise PopError("the chat template leaves out pictures", "send fewer pictures at a time")
         tokens: list[int] = []
         images: dict[int, ImageChunk] = {}
         for piece in pieces:
@@ -174,9 +174,9 @@ class Prompter:
         return tokens, images
 
     @cached_property
-    def _wants_parts(self) -> bool:
-        """Whether the template takes a message's content as parts only, found by trying it."""
-        # One that goes beyond its limits with plain text would do so with the conversation, too.
+    def _needs_parts(self) -> bool:
+        """Return whether the template renders contents only as parts, by a trial."""
+        # BeyondLimitsError passes: the conversation would exceed the limits, too.
         with suppress(ValueError):
             if self._is_shown({"role": "user", "content": _PROBE}):
                 return False
@@ -186,8 +186,8 @@ class Prompter:
         return False
 
     @cached_property
-    def _takes_system(self) -> bool:
-        """Whether the template shows what the system says, found by trying it."""
+    def _supports_system(self) -> bool:
+        """Return whether the template renders system messages, by a trial."""
         with suppress(ValueError):
             return self._is_shown(self._given("system", _PROBE), self._given("user", "a"))
         return False
@@ -197,25 +197,25 @@ class Prompter:
 
     def _given(self, role: str, content: str) -> dict[str, Any]:
         parts = [{"type": "text", "text": content}]
-        return {"role": role, "content": parts if self._wants_parts else content}
+        return {"role": role, "content": parts if self._needs_parts else content}
 
     def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
-        said = zip(messages, contents, strict=True)
+        pairs = zip(messages, contents, strict=True)
         try:
             return self.template.render(
-                [self._given(message.role, content) for message, content in said]
+                [self._given(message.role, content) for message, content in pairs]
             )
         except ValueError as error:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
 
 
 def is_end(context: Context, token: int) -> bool:
-    """Whether a token ends an answer."""
+    """Return whether a token ends an answer."""
     return bool(bindings().llama_vocab_is_eog(context.vocab, token))
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:
-    """The content of a message with a mark for each picture, which is added to `pictures`."""
+    """Return a message's content with a mark for each picture, and add them to `pictures`."""
     pieces, at = [], 0
     for offset, picture in message.pictures:
         pictures[mark := next(unused)] = picture
@@ -225,7 +225,7 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """Let the system's words begin the user's next ones (llama.cpp's common/chat.cpp)."""
+    """Move system messages to the start of the next user message (llama.cpp's common/chat.cpp)."""
     found: list[Message] = []
     held: Message | None = None
     for message in messages:

@@ -1,6 +1,6 @@
-"""Control tokens in a prompt: those that a template writes, not those that a message spells out.
+"""Special tokens in a prompt, which only the template may write.
 
-With `<|im_end|>` and the like in it, a document could end its turn and begin one of the system's.
+With `<|im_end|>` in its text, a document could end its turn and start a system message.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,25 +8,25 @@ from collections.abc import Iterable, Sequence
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 
-_SPACES = " \t\n\v\f\r"  # of C's isspace
+_SPACES = " \t\n\v\f\r"  # C's isspace
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a plane for private use
 
 
 class SpecialTokens:
-    """Those of a vocabulary that llama.cpp looks for in a text only when it is told to."""
+    """Special tokens of a vocabulary, which llama.cpp parses in a text only on request."""
 
     def __init__(self, context: Context) -> None:
         self._api, self._context = bindings(), context
 
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
-        """The special tokens among `tokens` that one of the texts spells out."""
+        """Return the texts of special tokens among `tokens` that one of the texts contains."""
         special = {self._text(token) for token in set(tokens) if self._is_special(token)}
         return sorted(one for one in special if any(one in text for text in texts))
 
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
-        """Tokenise a prompt in which a mark stands for each of these texts, which are just text.
+        """Tokenize a prompt in which each mark stands for a plain text.
 
-        Text between two special tokens is tokenised in one piece, as llama.cpp does it.
+        Text between two special tokens is tokenized in one piece, as llama.cpp does it.
         """
         restored = str.maketrans(marks)
         found: list[int] = []
@@ -55,8 +55,8 @@ class SpecialTokens:
         return int(self._api.llama_vocab_get_attr(self._context.vocab, token))
 
     def _is_special(self, token: int) -> bool:
-        wanted = self._api.LLAMA_TOKEN_ATTR_CONTROL | self._api.LLAMA_TOKEN_ATTR_UNKNOWN
-        return bool(self._attributes(token) & wanted)
+        special = self._api.LLAMA_TOKEN_ATTR_CONTROL | self._api.LLAMA_TOKEN_ATTR_UNKNOWN
+        return bool(self._attributes(token) & special)
 
     def _text(self, token: int) -> str:
         text: bytes = self._api.llama_vocab_get_text(self._context.vocab, token)
@@ -64,6 +64,6 @@ class SpecialTokens:
 
 
 def unused_marks(texts: Sequence[str]) -> Iterable[str]:
-    """Characters that occur in none of the texts; no template looks for them, or cuts one."""
+    """Return private-use characters that occur in none of the texts; templates do not use them."""
     marks = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK + 1))
     return (mark for mark in marks if not any(mark in text for text in texts))

@@ -1,6 +1,6 @@
-"""The process in which chat templates are rendered: programs that come with a model, from anybody.
+"""Child process that renders chat templates, which are programs from untrusted publishers.
 
-Jinja's sandbox keeps them from what is outside of it, not from all time and memory.
+Jinja's sandbox blocks access to the outside, but does not limit time and memory.
 """
 
 import functools
@@ -18,9 +18,9 @@ MAX_CHARACTERS = 1 << 26
 
 
 class _Generation(Extension):
-    """The block {% generation %} of transformers, which marks what is trained on: its body."""
+    """The block {% generation %} of transformers, which marks training text: renders its body."""
 
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 has it)
+    tags = {"generation"}  # noqa: RUF012 (jinja2's type)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         parser.stream.skip(1)
@@ -28,7 +28,7 @@ class _Generation(Extension):
 
 
 def environment() -> Environment:
-    """Return what llama_cpp and transformers render chat templates with."""
+    """Return the Jinja environment that llama_cpp and transformers use for chat templates."""
     found = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -50,13 +50,13 @@ def _compiled(template: str) -> Template:
 
 
 class TemplateRenderer:
-    """Renders templates in a child process."""
+    """Methods that the parent calls."""
 
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
-        """Render a template; without arguments, only see whether it is one.
+        """Render a template; without arguments, only compile it.
 
-        Raises ValueError where it refuses, and whatever it does besides.
+        Raises ValueError if the template refuses, and any error of the template.
         """
         if arguments is None:
             _compiled(template)
@@ -67,6 +67,6 @@ class TemplateRenderer:
         }
         text = _compiled(template).render(**arguments, **functions)
         if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"it makes {len(text):,} characters of it")
+            raise ValueError(f"its output has {len(text):,} characters")
         text.encode()
         return text

@@ -1,4 +1,4 @@
-"""Chat templates rendered in a child process, with limits on time and memory."""
+"""Chat templates, rendered in a child process with limits on time and memory."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from pop_local.engine.prompt import template_child
 
 LIMIT_S = 5.0
 LIMIT_BYTES = 512 * 2**20
-# Those of public models have some tens of thousands.
+# Public models' templates have some tens of thousands.
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 _HINT = "take the model from another publisher"
 
@@ -24,9 +24,9 @@ renderer = KeptProcess(
 
 
 class Template:
-    """A chat template, and the BOS and EOS of llama.cpp's vocabulary, "" where it has none.
+    """A chat template with the vocabulary's BOS and EOS texts, "" for a missing token.
 
-    Raises PopError for what is no template, and where one goes beyond the limits.
+    Raises PopError if it is invalid or exceeds the limits.
     """
 
     def __init__(self, source: str, vocab: Any) -> None:
@@ -44,10 +44,10 @@ class Template:
             raise PopError(f"its chat template is broken: {error}", _HINT) from error
 
     def render(self, messages: Sequence[Any], tools: Mapping[str, Any] | None = None) -> str:
-        """Render messages, up to where the answer begins.
+        """Render messages, up to the start of the answer.
 
-        `tools`: what llama_cpp's chats give besides. Raises ValueError where the template refuses
-        them, PopError where it goes beyond limits.
+        `tools`: llama_cpp's other template arguments. Raises ValueError if the template refuses
+        the messages, PopError if it exceeds its limits.
         """
         values = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
         arguments = {

@@ -37,7 +37,6 @@ NOT_YET: set[str] = {
 
     "pop_local/engine/limited",
     "pop_local/engine/prefill",
-    "pop_local/engine/prompt",
 
     "pop_local/engine/tools",
     "pop_local/texts",
