@@ -1,1 +1,1 @@
-"""Work that may take all time and memory, in a child process with limits on both."""
+"""Child processes with limits on time and memory, for untrusted input."""

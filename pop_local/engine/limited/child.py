@@ -1,4 +1,4 @@
-"""The child's side: answers calls, a line of JSON each, until one goes beyond the limits."""
+"""Child side: answers calls, one JSON line each, until a call exceeds the limits."""
 
 import faulthandler
 import importlib
@@ -12,13 +12,13 @@ from pop_converter.base.errors import PopError
 
 
 def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of a module's class from standard input until it is closed.
+    """Answer calls of a class's methods from standard input until it is closed.
 
-    A call that takes longer than `limit_s` ends this process; memory is limited to `limit_bytes`
-    more than there is in use now, on Linux. An error of a method is its refusal.
+    A call longer than `limit_s` seconds ends this process. On Linux, calls may use `limit_bytes`
+    in addition to the memory in use now. A method's exception is returned as a refusal.
     """
     work = getattr(importlib.import_module(module), worker)()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever calls
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _limit_memory(limit_bytes)
     print("{}", flush=True)
     with Path(os.devnull).open("w") as nowhere:
@@ -31,8 +31,8 @@ def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
             except PopError as error:
                 answer = {"refused": error.message, "hint": error.hint}
             except Exception as error:
-                told = f"{type(error).__name__}: {error}".removesuffix(": ")
-                answer = {"refused": str(error) if isinstance(error, ValueError) else told}
+                named = f"{type(error).__name__}: {error}".removesuffix(": ")
+                answer = {"refused": str(error) if isinstance(error, ValueError) else named}
             written = json.dumps(answer)
             faulthandler.cancel_dump_traceback_later()
             print(written, flush=True)

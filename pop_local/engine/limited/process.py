@@ -1,4 +1,4 @@
-"""The caller's side of a process with limits."""
+"""Parent side of a child process with limits."""
 
 import atexit
 import json
@@ -19,32 +19,33 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """The child refuses; message and hint are its own."""
+    """A refusal with the child's message and hint."""
 
 
 class NoChildError(PopError):
-    """The process did not start, which is nobody's fault but the machine's."""
+    """The child process did not start, for a reason unrelated to the call."""
 
 
 class BeyondLimitsError(PopError):
-    """The call took more time or memory than it may."""
+    """A call exceeded its limit on time or memory."""
 
 
 def _python() -> str:
-    """The interpreter for children: multiprocessing's, which who embeds Python may name."""
+    """Return the children's interpreter: multiprocessing's, which an embedding application sets."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
             "a frozen application has no Python for templates, grammars and large pictures",
-            "name one, with the same packages: multiprocessing.set_executable(...)",
+            "set one that has the same packages: multiprocessing.set_executable(...)",
         )
     return python
 
 
 class KeptProcess:
-    """A child process that answers calls, restarted after it has ended.
+    """A child process that answers calls and is restarted after it has ended.
 
-    Thread-safe: calls run one at a time. A call that fails or is interrupted ends the child.
+    It is thread-safe: calls run one at a time. An interrupted call ends the child, and so does a
+    call that exceeds the limits.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class KeptProcess:
         takes: str = "it takes",
         hint: str = "",
     ) -> None:
-        """`worker`: its methods are the calls. `takes`, `hint`: the words of BeyondLimitsError."""
+        """`worker`: class of the methods to call. `takes`, `hint`: texts of BeyondLimitsError."""
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._worker, self._takes, self._hint = worker, takes, hint
         self._lock = threading.RLock()
@@ -74,10 +75,10 @@ class KeptProcess:
         return f"more than {self.limit_s:g} s, or more than {self.limit_bytes >> 20} MiB"
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the child, which takes a part of a second, before it is needed."""
+        """Start the child unless it runs. The start takes a fraction of a second."""
         with self._lock:
             child = self._child
-            # After a fork it is the other process's.
+            # After a fork, the child belongs to the other process.
             if child is None or self._owner != os.getpid() or child.poll() is not None:
                 self.close()
                 given = json.dumps([*self._place, self.limit_s, self.limit_bytes])
@@ -91,7 +92,7 @@ class KeptProcess:
             return child
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a method; arguments and result are what JSON knows.
+        """Call a method with JSON arguments and return its JSON result.
 
         Raises RefusedError, BeyondLimitsError, NoChildError.
         """
@@ -100,7 +101,7 @@ class KeptProcess:
             if not line.endswith(b"\n"):
                 self.close()
                 if not self._is_ready:
-                    raise NoChildError("a child process ended before its work began")
+                    raise NoChildError("a child process ended before its first call")
                 raise BeyondLimitsError(f"{self._takes} {self.limits}", self._hint)
         answer = json.loads(line)
         if "refused" in answer:
@@ -113,17 +114,17 @@ class KeptProcess:
         try:
             if not self._is_ready:
                 self._is_ready = child.stdout.readline().endswith(b"\n")
-            with suppress(OSError):  # it ended before
+            with suppress(OSError):  # the child has ended
                 child.stdin.write(json.dumps(call).encode() + b"\n")
                 child.stdin.flush()
                 return child.stdout.readline()
-        except BaseException:  # what it answers later belongs to no call
+        except BaseException:  # a late answer would be read by the next call
             self.close()
             raise
         return b""
 
     def close(self) -> None:
-        """End the child; that of another process is left alone."""
+        """End the child, unless it belongs to another process."""
         child, self._child = self._child, None
         if child is None or self._owner != os.getpid():
             return
@@ -131,5 +132,5 @@ class KeptProcess:
         child.wait()
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
-            with suppress(OSError):  # what it never read
+            with suppress(OSError):  # flushing data that the child never read fails
                 pipe.close()

@@ -34,10 +34,7 @@ NOT_YET: set[str] = {
     "pop_local/engine/cache",
     "pop_local/engine/depth",
     "pop_local/engine/images",
-
-    "pop_local/engine/limited",
     "pop_local/engine/prefill",
-
     "pop_local/engine/tools",
     "pop_local/texts",
     "tests/unit/engine",
