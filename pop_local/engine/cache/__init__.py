@@ -1,1 +1,1 @@
-"""The KV cache: its rows, whose they are, saved states and the cache of prompts."""
+"""The KV cache: rows, keys, saved states and the prompt cache."""

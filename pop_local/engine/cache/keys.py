@@ -1,4 +1,4 @@
-"""Keys of K/V: under which model, mode, boundary and conversion they were computed."""
+"""Keys of K/V: the model, mode, boundary and conversion that computed them."""
 
 import hashlib
 from dataclasses import replace
@@ -12,11 +12,10 @@ from pop_converter.projection import TENSOR_MARK, Projection
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 
-# The key of K/V that are the full model's own; see KvCache.key.
+# Key of K/V that equal the full model's (see KvCache.key).
 FULL = "mode OFF"
 NO_CONVERSION = f"{Projection.OWN} projections"
-# Fields of llama_context_params that K/V depend on. With flash attention V is stored in another
-# order.
+# Fields of llama_context_params that K/V depend on. V's layout depends on flash attention.
 _FIELDS = (
     *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
     *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
@@ -24,14 +23,14 @@ _FIELDS = (
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
-    """Return words and a fingerprint that tell two conversions of one model apart.
+    """Return a conversion's name and fingerprint.
 
-    It covers the keys that pruned K/V depend on, and the table and beginnings of fitted tensors. A
-    sidecar and a single file of one fit have the same.
+    The fingerprint covers the keys that pruned K/V depend on, and the table and first bytes of
+    fitted tensors. It is the same for a sidecar and a single file of one fit.
     """
     if meta is None:
         return NO_CONVERSION
-    # Where the keys come from, what was measured, and what decided, do not matter.
+    # K/V do not depend on the keys' origin, measured quality or budget.
     keys = replace(meta, source_name="", source_bytes=0, tool="")
     keys = replace(keys, measured=None, recall=None, budget=None)
     digest = hashlib.sha256(b"".join(encode_keys(keys)))
@@ -41,7 +40,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
 
 
 def opened_with(context: Context) -> str:
-    """Return, in words, the options that saved K/V depend on where they are not the defaults."""
+    """Return the non-default options that saved K/V depend on, as text."""
     defaults = bindings().llama_context_default_params()
     defaults.flash_attn_type = 0
     found = {name: getattr(context.settings, name) for name in _FIELDS}
@@ -52,9 +51,9 @@ def opened_with(context: Context) -> str:
 
 
 def own_sha256(source: Source) -> str:
-    """Return what tells two models of one shape apart: a hash of the beginnings of their tensors.
+    """Return a hash of the first bytes of a model's tensors.
 
-    A model and its conversion have the same.
+    It distinguishes models of one shape, and is the same for a model and its conversion.
     """
     digest = hashlib.sha256()
     for header in source.parts:

@@ -1,4 +1,4 @@
-"""The KV cache of a context: whose its rows are, what is known of each, and what may be reused."""
+"""The KV cache of one sequence: its rows, their key, and the rows that a prompt may reuse."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,36 +18,36 @@ from pop_local.engine.llama.slot import Slot
 from pop_local.engine.prompt.prompt import Prompt
 
 
-class Watcher(Protocol):
-    """Who follows what is read."""
+class ReadObserver(Protocol):
+    """Observer of prompt reads."""
 
     def attach(self, cache: "KvCache") -> None:
-        """Callbacks this cache from now on."""
+        """Start to observe a cache."""
 
     def detach(self) -> None:
-        """Callbacks it no longer."""
+        """Stop observing the cache."""
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Tokens were read, the first of them as row `start`."""
+        """Handle tokens that were read into the rows from `start` on."""
 
     def computed(self) -> None:
-        """Rows were computed, which taps may show (engine/llama/taps.py)."""
+        """Handle computed rows, whose taps may be read (engine/llama/taps.py)."""
 
 
 class KvCache:
-    """The rows that a sequence of a context has cached, in one mode.
+    """The cached rows of a sequence, in one mode.
 
-    The cache belongs to one mode and boundary, and switching either empties it. It stays where it
-    is the full model's own: where rows leave exactly, or all of them got their depth.
+    Switching the boundary empties the cache. Switching the mode does so unless the model skips
+    layers exactly, or the new mode is OFF and all rows equal the full model's.
 
-    `exact`: the layer from which on context rows leave exactly, 0 for none. `images`: the key of
-    each image by its first row. `has_logits`: whether the last row's logits can be sampled from.
-    `epoch` changes where a running answer cannot go on. `prompts` keeps other prompts' states.
-    `learner` follows what is read.
+    `exact`: first layer that context rows skip exactly (0: none). `images`: each image's key by
+    its first row. `has_logits`: whether the last row's logits can be sampled from. `epoch` changes
+    if a running answer cannot continue. `prompts` stores other prompts' states. `learner` observes
+    reads.
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
-        """`vision`: what pictures are read with."""
+        """`vision`: encoder of images, if the model has one."""
         context = slot.context
         self.context, self.vision, self.slot = context, vision, slot
         self.rows = CachedRows(context.n_ctx)
@@ -57,12 +57,12 @@ class KvCache:
         self.keeps_states = False
         self.epoch = 0
         self.prompts: PromptCache | None = None
-        self.learner: Watcher | None = None
+        self.learner: ReadObserver | None = None
         self.mode = self.slot.mode
-        self.exact = self._exact_now()
+        self.exact = self._exact_layer()
         self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
         self._conversion = conversion(context.meta, context.source, context.sidecar)
-        # The file has been read by now; later it may have gone.
+        # Computed now, since the file may be deleted later.
         self._own_sha256 = own_sha256(context.source)
 
     @property
@@ -72,12 +72,12 @@ class KvCache:
 
     @property
     def n_exact(self) -> int:
-        """How many cached rows, from the first on, are the full model's own."""
+        """Number of leading rows that equal the full model's."""
         return self.n_tokens if self.exact else min(self.rows.n_exact, self.n_tokens)
 
     @property
     def position(self) -> int:
-        """The position of the next row."""
+        """Position of the next row."""
         return int(self.rows.positions[self.n_tokens])
 
     # Keys
@@ -88,43 +88,43 @@ class KvCache:
 
     @property
     def can_switch(self) -> bool:
-        """Whether prompts can be pruned, or can skip layers exactly."""
+        """True if prompts can be pruned or can skip layers exactly."""
         return bool(self.boundary or self.exact)
 
     @property
     def model_key(self) -> str:
-        """Tells its K/V from those of other models, whatever is pruned."""
+        """Key of the model, its options and its vision model, in any mode."""
         images = self.vision.key if self.vision else ""
         return f"model {self._own_sha256[:16]}{opened_with(self.context)}, images {images}"
 
     @property
     def key(self) -> str:
-        """The key of what is cached besides its tokens; K/V of two keys are never mixed."""
+        """Key of the cached rows. Caches with different keys are never combined."""
         return FULL if 0 < self.n_tokens == self.n_exact else self.mode_key
 
     @property
     def mode_key(self) -> str:
-        """The key of what is read now, whatever is cached."""
+        """Key of rows that are read in the current mode."""
         if self.mode is Mode.OFF or self.exact:
             return FULL
         return f"mode {self.mode.name}, boundary {self.boundary}, {self._conversion}"
 
     @property
     def fit(self) -> str:
-        """The text that the projections of pruned rows were fitted on, with its tokens."""
+        """Name and length of the text that the projections were fitted on."""
         meta = self.context.meta
         if meta is None or meta.calibration is None:
             return "own projections"
         return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"
 
     def accepts(self, key: str) -> bool:
-        """Whether reading can go on after K/V of this key: its own, or the full model's."""
+        """Return whether a read can continue after K/V of this key."""
         return key in (FULL, self.mode_key)
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch pruning, or exact skipping, and empty the cache if it is not the same in both.
+        """Switch the mode, and empty the cache if its rows depend on it.
 
-        Raises PopError for a model that has neither.
+        Raises PopError if the model can neither prune nor skip layers exactly.
         """
         self.slot.require_idle()
         if mode is self.mode:
@@ -137,8 +137,8 @@ class KvCache:
                 model=str(self.context.path),
             )
         if not self.exact:
-            self._keep()
-        # A prompt read in full is read again with pruning, so that the two can be compared.
+            self._store_prompt()
+        # Drop a full prompt before pruning, so that the user can compare both.
         is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
         self.slot.set_mode(mode)
         self.mode = self.slot.mode
@@ -146,14 +146,15 @@ class KvCache:
             self.clear()
 
     def set_boundary(self, layer: int) -> None:
+        """Prune from another layer on, and empty the cache (see backend.set_boundary)."""
         self.slot.require_idle()
         backend.set_boundary(self.context.ctx, layer)
-        self.exact = self._exact_now()
+        self.exact = self._exact_layer()
         self.mode = self.slot.mode
         self.clear()
 
     def keep_states(self, keep: bool) -> None:
-        """Keep the state at the boundary of each row from now on, or drop all."""
+        """Store the boundary states of the following rows, or drop all states."""
         backend.set_snapshots(self.context.ctx, keep)
         self.keeps_states = keep
         if not keep:
@@ -161,7 +162,7 @@ class KvCache:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Switch back, at the end, whatever is switched meanwhile, and empty the cache."""
+        """Detach the learner until exit, then restore the settings and empty the cache."""
         mode, boundary, keeps = self.mode, self.boundary, self.keeps_states
         learner = self.learner
         if learner is not None:
@@ -176,15 +177,15 @@ class KvCache:
             self.keep_states(keeps)
             self.clear()
 
-    def _exact_now(self) -> int:
-        """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""
+    def _exact_layer(self) -> int:
+        """Return the first layer that context rows skip exactly (0: none, or pruned earlier)."""
         exact = backend.model_exact(self.context.model)
         return 0 if 0 < self.boundary < exact else exact
 
     # Forgetting
 
     def clear(self) -> None:
-        """Forget everything. Raises PopError while a batch is computed."""
+        """Drop all rows. Raises PopError during a batch."""
         self.slot.require_idle()
         with self.slot.locked():
             self.n_tokens = 0
@@ -195,9 +196,9 @@ class KvCache:
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
-        """Forget all rows but the first `n_rows`, which end with no part of an image.
+        """Keep the first `n_rows`, which must not end within an image, and drop the others.
 
-        Returns False for a memory that cannot do so. Raises PopError while a batch is computed.
+        Returns False if the memory cannot do so. Raises PopError during a batch.
         """
         self.slot.require_idle()
         with self.slot.locked():
@@ -213,21 +214,21 @@ class KvCache:
             return True
 
     def forget_unfinished(self) -> None:
-        """Forget what was decoded of a batch that failed.
+        """Drop the cells of a failed batch.
 
-        Raises PopError where a recurrent state cannot go back; the cache is empty then.
+        Raises PopError if a recurrent state cannot be truncated, and empties the cache.
         """
         if not self._forget_from(self.n_tokens):
             self.clear()
-            raise PopError("the state is ahead of the tokens that were read", "read them again")
+            raise PopError("the recurrent state is ahead of the tokens", "read the prompt again")
 
     def _forget_from(self, row: int) -> bool:
         return self.slot.cells.truncate(int(self.rows.positions[row]))
 
     def _lacks_rows_before(self, row: int) -> bool:
-        """Whether a sliding window has dropped rows that this one attends to.
+        """Return whether a sliding window has dropped rows that this row attends to.
 
-        llama.cpp forgets the rows from there on all the same (llama_kv_cache_iswa::seq_rm).
+        llama.cpp truncates the cache even so (llama_kv_cache_iswa::seq_rm).
         """
         window = self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
@@ -236,9 +237,9 @@ class KvCache:
     # Sharing
 
     def share(self, other: "KvCache", prompt: Prompt) -> None:
-        """Have the rows of another sequence that a prompt begins with, if they are more than here.
+        """Share the longest prefix of a prompt that another sequence has cached.
 
-        Both have them then, and nothing is computed. Nothing is done where they are of another key.
+        Does nothing if this cache has a prefix as long, or if the keys differ.
         """
         with self.slot.locked():
             n = prompt.whole(other.n_same(prompt))
@@ -253,18 +254,18 @@ class KvCache:
             self.n_tokens = n
 
     def follow(self, other: "KvCache") -> None:
-        """Rows of another sequence were redone; those that this one shares are its own, too."""
+        """Take over the depth of shared rows that another sequence has refilled."""
         if self.rows.follow(other.rows, min(self.n_tokens, other.n_tokens)):
             self.has_logits = False
 
     # Saving
 
     def n_same(self, prompt: Prompt) -> int:
-        """Count the rows of a prompt, from the first on, that are cached."""
+        """Return the length in rows of a prompt's cached prefix."""
         return prompt.n_equal(self.tokens, self.images)
 
     def save(self) -> SavedState:
-        """Return all that is cached. Raises PopError as `forget_unfinished`."""
+        """Return the cache's state. Raises PopError as `forget_unfinished` does."""
         self.forget_unfinished()
         n = self.n_tokens
         return SavedState(
@@ -278,68 +279,70 @@ class KvCache:
         )
 
     def restore(self, state: SavedState) -> None:
-        """Take over a saved cache.
+        """Replace the cache by a saved state.
 
-        Raises PopError for another model, mode, boundary or conversion.
+        Raises PopError if it has another model, mode, boundary or conversion.
         """
         if state.model != self.model_key:
             raise PopError(
-                "the saved state belongs to another model, or one that was opened otherwise",
+                "the saved state belongs to another model, or to other options",
                 "read the prompt again",
             )
         if not self.accepts(state.key):
             raise PopError(
-                f"the saved state belongs to {state.key}, the model is set to {self.key}",
-                "switch the model first, or read the prompt again",
+                f"the saved state has the key {state.key!r}, the model has {self.key!r}",
+                "switch the model's mode first, or read the prompt again",
             )
         self.take_over(state)
 
     def take_over(self, state: SavedState) -> None:
-        """Take over the state of a model of the same key.
+        """Replace the cache by a state, regardless of its key.
 
-        Raises PopError when it does not fit; the cache is empty then.
+        Raises PopError if the state does not fit, and empties the cache.
         """
         self.clear()
         n = state.n_tokens
         end = int(state.positions[n - 1]) + 1 if n else 0
         if not self.slot.cells.restore(state.cells) or self.slot.cells.end != end:
             self.clear()
-            raise PopError("the saved state does not fit this model and context")
+            raise PopError(
+                "the saved state does not fit this model and context", "read the prompt again"
+            )
         self._tokens[:n] = state.tokens
         self.images = dict(state.images)
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
         self.n_tokens = n
 
     def stash(self, prompt: Prompt) -> None:
-        """Give the rows to the prompt cache if a prompt has less than half, as in llama-server."""
+        """Store the rows in the prompt cache if a prompt reuses less than half of them."""
         if 2 * self.n_same(prompt) < self.n_tokens:
-            self._keep()
+            self._store_prompt()
 
     def restore_best(self, prompt: Prompt) -> None:
-        """Take from the prompt cache what has more in common with a prompt than this one has."""
+        """Restore the prompt cache's best state if it has a longer prefix of a prompt."""
         if self.prompts is None:
             return
         n_same = self.n_same(prompt)
         state, n_there = self.prompts.longest(self._prompts_key, prompt)
         if state is not None and n_there > n_same:
-            with suppress(PopError):  # of a larger context, say; the cache is empty then
+            with suppress(PopError):  # such as a larger context's state
                 self.restore(state)
 
     @property
     def _prompts_key(self) -> str:
         return f"{self.model_key}, {self.mode_key}"
 
-    def _keep(self) -> None:
+    def _store_prompt(self) -> None:
         if self.prompts is None or not self.n_tokens:
             return
         if self.slot.cells.state_size() <= self.prompts.capacity_bytes:
-            with suppress(PopError):  # a state that is ahead of its tokens is of no use
+            with suppress(PopError):  # a recurrent state that is ahead of its tokens
                 self.prompts.add(self._prompts_key, self.save())
 
     # Reading
 
     def make_room(self, n_rows: int) -> None:
-        """Raise PopError unless so many more rows fit."""
+        """Drop a failed batch's cells. Raises PopError unless `n_rows` more rows fit."""
         context = self.context
         self.slot.require_idle()
         context.require_usable()
@@ -347,43 +350,43 @@ class KvCache:
         if total > context.n_ctx:
             larger = total + 256
             raise PopError(
-                f"{total} tokens do not fit the context of {context.n_ctx}",
-                f"open the model with a larger one: n_ctx={larger}",
+                f"the context is too small: {total:,} tokens, the limit is {context.n_ctx:,}",
+                f"open the model with n_ctx={larger}",
                 cause="context-too-small",
                 n_ctx=larger,
             )
         if 0 < context.n_positions < total:
             raise PopError(
-                f"{total} tokens are more than the {context.n_positions} positions of the model",
-                "give a shorter text",
+                f"{total:,} tokens exceed the model's {context.n_positions:,} positions",
+                "shorten the text",
             )
         self.forget_unfinished()
 
     def step(self, token: int) -> None:
-        """Append a token of an answer, which runs all layers unless the mode is ALWAYS."""
+        """Append an answer's token, which runs in full unless the mode is ALWAYS."""
         self.make_room(1)
         self.slot.begin_decode()
         self.append([token], Outputs.LAST, np.ones(1, bool))
 
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
-        """Decode tokens after the last row; `full`: bool [n], which rows run all layers.
+        """Decode tokens after the last row. `full`: bool [n], the rows that run all layers.
 
-        Raises PopError where they cannot be decoded.
+        Raises PopError if they cannot be decoded.
         """
         self.has_logits = False
         first = self.position
         self.slot.decode(tokens, first, outputs)
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
-        self._have_read(tokens, positions, full, keeps_states=self.keeps_states)
+        self._record(tokens, positions, full, keeps_states=self.keeps_states)
         self.has_logits = outputs is not Outputs.NONE
         if self.learner is not None:
             self.learner.read(self.n_tokens - len(tokens), tokens)
             self.learner.computed()
 
     def append_all(self, tokens: Sequence[int], step: int) -> Iterator[int]:
-        """Read a text in the place of all that is cached, each row in full and with its outputs.
+        """Empty the cache and read a text in full, with each row's logits.
 
-        Gives the number of rows of each piece, at most `step`, once it is decoded.
+        Yields the number of rows of each decoded piece, up to `step`.
         """
         self.clear()
         step = min(step, self.context.n_batch)
@@ -396,11 +399,11 @@ class KvCache:
                 yield len(piece)
 
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
-        """Encode an image and decode its rows; returns the seconds that encoding took.
+        """Encode an image and decode its rows. Returns the encoding time in seconds.
 
-        Raises PopError where it cannot be read.
+        Raises PopError if the image cannot be read.
         """
-        assert self.vision is not None, "the vision model made the image"
+        assert self.vision is not None, "the vision model creates image chunks"
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = self.position
@@ -410,13 +413,13 @@ class KvCache:
         if self.context.is_mrope:
             positions[1:-1] = first
         positions[-1] = first + image.n_pos
-        # A row that has seen later ones is not what a deep pass would make of it.
+        # A deep pass is causal, so it cannot redo rows that attend to later rows.
         has_states = self.keeps_states and not image.is_mutual
-        self._have_read([NO_TOKEN] * n, positions, full, keeps_states=has_states)
+        self._record([NO_TOKEN] * n, positions, full, keeps_states=has_states)
         self.images[start] = image.key
         return encode_s
 
-    def _have_read(
+    def _record(
         self,
         tokens: Sequence[int],
         positions: np.ndarray,
@@ -429,4 +432,4 @@ class KvCache:
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._tokens[start:end] = tokens
         self.rows.read(start, full, keeps_states=keeps_states, positions=positions)
-        self.n_tokens = end  # last, as other sequences look for rows meanwhile
+        self.n_tokens = end  # last, since other threads look up rows concurrently

@@ -1,4 +1,4 @@
-"""Saved KV caches, and those of prompts that another one drove out."""
+"""Saved states of KV caches, and the cache of earlier prompts' states."""
 
 import threading
 from collections import OrderedDict
@@ -12,10 +12,10 @@ from pop_local.engine.prompt.prompt import Prompt
 
 @dataclass(frozen=True)
 class SavedState:
-    """The cells in use of a llama_context, and what is known of each row.
+    """The used cells of a sequence, with each row's token, position and depth.
 
-    `tokens`: int32 [n], `is_full`: bool [n], `positions`: int32 [n + 1] as of CachedRows, `images`
-    as of Prompt.n_equal. `key`, `model`: KvCache.key and model_key.
+    `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1], see CachedRows. `images`:
+    see Prompt.n_equal. `key`, `model`: KvCache.key and model_key.
     """
 
     key: str
@@ -35,10 +35,9 @@ _Name = tuple[str, bytes, frozenset[tuple[int, str]]]
 
 
 class PromptCache:
-    """Saved states by key and tokens, up to `capacity_bytes` of cells; the oldest goes first.
+    """LRU cache of saved states by key and tokens, up to `capacity_bytes` of cells.
 
-    A prompt takes the place of those that it goes on from, and one that is too large drives no
-    others out. Several models, and threads, may share one.
+    A prompt's state replaces those of its prefixes. Models and threads may share a cache.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -54,7 +53,10 @@ class PromptCache:
         return sum(len(state.cells) for state in self._states.values())
 
     def add(self, key: str, state: SavedState) -> None:
-        """Keep a state under the key of whoever may use it."""
+        """Store a state under `key`, and evict the least recently used states if needed.
+
+        A state above the capacity is ignored.
+        """
         if len(state.cells) > self.capacity_bytes:
             return
         name = (key, state.tokens.tobytes(), frozenset(state.images.items()))
@@ -67,7 +69,7 @@ class PromptCache:
                 self._states.popitem(last=False)
 
     def longest(self, key: str, prompt: Prompt) -> tuple[SavedState | None, int]:
-        """Find the state of a key that has the most rows in common with a prompt, and how many."""
+        """Return the state with a prompt's longest prefix, and the prefix length in rows."""
         best, n_best = None, 0
         with self._lock:
             for name, state in self._states.items():

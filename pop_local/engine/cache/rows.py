@@ -1,4 +1,4 @@
-"""The rows of a KV cache: the position of each, and whether it is projected, deep or exact."""
+"""A KV cache's rows: their positions, and whether they are projected, deep or exact."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ _serial = itertools.count(1)
 
 
 class CachedRows:
-    """The first `n_exact` rows are those of the full model; of later ones only `is_full` is known.
+    """Position, depth and exactness of each row.
 
-    A row is exact only if every earlier one is, since it attends to them. Rows that were full while
-    context rows stood among or before them are deep, and are redone with the others. A state at the
-    boundary (`has_state`) is what a row needs to be redone.
+    The first `n_exact` rows equal the full model's. A row is exact only if all earlier rows are,
+    since it attends to them. Full rows after a context row are deep, and a refill recomputes them
+    as well. A refill needs each row's boundary state (`has_state`).
 
-    `positions`: of each row, and of the one that comes next: the rows of an image may share one.
-    `readings`: a number for each reading, by which sequences know the rows that they share.
+    `positions`: int32 [n_ctx + 1], with the next row's position; rows of an image may share one.
+    `readings`: serial number of the read that computed a row, which identifies shared rows.
     """
 
     def __init__(self, n_ctx: int) -> None:
@@ -29,9 +29,9 @@ class CachedRows:
     def read(
         self, start: int, full: np.ndarray, positions: np.ndarray, *, keeps_states: bool
     ) -> None:
-        """Rows were decoded from row `start` on; `full` (bool) says which ran all layers.
+        """Record decoded rows from `start` on. `full`: bool [n], the rows that ran all layers.
 
-        `positions`: theirs and that of the next row.
+        `positions`: int32 [n + 1], with the next row's position.
         """
         end = start + len(full)
         self.positions[start : end + 1] = positions
@@ -43,20 +43,21 @@ class CachedRows:
             self.n_exact = end
 
     def deepened(self, positions: Sequence[int]) -> None:
-        """A deep pass has run over these rows, at ascending positions."""
+        """Record a deep pass over rows at these ascending positions."""
         self.is_full[list(positions)] = True
         first, last = positions[0], positions[-1]
         if first <= self.n_exact and last - first + 1 == len(positions):
             self.n_exact = max(self.n_exact, last + 1)
 
     def forget_from(self, n_rows: int) -> None:
+        """Drop all rows after the first `n_rows`."""
         self.n_exact = min(self.n_exact, n_rows)
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False
         self.readings[n_rows:] = 0
 
     def take_over(self, is_full: np.ndarray, positions: np.ndarray, *, is_exact: bool) -> None:
-        """Rows came with a saved state, which holds no states at the boundary."""
+        """Replace all rows by those of a saved state, which contains no boundary states."""
         n = len(is_full)
         self.positions[: n + 1] = positions
         self.forget_from(0)
@@ -65,7 +66,7 @@ class CachedRows:
         self.n_exact = n if is_exact else 0
 
     def share(self, other: "CachedRows", n_rows: int) -> None:
-        """Have the first rows of another sequence."""
+        """Replace all rows by another sequence's first rows."""
         self.forget_from(0)
         self.positions[: n_rows + 1] = other.positions[: n_rows + 1]
         self.is_full[:n_rows] = other.is_full[:n_rows]
@@ -74,7 +75,7 @@ class CachedRows:
         self.n_exact = min(other.n_exact, n_rows)
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
-        """Take over what was redone of the rows that both share; whether that is any."""
+        """Take over the depth of shared rows. Returns whether more rows are exact."""
         differ = self.readings[:n_rows] != other.readings[:n_rows]
         n_shared = int(np.append(differ, True).argmax())
         n_exact = min(other.n_exact, n_shared)
@@ -83,5 +84,5 @@ class CachedRows:
         return is_more
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Whether the rest of `n_rows` has states; False as well if there is no rest."""
+        """Return whether rows from `n_exact` to `n_rows` exist and all have boundary states."""
         return bool(self.n_exact < n_rows and self.has_state[self.n_exact : n_rows].all())

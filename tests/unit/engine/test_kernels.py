@@ -205,7 +205,7 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
     model, other = (opened(pop_file, flash_attn=is_on) for is_on in (True, False))
     tokens = prompt(100)
     read(model, tokens)
-    with pytest.raises(PopError, match="opened otherwise"):
+    with pytest.raises(PopError, match="to other options"):
         other.engine.cache.restore(model.engine.cache.save())
     sessions = Sessions(tmp_path)
     conversation = Conversation()

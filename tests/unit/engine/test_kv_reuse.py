@@ -245,14 +245,14 @@ def test_an_answer_that_is_broken_off_leaves_no_logits_to_go_on_with(pop_file, m
     model = opened(pop_file)
     expected = greedy(model, prompt(100))
     model.engine.cache.clear()
-    have_read = model.engine.cache._have_read
+    record = model.engine.cache._record
 
     def broken_off(tokens, *args, **options):
         if len(tokens) == 1:
             raise KeyboardInterrupt
-        have_read(tokens, *args, **options)
+        record(tokens, *args, **options)
 
-    monkeypatch.setattr(model.engine.cache, "_have_read", broken_off)
+    monkeypatch.setattr(model.engine.cache, "_record", broken_off)
     with pytest.raises(KeyboardInterrupt):
         greedy(model, prompt(100))
     monkeypatch.undo()

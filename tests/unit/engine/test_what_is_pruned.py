@@ -157,7 +157,7 @@ def test_a_prompt_beyond_the_context_names_the_counts_and_harms_nothing(pop_file
 
 def test_a_context_that_no_memory_holds_is_refused_before_it_takes_it(pop_file):
     with pytest.raises(
-        PopError, match=r"a context of 100,000,000 tokens takes 204\.8 GB of memory"
+        PopError, match=r"a context of 100,000,000 tokens needs 204\.8 GB of memory"
     ):
         opened(pop_file, n_ctx=10**8)
 
