@@ -1,1 +1,1 @@
-"""Which rows of a prompt run in full, and what is known of those in the KV cache."""
+"""Prefill: the plan of full and pruned rows, and its execution on a KV cache."""

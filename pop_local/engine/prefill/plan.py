@@ -1,7 +1,7 @@
-"""Which prompt rows run in full, and in which pieces a prompt is decoded.
+"""Choice of the prompt rows that run in full, and of the chunks that are decoded.
 
-A row is full if its logits are requested, if it is one of the first `sink_tokens`, at or past
-`full_from`, or a deep row by its token. Every other row stops at the boundary.
+A row is full if its logits are requested, if its position is below `sink_tokens` or from
+`full_from` on, or if it is a deep row by its token. Every other row stops at the boundary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ from pop_local.engine.llama.batch import Outputs
 
 @dataclass(frozen=True)
 class RowRule:
-    """Which rows of a prompt run all layers.
+    """Rule for the prompt rows that run in full.
 
-    The first `sink_tokens` and the last `tail_tokens` do, and all rows of prompts shorter than
-    `min_prompt`. `deep_rows`: which others do because of their tokens. `reuses`: whether cached
-    rows are reused.
+    These are the first `sink_tokens`, the last `tail_tokens`, the rows that `deep_rows` chooses by
+    their tokens, and all rows of prompts shorter than `min_prompt`. `reuses`: whether cached rows
+    are reused.
     """
 
     sink_tokens: int = 1
@@ -32,24 +32,24 @@ class RowRule:
 
     @classmethod
     def of(cls, meta: PopMeta | None) -> "RowRule":
-        """Return the rule that a file's keys state."""
+        """Return the rule in a file's POP keys."""
         if meta is None:
             return cls()
         return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt, meta.deep_rows)
 
 
-# Only rows whose logits are requested: where rows leave exactly, or get their depth later.
+# Only rows with logits are full: the others skip layers exactly, or are refilled later.
 NO_ENDS = RowRule(sink_tokens=0, tail_tokens=0)
-NOWHERE = 2**31 - 1
+NO_TAIL = 2**31 - 1  # a `full_from` past all positions
 
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """How the tokens of a prompt that are not cached are decoded.
+    """Plan for decoding a prompt's uncached tokens.
 
-    `full_from` is a row, `text_from` the one after the last image. `chunks` are (start, end)
-    offsets among the tokens to decode, of text or of one image. `n_pruned` rows stop at the
-    boundary in mode CONTEXT.
+    `full_from`: first row of the tail. `text_from`: the row after the last image. `chunks`:
+    (start, end) offsets among the uncached tokens, each of text or of one image. `n_pruned`: rows
+    that stop at the boundary in mode CONTEXT.
     """
 
     text_from: int
@@ -58,7 +58,7 @@ class PrefillPlan:
     n_pruned: int
 
 
-# (start, end) offsets of the images in a prompt.
+# (start, end) offsets of images among the uncached tokens.
 Images = Sequence[tuple[int, int]]
 
 
@@ -70,18 +70,16 @@ def plan_prefill(
     images: Images = (),
     deep: np.ndarray | None = None,
 ) -> PrefillPlan:
-    """Plan the prefill of `n_tokens` (at least 1) after `n_past` cached ones.
+    """Plan the prefill of `n_tokens` (1 or more) after `n_past` cached ones.
 
-    `deep`: bool [n_tokens], the rows that run deep because of their tokens; None for no such rows.
-
-    Only the tokens to decode count as the prompt here: what is cached stays as it was computed.
-    The tail is text: it begins after the last image.
+    `deep`: bool [n_tokens], the deep rows by token (None: no rows). `min_prompt` applies to the
+    uncached tokens alone. The tail is text, so it starts after the last image.
     """
     end = n_past + n_tokens
     short = n_tokens < rule.min_prompt
     text_from = n_past + (images[-1][1] if images else 0)
     full_from = n_past if short else max(text_from, end - rule.tail_tokens)
-    # The last row asks for logits, so it is full whatever the tail.
+    # The last row has logits, so it is full even without a tail.
     first_full = min(full_from, end - 1)
     first_pruned = max(n_past, rule.sink_tokens)
     n_deep = 0 if deep is None else int(deep[first_pruned - n_past : first_full - n_past].sum())
@@ -96,10 +94,10 @@ def plan_prefill(
 def _chunks(
     n_tokens: int, tail_start: int, n_batch: int, images: Images
 ) -> Iterator[tuple[int, int]]:
-    """Images as they are; of text pieces of `n_batch`, cut so that a tail that fits one piece is
-    never spread over two.
+    """Yield whole images, and text in chunks of up to `n_batch` tokens.
 
-    Each piece with full rows costs a pass over the weights of the skipped layers.
+    A tail that fits one chunk is never split: each chunk with full rows reads the weights of the
+    skipped layers.
     """
     at = 0
     for start, end in [*images, (n_tokens, n_tokens)]:
@@ -113,7 +111,7 @@ def _chunks(
 
 
 def full_rows(positions: np.ndarray, rule: RowRule, full_from: int, outputs: Outputs) -> np.ndarray:
-    """Return which rows are full in mode CONTEXT by position or logits: bool [n_rows]."""
+    """Return the rows that are full by position or logits in mode CONTEXT: bool [n_rows]."""
     full: np.ndarray = (positions < rule.sink_tokens) | (positions >= full_from)
     full |= outputs is Outputs.ALL
     full[-1] |= outputs is Outputs.LAST

@@ -15,24 +15,24 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.prefill.plan import (
     NO_ENDS,
-    NOWHERE,
+    NO_TAIL,
     RowRule,
     full_rows,
     plan_prefill,
 )
 from pop_local.engine.prompt.prompt import Prompt
 
-# Gets (done, total) rows of what is not cached, once per batch.
+# Called with (done, total) uncached rows after each batch.
 OnPrefill = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Read:
-    """How a prompt was read.
+    """Result of reading a prompt.
 
-    `n_cached` rows were reused. `counters` are the backend's, for this prompt alone. `encode_s`:
-    seconds of encoding images. `n_exact`: cached rows that equal the full model's afterwards.
-    `is_short`: the prompt was too short to be pruned.
+    `n_cached`: reused rows. `counters`: the backend's counters for this prompt. `encode_s`: time
+    of image encoding in seconds. `n_exact`: leading rows that equal the full model's after the
+    read. `is_short`: whether the prompt was too short to be pruned.
     """
 
     n_prompt: int
@@ -44,7 +44,7 @@ class Read:
 
 
 class ReadingStoppedError(StoppedError):
-    """A reading that was ended; `read` says how far it came."""
+    """A read was stopped. `read`: the result up to then."""
 
     def __init__(self, read: Read) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class ReadingStoppedError(StoppedError):
 def read(
     cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
 ) -> Read:
-    """Read a prompt, of which the cache may have the beginning; the last row's logits are there.
+    """Read a prompt, reuse its cached prefix, and compute the last row's logits.
 
-    Raises PopError when it does not fit the context or cannot be decoded, and ReadingStoppedError
-    or whatever Ctrl-C raises when it is interrupted. Rows decoded by then stay.
+    Raises PopError if the prompt does not fit the context or cannot be decoded. Raises
+    ReadingStoppedError or the signal handler's exception if interrupted. Decoded rows stay cached.
     """
     if not len(prompt):
-        raise PopError("the prompt is empty", "give a text")
+        raise PopError("the prompt is empty", "add text to it")
     cache.epoch += 1
     cache.stash(prompt)
     n_usable = 0
@@ -71,7 +71,7 @@ def read(
         is_short = _is_pruning(cache)
         n_exact = cache.n_exact
         return Read(len(prompt), n_usable, Counters(0, 0), n_exact=n_exact, is_short=is_short)
-    # Logits come with a token: where all are cached, the last one is read again.
+    # Logits need a decoded token: if all are cached, the last one is read again.
     n_kept = prompt.whole(min(n_usable, max(0, len(prompt) - 1)))
     cache.has_logits = False
     if not cache.truncate(n_kept):
@@ -82,38 +82,37 @@ def read(
 def append(
     cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
 ) -> Read:
-    """Read a prompt after all that is cached, and prune it as one. Raises as `read` does."""
+    """Read a prompt after the cached rows, with its own sink and tail. Raises as `read` does."""
     cache.make_room(len(prompt))
     if prompt.images and prompt.spans[-1][1] == len(prompt):
-        raise PopError("the prompt ends with a picture", "let a question follow it")
+        raise PopError("the prompt ends with a picture", "add a question after it")
     for image in prompt.images.values():
         _require_room(cache, image)
-    reading = _Reading(cache, prompt, rule, on_prefill)
+    reading = _PromptRead(cache, prompt, rule, on_prefill)
     try:
         reading.run()
     except StoppedError as error:
         if cache.context.is_closed:
             raise
-        raise ReadingStoppedError(reading.so_far()) from error
-    return reading.so_far()
+        raise ReadingStoppedError(reading.result()) from error
+    return reading.result()
 
 
 def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
-    """Read a prompt after all that is cached, as context alone: no row is full or has logits.
+    """Read a prompt after the cached rows as context: no row is full or has logits.
 
-    That is the least that pruning leaves to do. Raises as `read` does.
+    This is the minimal work of a pruned prefill. Raises as `read` does.
     """
     cache.make_room(len(prompt))
-    reading = _Reading(cache, prompt, NO_ENDS, None)
+    reading = _PromptRead(cache, prompt, NO_ENDS, None)
     reading.run_context()
-    return reading.so_far()
+    return reading.result()
 
 
 def _n_usable(cache: KvCache, prompt: Prompt, rule: RowRule) -> int:
-    """Count the cached rows, from the first on, that a prompt may reuse.
+    """Return the number of leading cached rows that a prompt may reuse.
 
-    They end before the first context row that this prompt's tail or deep rows include. The sink
-    must be full.
+    The first context row in this prompt's tail or deep rows ends them. The sink must be full.
     """
     rows = cache.rows
     usable = cache.n_same(prompt)
@@ -126,7 +125,7 @@ def _n_usable(cache: KvCache, prompt: Prompt, rule: RowRule) -> int:
 
 
 def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> np.ndarray:
-    """Find the deep rows of all tokens from the first on, where pruning makes a difference."""
+    """Return a prompt's deep rows, all False if pruning is off: bool [n_tokens]."""
     criterion = rule.deep_rows if _is_pruning(cache) else DeepRows.NONE
     return find_deep_rows(cache.context, tokens, criterion)
 
@@ -139,19 +138,19 @@ def _require_room(cache: KvCache, image: ImageChunk) -> None:
     n, n_at_once = image.n_rows, min(cache.context.n_batch, cache.context.n_ubatch)
     if image.is_mutual and n > n_at_once:
         raise PopError(
-            f"an image of {n} tokens, which see each other, does not fit a ubatch of {n_at_once}",
-            f"open the model with n_batch={n} and n_ubatch={n} at least",
+            f"an image of {n} tokens, which attend to each other, exceeds a ubatch of {n_at_once}",
+            f"open the model with n_batch={n} and n_ubatch={n} or more",
         )
 
 
-class _Reading:
-    """One prompt on its way into the cache."""
+class _PromptRead:
+    """A prompt's read in progress."""
 
     def __init__(
         self, cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None
     ) -> None:
         self._cache, self._prompt = cache, prompt
-        # Where context tokens leave exactly, those at the ends do so, too.
+        # With exact skipping, sink and tail need no full rows.
         self._rule = NO_ENDS if cache.exact else rule
         self._on_prefill = on_prefill
         self._epoch = cache.epoch
@@ -169,12 +168,13 @@ class _Reading:
         self._encode_s = 0.0
         cache.slot.begin_prefill()
 
-    def so_far(self) -> Read:
+    def result(self) -> Read:
+        """Return the result of the rows decoded so far."""
         cache = self._cache
         counters = cache.slot.counters
         return Read(
             n_prompt=self._n_cached + len(self._prompt),
-            # A batch that was stopped has been counted in part, and dropped.
+            # The counters include rows of a stopped batch, which the cache has dropped.
             n_cached=min(self._n_cached, max(0, cache.n_tokens - counters.n_rows)),
             counters=counters,
             encode_s=self._encode_s,
@@ -183,8 +183,9 @@ class _Reading:
         )
 
     def run(self) -> None:
+        """Read the prompt with full and context rows."""
         self._report(0)
-        # After the last image there is text, and each row is a position further on.
+        # The tail is text, so its rows have consecutive positions.
         full_from = self._position_of(self._plan.full_from - self._n_cached)
         self._cache.slot.set_full(self._rule.sink_tokens, full_from)
         self._run(self._rule, full_from, Outputs.LAST)
@@ -192,8 +193,8 @@ class _Reading:
     def run_context(self) -> None:
         """Read the whole prompt as context rows."""
         self._deep[:] = False
-        self._cache.slot.set_full(0, NOWHERE)
-        self._run(NO_ENDS, NOWHERE, Outputs.NONE)
+        self._cache.slot.set_full(0, NO_TAIL)
+        self._run(NO_ENDS, NO_TAIL, Outputs.NONE)
 
     def _run(self, rule: RowRule, full_from: int, last: Outputs) -> None:
         cache, prompt = self._cache, self._prompt
@@ -225,7 +226,7 @@ class _Reading:
             raise DisplacedError
 
     def _position_of(self, n: int) -> int:
-        """The position of the row after the next `n`, which cut no image in two."""
+        """Return the position of the row after the next `n`, which must not end in an image."""
         images = self._prompt.images.items()
         lost = sum(each.n_rows - each.n_pos for start, each in images if start + each.n_rows <= n)
         return self._cache.position + n - lost

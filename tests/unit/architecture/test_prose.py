@@ -33,7 +33,6 @@ MEAN_WORDS = 20
 NOT_YET: set[str] = {
     "pop_local/engine/depth",
     "pop_local/engine/images",
-    "pop_local/engine/prefill",
     "pop_local/engine/tools",
     "pop_local/texts",
     "tests/unit/engine",

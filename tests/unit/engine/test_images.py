@@ -360,7 +360,7 @@ def test_a_prompt_with_a_picture_is_not_short(smol):
 def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
     seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
     with seeing.opened(n_ubatch=32) as model:
-        with pytest.raises(PopError, match="64 tokens, which see each other"):
+        with pytest.raises(PopError, match="64 tokens, which attend to each other"):
             model.chat("a", images=[png(3)], max_tokens=1)
         assert model.engine.cache.n_tokens == 0, "what precedes it was read for nothing"
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
