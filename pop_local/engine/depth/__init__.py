@@ -1,1 +1,1 @@
-"""Which rows of the KV cache get depth, and when."""
+"""Depth of KV cache rows: deep rows by token, deep passes and refills."""

@@ -1,7 +1,7 @@
-"""Deep rows by token: find the prompt rows that run all layers because of their words.
+"""Deep rows by token: the prompt rows that run all layers because of their words.
 
-The choice depends on the prompt's tokens alone. So it is the same for any batch size, cut of the
-prompt and number of sequences, and the cached rows serve every later question.
+The choice depends only on the prompt's tokens. So it is the same for any batch size and number of
+sequences, and later questions can reuse the cached rows.
 """
 
 import re
@@ -13,20 +13,19 @@ from pop_converter.deep_row_criterion import DeepRows
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.pieces import Pieces
 
-# Brackets, quotes and commas end a word, so that one number does not make a line of CSV or JSON
-# deep.
+# Brackets, quotes and commas end a word. Otherwise one number would make a line of CSV deep.
 _WORD = re.compile(rb"[^\s,;\"'`(){}\[\]<>|*]+")
-# Bytes before a word that may separate it from the end of a sentence: a blank, quotes, brackets.
+# Up to 4 bytes separate a word from the preceding sentence: a blank, quotes, brackets.
 _LOOK_BACK = 4
 _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 
 
 def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) -> NDArray[np.bool_]:
-    """Return which rows run all layers because of their words: bool [n_tokens].
+    """Return the rows that run all layers because of their words: bool [n_tokens].
 
-    `tokens`: int [n_tokens], from the start of the prompt, negative for rows of images. A word is
-    deep as a whole. Control tokens and images separate words. No row of a recurrent model is deep:
-    its rows run in order, so scattered deep rows would cut batches into pieces.
+    `tokens`: int [n_tokens], from the prompt's start, negative for rows of images. All rows of a
+    deep word are deep. Control tokens and images separate words. A recurrent model has no deep
+    rows: its rows run in order, so scattered deep rows would split batches.
     """
     found = np.zeros(len(tokens), bool)
     if criterion is DeepRows.NONE or not len(tokens) or context.is_recurrent:
@@ -45,7 +44,7 @@ def find_deep_rows(context: Context, tokens: np.ndarray, criterion: DeepRows) ->
 
 
 def _is_name(text: bytes, word: re.Match[bytes]) -> bool:
-    """Return whether a word is capitalised though it does not start a sentence or a line."""
+    """Return whether a word is capitalised, but does not start a sentence or line."""
     if not (word[0][:1].isupper() and len(word[0]) > 1):
         return False
     before = text[max(0, word.start() - _LOOK_BACK) : word.start()].rstrip(b" \"'`(*")

@@ -1,4 +1,4 @@
-"""Deep passes: rows that stopped at the boundary run the rest of the layers."""
+"""Deep passes, which run the remaining layers for rows that stopped at the boundary."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from pop_local.engine.cache.kv_cache import KvCache
 
 
 def run_deep(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None:
-    """Run these ascending rows deep, with the logits of the last one if asked for.
+    """Run a deep pass over these ascending rows. `logits`: whether to compute the last row's.
 
-    Raises PopError where the backend refuses; when interrupted, StoppedError or whatever Ctrl-C
-    raises.
+    Raises PopError if the backend refuses, and StoppedError or the signal handler's exception if
+    interrupted.
     """
     context = cache.context
     cache.has_logits = False

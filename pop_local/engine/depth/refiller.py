@@ -1,4 +1,4 @@
-"""Depth, afterwards: cached rows become the full model's, between answers or during one."""
+"""Refill of cached rows to full depth, between answers or during one."""
 
 import time
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from pop_local.engine.depth.passes import run_deep
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import stopped_by
 
-# The length of a chunk of refilling. On the CPU the abort callback ends it between two nodes. A
-# device computes it to its end while a question waits.
+# Target time of a refill chunk. On the CPU, the abort callback stops a chunk between graph nodes.
+# A device completes the chunk while a question waits.
 CHUNK_S = 1.0
 CHUNK_ON_DEVICE_S = 0.2
 _FIRST_CHUNK = 64
 
 
 class Refiller:
-    """Gives pruned rows of a cache their depth, once their states are kept."""
+    """Refiller of a cache's pruned rows from their stored boundary states."""
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
@@ -28,18 +28,18 @@ class Refiller:
         self._n_refilled = 0
 
     def take_refilled(self) -> int:
-        """Return how many rows were refilled since this was asked before."""
+        """Return the number of rows refilled since the last call."""
         n, self._n_refilled = self._n_refilled, 0
         return n
 
     @property
     def held_bytes(self) -> int:
-        """Memory of boundary states in bytes."""
+        """Size of the stored boundary states in bytes."""
         return backend.snapshots_size(self._cache.context.ctx)
 
     @property
     def n_refillable(self) -> int:
-        """How many rows `refill` would make exact."""
+        """Number of rows that `refill` would make exact."""
         cache = self._cache
         redo = cache.rows.can_be_redone(cache.n_tokens)
         return cache.n_tokens - cache.n_exact if redo else 0
@@ -49,10 +49,10 @@ class Refiller:
         should_stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Give all cached rows their depth, in order, until the cache is the full model's.
+        """Run deep passes over the cached rows in order until all equal the full model's.
 
-        Returns the number of rows done, 0 where states are not kept. `should_stop` is asked while a
-        chunk runs and after it. `on_progress` gets (done_rows, total_rows).
+        Returns the number of refilled rows, 0 without stored states. `should_stop` is called
+        during and after each chunk. `on_progress` gets (done_rows, total_rows).
         """
         cache = self._cache
         cache.slot.require_idle()
@@ -69,7 +69,7 @@ class Refiller:
         finally:
             n = cache.n_exact - first
             if n > 0:
-                cache.has_logits = False  # the last ones came of the rows as they were
+                cache.has_logits = False  # the logits depend on the pruned rows
             self._n_refilled += n
         return n
 

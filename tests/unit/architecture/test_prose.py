@@ -31,7 +31,6 @@ MEAN_WORDS = 20
 
 # Folders to be rewritten; an entry applies to a folder's files and not to its subfolders.
 NOT_YET: set[str] = {
-    "pop_local/engine/depth",
     "pop_local/engine/images",
     "pop_local/engine/tools",
     "pop_local/texts",
