@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from pop_local.engine import open_model
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompt import prompter
 from pop_local.server import request_images, task_factory
 from support.seeing import encoded, make_seeing, png
 from support.serving import Served, app_of, asking, counted, served
@@ -257,7 +257,7 @@ def test_malformed_parts_are_refused(client, part, field):
 @pytest.mark.parametrize("lacks", ["mmproj", "Pillow"])
 def test_server_without_vision_refuses_images(path, monkeypatch, lacks):
     vision = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
-    monkeypatch.setattr(open_model, "has_pillow", lambda: lacks != "Pillow")
+    monkeypatch.setattr(prompter, "has_pillow", lambda: lacks != "Pillow")
     model = PopModel(EngineOptions.of(path, mmproj=vision, n_ctx=1024, n_threads=1))
     with asking(app_of(model, "tiny")) as client:
         assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False
