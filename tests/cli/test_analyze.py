@@ -61,7 +61,7 @@ def test_a_pipe_gets_one_table_and_the_findings(model, text):
 
 
 def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
-    monkeypatch.setattr(depths, "may_copy", lambda budget, retention: False)
+    monkeypatch.setattr(depths, "may_copy", lambda retention: False)
     given = (model, "--text", text, "--no-gates")
     first, *others = report(*given)["boundaries"]
     assert first["quality"] is not None

@@ -273,7 +273,7 @@ def test_failures_are_two_lines_and_exit_with_one(tmp_path):
     failed = command(src)
     assert failed.exit_code == 1
     assert "bert" in failed.stderr
-    assert "give a decoder" in failed.stderr
+    assert "use a decoder" in failed.stderr
     assert len(failed.stderr.splitlines()) == 2
     assert not failed.stdout
     with pytest.raises(UnsupportedArchitectureError):

@@ -124,7 +124,7 @@ def test_an_impossible_output_path_is_refused(tiny, tmp_path, where):
 def test_a_disk_that_is_too_small_is_detected_before_writing(tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(WriteError, match="1,000,000 left"):
+    with pytest.raises(WriteError, match="1,000,000 are free"):
         convert_default(tiny, tmp_path / "out.gguf")
     assert names(tmp_path) == {"tiny.gguf"}
 
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_no_file(tiny, mount, monkeypatch, room_is_checked):
     folder = mount("size=1m")
     if not room_is_checked:
         monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
-    with pytest.raises(WriteError, match=r"1,048,576 left|No space left") as raised:
+    with pytest.raises(WriteError, match=r"1,048,576 are free|No space left") as raised:
         convert_default(tiny, folder / "out.gguf")
     assert "space" in raised.value.hint
     assert not names(folder)

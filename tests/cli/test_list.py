@@ -124,7 +124,7 @@ def test_a_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch
     assert "Tiny.Q8_0" in pop_local("list").stdout
     assert pop_local("rm", "--yes", "Tiny.Q8_0").exit_code == 0
     assert not (users / "Tiny.Q8_0.gguf").exists()
-    assert "no model 'Tiny.Q8_0' in models" in pop_local("rm", "--yes", "Tiny.Q8_0").stderr
+    assert "models has no model 'Tiny.Q8_0'" in pop_local("rm", "--yes", "Tiny.Q8_0").stderr
 
 
 def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):

@@ -201,5 +201,5 @@ def test_a_folder_does_not_hide_a_name_of_the_catalog(store, shipped, tmp_path, 
 
 def test_unknown_names_and_paths_are_refused(store):
     for model in ("nonsense", "no/such/file.gguf"):
-        with pytest.raises(PopError, match=r"no model named|no file"):
+        with pytest.raises(PopError, match=r"no model named|does not exist"):
             files(model)

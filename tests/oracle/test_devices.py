@@ -105,7 +105,7 @@ CASES = {
 ON_RPC = (
     *("llama", "qwen2", "gemma3", "phi3", "moe", "gemma4", "qwen3vl, pictures"),
     *("below the boundary", "at the boundary", "above the boundary", "wide, at the boundary"),
-    *("attention, at the boundary", "deep, at the boundary", "sequences, one stream"),
+    *("deep, at the boundary", "sequences, one stream"),
 )
 
 
