@@ -11,12 +11,11 @@ if TYPE_CHECKING:
 _INVISIBLE = 0.01
 # Chance explains differences of up to 2 standard errors, or with a larger p.
 _BY_CHANCE, _LEAST_P = 2.0, 0.05
-_CERTAIN = "Use --full to be certain."
 
 
 def verdict_in_words(found: Measured) -> str:
     """Describe the loss by pruning, of prose and of exact strings."""
-    return f"Prose: {_prose(found)}. Exact strings: {_strings(found)}. {_CERTAIN}"
+    return f"Prose: {_prose(found)}. Exact strings: {_strings(found)}."
 
 
 def _prose(found: Measured) -> str:
@@ -41,11 +40,11 @@ def comparison_in_words(found: "Comparison") -> str:
     n = len(found.answers)
     if not found.n_judged:
         differ = f"{len(found.different) or 'none'} of {n} differ"
-        return f"Answers: {differ}; the prompts have no expected answers. {_CERTAIN}"
+        return f"Answers: {differ}; the prompts have no expected answers."
     lost = f"{found.n_only_full or 'none'} of {found.full_hits} right ones lost"
     if found.n_only_pruned:
         lost += f", {found.n_only_pruned} gained"
     if found.n_only_full + found.n_only_pruned:
         is_chance = found.p_value >= _LEAST_P
         lost += ", which may be chance" if is_chance else ", which is more than chance"
-    return f"Answers: {lost}. {_CERTAIN}"
+    return f"Answers: {lost}."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pop_local.measure.verdict import comparison_in_words
 from pop_local.ui.tables import Column, Fact, print_facts, print_table
 from pop_local.ui.theme import out
+from pop_local.ui.views.verdict_advice import with_advice
 
 if TYPE_CHECKING:
     from pop_local.measure.compared_prompts import Compared, Comparison
@@ -32,7 +33,7 @@ def show_comparison(found: Comparison) -> None:
     facts.append(("To first token", f"{times}: {ratio:.2f}x (not paired)"))
     if found.n_unpruned:
         facts.append(("Not pruned", f"{found.n_unpruned}, short or cached"))
-    facts.append(("Verdict", comparison_in_words(found)))
+    facts.append(("Verdict", with_advice(comparison_in_words(found))))
     print_facts(facts)
     if found.different:
         out.file.write("\n")
@@ -50,7 +51,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
         "n_only_full": found.n_only_full,
         "n_only_pruned": found.n_only_pruned,
         "p_value": found.p_value,
-        "verdict": comparison_in_words(found),
+        "verdict": with_advice(comparison_in_words(found)),
         "full_ttft_s": found.full_ttft_s,
         "pruned_ttft_s": found.pruned_ttft_s,
         "n_unpruned": found.n_unpruned,

@@ -18,6 +18,7 @@ from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
 from pop_local.ui.views.skipped_layers import skipping_facts
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
+from pop_local.ui.views.verdict_advice import with_advice
 
 if TYPE_CHECKING:
     from pop_converter.popfile.format import PopMeta
@@ -56,10 +57,9 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
     # The conversion may have chosen another kind of fit.
     if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
-    verdict = done.meta.measured and verdict_in_words(done.meta.measured)
     print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
-    if verdict:
-        print_facts([("Verdict", verdict)])
+    if (found := done.meta.measured) is not None:
+        print_facts([("Verdict", with_advice(verdict_in_words(found)))])
     if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
         note(f"The sidecar is not next to the model: open it with --sidecar {done.path}.")
 
@@ -99,7 +99,7 @@ def _object(
         "source_sha256": meta and meta.source_sha256,
         "calibration": meta and meta.calibration,
         "measured": meta and meta.measured,
-        "verdict": meta and meta.measured and verdict_in_words(meta.measured),
+        "verdict": meta and meta.measured and with_advice(verdict_in_words(meta.measured)),
         "budget": plan.budget,
         "tried": (),
         "phases": (),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pop_converter.deep_row_criterion import DeepRows
 from pop_local.ui.tables import Fact, print_facts
+from pop_local.ui.views.verdict_advice import with_advice
 
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
@@ -59,7 +60,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         **figures(found.quality),
         "deep_rows": found.deep_rows,
         "lookups": found.lookups and figures(found.lookups),
-        "verdict": found.verdict,
+        "verdict": with_advice(found.verdict),
     }
 
 
@@ -73,7 +74,7 @@ def lookup_facts(found: Lookups) -> Iterator[Fact]:
 
 def show_evaluation(found: Evaluation) -> None:
     """Print a line for each group of figures, and the verdict."""
-    print_facts([*_facts(found), ("Verdict", found.verdict)])
+    print_facts([*_facts(found), ("Verdict", with_advice(found.verdict))])
 
 
 def _facts(found: Evaluation) -> Iterator[Fact]:
