@@ -99,7 +99,7 @@ def test_chat_attaches_pictures(path):
 def test_chat_shows_the_contents_of_the_context(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "/context", "what?", "/stats", "/context", "/retry")
-    assert "1. question 55, answer 3: what?" in shown
+    assert "1. question 55, answer " in shown
     assert "Encoding pictures took" in shown and "which pruning does not shorten" in shown
     assert shown.count("pictures 48 tokens") >= 2
 
