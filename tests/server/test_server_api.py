@@ -101,7 +101,8 @@ def test_seed_makes_sampling_repeatable(client):
 
 
 def test_body_overrides_recommended_options(full, monkeypatch):
-    monkeypatch.setattr(full.engine, "recommended", {"temperature": 0.6, "top_k": 64})
+    # The engine is frozen; this is the value that its cached property returns.
+    monkeypatch.setitem(full.engine.__dict__, "recommended", {"temperature": 0.6, "top_k": 64})
     body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.3}
     options = TaskFactory(full).chat(ChatBody.model_validate(body))[0].options
     assert (options.temperature, options.top_k) == (0.3, 64)
