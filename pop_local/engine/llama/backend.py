@@ -30,7 +30,11 @@ SPINS = "1000"
 
 
 class Reading(IntEnum):
-    """The batch's prompt rows. NONE: no row. SOME: any. CONTEXT: all rows that are not full."""
+    """Kind of a batch's prompt rows.
+
+    NONE: the batch has no prompt rows. SOME: some prompt rows are full. CONTEXT: no prompt row is
+    full, so full rows belong to answers.
+    """
 
     NONE = 0
     SOME = 1
