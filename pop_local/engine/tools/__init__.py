@@ -1,1 +1,1 @@
-"""Tools: how a model is told of them, how it calls them, and its calls read out of an answer."""
+"""Tools: their description in prompts, the form of calls, and parsing of calls in answers."""

@@ -1,4 +1,4 @@
-"""The process in which llama.cpp's chat formats work: a template or an answer may end it.
+"""Child process that runs llama.cpp's chat formats, since a template or an answer may end it.
 
 The library is `libpop-chat`, see patches/llama.cpp/common/pop/pop-chat.cpp.
 """
@@ -15,11 +15,11 @@ _NAMES = {"win32": "pop-chat.dll", "darwin": "libpop-chat.dylib"}
 
 
 def _library() -> ctypes.CDLL:
-    """Load it from where llama_cpp finds the others."""
+    """Load the library from the folder in which llama_cpp finds its own."""
     package = find_spec("llama_cpp")
     assert package is not None and package.origin is not None, "the backend is installed"
-    beside = Path(package.origin).parent / "lib"
-    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or beside)
+    packaged = Path(package.origin).parent / "lib"
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or packaged)
     library = ctypes.CDLL(str(folder / _NAMES.get(sys.platform, "libpop-chat.so")))
     library.pop_chat_free.argtypes = [ctypes.c_void_p]
     for function in (library.pop_chat_render, library.pop_chat_parse):
@@ -28,7 +28,7 @@ def _library() -> ctypes.CDLL:
 
 
 class ChatFormatter:
-    """The calls that are answered; a ValueError says what llama.cpp does not take."""
+    """Methods that the parent calls. They raise ValueError for input that llama.cpp rejects."""
 
     def __init__(self) -> None:
         self._library = _library()
@@ -38,7 +38,7 @@ class ChatFormatter:
         return self._call(self._library.pop_chat_render, request)
 
     def parse(self, request: dict[str, Any]) -> Any:
-        """Return the content, the reasoning and the calls of an answer, or of its beginning."""
+        """Return the content, reasoning and calls of an answer or of its start."""
         return self._call(self._library.pop_chat_parse, request)
 
     def _call(self, function: Any, request: dict[str, Any]) -> Any:

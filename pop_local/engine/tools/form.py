@@ -10,9 +10,10 @@ from pop_local.engine.decode.grammar import Grammar
 
 @dataclass(frozen=True)
 class Trigger:
-    """Grammars for the rest of an answer: by the group `name` of a match, "" without one.
+    """A pattern that starts a grammar for the rest of an answer.
 
-    The rest begins where the group `rest` does, or else the first group that matched.
+    `grammars`: by the match's group `name`, "" without one. The rest starts at the group `rest`,
+    or else at the first group that matched.
     """
 
     pattern: re.Pattern[str]
@@ -29,11 +30,11 @@ class Trigger:
 
 @dataclass(frozen=True)
 class CallForm:
-    """How an answer calls tools.
+    """The form of an answer's tool calls.
 
-    `must_call`: an answer does not end before its call. `grammar` holds from the first token on if
-    there are no triggers, else theirs from where they match. `shown`: special tokens that are text
-    here. `native`: llama.cpp's format, None for the text form.
+    `must_call`: the answer must not end before a call. `grammar` applies from the first token if
+    there are no `triggers`. Otherwise a trigger's grammar applies from its match. `shown`: special
+    tokens that are text in this form. `native`: llama.cpp's format, None for the text form.
     """
 
     names: tuple[str, ...]
@@ -45,5 +46,5 @@ class CallForm:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Keywords of the tools' schemas that are not enforced."""
+        """Return keywords of the tools' schemas that are not enforced."""
         return self.grammar.ignored if self.grammar else ()

@@ -1,4 +1,4 @@
-"""A template's own form of tool calls, by llama.cpp's chat code in a child process."""
+"""Tool calls in the template's own form, by llama.cpp's chat code in a child process."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,16 +8,16 @@ from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.prompt.templates import LIMIT_BYTES, LIMIT_S, Template
 from pop_local.engine.tools import chat_child
 
-_UNKNOWN = "unknown key"  # of a format that the child process has not seen, or not lately
+_UNKNOWN = "unknown key"  # the child process has not cached the format
 _SEVERAL = "root ::= tool-call | tool-calls"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt and the form of its answer, as pop-chat.cpp has them.
+    """A prompt and the form of its answer, from pop-chat.cpp.
 
-    `takes_tools`: whether the template knows any. `grammar` is GBNF; it begins where one of the
-    `triggers` (kind, value) does. `shown`: special tokens that are a part of the form.
+    `takes_tools`: whether the template renders tools. `grammar`: GBNF, which applies from the match
+    of one of the `triggers` (kind, value). `shown`: special tokens that are part of the form.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Parsed:
-    """An answer, or what there is of it. `calls` are (name, arguments) pairs."""
+    """A parsed answer or its start. `calls` are (name, arguments) pairs."""
 
     content: str = ""
     reasoning: str = ""
@@ -43,7 +43,7 @@ _chat = KeptProcess(
     limit_s=LIMIT_S,
     limit_bytes=LIMIT_BYTES,
     takes="the tool calls take",
-    hint="send fewer or simpler",
+    hint="send fewer or simpler tools",
 )
 
 
@@ -54,7 +54,10 @@ def render(
     *,
     several: bool,
 ) -> Rendered:
-    """Render messages and tools, both OpenAI's. Raises ValueError, PopError beyond limits."""
+    """Render messages and tools in OpenAI's format.
+
+    Raises ValueError if the template refuses them, PopError if it exceeds its limits.
+    """
     request = {
         "template": template.source,
         "bos": template.bos,
@@ -66,10 +69,10 @@ def render(
     }
     made = _chat.call("render", request)
     grammar = made["grammar"]
-    if not grammar:  # without a trigger there is none for `auto`
+    if not grammar:  # `auto` has no grammar without triggers
         required = _chat.call("render", {**request, "tool_choice": "required"})
         grammar = required["grammar"] and _with_root(required["grammar"], "tool-call")
-    elif _SEVERAL in grammar:  # which may be nothing but spaces
+    elif _SEVERAL in grammar:  # this root also matches white space alone
         grammar = _with_root(grammar, "tool-call (space tool-call)*" if several else "tool-call")
     return Rendered(
         made["prompt"],
@@ -88,7 +91,7 @@ def _with_root(grammar: str, rule: str) -> str:
 
 
 def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
-    """Read an answer. Raises ValueError where it has not that form, PopError beyond limits."""
+    """Parse an answer. Raises ValueError if it has another form, PopError beyond limits."""
     request = {"key": form["key"], "text": text, "partial": partial}
     try:
         read = _chat.call("parse", request)

@@ -1,4 +1,4 @@
-"""The prompt of a conversation with tools, and the form of its answer."""
+"""Prompts of conversations with tools, and the forms of their answers."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +17,10 @@ from pop_local.engine.tools.form import CallForm, Trigger
 from pop_local.engine.tools.native import Rendered
 from pop_local.engine.tools.tool import Tool, Tools
 
-_OWN_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
-# The ids of calls that the template of Mistral takes.
+_RESERVED_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
+# Call ids that Mistral's template accepts.
 _PLAIN_ID = re.compile("[a-zA-Z0-9]{9}")
-# Behind it a call may begin where one has to come.
+# A required call may start after the reasoning.
 _THOUGHT = re.compile(r"</think>()")
 _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 
@@ -28,14 +28,14 @@ _ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 def prompt_with_tools(
     prompter: Prompter, messages: Sequence[Message], tools: Tools
 ) -> tuple[Prompt, CallForm | None]:
-    """Return the prompt that tells of the tools, and how its answer calls them.
+    """Return a prompt that describes the tools, and the form of its answer's calls.
 
-    In the template's own form where llama.cpp knows it, else as text. Where no tool may be called
-    the form is None. Raises PopError where the model has no template, or refuses the conversation,
-    and GrammarError for a schema.
+    The form is the template's own if llama.cpp supports it, and text otherwise. It is None if no
+    tool may be called. Raises PopError if the model has no template or the template refuses the
+    conversation, GrammarError for an invalid schema.
     """
     if not prompter.has_template:
-        raise PopError("the model has no chat template: it knows no tools", "send none")
+        raise PopError("the model has no chat template, so it has no tools", "send no tools")
     rules = {tool.name: json_rule(tool.schema) for tool in tools.told}
     own = _Native(prompter, messages, tools)
     if own.is_known and tools.callable_:
@@ -49,26 +49,26 @@ def prompt_with_tools(
 
 
 class _Native:
-    """A conversation as the template has it, by llama.cpp."""
+    """A conversation in the template's own form, rendered by llama.cpp."""
 
     def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
         self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
         self._rendered: Rendered | None = None
-        with suppress(ValueError):  # the text form may say it otherwise
+        with suppress(ValueError):  # the template may accept the text form
             self._rendered = self._render([each.content for each in messages], str)
 
     @property
     def is_known(self) -> bool:
-        """Whether the template shows tools, and there is a form of calls, if any may come."""
+        """Return whether the template renders tools, and llama.cpp has a grammar of their calls."""
         made, told = self._rendered, self._tools.told
         if made is None or not made.takes_tools:
             return False
-        # llama.cpp has rules of its own for calls.
-        is_clear = all(f"tool-{tool.rule}" not in _OWN_RULES for tool in told)
+        # A tool's rule must not replace one of llama.cpp's.
+        is_clear = all(f"tool-{tool.rule}" not in _RESERVED_RULES for tool in told)
         return not told or (bool(made.grammar) and is_clear)
 
     def prompt(self) -> Prompt:
-        """Render it, so that special tokens in texts are text."""
+        """Render the conversation, with special tokens in texts as plain text."""
         others = [text for message in self._messages for text in _texts(_calls(message))]
         others += _texts([tool.openai for tool in self._tools.told])
         made = self._prompter.written(self._messages, others, self._write)
@@ -84,15 +84,15 @@ class _Native:
     def _render(
         self, contents: list[str], marked: Callable[[str], str], told: Sequence[Tool] | None = None
     ) -> Rendered:
-        """`told`: the tools, None for all."""
-        said = zip(self._messages, contents, strict=True)
-        messages = [_openai(message, content, marked) for message, content in said]
+        """Render the conversation. `told`: the tools in the prompt, None for all."""
+        pairs = zip(self._messages, contents, strict=True)
+        messages = [_openai(message, content, marked) for message, content in pairs]
         tools = [_mapped(tool.openai, marked) for tool in told or self._tools.told]
         several = self._tools.several
         return native.render(self._prompter.template, messages, tools, several=several)
 
     def form(self, rules: dict[str, JsonRule]) -> CallForm:
-        """Return the form of the answer; its grammar is that of the callable tools alone."""
+        """Return the form of the answer, with a grammar of the callable tools only."""
         tools, made = self._tools, self._rendered
         assert made is not None
         if tools.callable_ != tools.told:
@@ -111,7 +111,7 @@ class _Native:
         return CallForm(tuple(tools.names), tools.must_call, triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
-        """The tokens of the form that have no text otherwise, but for those that end an answer."""
+        """Yield the form's special tokens that are hidden otherwise, except end tokens."""
         context = self._prompter.context
         pieces = Pieces(context)
         for text in made.shown:
@@ -133,22 +133,22 @@ def _text_form(tools: Tools, rules: dict[str, JsonRule]) -> CallForm:
 
 
 def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
-    """Qwen2.5-Coder and others write a fence with JSON, whatever the prompt says."""
+    """Return a trigger for fenced JSON, which Qwen2.5-Coder and others write despite the prompt."""
     rest = {name: unchecked(text_form.rest_of_json(rules[name].text)) for name in tools.names}
     return Trigger(text_form.opening(tools.names), rest)
 
 
 def _pattern(kind: str, value: str) -> re.Pattern[str]:
-    """A trigger of llama.cpp's as a pattern with a group (common_grammar_trigger)."""
+    """Convert llama.cpp's trigger into a pattern with a group (common_grammar_trigger)."""
     source = value if kind.startswith("pattern") else re.escape(value)
     found = re.compile(source)
     return found if found.groups else re.compile(f"({source})")
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """Give calls ids that every template takes, and results those of their calls.
+    """Give calls ids that every template accepts, and results the ids of their calls.
 
-    A result without an id, as Ollama's clients send it, answers the first call that is open.
+    Ollama's clients send results without an id; such a result belongs to the first open call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}
@@ -162,8 +162,8 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
             calls.append(replace(call, id=plain))
         answered = message.call_id
         if message.role == "tool":
-            asked = answered if answered in open_ else next(iter(open_), answered)
-            answered = open_.pop(asked, asked)
+            call_id = answered if answered in open_ else next(iter(open_), answered)
+            answered = open_.pop(call_id, call_id)
         found.append(replace(message, calls=tuple(calls), call_id=answered))
     return found
 
@@ -189,7 +189,7 @@ def _calls(message: Message) -> list[Any]:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy with all texts changed, names of properties among them."""
+    """Return a copy with all texts changed, including names of properties."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

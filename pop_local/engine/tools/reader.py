@@ -1,4 +1,4 @@
-"""Calls read out of an answer while it is written."""
+"""Parsing of tool calls in an answer while it is generated."""
 
 import secrets
 import string
@@ -16,9 +16,9 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer: of its content, its reasoning, or the call of this index.
+    """A part of an answer: content, reasoning, or a part of the call `index`.
 
-    The first part of a call has its id and name, the others arguments alone.
+    The first part of a call has its id and name, the other parts only arguments.
     """
 
     content: str = ""
@@ -28,7 +28,7 @@ class Piece:
 
 
 class CallReader:
-    """Reads one answer, which comes in pieces of text."""
+    """Parser of one answer that arrives in pieces of text."""
 
     def __init__(self, form: CallForm) -> None:
         self._form, self._native = form, form.native
@@ -46,20 +46,20 @@ class CallReader:
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:
-        """The text form may find calls where llama.cpp finds none; the rest is content."""
+        """Parse the text so far, and use the text form if llama.cpp finds no calls."""
         found: Parsed | None = None
         if self._native is not None:
             try:
                 found = native.parse(self._native, self._text, partial=partial)
             except ValueError:
                 found = self._last if partial else None
-            except PopError:  # beyond limits, such as thousands of brackets
+            except PopError:  # exceeds limits, such as with thousands of brackets
                 self._native = None
         if found is None or not found.calls:
             as_text = text_form.parse(self._text, self._form.names, partial=partial)
             found = as_text if found is None or as_text.calls else found
         is_lost = not (partial or found.calls or found.reasoning)
-        if is_lost and self._text.startswith(found.content):  # the beginning of a tag
+        if is_lost and self._text.startswith(found.content):  # llama.cpp dropped an incomplete tag
             found = Parsed(self._text)
         return found
 
@@ -81,7 +81,7 @@ class CallReader:
 
 
 def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
-    """Join the parts of the calls of an answer."""
+    """Return an answer's calls, joined from their parts."""
     calls: dict[int, ToolCall] = {}
     for piece in pieces:
         if piece.call is not None:
@@ -93,5 +93,5 @@ def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
 
 
 def _more(before: str, now: str) -> str:
-    """The text that was added at the end; nothing where the rest has changed, too."""
+    """Return the text appended to `before`, "" if `before` itself has changed."""
     return now[len(before) :] if now.startswith(before) else ""

@@ -1,4 +1,4 @@
-"""Calls as text, for templates that leave tools out, and for models that write JSON anyway."""
+"""Tool calls as text, for templates without tools and for models that write JSON anyway."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pop_local.engine.chat_messages import Message
 from pop_local.engine.tools.native import Parsed
 from pop_local.engine.tools.tool import Tool
 
-_SAID = """# Tools
+_SYSTEM_PROMPT = """# Tools
 
 You may call these functions. Each line is one, with the JSON schema of its arguments:
 <tools>
@@ -24,11 +24,11 @@ Its result comes with the next message. Answer without a call where none is of u
 _CALL = "<tool_call>"
 _SPACE = r"/[ \n]{0,4}/"
 _END = r"/\}?\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
-# In front of a call: a tag, or at the beginning of an answer a fence or nothing. Qwen2.5's template
-# shows calls in double braces, which its models imitate.
+# A call follows a tag, or at the start of an answer a fence or nothing. Qwen2.5's template shows
+# calls in double braces, which its models imitate.
 _OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<tools?>\s*)?)"
 _CLOSE = re.compile(r"\s*\}{1,2}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
-_CLOSING = re.compile(r"\s*\}{0,2}\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # a part of that
+_CLOSING = re.compile(r"\s*\}{0,2}\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # an incomplete _CLOSE
 _BEGUN = re.compile(
     r'\s*(?:`{0,3}|```\w*\s*)(?:<[tols_ca>]{0,10}\s*)?(?:\{{1,2}\s*(?:"\w{0,4}|"name".{0,200})?)?',
     re.DOTALL,
@@ -36,8 +36,8 @@ _BEGUN = re.compile(
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """Write tools, calls and results into messages that any template shows."""
-    told = "\n".join(json.dumps(tool.openai["function"], ensure_ascii=False) for tool in tools)
+    """Write tools, calls and results into messages that any template can render."""
+    listed = "\n".join(json.dumps(tool.openai["function"], ensure_ascii=False) for tool in tools)
     found: list[Message] = []
     for message in messages:
         content = message.content
@@ -58,14 +58,14 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
             found.append(replace(message, content=text, calls=()))
     if not tools:
         return found
-    system = _SAID.format(tools=told)
+    system = _SYSTEM_PROMPT.format(tools=listed)
     if found and found[0].role == "system":
         return [replace(found[0], content=f"{found[0].content}\n\n{system}"), *found[1:]]
     return [Message("system", system), *found]
 
 
 def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
-    """Return a grammar of calls between tags; `rules` has each tool's arguments as Lark."""
+    """Return a grammar of calls between tags; `rules`: tools with their arguments in Lark."""
     calls = " | ".join(f"call{number}" for number in range(len(rules)))
     more = f"({_SPACE} call)*" if several else ""
     lines = [
@@ -79,12 +79,12 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 
 def rest_of_json(rule: str) -> str:
-    """Return a grammar of arguments, and of what ends a call that began as `opening` matches."""
+    """Return a grammar of the rest of a call after `opening`: its arguments and its end."""
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
 def opening(names: Sequence[str]) -> re.Pattern[str]:
-    """Match a call of one of the functions, the group `name`, up to its arguments, `rest`."""
+    """Return a pattern of a call's start, with the groups `name` and `rest` (its arguments)."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'
@@ -93,12 +93,12 @@ def opening(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def may_open(text: str) -> bool:
-    """Whether the beginning of an answer may become a call in JSON."""
+    """Return whether the start of an answer may become a call in JSON."""
     return _BEGUN.fullmatch(text) is not None
 
 
 def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
-    """Read an answer, or its beginning; calls of other names are content."""
+    """Parse an answer or its start; calls of unknown functions are content."""
     content, calls, at = "", list[tuple[str, str]](), 0
     opens = opening(names)
     while match := opens.search(text, at):
@@ -106,7 +106,7 @@ def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
         content += text[at : match.start()]
         try:
             _, at = json.JSONDecoder().raw_decode(text, end)
-        except (RecursionError, ValueError):  # it goes on, or was cut short
+        except (RecursionError, ValueError):  # incomplete arguments
             calls.append((name, "" if partial else text[end:]))
             return Parsed(content, "", tuple(calls))
         calls.append((name, text[end:at]))
@@ -120,7 +120,7 @@ def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
 
 
 def _n_begun(content: str) -> int:
-    """How many of the last characters may be the beginning of a call."""
+    """Return how many of the last characters may be the start of a call."""
     if (tagged := content.find(_CALL)) >= 0:
         return len(content) - tagged
     return next((n for n in range(len(_CALL), 0, -1) if content.endswith(_CALL[:n])), 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pop_converter.base.errors import PopError
 
-# With these, properties may be named elsewhere.
+# Schemas with these keywords may name properties elsewhere.
 _COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "dependentSchemas"}
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
 
@@ -22,19 +22,19 @@ class Tool:
 
     @property
     def rule(self) -> str:
-        """The name within a rule of llama.cpp's grammars (json-schema-to-grammar.cpp)."""
+        """Return the tool's name in llama.cpp's grammar rules (json-schema-to-grammar.cpp)."""
         return re.sub(r"[^a-zA-Z0-9-]+", "-", self.name)
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The schema of arguments: none but those that are named, unless it says otherwise."""
+        """Return the arguments' schema, which excludes unnamed arguments by default."""
         given = self.parameters or _NO_ARGUMENTS
         is_plain = "properties" in given and not given.keys() & _COMBINED
         return {"additionalProperties": False, **given} if is_plain else given
 
     @property
     def openai(self) -> dict[str, Any]:
-        """The tool as OpenAI's clients send it, which templates expect."""
+        """Return the tool in OpenAI's format, which templates expect."""
         function = {"name": self.name, "description": self.description}
         parameters = self.parameters or _NO_ARGUMENTS
         return {"type": "function", "function": {**function, "parameters": parameters}}
@@ -42,10 +42,11 @@ class Tool:
 
 @dataclass(frozen=True)
 class Tools:
-    """The tools of which a prompt tells, and how many calls the answer has.
+    """A prompt's tools, and the calls that its answer may have.
 
-    `callable_`: the tools that may be called. `must_call`: whether one has to be. `several`:
-    whether more than one may be. Raises PopError for names that are too much alike.
+    `told`: tools in the prompt. `callable_`: tools that the answer may call. `must_call`: whether
+    a call is required. `several`: whether several calls are allowed. Raises PopError if two names
+    have the same grammar rule.
     """
 
     told: tuple[Tool, ...]
@@ -57,7 +58,9 @@ class Tools:
         rules: dict[str, str] = {}
         for tool in self.told:
             if other := rules.get(tool.rule):
-                raise PopError(f"the tools {other!r} and {tool.name!r} are named alike")
+                raise PopError(
+                    f"the tools {other!r} and {tool.name!r} are named alike", "rename one of them"
+                )
             rules[tool.rule] = tool.name
 
     @property

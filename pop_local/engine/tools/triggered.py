@@ -1,4 +1,4 @@
-"""The tokens that an answer may have which calls tools."""
+"""The tokens allowed next in an answer that may call tools."""
 
 import codecs
 
@@ -10,19 +10,19 @@ from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.tools.form import CallForm
 
-# Characters in which a trigger lies, but for those that are anchored at the beginning.
+# Triggers are searched for in this many last characters.
 _N_TRIGGER = 512
 
 
 class Triggered:
-    """Which tokens may follow: all, until a trigger matches. See Constraint."""
+    """A constraint that allows all tokens until a trigger matches. See Constraint."""
 
     def __init__(self, tokenizer: LLTokenizer, pieces: Pieces, form: CallForm) -> None:
         self._tokenizer, self._pieces, self._form = tokenizer, pieces, form
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._text = ""
         self._call = self._last_call = b""
-        self._unless_ended = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.eos_tokens)
+        self._all_but_ends = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.eos_tokens)
         self._constraint: Constraint | None = None
         if form.grammar is not None and not form.triggers:
             self._constraint = Constraint(tokenizer, form.grammar)
@@ -32,16 +32,16 @@ class Triggered:
         return self._constraint is not None
 
     def allowed(self) -> np.ndarray | None:
-        """Return the ids of the tokens that may follow, in order; None for all."""
-        must_go_on = self._form.must_call and not (self._call.strip() or self._last_call)
+        """Return the allowed token ids in order, None for all."""
+        must_continue = self._form.must_call and not (self._call.strip() or self._last_call)
         if self._constraint is None:
-            return self._unless_ended if must_go_on else None
+            return self._all_but_ends if must_continue else None
         ids = self._constraint.allowed()
-        if must_go_on:
+        if must_continue:
             return np.setdiff1d(ids, self._tokenizer.eos_tokens)
         ends = np.intersect1d(ids, self._tokenizer.eos_tokens)
         if len(ends) and (call := self._call.strip()):
-            if call == self._last_call:  # small models would go on with it
+            if call == self._last_call:  # small models would repeat it without end
                 return ends
             self._call, self._last_call = b"", call
         return ids
@@ -52,7 +52,7 @@ class Triggered:
             self._call += self._pieces[token]
             return
         self._text += self._decoder.decode(self._pieces[token])
-        if self._decoder.getstate()[0]:  # half a character
+        if self._decoder.getstate()[0]:  # an incomplete character
             return
         start = max(0, len(self._text) - _N_TRIGGER)
         for trigger in self._form.triggers:
@@ -61,7 +61,7 @@ class Triggered:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """A text that the grammar does not take is no call."""
+        """Start the grammar after `text`, unless the grammar rejects that text."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):

@@ -25,6 +25,11 @@ PROSE_FOLDERS = ("pop_local", "converter", "patches", "tests", "docs")
 PROSE_SUFFIXES = {".py", ".md", ".cpp", ".h", ".patch"}
 # Built and vendored files, and data that models read.
 EXCLUDED = ("patches/llama-cpp-python/build", "pop_local/data")
+# Models read the string literals of these files, so new words would need new measurements.
+MODEL_TEXTS = {
+    ROOT / "pop_local/engine/tools/text_form.py",
+    ROOT / "pop_local/texts/carrier_layouts.py",
+}
 # Pages about earlier versions keep their words.
 ARCHIVE = "docs/notebook/archive"
 MEAN_WORDS = 20
@@ -32,7 +37,6 @@ MEAN_WORDS = 20
 # Folders to be rewritten; an entry applies to a folder's files and not to its subfolders.
 NOT_YET: set[str] = {
     "pop_local/engine/images",
-    "pop_local/engine/tools",
     "pop_local/texts",
     "tests/unit/engine",
 }
@@ -136,7 +140,7 @@ def findings_under(paths: Iterable[Path]) -> list[Finding]:
         for file in files_under(path)
         if file != Path(__file__).resolve()
         for sentence in sentences_of(file)
-        if sentence.kind != "message" or "tests" not in file.parts
+        if sentence.kind != "message" or not ("tests" in file.parts or file in MODEL_TEXTS)
         for finding in findings_in(sentence)
     ]
 
