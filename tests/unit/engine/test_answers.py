@@ -1,4 +1,4 @@
-"""Turns of a conversation: figures, progress, endings, stopping, templates."""
+"""Answers: statistics, progress, ends, stops and templates."""
 
 import os
 import signal
@@ -21,11 +21,11 @@ QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + 
 
 @pytest.fixture(scope="module")
 def opened_chat_model(chat_model) -> PopModel:
-    """In pieces of 64 tokens, of which there are several in a prompt."""
+    """Open the model with batches of 64 tokens, so that a prompt has several."""
     return PopModel(EngineOptions.of(chat_model, n_ctx=1024, n_threads=1, n_batch=64, n_ubatch=64))
 
 
-def test_the_figures_add_up(model):
+def test_token_counts_add_up(model):
     text, stats = ask(model, QUESTION)
     assert text
     assert (stats.n_cached, stats.n_full) == (0, 17)
@@ -47,7 +47,7 @@ def test_progress_counts_the_tokens_that_are_not_cached(model):
     assert seen[-1] == (second.n_prompt - second.n_cached,) * 2
 
 
-def test_whoever_watches_the_model_stops_more_than_the_answer(model):
+def test_stopped_by_raises_unless_the_answer_has_should_stop(model):
     with stopped_by(lambda: True):
         with pytest.raises(StoppedError):
             ask(model, QUESTION)
@@ -73,7 +73,7 @@ def test_an_answer_ends_where_the_context_does(chat_model):
     assert stats.n_prompt + stats.n_decoded == small.engine.context.n_ctx
 
 
-def test_a_prompt_beyond_the_context_says_so(model):
+def test_a_prompt_that_exceeds_the_context_is_an_error(model):
     with pytest.raises(PopError) as caught:
         ask(model, Message("user", QUESTION.content * 12))
     assert "1,024" in caught.value.message
@@ -83,7 +83,7 @@ def test_a_prompt_beyond_the_context_says_so(model):
 # --- stopping
 
 
-def test_an_answer_that_is_abandoned_leaves_the_model_usable(model):
+def test_an_abandoned_answer_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
     chunks = model.ask([QUESTION], temperature=0.0, max_tokens=12)
     for _ in range(4):
@@ -94,7 +94,7 @@ def test_an_answer_that_is_abandoned_leaves_the_model_usable(model):
     assert stats.n_cached > 0
 
 
-def test_a_prefill_that_is_stopped_has_its_figures_and_leaves_the_model_usable(model):
+def test_a_stopped_prefill_returns_stats_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
     model.engine.cache.clear()
     asked = 0
@@ -110,7 +110,7 @@ def test_a_prefill_that_is_stopped_has_its_figures_and_leaves_the_model_usable(m
     assert ask(model, QUESTION)[0] == expected
 
 
-def test_a_stopped_answer_keeps_what_it_said(model):
+def test_a_stopped_answer_keeps_its_text(model):
     expected, _ = ask(model, QUESTION)
     n_asked = 0
 
@@ -153,7 +153,7 @@ def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
     assert (text, stats.n_cached) == (expected, whole.n_prompt)
 
 
-def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
+def test_an_answer_stops_after_its_cache_was_cleared(model):
     chunks = model.ask([QUESTION], temperature=0.0, max_tokens=12)
     next(chunks)
     model.engine.set_mode(Mode.OFF)
@@ -164,7 +164,7 @@ def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
 # --- templates
 
 
-def test_a_template_that_refuses_the_conversation_is_an_error(tmp_path):
+def test_a_template_that_rejects_the_conversation_is_an_error(tmp_path):
     refusing = "{{ raise_exception('no system prompts') }}"
     model = PopModel(
         EngineOptions.of(
@@ -175,7 +175,7 @@ def test_a_template_that_refuses_the_conversation_is_an_error(tmp_path):
         ask(model, QUESTION)
 
 
-def test_a_template_that_is_broken_is_an_error(tmp_path):
+def test_a_broken_template_is_an_error(tmp_path):
     with pytest.raises(PopError, match="cannot be opened"):
         PopModel(
             EngineOptions.of(

@@ -1,4 +1,4 @@
-"""Rows of a KV cache: which are exact."""
+"""Exact rows of a KV cache."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from pop_local.engine.cache.rows import CachedRows
 
 
 def rows_read(*batches):
-    """Rows after these batches, each a string with F for a full row and any other for context."""
+    """Return the rows after batches: strings with F for a full row, else context."""
     rows, start = CachedRows(100), 0
     for batch in batches:
         full = np.array([letter == "F" for letter in batch])
@@ -36,8 +36,8 @@ def test_rows_are_exact_as_far_as_nothing_was_pruned(batches, n_exact):
         (((0, 1, 2),), 3),
         (((0, 1), (2, 3, 4)), 5),
         (((1, 2, 3),), 0),  # the first row is missing
-        (((0, 1, 3),), 0),  # with a gap: the last one attended to a projected row
-        (((3, 4), (0, 1, 2)), 3),  # those behind were deep too early
+        (((0, 1, 3),), 0),  # a gap: the last row attended to a projected one
+        (((3, 4), (0, 1, 2)), 3),  # rows 3 and 4 ran deep too early
         (((0, 1, 2), (1, 2, 3)), 4),
         (((0, 1, 2), (0, 1)), 3),
     ],
@@ -49,7 +49,7 @@ def test_deep_rows_are_exact_in_order_only(passes, n_exact):
     assert rows.n_exact == n_exact
 
 
-def test_rows_that_are_gone_or_read_anew_are_not_exact():
+def test_removed_and_reread_rows_are_not_exact():
     rows = rows_read("FFFFFF")
     rows.forget_from(4)
     assert (rows.n_exact, rows.has_state[:6].tolist()) == (4, [True] * 4 + [False] * 2)

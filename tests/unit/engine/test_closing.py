@@ -1,4 +1,4 @@
-"""How a model ends, and what must not happen meanwhile: closing, forks, threads, references."""
+"""Closing a model: during prefill, in forks and threads, and after the last reference."""
 
 import gc
 import logging
@@ -26,8 +26,8 @@ from support.calls import NOISE, append, opened, prompt, read
 from support.converted import tiny
 
 
-def test_ctrl_c_while_a_model_opens_ends_that(pop_file):
-    """It arrives in llama.cpp's log, where ctypes drops what is raised."""
+def test_ctrl_c_interrupts_opening_a_model(pop_file):
+    """The signal arrives in a log callback, where ctypes swallows exceptions."""
     presses: list[logging.LogRecord] = []
 
     class Pressing(logging.Handler):
@@ -48,7 +48,7 @@ def test_ctrl_c_while_a_model_opens_ends_that(pop_file):
     assert presses
 
 
-def test_what_fails_after_the_weights_are_loaded_is_what_is_said(pop_file, monkeypatch):
+def test_an_error_after_loading_the_weights_is_reported(pop_file, monkeypatch):
     def fail(n_batch: int) -> None:
         raise MemoryError("no room")
 
@@ -57,8 +57,8 @@ def test_what_fails_after_the_weights_are_loaded_is_what_is_said(pop_file, monke
         opened(pop_file)
 
 
-def test_a_model_that_is_closed_while_it_reads_stops_first(pop_file):
-    """As a handler of SIGTERM does, which runs between two nodes of llama.cpp's graph."""
+def test_closing_a_model_during_prefill_stops_it_first(pop_file):
+    """A SIGTERM handler closes the model between two nodes of llama.cpp's graph."""
     model = opened(pop_file)
 
     def stop(number: int, frame: object) -> None:
@@ -81,7 +81,7 @@ def test_a_model_that_is_closed_while_it_reads_stops_first(pop_file):
         append(model, prompt(10))
 
 
-def test_a_model_closed_by_whoever_watches_it_stops_first(pop_file):
+def test_closing_a_model_in_its_callback_stops_prefill_first(pop_file):
     model = opened(pop_file)
 
     def close(done: int, total: int) -> None:
@@ -96,7 +96,7 @@ def test_a_model_closed_by_whoever_watches_it_stops_first(pop_file):
 
 @pytest.mark.parametrize("when", [0, 512, 968])
 @pytest.mark.parametrize("should_stop", [None, lambda: False])
-def test_an_answer_of_a_model_closed_while_it_reads_is_an_error(pop_file, when, should_stop):
+def test_closing_a_model_during_an_answers_prefill_is_an_error(pop_file, when, should_stop):
     model = opened(pop_file, n_batch=512)
 
     def close(done: int, total: int) -> None:
@@ -112,7 +112,7 @@ def test_an_answer_of_a_model_closed_while_it_reads_is_an_error(pop_file, when, 
 @pytest.mark.parametrize(
     "use", [lambda model: model.engine.cache.clear(), lambda model: append(model, [3])]
 )
-def test_a_model_that_computes_does_nothing_else(pop_file, use):
+def test_a_computing_model_refuses_other_calls(pop_file, use):
     model = opened(pop_file)
     expected = read(model, prompt(300))
     model.engine.cache.clear()
@@ -122,7 +122,7 @@ def test_a_model_that_computes_does_nothing_else(pop_file, use):
     np.testing.assert_allclose(read(model, prompt(300)), expected, atol=NOISE)
 
 
-def test_a_forked_model_has_no_threads_to_compute_with(pop_file, monkeypatch):
+def test_a_forked_model_refuses_to_compute(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(100))
     monkeypatch.setattr(os, "getpid", lambda: -1)
@@ -131,8 +131,8 @@ def test_a_forked_model_has_no_threads_to_compute_with(pop_file, monkeypatch):
             use()
 
 
-def test_a_frozen_application_is_not_begun_again(monkeypatch):
-    """Its executable is itself; who embeds Python names one, as for multiprocessing."""
+def test_a_frozen_application_does_not_start_itself_as_a_child(monkeypatch):
+    """sys.executable is the application; multiprocessing.set_executable names Python."""
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     limits: Any = {"limit_s": 5.0, "limit_bytes": 2**29}
     child = KeptProcess(template_child.TemplateRenderer, **limits)
@@ -162,7 +162,7 @@ def test_a_mode_is_not_switched_while_a_batch_is_computed(pop_file):
     assert model.engine.cache.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
 
 
-def test_a_state_is_saved_though_the_file_has_gone(tmp_path):
+def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
     model = opened(tiny(tmp_path))
     read(model, prompt(50))
     for path in tmp_path.glob("*.gguf"):
@@ -170,7 +170,7 @@ def test_a_state_is_saved_though_the_file_has_gone(tmp_path):
     assert model.engine.cache.save().n_tokens == 50
 
 
-def test_a_model_that_nobody_has_is_freed_at_once(pop_file):
+def test_an_unreferenced_model_is_freed_immediately(pop_file):
     model = opened(pop_file)
     model.chat("a b", max_tokens=2)
     known = weakref.ref(model)

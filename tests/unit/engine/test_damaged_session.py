@@ -1,4 +1,4 @@
-"""Saved sessions that are damaged, or not what they seem: one error, or read again."""
+"""Damaged and forged sessions cause one error, or a rereading."""
 
 import json
 import zipfile
@@ -17,7 +17,7 @@ from support.talking import QUESTION, answered, follow_up, opened
 
 @pytest.fixture(scope="module")
 def whole(chat_model, tmp_path_factory) -> tuple[PopModel, bytes]:
-    """A model that has answered, and its saved session."""
+    """Return a model that has answered, and its saved session."""
     sessions, model = Sessions(tmp_path_factory.mktemp("whole")), opened(chat_model)
     sessions.save("talk", model.engine, answered(model, QUESTION))
     return model, sessions.path("talk").read_bytes()
@@ -25,7 +25,7 @@ def whole(chat_model, tmp_path_factory) -> tuple[PopModel, bytes]:
 
 @pytest.fixture
 def talk(whole, sessions) -> tuple[PopModel, Path]:
-    """The model, and a copy of the session to damage."""
+    """Return the model, and a copy of the session to damage."""
     model, content = whole
     path = sessions.path("talk")
     path.parent.mkdir(parents=True)
@@ -53,13 +53,13 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(talk, sessions, dama
     n_tokens = model.engine.cache.n_tokens
     with pytest.raises(PopError, match="damaged or not a session") as refused:
         sessions.load("talk", model.engine)
-    assert "delete" not in refused.value.hint, "it may be a copy that is not complete yet"
+    assert "delete" not in refused.value.hint, "the copy may be incomplete"
     assert model.engine.cache.n_tokens == n_tokens
     assert [stored.name for stored in sessions.listed()] == ["talk"]
 
 
 def rewritten(path: Path, **members: Any) -> None:
-    """Changes members of the archive to these bytes, and fields of session.json, by their place."""
+    """Replace members of the archive, and fields of session.json by path."""
     with zipfile.ZipFile(path) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     session = json.loads(contents["session.json"])
@@ -146,14 +146,14 @@ def npy(head: str, data: bytes = b"") -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["tokens_npy", "full_npy"])
-def test_arrays_are_of_the_expected_type_and_size(talk, sessions, name, content):
+def test_arrays_of_another_type_or_size_are_rejected(talk, sessions, name, content):
     model, path = talk
     rewritten(path, **{name: content.replace(b"N", str(model.engine.cache.n_tokens).encode())})
     with pytest.raises(PopError, match="damaged or not a session"):
         sessions.load("talk", model.engine)
 
 
-def test_tokens_are_of_the_vocabulary(talk, sessions):
+def test_tokens_outside_the_vocabulary_are_rejected(talk, sessions):
     model, path = talk
     for token in (-2, model.engine.context.n_vocab):
         tokens = encoded_array(np.full(model.engine.cache.n_tokens, token, np.int32))
@@ -163,7 +163,7 @@ def test_tokens_are_of_the_vocabulary(talk, sessions):
 
 
 @pytest.mark.parametrize("kv", ["empty", "cut", "of fewer cells"])
-def test_k_v_that_are_not_all_there_are_read_again(chat_model, sessions, kv):
+def test_incomplete_kv_are_read_again(chat_model, sessions, kv):
     model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model.engine, said)
@@ -180,7 +180,7 @@ def test_k_v_that_are_not_all_there_are_read_again(chat_model, sessions, kv):
     assert follow_up(model, said) == expected
 
 
-def test_a_packed_session_is_refused(talk, sessions):
+def test_a_compressed_session_is_refused(talk, sessions):
     model, path = talk
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("session.json", b" " * 1_000_000)

@@ -1,4 +1,4 @@
-"""Deep rows by token: which rows the rule chooses, and that nothing else changes the choice."""
+"""Deep rows depend on tokens only, not on batches, sequences or the cache."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, m
     tokens = model.engine.context.tokenize(3 * TEXT)
     append(model, tokens)
     whole = deep_rows(model)
-    for cut in (20, 61, 100):  # the second is within a word that is deep as a whole
+    for cut in (20, 61, 100):  # 61 is within a deep word
         other = opened(pop_file)
         set_rule(other, **vars(model.engine.rule) | {"tail_tokens": 0})
         other.read(Prompt(tokens[:cut]))

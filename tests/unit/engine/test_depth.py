@@ -1,4 +1,4 @@
-"""Depth on demand: which rows are exact, and refilling."""
+"""Refilling, and the exact rows after it."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def kept(pop_file, **options):
     return opened(pop_file, keep_states=True, **options)
 
 
-def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_file, monkeypatch):
+def test_refilling_in_the_prompts_batches_reproduces_the_full_models_cache(pop_file, monkeypatch):
     tokens = prompt(200)
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
@@ -36,7 +36,7 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
         200,
         False,
     )
-    # As large as a batch, whatever it takes.
+    # Chunks as large as a batch, regardless of time.
     monkeypatch.setattr(model.engine.refiller, "_adapt", lambda n_rows, took_s: None)
     monkeypatch.setattr(model.engine.refiller, "_chunk", N_BATCH)
     said = []
@@ -58,8 +58,8 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
     assert model.engine.refiller.refill() == 0
 
 
-def test_turns_after_refilling_are_those_of_the_full_model(pop_file):
-    """Questions too short to be pruned, over a document that was."""
+def test_turns_after_refilling_equal_the_full_models(pop_file):
+    """Short questions, which run in full, follow a pruned document."""
     full, model = opened(pop_file), kept(pop_file)
     full.engine.set_mode(Mode.OFF)
     set_rule(model, min_prompt=100)
@@ -76,7 +76,7 @@ def test_turns_after_refilling_are_those_of_the_full_model(pop_file):
         said += answer
 
 
-def test_refilling_that_is_stopped_goes_on_later(pop_file):
+def test_stopped_refilling_continues_later(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     asked = iter([False] * 40)
@@ -90,7 +90,7 @@ def test_refilling_that_is_stopped_goes_on_later(pop_file):
     assert greedy(model, prompt(200)) == answer
 
 
-def test_an_answer_is_redone_with_its_prompt(pop_file):
+def test_an_answer_is_refilled_with_its_prompt(pop_file):
     model = kept(pop_file)
     tokens = prompt(200)
     answer = greedy(model, tokens)
@@ -104,7 +104,7 @@ def test_without_states_nothing_is_refilled(pop_file):
     assert backend.snapshots_size(model.engine.context.ctx) == 0
 
 
-def test_rows_of_a_loaded_state_cannot_be_redone(pop_file):
+def test_rows_of_a_loaded_state_cannot_be_refilled(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     state = model.engine.cache.save()
@@ -114,7 +114,7 @@ def test_rows_of_a_loaded_state_cannot_be_redone(pop_file):
     assert model.engine.refiller.refill() == 0
 
 
-def test_an_exact_state_is_the_full_models(pop_file):
+def test_an_exact_state_equals_the_full_models(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     model.engine.refiller.refill()
@@ -153,7 +153,7 @@ def test_memory_stays_flat_over_many_turns(pop_file):
     assert resident_bytes() - before < 4 * 2**20
 
 
-def test_a_prompt_cache_is_of_the_mode_not_of_what_is_cached(pop_file):
+def test_a_prompt_cache_separates_modes_even_of_exact_rows(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     model.engine.refiller.refill()
@@ -165,14 +165,14 @@ def test_a_prompt_cache_is_of_the_mode_not_of_what_is_cached(pop_file):
         assert greedy(model, prompt(200, seed=1)) == greedy(fresh, prompt(200, seed=1))
 
 
-def test_measuring_leaves_refilling_as_it_was(pop_file):
+def test_measuring_leaves_refilling_unchanged(pop_file):
     model = opened(pop_file, keep_states=True)
     with forced(model):
         pass
     assert (model.engine.refiller.is_on, model.engine.cache.keeps_states) == (True, True)
 
 
-def test_refilling_that_raises_has_done_what_it_did(pop_file):
+def test_refilling_that_raises_keeps_its_progress(pop_file):
     model = kept(pop_file)
     read(model, prompt(200))
 

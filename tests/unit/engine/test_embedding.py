@@ -1,4 +1,4 @@
-"""Embeddings are the states behind the last layer, in full, as llama.cpp's own context has them."""
+"""Embeddings equal the full model's from an unpatched llama.cpp context."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def path(tmp_path_factory):
 
 
 def own(path: Any, pooling: int) -> np.ndarray:
-    """The vector that llama_cpp makes."""
+    """Return the embedding that llama_cpp computes."""
     import llama_cpp
 
     sizes: Any = {"n_ctx": 1024, "n_batch": 1024, "n_ubatch": 1024}
@@ -34,7 +34,7 @@ def own(path: Any, pooling: int) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def test_it_is_the_mean_of_all_rows_or_the_last_as_the_file_says(path, tmp_path):
+def test_embeddings_are_pooled_by_the_files_type(path, tmp_path):
     last = add_keys(path, tmp_path / "last.gguf", llama__pooling_type=gguf.PoolingType.LAST)
     for file, pooling in ((path, gguf.PoolingType.MEAN), (last, gguf.PoolingType.LAST)):
         with opened(file, n_ctx=1024) as model:
@@ -55,7 +55,7 @@ def test_a_pruned_model_embeds_in_full_and_answers_afterwards(path, tmp_path):
         assert greedy(model, TOKENS) == before
 
 
-def test_other_ways_of_pooling_are_refused(path, tmp_path):
+def test_other_pooling_types_are_refused(path, tmp_path):
     ranks = add_keys(path, tmp_path / "rank.gguf", llama__pooling_type=gguf.PoolingType.RANK)
     with opened(ranks) as model, pytest.raises(PopError, match="pooling type"):
         embedding(model.engine.cache, TOKENS)

@@ -1,4 +1,4 @@
-"""Models whose last layers share the K/V of earlier ones: what they cost, how they are opened."""
+"""Exact skipping: models whose last layers share the K/V of earlier ones."""
 
 import json
 from dataclasses import replace
@@ -32,16 +32,16 @@ OWN, FITTED, WIDE = Projection
 
 @pytest.fixture(scope="module", params=["gemma3n", "gemma4"])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # For F32 weights, whose kernels are the same on all processors: support.cpu.has_amx.
+    # F32 weights have the same kernels on all processors (support.cpu.has_amx).
     folder = tmp_path_factory.mktemp(request.param)
     return make_shared(folder / "model.gguf", request.param, type=GGMLQuantizationType.F32)
 
 
-# --- what they cost
+# --- shapes and refusals
 
 
 def test_the_shape_of_gemma4(tmp_path: Path) -> None:
-    """Layers 3 and 7 have no window, and heads of twice the size; 4 to 7 share K/V."""
+    """Layers 3 and 7 have no window and larger heads; layers 4 to 7 share K/V."""
     shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma4"))
     n_q, n_kv = 4 * 64, 64
     assert shape.exact == 4
@@ -76,14 +76,16 @@ def test_a_gemma4_can_be_pruned_before_the_layers_that_share(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["convert", "analyze", "eval", "demo"])
-def test_what_prunes_says_that_nothing_need_be_converted(command: str, shared: Path) -> None:
+def test_commands_that_prune_report_that_no_conversion_is_needed(
+    command: str, shared: Path
+) -> None:
     done = CliRunner().invoke(app, [command, str(shared)])
     assert done.exit_code == 1
     assert "needs no conversion" in done.stderr.replace("\n", " ")
     assert len(list(shared.parent.iterdir())) == 1
 
 
-def test_inspect_says_what_context_tokens_skip(shared: Path) -> None:
+def test_inspect_reports_the_skipped_layers(shared: Path) -> None:
     found = json.loads(CliRunner().invoke(app, ["inspect", str(shared), "--json"]).stdout)
     shape = read_shape(shared)
     assert (found["skipping"]["exact"], found["pop"]) == (shape.exact, None)
@@ -92,10 +94,10 @@ def test_inspect_says_what_context_tokens_skip(shared: Path) -> None:
     assert "not converted" not in told
 
 
-# --- how they are opened
+# --- reading
 
 
-def test_all_rows_but_the_last_leave_exactly(shared: Path) -> None:
+def test_all_rows_except_the_last_skip_exactly(shared: Path) -> None:
     model = opened(shared)
     assert model.engine.cache.exact == read_shape(shared).exact
     assert (model.engine.cache.mode, model.engine.cache.boundary, model.engine.cache.key) == (
@@ -112,7 +114,7 @@ def test_all_rows_but_the_last_leave_exactly(shared: Path) -> None:
 def test_a_switch_keeps_the_cache(shared: Path) -> None:
     model = opened(shared)
     greedy(model, prompt(100), 5)
-    # From now on the last token is read alone, in both modes: the same shapes, the same bits.
+    # Both modes now read the last token alone: equal shapes give equal bits.
     reused = greedy(model, prompt(100), 5)
     model.engine.set_mode(Mode.OFF)
     assert (model.engine.cache.n_tokens, model.engine.cache.key) == (104, FULL)
@@ -134,7 +136,7 @@ def test_a_state_of_either_mode_loads_in_the_other(mode: Mode, shared: Path) -> 
     assert greedy(other, prompt(100), 5) == first
 
 
-def test_the_figures_of_an_answer(shared: Path) -> None:
+def test_stats_count_exactly_skipped_tokens(shared: Path) -> None:
     model = opened(shared)
     *_, last = model.continue_text("a b c d e f g h", max_tokens=3, temperature=0.0)
     stats = last.stats
@@ -144,7 +146,7 @@ def test_the_figures_of_an_answer(shared: Path) -> None:
     assert stats.prefill_tokens_per_s == pytest.approx(stats.n_prompt / stats.prefill_s)
 
 
-def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
+def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
     model = opened(shared)
     with pytest.raises(PopError, match="store no K/V"):
         model.engine.set_boundary(model.engine.cache.exact)
@@ -152,10 +154,10 @@ def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
         model.engine.set_mode(Mode.ALWAYS)
 
 
-# --- what is said of them
+# --- reports
 
 
-def test_the_chat_says_where_tokens_leave_and_keeps_its_turns() -> None:
+def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
     model.engine.cache.boundary, model.engine.cache.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
@@ -170,7 +172,7 @@ def test_the_chat_says_where_tokens_leave_and_keeps_its_turns() -> None:
     assert [line for line in said if "skipping is off" in line] == [off, off]
 
 
-def test_what_a_full_reading_would_take_is_known(shared: Path) -> None:
+def test_the_cost_of_a_full_prefill_is_estimated(shared: Path) -> None:
     model = opened(shared)
     stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
     cost = _costs(model).of(stats)
@@ -198,7 +200,7 @@ def test_a_session_is_loaded_with_its_mode_and_its_cache(mode: Mode, tmp_path: P
 
 
 @pytest.mark.parametrize("pop", [None, True, False])
-def test_the_server_reads_exactly_unless_asked_not_to(pop: bool | None, shared: Path) -> None:
+def test_the_server_skips_exactly_by_default(pop: bool | None, shared: Path) -> None:
     tasks = TaskFactory(opened(shared))
     body = CompletionBody.model_validate({"model": "m", "prompt": "a b c", "pop": pop})
     assert tasks.completions(body)[0].mode is (Mode.OFF if pop is False else Mode.CONTEXT)

@@ -1,4 +1,4 @@
-"""Grammars in the engine: what is refused, what holds, and that nothing ends the process."""
+"""Grammars: constraints hold, errors are refused, and no input ends the process."""
 
 import json
 import time
@@ -53,7 +53,7 @@ def test_a_schema_holds(model, temperature):
         assert len(found["name"]) <= 5
 
 
-def test_the_seed_counts_under_a_grammar(model):
+def test_the_seed_affects_answers_with_a_grammar(model):
     options = {"grammar": "root ::= [a-z]{30}", "temperature": 1.5}
     text = answer(model, seed=1, **options)
     assert text.isalpha() and len(text) == 30
@@ -62,7 +62,7 @@ def test_the_seed_counts_under_a_grammar(model):
     assert answer(model, seed=2, **options) != text
 
 
-def test_the_likeliest_of_the_allowed_tokens_is_taken(model):
+def test_greedy_sampling_takes_the_most_likely_allowed_token(model):
     model.engine.cache.clear()
     text = answer(model, grammar="root ::= [b-y]", temperature=0.0)
     model.engine.cache.clear()
@@ -82,12 +82,12 @@ def test_a_regular_expression_holds(model):
         Grammar.of_regex("(")
 
 
-# --- what GBNF means
+# --- GBNF semantics
 
 
 @pytest.fixture(scope="module")
 def accepts(model):
-    """Whether a grammar lets a text through, byte by byte, and ends there."""
+    """Return a function that checks if a grammar accepts a whole text, byte by byte."""
     tokens = {
         model.engine.token_tries.get().decode_bytes([token]): token for token in range(N_VOCAB)
     }
@@ -120,7 +120,7 @@ def accepts(model):
         ("root ::= a{2}\na ::= [ab]{1,}", ["ab", "aaaa"], ["a"]),
     ],
 )
-def test_gbnf_is_read_as_llama_cpp_does(accepts, gbnf, right, wrong):
+def test_gbnf_has_llama_cpps_semantics(accepts, gbnf, right, wrong):
     assert [text for text in right if not accepts(gbnf, text)] == []
     assert [text for text in wrong if accepts(gbnf, text)] == []
 
@@ -133,7 +133,7 @@ def test_gbnf_is_read_as_llama_cpp_does(accepts, gbnf, right, wrong):
         *('root ::= "a"\nroot ::= "b"', 'root ::= "\ud800"', "root ::= " + "(" * 9000),
     ],
 )
-def test_what_is_no_grammar_is_refused(model, text):
+def test_an_invalid_grammar_is_refused(model, text):
     with pytest.raises(GrammarError, match="not valid"):
         Grammar.of_gbnf(text)
     with pytest.raises(GrammarError, match="not valid"):
@@ -156,7 +156,7 @@ def test_what_is_no_grammar_is_refused(model, text):
     ids=range(9),
 )
 def test_attacks_take_seconds_at_most(model, text):
-    """They are refused, or end an answer, or it goes on as any other."""
+    """A refusal, a short answer and a normal answer are all acceptable."""
     memory = psutil.Process().memory_info().rss
     started_s = time.perf_counter()
     with suppress(GrammarError):
@@ -168,19 +168,19 @@ def test_attacks_take_seconds_at_most(model, text):
     assert answer(model, grammar='root ::= "ab"') == "ab"
 
 
-def test_a_dead_end_is_an_error_and_the_model_goes_on(model):
+def test_a_dead_end_is_an_error_and_leaves_the_model_usable(model):
     with pytest.raises(GrammarError, match="no token"):
         answer(model, grammar=DEAD_END)
     assert answer(model, grammar='root ::= "ab"') == "ab"
 
 
-def test_what_json_escapes_is_escaped(model):
+def test_json_strings_are_escaped(model):
     for text in ("C:\\dir", "a\nb", 'b"c', "\U0001f600", "tab\t"):
         grammar = Grammar.of_schema({"const": text})
         assert json.loads(answer(model, grammar=grammar)) == text
 
 
-def test_no_line_ends_within_a_string(model):
+def test_json_strings_contain_no_newline(model):
     grammar = Grammar.of_schema({"type": "string", "minLength": 40, "maxLength": 40})
     for seed in range(3):
         assert json.loads(answer(model, grammar=grammar, temperature=10.0, seed=seed))
@@ -189,10 +189,10 @@ def test_no_line_ends_within_a_string(model):
 # --- the vocabulary
 
 
-def test_tokens_are_the_bytes_that_they_show(model):
+def test_the_tries_tokens_have_their_pieces_bytes(model):
     trie, pieces = model.engine.token_tries.get(), Pieces(model.engine.context)
     ends = {token for token in range(N_VOCAB) if not pieces[token]}
-    # No letter has the byte FF.
+    # UTF-8 never contains the byte FF.
     shown = [token for token in range(N_VOCAB) if pieces[token] not in (b"", b"\xff")]
     assert [trie.decode_bytes([token]) for token in shown] == [pieces[token] for token in shown]
     assert trie.eos_tokens == [EOS]
@@ -200,7 +200,7 @@ def test_tokens_are_the_bytes_that_they_show(model):
     assert not {*anything.allowed()} & (ends - {EOS})
 
 
-def test_letters_of_several_tokens_are_let_through_whole(model):
+def test_characters_of_several_tokens_are_accepted_whole(model):
     trie = model.engine.token_tries.get()
     constraint = Constraint(trie, Grammar.of_gbnf('root ::= [é-ê] "x"'))
     for byte in "é".encode():

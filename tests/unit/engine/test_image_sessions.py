@@ -1,4 +1,4 @@
-"""Pictures in conversations that are saved, and in cached prompts."""
+"""Pictures in saved sessions and in the prompt cache."""
 
 import json
 import zipfile
@@ -19,7 +19,7 @@ from support.seeing import (
 )
 
 
-def test_a_session_goes_round(seeing, tmp_path):
+def test_a_session_with_pictures_round_trips(seeing, tmp_path):
     options = {"temperature": 0.0, "max_tokens": 4}
     with seeing.opened() as model:
         session = model.session()
@@ -58,7 +58,7 @@ def test_sessions_are_listed_without_their_pictures(smol, tmp_path, monkeypatch)
     assert stored.session is not None and len(stored.session.conversation.turns) == 1
 
 
-def test_what_was_shown_and_taken_back_is_not_saved(seeing, tmp_path):
+def test_undone_pictures_are_not_saved(seeing, tmp_path):
     options = {"temperature": 0.0, "max_tokens": 4}
     with seeing.opened() as model:
         session = model.session()
@@ -73,7 +73,7 @@ def test_what_was_shown_and_taken_back_is_not_saved(seeing, tmp_path):
         assert not model.load_session(path).reread and model.engine.cache.n_tokens == n_own
 
 
-def test_a_session_of_another_format_says_so(smol, tmp_path):
+def test_a_session_of_another_format_is_reported(smol, tmp_path):
     with smol.opened() as model:
         session = model.session()
         session.chat(LONG, temperature=0.0, max_tokens=4)
@@ -107,7 +107,7 @@ def test_a_session_of_impossible_rows_or_other_pictures_is_damaged(smol, tmp_pat
             model.load_session(bad)
 
 
-def test_prompt_caches_know_pictures(smol):
+def test_prompt_caches_distinguish_pictures(smol):
     from pop_local.engine.cache.prompt_cache import PromptCache
 
     options = {"temperature": 0.0, "max_tokens": 2}

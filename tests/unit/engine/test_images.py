@@ -1,4 +1,4 @@
-"""Pictures in prompts, on tiny models of each kind: read, reused, stopped, saved, refused."""
+"""Pictures in prompts on tiny models of each kind: prefill, reuse, stops, errors."""
 
 import ctypes
 import signal
@@ -40,9 +40,9 @@ from support.seeing import (
 )
 
 
-def test_a_picture_is_read_once_and_another_one_anew(seeing):
+def test_a_cached_picture_is_reused_and_another_one_is_read(seeing):
     with seeing.opened() as model, seeing.opened() as fresh:
-        # More than follows the picture in the last prompt.
+        # A longer tail than the text after the picture.
         for each in (model, fresh):
             set_rule(each, tail_tokens=32)
         first = prompt(model, LONG, 3)
@@ -58,7 +58,7 @@ def test_a_picture_is_read_once_and_another_one_anew(seeing):
         assert said_of_other == answered(fresh, prompt(fresh, LONG, 4))[0]
         assert answered(model, first)[0] == said
 
-        # The tail is what is left of the text: no row of the picture is read again.
+        # Only text is in the tail, so no row of the picture is read again.
         short = prompt(model, "a b", 3)
         said_shortly, n_read = answered(model, short)
         assert n_read <= len(short) - image_end(short)
@@ -89,7 +89,7 @@ def test_two_pictures_in_a_conversation(seeing):
         ) == model.engine.context.is_mrope
 
 
-def test_an_image_is_read_as_mtmd_reads_it(seeing):
+def test_an_image_has_libmtmds_rows(seeing):
     with seeing.opened() as model:
         tokens = prompt(model, "a b c d", 3)
         append(model, tokens)
@@ -103,7 +103,7 @@ def logits(model: PopModel) -> np.ndarray:
 
 
 def read_raw(model: PopModel, made: Prompt) -> None:
-    """Decode a prompt as the engine does, but the images as libmtmd does."""
+    """Decode a prompt like the engine, but its images like libmtmd."""
     context = model.engine.context
     plan = plan_prefill(0, len(made), model.engine.rule, context.n_batch, made.spans)
     model.engine.cache.slot.cells.clear()
@@ -121,7 +121,7 @@ def read_raw(model: PopModel, made: Prompt) -> None:
 
 
 def decode_raw(model: PopModel, image: ImageChunk, pos: int) -> int:
-    """Decode an image as libmtmd does."""
+    """Decode an image like libmtmd."""
     vision, context = model.engine.vision, model.engine.context
     assert vision is not None
     vision.embedded(image)
@@ -136,7 +136,7 @@ def decode_raw(model: PopModel, image: ImageChunk, pos: int) -> int:
 
 
 def test_reading_a_picture_can_be_stopped(seeing):
-    """While it is encoded, and while its rows are decoded; then all is as if nothing had been."""
+    """A stop during encoding or decoding leaves the model unchanged."""
     with seeing.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)
@@ -173,7 +173,7 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, how):
         assert answered(model, tokens)[0] == want
 
 
-def test_a_wish_to_stop_need_not_be_repeated(smol):
+def test_one_stop_request_suffices(smol):
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
         want = answered(model, tokens)[0]
@@ -192,10 +192,10 @@ def test_a_wish_to_stop_need_not_be_repeated(smol):
             except StoppedError:
                 n_stopped += 0 < model.engine.vision._n_nodes - before < n_nodes
             assert answered(model, tokens)[0] == want
-        assert n_stopped > 1, "encoding was ended in its midst"
+        assert n_stopped > 1, "encoding was interrupted"
 
 
-def test_half_an_encoding_is_none(smol):
+def test_an_incomplete_encoding_is_not_reused(smol):
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
         image = next(iter(tokens.images.values()))
@@ -204,7 +204,7 @@ def test_half_an_encoding_is_none(smol):
             model.engine.vision.embedded(image)
 
 
-def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
+def test_rows_of_a_stopped_picture_are_not_saved(smol):
     with smol.opened(n_ubatch=8) as model:
         tokens = prompt(model, LONG, 3)
         n_left = 0
@@ -221,10 +221,10 @@ def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
                 > model.engine.cache.rows.positions[model.engine.cache.n_tokens]
             )
             model.engine.cache.restore(model.engine.cache.save())
-        assert n_left, "it was stopped between two ubatches"
+        assert n_left, "the stop came between two ubatches"
 
 
-def test_pictures_that_nobody_asks_about_are_not_kept_cut_up(smol, monkeypatch):
+def test_chunks_of_unused_pictures_are_dropped(smol, monkeypatch):
     monkeypatch.setattr(mmproj, "_KNOWN_ROWS", 100)
     with smol.opened() as model:
         first = prompt(model, "a", 3)
@@ -234,8 +234,8 @@ def test_pictures_that_nobody_asks_about_are_not_kept_cut_up(smol, monkeypatch):
         assert answered(model, first)[1] == len(first)
 
 
-def test_cut_up_pictures_are_freed(smol):
-    """They take megabytes each: no more than one is held, whoever holds its ids."""
+def test_picture_chunks_are_freed(smol):
+    """Chunks take megabytes each, so the model keeps only one, despite prompts with its ids."""
     n_held = 0
 
     class Counting:
@@ -263,7 +263,7 @@ def test_cut_up_pictures_are_freed(smol):
     assert n_held == 0
 
 
-def test_a_model_that_is_closed_sees_nothing(smol):
+def test_a_closed_model_refuses_pictures(smol):
     model = smol.opened()
     vision = model.engine.vision
     prompt(model, "a", 3)
@@ -275,7 +275,7 @@ def test_a_model_that_is_closed_sees_nothing(smol):
             vision.see(picture)
 
 
-def test_rows_are_of_one_mmproj(smol, tmp_path):
+def test_rows_of_another_mmproj_are_not_reused(smol, tmp_path):
     other = make_mmproj(tmp_path / "mmproj.gguf", replace(EYES["llama"], seed=2))
     with smol.opened() as model, smol.opened(mmproj=other) as another:
         one, same = prompt(model, "a", 3), prompt(another, "a", 3)
@@ -285,7 +285,7 @@ def test_rows_are_of_one_mmproj(smol, tmp_path):
         }
 
 
-def test_a_context_that_a_picture_does_not_fit(seeing):
+def test_a_picture_that_exceeds_the_context_is_refused(seeing):
     with seeing.opened(n_ctx=256) as model:
         with pytest.raises(ContextFullError, match="too many"):
             model.chat(LONG, images=[png(seed) for seed in range(6)], max_tokens=4)
@@ -303,8 +303,8 @@ def test_pruning_off_reads_pictures_in_full(seeing):
         assert not np.array_equal(logits(model), pruned)
 
 
-def test_depth_with_pictures(seeing):
-    """Redone rows are the full model's; those that see later ones, or have many positions, stay."""
+def test_refilling_with_pictures(seeing):
+    """Refilled rows equal the full model's. Non-causal and multi-position rows are not refilled."""
     if seeing.arch.startswith("qwen"):
         with seeing.opened(keep_states=True) as model:
             assert model.chat(LONG, images=[png(3)], max_tokens=4).stats.n_refilled == 0
@@ -321,8 +321,8 @@ def test_depth_with_pictures(seeing):
         assert answered(model, tokens)[0] == refilled
 
 
-def test_a_picture_is_never_cut_in_two(smol):
-    """A prompt that ends with a cached one would keep all but the last row."""
+def test_a_picture_is_never_split(smol):
+    """Rereading only the last token of a prompt would split a picture at its end."""
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]
@@ -332,8 +332,8 @@ def test_a_picture_is_never_cut_in_two(smol):
         assert answered(model, tokens)[0] == want
 
 
-def test_what_should_stop_raises_comes_out_of_an_encoding(smol):
-    """Whoever fits a model to pictures asks outside of a prompt."""
+def test_an_exception_of_should_stop_leaves_the_encoder(smol):
+    """Fits encode pictures without reading a prompt."""
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
         image = next(iter(tokens.images.values()))
@@ -362,14 +362,14 @@ def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
     with seeing.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens, which attend to each other"):
             model.chat("a", images=[png(3)], max_tokens=1)
-        assert model.engine.cache.n_tokens == 0, "what precedes it was read for nothing"
+        assert model.engine.cache.n_tokens == 0, "the text before the image was not read"
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
 
 
-# Templates, and what messages spell out
+# Templates and image markers in messages
 
 
-def test_templates_that_take_parts_or_strings(smol, tmp_path):
+def test_templates_with_parts_or_strings(smol, tmp_path):
     parts = Seeing("llama", make_seeing(tmp_path, "llama", template=PARTS_TEMPLATE))
     with smol.opened() as one, parts.opened() as other:
         assert prompt(one, "a b", 3, 4) == prompt(other, "a b", 3, 4)
@@ -389,7 +389,7 @@ def test_what_a_message_spells_out_is_text(smol, text):
         assert text in said
 
 
-def test_pictures_stand_where_the_message_has_them(smol):
+def test_pictures_keep_their_positions_in_the_message(smol):
     with smol.opened() as model:
         picture = picture_of(png(3), "3.png")
         made = model.engine.prompter.conversation([Message("user", "abcd", ((2, picture),))])

@@ -1,4 +1,4 @@
-"""Ctrl-C while a step is not to be cut off."""
+"""Ctrl-C during a step that must finish."""
 
 import signal
 
@@ -7,7 +7,7 @@ import pytest
 from pop_local.ui.ctrl_c import deferred_interrupt
 
 
-def test_the_first_one_is_remembered_and_a_second_one_raises():
+def test_the_first_signal_is_recorded_and_the_second_raises():
     with deferred_interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.asked
@@ -15,8 +15,8 @@ def test_the_first_one_is_remembered_and_a_second_one_raises():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_where_it_is_ignored_it_stays_so():
-    """As in the background jobs of a script."""
+def test_an_ignored_signal_stays_ignored():
+    """Background jobs of a shell script ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with deferred_interrupt() as interrupt:

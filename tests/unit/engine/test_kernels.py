@@ -1,4 +1,4 @@
-"""Our kernels for CPUs: what graphs ask of them, and which options follow from them."""
+"""The patched CPU kernels: marks in graphs, results and options."""
 
 import ctypes
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ N_UBATCH = 64
 
 
 class Watched:
-    """A context, and by what marks its operations were left to which kernels."""
+    """A context that records the kernel marks of its operations."""
 
     def __init__(self, path, **options) -> None:
         self._opened = ExitStack()
@@ -73,7 +73,7 @@ def watched(request, tmp_path) -> Iterator[Watched]:
         yield found
 
 
-def test_a_prompt_is_theirs_however_few_its_rows_and_a_step_is_not(watched):
+def test_prompts_of_any_size_use_the_kernels_and_steps_do_not(watched):
     step = watched.decoded(1)
     assert {mark for _, mark in step} == {FAST}
     assert MARKED - {"MUL_MAT_ID"} <= {name for name, _ in step}
@@ -81,18 +81,18 @@ def test_a_prompt_is_theirs_however_few_its_rows_and_a_step_is_not(watched):
     for n in (N_UBATCH, 3, 1):
         assert watched.decoded(n) == {(name, ALL) for name, _ in step}
     backend.set_reading(watched.ctx, Reading.NONE)
-    # Graphs are reused: the last batch had as many rows.
+    # llama.cpp reuses the graph, because the last batch also had one row.
     assert watched.decoded(1) == step
 
 
-def test_a_deep_pass_is_theirs(pop_file):
+def test_a_deep_pass_uses_the_kernels(pop_file):
     with Watched(pop_file) as watched:
         backend.set_snapshots(watched.ctx, True)
         watched.decoded(40)
         assert {mark for _, mark in watched.deepened(range(2))} == {ALL}
 
 
-def test_nothing_is_theirs_where_they_are_off(pop_file):
+def test_no_operation_uses_disabled_kernels(pop_file):
     with Watched(pop_file) as watched:
         backend.set_kernels(watched.ctx, False)
         backend.set_snapshots(watched.ctx, True)
@@ -104,7 +104,7 @@ def test_nothing_is_theirs_where_they_are_off(pop_file):
         assert {mark for _, mark in watched.decoded(1)} == {ALL}
 
 
-def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, monkeypatch):
+def test_rereading_the_last_token_uses_the_prompt_kernels(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     said: list[tuple[int, Reading]] = []
     set_reading = backend.set_reading
@@ -124,7 +124,7 @@ def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, 
     assert said == [(99, Reading.SOME), *steps]
 
 
-# --- what comes of it
+# --- results
 
 
 needs_kernels = pytest.mark.skipif(not has_kernels(), reason="no kernels for this processor")
@@ -138,7 +138,7 @@ def quantised(request, tmp_path_factory):
 
 @needs_kernels
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
+def test_a_prompts_results_do_not_depend_on_its_chunks(quantised, mode):
     found = []
     for n_batch, n_threads in ((64, 1), (64, 2), (7, 1), (1, 1)):
         model = opened(quantised, n_batch=n_batch, n_ubatch=n_batch, n_threads=n_threads)
@@ -149,7 +149,7 @@ def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
 
 
 @needs_kernels
-def test_a_refilled_cache_is_the_full_models_whatever_its_chunks_were(quantised):
+def test_a_refilled_cache_does_not_depend_on_its_chunks(quantised):
     tokens = prompt(150)
     full = opened(quantised)
     full.engine.set_mode(Mode.OFF)
@@ -181,9 +181,7 @@ def test_a_context_with_kernels_off_computes_without_them(quantised):
         (False, {"flash_attn": True}, 1),
     ],
 )
-def test_flash_attention_goes_with_the_kernels(
-    pop_file, monkeypatch, has_kernels, options, expected
-):
+def test_flash_attention_follows_the_kernels(pop_file, monkeypatch, has_kernels, options, expected):
     monkeypatch.setattr(context, "has_kernels", lambda: has_kernels)
     model = opened(pop_file, **options)
     assert model.engine.context.settings.flash_attn_type == expected
@@ -200,8 +198,8 @@ def test_on_a_gpu_flash_attention_is_llama_cpps_choice(pop_file, monkeypatch):
     assert opened(pop_file, flash_attn=False).engine.context.settings.flash_attn_type == 0
 
 
-def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
-    """V lies in another order there."""
+def test_kv_of_another_attention_are_refused_or_reread(pop_file, tmp_path):
+    """Flash attention changes the layout of V."""
     model, other = (opened(pop_file, flash_attn=is_on) for is_on in (True, False))
     tokens = prompt(100)
     read(model, tokens)
@@ -216,12 +214,12 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_weights_are_repacked_for_upstreams_kernels_alone(tmp_path, kernels):
+def test_weights_are_repacked_only_for_upstreams_kernels(tmp_path, kernels):
     path = tiny(tmp_path, type=Type.Q4_0)
     one, other = (opened(path, repack=repack, kernels=kernels) for repack in (None, False))
     results = read(one, prompt(60)), read(other, prompt(60))
     if kernels and has_kernels():
         np.testing.assert_array_equal(*results)
     else:
-        # Upstream's kernels for the two differ by up to 0.06, and other weights by 1.
+        # Upstream's two kernels differ by up to 0.06, other weights by 1.
         np.testing.assert_allclose(*results, atol=0.2)

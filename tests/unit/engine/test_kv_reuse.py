@@ -1,4 +1,4 @@
-"""Which K/V are reused: never those of the other mode, nor context rows in a prompt's tail."""
+"""Reuse of K/V, excluding the other mode's rows and context rows in a tail."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +48,7 @@ def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
     assert np.abs(expected[Mode.OFF] - expected[Mode.CONTEXT]).max() > 10 * NOISE
 
 
-def test_where_a_window_has_dropped_rows_what_follows_is_read_anew(tmp_path):
+def test_rows_after_those_a_window_dropped_are_read_again(tmp_path):
     path = tiny(tmp_path, "gemma3")
     model = opened(path, n_ctx=512, swa_full=False)
     read(model, prompt(400))
@@ -57,7 +57,7 @@ def test_where_a_window_has_dropped_rows_what_follows_is_read_anew(tmp_path):
     np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)
 
 
-def test_switching_to_the_mode_it_has_keeps_the_cache(pop_file):
+def test_switching_to_the_current_mode_keeps_the_cache(pop_file):
     model = opened(pop_file)
     read(model, prompt(100))
     model.engine.set_mode(Mode.CONTEXT)
@@ -65,7 +65,7 @@ def test_switching_to_the_mode_it_has_keeps_the_cache(pop_file):
 
 
 def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
-    """The noise that tests of the engine allow for, when batches have other shapes."""
+    """NOISE is the tests' tolerance for other batch shapes."""
     last = Step("decode", "last", tokens=tuple(prompt(200)))
     one, *others = (
         run(Job(str(pop_file), (last,), lib=str(unpatched_lib), n_ubatch=n_ubatch))["last"]
@@ -81,11 +81,11 @@ def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
     answered = prompt(100) + greedy(model, prompt(100))
     longer = answered + prompt(40, seed=1)
     counters = evaluated(model, longer)
-    # The last sampled token was not decoded before.
+    # The last sampled token has not been decoded.
     n_cached = len(answered) - 1
     assert counters.n_context + counters.n_full == len(longer) - n_cached
     reused = last_logits(model)
-    # The same rows full and pruned, the answer's in one piece: as many as a tail at most.
+    # The same rows are full and pruned; the answer is one piece, no longer than a tail.
     fresh = opened(pop_file)
     fresh.engine.set_mode(mode)
     for piece in (longer[:100], longer[100:n_cached], longer[n_cached:]):
@@ -115,7 +115,7 @@ def test_the_same_prompt_again_evaluates_nothing(pop_file):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_saved_state_comes_back(pop_file, mode):
+def test_a_saved_state_is_restored(pop_file, mode):
     model = opened(pop_file)
     model.engine.set_mode(mode)
     read(model, prompt(100))
@@ -143,14 +143,14 @@ def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
 
 
 def n_read(model, tokens) -> int:
-    """How many tokens of a prompt are read, and not found cached."""
+    """Return the number of prompt tokens that were not cached."""
     *_, last = model.engine.answer(Prompt(tokens), TurnOptions(max_tokens=1))
     assert last.stats is not None
     return last.stats.n_evaluated
 
 
 @pytest.mark.parametrize(("capacity_bytes", "is_kept"), [(2**24, True), (2**10, False)])
-def test_prompts_in_turn_are_kept_within_a_limit(pop_file, capacity_bytes, is_kept):
+def test_alternating_prompts_are_cached_within_a_limit(pop_file, capacity_bytes, is_kept):
     model = opened(pop_file)
     model.engine.cache.prompts = PromptCache(capacity_bytes)
     first, second = prompt(100), prompt(100, seed=1)
@@ -159,7 +159,7 @@ def test_prompts_in_turn_are_kept_within_a_limit(pop_file, capacity_bytes, is_ke
         assert (n_read(model, tokens) <= 16) == is_kept
 
 
-def test_a_kept_prompt_is_answered_as_if_nothing_had_come_between(pop_file):
+def test_a_restored_prompt_has_the_same_answer(pop_file):
     model = opened(pop_file)
     longer = prompt(100) + prompt(40, seed=1)
     read(model, prompt(100))
@@ -172,7 +172,7 @@ def test_a_kept_prompt_is_answered_as_if_nothing_had_come_between(pop_file):
     np.testing.assert_array_equal(last_logits(model), expected)
 
 
-def test_what_another_mode_has_read_is_kept_too(pop_file):
+def test_another_modes_prompts_are_cached_too(pop_file):
     model = opened(pop_file)
     model.engine.cache.prompts = PromptCache(2**24)
     for is_kept in (False, True):
@@ -181,7 +181,7 @@ def test_what_another_mode_has_read_is_kept_too(pop_file):
             assert (n_read(model, prompt(100)) <= 16) == is_kept
 
 
-def test_a_longer_prompt_takes_the_place_of_its_beginning(pop_file):
+def test_a_longer_prompt_replaces_its_prefix(pop_file):
     model = opened(pop_file)
     cache = PromptCache(2**24)
     model.engine.cache.prompts = cache
@@ -191,7 +191,7 @@ def test_a_longer_prompt_takes_the_place_of_its_beginning(pop_file):
     assert len(cache) == 2
 
 
-def test_one_state_too_many_drives_out_the_oldest(pop_file):
+def test_an_excess_state_evicts_the_oldest(pop_file):
     model = opened(pop_file)
     n_read(model, prompt(100))
     cache = PromptCache(3 * len(model.engine.cache.slot.cells.state()))
@@ -240,8 +240,8 @@ def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
         assert counters.n_full < 30
 
 
-def test_an_answer_that_is_broken_off_leaves_no_logits_to_go_on_with(pop_file, monkeypatch):
-    """As Ctrl-C does, which Python raises when llama_decode returns."""
+def test_an_interrupted_answer_leaves_no_usable_logits(pop_file, monkeypatch):
+    """Python raises KeyboardInterrupt when llama_decode returns."""
     model = opened(pop_file)
     expected = greedy(model, prompt(100))
     model.engine.cache.clear()
@@ -259,7 +259,7 @@ def test_an_answer_that_is_broken_off_leaves_no_logits_to_go_on_with(pop_file, m
     assert greedy(model, prompt(100)) == expected
 
 
-def test_no_more_is_forgotten_than_is_cached(pop_file):
+def test_truncating_beyond_the_cache_changes_nothing(pop_file):
     model = opened(pop_file)
     expected = greedy(opened(pop_file), prompt(120))
     read(model, prompt(100))
@@ -268,8 +268,8 @@ def test_no_more_is_forgotten_than_is_cached(pop_file):
     assert greedy(model, prompt(120)) == expected
 
 
-def test_a_state_that_cannot_go_back_is_neither_read_on_nor_saved(pop_file, monkeypatch):
-    """As recurrent ones are after a prefill that was interrupted."""
+def test_a_state_that_cannot_be_truncated_is_dropped(pop_file, monkeypatch):
+    """Recurrent states are like this after an interrupted prefill."""
     model = opened(pop_file)
     for use in (lambda: append(model, [1]), model.engine.cache.save):
         read(model, prompt(100))
@@ -279,7 +279,7 @@ def test_a_state_that_cannot_go_back_is_neither_read_on_nor_saved(pop_file, monk
         assert model.engine.cache.n_tokens == 0
 
 
-def test_a_window_that_nobody_knows_of_may_have_dropped_rows(tmp_path):
+def test_rows_dropped_by_an_undeclared_window_are_read_again(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "olmo2")
     path = add_to(base, tmp_path / "olmo2.gguf", {"olmo2.attention.sliding_window": 16})
     model = opened(path, n_ctx=512, swa_full=False)
@@ -303,7 +303,7 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
     assert again.read(tokens).n_cached == 99
 
 
-def test_an_answer_does_not_go_on_over_another_prompt(pop_file):
+def test_an_answer_stops_after_another_prompt_was_read(pop_file):
     model = opened(pop_file)
     first = steps(model, prompt(60))
     next(first)
@@ -315,8 +315,8 @@ def test_an_answer_does_not_go_on_over_another_prompt(pop_file):
             list(answer)
 
 
-def test_a_kept_prompt_of_a_larger_context_is_read_again(pop_file):
-    """Models may share a prompt cache."""
+def test_a_cached_prompt_of_a_larger_context_is_read_again(pop_file):
+    """Models can share a prompt cache."""
     large, small = opened(pop_file), opened(pop_file, n_ctx=256)
     large.engine.cache.prompts = small.engine.cache.prompts = PromptCache(2**24)
     n_read(large, prompt(300))

@@ -1,4 +1,4 @@
-"""Learning while reading: which rows are added, to which sums, and what of it is kept."""
+"""Online calibration: added rows, sums and their file."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ def plain(tmp_path):
 
 @pytest.fixture(params=["llama", "gemma3", "qwen3moe"])
 def each(request, tmp_path):
-    """A model of each kind of layer: dense, with windows, with experts."""
+    """Return a model of each kind: dense, with windows, with experts."""
     return make_gguf(tmp_path / f"{request.param}.gguf", request.param)
 
 
@@ -69,7 +69,7 @@ def same_sums(found: Sums, wanted: Sums, boundary: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
-def test_sums_of_full_readings_are_those_of_a_calibration(each):
+def test_sums_of_full_prompts_equal_a_calibrations(each):
     windows = [prompt(N, seed) for seed in range(3)]
     model = learning_model(each)
     for window in windows:
@@ -90,8 +90,8 @@ def test_sums_of_full_readings_are_those_of_a_calibration(each):
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkeypatch):
-    """Rows that a deep pass gives are the full model's own, and weigh as much."""
+def test_sums_of_refilled_rows_equal_full_prompts(arch, tmp_path, monkeypatch):
+    """Rows of a deep pass equal the full model's and have the same weights."""
     path, sidecar = with_sidecar(tmp_path, arch, boundary=4)
     tokens = prompt(N)
     full, pruned = (
@@ -112,15 +112,15 @@ def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkey
             np.testing.assert_allclose(of_deep[layer], rows, atol=1e-3)
 
 
-def test_rows_that_attend_to_projected_ones_are_not_learned(tmp_path):
-    """Those of a prompt's tail run all layers, but behind rows that did not."""
+def test_rows_that_attend_to_projected_rows_are_not_added(tmp_path):
+    """Tail rows run all layers, but attend to projected rows."""
     path, sidecar = with_sidecar(tmp_path, "llama", boundary=5)
     model = learning_model(path, sidecar=sidecar, keep_states=True)
     read(model, prompt(3 * N))
     assert model.engine.calibrator.learned.n_waiting == 0
 
 
-def test_rows_kept_to_measure_on_are_in_no_sum(plain):
+def test_held_out_rows_are_in_no_sum(plain):
     model = learning_model(plain)
     tokens = prompt(N * 3)
     read(model, tokens)
@@ -129,7 +129,7 @@ def test_rows_kept_to_measure_on_are_in_no_sum(plain):
     model.engine.calibrator.work(never)
     assert model.engine.calibrator.learned.n_rows == 5 * (N - 1)
     assert model.engine.calibrator.held_out[0].tolist() == prompt(N * 3, seed=1)[2 * N :]
-    # Read again, nothing is new.
+    # Rereading adds nothing.
     read(model, prompt(N * 3, seed=1))
     model.engine.calibrator.work(never)
     assert (model.engine.calibrator.learned.n_rows, model.engine.calibrator.learned.n_held_out) == (
@@ -153,7 +153,7 @@ def test_nothing_of_a_prompt_is_on_the_disk(plain, folder):
     assert oct(folder.stat().st_mode)[-3:] == "700"
 
 
-def test_two_who_learn_at_once_add_up(plain):
+def test_concurrent_learners_share_one_file(plain):
     one, two = learning_model(plain), learning_model(plain)
     for seed, model in enumerate((one, two)):
         read(model, prompt(3 * N, seed))
@@ -164,7 +164,7 @@ def test_two_who_learn_at_once_add_up(plain):
     one.close()
     n_rows = one.engine.calibrator.learned.n_rows
     two.close()
-    # The second chose another wider input before it knew of the first: its rows do not fit.
+    # The second process chose another wider input, so its rows are dropped.
     assert (
         SumsFile.of(read_source(plain)).known().n_rows[one.engine.calibrator.boundaries[0]]
         == n_rows
@@ -176,7 +176,7 @@ def test_two_who_learn_at_once_add_up(plain):
     assert three.engine.calibrator.learned.n_rows == n_rows + 3 * (N - 1)
 
 
-def test_a_damaged_file_is_begun_anew_with_a_word(plain, folder, caplog):
+def test_a_damaged_file_is_replaced_with_a_warning(plain, folder, caplog):
     model = learning_model(plain)
     read(model, prompt(2 * N))
     model.engine.calibrator.work(never)
@@ -223,7 +223,7 @@ def test_a_kill_at_any_time_leaves_whole_sums(tmp_path):
     assert not list(tmp_path.rglob("*.damaged"))
 
 
-def test_rows_without_room_are_counted_and_left(plain):
+def test_rows_beyond_the_memory_limit_are_counted_and_dropped(plain):
     model = learning_model(plain)
     model.engine.calibrator._room_bytes = 1_000_000
     read(model, prompt(3 * N))
@@ -231,7 +231,7 @@ def test_rows_without_room_are_counted_and_left(plain):
     assert model.engine.calibrator._waiting_bytes <= 1_000_000
 
 
-def test_memory_of_rows_is_used_again_whatever_is_decoded_meanwhile(plain):
+def test_row_buffers_are_reused_despite_decoded_tokens(plain):
     model = learning_model(plain)
     read(model, prompt(2 * N))
     model.engine.calibrator._waiting.clear()
@@ -240,13 +240,13 @@ def test_memory_of_rows_is_used_again_whatever_is_decoded_meanwhile(plain):
     assert model.engine.calibrator._used == blocks
 
 
-def test_too_little_memory_is_said(plain):
+def test_insufficient_memory_is_an_error(plain):
     with pytest.raises(PopError, match="too little memory"):
         opened(plain, **LARGE).learn(1000)
 
 
-def test_attention_is_not_needed_to_add(each):
-    """A memory without cells shows none: all rows weigh alike then."""
+def test_rows_without_attention_are_added(each):
+    """Without attention cells, all rows have equal weights."""
     model = learning_model(each)
     read(model, prompt(N))
     [tapped] = model.engine.calibrator._waiting
@@ -269,7 +269,7 @@ def test_candidates_are_the_deepest_that_memory_allows(each):
     assert few.engine.calibrator.boundaries == (4,)
 
 
-def test_figures_speak_of_all_that_was_learned(plain):
+def test_learning_is_optional_and_has_a_goal(plain):
     model = learning_model(plain)
     assert model.engine.calibrator.learned.n_wanted == learning.ROWS_TO_FIT * 128
     assert opened(plain, **LARGE).engine.calibrator is None

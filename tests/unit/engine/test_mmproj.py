@@ -1,4 +1,4 @@
-"""Mmprojs: which one a model has, what it takes, and what is none."""
+"""Mmprojs: choice, validation and decoding of pictures."""
 
 import gc
 import os
@@ -38,7 +38,7 @@ def test_images_of_a_question(smol, tmp_path):
         model.chat("a", images=[path])
 
 
-def test_what_is_no_mmproj(smol, tmp_path):
+def test_an_invalid_mmproj_is_refused(smol, tmp_path):
     with pytest.raises(PopError, match="no mmproj"):
         smol.opened(mmproj=smol.path)
     with pytest.raises(PopError, match="there is no mmproj"):
@@ -55,7 +55,7 @@ def test_what_is_no_mmproj(smol, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["attn_k", "attn_out", "ffn_down"])
-def test_a_layer_that_lacks_a_part(part, smol, tmp_path):
+def test_an_mmproj_layer_without_a_tensor_is_refused(part, smol, tmp_path):
     bad, name = tmp_path / "bad.gguf", f"v.blk.1.{part}.weight"
     content = make_mmproj(bad, EYES["llama"]).read_bytes()
     bad.write_bytes(content.replace(name.encode(), b"x" + name[1:].encode()))
@@ -78,7 +78,7 @@ def test_a_layer_that_lacks_a_part(part, smol, tmp_path):
         ("mmproj-Gone-8B.gguf", ("Other-8B.gguf",), ()),
     ],
 )
-def test_whose_mmproj_the_only_one_of_a_folder_is(smol, tmp_path, name, models, seeing):
+def test_the_only_mmproj_of_a_folder_needs_a_matching_name(smol, tmp_path, name, models, seeing):
     (tmp_path / name).write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     for model in models:
         (tmp_path / model).touch()
@@ -86,7 +86,7 @@ def test_whose_mmproj_the_only_one_of_a_folder_is(smol, tmp_path, name, models, 
     assert found == [number in seeing for number in range(len(models))]
 
 
-def test_fewer_tokens_an_image(tmp_path):
+def test_image_tokens_are_limited(tmp_path):
     seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
     with seeing.opened() as model, seeing.opened(image_tokens=16) as small:
         large, few = prompt(model, "a", 3), prompt(small, "a", 3)
@@ -103,7 +103,7 @@ def test_pictures_of_odd_sizes(seeing):
             assert model.chat("a", images=[picture], max_tokens=1).stats.n_image > 0
 
 
-def test_a_picture_that_is_decoded_holds_no_other(smol, monkeypatch):
+def test_decoding_a_picture_does_not_block_others(smol, monkeypatch):
     large, small = picture_of(png(3), "large"), picture_of(png(4), "small")
     is_begun, may_end = threading.Event(), threading.Event()
 
@@ -131,13 +131,13 @@ def test_a_picture_that_is_decoded_holds_no_other(smol, monkeypatch):
 
 
 def test_the_library_starts_no_programs(smol):
-    """Videos would start ffmpeg on whatever a client sends."""
+    """Videos would start ffmpeg on a client's data."""
     with smol.opened() as model:
         vision = model.engine.prompter.open_vision()
         assert not vision._mtmd.mtmd_helper_support_video(vision._ctx)
 
 
-def test_a_path_that_is_no_utf8(smol, tmp_path):
+def test_an_mmproj_path_may_be_invalid_utf8(smol, tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mm\xff.gguf"))
     path.write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     with smol.opened(mmproj=path) as model:
@@ -150,8 +150,8 @@ def test_the_library_is_not_loaded_for_text(smol):
         assert model.engine.vision is not None and model.engine.vision._ctx is None
 
 
-def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
-    with smol.opened():  # llama.cpp's log is taken over
+def test_another_thread_does_not_clear_the_reason(smol, tmp_path):
+    with smol.opened():  # redirects llama.cpp's log
         logs.forget_errors()
         logs._on_log(4, b"f: a reason", None)
         other = threading.Thread(target=logs.forget_errors)
@@ -161,7 +161,7 @@ def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
         logs.forget_errors()
 
 
-def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
+def test_an_unreferenced_models_mmproj_is_freed(smol):
     model = smol.opened()
     mtmd, freed = model.engine.prompter.open_vision()._mtmd, []
 
@@ -181,7 +181,7 @@ def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[tuple[str, int, int]]:
-    """Name, width and height of each picture that is decoded from now on."""
+    """Record the name, width and height of each decoded picture."""
     found: list[tuple[str, int, int]] = []
 
     def noted(picture: Picture, *most: int, real: Any = Picture.rgb) -> Any:
@@ -199,18 +199,16 @@ def asked(model: Any, images: list[Picture]) -> None:
     model.chat("a", images=images, max_tokens=1)
 
 
-def test_no_picture_is_decoded_for_its_tokens_and_again_for_its_rows(smol, decoded):
+def test_a_picture_is_decoded_once_for_tokens_and_rows(smol, decoded):
     images = [picture_of(png(seed), str(seed)) for seed in range(4)]
     with smol.opened() as model:
         asked(model, images)
         assert [name for name, *_ in decoded] == ["0", "1", "2", "3"]
-        assert not model.engine.vision._kept, "nothing needs them any more"
+        assert not model.engine.vision._kept, "no caller needs the pixels"
 
 
-def test_a_picture_that_comes_while_another_is_encoded_takes_nothing_from_it(
-    tmp_path, decoded, monkeypatch
-):
-    """A row of qwen2vl has several positions, for which the picture is cut up, too."""
+def test_a_new_picture_does_not_affect_one_that_is_encoded(tmp_path, decoded, monkeypatch):
+    """qwen2vl rows have several positions, which also need the picture's chunks."""
     first, other = (picture_of(png(seed), str(seed)) for seed in (3, 4))
     with Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl")).opened() as model:
         vision = model.engine.prompter.open_vision()
@@ -225,7 +223,7 @@ def test_a_picture_that_comes_while_another_is_encoded_takes_nothing_from_it(
     assert [name for name, *_ in decoded] == ["3", "4"]
 
 
-def test_pixels_that_wait_have_a_limit(smol, decoded, monkeypatch):
+def test_cached_pixels_have_a_limit(smol, decoded, monkeypatch):
     images = [picture_of(png(seed, 100, 100), str(seed)) for seed in range(4)]
     monkeypatch.setattr("pop_local.engine.images.mmproj._KEPT_BYTES", 2 * 3 * 100 * 100)
     with smol.opened() as model:
@@ -240,8 +238,8 @@ def test_pixels_that_wait_have_a_limit(smol, decoded, monkeypatch):
     ("size", "shown"),
     [((1000, 500), (512, 256)), ((256, 2000), (256, 2000)), ((100, 90), (100, 90))],
 )
-def test_a_picture_is_decoded_as_large_as_the_encoder_can_use(tmp_path, decoded, size, shown):
-    """Twice its 128 pixels, the shorter side."""
+def test_a_picture_is_decoded_at_the_encoders_size(tmp_path, decoded, size, shown):
+    """The shorter side becomes twice the encoder's 128 pixels."""
     seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
     with seeing.opened() as model:
         model.engine.prompter.count_picture(picture_of(png(3, *size), "a"))

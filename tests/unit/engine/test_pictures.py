@@ -1,4 +1,4 @@
-"""Files of pictures: what is read of them, within which limits, and what is refused."""
+"""Image files: formats, limits and refusals."""
 
 import random
 from io import BytesIO
@@ -24,16 +24,16 @@ def test_pictures_of_all_formats():
         assert np.abs(np.frombuffer(middle, np.uint8).astype(int) - [200, 100, 50]).max() < 9
 
 
-def test_photographs_are_turned_upright_and_transparency_is_white():
+def test_photographs_are_rotated_and_transparency_is_white():
     image = Image.new("RGB", (40, 30))
     image.paste((255, 0, 0), (0, 0, 40, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     picture = picture_of(encoded(image, "JPEG", exif=exif), "a")
     assert (picture.width, picture.height) == (30, 40)
     pixels = np.frombuffer(picture.rgb()[2], np.uint8).reshape(40, 30, 3)
     assert pixels[20, 28, 0] > 200 and pixels[20, 2, 0] < 50
-    for number in (0, 9, 255):  # which mean nothing
+    for number in (0, 9, 255):  # invalid values
         exif[0x0112] = number
         picture = picture_of(encoded(image, "JPEG", exif=exif), "a")
         assert picture.rgb()[:2] == (picture.width, picture.height) == (40, 30)
@@ -65,7 +65,7 @@ def test_large_pictures_are_scaled_down_before_all_else(kind, mode):
     assert (pixels[:, 22:] > 200).all() and (pixels[:, :18] < 50).all()
 
 
-def test_heads_are_looked_at_alone(monkeypatch):
+def test_only_headers_are_read(monkeypatch):
     contents = [encoded(Image.new("RGB", (40, 30)), kind) for kind in pictures.FORMATS]
     monkeypatch.setattr(Image.Image, "load", None)
     for content in contents:
@@ -82,7 +82,7 @@ def test_jpegs_of_many_passes(monkeypatch):
         picture_of(usual[:-2] + last * 20 + usual[-2:], "a")
 
 
-def test_what_is_no_picture(tmp_path, monkeypatch):
+def test_invalid_pictures_are_refused(tmp_path, monkeypatch):
     for content in (b"", b"no picture", png(3)[:20], b"GIF89a" + bytes(90)):
         with pytest.raises(PopError, match="is no picture that can be read"):
             picture_of(content, "x.png").rgb()
@@ -128,7 +128,7 @@ def test_damaged_files_are_errors_or_pictures(kind):
 
 
 def webp(width: int, height: int) -> bytes:
-    """A file of 32 bytes: all pixels are of one colour, which takes no bits."""
+    """Return a file of 32 bytes whose pixels share one colour."""
     channel = (0b101 | 9 << 3, 11)  # one symbol, of 8 bits
     fields = ((width - 1, 14), (height - 1, 14), (0, 7), *[channel] * 4, (1, 4))
     bits = "".join(f"{value:0{n}b}"[::-1] for value, n in fields)[::-1]
@@ -136,7 +136,7 @@ def webp(width: int, height: int) -> bytes:
     return b"RIFF\x18\0\0\0WEBPVP8L\x0c\0\0\0" + data
 
 
-def test_a_large_webp_is_decoded_elsewhere_since_all_threads_would_wait(monkeypatch):
+def test_a_large_webp_is_decoded_in_another_process(monkeypatch):
     picture = picture_of(webp(4000, 3900), "a")
     monkeypatch.setattr(Image.Image, "load", None)
     width, height, rgb = picture.rgb()

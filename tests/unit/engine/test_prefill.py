@@ -1,4 +1,4 @@
-"""Which rows are full and how prompts are cut; how bytes become text."""
+"""Full rows and chunks of prompts, and decoding bytes to text."""
 
 import pytest
 
@@ -9,7 +9,7 @@ RULE = RowRule(sink_tokens=1, tail_tokens=16)
 
 
 def rows_by_position(n_past: int, n_tokens: int, rule: RowRule) -> list[bool]:
-    """The backend's rule written out: whether each row to decode is full."""
+    """Return for each row whether it is full, by the backend's rule."""
     end = n_past + n_tokens
     short = n_tokens < rule.min_prompt
     return [
@@ -65,7 +65,7 @@ def test_a_stop_string_and_what_follows_is_never_shown():
     assert stop == "\nUser:"
 
 
-def test_what_only_begins_like_a_stop_string_is_shown_in_the_end():
+def test_a_mere_prefix_of_a_stop_string_is_shown():
     texts, rest, stop = shown([b"fine\nUs", b"ual"], ("\nUser:",))
     assert texts == ["fine", "\nUsual"]
     assert (rest, stop) == ("", "")

@@ -1,4 +1,4 @@
-"""`from pop_local import PopModel`: what programs use, and the example in docs/python-api.md."""
+"""The Python API, and the example in docs/python-api.md."""
 
 import re
 import subprocess
@@ -68,7 +68,7 @@ def test_the_documented_example_runs(chat_model, tmp_path):
 
 @pytest.mark.slow
 def test_the_documented_example_is_typed(tmp_path):
-    """With the settings and the cache of `make lint`, which has read all that it imports."""
+    """Use the settings of `make lint`, and its cache for speed."""
     assert Path(pop_local.__file__).with_name("py.typed").is_file()
     example = tmp_path / "example.py"
     example.write_text(documented() + "\npop_local.PopModel.open('x').chat('x', stop='y')\n")
@@ -83,7 +83,7 @@ def test_the_documented_example_is_typed(tmp_path):
     assert 'Module has no attribute "Popmodel"' in mistakes[1]
 
 
-# --- what is exported
+# --- exports
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -97,13 +97,13 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", vars(pop_local)["__all__"])
-def test_every_name_is_there(name):
+def test_every_exported_name_exists(name):
     assert getattr(pop_local, name) is not None
 
 
 def test_the_options_are_those_of_a_turn():
     theirs = get_type_hints(TurnOptions)
-    # For log probabilities there is create_completion; an Answer has no place for them, or calls.
+    # Answer has no fields for log probabilities and calls.
     del theirs["n_top_logprobs"], theirs["has_end_logprob"], theirs["calls"]
     assert get_type_hints(AnswerOptions) == theirs
 
@@ -111,7 +111,7 @@ def test_the_options_are_those_of_a_turn():
 # --- opening
 
 
-def test_a_model_is_opened_by_name_and_with_the_sidecar_beside_it(tmp_path, monkeypatch):
+def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(tmp_path))
     base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
     pair = paired(base, tmp_path, "fitted", boundary=4)
@@ -146,7 +146,7 @@ def test_the_constructor_takes_a_path(chat_model):
         )
 
 
-def test_a_closed_model_says_so(chat_model, tmp_path):
+def test_a_closed_model_is_an_error(chat_model, tmp_path):
     model = opened(chat_model)
     session = model.session()
     session.chat(QUESTION, **GREEDY)
@@ -173,7 +173,7 @@ def session_file(chat_model: Path, folder: Path) -> Path:
 # --- answers
 
 
-def test_chat_and_stream_say_the_same_and_remember_nothing(model):
+def test_chat_and_stream_agree_and_keep_no_history(model):
     answer = model.chat(QUESTION, documents=["i j k " * 20], system="Be brief.", **GREEDY)
     stats = answer.stats
     assert (stats.n_pruned, stats.n_cached) == (stats.n_prompt - 17, 0)
@@ -188,7 +188,7 @@ def test_chat_and_stream_say_the_same_and_remember_nothing(model):
     assert model.chat(QUESTION, **GREEDY).stats.n_prompt < stats.n_prompt
 
 
-def test_a_session_remembers_and_adds_up(model):
+def test_a_session_keeps_history_and_sums(model):
     session = model.session(system="Be brief.")
     first = session.chat(QUESTION, **GREEDY)
     second = session.chat("and now?", **GREEDY)
@@ -220,7 +220,7 @@ def test_pruning_off_reads_in_full(model):
     assert (answer.stats.reading, answer.stats.n_full) == ("full", answer.stats.n_prompt)
     n_tokens = model.engine.cache.n_tokens
     model.pruning = False
-    assert model.engine.cache.n_tokens == n_tokens, "nothing was switched, so nothing is emptied"
+    assert model.engine.cache.n_tokens == n_tokens, "the mode did not change"
     model.pruning = True
     assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
 

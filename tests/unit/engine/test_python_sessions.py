@@ -1,4 +1,4 @@
-"""Sessions of programs: answers that end early, saving and loading."""
+"""Sessions of the Python API: early ends, undoing, saving and loading."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from support.synthetic import TEMPLATE
 # --- answers that end early
 
 
-def test_leaving_a_stream_keeps_what_was_said(model):
+def test_leaving_a_stream_keeps_its_text(model):
     session = model.session()
     seen = []
     for piece in session.stream(QUESTION, **GREEDY):
@@ -30,7 +30,7 @@ def test_leaving_a_stream_keeps_what_was_said(model):
     assert session.stats.n_answers == 1
 
 
-def test_ctrl_c_keeps_what_was_said(model):
+def test_ctrl_c_keeps_the_text(model):
     session = model.session()
     pieces: list[str] = []
     with pytest.raises(KeyboardInterrupt):
@@ -49,7 +49,7 @@ def press_at(pieces: list[str], n: int) -> bool:
     return False
 
 
-def test_should_stop_ends_an_answer_with_its_figures(model):
+def test_should_stop_ends_an_answer_with_stats(model):
     session = model.session()
     answer = session.chat(QUESTION, should_stop=lambda: True, **GREEDY)
     assert (answer.text, answer.stats.finish_reason) == ("", "interrupted")
@@ -109,7 +109,7 @@ def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
     assert model.chat(QUESTION, **GREEDY).text == expected
 
 
-# --- taking back
+# --- retry, edit and undo
 
 
 def asked(session: ChatSession) -> list[str]:
@@ -139,7 +139,7 @@ def test_a_question_without_an_answer_is_dropped_until_it_gets_one(model):
     assert session.dropped == session.last_asked == Turn("more", (Document("a text", "i j k"),))
     assert asked(session) == [QUESTION]
     stream = session.edit("much more", **GREEDY)
-    assert session.dropped is not None, "it was ended before it began"
+    assert session.dropped is not None, "the answer ended before its first token"
     stream = session.retry(**GREEDY)
     assert next(stream)
     assert session.dropped is None
@@ -160,7 +160,7 @@ def test_a_forgotten_conversation_leaves_the_system_prompt(model):
         session.retry()
 
 
-def test_a_conversation_goes_on_with_another_model(chat_model, model):
+def test_a_conversation_continues_with_another_model(chat_model, model):
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     first = session.chat("and now?", **GREEDY).stats
@@ -175,7 +175,7 @@ def test_a_conversation_goes_on_with_another_model(chat_model, model):
 
 
 @pytest.mark.parametrize("pruning", [True, False])
-def test_a_saved_session_goes_on_without_reading_again(chat_model, model, tmp_path, pruning):
+def test_a_saved_session_continues_from_its_kv_cache(chat_model, model, tmp_path, pruning):
     model.pruning = pruning
     session = model.session(system="Be brief.")
     session.chat(QUESTION, **GREEDY)
@@ -229,6 +229,6 @@ def test_saving_while_an_answer_streams_ends_it(model, tmp_path):
     assert list(stream) == []
 
 
-def test_a_single_stop_is_no_sequence_of_letters(model):
+def test_a_string_as_stops_is_refused(model):
     with pytest.raises(PopError, match="stops is a string"):
         model.chat(QUESTION, stops="END", **GREEDY)

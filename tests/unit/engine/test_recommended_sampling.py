@@ -1,4 +1,4 @@
-"""Sampling as the file recommends it, and what full reading would have cost."""
+"""Recommended sampling options, and the estimated cost of full prefill."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_the_keys_of_newer_files_become_options(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, math.inf, "warm"])
-def test_a_number_that_makes_no_sense_is_left_out(tmp_path, value):
+def test_an_invalid_number_is_ignored(tmp_path, value):
     plain = make_gguf(tmp_path / "plain.gguf", "llama")
     path = add_to(plain, tmp_path / "keyed.gguf", {"general.sampling.temp": value})
     assert recommended(read_header(path)) == {}
@@ -56,6 +56,6 @@ def test_without_a_measurement_the_cost_comes_from_the_limit(tmp_path):
     cost = costs.of(whole)
     assert not cost.is_measured
     assert cost.seconds == pytest.approx(2.0 * speedup_limit(macs, 1000, 5, 17))
-    # Cached tokens need not be read in full either.
+    # Cached tokens cost nothing in full mode either.
     rest = costs.of(figures(n_prompt=1000, n_cached=500, n_pruned=483, n_full=17, prefill_s=1.0))
     assert 1.0 < rest.seconds < cost.seconds

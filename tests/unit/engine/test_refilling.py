@@ -1,4 +1,4 @@
-"""Refilling while the chat waits, before a session is saved, and between a server's requests."""
+"""Refilling while the chat is idle, before saving, and between server requests."""
 
 import threading
 import time
@@ -38,7 +38,7 @@ def chat(pop_file):
     return dialogue
 
 
-def test_rows_get_their_depth_while_a_line_is_typed(chat):
+def test_rows_are_refilled_while_the_user_types(chat):
     begun = chat()
     assert refill.status(begun) == ""
     begun.ask(WORDS)
@@ -52,7 +52,7 @@ def test_rows_get_their_depth_while_a_line_is_typed(chat):
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
-def test_a_line_that_comes_early_ends_it(chat, pause_s):
+def test_an_early_line_stops_refilling(chat, pause_s):
     begun = chat()
     begun.ask(WORDS)
     with refill.idling(begun):
@@ -73,7 +73,7 @@ def test_off_refills_nothing(chat):
 
 
 def talked(begun):
-    """The text that was shown once all lines were passed on."""
+    """Return the shown text after all lines were processed."""
     converse(begun, begun.screen.read_line)
     return begun.screen.shown
 
@@ -81,7 +81,7 @@ def talked(begun):
 @pytest.mark.parametrize(
     "lines", [("/clear",), ("/full on",), ("/full on", "/full off"), ("/retry",), ("/undo",), ()]
 )
-def test_whatever_comes_in_between_the_rest_is_refilled(chat, lines):
+def test_the_rest_is_refilled_after_other_commands(chat, lines):
     begun = chat(WORDS, *lines, WORDS[::-1])
     assert "!" not in talked(begun)
     model = begun.model
@@ -111,7 +111,7 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
     assert other.engine.cache.n_exact == other.engine.cache.n_tokens > 200
 
 
-def test_the_command_says_how_far_it_is(chat):
+def test_the_command_reports_progress(chat):
     shown = talked(chat(WORDS, "/refill", "/refill never", "/refill off"))
     assert "pruned tokens run the skipped layers while you type" in shown
     assert "tokens exact" in shown
@@ -119,7 +119,7 @@ def test_the_command_says_how_far_it_is(chat):
     assert "Catching up is off" in shown
 
 
-def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
+def test_ctrl_c_during_the_end_stops_refilling(chat, monkeypatch):
     begun = chat()
     begun.ask(WORDS)
     joined = threading.Thread.join
@@ -151,7 +151,7 @@ def test_a_server_refills_between_requests(pop_file):
 
 
 @pytest.mark.parametrize("by", ["request", "server"])
-def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
+def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
     model = opened(pop_file, keep_states=True)
     model.engine.cache.prompts = PromptCache(1 << 26)
     with asking(app_of(model, "tiny", repeatable=by == "server")) as client:
@@ -171,7 +171,7 @@ def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
         assert n_cached > 0 and found != first
 
 
-def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monkeypatch):
+def test_a_server_answers_after_an_error_in_refilling(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
 
     def refill(*_):

@@ -1,4 +1,4 @@
-"""Which answers are ended because they only repeat themselves."""
+"""Detection of answers that repeat themselves."""
 
 import re
 
@@ -16,7 +16,7 @@ CODE = (
 
 
 def n_before(text: str) -> int | None:
-    """Tokens, here words and marks, until it is ended; None where it is not."""
+    """Return the number of words and marks before the end, or None."""
     guard, pieces = Repeats(), re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)
     ended = (n for n, piece in enumerate(pieces, 1) if guard.push(hash(piece), piece.encode()))
     return next(ended, None)
@@ -51,17 +51,17 @@ def test_a_sentence_that_repeats_ends_the_answer(begun, sentence):
         "=" * 200,
     ],
 )
-def test_what_may_be_wanted_is_not_ended(text):
+def test_legitimate_repetition_is_not_ended(text):
     assert n_before(text) is None
 
 
-def test_anything_ends_at_last():
+def test_any_repetition_ends_eventually():
     n_tokens = n_before("7, " * 1000)
     assert n_tokens is not None and n_tokens < 600
 
 
 @pytest.mark.parametrize(("command", "text"), [("run", "Go on"), ("chat", "Go on\n")])
-def test_a_command_ends_such_an_answer_and_says_so(smollm2_pop, monkeypatch, command, text):
+def test_a_command_ends_a_repeating_answer_and_reports_it(smollm2_pop, monkeypatch, command, text):
     with opened(smollm2_pop) as model:
         tokens = iter(model.engine.context.tokenize(SENTENCE * 40))
     monkeypatch.setattr(Sampler, "sample", lambda self: next(tokens))

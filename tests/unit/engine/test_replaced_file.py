@@ -1,4 +1,4 @@
-"""A model's file is mapped, so that what is put in its place while it is open would answer."""
+"""Replacing a mapped model file while it is open is detected."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def test_an_answer_reads_no_settings(pair, tmp_path, monkeypatch):
         assert greedy(model, prompt(40))
 
 
-def test_one_that_is_gone_or_is_not_mapped_goes_on(tmp_path):
+def test_a_deleted_or_unmapped_file_keeps_working(tmp_path):
     path = make_gguf(tmp_path / "llama.gguf", "llama", n_layer=4)
     with opened(path, use_mmap=False) as copied, opened(path) as mapped:
         expected = greedy(mapped, prompt(40))

@@ -1,4 +1,4 @@
-"""Models on two RPC servers of this machine, against the same on the local CPU."""
+"""Models on two local RPC servers, compared with the CPU backend."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from support.rpc import Server, free_port, rpc_server
 
 @pytest.fixture(scope="module")
 def pop_file(tmp_path_factory):
-    """F32: a server's CPU does not lay weights out anew, whose products then differ in rounding."""
+    """Use F32, because RPC servers do not repack weights, and repacking changes rounding."""
     template = "{{ messages[-1]['content'] }}"
     return tiny(tmp_path_factory.mktemp("rpc"), type=Type.F32, chat_template=template)
 
@@ -43,11 +43,11 @@ def servers():
 
 @pytest.fixture
 def pair(pop_file, servers):
-    """Opens a model here and on the servers."""
+    """Open a model on the CPU and on the servers."""
     with ExitStack() as stack:
 
         def both(**options):
-            # Off with servers by default, whose devices may lack it.
+            # Off by default with servers, whose devices may lack it.
             options = {"flash_attn": False} | options
             models = opened(pop_file, **options), opened(pop_file, rpc=servers, **options)
             for model in models:
@@ -65,7 +65,7 @@ def assert_same(model, other):
     )
 
 
-def test_a_pruned_prompt_is_that_of_the_local_cpu(pair, servers, caplog):
+def test_a_pruned_prompt_equals_the_local_cpus(pair, servers, caplog):
     caplog.set_level(logging.INFO, "pop_local.llama_cpp")
     here, there = pair()
     for name in servers:
@@ -76,10 +76,10 @@ def test_a_pruned_prompt_is_that_of_the_local_cpu(pair, servers, caplog):
     assert greedy(there, prompt(300)) == greedy(here, prompt(300))
 
 
-def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
+def test_refilled_rows_equal_the_local_cpus(pair, monkeypatch):
     models = pair(keep_states=True)
     for model in models:
-        # As large as a batch, whatever it takes.
+        # Chunks as large as a batch, regardless of time.
         monkeypatch.setattr(model.engine.refiller, "_adapt", lambda n_rows, took_s: None)
         monkeypatch.setattr(model.engine.refiller, "_chunk", 64)
         append(model, prompt(200))
@@ -88,7 +88,7 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
     assert_same(*models)
 
 
-def test_a_state_goes_from_here_to_there(pair):
+def test_a_local_state_is_restored_on_servers(pair):
     here, there = pair()
     append(here, prompt(200))
     there.engine.cache.restore(here.engine.cache.save())
@@ -116,7 +116,7 @@ ALLOC_BUFFER, SET_TENSOR, DEVICE_COUNT = 0, 6, 15
 
 @contextmanager
 def greeted(server: Server) -> Iterator[Callable[..., bytes]]:
-    """Say hello; yields what sends bytes and returns so many of the answer."""
+    """Send the hello message; yield a function that sends bytes and reads N bytes."""
     with socket.create_connection(rpc.address(server.name), timeout=20) as client:
 
         def say(words: bytes, n_bytes: int) -> bytes:
@@ -128,12 +128,12 @@ def greeted(server: Server) -> Iterator[Callable[..., bytes]]:
             yield say
 
 
-def test_a_silent_client_gives_way_to_another():
+def test_a_silent_client_is_replaced_by_another():
     with rpc_server(changed=IMPATIENT) as server:
         with socket.create_connection(rpc.address(server.name)):
             rpc._probe(server.name)
         with greeted(server) as say:
-            time.sleep(1.5)  # without another client it may be silent
+            time.sleep(1.5)  # a single client may be silent
             assert say(struct.pack("<BQ", DEVICE_COUNT, 0), 12)[8:] == struct.pack("<I", 1)
             rpc._probe(server.name)
             assert say(b"", 1) == b""
@@ -151,7 +151,7 @@ def test_a_client_cannot_fill_the_memory():
                 assert answer[16:] == struct.pack("<Q", n_bytes * is_given)
 
 
-def test_a_server_that_is_not_there_is_an_error():
+def test_an_unreachable_server_is_an_error():
     done = called("run", "model.gguf", "hello", "--rpc", "nonsense")
     assert (done.returncode, "give it as HOST:PORT" in done.stderr) == (2, True)
     for name in (f"127.0.0.1:{free_port()}", "a..b:50052"):
@@ -161,7 +161,7 @@ def test_a_server_that_is_not_there_is_an_error():
         rpc.serve("a..b", 50052, 1)
 
 
-def test_what_is_no_rpc_server_is_an_error():
+def test_a_server_without_rpc_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as client:
         name = f"127.0.0.1:{listening.getsockname()[1]}"
         asked = client.submit(rpc.Servers, [name])
@@ -192,7 +192,7 @@ model.read(Prompt(list(range(3, 300))), kill)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("last", ["a b c d " * 60 + "\n", ""], ids=["asks", "ends"])
-def test_a_chat_whose_server_dies_says_so_and_is_kept(pop_file, tmp_path, last):
+def test_a_chat_whose_server_dies_reports_it_and_is_saved(pop_file, tmp_path, last):
     with rpc_server() as server:
         words = ["chat", str(pop_file), "--rpc", server.name, "--threads", "1", "--max-tokens", "4"]
         chat = subprocess.Popen(
@@ -227,8 +227,8 @@ def test_ctrl_c_ends_a_server():
         assert server.process.wait(timeout=10) == -signal.SIGINT
 
 
-def test_a_server_for_others_is_warned_of_and_a_taken_port_is_an_error(servers):
-    # The port is taken on one address, and so on all of them.
+def test_a_public_server_causes_a_warning_and_a_used_port_an_error(servers):
+    # A port in use on one address counts as in use on all.
     port = rpc.address(servers[0])[1]
     done = run("rpc-server", "--host", "0.0.0.0", "--port", port)
     assert "Anyone who can reach this port" in done.stderr

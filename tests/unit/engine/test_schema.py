@@ -1,4 +1,4 @@
-"""JSON schemas: which values an answer may be, as the model's tokens are let through or not."""
+"""JSON schemas: the values that their grammars accept, token by token."""
 
 import json
 import math
@@ -21,7 +21,7 @@ Accepts = Callable[[Any, Any], bool]
 
 
 class Raw(str):
-    """A text that may not be JSON."""
+    """An answer's text, which may be invalid JSON."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def accepts(model):
-    """Whether the grammar of a schema lets a value through, byte by byte, and ends there."""
+    """Return a function that checks if a schema's grammar accepts a value, byte by byte."""
     trie = model.engine.token_tries.get()
     tokens = {trie.decode_bytes([token]): token for token in range(N_VOCAB)}
 
@@ -74,7 +74,7 @@ def test_a_list_of_types_keeps_the_other_keywords(accepts):
     short = {"type": ["string", "integer"], "maxLength": 2}
     check(accepts, short, ["ab", 5], ["abc", None])
     nested: dict[str, Any] = {"const": 1}
-    for _ in range(30):  # each type looks at what is its own, not twice as much on each level
+    for _ in range(30):  # each type reads only its keywords, so the size does not double per level
         nested = {
             "type": ["array", "null"],
             "items": {**an_object(a=nested), "type": ["object", "string"]},
@@ -82,17 +82,17 @@ def test_a_list_of_types_keeps_the_other_keywords(accepts):
     check(accepts, nested, [None, [{"a": None}, "b"]], [1, [{"b": 1}]])
 
 
-def test_values_may_begin_alike(accepts):
+def test_values_may_share_a_prefix(accepts):
     right = ["a", "ab", "abc", "b", "", 1, 12, -1, {"a": 1}, "C:\\x", "a"]
     check(accepts, {"enum": right}, right, ["c", "abcd", 2, 123, {"a": 2}, "C:"])
 
 
-def test_letters_are_written_as_such(accepts):
+def test_non_ascii_letters_are_not_escaped(accepts):
     schema = an_object(größe={"enum": ["männlich", "ärztlich"]})
     check(accepts, schema, [{"größe": "männlich"}], [{"größe": "a"}, {"grösse": "männlich"}])
 
 
-def test_what_all_of_holds(accepts):
+def test_all_of_merges_schemas(accepts):
     colour = {"enum": ["red", "green"]}
     for schema in (
         {"allOf": [colour]},
@@ -123,12 +123,12 @@ NEEDS_A, NEEDS_B = an_object(a={"const": 1}), an_object(b={"const": 2})
         {"$ref": "#/$defs/A", "anyOf": [NEEDS_A, NEEDS_B], "$defs": {"A": ADDRESS}},
     ],
 )
-def test_of_several_schemas_each_holds(accepts, schema):
+def test_all_of_enforces_each_schema(accepts, schema):
     right = [{"street": "s", "a": 1}, {"street": "s", "b": 2}]
     check(accepts, schema, right, [{"street": "s"}, {"a": 1}, {"street": "s", "a": 2}])
 
 
-def test_what_two_say_of_one_property_holds(accepts):
+def test_two_schemas_of_one_property_are_merged(accepts):
     kinds = [an_object(kind={"const": kind}) for kind in ("cat", "dog")]
     base = an_object(kind=STRING)
     for schema in ({**base, "allOf": kinds[:1]}, {"allOf": [*kinds[:1], base]}):
@@ -142,7 +142,7 @@ def test_what_two_say_of_one_property_holds(accepts):
     check(accepts, a_number, [{"n": 1, "m": 2}], [{"n": 1.5, "m": 2}, {"n": 1, "m": "a"}])
 
 
-def test_what_stands_beside_a_reference_holds(accepts):
+def test_keywords_next_to_a_reference_are_enforced(accepts):
     schema = {"$ref": "#/$defs/A", "maxLength": 2, "$defs": {"A": {**STRING, "minLength": 1}}}
     check(accepts, schema, ["a", "ab"], ["", "abc"])
     schema["$defs"] = {"A": {"type": ["string", "null"], "maxLength": 5}}
@@ -151,7 +151,7 @@ def test_what_stands_beside_a_reference_holds(accepts):
     check(accepts, schema, ["a"], ["abc"])
 
 
-def test_what_is_required_and_not_described_is_there(accepts):
+def test_required_properties_without_a_schema_are_present(accepts):
     schema = {**ADDRESS, "anyOf": [{"required": ["a"]}, {"required": ["street"]}]}
     check(accepts, schema, [{"street": "s", "a": 5}, {"street": "s"}], [{"a": 5}])
     check(accepts, {"type": "object", "required": ["a"]}, [{"a": VALUES}], [{}])
@@ -163,7 +163,7 @@ def test_an_enum_has_values_of_its_type(accepts):
     check(accepts, {"type": "number", "enum": ["F", 1, 1.5, True]}, [1, 1.5], ["F", True])
 
 
-def test_without_a_type_any_value_goes(accepts):
+def test_a_schema_without_type_allows_any_value(accepts):
     a_list = {"type": "array", "items": {}}
     check(accepts, a_list, [VALUES], [{}])
     check(accepts, {"type": "array", "maxItems": 2}, [[1, "a"], []], [[1, 2, 3]])
@@ -206,7 +206,7 @@ def test_a_property_and_a_definition_of_one_name(accepts):
     check(accepts, schema, [right], [{"status": "on", "other": "off"}, {**right, "other": {}}])
 
 
-def test_a_whole_schema_may_be_referred_to(accepts):
+def test_a_reference_may_name_the_whole_schema(accepts):
     nested = {"type": "array", "items": {"$ref": "#"}}
     check(accepts, nested, [[], [[], [[]]]], [[1]])
 
@@ -227,7 +227,7 @@ def test_a_property_does_not_become_a_part_of_numbers(accepts):
         ({"minimum": 0, "exclusiveMinimum": True, "maximum": 9}, [5], ["a"]),
     ],
 )
-def test_a_short_range_of_integers_is_kept_to(accepts, bounds, right, wrong):
+def test_a_short_range_of_integers_is_enforced(accepts, bounds, right, wrong):
     check(accepts, {"type": "integer", **bounds}, right, wrong)
     check(accepts, {"type": ["integer", "null"], **bounds}, [*right, None], wrong)
 
@@ -289,12 +289,12 @@ def test_a_pattern_and_a_length_hold_together(accepts):
     check(accepts, both, ["a", "aa"], ["aaa", ""])
 
 
-def test_named_properties_keep_their_types_beside_others(accepts):
+def test_named_properties_keep_their_types_next_to_others(accepts):
     named = {"a": {"type": "integer"}, "é": STRING}
     for others in ({}, {"additionalProperties": True}, {"additionalProperties": STRING}):
         schema = {"type": "object", "properties": named, **others}
         check(accepts, schema, [{}, {"a": 1}, {"é": "x", "b": "y"}, {"b": "y"}], [{"a": "x"}])
-    # Nor is the same name let through in other letters.
+    # Escapes of the same name are rejected too.
     check(accepts, schema, [], [Raw(r'{"\u0061": "x"}')])
 
 
@@ -354,7 +354,7 @@ def test_formats_hold(accepts, name, right, wrong):
         (an_object(minProperties={"const": {"minProperties": 5}}), ()),
     ],
 )
-def test_what_is_not_enforced_is_named(schema, ignored):
+def test_ignored_keywords_are_reported(schema, ignored):
     assert Grammar.of_schema(schema).ignored == ignored
 
 
@@ -390,12 +390,12 @@ def test_what_is_not_enforced_is_named(schema, ignored):
         ({"enum": [["a\x01"]]}, "enum"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(schema, reason):
+def test_an_inexpressible_schema_is_refused(schema, reason):
     with pytest.raises(GrammarError, match=f"JSON schema.*{reason}"):
         Grammar.of_schema(schema)
 
 
-def test_a_definition_that_is_only_itself_leaves_no_token(model):
+def test_a_definition_that_refers_only_to_itself_allows_no_token(model):
     grammar = Grammar.of_schema({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}})
     with pytest.raises(GrammarError, match="no token"):
         Constraint(model.engine.token_tries.get(), grammar).allowed()
@@ -430,7 +430,7 @@ def in_a_hurry():
     ids=range(12),
 )
 def test_attacks_take_seconds_at_most(in_a_hurry, model, schema):
-    """They are refused, or their answers begin as all do."""
+    """A refusal and a normal start of the answer are both acceptable."""
     memory = psutil.Process().memory_info().rss
     started_s = time.perf_counter()
     with suppress(GrammarError):

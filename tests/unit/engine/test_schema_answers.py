@@ -1,4 +1,4 @@
-"""Answers to JSON schemas, as programs send them and at random, are valid by `jsonschema`."""
+"""Answers to realistic and random JSON schemas are valid by `jsonschema`."""
 
 import os
 from contextlib import suppress
@@ -12,7 +12,7 @@ from support.calls import opened
 from support.schemas import PIECES, REALISTIC, Answers, random_schema, wrong
 from support.synthetic import make_gguf
 
-# The whole campaign has 2,000 and 200.
+# The whole campaign uses 2,000 and 200.
 N_SCHEMAS = int(os.environ.get("POP_TEST_SCHEMAS", "60"))
 N_ANSWERS = int(os.environ.get("POP_TEST_ANSWERS", "5"))
 
@@ -40,7 +40,7 @@ def test_answers_to_random_schemas_are_valid(answers):
     n_tried = 0
     for seed in range(N_SCHEMAS):
         schema = random_schema(Random(seed))
-        with suppress(GrammarError):  # some allow nothing
+        with suppress(GrammarError):  # some schemas accept no value
             Grammar.of_schema(schema)
             answered(schema, answers, N_ANSWERS)
             n_tried += 1

@@ -1,4 +1,4 @@
-"""Several sequences in one context: each is read and written as if it were alone."""
+"""Sequences of one context give the same results as one alone."""
 
 import threading
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def logits(model, index: int) -> np.ndarray:
 
 
 def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
-    """The logits after a prompt that is read anew, and an answer to it."""
+    """Return the logits after an uncached prompt and an answer to it."""
     model.engine.cache.clear()
     model.read(Prompt(list(tokens)))
     for token in answer:
@@ -56,7 +56,7 @@ def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.nd
 
 
 def together(*work) -> list[BaseException | None]:
-    """Do each in a thread of its own; return what each raised."""
+    """Run each callable in a separate thread; return the exceptions."""
     raised: list[BaseException | None] = [None] * len(work)
 
     def run(number: int) -> None:
@@ -74,7 +74,7 @@ def together(*work) -> list[BaseException | None]:
     return raised
 
 
-def test_each_is_read_and_counted_for_itself(model, alone):
+def test_each_sequence_is_read_and_counted_separately(model, alone):
     for index, seed in ((1, 1), (0, 0), (2, 2)):
         tokens = prompt(150 + index, seed)
         counters = read_in(model, index, tokens).counters
@@ -84,7 +84,7 @@ def test_each_is_read_and_counted_for_itself(model, alone):
     assert [each.cache.n_tokens for each in model.engine.sequences] == [150, 151, 152]
 
 
-def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypatch):
+def test_answers_share_batches_with_prefill(model, alone, monkeypatch):
     prompts = [prompt(100, seed) for seed in (1, 2)]
     sizes = []
     run = model.engine.context.batch.run
@@ -117,15 +117,15 @@ def test_answers_share_batches_with_a_prompt_that_is_read(model, alone, monkeypa
     assert together(lambda: answer(0), lambda: answer(1), read_third) == [None] * 3
     assert sum(sizes) == 200 + 40
     assert max(sizes) == 64  # a batch
-    assert sizes.count(2) <= 20  # the two answers by themselves
-    assert sum(size > 2 for size in sizes) >= 3  # and with rows of the prompt
+    assert sizes.count(2) <= 20  # the two answers alone
+    assert sum(size > 2 for size in sizes) >= 3  # answers with rows of the prompt
     np.testing.assert_allclose(logits(model, 2), logits_of(alone, LONG), atol=NOISE)
     for index in (0, 1):
         expected = logits_of(alone, prompts[index], answered[index])
         np.testing.assert_allclose(logits(model, index), expected, atol=NOISE)
 
 
-def test_a_mode_is_of_one_sequence(model, pop_file):
+def test_each_sequence_has_its_mode(model, pop_file):
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
     model.engine.sequences[1].cache.set_mode(Mode.OFF)
@@ -139,14 +139,14 @@ def test_a_mode_is_of_one_sequence(model, pop_file):
         model.engine.sequences[0].cache.set_mode(Mode.ALWAYS)
 
 
-def test_a_boundary_is_of_all_sequences(model):
+def test_all_sequences_have_one_boundary(model):
     read_in(model, 1, LONG)
     model.engine.set_boundary(3)
     cache = model.engine.sequences[1].cache
     assert (cache.n_tokens, cache.boundary) == (0, 3)
 
 
-def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
+def test_another_sequences_prefix_is_shared(model, alone):
     read_in(model, 0, LONG)
     other = LONG[:150] + prompt(20, seed=3)
     seats = SlotScheduler(model)
@@ -163,8 +163,8 @@ def test_a_prefix_that_another_one_has_is_not_read_again(model, alone):
     assert model.engine.sequences[0].cache.n_tokens == 200
 
 
-def test_a_row_is_there_once_all_is_known_of_it(model, monkeypatch):
-    """Another token is still in its place, and others look while the row is noted."""
+def test_a_row_is_visible_only_when_complete(model, monkeypatch):
+    """Another thread looks up the row while the truncated token is still stored."""
     cache = model.engine.sequences[0].cache
     read_in(model, 0, LONG)
     cache.truncate(150)
@@ -197,10 +197,10 @@ def test_shared_rows_are_refilled_once(model):
     read_in(model, index, LONG[:100] + prompt(100, seed=9))
     model.engine.sequences[0].cache.truncate(120)
     seats.refilled(0)
-    assert cache.n_exact < 200  # what it has of its own is as it was
+    assert cache.n_exact < 200  # unshared rows are unchanged
 
 
-def test_restored_rows_are_shared_with_nobody(model):
+def test_restored_rows_are_unshared(model):
     first, second = model.engine.sequences[0].cache, model.engine.sequences[1].cache
     read_in(model, 0, prompt(100, seed=1))
     model.engine.sequences[0].refiller.refill()
@@ -215,7 +215,7 @@ def test_restored_rows_are_shared_with_nobody(model):
     assert second.key != FULL
 
 
-def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
+def test_a_refilled_sequence_equals_the_full_models_next_to_others(model, pop_file):
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
     read_in(model, 0, prompt(90, seed=5))
@@ -229,7 +229,7 @@ def test_a_refilled_sequence_is_the_full_models_beside_others(model, pop_file):
 
 @pytest.mark.parametrize("tail_tokens", [0, 16])
 def test_a_row_with_logits_is_a_full_row_of_the_prompt(tmp_path, monkeypatch, tail_tokens):
-    """The backend leaves full rows beside context alone to the kernels of answers."""
+    """The backend runs full rows in a context batch with the decode kernels."""
     plan = {"boundary": 4, "tail_tokens": tail_tokens, "min_prompt": 0}
     path = converted(make_gguf(tmp_path / "llama.gguf", "llama"), tmp_path, **plan)
     levels = []
@@ -241,12 +241,12 @@ def test_a_row_with_logits_is_a_full_row_of_the_prompt(tmp_path, monkeypatch, ta
 
     monkeypatch.setattr(backend, "set_reading", noted)
     read_in(opened(path, n_parallel=2), 1, prompt(192))
-    assert levels[0] is levels[-1] is Reading.SOME  # with the sink, with the logits
+    assert levels[0] is levels[-1] is Reading.SOME  # the batches with sink and logits
     assert Reading.CONTEXT in levels
 
 
-def test_one_of_several_is_stopped(model, alone):
-    """The batch goes on with what the other one wants."""
+def test_stopping_one_sequence_leaves_the_others(model, alone):
+    """The other sequence's rows continue."""
     begun = threading.Barrier(2)
 
     def stopped() -> None:
@@ -269,7 +269,7 @@ def test_one_of_several_is_stopped(model, alone):
     np.testing.assert_allclose(logits(model, 0), logits_of(alone, LONG), atol=NOISE)
 
 
-def test_what_a_wish_to_stop_raises_is_raised_for_its_own_sequence_alone(model):
+def test_an_exception_of_should_stop_reaches_only_its_sequence(model):
     def broken() -> bool:
         raise ZeroDivisionError
 
@@ -278,7 +278,7 @@ def test_what_a_wish_to_stop_raises_is_raised_for_its_own_sequence_alone(model):
     assert read_in(model, 1, LONG).n_prompt == 200
 
 
-def test_what_fails_in_a_batch_fails_for_those_in_it(model, monkeypatch):
+def test_a_failed_batch_fails_for_all_its_sequences(model, monkeypatch):
     read_in(model, 1, LONG[:50])
     monkeypatch.setattr(model.engine.context.batch, "run", lambda *_: 1)
     with pytest.raises(PopError):
@@ -288,7 +288,7 @@ def test_what_fails_in_a_batch_fails_for_those_in_it(model, monkeypatch):
     assert model.engine.sequences[1].cache.n_tokens == 60
 
 
-def test_prompts_that_are_driven_out_come_back_from_the_cache_of_prompts(model):
+def test_evicted_prompts_return_from_the_prompt_cache(model):
     keep_prompts(model, PromptCache(2**24))
     read_in(model, 1, LONG)
     read_in(model, 1, prompt(120, seed=4))
@@ -297,7 +297,7 @@ def test_prompts_that_are_driven_out_come_back_from_the_cache_of_prompts(model):
 
 
 def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog):
-    """llama.cpp saves them in another form, and the rows in their place would be gone."""
+    """Their format differs, and a failed attempt would lose the cached rows."""
     prompts = PromptCache(2**24)
     with opened(pop_file) as one:
         one.engine.cache.prompts = prompts
@@ -310,7 +310,7 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
     assert "state" not in caplog.text
 
 
-def test_what_cannot_be_several_is_refused(pop_file, model, tmp_path):
+def test_options_that_exclude_several_sequences_are_refused(pop_file, model, tmp_path):
     with pytest.raises(PopError, match="sliding windows reads one prompt at a time"):
         opened(tiny(tmp_path, "gemma3"), n_parallel=2)
     with pytest.raises(PopError, match="n_parallel is 0"):
@@ -321,14 +321,14 @@ def test_what_cannot_be_several_is_refused(pop_file, model, tmp_path):
         model.learn()
 
 
-def test_several_have_a_context_each(model):
+def test_each_sequence_has_the_whole_context_length(model):
     assert model.engine.context.n_ctx == 1024
     for index in range(3):
         read_in(model, index, prompt(1000, seed=index))
     assert [each.cache.n_tokens for each in model.engine.sequences] == [1000] * 3
 
 
-def test_all_logits_are_of_one_sequence_alone(model, alone):
+def test_logits_of_all_rows_come_from_one_sequence(model, alone):
     read_in(model, 0, LONG)
     cache = model.engine.sequences[1].cache
     with cache.slot.exclusive(), cache.slot.interruptible():
@@ -339,7 +339,7 @@ def test_all_logits_are_of_one_sequence_alone(model, alone):
     np.testing.assert_allclose(last, alone.engine.context.logits(50)[-1], atol=NOISE)
 
 
-def test_an_answer_goes_on_from_log_probabilities_of_its_prompt(model, pop_file):
+def test_an_answer_continues_after_log_probabilities_of_its_prompt(model, pop_file):
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
     cache = model.engine.sequences[1].cache
@@ -354,7 +354,7 @@ def test_an_answer_goes_on_from_log_probabilities_of_its_prompt(model, pop_file)
 def test_answers_keep_half_of_their_speed(step_s):
     pace = PrefillThrottle(512)
     assert pace.rows_beside(0) == 512
-    pace.took(0, 8, 0.500)  # too few to tell
+    pace.took(0, 8, 0.500)  # too few rows for an estimate
     assert pace.rows_beside(2) == 64
 
     def seconds(n_rows: int) -> float:
@@ -373,7 +373,7 @@ def test_answers_keep_half_of_their_speed(step_s):
     assert max(each for _, each in taken[20:]) <= step_s + max(0.25, step_s) + 0.02
 
 
-def test_a_step_alone_pays_back_what_a_prompt_took():
+def test_steps_without_prefill_pay_back_its_time():
     pace = PrefillThrottle(512)
     pace.took(0, 512, 0.4)
     pace.took(1, 0, 0.05)
@@ -386,7 +386,7 @@ def test_a_step_alone_pays_back_what_a_prompt_took():
     assert pace.rows_beside(600 - 90) == 2
 
 
-def test_a_prompt_goes_on_after_its_process_was_halted():
+def test_prefill_continues_after_the_process_was_suspended():
     pace = PrefillThrottle(512)
     pace.took(1, 0, 0.05)
     pace.took(1, 64, 3600.0)

@@ -1,4 +1,4 @@
-"""Random work on several sequences: full rows are the full model's, whatever came before."""
+"""Full rows equal the full model's after random operations on several sequences."""
 
 import random
 from dataclasses import replace
@@ -17,13 +17,13 @@ from support.calls import opened, prompt
 from support.converted import tiny
 
 N_STEPS = 300
-# Other cells and batches change logits by 0.003 at most, rows of another prompt by 0.07 and more.
+# Cells and batches change logits by up to 0.003, another prompt's rows by 0.07 or more.
 NOISE = 0.03
 STEMS = [prompt(120, seed) for seed in range(3)]
 
 
 class Work:
-    """Reads, shares, steps, refills and stops, on a model of three sequences."""
+    """Random reads, shares, steps, refills and stops on a model with three sequences."""
 
     def __init__(self, model: PopModel, full: PopModel, seed: int) -> None:
         self._model, self._full = model, full
@@ -86,7 +86,7 @@ class Work:
                 self._check(cache)
 
     def _check(self, cache: KvCache) -> None:
-        """The logits are those that the full model gives to the same tokens."""
+        """Compare the logits with the full model's for the same tokens."""
         self._full.engine.cache.clear()
         self._full.read(Prompt(cache.tokens.tolist()))
         expected = self._full.engine.cache.slot.logits
@@ -95,7 +95,7 @@ class Work:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_full_rows_are_the_full_models_after_anything(tmp_path, arch):
+def test_full_rows_equal_the_full_models_after_random_operations(tmp_path, arch):
     path = tiny(tmp_path, arch)
     with (
         opened(path, n_parallel=3, keep_states=True, prompt_cache=PromptCache(2**22)) as model,

@@ -1,4 +1,4 @@
-"""Saved sessions: loaded without reading again, never into a model that they do not fit."""
+"""Saved sessions restore the KV cache in the same model, and only there."""
 
 import io
 import os
@@ -29,7 +29,7 @@ from support.talking import QUESTION, answered, follow_up, opened
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_a_loaded_session_goes_on_without_reading_again(chat_model, sessions, mode):
+def test_a_loaded_session_continues_from_its_kv_cache(chat_model, sessions, mode):
     model = opened(chat_model)
     model.engine.set_mode(mode)
     said = answered(model, QUESTION)
@@ -56,7 +56,7 @@ def test_only_the_cells_in_use_are_saved(chat_model, sessions):
     assert sizes[1] - sizes[0] < 10_000
 
 
-def test_a_name_that_is_no_text_is_saved(chat_model, sessions):
+def test_a_file_name_with_lone_surrogates_is_saved(chat_model, sessions):
     said = Conversation("", (Turn("What?", (Document("\udcff.txt", "Words."),), "Words."),))
     sessions.save_transcript("talk", opened(chat_model).engine, said)
     [stored] = sessions.listed()
@@ -65,7 +65,7 @@ def test_a_name_that_is_no_text_is_saved(chat_model, sessions):
 
 
 @pytest.mark.parametrize("now_s", [0.0, 5e9])  # 1970 and 2128
-def test_a_clock_that_zip_does_not_know_keeps_nothing_from_being_saved(
+def test_a_clock_outside_of_zips_range_does_not_prevent_saving(
     chat_model, sessions, monkeypatch, now_s
 ):
     model = opened(chat_model)
@@ -76,9 +76,7 @@ def test_a_clock_that_zip_does_not_know_keeps_nothing_from_being_saved(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file that is read cannot be replaced")
-def test_a_session_that_is_replaced_while_it_is_read_is_the_one_before(
-    chat_model, sessions, monkeypatch
-):
+def test_loading_a_session_survives_its_replacement(chat_model, sessions, monkeypatch):
     model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model.engine, said)
@@ -103,7 +101,7 @@ def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions)
     sessions.save("ours", model.engine, ours.conversation)
     with zipfile.ZipFile(sessions.path("ours")) as archive:
         assert archive.namelist() == ["session.json"]
-    assert model.engine.cache.n_tokens == n_tokens, "theirs are left alone"
+    assert model.engine.cache.n_tokens == n_tokens, "the other conversation stays cached"
     fresh = opened(chat_model)
     fresh.engine.set_mode(Mode.OFF)
     restored = sessions.load("ours", fresh.engine)
@@ -114,7 +112,7 @@ def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions)
     )
 
 
-def test_what_another_conversation_adds_to_ours_is_not_saved(chat_model, sessions):
+def test_rows_that_another_conversation_added_are_not_saved(chat_model, sessions):
     model = opened(chat_model)
     said = Conversation("Be brief.", (replace(QUESTION, answer="i j k"),))
     messages = said.plus(Turn("my secret")).messages
@@ -144,14 +142,14 @@ def test_an_answer_is_saved_to_its_end(chat_model, sessions, stops, answer):
 
 
 def cached_text(sessions: Sessions, model: PopModel) -> str:
-    """The key of the K/V that were saved as talk."""
+    """Return the key of the saved K/V."""
     with zipfile.ZipFile(sessions.path("talk")) as archive:
         tokens = np.load(io.BytesIO(archive.read("tokens.npy")))
     return text_of(model, tokens.tolist())
 
 
 @pytest.mark.parametrize("other", ["model", "boundary", "context"])
-def test_k_v_of_something_else_are_not_used(chat_model, sessions, tmp_path, other):
+def test_foreign_kv_are_not_used(chat_model, sessions, tmp_path, other):
     model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model.engine, said)
@@ -195,7 +193,7 @@ def test_a_session_is_on_the_disk_before_it_has_its_name(chat_model, sessions, m
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", ".hidden", "", " a", "a ", "x" * 99])
-def test_names_have_no_parts_of_paths(chat_model, sessions, name):
+def test_session_names_are_not_paths(chat_model, sessions, name):
     with pytest.raises(PopError, match="cannot name a session"):
         sessions.path(name)
 
@@ -248,7 +246,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 
-def test_what_was_cleared_or_undone_is_not_saved(chat_model, monkeypatch, tmp_path):
+def test_cleared_and_undone_turns_are_not_saved(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
     sessions = Sessions(sessions_dir())
@@ -262,9 +260,7 @@ def test_what_was_cleared_or_undone_is_not_saved(chat_model, monkeypatch, tmp_pa
     assert shown[2] == "# 0 tokens are cached and need no reading."
 
 
-def test_a_session_of_another_model_is_read_again_after_saying_so(
-    chat_model, monkeypatch, tmp_path
-):
+def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     talked(opened(chat_model), "a b c d " * 30, "/save one")
     other = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
@@ -275,14 +271,14 @@ def test_a_session_of_another_model_is_read_again_after_saying_so(
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
 
 
-def test_a_model_that_cannot_be_pruned_talks_all_the_same(tmp_path):
+def test_the_chat_works_without_pruning(tmp_path):
     model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     _, shown = talked(model, "a b c d", "/stats")
     assert any(line.startswith("# Its reading took ") for line in shown)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
-def test_what_lies_beside_the_sessions_is_left_out(chat_model, monkeypatch, tmp_path):
+def test_other_files_next_to_sessions_are_ignored(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
     talked(model, "a b c d", "/save talk")
@@ -305,7 +301,7 @@ def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_
 
 
 def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):
-    """Two files of one recipe, whose tensors alone differ."""
+    """The two files differ only in their tensors."""
     model = opened(chat_model)
     sessions.save("talk", model.engine, answered(model, QUESTION))
     assert sessions.load("talk", opened(chat_model).engine).reread == ""
@@ -320,7 +316,7 @@ def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path)
     assert "another model" in sessions.load("talk", opened(other).engine).reread
 
 
-def test_a_pruned_session_loaded_with_pruning_off_is_not_the_full_models(chat_model, sessions):
+def test_a_pruned_session_restores_pruning(chat_model, sessions):
     model = opened(chat_model)
     sessions.save("talk", model.engine, answered(model, QUESTION))
     other = opened(chat_model)

@@ -1,4 +1,4 @@
-"""From which length on prompts are pruned; what short prompts are called."""
+"""The minimum length of pruned prompts, and the reports about short ones."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def min_prompt_of(path: Path) -> int:
 # --- the default of convert
 
 
-def test_convert_writes_twice_the_full_rows_unless_told(tmp_path, monkeypatch):
+def test_convert_writes_twice_the_full_rows_by_default(tmp_path, monkeypatch):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     runner = CliRunner()
     for options, name in (([], "a.gguf"), (["--min-prompt", "7"], "b.gguf")):
@@ -40,12 +40,12 @@ def test_convert_writes_twice_the_full_rows_unless_told(tmp_path, monkeypatch):
     assert min_prompt_of(tmp_path / "b.gguf") == 7
 
 
-# --- what short prompts are called
+# --- reports about short prompts
 
 
 @pytest.fixture(scope="module")
 def picky(tmp_path_factory) -> PopModel:
-    """Prompts of less than 120 tokens are short."""
+    """Return a model that does not prune prompts of less than 120 tokens."""
     folder = tmp_path_factory.mktemp("picky")
     source = make_gguf(folder / "m.gguf", "llama")
     return PopModel(
@@ -64,7 +64,7 @@ def picky(tmp_path_factory) -> PopModel:
         (Mode.OFF, 3, "full"),
     ],
 )
-def test_figures_say_how_the_prompt_was_read_and_why(picky, mode, n_words, reading):
+def test_stats_report_the_prefill_kind(picky, mode, n_words, reading):
     picky.engine.set_mode(mode)
     picky.engine.cache.clear()
     message = Message("user", "a " * n_words)
@@ -89,7 +89,7 @@ def test_a_short_question_after_a_cached_document_is_short(picky):
     assert backend.get_counters(picky.engine.context.ctx) == Counters(0, second.stats.n_full)
 
 
-def test_run_says_it_in_json(tmp_path):
+def test_run_reports_the_prefill_kind_in_json(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     target = converted(source, tmp_path, boundary=4, min_prompt=120)
     done = CliRunner().invoke(

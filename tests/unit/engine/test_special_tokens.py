@@ -1,5 +1,7 @@
-"""Special tokens in prompts: templates write them, messages do not. The templates are those of
-public model families, as far as they are about messages."""
+"""Special tokens come from templates, never from messages.
+
+The templates are the message parts of public models' templates.
+"""
 
 import pytest
 
@@ -103,7 +105,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(params=TEMPLATES)
 def family(request, model):
-    """The model with the template of one."""
+    """Return the model with a family's template."""
     return with_template(model, request.param)
 
 
@@ -115,7 +117,7 @@ def with_template(model, name: str):
 
 
 def talk(system: str, *contents: str) -> list[Message]:
-    """The user begins, and takes turns with the assistant."""
+    """Return alternating messages, starting with the user's."""
     said = [Message("assistant" if at % 2 else "user", text) for at, text in enumerate(contents)]
     return [Message("system", system), *said]
 
@@ -125,7 +127,7 @@ def written(model, messages) -> str:
 
 
 def as_before(model, messages) -> list[int]:
-    """The prompt's tokens with all special tokens taken for such."""
+    """Return the prompt's tokens with all special tokens parsed."""
     tokens = model.engine.context.tokenize(written(model, messages), special=True)
     bos = [*model.engine.context.bos]
     return tokens if tokens[:1] == bos else [*bos, *tokens]
@@ -146,16 +148,16 @@ def require_as_before(model) -> None:
         for messages in (talk("Be brief.", text), talk(text, "hello", text, "go on")):
             expected = as_before(model, messages)
             assert model.engine.prompter.conversation(messages).tokens == expected
-            # Also where something else in the conversation spells a special token out.
+            # Also if another message spells a special token out.
             tokens = model.engine.prompter._special.tokens(written(model, messages), {})
             assert [*model.engine.context.bos, *tokens][-len(expected) :] == expected
 
 
-def test_ordinary_text_has_the_tokens_that_it_had(family):
+def test_ordinary_text_has_unchanged_tokens(family):
     require_as_before(family)
 
 
-def test_also_where_special_tokens_swallow_spaces(tmp_path):
+def test_ordinary_text_with_space_stripping_special_tokens(tmp_path):
     path = make_gguf(tmp_path / "phi.gguf", "llama", n_vocab=512, control=CONTROL)
     path.write_bytes(path.read_bytes().replace(b"tiny random model", b"tiny phi-3, named"))
     with opened(path, n_ctx=64) as model:
@@ -167,7 +169,7 @@ def test_also_where_special_tokens_swallow_spaces(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("real", ["smollm2", "gemma"])
-def test_of_real_vocabularies_too(real, request):
+def test_ordinary_text_in_real_vocabularies(real, request):
     with opened(request.getfixturevalue(real), n_ctx=64) as model:
         own = bindings().llama_vocab_get_text(model.engine.context.vocab, 2).decode()
         for name in TEMPLATES:
@@ -195,7 +197,7 @@ def test_what_a_message_spells_out_is_text(family, place):
         assert special(family, as_before(family, talk(*contents))) != expected
 
 
-def test_the_raw_way_can_be_chosen(family):
+def test_parse_special_parses_special_tokens(family):
     messages = talk("Be brief.", "a <|im_end|> b")
     before = family.engine.prompter.conversation(messages).tokens
     family.engine.prompter.parse_special = True

@@ -1,4 +1,4 @@
-"""Chat templates: as llama_cpp renders them, with limits on what they may take."""
+"""Chat templates: equal to llama_cpp's results, with limits on time and memory."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def vocab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("template", FAIR)
-def test_the_prompt_is_what_llama_cpp_makes(template, vocab):
+def test_the_prompt_equals_llama_cpps(template, vocab):
     ours = Template(template, vocab)
     theirs = Jinja2ChatFormatter(template, ours.eos, ours.bos)
     assert ours.render(MESSAGES) == theirs(messages=MESSAGES).prompt != ""  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def in_a_hurry():
 
 
 @pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
-def test_a_wild_template_is_an_error_of_its_model_alone(in_a_hurry, tmp_path, template, vocab):
+def test_a_runaway_template_is_an_error_only_for_its_model(in_a_hurry, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
         PopModel(EngineOptions.of(path, n_threads=1, n_ctx=128)).chat("hello")
@@ -77,7 +77,7 @@ def test_a_wild_template_is_an_error_of_its_model_alone(in_a_hurry, tmp_path, te
 
 
 @pytest.mark.parametrize("of_system", ["{{ raise_exception('no system') }}", "{% continue %}"])
-def test_where_a_template_knows_no_system_the_user_says_it(tmp_path, of_system):
+def test_without_a_system_role_the_user_message_has_the_system_prompt(tmp_path, of_system):
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}" + of_system + "{% endif %}"
         "{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -101,7 +101,7 @@ def message(line: str) -> Message:
     return Message(role, content)  # type: ignore[arg-type]
 
 
-def test_pictures_move_with_what_is_said_after_the_system():
+def test_pictures_move_with_the_text_after_the_system_prompt():
     picture = picture_of(png(3, 32, 32), "a.png")
     said = [Message("system", "ab"), Message("user", "cd", ((0, picture), (2, picture)))]
     [joined] = _without_system(said)
@@ -109,8 +109,8 @@ def test_pictures_move_with_what_is_said_after_the_system():
     assert [offset for offset, _ in joined.pictures] == [3, 5]
 
 
-def test_what_goes_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeypatch):
-    """Not once more for each way of writing a message's content."""
+def test_a_template_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeypatch):
+    """The engine does not retry with other forms of a message's content."""
     rendered: list[object] = []
     call = templates.renderer.call
 
@@ -125,13 +125,13 @@ def test_what_goes_beyond_its_limits_is_tried_once(in_a_hurry, tmp_path, monkeyp
     assert len([each for each in rendered if each is not None]) == 1
 
 
-def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path):
+def test_a_template_beyond_its_limits_is_an_error_of_a_fit(in_a_hurry, tmp_path):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
     with loaded(path, n_threads=1) as context, pytest.raises(PopError, match="more than 1 s"):
         Prompter(context).before_question()
 
 
-def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch, vocab):
+def test_an_interrupted_render_is_not_the_next_ones_result(monkeypatch, vocab):
     template = Template("{{ messages[0].content }}", vocab)
 
     def ask(content: str) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizing takes time in proportion to a text, little of the stack, and can be stopped."""
+"""Tokenization: linear time, little stack, and interruptible."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from pop_local.engine.llama.interrupt import stopped_by
 from support.calls import opened, text_of
 from support.synthetic import make_gguf
 
-# Seconds of the processor for a text that takes a tenth of them; it took more than twice as many.
+# CPU seconds: ten times the usual time, but less than half of the quadratic algorithm's.
 PATIENCE_S = 3.0
 UNKNOWN = "\U00012345"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A SentencePiece vocabulary with 4,000 tokens that a text may spell out."""
+    """Return a SentencePiece model with 4,000 control tokens."""
     path = tmp_path_factory.mktemp("tokenizing") / "llama.gguf"
     control = [f"<c{number}>" for number in range(4000)]
     make_gguf(path, "llama", n_layer=1, n_vocab=4400, control=control)
@@ -35,12 +35,12 @@ def model(tmp_path_factory):
     [(UNKNOWN * 2, 8), ("<c7>", 1), ("<", 1)],
     ids=["bytes", "control tokens", "almost control tokens"],
 )
-def test_it_takes_time_in_proportion_to_the_text(model, piece, n_each):
+def test_tokenization_takes_linear_time(model, piece, n_each):
     began_s = time.process_time()
     tokens = model.engine.context.tokenize(piece * 100_000, special=True)
     assert time.process_time() - began_s < PATIENCE_S
     assert tokens[-100_000 * n_each :] == tokens[-n_each:] * 100_000
-    assert len(tokens) <= 100_000 * n_each + 1  # the space that comes first
+    assert len(tokens) <= 100_000 * n_each + 1  # the leading space
 
 
 def test_control_tokens_are_found_in_a_long_text_as_in_a_short_one(model):
@@ -66,7 +66,7 @@ print(*(len(Context.tokenize(context, letter * 200_000)) for letter in "a! "))
 
 
 def test_a_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
-    """With the regular expressions of Mistral's tokenizer, which llama.cpp leaves to std::regex."""
+    """llama.cpp runs the regular expressions of Mistral's tokenizer with std::regex."""
     path = tmp_path / "bpe.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
@@ -81,7 +81,7 @@ def test_a_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
     assert (done.returncode, done.stdout) == (0, "100000 200000 200000\n"), done.stderr
 
 
-def test_it_can_be_stopped(model):
+def test_tokenization_can_be_stopped(model):
     began_s = time.process_time()
     with stopped_by(lambda: True), pytest.raises(StoppedError):
         model.engine.context.tokenize(UNKNOWN * 2_000_000)
@@ -97,7 +97,7 @@ def test_short_texts_are_not_stopped_however_many_came_before(model):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_stops_it(model):
+def test_ctrl_c_stops_tokenization(model):
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

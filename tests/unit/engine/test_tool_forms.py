@@ -1,7 +1,7 @@
-"""The chat templates of public models: tools are told, and the calls that they write are read.
+"""Public chat templates: prompts describe tools, and calls are parsed.
 
-Each template's own way to show calls of an earlier turn is what a model was trained to write. The
-grammar says where it ends.
+A model was trained to write calls as its template renders earlier ones. The grammar determines
+their end.
 """
 
 import json
@@ -46,7 +46,7 @@ THOUGHT = "It is so."
 
 @dataclass(frozen=True)
 class Written:
-    """A form, and an answer as the template shows it, up to where the form's grammar ends."""
+    """A form, and an answer as the template renders it, up to the grammar's end."""
 
     form: CallForm
     text: str
@@ -59,7 +59,7 @@ def model(tmp_path_factory):
 
 
 class Shown(Prompter):
-    """Keeps the text of the prompt that it made last."""
+    """A prompter that stores its last prompt's text."""
 
     shown = ""
 
@@ -89,14 +89,14 @@ def written(model: Any, name: str, calls: tuple[ToolCall, ...]) -> Written:
     differ = (n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
     n_same = next(differ, len(before))
     thought = f"{THOUGHT}\n</think>\n\n" if before.rstrip().endswith(THINK) else ""
-    # Two tags may begin alike.
+    # Two tags may share a prefix.
     answer = after[max(0, n_same - N_TAG) : after.index(END, n_same)]
     text = _accepted(form, answer, N_TAG)
     return Written(form, thought + text if text else "")
 
 
 def _accepted(form: CallForm, answer: str, start: int) -> str:
-    """The longest text, from there or from a trigger on, that the grammar takes as a whole."""
+    """Return the longest text, from `start` or a trigger, that the grammar accepts."""
     assert form.grammar is not None
     tokenizer = LLTokenizer("byte")
     starts = [start]
@@ -119,11 +119,11 @@ def read(form: CallForm, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]
     reader = CallReader(form)
     said = [piece for text in pieces for piece in reader.push(text)] + reader.end()
     content = "".join(piece.content for piece in said)
-    content = content.replace(f"{THOUGHT}\n</think>", "").strip()  # a part of it in the text form
+    content = content.replace(f"{THOUGHT}\n</think>", "").strip()  # shown in the text form
     return content, [(call.name, json.loads(call.arguments)) for call in calls_of(said)]
 
 
-# One of each family, or with POP_TEST_TEMPLATES=all each of llama.cpp's tree.
+# One template per family; POP_TEST_TEMPLATES=all tests all of llama.cpp's.
 FAMILIES = (
     "Qwen-Qwen2.5-7B-Instruct",
     "Qwen-Qwen3-0.6B",
@@ -143,20 +143,20 @@ FAMILIES = (
     "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
 )
 TRIED = TEMPLATES if os.environ.get("POP_TEST_TEMPLATES") == "all" else FAMILIES
-# These show no calls of earlier turns, or not as their grammar has them.
+# These templates render no earlier calls, or not in their grammar's form.
 BY_HAND = {
     "LFM2-8B-A1B": '<|tool_call_start|>[get_weather(city="New York"){}]<|tool_call_end|>',
     "LFM2.5-Instruct": '<|tool_call_start|>[get_weather(city="New York"){}]<|tool_call_end|>',
 }
 PYTHONIC = ", double(n=21)"
-# By name: how many of one call and of two are read, where that is not both.
+# Parsed calls by template, for answers with one and with two calls, if not (1, 2).
 OTHERWISE = {
     "Apriel-1.6-15b-Thinker-fixed": (0, 0),
     "Kimi-K3": (0, 0),
     "tencent-Hy3": (0, 2),
     "unsloth-Apriel-1.5": (0, 0),
     "upstage-Solar-Open-100B": (0, 0),
-    # With these an answer has one.
+    # These allow one call per answer.
     "GigaChat3-10B-A1.8B": (1, 1),
     "GigaChat3.1-10B-A1.8B": (1, 1),
     "meetkai-functionary-medium-v3.2": (1, 1),
@@ -168,11 +168,11 @@ OTHERWISE = {
     "MiniMax-M2": (1, 0),
     "llama-cpp-deepseek-r1": (0, 2),
 }
-REFUSED = "fireworks-ai-llama-3-firefunction-v2"  # its template concatenates what nobody sends
+REFUSED = "fireworks-ai-llama-3-firefunction-v2"  # its template needs fields of no client
 
 
 @pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
-def test_calls_are_read_whole_and_cut_at_every_character(model, name):
+def test_calls_are_parsed_whole_and_in_pieces(model, name):
     for calls, n_read in zip((CALLS[:1], CALLS), OTHERWISE.get(name, (1, 2)), strict=True):
         shown = written(model, name, calls)
         if name in BY_HAND:
@@ -192,7 +192,7 @@ AS_TEXT = {
 
 
 @pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
-def test_the_prompt_tells_of_each_tool(model, name):
+def test_the_prompt_describes_each_tool(model, name):
     prompter = prompter_of(model, name)
     _, form = prompt_with_tools(prompter, [ASKED], Tools(TOOLS, TOOLS))
     assert form is not None and (form.native is None) == (name in AS_TEXT)
@@ -217,7 +217,7 @@ def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
 
 
 @pytest.mark.parametrize("id_", ["", "call_0123456789"])
-def test_ids_of_other_servers_are_taken_by_mistrals_template(model, id_):
+def test_mistrals_template_accepts_ids_of_other_servers(model, id_):
     prompter = prompter_of(model, "mistralai-Mistral-Nemo-Instruct-2407")
     calls = tuple(replace(call, id=id_ and f"{id_}{n}") for n, call in enumerate(CALLS))
     results = [Message("tool", "rain", call_id=call.id) for call in calls]

@@ -1,4 +1,4 @@
-"""Tools: what a prompt tells, which tokens an answer allows, and what is read of it."""
+"""Tools: their descriptions in prompts, constraints on answers, and parsed calls."""
 
 import json
 import time
@@ -48,7 +48,7 @@ def form_of(model: Any, tools: Tools) -> CallForm:
 
 
 def taken(model: Any, form: CallForm, text: str) -> str:
-    """As much of a text as the form allows, token by token."""
+    """Return the prefix of a text that the form allows, token by token."""
     trie = model.engine.token_tries.get(form.shown)
     constraint = Triggered(trie, Pieces(model.engine.context, form.shown), form)
     found = b""
@@ -68,7 +68,7 @@ def read(form: CallForm, text: str) -> tuple[str, list[tuple[str, str]]]:
     return content, [(call.name, call.arguments) for call in calls_of(said)]
 
 
-def test_where_a_call_must_come_no_text_comes_first(model):
+def test_a_required_call_has_no_text_before_it(model):
     form = form_of(model, Tools(BOTH, BOTH, must_call=True))
     assert taken(model, form, NATIVE) == NATIVE
     assert taken(model, form, "It") == ""
@@ -76,7 +76,7 @@ def test_where_a_call_must_come_no_text_comes_first(model):
 
 
 @pytest.mark.parametrize("call", [NATIVE, FENCED, DOUBLED], ids=["tags", "fence", "braces"])
-def test_where_it_may_come_arguments_are_those_of_the_schema_from_its_beginning_on(model, call):
+def test_arguments_of_an_optional_call_follow_the_schema(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
     assert taken(model, form, "Any text, {, `, and <tool>.") == "Any text, {, `, and <tool>."
     assert taken(model, form, call) == call
@@ -85,7 +85,7 @@ def test_where_it_may_come_arguments_are_those_of_the_schema_from_its_beginning_
 
 
 @pytest.mark.parametrize("call", [NATIVE, FENCED, DOUBLED], ids=["tags", "fence", "braces"])
-def test_a_call_is_read_and_other_json_is_content(model, call):
+def test_a_call_is_parsed_and_other_json_is_content(model, call):
     form = form_of(model, Tools(BOTH, BOTH))
     content, calls = read(form, call)
     assert content == "" and [name for name, _ in calls] == ["get_weather"]
@@ -96,20 +96,20 @@ def test_a_call_is_read_and_other_json_is_content(model, call):
         assert read(form, text) == (text, [])
 
 
-def test_content_comes_before_a_call_at_once(model):
+def test_content_before_a_call_is_not_delayed(model):
     reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
     assert [piece.content for piece in reader.push("Let me see. ")] == ["Let me see. "]
     said = reader.push(NATIVE) + reader.end()
     assert [call.name for call in calls_of(said)] == ["get_weather"]
 
 
-def test_a_call_that_is_cut_short_has_what_there_is_of_its_arguments(model):
+def test_a_truncated_call_has_partial_arguments(model):
     form = form_of(model, Tools(BOTH, BOTH))
     content, calls = read(form, FENCED[: FENCED.index("ome")])
     assert content == "" and calls == [("get_weather", '{"city": "R')]
 
 
-def test_only_the_named_one_may_be_called_and_all_are_told(model):
+def test_only_the_named_tool_may_be_called_and_all_are_described(model):
     prompt, form = prompt_with_tools(
         model.engine.prompter, [ASKED], Tools(BOTH, (DOUBLE,), must_call=True)
     )
@@ -125,7 +125,7 @@ def test_one_call_or_several(model):
         assert taken(model, form, NATIVE) == NATIVE
 
 
-def test_where_a_prompt_opens_the_thinking_the_call_comes_behind_it(tmp_path):
+def test_a_call_follows_reasoning_that_the_prompt_opened(tmp_path):
     template = TEMPLATES["Qwen-QwQ-32B"].read_text()
     with opened(tiny(tmp_path, chat_template=template), n_ctx=4096) as model:
         form = form_of(model, Tools(BOTH, BOTH, must_call=True))
@@ -148,19 +148,19 @@ def test_brackets_beyond_limits_end_nothing(model):
 @pytest.mark.parametrize(
     ("names", "reason"), [(("a", "a"), "alike"), (("get_a", "get-a"), "alike")]
 )
-def test_tools_that_are_named_alike_are_refused(names, reason):
+def test_tools_of_equal_names_are_refused(names, reason):
     tools = tuple(replace(WEATHER, name=name) for name in names)
     with pytest.raises(PopError, match=reason):
         Tools(tools, tools)
 
 
-def test_a_schema_that_is_none_is_refused(model):
+def test_an_invalid_tool_schema_is_refused(model):
     tool = replace(WEATHER, parameters={"type": "object", "properties": {"a": {"type": "any"}}})
     with pytest.raises(GrammarError):
         prompt_with_tools(model.engine.prompter, [ASKED], Tools((tool,), (tool,)))
 
 
-def test_a_model_without_a_template_is_told_of_none(tmp_path):
+def test_a_model_without_a_template_refuses_tools(tmp_path):
     with opened(tiny(tmp_path)) as model, pytest.raises(PopError, match="no chat template"):
         prompt_with_tools(model.engine.prompter, [ASKED], Tools(BOTH, BOTH))
 

@@ -1,4 +1,4 @@
-"""PopModel: what is pruned, what llama_cpp offers on top, what goes wrong. Tiny models."""
+"""Pruning, sampling and errors of PopModel, on tiny models."""
 
 import os
 import subprocess
@@ -19,10 +19,10 @@ from support.converted import converted, tiny
 from support.shapes import read_shape
 from support.synthetic import add_keys, make_gguf, renamed
 
-# --- what is pruned
+# --- pruning
 
 
-def test_a_converted_model_starts_pruning_and_tells_its_boundary(pop_file):
+def test_a_converted_model_starts_pruning_at_its_boundary(pop_file):
     model = opened(pop_file)
     assert (model.engine.cache.mode, model.engine.cache.boundary) == (Mode.CONTEXT, 4)
     assert model.engine.context.meta is not None
@@ -46,7 +46,7 @@ def test_decoded_tokens_are_full(pop_file):
     model = opened(pop_file)
     backend.reset_counters(model.engine.context.ctx)
     greedy(model, prompt(100), 10)
-    # The tenth token is sampled and not decoded.
+    # The tenth token is sampled but not decoded.
     assert backend.get_counters(model.engine.context.ctx) == Counters(83, 17 + 9)
 
 
@@ -65,7 +65,7 @@ def test_pruning_changes_the_logits(pop_file):
     assert np.abs(read(model, prompt(200)) - pruned).max() > 10 * NOISE
 
 
-def test_short_prompts_run_full_when_the_file_says_so(tmp_path):
+def test_prompts_below_the_files_minimum_run_full(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     model = opened(converted(source, tmp_path, boundary=4, min_prompt=50))
     assert evaluated(model, prompt(49)) == Counters(0, 49)
@@ -73,7 +73,7 @@ def test_short_prompts_run_full_when_the_file_says_so(tmp_path):
     assert evaluated(model, prompt(50)) == Counters(33, 17)
 
 
-def test_prompts_that_are_hardly_longer_than_their_full_tokens_run_full(pop_file):
+def test_prompts_hardly_longer_than_their_full_rows_run_full(pop_file):
     model = opened(pop_file)
     assert evaluated(model, prompt(33)) == Counters(0, 33)
     model.engine.cache.clear()
@@ -100,7 +100,7 @@ def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
     assert model.engine.cache.boundary == 4
 
 
-def test_an_unconverted_model_runs_full_and_says_how_to_convert(tmp_path):
+def test_an_unconverted_model_runs_full_and_suggests_convert(tmp_path):
     model = opened(make_gguf(tmp_path / "m.gguf", "llama"))
     assert model.engine.cache.mode is Mode.OFF
     assert evaluated(model, prompt(100)) == Counters(0, 100)
@@ -109,13 +109,13 @@ def test_an_unconverted_model_runs_full_and_says_how_to_convert(tmp_path):
     assert "convert it first" in caught.value.hint
 
 
-# --- what is sampled
+# --- sampling
 
 
 def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
     model = opened(pop_file)
     ours = greedy(model, prompt(100), 20)
-    # Mirostat is not ours; with top_k=1 the ordinary chain has no choice.
+    # Mirostat runs in llama.cpp. With top_k=1 the chain is greedy.
     for options in ({"top_k": 1, "seed": 3}, {"temperature": 0.0, "repeat_penalty": 1.0001}):
         model.engine.cache.clear()
         model.read(Prompt(prompt(100)))
@@ -130,7 +130,7 @@ def test_grammars_hold(pop_file):
     assert said in ("a", "b")
 
 
-def test_completions_are_pruned_as_prompts_are(pop_file):
+def test_completions_are_pruned_like_prompts(pop_file):
     model = opened(pop_file)
     backend.reset_counters(model.engine.context.ctx)
     completed(model, prompt(100), max_tokens=1)
@@ -144,10 +144,10 @@ def test_every_architecture_reads_and_answers(tmp_path, arch):
     assert len(greedy(model, prompt(150), 5)) == 5
 
 
-# --- what goes wrong
+# --- errors
 
 
-def test_a_prompt_beyond_the_context_names_the_counts_and_harms_nothing(pop_file):
+def test_an_oversized_prompt_reports_the_counts_and_changes_nothing(pop_file):
     model = opened(pop_file, n_ctx=256)
     before = read(model, prompt(100))
     with pytest.raises(PopError, match=r"300 .*256"):
@@ -155,15 +155,15 @@ def test_a_prompt_beyond_the_context_names_the_counts_and_harms_nothing(pop_file
     np.testing.assert_allclose(read(model, prompt(100)), before, atol=NOISE)
 
 
-def test_a_context_that_no_memory_holds_is_refused_before_it_takes_it(pop_file):
+def test_an_oversized_context_is_refused_before_allocation(pop_file):
     with pytest.raises(
         PopError, match=r"a context of 100,000,000 tokens needs 204\.8 GB of memory"
     ):
         opened(pop_file, n_ctx=10**8)
 
 
-def test_a_context_must_find_room_beside_other_programs(pop_file, monkeypatch):
-    """Whatever the machine has in all: the system would end the process."""
+def test_a_context_must_fit_next_to_other_programs(pop_file, monkeypatch):
+    """Otherwise the system would kill the process."""
     memory = SimpleNamespace(total=10**12, available=2_000_000, free=0)
     for name in ("virtual_memory", "swap_memory"):
         monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
@@ -172,7 +172,7 @@ def test_a_context_must_find_room_beside_other_programs(pop_file, monkeypatch):
         opened(pop_file, n_ctx=1024)
 
 
-def test_a_window_saves_memory_only_where_llama_cpp_is_told_so(tmp_path, monkeypatch):
+def test_a_window_saves_memory_only_without_swa_full(tmp_path, monkeypatch):
     path = make_gguf(tmp_path / "model.gguf", "gemma3")
     free_bytes = 1 << 20
     memory = SimpleNamespace(total=10**12, available=free_bytes, free=0)
@@ -183,7 +183,7 @@ def test_a_window_saves_memory_only_where_llama_cpp_is_told_so(tmp_path, monkeyp
         opened(path, n_ctx=1024)
 
 
-def test_an_unpatched_library_is_refused_with_the_cure(pop_file, unpatched_lib):
+def test_an_unpatched_library_is_refused_with_a_hint(pop_file, unpatched_lib):
     done = subprocess.run(
         [sys.executable, "-m", "pop_local", "run", str(pop_file), "hello"],
         env=os.environ | {"LLAMA_CPP_LIB_PATH": str(unpatched_lib)},
@@ -213,7 +213,7 @@ def test_a_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
     assert str(cut) in caught.value.message
 
 
-def test_a_context_that_cannot_be_had_is_an_error_with_llama_cpps_reason(pop_file):
+def test_a_failed_context_is_an_error_with_llama_cpps_reason(pop_file):
     with pytest.raises(PopError, match="V cache"):
         opened(pop_file, type_v=8, flash_attn=False)
 
@@ -256,6 +256,6 @@ def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
         model.engine.refiller.refill()
 
 
-def test_an_option_that_nobody_knows_is_no_option(pop_file):
+def test_an_unknown_option_is_an_error(pop_file):
     with pytest.raises(TypeError, match="'threads'"):
         opened(pop_file, threads=1)
