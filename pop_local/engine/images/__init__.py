@@ -1,1 +1,1 @@
-"""Pictures as rows of a prompt: decoded, cut up and embedded by libmtmd, and where they stand."""
+"""Pictures as rows of a prompt: decoded by Pillow, then split and embedded by libmtmd."""

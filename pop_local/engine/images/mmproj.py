@@ -1,7 +1,7 @@
-"""An mmproj, the vision of a vision-language model: pictures to rows of embeddings.
+"""An mmproj, the vision encoder of a vision-language model: from pictures to embeddings.
 
-Bindings are llama_cpp's own of libmtmd. An image takes rows of a prompt, which
-have NO_TOKEN among its tokens; by its key cached rows are found again.
+llama_cpp has the bindings of libmtmd. An image's rows of the prompt have NO_TOKEN in its tokens.
+The image's key identifies its cached rows.
 """
 
 import ctypes
@@ -32,33 +32,33 @@ from pop_local.models.mmproj_files import ARCHITECTURE
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Stands for a row of an image (LLAMA_TOKEN_NULL).
+# Token id of an image's rows (LLAMA_TOKEN_NULL).
 NO_TOKEN = -1
-# Rows of pictures that are known, so that a conversation's are not cut up for each question.
+# Maximum rows of remembered pictures, so that a chat's pictures are not split for each question.
 _KNOWN_ROWS = 1 << 16
-# Each layer has the same of these.
+# All layers have the same of these tensors.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
-# Projectors of libmtmd's clip.cpp that take no limit of tokens; those of old files have no name.
+# Projector types of libmtmd's clip.cpp without a token limit. Old files name no type.
 _FIXED = re.compile(
     r"|mlp|ldp|ldpv2|adapter|resampler|minicpmv4_6|internvl|nemotron_v2_vl|cogvlm|janus_pro|gemma3"
     r"|gemma3nv|llama4|step3vl|yasa2|deepseekocr|deepseekocr2|granite4_vision|phi4|dots_ocr"
     r"|dots3note_v|mimovl|paddleocr"
 )
-# Those that scale each picture to one square.
+# Projector types that scale each picture to one square.
 _SQUARE = re.compile("gemma3|gemma3nv|nemotron_v2_vl")
-# Decoded pixels between the count of a picture's tokens and the encoding of its rows.
+# Maximum of pixels kept between the count of a picture's tokens and the encoding of its rows.
 _KEPT_BYTES = 1 << 26
-# Nodes of the encoder's graph between two questions whether to stop.
+# Nodes of the encoder's graph between two calls of `should_stop`.
 _NODES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """A piece of a picture as the model sees it; some models cut one into several.
+    """A piece of a picture; some models split a picture into several.
 
-    `number`: among libmtmd's chunks of the picture. `key` tells its rows from those of others.
-    `n_pos`: by how many positions what follows is further on. `is_mutual`: its rows see each other,
-    so they are decoded at once.
+    `number`: index among libmtmd's chunks of the picture. `key`: identifies the image's rows.
+    `n_pos`: number of positions that it takes. `is_mutual`: attention among its rows is not
+    causal, so they are decoded in one batch.
     """
 
     picture: Picture
@@ -71,21 +71,21 @@ class ImageChunk:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture as the model sees it: rows of images, and the tokens that the model wants around.
+    """A picture as the model sees it: rows of images, and the model's tokens around them.
 
-    `images`: by the offset among `tokens` where each begins.
+    `images`: by their first offset in `tokens`.
     """
 
     tokens: tuple[int, ...]
     images: Mapping[int, ImageChunk]
 
 
-# Width, height and bytes, as of Picture.rgb.
+# Width, height and bytes, see Picture.rgb.
 _Pixels = tuple[int, int, bytes]
 
 
 class _Cut:
-    """libmtmd's chunks of a picture, with its scaled pixels in them: megabytes, freed with it."""
+    """libmtmd's chunks of a picture, with megabytes of scaled pixels, freed with this object."""
 
     def __init__(self, mtmd: Any, picture: Picture) -> None:
         self.sha256 = picture.sha256
@@ -101,9 +101,9 @@ class _Cut:
 
 
 class Mmproj:
-    """An mmproj file beside its model, loaded by `open`; `key` tells it from others.
+    """A model's mmproj file, loaded by `open`; `key` identifies the file.
 
-    `see` may be called from several threads, while another one decodes.
+    Several threads may call `see` while another thread decodes.
     """
 
     def __init__(
@@ -114,16 +114,16 @@ class Mmproj:
         max_tokens: int | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`max_tokens`: of one image, where its size may vary.
+        """`max_tokens`: maximum tokens of one image, if the projector has images of any size.
 
-        `should_stop` is asked while an image is encoded. Raises PopError for what is no mmproj.
+        `should_stop` is called while an image is encoded. Raises PopError for an invalid mmproj.
         """
         self.path = path
         self.max_tokens = max_tokens
         self.key = fingerprint(path)
         self._use_gpu = use_gpu
         self._should_stop = should_stop
-        self._ended: BaseException | None = None
+        self._stop_error: BaseException | None = None
         self._n_nodes = 0
         self._ctx: Any = None
         self._lock = threading.RLock()
@@ -133,15 +133,15 @@ class Mmproj:
         header = read_source(path).first
         kinds = map(header.get, ("clip.projector_type", "clip.vision.projector_type"))
         kind = next((str(kind) for kind in kinds if kind), "")
-        # Whether `max_tokens` changes nothing.
+        # `max_tokens` has no effect.
         self.is_fixed = bool(_FIXED.fullmatch(kind))
         side = header.get("clip.vision.image_size")
         self._side = side if isinstance(side, int) and _SQUARE.fullmatch(kind) else 0
 
     def open(self, model: Any, n_threads: int) -> "Self":
-        """Load the file if it is not; `model`: a llama_model pointer.
+        """Load the file on first use; `model`: a llama_model pointer.
 
-        Raises PopError for one that belongs to another model, and without Pillow.
+        Raises PopError if the file belongs to another model, and without Pillow.
         """
         with self._lock:
             if self._ctx is None:
@@ -156,8 +156,8 @@ class Mmproj:
         params.use_gpu, params.n_threads, params.warmup = self._use_gpu, n_threads, False
         params.print_timings = False
         params.image_max_tokens = self.max_tokens or params.image_max_tokens
-        # The structure does not keep it alive.
-        self._callback = bindings().ggml_backend_sched_eval_callback(self._goes_on)
+        # The structure does not keep the callback alive.
+        self._callback = bindings().ggml_backend_sched_eval_callback(self._on_node)
         params.cb_eval = self._callback
         logs.forget_errors()
         self._ctx = mtmd.mtmd_init_from_file(os.fsencode(self.path), model, params)
@@ -168,7 +168,7 @@ class Mmproj:
         if self.max_tokens and "image_max_pixels" in reason:
             raise PopError(
                 f"no picture fits {self.max_tokens} tokens with {self.path}",
-                "allow a picture more tokens",
+                "allow more tokens per picture",
             )
         raise PopError(
             f"{self.path} does not fit this model{reason}",
@@ -176,9 +176,9 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> Seen:
-        """Cut a picture up as the model wants it.
+        """Split a picture into the model's images and tokens.
 
-        Raises PopError for a damaged picture, and for one that the model cannot be shown.
+        Raises PopError for a damaged picture, and for one that libmtmd rejects.
         """
         if picture.sha256 not in self._known:
             self._cut_up(picture)
@@ -191,18 +191,18 @@ class Mmproj:
         return known
 
     def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
-        """Encode an image, and decode its rows in a sequence from position `first` on.
+        """Encode an image, decode its rows from position `first` on, and return the encoding time.
 
-        Returns the seconds that encoding took. Raises PopError where it cannot be read; when
-        interrupted, StoppedError or whatever Ctrl-C raises.
+        The time is in seconds. Raises PopError if encoding or decoding fails; when interrupted,
+        StoppedError or the error of Ctrl-C.
         """
         ctx, n_batch = slot.context.ctx, slot.context.n_batch
         started_s = time.perf_counter()
-        positions = self.positions(image, first)  # first: pixels are kept until rows are encoded
+        positions = self.positions(image, first)  # before encoding, which drops the pixels
         try:
             rows = self.embedded(image)
         except StoppedError:
-            slot.raise_if_stopped()  # it may have been Ctrl-C
+            slot.raise_if_stopped()  # raises Ctrl-C's error instead
             raise
         encode_s = time.perf_counter() - started_s
         logs.forget_errors()
@@ -217,9 +217,9 @@ class Mmproj:
         return encode_s
 
     def embedded(self, image: ImageChunk) -> np.ndarray:
-        """Return what the encoder makes of an image, float32 [n_rows, n_embd_inp].
+        """Return an image's embeddings, float32 [n_rows, n_embd_inp].
 
-        Raises PopError where it fails, StoppedError where `should_stop` ended it.
+        Raises PopError if the encoder fails, StoppedError if `should_stop` stopped it.
         """
         cut = self._cut_up(image.picture)
         with self._lock:
@@ -228,7 +228,7 @@ class Mmproj:
             raise StoppedError
         logs.forget_errors()
         code = self._mtmd.mtmd_encode_chunk(self._ctx, cut[image.number])
-        ended, self._ended = self._ended, None
+        ended, self._stop_error = self._stop_error, None
         if ended is not None:
             raise ended
         if code != 0:
@@ -237,9 +237,9 @@ class Mmproj:
         return np.ctypeslib.as_array(rows, (image.n_rows, self._n_embd)).copy()
 
     def positions(self, image: ImageChunk, first: int) -> np.ndarray:
-        """Return where an image's rows stand from position `first` on: int32 [n_pos, n_rows].
+        """Return the positions of an image's rows from `first` on: int32 [n_pos, n_rows].
 
-        That is time, height, width and nothing where rows have several positions.
+        With M-RoPE, a row's positions are time, height, width and an unused one.
         """
         if not self._mtmd.mtmd_decode_use_mrope(self._ctx):
             return first + np.arange(image.n_rows, dtype=np.int32)[None]
@@ -261,30 +261,31 @@ class Mmproj:
         if getattr(self, "_ctx", None):
             self.close()
 
-    def _goes_on(self, _tensor: int, is_asked: bool, _data: object) -> bool:
-        """libmtmd asks before each node whether its result is wanted, and then, whether to go on.
+    def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
+        """Return whether to be called after this node (`is_query`), or whether to continue.
 
-        A False there ends the graph, and the encoder says that all is well.
+        A False after a node stops the encoder, which still returns success. So `_stop_error`
+        stores the reason.
         """
-        if is_asked:
+        if is_query:
             self._n_nodes += 1
             return self._n_nodes % _NODES_AT_ONCE == 0
         try:
-            if self._ended is None and self._should_stop():
-                self._ended = StoppedError()
-        except BaseException as error:  # ctypes would drop it
-            self._ended = error
-        return self._ended is None
+            if self._stop_error is None and self._should_stop():
+                self._stop_error = StoppedError()
+        except BaseException as error:  # exceptions cannot cross ctypes
+            self._stop_error = error
+        return self._stop_error is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
-        """The last picture is kept cut up: it is likely to be decoded next, piece by piece.
+        """Return a picture's chunks; the last picture's are kept, as its pieces are decoded next.
 
-        Pixels take seconds; other pictures are not held meanwhile. They are kept until its rows are
-        decoded, so that a request's are not waited for twice.
+        Decoding pixels takes seconds, so it runs without the lock. The pixels are kept until the
+        picture's rows are encoded, so that each request decodes them only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last
-        pixels = self._kept.get(picture.sha256) or picture.rgb(self._most_shown(picture))
+        pixels = self._kept.get(picture.sha256) or picture.rgb(self._max_pixels(picture))
         with self._lock:
             if self._ctx is None:
                 raise PopError(f"{self.path} is closed", "open the model again")
@@ -294,8 +295,8 @@ class Mmproj:
                 self._kept.popitem(last=False)
             return self._last
 
-    def _most_shown(self, picture: Picture) -> int:
-        """Return how many pixels to decode: twice a square's, along the shorter side."""
+    def _max_pixels(self, picture: Picture) -> int:
+        """Return how many pixels to decode, with the shorter side twice the encoder's square."""
         sides = sorted((picture.width, picture.height))
         return min(MAX_SHOWN, 4 * self._side**2 * sides[1] // sides[0] or MAX_SHOWN)
 
@@ -324,7 +325,7 @@ class Mmproj:
         for number in range(len(cut)):
             chunk = cut[number]
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-                tokens += self._words(chunk)
+                tokens += self._text_tokens(chunk)
                 continue
             n_rows = int(mtmd.mtmd_input_chunk_get_n_tokens(chunk))
             images[len(tokens)] = ImageChunk(
@@ -339,8 +340,8 @@ class Mmproj:
             tokens += [NO_TOKEN] * n_rows
         return Seen(tuple(tokens), images)
 
-    def _words(self, chunk: Any) -> list[int]:
-        """The tokens that the model wants around images."""
+    def _text_tokens(self, chunk: Any) -> list[int]:
+        """Return the text tokens of a chunk, which surround images."""
         n = ctypes.c_size_t()
         words = self._mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
         found: list[int] = words[: n.value]
@@ -353,23 +354,21 @@ class Mmproj:
 
 
 def fingerprint(path: Path) -> str:
-    """Return what tells mmprojs apart: size, and a hash of header and tensors' beginnings.
+    """Return an mmproj's size, with a hash of its header and of its tensors' first bytes.
 
-    Raises PopError for what is none.
+    Raises PopError if the file is not an mmproj.
     """
     if not path.is_file():
         raise PopError(f"there is no mmproj {path}", "check the path")
     source = read_source(path)
     if source.first.get("general.architecture") != ARCHITECTURE:
-        raise PopError(
-            f"{path} is no mmproj", "give the file beside the model whose name says mmproj"
-        )
+        raise PopError(f"{path} is no mmproj", "give the file that has mmproj in its name")
     _require_layers(path, [tensor.name for tensor in source.tensors])
     return f"{source.size_bytes} {sampled_sha256(source)}"
 
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
-    """libmtmd takes parts of a layer for optional, and reads at address 0 where one has none."""
+    """Raise PopError if a layer lacks a part, since libmtmd would then read at address 0."""
     found = [match for name in names if (match := _PART.fullmatch(name))]
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):

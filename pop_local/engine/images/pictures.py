@@ -1,8 +1,8 @@
-"""Pictures: a file's bytes to pixels, within limits that are checked before a pixel is decoded.
+"""Pictures: from a file's bytes to pixels, within limits that are checked before decoding.
 
-Pillow decodes them, not the decoder inside libmtmd, which promises nothing for bytes from
-strangers, knows no WebP and does not turn photographs upright. Large WebPs are decoded in a child
-process, since all threads wait while Pillow decodes one.
+Pillow decodes them, since libmtmd's decoder is not meant for untrusted files, lacks WebP and
+ignores the orientation of photographs. A child process decodes large WebPs, because Pillow blocks
+all threads while it decodes one.
 """
 
 import base64
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
-# Pixels in all passes of a progressive JPEG; few bytes may ask for any number of passes.
+# Pixels in all passes of a progressive JPEG, which needs few bytes for any number of passes.
 MAX_SCANNED = 20 * MAX_PIXELS
-# Nothing is left of a strip once a model has scaled it.
+# Scaled to a model's input, a longer strip would vanish.
 MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
-# More than a model is shown; a larger picture is scaled down before anything else is made of it.
+# More than models use. Larger pictures are scaled down before any other step.
 MAX_SHOWN = 8_000_000
-# Pillow decodes no WebP at a smaller size, and holds it several times.
+# Pillow cannot decode WebPs at a smaller size, and holds several copies.
 MAX_WEBP_PIXELS = 2 * MAX_SHOWN
-# A WebP of more takes longer than starting a child.
-_MAX_HERE = 1_000_000
+# Decoding a larger WebP takes longer than starting a child.
+_MAX_INLINE = 1_000_000
 LIMIT_S = 20.0
 LIMIT_BYTES = 512 * 2**20
-# The head of a scan in a JPEG file, of 1 to 4 components.
+# A scan's header in a JPEG file, with 1 to 4 components.
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
-_SIDEWAYS = (5, 6, 7, 8)  # of EXIF's orientations
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as its file has it; `name` is for people, `width` and `height` are upright pixels.
+    """A picture's file; `name` is for messages, `width` and `height` are in upright pixels.
 
-    Two pictures are equal if their files are; `content` is checked as far as `picture_of` does.
+    Two pictures are equal if their files are. `picture_of` has checked the header in `content`.
     """
 
     name: str = field(compare=False)
@@ -64,29 +64,29 @@ class Picture:
         return hashlib.sha256(self.content).hexdigest()
 
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
-        """Return width, height and the pixels row by row, three bytes each: of the first frame,
-        upright, on white where transparent, and scaled down to some `most` pixels.
+        """Return width, height and pixels of the first frame, row by row, three bytes each.
 
+        The frame is upright, on white if transparent, and scaled down to about `most` pixels.
         Raises PopError for a damaged file.
         """
         is_webp = self.content[8:12] == b"WEBP"
-        if is_webp and self.width * self.height > _MAX_HERE:
+        if is_webp and self.width * self.height > _MAX_INLINE:
             return _rgb_by_child(self, most)
         return _rgb(self.content, self.name, most)
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """Read a file, or a pipe that somebody writes to.
+    """Read a picture from a file or a pipe.
 
-    Raises PopError for what is no picture, OSError for what cannot be read.
+    Raises PopError if it is not a picture, OSError if it cannot be read.
     """
     return picture_of(read_file(Path(path), MAX_BYTES + 1), str(path))
 
 
 def picture_of(content: bytes, name: str) -> Picture:
-    """Take a file's bytes, which are decoded as far as its head, for a picture.
+    """Return the picture in a file's bytes; only the header is decoded.
 
-    Raises PopError for what is none, and for one beyond MAX_BYTES, MAX_PIXELS or MAX_ASPECT.
+    Raises PopError if it is not a picture, or exceeds MAX_BYTES, MAX_PIXELS or MAX_ASPECT.
     """
     if len(content) > MAX_BYTES:
         raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the picture down")
@@ -106,16 +106,16 @@ def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
     with _opened(content, name) as opened:
         _orientation(opened)
         shown: Image.Image = opened
-        if opened.mode.startswith("I"):  # 16 bits of grey, which would be cut off at 255
+        if opened.mode.startswith("I"):  # convert would clip 16-bit grey at 255
             shown = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             shown.info.pop("transparency", None)
         n_pixels = opened.width * opened.height
         if n_pixels > most:
-            if shown.mode in ("1", "P"):  # which cannot be scaled smoothly
+            if shown.mode in ("1", "P"):  # these modes cannot be scaled smoothly
                 shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
             share = (most / n_pixels) ** 0.5
             size = opened.width * share, opened.height * share
-            shown.thumbnail(size, reducing_gap=1.1)  # by a JPEG decoder what it can
+            shown.thumbnail(size, reducing_gap=1.1)  # the JPEG decoder scales first
         shown = ImageOps.exif_transpose(shown)
         if shown.has_transparency_data:
             layer = shown.convert("RGBA")
@@ -125,11 +125,11 @@ def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
 
 
 class PictureDecoder:
-    """Decodes pictures in a child process."""
+    """Methods that the parent calls."""
 
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
-        """As Picture.rgb, with bytes as base64."""
+        """Return the same as Picture.rgb, with bytes as base64."""
         width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
 
@@ -160,7 +160,7 @@ def require_pillow() -> None:
 
 
 def _orientation(opened: "Image") -> object:
-    """Read the head alone: Pillow would read all pixels of a PNG to look behind them."""
+    """Return the header's EXIF orientation; a PNG's own `getexif` would decode all pixels."""
     from PIL import Image
 
     return Image.Image.getexif(opened).get(0x0112)
@@ -184,7 +184,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
     except MemoryError as error:
         message = f"{name} takes too much memory to decode"
         raise PopError(message, "scale the picture down") from error
-    except Exception as error:  # decoders raise what they like on damaged files
+    except Exception as error:  # decoders raise any error on damaged files
         raise PopError(
             f"{name} is no picture that can be read",
             f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",

@@ -36,7 +36,6 @@ MEAN_WORDS = 20
 
 # Folders to be rewritten; an entry applies to a folder's files and not to its subfolders.
 NOT_YET: set[str] = {
-    "pop_local/engine/images",
     "pop_local/texts",
 }
 
