@@ -1,1 +1,1 @@
-"""Documents: users' files as text, and synthetic ones."""
+"""Texts of users' files, and synthetic documents for look-ups."""

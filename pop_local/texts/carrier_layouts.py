@@ -16,7 +16,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Records that share their fields; `kinds` are those of the fields."""
+    """Records that share their fields; `kinds` has one kind of value per field."""
 
     noun: str
     fields: tuple[str, ...]
@@ -33,7 +33,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """A form in which a block is written; `subject(noun, field, entity)` names one value."""
+    """A format of a block; `subject(noun, field, entity)` names one value in it."""
 
     name: str
     write: Callable[[Block], str]

@@ -1,4 +1,4 @@
-"""Random values, names and keys of look-up documents, different ones for each use."""
+"""Random values, names and keys of look-up documents; the two uses share none."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Use(Enum):
 class Words:
     """Word lists of one use. `fields` holds the keys for each kind of value.
 
-    Names of entities and families are a start and an end. `phone`, `date` and `amount` are formats.
+    Names of entities and families join a start and an end. `phone`, `date` and `amount` are formats.
     """
 
     nouns: tuple[str, ...]

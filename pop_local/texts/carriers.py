@@ -30,8 +30,8 @@ _PROSE_SHARE = 0.5
 class LookupQuestion:
     """A question whose answer is one value of the document, as an exact string.
 
-    `stem` is the start of the sentence that answers: what follows it, after a space, is `answer`.
-    `kind` is the value's kind (see `KINDS`), `layout` that of the value's block.
+    `stem` starts the answering sentence, and `answer` follows it after a space. `kind` is the
+    value's kind (see `KINDS`), `layout` the layout of its block.
     """
 
     question: str
@@ -42,7 +42,7 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """Return the text that follows document and blank line; the answer completes it."""
+        """Return the text to append after the document and a blank line; the answer completes it."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 
@@ -80,11 +80,11 @@ def make_carrier(
 ) -> Carrier:
     """Build a document of blocks in all layouts of the use, with prose between and after them.
 
-    `prose` is cut at sentences and read from a random one on; `count` returns a text's tokens.
-    A short document has fewer questions: one for each of its values. Raises PopError if its first
-    value leaves no room for prose.
+    The prose starts at a random sentence of `prose`. `count` returns a text's length in tokens.
+    A short document has fewer questions, one for each of its values. Raises PopError if its first
+    block leaves no room for prose.
     """
-    # The stream depends on the use, too: a seed given for both draws no common value.
+    # The stream also depends on the use, so the same seed draws no common value for both.
     rng = np.random.default_rng([*settings.use.value.encode(), int(rng.integers(1 << 62))])
     writer = _Writer(rng, settings.use)
     sentences = _sentences(prose)
@@ -122,7 +122,7 @@ def with_answers(carrier: Carrier) -> AnsweredCarrier:
 def _even_over_kinds(
     rng: np.random.Generator, questions: Sequence[LookupQuestion]
 ) -> list[LookupQuestion]:
-    """Shuffle, with the first question of every kind before the second of any."""
+    """Return shuffled questions, with every kind's first question before any second one."""
     rounds: Counter[str] = Counter()
     ranked = []
     for i in rng.permutation(len(questions)):
@@ -142,7 +142,7 @@ def _sentences(prose: str) -> list[str]:
 def _paragraphs(
     rng: np.random.Generator, sentences: Sequence[str], n: int, n_tokens: int, count: CountTokens
 ) -> list[str]:
-    """Return `n` paragraphs of about `n_tokens` tokens together."""
+    """Return `n` paragraphs of about `n_tokens` tokens in total."""
     first = int(rng.integers(len(sentences)))
     paragraphs: list[list[str]] = [[] for _ in range(n)]
     used = 0
@@ -156,7 +156,7 @@ def _paragraphs(
 
 
 class _Writer:
-    """Writes blocks; no entity and no value of one document occurs twice in it."""
+    """Writer of one document's blocks, without repeated entities or values."""
 
     def __init__(self, rng: np.random.Generator, use: Use) -> None:
         self._rng = rng
@@ -168,9 +168,9 @@ class _Writer:
         self._seen: list[str] = []
 
     def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
-        """Return a block and the questions about all of its values.
+        """Return a block and questions about all of its values.
 
-        It has fewer records if it would pass `n_tokens` otherwise, but one at least.
+        The block drops records to stay within `n_tokens`, but keeps one.
         """
         layout = next(self._layouts)
         kinds = self._distinct_kinds()
@@ -215,7 +215,7 @@ def _questions(layout: Layout, block: Block) -> Iterator[LookupQuestion]:
 
 
 def _cycle(rng: np.random.Generator, items: Sequence[_T]) -> Iterator[_T]:
-    """Yield all items in random order, again and again, so that all are drawn equally often."""
+    """Yield all items in a new random order per round, so that all are drawn equally often."""
     while True:
         for i in rng.permutation(len(items)):
             yield items[i]

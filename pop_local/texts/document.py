@@ -1,4 +1,4 @@
-"""A document: the text of a file and its name."""
+"""The document type: a file's text and name."""
 
 from dataclasses import dataclass
 

@@ -59,7 +59,7 @@ def _read(path: Path) -> Document:
         raise
     except ImportError as error:
         raise PopError(f"{path} is {library} is not installed", EXTRA_HINT) from error
-    except Exception as error:  # a broken file can raise anything in the libraries
+    except Exception as error:  # the libraries raise any error on broken files
         raise PopError(
             f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
         ) from error
