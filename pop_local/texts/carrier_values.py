@@ -18,7 +18,7 @@ class Use(Enum):
 class Words:
     """Word lists of one use. `fields` holds the keys for each kind of value.
 
-    Names of entities and families join a start and an end. `phone`, `date` and `amount` are formats.
+    Names of entities and families join a start to an end; `phone`, `date`, `amount` are formats.
     """
 
     nouns: tuple[str, ...]

@@ -42,7 +42,7 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """Return the text to append after the document and a blank line; the answer completes it."""
+        """Return the text that follows the document and a blank line; the answer completes it."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 

@@ -35,7 +35,7 @@ ARCHIVE = "docs/notebook/archive"
 MEAN_WORDS = 20
 
 # Folders to be rewritten; an entry applies to a folder's files and not to its subfolders.
-NOT_YET: set[str] = {}
+NOT_YET: set[str] = set()
 
 # A docstring starts with an imperative or a noun phrase.
 DOCSTRING_STARTS = re.compile(
