@@ -117,11 +117,6 @@ class Lookups(LookupCounts):
     by_kind: dict[str, LookupCounts]
     by_layout: dict[str, LookupCounts]
 
-    @property
-    def lost_share(self) -> float:
-        """Return the share of the full model's right answers that pruning loses, 0 without any."""
-        return self.lost / self.full if self.full else 0.0
-
 
 def measure_lookups(
     model: PopModel,

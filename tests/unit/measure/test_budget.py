@@ -36,9 +36,7 @@ def quality(kl=0.02, ppl=1.01, copy=1.05, retention=0.95, se=0.0):
 
 def lookups(n_lost, n_full=200, expected=0.0, se=None):
     """Return counts of look-ups, and the lost share of the right strings' probability."""
-    return SimpleNamespace(
-        lost=n_lost, full=n_full, lost_share=n_lost / n_full, expected_lost=Estimate(expected, se)
-    )
+    return SimpleNamespace(lost=n_lost, full=n_full, expected_lost=Estimate(expected, se))
 
 
 def searched(deepest: int) -> tuple[int | None, list[int]]:

@@ -201,7 +201,6 @@ def test_lost_and_gained_are_counted_by_kind_and_layout() -> None:
     pruned = [answers(False, True, logprob=-2), answers(True, True, logprob=-4)]
     found = compare_answers(documents, full, pruned, SETTINGS)
     assert (found.n, found.full, found.pruned, found.lost, found.gained) == (4, 3, 3, 1, 1)
-    assert found.lost_share == pytest.approx(1 / 3)
     assert found.p == 1.0
     assert (found.by_kind["hex"].lost, found.by_kind["date"].gained) == (1, 1)
     assert found.by_layout.keys() == {"in hex", "in date"}
@@ -214,4 +213,4 @@ def test_lost_and_gained_are_counted_by_kind_and_layout() -> None:
 
 def test_a_model_without_right_answers_loses_none() -> None:
     found = compare_answers([document("hex")], [answers(False)], [answers(False)], SETTINGS)
-    assert (found.lost_share, found.p, found.logprob_lost.se) == (0.0, 1.0, None)
+    assert (found.lost, found.p, found.logprob_lost.se) == (0, 1.0, None)
