@@ -2,9 +2,7 @@
 
     python tests/unit/architecture/test_prose.py pop_local/server README.md
 
-prints the findings in those files and folders (default: the repository), including NOT_YET.
-
-After rewriting a folder, delete its entry in NOT_YET: the lint then holds for the files in it.
+prints the findings in those files and folders (default: the repository).
 """
 
 import re
@@ -33,9 +31,6 @@ MODEL_TEXTS = {
 # Pages about earlier versions keep their words.
 ARCHIVE = "docs/notebook/archive"
 MEAN_WORDS = 20
-
-# Folders to be rewritten; an entry applies to a folder's files and not to its subfolders.
-NOT_YET: set[str] = set()
 
 # A docstring starts with an imperative or a noun phrase.
 DOCSTRING_STARTS = re.compile(
@@ -145,26 +140,13 @@ def everything() -> list[Path]:
     return [*sorted(ROOT.glob("*.md")), *(ROOT / name for name in PROSE_FOLDERS)]
 
 
-def folder_of(finding: Finding) -> str:
-    return finding.sentence.path.parent.relative_to(ROOT).as_posix()
-
-
 def documents() -> list[Path]:
     return [path for root in everything() for path in files_under(root) if path.suffix == ".md"]
 
 
-@pytest.fixture(scope="module")
-def found() -> list[Finding]:
-    return findings_under(everything())
-
-
-def test_rewritten_folders_have_no_banned_words(found: list[Finding]) -> None:
-    wrong = [str(finding) for finding in found if folder_of(finding) not in NOT_YET]
-    assert not wrong, "\n" + "\n".join(wrong)
-
-
-def test_not_yet_names_only_folders_with_findings(found: list[Finding]) -> None:
-    assert not NOT_YET - {folder_of(finding) for finding in found}, "rewritten: delete the entry"
+def test_prose_has_no_banned_words() -> None:
+    found = findings_under(everything())
+    assert not found, "\n" + "\n".join(map(str, found))
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
