@@ -35,7 +35,7 @@ class Logprobs:
         self._end += len(logprob.text)
 
     def take(self, n_shown: float) -> tuple[TokenLogprob, ...]:
-        """Remove and return those of tokens that start within the first `n_shown` bytes."""
+        """Remove and return those of the tokens that start in the first `n_shown` bytes."""
         taken = tuple(logprob for start, logprob in self._pending if start < n_shown)
         self._pending = self._pending[len(taken) :]
         return taken

@@ -46,7 +46,7 @@ _FIXED = re.compile(
 )
 # Projector types that scale each picture to one square.
 _SQUARE = re.compile("gemma3|gemma3nv|nemotron_v2_vl")
-# Maximum of pixels kept between the count of a picture's tokens and the encoding of its rows.
+# Maximum bytes of pixels, kept from the count of a picture's tokens until its rows are encoded.
 _KEPT_BYTES = 1 << 26
 # Nodes of the encoder's graph between two calls of `should_stop`.
 _NODES_AT_ONCE = 32
@@ -114,7 +114,7 @@ class Mmproj:
         max_tokens: int | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`max_tokens`: maximum tokens of one image, if the projector has images of any size.
+        """`max_tokens`: maximum tokens of one image, if the projector has a limit.
 
         `should_stop` is called while an image is encoded. Raises PopError for an invalid mmproj.
         """
@@ -133,7 +133,7 @@ class Mmproj:
         header = read_source(path).first
         kinds = map(header.get, ("clip.projector_type", "clip.vision.projector_type"))
         kind = next((str(kind) for kind in kinds if kind), "")
-        # `max_tokens` has no effect.
+        # True if `max_tokens` has no effect.
         self.is_fixed = bool(_FIXED.fullmatch(kind))
         side = header.get("clip.vision.image_size")
         self._side = side if isinstance(side, int) and _SQUARE.fullmatch(kind) else 0
@@ -262,7 +262,7 @@ class Mmproj:
             self.close()
 
     def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
-        """Return whether to be called after this node (`is_query`), or whether to continue.
+        """Return whether libmtmd calls again after this node (`is_query`), or whether it continues.
 
         A False after a node stops the encoder, which still returns success. So `_stop_error`
         stores the reason.
@@ -354,7 +354,7 @@ class Mmproj:
 
 
 def fingerprint(path: Path) -> str:
-    """Return an mmproj's size, with a hash of its header and of its tensors' first bytes.
+    """Return an mmproj's fingerprint: its size, and a hash of header and tensors' first bytes.
 
     Raises PopError if the file is not an mmproj.
     """
