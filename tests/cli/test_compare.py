@@ -1,4 +1,4 @@
-"""`pop-local compare`: both answers to each prompt, compared, kept, gone on with."""
+"""`pop-local compare`: both answers to each prompt, compared, stored, resumed."""
 
 import json
 

@@ -107,7 +107,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model):
     chat.expect("· stopped")
     chat.expect_prompt()
     chat.interrupt()
-    chat.expect("To leave, type /exit or press Ctrl-D")
+    chat.expect("To quit, type /exit or press Ctrl-D")
     chat.line("/stats")
     chat.expect("Answers: 1")
     chat.expect_prompt()
@@ -130,7 +130,7 @@ def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     chat.expect_prompt()
     # Unless there is no choice.
     chat.line(f"/glob {book}")
-    chat.expect(r"That is [\d,]+ tokens more than there is room for")
+    chat.expect(r"This is [\d,]+ tokens too long")
     chat.expect("Nothing is attached")
     chat.expect_prompt()
     assert "skip it" not in chat.text
@@ -271,7 +271,7 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     assert larger
     assert called(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
     file.write_text("a word " * 1000)
-    assert called(*arguments).stderr.splitlines()[-1] == "hint: give less text"
+    assert called(*arguments).stderr.splitlines()[-1] == "hint: shorten the prompt"
 
 
 def test_a_real_conversation(smollm2_pop):

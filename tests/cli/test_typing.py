@@ -118,7 +118,7 @@ def test_several_lines(terminal):
     terminal.expect_prompt()
     terminal.line('/system """Be brief.')
     terminal.line('Be kind."""')
-    terminal.expect("The system prompt is set")
+    terminal.expect("System prompt set")
     terminal.expect_prompt()
 
 
@@ -171,7 +171,7 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
     terminal.expect(r"(?=Reading the prompt .*tokens/s)")  # what follows takes its place
     terminal.interrupt()
     terminal.expect("Stopped after reading")
-    terminal.expect("The question is dropped")
+    terminal.expect("The question was dropped")
     terminal.expect_prompt()
     terminal.line("speak slowly")
     terminal.expect("word1 word2")
@@ -181,7 +181,7 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
     terminal.send("half a line")
     terminal.expect("half a line")
     terminal.interrupt()
-    terminal.expect("To leave, type /exit or press Ctrl-D")
+    terminal.expect("To quit, type /exit or press Ctrl-D")
     terminal.line("/stats")
     terminal.expect(f"Answers: {n_before + 1}")
     terminal.expect_prompt()

@@ -166,7 +166,7 @@ def test_convert_on_the_command_line(tmp_path):
     made = ("convert", plain, tmp_path / "out.gguf", *given)
     (folder / "pictures").mkdir()
     refused = called(*made, "--images", folder / "pictures")
-    assert refused.returncode == 2 and "goes with --mmproj" in refused.stderr
+    assert refused.returncode == 2 and "requires --mmproj" in refused.stderr
     refused = called(*made, "--mmproj", plain)
     assert refused.returncode == 1 and "is no mmproj" in refused.stderr
     refused = called(*made, "--mmproj", folder / "mmproj.gguf", "--images", folder / "pictures")
