@@ -229,9 +229,9 @@ def test_questions_that_are_refused(model):
     session = model.session()
     with pytest.raises(PopError, match="empty"):
         session.chat(" ")
-    with pytest.raises(PopError, match="single text"):
+    with pytest.raises(PopError, match="documents is a string"):
         session.chat(QUESTION, documents="not a list")
-    with pytest.raises(PopError, match="one token at least"):
+    with pytest.raises(PopError, match="the minimum is 1"):
         session.chat(QUESTION, max_tokens=0)
     with pytest.raises(ContextFullError) as caught:
         session.chat(QUESTION * 20)
