@@ -44,7 +44,7 @@ def chat(history: Path, width: int = 80, height: int = 24, **environment: str) -
         *(str(PROGRAM), str(history)),
         width=width,
         height=height,
-        environment={"PYTHONPATH": str(TESTS)} | environment,
+        environment={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
     )
     started.expect_prompt()
     return started

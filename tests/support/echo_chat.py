@@ -2,36 +2,39 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from pop_local.engine.chat_messages import Chunk, Message
+from pop_local.engine.chat_messages import Chunk
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.chat.line import line_reader
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.chat.slash import COMMANDS
 from pop_local.ui.theme import look
 from pop_local.ui.typed_keys import unechoed_keys
-from support.scripted import STATS, ScriptedModel, figures, scripted_chat
+from support.scripted import STATS, ScriptedModel, ScriptedPrompt, figures, scripted_chat
 
 
 class EchoModel(ScriptedModel):
     """Answers "LENGTH characters in LINES lines, beginning with ..."; "slowly" delays an answer."""
 
-    def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
-        text = messages[-1].content
+    def _answer(
+        self, render: Callable[[], ScriptedPrompt], options: TurnOptions
+    ) -> Iterator[Chunk]:
+        text = render().messages[-1].content
+        assert options.on_prefill is not None and options.should_stop is not None
         if "read slowly" in text:
             for n_read in range(0, 100_000, 100):
-                options["on_prefill"](n_read, 100_000)
-                if options["should_stop"]():
+                options.on_prefill(n_read, 100_000)
+                if options.should_stop():
                     yield Chunk("", figures(n_decoded=0, finish_reason="interrupted"))
                     return
                 time.sleep(0.01)
         if "speak slowly" in text:
             for n_said in range(50 if "briefly" in text else 1000):
                 yield Chunk(f"word{n_said} ")
-                if options["should_stop"]():
+                if options.should_stop():
                     yield Chunk("", figures(finish_reason="interrupted"))
                     return
                 time.sleep(0.01)
