@@ -157,7 +157,7 @@ def test_commands_and_paths_are_completed(history, tmp_path):
     terminal.expect("on +off|off +on")
     terminal.expect("> /full o")
     terminal.interrupt()
-    terminal.expect("To leave")
+    terminal.expect("To quit")
     leave(terminal)
 
 
