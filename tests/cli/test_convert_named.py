@@ -135,7 +135,7 @@ def test_own_projections_are_written_without_a_backend(tiny, tmp_path):
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["speedup_limit"] is None
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "not known: pop-local-llama-cpp cannot be imported" in done.stdout
+    assert "unknown: pop-local-llama-cpp cannot be imported" in done.stdout
 
 
 def test_a_refusal_keeps_the_fit_of_another_boundary(tiny, words, tmp_path, monkeypatch):
