@@ -90,12 +90,12 @@ def is_clear(budget: Budget, quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return whether fits may keep enough copying, by the retention of own projections."""
+    """Return whether fits may retain enough copying. `retention`: without a fit."""
     return keeps(retention, _RETENTION_GAIN)
 
 
 def is_hopeless(retention: "Estimate | None") -> bool:
-    """Return whether no fit can restore copying, by the retention of own projections."""
+    """Return whether no fit can restore copying. `retention`: without a fit."""
     return not keeps(retention, _LOST_RETENTION)
 
 
@@ -113,10 +113,10 @@ def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
     """Return the boundaries to measure next, the most useful one first.
 
-    The result is empty once the deepest boundary inside is known, or all are outside. `plans`: the
-    boundaries that may be chosen. `verdicts`: whether each measured boundary is inside. The search
-    starts in the middle, near most models' result. Its steps double until one boundary is inside
-    and one outside, then it bisects.
+    The result is empty once the deepest boundary within the budget is known, or all exceed it.
+    `plans`: the boundaries that may be chosen. `verdicts`: whether each measured boundary is within
+    the budget. The search starts in the middle, near most models' result. Its steps double until
+    one boundary is within the budget and another exceeds it. Then it bisects.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
@@ -133,7 +133,7 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
 
 def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
-    """Return the deepest boundary inside, None if all are outside."""
+    """Return the deepest boundary within the budget, None if all exceed it."""
     return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
 
 

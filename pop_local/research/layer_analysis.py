@@ -154,7 +154,7 @@ class _Run:
         return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
 
     def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
-        """Return the maximum steps of the analysis, with `n_gated` windows for the gates."""
+        """Return all stages that the analysis may run. `n_gated`: windows to train gates on."""
         options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
         draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
         probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
@@ -163,12 +163,12 @@ class _Run:
         if self._needs:
             fit = memory.fit_work(self._fitted, self._fit_options(), self._needs)
         return (
-            PlannedStage("Reading in full", probes),
+            PlannedStage("Running the full model", probes),
             PlannedStage("Looking for the cliff", n_tried * draws),
             *fit_stages(fit),
             PlannedStage("Measuring boundary", probes, n_tried)
             if options.with_fit
-            else PlannedStage("Measuring with own projections", n_tried * probes),
+            else PlannedStage("Measuring without a fit", n_tried * probes),
             *([PlannedStage("Virtual gates", gates)] if n_gated else []),
         )
 
@@ -201,7 +201,7 @@ class _Run:
             tokens = tokenize(model, self.text)
             start = model.engine.context.bos
             texts = spread_windows(tokens, n_gated, options.n_window - len(start))
-            advance = self.watch.stage("Reading in full")
+            advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
             depths = measure_cliff(model, reference, self.watch.stage("Looking for the cliff"))
         return depths, reference, [[*start, *text] for text in texts]
@@ -229,7 +229,7 @@ class _Run:
     def unfitted(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
         """Measure with the layers' own projections."""
         with self._opened(None) as model:
-            advance = self.watch.stage("Measuring with own projections")
+            advance = self.watch.stage("Measuring without a fit")
             prunings = [Pruning(depth.boundary) for depth in tried]
             found = measure_against(reference, model, prunings, advance)
         return [

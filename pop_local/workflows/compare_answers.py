@@ -78,7 +78,9 @@ def compare_answers(
                     ran(1)
         except (KeyboardInterrupt, StoppedError):
             if (path := options.answers) is not None:
-                watch.on_note(f"{path} has {len(kept.found)} answers; the same command resumes.")
+                watch.on_note(
+                    f"{path} has {len(kept.found)} answers. Run the same command again to resume."
+                )
             raise
         found = tuple(
             compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))

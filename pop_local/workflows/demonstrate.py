@@ -101,7 +101,7 @@ def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer
     opened.engine.set_mode(mode)
     opened.engine.cache.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"
-    what = "Reading in full" if mode is Mode.OFF else "Reading, pruned"
+    what = "Full prefill" if mode is Mode.OFF else "Pruned prefill"
     chunks = list(
         opened.ask(
             [Message("user", prompt)],

@@ -91,8 +91,8 @@ def evaluate(
     """Measure what pruning costs a model, given by path or name.
 
     `at`: the boundary to measure (default: the converted file's). `fit`: fit the projections first.
-    Without it, boundaries other than the file's have own projections. Raises PopError, and
-    StoppedError.
+    Without it, other boundaries than the file's use the model's own projections. Raises
+    PopError and StoppedError.
     """
     find = model_files if fit is None and at is None else files_at_boundary
     files = find(os.fspath(model), sidecar, watch)

@@ -36,7 +36,7 @@ class PlannedStage:
 
 
 class TimeLeft:
-    """An estimate of the time that all planned stages still take, by the rate so far.
+    """Estimator of the remaining time of all planned stages, from the rate so far.
 
     Work that was done by an earlier run, or that is left out, does not count.
     """

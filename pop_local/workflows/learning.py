@@ -45,7 +45,7 @@ _N_DRAWS = 4
 
 @dataclass(kw_only=True)
 class _LearnedFitter(PlanFitter):
-    """Solves learned sums instead of calibrating."""
+    """Computes fits from the learned sums instead of calibrating."""
 
     learner: OnlineCalibrator
     sums: Sums

@@ -1,4 +1,4 @@
-"""Opening of models to measure, and the figures that a file stores."""
+"""Open models for measurement, and convert results to the figures that a file stores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

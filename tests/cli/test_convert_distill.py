@@ -173,7 +173,7 @@ def test_a_failed_distilling_keeps_the_plain_fit(tiny, letters, tmp_path, monkey
     done = convert(tiny, "--sidecar", *FIT, *LOOSE, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["distilled"] is False
-    assert "Boundary 2 distilled (names) is left out: no memory is left" in done.stderr
+    assert "Skipping boundary 2 distilled (names): no memory is left" in done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
     assert (meta.boundary, meta.calibration.n_distilled) == (2, 0)

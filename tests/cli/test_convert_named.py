@@ -44,7 +44,7 @@ def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monk
         unmeasured.setattr(examining, "measure_prunings", None)
         done = convert(tiny, "--projection", "own", "--boundary", 5, "--tail", 600)
     assert done.exit_code == 0, done.stderr
-    assert "The loss of own projections is not measured" in " ".join(done.stderr.split())
+    assert "The loss without a fit is not measured" in " ".join(done.stderr.split())
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
     assert "BROKEN" not in shown(tmp_path / "tiny.pop.gguf")
@@ -58,7 +58,7 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_pat
     allow(monkeypatch, replace(ANYTHING, max_kl=1e-6), ANYTHING)
     done = convert(tiny, "--boundary", 5, "--text", words, "--tokens", 2048)
     assert done.exit_code == 0, done.stderr
-    assert "boundary 5 is outside the balanced budget (KL 1e-06," in done.stderr
+    assert "boundary 5 exceeds the balanced budget (KL 1e-06," in done.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
@@ -69,7 +69,8 @@ def test_a_hopeless_boundary_is_refused_before_the_fit(tiny, words, tmp_path, mo
         unfitted.setattr(fits, "calibrate", None)
         done = convert(*arguments)
     assert done.exit_code == 1
-    assert "own projections keep 10% of copying random tokens, and no fit" in done.stderr
+    error = " ".join(done.stderr.split())
+    assert "the model's own projections retain 10% of copying random tokens, and no fit" in error
     assert "skip fewer layers" in done.stderr
     assert not (tmp_path / "tiny.pop.gguf").exists()
     forced = convert(*arguments, "--force")
@@ -101,7 +102,7 @@ def test_a_hopeless_boundary_is_refused_with_a_budget(tiny, words, monkeypatch):
     given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--quality", "fast", "--force")
     done = convert(tiny, *given)
     assert done.exit_code == 1
-    assert "no fit restores that" in " ".join(done.stderr.split())
+    assert "no fit restores the rest" in " ".join(done.stderr.split())
 
 
 def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
@@ -144,5 +145,5 @@ def test_a_refusal_keeps_the_fit_of_another_boundary(tiny, words, tmp_path, monk
     monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
     done = convert(tiny, "--boundary", 6, "--text", words, "--tokens", 2048, "--resume")
     assert done.exit_code == 1
-    assert "no fit restores that" in done.stderr
+    assert "no fit restores the rest" in " ".join(done.stderr.split())
     assert state.exists()

@@ -80,7 +80,7 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
     seconds = {phase["name"]: phase["seconds"] for phase in found["phases"]}
     assert list(seconds) == [
         "Fitting",
-        "Reading in full",
+        "Running the full model",
         *(f"Measuring boundary {boundary}" for boundary in (5, 4, 3, 2)),
         "Asking for look-ups in full",
         "Asking for look-ups, boundary 2",
@@ -123,7 +123,7 @@ def test_measurements_that_chose_a_kind_are_reused(tiny, letters, monkeypatch):
     found = json.loads(done.stdout)
     stages = [phase["name"] for phase in found["phases"]]
     # The kind is chosen at boundary 5, the first one, whose measurement is reused.
-    assert stages[1:4] == ["Reading in full", "Measuring", "Measuring boundary 4"]
+    assert stages[1:4] == ["Running the full model", "Measuring", "Measuring boundary 4"]
     first = found["tried"][0]
     assert (first["boundary"], first["n_windows"]) == (5, 2)
     [chosen] = re.findall(r"Projections are ([a-z-]+):", done.stderr)
@@ -290,7 +290,7 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    limits = r"if only the first is inside, \d\.\d\dx if all are"
+    limits = r"if only the first is within the budget, \d\.\d\dx if all are"
     assert re.search(rf"up to 1\.\d\dx for [\d,]+ prompt tokens without deep rows {limits}", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(

@@ -4,9 +4,9 @@ The caller counts them, on llama.cpp's graph, for a prompt that is read into an 
 the last token's logits. The limit ignores everything but matrix products (norms, RoPE, softmax,
 masks, activations, copies), and the hardware's efficiency with few rows.
 
-Fitted projections cost as much as own ones, and less than ones fused with Q. A *wide* fit
-(pop_converter.fit.wide) computes its input once per row and multiplies it for each layer after the
-boundary. This module adds that work for fits that are not in a file yet.
+Fitted projections cost as much as the layers' own projections, and less if those are fused with Q.
+A *wide* fit (pop_converter.fit.wide) computes its input once per row and multiplies it for each
+layer after the boundary. This module adds that work for fits that are not in a file yet.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the work that a fit adds to a prompt, negative if own projections are fused with Q."""
+    """Return the work that a fit adds to a prompt, negative if the model fuses K and V with Q."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)

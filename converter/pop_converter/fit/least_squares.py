@@ -2,7 +2,7 @@
 
 Weighted least squares with a ridge toward the layer's own projections, in float64, from Gram
 matrices alone. With x the normalized boundary state, X = [x, 1], Y the full model's K and V,
-D the token weights and W0 the own projections:
+D the token weights and W0 the layer's own projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 

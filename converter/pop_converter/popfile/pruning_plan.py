@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def fitted_layers(self) -> range:
-        """The layers with fitted K/V projections; the boundary layer's own ones are exact."""
+        """The layers with fitted K/V projections; the boundary layer's projections are exact."""
         first = self.shape.n_layer if self.projection == Projection.OWN else self.boundary + 1
         return range(first, self.shape.n_layer)
 
@@ -124,8 +124,8 @@ def make_plan(
 
     `min_prompt`: length in tokens of the shortest pruned prompt (None: twice the full rows, at
     which pruning saves half as much as for a long prompt). `projection` becomes OWN if nothing can
-    be fitted: with one skipped layer, whose own projections are exact, or with a layer that takes
-    no fitted ones.
+    be fitted: with one skipped layer, since its own projections are exact, or with a layer that
+    does not support fitted projections.
 
     Raises PlanError if no layer would be kept or skipped, or for a bad token count. Raises
     UnsupportedArchitectureError if context tokens already leave this model earlier, without loss.

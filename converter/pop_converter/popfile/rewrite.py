@@ -78,7 +78,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the size in bytes of a plan's fitted weights and biases, 0 for own projections."""
+    """Return the size in bytes of a plan's fitted weights and biases (0 without a fit)."""
     if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))

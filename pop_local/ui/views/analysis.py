@@ -107,7 +107,7 @@ def _choice(found: Analysis) -> str:
     quality = depth.quality
     losses = f"KL {with_se(quality.kl_mean, '.4f')}, copy ratio {quality.copy_ppl_ratio.value:.3f}"
     if quality.induction_retention is not None:
-        losses += f", {quality.induction_retention.value:.0%} of copying kept"
+        losses += f", {quality.induction_retention.value:.0%} of random-token copying retained"
     is_own = depth.projection == Projection.OWN
     how = "with the layers' own projections" if is_own else "with the fit"
     windows = f"{quality.n_windows} window{'s' * (quality.n_windows > 1)}"

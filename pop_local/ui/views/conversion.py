@@ -38,13 +38,13 @@ def show_plan(conversion: Conversion) -> None:
     limit = _limit(conversion, first)
     past = f"from {first.boundary} down to {plan.boundary}"
     if n_few := conversion.n_few:
-        past += f"; own projections first, then fits of about {n_few} deeper ones"
+        past += f"; first without a fit, then about {n_few} deeper boundaries with a fit"
     where = [*budget, ("Boundaries", past)]
     if fewer := first.deep_rows.fewer:
         rules = ", ".join(fewer)
         where.append(("Deep rows", f"by the rule {first.deep_rows}, at the end by fewer: {rules}"))
     if most := conversion.limit(plan):
-        limit += f" if only the first is inside, {most:.2f}x if all are"
+        limit += f" if only the first is within the budget, {most:.2f}x if all are"
     layers = f"up to {plan.n_skipped}, within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])

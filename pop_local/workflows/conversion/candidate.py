@@ -31,9 +31,9 @@ N_SCREENED = 2
 class Candidate:
     """A plan that a search may choose, and the results so far.
 
-    `fitted` is None before the fit, and for own projections. `start`: the fit from which distilling
-    starts. `is_inside`: the current verdict, None before the first. A resumed search continues from
-    `gradual` and `answers`.
+    `fitted` is None before the fit, and for `Projection.OWN`. `start`: the fit from which
+    distilling starts. `is_inside`: the current verdict, None before the first. A resumed search
+    continues from `gradual` and `answers`.
     """
 
     plan: Plan

@@ -144,7 +144,7 @@ class Conversion:
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Return the sizes of the deepest plan's files."""
+        """Return the file sizes of the plan with the most skipped layers."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
@@ -193,7 +193,7 @@ def _require_distillable(
 ) -> None:
     if fit is None or fit.mmproj:
         raise PopError(
-            "own projections, and fits for pictures, cannot be distilled",
+            "the model's own projections, and fits for pictures, cannot be distilled",
             "convert without distilling, or fit projections to text only",
             cause="not-distilled",
         )
@@ -240,7 +240,7 @@ class ConversionRun:
         examine: Examine | None,
         trials: tuple[Trial, ...] = (),
     ) -> Outcome:
-        """Write a plan with its fit (None: own projections). Raises PopError, StoppedError."""
+        """Write a plan with its fit (None: nothing is fitted). Raises PopError, StoppedError."""
         planned, watch = self.conversion, self.runner.watch
         output = planned.output
         advance = watch.stage(output.stage, Unit.BYTES)

@@ -53,7 +53,7 @@ class FullModel:
             tokens = self.text or tokenize(model, shipped_text())
             n_found = room(tokens, settings.n_context + settings.n_continuation)
             settings = replace(settings, n_windows=min(settings.n_windows, max(1, n_found)))
-            advance = watch.stage("Reading in full")
+            advance = watch.stage("Running the full model")
             return read_reference(model, tokens, settings, advance, self._scores)
 
     def lookups(self, n_documents: int) -> LookupReference:

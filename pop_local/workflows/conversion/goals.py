@@ -16,7 +16,7 @@ LEAST_DIVISOR = 3
 
 
 class Goal(ABC):
-    """The choice of the layers that a conversion skips."""
+    """A rule that chooses the layers to skip in a conversion."""
 
     @property
     def limits(self) -> Budget | None:

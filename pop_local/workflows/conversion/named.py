@@ -44,15 +44,15 @@ N_OWN_DRAWS = 2
 
 
 def write_named(run: ConversionRun) -> Outcome:
-    """Fit, examine and write a named boundary. Own projections are not measured.
+    """Fit, examine and write a named boundary. Nothing is measured without a fit.
 
     Raises CopyingBrokenError unless forced, PopError, StoppedError.
     """
     [plan], output = run.conversion.plans, run.conversion.output
     if plan.projection == Projection.OWN:
         run.runner.watch.on_note(
-            "The loss of own projections is not measured. Give a quality next to the boundary to"
-            " measure it."
+            "The loss without a fit is not measured. To measure it, give a quality together with"
+            " the boundary."
         )
         return run.write(plan, None, None)
     if plan.deep_rows is not DeepRows.NONE:
@@ -92,8 +92,8 @@ class Examination:
             assert kept is not None
             raise CopyingBrokenError(
                 self.plan.boundary,
-                f"own projections keep {kept.value:.0%} of copying random tokens, and no fit"
-                " restores that",
+                f"the model's own projections retain {kept.value:.0%} of copying random tokens,"
+                " and no fit restores the rest",
             )
 
     def of_fit(self, files: ModelFiles) -> Measured:
@@ -120,8 +120,8 @@ class Examination:
             budget = f"the {BALANCED.quality} budget ({limits_in_words(BALANCED)})"
             self.runner.watch.on_warning(
                 PopError(
-                    f"boundary {boundary} is outside {budget}: {found}",
-                    "give the budget instead of the boundary to search for the fastest inside",
+                    f"boundary {boundary} exceeds {budget}: {found}",
+                    "give the budget instead of the boundary to find the fastest within it",
                     cause="outside-budget",
                 )
             )
@@ -148,6 +148,6 @@ def require_windows(runner: TrialRunner, plan: Plan) -> None:
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
-            "lower sink_tokens and tail_tokens, or use own projections, which need no measurement",
+            "lower sink_tokens and tail_tokens, or convert without a fit and measurement",
             cause="fit-not-measurable",
         ) from error

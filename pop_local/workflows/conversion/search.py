@@ -7,15 +7,17 @@ candidates each one tries, and in which order. The rules:
 2. Clear verdicts need few windows. The chosen candidate was measured on all of them.
 3. Bisection assumes that deeper is never better. It starts in the middle (`budget.undecided`).
 4. Boundaries that bisection may need next are fitted in the same pass, if memory allows.
-5. A model whose sums would exceed MOST_SUMS_BYTES is tried with own projections first. Then a few
-   boundaries that are deeper, evenly spaced, are fitted in one pass.
-6. A walk starts at the fastest candidate so far and goes one boundary deeper until one is outside.
-   If its work fails, such as for lack of memory, the earlier results stand.
+5. If the sums of all fits would exceed MOST_SUMS_BYTES, the layers' own projections are tried
+   first. Then a few deeper boundaries, evenly spaced, are fitted in one pass.
+6. A walk starts at the fastest candidate so far. It goes one boundary deeper at a time until a
+   candidate exceeds the budget. If a step fails, such as for lack of memory, the earlier results
+   remain valid.
 7. Deep rows restore look-ups and cost time. The last stage trades them for layers: each rule with
-   fewer rows is tried at the deepest boundary inside, then at shallower ones, until one is inside
-   or none would be the fastest. Fewer rows are never better at the same boundary.
-8. The fastest candidate inside is chosen. Among equally fast ones, a distilled one is preferred
-   unless its KL is larger beyond the error, else the one with the smallest KL.
+   fewer rows is tried at the deepest boundary within the budget, then at shallower boundaries. It
+   stops at the first candidate within the budget, or if no other candidate would be the fastest.
+   Fewer rows are never better at the same boundary.
+8. The fastest candidate within the budget is chosen. Among equally fast candidates, a distilled
+   candidate is preferred unless its KL is larger beyond the error, else the smallest KL.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ class Search:
         return Judge(self.runner, self.budget, self.full)
 
     def run(self) -> Candidate:
-        """Return the fastest candidate inside, whose plan names all tried candidates.
+        """Return the fastest candidate within the budget. Its plan names all tried candidates.
 
         Raises OverBudgetError, PopError, StoppedError.
         """
@@ -130,7 +132,7 @@ class Search:
         return replace(chosen, plan=plan)
 
     def fastest(self) -> Candidate:
-        """Return the fastest candidate inside (rule 8)."""
+        """Return the fastest candidate within the budget (rule 8)."""
         best = max(self.inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
         for each in self.inside:
             if each.plan.is_distilled and each.plan.speedup_limit == best.plan.speedup_limit:
@@ -156,7 +158,7 @@ class Search:
     # Orders
 
     def bisect(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
-        """Find the deepest candidate inside (rule 3)."""
+        """Find the deepest candidate within the budget (rule 3)."""
         by_boundary = {each.boundary: each for each in rung}
         while True:
             verdicts = {it.boundary: it.is_inside for it in rung if it.is_inside is not None}
@@ -172,7 +174,7 @@ class Search:
                 return
 
     def walk(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
-        """Try one candidate after the other until one is outside (rule 6)."""
+        """Try one candidate after the other until one exceeds the budget (rule 6)."""
         for number, candidate in enumerate(rung):
             try:
                 if not candidate.is_ready:
@@ -180,11 +182,11 @@ class Search:
                 if not self.judge.settle(candidate):
                     return
             except PopError as error:
-                self._note(f"Boundary {candidate} is left out: {error}")
+                self._note(f"Skipping boundary {candidate}: {error}")
                 return
 
     def trade(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
-        """Find the deepest candidate inside with each rule, if it is the fastest (rule 7)."""
+        """Find each rule's deepest candidate within the budget, if it is the fastest (rule 7)."""
         deepest = dict.fromkeys(DeepRows, 0)
         for candidate in rung:
             rule, limit = candidate.plan.deep_rows, self.fastest().plan.speedup_limit
@@ -206,16 +208,19 @@ class Search:
         return replace(plan, deep_rows=rule, deep_share=share)
 
     def own(self) -> list[Candidate]:
-        """Return own projections at each boundary of a large model, if the options allow them."""
+        """Return a large model's unfitted candidates by boundary, if the options allow them."""
         fitted = [plan for plan in self.plans if plan.projection != Projection.OWN]
         if self.fitter.options.projection is not None or len(self._spaced(fitted)) == len(fitted):
             return []
-        self._note("Measuring own projections first, since fits at each boundary take memory")
+        self._note(
+            "Measuring the layers' own projections first, since fitting all boundaries needs more"
+            " memory"
+        )
         plans = [replace(plan, projection=Projection.OWN) for plan in self.plans]
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in plans]
 
     def fitted(self) -> list[Candidate]:
-        """Return fits at each boundary, or at a few that are deeper than own projections inside."""
+        """Return fits at each boundary, or at a few deeper than the unfitted ones in the budget."""
         plans = self.plans
         if any(self.rungs):
             shallowest = min((each.boundary for each in self.inside), default=plans[0].boundary + 1)
@@ -228,7 +233,7 @@ class Search:
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in few]
 
     def distilled(self) -> list[Candidate]:
-        """Return distilled fits at the fastest candidate and deeper, at all if none is inside."""
+        """Return distilled fits from the fastest candidate down (all, if none is in budget)."""
         if self.fitter.distiller is None:
             return []
         first = (self.fastest() if self.inside else self.judged[0]).boundary
@@ -236,9 +241,10 @@ class Search:
         return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
 
     def fewer_rows(self) -> list[Candidate]:
-        """Return candidates with fewer deep rows, by rule, then from the deepest boundary inside.
+        """Return candidates with fewer deep rows: by rule, then by boundary.
 
-        Each boundary has its last fit, which may be distilled.
+        The boundaries start at the deepest within the budget. Each uses its last fit, which may be
+        distilled.
         """
         if not self.inside:
             return []

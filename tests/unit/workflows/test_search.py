@@ -123,7 +123,7 @@ def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
     search.runner.watch.on_note = notes.append
     monkeypatch.setattr(Judge, "settle", fail)
     search.walk(STAGES[DISTILLED_STAGE], [search.rungs[FITTED_STAGE][1]])
-    assert notes == ["Boundary 6 (names) is left out: no memory is left"]
+    assert notes == ["Skipping boundary 6 (names): no memory is left"]
     assert str(search.fastest()) == "4 (names)"
 
 
