@@ -19,13 +19,17 @@ _N_GATED = 20
 @dataclass(frozen=True)
 class ProbeOptions(Group):
     text: Path | None = option("Text to measure on (default: built-in prose).", "FILE")
-    context: int = option("Context tokens per window.", min=32, default=192)
-    continuation: int = option("Answer tokens per window, after the context.", min=2, default=64)
-    windows: int | None = option(f"Windows for training the gates (default: {_N_GATED}).", min=2)
-    probe_windows: int = option("Windows for the probes.", min=1, default=3)
+    context: int = option("Number of context tokens per window.", min=32, default=192)
+    continuation: int = option("Number of answer tokens after the context.", min=2, default=64)
+    windows: int | None = option(
+        f"Number of windows to train the gates on (default: {_N_GATED}).", min=2
+    )
+    probe_windows: int = option("Number of windows for the probes.", min=1, default=3)
     no_gates: bool = option("Run only the probes: faster, and torch is not needed.", default=False)
     no_fit: bool = option("Measure only the layers' own projections: faster.", default=False)
-    tokens: int | None = option("Tokens to fit on (default: a quarter of convert's).", min=1)
+    tokens: int | None = option(
+        "Number of tokens to fit on (default: a quarter of convert's).", min=1
+    )
     plot: Path | None = option("Plot the KL of each boundary over its speed-up limit.", "OUT.png")
     force: bool = option("Replace an existing plot.", flag="--force -f", default=False)
     seed: int = option("Seed for targets, passages and random tokens.", min=0, default=0)
@@ -33,7 +37,7 @@ class ProbeOptions(Group):
 
 @expand_options
 def analyze(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file or a model name.")],
     *,
     by: ProbeOptions,
     json: opt.Json = False,

@@ -20,7 +20,7 @@ DEFAULT_PROMPTS = "512,1024,2048"
 @dataclass(frozen=True)
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
-    repeat: int = option("Pairs of runs per length.", min=1, default=5)
+    repeat: int = option("Number of run pairs per prompt length.", min=1, default=5)
     boundary: int | None = option("Prune from this layer on (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 

@@ -80,8 +80,10 @@ class LimitOptions(Group):
 class FullRowOptions(Group):
     panel: ClassVar[str] = "Tokens that run all layers"
 
-    sink: int = option("First tokens of a prompt.", min=0, default=PopMeta.sink_tokens)
-    tail: int = option("Last tokens of a prompt.", min=0, default=TAIL_TOKENS)
+    sink: int = option(
+        "Number of tokens at the start of a prompt.", min=0, default=PopMeta.sink_tokens
+    )
+    tail: int = option("Number of tokens at the end of a prompt.", min=0, default=TAIL_TOKENS)
     min_prompt: int | None = option(
         "Shortest prompt to prune, in tokens (default: about 70, where pruning saves half of the"
         " share that it saves on long prompts).",
@@ -98,14 +100,17 @@ class ConvertFitOptions(opt.FittingOptions):
     mmproj: Path | None = option("Also fit on pictures, encoded by this mmproj.", "FILE")
     images: Path | None = option("Pictures to fit on, with --mmproj (default: drawn ones).", "DIR")
     distill_tokens: int | None = option(
-        "Tokens for --distill, proportional to its time (default: as for the fit, 65536 or more).",
+        "Number of tokens for --distill, proportional to its time (default: the fit's, 65536+).",
         min=1,
     )
 
 
 @expand_options
 def convert(
-    model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A model, or its first part.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="IN.gguf", help="A GGUF model (if it is split: its first part)."),
+    ],
     output: Annotated[
         Path | None,
         typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf in the same folder."),

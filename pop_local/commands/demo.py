@@ -23,7 +23,7 @@ N_PAIRS = 3
 def demo(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A converted GGUF file, or a model of the catalog."),
+        typer.Argument(metavar="MODEL", help="A converted GGUF file or a catalog name."),
     ] = DEFAULT_MODEL,
     *,
     pairs: Annotated[

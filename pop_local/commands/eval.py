@@ -18,10 +18,10 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class WindowOptions(Group):
     text: Path | None = option("Held-out text (default: built in).", "FILE")
-    context: int = option("Context tokens per window.", min=2, default=512)
-    continuation: int = option("Scored tokens per window, after the context.", min=2, default=128)
+    context: int = option("Number of context tokens per window.", min=2, default=512)
+    continuation: int = option("Number of scored tokens after the context.", min=2, default=128)
     windows: int = option("Number of windows.", min=1, default=32)
-    lookups: int = option("Questions for exact strings (0: none).", min=0, default=100)
+    lookups: int = option("Number of questions for exact strings (0: none).", min=0, default=100)
     seed: int = option("Seed for passages, random tokens and look-ups.", min=0, default=0)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
@@ -34,7 +34,7 @@ class EvalFitOptions(opt.FittingOptions):
 @expand_options
 def eval(  # noqa: A001
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A GGUF file, converted or not, or a name.")
+        str, typer.Argument(metavar="MODEL", help="A GGUF file, converted or not, or a model name.")
     ],
     *,
     on: WindowOptions,

@@ -13,9 +13,7 @@ from pop_local.workflows.inspect_file import require_unchanged
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(metavar="FILE", help="A GGUF file, or a name of the catalog.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file or a catalog name.")],
     sidecar: Sidecar = None,
     json: Json = False,
     verify: Annotated[

@@ -67,7 +67,7 @@ def _shown(files: LearnedFiles) -> dict[str, Any]:
 def forget(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A GGUF file or a name. Default: all models."),
+        typer.Argument(metavar="MODEL", help="A GGUF file or a model name (default: all models)."),
     ] = None,
 ) -> None:
     """Delete the statistics of a model, or of all, and the sidecars fitted from them."""

@@ -99,8 +99,9 @@ def serve(
 ) -> None:
     """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama-server, with a web page.
 
-    --parallel sets the number of requests answered concurrently; others wait in a queue. A request
-    with "pop": false is read in full. /health and /metrics (Prometheus) report the server's state.
+    --parallel sets the number of requests answered concurrently; further requests wait in a queue.
+    A request with "pop": false is read without pruning. /health and /metrics (Prometheus) report
+    the server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
 

@@ -104,7 +104,7 @@ class ProcessorOptions(Group):
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(_THREADS, **_CORES)
-    gpu_layers: int = option("Layers on the GPU (-1: all).", min=-1, max=MOST, default=-1)
+    gpu_layers: int = option("Number of layers on the GPU (-1: all).", min=-1, max=MOST, default=-1)
 
     @property
     def hardware(self) -> Hardware:
@@ -204,7 +204,7 @@ class SamplingOptions(Group):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return the options that are set. The engine has defaults for the others."""
+        """Return the options that are set. The engine has defaults for the remaining options."""
         return given(**vars(self))
 
 
@@ -215,11 +215,11 @@ class FittingOptions(Group):
     panel: ClassVar[str] = "The fit"
 
     tokens: int | None = option(
-        "Tokens to fit on (default: 24 per dimension, 16384 or more).", min=1
+        "Number of tokens to fit on (default: 24 per dimension, 16384 or more).", min=1
     )
     kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
     memory: float | None = option(
-        "Memory for the fit's sums (default: half of the free memory).",
+        "Memory for accumulating the fit's statistics (default: half of the free memory).",
         "GB",
         min=0.0,
         max=1e9,
@@ -227,7 +227,7 @@ class FittingOptions(Group):
     )
 
     def fit(self, **others: Any) -> FitOptions | None:
-        """Return the fit's options together with others, None if no option is set."""
+        """Return these options and `others` as FitOptions, None if no option is set."""
         memory_bytes = None if self.memory is None else int(self.memory * 10**9)
         found = given(tokens=self.tokens, kv_type=self.kv_type, memory_bytes=memory_bytes, **others)
         return FitOptions(**found) if found else None

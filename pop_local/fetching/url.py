@@ -27,7 +27,7 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
 def file_name(url: str) -> str:
     """Return the last part of the address as a safe file name.
 
-    Raises PopError for an invalid address and for one without host or file name.
+    Raises PopError if the address is invalid, or has no host or no file name.
     """
     try:
         parts = urlsplit(url)
@@ -41,6 +41,6 @@ def file_name(url: str) -> str:
     if not name:
         raise PopError(
             f"{without_secrets(url)} has no file name",
-            "give the address of the file itself (NAME.gguf)",
+            "give the URL of a GGUF file (.../NAME.gguf)",
         )
     return name if name.lower().endswith(SUFFIX) else name + SUFFIX

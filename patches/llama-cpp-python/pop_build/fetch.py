@@ -81,8 +81,8 @@ def check(pin: Pin, sdist: Path) -> None:
 
 def _other_file(pin: Pin, found: str) -> BuildError:
     return BuildError(
-        f"The index serves another {pin.sdist} than the pinned one: {found},"
-        f" not sha256 {pin.sha256}.",
+        f"The index serves a {pin.sdist} that differs from the pinned file: {found}."
+        f" The pinned sha256 is {pin.sha256}.",
         f"Do not use it. If you have a trusted copy, point {SOURCE_VARIABLE} at it.",
     )
 
