@@ -74,7 +74,7 @@ class FitOptions:
             pictures_of(self.images)
 
     def at(self, boundary: int) -> "FitOptions":
-        """Return the options with a separate state file, for one of several fits."""
+        """Return a copy whose state file is named after the boundary and the projection."""
         if self.state_path is None:
             return self
         path = self.state_path

@@ -72,8 +72,8 @@ def calibrate(
     allows (`plan_needs`). `text`: the text of an earlier calibration of the same model with the
     same options (None: cut or sample it now).
 
-    Raises PopError and StoppedError. With a state path, the next call resumes; the caller removes
-    the file afterwards.
+    Raises PopError and StoppedError. With a state path, the next call resumes the calibration.
+    The caller removes the file afterwards.
     """
     return _Job(plans, context, source, options, follow, text).run()
 

@@ -22,8 +22,8 @@ from pop_local.engine.learning.sums import Sums
 class CalibrationState:
     """A calibration's progress: `n_done` windows of the current group are read.
 
-    `groups`: the pairs of each pass over the text. `sums`: the current group's sums. `tensors`: the
-    fits of earlier groups, by boundary and projection.
+    `groups`: the pairs of each pass over the text. `sums`: the current group's Gram matrices.
+    `tensors`: the fits of earlier groups, by boundary and projection.
     """
 
     text: CalibrationText

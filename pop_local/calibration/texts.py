@@ -154,7 +154,7 @@ def distill_text(
 ) -> DistillText:
     """Return a calibration's windows, more of its texts or of `paths`, and look-ups.
 
-    There are `n_windows`, or fewer if the texts have too few distinct ones.
+    The result has `n_windows` windows, or fewer if the texts have too few distinct windows.
     """
     groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)

@@ -152,7 +152,7 @@ def find(key: str) -> Setting:
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """Parse a typed value. Raises PopError with the expected kind of value."""
+    """Parse a setting's value from text. Raises PopError that names the expected kind of value."""
     try:
         text.encode()  # raises for bytes that the command line could not decode
         return _checked(setting, setting.kind(text))

@@ -121,7 +121,7 @@ class Engine:
             sequence.cache.set_mode(mode)
 
     def set_boundary(self, layer: int) -> None:
-        """Prune from another layer, with own projections only (0: the file's boundary)."""
+        """Prune from another layer without fitted projections (0: the file's boundary)."""
         for sequence in self.sequences:
             sequence.cache.set_boundary(layer)
 

@@ -1,9 +1,10 @@
-"""Time to first token, pruned against full: in rounds, in one process, on the same weights.
+"""Measure the time to first token (TTFT) with pruning, and the full model's for comparison.
 
-Ratios are computed within a round, so that a slower phase of the machine affects both sides. The
-order of a round's runs is reversed each time. Each run starts with an empty KV cache. A run is
-prefill and the sampling of the first token; decoded tokens follow. Every run raises PopError unless
-the backend's row counters show that all prompt tokens were evaluated, and pruned as planned.
+Both modes run in each round, in one process and on the same weights. Ratios are computed within a
+round, so that a slower phase of the machine affects both modes. The order of a round's runs is
+reversed each time. Each run starts with an empty KV cache. A run is prefill and the sampling of the
+first token; decoded tokens follow. Every run raises PopError unless the backend's row counters show
+that all prompt tokens were evaluated, and pruned as planned.
 
 TTFT of a prompt with a picture includes the encoding, which pruning does not change, so the limit
 applies to the remaining time. The limit is measured: the last run of a round has no full row.

@@ -184,7 +184,7 @@ class Worker(threading.Thread):
             return len(self._still_waiting())
 
     def n_unread(self) -> int:
-        """Return the number of unread rows of the prompts that are being read."""
+        """Return the number of rows still to prefill in all running prompts."""
         return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
 
     def n_refillable(self) -> int:

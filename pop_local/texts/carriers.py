@@ -81,8 +81,8 @@ def make_carrier(
     """Build a document of blocks in all layouts of the use, with prose between and after them.
 
     The prose starts at a random sentence of `prose`. `count` returns a text's length in tokens.
-    A short document has fewer questions, one for each of its values. Raises PopError if its first
-    block leaves no room for prose.
+    A document with fewer values than `n_questions` gets one question per value. Raises
+    PopError if the first block leaves no room for prose.
     """
     # The stream also depends on the use, so the same seed draws no common value for both.
     rng = np.random.default_rng([*settings.use.value.encode(), int(rng.integers(1 << 62))])

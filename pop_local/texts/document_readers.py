@@ -1,6 +1,6 @@
 """Readers of documents: plain text in any language, mail, PDF and DOCX.
 
-pypdf and python-docx come with the extra `documents` and are imported on demand.
+pypdf and python-docx are optional dependencies (the extra `documents`), imported on first use.
 """
 
 import email

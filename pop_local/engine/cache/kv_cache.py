@@ -114,7 +114,7 @@ class KvCache:
         """Name and length of the text that the projections were fitted on."""
         meta = self.context.meta
         if meta is None or meta.calibration is None:
-            return "own projections"
+            return "the model's own projections"
         return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"
 
     def accepts(self, key: str) -> bool:

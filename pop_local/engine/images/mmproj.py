@@ -288,7 +288,7 @@ class Mmproj:
         pixels = self._kept.get(picture.sha256) or picture.rgb(self._max_pixels(picture))
         with self._lock:
             if self._ctx is None:
-                raise PopError(f"{self.path} is closed", "open the model again")
+                raise PopError(f"{self.path} is closed", "open the model with its mmproj again")
             self._last = self._newly_cut(picture, *pixels)
             self._kept[picture.sha256] = pixels
             while sum(len(rgb) for *_, rgb in self._kept.values()) > _KEPT_BYTES:

@@ -99,7 +99,7 @@ class Summing:
         projections: Mapping[int, Sequence[Projection]],
         start: Mapping[str, NewTensor] | None = None,
     ) -> None:
-        """`projections`: the kinds of fit at each boundary, without own projections.
+        """`projections`: the kinds of fit at each boundary, without `Projection.OWN`.
 
         `start`: tensors of an earlier fit. The ridge pulls toward them instead of the layers' own
         projections.

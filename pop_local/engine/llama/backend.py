@@ -216,7 +216,7 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Prune from another layer on, with own projections (0: the file's boundary)."""
+    """Prune from another layer, with the model's own projections (0: the file's boundary)."""
     _set("llama_pop_set_boundary", ctx, layer)
 
 

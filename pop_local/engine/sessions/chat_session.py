@@ -93,9 +93,9 @@ class ChatSession:
 
     @property
     def conversation(self) -> Conversation:
-        """The system prompt and all turns so far; reading it ends a streaming answer.
+        """The system prompt and all turns so far. Accessing them ends a streaming answer.
 
-        Raises PopError if that answer's on_prefill or should_stop reads it.
+        Raises PopError if that answer's on_prefill or should_stop accesses the conversation.
         """
         self._settle()
         return self._conversation

@@ -123,7 +123,10 @@ def _room_in(chat: Dialogue) -> int:
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
-    """Ask how to attach too many tokens. Return the key, "l" after enlarging the context."""
+    """Ask the user how to attach a file that does not fit into the context.
+
+    Returns the chosen key: "l" once the context is enlarged, None if nothing is to be attached.
+    """
     n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
     larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}
     question = f"This is {n_tokens - room:,} tokens too long ({max(0, room):,} tokens left)."
