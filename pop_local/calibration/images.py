@@ -1,4 +1,4 @@
-"""Pictures to calibrate on, the user's or drawn ones, and their encoded images."""
+"""Pictures to calibrate on, the user's or generated, and their encoded images."""
 
 import functools
 import hashlib

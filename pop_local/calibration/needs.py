@@ -82,7 +82,7 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 
 
 def kinds_to_fit(plan: Plan) -> list[Projection]:
-    """Return the kinds of fit that are worth measuring for a plan: wide ones only if cheap."""
+    """Return the kinds of fit that are worth measuring for a plan: wide fits only if cheap."""
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
     return [Projection.FITTED, *([Projection.WIDE] if is_cheap else [])]
 

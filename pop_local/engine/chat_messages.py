@@ -41,9 +41,9 @@ class TurnStats:
 
     n_cached: prompt tokens with K/V in the cache. n_pruned: prompt tokens that stopped at the
     boundary layer. n_deep: deep rows, which n_full includes. n_refilled: cached tokens that were
-    refilled since the previous answer. n_image: image rows of the prompt, including cached ones.
+    refilled since the previous answer. n_image: the prompt's image rows, cached rows included.
     n_exact: prompt tokens whose K/V equal the full model's. n_skipped_exact: prompt tokens that
-    stopped at exact_layer without loss, because later layers share the K/V of earlier ones.
+    stopped at exact_layer without loss, because later layers share earlier layers' K/V.
     n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, including the last one.
     ttft_s: seconds from the question to the first token, including the template and tokenization.
     encode_s: seconds for encoding images, which pruning does not change. prefill_s: seconds for
@@ -76,7 +76,7 @@ class TurnStats:
 
     @property
     def reading(self) -> PrefillKind:
-        """The mode in which the prompt was read; "short" is in full because of its length."""
+        """The prefill mode; "short": not pruned because of the prompt's length."""
         if self.n_pruned:
             return "pruned"
         if self.n_skipped_exact:

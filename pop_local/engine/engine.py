@@ -116,7 +116,7 @@ class Engine:
     # Settings of all sequences
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch the mode in which prompts are read; see KvCache.set_mode."""
+        """Switch the prefill mode; see KvCache.set_mode."""
         for sequence in self.sequences:
             sequence.cache.set_mode(mode)
 

@@ -61,7 +61,7 @@ class SlotScheduler:
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Score common rows only if they are half of the cached ones, as in KvCache.stash."""
+        """Score common rows only if they are half of the cached rows, as in KvCache.stash."""
         cache = self.cache(index)
         n_same = cache.n_same(prompt)
         return (n_same if 2 * n_same >= cache.n_tokens else 0), -cache.n_tokens

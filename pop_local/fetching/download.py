@@ -271,8 +271,8 @@ class _Transfer:
         if sha256 and (found := file_sha256(self._partial)) != sha256:
             self._forget()
             raise PopError(
-                f"the file from {self._where} for {self._target.name} is damaged or another one:"
-                f" its sha256 is {found}, not {sha256}",
+                f"the file from {self._where} for {self._target.name} is damaged, or is a"
+                f" different file: its sha256 is {found}, not {sha256}",
                 "nothing was kept; try again, and compare the hash with the publisher's",
             )
         try:

@@ -32,7 +32,7 @@ _MAX_SCORED_ROWS = 128
 
 @dataclass(frozen=True)
 class Pruning:
-    """Layers that context rows skip, and the mode in which the context is read."""
+    """Layers that context rows skip, and the context's prefill mode."""
 
     boundary: int
     context: Mode = Mode.CONTEXT

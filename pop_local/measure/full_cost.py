@@ -6,7 +6,7 @@ from statistics import median
 from pop_converter.architecture.work import Macs
 from pop_local.engine.chat_messages import TurnStats
 
-# Short prompts predict little about long ones: attention makes those slower per token.
+# Short prompts predict little about long prompts, which attention makes slower per token.
 _LEAST_TOKENS = 64
 _COMPARABLE = 2.0
 
@@ -20,7 +20,7 @@ class FullCost:
 
 
 class FullCosts:
-    """Prompts that were read in full, from which the cost of other prompts is estimated.
+    """Prompts that were prefilled in full, to estimate the cost of other prompts.
 
     `boundary`: the layer at which context tokens stop, None without pruning.
     """
@@ -30,7 +30,7 @@ class FullCosts:
         self._measured: list[TurnStats] = []
 
     def record(self, stats: TurnStats) -> None:
-        """Add a prompt if it was read in full."""
+        """Add a prompt if it was prefilled in full."""
         if stats.n_evaluated == stats.n_full >= _LEAST_TOKENS:
             self._measured.append(stats)
 

@@ -82,7 +82,7 @@ class Gradual:
             ran = counting(len(windows) + n_draws, on_progress)
             if self._repeated_nll is None:
                 [self._repeated_nll] = measure_induction(reader, reference.repeated, [pruning], ran)
-            # Each window is added separately, so that a stop keeps the measured ones.
+            # Each window is added separately, so that a stop keeps the measured windows.
             for window, of_full in zip(windows, full, strict=True):
                 self._scores += score(reader, [window], [of_full], [pruning], ran)[0]
             self.quality = summarize(

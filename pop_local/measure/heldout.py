@@ -66,7 +66,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
             f"the text is too short for {n_windows} windows of {n_tokens:,} tokens: they need"
             f" {n_windows * n_tokens:,} tokens, the text has {sum(len(text) for text in texts):,}"
             f" with room for {sum(rooms)}",
-            "use a longer text, fewer windows or shorter ones",
+            "use a longer text, or fewer or shorter windows",
             cause="text-too-short",
         )
     return [

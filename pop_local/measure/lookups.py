@@ -2,7 +2,7 @@
 
 The full model reads each synthetic document (`carriers`, layouts on which nothing is fitted) once,
 then the model reads it once under each pruning. Questions run all layers, as a prompt's tail does.
-They are completions, so that base models and tuned ones answer alike.
+They are completions, so that base models and tuned models answer alike.
 
 An answer is *right* if the greedy continuation contains the exact string (see `is_right`). Its
 *log-probability* is the right string's after the question, teacher-forced. It has far less noise,

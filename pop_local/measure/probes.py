@@ -2,7 +2,7 @@
 
 *Copy*: a passage of the context follows the context again. *Induction*: random token ids occur
 twice, and the first occurrence's loss is that of a model that does not copy. Both score only tokens
-whose first occurrence was pruned (all random ones if none was).
+whose first occurrence was pruned (all random tokens if none was).
 """
 
 from collections.abc import Sequence

@@ -159,9 +159,9 @@ def read_reference(
 ) -> QualityReference:
     """Run the full model over windows and random tokens.
 
-    `known` contains the first windows' scores. The other ones are added to it, so that a stopped
-    call can be resumed. `on_progress` counts windows and draws. Raises PopError if the text is too
-    short, or no token would be pruned.
+    `known` contains the first windows' scores. The remaining scores are added to it, so that a
+    stopped call can be resumed. `on_progress` counts windows and draws. Raises PopError if the text
+    is too short, or no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)

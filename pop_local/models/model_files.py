@@ -75,7 +75,7 @@ def parts_folder(model: Path) -> Path:
 
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
-    """Return all models of a folder by name, including damaged ones."""
+    """Return all models of a folder by name, including damaged models."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 

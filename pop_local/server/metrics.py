@@ -29,14 +29,18 @@ class Metrics:
             "n_skipped_exact": prompt.labels("exact"),
             "n_full": prompt.labels("full"),
             "n_cached": prompt.labels("cached"),
-            "n_image": counter("pop_image_tokens", "Prompt tokens of images, also cached ones"),
+            "n_image": counter(
+                "pop_image_tokens", "Image tokens in prompts, including cached tokens"
+            ),
             "encode_s": counter("pop_encode_seconds", "Time spent encoding images"),
             "n_deep": counter("pop_deep_tokens", "Context tokens whose spelling needs all layers"),
             "n_decoded": counter("pop_decoded_tokens", "Generated tokens"),
         }
         self.queue = gauge("pop_queue_length", "Queued requests")
         self.open = gauge("pop_models_open", "Models in memory")
-        self.unread = gauge("pop_unread_tokens", "Unread tokens of the current prompts")
+        self.unread = gauge(
+            "pop_unread_tokens", "Tokens of running prompts that are still to be prefilled"
+        )
         not_refilled = "Cached tokens that have not run the skipped layers"
         self.refillable = gauge("pop_refillable_tokens", not_refilled)
 

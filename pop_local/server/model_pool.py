@@ -102,7 +102,7 @@ class Lease:
 
 
 class ModelPool:
-    """A pool of open models. It opens requested ones, and closes idle ones to make room.
+    """A pool of open models. It opens requested models, and closes idle models to make room.
 
     Only `load`, `stop`, `join` and `close` may be called outside the event loop.
     """

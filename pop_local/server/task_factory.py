@@ -143,7 +143,7 @@ class TaskFactory:
             raise ApiError(400, f"token ids must be 0 to {n_vocab - 1}", param=param)
 
     def _check_images(self, images: Sequence[Picture]) -> None:
-        """Stop at the first image beyond the context, before the others are decoded."""
+        """Stop at the first image beyond the context, before later images are decoded."""
         n_rows = 0
         for image in images:
             n_rows += self.model.engine.prompter.count_picture(image)
@@ -165,7 +165,7 @@ class TaskFactory:
     def _options(
         self, body: GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return the body's values; missing ones default to the model's, then the engine's."""
+        """Return the body's values. Missing values default to the model's, then the engine's."""
         given = body.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0

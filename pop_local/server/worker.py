@@ -37,7 +37,7 @@ _HUNG_S = 60.0
 class Task:
     """An answer to generate, or an embedding to compute (`embeds`).
 
-    `reason`: why the prompt is read in full (None: it is pruned). `echo` precedes the answer.
+    `reason`: why the prompt is not pruned (None: it is). `echo` precedes the answer.
     `n_prompt_logprobs`: alternatives for each prompt token (None: no log probabilities).
     `n_written`: length in characters of a prompt that is not echoed, where text offsets start.
     """
@@ -55,7 +55,7 @@ class Task:
 class Job:
     """A queued or running task. The event loop reads the answer that a worker thread writes.
 
-    `queued_s` is 0 until the task runs. `read`: rows of the prompt that are read, and all of them.
+    `queued_s` is 0 until the task runs. `read`: the prompt's prefilled rows, and all its rows.
     `place` returns a job's place in the queue.
     """
 
@@ -284,7 +284,7 @@ class Worker(threading.Thread):
             return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
-        """Run a job; call `end_turn` once its prompt has been read."""
+        """Run a job; call `end_turn` once its prompt has been prefilled."""
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)

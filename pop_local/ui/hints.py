@@ -66,9 +66,9 @@ BY_CAUSE = {
     "sidecar-as-model": "give the model ({model}) and --sidecar",
     "sidecar-for-converted": "remove --sidecar, or use the original file",
     "singular": "fit on more varied text",
-    "text-too-short": "use a longer text (--text), fewer windows or shorter ones (--context)",
+    "text-too-short": "use a longer text (--text), fewer windows or a shorter --context",
     "too-few-tokens": "use --tokens {n_least} or more (default: {n_default})",
-    "unknown-model": "{hint}; `pop-local list` shows local models, `pop-local pull` known ones",
+    "unknown-model": "{hint}; `pop-local list` shows local models, `pop-local pull` the catalog",
     "unreadable-tensor": "convert with --projection own, or use another quantisation",
     "windows-too-long": (
         "give shorter windows (--context, --continuation), or no look-ups (--lookups 0)"
@@ -101,7 +101,7 @@ FOREIGN_OPTIONS = {
 }
 
 TRACE = "`pop-local --debug COMMAND ...` shows the traceback"
-GAVE_UP = "the model file may be damaged; download it again or use another one"
+GAVE_UP = "the model file may be damaged; download it again or use another model"
 LOST_SERVER = "restart it (pop-local rpc-server); `chat` offers to continue the conversation"
 MEMORY = "close other programs, or use a smaller model or context (--ctx)"
 _SPACE = "free some space, or write to another disk"

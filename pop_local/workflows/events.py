@@ -50,7 +50,7 @@ class TimeLeft:
         self._first = self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
-        """Start a stage. Earlier ones that come once are over; the last stage ends all others."""
+        """Start a stage. It ends earlier stages that come once. The last stage ends all."""
         self._done, self._share, self._first = self._passed, 0.0, -1.0
         found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
         self._at = max(found, key=lambda i: len(self._stages[i].name), default=None)

@@ -37,7 +37,7 @@ REFUSED = {
     "chameleon": "a model whose prompts llama.cpp does not read without logits",
 }
 LOOPS_KEY = "num_loops"
-# Architectures whose later layers run with the tensors of earlier ones.
+# Architectures whose later layers run with earlier layers' tensors.
 REPEATED = ("hrm_text",)
 
 _LAYER_NORM = "its norm is not an RMS norm"
@@ -101,7 +101,7 @@ WINDOWS = {"gemma2": 4096}
 # Gemma 3n files have no key for the number of layers that compute K/V.
 GEMMA3N_KV_LAYERS = 20
 
-# Architectures measured on real models; all others were tested on random weights.
+# Architectures measured on real models; all other architectures were tested on random weights.
 MEASURED = ("llama", "qwen2", "gemma3")
 
 

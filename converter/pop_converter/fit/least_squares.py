@@ -41,7 +41,7 @@ WEAK_INPUT = 1e-4
 # The minimum token weight and the maximum attention, in units of its mean.
 LEAST_WEIGHT = 0.2
 MOST_ATTENTION = 50.0
-# Minimum pivot of the system, whose diagonal is 1: smaller ones are rounding errors.
+# Minimum pivot of the system, whose diagonal is 1: smaller pivots are rounding errors.
 LEAST_PIVOT = 1e-12
 DAMAGED_HINT = "the model's file may be damaged: check that the model answers"
 
@@ -158,7 +158,7 @@ def token_weights(mass: Floats) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Return the projections that replace a layer's `own` ones or an earlier fit.
+    """Return the projections that replace a layer's `own` projections or an earlier fit.
 
     `ridge` pulls toward `own`, in units of the diagonal of X'DX. Raises FitError if the sums are
     not finite, or singular.

@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class KvProjection:
-    """K and V projections of a layer's normalized input, own or fitted ones, K's rows first.
+    """K and V projections of a layer's normalized input, the layer's own or fitted, K's rows first.
 
     `weight` [n_k + n_v, n_embd] multiplies gain * x, with `gain` [n_embd] from attn_norm. `bias` is
     [n_k + n_v]. `wide` [n_k + n_v, n_wide] multiplies the wider input (pop_converter.fit.wide),

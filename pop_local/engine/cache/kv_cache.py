@@ -28,7 +28,7 @@ class ReadObserver(Protocol):
         """Stop observing the cache."""
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Handle tokens that were read into the rows from `start` on."""
+        """Handle tokens that were prefilled into the rows from `start` on."""
 
     def computed(self) -> None:
         """Handle computed rows, whose taps may be read (engine/llama/taps.py)."""
@@ -104,7 +104,7 @@ class KvCache:
 
     @property
     def mode_key(self) -> str:
-        """Key of rows that are read in the current mode."""
+        """Key of rows that are prefilled in the current mode."""
         if self.mode is Mode.OFF or self.exact:
             return FULL
         return f"mode {self.mode.name}, boundary {self.boundary}, {self._conversion}"

@@ -29,7 +29,7 @@ _CONTROL = {"t": 9, "n": 10, "r": 13}
 def lark_of(text: str, instead: Mapping[str, str]) -> str:
     """Translate a GBNF grammar into Lark. Raises ValueError if it is invalid.
 
-    `instead`: right sides of some rules in Lark. Rules used only by the replaced ones are dropped.
+    `instead`: right sides of some rules in Lark. Rules used only by replaced rules are dropped.
     """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None

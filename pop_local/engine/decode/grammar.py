@@ -133,7 +133,7 @@ def json_rule(schema: Any) -> JsonRule:
 
 
 def unchecked(lark: str) -> Grammar:
-    """Return a grammar without compiling it; its parts were checked in another one."""
+    """Return a grammar without compiling it; its parts were checked in another grammar."""
     return Grammar(LLMatcher.grammar_from_lark(f"{_HEAD}{lark}"))
 
 
@@ -187,7 +187,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 def _prepared(schema: dict[str, Any]) -> list[str]:
     """Add constraints that llguidance lacks. Return keywords that it enforces only in part.
 
-    Raises GrammarError for values that llguidance would confuse with others.
+    Raises GrammarError for values that llguidance would confuse with other values.
     """
     for name in _VALUES:
         for value in _leaves(schema.get(name)):

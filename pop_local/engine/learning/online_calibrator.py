@@ -182,7 +182,7 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Note that a prompt chunk was read from row `start`, in any mode."""
+        """Note that a prompt chunk was prefilled from row `start`, in any mode."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1

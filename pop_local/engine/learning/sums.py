@@ -118,7 +118,7 @@ class Summing:
         """Return the tensors to tap for the sums of these boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
-        # All boundaries share these layers, so that no fit depends on the other ones.
+        # All boundaries share these layers, so that no fit depends on the other boundaries.
         weighing = range(max(1, self.shape.n_layer - N_WEIGHING), self.shape.n_layer)
         return Wanted(at, layers, tuple(weighing))
 

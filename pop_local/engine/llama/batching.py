@@ -206,7 +206,7 @@ def added(known: Counters, before: Counters, now: Counters) -> Counters:
 class BatchedSlot:
     """A sequence among several of a context, used by its own thread.
 
-    Prompts are read in the context's mode, or in mode OFF, in which all rows are full.
+    Prompts are prefilled in the context's mode, or in mode OFF, in which all rows are full.
     """
 
     def __init__(self, batcher: Batcher, context: Context, sequence: int) -> None:

@@ -38,7 +38,7 @@ class RowRule:
         return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt, meta.deep_rows)
 
 
-# Only rows with logits are full: the others skip layers exactly, or are refilled later.
+# Only rows with logits are full: the other rows skip layers exactly, or are refilled later.
 NO_ENDS = RowRule(sink_tokens=0, tail_tokens=0)
 NO_TAIL = 2**31 - 1  # a `full_from` past all positions
 
@@ -70,7 +70,7 @@ def plan_prefill(
     images: Images = (),
     deep: np.ndarray | None = None,
 ) -> PrefillPlan:
-    """Plan the prefill of `n_tokens` (1 or more) after `n_past` cached ones.
+    """Plan the prefill of `n_tokens` (1 or more) after `n_past` cached tokens.
 
     `deep`: bool [n_tokens], the deep rows by token (None: no rows). `min_prompt` applies to the
     uncached tokens alone. The tail is text, so it starts after the last image.

@@ -314,7 +314,7 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return a member; reject compressed ones, which could expand to any size."""
+    """Return a member. Reject compressed members, which could expand to any size."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")

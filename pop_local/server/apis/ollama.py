@@ -43,7 +43,7 @@ from pop_local.server.task_factory import TaskFactory
 
 # The version of Ollama whose API this is; clients check it for features.
 _VERSION = "0.6.4"
-# Options that GenerationBody has under the same name; all others are ignored.
+# Options that GenerationBody has under the same name; all other options are ignored.
 _OPTIONS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "mirostat"),
     *("repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"),

@@ -41,7 +41,7 @@ class Screen:
         error_output.show(error)
 
     def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
-        """Show (done_tokens, total_tokens) while a prompt is read or refilled."""
+        """Show (done_tokens, total_tokens) during a prefill or refill."""
         return prefill_progress(what)
 
     @property

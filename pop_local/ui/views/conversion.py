@@ -147,7 +147,7 @@ def _limit(conversion: Conversion, plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return the plan. `layers`: the skipped ones. `where`: facts on them. `output`: its size.
+    """Return the plan. `layers`: the skipped layers. `where`: facts on them. `output`: its size.
 
     `limit`: the limit of the speed-up.
     """

@@ -271,7 +271,7 @@ class ConversionRun:
     def resumable(self, *, keeps_refused: bool = False) -> Iterator[None]:
         """Keep the block's fit if the block is stopped or cannot write its result.
 
-        `keeps_refused` also keeps a fit that is over a budget, for a conversion with another one.
+        `keeps_refused` also keeps a fit that exceeds the budget, for use with another budget.
         """
         keeping: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))

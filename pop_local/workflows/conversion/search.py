@@ -54,7 +54,7 @@ class SearchStage:
     """A stage of the ladder.
 
     `candidates` returns the candidates to try, the shallowest first. `order` tries them. `prepare`
-    fits the first of its candidates, and other ones if that saves work.
+    fits the first of its candidates, and more candidates if that saves work.
     """
 
     candidates: Callable[[Search], Iterable[Candidate]]
@@ -263,7 +263,7 @@ class Search:
     # Fits
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate, and later ones in the same pass over the text (rule 4)."""
+        """Fit the first candidate, and later candidates in the same pass (rule 4)."""
         options = self.fitter.options
         options = options if len(self.plans) == 1 else options.at(wanted[0].boundary)
         fitted = self._kept(wanted, options.state_path) or self._room_for(wanted)
@@ -285,7 +285,7 @@ class Search:
         return [known[each] for each in kept] if is_ours else []
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, and the next ones whose sums also fit into memory."""
+        """Return the first candidate, and the next candidates whose sums also fit into memory."""
         chosen: list[Candidate] = []
         for candidate in (each for each in wanted if not each.is_ready):
             plans = [each.plan for each in (*chosen, candidate)]
