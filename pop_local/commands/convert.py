@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
+from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 from pop_converter.popfile.rewrite import check_target
@@ -89,10 +90,13 @@ class FullRowOptions(Group):
         " share that it saves on long prompts).",
         min=0,
     )
+    deep_rows: DeepRows = option(
+        "Words whose tokens run all layers, too.", default=RowOptions.deep_rows
+    )
 
     @property
     def rows(self) -> RowOptions:
-        return RowOptions(self.sink, self.tail, self.min_prompt)
+        return RowOptions(self.sink, self.tail, self.min_prompt, self.deep_rows)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ def may_copy(retention: "Estimate | None") -> bool:
 
 def is_hopeless(retention: "Estimate | None") -> bool:
     """Return whether no fit can restore copying. `retention`: without a fit."""
-    return not keeps(retention, _LOST_RETENTION)
+    # An undefined retention is not hopeless: the fit reports why.
+    least = LEAST_RETENTION - _LOST_RETENTION
+    return retention is not None and retention.value < least
 
 
 def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def is_within(row):
     return (
         row["kl_mean"] <= limits.max_kl
         and row["copy_ppl_ratio"] <= limits.max_copy_ratio
-        and (row["induction_retention"] or 1) >= limits.least_retention
+        and (row["induction_retention"] or 1) >= budget.LEAST_RETENTION
     )
 
 

@@ -41,13 +41,13 @@ WAITING = """
 import sys
 from pop_local.calibration import activations
 
-def window(self, tokens, real=activations.Reading.window):
+def window(self, tokens, real=activations.WindowReader.window):
     found = real(self, tokens)
     print("read", flush=True)
     sys.stdin.readline()
     return found
 
-activations.Reading.window = window
+activations.WindowReader.window = window
 from pop_local.cli import main
 sys.argv = ["pop-local", *sys.argv[1:]]
 main()
@@ -100,7 +100,7 @@ def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     assert meta is not None and meta.measured is not None
     assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in shown
     assert f"perplexity {meta.measured.copy_ppl_ratio:.3f} times" in shown
-    assert shown.count("pop-local only") == 1
+    assert shown.count("only pop-local opens") == 1
 
 
 def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination):
@@ -130,7 +130,9 @@ def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination)
 
 
 def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_examination):
-    done = convert(tiny, "--projection", "fitted-wide", "--text", words, "--json")
+    done = convert(
+        tiny, "--projection", "fitted-wide", "--deep-rows", "none", "--text", words, "--json"
+    )
     assert done.exit_code == 0, done.output
     report, target = json.loads(done.stdout), tmp_path / "tiny.pop.gguf"
     meta = read_pop_meta(target)
@@ -177,7 +179,7 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
 
 
 def test_force_writes_a_fit_that_cannot_copy(tiny, tmp_path, words, monkeypatch, short_examination):
-    monkeypatch.setattr(examining, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
+    monkeypatch.setattr(budget, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
     refused = convert(tiny, "--text", words)
     assert refused.exit_code == 1
     assert "--force" in refused.stderr
@@ -205,7 +207,7 @@ def assert_refused(done, folder: Path, reason: str) -> None:
         (b"", "no text"),
         (b"a\0b", "binary"),
         (b"too short " * 20, "needs 2,048"),
-        (b"again " * 5000, "repeats itself"),
+        (b"again " * 5000, "is repetitive"),
     ],
 )
 def test_unusable_texts_are_refused(tiny, tmp_path, tmp_path_factory, content, reason):
@@ -341,7 +343,7 @@ def test_a_stop_during_the_measurement_keeps_the_fit(
     assert stopped.exit_code == 130
     assert "continues from there" in stopped.stderr
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
-    monkeypatch.setattr("pop_local.calibration.job.Reading", None)
+    monkeypatch.setattr("pop_local.calibration.job.WindowReader", None)
     assert convert(*options).exit_code == 0
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 

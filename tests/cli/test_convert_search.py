@@ -83,7 +83,7 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
         "Running the full model",
         *(f"Measuring boundary {boundary}" for boundary in (5, 4, 3, 2)),
         "Asking for look-ups in full",
-        "Asking for look-ups, boundary 2",
+        "Asking for look-ups, boundary 2 (names)",
         "Reading the model",
     ]
     assert last["lookups"]["n"] == meta.measured.lookups_n > 0

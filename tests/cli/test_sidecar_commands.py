@@ -136,10 +136,16 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pop_local.workflows.conversion.named.measure_prunings", measure)
     monkeypatch.setattr("pop_local.workflows.conversion.named.copies", lambda *_: True)
-    monkeypatch.setattr("pop_local.workflows.conversion.named.is_inside", lambda *_: True)
-    monkeypatch.setattr(
-        "pop_local.workflows.conversion.named.measured", lambda quality: Measured(kl_mean=0.25)
-    )
+    for name, made in {
+        "measure_lookups": (None,),
+        "is_inside": True,
+        "keeps_lookups": True,
+        "figures_in_words": "",
+        "measured": Measured(kl_mean=0.25),
+    }.items():
+        monkeypatch.setattr(
+            f"pop_local.workflows.conversion.named.{name}", lambda *_, made=made: made
+        )
     plan = make_plan(read_shape(base), projection=Projection.FITTED, boundary=4)
     monkeypatch.setattr(PlanFitter, "fit", lambda *_: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)

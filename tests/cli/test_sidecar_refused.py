@@ -177,7 +177,7 @@ def test_a_sidecar_is_not_a_model(fitted):
 
 def test_two_sidecars(fitted, tmp_path):
     again = shutil.copy(fitted.sidecar, tmp_path / "again.gguf")
-    with pytest.raises(RuntimeError, match="3 files are given for a model of 1 and one sidecar"):
+    with pytest.raises(RuntimeError, match="there are 3 files for a model of 1 and one sidecar"):
         run(Job(str(fitted.base), steps=(), further=(str(fitted.sidecar), str(again))))
 
 

@@ -124,7 +124,7 @@ def test_state_of_another_conversion_is_refused(fitted, tmp_path):
     read(model, prompt(100))
     state = model.engine.cache.save()
     for sidecar in (other.sidecar, own.sidecar):
-        with pytest.raises(PopError, match="belongs to mode CONTEXT, boundary 4, fitted"):
+        with pytest.raises(PopError, match="has the key 'mode CONTEXT, boundary 4, fitted"):
             opened(fitted.base, sidecar=sidecar).engine.cache.restore(state)
     single = opened(fitted.single)
     single.engine.cache.restore(state)

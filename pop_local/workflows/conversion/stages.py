@@ -45,6 +45,7 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
         PlannedStage("Running the full model", whole),
         PlannedStage("Measuring", whole / _N_PARTS, n_parts=3 * _N_PARTS),
         PlannedStage("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
+        PlannedStage("Asking for look-ups", lookups),
         PlannedStage("Asking for look-ups in full", lookups, 2),
         PlannedStage("Asking for look-ups, boundary", lookups, 2 * _N_LOOKED_UP),
         PlannedStage(planned.output.stage, _WRITING * planned.sizes.output_bytes),
