@@ -112,7 +112,7 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 def test_the_time_left_is_of_all_the_work_by_the_rate_so_far(clock):
     whole = TimeLeft(STAGES)
-    whole.begin("Running the full model")
+    whole.begin("Reading")
     whole.advance(0, 2)
     clock.now_s = 4.0
     whole.advance(1, 2)
