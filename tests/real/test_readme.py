@@ -45,5 +45,5 @@ def test_command_runs(words, smollm2):
 
 
 def test_python_example_runs(smollm2):
-    [code] = re.findall(r"From Python:\n\n((?:    .*\n)+)", USE)
+    [code] = re.findall(r"from Python:\n\n((?:    .*\n)+)", USE)
     assert run("-c", textwrap.dedent(code)).strip()
