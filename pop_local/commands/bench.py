@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pop_converter.deep_row_criterion import DeepRows
+from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json

@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
-from pop_converter.deep_row_criterion import DeepRows
-from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.format import DeepRows, PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection

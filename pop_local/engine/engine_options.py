@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pop_converter.deep_row_criterion import DeepRows
+from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama.context import ContextOptions
 

@@ -10,8 +10,8 @@ from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import counting
-from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import read_picture

@@ -10,11 +10,10 @@ from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
-from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source, read_source
-from pop_converter.popfile.format import Calibration
+from pop_converter.popfile.format import Calibration, DeepRows
 from pop_converter.popfile.pruning_plan import Plan, make_plan, require_fit, require_prunable
 from pop_converter.popfile.rewrite import stored_type
 from pop_converter.popfile.sidecar import pop_of

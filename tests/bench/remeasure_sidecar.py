@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pop_converter.architecture.shape import source_shape
-from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import Budget
+from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import fitted_tensors, read_sidecar, write_sidecar

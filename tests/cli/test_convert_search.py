@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.popfile import sidecar as sidecars
+from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, quality

@@ -7,12 +7,12 @@ whose skipped layers use their own K/V projections.
 import re
 import struct
 from dataclasses import MISSING, dataclass, fields
+from enum import Enum
 from typing import Any, TypeVar
 
 from gguf import GGUFValueType
 
 from pop_converter.base.errors import FormatError
-from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import SIDECAR_ARCH
 from pop_converter.projection import Projection
@@ -25,6 +25,27 @@ MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
 # The value of a budget's limit that an older file lacks.
 NO_LIMIT = 1e9
+
+
+class DeepRows(str, Enum):
+    """The context words that run all layers, because projections lose the words' spelling.
+
+    `SPELLING`: words with a digit, an inner capital, or a sign between letters. `NAMES`: these
+    words, and capitalised words within a sentence.
+    """
+
+    NONE = "none"
+    SPELLING = "spelling"
+    NAMES = "names"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def fewer(self) -> tuple["DeepRows", ...]:
+        """The rules that choose fewer rows, from more rows to none."""
+        rules = list(DeepRows)
+        return tuple(reversed(rules[: rules.index(self)]))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
 from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
-from pop_converter.deep_row_criterion import DeepRows
-from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta
+from pop_converter.popfile.format import MAX_TOKENS, Budget, DeepRows, PopMeta
 from pop_converter.projection import Projection
 
 # The paper's middle setting: most of the speed, little loss.

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pop_converter.deep_row_criterion import DeepRows
-from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.format import DeepRows, PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 from pop_local.engine.llama.batch import Outputs
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_converter.deep_row_criterion import DeepRows
+from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.images.mmproj import ImageChunk

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pop_converter.architecture.skipping import skipping_of
 from pop_converter.architecture.work import LIMIT_PROMPT
 from pop_converter.base.numbers import duration, size
-from pop_converter.deep_row_criterion import DeepRows
+from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.sidecar import sidecar_path
 from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from pop_converter.deep_row_criterion import DeepRows
+from pop_converter.popfile.format import DeepRows
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.views.verdict_advice import with_advice
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from pop_converter.deep_row_criterion import DeepRows
-from pop_converter.popfile.format import Budget
+from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection

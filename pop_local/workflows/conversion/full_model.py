@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pop_converter.deep_row_criterion import DeepRows
+from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize

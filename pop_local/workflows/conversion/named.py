@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, counting
-from pop_converter.deep_row_criterion import DeepRows
-from pop_converter.popfile.format import Measured
+from pop_converter.popfile.format import DeepRows, Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from pop_converter.deep_row_criterion import DeepRows
-from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.format import DeepRows, PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 
 

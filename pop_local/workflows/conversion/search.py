@@ -27,8 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
-from pop_converter.deep_row_criterion import DeepRows
-from pop_converter.popfile.format import Budget
+from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
 from pop_local.calibration.needs import fit_needs, spaced

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
-from pop_converter.deep_row_criterion import DeepRows
 from pop_converter.gguf import header as header_module
 from pop_converter.gguf.content import copy_data, read_content
 from pop_converter.gguf.header import MAX_KEPT_ITEMS, read_header
 from pop_converter.gguf.source import read_source
-from pop_converter.popfile.format import Budget, Measured, PopMeta, Recalled, encode_keys
+from pop_converter.popfile.format import Budget, DeepRows, Measured, PopMeta, Recalled, encode_keys
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.research.hyper import read_hyper

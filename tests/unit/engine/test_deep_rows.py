@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pop_converter.deep_row_criterion import DeepRows
+from pop_converter.popfile.format import DeepRows
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prefill.read import append as read_after
