@@ -9,8 +9,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from pop_local.config import settings
-from pop_local.ui import hints
 from pop_local.ui.error_output import guard
+from pop_local.ui.hints import hints_for
 
 HELP_OPTIONS = ["-h", "--help"]
 
@@ -82,8 +82,9 @@ def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
             super().format_help(ctx, formatter)
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-            if words := not ctx.resilient_parsing and hints.FOREIGN_COMMANDS.get(args[0]):
-                ctx.fail(f"No such command {args[0]!r}: {words}")
+            is_unknown = args[0] not in commands and not ctx.resilient_parsing
+            if is_unknown and (hint := hints_for("commands").get(args[0])):
+                ctx.fail(f"No such command {args[0]!r}: {hint}")
             name, known, given = super().resolve_command(ctx, args)
             if name is None:
                 return name, known, given
@@ -101,10 +102,10 @@ def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
                     return super().invoke(ctx)
                 except Exception as error:
                     if unknown := getattr(error, "option_name", ""):
-                        known = (option for option in hints.FOREIGN_OPTIONS if option in ctx.obj)
-                        for option in filter(lambda option: option.startswith(unknown), known):
-                            message = f"No such option: {option}: {hints.FOREIGN_OPTIONS[option]}"
-                            error.message = message  # type: ignore[attr-defined]
+                        for option, hint in hints_for("options").items():
+                            if option in ctx.obj and option.startswith(unknown):
+                                message = f"No such option: {option}: {hint}"
+                                error.message = message  # type: ignore[attr-defined]
                     raise
 
     return LazyGroup

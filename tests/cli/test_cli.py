@@ -17,7 +17,8 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_local import __version__
 from pop_local.cli import COMMANDS, app
 from pop_local.commands.shared_options import finite, positive
-from pop_local.ui import error_output, hints
+from pop_local.ui import error_output
+from pop_local.ui.hints import hints_for
 from pop_local.ui.lazy import imported
 from support.blocked import BLOCKER
 from support.converted import tiny
@@ -56,19 +57,19 @@ def test_help_imports_neither_torch_nor_llama_cpp(command, help_without_heavy):
     assert "<bool>" not in printed
 
 
-@pytest.mark.parametrize("word", hints.FOREIGN_COMMANDS)
-def test_a_command_of_another_program_names_ours(word):
+@pytest.mark.parametrize(("word", "hint"), hints_for("commands").items())
+def test_a_command_of_another_program_names_ours(word, hint):
     done = called(word, "model.gguf", COLUMNS="300")
     assert done.returncode == 2
-    assert f"No such command '{word}': {hints.FOREIGN_COMMANDS[word]}" in done.stderr
+    assert f"No such command '{word}': {hint}" in done.stderr
 
 
-@pytest.mark.parametrize("option", hints.FOREIGN_OPTIONS)
+@pytest.mark.parametrize(("option", "hint"), hints_for("options").items())
 @pytest.mark.parametrize("command", ["chat", "run"])
-def test_an_option_of_another_program_names_ours(command, option):
+def test_an_option_of_another_program_names_ours(command, option, hint):
     done = called(command, "model.gguf", option, "7", COLUMNS="300")
     assert done.returncode == 2
-    assert f"No such option: {option}: {hints.FOREIGN_OPTIONS[option]}" in done.stderr
+    assert f"No such option: {option}: {hint}" in done.stderr
 
 
 def test_top_help_imports_no_command():

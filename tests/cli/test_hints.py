@@ -14,7 +14,7 @@ from pop_converter.base.errors import PopError
 from pop_local.cli import COMMANDS
 from pop_local.ui import error_output
 from pop_local.ui.chat.slash import COMMANDS as SLASH_COMMANDS
-from pop_local.ui.hints import BY_CAUSE, hint_of
+from pop_local.ui.hints import hint_of, hints_for
 
 ROOMS = (
     "base",
@@ -39,6 +39,7 @@ RUNS_PIP = "fetching/catalog.py"
 # At the end of a piece its name follows from a variable: f"--{name}".
 OPTION = re.compile(r"(?<![\w-])--(?:[a-z]|$)")
 COMMAND = re.compile(rf"pop-local (?:{'|'.join(COMMANDS)})\b")
+BY_CAUSE = hints_for("causes")
 SLASH_COMMAND = re.compile(rf"(?<![\w.}}/])(?:{'|'.join(SLASH_COMMANDS)})\b(?!/)")
 
 
