@@ -35,7 +35,7 @@ import openai
 import psutil
 from PIL import Image
 
-from shared import BOMB, Served, make_seeing, served
+from shared import BOMB, Served, make_vision_model, served
 
 STORY = (
     "The ferry to the island leaves the stone pier at half past six. Old Mara sells coffee there, "
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model or make_seeing(Path(folder), "llama")
+        model = options.model or make_vision_model(Path(folder), "llama")
         pictures = [] if options.model else [url_of(n) for n in (64, 200, 300)]
         soak(model, pictures, options)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "patches" / "llama-cpp-python"))
 
-from support.asked import BOMB
 from support.f32_copy import write_f32
 from support.rpc import rpc_server
-from support.seeing import make_seeing
+from support.server_requests import BOMB
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, add_keys, shapes
 from support.synthetic import Recipe, add_header
 from support.terminal import Terminal
+from support.vision_models import make_vision_model
 
 __all__ = [
     "BOMB",
@@ -23,7 +23,7 @@ __all__ = [
     "Terminal",
     "add_header",
     "add_keys",
-    "make_seeing",
+    "make_vision_model",
     "rpc_server",
     "served",
     "shapes",

@@ -20,8 +20,8 @@ from pop_local.commands.shared_options import finite, positive
 from pop_local.ui import error_output
 from pop_local.ui.hints import hints_for
 from pop_local.ui.lazy import imported
-from support.blocked import BLOCKER
 from support.converted import tiny
+from support.import_blocker import BLOCKER
 from support.program import called, run
 from support.synthetic import make_gguf
 

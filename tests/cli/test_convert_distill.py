@@ -24,8 +24,8 @@ from pop_local.research.distilled import Distiller
 from pop_local.workflows.conversion import candidate, fits
 from pop_local.workflows.conversion import search as searching
 from pop_local.workflows.conversion.candidate import Candidate
+from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
-from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 

@@ -7,7 +7,7 @@ import pytest
 from pop_converter.projection import Projection
 from pop_local.calibration import activations, needs
 from pop_local.workflows.conversion.candidate import Judge
-from support.searched import FEW, LOOSE, convert
+from support.conversion_runs import FEW, LOOSE, convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search", "few_fit")]
 

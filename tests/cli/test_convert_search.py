@@ -26,8 +26,8 @@ from pop_local.measure.lookups import (
 from pop_local.texts.carriers import LookupQuestion
 from pop_local.workflows.conversion import candidate, fits, full_model
 from pop_local.workflows.conversion import search as searching
+from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
-from support.searched import FEW, LOOSE, convert
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 

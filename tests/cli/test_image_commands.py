@@ -16,18 +16,18 @@ from pop_local.ui.chat.line import _Completer
 from pop_local.ui.chat.repl import converse
 from support.hub_server import Hub, Repo, serving
 from support.program import called, run
-from support.scripted import Transcript
-from support.seeing import EYES, make_mmproj, make_seeing, png
+from support.scripted_chat import Transcript
 from support.synthetic import make_gguf
+from support.vision_models import MMPROJS, make_mmproj, make_vision_model, png
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("seeing")
+    folder = tmp_path_factory.mktemp("vision")
     (folder / "a.png").write_bytes(png(3))
     (folder / "b.png").write_bytes(png(4))
     (folder / "no.png").write_bytes(b"no picture")
-    return make_seeing(folder, "qwen2vl")
+    return make_vision_model(folder, "qwen2vl")
 
 
 OPTIONS = ("--threads", 1, "--temperature", 0, "--max-tokens", 3)
@@ -49,7 +49,7 @@ def test_run_with_pictures(path):
 @pytest.mark.parametrize("arch", ["qwen2vl", "gemma3"])
 def test_a_limit_of_tokens_without_effect_gets_a_word(tmp_path, arch):
     options = ("--image-tokens", 64, *OPTIONS)
-    done = called("run", make_seeing(tmp_path, arch), "what?", *options)
+    done = called("run", make_vision_model(tmp_path, arch), "what?", *options)
     assert done.returncode == 0, done.stderr
     words = "--image-tokens has no effect: this model's mmproj has a fixed size"
     assert (words in done.stderr) == (arch == "gemma3")
@@ -63,7 +63,7 @@ def test_run_refuses_in_one_line(path, tmp_path):
     assert done.returncode == 1 and "absent.png" in done.stderr
     done = called("run", path, "--mmproj", path, "--image", path.parent / "a.png", "what?")
     assert done.returncode == 1 and "is no mmproj" in done.stderr
-    wide = make_mmproj(tmp_path / "wide.gguf", replace(EYES["qwen2vl"], n_text=256))
+    wide = make_mmproj(tmp_path / "wide.gguf", replace(MMPROJS["qwen2vl"], n_text=256))
     done = called("run", path, "--mmproj", wide, "what?", *OPTIONS)
     assert done.returncode == 1 and "does not fit this model" in done.stderr
     alone = make_gguf(tmp_path / "alone.gguf", "llama")
@@ -115,7 +115,7 @@ def test_chat_refuses_files_that_are_no_pictures(path):
 
 def test_refilling_reports_its_limits(path, tmp_path):
     assert "several positions each (M-RoPE)" in chatted(path, "/refill idle")
-    gemma = make_seeing(tmp_path, "gemma3")
+    gemma = make_vision_model(tmp_path, "gemma3")
     (tmp_path / "a.png").write_bytes(png(3))
     lines = ("/refill idle", "what?", f"/image {tmp_path / 'a.png'}", "and?", "/refill")
     shown = chatted(gemma, *lines)

@@ -30,8 +30,8 @@ from pop_local.models.model_files import (
 from pop_local.models.model_names import resolve
 from pop_local.ui.theme import THEME
 from support.converted import converted, paired
-from support.seeing import EYES, make_mmproj
 from support.synthetic import make_gguf, make_split
+from support.vision_models import MMPROJS, make_mmproj
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_rm_takes_a_sidecar_alone(store):
 def test_rm_takes_the_mmproj_that_has_a_models_name(store):
     named, other = store / "mmproj-Tiny.Q8_0.gguf", store / "mmproj-Other.gguf"
     for path in (named, other):
-        make_mmproj(path, EYES["llama"])
+        make_mmproj(path, MMPROJS["llama"])
     assert pop_local("rm", "Tiny.Q8_0", "--yes").exit_code == 0
     assert named.exists()  # its converted copy has it, too
     done = pop_local("rm", "Tiny.Q8_0.pop", "--yes", "--json")
@@ -302,7 +302,7 @@ def test_rm_takes_the_mmproj_that_has_a_models_name(store):
 
 @pytest.mark.parametrize("also", [(), ("mmproj-Tiny.Q8_0",)])
 def test_rm_of_a_model_and_its_copy_leaves_no_mmproj(store, also):
-    named = make_mmproj(store / "mmproj-Tiny.Q8_0.gguf", EYES["llama"])
+    named = make_mmproj(store / "mmproj-Tiny.Q8_0.gguf", MMPROJS["llama"])
     assert pop_local("rm", "Tiny.Q8_0", "Tiny.Q8_0.pop", *also, "--yes").exit_code == 0
     assert not named.exists()
 
@@ -310,7 +310,7 @@ def test_rm_of_a_model_and_its_copy_leaves_no_mmproj(store, also):
 def test_rm_leaves_the_mmproj_that_another_quantisation_has(store):
     for name in ("See-Q4_K_M.gguf", "See-Q8_0.gguf"):
         make_gguf(store / name, "llama")
-    named = make_mmproj(store / "mmproj-See-Q4_K_M.gguf", EYES["llama"])
+    named = make_mmproj(store / "mmproj-See-Q4_K_M.gguf", MMPROJS["llama"])
     assert find_mmproj(store / "See-Q8_0.gguf") == named
     assert pop_local("rm", "See-Q4_K_M", "--yes").exit_code == 0
     assert find_mmproj(store / "See-Q8_0.gguf") == named
@@ -319,7 +319,7 @@ def test_rm_leaves_the_mmproj_that_another_quantisation_has(store):
 def test_rm_takes_the_mmprojs_of_all_quantisations(store):
     for name in ("See-Q4_K_M", "See-Q8_0"):
         make_gguf(store / f"{name}.gguf", "llama")
-        make_mmproj(store / f"mmproj-{name}.gguf", EYES["llama"])
+        make_mmproj(store / f"mmproj-{name}.gguf", MMPROJS["llama"])
     assert pop_local("rm", "See-Q4_K_M", "See-Q8_0", "--yes").exit_code == 0
     assert [*store.glob("mmproj-See*")] == []
 

@@ -6,9 +6,9 @@ from typing import Any
 import openai
 import pytest
 
+from support.chat_tools import DOUBLE, QWEN, TEMPLATES
 from support.converted import tiny
 from support.serving import served
-from support.tooled import DOUBLE, QWEN, TEMPLATES
 
 ASKED: Any = [{"role": "user", "content": "How much is twice four? " * 20}]
 OPENAI: dict[str, Any] = {"model": "tiny", "temperature": 0}

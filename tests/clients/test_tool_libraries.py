@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
+from support.chat_tools import DOUBLE, QWEN, TEMPLATES
 from support.converted import tiny
 from support.serving import served
-from support.tooled import DOUBLE, QWEN, TEMPLATES
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or litellm downloads prices
 langchain_openai = pytest.importorskip("langchain_openai", reason="pip install '.[clients]'")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from pop_converter.base.errors import PopError
-from support.asked import NAME
 from support.calls import opened
 from support.campaign import campaign
+from support.chat_tools import DOUBLE, QWEN, TEMPLATES, WEATHER
 from support.converted import tiny
 from support.mutants import mutated_bytes, mutated_json
+from support.server_requests import NAME
 from support.serving import app_of, asking
-from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,8 @@
 """Compare every architecture of llama.cpp with the unpatched library on tiny recipe models.
 
-support/recipes.py builds the models, and support/silent.py their silent copies. Context rows and
-full rows are in separate calls, so all products have the same shapes in both libraries.
+support/recipes.py builds the models, support/identity_layers.py their copies with identity layers.
+Context rows and full rows are in separate calls, so all products have the same shapes in both
+libraries.
 """
 
 import shutil
@@ -29,11 +30,11 @@ from support.architectures import (
     NO_RECIPE,
     WITH_EXPERTS,
 )
+from support.identity_layers import IMPOSSIBLE, identity_copy, setting
 from support.oracle import random_tokens
 from support.pop_files import OWN, add_to
 from support.raw import Job, Step, run
 from support.shapes import read_shape
-from support.silent import IMPOSSIBLE, setting, silent_copy
 
 # Two ubatches of context, longer than the recipes' windows of 32 rows.
 N_CONTEXT, N_TAIL, N_UBATCH = 48, 4, 32
@@ -127,7 +128,7 @@ class Subject:
     def silent(self, boundary: int) -> Path:
         """Return the copy whose layers from `boundary` preserve the state."""
         path = self.folder / f"silent{boundary}.gguf"
-        return path if path.exists() else silent_copy(self.path, path, boundary)
+        return path if path.exists() else identity_copy(self.path, path, boundary)
 
     @cached_property
     def _traits(self) -> tuple[int, bool]:

@@ -16,7 +16,7 @@ from pop_local.research import depths
 from pop_local.research.depths import measure_cliff, worth_measuring
 from pop_local.workflows.conversion import named
 from support.calls import ignore
-from support.searched import FEW, convert
+from support.conversion_runs import FEW, convert
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import PLAIN_STOPS
-from support.talking import ask
+from support.conversations import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 16 + "When is it gone?")
 

@@ -4,11 +4,11 @@ import pytest
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.server import api
-from support.asked import N_CTX, NAME, complete, text_of
 from support.calls import opened
 from support.converted import tiny
 from support.filling import make_filler
 from support.library import NAMES, Library
+from support.server_requests import N_CTX, NAME, complete, text_of
 from support.serving import app_of, asking
 from support.synthetic import TEMPLATE, make_gguf
 

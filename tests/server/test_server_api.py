@@ -10,8 +10,8 @@ from pop_local.engine.turn_options import TurnOptions
 from pop_local.server import job_responses
 from pop_local.server.request_bodies import ChatBody
 from pop_local.server.task_factory import TaskFactory
-from support.asked import LONG, N_CTX, NAME, chat, complete, events, text_of
 from support.calls import log_softmax, opened, read
+from support.server_requests import LONG, N_CTX, NAME, chat, complete, events, text_of
 from support.serving import app_of, asking, counted
 from support.synthetic import TEMPLATE, make_gguf
 

@@ -7,8 +7,8 @@ import pytest
 
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.embedding import embedding
-from support.asked import LONG, N_CTX, NAME, chat
 from support.calls import opened
+from support.server_requests import LONG, N_CTX, NAME, chat
 from support.serving import app_of, asking
 
 

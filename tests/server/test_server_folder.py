@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import PopError
-from support.asked import N_CTX, chat, complete, text_of
 from support.calls import wait_for
 from support.converted import converted
 from support.library import NAMES, Library, asked
 from support.program import called
+from support.server_requests import N_CTX, chat, complete, text_of
 from support.serving import asking
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.asked import BOMB, N_CTX, chat, text_of
+from support.server_requests import BOMB, N_CTX, chat, text_of
 
 SAID = [{"role": "user", "content": "a"}]
 # Valid requests.

@@ -16,15 +16,15 @@ from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt import prompter
 from pop_local.server import request_images, task_factory
-from support.seeing import encoded, make_seeing, png
 from support.serving import Served, app_of, asking, counted, served
+from support.vision_models import encoded, make_vision_model, png
 
 LONG = "a b c d e f g h " * 8
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_seeing(tmp_path_factory.mktemp("seeing"), "qwen2vl")
+    return make_vision_model(tmp_path_factory.mktemp("vision"), "qwen2vl")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.worker import Job, Task
-from support.scripted import STATS
+from support.scripted_chat import STATS
 
 END = Chunk("", STATS)
 FOREVER_S = 3600.0

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from support.asked import LONG, N_CTX, NAME, complete, text_of
 from support.filling import FIM, by_hand
+from support.server_requests import LONG, N_CTX, NAME, complete, text_of
 
 GREEDY = {"temperature": 0, "n_predict": 8}
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from support.asked import LONG, NAME, chat, message_of
 from support.calls import opened
+from support.chat_tools import DOUBLE, QWEN, TEMPLATES
 from support.converted import tiny
+from support.server_requests import LONG, NAME, chat, message_of
 from support.serving import app_of, asking
-from support.tooled import DOUBLE, QWEN, TEMPLATES
 
 TOOL = {"name": "double", "input_schema": DOUBLE["function"]["parameters"]}
 FORCED = {"tools": [TOOL], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}

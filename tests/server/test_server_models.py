@@ -25,10 +25,10 @@ from pop_local.server.app import create_app
 from pop_local.server.model_listing import ModelFile
 from pop_local.server.model_pool import Lease, ModelPool
 from pop_local.server.worker import Worker
-from support.asked import LONG, N_CTX, complete, text_of
 from support.calls import opened, wait_for
 from support.converted import converted
 from support.library import NAMES, Library, asked
+from support.server_requests import LONG, N_CTX, complete, text_of
 from support.serving import LOCAL, counted, served
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pop_local.server.access import AccessRules
-from support.asked import LONG, N_CTX, NAME, chat, complete, text_of
+from support.server_requests import LONG, N_CTX, NAME, chat, complete, text_of
 from support.serving import app_of, asking
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}

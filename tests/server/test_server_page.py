@@ -15,10 +15,10 @@ from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
 from pop_local.server.access import AccessRules
 from pop_local.server.page import file_reader, page_routes
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
-from support.asked import NAME
 from support.calls import opened
 from support.paths import ROOT
 from support.program import called
+from support.server_requests import NAME
 from support.serving import app_of, asking, counted
 
 STATIC = ROOT / "pop_local" / "server" / "page" / "static"

@@ -12,8 +12,8 @@ import pytest
 
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Worker
-from support.asked import LONG, N_CTX, NAME, chat, complete, message_of, text_of
 from support.calls import opened, wait_for
+from support.server_requests import LONG, N_CTX, NAME, chat, complete, message_of, text_of
 from support.serving import app_of, asking, counted, served
 
 ENDLESS = "root ::= [a-z] root"

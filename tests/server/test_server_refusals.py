@@ -15,9 +15,9 @@ from pop_local.server.apis.ollama import OllamaChat
 from pop_local.server.metrics import Metrics
 from pop_local.server.request_bodies import ChatBody, Prompts
 from pop_local.server.worker import Task, Worker
-from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
 from support.program import called
+from support.server_requests import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.serving import app_of, asking
 
 

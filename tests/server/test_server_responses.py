@@ -7,11 +7,11 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import Field, TypeAdapter
 
-from support.asked import LONG, NAME, chat, message_of
 from support.calls import opened
+from support.chat_tools import DOUBLE, QWEN, TEMPLATES
 from support.converted import tiny
+from support.server_requests import LONG, NAME, chat, message_of
 from support.serving import app_of, asking
-from support.tooled import DOUBLE, QWEN, TEMPLATES
 
 EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[ResponseStreamEvent, Field(discriminator="type")])
 TOOL = {"type": "function", **DOUBLE["function"]}

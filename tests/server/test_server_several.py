@@ -15,8 +15,8 @@ from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.job_responses import streamed_answer
 from pop_local.server.replies import Reply
 from pop_local.server.worker import Job, Task
-from support.asked import NAME, chat, complete, events, text_of
 from support.filling import by_hand
+from support.server_requests import NAME, chat, complete, events, text_of
 
 PROMPTS = ["one and two", "three and four", "one and two"]
 

@@ -15,13 +15,13 @@ from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.apis.ollama import OllamaChatReply
 from pop_local.server.replies import AnswerEnd, CompleteAnswer
 from pop_local.server.worker import Task
-from support.asked import NAME, chat, events, message_of
 from support.calls import opened
+from support.chat_tools import DOUBLE, QWEN, TEMPLATES, WEATHER, function
+from support.child_limits import one_second_limit
 from support.converted import tiny
-from support.hurried import hurried
+from support.server_requests import NAME, chat, events, message_of
 from support.serving import app_of, asking
 from support.synthetic import TEMPLATE
-from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER, function
 
 TOOLS = [WEATHER, DOUBLE]
 TIMES = ("queued_s", "ttft_s", "encode_s", "prefill_s", "decode_s")
@@ -180,7 +180,7 @@ def test_invalid_requests_are_refused(client, body, reason):
 
 
 def test_tool_beyond_limits_is_refused(client):
-    with hurried(grammar._child):
+    with one_second_limit(grammar._child):
         refused = chat(client, tools=[function("a", b=BOMB)])
     assert refused.status_code == 400, refused.text
 

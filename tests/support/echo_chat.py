@@ -13,7 +13,7 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.chat.slash import COMMANDS
 from pop_local.ui.theme import look
 from pop_local.ui.typed_keys import unechoed_keys
-from support.scripted import STATS, ScriptedModel, ScriptedPrompt, figures, scripted_chat
+from support.scripted_chat import STATS, ScriptedModel, ScriptedPrompt, figures, scripted_chat
 
 
 class EchoModel(ScriptedModel):

@@ -15,8 +15,8 @@ from pop_local.engine.model import PopModel
 from pop_local.server.app import create_app
 from pop_local.server.model_listing import models_in
 from pop_local.server.model_pool import ModelPool, ModelRegistry
-from support.asked import N_CTX
 from support.calls import opened
+from support.server_requests import N_CTX
 from support.serving import LOCAL, asking
 
 NAMES = ("one", "three", "two")

@@ -8,18 +8,20 @@ from pop_local import PopModel
 from pop_local.engine.sessions.session_file import Sessions
 from support.converted import tiny
 from support.programs import opened
-from support.seeing import ARCHS, Seeing, make_seeing
 from support.synthetic import TEMPLATE, make_gguf
+from support.vision_models import ARCHS, VisionModel, make_vision_model
 
 
 @pytest.fixture(scope="module", params=ARCHS)
-def seeing(request, tmp_path_factory) -> Seeing:
-    return Seeing(request.param, make_seeing(tmp_path_factory.mktemp("seeing"), request.param))
+def vision_model(request, tmp_path_factory) -> VisionModel:
+    return VisionModel(
+        request.param, make_vision_model(tmp_path_factory.mktemp("vision"), request.param)
+    )
 
 
 @pytest.fixture(scope="module")
-def smol(tmp_path_factory) -> Seeing:
-    return Seeing("llama", make_seeing(tmp_path_factory.mktemp("smol"), "llama"))
+def smol(tmp_path_factory) -> VisionModel:
+    return VisionModel("llama", make_vision_model(tmp_path_factory.mktemp("smol"), "llama"))
 
 
 @pytest.fixture(scope="module")

@@ -79,9 +79,9 @@ class Prompter:
         """
         if any(message.role == "system" for message in messages) and not self._supports_system:
             messages = _without_system(messages)
-        return self.written(messages, (), lambda contents, _: self._rendered(messages, contents))
+        return self.render(messages, (), lambda contents, _: self._rendered(messages, contents))
 
-    def written(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
+    def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         """Return the prompt that `write` renders from the messages' contents and the other texts.
 
         If a text contains special tokens, `write` is called again with marks instead of them.

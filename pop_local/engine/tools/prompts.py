@@ -36,13 +36,13 @@ def prompt_with_tools(
     """
     if not prompter.has_template:
         raise PopError("the model has no chat template, so it has no tools", "send no tools")
-    rules = {tool.name: json_rule(tool.schema) for tool in tools.told}
+    rules = {tool.name: json_rule(tool.schema) for tool in tools.all}
     own = _Native(prompter, messages, tools)
     if own.is_known and tools.callable_:
         return replace(own.prompt(), begun=""), own.form(rules)
     if own.is_known:
         return own.prompt(), None
-    prompt = prompter.conversation(text_form.with_tools(messages, tools.told))
+    prompt = prompter.conversation(text_form.with_tools(messages, tools.all))
     if not tools.callable_:
         return prompt, None
     return replace(prompt, begun="" if tools.must_call else prompt.begun), _text_form(tools, rules)
@@ -60,18 +60,18 @@ class _Native:
     @property
     def is_known(self) -> bool:
         """Return whether the template renders tools, and llama.cpp has a grammar of their calls."""
-        made, told = self._rendered, self._tools.told
+        made, tools = self._rendered, self._tools.all
         if made is None or not made.takes_tools:
             return False
         # A tool's rule must not replace one of llama.cpp's.
-        is_clear = all(f"tool-{tool.rule}" not in _RESERVED_RULES for tool in told)
-        return not told or (bool(made.grammar) and is_clear)
+        is_clear = all(f"tool-{tool.rule}" not in _RESERVED_RULES for tool in tools)
+        return not tools or (bool(made.grammar) and is_clear)
 
     def prompt(self) -> Prompt:
         """Render the conversation, with special tokens in texts as plain text."""
         others = [text for message in self._messages for text in _texts(_calls(message))]
-        others += _texts([tool.openai for tool in self._tools.told])
-        made = self._prompter.written(self._messages, others, self._write)
+        others += _texts([tool.openai for tool in self._tools.all])
+        made = self._prompter.render(self._messages, others, self._write)
         assert self._rendered is not None
         return replace(made, stops=(*made.stops, *self._rendered.stops))
 
@@ -82,12 +82,12 @@ class _Native:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
 
     def _render(
-        self, contents: list[str], marked: Callable[[str], str], told: Sequence[Tool] | None = None
+        self, contents: list[str], marked: Callable[[str], str], only: Sequence[Tool] = ()
     ) -> Rendered:
-        """Render the conversation. `told`: the tools in the prompt, None for all."""
+        """Render the conversation. `only`: tools in the prompt (default: all)."""
         pairs = zip(self._messages, contents, strict=True)
         messages = [_openai(message, content, marked) for message, content in pairs]
-        tools = [_mapped(tool.openai, marked) for tool in told or self._tools.told]
+        tools = [_mapped(tool.openai, marked) for tool in only or self._tools.all]
         several = self._tools.several
         return native.render(self._prompter.template, messages, tools, several=several)
 
@@ -95,7 +95,7 @@ class _Native:
         """Return the form of the answer, with a grammar of the callable tools only."""
         tools, made = self._tools, self._rendered
         assert made is not None
-        if tools.callable_ != tools.told:
+        if tools.callable_ != tools.all:
             contents = [each.content for each in self._messages]
             made = self._render(contents, str, tools.callable_)
         instead = {f"tool-{one.rule}-schema": rules[one.name] for one in tools.callable_}

@@ -44,19 +44,19 @@ class Tool:
 class Tools:
     """A prompt's tools, and the calls that its answer may have.
 
-    `told`: tools in the prompt. `callable_`: tools that the answer may call. `must_call`: whether
-    a call is required. `several`: whether several calls are allowed. Raises PopError if two names
+    `all`: tools in the prompt. `callable_`: tools that the answer may call. `must_call`: whether a
+    call is required. `several`: whether several calls are allowed. Raises PopError if two names
     have the same grammar rule.
     """
 
-    told: tuple[Tool, ...]
+    all: tuple[Tool, ...]
     callable_: tuple[Tool, ...]
     must_call: bool = False
     several: bool = True
 
     def __post_init__(self) -> None:
         rules: dict[str, str] = {}
-        for tool in self.told:
+        for tool in self.all:
             if other := rules.get(tool.rule):
                 raise PopError(
                     f"the tools {other!r} and {tool.name!r} are named alike", "rename one of them"

@@ -30,8 +30,8 @@ from support.calibrating import (
 )
 from support.calls import never
 from support.program import called
-from support.seeing import EYES, encoded, make_mmproj, make_seeing, png
 from support.shapes import read_pop_meta
+from support.vision_models import MMPROJS, encoded, make_mmproj, make_vision_model, png
 
 pytestmark = pytest.mark.slow
 LAYERS = (5, 6, 7)
@@ -40,8 +40,8 @@ N_PICTURES = 12
 
 @pytest.fixture(scope="module", params=["llama", "qwen3vl"])
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("seeing")
-    make_seeing(folder, request.param)
+    folder = tmp_path_factory.mktemp("vision")
+    make_vision_model(folder, request.param)
     words(folder)
     (folder / "pictures").mkdir()
     for number, picture in enumerate(draw_pictures(N_PICTURES)):
@@ -158,9 +158,9 @@ def test_pictures_of_a_folder(tmp_path):
 
 
 def test_convert_on_the_command_line(tmp_path):
-    folder = tmp_path / "seeing"
+    folder = tmp_path / "vision"
     folder.mkdir()
-    make_seeing(folder, "llama")
+    make_vision_model(folder, "llama")
     text, plain = words(folder), folder / "plain.gguf"
     given = ("--boundary", 4, "--tokens", 2048, "--text", text, "--force", "--threads", 1)
     made = ("convert", plain, tmp_path / "out.gguf", *given)
@@ -180,6 +180,6 @@ def test_convert_on_the_command_line(tmp_path):
 
 
 def test_a_foreign_mmproj(plain, tmp_path):
-    wide = make_mmproj(tmp_path / "wide.gguf", replace(EYES["gemma3"], n_text=256))
+    wide = make_mmproj(tmp_path / "wide.gguf", replace(MMPROJS["gemma3"], n_text=256))
     with pytest.raises(PopError, match="does not fit this model"):
         fitted(plain, with_pictures(plain, mmproj=wide))

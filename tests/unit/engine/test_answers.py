@@ -13,8 +13,8 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from support.calls import append
+from support.conversations import ask
 from support.synthetic import make_gguf
-from support.talking import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + "Who sells coffee?")
 

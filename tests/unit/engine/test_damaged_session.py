@@ -12,7 +12,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.fields import encoded_array
 from pop_local.engine.sessions.session_file import Sessions
-from support.talking import QUESTION, answered, follow_up, opened
+from support.conversations import QUESTION, answered, follow_up, opened
 
 
 @pytest.fixture(scope="module")

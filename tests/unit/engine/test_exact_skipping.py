@@ -22,7 +22,7 @@ from pop_local.server.request_bodies import CompletionBody
 from pop_local.server.task_factory import TaskFactory
 from pop_local.ui.chat.dialogue import _costs
 from support.calls import evaluated, greedy, opened, prompt
-from support.scripted import ScriptedModel, figures, talk
+from support.scripted_chat import ScriptedModel, figures, talk
 from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import TEMPLATE

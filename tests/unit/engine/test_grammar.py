@@ -10,9 +10,9 @@ import pytest
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.llama.pieces import Pieces
-from support.asked import BOMB
 from support.calls import N_VOCAB, opened, read
 from support.converted import tiny
+from support.server_requests import BOMB
 
 SCHEMA = {
     "type": "object",

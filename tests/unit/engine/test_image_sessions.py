@@ -9,9 +9,9 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_local.engine.sessions import session_file
 from pop_local.engine.sessions.session_file import Sessions
-from support.seeing import (
-    EYES,
+from support.vision_models import (
     LONG,
+    MMPROJS,
     image_start,
     make_mmproj,
     png,
@@ -19,14 +19,14 @@ from support.seeing import (
 )
 
 
-def test_a_session_with_pictures_round_trips(seeing, tmp_path):
+def test_a_session_with_pictures_round_trips(vision_model, tmp_path):
     options = {"temperature": 0.0, "max_tokens": 4}
-    with seeing.opened() as model:
+    with vision_model.opened() as model:
         session = model.session()
         session.chat(LONG, images=[png(3)], **options)
         path = session.save(tmp_path / "talk")
         want = session.chat("and now", **options)
-    with seeing.opened() as model:
+    with vision_model.opened() as model:
         session = model.load_session(path)
         assert not session.reread
         got = session.chat("and now", **options)
@@ -35,14 +35,16 @@ def test_a_session_with_pictures_round_trips(seeing, tmp_path):
         (turn, _) = session.conversation.turns
         assert turn.pictures[0].content == png(3)
     (tmp_path / "other").mkdir()
-    vision = replace(EYES[seeing.arch], seed=2)
-    with seeing.opened(mmproj=make_mmproj(tmp_path / "other" / "mmproj.gguf", vision)) as model:
+    vision = replace(MMPROJS[vision_model.arch], seed=2)
+    with vision_model.opened(
+        mmproj=make_mmproj(tmp_path / "other" / "mmproj.gguf", vision)
+    ) as model:
         session = model.load_session(path)
         assert "another mmproj" in session.reread
         assert session.chat("and now", **options).stats.n_cached < image_start(
             prompt(model, LONG, 3)
         )
-    with seeing.opened(mmproj=None) as model:
+    with vision_model.opened(mmproj=None) as model:
         session = model.load_session(path)
         with pytest.raises(PopError, match="without its mmproj"):
             session.chat("and now", **options)
@@ -58,9 +60,9 @@ def test_sessions_are_listed_without_their_pictures(smol, tmp_path, monkeypatch)
     assert stored.session is not None and len(stored.session.conversation.turns) == 1
 
 
-def test_undone_pictures_are_not_saved(seeing, tmp_path):
+def test_undone_pictures_are_not_saved(vision_model, tmp_path):
     options = {"temperature": 0.0, "max_tokens": 4}
-    with seeing.opened() as model:
+    with vision_model.opened() as model:
         session = model.session()
         session.chat(LONG, **options)
         session.chat("what?", images=[png(3)], **options)

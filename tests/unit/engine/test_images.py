@@ -24,24 +24,24 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 from pop_local.engine.prompt.prompt import Prompt
 from support.calls import set_rule
-from support.seeing import (
-    EYES,
+from support.vision_models import (
     LONG,
+    MMPROJS,
     PARTS_TEMPLATE,
-    Seeing,
+    VisionModel,
     answered,
     append,
     image_end,
     image_start,
     make_mmproj,
-    make_seeing,
+    make_vision_model,
     png,
     prompt,
 )
 
 
-def test_a_cached_picture_is_reused_and_another_one_is_read(seeing):
-    with seeing.opened() as model, seeing.opened() as fresh:
+def test_a_cached_picture_is_reused_and_another_one_is_read(vision_model):
+    with vision_model.opened() as model, vision_model.opened() as fresh:
         # A longer tail than the text after the picture.
         for each in (model, fresh):
             set_rule(each, tail_tokens=32)
@@ -66,8 +66,8 @@ def test_a_cached_picture_is_reused_and_another_one_is_read(seeing):
         assert said_shortly == answered(fresh, prompt(fresh, "a b", 3))[0]
 
 
-def test_two_pictures_in_a_conversation(seeing):
-    with seeing.opened() as model:
+def test_two_pictures_in_a_conversation(vision_model):
+    with vision_model.opened() as model:
         session = model.session()
         options = {"temperature": 0.0, "max_tokens": 3}
         first = session.chat("a b c", images=[png(3)], **options).stats
@@ -89,8 +89,8 @@ def test_two_pictures_in_a_conversation(seeing):
         ) == model.engine.context.is_mrope
 
 
-def test_an_image_has_libmtmds_rows(seeing):
-    with seeing.opened() as model:
+def test_an_image_has_libmtmds_rows(vision_model):
+    with vision_model.opened() as model:
         tokens = prompt(model, "a b c d", 3)
         append(model, tokens)
         want = logits(model)
@@ -135,9 +135,9 @@ def decode_raw(model: PopModel, image: ImageChunk, pos: int) -> int:
     return image.n_pos
 
 
-def test_reading_a_picture_can_be_stopped(seeing):
+def test_reading_a_picture_can_be_stopped(vision_model):
     """A stop during encoding or decoding leaves the model unchanged."""
-    with seeing.opened() as model:
+    with vision_model.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)
         for n_asked in (1, 3, 6, 12):
@@ -276,7 +276,7 @@ def test_a_closed_model_refuses_pictures(smol):
 
 
 def test_rows_of_another_mmproj_are_not_reused(smol, tmp_path):
-    other = make_mmproj(tmp_path / "mmproj.gguf", replace(EYES["llama"], seed=2))
+    other = make_mmproj(tmp_path / "mmproj.gguf", replace(MMPROJS["llama"], seed=2))
     with smol.opened() as model, smol.opened(mmproj=other) as another:
         one, same = prompt(model, "a", 3), prompt(another, "a", 3)
         assert one.tokens == same.tokens
@@ -285,15 +285,15 @@ def test_rows_of_another_mmproj_are_not_reused(smol, tmp_path):
         }
 
 
-def test_a_picture_that_exceeds_the_context_is_refused(seeing):
-    with seeing.opened(n_ctx=256) as model:
+def test_a_picture_that_exceeds_the_context_is_refused(vision_model):
+    with vision_model.opened(n_ctx=256) as model:
         with pytest.raises(ContextFullError, match="too many"):
             model.chat(LONG, images=[png(seed) for seed in range(6)], max_tokens=4)
         assert model.chat("a", max_tokens=1, temperature=0.0).stats.n_decoded == 1
 
 
-def test_pruning_off_reads_pictures_in_full(seeing):
-    with seeing.opened() as model:
+def test_pruning_off_reads_pictures_in_full(vision_model):
+    with vision_model.opened() as model:
         tokens = prompt(model, LONG, 3)
         append(model, tokens)
         pruned = logits(model)
@@ -303,15 +303,15 @@ def test_pruning_off_reads_pictures_in_full(seeing):
         assert not np.array_equal(logits(model), pruned)
 
 
-def test_refilling_with_pictures(seeing):
+def test_refilling_with_pictures(vision_model):
     """Refilled rows equal the full model's. Non-causal and multi-position rows are not refilled."""
-    if seeing.arch.startswith("qwen"):
-        with seeing.opened(keep_states=True) as model:
+    if vision_model.arch.startswith("qwen"):
+        with vision_model.opened(keep_states=True) as model:
             assert model.chat(LONG, images=[png(3)], max_tokens=4).stats.n_refilled == 0
-    with seeing.opened(keep_states=True, flash_attn=False) as model:
+    with vision_model.opened(keep_states=True, flash_attn=False) as model:
         tokens = prompt(model, LONG, 3)
         append(model, tokens)
-        if seeing.arch != "llama":
+        if vision_model.arch != "llama":
             assert model.engine.refiller.n_refillable == 0
             return
         assert model.engine.refiller.refill() == len(tokens)
@@ -358,8 +358,8 @@ def test_a_prompt_with_a_picture_is_not_short(smol):
 
 
 def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
-    seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
-    with seeing.opened(n_ubatch=32) as model:
+    vision_model = VisionModel("gemma3", make_vision_model(tmp_path, "gemma3"))
+    with vision_model.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens, which attend to each other"):
             model.chat("a", images=[png(3)], max_tokens=1)
         assert model.engine.cache.n_tokens == 0, "the text before the image was not read"
@@ -370,7 +370,7 @@ def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
 
 
 def test_templates_with_parts_or_strings(smol, tmp_path):
-    parts = Seeing("llama", make_seeing(tmp_path, "llama", template=PARTS_TEMPLATE))
+    parts = VisionModel("llama", make_vision_model(tmp_path, "llama", template=PARTS_TEMPLATE))
     with smol.opened() as one, parts.opened() as other:
         assert prompt(one, "a b", 3, 4) == prompt(other, "a b", 3, 4)
         assert prompt(one, "a b") == prompt(other, "a b")
@@ -402,8 +402,8 @@ def test_pictures_keep_their_positions_in_the_message(smol):
 
 def test_a_template_that_drops_a_picture(tmp_path):
     template = "{{ messages[-1]['content'] }}"
-    seeing = Seeing("llama", make_seeing(tmp_path, "llama", template=template))
-    with seeing.opened() as model:
+    vision_model = VisionModel("llama", make_vision_model(tmp_path, "llama", template=template))
+    with vision_model.opened() as model:
         shown = ((0, picture_of(png(3), "a")),)
         with pytest.raises(PopError, match="leaves out pictures"):
             model.engine.prompter.conversation([Message("user", "a", shown), Message("user", "b")])

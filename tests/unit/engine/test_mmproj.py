@@ -14,11 +14,11 @@ from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import logs
 from pop_local.models.mmproj_files import find_mmproj
-from support.seeing import (
-    EYES,
-    Seeing,
+from support.vision_models import (
+    MMPROJS,
+    VisionModel,
     make_mmproj,
-    make_seeing,
+    make_vision_model,
     png,
     prompt,
 )
@@ -43,13 +43,13 @@ def test_an_invalid_mmproj_is_refused(smol, tmp_path):
         smol.opened(mmproj=smol.path)
     with pytest.raises(PopError, match="there is no mmproj"):
         smol.opened(mmproj=tmp_path / "none.gguf")
-    wide = make_mmproj(tmp_path / "wide.gguf", replace(EYES["llama"], n_text=256))
+    wide = make_mmproj(tmp_path / "wide.gguf", replace(MMPROJS["llama"], n_text=256))
     with smol.opened(mmproj=wide) as model:
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
         with pytest.raises(PopError, match="does not fit this model"):
             model.chat("a", images=[png(3)], max_tokens=1)
     assert find_mmproj(smol.path) == smol.path.parent / "mmproj.gguf"
-    make_mmproj(smol.path.parent / "mmproj-2.gguf", EYES["llama"])
+    make_mmproj(smol.path.parent / "mmproj-2.gguf", MMPROJS["llama"])
     assert find_mmproj(smol.path) is None
     (smol.path.parent / "mmproj-2.gguf").unlink()
 
@@ -57,14 +57,14 @@ def test_an_invalid_mmproj_is_refused(smol, tmp_path):
 @pytest.mark.parametrize("part", ["attn_k", "attn_out", "ffn_down"])
 def test_an_mmproj_layer_without_a_tensor_is_refused(part, smol, tmp_path):
     bad, name = tmp_path / "bad.gguf", f"v.blk.1.{part}.weight"
-    content = make_mmproj(bad, EYES["llama"]).read_bytes()
+    content = make_mmproj(bad, MMPROJS["llama"]).read_bytes()
     bad.write_bytes(content.replace(name.encode(), b"x" + name[1:].encode()))
     with pytest.raises(PopError, match=f"has no {name}"):
         smol.opened(mmproj=bad)
 
 
 @pytest.mark.parametrize(
-    ("name", "models", "seeing"),
+    ("name", "models", "matching"),
     [
         ("mmproj.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (0, 1)),
         ("mmproj-model-f16.gguf", ("Text-7B.gguf", "Vision-8B.gguf"), (0, 1)),
@@ -78,26 +78,29 @@ def test_an_mmproj_layer_without_a_tensor_is_refused(part, smol, tmp_path):
         ("mmproj-Gone-8B.gguf", ("Other-8B.gguf",), ()),
     ],
 )
-def test_the_only_mmproj_of_a_folder_needs_a_matching_name(smol, tmp_path, name, models, seeing):
+def test_the_only_mmproj_of_a_folder_needs_a_matching_name(smol, tmp_path, name, models, matching):
     (tmp_path / name).write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
     for model in models:
         (tmp_path / model).touch()
     found = [find_mmproj(tmp_path / model) is not None for model in models]
-    assert found == [number in seeing for number in range(len(models))]
+    assert found == [number in matching for number in range(len(models))]
 
 
 def test_image_tokens_are_limited(tmp_path):
-    seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
-    with seeing.opened() as model, seeing.opened(image_tokens=16) as small:
+    vision_model = VisionModel("qwen2vl", make_vision_model(tmp_path, "qwen2vl"))
+    with vision_model.opened() as model, vision_model.opened(image_tokens=16) as small:
         large, few = prompt(model, "a", 3), prompt(small, "a", 3)
         assert 0 < few.n_image <= 16 < large.n_image
         assert large.images[large.spans[0][0]].key != few.images[few.spans[0][0]].key
-    with seeing.opened(image_tokens=1) as none, pytest.raises(PopError, match="no picture fits 1"):
+    with (
+        vision_model.opened(image_tokens=1) as none,
+        pytest.raises(PopError, match="no picture fits 1"),
+    ):
         prompt(none, "a", 3)
 
 
-def test_pictures_of_odd_sizes(seeing):
-    with seeing.opened() as model:
+def test_pictures_of_odd_sizes(vision_model):
+    with vision_model.opened() as model:
         for size in ((1, 1), (100, 1), (1, 100), (31, 333)):
             picture = picture_of(png(3, *size), "odd")
             assert model.chat("a", images=[picture], max_tokens=1).stats.n_image > 0
@@ -210,7 +213,7 @@ def test_a_picture_is_decoded_once_for_tokens_and_rows(smol, decoded):
 def test_a_new_picture_does_not_affect_one_that_is_encoded(tmp_path, decoded, monkeypatch):
     """qwen2vl rows have several positions, which also need the picture's chunks."""
     first, other = (picture_of(png(seed), str(seed)) for seed in (3, 4))
-    with Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl")).opened() as model:
+    with VisionModel("qwen2vl", make_vision_model(tmp_path, "qwen2vl")).opened() as model:
         vision = model.engine.prompter.open_vision()
 
         def embedded(image: ImageChunk, real: Any = vision.embedded) -> Any:
@@ -240,7 +243,7 @@ def test_cached_pixels_have_a_limit(smol, decoded, monkeypatch):
 )
 def test_a_picture_is_decoded_at_the_encoders_size(tmp_path, decoded, size, shown):
     """The shorter side becomes twice the encoder's 128 pixels."""
-    seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
-    with seeing.opened() as model:
+    vision_model = VisionModel("gemma3", make_vision_model(tmp_path, "gemma3"))
+    with vision_model.opened() as model:
         model.engine.prompter.count_picture(picture_of(png(3, *size), "a"))
     assert decoded == [("a", *shown)]

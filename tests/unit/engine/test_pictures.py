@@ -11,7 +11,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.images import pictures
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from support.mutants import mutated_bytes
-from support.seeing import encoded, png
+from support.vision_models import encoded, png
 
 
 def test_pictures_of_all_formats():

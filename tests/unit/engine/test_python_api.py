@@ -13,8 +13,8 @@ from pop_local import ContextFullError, Document, PopError, PopModel, TurnStats
 from pop_local.engine.chat_messages import SessionStats
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.turn_options import AnswerOptions, TurnOptions
-from support.blocked import BLOCKER
 from support.converted import paired
+from support.import_blocker import BLOCKER
 from support.paths import ROOT
 from support.programs import GREEDY, QUESTION, opened
 from support.synthetic import TEMPLATE, make_gguf

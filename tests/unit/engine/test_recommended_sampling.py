@@ -14,7 +14,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.full_cost import FullCosts
 from support.converted import tiny
 from support.pop_files import Keys, add_to
-from support.scripted import figures
+from support.scripted_chat import figures
 from support.synthetic import make_gguf
 
 

@@ -16,7 +16,7 @@ from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from support.calls import NOISE, opened, read, wait_for
 from support.converted import tiny
-from support.scripted import Transcript
+from support.scripted_chat import Transcript
 from support.serving import app_of, asking
 
 WORDS = "a b c d e f g h " * 40

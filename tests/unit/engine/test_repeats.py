@@ -6,8 +6,8 @@ import pytest
 
 from pop_local.engine.decode.repeats import Repeats
 from pop_local.engine.decode.sampler import Sampler
+from support.conversations import opened
 from support.program import called
-from support.talking import opened
 
 SENTENCE = "The ferry leaves the pier at half past six in the morning. "
 CODE = (

@@ -21,9 +21,9 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
 from support.calls import NOISE, keep_prompts, opened, prompt, set_rule
 from support.converted import converted, tiny
-from support.seeing import Seeing, make_seeing
-from support.seeing import prompt as seeing_prompt
 from support.synthetic import make_gguf
+from support.vision_models import VisionModel, make_vision_model
+from support.vision_models import prompt as picture_prompt
 
 LONG = prompt(200)
 
@@ -398,13 +398,13 @@ def test_prefill_continues_after_the_process_was_suspended():
 
 
 def test_a_picture_is_read_in_any_sequence(tmp_path):
-    seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
-    with seeing.opened() as one, seeing.opened(n_parallel=2) as model:
-        made = seeing_prompt(one, "a b c d", 3)
+    vision_model = VisionModel("qwen2vl", make_vision_model(tmp_path, "qwen2vl"))
+    with vision_model.opened() as one, vision_model.opened(n_parallel=2) as model:
+        made = picture_prompt(one, "a b c d", 3)
         expected = one.read(made)
         read_in(model, 0, made.tokens[:1])
         found = read_prompt(
-            model.engine.sequences[1].cache, seeing_prompt(model, "a b c d", 3), model.engine.rule
+            model.engine.sequences[1].cache, picture_prompt(model, "a b c d", 3), model.engine.rule
         )
         assert found.counters == expected.counters
         np.testing.assert_allclose(logits(model, 1), one.engine.cache.slot.logits, atol=NOISE)

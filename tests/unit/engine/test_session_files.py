@@ -22,10 +22,10 @@ from pop_local.texts.document import Document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from support.calls import text_of
+from support.conversations import QUESTION, answered, follow_up, opened
 from support.converted import converted, tiny
-from support.scripted import Transcript
+from support.scripted_chat import Transcript
 from support.synthetic import TEMPLATE, make_gguf
-from support.talking import QUESTION, answered, follow_up, opened
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])

@@ -24,9 +24,9 @@ from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.tools.triggered import Triggered
 from support.calls import opened
+from support.chat_tools import TEMPLATES
 from support.converted import tiny
 from support.synthetic import TEMPLATE
-from support.tooled import TEMPLATES
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -63,9 +63,9 @@ class Shown(Prompter):
 
     shown = ""
 
-    def written(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
+    def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         self.shown = write([message.content for message in messages], str)
-        return super().written(messages, others, write)
+        return super().render(messages, others, write)
 
 
 def prompter_of(model: Any, name: str) -> Shown:

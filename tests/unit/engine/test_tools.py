@@ -18,9 +18,9 @@ from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.tools.triggered import Triggered
 from support.calls import opened, text_of
+from support.chat_tools import QWEN, TEMPLATES
 from support.converted import tiny
 from support.synthetic import TEMPLATE, make_gguf
-from support.tooled import QWEN, TEMPLATES
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
 WEATHER = Tool("get_weather", "The weather of a city", CITY)

@@ -14,7 +14,7 @@ from pop_local.ui.chat.repl import LEAVE_HINT, converse
 from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, obey
 from pop_local.ui.ctrl_c import CtrlC
 from pop_local.ui.views.stats import stats_line
-from support.scripted import (
+from support.scripted_chat import (
     STATS,
     STATS_LINE,
     ScriptedModel,

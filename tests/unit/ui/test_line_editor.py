@@ -11,7 +11,7 @@ from prompt_toolkit.document import Document
 from pop_converter.base.errors import PopError
 from pop_local.ui.chat.line import _Completer, piped_line
 from pop_local.ui.chat.repl import converse
-from support.scripted import STATS, ScriptedModel, Transcript, scripted_chat
+from support.scripted_chat import STATS, ScriptedModel, Transcript, scripted_chat
 
 
 def piped(monkeypatch, content: bytes) -> None:

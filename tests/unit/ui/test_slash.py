@@ -10,7 +10,7 @@ from pop_local.engine.chat_messages import Message
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.ui.chat.repl import converse
-from support.scripted import (
+from support.scripted_chat import (
     STATS,
     STATS_LINE,
     ScriptedModel,

@@ -12,7 +12,7 @@ from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.unsaved import Unsaved
 from support.converted import tiny
-from support.scripted import Transcript
+from support.scripted_chat import Transcript
 from support.synthetic import TEMPLATE
 
 

@@ -27,7 +27,7 @@ from pop_local.workflows.conversion import candidate
 from pop_local.workflows.learning import OnlineCalibration
 from support.calibrating import fitted_at, planned, settings, words
 from support.calls import last_logits, never, opened, prompt, read, wait_for
-from support.scripted import Transcript
+from support.scripted_chat import Transcript
 from support.serving import app_of, asking
 from support.shapes import read_pop_meta
 from support.synthetic import TEMPLATE, make_gguf

@@ -66,7 +66,7 @@ class MmprojRecipe:
         return self.projector.startswith("qwen")
 
 
-EYES = {
+MMPROJS = {
     "llama": MmprojRecipe("idefics3", image_size=64),
     "gemma3": MmprojRecipe("gemma3"),
     "qwen2vl": MmprojRecipe("qwen2vl_merger"),
@@ -75,7 +75,9 @@ EYES = {
 }
 
 
-def make_seeing(folder: Path, arch: str, *, boundary: int = 5, template: str = TEMPLATE) -> Path:
+def make_vision_model(
+    folder: Path, arch: str, *, boundary: int = 5, template: str = TEMPLATE
+) -> Path:
     """Write a converted model and its mmproj into a folder; return the model."""
     plain = make_gguf(
         folder / "plain.gguf",
@@ -87,7 +89,7 @@ def make_seeing(folder: Path, arch: str, *, boundary: int = 5, template: str = T
     )
     plan = make_plan(read_shape(plain), boundary=boundary, min_prompt=0, tail_tokens=8)
     convert(plan, plain, folder / "model.gguf")
-    make_mmproj(folder / "mmproj.gguf", EYES[arch])
+    make_mmproj(folder / "mmproj.gguf", MMPROJS[arch])
     return folder / "model.gguf"
 
 
@@ -196,7 +198,7 @@ LONG = "a b c d e f g h " * 8
 
 
 @dataclass(frozen=True)
-class Seeing:
+class VisionModel:
     arch: str
     path: Path
 

@@ -7,7 +7,7 @@ from pop_local.engine.limited.process import KeptProcess
 
 
 @contextmanager
-def hurried(kept: KeptProcess) -> Iterator[None]:
+def one_second_limit(kept: KeptProcess) -> Iterator[None]:
     """Limit each call of the child to one second."""
     before, kept.limit_s = kept.limit_s, 1.0
     kept.close()

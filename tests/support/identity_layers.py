@@ -44,15 +44,15 @@ def setting(header: Header, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def silent_copy(src: Path, dst: Path, boundary: int) -> Path:
-    """Write `src`, whose weights are F32, to `dst` with silent layers from `boundary` on."""
+def identity_copy(src: Path, dst: Path, boundary: int) -> Path:
+    """Write `src`, whose weights are F32, to `dst` with identity layers from `boundary` on."""
     shutil.copyfile(src, dst)
     header = read_header(dst)
     data = np.memmap(dst, np.uint8, "r+", offset=header.data_start)
     for tensor in header.tensors:
         prefix, number, name = ([*tensor.name.split(".", 2), "", ""])[:3]
         if prefix == "blk" and int(number) >= boundary:
-            _silence(header, name, _values(data, tensor))
+            _neutralize(header, name, _values(data, tensor))
     data.flush()
     return dst
 
@@ -63,7 +63,7 @@ def _values(data: np.ndarray, tensor: TensorInfo) -> np.ndarray:
     return data[tensor.offset : tensor.offset + tensor.size_bytes].view(kind)
 
 
-def _silence(header: Header, name: str, values: np.ndarray) -> None:
+def _neutralize(header: Header, name: str, values: np.ndarray) -> None:
     """Change the values of a layer's tensor if the tensor adds to the state."""
     more = MORE.get(str(header.get("general.architecture")), {})
     if any(f"{name}.".startswith(f"{output}.") for output in OUTPUTS):

@@ -15,7 +15,7 @@ RECIPES_DEVIATION = 0.1
 PRECISE = ("ffn_gate_inp.", "conv1d.", "shortconv.conv.")
 
 
-def talkable(raw: Path, path: Path, n_vocab: int = 384) -> Path:
+def make_chat_model(raw: Path, path: Path, n_vocab: int = 384) -> Path:
     """Copy a recipe's model in Q4_0, with words and a chat template; return its path."""
     reader, rng = GGUFReader(raw), np.random.default_rng(0)
     arch = reader.fields["general.architecture"].contents()
