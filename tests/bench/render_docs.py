@@ -84,10 +84,10 @@ def kept_table(name: str, chosen: str | None) -> str:
     if chosen:
         by_name = {column["name"]: column for column in [*LOOKUPS, *columns]}
         columns = [by_name[column] for column in chosen.split(", ")]
-    commands = ", ".join(f"`{command}`" for command in kept["commands"])
-    source = "; ".join(part for part in (commands, kept["machine"], kept["date"]) if part)
-    notes = f". {kept['notes']}" if "notes" in kept else ""
-    return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n({source}{notes})\n"
+    commands = " and ".join(f"`{command}`" for command in kept["commands"])
+    source = f"These figures are from {commands} on {kept['machine']} ({kept['date']})."
+    notes = f" {kept['notes']}." if "notes" in kept else ""
+    return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
 
 
 def summary() -> str:
