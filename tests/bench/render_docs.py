@@ -7,7 +7,7 @@ starts a table; all lines up to `<!-- end -->` are replaced. A result is a JSON 
 title and a format, rows, and the machine. A cell is null, a text, a list of numbers for the format
 or for its first part, or an object with such a `value` and its own `note` or `format`. A row's
 `lookups`, as `pop-local eval --json` prints them, fill the columns of LOOKUPS, which a result need
-not list.
+not list. A `source` replaces the sentence about commands, machine and date.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def kept_table(name: str, chosen: str | None) -> str:
         by_name = {column["name"]: column for column in [*LOOKUPS, *columns]}
         columns = [by_name[column] for column in chosen.split(", ")]
     commands = " and ".join(f"`{command}`" for command in kept["commands"])
-    source = f"These figures are from {commands} on {kept['machine']} ({kept['date']})."
+    when = f"on {kept['date']} with {commands} on {kept['machine']}"
+    source = kept.get("source", f"These figures were measured {when}.")
     notes = f" {kept['notes']}." if "notes" in kept else ""
     return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
 
