@@ -161,8 +161,8 @@ def _collected(opened: PopModel, chunks: Iterator[Chunk]) -> dict[str, Any]:
     return {
         "model": opened.engine.context.path,
         "text": "".join(chunk.text for chunk in pieces),
-        "full": not opened.engine.cache.mode,
-        "boundary": opened.engine.cache.boundary,
+        "full": not opened.engine.pruning.mode,
+        "boundary": opened.engine.pruning.boundary,
         "reading": stats.reading,
         "stats": stats,
         "prefill_tokens_per_s": stats.prefill_tokens_per_s,

@@ -209,11 +209,11 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
 
 def _announce_model(name: str, opened: PopModel) -> None:
     engine = opened.engine
-    cache, mmproj = engine.cache, engine.options.mmproj
-    pruning = f"prompts skip layers {cache.boundary} and up" if cache.mode else "no pruning"
-    if cache.mode and cache.exact:
-        pruning = f"prompts skip layers {cache.exact} and up, exactly"
-    note(f"{name}: context of {engine.context.n_ctx:,} tokens, {pruning}.")
+    pruning, mmproj = engine.pruning, engine.options.mmproj
+    skipping = f"prompts skip layers {pruning.boundary} and up" if pruning.mode else "no pruning"
+    if pruning.mode and pruning.exact:
+        skipping = f"prompts skip layers {pruning.exact} and up, exactly"
+    note(f"{name}: context of {engine.context.n_ctx:,} tokens, {skipping}.")
     if mmproj and not engine.prompter.can_see:
         warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
     elif mmproj:

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from pop_converter.base.errors import PopError
+from pop_converter.popfile.format import PopMeta
 from pop_local.engine.chat_messages import Chunk, FinishReason, TurnStats
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.decode.logprobs import Logprobs
@@ -164,7 +165,7 @@ class _Turn:
             n_refilled=self._n_refilled,
             n_exact=found.n_exact,
             n_skipped_exact=counters.n_exact,
-            exact_layer=self._sequence.cache.exact,
+            exact_layer=self._sequence.cache.pruning.exact,
             n_full=counters.n_full,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
@@ -174,7 +175,14 @@ class _Turn:
             n_image=self._prompt.n_image,
             encode_s=found.encode_s,
             is_short=found.is_short,
-            fit=self._sequence.cache.fit if counters.n_context else "",
+            fit=_fit(self._context.meta) if counters.n_context else "",
             stop=self._text.stop,
             is_repeating=self._is_repeating,
         )
+
+
+def _fit(meta: PopMeta | None) -> str:
+    """Return the name and length of the text that the projections were fitted on."""
+    if meta is None or meta.calibration is None:
+        return "the model's own projections"
+    return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"

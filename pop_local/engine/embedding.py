@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
+from pop_local.engine.prefill.read import append_all
 
 _MAX_ROWS = 512
 
@@ -40,7 +41,7 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     with cache.slot.locked():
         api.llama_set_embeddings(context.ctx, True)
         try:
-            for n_rows in cache.append_all(tokens, _MAX_ROWS):
+            for n_rows in append_all(cache, tokens, _MAX_ROWS):
                 found = api.llama_get_embeddings(context.ctx)
                 rows = np.ctypeslib.as_array(found, (n_rows, context.n_embd))
                 is_last = pooling == gguf.PoolingType.LAST

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.answer import Answering, answer
+from pop_local.engine.cache.cache_keys import CacheKeys
+from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.pruning_settings import PruningSettings
 from pop_local.engine.decode.constraint import Constraint, TokenTries
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.recommended import recommended
@@ -78,12 +81,13 @@ class Engine:
         vision = _vision(options, context)
         prompter = Prompter(context, vision, parse_special=options.parse_special)
         prompter.require_template()
-        caches = [KvCache(slot, vision) for slot in _slots(context)]
-        rule = _rule(options, meta)
-        for cache in caches:
-            cache.prompts = options.prompt_cache
-        sequences = tuple(CachedSequence(cache, Refiller(cache), rule) for cache in caches)
-        engine = cls(options, context, sequences, prompter, vision, TokenTries(context))
+        rule, sequences = _rule(options, meta), []
+        for slot in _slots(context):
+            cache = KvCache(slot, vision)
+            keys = CacheKeys(context, cache.pruning, vision)
+            states = CacheStates(cache, keys, options.prompt_cache)
+            sequences.append(CachedSequence(states, Refiller(cache), rule))
+        engine = cls(options, context, tuple(sequences), prompter, vision, TokenTries(context))
         engine.set_refill(options.keep_states)
         if options.full:
             engine.set_mode(Mode.OFF)
@@ -106,6 +110,14 @@ class Engine:
         return self.sequences[0].cache
 
     @property
+    def pruning(self) -> PruningSettings:
+        return self.cache.pruning
+
+    @property
+    def states(self) -> CacheStates:
+        return self.sequences[0].states
+
+    @property
     def refiller(self) -> Refiller:
         return self.sequences[0].refiller
 
@@ -116,14 +128,14 @@ class Engine:
     # Settings of all sequences
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch the prefill mode; see KvCache.set_mode."""
+        """Switch the prefill mode; see CachedSequence.set_mode."""
         for sequence in self.sequences:
-            sequence.cache.set_mode(mode)
+            sequence.set_mode(mode)
 
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer without fitted projections (0: the file's boundary)."""
         for sequence in self.sequences:
-            sequence.cache.set_boundary(layer)
+            sequence.set_boundary(layer)
 
     def set_refill(self, is_on: bool) -> None:
         """Keep boundary states for refilling from now on, or drop them.
@@ -132,9 +144,9 @@ class Engine:
         """
         self.context.interrupt.require_idle()
         for sequence in self.sequences:
-            can_refill = bool(sequence.cache.boundary) and not self.context.no_refill
+            can_refill = bool(sequence.cache.pruning.boundary) and not self.context.no_refill
             sequence.refiller.is_on = is_on and can_refill
-            sequence.cache.keep_states(sequence.refiller.is_on)
+            sequence.keep_states(sequence.refiller.is_on)
 
     # Answering
 

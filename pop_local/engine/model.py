@@ -106,20 +106,20 @@ class PopModel:
                     "reopen the model",
                 )
             cache = before.cache
-            state = cache.save() if 0 < cache.n_tokens == cache.n_exact else None
+            state = before.states.save() if 0 < cache.n_tokens == cache.n_exact else None
             options = replace(
                 before.options,
                 sidecar=sidecar,
                 keep_states=before.refiller.is_on,
-                prompt_cache=cache.prompts,
+                prompt_cache=before.states.prompts,
             )
             engine = Engine.open(options)
-            if cache.can_switch and cache.mode is Mode.OFF:
+            if cache.pruning.can_switch and cache.pruning.mode is Mode.OFF:
                 engine.set_mode(Mode.OFF)
             engine.prompter.parse_special = before.prompter.parse_special
             if state is not None:
                 with suppress(PopError):  # the next question then reads the prompt again
-                    engine.cache.restore(state)
+                    engine.states.restore(state)
             # The old context stays open while another thread uses it.
             self._engine = replace(engine, calibrator=before.calibrator)
             if before.calibrator is not None:
@@ -134,7 +134,7 @@ class PopModel:
         with self._lock:
             engine = self._engine
             context = engine.context
-            cannot = bool(engine.cache.exact or context.shape.no_refill)
+            cannot = bool(engine.pruning.exact or context.shape.no_refill)
             require_learnable(context, cannot=cannot)
             calibrator = OnlineCalibrator(
                 engine.cache,
@@ -151,7 +151,7 @@ class PopModel:
         Setting it empties the KV cache unless all rows are exact. True raises PopError for an
         unconverted model.
         """
-        return self._engine.cache.mode is not Mode.OFF
+        return self._engine.pruning.mode is not Mode.OFF
 
     @pruning.setter
     def pruning(self, is_on: bool) -> None:

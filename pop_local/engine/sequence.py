@@ -1,11 +1,18 @@
 """A sequence of an engine: reads a prompt into its KV cache and yields sampled tokens."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from pop_converter.base.errors import PopError
+from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.refiller import Refiller
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prefill.read import OnPrefill, Read, read
@@ -24,15 +31,87 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class CachedSequence:
-    """A KV cache, its refiller and the rule that selects full rows."""
+    """A KV cache, its saved states, its refiller and the rule that selects full rows.
 
-    cache: KvCache
+    Switching the boundary empties the cache. Switching the mode does so unless the model skips
+    layers exactly, or the new mode is OFF and all rows equal the full model's.
+    """
+
+    states: CacheStates
     refiller: Refiller
     rule: RowRule
 
+    @property
+    def cache(self) -> KvCache:
+        return self.states.cache
+
+    # Settings
+
+    def set_mode(self, mode: Mode) -> None:
+        """Switch the mode, and empty the cache if its rows depend on it.
+
+        Raises PopError if the model can neither prune nor skip layers exactly.
+        """
+        cache, pruning = self.cache, self.cache.pruning
+        cache.slot.require_idle()
+        if mode is pruning.mode:
+            return
+        if mode is not Mode.OFF and not pruning.can_switch:
+            raise PopError(
+                f"{cache.context.path} has no pruning keys",
+                "convert it first",
+                cause="not-converted",
+                model=str(cache.context.path),
+            )
+        if not pruning.exact:
+            self.states.store()
+        # Drop a full prompt before pruning, so that the user can compare both.
+        is_its_own = mode is Mode.OFF and cache.n_exact == cache.n_tokens
+        pruning.set_mode(mode)
+        if not (is_its_own or pruning.exact):
+            cache.clear()
+
+    def set_boundary(self, layer: int) -> None:
+        """Prune from another layer on, and empty the cache (see backend.set_boundary)."""
+        self.cache.slot.require_idle()
+        self.cache.pruning.set_boundary(layer)
+        self.cache.clear()
+
+    def keep_states(self, keep: bool) -> None:
+        """Store the boundary states of the following rows, or drop all states."""
+        self.cache.pruning.keep_states(keep)
+        if not keep:
+            self.cache.rows.has_state[:] = False
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Detach the learner until exit, then restore the settings and empty the cache."""
+        cache, pruning = self.cache, self.cache.pruning
+        mode, boundary, keeps = pruning.mode, pruning.boundary, pruning.keeps_states
+        learner = cache.learner
+        if learner is not None:
+            learner.detach()
+        try:
+            yield
+        finally:
+            if learner is not None:
+                learner.attach(cache)
+            self.set_boundary(boundary)
+            self.set_mode(mode)
+            self.keep_states(keeps)
+            cache.clear()
+
+    # Reading and answering
+
     def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
         """Read a prompt into the cache; see prefill.read.read."""
-        return read(self.cache, prompt, self.rule, on_prefill)
+        return read(self.states, prompt, self.rule, on_prefill)
+
+    def step(self, token: int) -> None:
+        """Append an answer's token, which runs in full unless the mode is ALWAYS."""
+        self.cache.make_room(1)
+        self.cache.slot.begin_decode()
+        self.cache.append([token], Outputs.LAST, np.ones(1, bool))
 
     def sampled(self, source: TokenSource) -> Generator[int]:
         """Yield tokens endlessly, starting after the cached prompt.
@@ -49,7 +128,7 @@ class CachedSequence:
                 yield token
                 if cache.epoch != epoch:
                     raise DisplacedError
-                cache.step(token)
+                self.step(token)
                 if cache.epoch != epoch:
                     raise DisplacedError
         finally:

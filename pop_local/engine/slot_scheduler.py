@@ -1,6 +1,5 @@
 """Choice of the sequence for a prompt, and sharing of rows among sequences."""
 
-from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
@@ -29,16 +28,13 @@ class SlotScheduler:
     def sequence(self, index: int) -> CachedSequence:
         return self._model.engine.sequences[index]
 
-    def cache(self, index: int) -> KvCache:
-        return self.sequence(index).cache
-
     def share(self, index: int, prompt: Prompt) -> None:
         """Copy the longest common prefix from any sequence, even a busy one."""
-        caches = [sequence.cache for sequence in self._model.engine.sequences]
-        if len(caches) > 1:
-            best = max(caches, key=lambda cache: cache.n_same(prompt))
-            if best is not caches[index]:
-                caches[index].share(best, prompt)
+        states = [sequence.states for sequence in self._model.engine.sequences]
+        if len(states) > 1:
+            best = max(states, key=lambda each: each.n_same(prompt))
+            if best is not states[index]:
+                states[index].share(best, prompt)
 
     def refillable(self) -> int | None:
         """Return the most recently used free sequence whose rows can be refilled."""
@@ -51,17 +47,17 @@ class SlotScheduler:
 
     def refilled(self, index: int) -> None:
         """Let the other sequences adopt the refilled rows that they share."""
-        cache = self.cache(index)
+        states = self.sequence(index).states
         for other in self._model.engine.sequences:
-            if other.cache is not cache:
-                other.cache.follow(cache)
+            if other.states is not states:
+                other.states.follow(states)
 
     def _n_refillable(self, index: int) -> int:
         refiller = self.sequence(index).refiller
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Score common rows only if they are half of the cached rows, as in KvCache.stash."""
-        cache = self.cache(index)
-        n_same = cache.n_same(prompt)
-        return (n_same if 2 * n_same >= cache.n_tokens else 0), -cache.n_tokens
+        """Score common rows only if they are half of the cached rows, as in CacheStates.stash."""
+        states = self.sequence(index).states
+        n_same, n_tokens = states.n_same(prompt), states.cache.n_tokens
+        return (n_same if 2 * n_same >= n_tokens else 0), -n_tokens

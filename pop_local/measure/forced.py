@@ -54,7 +54,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
     Contexts of any length are pruned, since `min_prompt` only affects speed. On exit, mode and
     boundary are restored and the KV cache is empty.
     """
-    with model.engine.cache.preserved():
+    with model.engine.sequences[0].preserved():
         yield Forced(model)
 
 
@@ -64,6 +64,7 @@ class Forced:
     def __init__(self, model: PopModel) -> None:
         self.rule = replace(model.engine.rule, min_prompt=0)
         self.model = model
+        self._sequence = model.engine.sequences[0]
         self._cache, self._context = model.engine.cache, model.engine.context
         self._next = np.empty((0, model.engine.context.n_vocab), np.float32)
         self._state: SavedState | None = None
@@ -74,15 +75,15 @@ class Forced:
         cache = self._cache
         cache.clear()
         if pruning.context is not Mode.OFF:
-            cache.set_boundary(pruning.boundary)
-            cache.keep_states(False)
-        cache.set_mode(pruning.context)
+            self._sequence.set_boundary(pruning.boundary)
+            self._sequence.keep_states(False)
+        self._sequence.set_mode(pruning.context)
         append(cache, Prompt(context), self.rule)
         is_full = pruning.context is Mode.OFF
         self.n_pruned = 0 if is_full else n_pruned(self.model, context, self.rule)
         self._require("context", len(context), self.n_pruned)
         self._next = self._context.logits().copy()
-        self._state = cache.save() if self._context.is_recurrent else None
+        self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
     def predict(self, tokens: Tokens) -> Logits:
         """Return the logits (len(tokens), n_vocab) of a text that follows the context, in full.
@@ -116,7 +117,7 @@ class Forced:
         """Append tokens that run all layers, such as a question and a generated answer."""
         for _ in self._append_full(tokens, Outputs.LAST, self._context.n_batch):
             self._next = self._context.logits().copy()
-        self._state = self._cache.save() if self._context.is_recurrent else None
+        self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
@@ -134,12 +135,12 @@ class Forced:
                     cache.slot.raise_if_stopped()
                 yield start, start + len(piece)
         finally:
-            cache.slot.set_mode(cache.mode)
+            cache.slot.set_mode(cache.pruning.mode)
         self._require("continuation", len(tokens), 0)
 
     def _forget(self, n_context: int, state: SavedState | None) -> None:
         if state is not None:
-            self._cache.take_over(state)
+            self._cache.load(state)
         elif not self._cache.truncate(n_context):
             raise PopError("this model's KV cache cannot drop its last tokens")
 

@@ -222,12 +222,12 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
 
 def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:
     """Raise PopError unless the counters show the whole prompt, pruned as the mode requires."""
-    rule = NO_ENDS if model.engine.cache.exact else model.engine.rule
+    rule = NO_ENDS if model.engine.pruning.exact else model.engine.rule
     n_prompt = len(prompt)
     deep = find_deep_rows(model.engine.context, np.asarray(prompt.tokens), rule.deep_rows)
     plan = plan_prefill(0, n_prompt, rule, model.engine.context.n_batch, prompt.spans, deep)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
-    expected = (0, n_left) if model.engine.cache.exact else (n_left, 0)
+    expected = (0, n_left) if model.engine.pruning.exact else (n_left, 0)
     n_pruned, n_full = counters.n_context, counters.n_full
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(

@@ -69,7 +69,7 @@ class ServedModel:
             self.worker.join()
         try:
             for sequence in self.model.engine.sequences:
-                sequence.cache.stash(Prompt([]))
+                sequence.states.stash(Prompt([]))
         except Exception:  # such as a lack of memory, which closing the model ends
             log.exception("the KV cache of %s could not be stashed", self.name)
         finally:

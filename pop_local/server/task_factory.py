@@ -54,7 +54,7 @@ class TaskFactory:
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
         self.model = model
         self._repeatable = repeatable
-        self._is_full = model.engine.cache.can_switch and model.engine.cache.mode is Mode.OFF
+        self._is_full = model.engine.pruning.can_switch and model.engine.pruning.mode is Mode.OFF
 
     def chat(self, body: ChatBody) -> list[Task]:
         """Make `n` tasks with different seeds."""
@@ -117,7 +117,7 @@ class TaskFactory:
         return Task(Prompt(tokens), options, mode, reason, n_written=len(text))
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
-        if not self.model.engine.cache.can_switch:
+        if not self.model.engine.pruning.can_switch:
             if pop:
                 raise ApiError(400, f"pop must not be true: {NO_KEYS}", param="pop")
             return Mode.OFF, NO_KEYS

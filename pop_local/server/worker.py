@@ -11,7 +11,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.chat_messages import Chunk, TokenLogprob, TurnStats
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.embedding import embedding
@@ -293,7 +292,7 @@ class Worker(threading.Thread):
         try:
             with sequence.cache.slot.working():
                 # A change of mode clears the KV cache, which never mixes full and pruned prompts.
-                sequence.cache.set_mode(job.task.mode)
+                sequence.set_mode(job.task.mode)
                 if not job.task.options.repeatable:
                     self._slots.share(index, job.task.prompt)
                 for chunk in self._answer(job, sequence, end_turn):
@@ -328,7 +327,7 @@ class Worker(threading.Thread):
         n_prompt = len(task.prompt)
         options = replace(task.options, should_stop=should_stop, on_prefill=has_read)
         if task.embeds:
-            yield _embedded(cache, task, should_stop)
+            yield _embedded(sequence, task, should_stop)
             return
         read: list[TokenLogprob] = []
         started_s = time.perf_counter()
@@ -353,12 +352,12 @@ class Worker(threading.Thread):
             yield chunk
 
 
-def _embedded(cache: KvCache, task: Task, should_stop: Callable[[], bool]) -> Chunk:
+def _embedded(sequence: CachedSequence, task: Task, should_stop: Callable[[], bool]) -> Chunk:
     """Compute an embedding, after stashing the rows that it displaces."""
     started_s, n = time.perf_counter(), len(task.prompt)
-    cache.stash(task.prompt)
+    sequence.states.stash(task.prompt)
     with stopped_by(should_stop):
-        vector = embedding(cache, task.prompt.tokens)
+        vector = embedding(sequence.cache, task.prompt.tokens)
     took_s = time.perf_counter() - started_s
     stats = TurnStats(n, 0, 0, n, took_s, took_s, 0, 0.0, "stop")
     return Chunk("", stats, embedding=tuple(vector.tolist()))

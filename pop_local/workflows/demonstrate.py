@@ -55,7 +55,7 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     Raises PopError for an unconverted model or unexpected row counters, and StoppedError.
     """
     path = opened.engine.context.path
-    if opened.engine.cache.exact:
+    if opened.engine.pruning.exact:
         require_prunable(opened.engine.context.shape)
     if opened.engine.context.meta is None:
         raise PopError(
@@ -73,7 +73,7 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     full, pop = pairs[0]
     return Demonstration(
         model=str(opened.engine.context.path),
-        boundary=opened.engine.cache.boundary,
+        boundary=opened.engine.pruning.boundary,
         n_layer=opened.engine.context.shape.n_layer,
         question=_text("question.md"),
         n_prompt=full.n_full,
@@ -82,7 +82,7 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
         n_pairs=n_pairs,
         speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
         limit=speedup_limit(
-            opened.engine.context.macs, full.n_full, opened.engine.cache.boundary, pop.n_full
+            opened.engine.context.macs, full.n_full, opened.engine.pruning.boundary, pop.n_full
         ),
     )
 

@@ -129,7 +129,7 @@ class OnlineCalibration:
         if search is None:  # the sums were deleted in the meantime
             self._end()
             return None
-        if self._model.engine.cache.boundary and self._in_use is None:
+        if self._model.engine.pruning.boundary and self._in_use is None:
             self._take(self._measured_in_use(search.full))
         chosen = search.run()
         if not self._is_better(chosen):
@@ -193,7 +193,7 @@ class OnlineCalibration:
 
     def _measured_in_use(self, full: FullModel) -> Quality:
         model, runner = self._model, self._runner
-        gradual = Gradual(full.reference, model.engine.cache.boundary)
+        gradual = Gradual(full.reference, model.engine.pruning.boundary)
         files = ModelFiles(model.engine.context.path, model.engine.context.sidecar)
         plan = replace(full.plan, deep_rows=model.engine.rule.deep_rows)
         with runner.opened(plan, files) as opened:
@@ -204,7 +204,7 @@ class OnlineCalibration:
         before = self._in_use
         if before is None or not is_inside(self._budget, before):
             return True
-        in_use = self._model.engine.cache.boundary
+        in_use = self._model.engine.pruning.boundary
         if chosen.plan.boundary != in_use:
             return chosen.plan.boundary < in_use
         return chosen.quality.kl_mean.value < before.kl_mean.value

@@ -126,7 +126,7 @@ def test_unedited(fitted, tmp_path):
     assert (
         PopModel(
             EngineOptions.of(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1)
-        ).engine.cache.boundary
+        ).engine.pruning.boundary
         == 4
     )
 

@@ -14,7 +14,7 @@ from pop_converter.popfile.format import Measured, PopMeta, pop_meta
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_sidecar
 from pop_converter.projection import Projection
-from pop_local.engine.cache.keys import conversion
+from pop_local.engine.cache.cache_keys import conversion
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
@@ -89,16 +89,16 @@ def test_unpatched_library_opens_the_base(pair, unpatched_lib):
 def test_engine_equals_the_single_file(pair):
     tokens = prompt(200)
     single, both = opened(pair.single), opened(pair.base, sidecar=pair.sidecar)
-    assert both.engine.cache.boundary == 4 and both.engine.cache.mode is Mode.CONTEXT
+    assert both.engine.pruning.boundary == 4 and both.engine.pruning.mode is Mode.CONTEXT
     assert both.engine.rule == single.engine.rule
     np.testing.assert_array_equal(read(both, tokens), read(single, tokens))
 
 
 def test_sidecar_applies_only_to_the_model_opened_with_it(pair):
     opened(pair.base, sidecar=pair.sidecar)
-    assert opened(pair.base).engine.cache.boundary == 0
+    assert opened(pair.base).engine.pruning.boundary == 0
     again = opened(pair.base, sidecar=pair.sidecar, keep_states=True)
-    assert (again.engine.cache.boundary, again.engine.refiller.is_on) == (4, True)
+    assert (again.engine.pruning.boundary, again.engine.refiller.is_on) == (4, True)
 
 
 def test_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
@@ -122,12 +122,12 @@ def test_state_of_another_conversion_is_refused(fitted, tmp_path):
     own = paired(fitted.base, folder, "own", boundary=4)
     model = opened(fitted.base, sidecar=fitted.sidecar)
     read(model, prompt(100))
-    state = model.engine.cache.save()
+    state = model.engine.states.save()
     for sidecar in (other.sidecar, own.sidecar):
         with pytest.raises(PopError, match="has the key 'mode CONTEXT, boundary 4, fitted"):
-            opened(fitted.base, sidecar=sidecar).engine.cache.restore(state)
+            opened(fitted.base, sidecar=sidecar).engine.states.restore(state)
     single = opened(fitted.single)
-    single.engine.cache.restore(state)
+    single.engine.states.restore(state)
     assert single.engine.cache.n_tokens == 100
 
 
@@ -151,7 +151,7 @@ def test_prompt_cache_does_not_mix_conversions(fitted, tmp_path):
         for sidecar in (fitted.sidecar, other.sidecar, fitted.sidecar)
     ]
     for model in models:
-        model.engine.cache.prompts = cache
+        model.engine.states.prompts = cache
     first, another, again = models
     first.read(tokens)
     first.read(Prompt(prompt(100, seed=1)))
@@ -163,7 +163,7 @@ def test_full_states_are_shared(pair):
     read(full, prompt(100))
     both = opened(pair.base, sidecar=pair.sidecar)
     both.engine.set_mode(Mode.OFF)
-    both.engine.cache.restore(full.engine.cache.save())
+    both.engine.states.restore(full.engine.states.save())
     assert both.engine.cache.n_tokens == 100
 
 

@@ -65,7 +65,7 @@ def test_logprobs_match_the_text_without_a_stop_string(chatty):
 def test_logprobs_of_a_prompt_are_the_full_models(model):
     tokens = prompt(150)
     found = prompt_logprobs(model.engine.cache, tokens, 2)
-    assert model.engine.cache.mode is Mode.CONTEXT
+    assert model.engine.pruning.mode is Mode.CONTEXT
     assert len(found) == 150
     assert found[0].logprob is None
     model.engine.set_mode(Mode.OFF)

@@ -36,7 +36,7 @@ def test_embeddings(client, full):
 
 def test_embeddings_keep_prompt_cache(path):
     with opened(path, n_ctx=N_CTX) as model:
-        model.engine.cache.prompts = PromptCache(1 << 24)
+        model.engine.states.prompts = PromptCache(1 << 24)
         with asking(app_of(model, NAME)) as client:
             chat(client)
             client.post("/v1/embeddings", json={"input": "another text"})

@@ -15,7 +15,7 @@ import pytest
 from starlette.applications import Starlette
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.learning.learned_fit import LearnedFit
@@ -361,7 +361,7 @@ def test_model_closes_if_stashing_fails(library, expected, monkeypatch):
     with asked(library, ram_bytes=1 << 40) as client:
         for name in ("one", "two"):
             complete(client, model=name)
-        monkeypatch.setattr(KvCache, "stash", stash)
+        monkeypatch.setattr(CacheStates, "stash", stash)
         library.behind._ram_bytes = 0
         assert text_of(complete(client, model="three")) == expected["three"]
         assert library.open_ones == ["three"]

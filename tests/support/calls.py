@@ -64,7 +64,7 @@ def set_rule(model: PopModel, **changes: Any) -> None:
 
 def keep_prompts(model: PopModel, prompts: PromptCache) -> None:
     for sequence in model.engine.sequences:
-        sequence.cache.prompts = prompts
+        sequence.states.prompts = prompts
 
 
 def prompt(n_tokens: int, seed: int = 0) -> list[int]:

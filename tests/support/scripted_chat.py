@@ -51,7 +51,7 @@ class ScriptedModel:
         self.is_closed = False
         names = {"general.architecture": "llama", "general.name": "Scripted"}
         self.engine = SimpleNamespace(
-            cache=SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True),
+            pruning=SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True),
             context=SimpleNamespace(
                 header=names,
                 path="model.gguf",
@@ -80,14 +80,14 @@ class ScriptedModel:
 
     def convert(self, *, boundary: int) -> None:
         """Make it a model with another boundary, or without one (0)."""
-        cache = self.engine.cache
-        cache.boundary, cache.can_switch = boundary, bool(boundary or cache.exact)
-        cache.mode = Mode.CONTEXT if cache.can_switch else Mode.OFF
+        pruning = self.engine.pruning
+        pruning.boundary, pruning.can_switch = boundary, bool(boundary or pruning.exact)
+        pruning.mode = Mode.CONTEXT if pruning.can_switch else Mode.OFF
 
     def _set_mode(self, mode: Mode) -> None:
-        if not self.engine.cache.can_switch:
+        if not self.engine.pruning.can_switch:
             raise PopError("model.gguf has no pruning keys", "convert it first")
-        self.engine.cache.mode = mode
+        self.engine.pruning.mode = mode
 
     def _answer(
         self, render: Callable[[], "ScriptedPrompt"], options: TurnOptions

@@ -15,7 +15,7 @@ class SavedState:
     """The used cells of a sequence, with each row's token, position and depth.
 
     `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1], see CachedRows. `images`:
-    see Prompt.n_equal. `key`, `model`: KvCache.key and model_key.
+    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model.
     """
 
     key: str

@@ -9,6 +9,7 @@ from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.llama.slot import Slot
+from pop_local.engine.prefill.read import append_all
 
 # A row takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
 _MAX_ROWS = 64
@@ -48,7 +49,7 @@ def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[T
     """
     pieces = Pieces(cache.context, range(cache.context.n_vocab))
     found = [TokenLogprob(pieces[tokens[0]], None)]
-    for n_rows in cache.append_all(tokens, _MAX_ROWS):
+    for n_rows in append_all(cache, tokens, _MAX_ROWS):
         for row in cache.context.logits(n_rows)[: len(tokens) - len(found)]:
             found.append(_of_token(pieces, row, tokens[len(found)], n_top))
     return found

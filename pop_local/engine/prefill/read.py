@@ -1,12 +1,13 @@
 """Read a prompt into a KV cache: reuse cached rows, prune context rows, run the others in full."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.popfile.format import DeepRows
+from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.images.mmproj import ImageChunk
@@ -52,7 +53,7 @@ class ReadingStoppedError(StoppedError):
 
 
 def read(
-    cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
+    states: CacheStates, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
 ) -> Read:
     """Read a prompt, reuse its cached prefix, and compute the last row's logits.
 
@@ -61,12 +62,13 @@ def read(
     """
     if not len(prompt):
         raise PopError("the prompt is empty", "add text to it")
+    cache = states.cache
     cache.epoch += 1
-    cache.stash(prompt)
+    states.stash(prompt)
     n_usable = 0
     if rule.reuses:
-        cache.restore_best(prompt)
-        n_usable = _n_usable(cache, prompt, rule)
+        states.restore_best(prompt)
+        n_usable = _n_usable(states, prompt, rule)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         is_short = _is_pruning(cache)
         n_exact = cache.n_exact
@@ -109,14 +111,30 @@ def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
     return reading.result()
 
 
-def _n_usable(cache: KvCache, prompt: Prompt, rule: RowRule) -> int:
+def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
+    """Empty a cache and read a text in full, with each row's logits.
+
+    Yields the number of rows of each decoded piece, up to `step`.
+    """
+    cache.clear()
+    step = min(step, cache.context.n_batch)
+    cache.slot.begin_prefill()
+    with cache.slot.exclusive(), cache.slot.interruptible():
+        for start in range(0, len(tokens), step):
+            piece = tokens[start : start + step]
+            cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
+            cache.slot.raise_if_stopped()
+            yield len(piece)
+
+
+def _n_usable(states: CacheStates, prompt: Prompt, rule: RowRule) -> int:
     """Return the number of leading cached rows that a prompt may reuse.
 
     The first context row in this prompt's tail or deep rows ends them. The sink must be full.
     """
-    rows = cache.rows
-    usable = cache.n_same(prompt)
-    must_be_full = _deep_rows(cache, np.asarray(prompt.tokens), rule)[:usable]
+    rows = states.cache.rows
+    usable = states.n_same(prompt)
+    must_be_full = _deep_rows(states.cache, np.asarray(prompt.tokens), rule)[:usable]
     must_be_full[max(prompt.text_from, len(prompt) - rule.tail_tokens) :] = True
     lacking = np.flatnonzero(must_be_full & ~rows.is_full[:usable])
     usable = int(lacking[0]) if lacking.size else usable
@@ -131,7 +149,7 @@ def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> np.ndarray:
 
 
 def _is_pruning(cache: KvCache) -> bool:
-    return cache.mode is Mode.CONTEXT and not cache.exact
+    return cache.pruning.mode is Mode.CONTEXT and not cache.pruning.exact
 
 
 def _require_room(cache: KvCache, image: ImageChunk) -> None:
@@ -151,7 +169,7 @@ class _PromptRead:
     ) -> None:
         self._cache, self._prompt = cache, prompt
         # With exact skipping, sink and tail need no full rows.
-        self._rule = NO_ENDS if cache.exact else rule
+        self._rule = NO_ENDS if cache.pruning.exact else rule
         self._on_prefill = on_prefill
         self._epoch = cache.epoch
         self._n_cached = cache.n_tokens

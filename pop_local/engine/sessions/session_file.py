@@ -10,8 +10,8 @@
 If the model has cached another conversation, n_tokens is 0 and the arrays are missing.
 
 Loading restores the K/V only for the same model and mmproj (size, and a hash of headers and samples
-of the tensors), POP mode, boundary and projections (KvCache.key), backend version and RoPE options.
-Otherwise it restores the transcript alone. zip's CRC-32 detects damage.
+of the tensors), POP mode, boundary and projections (CacheStates.key), backend version and RoPE
+options. Otherwise it restores the transcript alone. zip's CRC-32 detects damage.
 """
 
 import dataclasses
@@ -29,8 +29,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import make_private, replacing
 from pop_converter.gguf.source import sampled_sha256
-from pop_local.engine.cache.keys import opened_with
-from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.cache_keys import CacheKeys, opened_with
 from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.engine import Engine
 from pop_local.engine.images.mmproj import NO_TOKEN
@@ -95,7 +94,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     except PopError:  # only another model's template accepts it, so its rows are not cached
         return 0
     n_own = len(prompt)
-    if engine.cache.n_same(prompt) < n_own:
+    if engine.states.n_same(prompt) < n_own:
         return 0
     pieces = Pieces(engine.context)
     said = last.answer.removeprefix(prompt.begun).encode()
@@ -175,8 +174,8 @@ class Sessions:
             name=name,
             model=str(engine.context.path),
             n_tokens=n_tokens,
-            mode=engine.cache.mode,
-            key=engine.cache.key,
+            mode=engine.pruning.mode,
+            key=engine.states.key,
             fingerprint=fingerprint(engine),
             conversation=conversation,
             images=tuple(state.images.items()) if state else (),
@@ -215,7 +214,7 @@ class Sessions:
             session = _session(archive, _stored_picture)
             reread = _difference(session, ours, engine)
             if session.n_tokens and not reread:
-                state = _state(archive, session, engine.cache)
+                state = _state(archive, session, engine.states.keys)
         if reread:
             return Restored(session, reread)
         if state is None:
@@ -224,10 +223,10 @@ class Sessions:
         if not _is_consistent(state, engine.context.n_vocab):
             raise _damaged(path)
         engine.set_mode(session.mode)
-        if not engine.cache.accepts(session.key):
+        if not engine.states.keys.accepts(session.key):
             return Restored(session, f"they belong to {session.key}")
         try:
-            engine.cache.take_over(state)
+            engine.cache.load(state)
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")
@@ -261,12 +260,12 @@ def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
     return Picture(name, b"", 0, 0)
 
 
-def _state(archive: zipfile.ZipFile, session: Session, cache: KvCache) -> SavedState:
+def _state(archive: zipfile.ZipFile, session: Session, keys: CacheKeys) -> SavedState:
     """Read the saved KV cache. Raises ValueError for arrays of other lengths."""
     n = session.n_tokens
     return SavedState(
         key=session.key,
-        model=cache.model_key,
+        model=keys.model,
         tokens=decoded_array(_member(archive, "tokens.npy"), np.int32, n),
         is_full=decoded_array(_member(archive, "full.npy"), np.bool_, n),
         positions=decoded_array(_member(archive, "positions.npy"), np.int32, n + 1),
@@ -294,7 +293,7 @@ def _is_consistent(state: SavedState, n_vocab: int) -> bool:
 def _own_state(engine: Engine, conversation: Conversation) -> SavedState | None:
     """Return the conversation's KV state, None if it is not cached."""
     n_own = n_own_tokens(engine, conversation)
-    return engine.cache.save() if n_own and engine.cache.truncate(n_own) else None
+    return engine.states.save() if n_own and engine.cache.truncate(n_own) else None
 
 
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
@@ -306,7 +305,7 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
         return "they belong to another mmproj, or to none"
     if saved.backend != ours.backend:
         return f"they were computed by backend {saved.backend}, this is {ours.backend}"
-    if session.mode is not Mode.OFF and not engine.cache.can_switch:
+    if session.mode is not Mode.OFF and not engine.pruning.can_switch:
         return "they are pruned, which this model is not converted for"
     if session.n_tokens > engine.context.n_ctx:
         return f"they need a context of {session.n_tokens} tokens"

@@ -90,8 +90,8 @@ class Dialogue:
         self.session.model = opened
         self.teacher = self._teach(opened)
         # A model that cannot be pruned is always off, which is not the user's choice.
-        if before.engine.cache.can_switch and self.model.engine.cache.can_switch:
-            self.model.engine.set_mode(before.engine.cache.mode)
+        if before.engine.pruning.can_switch and self.model.engine.pruning.can_switch:
+            self.model.engine.set_mode(before.engine.pruning.mode)
         before.close()
         self._keep_states()
         self._is_warned = False
@@ -205,7 +205,7 @@ class Dialogue:
         meta = self.model.engine.context.meta
         found = meta and meta.measured
         is_lossless = bool(found and found.lookups_n and not found.lookups_lost)
-        is_exact = not self.model.engine.cache.boundary or stats.n_exact >= stats.n_prompt
+        is_exact = not self.model.engine.pruning.boundary or stats.n_exact >= stats.n_prompt
         if not (is_exact or is_lossless or self._is_offered) and _EXACT_STRING.search(answer):
             self._is_offered = True
             self.screen.note(_OFFER)
@@ -234,6 +234,5 @@ class Dialogue:
 
 
 def _costs(model: PopModel) -> FullCosts:
-    return FullCosts(
-        model.engine.context.macs, model.engine.cache.boundary or model.engine.cache.exact or None
-    )
+    pruning = model.engine.pruning
+    return FullCosts(model.engine.context.macs, pruning.boundary or pruning.exact or None)

@@ -7,22 +7,22 @@ from pop_local.ui.chat.dialogue import Dialogue
 
 def pruning_state(model: PopModel) -> str:
     """Return a sentence on whether prompt tokens skip layers."""
-    cache = model.engine.cache
-    is_off = cache.mode is Mode.OFF
-    if cache.exact and is_off:
+    pruning = model.engine.pruning
+    is_off = pruning.mode is Mode.OFF
+    if pruning.exact and is_off:
         return "Exact skipping is off: prompt tokens run all layers, with the same result."
-    if cache.exact:
+    if pruning.exact:
         return (
-            f"Exact skipping is on: prompt tokens skip layers {cache.exact} and up. Answers equal"
+            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. Answers equal"
             " the full model's."
         )
-    if not cache.boundary:
+    if not pruning.boundary:
         return "Fast reading is not available: this model is not converted."
     if is_off:
         return "Fast reading is off: prompt tokens run all layers (/full off enables it)."
     n_layer = model.engine.context.shape.n_layer
     return (
-        f"Fast reading is on: prompt tokens skip the last {n_layer - cache.boundary} of {n_layer}"
+        f"Fast reading is on: prompt tokens skip the last {n_layer - pruning.boundary} of {n_layer}"
         " layers (/full on disables it)."
     )
 

@@ -107,7 +107,7 @@ def status(chat: Dialogue) -> str:
     model = chat.model
     nothing = (
         not model.engine.cache.n_tokens
-        or not model.engine.cache.boundary
+        or not model.engine.pruning.boundary
         or model.engine.context.no_refill
     )
     if chat.refill == "off" or nothing:
@@ -117,7 +117,7 @@ def status(chat: Dialogue) -> str:
 
 
 def _state(chat: Dialogue) -> str:
-    if not chat.model.engine.cache.boundary:
+    if not chat.model.engine.pruning.boundary:
         return "Nothing to catch up: this model is not pruned."
     if chat.model.engine.context.no_refill:
         return f"Pruned tokens cannot catch up: {chat.model.engine.context.no_refill}."

@@ -37,7 +37,7 @@ def load(chat: Dialogue, name: str) -> None:
     if not name:
         chat.refuse("/load needs a session name; /sessions lists them.")
         return
-    sessions, before = saved(), chat.model.engine.cache.mode
+    sessions, before = saved(), chat.model.engine.pruning.mode
     path = sessions.path(name)
     if not path.is_file():
         known = {known: known for known in sessions.names()}
@@ -56,7 +56,7 @@ def load(chat: Dialogue, name: str) -> None:
     else:
         chat.screen.note(f"{session.n_cached:,} tokens are cached and need no reading.")
     warn_of_hidden_pictures(chat)
-    if chat.model.engine.cache.mode is not before:
+    if chat.model.engine.pruning.mode is not before:
         chat.screen.note(pruning_state(chat.model))
 
 

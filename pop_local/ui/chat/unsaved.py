@@ -80,11 +80,11 @@ class Unsaved:
         return chosen in ("c", None)
 
     def _continue(self, chat: Dialogue, name: str) -> None:
-        before = chat.model.engine.cache.mode
+        before = chat.model.engine.pruning.mode
         chat.resume(load_session(chat.model, self._sessions.path(name)), "")
         self.keep(chat)
         chat.screen.note("It will be read again with your next question.")
-        if chat.model.engine.cache.mode is not before:
+        if chat.model.engine.pruning.mode is not before:
             chat.screen.note(pruning_state(chat.model))
 
     def _remove(self, name: str) -> None:

@@ -25,7 +25,6 @@ LONG_SIGNATURES_FOR_NOW: set[str] = {
 }
 LARGE_CLASSES_FOR_NOW: set[str] = {
     "Context",
-    "KvCache",
 }
 
 

@@ -295,7 +295,7 @@ def test_a_selection_that_an_older_file_names_is_ignored(tiny, tmp_path):
     path = add_keys(tiny, tmp_path / "pop.gguf", **keys)
     assert read_pop_meta(path) == read_pop_meta(add_keys(tiny, tmp_path / "b.gguf", **_as_keys()))
     with PopModel(EngineOptions.of(path, n_ctx=64, n_threads=1)) as model:
-        assert (model.engine.cache.boundary, model.engine.rule.deep_rows) == (1, DeepRows.NONE)
+        assert (model.engine.pruning.boundary, model.engine.rule.deep_rows) == (1, DeepRows.NONE)
 
 
 def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):

@@ -159,7 +159,7 @@ def test_a_mode_is_not_switched_while_a_batch_is_computed(pop_file):
     should_stop: Any = partial(model.engine.set_mode, Mode.OFF)
     with stopped_by(should_stop), pytest.raises(PopError, match="from a callback within a batch"):
         append(model, prompt(300))
-    assert model.engine.cache.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
+    assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is Mode.CONTEXT
 
 
 def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
@@ -167,7 +167,7 @@ def test_a_state_is_saved_after_the_model_file_was_deleted(tmp_path):
     read(model, prompt(50))
     for path in tmp_path.glob("*.gguf"):
         path.unlink()
-    assert model.engine.cache.save().n_tokens == 50
+    assert model.engine.states.save().n_tokens == 50
 
 
 def test_an_unreferenced_model_is_freed_immediately(pop_file):

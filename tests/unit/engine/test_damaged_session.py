@@ -168,10 +168,10 @@ def test_incomplete_kv_are_read_again(chat_model, sessions, kv):
     said = answered(model, QUESTION)
     sessions.save("talk", model.engine, said)
     expected = follow_up(opened(chat_model), said)
-    state = model.engine.cache.save().cells
+    state = model.engine.states.save().cells
     if kv == "of fewer cells":
         model.engine.cache.truncate(10)
-        state = model.engine.cache.save().cells
+        state = model.engine.states.save().cells
     content = {"empty": b"", "cut": state[:-1]}.get(kv, state)
     rewritten(sessions.path("talk"), kv_bin=content)
     restored = sessions.load("talk", model.engine)

@@ -93,7 +93,7 @@ def test_a_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
     model.read(Prompt(tokens))
     other = opened(pop_file)
     set_rule(other, **vars(model.engine.rule))
-    other.engine.cache.restore(model.engine.cache.save())
+    other.engine.states.restore(model.engine.states.save())
     assert other.read(Prompt([*tokens, *tokens[:40]])).n_cached == len(tokens)
 
 

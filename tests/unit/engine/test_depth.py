@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -30,7 +30,7 @@ def test_refilling_in_the_prompts_batches_reproduces_the_full_models_cache(pop_f
     assert (
         model.engine.cache.n_exact,
         model.engine.refiller.n_refillable,
-        model.engine.cache.key == FULL,
+        model.engine.states.key == FULL,
     ) == (
         0,
         200,
@@ -48,7 +48,7 @@ def test_refilling_in_the_prompts_batches_reproduces_the_full_models_cache(pop_f
     assert (
         model.engine.cache.n_exact,
         model.engine.refiller.n_refillable,
-        model.engine.cache.key,
+        model.engine.states.key,
     ) == (200, 0, FULL)
     assert (
         model.engine.cache.slot.cells.state()[-1000:]
@@ -107,8 +107,8 @@ def test_without_states_nothing_is_refilled(pop_file):
 def test_rows_of_a_loaded_state_cannot_be_refilled(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
-    state = model.engine.cache.save()
-    model.engine.cache.restore(state)
+    state = model.engine.states.save()
+    model.engine.states.restore(state)
     assert (model.engine.cache.n_exact, model.engine.refiller.n_refillable) == (0, 0)
     append(model, prompt(40, seed=1))
     assert model.engine.refiller.refill() == 0
@@ -118,16 +118,16 @@ def test_an_exact_state_equals_the_full_models(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     model.engine.refiller.refill()
-    state = model.engine.cache.save()
+    state = model.engine.states.save()
     assert state.key == FULL
     other = opened(pop_file)
-    other.engine.cache.restore(state)
+    other.engine.states.restore(state)
     assert other.engine.cache.n_exact == 200
     other.engine.set_mode(Mode.OFF)
     assert other.engine.cache.n_tokens == 200, (
         "the full model's cache stays when pruning is switched off"
     )
-    other.engine.cache.restore(state)
+    other.engine.states.restore(state)
     unfinished = kept(pop_file)
     append(unfinished, prompt(200))
     unfinished.engine.set_mode(Mode.OFF)
@@ -157,7 +157,7 @@ def test_a_prompt_cache_separates_modes_even_of_exact_rows(pop_file):
     model = kept(pop_file)
     append(model, prompt(200))
     model.engine.refiller.refill()
-    model.engine.cache.prompts = PromptCache(2**24)
+    model.engine.states.prompts = PromptCache(2**24)
     for mode in (Mode.CONTEXT, Mode.OFF):
         fresh = opened(pop_file)
         for each in (model, fresh):
@@ -169,7 +169,7 @@ def test_measuring_leaves_refilling_unchanged(pop_file):
     model = opened(pop_file, keep_states=True)
     with forced(model):
         pass
-    assert (model.engine.refiller.is_on, model.engine.cache.keeps_states) == (True, True)
+    assert (model.engine.refiller.is_on, model.engine.pruning.keeps_states) == (True, True)
 
 
 def test_refilling_that_raises_keeps_its_progress(pop_file):

@@ -13,7 +13,7 @@ from pop_converter.base.errors import PopError, UnsupportedArchitectureError
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.cli import app
-from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.sessions.conversation import Conversation, Turn
@@ -99,8 +99,8 @@ def test_inspect_reports_the_skipped_layers(shared: Path) -> None:
 
 def test_all_rows_except_the_last_skip_exactly(shared: Path) -> None:
     model = opened(shared)
-    assert model.engine.cache.exact == read_shape(shared).exact
-    assert (model.engine.cache.mode, model.engine.cache.boundary, model.engine.cache.key) == (
+    assert model.engine.pruning.exact == read_shape(shared).exact
+    assert (model.engine.pruning.mode, model.engine.pruning.boundary, model.engine.states.key) == (
         Mode.CONTEXT,
         0,
         FULL,
@@ -117,7 +117,7 @@ def test_a_switch_keeps_the_cache(shared: Path) -> None:
     # Both modes now read the last token alone: equal shapes give equal bits.
     reused = greedy(model, prompt(100), 5)
     model.engine.set_mode(Mode.OFF)
-    assert (model.engine.cache.n_tokens, model.engine.cache.key) == (104, FULL)
+    assert (model.engine.cache.n_tokens, model.engine.states.key) == (104, FULL)
     backend.reset_counters(model.engine.context.ctx)
     assert greedy(model, prompt(100), 5) == reused
     assert backend.get_counters(model.engine.context.ctx).n_rows == 1 + 4
@@ -128,10 +128,10 @@ def test_a_state_of_either_mode_loads_in_the_other(mode: Mode, shared: Path) -> 
     model = opened(shared)
     model.engine.set_mode(mode)
     first = greedy(model, prompt(100), 5)
-    state = model.engine.cache.save()
+    state = model.engine.states.save()
     other = opened(shared)
     other.engine.set_mode(Mode.CONTEXT if mode is Mode.OFF else Mode.OFF)
-    other.engine.cache.restore(state)
+    other.engine.states.restore(state)
     assert other.engine.cache.n_tokens == 104
     assert greedy(other, prompt(100), 5) == first
 
@@ -149,7 +149,7 @@ def test_stats_count_exactly_skipped_tokens(shared: Path) -> None:
 def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
     model = opened(shared)
     with pytest.raises(PopError, match="store no K/V"):
-        model.engine.set_boundary(model.engine.cache.exact)
+        model.engine.set_boundary(model.engine.pruning.exact)
     with pytest.raises(PopError, match="no boundary"):
         model.engine.set_mode(Mode.ALWAYS)
 
@@ -159,7 +159,7 @@ def test_a_boundary_in_the_sharing_layers_is_refused(shared: Path) -> None:
 
 def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
-    model.engine.cache.boundary, model.engine.cache.exact = 0, 15
+    model.engine.pruning.boundary, model.engine.pruning.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = (
         "# Exact skipping is on: prompt tokens skip layers 15 and up. Answers equal the full"
@@ -176,7 +176,7 @@ def test_the_cost_of_a_full_prefill_is_estimated(shared: Path) -> None:
     model = opened(shared)
     stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
     cost = _costs(model).of(stats)
-    limit = speedup_limit(model.engine.context.macs, 1000, model.engine.cache.exact, 1)
+    limit = speedup_limit(model.engine.context.macs, 1000, model.engine.pruning.exact, 1)
     assert cost.seconds == pytest.approx(stats.prefill_s * limit)
     assert not cost.is_measured
     later = replace(stats, n_cached=400, n_skipped_exact=599)
@@ -195,7 +195,7 @@ def test_a_session_is_loaded_with_its_mode_and_its_cache(mode: Mode, tmp_path: P
     sessions.save("talk", model.engine, said)
     other = opened(path)
     restored = sessions.load("talk", other.engine)
-    assert (restored.reread, other.engine.cache.mode, other.engine.cache.key) == ("", mode, FULL)
+    assert (restored.reread, other.engine.pruning.mode, other.engine.states.key) == ("", mode, FULL)
     assert other.engine.cache.n_tokens > 10
 
 

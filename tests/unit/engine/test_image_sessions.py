@@ -114,7 +114,7 @@ def test_prompt_caches_distinguish_pictures(smol):
 
     options = {"temperature": 0.0, "max_tokens": 2}
     with smol.opened() as model:
-        model.engine.cache.prompts = PromptCache(1 << 28)
+        model.engine.states.prompts = PromptCache(1 << 28)
         want = model.chat(LONG, images=[png(3)], **options)
         model.chat("q r s " * 90, **options)
         again = model.chat(LONG, images=[png(3)], **options)

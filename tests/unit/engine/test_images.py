@@ -220,7 +220,7 @@ def test_rows_of_a_stopped_picture_are_not_saved(smol):
                 model.engine.cache.slot.cells.end
                 > model.engine.cache.rows.positions[model.engine.cache.n_tokens]
             )
-            model.engine.cache.restore(model.engine.cache.save())
+            model.engine.states.restore(model.engine.states.save())
         assert n_left, "the stop came between two ubatches"
 
 

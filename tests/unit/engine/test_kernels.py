@@ -204,7 +204,7 @@ def test_kv_of_another_attention_are_refused_or_reread(pop_file, tmp_path):
     tokens = prompt(100)
     read(model, tokens)
     with pytest.raises(PopError, match="to other options"):
-        other.engine.cache.restore(model.engine.cache.save())
+        other.engine.states.restore(model.engine.states.save())
     sessions = Sessions(tmp_path)
     conversation = Conversation()
     list(model.session().stream("What?", max_tokens=1))

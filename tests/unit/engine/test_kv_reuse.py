@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
@@ -119,10 +119,10 @@ def test_a_saved_state_is_restored(pop_file, mode):
     model = opened(pop_file)
     model.engine.set_mode(mode)
     read(model, prompt(100))
-    state = model.engine.cache.save()
+    state = model.engine.states.save()
     expected = greedy(model, prompt(100) + prompt(30, seed=1))
     read(model, prompt(90, seed=2))
-    model.engine.cache.restore(state)
+    model.engine.states.restore(state)
     backend.reset_counters(model.engine.context.ctx)
     assert greedy(model, prompt(100) + prompt(30, seed=1), 1) == expected[:1]
     counters = backend.get_counters(model.engine.context.ctx)
@@ -132,14 +132,14 @@ def test_a_saved_state_is_restored(pop_file, mode):
 def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
     model = opened(pop_file)
     read(model, prompt(100))
-    state = model.engine.cache.save()
+    state = model.engine.states.save()
     model.engine.set_mode(Mode.OFF)
     with pytest.raises(PopError, match="OFF"):
-        model.engine.cache.restore(state)
+        model.engine.states.restore(state)
     model.engine.set_mode(Mode.CONTEXT)
     model.engine.set_boundary(6)
     with pytest.raises(PopError, match="boundary 4"):
-        model.engine.cache.restore(state)
+        model.engine.states.restore(state)
 
 
 def n_read(model, tokens) -> int:
@@ -152,7 +152,7 @@ def n_read(model, tokens) -> int:
 @pytest.mark.parametrize(("capacity_bytes", "is_kept"), [(2**24, True), (2**10, False)])
 def test_alternating_prompts_are_cached_within_a_limit(pop_file, capacity_bytes, is_kept):
     model = opened(pop_file)
-    model.engine.cache.prompts = PromptCache(capacity_bytes)
+    model.engine.states.prompts = PromptCache(capacity_bytes)
     first, second = prompt(100), prompt(100, seed=1)
     assert [n_read(model, first), n_read(model, second)] == [100, 100]
     for tokens in (first, second):
@@ -165,7 +165,7 @@ def test_a_restored_prompt_has_the_same_answer(pop_file):
     read(model, prompt(100))
     expected = read(model, longer)
     model.engine.cache.clear()
-    model.engine.cache.prompts = PromptCache(2**24)
+    model.engine.states.prompts = PromptCache(2**24)
     n_read(model, prompt(100))
     n_read(model, prompt(100, seed=2))
     assert n_read(model, longer) == 40
@@ -174,7 +174,7 @@ def test_a_restored_prompt_has_the_same_answer(pop_file):
 
 def test_another_modes_prompts_are_cached_too(pop_file):
     model = opened(pop_file)
-    model.engine.cache.prompts = PromptCache(2**24)
+    model.engine.states.prompts = PromptCache(2**24)
     for is_kept in (False, True):
         for mode in MODES:
             model.engine.set_mode(mode)
@@ -184,7 +184,7 @@ def test_another_modes_prompts_are_cached_too(pop_file):
 def test_a_longer_prompt_replaces_its_prefix(pop_file):
     model = opened(pop_file)
     cache = PromptCache(2**24)
-    model.engine.cache.prompts = cache
+    model.engine.states.prompts = cache
     for n_tokens in (100, 120, 140):
         n_read(model, prompt(n_tokens))
         n_read(model, prompt(50, seed=3))
@@ -195,7 +195,7 @@ def test_an_excess_state_evicts_the_oldest(pop_file):
     model = opened(pop_file)
     n_read(model, prompt(100))
     cache = PromptCache(3 * len(model.engine.cache.slot.cells.state()))
-    model.engine.cache.prompts = cache
+    model.engine.states.prompts = cache
     for seed in range(1, 6):
         n_read(model, prompt(100, seed))
         assert cache.size_bytes <= cache.capacity_bytes
@@ -222,7 +222,7 @@ def test_models_in_several_threads_share_a_cache():
 
 def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
     model = opened(pop_file)
-    model.engine.cache.prompts = PromptCache(2**24)
+    model.engine.states.prompts = PromptCache(2**24)
     tokens = prompt(100)
     expected = {}
     for mode in MODES:
@@ -271,7 +271,7 @@ def test_truncating_beyond_the_cache_changes_nothing(pop_file):
 def test_a_state_that_cannot_be_truncated_is_dropped(pop_file, monkeypatch):
     """Recurrent states are like this after an interrupted prefill."""
     model = opened(pop_file)
-    for use in (lambda: append(model, [1]), model.engine.cache.save):
+    for use in (lambda: append(model, [1]), model.engine.states.save):
         read(model, prompt(100))
         with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the tokens"):
             patched.setattr(model.engine.cache.slot.cells, "truncate", lambda position: False)
@@ -294,11 +294,11 @@ def test_a_prompt_cache_does_not_mix_models(pop_file, tmp_path):
     paths = [make_gguf(tmp_path / f"{seed}.gguf", "llama", seed=seed) for seed in (0, 1)]
     first, other, again = map(opened, (*paths, paths[0]))
     for model in (first, other, again):
-        model.engine.cache.prompts = cache
+        model.engine.states.prompts = cache
     first.read(tokens)
     first.read(Prompt(prompt(100, seed=1)))
     with pytest.raises(PopError, match="another model"):
-        other.engine.cache.restore(first.engine.cache.save())
+        other.engine.states.restore(first.engine.states.save())
     assert other.read(tokens).n_cached == 0
     assert again.read(tokens).n_cached == 99
 
@@ -318,7 +318,7 @@ def test_an_answer_stops_after_another_prompt_was_read(pop_file):
 def test_a_cached_prompt_of_a_larger_context_is_read_again(pop_file):
     """Models can share a prompt cache."""
     large, small = opened(pop_file), opened(pop_file, n_ctx=256)
-    large.engine.cache.prompts = small.engine.cache.prompts = PromptCache(2**24)
+    large.engine.states.prompts = small.engine.states.prompts = PromptCache(2**24)
     n_read(large, prompt(300))
     n_read(large, prompt(50, seed=1))
     assert n_read(small, prompt(200)) == 200

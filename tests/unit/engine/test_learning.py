@@ -236,7 +236,7 @@ def test_row_buffers_are_reused_despite_decoded_tokens(plain):
     read(model, prompt(2 * N))
     model.engine.calibrator._waiting.clear()
     model.engine.calibrator._used.extend(blocks := [np.empty(10**6, np.float32)])
-    model.engine.cache.step(5)
+    model.engine.sequences[0].step(5)
     assert model.engine.calibrator._used == blocks
 
 

@@ -116,20 +116,20 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
     pair = paired(base, tmp_path, "fitted", boundary=4)
     with opened("tiny") as model:
-        assert (model.engine.cache.boundary, model.engine.context.sidecar, model.pruning) == (
+        assert (model.engine.pruning.boundary, model.engine.context.sidecar, model.pruning) == (
             4,
             pair.sidecar,
             True,
         )
     with opened(pair.single) as model:
-        assert (model.engine.cache.boundary, model.engine.context.sidecar) == (4, None)
+        assert (model.engine.pruning.boundary, model.engine.context.sidecar) == (4, None)
     elsewhere = pair.sidecar.rename(tmp_path / "moved.gguf")
     with opened(base) as model:
-        assert (model.engine.cache.boundary, model.pruning) == (0, False)
+        assert (model.engine.pruning.boundary, model.pruning) == (0, False)
         with pytest.raises(PopError, match="no pruning keys"):
             model.pruning = True
     with opened(base, sidecar=elsewhere) as model:
-        assert model.engine.cache.boundary == 4
+        assert model.engine.pruning.boundary == 4
     with pytest.raises(PopError, match=r"missing\.gguf"):
         opened(base, sidecar=tmp_path / "missing.gguf")
     with pytest.raises(PopError) as caught:
@@ -139,7 +139,7 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
 
 def test_the_constructor_takes_a_path(chat_model):
     with PopModel(EngineOptions.of(str(chat_model), n_ctx=256)) as model:
-        assert (model.engine.context.n_ctx, model.engine.cache.boundary, model.pruning) == (
+        assert (model.engine.context.n_ctx, model.engine.pruning.boundary, model.pruning) == (
             256,
             5,
             True,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.session_file import Sessions
@@ -47,7 +47,7 @@ def test_rows_are_refilled_while_the_user_types(chat):
         wait_for(lambda: begun.model.engine.refiller.n_refillable == 0)
     n_tokens = begun.model.engine.cache.n_tokens
     assert begun.model.engine.cache.n_exact == n_tokens > 200
-    assert begun.model.engine.cache.key == FULL
+    assert begun.model.engine.states.key == FULL
     assert refill.status(begun) == f"Cache: {n_tokens} of {n_tokens} tokens exact"
 
 
@@ -153,7 +153,7 @@ def test_a_server_refills_between_requests(pop_file):
 @pytest.mark.parametrize("by", ["request", "server"])
 def test_a_repeatable_answer_equals_the_first_one(pop_file, by):
     model = opened(pop_file, keep_states=True)
-    model.engine.cache.prompts = PromptCache(1 << 26)
+    model.engine.states.prompts = PromptCache(1 << 26)
     with asking(app_of(model, "tiny", repeatable=by == "server")) as client:
 
         def ask(prompt: str, **more: bool):

@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Type
 
 from pop_converter.base.errors import PopError
 from pop_local.commands.rpc_server import is_loopback
-from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.llama import backend, rpc
 from pop_local.engine.llama.backend import Counters
 from support.calls import append, evaluated, greedy, kv_bytes, last_logits, opened, prompt
@@ -84,14 +84,14 @@ def test_refilled_rows_equal_the_local_cpus(pair, monkeypatch):
         monkeypatch.setattr(model.engine.refiller, "_chunk", 64)
         append(model, prompt(200))
         assert model.engine.refiller.refill() == 200
-        assert model.engine.cache.key == FULL
+        assert model.engine.states.key == FULL
     assert_same(*models)
 
 
 def test_a_local_state_is_restored_on_servers(pair):
     here, there = pair()
     append(here, prompt(200))
-    there.engine.cache.restore(here.engine.cache.save())
+    there.engine.states.restore(here.engine.states.save())
     assert greedy(there, prompt(220)) == greedy(here, prompt(220))
 
 

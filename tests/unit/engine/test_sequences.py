@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama import backend
@@ -39,7 +39,9 @@ def alone(pop_file):
 
 
 def read_in(model, index: int, tokens: Sequence[int]) -> Read:
-    return read_prompt(model.engine.sequences[index].cache, Prompt(list(tokens)), model.engine.rule)
+    return read_prompt(
+        model.engine.sequences[index].states, Prompt(list(tokens)), model.engine.rule
+    )
 
 
 def logits(model, index: int) -> np.ndarray:
@@ -51,7 +53,7 @@ def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.nd
     model.engine.cache.clear()
     model.read(Prompt(list(tokens)))
     for token in answer:
-        model.engine.cache.step(token)
+        model.engine.sequences[0].step(token)
     return model.engine.cache.slot.logits.copy()
 
 
@@ -100,13 +102,13 @@ def test_answers_share_batches_with_prefill(model, alone, monkeypatch):
     begun = threading.Barrier(3)
 
     def answer(index: int) -> None:
-        cache = model.engine.sequences[index].cache
-        with cache.slot.working():
+        sequence = model.engine.sequences[index]
+        with sequence.cache.slot.working():
             begun.wait()
             for _ in range(20):
-                token = int(cache.slot.logits.argmax())
+                token = int(sequence.cache.slot.logits.argmax())
                 answered[index].append(token)
-                cache.step(token)
+                sequence.step(token)
 
     def read_third() -> None:
         with model.engine.sequences[2].cache.slot.working():
@@ -128,22 +130,22 @@ def test_answers_share_batches_with_prefill(model, alone, monkeypatch):
 def test_each_sequence_has_its_mode(model, pop_file):
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
-    model.engine.sequences[1].cache.set_mode(Mode.OFF)
+    model.engine.sequences[1].set_mode(Mode.OFF)
     assert read_in(model, 0, LONG).counters.n_context > 0
     counters = read_in(model, 1, LONG).counters
     assert (counters.n_context, counters.n_full) == (0, 200)
     np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
     assert model.engine.sequences[1].cache.n_exact == 200
-    assert model.engine.sequences[0].cache.mode is Mode.CONTEXT
+    assert model.engine.sequences[0].cache.pruning.mode is Mode.CONTEXT
     with pytest.raises(PopError, match="ALWAYS"):
-        model.engine.sequences[0].cache.set_mode(Mode.ALWAYS)
+        model.engine.sequences[0].set_mode(Mode.ALWAYS)
 
 
 def test_all_sequences_have_one_boundary(model):
     read_in(model, 1, LONG)
     model.engine.set_boundary(3)
     cache = model.engine.sequences[1].cache
-    assert (cache.n_tokens, cache.boundary) == (0, 3)
+    assert (cache.n_tokens, cache.pruning.boundary) == (0, 3)
 
 
 def test_another_sequences_prefix_is_shared(model, alone):
@@ -165,20 +167,21 @@ def test_another_sequences_prefix_is_shared(model, alone):
 
 def test_a_row_is_visible_only_when_complete(model, monkeypatch):
     """Another thread looks up the row while the truncated token is still stored."""
-    cache = model.engine.sequences[0].cache
+    sequence = model.engine.sequences[0]
+    states, rows = sequence.states, sequence.cache.rows
     read_in(model, 0, LONG)
-    cache.truncate(150)
-    note, found = cache.rows.read, []
+    sequence.cache.truncate(150)
+    note, found = rows.read, []
 
     def looked_for(*given, **how):
-        found.append(cache.n_same(Prompt(LONG)))
+        found.append(states.n_same(Prompt(LONG)))
         note(*given, **how)
-        found.append(cache.n_same(Prompt(LONG)))
+        found.append(states.n_same(Prompt(LONG)))
 
-    monkeypatch.setattr(cache.rows, "read", looked_for)
-    cache.step(LONG[150])
+    monkeypatch.setattr(rows, "read", looked_for)
+    sequence.step(LONG[150])
     assert found == [150, 150]
-    assert cache.n_same(Prompt(LONG)) == 151
+    assert states.n_same(Prompt(LONG)) == 151
 
 
 def test_shared_rows_are_refilled_once(model):
@@ -201,7 +204,7 @@ def test_shared_rows_are_refilled_once(model):
 
 
 def test_restored_rows_are_unshared(model):
-    first, second = model.engine.sequences[0].cache, model.engine.sequences[1].cache
+    first, second = model.engine.sequences[0].states, model.engine.sequences[1].states
     read_in(model, 0, prompt(100, seed=1))
     model.engine.sequences[0].refiller.refill()
     read_in(model, 1, prompt(120, seed=2))
@@ -211,7 +214,7 @@ def test_restored_rows_are_unshared(model):
     read_in(model, 0, prompt(100, seed=1) + prompt(80, seed=3))
     assert model.engine.sequences[0].refiller.refill() == 80
     SlotScheduler(model).refilled(0)
-    assert second.n_exact == 0
+    assert second.cache.n_exact == 0
     assert second.key != FULL
 
 
@@ -282,7 +285,7 @@ def test_a_failed_batch_fails_for_all_its_sequences(model, monkeypatch):
     read_in(model, 1, LONG[:50])
     monkeypatch.setattr(model.engine.context.batch, "run", lambda *_: 1)
     with pytest.raises(PopError):
-        model.engine.sequences[1].cache.step(5)
+        model.engine.sequences[1].step(5)
     monkeypatch.undo()
     read_in(model, 1, LONG[:60])
     assert model.engine.sequences[1].cache.n_tokens == 60
@@ -300,9 +303,9 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
     """Their format differs, and a failed attempt would lose the cached rows."""
     prompts = PromptCache(2**24)
     with opened(pop_file) as one:
-        one.engine.cache.prompts = prompts
+        one.engine.states.prompts = prompts
         one.read(Prompt(LONG))
-        one.engine.cache.stash(Prompt([]))
+        one.engine.states.stash(Prompt([]))
     keep_prompts(model, prompts)
     read_in(model, 1, LONG[:50])
     assert len(prompts) == 1
@@ -342,10 +345,10 @@ def test_logits_of_all_rows_come_from_one_sequence(model, alone):
 def test_an_answer_continues_after_log_probabilities_of_its_prompt(model, pop_file):
     full = opened(pop_file)
     full.engine.set_mode(Mode.OFF)
-    cache = model.engine.sequences[1].cache
+    sequence = model.engine.sequences[1]
     read_in(model, 1, prompt(50, seed=8))
-    cache.set_mode(Mode.OFF)
-    prompt_logprobs(cache, LONG, 1)
+    sequence.set_mode(Mode.OFF)
+    prompt_logprobs(sequence.cache, LONG, 1)
     assert read_in(model, 1, LONG).n_cached == 200
     np.testing.assert_allclose(logits(model, 1), logits_of(full, LONG), atol=NOISE)
 
@@ -404,7 +407,7 @@ def test_a_picture_is_read_in_any_sequence(tmp_path):
         expected = one.read(made)
         read_in(model, 0, made.tokens[:1])
         found = read_prompt(
-            model.engine.sequences[1].cache, picture_prompt(model, "a b c d", 3), model.engine.rule
+            model.engine.sequences[1].states, picture_prompt(model, "a b c d", 3), model.engine.rule
         )
         assert found.counters == expected.counters
         np.testing.assert_allclose(logits(model, 1), one.engine.cache.slot.logits, atol=NOISE)

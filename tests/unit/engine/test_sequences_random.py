@@ -46,22 +46,24 @@ class Work:
         asked = Prompt(stem + prompt(self._rng.randrange(1, 90), self._rng.randrange(6)))
         index = self._seats.take(asked)
         self._busy.append(index)
-        cache = self._seats.cache(index)
-        cache.set_mode(self._rng.choice([Mode.OFF, Mode.CONTEXT, Mode.CONTEXT]))
+        sequence = self._seats.sequence(index)
+        cache = sequence.cache
+        sequence.set_mode(self._rng.choice([Mode.OFF, Mode.CONTEXT, Mode.CONTEXT]))
         if self._rng.random() < 0.8:
             self._seats.share(index, asked)
         rule = replace(self._model.engine.rule, reuses=self._rng.random() < 0.8)
-        read(cache, asked, rule)
+        read(sequence.states, asked, rule)
         assert cache.tokens.tolist() == asked.tokens
         assert cache.slot.cells.end == len(asked)
-        if cache.mode is Mode.OFF:
+        if cache.pruning.mode is Mode.OFF:
             self._check(cache)
 
     def _step(self) -> None:
         if self._busy:
-            cache = self._seats.cache(self._rng.choice(self._busy))
+            sequence = self._seats.sequence(self._rng.choice(self._busy))
+            cache = sequence.cache
             was_exact = cache.n_exact == cache.n_tokens
-            cache.step(self._rng.randrange(3, 300))
+            sequence.step(self._rng.randrange(3, 300))
             if was_exact:
                 self._check(cache)
 
@@ -80,9 +82,10 @@ class Work:
         left = [False] * self._rng.choice([1, 20, 400])
         self._model.engine.sequences[index].refiller.refill(lambda: not left or left.pop())
         self._seats.refilled(index)
-        for cache in [each.cache for each in self._model.engine.sequences]:
+        for sequence in self._model.engine.sequences:
+            cache = sequence.cache
             if 0 < cache.n_tokens == cache.n_exact:
-                cache.step(5)
+                sequence.step(5)
                 self._check(cache)
 
     def _check(self, cache: KvCache) -> None:

@@ -40,7 +40,7 @@ def test_a_loaded_session_continues_from_its_kv_cache(chat_model, sessions, mode
     fresh = opened(chat_model)
     restored = sessions.load("talk", fresh.engine)
     assert (restored.reread, restored.session.conversation) == ("", said)
-    assert fresh.engine.cache.mode is mode
+    assert fresh.engine.pruning.mode is mode
     text, n_read = follow_up(fresh, said)
     assert text == expected
     assert n_read < 50 < restored.session.n_tokens
@@ -106,7 +106,7 @@ def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions)
     fresh.engine.set_mode(Mode.OFF)
     restored = sessions.load("ours", fresh.engine)
     assert "another conversation" in restored.reread
-    assert (restored.session.conversation, fresh.engine.cache.mode) == (
+    assert (restored.session.conversation, fresh.engine.pruning.mode) == (
         ours.conversation,
         Mode.CONTEXT,
     )
@@ -322,6 +322,6 @@ def test_a_pruned_session_restores_pruning(chat_model, sessions):
     other = opened(chat_model)
     other.pruning = False
     assert sessions.load("talk", other.engine).reread == ""
-    assert (other.engine.cache.mode, other.engine.cache.n_exact) == (Mode.CONTEXT, 0)
+    assert (other.engine.pruning.mode, other.engine.cache.n_exact) == (Mode.CONTEXT, 0)
     other.pruning = False
     assert other.engine.cache.n_tokens == 0

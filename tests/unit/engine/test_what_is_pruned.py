@@ -24,7 +24,7 @@ from support.synthetic import add_keys, make_gguf, renamed
 
 def test_a_converted_model_starts_pruning_at_its_boundary(pop_file):
     model = opened(pop_file)
-    assert (model.engine.cache.mode, model.engine.cache.boundary) == (Mode.CONTEXT, 4)
+    assert (model.engine.pruning.mode, model.engine.pruning.boundary) == (Mode.CONTEXT, 4)
     assert model.engine.context.meta is not None
     assert model.engine.context.meta.tail_tokens == 16
 
@@ -87,7 +87,7 @@ def test_another_boundary_prunes_other_layers(pop_file):
     at_six = read(model, prompt(200))
     assert evaluated(model, prompt(100, seed=1)) == Counters(83, 17)
     model.engine.set_boundary(0)
-    assert model.engine.cache.boundary == 4
+    assert model.engine.pruning.boundary == 4
     assert np.abs(at_six - at_four).max() > 10 * NOISE
     np.testing.assert_array_equal(read(model, prompt(200)), at_four)
 
@@ -97,12 +97,12 @@ def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
     model = opened(pop_file)
     with pytest.raises(PopError, match="boundary"):
         model.engine.set_boundary(layer)
-    assert model.engine.cache.boundary == 4
+    assert model.engine.pruning.boundary == 4
 
 
 def test_an_unconverted_model_runs_full_and_suggests_convert(tmp_path):
     model = opened(make_gguf(tmp_path / "m.gguf", "llama"))
-    assert model.engine.cache.mode is Mode.OFF
+    assert model.engine.pruning.mode is Mode.OFF
     assert evaluated(model, prompt(100)) == Counters(0, 100)
     with pytest.raises(PopError) as caught:
         model.engine.set_mode(Mode.CONTEXT)

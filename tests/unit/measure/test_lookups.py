@@ -117,7 +117,7 @@ def test_only_document_rows_are_pruned(model, documents, monkeypatch) -> None:
         reset(ctx)
 
     monkeypatch.setattr(backend, "reset_counters", counting)
-    pruned = ask(model, documents[:1], Pruning(model.engine.cache.boundary))
+    pruned = ask(model, documents[:1], Pruning(model.engine.pruning.boundary))
     n_pruned = (
         len(documents[0].tokens) - model.engine.rule.sink_tokens - model.engine.rule.tail_tokens
     )

@@ -52,7 +52,7 @@ def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
     """Measure the loss at the model's own boundary."""
     return measure_prunings(
-        model, [text()], settings, [Pruning(model.engine.cache.boundary)], ignore
+        model, [text()], settings, [Pruning(model.engine.pruning.boundary)], ignore
     )[0]
 
 
@@ -75,10 +75,10 @@ def test_predictions_equal_those_of_one_full_pass(model):
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_measuring_restores_the_model(model, mode):
     model.engine.set_mode(mode)
-    before = model.engine.cache.boundary
+    before = model.engine.pruning.boundary
     measure_prunings(model, [text()], SHORT, [Pruning(2), Pruning(6)], ignore)
-    assert model.engine.cache.boundary == before
-    assert model.engine.cache.mode is backend.get_mode(model.engine.context.ctx) is mode
+    assert model.engine.pruning.boundary == before
+    assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is mode
     assert model.engine.cache.n_tokens == 0
 
 
@@ -86,7 +86,7 @@ def test_measuring_restores_a_model_without_keys(tmp_path):
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
     quality = measure_prunings(model, [text()], SHORT, [Pruning(4)], ignore)[0]
     assert quality.n_pruned > 0
-    assert (model.engine.cache.boundary, model.engine.cache.mode) == (0, Mode.OFF)
+    assert (model.engine.pruning.boundary, model.engine.pruning.mode) == (0, Mode.OFF)
 
 
 def test_rows_pruned_against_the_plan_are_an_error(model, monkeypatch):
@@ -123,7 +123,7 @@ def test_should_stop_aborts_a_measurement_between_graph_nodes(model):
     with stopped_by(should_stop), pytest.raises(StoppedError):
         measured(model)
     assert n_asked == 3, "the first batch is aborted"
-    assert (model.engine.cache.n_tokens, model.engine.cache.mode) == (0, Mode.CONTEXT)
+    assert (model.engine.cache.n_tokens, model.engine.pruning.mode) == (0, Mode.CONTEXT)
     assert measured(model).n_pruned > 0
 
 

@@ -60,7 +60,7 @@ def test_pop_is_switched_and_shown():
         "> /full maybe",
         "# /full accepts on or off, not maybe.",
     ]
-    assert model.engine.cache.mode is Mode.CONTEXT
+    assert model.engine.pruning.mode is Mode.CONTEXT
 
 
 def test_pop_on_a_model_that_is_not_converted():

@@ -170,7 +170,7 @@ def test_a_model_that_cannot_be_pruned_switches_nothing_off():
     plain, other = ScriptedModel(), ScriptedModel()
     plain.convert(boundary=0)
     talk(plain, "/model other", others={"other": other})
-    assert other.engine.cache.mode is Mode.CONTEXT
+    assert other.engine.pruning.mode is Mode.CONTEXT
 
 
 def test_a_model_that_is_not_there_leaves_the_one_that_is():
@@ -325,7 +325,7 @@ def test_nothing_is_dropped_without_confirmation():
 def test_a_switch_is_kept_by_a_larger_context(switch, mode):
     """--full opens each model with pruning off; the mode is kept."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
-    larger.engine.cache.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
+    larger.engine.pruning.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
     shown = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
-    assert larger.engine.cache.mode is mode
+    assert larger.engine.pruning.mode is mode
     assert shown[-2:] == ["z", STATS_LINE]

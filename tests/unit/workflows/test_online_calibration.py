@@ -85,7 +85,7 @@ def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_pa
     before = last_logits(model)
     n_cached = model.engine.cache.n_tokens
     model.swap_sidecar(lesson.sidecar)
-    assert (model.engine.cache.mode, model.engine.cache.boundary) == (Mode.CONTEXT, 4)
+    assert (model.engine.pruning.mode, model.engine.pruning.boundary) == (Mode.CONTEXT, 4)
     # Rows that were read in full are exact, and stay.
     assert model.engine.cache.n_tokens == model.engine.cache.n_exact == n_cached
     assert model.read(Prompt(prompt(3 * N, 2))).n_cached == n_cached - 1
@@ -133,7 +133,7 @@ def test_the_users_settings_stay(plain):
     model.engine.prompter.parse_special = True
     model.swap_sidecar(model.engine.context.sidecar)
     assert (
-        model.engine.cache.mode is Mode.OFF
+        model.engine.pruning.mode is Mode.OFF
         and not model.engine.refiller.is_on
         and model.engine.prompter.parse_special
     )
@@ -177,7 +177,7 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
     model.engine.set_mode(Mode.OFF)
     model.swap_sidecar(model.engine.context.sidecar)
     # The user's full mode stays.
-    assert model.engine.cache.mode is Mode.OFF and not model.engine.refiller.is_on
+    assert model.engine.pruning.mode is Mode.OFF and not model.engine.refiller.is_on
     for seed in range(3, 6):
         read(model, prompt(3 * N, seed))
     assert lessons.has_work
@@ -239,7 +239,7 @@ def test_a_chat_reports_a_learned_fit(plain):
 def test_a_server_reports_the_fit_of_a_prompt(plain):
     model, lessons = taught(plain)
     with asking(app_of(model, "tiny", fitter=lessons)) as client:
-        wait_for(lambda: model.engine.cache.boundary)
+        wait_for(lambda: model.engine.pruning.boundary)
         body = {"prompt": "a b c d " * 300, "max_tokens": 2}
         used = client.post("/v1/completions", json=body).json()["usage"]["pop"]
     assert used["n_pruned"] > 0

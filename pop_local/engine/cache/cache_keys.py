@@ -9,10 +9,12 @@ from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import SAMPLED_BYTES, Source
 from pop_converter.popfile.format import PopMeta, encode_keys
 from pop_converter.projection import TENSOR_MARK, Projection
-from pop_local.engine.llama.backend import bindings
+from pop_local.engine.cache.pruning_settings import PruningSettings
+from pop_local.engine.images.mmproj import Mmproj
+from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.context import Context
 
-# Key of K/V that equal the full model's (see KvCache.key).
+# Key of K/V that equal the full model's (see CacheStates.key).
 FULL = "mode OFF"
 NO_CONVERSION = f"{Projection.OWN} projections"
 # Fields of llama_context_params that K/V depend on. V's layout depends on flash attention.
@@ -20,6 +22,37 @@ _FIELDS = (
     *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
     *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
 )
+
+
+class CacheKeys:
+    """Keys of the rows that a context computes with the current settings."""
+
+    def __init__(
+        self, context: Context, pruning: PruningSettings, vision: Mmproj | None = None
+    ) -> None:
+        """`vision`: encoder of images, if the model has one."""
+        self._context, self._pruning, self._vision = context, pruning, vision
+        self._conversion = conversion(context.meta, context.source, context.sidecar)
+        # Computed now, since the file may be deleted later.
+        self._own_sha256 = own_sha256(context.source)
+
+    @property
+    def model(self) -> str:
+        """Key of the model, its options and its vision model, in any mode."""
+        images = self._vision.key if self._vision else ""
+        return f"model {self._own_sha256[:16]}{opened_with(self._context)}, images {images}"
+
+    @property
+    def mode(self) -> str:
+        """Key of rows that are prefilled in the current mode."""
+        pruning = self._pruning
+        if pruning.mode is Mode.OFF or pruning.exact:
+            return FULL
+        return f"mode {pruning.mode.name}, boundary {pruning.boundary}, {self._conversion}"
+
+    def accepts(self, key: str) -> bool:
+        """Return whether a read can continue after K/V of this key."""
+        return key in (FULL, self.mode)
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:

@@ -1,0 +1,106 @@
+"""Saved states of a KV cache, and exchange of rows with the prompt cache and other sequences."""
+
+from contextlib import suppress
+
+from pop_converter.base.errors import PopError
+from pop_local.engine.cache.cache_keys import FULL, CacheKeys
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
+from pop_local.engine.prompt.prompt import Prompt
+
+
+class CacheStates:
+    """Saves and restores a KV cache's rows. `prompts` stores other prompts' states."""
+
+    def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
+        self.cache, self.keys, self.prompts = cache, keys, prompts
+
+    @property
+    def key(self) -> str:
+        """Key of the cached rows. Caches with different keys are never combined."""
+        return FULL if 0 < self.cache.n_tokens == self.cache.n_exact else self.keys.mode
+
+    def n_same(self, prompt: Prompt) -> int:
+        """Return the length in rows of a prompt's cached prefix."""
+        return prompt.n_equal(self.cache.tokens, self.cache.images)
+
+    def save(self) -> SavedState:
+        """Return the cache's state. Raises PopError as KvCache.forget_unfinished does."""
+        cache = self.cache
+        cache.forget_unfinished()
+        n = cache.n_tokens
+        return SavedState(
+            key=self.key,
+            model=self.keys.model,
+            tokens=cache.tokens.copy(),
+            is_full=cache.rows.is_full[:n].copy(),
+            positions=cache.rows.positions[: n + 1].copy(),
+            cells=cache.slot.cells.state(),
+            images=dict(cache.images),
+        )
+
+    def restore(self, state: SavedState) -> None:
+        """Replace the cache by a saved state.
+
+        Raises PopError if it has another model, mode, boundary or conversion.
+        """
+        if state.model != self.keys.model:
+            raise PopError(
+                "the saved state belongs to another model, or to other options",
+                "read the prompt again",
+            )
+        if not self.keys.accepts(state.key):
+            raise PopError(
+                f"the saved state has the key {state.key!r}, the model has {self.key!r}",
+                "switch the model's mode first, or read the prompt again",
+            )
+        self.cache.load(state)
+
+    # The prompt cache
+
+    def stash(self, prompt: Prompt) -> None:
+        """Store the rows in the prompt cache if a prompt reuses less than half of them."""
+        if 2 * self.n_same(prompt) < self.cache.n_tokens:
+            self.store()
+
+    def store(self) -> None:
+        """Store the rows in the prompt cache, if there is one and they fit."""
+        if self.prompts is None or not self.cache.n_tokens:
+            return
+        if self.cache.slot.cells.state_size() <= self.prompts.capacity_bytes:
+            with suppress(PopError):  # a recurrent state that is ahead of its tokens
+                self.prompts.add(self._prompts_key, self.save())
+
+    def restore_best(self, prompt: Prompt) -> None:
+        """Restore the prompt cache's best state if it has a longer prefix of a prompt."""
+        if self.prompts is None:
+            return
+        n_same = self.n_same(prompt)
+        state, n_there = self.prompts.longest(self._prompts_key, prompt)
+        if state is not None and n_there > n_same:
+            with suppress(PopError):  # such as a larger context's state
+                self.restore(state)
+
+    @property
+    def _prompts_key(self) -> str:
+        return f"{self.keys.model}, {self.keys.mode}"
+
+    # Other sequences
+
+    def share(self, other: "CacheStates", prompt: Prompt) -> None:
+        """Share the longest prefix of a prompt that another sequence has cached.
+
+        Does nothing if this cache has a prefix as long, or if the keys differ.
+        """
+        with self.cache.slot.locked():
+            n = prompt.whole(other.n_same(prompt))
+            if n <= self.n_same(prompt) or other.keys.mode != self.keys.mode:
+                return
+            self.stash(prompt)
+            self.cache.share(other.cache, n)
+
+    def follow(self, other: "CacheStates") -> None:
+        """Take over the depth of shared rows that another sequence has refilled."""
+        n_rows = min(self.cache.n_tokens, other.cache.n_tokens)
+        if self.cache.rows.follow(other.cache.rows, n_rows):
+            self.cache.has_logits = False

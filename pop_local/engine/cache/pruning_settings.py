@@ -1,0 +1,48 @@
+"""Settings of a slot's prompt rows: mode, boundary and stored boundary states."""
+
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.slot import Slot
+
+
+class PruningSettings:
+    """Settings of a slot's prompt rows. Changing them may invalidate the cached rows.
+
+    `exact`: first layer that context rows skip exactly (0: none). `keeps_states`: whether
+    boundary states are stored. CachedSequence changes settings together with the cache.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self.keeps_states = False
+        self.mode = slot.mode
+        self.exact = self._exact_layer()
+
+    @property
+    def boundary(self) -> int:
+        return backend.get_boundary(self._slot.context.ctx)
+
+    @property
+    def can_switch(self) -> bool:
+        """True if prompts can be pruned or can skip layers exactly."""
+        return bool(self.boundary or self.exact)
+
+    def set_mode(self, mode: Mode) -> None:
+        self._slot.set_mode(mode)
+        self.mode = self._slot.mode
+
+    def set_boundary(self, layer: int) -> None:
+        """Prune from another layer on (see backend.set_boundary)."""
+        backend.set_boundary(self._slot.context.ctx, layer)
+        self.exact = self._exact_layer()
+        self.mode = self._slot.mode
+
+    def keep_states(self, keep: bool) -> None:
+        """Store the boundary states of the following rows, or drop all states."""
+        backend.set_snapshots(self._slot.context.ctx, keep)
+        self.keeps_states = keep
+
+    def _exact_layer(self) -> int:
+        """Return the first layer that context rows skip exactly (0: none, or pruned earlier)."""
+        exact = backend.model_exact(self._slot.context.model)
+        return 0 if 0 < self.boundary < exact else exact
