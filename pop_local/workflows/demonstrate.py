@@ -2,7 +2,6 @@
 
 import importlib.resources
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 from pop_converter.architecture.work import speedup_limit
@@ -87,13 +86,9 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     )
 
 
-def data_path(name: str) -> Path:
-    """Return the path of a file of the demo."""
-    return Path(str(importlib.resources.files("pop_local") / "data" / name))
-
-
 def _text(name: str) -> str:
-    return data_path(name).read_text(encoding="utf-8").strip()
+    file = importlib.resources.files("pop_local") / "data" / name
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:

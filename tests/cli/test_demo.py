@@ -1,8 +1,7 @@
-"""`pop-local demo`: on the real SmolLM2 as `make demo` runs it, and on a random model."""
+"""Test `pop-local demo` on the real SmolLM2, as `make demo` runs it, and on a random model."""
 
 import json
 import re
-import sys
 
 import pytest
 
@@ -25,7 +24,7 @@ def demo(*arguments: object) -> Done:
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory):
-    # A prompt of this length is slow to read with more layers.
+    # With more layers, a prompt of this length is slow.
     folder = tmp_path_factory.mktemp("demo")
     source = make_gguf(
         folder / "m.gguf", "llama", n_layer=3, n_embd=64, n_head=2, n_ff=64, n_ctx_train=16384
@@ -34,7 +33,7 @@ def tiny_file(tmp_path_factory):
 
 
 def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
-    """The run of `make demo`, with the shipped sidecar."""
+    """Run the command of `make demo`, with the shipped sidecar."""
     done = run("demo", "--threads", 1, smollm2, "--pairs", 1)
     assert done.returncode == 0, done.stderr
     [said] = [line for line in done.stderr.splitlines() if not line.endswith(" left")]
@@ -48,7 +47,7 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
 
 @pytest.fixture
 def short(monkeypatch):
-    """A part of the document, of which a byte-level vocabulary needs about 9,000 tokens."""
+    """Shorten the document, which has about 9,000 tokens in a byte-level vocabulary."""
     monkeypatch.setattr(workflow, "_text", lambda name, real=workflow._text: real(name)[:1000])
 
 
@@ -78,35 +77,6 @@ def test_the_speed_up_is_of_several_pairs(tiny_file, short):
     assert said is not None, done.stdout
     middle, least, most = map(float, said.groups())
     assert least <= middle <= most
-
-
-def test_in_a_terminal_a_chat_with_the_settings_follows(tiny_file, monkeypatch):
-    pexpect = pytest.importorskip("pexpect", reason="a pseudo-terminal is needed")
-    monkeypatch.setenv("POP_LOCAL_TEMPERATURE", "0.5")
-    monkeypatch.setenv("POP_LOCAL_SYSTEM", "Be brief.")
-    arguments = ["-m", "pop_local", "demo", str(tiny_file), *WIDE, "--threads", "1", "--seed", "3"]
-    arguments += ["--pairs", "1"]
-    child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=120)
-    child.expect("Tokens pruned")
-    child.expect("/exit to quit")
-    child.sendline("/full")
-    child.expect("Fast reading is on")
-    child.sendline("/set")
-    child.expect("temperature is 0.5")
-    child.expect("seed is 3")
-    child.sendline("/system")
-    child.expect("System prompt: Be brief")
-    child.sendline("/exit")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-
-
-def test_settings_are_checked_first(tiny_file, monkeypatch):
-    monkeypatch.setenv("POP_LOCAL_THEME", "darc")
-    done = demo(tiny_file, *WIDE)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "unknown theme darc" in done.stderr
 
 
 def test_an_unconverted_model_is_refused(tmp_path):
