@@ -1,7 +1,6 @@
 """`pop-local pull MODEL`: fetch a model of the catalog, from a hub or from a URL."""
 
 import re
-from contextlib import suppress
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -10,23 +9,17 @@ from typing import Annotated
 import typer
 
 from pop_converter.base.errors import PopError
-from pop_converter.gguf.source import read_source
+from pop_local.commands.shared_options import Force
 from pop_local.fetching.hub import search_hub
 from pop_local.fetching.url import fetch_url, file_name
-from pop_local.measure.budget import BALANCED
 from pop_local.models.model_names import hub_names, is_url, load_catalog, models_dir
-from pop_local.models.sidecars import sidecar_of
 from pop_local.ui.tables import Column, print_table
 from pop_local.ui.theme import note, say, warn
-from pop_local.ui.views.conversion import fit_facts
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
-from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.events import Unit
 from pop_local.workflows.fetch import fetch_named
 
 _NAMES = (Column("Name", itemgetter(0)), Column("On the hub", itemgetter(1)))
-_STOPPED = "Run the same command again to resume."
 
 
 def pull(
@@ -34,8 +27,8 @@ def pull(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A known name (listed if MODEL is missing), hf:OWNER/REPO[:FILE], or the URL of a"
-            " GGUF file. FILE may be part of a name: hf:OWNER/REPO:Q4_K_M",
+            help="A known name, hf:OWNER/REPO[:FILE], or the URL of a GGUF file (default: list the"
+            " known names). FILE may be a part of the file's name, as in hf:OWNER/REPO:Q4_K_M.",
         ),
     ] = None,
     folder: Annotated[
@@ -44,31 +37,28 @@ def pull(
     sha256: Annotated[
         str | None, typer.Option("--sha256", metavar="HASH", help="Expected hash of a URL's file.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace an existing file with that name.")
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Fetch a model, check its hash and print its path.
 
-    An interrupted download resumes if the server supports it. The hub is searched for unknown
-    names.
+    An interrupted download resumes if the server supports it. If a name is unknown, the command
+    searches the hub for it.
     """
     if model is None:
         print_table(_NAMES, _known())
         return
     if sha256 is not None and not is_url(model):
-        raise typer.BadParameter("only for URLs; other hashes are known", param_hint="--sha256")
+        raise typer.BadParameter("only URLs take a hash; remove --sha256", param_hint="--sha256")
     folder = folder or models_dir()
     try:
         path = _fetched(model, folder, sha256, force=force)
     except KeyboardInterrupt:
-        note(_STOPPED)
+        note("Run the same command again to resume the download.")
         raise
     except PopError as error:
         if error.cause == "unknown-model":
             _show_hits(model)
         raise
-    _tell_needs(path)
     say(str(path))
 
 
@@ -85,21 +75,11 @@ def _show_hits(name: str) -> None:
         note(f"Could not search the hub for {name}: {error.message}.")
 
 
-def _tell_needs(path: Path) -> None:
-    """Print the cost of `convert`, unless the model has a sidecar."""
-    with suppress(PopError):  # opening the model reports it
-        if sidecar_of(read_source(path)) is None:
-            options = ConvertOptions(Within(BALANCED), output="sidecar")
-            planned = plan_conversion(path, None, options)
-            for label, value in fit_facts(planned):
-                note(f"`pop-local convert`, {label.lower()}: {value}.")
-
-
 def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:
     if is_url(model):
         return _from_url(model, folder, _hash(sha256), force=force)
     with terminal_watch() as watch:
-        may = replace(watch, may=lambda question: True)  # the command itself is the permission
+        may = replace(watch, may=lambda question: True)  # the user already allowed the download
         return fetch_named(model, folder, may, force=force)
 
 
@@ -117,5 +97,5 @@ def _hash(text: str | None) -> str:
         return ""
     digits = text.strip().lower().removeprefix("sha256:")
     if not re.fullmatch("[0-9a-f]{64}", digits):
-        raise PopError(f"{text!r} is not a SHA-256 hash", "give 64 hexadecimal digits")
+        raise PopError(f"{text!r} is not a SHA-256 hash", "pass 64 hexadecimal digits")
     return digits

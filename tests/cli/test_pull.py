@@ -1,4 +1,4 @@
-"""`pop-local pull` of a URL as a user types it."""
+"""Test `pop-local pull` with URLs."""
 
 import hashlib
 import random
@@ -13,7 +13,6 @@ import pytest
 
 from support.hub_server import Hub, serving
 from support.program import Done, called
-from support.synthetic import make_gguf
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 STALL = 5 << 16
@@ -38,13 +37,6 @@ def test_a_url_goes_into_the_models_folder_and_its_path_is_printed(hub, tmp_path
     assert (tmp_path / "store" / "tiny.gguf").read_bytes() == MODEL
 
 
-def test_pull_prints_the_cost_of_a_fit(hub, tmp_path):
-    hub.plain["model.gguf"] = make_gguf(tmp_path / "model.gguf", "llama").read_bytes()
-    done = pull(hub.url("model.gguf"), "--dir", str(tmp_path / "store"))
-    assert "`pop-local convert`, memory: " in done.stderr and "for the fit" in done.stderr
-    assert done.stdout == f"{tmp_path / 'store' / 'model.gguf'}\n"
-
-
 def test_a_right_hash_is_silent(hub, tmp_path):
     sha256 = hashlib.sha256(MODEL).hexdigest().upper()
     done = pull(hub.url("tiny.gguf"), "--dir", str(tmp_path), "--sha256", f"sha256:{sha256}")
@@ -63,7 +55,7 @@ def test_invalid_hashes_are_refused(hub, tmp_path, sha256):
 def test_a_hash_is_for_urls(name):
     done = pull(name, "--sha256", "0" * 64)
     assert done.returncode == 2
-    assert "only for URLs" in done.stderr
+    assert "only URLs take a hash" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
