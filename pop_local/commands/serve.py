@@ -1,10 +1,9 @@
 """`pop-local serve MODEL`: serve models over HTTP."""
 
-import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,16 +19,14 @@ from pop_local.ui.theme import note, warn
 if TYPE_CHECKING:
     from pop_local.server.model_pool import ModelPool
 
-_PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
-
 
 @dataclass(frozen=True)
 class ServerOptions(Group):
     host: str = option("Address to listen on (0.0.0.0: all networks).", default="127.0.0.1")
     port: int = option("Port to listen on (0: any free port).", min=0, max=65535, default=8080)
     api_key: str = option(
-        "Key that clients must send. Without one, requests with another host name and requests"
-        " from other machines' web pages are refused.",
+        "Key that clients must send. Without a key, the server refuses requests with another host"
+        " name and requests from other machines' web pages.",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
         default="",
@@ -42,16 +39,16 @@ class ServerOptions(Group):
         "Refuse requests for other models instead of answering them with MODEL.", default=False
     )
     models: Path | None = option(
-        "Serve all models of this folder under the names that `list` shows, and open each on"
-        " demand. MODEL is the one opened at the start, which answers requests without a name"
-        " (default: the last one requested).",
+        "Serve all models of this folder under the names that `list` shows, and open each model on"
+        " demand. The server opens MODEL at the start, and uses it for requests without a model"
+        " name (default: the last requested model).",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "With --models: memory limit, above which idle models are closed (default: one open model"
-        " at a time).",
+        "Memory limit for --models, above which the server closes idle models (default: one open"
+        " model at a time).",
         "GIB",
         min=0.0,
         callback=opt.finite,
@@ -61,14 +58,14 @@ class ServerOptions(Group):
         "ORIGIN",
     )
     cache_ram: int = option(
-        "Memory for the KV caches of earlier prompts (0: keep only the last one).",
+        "Memory for the KV caches of earlier prompts (0: keep only the last prompt's).",
         "MIB",
         min=0,
         default=2048,
     )
     parallel: int | None = option(
-        "Number of slots, each with its context. Default: 2 with 8 GB of free memory, else 1; 1"
-        " for a model that learns, and with --repeatable.",
+        "Number of slots, each with its context. Default: 2 with 8 GB of free memory; 1 with less"
+        " memory, with --repeatable, and for a model that learns.",
         "N",
         min=1,
         max=64,
@@ -86,22 +83,15 @@ class ServerOptions(Group):
 @expand_options
 def serve(
     call: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A GGUF file, a name, or hf:OWNER/REPO (default: as for `chat`).",
-        ),
-    ] = None,
+    model: opt.OptionalModel = None,
     *,
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
 ) -> None:
     """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama-server, with a web page.
 
-    --parallel sets the number of requests answered concurrently; further requests wait in a queue.
-    A request with "pop": false is read without pruning. /health and /metrics (Prometheus) report
-    the server's state.
+    --parallel sets the number of concurrent answers. Further requests wait in a queue. "pop": false
+    in a request turns pruning off. /health and /metrics (Prometheus) report the server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
 
@@ -113,15 +103,17 @@ def serve_named(
     asked: Collection[str],
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until a signal. `asked`: names of the options on the command line.
+    """Serve until a signal arrives. `asked`: names of the options on the command line.
 
-    `on_ready` is called with the server's URL once clients can connect.
+    `on_ready`: called with the server's URL once clients can connect.
     """
     n_parallel = _require_usage(to, how)
-    _require_packages()
-    from pop_local.server import startup
-    from pop_local.server.access import AccessRules, parse_origin
-
+    try:
+        from pop_local.server import startup
+        from pop_local.server.access import AccessRules, parse_origin
+    except ModuleNotFoundError as error:
+        hint = "install the server's packages with: pip install 'pop-local[server]'"
+        raise PopError(f"serving needs {error.name}", hint) from error
     rules = AccessRules(to.api_key, to.host, tuple(map(parse_origin, to.cors or ())))
     listening = startup.bind(to.host, to.port)
     try:
@@ -144,7 +136,7 @@ def serve_named(
 
 
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
-    """Return the number of sequences (None: the model decides).
+    """Return the number of sequences, None for the model's default.
 
     Raises BadParameter for options that exclude each other.
     """
@@ -156,22 +148,13 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
             message = "this option is for a single model, not for --models"
             raise typer.BadParameter(message, param_hint=name)
     if to.repeatable and (to.parallel or 1) > 1:
-        message = "--repeatable supports one slot; remove it or use --parallel 1"
+        message = "--repeatable supports one slot; remove --repeatable or pass --parallel 1"
         raise typer.BadParameter(message, param_hint="--parallel")
     return 1 if to.repeatable else to.parallel
 
 
-def _require_packages() -> None:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise PopError(
-            f"serving needs {', '.join(missing)}",
-            "install them with: pip install 'pop-local[server]'",
-        )
-
-
 def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
-    """Create the server's model pool, and open the opener's model."""
+    """Create the server's model pool, with the opener's model opened."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
     from pop_local.server.startup import folder_pool
@@ -182,7 +165,7 @@ def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
     options: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
     if (folder := to.models) is None:
         opened = opener()
-        # Clients are likely to use the catalog name that the user gave.
+        # Clients probably use the catalog name that the user typed.
         path = opened.engine.context.path
         name = to.name or (opener.model if lookup(opener.model) else printable(path.stem))
         return ModelPool.of_one(ModelFile(name, path), opened, lessons, **options)
@@ -192,7 +175,7 @@ def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
         lessons,
         opener.options.ctx,
         can_see=True,
-        n_parallel=opener.n_parallel or 2,  # the maximum, if the model decides
+        n_parallel=opener.n_parallel or 2,  # the largest default of a model
     )
     ram_bytes = int((to.ram or 0) * 2**30)
     return folder_pool(folder, registry, opener.model, ram_bytes=ram_bytes, **options)
@@ -217,4 +200,4 @@ def _announce_model(name: str, opened: PopModel) -> None:
     if mmproj and not engine.prompter.can_see:
         warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
     elif mmproj:
-        note(f"Pictures are enabled ({mmproj.name}), as data: URLs.")
+        note(f"Pictures are enabled ({mmproj.name}). Clients send them as data: URLs.")
