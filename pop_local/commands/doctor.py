@@ -32,11 +32,10 @@ from pop_local.workflows.open import best_model
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
 BUSY_SAMPLE_S = 0.2
-SMALL_MEMORY_BYTES = 4_000_000_000
 DRIVER = "check that its driver is installed and that this user may open the device"
 NO_DEVICE = {
     "CUDA": "check that nvidia-smi shows a device and a driver for the CUDA version of this build",
-    "Vulkan": "ggml ignores CPU devices like lavapipe; GGML_VK_VISIBLE_DEVICES=0 selects the first",
+    "Vulkan": "ggml ignores CPU devices like lavapipe; GGML_VK_VISIBLE_DEVICES=0 selects device 0",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
 CUDA_HINT = 'to use it, run: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
@@ -53,15 +52,13 @@ class Check:
     to_do: str = ""
 
 
-def doctor(
-    json: Json = False,
-) -> None:
+def doctor(json: Json = False) -> None:
     """Check the backend, devices, memory and models; exit with 1 if something needs fixing."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
         *_backend(),
-        _memory(),
+        Check("memory", "Memory", "ok", size(psutil.virtual_memory().total)),
         _model(),
     )
     is_ok = all(check.status != "fix" for check in checks)
@@ -101,17 +98,14 @@ def _backend() -> list[Check]:
 
 
 def _kernels(name: str) -> Check:
-    title, asked = "Kernels", os.environ.get(KERNELS_VARIABLE)
+    asked = os.environ.get(KERNELS_VARIABLE)
     if asked is not None:
-        found = f"{name}: {KERNELS_VARIABLE}={asked}"
-        is_followed = asked == name or name == devices.KERNELS_OFF
-        to_do = "unset it for the fastest kernels" if is_followed else "this build lacks them"
-        return Check("kernels", title, "note", found, to_do)
+        to_do = f"unset {KERNELS_VARIABLE} to use the fastest kernels"
+        return Check("kernels", "Kernels", "note", f"{name}: {KERNELS_VARIABLE}={asked}", to_do)
+    found = f"{name}, the fastest for this processor in this build"
     if name == devices.NO_KERNELS:
         found = "none for this processor in this build; llama.cpp's kernels are used"
-        return Check("kernels", title, "ok", found)
-    found = f"{name}, the fastest for this processor in this build"
-    return Check("kernels", title, "ok", found)
+    return Check("kernels", "Kernels", "ok", found)
 
 
 def _threads(n_threads: int) -> Check:
@@ -141,7 +135,7 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
     ]
     for name, n_devices in info.built_in:
         if n_devices == 0 and name != "RPC":
-            found = f"{name} is built in, but found no device"
+            found = f"{name} is built in, but no device was found"
             gpus.append(Check("gpu", "GPU", "note", found, NO_DEVICE.get(name, DRIVER)))
     if gpus:
         return gpus
@@ -157,21 +151,13 @@ def _described(device: devices.Device) -> str:
 
 
 def _enabled(features: str) -> str:
-    """Return the enabled CPU features of llama.cpp's 'CUDA : ARCHS = 900 | CPU : AVX = 1 | ...'."""
+    """Parse the enabled CPU features in 'CUDA : ARCHS = 900 | CPU : AVX = 1 | ...'."""
     names = [part.partition("=") for part in features.partition("CPU :")[2].split("|")]
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
 
-def _memory() -> Check:
-    total_bytes = psutil.virtual_memory().total
-    if total_bytes < SMALL_MEMORY_BYTES:
-        to_do = "use small models and a small context (--ctx)"
-        return Check("memory", "Memory", "note", size(total_bytes), to_do)
-    return Check("memory", "Memory", "ok", size(total_bytes))
-
-
 def _as_read(path: Path) -> str:
-    """Return a model's path, its exact boundary and its mmproj, if it has them."""
+    """Return a model's path, with its exact boundary and its mmproj if they exist."""
     mmproj = find_mmproj(path)
     seeing = f", reads pictures with {mmproj.name}" if mmproj else ""
     with suppress(PopError):
@@ -191,5 +177,5 @@ def _model() -> Check:
         entry = lookup(model)
         if entry is None:
             return Check("model", "Default model", "fix", error.message, hint_of(error))
-    to_do = f"fetch it with `pop-local pull {entry.name}` or `pop-local chat`"
+    to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to fetch it"
     return Check("model", "Default model", "note", f"{entry.name} is not yet in {folder}", to_do)

@@ -1,4 +1,4 @@
-"""`pop-local doctor` against backends that are whole, unpatched or missing."""
+"""Test `pop-local doctor` with complete, unpatched and missing backends."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def checks() -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """Pretends that a backend is installed."""
+    """Return a function that simulates an installed backend."""
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
     monkeypatch.setattr("pop_local.commands.doctor.shutil.which", lambda name: None)
     monkeypatch.setattr("pop_local.commands.doctor.os.cpu_count", lambda: 8)
@@ -99,7 +99,7 @@ def test_missing_backend_must_be_fixed(install, monkeypatch):
 
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_llama_cpp_python_next_to_ours_is_a_problem(tmp_path, monkeypatch, is_ours):
-    """A hidden system package outside the virtual environment is no problem."""
+    """Accept a system package that the virtual environment hides."""
     folder = tmp_path / "llama_cpp"
     if is_ours:
         folder.symlink_to(Path(llama_cpp.__file__).parent)
@@ -184,7 +184,7 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     [({}, backend.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
 )
 def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
-    """The number that libgomp reports in a process that loads it."""
+    """Check the spin count that libgomp reports in a process that loads it."""
     given = given | {"OMP_DISPLAY_ENV": "VERBOSE"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SPINNING)}
     load = "from pop_local.engine.llama.backend import bindings; bindings()"
@@ -207,7 +207,7 @@ def test_gpus_are_listed(install):
 def test_a_backend_without_a_device_is_noted(install, name, hint):
     install(built_in=((name, 0), ("RPC", 0), ("CPU", 1)))
     assert checks()["built_in"]["found"] == f"{name}, RPC, CPU"
-    assert checks()["gpu"]["found"] == f"{name} is built in, but found no device"
+    assert checks()["gpu"]["found"] == f"{name} is built in, but no device was found"
     assert hint in checks()["gpu"]["to_do"]
     assert doctor().exit_code == 0
 
