@@ -1,4 +1,4 @@
-"""`pop-local inspect` on converted and unconverted, whole and damaged files."""
+"""Test `pop-local inspect` on converted, unconverted and damaged files."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ def test_converted_file_for_people(converted):
     assert "FFFFFSSS" in shown
     assert "the first 1 and last 7 tokens" in shown
     assert "tiny.gguf" in shown
-    assert "opens it without pruning" in shown
+    assert "opens this file without pruning" in shown
 
 
 def test_the_bar_of_verify_ends_at_its_end(tiny):

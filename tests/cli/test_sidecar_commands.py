@@ -1,4 +1,4 @@
-"""`convert --sidecar`, and the commands that open a model with its sidecar."""
+"""Test `convert --sidecar`, and the commands that open a model with its sidecar."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def command(*arguments: object, text: str = "") -> Result:
 
 
 def convert(*arguments: object) -> Result:
-    """Own projections: what the fit adds is tested with the fit."""
+    """Run `convert --sidecar` with own projections; test_convert_fit.py tests fits."""
     depth = () if "--boundary" in arguments else ("--skip", "1/3")
     return command("convert", "--sidecar", "--projection", "own", *depth, *arguments)
 
@@ -120,7 +120,7 @@ def test_parts_have_one_sidecar(tmp_path):
 
 
 def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
-    """The model to measure is opened with both; other tests cover fit and measuring."""
+    """Check the files that are opened; other tests cover fits and measurements."""
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 
@@ -184,7 +184,7 @@ def test_a_depth_of_the_callers_own_leaves_it_out(base, sidecar):
 
 
 def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
-    """Its sidecar saves converting it; named, it needs the base even where a copy is."""
+    """Open the base and its sidecar by the catalog name, even if a converted copy exists."""
     entry = replace(find(DEFAULT_MODEL), file=base.name)
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
     monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
@@ -259,7 +259,7 @@ def test_inspect_of_the_model(base, sidecar):
     assert found["verification"]["unchanged"] is True
     lines = command("inspect", base).stdout.splitlines()
     assert any(line.startswith("Sidecar") and str(sidecar) in line for line in lines)
-    assert any(line.endswith("opens it") for line in lines)
+    assert any(line.endswith("opens this file") for line in lines)
 
 
 def test_inspect_of_the_sidecar(base, sidecar):
@@ -292,7 +292,7 @@ def test_inspect_of_a_sidecar_alone(base, sidecar, tmp_path):
 
 
 def test_verify_finds_a_changed_weight(base, sidecar):
-    """Size and header are as before, so that only the whole hash tells."""
+    """Change a weight but neither size nor header, so that only the whole file's hash differs."""
     content = bytearray(base.read_bytes())
     content[-100] ^= 1
     base.write_bytes(content)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pop_converter.projection import Projection
 from pop_local.ui.tables import Column, Fact, markdown, print_facts
 from pop_local.ui.theme import say
 from pop_local.ui.views.quality_figures import bare, figures, text_json, with_se
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
-    """Return the analysis as one object; NAME_se is the standard error of NAME."""
+    """Return the analysis for JSON, with NAME_se for the standard error of NAME."""
     chosen = found.chosen
     return {
         "model": str(found.model),
@@ -60,7 +59,7 @@ def show(found: Analysis) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns; a row is a layer, and the cost of the boundary at it."""
+    """Yield the columns. A row has a layer's importance and the cost of its boundary."""
     gates, depths = found.importance, {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
@@ -104,16 +103,10 @@ def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
         return f"no measured boundary is within the {name} budget"
-    quality = depth.quality
-    losses = f"KL {with_se(quality.kl_mean, '.4f')}, copy ratio {quality.copy_ppl_ratio.value:.3f}"
-    if quality.induction_retention is not None:
-        losses += f", {quality.induction_retention.value:.0%} of random-token copying retained"
-    is_own = depth.projection == Projection.OWN
-    how = "with the layers' own projections" if is_own else "with the fit"
-    windows = f"{quality.n_windows} window{'s' * (quality.n_windows > 1)}"
+    n_windows = depth.quality.n_windows
     return (
-        f"{name} allows boundary {depth.boundary}, up to {depth.speedup_limit:.2f}x: {losses} {how}"
-        f" (estimated from {windows}; `convert` measures more)"
+        f"{name} allows boundary {depth.boundary}, up to {depth.speedup_limit:.2f}x (estimated from"
+        f" {n_windows} window{'s' * (n_windows > 1)}; `convert` measures more)"
     )
 
 
@@ -137,5 +130,5 @@ def _cliff(found: Analysis) -> str:
 
 
 def _share(value: float | None) -> str:
-    """Return a percentage without -0%."""
+    """Return a percentage, with 0% instead of -0%."""
     return "-" if value is None else f"{round(value, 2) + 0.0:.0%}"

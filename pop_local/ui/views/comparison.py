@@ -1,4 +1,4 @@
-"""A comparison of full and pruned answers as facts, a table of differences and JSON."""
+"""The output of `compare` as facts, a table of differences and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pop_local.measure.verdict import comparison_in_words
 from pop_local.ui.tables import Column, Fact, print_facts, print_table
 from pop_local.ui.theme import out
-from pop_local.ui.views.verdict_advice import with_advice
+from pop_local.ui.views.quality_figures import with_advice
 
 if TYPE_CHECKING:
     from pop_local.measure.compared_prompts import Compared, Comparison

@@ -16,16 +16,17 @@ from pop_local.measure.budget import FAST
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
-from pop_local.ui.views.skipped_layers import skipping_facts
+from pop_local.ui.views.quality_figures import with_advice
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
-from pop_local.ui.views.verdict_advice import with_advice
 
 if TYPE_CHECKING:
+    from pop_converter.architecture.skipping import SkippableLayers
     from pop_converter.popfile.format import PopMeta
     from pop_converter.popfile.pruning_plan import Plan
     from pop_converter.popfile.rewrite import FileSizes
     from pop_local.workflows.conversion.conversion_plan import Conversion
     from pop_local.workflows.conversion.convert_model import Converted
+    from pop_local.workflows.inspect_file import SkippingGain
 
 
 def show_plan(conversion: Conversion) -> None:
@@ -38,13 +39,13 @@ def show_plan(conversion: Conversion) -> None:
     limit = _limit(conversion, first)
     past = f"from {first.boundary} down to {plan.boundary}"
     if n_few := conversion.n_few:
-        past += f"; first without a fit, then about {n_few} deeper boundaries with a fit"
+        past += f"; without a fit first, then about {n_few} deeper boundaries with a fit"
     where = [*budget, ("Boundaries", past)]
     if fewer := first.deep_rows.fewer:
         rules = ", ".join(fewer)
-        where.append(("Deep rows", f"by the rule {first.deep_rows}, at the end by fewer: {rules}"))
+        where.append(("Deep rows", f"by the rule {first.deep_rows}; the last step tries {rules}"))
     if most := conversion.limit(plan):
-        limit += f" if only the first is within the budget, {most:.2f}x if all are"
+        limit += f" if only the first boundary is within the budget, {most:.2f}x if all are"
     layers = f"up to {plan.n_skipped}, within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
@@ -65,7 +66,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """Return the plan as one object; for a search, with the boundaries it may choose."""
+    """Return the plan for JSON; for a search, with the boundaries that it may choose."""
     plans, limits = conversion.plans, conversion.goal.limits
     wished = replace(conversion.deepest, is_distilled=conversion.is_distilled)
     budget = {} if limits is None else {"budget": limits}
@@ -81,7 +82,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """The file as one object, the boundaries that were `tried`, the seconds of all `phases`."""
+    """Return the file's data for JSON, with the tried boundaries and the phases' seconds."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
@@ -107,7 +108,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """`memory_bytes`, `fit_seconds`: of fitting `plans` without distilling; None without a fit."""
+    """Return the fields of any plan. Memory and seconds exclude distilling."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -147,9 +148,10 @@ def _limit(conversion: Conversion, plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return the plan. `layers`: the skipped layers. `where`: facts on them. `output`: its size.
+    """Return a plan's facts.
 
-    `limit`: the limit of the speed-up.
+    `layers`: the number of skipped layers. `where`: facts on their position. `output`: the output's
+    size. `limit`: the speed-up's limit.
     """
     form, read = conversion.output.name, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp also opens the copy"
@@ -189,6 +191,28 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
         yield "Time", f"{time} on this machine"
 
 
+def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> list[Fact]:
+    """Return facts on the skippable layers, and on the work that skipping leaves."""
+    exact = f"; layers {found.exact} and up exactly, without loss" if found.exact else ""
+    left = " and ".join(found.left) or "nothing"
+    if work is not None:
+        share = f", {work.left_share:.1%} of their work" if work.left_share is not None else ""
+        limit = f"up to {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
+        left += f"{share}; {limit} from layer {work.boundary} on"
+    projections = f"own only: {found.no_fit}"
+    if found.fits_from is not None:
+        later = f" from boundary {found.fits_from} on" if found.fits_from > found.first else ""
+        projections = f"fitted{later}, or own"
+    measured = "real models" if found.is_measured else "random models only"
+    return [
+        ("Can be skipped", f"layers {found.first} to {found.last}{exact}"),
+        ("Left in them", left),
+        ("Projections", projections),
+        ("Catching up", f"no: {found.no_refill}" if found.no_refill else "yes"),
+        ("Measured on", measured),
+    ]
+
+
 def full_fact(rows: Plan | PopMeta) -> Fact:
     ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
     if rows.deep_rows is DeepRows.NONE:
@@ -199,7 +223,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
-    """Yield the measured quality of a file, if there is one."""
+    """Yield a file's measured quality; nothing if it was not measured."""
     if (found := meta.measured) is None:
         return
     yield (
@@ -209,12 +233,12 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     )
     yield (
         "Copying",
-        f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, {found.copy_top1:.1%} of "
-        "its tokens the first choice",
+        f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, first choice right for "
+        f"{found.copy_top1:.1%}",
     )
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         limit = f"BROKEN: above {FAST.max_copy_ratio:g}"
-        yield "", f"{limit} a model no longer copies from its prompt"
+        yield "", f"{limit}, a model no longer copies from its prompt"
     if found.lookups_n:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"

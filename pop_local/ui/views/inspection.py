@@ -5,8 +5,7 @@ from pop_converter.popfile.format import PopMeta
 from pop_converter.projection import Projection
 from pop_local.models.mmproj_files import ARCHITECTURE
 from pop_local.ui.tables import Fact
-from pop_local.ui.views.conversion import full_fact, measured_facts
-from pop_local.ui.views.skipped_layers import skipping_facts
+from pop_local.ui.views.conversion import full_fact, measured_facts, skipping_facts
 from pop_local.ui.views.trials import budget_fact
 from pop_local.workflows.inspect_file import (
     Inspection,
@@ -27,7 +26,7 @@ def _model_facts(found: Inspection) -> list[Fact]:
             ("File", found.file),
             ("Size", size(found.size_bytes)),
             ("Name", found.name or "none"),
-            ("Kind", "a multimodal projector for pictures (--mmproj)"),
+            ("Kind", "multimodal projector for pictures (--mmproj)"),
             ("Tensors", _tensors(found.tensors)),
         ]
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
@@ -60,9 +59,9 @@ def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
 
 def _stock(found: Inspection) -> str:
     if not found.opens_in_stock_llama_cpp:
-        return "cannot open it: the fitted projections are unknown there"
+        return "cannot open this file, because of the fitted projections"
     is_marked = found.pop is not None and found.sidecar is None
-    return "opens it without pruning" if is_marked else "opens it"
+    return "opens this file without pruning" if is_marked else "opens this file"
 
 
 def _tensors(groups: tuple[TensorGroup, ...]) -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from pop_converter.popfile.format import DeepRows
 from pop_local.ui.tables import Fact, print_facts
-from pop_local.ui.views.verdict_advice import with_advice
 
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
@@ -43,12 +42,17 @@ def figures(quality: Quality | Lookups) -> dict[str, Any]:
     return values
 
 
+def with_advice(verdict: str) -> str:
+    """Append the option that avoids any loss."""
+    return f"{verdict} Use --full to be certain."
+
+
 def text_json(text: Text) -> dict[str, str]:
     return {"name": text.name, "sha256": text.sha256}
 
 
 def evaluation_json(found: Evaluation) -> dict[str, Any]:
-    """Return all figures as one object."""
+    """Return all figures for JSON."""
     return {
         "model": str(found.model),
         "text": text_json(found.text),
@@ -69,11 +73,11 @@ def lookup_facts(found: Lookups) -> Iterator[Fact]:
     counts = f"full {found.full}, pruned {found.pruned}, of {found.n}"
     yield "Look-ups", f"{counts}; {found.lost} lost, {found.gained} gained, p = {found.p:.2g}"
     full, lost = with_se(found.logprob_full, ".2f"), with_se(found.logprob_lost, ".2f")
-    yield "", f"log-probability of a right string {full} in full, {lost} lower pruned"
+    yield "", f"log-probability of the right string {full} in full, lower by {lost} when pruned"
 
 
 def show_evaluation(found: Evaluation) -> None:
-    """Print a line for each group of figures, and the verdict."""
+    """Print the figures and the verdict."""
     print_facts([*_facts(found), ("Verdict", with_advice(found.verdict))])
 
 
@@ -103,7 +107,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     yield "Copying", f"perplexity ratio {with_se(q.copy_ppl_ratio, '.3f')}"
     right, right_full = with_se(q.copy_top1, ".3f"), with_se(q.copy_top1_full, ".3f")
     yield "", f"first choice right {right}, full {right_full}"
-    retained = "but the full model does not copy random tokens either"
+    retained = "but the full model cannot copy random tokens either"
     if q.induction_retention is not None:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     added = with_se(q.induction_delta_nll, ".3f")

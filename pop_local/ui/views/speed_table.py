@@ -64,6 +64,6 @@ _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
 _NOT_ENCODING = (
     "\nBoth TTFTs include encoding the picture, which pruning does not shorten. The limit is for"
-    " the rest."
+    " all other work."
 )
-_ABOVE = "\nSpeed-ups exceed the limit where its noise is larger than the full tokens' cost."
+_ABOVE = "\nA speed-up exceeds the limit if the noise is larger than the full tokens' cost."

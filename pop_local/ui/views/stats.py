@@ -12,10 +12,10 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Return prompt tokens (cached, pruned), TTFT, prefill and decode tokens per second.
+    """Return an answer's statistics: prompt tokens, TTFT, prefill and decode tokens/s.
 
-    A prompt that ran all layers although pruning is on is labelled short. TTFT includes encoding
-    pictures, prefill does not. Without an answer, the line reports the progress of the prompt.
+    TTFT includes encoding pictures, the prefill speed excludes it. Without an answer, the line
+    reports how much of the prompt was read.
     """
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
@@ -44,7 +44,7 @@ def counted_line(name: str, n_tokens: int, n_ctx: int) -> str:
 def session_lines(
     answers: Sequence[TurnStats], n_ctx: int, full_cost: Callable[[TurnStats], FullCost]
 ) -> Iterator[str]:
-    """Yield the last answer's figures, the totals, and the used part of the context."""
+    """Yield the last answer's statistics, the totals, and the used part of the context."""
     if not answers:
         yield "No answers yet."
         return
@@ -66,9 +66,7 @@ def session_lines(
             f" the last prompt: {last.n_exact:,}."
         )
     if total.n_image:
-        yield (
-            f"Encoding pictures took {total.encode_s:.2f} s more, which pruning does not shorten."
-        )
+        yield (f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not shorten.")
     if len(answers) > 1:
         yield f"All {_reading(answers, full_cost)}"
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
@@ -90,7 +88,7 @@ def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
 
 
 def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]) -> str:
-    """Return the seconds spent on prompts, and those of reading them with all layers."""
+    """Return the time of reading the prompts, and the time of reading them in full."""
     taken_s = sum(stats.prefill_s for stats in answers)
     pruned = [stats for stats in answers if stats.n_pruned or stats.n_skipped_exact]
     if not pruned:

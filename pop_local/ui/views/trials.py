@@ -1,4 +1,4 @@
-"""The output of a search: the budget, and a line for each measured candidate."""
+"""The output of a search: the budget, and a table of measured candidates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COLUMNS = (
     Column("Look-ups lost", lambda trial: trial.lookups and _lost(trial.lookups), numeric=True),
     Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
 )
-# The figures of a trial that a budget limits.
+# Names of the figures that a budget limits, as `figures` returns them.
 _JUDGED = (
     *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
     "copy_ppl_ratio_se",
@@ -59,7 +59,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """Return a candidate with the figures that the budget limits; errors as in `figures`."""
+    """Return a candidate for JSON, with the figures that a budget limits."""
     plan, found = trial.plan, figures(trial.quality)
     return {
         "boundary": plan.boundary,
