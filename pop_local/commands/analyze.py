@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -25,19 +24,19 @@ class ProbeOptions(Group):
         f"Number of windows to train the gates on (default: {_N_GATED}).", min=2
     )
     probe_windows: int = option("Number of windows for the probes.", min=1, default=3)
-    no_gates: bool = option("Run only the probes: faster, and torch is not needed.", default=False)
-    no_fit: bool = option("Measure only the layers' own projections: faster.", default=False)
+    no_gates: bool = option("Run only the probes (faster, without torch).", default=False)
+    no_fit: bool = option("Measure only the layers' own projections (faster).", default=False)
     tokens: int | None = option(
         "Number of tokens to fit on (default: a quarter of convert's).", min=1
     )
-    plot: Path | None = option("Plot the KL of each boundary over its speed-up limit.", "OUT.png")
+    plot: Path | None = option("Plot KL divergence over the speed-up limit.", "OUT.png")
     force: bool = option("Replace an existing plot.", flag="--force -f", default=False)
     seed: int = option("Seed for targets, passages and random tokens.", min=0, default=0)
 
 
 @expand_options
 def analyze(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file or a model name.")],
+    model: opt.Model,
     *,
     by: ProbeOptions,
     json: opt.Json = False,
@@ -45,9 +44,9 @@ def analyze(
 ) -> None:
     """Measure which layers matter for prompts and for answers, and how many can be skipped."""
     if by.no_fit and by.tokens is not None:
-        raise typer.BadParameter("--tokens needs a fit; remove it or --no-fit")
+        raise typer.BadParameter("--tokens requires a fit; remove --tokens or --no-fit")
     if by.no_gates and by.windows is not None:
-        raise typer.BadParameter("--windows needs gates; remove it or --no-gates")
+        raise typer.BadParameter("--windows requires gates; remove --windows or --no-gates")
     from pop_local.research import analysis_plot
 
     if by.plot is not None:

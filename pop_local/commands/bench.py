@@ -21,7 +21,7 @@ DEFAULT_PROMPTS = "512,1024,2048"
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
     repeat: int = option("Number of run pairs per prompt length.", min=1, default=5)
-    boundary: int | None = option("Prune from this layer on (default: the file's boundary).", min=1)
+    boundary: int | None = option("First layer to skip (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
 
@@ -38,10 +38,10 @@ def bench(
     pictures: opt.PictureOptions,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the time to first token with and without pruning, alternating on one model."""
+    """Measure the time to first token in full and pruned, in alternating runs of one model."""
     n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
     if image is None and opt.given(**vars(pictures)):
-        raise typer.BadParameter("--mmproj and --image-tokens need an --image")
+        raise typer.BadParameter("--mmproj and --image-tokens require --image")
     from pop_local.workflows import benchmark as workflow
 
     options = workflow.BenchOptions(
@@ -58,4 +58,4 @@ def bench(
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
-        warn("One pair of runs does not show the noise; use --repeat 3 or more.")
+        warn("One pair of runs does not show the noise; pass --repeat 3 or more.")

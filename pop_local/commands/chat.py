@@ -31,16 +31,14 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
         raise typer.BadParameter(f"the web page does not support {flags}", param_hint="--web")
 
     def show(root: str) -> None:
-        # Browsers that run in the terminal block until they are closed.
+        # A browser that runs in the terminal blocks until the user closes it.
         threading.Thread(target=webbrowser.open, args=(root,), daemon=True).start()
 
     port = _PORT
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(
-            f"Port {port} is in use, so the page opens on another port, without its earlier chats."
-        )
+        note(f"Port {port} is in use. The page opens on another port, without earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -48,14 +46,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
 @expand_options
 def chat(
     call: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A GGUF file, a name (listed by `pop-local pull`), or hf:OWNER/REPO. Default: the"
-            " best catalog model for the free memory.",
-        ),
-    ] = None,
+    model: opt.OptionalModel = None,
     *,
     system: opt.System = "",
     web: Annotated[
@@ -65,13 +56,13 @@ def chat(
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
-    """Chat with a model; /help lists the chat's commands. Each piped line is a question."""
+    """Chat with a model. /help lists the chat's commands. Each piped line is a question."""
     asked = opt.given_names(call)
     if web:
         _in_browser(model, opened, asked)
         return
     screen = Screen(look(theme))
-    # The next line of a pipe follows immediately, without idle time.
+    # A pipe delivers its next line immediately, without idle time.
     if not sys.stdin.isatty() and opened.refill == "idle":
         opened = without_refill(opened, "piped lines leave no idle time", asked)
         opened = replace(opened, learn="off")

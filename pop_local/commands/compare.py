@@ -15,9 +15,11 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class GreedyOptions(Group):
-    answers: Path | None = option("Store the answers here, and resume from them.", "FILE")
-    # Another name than max_tokens: the setting of that name is for conversations.
-    longest: int = option("Maximum answer length.", flag="--max-tokens", min=1, default=256)
+    answers: Path | None = option("Store answers in this file, or resume from it.", "FILE")
+    # Not named max_tokens: the setting of that name is for conversations.
+    longest: int = option(
+        "Maximum answer length in tokens.", flag="--max-tokens", min=1, default=256
+    )
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
 
 
@@ -29,7 +31,7 @@ def compare(
         typer.Argument(
             metavar="PROMPTS.jsonl",
             help='Each line is {"messages": [...]} or {"prompt": ...}, with optional "documents":'
-            ' [TEXT, {"file": PATH}] and "images": [PATH]. "answer" is the correct answer.',
+            ' [TEXT, {"file": PATH}], "images": [PATH] and "answer", the right answer.',
         ),
     ],
     *,
@@ -37,10 +39,10 @@ def compare(
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Answer your own prompts in full and pruned, and compare the answers and their speed.
+    """Answer your prompts in full and pruned, and compare the answers and their speed.
 
-    Decoding is greedy. If the lines have an "answer", McNemar's test checks whether pruning
-    changes the number of correct answers.
+    Decoding is greedy. If lines contain an "answer", McNemar's test checks whether pruning changes
+    the number of right answers.
     """
     from pop_local.workflows.compare_answers import CompareOptions, compare_answers
 

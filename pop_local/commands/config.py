@@ -20,26 +20,23 @@ config = sub_app(invoke_without_command=True)
 
 _COLUMNS = (
     Column("Setting", lambda value: value.key),
-    Column("SettingValue", lambda value: _shown(value)),
+    Column("Value", lambda value: _shown(value)),
     Column("From", lambda value: value.origin),
     Column("Variable", lambda value: settings.find(value.key).variable),
 )
 
 
 @config.callback()
-def show(
-    context: typer.Context,
-    json: Json = False,
-) -> None:
+def show(context: typer.Context, json: Json = False) -> None:
     """Show each setting and its source: a default, the file or the environment.
 
-    Flags of a command override settings.
+    A command's options override settings.
     """
     if context.invoked_subcommand is not None:
         return
     file, values = settings.config_path(), settings.load()
     for name in settings.unknown_variables():
-        warn(f"{name} is set, but is not a known setting.")
+        warn(f"{name} is set, but no setting has this name.")
     if json:
         print_json({"file": file, "settings": values})
         return
@@ -60,7 +57,7 @@ def path() -> None:
     say(str(settings.config_path()))
 
 
-# Makes -1 a value instead of an option.
+# With this setting, -1 is a value and not an option.
 @config.command("set", context_settings={"ignore_unknown_options": True})
 def set_value(
     key: Annotated[str, typer.Argument(metavar="KEY", help=", ".join(settings.KEYS))],
@@ -80,7 +77,7 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
             "an empty path is not allowed",
             f"restore the default with: pop-local config unset {setting.key}",
         )
-    # Relative to the current folder, as in a shell.
+    # A relative path starts at the current folder, as in a shell.
     return str(expanded(text).absolute()) if setting.is_path else value
 
 

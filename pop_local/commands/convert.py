@@ -38,24 +38,22 @@ class HowOptions(Group):
     )
     projection: Projection | None = option(
         "K/V projections of skipped layers: own (no fit, loses more quality), fitted (takes"
-        " minutes) or fitted-wide (more inputs). Default: the best for its cost, measured.",
+        " minutes) or fitted-wide (more inputs). Default: chosen by measurements.",
     )
     text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
     distill: bool = option(
-        "Also train the fit end to end, so that the model copies better. Takes minutes per tried"
-        " boundary and needs torch; supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
+        "Also train the fit end to end, so that the model copies better. Takes minutes per boundary"
+        " and needs torch; supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
         default=False,
     )
-    resume: bool = option(
-        "Save the fit if it is interrupted, and resume from a saved one.", default=False
-    )
+    resume: bool = option("Save an interrupted fit, and resume a saved fit.", default=False)
     sidecar: bool = option(
-        "Write only the additions, to a small file next to the model.", default=False
+        "Write only the projections, to a small file next to the model.", default=False
     )
     dry_run: bool = option("Print the plan and write nothing.", default=False)
     force: bool = option(
-        "Replace an existing output. With --skip or --boundary, but no --quality or limit: also"
-        " write a fit that can no longer copy from its prompt.",
+        "Replace an existing output. With --skip or --boundary but without a limit, also write a"
+        " model that can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
     )
@@ -90,7 +88,7 @@ class FullRowOptions(Group):
         min=0,
     )
     deep_rows: DeepRows = option(
-        "Words whose tokens run all layers, too.", default=RowOptions.deep_rows
+        "Rule for words whose tokens also run all layers.", default=RowOptions.deep_rows
     )
 
     @property
@@ -103,7 +101,7 @@ class ConvertFitOptions(opt.FittingOptions):
     mmproj: Path | None = option("Also fit on pictures, encoded by this mmproj.", "FILE")
     images: Path | None = option("Pictures to fit on, with --mmproj (default: generated).", "DIR")
     distill_tokens: int | None = option(
-        "Number of tokens for --distill, proportional to its time (default: the fit's, 65536+).",
+        "Number of tokens for --distill; time grows with it (default: the fit's, 65536 or more).",
         min=1,
     )
 
@@ -112,7 +110,7 @@ class ConvertFitOptions(opt.FittingOptions):
 def convert(
     model: Annotated[
         str,
-        typer.Argument(metavar="IN.gguf", help="A GGUF model (if it is split: its first part)."),
+        typer.Argument(metavar="IN.gguf", help="A GGUF model, or a split model's first part."),
     ],
     output: Annotated[
         Path | None,
@@ -130,15 +128,14 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits how many layers are skipped. It limits the perplexity of held-out text and of
-    a repeated passage, relative to the full model: near-lossless to 1.01 and 1.02, balanced to
-    1.03 and 1.1, fast to 1.06 and 1.3. --dry-run prints all limits. --skip and --boundary choose
-    the layers directly.
+    --quality limits the loss, and so the number of skipped layers. The limits on the perplexity of
+    held-out text and of a repeated passage, relative to the full model, are 1.01 and 1.02 for
+    near-lossless, 1.03 and 1.1 for balanced, 1.06 and 1.3 for fast. --dry-run prints all limits.
+    --skip and --boundary choose the layers directly.
 
     The copy has the same weights, plus K/V projections fitted for the skipped layers, so only
-    pop-local opens it. The loss of quality is measured, printed and stored. With --projection own
-    nothing is added, and stock llama.cpp opens the copy too, without pruning. With --sidecar the
-    additions go to a separate file.
+    pop-local opens it. The command measures, prints and stores the loss of quality. A copy with
+    --projection own has no additional weights and opens in stock llama.cpp, without pruning.
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
@@ -178,7 +175,7 @@ def convert(
     elif how.dry_run:
         print_json(view.plan_json(planned))
     if how.dry_run:
-        # An existing output is no error here: --force would replace it.
+        # --force would replace an existing output, so a dry run accepts it.
         check_target(planned.path, planned.target, planned.sizes, force=True)
         return
     try:
@@ -197,7 +194,7 @@ def convert(
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
     """Return the requested goal. Missing limits default to BALANCED."""
     if quality and limits:
-        raise typer.BadParameter("give either --quality or custom limits")
+        raise typer.BadParameter("--quality excludes custom limits; remove --quality or the limits")
     if quality:
         return Within(BUDGETS[quality], named)
     if limits:

@@ -17,7 +17,7 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class WindowOptions(Group):
-    text: Path | None = option("Held-out text (default: built in).", "FILE")
+    text: Path | None = option("Held-out text (default: built-in text).", "FILE")
     context: int = option("Number of context tokens per window.", min=2, default=512)
     continuation: int = option("Number of scored tokens after the context.", min=2, default=128)
     windows: int = option("Number of windows.", min=1, default=32)
@@ -33,9 +33,7 @@ class EvalFitOptions(opt.FittingOptions):
 
 @expand_options
 def eval(  # noqa: A001
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A GGUF file, converted or not, or a model name.")
-    ],
+    model: opt.Model,
     *,
     on: WindowOptions,
     at: opt.BoundaryOptions,
@@ -46,7 +44,7 @@ def eval(  # noqa: A001
     measured: opt.MeasureOptions,
     fitting: EvalFitOptions,
 ) -> None:
-    """Measure what pruning costs: KL and perplexity against the full model, copying, look-ups."""
+    """Measure the loss by pruning: KL divergence, perplexity, copying and look-ups."""
     texts = tuple(fitting.fit_text or ()) or None
     given = fitting.fit(texts=texts)
     if not fit:

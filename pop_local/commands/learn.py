@@ -31,14 +31,14 @@ _COLUMNS = (
 def about() -> None:
     """Show or delete learned statistics: sums over the tokens of your prompts, never text.
 
-    `chat` and `serve` learn while they are idle, unless --learn is off. In Python:
-    PopModel.open(..., learn=True).
+    `chat` and `serve` learn while they are idle, unless --learn is off. In Python,
+    PopModel.open(..., learn=True) turns learning on.
     """
 
 
 @learn.command()
 def show(json: Json = False) -> None:
-    """Show the models with learned statistics, and the number of tokens."""
+    """Show the learned statistics of each model: tokens, boundaries and size."""
     found = [_shown(each) for each in learned_files()]
     if json:
         print_json({"learned": found})
@@ -70,7 +70,7 @@ def forget(
         typer.Argument(metavar="MODEL", help="A GGUF file or a model name (default: all models)."),
     ] = None,
 ) -> None:
-    """Delete the statistics of a model, or of all, and the sidecars fitted from them."""
+    """Delete learned statistics, and the sidecars that were fitted from them."""
     wanted = None if model is None else LearnedFiles.of(read_source(resolve_base(model)))
     forgotten = [each for each in learned_files() if wanted in (None, each)]
     for each in forgotten:

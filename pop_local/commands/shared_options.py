@@ -20,13 +20,13 @@ from pop_local.ui.theme import warn
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
-    from pop_local.workflows.conversion.goals import Named, Skip
+    from pop_local.workflows.conversion.goals import Named
 
 DEFAULT_THEME = "terminal"
 
 
 def finite(value: float | None) -> float | None:
-    """Reject nan and inf, which typer's ranges accept; the callback of every float option."""
+    """Reject nan and inf, which typer's ranges accept. Callback of every float option."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
@@ -42,7 +42,7 @@ def positive(value: float | None) -> float | None:
 def one_output(argument: Path | None, option: Path | None) -> Path | None:
     """Return the output from the argument or from --output."""
     if argument and option:
-        raise typer.BadParameter("OUT.gguf is also given as an argument", param_hint="--output")
+        raise typer.BadParameter("OUT.gguf is already an argument", param_hint="--output")
     return argument or option
 
 
@@ -52,7 +52,7 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
         return n_threads
     if "threads" in given_names(call):
         raise typer.BadParameter(f"{n_threads} is more than this machine's {n_cores} cores")
-    # Several machines may share a setting.
+    # Machines with fewer cores may share a settings file.
     where = next(value.where for value in load() if value.key == "threads")
     warn(f"{where} sets threads to {n_threads}; using all {n_cores} cores of this machine")
     return n_cores
@@ -65,35 +65,39 @@ def _usage(error: PopError, option: str) -> typer.BadParameter:
 _THREADS = "CPU threads (default: the number of physical cores)."
 _CORES: dict[str, Any] = {"min": 1, "callback": _no_more_than_cores}
 _SIDECAR = (
-    "The model's sidecar (default: NAME.pop-sidecar.gguf in the same folder, or the one that"
+    "The model's sidecar (default: NAME.pop-sidecar.gguf in the model's folder, or a sidecar that"
     " pop-local ships)."
 )
 FIT_TEXTS = (
-    "Text to fit on; repeatable, with an equal share of tokens each (default: documentation, code"
-    " and samples of the model)."
+    "Text to fit on; repeatable, with an equal share of the tokens for each text (default:"
+    " documentation, code and samples of the model)."
 )
 MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
-DEEP_ROWS = "Words whose tokens run all layers (default: the file's)."
+DEEP_ROWS = "Rule for words whose tokens run all layers (default: the file's rule)."
+_MODEL = "A GGUF file, a name (listed by `pop-local pull`), or hf:OWNER/REPO"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help=f"{_MODEL} (default: the best catalog model for the free memory)."
+    ),
+]
 Converted = Annotated[
     str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or a model with a sidecar.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Output = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="OUT.gguf",
-        help="OUT.gguf as an option.",
-    ),
+    typer.Option("--output", "-o", metavar="OUT.gguf", help="Same as the argument OUT.gguf."),
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
 Theme = Annotated[
     str,
     typer.Option(
-        help="Style of answers in a terminal: terminal (its colours), dark, light, plain or a"
-        " Pygments style.",
+        help="Style of answers: terminal (the terminal's colours), dark, light, plain or a Pygments"
+        " style.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
@@ -132,12 +136,12 @@ class HardwareOptions(ProcessorOptions):
 
 @dataclass(frozen=True)
 class MeasureOptions(HardwareOptions):
-    """Options of a model to measure, except for its name."""
+    """Options for opening a model that a command measures."""
 
     panel: ClassVar[str] = "Model and hardware"
 
     sidecar: Path | None = option(_SIDECAR, "PATH")
-    # Another name than ctx: the setting of that name is for conversations.
+    # Not named ctx: the setting of that name is for conversations.
     n_ctx: int | None = option(
         "Context length in tokens (default: as long as needed).", flag="--ctx", min=1, max=MOST
     )
@@ -155,7 +159,7 @@ class PictureOptions(Group):
 
 @dataclass(frozen=True)
 class OpenOptions(HardwareOptions):
-    """Options of a model to open, except for its name."""
+    """Options for opening a model."""
 
     panel: ClassVar[str] = "Model and hardware"
 
@@ -167,7 +171,7 @@ class OpenOptions(HardwareOptions):
 
 @dataclass(frozen=True)
 class ModelOptions(OpenOptions, PictureOptions):
-    """Options of a model to open, and of how it reads prompts."""
+    """Options for opening a model and for reading prompts."""
 
     panel: ClassVar[str] = "Model and hardware"
 
@@ -176,12 +180,10 @@ class ModelOptions(OpenOptions, PictureOptions):
         "Run pruned tokens through the skipped layers while the model is idle.", default="off"
     )
     learn: Literal["on", "off"] = option(
-        "Store statistics of prompts, never text, to speed up later prompts.",
-        default="off",
+        "Store statistics of prompts, never text, to speed up later prompts.", default="off"
     )
     parse_special: bool = option(
-        "Parse special tokens in messages and documents. Use only with trusted text.",
-        default=False,
+        "Parse special tokens in messages and documents. Use only with trusted text.", default=False
     )
 
 
@@ -195,7 +197,7 @@ class SamplingOptions(Group):
     )
     top_k: int | None = option("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
     top_p: float | None = option(
-        "Nucleus sampling: total probability.",
+        "Nucleus sampling: sample from tokens of this total probability.",
         min=0.0,
         max=1.0,
         callback=finite,
@@ -210,7 +212,7 @@ class SamplingOptions(Group):
 
 @dataclass(frozen=True)
 class FittingOptions(Group):
-    """Options of a fit, except for its text."""
+    """Options of a fit."""
 
     panel: ClassVar[str] = "The fit"
 
@@ -240,14 +242,18 @@ class BoundaryOptions(Group):
 
     @property
     def named(self) -> "Named | None":
-        """Return the boundary of --skip or --boundary, None if neither is set."""
-        from pop_local.workflows.conversion.goals import Boundary
+        """Return the boundary that --skip or --boundary names, or None."""
+        from pop_local.workflows.conversion.goals import Boundary, Skip
 
-        if self.skip is not None and self.boundary is not None:
-            raise typer.BadParameter("give either --skip or --boundary", param_hint="--boundary")
-        if self.skip is not None:
-            return share(self.skip, "--skip")
-        return None if self.boundary is None else Boundary(self.boundary)
+        if self.skip is None:
+            return None if self.boundary is None else Boundary(self.boundary)
+        if self.boundary is not None:
+            raise typer.BadParameter("remove --skip or --boundary", param_hint="--boundary")
+        try:
+            parse_skip(self.skip)
+        except PlanError as error:
+            raise _usage(error, "--skip") from error
+        return Skip(self.skip)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -255,19 +261,8 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def share(text: str, option: str) -> "Skip":
-    """Parse a share of the layers. Raises BadParameter that names the option."""
-    try:
-        parse_skip(text)
-    except PlanError as error:
-        raise _usage(error, option) from error
-    from pop_local.workflows.conversion.goals import Skip
-
-    return Skip(text)
-
-
 def given_names(call: typer.Context) -> set[str]:
-    """Return the names of the options on the command line."""
+    """Return the names of options that the user typed."""
     names = (option.name or "" for option in call.command.params)
     sources = {name: call.get_parameter_source(name) for name in names}
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
@@ -280,7 +275,7 @@ def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
         if min(found) >= least:
             return found
     raise typer.BadParameter(
-        f"{text!r} is not a list of lengths of {least} or more, such as 512,2048", param_hint=option
+        f"{text!r} is not a list of lengths of {least} or more, as in 512,2048", param_hint=option
     )
 
 

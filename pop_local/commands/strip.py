@@ -11,7 +11,7 @@ from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import is_sidecar
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.rewrite import strip as write_original
-from pop_local.commands.shared_options import Json, Output, one_output
+from pop_local.commands.shared_options import Force, Json, Output, one_output
 from pop_local.models.model_names import resolve
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.watch import terminal_watch
@@ -22,12 +22,10 @@ def strip(
     model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A converted model.")],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT.gguf", help="Default: the original's name and IN's folder."),
+        typer.Argument(metavar="OUT.gguf", help="Default: the original's name, next to IN.gguf."),
     ] = None,
     out: Output = None,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace an existing output.")
-    ] = False,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Restore the original of a converted file, byte for byte (checked by its hash).
@@ -39,10 +37,11 @@ def strip(
     header = read_header(path)
     if is_sidecar(header):
         raise FormatError(
-            f"{path} is a sidecar and has nothing to strip", "delete it: the model is unchanged"
+            f"{path} is a sidecar and has nothing to strip",
+            "delete the sidecar; the model file is unchanged",
         )
     found = pop_meta(header)
-    # Ignore the folder of an untrusted name.
+    # The stored name is untrusted, so its folder is ignored.
     name = Path(found.source_name).name if found else ""
     target = output or path.with_name(name or f"{path.name.removesuffix('.gguf')}.stripped.gguf")
     with terminal_watch() as watch:
@@ -52,5 +51,5 @@ def strip(
     if json:
         print_json({"source": path, "output": target, "output_bytes": n_bytes, "sha256": sha256})
     else:
-        unchanged = f"{sha256}, equal to the original's"
+        unchanged = f"{sha256}, the original's hash"
         print_facts([("Written", str(target)), ("Size", size(n_bytes)), ("sha256", unchanged)])

@@ -1,4 +1,4 @@
-"""`pop-local strip`: the original comes back byte for byte, or not at all."""
+"""Test `pop-local strip`: it restores the original byte for byte, or writes no file."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def test_round_trip(tmp_path, arch):
 @pytest.mark.parametrize("alignment", [64, 4096])
 @pytest.mark.parametrize("n_odd", range(5))
 def test_round_trip_of_odd_headers_and_ends(tmp_path, alignment, n_odd):
-    """Headers of every length modulo the alignment, and bytes after the last tensor."""
+    """Vary the header's length modulo the alignment, and append bytes after the last tensor."""
     src = make_gguf(tmp_path / "model.gguf", "llama", alignment=alignment)
     odd = add_keys(src, tmp_path / "odd.gguf", some__key="x" * n_odd)
     with odd.open("ab") as file:
@@ -120,4 +120,4 @@ def test_the_output_is_an_option_too(tiny, pop):
     assert back.read_bytes() == tiny.read_bytes()
     done = command(pop, back, "--output", back, "--force")
     assert done.exit_code == 2
-    assert "also given as an argument" in done.stderr
+    assert "already an argument" in done.stderr

@@ -1,4 +1,4 @@
-"""The program on a real terminal and in real pipes, with tiny models of random weights."""
+"""Test the program on a terminal and in pipes, with tiny models of random weights."""
 
 import json
 import re
@@ -30,7 +30,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model that chats, if only nonsense."""
+    """Write a converted model with random weights and a chat template."""
     folder = tmp_path_factory.mktemp("terminal")
     plain = make_gguf(folder / "tiny.gguf", "llama", chat_template=TEMPLATE)
     target = folder / "tiny.pop.gguf"
@@ -44,7 +44,7 @@ def terminal(*arguments: str, width: int = 200, **environment: str) -> Terminal:
 
 @pytest.fixture
 def hub(model, tmp_path) -> Iterator[dict[str, str]]:
-    """The environment in which there is a hub, and no model yet."""
+    """Return an environment with a hub and an empty models folder."""
     files = {"tiny-Q4_0.gguf": model.with_name("tiny.gguf").read_bytes()}
     with serving(Hub(repos={"acme/tiny-GGUF": Repo(files)})) as hub:
         yield hub.environment() | {MODELS_VARIABLE: str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
@@ -72,7 +72,7 @@ def test_ctrl_c_ends_the_question_of_a_command_that_defers_it(hub):
 
 
 def test_second_turn_reuses_the_first(model):
-    """A refilled cache would stay when pruning is switched off."""
+    """Turn refilling off, because a refilled cache stays valid when pruning is turned off."""
     options = ("--max-tokens", "5", "--refill", "off")
     chat = terminal("chat", str(model), *options, *ANSWER_OPTIONS)
     chat.expect("Fast reading is on: prompt tokens skip the last 3 of 8 layers")
@@ -211,7 +211,7 @@ def test_a_context_beyond_the_trained_one_is_warned_of(model):
 def test_run_without_a_question_is_wrong_usage(model):
     done = called("run", str(model))
     assert done.returncode == 2
-    assert "give a question" in done.stderr
+    assert "pass a question" in done.stderr
 
 
 def test_run_without_a_template_continues_the_text(tmp_path):
@@ -275,7 +275,7 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
 
 
 def test_a_real_conversation(smollm2_pop):
-    """The second turn reads little more than its own question; run gives the first answer too."""
+    """Check that the second turn reads little more than its question, and that `run` agrees."""
     question = "Name three animals that live in the sea, and say one thing about each of them."
     options = ("--max-tokens", "24", "--temperature", "0")
     chat = run("chat", smollm2_pop, *options, text=f"{question}\nWhich is the largest?\n")
