@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """State of Ctrl-C. `asked`: it was pressed. `at_once`: the next press raises."""
+    """State of Ctrl-C. `asked`: the user pressed it. `at_once`: raise on the next press."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False
@@ -18,12 +18,12 @@ class CtrlC:
 def deferred_interrupt() -> Iterator[CtrlC]:
     """Record the first Ctrl-C and raise KeyboardInterrupt only for the second one.
 
-    An exception between a decode and its token count would corrupt the KV cache. If Ctrl-C is
-    ignored, as in background jobs of a script, it stays ignored.
+    An exception between a decode and its token count would corrupt the KV cache. A process that
+    ignores Ctrl-C, such as a script's background job, continues to ignore it.
     """
     interrupt = CtrlC()
     is_main = threading.current_thread() is threading.main_thread()
-    # None: a handler of C code, which Python could not restore.
+    # None means a handler of C code, which Python could not restore.
     if not is_main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield interrupt
         return

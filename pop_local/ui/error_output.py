@@ -49,7 +49,7 @@ def guard(*, debug: bool) -> Iterator[None]:
         if isinstance(error, typer.Abort) and isinstance(error.__context__, KeyboardInterrupt):
             raise _stopped() from None
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
-            # Errors of typer quote the user's arguments.
+            # Typer's messages quote the user's arguments.
             if hasattr(error, "message"):
                 error.message = printable(str(error.message), kept="\n")
             raise
@@ -65,7 +65,7 @@ def _stopped() -> typer.Exit:
 
 
 def as_pop_error(error: Exception) -> PopError:
-    """Return an error with message and remedy for any failure."""
+    """Convert any exception to an error with a message and a hint."""
     if isinstance(error, PopError):
         return error
     if isinstance(error, MemoryError):
@@ -90,7 +90,7 @@ def _labelled(label: str, text: str) -> None:
 
 @functools.cache
 def _last_words() -> Callable[[str], None]:
-    """Return a function that reports why llama.cpp aborted, and exits."""
+    """Return a function that prints llama.cpp's reason for aborting, and exits."""
     # llama_cpp redirects stderr while it opens a model.
     stderr = os.dup(2)
 
@@ -105,7 +105,7 @@ def _last_words() -> Callable[[str], None]:
 
 
 class _Printable(logging.Formatter):
-    """Escapes log lines, which may quote a model's metadata."""
+    """Formatter that escapes log lines, which may quote a model's metadata."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), kept="\n")

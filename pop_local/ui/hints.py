@@ -39,7 +39,7 @@ def hints_for(kind: Literal["causes", "commands", "options"]) -> dict[str, str]:
 
 
 def hint_of(error: PopError) -> str:
-    """Return the hint to show (default: the library's), which may be empty."""
+    """Return the command line's hint, else the library's, which may be empty."""
     template = hints_for("causes").get(error.cause, "{hint}")
     return template.format_map({**error.fields, "hint": error.hint})
 

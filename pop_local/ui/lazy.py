@@ -16,7 +16,7 @@ HELP_OPTIONS = ["-h", "--help"]
 
 
 def sub_app(**how: Any) -> typer.Typer:
-    """Return an app for a command or a group; `how`: arguments of typer.Typer."""
+    """Return an app for a command or a group. `how`: further arguments of typer.Typer."""
     return typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -26,7 +26,7 @@ def sub_app(**how: Any) -> typer.Typer:
 
 
 def imported(package: str, name: str) -> Any:
-    """Return a command's function or Typer app from the module of that name."""
+    """Import the module named after a command, and return the command's function or app."""
     word = name.replace("-", "_")
     return getattr(importlib.import_module(f"{package}.{word}"), word)
 
@@ -46,7 +46,7 @@ def _command(package: str, name: str) -> Any:
 
 
 def _defaults(command: Any) -> dict[str, Any]:
-    """Return the settings that are defaults of a command's parameters."""
+    """Return the settings that replace defaults of a command's parameters."""
     # Never fill in required arguments: `rm` would delete the default model.
     wanted = {param.name for param in command.params if not param.required} & {*settings.KEYS}
     found = settings.given() if wanted else {}
@@ -54,7 +54,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _shown_without_type(command: Any, ctx: Any) -> None:
-    """Remove <bool> from flags in help pages, which Typer adds since 0.29."""
+    """Remove <bool> from flags in help pages; Typer 0.29 and later add it."""
     for param in command.get_params(ctx):
         if getattr(param, "is_flag", False):
             param.metavar = ""
@@ -63,7 +63,7 @@ def _shown_without_type(command: Any, ctx: Any) -> None:
 
 
 def _paragraphs(docstring: str | None) -> str:
-    """Join the lines of every paragraph; Typer joins only the first one's."""
+    """Join the lines of every paragraph; Typer joins the first paragraph only."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -74,7 +74,7 @@ def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
-            # Placeholders for the listing, replaced on use.
+            # The listing needs no more than these placeholders.
             self.commands = {name: TyperCommand(name, help=commands[name]) for name in commands}
 
         def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -93,7 +93,7 @@ def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
             # Completion and help must work with invalid settings.
             if not ctx.resilient_parsing and not {*given} & {*HELP_OPTIONS}:
                 ctx.default_map = {name: _defaults(command)}
-            ctx.obj = [*given]  # parsing empties the list
+            ctx.obj = [*given]  # a copy, because parsing empties the list
             return name, command, given
 
         def invoke(self, ctx: Any) -> Any:

@@ -29,14 +29,14 @@ from pop_local.workflows.events import TimeLeft, Unit
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
 _LONG_TOKENS = 256
-# Drawing takes time from the model.
+# Drawing takes computing time from the model.
 _DRAWN_PER_S = 4
 _LINE_EVERY_S = 20.0
 
 
 @dataclass
 class Pace:
-    """State that consecutive bars share: the time of the last line, and the time left in all."""
+    """State that consecutive bars share: the last line's time, and all stages' time left."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
     time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
@@ -50,7 +50,7 @@ class Pace:
 
 
 def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
-    """Show (done, total) in this unit while the block runs."""
+    """Show (done, total) in `unit` while the block runs."""
     if unit is Unit.BYTES:
         return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), pace)
     return _bar(what, (MofNCompleteColumn(), _TimeLeft(pace)), pace)
@@ -58,7 +58,7 @@ def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[
 
 @contextmanager
 def prefill_progress(what: str) -> Iterator[Advance]:
-    """Show a prompt's tokens with the speed; short prompts have no bar."""
+    """Show a prompt's progress in tokens and tokens/s. Short prompts have no bar."""
     with ExitStack() as stack:
         bars: list[Advance] = []
 
@@ -73,7 +73,7 @@ def prefill_progress(what: str) -> Iterator[Advance]:
         yield advance
 
 
-# Tokens arrive in a few large batches; rich reports a speed only after the second one.
+# Prompts have few batches, and rich reports no speed before the second batch.
 class _TokensPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed / _taken_s(task):,.0f} tokens/s" if task.completed else "")
@@ -108,7 +108,7 @@ def _in_words(what: str, pace: Pace) -> Advance:
     def advance(done: int, total: int) -> None:
         nonlocal begun
         now_s = time.monotonic()
-        # Resumed work does not count for the rate.
+        # The rate excludes work that was resumed.
         first_done, first_s = begun = begun or (done, now_s)
         if now_s - pace.said_s < _LINE_EVERY_S or not first_done < done < total:
             return

@@ -9,8 +9,8 @@ import sys
 def prepare_streams() -> None:
     """Open closed streams on the null device, and let stdout encode any character.
 
-    On Windows, pipes and files receive UTF-8. Undecodable file names are written as their bytes.
-    Other encodings escape characters that they lack.
+    On Windows, pipes and files receive UTF-8. In UTF-8, undecodable file names are written as their
+    bytes. In other encodings, missing characters are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

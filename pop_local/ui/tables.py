@@ -16,7 +16,7 @@ from rich.text import Text
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import out
 
-# json escapes the others.
+# json.dumps escapes all other control characters.
 _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -69,7 +69,7 @@ def markdown(columns: Sequence[Column], rows: Sequence[Any]) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on stdout; dataclasses become objects, paths become strings."""
+    """Print JSON on stdout, with dataclasses as objects and paths as strings."""
     is_ascii = out.encoding != "utf-8"
     text = json.dumps(value, indent=2, ensure_ascii=is_ascii, allow_nan=False, default=_jsonable)
     out.file.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")

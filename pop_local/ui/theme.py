@@ -1,4 +1,4 @@
-"""The theme and the consoles: `out` for answers and data, `err` for everything else."""
+"""The theme and the consoles: `out` for answers and data, `err` for all other output."""
 
 import os
 
@@ -21,7 +21,6 @@ THEME = Theme(
         "title": "bold",
         "thinking": "dim",
         "markdown.code": "cyan",
-        "markdown.h1": "bold underline",
         "bar.complete": "cyan",
         "bar.finished": "green",
     }
@@ -36,7 +35,7 @@ class _Console(Console):
 
 
 def _console(*, stderr: bool) -> Console:
-    # For NO_COLOR rich only drops colours; without a colour system also bold and dim.
+    # With NO_COLOR, rich keeps bold and dim unless the colour system is None.
     plain = bool(os.environ.get("NO_COLOR"))
     return _Console(
         theme=THEME,
@@ -55,9 +54,9 @@ LOOKS = {"terminal": "ansi_dark", "dark": "monokai", "light": "default", "plain"
 
 
 def look(name: str) -> str:
-    """Return one of LOOKS or a Pygments style by name. Raises PopError.
+    """Return the Pygments style of a theme in LOOKS or of a style's name. Raises PopError.
 
-    The result is plain without colours, and on terminals without cursor movement.
+    Return the plain theme without colours, and on terminals without cursor movement.
     """
     from pygments.styles import get_all_styles
 
@@ -70,7 +69,7 @@ def look(name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print lines of data on stdout, unchanged for a pipe."""
+    """Print lines of data on stdout, unescaped unless it is a terminal."""
     out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
 
 

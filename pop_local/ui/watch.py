@@ -16,7 +16,7 @@ from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 
 def asked(question: str) -> bool:
-    """Ask the user, and return False without a terminal."""
+    """Ask the user a question; without a terminal, return False."""
     return sys.stdin.isatty() and typer.confirm(question, default=True, err=True)
 
 
