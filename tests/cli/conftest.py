@@ -1,4 +1,4 @@
-"""Fixtures of all tests of commands: models that several of them convert, fit on and shorten."""
+"""Fixtures for tests of commands: tiny models, a text, and shorter measurements."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from support.synthetic import make_gguf
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw random tokens once, few windows for an error, and read one document of look-ups.
+    """Draw random tokens once, measure few windows, and read one document of look-ups.
 
-    Upstream's library takes three processes more: a test of `bench` has them.
+    `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     for module in (named, candidate):
@@ -27,13 +27,13 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A random model of 8 layers, alone in tmp_path."""
+    """Write a random model of 8 layers, the only file in tmp_path."""
     return make_gguf(tmp_path / "tiny.gguf", "llama")
 
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text to fit on; never write there."""
+    """Return a text to fit on, which tests must not change."""
     return calibrating.words(tmp_path_factory.mktemp("words"))
 
 
@@ -44,7 +44,7 @@ def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure few windows and one document, and trade no deep rows: one test does."""
+    """Measure few windows and one document, and leave out the search for fewer deep rows."""
     monkeypatch.setattr(search, "STAGES", search.STAGES[:3])
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(candidate, "N_WINDOWS", 2)

@@ -1,4 +1,4 @@
-"""`pop-local analyze`: options, output, refusals; where the cliffs of the real models are."""
+"""Test `pop-local analyze`: options, output, refusals, and the real models' cliffs."""
 
 import json
 import sys
@@ -122,7 +122,7 @@ def test_a_plot_without_matplotlib_fails_before_measuring(model, monkeypatch):
     assert "[plot]" in done.stderr
 
 
-# --- what cannot be had
+# --- refusals
 
 
 def test_without_torch_the_probes_still_run(model, text, monkeypatch):

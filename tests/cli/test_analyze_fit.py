@@ -1,4 +1,4 @@
-"""`pop-local analyze` with a fit: the fitted boundaries, the choice, the memory."""
+"""Test `pop-local analyze` with a fit: the fitted boundaries, the choice, the memory."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def of_random_weights(monkeypatch):
-    """Their perplexity is another by chance."""
+    """Raise the perplexity limit, which random weights exceed by chance."""
     monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_ppl_ratio=2.0))
 
 
@@ -40,7 +40,7 @@ def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
     assert deepest["quality"]["kl_mean"] < unfitted["quality"]["kl_mean"]
     assert deepest["quality"]["n_pruned"] == unfitted["quality"]["n_pruned"] > 0
     assert found["calibration"]["n_tokens"] == 2048
-    # Random weights lose little: the deepest is within.
+    # Random weights lose little, so the deepest boundary is within the budget.
     assert found["chosen"]["boundary"] == deepest["boundary"] == 3
     assert found["chosen"]["projection"] == "fitted"
     assert found["chosen"]["budget"]["quality"] == "balanced"
@@ -94,10 +94,10 @@ def _boundaries(depths: list[DepthCost]) -> list[int]:
 def test_prose_is_measured_down_to_one_boundary_past_hope():
     retentions = (1, 0.99, 0.95, 0.9, 0.3, 0.1)
     depths = [made(9 - n, retention=kept) for n, kept in enumerate(retentions)]
-    # 6 is the deepest that balanced may take, 5 the one past hope.
+    # Boundary 6 is the deepest within the balanced budget. Boundary 5 ends the measurements.
     assert _boundaries(depths) == [6, 7, 5, 8, 9]
     assert set(_boundaries(depths[:3])) == {9, 8, 7}
-    # 9 saves too little.
+    # Boundary 9 saves too little work.
     assert set(_boundaries([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}
     # A model that does not copy has no cliff.
     assert _boundaries([replace(d, retention=None) for d in depths]) == [9, 8, 7, 6, 5, 4]
@@ -124,12 +124,12 @@ def is_within(row):
 
 
 def made(boundary: int, retention: float = 1.0) -> DepthCost:
-    """The figures of a model of ten layers."""
+    """Return the cost of a boundary in a model of ten layers."""
     return DepthCost(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0), 0.0)
 
 
 def cost(boundary: int, kl: float) -> Quality:
-    """The figures that a budget looks at."""
+    """Return a quality with the figures that a budget limits."""
     quality = SimpleNamespace(
         boundary=boundary,
         kl_mean=Estimate(kl, 0.0),

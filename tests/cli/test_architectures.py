@@ -1,4 +1,4 @@
-"""Commands on tiny models whose layers are of other kinds: recurrent, latent, with norms behind."""
+"""Test commands on tiny models with recurrent layers, latent attention or post-norms."""
 
 import sys
 from pathlib import Path

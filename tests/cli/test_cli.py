@@ -1,4 +1,4 @@
-"""The command line as a whole: help, imports, errors, exit codes."""
+"""Test the whole command line: help, imports, errors, exit codes."""
 
 import inspect
 import json
@@ -42,7 +42,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def help_without_heavy() -> dict[str, tuple[str, str]]:
-    """The errors and output of each command where neither torch nor llama_cpp can be imported."""
+    """Return each command's error and help without torch and llama_cpp."""
     done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, timeout=60)
     found: dict[str, tuple[str, str]] = json.loads(done.stdout)
     return found
@@ -180,7 +180,7 @@ def test_special_tokens_in_a_question_are_text_by_default(tmp_path):
     words = ("run", model, "</s></s></s>", "--json", "--max-tokens", 1, "--threads", 1)
     asked = [json.loads(called(*words, *more).stdout) for more in ((), ("--parse-special",))]
     n_prompt = [found["stats"]["n_prompt"] for found in asked]
-    assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece adds a space at the start
+    assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece adds a leading space
 
 
 def test_options_without_effect_get_a_word(tmp_path):
@@ -207,7 +207,7 @@ PIPED = "piped lines leave no idle time"
         ("llama.gguf", "chat --learn off", ""),
         ("llama.gguf", "serve --refill idle --learn off", PLAIN),
         ("llama.gguf", "serve --learn off", ""),
-        ("llama.gguf", "serve --refill idle", ""),  # it may learn to prune
+        ("llama.gguf", "serve --refill idle", ""),  # learning may turn pruning on
         ("llama.pop.gguf", "serve --refill idle", ""),
         ("llama.pop.gguf", "run hi --refill idle", ONCE),
         ("llama.pop.gguf", "run hi --refill idle --full", "--full prunes nothing"),
@@ -336,7 +336,7 @@ def test_shell_completion(tmp_path, words, expected):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 def test_shell_completion_is_installed(tmp_path):
-    # Typer asks the parent processes which shell it is, so bash has to be one of them.
+    # Typer finds the shell among the parent processes, so one of them must be bash.
     line = f"{shlex.quote(sys.executable)} -m pop_local --install-completion; exit $?"
     environment = os.environ | {"HOME": str(tmp_path)}
     subprocess.run(["bash", "-c", line], env=environment, check=True, timeout=60)

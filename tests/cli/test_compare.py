@@ -1,4 +1,4 @@
-"""`pop-local compare`: both answers to each prompt, compared, stored, resumed."""
+"""Test `pop-local compare`: comparing, storing and resuming both answers to each prompt."""
 
 import json
 
@@ -21,7 +21,7 @@ def pop_file(tmp_path_factory):
 
 @pytest.fixture
 def mine(tmp_path):
-    """Two that begin alike and are long enough to be pruned, and a short one."""
+    """Write two long prompts with a common start, which are pruned, and a short prompt."""
     path = tmp_path / "mine.jsonl"
     entries = [
         {"prompt": "Who?", "documents": [SHARED], "answer": {"regex": ""}},

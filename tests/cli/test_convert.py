@@ -1,4 +1,4 @@
-"""`pop-local convert`: the plan, the output, split models, the command."""
+"""Test `pop-local convert`: the plan, the output, split models, the command."""
 
 import hashlib
 import json

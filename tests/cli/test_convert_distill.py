@@ -1,4 +1,4 @@
-"""`convert --distill`: the tried candidates, refusals, failures."""
+"""Test `convert --distill`: the tried candidates, refusals, failures."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ FIT = ("--projection", "fitted", "--distill", *FEW)
 
 
 def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Distil on six windows; record the boundaries of each reading, and the distilled ones."""
+    """Distil on six windows, and record the boundaries of each reading and each training."""
     pytest.importorskip("torch")
     read: list[int] = []
     trained: list[int] = []
@@ -55,7 +55,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
 
 
 def test_distilled_fits_are_tried_from_the_fastest_candidate(tiny, letters, tmp_path, monkeypatch):
-    """The training has too little text for a meaningful loss, so the test sets the figures."""
+    """Set the losses, since the training has too little text for meaningful losses."""
     read, trained = followed(monkeypatch)
     monkeypatch.setattr(searching, "N_DEEPER", 2)
 
@@ -113,7 +113,7 @@ def test_a_named_boundary_is_distilled_if_its_plain_fit_is_outside(
 
 @pytest.mark.parametrize(("more", "is_taken"), [(-0.001, True), (0.0004, True), (0.001, False)])
 def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_taken, tiny):
-    """Windows differ by far more than both fits on each window."""
+    """Use windows that differ more than both fits differ on one window."""
     given: Any = {"projection": Projection.FITTED, "macs": GraphMacs(tiny)}
     plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
     unused: Any = None

@@ -1,4 +1,4 @@
-"""Conversions that are refused, fail or are killed lose no file and leave no partial one."""
+"""Test that refused, failed and killed conversions lose no file and leave no partial file."""
 
 import os
 import shutil
@@ -167,7 +167,7 @@ def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
 
 
 def unknown_usage(folder: Path, real=shutil.disk_usage):
-    """Return the usage that network drives report if they do not know it."""
+    """Return the usage that network drives report if it is unknown."""
     return real(folder)._replace(total=0, used=0, free=0)
 
 

@@ -1,4 +1,4 @@
-"""`pop-local convert` at a named boundary: fits, measurements, refusals, stops."""
+"""Test `pop-local convert` at a named boundary: fits, measurements, refusals, stops."""
 
 import json
 import os
@@ -151,7 +151,7 @@ def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_ex
 def test_the_kind_is_measured_if_a_wide_fit_is_cheap(
     tmp_path, words, short_examination, monkeypatch
 ):
-    """The model has few K/V heads and a wide FFN. Its fit to noise prefers neither kind."""
+    """Use few K/V heads and a wide FFN. Both kinds of fits are equally good on noise."""
     monkeypatch.setattr(fits, "_N_WINDOWS", 1)
     monkeypatch.setattr(fits, "_WORTH", -100.0)
     model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
@@ -222,7 +222,7 @@ def test_too_few_tokens_are_refused(tiny, tmp_path):
 
 
 def test_a_singular_gram_matrix_is_refused(tmp_path, words):
-    """Fit N inputs to N tokens, of which each window's first does not count."""
+    """Fit N inputs to fewer than N tokens, since a window's first token does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
     fit = FitOptions(texts=(words,), tokens=2048, ridge=0.0)
     with pytest.raises(PopError, match="singular"):

@@ -1,4 +1,4 @@
-"""`convert` of a model that is too large for a fit at each boundary, simulated on a tiny one."""
+"""Test `convert` with too little memory to fit each boundary, simulated on a tiny model."""
 
 import json
 
@@ -20,7 +20,10 @@ def few_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own_pass_at(monkeypatch: pytest.MonkeyPatch):
-    """Return a function that sets the deepest own boundary inside; all fits are inside."""
+    """Return a function that sets the deepest boundary within the budget without a fit.
+
+    All fits are within the budget.
+    """
 
     def passing(shallowest: int) -> None:
         def judge(self, candidate, is_enough, real=Judge._measure):

@@ -1,4 +1,4 @@
-"""`convert` at a named boundary: measurements, warnings, refusals."""
+"""Test `convert` at a named boundary: measurements, warnings, refusals."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def convert(*arguments: object) -> Result:
 
 
 def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget.Budget) -> None:
-    # The command line takes its choices from the budgets' names, so those stay.
+    # The names stay, because the command line's choices are the budgets' names.
     fast = replace(fast, quality=budget.FAST.quality)
     monkeypatch.setattr(examining, "BALANCED", balanced)
     monkeypatch.setattr(budget, "FAST", fast)

@@ -1,4 +1,4 @@
-"""`convert` within a budget, on tiny models and few windows."""
+"""Test `convert` within a budget, on tiny models and few windows."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
 
 
 def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):
-    """All candidates are inside, so the one without deep rows is the fastest."""
+    """Expect the candidate without deep rows, the fastest, since all are within the budget."""
     monkeypatch.setattr(searching, "STAGES", ALL_STAGES)
     done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
@@ -122,7 +122,7 @@ def test_measurements_that_chose_a_kind_are_reused(tiny, letters, monkeypatch):
     assert n_read == [2]
     found = json.loads(done.stdout)
     stages = [phase["name"] for phase in found["phases"]]
-    # The kind is chosen at boundary 5, the first one, whose measurement is reused.
+    # The kind is chosen at boundary 5, the first boundary, and its measurement is reused.
     assert stages[1:4] == ["Running the full model", "Measuring", "Measuring boundary 4"]
     first = found["tried"][0]
     assert (first["boundary"], first["n_windows"]) == (5, 2)
@@ -146,7 +146,7 @@ def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):
 
 
 def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
-    """Only the last layer's own projections are exact for a random model."""
+    """Expect one skipped layer: in a random model, only the last layer's projections are exact."""
     done = convert(tiny, *FEW, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -191,7 +191,7 @@ QUESTION = LookupQuestion("What?", "x", "hex", "log", "It is")
 
 
 def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
-    """Up to 2 % of 200 questions may be lost. The first documents may already show a loss."""
+    """Lose 5, 5 and 4 of 200 questions, of which a budget allows 4 (2 %)."""
     lost = {2: {0: 5}, 3: {1: 2, 7: 3}, 4: {1: 2, 9: 2}}
     asked: list[tuple[int, int]] = []
     document = LookupDocument((), (TokenizedQuestion(QUESTION, (), ()),) * 20)

@@ -1,4 +1,4 @@
-"""`pop-local eval`: options, output, refusals; look-ups."""
+"""Test `pop-local eval`: options, output, refusals, look-ups."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_json_has_the_keys_of_one_depth(pop_file, text):
 def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
     pop_file, text, monkeypatch
 ):
-    """All rows become full behind the command's back; only the backend's counters can tell."""
+    """Make all rows full without the command's knowledge, which only the counters reveal."""
     real = backend.set_full_from
     monkeypatch.setattr(backend, "set_full_from", lambda ctx, sequence, _: real(ctx, sequence, 0))
     done = evaluate(pop_file, "--text", text, *SHORT, "--lookups", 0, "--json")

@@ -1,5 +1,8 @@
-"""Each write, rename and operation on a folder fails in turn: the old file stays, or the new one is
-whole; nothing else is left, and one error gives the reason."""
+"""Test a failure of each write, rename and folder operation in turn.
+
+The old file stays or the new file is complete, no other file remains, and one error reports the
+reason.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -48,9 +51,9 @@ def check(
     *,
     makes_folder: bool = False,
 ) -> None:
-    """`work` writes a file into a folder and returns its error; again and again, until none fails.
+    """Repeat `work`, which writes a file into a folder and returns its error, until it succeeds.
 
-    `kept`: what may be left after an error. `makes_folder`: `work` creates a missing folder.
+    `kept`: files that may remain after an error. `makes_folder`: `work` creates a missing folder.
     """
     seen = []
     for before in (None, b"mine"):
@@ -72,7 +75,7 @@ def check(
             assert found == before or is_whole(out), (at, hit)
             there = names(below) if below.exists() else set()
             left = there - {NAME} - (kept if error else set())
-            # A file that cannot be removed stays.
+            # A file remains if its removal fails.
             assert len(left) <= (hit == "unlink"), (at, hit, left)
             if error and kept:
                 assert not work(below) and is_whole(out) and names(below) == {NAME}

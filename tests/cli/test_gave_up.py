@@ -1,4 +1,4 @@
-"""llama.cpp ends the process for some damaged files: why is to be read, and not a dead shell."""
+"""Test that the error is readable if llama.cpp ends the process for a damaged file."""
 
 import signal
 import struct
@@ -20,7 +20,7 @@ from pop_local.engine.llama.devices import GgmlLibrary
 from pop_local.server.worker import Worker
 Worker._answer = lambda *_: GgmlLibrary()("ggml_abort", None, b"ops.cpp", 1, b"chance")
 """
-# As with an assertion that no check of ours foresees.
+# This simulates an assertion that no check prevents.
 UNCHECKED = """
 from pop_local.engine.llama import loading
 loading.require_loadable = lambda _: None
@@ -29,7 +29,7 @@ loading.require_loadable = lambda _: None
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    """A model that ends the process, since half of each head is not turned (GGML_ASSERT)."""
+    """Write a model with a wrong RoPE dimension, for which GGML_ASSERT ends the process."""
     path = make_gguf(tmp_path / "model.gguf", "qwen2")
     end = read_header(path).keys["qwen2.rope.dimension_count"].end
     data = path.read_bytes()
@@ -91,7 +91,7 @@ def test_a_program_receives_the_reason(path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
 def test_an_uncaught_exception_is_reported(tmp_path):
-    """A token that llama_tokenize needs is missing, and its exception leaves the C function."""
+    """Remove a token that llama_tokenize needs, so that an exception leaves the C function."""
     path = make_gguf(tmp_path / "model.gguf", "llama")
     path.write_bytes(path.read_bytes().replace(b"<0x", b"<1x"))
     program = """

@@ -1,4 +1,4 @@
-"""The library's errors name no option and no command; the command line's words for them do."""
+"""Test that only the command line's hints name options and commands, not the library's."""
 
 import ast
 import re
@@ -33,10 +33,10 @@ FOLDERS = (
     *(Path(pop_local.__file__).parent / room for room in ROOMS),
 )
 LIBRARY = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
-# Options of pip, which it runs.
+# This file runs pip, with options of pip.
 RUNS_PIP = "fetching/catalog.py"
 
-# At the end of a piece its name follows from a variable: f"--{name}".
+# An f-string's piece may end in "--", as in f"--{name}".
 OPTION = re.compile(r"(?<![\w-])--(?:[a-z]|$)")
 COMMAND = re.compile(rf"pop-local (?:{'|'.join(COMMANDS)})\b")
 BY_CAUSE = hints_for("causes")
@@ -52,13 +52,13 @@ def in_command_line_words(text: str) -> bool:
 
 
 def causes() -> Iterator[tuple[str, set[str]]]:
-    """Each cause that an error of the library is raised with, and the names of its fields."""
+    """Yield each cause of the library's errors, and the names of the error's fields."""
     for path in LIBRARY:
         for node in nodes(path):
             if isinstance(node, ast.Call):
                 given = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
                 cause = given.pop("cause", None)
-                # A class of errors hands on the one that it is given.
+                # Error classes pass on a `cause` parameter.
                 if cause and ast.unparse(cause) != "cause":
                     yield ast.literal_eval(cause), set(given)
 

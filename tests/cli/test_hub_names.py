@@ -1,4 +1,4 @@
-"""A model of a hub goes wherever a command takes a model: it is fetched after confirmation."""
+"""Test names of hub models, which every command fetches after confirmation."""
 
 from collections.abc import Iterator
 from unittest.mock import Mock

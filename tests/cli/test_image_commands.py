@@ -1,4 +1,4 @@
-"""Pictures on the command line: run, chat, inspect, doctor, pull."""
+"""Test pictures on the command line: run, chat, inspect, doctor, pull."""
 
 import json
 from dataclasses import replace
@@ -217,7 +217,7 @@ def test_pull_brings_it(tmp_path):
         "mmproj-BF16.gguf": b"GGUF brain",
     }
     with serving(Hub(repos={"a/b": Repo(files)})) as hub:
-        # The client takes its endpoint from the environment when it is imported.
+        # The client reads its endpoint from the environment at import time.
         done = run("pull", "hf:a/b", "--dir", tmp_path, **hub.environment())
     assert done.returncode == 0, done.stderr
     model = tmp_path / "tiny-Q4_K_M-00001-of-00001.gguf"

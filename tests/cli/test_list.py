@@ -1,4 +1,4 @@
-"""`pop-local list` and `pop-local rm` on a folder of tiny models."""
+"""Test `pop-local list` and `pop-local rm` on a folder of tiny models."""
 
 import json
 import os
@@ -36,7 +36,7 @@ from support.vision_models import MMPROJS, make_mmproj
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch) -> Path:
-    """A model, its converted copy, a split model, and three that cannot be used."""
+    """Create a folder with a model, its converted copy, a split model and three unusable files."""
     folder = tmp_path / "store"
     folder.mkdir()
     monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
@@ -52,7 +52,7 @@ def store(tmp_path: Path, monkeypatch) -> Path:
 
 
 def sidecar(store: Path) -> Path:
-    """A sidecar of Tiny.Q8_0, with fitted projections."""
+    """Write a sidecar of Tiny.Q8_0, with fitted projections."""
     base = store / "Tiny.Q8_0.gguf"
     made = paired(base, store.parent, "fitted", boundary=5)
     return made.sidecar.rename(sidecar_path(read_source(base)))
@@ -94,7 +94,7 @@ def test_the_folder_is_shown_with_damaged_files(store):
 def test_a_pipe_is_a_problem_and_is_not_read(store):
     path = store / "pipe.gguf"
     os.mkfifo(path)
-    # Reading it anyway must not block.
+    # Reading the pipe must not block.
     writer = threading.Thread(target=lambda: path.open("wb").close())
     writer.start()
     problem = the("pipe", store).problem
@@ -294,7 +294,7 @@ def test_rm_takes_the_mmproj_that_has_a_models_name(store):
     for path in (named, other):
         make_mmproj(path, MMPROJS["llama"])
     assert pop_local("rm", "Tiny.Q8_0", "--yes").exit_code == 0
-    assert named.exists()  # its converted copy has it, too
+    assert named.exists()  # for its converted copy, too
     done = pop_local("rm", "Tiny.Q8_0.pop", "--yes", "--json")
     assert json.loads(done.stdout)["files"] == [str(store / "Tiny.Q8_0.pop.gguf"), str(named)]
     assert (named.exists(), other.exists()) == (False, True)

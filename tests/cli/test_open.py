@@ -1,4 +1,4 @@
-"""A model of the catalog becomes a file to open: fetched, with its sidecar, and said so."""
+"""Test opening catalog models: download, shipped sidecar, and the notes about both."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ from support.synthetic import make_gguf
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> Path:
-    """A models folder, and a catalog whose default model is a tiny one."""
+    """Create a models folder, and a catalog whose default model is tiny."""
     source = make_gguf(tmp_path / "tiny.gguf", "llama")
     folder = tmp_path / "store"
     folder.mkdir()
@@ -60,7 +60,7 @@ def at_depth(model: str) -> Path:
 
 @pytest.fixture
 def shipped(store, tmp_path, monkeypatch) -> Path:
-    """The sidecar of the tiny model, as if this package had it."""
+    """Write a sidecar of the tiny model, as if pop-local shipped it."""
     folder = tmp_path / "shipped"
     folder.mkdir()
     made = paired(tmp_path / "tiny.gguf", folder, "own", boundary=5)

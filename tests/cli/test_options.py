@@ -1,4 +1,4 @@
-"""Options in groups: commands get them as objects, the help has them under headings."""
+"""Test option groups: objects for commands, headings in the help."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ class Sizes(Group):
 
 @expand_options
 def draw(what: str, *, sizes: Sizes = Sizes(n_rows=7)) -> None:
-    """Print what it got."""
+    """Print the arguments."""
     print(json.dumps([what, asdict(sizes)]))
 
 

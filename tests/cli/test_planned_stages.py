@@ -1,4 +1,4 @@
-"""Planned stages of workflows: each stage that starts was announced."""
+"""Test that workflows announce each stage before it starts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Followed:
-    """Record of the announced stages, and the number of times that each started."""
+    """Record of the announced stages, and of the number of times that each stage started."""
 
     def __init__(self) -> None:
         self.begun: dict[PlannedStage, int] = {}
@@ -42,7 +42,7 @@ class Followed:
     def check(self) -> None:
         assert sum(self.begun.values()) > 1
         for step, n in self.begun.items():
-            # Writing and reading back are one planned stage.
+            # Writing and verifying are one planned stage.
             assert n <= step.n_most * step.n_parts + (step is [*self.begun][-1]), step
 
 

@@ -1,4 +1,4 @@
-"""Text that others wrote never steers the terminal: file names, metadata, servers, error texts."""
+"""Test that untrusted text never controls the terminal: file names, metadata, errors."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from pop_local.ui.tables import print_json
 from pop_local.workflows.events import Unit
 from support.synthetic import make_gguf
 
-# Sets the title, clears the screen, turns the text around; C1's CSI does so without an escape.
+# Sequences that set the title, clear the screen and reverse the text, and a CSI of C1.
 EVIL = "a\x1b]0;owned\x07\x1b[2J\u202eb\x9b31m"
 SHOWN = r"a\x1b]0;owned\x07\x1b[2J\u202eb\x9b31m"
 STEERING = ("\x1b", "\x07", "\x9b", "\u202e")

@@ -1,4 +1,4 @@
-"""Settings from the file and the environment, and how they reach the commands."""
+"""Test settings from the file and the environment, and their effect on commands."""
 
 import json
 import os
@@ -133,7 +133,7 @@ def test_a_file_without_an_end_a_pipe_and_a_large_file(file, monkeypatch):
 
 
 def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
-    """Windows' editor writes one."""
+    """Accept a byte order mark, which Windows' editor writes."""
     file.write_text("threads = 4", encoding="utf-8-sig")
     assert given() == {"threads": 4}
 

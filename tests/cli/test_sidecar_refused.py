@@ -1,4 +1,4 @@
-"""Sidecars that do not belong, were edited or cut short: a clear error, never a crash."""
+"""Test that a foreign, edited or truncated sidecar causes a clear error and no crash."""
 
 import shutil
 from collections.abc import Callable
@@ -34,7 +34,7 @@ Edit = Callable[[Items, Items], None]
 
 
 def edited(sidecar: Path, dst: Path, edit: Edit) -> Path:
-    """A copy after `edit(keys, tensors)`."""
+    """Write a copy of a sidecar, edited by `edit(keys, tensors)`."""
     reader = gguf.GGUFReader(sidecar)
     keys: Items = {
         name: (field.types[0], field.contents())
@@ -98,7 +98,7 @@ EDITS = {
     "size": (_size, "does not belong to"),
     "version": (_version, "POP version 2"),
 }
-# The library's own words, without the engine's checks before it.
+# The message is the library's, since the engine's checks do not run.
 BARE = {
     "nan": "not finite",
     "shape": "wrong shape",
@@ -142,7 +142,7 @@ def test_cut_short(n_bytes, fitted, tmp_path):
 
 
 def test_another_model_of_the_same_shape(fitted, tmp_path):
-    """Other keys, same size: only the hash tells."""
+    """Change keys but not the size, so that only the hash differs."""
     other = tmp_path / "other.gguf"
     other.write_bytes(
         fitted.base.read_bytes().replace(b"tiny random model", b"tiny other modelx", 1)

@@ -1,4 +1,4 @@
-"""Typing at the prompt: history, several lines, paste, completion, Ctrl-C, resizing."""
+"""Test typing at the prompt: history, several lines, paste, completion, Ctrl-C, resizing."""
 
 import os
 import re
@@ -66,7 +66,7 @@ def open_chat(tmp_path_factory) -> Iterator[Terminal]:
 
 @pytest.fixture
 def terminal(open_chat) -> Iterator[Terminal]:
-    """A chat at its prompt, which several tests share: each waits for the next one."""
+    """Return a chat that several tests share; each test leaves the chat at its prompt."""
     yield open_chat
     open_chat.resize(80, 24)
 

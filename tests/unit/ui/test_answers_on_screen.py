@@ -1,4 +1,4 @@
-"""Answers in a terminal: the screen during and after streaming."""
+"""Test answers in a terminal: the screen during and after streaming."""
 
 import io
 from itertools import count
@@ -37,7 +37,7 @@ LIST = "".join(f"- item {n} with *emphasis*\n" for n in range(30)) + "\nThe end.
 
 
 class Emulated:
-    """A console whose output an emulated terminal shows."""
+    """Console whose output is drawn on an emulated terminal."""
 
     def __init__(self, width: int, height: int) -> None:
         self.screen = pyte.HistoryScreen(width, height, history=1000)
@@ -48,7 +48,7 @@ class Emulated:
         )
 
     def lines(self) -> list[str]:
-        """All that was ever shown, as a user who scrolls up finds it."""
+        """Return all lines, including lines that a user finds by scrolling up."""
         self.stream.feed(self.out.getvalue().replace("\n", "\r\n"))
         self.out.seek(0)
         self.out.truncate()
@@ -62,7 +62,7 @@ class Emulated:
 
 
 def shown(text: str, width: int, height: int, piece: int, monkeypatch) -> list[str]:
-    """The final picture; every piece is drawn."""
+    """Return the final screen, after every piece was drawn."""
     monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
     monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(width, height)
@@ -136,7 +136,7 @@ def test_a_terminal_that_becomes_narrower_is_cleaned_up(monkeypatch):
     terminal.out.truncate(0)
     terminal.out.seek(0)
     answer.push("y")
-    # The 35 columns take two rows now, so the cursor goes up by two.
+    # The 35 columns fill two rows, so the cursor moves up by two rows.
     assert terminal.out.getvalue().count("\x1b[1A") == 2
 
 

@@ -1,4 +1,4 @@
-"""The chat loop, driven by scripted lines and a scripted model; whole transcripts are compared."""
+"""Test the chat loop by whole transcripts of scripted lines and a scripted model."""
 
 from contextlib import nullcontext
 from dataclasses import replace

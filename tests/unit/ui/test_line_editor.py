@@ -1,4 +1,4 @@
-"""Lines out of a pipe."""
+"""Test lines read from a pipe."""
 
 import errno
 import io
@@ -36,7 +36,7 @@ def test_a_mark_of_the_encoding_is_not_sent(monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf16_is_refused(monkeypatch, encoding):
-    """The encodings of Windows PowerShell."""
+    """Refuse the encodings that Windows PowerShell writes."""
     piped(monkeypatch, "hi\r\nyou\r\n".encode(encoding))
     for _ in range(2):
         with pytest.raises(PopError, match="not UTF-8 text") as failure:
@@ -52,7 +52,7 @@ def test_words_and_paths_are_both_completed(tmp_path):
 
 
 def test_a_pipe_that_cannot_be_read_ends_the_chat():
-    """nohup closes stdin, so every read fails."""
+    """Fail every read, as under nohup, which closes stdin."""
 
     def unreadable(default: str = "") -> str:
         raise OSError(errno.EBADF, "Bad file descriptor")

@@ -1,4 +1,4 @@
-"""The bars: what they say while a prompt is read."""
+"""Test the progress bars' text while a prompt is read."""
 
 import io
 import sys
@@ -17,7 +17,7 @@ from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 @pytest.fixture
 def shown(monkeypatch):
-    """Lines on a terminal of a width; the clock advances by two seconds with each batch."""
+    """Return a function that draws a bar; each batch advances the clock by two seconds."""
 
     def read(width: int, *steps: tuple[int, int]) -> str:
         file = io.StringIO()

@@ -1,4 +1,4 @@
-"""The slash commands, in whole transcripts with a scripted model."""
+"""Test the slash commands by whole transcripts with a scripted model."""
 
 import os
 import re
@@ -231,7 +231,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
     ("key", "kept"), [("b", ["w0", "w1"]), ("e", ["w48", "w49"]), ("s", None), ("", None)]
 )
 def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
-    # 20 go to an answer (an eighth of the context), 64 to the question.
+    # The answer gets 20 tokens (an eighth of the context), the question 64.
     model = ScriptedModel(["Hm.", STATS], n_ctx=98)
     model.engine.context.n_ctx_train = 98
     shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
@@ -288,7 +288,7 @@ def test_a_missing_file_is_one_error(tmp_path):
 
 
 def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]:
-    """Two turns of 12 tokens each, then a question of 13 in a context of 40."""
+    """Chat for two turns of 12 tokens each, and then send a question of 13 tokens."""
     model = ScriptedModel(["x " * 6, STATS], ["y " * 6, STATS], ["z", STATS], n_ctx=n_ctx)
     model.engine.context.n_ctx_train = 40
     questions = ["a " * 6, "b " * 6, "c " * 13]
@@ -323,7 +323,7 @@ def test_nothing_is_dropped_without_confirmation():
 
 @pytest.mark.parametrize(("switch", "mode"), [("on", Mode.OFF), ("off", Mode.CONTEXT)])
 def test_a_switch_is_kept_by_a_larger_context(switch, mode):
-    """--full opens each model with pruning off; the mode is kept."""
+    """Open the larger context in the other mode, as --full does, and keep the mode."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
     larger.engine.pruning.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
     shown = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})

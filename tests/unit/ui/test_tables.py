@@ -1,4 +1,4 @@
-"""Tables, facts and JSON."""
+"""Test tables, facts and JSON."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A conversation that outlives a chat which died, and one that does not outlive its own."""
+"""Test that a conversation survives a crash of its chat, and is deleted at a normal end."""
 
 import os
 from pathlib import Path
