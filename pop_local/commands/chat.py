@@ -20,7 +20,7 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.error_output import EXIT_FAILED
 from pop_local.ui.theme import look, note
 
-# A fixed port, because browsers store chats by address.
+# The port is fixed, because browsers store chats by address.
 _PORT = 8081
 
 
@@ -78,18 +78,16 @@ def chat(
     )
     warn_of_base_model(begun)
     if sys.stdin.isatty():
-        context = begun.model.engine.context
-        note(f"{context.path}, context of {context.n_ctx:,} tokens.")
+        engine = begun.model.engine
+        note(f"{engine.context.path}, context of {engine.context.n_ctx:,} tokens.")
         note(pruning_state(begun.model))
-        calibrator = begun.model.engine.calibrator
-        if calibrator is not None and not calibrator.learned.n_rows:
+        if engine.calibrator is not None and not engine.calibrator.learned.n_rows:
             note(
                 "Learning is on: pop-local stores statistics, never text, to speed up later"
-                " prompts. Disable with --learn off."
+                " prompts. Turn learning off with --learn off."
             )
-        mmproj = begun.model.engine.options.mmproj
-        if mmproj:
-            note(f"Pictures are enabled ({mmproj.name}): /image PATH reads one.")
+        if mmproj := engine.options.mmproj:
+            note(f"Pictures are enabled ({mmproj.name}): /image PATH reads a picture.")
         note("Type a question, /help for commands, /exit to quit.")
     try:
         talk(begun)

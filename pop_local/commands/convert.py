@@ -38,7 +38,7 @@ class HowOptions(Group):
     )
     projection: Projection | None = option(
         "K/V projections of skipped layers: own (no fit, loses more quality), fitted (takes"
-        " minutes) or fitted-wide (more inputs). Default: chosen by measurements.",
+        " minutes) or fitted-wide (more inputs). Default: chosen by measurement.",
     )
     text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
     distill: bool = option(
@@ -101,7 +101,7 @@ class ConvertFitOptions(opt.FittingOptions):
     mmproj: Path | None = option("Also fit on pictures, encoded by this mmproj.", "FILE")
     images: Path | None = option("Pictures to fit on, with --mmproj (default: generated).", "DIR")
     distill_tokens: int | None = option(
-        "Number of tokens for --distill; time grows with it (default: the fit's, 65536 or more).",
+        "Number of tokens to distill on (default: the fit's number, 65536 or more).",
         min=1,
     )
 

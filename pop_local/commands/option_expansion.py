@@ -1,4 +1,4 @@
-"""Groups of options: each group reaches its command as one object."""
+"""Groups of options that a command receives as one object each."""
 
 import inspect
 from collections.abc import Callable

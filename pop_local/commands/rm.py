@@ -29,8 +29,8 @@ def rm(
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 
-    A model's sidecar and the mmproj named after the model are removed, too. A converted copy is a
-    separate model and stays, but a catalog name stands for the model and its converted copy.
+    The command also removes a model's sidecar and the mmproj named after the model. A converted
+    copy is a separate model and stays, but a catalog name stands for the model and its copy.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))

@@ -74,18 +74,16 @@ def run(
         why = "--full prunes nothing" if how.full else "one question leaves no idle time"
         how = without_refill(how, why, asked)
     opened = Opener(model, how, asked)()
+    engine = opened.engine
+    n_ctx = engine.context.n_ctx
     for picture in pictures:
-        screen.note(
-            picture_line(
-                picture, opened.engine.prompter.count_picture(picture), opened.engine.context.n_ctx
-            )
-        )
-    for document in turn.documents:
-        n_tokens = len(opened.engine.context.tokenize(document.text))
-        screen.note(counted_line(document.name, n_tokens, opened.engine.context.n_ctx))
+        screen.note(picture_line(picture, engine.prompter.count_picture(picture), n_ctx))
+    for document in documents:
+        n_tokens = len(engine.context.tokenize(document.text))
+        screen.note(counted_line(document.name, n_tokens, n_ctx))
     options = sampling.given
     options["ends_repeats"] = True
-    options["min_answer"] = least_answer(sampling.max_tokens, opened.engine.context.n_ctx)
+    options["min_answer"] = least_answer(sampling.max_tokens, n_ctx)
     with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         try:
@@ -98,9 +96,9 @@ def run(
                 _show(screen, chunks)
         except ContextFullError as error:
             raise too_long(opened, error) from error
-        if opened.engine.calibrator is not None:
-            opened.engine.calibrator.work(lambda: interrupt.asked)
-            opened.engine.calibrator.save()
+        if engine.calibrator is not None:
+            engine.calibrator.work(lambda: interrupt.asked)
+            engine.calibrator.save()
     if interrupt.asked:
         raise KeyboardInterrupt
 

@@ -154,7 +154,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
 
 
 def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
-    """Create the server's model pool, with the opener's model opened."""
+    """Open the opener's model, and return a model pool with this model."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
     from pop_local.server.startup import folder_pool
@@ -200,4 +200,4 @@ def _announce_model(name: str, opened: PopModel) -> None:
     if mmproj and not engine.prompter.can_see:
         warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
     elif mmproj:
-        note(f"Pictures are enabled ({mmproj.name}). Clients send them as data: URLs.")
+        note(f"Pictures are enabled ({mmproj.name}). Clients send pictures as data: URLs.")

@@ -1,4 +1,4 @@
-"""Options that several commands share, in groups."""
+"""Options and groups of options that several commands share."""
 
 import math
 import os

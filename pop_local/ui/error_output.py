@@ -135,7 +135,7 @@ def _terminations_unwind() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
-    # Signals that nohup ignores stay ignored.
+    # Under nohup, ignored signals stay ignored.
     ours = [n for n in numbers if n is not None and signal.getsignal(n) == signal.SIG_DFL]
     for number in ours:
         signal.signal(number, leave)

@@ -75,7 +75,7 @@ def test_ctrl_c_keeps_the_download_and_mentions_how_to_resume(hub, tmp_path):
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=30)
     assert (child.returncode, out) == (130, "")
-    assert "Run the same command again to resume." in err
+    assert "Run the same command again to resume the download." in err
     assert "Traceback" not in err
     left: list[Path] = sorted(tmp_path.iterdir())
     assert [path.name for path in left] == ["tiny.gguf.partial", "tiny.gguf.partial.origin"]

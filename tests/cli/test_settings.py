@@ -254,7 +254,7 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     assert shown["ctx"] == ["2048", "environment"]
     assert shown["model"] == ["the best of the catalog for the free memory", "default"]
     assert shown["top_p"][1] == "default"
-    assert "POP_LOCAL_CTXX is set, but is not a known setting" in done.stderr
+    assert "POP_LOCAL_CTXX is set, but no setting has this name" in done.stderr
     assert str(file) in done.stderr
 
 

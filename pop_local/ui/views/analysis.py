@@ -106,7 +106,7 @@ def _choice(found: Analysis) -> str:
     n_windows = depth.quality.n_windows
     return (
         f"{name} allows boundary {depth.boundary}, up to {depth.speedup_limit:.2f}x (estimated from"
-        f" {n_windows} window{'s' * (n_windows > 1)}; `convert` measures more)"
+        f" {n_windows} window{'s' * (n_windows > 1)}; `convert` measures more windows)"
     )
 
 
@@ -114,7 +114,7 @@ def _thirds(stage: StageImportance) -> str:
     times = f" ({with_se(stage.median_ratio, '.2f')} times)" if stage.median_ratio else ""
     return (
         f"median of the last third of the layers {with_se(stage.last_third_median, '.2f')}, of the"
-        f" others {with_se(stage.others_median, '.2f')}{times}; means"
+        f" other layers {with_se(stage.others_median, '.2f')}{times}; means"
         f" {with_se(stage.last_third_mean, '.2f')} and {with_se(stage.others_mean, '.2f')}"
     )
 

@@ -234,7 +234,7 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     yield (
         "Copying",
         f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, first choice right for "
-        f"{found.copy_top1:.1%}",
+        f"{found.copy_top1:.1%} of the tokens",
     )
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         limit = f"BROKEN: above {FAST.max_copy_ratio:g}"

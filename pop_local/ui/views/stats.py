@@ -62,7 +62,7 @@ def session_lines(
     )
     if total.n_deep or total.n_refilled or last.n_exact:
         yield (
-            f"Deep by spelling: {total.n_deep:,} tokens, caught up: {total.n_refilled:,}, exact in"
+            f"Deep tokens: {total.n_deep:,} by spelling, {total.n_refilled:,} caught up. Exact in"
             f" the last prompt: {last.n_exact:,}."
         )
     if total.n_image:
