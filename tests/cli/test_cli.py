@@ -377,5 +377,5 @@ def test_every_option_that_is_a_float_is_checked():
 
 def test_paragraphs_of_help_wrap_at_the_width_of_the_terminal():
     lines = [line.strip() for line in called("rm", "--help", COLUMNS="70").stdout.splitlines()]
-    first = next(n for n, line in enumerate(lines) if line.startswith("This includes a model"))
+    first = next(n for n, line in enumerate(lines) if line.startswith("The command also removes"))
     assert min(map(len, lines[first : first + 2])) > 50
