@@ -1,12 +1,14 @@
 """Measure the loss of a fit on each kind of text, on each other kind. Not a test.
 
-    python tests/bench/measure_kinds.py MODEL.gguf --boundary 13 --out FOLDER
-        --fit NAME=FILE,... --fit NAME= ... --held NAME=FILE ... [--tokens 24576] [--windows 8]
+    python tests/bench/measure_kinds.py MODEL.gguf --out FOLDER --held NAME=FILE ...
+        [--boundary 13 --fit NAME=FILE,... --fit NAME= ... --tokens 24576]
+        [--sidecar NAME=FILE ...] [--windows 8]
 
-`--fit` adds a row, fitted by `convert` on those files, or on its own text without files. `--held`
-adds a column, measured as by `eval --lookups 0`; the full model reads it once for all rows (2 *
-windows * 128 * n_vocab bytes each). FOLDER keeps sidecars and figures: a second call computes only
-the missing ones. Prints rows as JSON, figures with their errors.
+`--fit` adds a row, fitted by `convert` on those files, or on its own text without files.
+`--sidecar` adds a row for an existing sidecar. `--held` adds a column, measured as by `eval
+--lookups 0`; the full model reads it once for all rows (2 * windows * 128 * n_vocab bytes each).
+FOLDER keeps sidecars and figures: a second call computes only the missing ones. Prints rows as
+JSON: KL, PPL ratio and copy PPL ratio with their errors, and the share of deep rows.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import numpy as np
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan
-from pop_converter.popfile.sidecar import write_sidecar
+from pop_converter.popfile.sidecar import read_sidecar, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
@@ -59,35 +61,47 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
 def measure(
     options: argparse.Namespace, sidecar: Path, references: dict[str, QualityReference]
 ) -> dict[str, Any]:
-    """Return a row's KL and added NLL, by window; `references` are read once."""
+    """Return a row's losses and shares of deep rows, by window; `references` are read once."""
     settings = QualitySettings(options.windows, n_draws=1)
+    boundary = read_sidecar(sidecar, read_source(options.model)).boundary
     row: dict[str, Any] = {}
     with PopModel(
         EngineOptions.of(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048)
     ) as model:
+        rule = model.engine.rule
+        n_prunable = settings.n_context - rule.sink_tokens - rule.tail_tokens
         for column, [text] in options.held:
             if column not in references:
                 tokens = tokenize(model, given_text(text))
                 references[column] = read_reference(model, tokens, settings, _silent)
-            full, pruning = references[column], Pruning(options.boundary)
+            full, pruning = references[column], Pruning(boundary)
             with forced(model) as reader:
                 [scores] = score(reader, full.windows, full.full, [pruning], lambda n: None)
             row[column] = {
                 "kl": [float(each.divergence.kl.mean()) for each in scores],
                 "nll": [float((each.pruned.nll - each.full.nll).mean()) for each in scores],
+                "copy": [
+                    float((each.copy_pruned.nll - each.copy_full.nll).mean()) for each in scores
+                ],
+                "deep": [1 - each.n_pruned / n_prunable for each in scores],
             }
     return row
 
 
 def cells(row: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    """Return a row for docs/results: KL and PPL ratio (`_ppl`) of each column.
+    """Return a row for docs/results: each column's KL, PPL ratio (`_ppl`), copy PPL ratio
+    (`_copy`) and share of deep rows (`_deep`).
 
     `of_first`: all windows' KL over the same windows' KL in the first row.
     """
     found: dict[str, Any] = {}
     for column, each in row.items():
-        kl, ppl = mean(np.array(each["kl"])), exp_mean(np.array(each["nll"]))
-        found |= {column: _figures(kl), f"{column}_ppl": _figures(ppl)}
+        found |= {
+            column: _figures(mean(np.array(each["kl"]))),
+            f"{column}_ppl": _figures(exp_mean(np.array(each["nll"]))),
+            f"{column}_copy": _figures(exp_mean(np.array(each["copy"]))),
+            f"{column}_deep": round(sum(each["deep"]) / len(each["deep"]), 3),
+        }
     every, of = ([x for each in some.values() for x in each["kl"]] for some in (row, first))
     found["of_first"] = _figures(ratio(np.array(every), np.array(of)))
     return found | {"worst": max(found[column][0] for column in row)}
@@ -103,19 +117,23 @@ def _silent(done: int, total: int) -> None: ...
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--boundary", type=int, required=True)
+    parser.add_argument("--boundary", type=int)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--fit", type=named, action="append", required=True)
+    parser.add_argument("--fit", type=named, action="append", default=[])
+    parser.add_argument("--sidecar", type=named, action="append", default=[])
     parser.add_argument("--held", type=named, action="append", required=True)
     parser.add_argument("--tokens", type=int, default=24576)
     parser.add_argument("--windows", type=int, default=8)
     options = parser.parse_args()
+    if options.fit and options.boundary is None:
+        parser.error("--fit needs --boundary")
     options.out.mkdir(parents=True, exist_ok=True)
     references: dict[str, QualityReference] = {}
     rows: list[dict[str, Any]] = []
-    for name, texts in options.fit:
-        sidecar = fit(name, texts, options)
-        kept = sidecar.with_suffix(".json")
+    sidecars = [(name, fit(name, texts, options)) for name, texts in options.fit]
+    sidecars += [(name, sidecar) for name, [sidecar] in options.sidecar]
+    for name, sidecar in sidecars:
+        kept = options.out / f"{options.model.stem}.{name}.json"
         if not kept.exists():
             kept.write_text(json.dumps(measure(options, sidecar, references)))
         rows.append(json.loads(kept.read_text()))

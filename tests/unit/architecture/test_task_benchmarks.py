@@ -11,6 +11,7 @@ from pop_local.measure.compared_prompts import read_prompts
 from support.paths import TESTS
 
 sys.path.append(str(TESTS / "bench"))
+import make_names
 import tasks
 
 HUMANEVAL = {
@@ -90,3 +91,18 @@ def test_programs_answered_in_both_modes_are_counted(tmp_path: Path):
         "n_only_full": 1,
         "n_only_pruned": 0,
     }
+
+
+def test_questions_on_names_need_the_passage_and_hide_their_answers():
+    sentence = "The long road to the harbour was built by Aldous Marrow and later widened."
+    passage = next(make_names.passages(sentence + " In spring it is closed." * 40, len))
+    asked = []
+
+    def write(prompt: str) -> str:
+        asked.append(prompt)
+        return " Who built the road?\nSecond line"
+
+    assert list(make_names.questions(passage, write)) == [("Who built the road?", "Aldous Marrow")]
+    assert "Aldous Marrow" in asked[0]
+    for useless in ("Who was Aldous Marrow?", "Who is in the sentence?", "It was built."):
+        assert not make_names.is_usable(useless, "Aldous Marrow")
