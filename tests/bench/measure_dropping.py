@@ -27,6 +27,7 @@ import dropping_tasks as tasks
 from attention_scorer import AttentionScorer, kept_tokens
 from dropping_tasks import Question, TaskDocument
 from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import read_sidecar
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompter import is_end
@@ -42,14 +43,13 @@ N_ENDS = 32
 class Comparison:
     """Answers to a document's questions in each mode."""
 
-    def __init__(self, model: PopModel, scorer: AttentionScorer, reader: Forced) -> None:
-        self._model, self._scorer, self._reader = model, scorer, reader
+    def __init__(self, scorer: AttentionScorer, reader: Forced, pruning: Pruning) -> None:
+        self._scorer, self._reader, self._pruning = scorer, reader, pruning
 
     def answer(self, document: TaskDocument) -> Iterator[dict[str, Any]]:
         """Yield a row for each question and mode."""
-        engine = self._model.engine
         seconds = {}
-        for mode, pruning in (("full", FULL), ("pruned", Pruning(engine.cache.boundary))):
+        for mode, pruning in (("full", FULL), ("pruned", self._pruning)):
             start = time.perf_counter()
             self._reader.read(document.tokens, pruning)
             seconds[mode] = time.perf_counter() - start
@@ -87,7 +87,7 @@ class Comparison:
 
     def _written(self, question: Question) -> str:
         """Return the greedy answer to a question that was just read."""
-        context = self._model.engine.context
+        context = self._reader.model.engine.context
         tokens: list[int] = []
         text = ""
         while len(tokens) < question.max_tokens:
@@ -131,7 +131,10 @@ def main() -> None:
     parser.add_argument("--lookups", type=int, default=40)
     parser.add_argument("--quotes", type=int, default=6)
     options = parser.parse_args()
-    sidecar = options.sidecar or sidecar_of(read_source(options.model))
+    source = read_source(options.model)
+    sidecar = options.sidecar or sidecar_of(source)
+    assert sidecar is not None, "the model has no sidecar"
+    pruning = Pruning(read_sidecar(sidecar, source).boundary)
     scorer = AttentionScorer(options.scorer)
     opened = EngineOptions.of(options.model, sidecar=sidecar, n_threads=1, n_ctx=4096)
     with PopModel(opened) as model, forced(model) as reader:
@@ -145,7 +148,7 @@ def main() -> None:
         for name, documents in every.items():
             rows: list[dict[str, Any]] = []
             for document in documents:
-                for row in Comparison(model, scorer, reader).answer(document):
+                for row in Comparison(scorer, reader, pruning).answer(document):
                     rows.append(row)
                     if options.out:
                         with options.out.open("a") as file:
