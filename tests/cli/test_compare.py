@@ -57,7 +57,7 @@ def test_both_answers_are_compared(pop_file, mine):
     assert first["full"]["n_pruned"] == 0 < first["pruned"]["n_pruned"]
     assert min(first["full"]["ttft_s"], first["pruned"]["ttft_s"]) > 0
     for mode in ("full", "pruned"):
-        assert second[mode]["n_cached"] > 100, "what prompts share is read once"
+        assert second[mode]["n_cached"] > 100, "a common prefix is read once"
 
 
 def test_a_table_shows_what_differs(pop_file, mine):

@@ -108,7 +108,7 @@ def test_a_named_boundary_is_distilled_if_its_plain_fit_is_outside(
         4,
         "4 (names) outside, 4 distilled (names) inside",
     )
-    assert read == [4], "no state is read for deeper boundaries"
+    assert read == [4], "no state is captured for deeper boundaries"
 
 
 @pytest.mark.parametrize(("more", "is_taken"), [(-0.001, True), (0.0004, True), (0.001, False)])

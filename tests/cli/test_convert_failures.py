@@ -53,7 +53,7 @@ def test_an_existing_output_stays(tiny, tmp_path):
     with pytest.raises(OutputExistsError):
         convert_default(tiny, dst, progress=lambda done, total: copied.append(done))
     assert dst.read_text() == "mine"
-    assert not copied, "refused before the copy"
+    assert not copied, "the conversion was refused before it copied"
     convert_default(tiny, dst, force=True)
     assert read_pop_meta(dst) is not None
 

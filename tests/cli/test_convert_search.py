@@ -327,7 +327,7 @@ def test_a_stopped_search_is_resumed_regardless_of_the_memory(tiny, letters, tmp
     monkeypatch.setattr(activations.WindowReader, "window", window)
     done = convert(*options, "--memory", 1)
     assert done.exit_code == 0, done.stderr
-    assert len(read) == 4, "boundary 5 was kept, and 2 to 4 share a pass"
+    assert len(read) == 4, "boundary 5 was saved, and boundaries 2 to 4 share a pass"
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
 

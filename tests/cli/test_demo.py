@@ -40,7 +40,7 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     assert "pop-sidecar.gguf (shipped with pop-local)" in said
     assert done.stdout.count("first token after") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
-    assert done.stdout.count("The light is never late") == 2, "both know it from the document"
+    assert done.stdout.count("The light is never late") == 2, "both answers are in the document"
     assert "(1.36 times fewer multiply-accumulates)" in done.stdout
     assert "they skipped 10 of 30 layers" in done.stdout
 

@@ -139,7 +139,7 @@ def test_a_pasted_document_is_one_question(history):
     terminal.line("")
     terminal.expect(f"{len(document)} characters in 1000 lines: line 0 of a document")
     leave(terminal)
-    assert not history.exists(), "a book is not worth remembering"
+    assert not history.exists(), "the history leaves out long pastes"
 
 
 def test_commands_and_paths_are_completed(history, tmp_path):
@@ -208,7 +208,7 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal):
     terminal.line("!")
     terminal.expect("6 characters in 1 lines: ahead!")
     _, _, drawn = terminal.text.rpartition("speak slowly, briefly")
-    assert drawn.count("word0 ") == 1, "the answer was drawn over itself"
+    assert drawn.count("word0 ") == 1, "the answer was drawn twice"
     terminal.expect_prompt()
 
 
