@@ -14,12 +14,10 @@ from pop_local.ui.theme import warn
 from pop_local.ui.views.speed_table import show_speed
 from pop_local.ui.watch import stoppable_watch
 
-DEFAULT_PROMPTS = "512,1024,2048"
-
 
 @dataclass(frozen=True)
 class PromptOptions(Group):
-    prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
+    prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
     repeat: int = option("Number of run pairs per prompt length.", min=1, default=5)
     boundary: int | None = option("First layer to skip (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)

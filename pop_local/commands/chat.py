@@ -54,7 +54,7 @@ def chat(
     ] = False,
     opened: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
     sampling: opt.SamplingOptions,
-    theme: opt.Theme = opt.DEFAULT_THEME,
+    theme: opt.Theme = "terminal",
 ) -> None:
     """Chat with a model. /help lists the chat's commands. Each piped line is a question."""
     asked = opt.given_names(call)

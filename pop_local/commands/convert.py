@@ -83,9 +83,7 @@ class FullRowOptions(Group):
     )
     tail: int = option("Number of tokens at the end of a prompt.", min=0, default=TAIL_TOKENS)
     min_prompt: int | None = option(
-        "Shortest prompt to prune, in tokens (default: about 70, where pruning saves half of the"
-        " share that it saves on long prompts).",
-        min=0,
+        "Shortest prompt to prune, in tokens (default: about 70, by the work saved).", min=0
     )
     deep_rows: DeepRows = option(
         "Rule for words whose tokens also run all layers.", default=RowOptions.deep_rows
@@ -195,9 +193,7 @@ def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Nam
     """Return the requested goal. Missing limits default to BALANCED."""
     if quality and limits:
         raise typer.BadParameter("--quality excludes custom limits; remove --quality or the limits")
-    if quality:
-        return Within(BUDGETS[quality], named)
     if limits:
         budget = replace(BALANCED, quality="custom", **limits)  # type: ignore[arg-type]
         return Within(budget, named)
-    return named or Within(BALANCED)
+    return Within(BUDGETS[quality], named) if quality else named or Within(BALANCED)

@@ -11,8 +11,6 @@ from pop_local.models.model_names import DEFAULT_MODEL
 from pop_local.ui.tables import print_json
 from pop_local.ui.watch import terminal_watch
 
-N_PAIRS = 3
-
 
 @expand_options
 def demo(
@@ -20,7 +18,7 @@ def demo(
     *,
     pairs: Annotated[
         int, typer.Option(min=1, help="Number of answer pairs, in full and pruned.")
-    ] = N_PAIRS,
+    ] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
 ) -> None:

@@ -57,7 +57,7 @@ def run(
     system: opt.System = "",
     how: opt.ModelOptions,
     sampling: opt.SamplingOptions,
-    theme: opt.Theme = opt.DEFAULT_THEME,
+    theme: opt.Theme = "terminal",
 ) -> None:
     """Answer one question. Pictures, files and piped text precede the question in the prompt.
 

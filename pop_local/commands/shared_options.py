@@ -22,8 +22,6 @@ from pop_local.workflows.hardware import Hardware
 if TYPE_CHECKING:
     from pop_local.workflows.conversion.goals import Named
 
-DEFAULT_THEME = "terminal"
-
 
 def finite(value: float | None) -> float | None:
     """Reject nan and inf, which typer's ranges accept. Callback of every float option."""

@@ -54,9 +54,9 @@ LOOKS = {"terminal": "ansi_dark", "dark": "monokai", "light": "default", "plain"
 
 
 def look(name: str) -> str:
-    """Return the Pygments style of a theme in LOOKS or of a style's name. Raises PopError.
+    """Return the Pygments style of a theme or of a style's name. Raises PopError.
 
-    Return the plain theme without colours, and on terminals without cursor movement.
+    The result is plain for output without colours or cursor movement.
     """
     from pygments.styles import get_all_styles
 

@@ -131,9 +131,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
                 model.engine.context.meta and model.engine.context.meta.projection,
             )
         )
-        assert existing_sidecar(read_source(base)) is None, (
-            "the sidecar is written later"
-        )
+        assert existing_sidecar(read_source(base)) is None, "the sidecar is written later"
         return (SimpleNamespace(boundary=4),)
 
     monkeypatch.setattr("pop_local.workflows.conversion.named.measure_prunings", measure)

@@ -148,11 +148,7 @@ def _limit(conversion: Conversion, plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return a plan's facts.
-
-    `layers`: the number of skipped layers. `where`: facts on their position. `output`: the output's
-    size. `limit`: the speed-up's limit.
-    """
+    """Return a plan's facts. `where`: facts on the position of the skipped `layers`."""
     form, read = conversion.output.name, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp also opens the copy"
     if form == "sidecar":

@@ -21,24 +21,21 @@ def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
 
 
 def _model_facts(found: Inspection) -> list[Fact]:
-    if found.architecture == ARCHITECTURE:
-        return [
-            ("File", found.file),
-            ("Size", size(found.size_bytes)),
-            ("Name", found.name or "none"),
-            ("Kind", "multimodal projector for pictures (--mmproj)"),
-            ("Tensors", _tensors(found.tensors)),
-        ]
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
-    return [
+    facts = [
         ("File", found.file),
         ("Size", f"{size(found.size_bytes)}{files}"),
         ("Name", found.name or "none"),
+        ("Tensors", _tensors(found.tensors)),
+    ]
+    if found.architecture == ARCHITECTURE:
+        return [*facts, ("Kind", "multimodal projector for pictures (--mmproj)")]
+    return [
+        *facts,
         ("Architecture", f"{found.architecture}{_refused(found)}"),
         ("Layers", f"{found.n_layer}, width {found.n_embd}"),
         ("Trained context", f"{found.n_ctx_train:,} tokens"),
         ("Chat template", "yes" if found.has_chat_template else "no (base model)"),
-        ("Tensors", _tensors(found.tensors)),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
         *([("Reads pictures with", found.mmproj)] if found.mmproj else []),
         *(skipping_facts(found.skipping, found.work) if found.skipping else []),

@@ -12,10 +12,9 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Return an answer's statistics: prompt tokens, TTFT, prefill and decode tokens/s.
+    """Return an answer's statistics, or the read part of the prompt if the answer is missing.
 
-    TTFT includes encoding pictures, the prefill speed excludes it. Without an answer, the line
-    reports how much of the prompt was read.
+    TTFT includes encoding pictures, the prefill speed excludes it.
     """
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
