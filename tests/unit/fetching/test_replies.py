@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.fetching import download as download_module
-from pop_local.fetching.url import fetch_url
+from pop_local.fetching import http_download
+from pop_local.fetching.http_download import fetch_url
 from support.downloads import HALF, MODEL, OTHER, SHA256, names, pull, reply
 
 # One tensor of bytes, whose number follows from the header.
@@ -127,7 +127,7 @@ def test_a_length_that_no_file_has_is_no_length(hub, tmp_path):
 
 
 def test_what_has_no_length_does_not_fill_the_disk(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(download_module, "_UNANNOUNCED_BYTES", 1_000_000)
+    monkeypatch.setattr(http_download, "_UNANNOUNCED_BYTES", 1_000_000)
     written: list[int] = []
 
     def usage(folder: Path) -> object:

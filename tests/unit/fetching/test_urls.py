@@ -6,8 +6,7 @@ import ssl
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.fetching.download import reason_of
-from pop_local.fetching.url import file_name
+from pop_local.fetching.http_download import file_name, reason_of
 
 
 @pytest.mark.parametrize(

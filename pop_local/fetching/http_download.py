@@ -13,15 +13,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pop_converter.base.errors import FormatError, PopError, TruncatedError
 from pop_converter.base.progress import Progress
 from pop_converter.gguf.header import MAGIC, read_header
-from pop_local.fetching.target import download_lock, file_sha256, require_space
-from pop_local.models.model_files import ORIGIN_SUFFIX
+from pop_local.fetching.target import (
+    download_lock,
+    file_sha256,
+    is_fetched,
+    require_space,
+    safe_name,
+)
+from pop_local.models.model_files import ORIGIN_SUFFIX, SUFFIX
 
 if TYPE_CHECKING:
     import requests
@@ -71,6 +77,42 @@ def reason_of(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     return type(error).__name__
+
+
+def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
+    """Fetch the file at `url` into `folder` under its own name, and return its path.
+
+    `sha256` may be "". An existing file with that hash is kept; another file is refused unless
+    `force`. `advance` is called with (done_bytes, total_bytes). Raises PopError.
+    """
+    target = folder / file_name(url)
+    if is_fetched(target, sha256, f"the file of sha256 {sha256}", force=force):
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    download(RemoteFile(url, sha256=sha256), target, advance)
+    return target
+
+
+def file_name(url: str) -> str:
+    """Return the last part of the address as a safe file name.
+
+    Raises PopError if the address is invalid, or has no host or no file name.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # its message may contain a password
+        raise PopError("invalid address", "give the full address of a GGUF file") from error
+    if not parts.hostname:
+        raise PopError(
+            f"{without_secrets(url)} has no host", "give the full address of a GGUF file"
+        )
+    name = safe_name(PurePosixPath(unquote(parts.path)).name)
+    if not name:
+        raise PopError(
+            f"{without_secrets(url)} has no file name",
+            "give the URL of a GGUF file (.../NAME.gguf)",
+        )
+    return name if name.lower().endswith(SUFFIX) else name + SUFFIX
 
 
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)

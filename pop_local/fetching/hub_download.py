@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress
-from pop_local.fetching.download import RemoteFile, download, reason_of
+from pop_local.fetching.http_download import RemoteFile, download, reason_of
 from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
 from pop_local.fetching.target import is_fetched, require_space, safe_name
 from pop_local.models.mmproj_files import mmproj_name
