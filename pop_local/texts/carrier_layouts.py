@@ -1,4 +1,4 @@
-"""Layouts of look-up documents: the same records as lines, CSV, JSON, logs and so on."""
+"""Layouts of look-up documents: records as lines, CSV, JSON, log entries and other formats."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pop_local.texts.carrier_values import Use
 
 @dataclass(frozen=True)
 class Record:
-    """An entity with one value per field of its block."""
+    """An entity, with one value for each field of its block."""
 
     entity: str
     values: tuple[str, ...]
@@ -16,7 +16,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Records that share their fields; `kinds` has one kind of value per field."""
+    """Records with the same fields; `kinds` has the kind of each field's values."""
 
     noun: str
     fields: tuple[str, ...]
@@ -24,7 +24,7 @@ class Block:
     records: tuple[Record, ...]
 
     def pairs(self, record: Record, form: str, separator: str) -> str:
-        """Return a record's fields and values; `form` may use field, key and value."""
+        """Format a record's fields; `form` may contain {field}, {key} and {value}."""
         return separator.join(
             form.format(field=field, key=_key(field), value=value)
             for field, value in zip(self.fields, record.values, strict=True)
@@ -33,7 +33,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """A format of a block; `subject(noun, field, entity)` names one value in it."""
+    """A block's format; `subject(noun, field, entity)` describes one value in words."""
 
     name: str
     write: Callable[[Block], str]

@@ -1,14 +1,17 @@
-"""Random values, names and keys of look-up documents; the two uses share none."""
+"""Random values, names and keys for look-up documents, different for each use."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 
 class Use(Enum):
-    """Purpose of a document: fitting and training, or measuring only."""
+    """The purpose of a document: to fit and train on, or only to measure."""
 
     FITTING = "fitting"
     HELD_OUT = "held-out"
@@ -16,115 +19,48 @@ class Use(Enum):
 
 @dataclass(frozen=True)
 class Words:
-    """Word lists of one use. `fields` holds the keys for each kind of value.
+    """The word lists of one use.
 
-    Names of entities and families join a start to an end; `phone`, `date`, `amount` are formats.
+    `fields` maps kinds of values to keys. Names of entities and families join a start and an end.
+    `phone`, `date` and `amount` are formats.
     """
 
-    nouns: tuple[str, ...]
-    fields: dict[str, tuple[str, ...]]
-    entity_starts: tuple[str, ...]
-    entity_ends: tuple[str, ...]
-    given: tuple[str, ...]
-    family_starts: tuple[str, ...]
-    family_ends: tuple[str, ...]
-    plain: tuple[str, ...]
-    roots: tuple[str, ...]
-    endings: tuple[str, ...]
+    nouns: list[str]
+    fields: dict[str, list[str]]
+    entity_starts: list[str]
+    entity_ends: list[str]
+    given: list[str]
+    family_starts: list[str]
+    family_ends: list[str]
+    plain: list[str]
+    roots: list[str]
+    endings: list[str]
     phone: str
     date: str
     amount: str
-    months: tuple[str, ...]
+    months: list[str]
 
 
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-_FITTING = Words(
-    nouns=("shop", "sensor", "branch", "vessel", "account", "job"),
-    fields={
-        "hex": ("checksum", "session key", "commit"),
-        "decimal": ("weight", "voltage", "ratio"),
-        "phone": ("phone number", "hotline"),
-        "e-mail": ("e-mail address", "mailbox"),
-        "path": ("log file", "backup folder"),
-        "identifier": ("order code", "device id"),
-        "date": ("start date", "renewal date"),
-        "amount": ("price", "monthly fee"),
-        "name": ("owner", "manager"),
-    },
-    entity_starts=_list(
-        "Arl Bex Cor Dal Els Far Gim Hul Ips Jar Kes Lam Mor Nor Ost Pel Rus Sal Tev Ulm"
-    ),
-    entity_ends=("ham", "worth", "stead", "bury", "ford", "gate", "wold", "mere"),
-    given=("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas"),
-    family_starts=("Bran", "Carl", "Dorn", "Fisch", "Gran", "Hart", "Kram", "Lind", "Mont", "Rott"),
-    family_ends=("ner", "sson", "berg", "mann", "elli", "ova", "quist", "aard"),
-    plain=_list(
-        "amber basin cedar delta ember fable grove hazel ivory jolly kayak lemon maple nylon"
-        " ocean piano quilt raven sugar tiger"
-    ),
-    roots=("/srv", "/home/data", "/opt/app", "C:/work"),
-    endings=("csv", "bak", "json", "dat"),
-    phone="+{a:02d} {b:03d} {c:03d} {d:04d}",
-    date="{year:04d}-{month:02d}-{day:02d}",
-    amount="EUR {whole}.{cents:02d}",
-    months=(),
-)
-_HELD_OUT = Words(
-    nouns=("station", "customer", "printer", "valley", "project", "server"),
-    fields={
-        "hex": ("digest", "licence token", "serial hash"),
-        "decimal": ("reading", "density", "score"),
-        "phone": ("telephone", "emergency line"),
-        "e-mail": ("contact address", "sender"),
-        "path": ("working directory", "archive"),
-        "identifier": ("reference", "part number"),
-        "date": ("last inspection", "deadline"),
-        "amount": ("balance", "deposit"),
-        "name": ("supervisor", "founder"),
-    },
-    entity_starts=_list(
-        "Ash Bram Cob Drey Eck Fen Gor Hesk Ing Jul Kirk Los Mal Nev Ock Pry Quar Rav Sten Thir"
-    ),
-    entity_ends=("ley", "moor", "thwaite", "combe", "den", "wick", "brook", "hurst"),
-    given=("Agnes", "Bruno", "Celia", "Dario", "Edith", "Frank", "Gwen", "Henry", "Isla", "Karl"),
-    family_starts=("Ald", "Bau", "Cre", "Dev", "Ems", "Fal", "Hol", "Jen", "Kov", "Var"),
-    family_ends=("ington", "ic", "strom", "aux", "etti", "wicz", "horn", "ander"),
-    plain=_list(
-        "arrow birch cloud dune eagle flint glass heron island jungle kettle lunar marble north"
-        " orbit pearl quartz river stone tulip"
-    ),
-    roots=("/var/lib", "/mnt/share", "/usr/local", "D:/archive"),
-    endings=("log", "xml", "tar.gz", "ini"),
-    phone="({b:03d}) {c:03d}-{d:04d}",
-    date="{day} {name} {year:04d}",
-    amount="${whole}.{cents:02d}",
-    months=_list(
-        "January February March April May June July August September October November December"
-    ),
-)
-
-
+@cache
 def words(use: Use) -> Words:
-    """Return the word lists of a use."""
-    return {Use.FITTING: _FITTING, Use.HELD_OUT: _HELD_OUT}[use]
+    """Return the word lists of carrier_words.json for one use."""
+    text = Path(__file__).with_name("carrier_words.json").read_text("utf-8")
+    return Words(**json.loads(text)[use.value])
 
 
 def entities(rng: np.random.Generator, use: Use) -> list[str]:
-    """Return all names of entities, in random order."""
+    """Return all entity names in random order."""
     lists = words(use)
     names = [start + end for start in lists.entity_starts for end in lists.entity_ends]
     return [names[i] for i in rng.permutation(len(names))]
 
 
 def value(rng: np.random.Generator, kind: str, lists: Words) -> str:
-    """Draw a value of a kind of `KINDS`."""
+    """Draw a random value of one of `KINDS`."""
     return _MAKERS[kind](rng, lists)
 
 
-def _pick(rng: np.random.Generator, items: tuple[str, ...]) -> str:
+def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
     return items[int(rng.integers(len(items)))]
 
 

@@ -1,9 +1,8 @@
-"""Synthetic documents for look-ups: prose with keys and random values, and questions about them.
+"""Carriers: synthetic documents of prose and random values, with questions about the values.
 
-A value cannot be guessed, so a right answer was copied from the document. Half of the layouts and
-of the words are for fitting and training (`Use.FITTING`), the other half only for measuring
-(`Use.HELD_OUT`): no layout, key, name or word list occurs in both. All texts are determined by
-the numpy Generator, the prose and the token counter.
+A model cannot guess a value, so it must copy a correct answer from the document. Half of the
+layouts and words are for fitting and training (`Use.FITTING`), the other half only for measuring
+(`Use.HELD_OUT`). The random generator, the prose and the token counter determine each document.
 """
 
 from collections import Counter
@@ -20,7 +19,7 @@ from pop_local.texts.carrier_values import KINDS, Use, Words, entities, value, w
 _T = TypeVar("_T")
 CountTokens = Callable[[str], int]
 
-# Records and fields of one block: enough that neighbours compete for every question.
+# Records and fields per block, so that several similar values compete for every answer.
 _N_RECORDS = 4
 _N_FIELDS = 2
 _PROSE_SHARE = 0.5
@@ -28,10 +27,10 @@ _PROSE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class LookupQuestion:
-    """A question whose answer is one value of the document, as an exact string.
+    """A question whose answer is a value of the document, as an exact string.
 
-    `stem` starts the answering sentence, and `answer` follows it after a space. `kind` is the
-    value's kind (see `KINDS`), `layout` the layout of its block.
+    `stem` starts the answering sentence: `answer` follows it after a space. `kind` is the value's
+    kind (one of `KINDS`), and `layout` is its block's layout.
     """
 
     question: str
@@ -42,13 +41,13 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """Return the text that follows the document and a blank line; the answer completes it."""
+        """The text to append to the document after a blank line, ending before the answer."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 
 @dataclass(frozen=True)
 class Carrier:
-    """A document and the questions about its values."""
+    """A document and questions about its values."""
 
     text: str
     questions: tuple[LookupQuestion, ...]
@@ -56,10 +55,9 @@ class Carrier:
 
 @dataclass(frozen=True)
 class AnsweredCarrier:
-    """A document, its questions and their answers as running text.
+    """A document followed by its questions and answers.
 
-    `answers` holds the (start, end) positions of the answers in characters of `text`. A span
-    starts at the answer's first character; the space that precedes it is not part of it.
+    `answers` holds the answers' (start, end) positions in `text`, without the preceding space.
     """
 
     text: str
@@ -68,7 +66,7 @@ class AnsweredCarrier:
 
 @dataclass(frozen=True)
 class CarrierSettings:
-    """Size and use of a document: about `n_tokens` tokens and up to `n_questions`."""
+    """A document's use, approximate length and maximum number of questions."""
 
     n_tokens: int
     n_questions: int
@@ -78,13 +76,13 @@ class CarrierSettings:
 def make_carrier(
     rng: np.random.Generator, settings: CarrierSettings, prose: str, count: CountTokens
 ) -> Carrier:
-    """Build a document of blocks in all layouts of the use, with prose between and after them.
+    """Build a document of blocks in the use's layouts, with prose before, between and after them.
 
     The prose starts at a random sentence of `prose`. `count` returns a text's length in tokens.
-    A document with fewer values than `n_questions` gets one question per value. Raises
-    PopError if the first block leaves no room for prose.
+    Each value has one question, up to `n_questions`. Raises PopError if the blocks leave no room
+    for prose.
     """
-    # The stream also depends on the use, so the same seed draws no common value for both.
+    # Seed with the use, so that one seed yields different values for both uses.
     rng = np.random.default_rng([*settings.use.value.encode(), int(rng.integers(1 << 62))])
     writer = _Writer(rng, settings.use)
     sentences = _sentences(prose)
@@ -98,7 +96,7 @@ def make_carrier(
     if n_prose <= 0:
         raise PopError(
             f"a document of {settings.n_tokens} tokens has no room for a look-up",
-            "give longer documents",
+            "increase the documents' length",
             cause="documents-too-short",
         )
     between = _paragraphs(rng, sentences, len(blocks) + 1, n_prose, count)
@@ -110,7 +108,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> AnsweredCarrier:
-    """Append the questions and their answers to the document, as running text for training."""
+    """Append questions and answers to the document, as a text for training."""
     text, spans = carrier.text, []
     for question in carrier.questions:
         text += f"\n\n{question.completion} "
@@ -122,7 +120,7 @@ def with_answers(carrier: Carrier) -> AnsweredCarrier:
 def _even_over_kinds(
     rng: np.random.Generator, questions: Sequence[LookupQuestion]
 ) -> list[LookupQuestion]:
-    """Return shuffled questions, with every kind's first question before any second one."""
+    """Return shuffled questions: first one of every kind, then a second one, and so on."""
     rounds: Counter[str] = Counter()
     ranked = []
     for i in rng.permutation(len(questions)):
@@ -135,14 +133,14 @@ def _sentences(prose: str) -> list[str]:
     parts = [part.strip(" *") + "." for part in " ".join(prose.split()).split(". ")]
     found = [part for part in parts if 20 < len(part) < 400]
     if not found:
-        raise PopError("the prose for look-up documents has no sentences", "give a longer text")
+        raise PopError("the prose for look-up documents has no sentences", "pass a longer text")
     return found
 
 
 def _paragraphs(
     rng: np.random.Generator, sentences: Sequence[str], n: int, n_tokens: int, count: CountTokens
 ) -> list[str]:
-    """Return `n` paragraphs of about `n_tokens` tokens in total."""
+    """Return `n` paragraphs, with about `n_tokens` tokens in total."""
     first = int(rng.integers(len(sentences)))
     paragraphs: list[list[str]] = [[] for _ in range(n)]
     used = 0
@@ -156,7 +154,7 @@ def _paragraphs(
 
 
 class _Writer:
-    """Writer of one document's blocks, without repeated entities or values."""
+    """A writer of one document's blocks that repeats no entity and no value."""
 
     def __init__(self, rng: np.random.Generator, use: Use) -> None:
         self._rng = rng
@@ -168,10 +166,7 @@ class _Writer:
         self._seen: list[str] = []
 
     def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
-        """Return a block and questions about all of its values.
-
-        The block drops records to stay within `n_tokens`, but keeps one.
-        """
+        """Return a block of up to `n_tokens` tokens, or a single record, and its questions."""
         layout = next(self._layouts)
         kinds = self._distinct_kinds()
         fields = tuple(str(self._rng.choice(self._words.fields[kind])) for kind in kinds)
@@ -194,7 +189,7 @@ class _Writer:
         entity = next(self._entities, None)
         if entity is None:
             raise PopError(
-                "a look-up document needs more names than the word list has", "shorten it"
+                "a look-up document needs more names than the word list has", "shorten the document"
             )
         return Record(entity, tuple(self._new_value(kind) for kind in kinds))
 
@@ -215,7 +210,7 @@ def _questions(layout: Layout, block: Block) -> Iterator[LookupQuestion]:
 
 
 def _cycle(rng: np.random.Generator, items: Sequence[_T]) -> Iterator[_T]:
-    """Yield all items in a new random order per round, so that all are drawn equally often."""
+    """Yield all items in random order, then all items in another random order, and so on."""
     while True:
         for i in rng.permutation(len(items)):
             yield items[i]

@@ -1,4 +1,4 @@
-"""Synthetic documents for look-ups: each answer is once in the document, and uses share nothing."""
+"""Test documents for look-ups: answers occur once, and the two uses share no words."""
 
 from collections import Counter
 from dataclasses import fields
@@ -24,14 +24,14 @@ def _carriers(use: Use, n: int = 5, n_tokens: int = 1024) -> list[Carrier]:
 
 
 @pytest.mark.parametrize("use", Use)
-def test_an_answer_occurs_once_in_its_document_and_its_subject_is_unique(use: Use) -> None:
+def test_answers_and_subjects_are_unique(use: Use) -> None:
     for carrier in _carriers(use):
         assert len({each.question for each in carrier.questions}) == 20
         assert all(carrier.text.count(each.answer) == 1 for each in carrier.questions)
 
 
 @pytest.mark.parametrize("use", Use)
-def test_documents_have_the_requested_size_and_half_of_it_is_prose(use: Use) -> None:
+def test_documents_have_the_requested_size_and_half_prose(use: Use) -> None:
     for carrier in _carriers(use):
         assert 0.9 * 1024 < _n_tokens(carrier.text) < 1.1 * 1024
         prose = sum(
@@ -43,7 +43,7 @@ def test_documents_have_the_requested_size_and_half_of_it_is_prose(use: Use) -> 
 
 
 @pytest.mark.parametrize("use", Use)
-def test_all_kinds_and_layouts_are_asked_about(use: Use) -> None:
+def test_questions_cover_all_kinds_and_layouts(use: Use) -> None:
     questions = [each for carrier in _carriers(use, 10) for each in carrier.questions]
     kinds = Counter(each.kind for each in questions)
     assert set(kinds) == set(KINDS)
@@ -82,7 +82,7 @@ def test_answers_for_training_are_located_by_character() -> None:
     assert all(answered.text[start - 1] == " " for start, _ in answered.answers)
 
 
-def test_a_short_document_has_fewer_questions_and_a_tiny_one_is_refused() -> None:
+def test_short_documents_have_fewer_questions() -> None:
     assert 0 < len(_carriers(Use.HELD_OUT, 1, 300)[0].questions) < 20
     with pytest.raises(PopError, match="no room for a look-up") as caught:
         _carriers(Use.HELD_OUT, 1, 20)
