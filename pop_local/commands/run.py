@@ -21,8 +21,7 @@ from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.texts.decoding import decoded
-from pop_local.texts.document import Document
-from pop_local.texts.document_readers import read_document, read_limited
+from pop_local.texts.document_readers import Document, read_document, read_limited
 from pop_local.ui.chat.overflow import least_answer, too_long
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import deferred_interrupt

@@ -38,7 +38,7 @@ from pop_local.engine.turn_options import AnswerOptions, TurnOptions
 from pop_local.models import model_names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.sidecars import sidecar_of
-from pop_local.texts.document import Document
+from pop_local.texts.document_readers import Document
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

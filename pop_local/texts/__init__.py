@@ -1,1 +1,1 @@
-"""Texts of users' files, and synthetic documents for look-ups."""
+"""Read texts from users' files, and generate documents for look-ups."""

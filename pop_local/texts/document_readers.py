@@ -1,54 +1,59 @@
-"""Readers of documents: plain text in any language, mail, PDF and DOCX.
+"""Read documents: plain text, mail, PDF and DOCX.
 
-pypdf and python-docx are optional dependencies (the extra `documents`), imported on first use.
+PDF and DOCX need the optional dependencies of the extra `documents`.
 """
 
-import email
-import email.policy
 import io
 import logging
 import os
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.files import read_file
 from pop_local.texts.decoding import decoded, read_text
-from pop_local.texts.document import Document
 
 MAX_BYTES = 100_000_000
-# Maximum growth of an unpacked DOCX: its XML takes twelve times as much memory.
+# Maximum growth of a DOCX when unpacked, since parsed XML needs twelve times as much memory.
 _MAX_GROWTH_BYTES = 32_000_000
-EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
+EXTRA_HINT = "install the reader: pip install 'pop-local[documents]'"
+
+
+@dataclass(frozen=True)
+class Document:
+    """The text of a file or of a part of it, with a display name."""
+
+    name: str
+    text: str
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """Read a document: plain text, mail, PDF or DOCX.
+    """Read a plain text, mail, PDF or DOCX file.
 
-    Raises OSError if it cannot be read, PopError if it is not text, has no text or is too large.
+    Raises OSError if reading fails, PopError if the file is binary, too large, or without text.
     """
     document = _read(Path(path))
     if not document.text.strip():
-        raise PopError(f"{path} has no text", "give a file with text; scanned pages need OCR first")
+        raise PopError(f"{path} has no text", "pass a file with text; scanned pages need OCR first")
     return document
 
 
 def read_text_of(path: Path) -> str:
-    """Return a document's text; plain text may have any length. Raises PopError."""
+    """Return a document's text, without a size limit for plain text. Raises PopError."""
     if path.suffix.lower() not in _READERS:
         return read_text(path)
     try:
         # A PDF may contain lone surrogates.
         return read_document(path).text.encode(errors="replace").decode()
     except OSError as error:
-        hint = "give a file that can be read"
-        raise PopError(f"cannot read {path}: {error.strerror}", hint) from error
+        raise PopError(f"cannot read {path}: {error.strerror}", "pass a readable file") from error
 
 
 def _read(path: Path) -> Document:
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
-    # Session files contain valid Unicode only.
+    # Session files must be valid Unicode.
     name = os.fsencode(path).decode(errors="replace")
     if path.suffix.lower() not in _READERS:
         return Document(name, decoded(content, str(path)))
@@ -58,15 +63,15 @@ def _read(path: Path) -> Document:
     except (PopError, OSError):
         raise
     except ImportError as error:
-        raise PopError(f"{path} is {library} is not installed", EXTRA_HINT) from error
-    except Exception as error:  # the libraries raise any error on broken files
+        raise PopError(f"{path} needs {library}, which is not installed", EXTRA_HINT) from error
+    except Exception as error:  # on broken files, the libraries raise many types
         raise PopError(
             f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
         ) from error
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """Read a file. Raises PopError for more than MAX_BYTES, without reading all of it."""
+    """Read a file. Raises PopError, before reading all of it, if it exceeds MAX_BYTES."""
     return _within_limit(file.read(MAX_BYTES + 1), origin)
 
 
@@ -74,7 +79,7 @@ def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
             f"{origin} is too large: it has more than {MAX_BYTES:,} bytes",
-            "give a part of it",
+            "pass a part of it",
         )
     return content
 
@@ -86,11 +91,11 @@ def _too_much(path: Path) -> PopError:
 def _pdf(path: Path, content: bytes) -> str:
     import pypdf
 
-    # pypdf warns about harmless defects.
+    # pypdf's warnings are about harmless defects.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     reader = pypdf.PdfReader(io.BytesIO(content))
     if reader.is_encrypted and not reader.decrypt(""):
-        raise PopError(f"{path} is protected by a password", "save it without one first")
+        raise PopError(f"{path} is protected by a password", "save it without a password first")
     texts, n_chars = [], 0
     for page in reader.pages:
         texts.append(page.extract_text())
@@ -109,7 +114,7 @@ def _docx(path: Path, content: bytes) -> str:
         raise _too_much(path)
     document = docx.Document(io.BytesIO(content))
     if document.element.getroottree().docinfo.internalDTD is not None:
-        # python-docx does not expand entities, so their text would be lost.
+        # python-docx would drop the text of entities.
         raise PopError(f"{path} has a DTD, which DOCX forbids", "save it as plain text first")
     blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
@@ -117,6 +122,8 @@ def _docx(path: Path, content: bytes) -> str:
 
 
 def _mail(path: Path, content: bytes) -> str:
+    import email.policy
+
     message = email.message_from_bytes(content, policy=email.policy.default)
     head = [f"{name}: {message[name]}" for name in ("From", "To", "Date", "Subject")]
     body = message.get_body(("plain", "html"))
@@ -124,7 +131,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text; `row.cells` would repeat a cell for each column that it spans."""
+    """Return a table's text. `row.cells` would repeat cells that span several columns."""
     rows = ([_cell(cell) for cell in row.tc_lst] for row in table._tbl.tr_lst)
     return "\n".join(" | ".join(cells) for cells in rows)
 
@@ -134,7 +141,7 @@ def _cell(cell: Any) -> str:
 
 
 _READERS = {
-    ".pdf": ("PDF", "a PDF, and pypdf", _pdf),
+    ".pdf": ("PDF", "pypdf", _pdf),
     ".eml": ("mail", "", _mail),
-    ".docx": ("DOCX", "DOCX, and python-docx", _docx),
+    ".docx": ("DOCX", "python-docx", _docx),
 }

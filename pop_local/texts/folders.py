@@ -1,4 +1,4 @@
-"""Texts of files and folders, grouped by kind, so that no kind crowds out another."""
+"""Read texts from files and folders, balanced over kinds of files."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from pop_local.texts.document_readers import read_text_of
 
 
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
-    """Return the texts of each path: one text of a file, one per kind of files in a folder.
+    """Return each path's texts: a file's text, or one text per kind of file in a folder.
 
-    Files are of the same kind if they share a first-level folder and a suffix. Each kind is read up
-    to `most_chars`, in a fixed random order. Binary files, duplicates and names with a leading dot
-    are skipped. Raises PopError for a path that cannot be read or adds no text.
+    Files of one kind share a first-level folder and a suffix. Each kind is read up to `most_chars`
+    characters, in a fixed pseudorandom order. Binary files, duplicates and hidden files are
+    skipped. Raises PopError for an unreadable path and for a path without new text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []
@@ -28,7 +28,7 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
         if not texts:
             raise PopError(
                 f"{path} has no text, or only copies of earlier texts",
-                "give another file, or a folder of text files",
+                "pass another file, or a folder of text files",
             )
     return found
 

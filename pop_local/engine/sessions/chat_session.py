@@ -17,7 +17,7 @@ from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
 from pop_local.engine.turn_options import AnswerOptions, TurnOptions
-from pop_local.texts.document import Document
+from pop_local.texts.document_readers import Document
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.pictures import Picture
-from pop_local.texts.document import Document
+from pop_local.texts.document_readers import Document
 
 
 @dataclass(frozen=True)

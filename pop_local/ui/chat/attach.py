@@ -11,8 +11,7 @@ from pathlib import Path
 from pop_converter.base.errors import PopError
 from pop_local.config.settings import expanded
 from pop_local.engine.images.pictures import Picture, read_picture
-from pop_local.texts.document import Document
-from pop_local.texts.document_readers import read_document
+from pop_local.texts.document_readers import Document, read_document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.overflow import larger_ctx, least_answer
 from pop_local.ui.error_output import as_pop_error

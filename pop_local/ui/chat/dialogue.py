@@ -14,7 +14,7 @@ from pop_local.engine.learning.learned_fit import Fitter, LearnedFit
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
 from pop_local.measure.full_cost import FullCosts
-from pop_local.texts.document import Document
+from pop_local.texts.document_readers import Document
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt

@@ -1,4 +1,4 @@
-"""Texts out of files: plain, PDF, DOCX, and what cannot be read."""
+"""Read plain text, PDF and DOCX files, and refuse unreadable files."""
 
 import builtins
 import io
@@ -39,7 +39,7 @@ def pdf(drawing: bytes) -> bytes:
     return PDF % (len(drawing), drawing)
 
 
-def test_plain_text_in_the_usual_encodings(tmp_path):
+def test_text_encodings(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path = tmp_path / f"{encoding}.txt"
         path.write_bytes("Grüße\n".encode(encoding))
@@ -47,13 +47,13 @@ def test_plain_text_in_the_usual_encodings(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
-def test_a_name_that_is_no_text(tmp_path):
+def test_undecodable_file_name(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
     Path(path).write_text("Words.")
     assert read_document(path).name == f"{tmp_path}/\ufffd.txt"
 
 
-def test_a_pdf(tmp_path):
+def test_pdf_text(tmp_path):
     path = tmp_path / "paper.PDF"
     path.write_bytes(pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET"))
     document = read_document(path)
@@ -86,7 +86,7 @@ def test_docx_with_a_table_between_paragraphs(tmp_path):
         ("broken.docx", b"PK\x03\x04 nothing of the kind", "cannot be read as DOCX"),
     ],
 )
-def test_what_is_no_text_is_one_error(tmp_path, name, content, message, capfd):
+def test_non_text_files_are_refused(tmp_path, name, content, message, capfd):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(PopError, match=message) as caught:
@@ -95,7 +95,7 @@ def test_what_is_no_text_is_one_error(tmp_path, name, content, message, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_far_too_large_a_file_is_not_read(tmp_path):
+def test_huge_file_is_not_read(tmp_path):
     path = tmp_path / "huge.txt"
     with path.open("wb") as file:
         file.truncate(MAX_BYTES + 1)
@@ -104,7 +104,7 @@ def test_far_too_large_a_file_is_not_read(tmp_path):
 
 
 def docx_with(path: Path, old: bytes, new: bytes) -> Path:
-    """A DOCX of one table, the XML of its text changed."""
+    """Return a DOCX with one table and changed XML."""
     docx = pytest.importorskip("docx")
     written = docx.Document()
     written.add_table(rows=1, cols=2).rows[0].cells[0].text = "text"
@@ -121,7 +121,7 @@ def docx_with(path: Path, old: bytes, new: bytes) -> Path:
     return path
 
 
-def test_a_docx_that_unpacks_to_far_more_is_not_read(tmp_path):
+def test_docx_with_huge_content_is_not_read(tmp_path):
     much = b"<w:p/>" * 6_000_000
     path = docx_with(tmp_path / "bomb.docx", b"<w:sectPr", much + b"<w:sectPr")
     assert path.stat().st_size < 100_000
@@ -132,19 +132,19 @@ def test_a_docx_that_unpacks_to_far_more_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     "wide", [b'<w:gridSpan w:val="999"/>', b'<w:gridSpan w:val="1000000000"/>']
 )
-def test_a_wide_cell_is_read_once(tmp_path, wide):
+def test_spanning_cell_is_read_once(tmp_path, wide):
     path = docx_with(tmp_path / "wide.docx", b"<w:tcPr>", b"<w:tcPr>" + wide)
     assert read_document(path).text == "text | "
 
 
-def test_a_docx_with_entities_is_refused_since_its_text_would_be_lost(tmp_path):
+def test_docx_with_entities_is_refused(tmp_path):
     dtd = b'<!DOCTYPE w:document [<!ENTITY e "entity">]><w:document '
     path = docx_with(tmp_path / "entity.docx", b"<w:document ", dtd)
     with pytest.raises(PopError, match="has a DTD"):
         read_document(path)
 
 
-def test_pages_that_share_what_they_draw_are_read_up_to_the_limit(tmp_path, monkeypatch):
+def test_shared_page_content_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(document_readers, "MAX_BYTES", 1000)
     path = tmp_path / "paper.pdf"
     text = pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET")
@@ -155,11 +155,11 @@ def test_pages_that_share_what_they_draw_are_read_up_to_the_limit(tmp_path, monk
 
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
 @pytest.mark.parametrize("read", [read_document, read_picture])
-def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, monkeypatch, read):
+def test_pipe_without_writer_is_refused(tmp_path, monkeypatch, read):
     monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    # A thread that waits all the same must not wait for ever.
+    # If the thread blocks anyway, this test must still end.
     rescue = threading.Timer(10, path.write_bytes, (b"",))
     rescue.start()
     with pytest.raises(PopError, match="no process writes to the pipe"):
@@ -168,14 +168,14 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, monkeypatch, r
 
 
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
-def test_a_device_is_not_read():
+def test_device_is_refused():
     with pytest.raises(PopError, match="neither a file nor a pipe"):
         read_document(Path("/dev/zero"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
 @pytest.mark.parametrize(("n_bytes", "fits"), [(1000, True), (1001, False)])
-def test_a_pipe_is_read_up_to_the_limit(tmp_path, monkeypatch, n_bytes, fits):
+def test_pipe_is_read_up_to_the_limit(tmp_path, monkeypatch, n_bytes, fits):
     monkeypatch.setattr(document_readers, "MAX_BYTES", 1000)
     path = tmp_path / "pipe"
     os.mkfifo(path)
@@ -190,7 +190,7 @@ def test_a_pipe_is_read_up_to_the_limit(tmp_path, monkeypatch, n_bytes, fits):
 
 
 @pytest.mark.parametrize(("name", "library"), [("a.pdf", "pypdf"), ("a.docx", "docx")])
-def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch, name, library):
+def test_missing_extra_is_named(tmp_path, monkeypatch, name, library):
     real = builtins.__import__
 
     def without(module: str, *rest: Any) -> object:

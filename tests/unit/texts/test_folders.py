@@ -23,7 +23,7 @@ def write(folder: Path, **contents: bytes) -> None:
         (folder / name.replace("_", ".")).write_bytes(content)
 
 
-def test_a_folder_is_read_by_kinds(tmp_path: Path):
+def test_folder_is_read_by_kinds(tmp_path: Path):
     write(tmp_path, a_md=b"note", b_bin=b"\0", c_txt=b"first", d_txt=b"second")
     write(tmp_path / "code" / "deep", a_py=b"code", copy_py=b"note")
     write(tmp_path / "code", b_c=b"other", b_py=b"more")
@@ -37,7 +37,7 @@ def test_a_folder_is_read_by_kinds(tmp_path: Path):
     ]
 
 
-def test_a_kind_is_read_no_further_than_is_wanted(tmp_path: Path):
+def test_reading_of_a_kind_is_limited(tmp_path: Path):
     for i in range(50):
         write(tmp_path, **{f"{i}_txt": b"%09d" % i})
     [[text]] = read_kinds([tmp_path], 30)
@@ -46,7 +46,7 @@ def test_a_kind_is_read_no_further_than_is_wanted(tmp_path: Path):
     assert read_kinds([tmp_path], 30) == [[text]]
 
 
-def test_copies_count_once_and_mail_is_its_body(tmp_path: Path):
+def test_duplicates_and_mail_headers_are_dropped(tmp_path: Path):
     write(tmp_path / "mail", a_eml=MAIL, b_eml=MAIL)
     write(tmp_path / "again", a_eml=MAIL, c_txt=b"text")
     mail, again = read_kinds([tmp_path / "mail", tmp_path / "again"], 100)
@@ -54,7 +54,7 @@ def test_copies_count_once_and_mail_is_its_body(tmp_path: Path):
     assert again == ["text"]
 
 
-def test_what_holds_no_text_is_refused(tmp_path: Path):
+def test_paths_without_text_are_refused(tmp_path: Path):
     write(tmp_path / "other", a_bin=b"\0")
     write(tmp_path / "more", a_txt=b"text")
     text = tmp_path / "more" / "a.txt"

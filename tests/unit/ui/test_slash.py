@@ -264,7 +264,7 @@ def test_glob_attaches_several_files(tmp_path):
     (tmp_path / "d.md").write_bytes(b"\xff\xfe\xff")
     model = ScriptedModel(["Hm.", STATS])
     shown = talk(model, f"/glob {tmp_path}/*.md", f"/glob {tmp_path}/*.pdf", "what?")
-    assert f"! {tmp_path}/d.md is not UTF-8 text; convert it to plain text first" in shown
+    assert f"! {tmp_path}/d.md is not UTF-8 text; convert the file to plain text first" in shown
     assert "# All 2: 6 tokens, 0% of the context." in shown
     assert f"# No file matches {tmp_path}/*.pdf. Nothing was attached." in shown
     assert model.asked[0][0].content == "text of a.md\n\ntext of b.md\n\nwhat?"
