@@ -1,1 +1,1 @@
-"""Settings, and the program's folders."""
+"""Read settings, and locate the program's folders."""

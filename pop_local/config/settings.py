@@ -1,4 +1,4 @@
-"""Settings: command options override environment variables, which override the user's file."""
+"""Read settings: environment variables override the user's file, command options override both."""
 
 import math
 import os
@@ -25,9 +25,9 @@ _OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
 
 Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
-# The largest of llama.cpp's counts.
+# llama.cpp's counts have 32 bits.
 MOST = 2**31 - 1
-# llama.cpp uses the next number for a random seed.
+# llama.cpp chooses a random seed for the next larger number.
 MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
 _MOST_BYTES = 10**6
@@ -36,7 +36,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting; `default` is display text, `least` and `most` are inclusive."""
+    """A user setting; `default` is display text, and `least` and `most` are inclusive limits."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -50,17 +50,17 @@ class Setting:
         return PREFIX + self.key.upper()
 
 
-# Keys are the names of the commands' parameters.
+# A key is the name of the commands' parameter.
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
-    Setting("model", str, "the best of the catalog for the free memory"),
-    Setting("threads", int, "the physical cores", least=1, most=MOST),
-    Setting("ctx", int, "the model's, at most 8192", least=1, most=MOST),
+    Setting("model", str, "the catalog's best model for the free memory"),
+    Setting("threads", int, "the number of physical cores", least=1, most=MOST),
+    Setting("ctx", int, "the model's, up to 8192", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
     Setting("temperature", float, "the model's, else the engine's", least=0),
     Setting("top_p", float, "the model's, else the engine's", least=0, most=1),
-    Setting("max_tokens", int, "what the context holds", least=1, most=MOST),
+    Setting("max_tokens", int, "the context's free tokens", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("theme", str, "the terminal's own colours"),
 )
@@ -69,7 +69,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class SettingValue:
-    """A setting's value and its origin; `where` is a file or a variable."""
+    """A setting's value and its origin; `where` is the file or variable."""
 
     key: str
     value: Scalar | None
@@ -85,17 +85,17 @@ def config_path() -> Path:
 
 
 def expanded(path: str) -> Path:
-    """Replace ~ by the home folder. Raises PopError for an unknown user or a NUL."""
+    """Expand ~ to the home folder. Raises PopError for an unknown user or a NUL."""
     if "\0" in path:
-        raise PopError("the path contains a NUL", "correct the path")
+        raise PopError("the path contains a NUL character", "correct the path")
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise PopError(f"{path}: that home folder does not exist", "use a full path") from None
+        raise PopError(f"{path}: no such home folder", "use a full path") from None
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings in order. Raises PopError with file or variable, line and key."""
+    """Return all settings in order. Raises PopError naming the file and line, or the variable."""
     in_file = _from_file(config_path())
     return tuple(
         _from_environment(setting) or in_file.get(setting.key) or SettingValue(setting.key, None)
@@ -104,17 +104,17 @@ def load() -> tuple[SettingValue, ...]:
 
 
 def given() -> dict[str, Scalar]:
-    """Return the user's settings by key. Raises PopError like `load`."""
+    """Return the values that the user set, by key. Raises PopError like `load`."""
     return {value.key: value.value for value in load() if value.value is not None}
 
 
 def get(key: str) -> Scalar | None:
-    """Return a setting's value, None if the user did not set it. Raises PopError like `load`."""
+    """Return a setting's value, None if it is not set. Raises PopError like `load`."""
     return next(value.value for value in load() if value.key == key)
 
 
 def state_dir() -> Path:
-    """Return the state folder from the settings or the system; it may not exist yet."""
+    """Return the state folder from the settings or the system, which may not exist yet."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 
@@ -124,7 +124,7 @@ def sessions_dir() -> Path:
 
 
 def unsaved_dir() -> Path:
-    """Return the folder of unsaved running chats, for recovery after a crash."""
+    """Return the folder with running, unsaved chats, which can be recovered after a crash."""
     return state_dir() / "unsaved"
 
 
@@ -137,13 +137,13 @@ def history_file() -> Path:
 
 
 def unknown_variables() -> list[str]:
-    """Return environment variables with the settings' prefix that are not settings."""
+    """Return the environment variables with the settings' prefix that are not settings."""
     known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def find(key: str) -> Setting:
-    """Return the setting with that key. Raises PopError with the nearest key."""
+    """Return the setting with this key. Raises PopError that suggests the nearest key."""
     for setting in SETTINGS:
         if setting.key == key:
             return setting
@@ -152,7 +152,7 @@ def find(key: str) -> Setting:
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """Parse a setting's value from text. Raises PopError that names the expected kind of value."""
+    """Parse a setting's value. Raises PopError that names the expected kind of value."""
     try:
         text.encode()  # raises for bytes that the command line could not decode
         return _checked(setting, setting.kind(text))
@@ -177,9 +177,9 @@ def _from_file(path: Path) -> dict[str, SettingValue]:
 
 
 def read_document(path: Path) -> tomlkit.TOMLDocument:
-    """Read the file with its comments; return an empty document if it does not exist.
+    """Read a settings file with its comments, or return an empty document if it is missing.
 
-    Raises PopError with the line of a mistake, and for a folder, a device or a huge file.
+    Raises PopError for invalid TOML, a folder, a device or a huge file.
     """
     try:
         if str(path) == os.devnull:
@@ -192,10 +192,10 @@ def read_document(path: Path) -> tomlkit.TOMLDocument:
         return tomlkit.document()
     except TOMLKitError as error:
         raise PopError(
-            f"{path} is not valid TOML: {error}", 'lines look like: threads = 4, system = "..."'
+            f"{path} is not valid TOML: {error}", 'write lines like threads = 4 or system = "..."'
         ) from error
     except UnicodeDecodeError as error:
-        raise PopError(f"{path} is not UTF-8 text", "save it as UTF-8") from error
+        raise PopError(f"{path} is not UTF-8 text", "save the file as UTF-8") from error
     except OSError as error:
         raise PopError(f"cannot read {path}: {error.strerror}", "check the path") from error
 
@@ -217,7 +217,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Call `call`, and add `where` and a default `hint` to its PopError."""
+    """Call `call`, and add `where` and a default hint to its PopError."""
     try:
         return call()
     except PopError as error:
@@ -232,7 +232,7 @@ def _checked(setting: Setting, value: object) -> Scalar:
         if setting.is_path:
             expanded(value)
         return value
-    # Also refuses NaN and numbers beyond a float's range.
+    # This also rejects NaN and numbers beyond a float's range.
     if not setting.least <= value <= min(setting.most, sys.float_info.max):
         raise PopError(f"{_shown(value)} is not {_wanted(setting)}")
     return setting.kind(value)

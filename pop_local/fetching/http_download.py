@@ -1,6 +1,6 @@
-"""Resumable download of a file over HTTP, which gets its name after a check.
+"""Download a GGUF file from a URL, with resumption and checks.
 
-Before, it is NAME.gguf.partial; NAME.gguf.partial.origin identifies the complete file.
+An unfinished download is NAME.gguf.partial. NAME.gguf.partial.origin identifies the complete file.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK_BYTES = 1 << 16
-# Disk space required in advance if a server does not announce a file's size.
+# Disk space required in advance if the server does not report a file's size.
 _UNANNOUNCED_BYTES = 256 << 20
-_TIMEOUT_S = (15, 60)  # to connect, between two chunks
+_TIMEOUT_S = (15, 60)  # for the connection, and between chunks
 _MAX_FAILURES = 3  # consecutive failures without a new byte
 _PAUSE_S = 1.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -45,10 +45,10 @@ _RESUMES = ": the download will resume"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to fetch.
+    """A file to download.
 
-    `identity` identifies it across changing addresses (default: the address). `headers` are sent to
-    the address' host only. `sha256` is "" if unknown. `name` and `size_bytes` come from a hub.
+    `identity` is the same for all temporary URLs of a file (default: `url`). `headers` are sent to
+    the URL's host only. `sha256` is "" if unknown. `name` and `size_bytes` are the hub's.
     """
 
     url: str
@@ -60,13 +60,13 @@ class RemoteFile:
 
 
 def without_secrets(url: str) -> str:
-    """Return the address without user, password and query."""
+    """Return the URL without user, password and query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason from OpenSSL or the system, else the error's class name."""
+    """Return the reason from OpenSSL or the operating system, else the error's class name."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -80,10 +80,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
-    """Fetch the file at `url` into `folder` under its own name, and return its path.
+    """Download the file at `url` into `folder`, and return its path.
 
-    `sha256` may be "". An existing file with that hash is kept; another file is refused unless
-    `force`. `advance` is called with (done_bytes, total_bytes). Raises PopError.
+    `sha256` may be "". An existing file with this hash is kept. Any other existing file raises
+    OutputExistsError, unless `force`. `advance` is called with (done_bytes, total_bytes). Raises
+    PopError.
     """
     target = folder / file_name(url)
     if is_fetched(target, sha256, f"the file of sha256 {sha256}", force=force):
@@ -94,36 +95,34 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
 
 
 def file_name(url: str) -> str:
-    """Return the last part of the address as a safe file name.
+    """Return the URL's file name in safe characters.
 
-    Raises PopError if the address is invalid, or has no host or no file name.
+    Raises PopError for an invalid URL, and for a URL without host or file name.
     """
     try:
         parts = urlsplit(url)
     except ValueError as error:  # its message may contain a password
-        raise PopError("invalid address", "give the full address of a GGUF file") from error
+        raise PopError("invalid URL", "pass the full URL of a GGUF file") from error
     if not parts.hostname:
-        raise PopError(
-            f"{without_secrets(url)} has no host", "give the full address of a GGUF file"
-        )
+        raise PopError(f"{without_secrets(url)} has no host", "pass the full URL of a GGUF file")
     name = safe_name(PurePosixPath(unquote(parts.path)).name)
     if not name:
         raise PopError(
             f"{without_secrets(url)} has no file name",
-            "give the URL of a GGUF file (.../NAME.gguf)",
+            "pass the URL of a GGUF file (.../NAME.gguf)",
         )
     return name if name.lower().endswith(SUFFIX) else name + SUFFIX
 
 
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)
-    """A broken connection or a busy server: worth a retry."""
+    """A broken connection, or a busy server: the download is tried again."""
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
-    """Fetch `remote` to `target`, replacing any file; the folder must exist.
+    """Download `remote` to `target` in an existing folder, and replace an existing file.
 
-    `advance` is called with (done_bytes, total_bytes), the total 0 if unknown. Raises PopError. The
-    received bytes are kept if the network fails or the user interrupts.
+    `advance` is called with (done_bytes, total_bytes), with 0 for an unknown total. Received bytes
+    are kept after a network failure and an interruption. Raises PopError.
     """
     with download_lock(target):
         _Transfer(remote, target, advance).run()
@@ -195,13 +194,13 @@ class _Transfer:
             with session.get(
                 self._remote.url,
                 headers=headers,
-                # A given token takes precedence over ~/.netrc.
+                # The header's token takes precedence over ~/.netrc.
                 auth=(lambda request: request) if "authorization" in headers else None,
                 stream=True,
                 timeout=_TIMEOUT_S,
             ) as response:
                 self._receive(response, start)
-        # The messages of requests' errors may contain the address' query, so they are not shown.
+        # The messages of requests' errors are not shown, since they may contain the URL's query.
         except requests.exceptions.SSLError as error:
             raise PopError(
                 f"no secure connection to {self._where}: {reason_of(error)}",
@@ -215,40 +214,40 @@ class _Transfer:
             raise _Dropped("the connection failed or broke off") from error
         except (requests.RequestException, ValueError) as error:  # ValueError: from urllib3
             raise PopError(
-                f"{self._shown} cannot be fetched ({type(error).__name__})", "check the address"
+                f"{self._shown} cannot be fetched ({type(error).__name__})", "check the URL"
             ) from error
 
     def _require_unpacked(self, response: "requests.Response", **_: object) -> None:
-        """Refuse compressed replies, which may expand without limit."""
+        """Raise PopError for a compressed reply, which could expand without limit."""
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity" and response.status_code < 400:
             raise PopError(
-                f"the server sends {self._shown} compressed ({encoding})",
-                "use another address",
+                f"the server compresses {self._shown} ({encoding})",
+                "download from another URL",
             )
 
-    def _receive(self, response: "requests.Response", asked: int) -> None:
+    def _receive(self, response: "requests.Response", requested: int) -> None:
         self._check_status(response)
         start, total = _extent(response)
-        if start not in (0, asked):
+        if start not in (0, requested):
             self._forget()
-            raise _Dropped("the server sent another part than requested")
+            raise _Dropped("the server sent another part than the requested one")
         validator = _validator(response)
         if start:
             validator = self._of_the_same(validator, total)
         require_space(self._target.parent, total - start, self._target.name)
         chunks = response.iter_content(_CHUNK_BYTES)
-        # Checked before writing: a web page must not replace the partial file.
+        # The start is checked first, so that a web page does not replace the partial file.
         first = [] if start else [self._beginning(response, chunks, total)]
         self._write_origin(validator, total)
         with self._partial.open("r+b" if start else "wb") as file:
             file.truncate(start)
             file.seek(start)
-            done = asked_at = start
+            done = checked_at = start
             for chunk in chain(first, chunks):
-                if total == 0 and done >= asked_at:
+                if total == 0 and done >= checked_at:
                     require_space(self._target.parent, _UNANNOUNCED_BYTES, self._target.name)
-                    asked_at = done + _UNANNOUNCED_BYTES
+                    checked_at = done + _UNANNOUNCED_BYTES
                 file.write(chunk)
                 file.flush()
                 done += len(chunk)
@@ -257,9 +256,9 @@ class _Transfer:
             raise _Dropped("the connection broke off")
 
     def _of_the_same(self, validator: str, total: int) -> str:
-        """Return the validator of the partial file, or restart if the reply's validator differs.
+        """Return the partial file's validator. Raises _Dropped if the server's file changed.
 
-        Some servers ignore If-Range or omit the validator; then the hash decides at the end.
+        Some servers ignore If-Range or send no validator: the final hash then reveals a change.
         """
         before, total_before = self._origin()
         if total != total_before or (validator and before and validator != before):
@@ -270,7 +269,7 @@ class _Transfer:
     def _beginning(
         self, response: "requests.Response", chunks: Iterator[bytes], total: int
     ) -> bytes:
-        """Read enough chunks to recognize a GGUF file. Raises FormatError for another file."""
+        """Read the first chunks of a GGUF file. Raises FormatError for another file."""
         begun = b""
         for chunk in chunks:
             begun += chunk
@@ -281,12 +280,12 @@ class _Transfer:
         if MAGIC.startswith(begun) and len(begun) < total:
             raise _Dropped("the connection broke off")
         if not begun:
-            raise FormatError(f"{self._shown} is empty", "check the address")
+            raise FormatError(f"{self._shown} is empty", "check the URL")
         kind = response.headers.get("Content-Type", "")
         what = "a web page" if kind.startswith("text/html") else "not a GGUF file"
         raise FormatError(
             f"{self._shown} is {what}",
-            "give the GGUF file's own URL, or hf:OWNER/REPO for a Hugging Face repository",
+            "pass the GGUF file's own URL, or hf:OWNER/REPO for a Hugging Face repository",
         )
 
     def _check_status(self, response: "requests.Response") -> None:
@@ -294,28 +293,28 @@ class _Transfer:
         if code in (200, 206):
             return
         if code == 416:
-            self._forget()  # no part of the server's current file
+            self._forget()  # the server's file is shorter
             raise _Dropped("the file changed on the server")
         if code in _BUSY:
-            raise _Dropped(f"the server answers {code} {response.reason}")
-        message = f"{self._where} answers {code} {response.reason} for {self._target.name}"
-        hint = "check the address"
+            raise _Dropped(f"the server returned {code} {response.reason}")
+        message = f"{self._where} returned {code} {response.reason} for {self._target.name}"
+        hint = "check the URL"
         if code in (401, 403):
             message = f"{self._where} denies access to {self._target.name} ({code})"
-            hint = "check that you have access to it, or fetch it another way"
+            hint = "check that you have access to this file, or download it with a browser"
         elif code in (404, 410):
             message = f"{self._shown} does not exist"
         raise PopError(message, hint)
 
     def _check(self) -> None:
-        """Check the hash, and the header too, since servers may report wrong lengths."""
+        """Check the hash, and also the header, since a server may report a wrong length."""
         sha256 = self._remote.sha256
         if sha256 and (found := file_sha256(self._partial)) != sha256:
             self._forget()
             raise PopError(
-                f"the file from {self._where} for {self._target.name} is damaged, or is a"
-                f" different file: its sha256 is {found}, not {sha256}",
-                "nothing was kept; try again, and compare the hash with the publisher's",
+                f"{self._where} sent a damaged or different file for {self._target.name}:"
+                f" its sha256 is {found}, not {sha256}",
+                "the file was deleted; try again, and compare the hash with the publisher's",
             )
         try:
             read_header(self._partial)
@@ -324,32 +323,32 @@ class _Transfer:
             what = error.message.removeprefix(f"{self._partial} ")
             raise FormatError(f"the file from {self._shown} {what}", "try again") from error
         except FormatError:
-            return  # perhaps a newer kind of file
+            return  # the file may have a newer format
 
     def _origin(self) -> tuple[str, int]:
-        """Return validator and size of the partial file's origin, size 0 if it is not usable."""
+        """Return the partial file's validator and complete size, 0 if it cannot be resumed."""
         try:
             identity, validator, total = json.loads(self._origin_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
             return "", 0
-        # Without hash or validator, the two halves may belong to different files.
+        # Without a hash or validator, a resumed file may join parts of two files.
         fits = identity == self._identity and (validator or self._remote.sha256)
         return (validator, total) if fits else ("", 0)
 
     def _write_origin(self, validator: str, total: int) -> None:
-        """Store the partial file's origin as a hash, since addresses may contain secrets."""
+        """Store the partial file's origin as a hash, since URLs may contain secrets."""
         origin = (self._identity, validator, total)
         self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
 
 
 def _validator(response: "requests.Response") -> str:
-    """Return a strong ETag, else the date of the last change, else ""."""
+    """Return a strong ETag, else the time of the last change, else ""."""
     etag = response.headers.get("ETag", "")
     return etag if etag[:2] not in ("", "W/") else response.headers.get("Last-Modified", "")
 
 
 def _extent(response: "requests.Response") -> tuple[int, int]:
-    """Return the reply's offset in the file, and the file's size, 0 if unknown."""
+    """Return the reply's offset in the file, and the file's size (0 if unknown)."""
     if response.status_code == 206:
         extent = response.headers.get("Content-Range", "")
         part = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", extent)

@@ -1,7 +1,7 @@
-"""Models of a Hugging Face hub, through the huggingface_hub client.
+"""Find and download models of the Hugging Face Hub.
 
-The client handles the endpoint, the token and refusals (HF_ENDPOINT, HF_TOKEN). pop-local downloads
-the files, since an interrupted client keeps nothing.
+The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN. http_download.py
+downloads them, since an interrupted client keeps nothing.
 """
 
 import logging
@@ -30,9 +30,9 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of a repository at one commit, in one file or several parts.
+    """A model of a hub repository at one commit, in one file or several parts.
 
-    `mmproj` lets it see pictures; None if the repository has none.
+    `mmproj` is the model's image encoder, None if the repository has none.
     """
 
     repo: str
@@ -49,7 +49,7 @@ class HubModel:
         return sum(file.size_bytes for file in self.all_files)
 
     def targets(self, folder: Path) -> tuple[Path, ...]:
-        """Return the paths of `all_files`; the mmproj's generic name becomes the model's."""
+        """Return the local paths of `all_files`; the mmproj is renamed after the model."""
         names = [PurePosixPath(usual_ending(file.name)).name for file in self.all_files]
         if self.mmproj:
             names[-1] = mmproj_name(names[0])
@@ -57,12 +57,12 @@ class HubModel:
 
 
 def search_hub(words: str) -> tuple[str, ...]:
-    """Return up to five of the most downloaded repositories with GGUF files. Raises PopError."""
+    """Return the five most downloaded GGUF repositories that match `words`. Raises PopError."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     client = _client()
     wanted = {"search": words, "filter": "gguf", "sort": "downloads", "limit": f"{_N_HITS}"}
-    with _explained(words):  # list_models retries for half a minute without a network
+    with _explained(words):  # without a network, list_models would retry for half a minute
         headers = client._build_hf_headers()
         url = f"{client.endpoint}/api/models"
         found = get_session().get(url, params=wanted, headers=headers, timeout=_SEARCH_S)
@@ -71,14 +71,16 @@ def search_hub(words: str) -> tuple[str, ...]:
 
 
 def find_on_hub(name: str) -> HubModel:
-    """Find the model hf:OWNER/REPO[:FILE]; FILE may be a part of its name, such as Q4_K_M.
+    """Find the model hf:OWNER/REPO[:FILE]. FILE may be a part of a file name, such as Q4_K_M.
 
-    Raises PopError for a missing or private repository, and, with a list of the choices, for a name
-    that matches no file or several.
+    Raises PopError for a missing or private repository. Raises PopError, with a list of the files,
+    for a name that matches no file or several files.
     """
     match = _SPEC.fullmatch(name)
     if match is None:
-        raise PopError(f"{name!r} is not the name of a hub model", "write hf:OWNER/REPO[:Q4_K_M]")
+        raise PopError(
+            f"{name!r} is not a hub model's name", "pass hf:OWNER/REPO or hf:OWNER/REPO:FILE"
+        )
     from huggingface_hub import hf_hub_url
 
     repo = match["repo"]
@@ -89,7 +91,7 @@ def find_on_hub(name: str) -> HubModel:
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
 
     def remote(name: str) -> RemoteFile:
-        # Tiny files are in git itself, without a hash.
+        # Tiny files are in git itself, so they have no hash.
         sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
         return RemoteFile(
             hf_hub_url(repo, name, revision=commit),
@@ -112,10 +114,10 @@ def find_on_hub(name: str) -> HubModel:
 
 
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
-    """Fetch a model's files into `folder` and return the path of the first.
+    """Download a model's files into `folder`, and return the first file's path.
 
-    Existing files with the hub's hash are kept; other files with the same name are refused unless
-    `force`. `advance` is called with (done_bytes, total_bytes). Raises PopError.
+    Existing files with the hub's hash are kept. Any other existing file raises OutputExistsError,
+    unless `force`. `advance` is called with (done_bytes, total_bytes). Raises PopError.
     """
     targets = model.targets(folder)
     missing = [
@@ -135,7 +137,7 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
 
     for file, target in missing:
         with _explained(model.repo):
-            # Checks access first: a gated model's description is public.
+            # A gated model's description is public, so access is checked here.
             _client().get_hf_file_metadata(url=file.url)
         download(file, target, advance_all)
         before += file.size_bytes
@@ -145,32 +147,32 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
 def _client() -> "HfApi":
     from huggingface_hub import HfApi
 
-    # Its warnings about retries would overwrite the progress bar.
+    # The client's warnings about retries would overwrite the progress bar.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return HfApi(library_name="pop-local")
 
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Turn the client's exceptions into PopErrors."""
+    """Convert the client's exceptions to PopError."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.HFValidationError as error:
-        raise PopError(f"{repo!r} is not a repository name", "write hf:OWNER/REPO") from error
+        raise PopError(f"{repo!r} is not a repository name", "pass hf:OWNER/REPO") from error
     except errors.GatedRepoError as error:
         raise PopError(
-            f"{repo} is gated: its owner requires that you accept its terms",
-            f"accept them on the page of {repo}, then set HF_TOKEN or run `hf auth login`",
+            f"{repo} is gated: you must accept its owner's terms",
+            "accept the terms on the repository's page, then set HF_TOKEN or run `hf auth login`",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise PopError(
             f"the repository {repo} does not exist, or is private",
-            "check the name; for a private one set HF_TOKEN or run `hf auth login`",
+            "check the name; for a private repository, set HF_TOKEN or run `hf auth login`",
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise PopError("the hub's client is offline (HF_HUB_OFFLINE)", "unset it") from error
+        raise PopError("the hub's client is offline", "unset HF_HUB_OFFLINE") from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         raise PopError(

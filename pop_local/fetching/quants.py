@@ -1,4 +1,4 @@
-"""Choice of a model among a repository's GGUF files."""
+"""Choose a model and its mmproj among a repository's GGUF files."""
 
 import re
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from pop_converter.gguf.source import part_names, part_of
 from pop_local.models.mmproj_files import n_shared
 from pop_local.models.model_files import SUFFIX
 
-# The default is the first of these in a repository: the smallest good ones, then larger ones, then
-# the rest.
+# The default quantization is the first of these: small ones with good quality, then larger ones,
+# then ones with lower quality or unnecessary size.
 PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_K_L", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "Q2_K", "BF16", "F16", "F32"),
 )
-# GGUF files that are not language models: image projectors, calibration statistics.
+# Names of GGUF files that are not language models: image encoders, calibration statistics.
 _HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
-# Projector types, smallest first.
+# Types of mmprojs, smallest first.
 _MMPROJ_TYPES = ("Q8_0", "F16", "BF16", "F32")
 _MAX_LISTED = 40
 
 
 @dataclass(frozen=True)
 class QuantFile:
-    """A model of a repository: its name without suffix, and its files in order.
+    """A model in a repository: its name without suffix, and its files in order.
 
-    `missing`: the first part that the repository lacks, "" if it is complete.
+    `missing`: the first part that the repository lacks, "" for a complete model.
     """
 
     name: str
@@ -37,7 +37,7 @@ class QuantFile:
 
 
 def _choices(files: Sequence[str]) -> tuple[QuantFile, ...]:
-    """Return the models among a repository's files; a split model counts once."""
+    """Return the models among a repository's files, including helper files."""
     found: dict[tuple[str, int], QuantFile] = {}
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     for name in sorted(by_name):
@@ -53,14 +53,14 @@ def _choices(files: Sequence[str]) -> tuple[QuantFile, ...]:
 
 
 def _whole(models: list[QuantFile]) -> list[QuantFile]:
-    """Return the complete models, or all models if every one is incomplete."""
+    """Return the complete models, or all models if none is complete."""
     return [model for model in models if not model.missing] or models
 
 
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
-    """Return the mmproj for a model file of a repository, None without one.
+    """Return the mmproj for a model file of a repository, None without an mmproj.
 
-    Precedence: the file's folder, then the most common words, then the smallest type.
+    Prefer an mmproj in the model's folder, then the most similar name, then the smallest type.
     """
     of = PurePosixPath(model)
 
@@ -75,18 +75,18 @@ def choose_mmproj(files: Sequence[str], model: str) -> str | None:
 
 
 def usual_ending(file: str) -> str:
-    """Return a name with lower-case .gguf, which llama.cpp requires of a split model's parts."""
+    """Return the name with a lower-case suffix, which llama.cpp requires for split models."""
     return file[: -len(SUFFIX)] + SUFFIX
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
-    """Return the model with the name or partial name `wanted`, "" for the default.
+    """Return the model whose name is or contains `wanted`; the default model for "".
 
-    Raises PopError with a list of the choices if no model or several models match.
+    Raises PopError, with a list of the models, unless exactly one model matches.
     """
     known = list(_choices(files))
     if not known:
-        raise PopError(f"{repo} has no GGUF files", "search for a GGUF repository of that model")
+        raise PopError(f"{repo} has no GGUF files", "search for a GGUF repository of this model")
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
     whole = _whole(models)
     if not wanted and len(whole) != 1:
@@ -100,7 +100,9 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
     if len(found) > 1:
         raise PopError(f"{wanted!r} matches {len(found)} files of {repo}", _listed(repo, found))
     if found[0].missing:
-        raise PopError(f"the repository lacks {found[0].missing}", "choose another file of it")
+        raise PopError(
+            f"{repo} lacks the file {found[0].missing}", f"choose another model of {repo}"
+        )
     return found[0]
 
 
@@ -112,7 +114,7 @@ def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list
 
 
 def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models with the word `wanted` in their names, else with that part of a word."""
+    """Return the models with the word `wanted` in their names, else with this substring."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained

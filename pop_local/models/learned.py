@@ -1,4 +1,4 @@
-"""The folder of learned files: each model's sums and the sidecar built from them."""
+"""Files that online calibration stores for each model: sums, and a sidecar built from them."""
 
 import glob
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SUMS = ".sums.npz"
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """Paths of one model's learned files, by its name and hash; the files may not exist."""
+    """Paths of one model's learned files, which may not exist; `name` contains a hash."""
 
     name: str
 
@@ -31,17 +31,17 @@ class LearnedFiles:
 
     @property
     def size_bytes(self) -> int:
-        """The size of the existing files."""
+        """The total size of the existing files."""
         return sum(path.stat().st_size for path in (self.sums, self.sidecar) if path.exists())
 
     def forget(self) -> None:
-        """Remove both files and those with the same name."""
+        """Remove the model's files, including temporary files."""
         for path in learned_dir().glob(f"{glob.escape(self.name)}.*"):
             path.unlink(missing_ok=True)
 
 
 def learned_files() -> list[LearnedFiles]:
-    """Return the learned files of all models."""
+    """Return the learned files of every model."""
     endings = (SUMS, SUFFIX)
     names = {
         path.name.removesuffix(ending)

@@ -1,4 +1,4 @@
-"""Mmproj files, which let a model see pictures, in the folder of their models."""
+"""Find a model's mmproj (image encoder) in its folder."""
 
 import re
 from collections.abc import Collection
@@ -9,12 +9,12 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import part_of, read_source
 
 ARCHITECTURE = "clip"
-# Words of a file's name that identify no model.
+# Parts of a file name that do not identify a model.
 _GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)?", re.IGNORECASE)
 
 
 def mmproj_name(model: str) -> str:
-    """Return the mmproj's name for a model file in a folder with several models."""
+    """Return the file name of a model's mmproj that distinguishes it from other mmprojs."""
     return f"mmproj-{_stem(model)}.gguf"
 
 
@@ -24,7 +24,7 @@ def _stem(model: str) -> str:
 
 
 def n_shared(mmproj: str, model: str) -> int:
-    """Return the number of common words at the start of both names, without generic words."""
+    """Return the number of words with which both names start, ignoring generic words."""
     pairs = zip(_words(mmproj), _words(model), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -43,9 +43,9 @@ def is_mmproj(path: Path) -> bool:
 
 
 def find_mmproj(model: Path) -> Path | None:
-    """Return the mmproj in a model's folder: the one with its name, else the only one.
+    """Return the mmproj named after the model, else the folder's only mmproj.
 
-    An mmproj with another model's name is ignored, even if that model does not exist.
+    An mmproj named after another model is ignored, even if that model does not exist.
     """
     files = [path for path in sorted(model.parent.glob("*.gguf")) if path != model]
     found = [path for path in files if "mmproj" in path.name]
@@ -62,7 +62,7 @@ def find_mmproj(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmprojs of models that are `gone` from a folder and that no other model uses."""
+    """Return the mmprojs of the removed models `gone` that no other model in `folder` uses."""
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept

@@ -1,4 +1,4 @@
-"""The files in a models folder: models, their parts, sidecars and unfinished downloads."""
+"""List a models folder: models, their parts, sidecars and unfinished downloads."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -15,15 +15,15 @@ from pop_local.models.sidecars import sidecar_of
 
 SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
-# A file with this suffix identifies the origin of an unfinished download.
+# Suffix of the file that identifies the origin of an unfinished download.
 ORIGIN_SUFFIX = ".origin"
 _PARTS_SUFFIX = ".gguf.parts"
-_UNFINISHED = "unfinished download: pull it again"
+_UNFINISHED = "unfinished download: pull the model again"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model and its sidecar, None if its own file has the POP keys."""
+    """A model's file and its sidecar, None for an unpruned or a converted model."""
 
     path: Path
     sidecar: Path | None = None
@@ -31,10 +31,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in a folder; `problem` is the reason why it cannot be used, "" for none.
+    """A model in a folder.
 
-    `size_bytes` includes the sidecar. `boundary` and `projection` are the model's own or those of
-    its sidecar, which may be a shipped one.
+    `size_bytes` includes the sidecar. `boundary` and `projection` are from the model's file or from
+    its sidecar, which the package may ship. `problem`: why the model is unusable, "" if it is not.
     """
 
     name: str
@@ -54,7 +54,7 @@ class StoredModel:
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
     """Return each model's GGUF files in order, by file name without suffix.
 
-    The parts of a split model count as one model. Sidecars are excluded.
+    A split model's parts count as one model. Sidecars are excluded.
     """
     found: dict[str, tuple[Path, ...]] = {}
     parts: dict[tuple[str, int], list[Path]] = {}
@@ -70,24 +70,24 @@ def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def parts_folder(model: Path) -> Path:
-    """Return the hidden folder for the downloaded parts of a catalog model."""
+    """Return the hidden folder for a catalog model's downloaded wheels."""
     return model.with_name(f".{model.name}.parts")
 
 
 def stock(folder: Path) -> tuple[StoredModel, ...]:
-    """Return all models of a folder by name, including damaged models."""
+    """Return a folder's models in alphabetical order, including damaged models."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files of a name: a model and its sidecar, a sidecar, or a download.
+    """Return the files to remove for a name: a model and its sidecar, a sidecar, or a download.
 
     Raises PopError for a file in another folder and for an unknown name.
     """
     path = Path(name)
     if path.name != name and path.parent.resolve() != folder.resolve():
-        raise PopError(f"{name} is not in the models folder", f"name a file in {folder}")
+        raise PopError(f"{name} is not in the models folder", f"pass the name of a file in {folder}")
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
     if known := known_name(path.name.removeprefix("."), groups):
@@ -100,9 +100,9 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def known_name(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that matches with or without .gguf, None without a match.
+    """Return the known name equal to `name`, ignoring .gguf and case; None without a match.
 
-    An exact match takes precedence over another case.
+    A match of the same case takes precedence.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:
@@ -113,12 +113,12 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Return the total size of files; a link counts with its own size."""
+    """Return the total size of files and folders; a link counts with its own size."""
     return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the size of all files in a folder; pip may delete some of them at the same time."""
+    """Return the size of all files in a folder, some of which pip may delete during the call."""
     n_bytes = 0
     for at, _, names in os.walk(folder):
         for name in names:
@@ -140,7 +140,7 @@ def _unread(folder: Path) -> Iterator[StoredModel]:
         yield StoredModel(name, files, sidecars.pop(name, None))
     for path in sidecars.values():
         name = path.name.removesuffix(SUFFIX)
-        yield StoredModel(name, (path,), problem="its model is not in this folder")
+        yield StoredModel(name, (path,), problem="sidecar without its model")
     for path in _files(folder, PARTIAL_SUFFIX):
         origin = path.with_name(path.name + ORIGIN_SUFFIX)
         files = (path, origin) if origin.exists() else (path,)
@@ -151,7 +151,7 @@ def _unread(folder: Path) -> Iterator[StoredModel]:
 
 
 def _examined(found: StoredModel) -> StoredModel:
-    # A link counts with its target's size, if the target exists.
+    # A link counts with the size of its target.
     here = [path.resolve() for path in found.all_files if path.exists()]
     found = replace(found, size_bytes=total_bytes(here))
     if found.problem:

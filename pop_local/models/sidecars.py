@@ -1,4 +1,4 @@
-"""A model's sidecar: the one in its folder, else a learned or a shipped one."""
+"""Find a model's sidecar: in its folder, among learned files, or in this package."""
 
 import importlib.resources
 from contextlib import suppress
@@ -12,22 +12,19 @@ from pop_converter.popfile.sidecar import SUFFIX, bind, existing_sidecar, read_s
 from pop_local.config.settings import learned_dir
 from pop_local.models.learned import LearnedFiles
 
-# Sidecars of the catalog's models (docs/quality.md), identified by the models' hashes.
+# The shipped sidecars are for the catalog's models (docs/quality.md).
 SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars"))
 
 
 def sidecar_of(base: Source) -> Path | None:
-    """Return the sidecar to open a model with, None for a model that has none or is converted.
-
-    Raises FormatError.
-    """
+    """Return a model's sidecar, None if it has none or is converted. Raises FormatError."""
     if pop_meta(base.first) is not None:
         return None
     return existing_sidecar(base) or _learned(base) or _shipped(base)
 
 
 def _learned(base: Source) -> Path | None:
-    """Return the learned sidecar, None if it does not exist or is damaged."""
+    """Return the learned sidecar, None if it is missing or damaged."""
     path = LearnedFiles.of(base).sidecar
     with suppress(FormatError):
         if path.is_file():
@@ -37,19 +34,19 @@ def _learned(base: Source) -> Path | None:
 
 
 def is_learned(sidecar: Path) -> bool:
-    """Return True if a sidecar was learned from prompts."""
+    """Return True if online calibration created the sidecar."""
     return sidecar.parent == learned_dir()
 
 
 def is_shipped(sidecar: Path) -> bool:
-    """Return True if this package ships a sidecar."""
+    """Return True if this package ships the sidecar."""
     return sidecar.parent == SHIPPED
 
 
 def _shipped(base: Source) -> Path | None:
     for path in SHIPPED.glob(f"*{SUFFIX}"):
         binding = read_binding(read_header(path))
-        # Sizes first: a hash reads the vocabulary.
+        # Sizes are compared first, since the hash reads the vocabulary.
         if binding.base_bytes == base.size_bytes and binding == bind(base):
             return path
     return None

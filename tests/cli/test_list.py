@@ -269,7 +269,7 @@ def test_parts_of_the_catalog_are_shown_and_removed(store, name):
     (parts / "one.whl").write_bytes(bytes(700))
     (parts / "pip-x" / "two.whl").write_bytes(bytes(77))
     shown = the("gemma-3-270m.Q4_K_M.gguf.parts", store)
-    assert (shown.size_bytes, shown.problem) == (777, "unfinished download: pull it again")
+    assert (shown.size_bytes, shown.problem) == (777, "unfinished download: pull the model again")
     done = pop_local("rm", name, "--yes", "--json")
     assert json.loads(done.stdout) == {"files": [str(parts)], "freed_bytes": 777}
     assert not parts.exists()

@@ -1,7 +1,6 @@
 """Apply unified diffs to a tree of files: exact context, any offset, LF or CRLF.
 
-This is pure Python because Windows has no `patch`, and `git apply` inside another repository
-silently does nothing.
+Windows has no `patch`, and `git apply` silently does nothing inside another repository.
 """
 
 from dataclasses import dataclass
@@ -15,21 +14,22 @@ _HINT = "patches/README.md explains how to port a hook to another version of lla
 
 @dataclass(frozen=True)
 class _Text:
-    """A file as lines. `ends` holds each line's terminator ("" if the last line has none)."""
+    """A file's lines and their terminators, `ends`; the last terminator may be ""."""
 
     lines: tuple[str, ...]
     ends: tuple[str, ...]
 
     @property
     def end(self) -> str:
-        """Return the terminator of most lines."""
+        """The terminator of most lines."""
         return "\r\n" if self.ends.count("\r\n") > len(self.ends) / 2 else "\n"
 
 
 def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
-    """Apply the patch completely or not at all, and return the changed paths.
+    """Apply the whole patch, or nothing, and return the changed paths.
 
-    Raises BuildError naming the file and hunk if the patch does not fit or was already applied.
+    Raises BuildError, which names the file and hunk, if the patch does not fit or was already
+    applied.
     """
     diffs = parse(_read(patch), patch.name)
     texts = {diff.path: _patched(diff, tree, patch.name) for diff in diffs}
@@ -39,7 +39,7 @@ def apply_patch(patch: Path, tree: Path) -> tuple[str, ...]:
         _write(target, text)
     for diff in diffs:
         if not _is_applied(diff, tree):
-            raise BuildError(f"{diff.path} lacks {patch.name} after patching.", _HINT)
+            raise BuildError(f"After patching, {diff.path} does not contain {patch.name}.", _HINT)
     return tuple(texts)
 
 
@@ -48,7 +48,7 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
     if _is_applied(diff, tree):
         raise BuildError(
             f"{name} was already applied to {diff.path}.",
-            "Start from an unpatched tree: hooks are applied once, to a fresh extraction.",
+            "Extract the source distribution again, and patch the new tree.",
         )
     if diff.creates:
         if target.exists():
@@ -72,7 +72,7 @@ def _patched(diff: FileDiff, tree: Path, name: str) -> _Text:
 
 
 def _is_applied(diff: FileDiff, tree: Path) -> bool:
-    """Return whether the file contains the new side of every hunk, in order."""
+    """Return True if the file contains the new lines of every hunk, in order."""
     target = tree / diff.path
     if not target.is_file():
         return False
@@ -94,7 +94,7 @@ def _matches(text: _Text, lines: tuple[str, ...], floor: int) -> list[int]:
 
 
 def _locate(text: _Text, lines: tuple[str, ...], expected: int, floor: int) -> int | None:
-    """Return the lines' index: the expected one, else the only other match, else None."""
+    """Return the index of `lines`: the expected index, else the only match, else None."""
     if not lines:
         return 0 if not text.lines else None
     places = _matches(text, lines, floor)
@@ -126,11 +126,11 @@ def _misfit(
 ) -> str:
     head = f"{name} does not fit {diff.path}: {where}"
     if not hunk.before:
-        return f"{head} has no context lines, so its place is unknown."
+        return f"{head} has no context lines, so its position is unknown."
     places = _matches(text, hunk.before, floor)
     if len(places) > 1:
         lines = ", ".join(str(at + 1) for at in places)
-        return f"{head} fits at several places (lines {lines}), none of them line {expected + 1}."
+        return f"{head} fits at lines {lines}, but not at the expected line {expected + 1}."
     at = max(
         range(max(len(text.lines), 1)),
         key=lambda at: (_agreement(text, hunk, at), -abs(at - expected)),
@@ -140,7 +140,7 @@ def _misfit(
         if found != expected_line:
             seen = "the file ends" if found is None else f"found    {found!r}"
             return f"{head}, line {at + i + 1}:\n     expected {expected_line!r}\n     {seen}"
-    return f"{head} fits only above the preceding hunk (line {at + 1})."
+    return f"{head} fits only at line {at + 1}, before the preceding hunk."
 
 
 def _agreement(text: _Text, hunk: Hunk, at: int) -> int:
@@ -159,7 +159,7 @@ def _write(path: Path, text: _Text) -> None:
 
 
 def _split(text: str) -> _Text:
-    # splitlines() would split at form feeds, which are part of a C++ line.
+    # splitlines() would also split at form feeds, which C++ lines may contain.
     lines = text.split("\n")
     ends = ["\n"] * (len(lines) - 1) + [""]
     if lines[-1] == "":

@@ -13,9 +13,9 @@ _NO_NEWLINE = "\\ No newline"
 
 @dataclass(frozen=True)
 class Hunk:
-    """A hunk's lines before and after the change, without terminators.
+    """A hunk: its lines before and after the change, without terminators.
 
-    `old_start` counts from 1. `after_open` is set if the last line after the change has no newline.
+    `old_start` counts from 1. `after_open` is true if the new file ends without a newline.
     """
 
     header: str
@@ -27,7 +27,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class FileDiff:
-    """All hunks of one file. `creates` is set if the old side is /dev/null."""
+    """A file's hunks. `creates` is true if the old path is /dev/null."""
 
     path: str
     creates: bool
@@ -35,7 +35,7 @@ class FileDiff:
 
 
 def parse(text: str, name: str) -> tuple[FileDiff, ...]:
-    """Parse a diff with paths a/... and b/..., and skip prose before and between the files."""
+    """Parse a diff with paths a/... and b/..., ignoring prose around the files' hunks."""
     return _Reader(text.replace("\r\n", "\n").split("\n"), name).files()
 
 
@@ -49,7 +49,7 @@ class _Reader:
         found: list[FileDiff] = []
         while self.at < len(self.lines):
             if self.lines[self.at].startswith(_UNSUPPORTED):
-                raise self._error(f"has a part that is no text diff: {self._here()!r}")
+                raise self._error(f"contains a part that is not a text diff: {self._here()!r}")
             if self._at_file():
                 found.append(self._file())
             elif _HUNK.match(self._here()):
@@ -99,7 +99,7 @@ class _Reader:
         after_open = False
         previous = ""
         while old_left > 0 or new_left > 0 or self._here().startswith(_NO_NEWLINE):
-            # Editors strip the space of an empty context line.
+            # Some editors remove the space of an empty context line.
             sign, line = (self._here() or " ")[0], self._here()[1:]
             if self.at >= len(self.lines) or sign not in " +-\\":
                 raise self._error(f"is cut short in {header}")

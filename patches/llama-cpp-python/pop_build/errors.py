@@ -1,8 +1,8 @@
-"""The error that every part of the build raises."""
+"""The build's error type."""
 
 
 class BuildError(Exception):
-    """A failure that the user can fix. `hint` is the suggested action."""
+    """A failure that the user can fix, with a remedy as `hint`."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

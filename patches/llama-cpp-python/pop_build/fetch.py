@@ -1,4 +1,4 @@
-"""Fetch the pinned source distribution with pip, cache it and verify its hash on every use."""
+"""Download the pinned source distribution with pip, cache it, and verify its hash on each use."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ _PIN = re.compile(r"^([A-Za-z0-9_-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.
 
 @dataclass(frozen=True)
 class Pin:
-    """The upstream release, read from upstream.txt: one pip requirement with a hash."""
+    """The pinned upstream release: the pip requirement in upstream.txt, with its hash."""
 
     name: str
     version: str
@@ -34,7 +34,7 @@ def read_pin(requirement: Path) -> Pin:
     if match is None:
         raise BuildError(
             f"{requirement.name} does not pin a release.",
-            "The file's one line is NAME==VERSION --hash=sha256:DIGEST.",
+            "Write one line into this file: NAME==VERSION --hash=sha256:DIGEST.",
         )
     return Pin(match[1], match[2], match[3], requirement)
 
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 
 def fetch_or_keep(pin: Pin, instead: Path) -> Path:
-    """Fetch the pinned source distribution to the user's cache, else to the folder `instead`."""
+    """Return the pinned source distribution in the user's cache, or in the folder `instead`."""
     try:
         return fetch(pin, cache_folder())
     except (OSError, RuntimeError):  # no home folder, or no permission to write there
@@ -59,7 +59,7 @@ def fetch_or_keep(pin: Pin, instead: Path) -> Path:
 
 
 def fetch(pin: Pin, folder: Path) -> Path:
-    """Return the pinned source distribution in the folder; download it if missing or damaged."""
+    """Return the pinned source distribution in `folder`, downloading it if necessary."""
     kept = folder / pin.sdist
     if kept.is_file() and _sha256(kept) == pin.sha256:
         return kept
@@ -73,7 +73,7 @@ def fetch(pin: Pin, folder: Path) -> Path:
 
 def check(pin: Pin, sdist: Path) -> None:
     if not sdist.is_file():
-        raise BuildError(f"pip fetched no {pin.sdist}.", _hint())
+        raise BuildError(f"pip did not download {pin.sdist}.", _hint())
     found = _sha256(sdist)
     if found != pin.sha256:
         raise _other_file(pin, f"its sha256 is {found}")
@@ -81,35 +81,37 @@ def check(pin: Pin, sdist: Path) -> None:
 
 def _other_file(pin: Pin, found: str) -> BuildError:
     return BuildError(
-        f"The index serves a {pin.sdist} that differs from the pinned file: {found}."
+        f"The package index has another {pin.sdist} than the pinned file: {found}."
         f" The pinned sha256 is {pin.sha256}.",
-        f"Do not use it. If you have a trusted copy, point {SOURCE_VARIABLE} at it.",
+        f"Set {SOURCE_VARIABLE} to a trusted copy of the pinned file.",
     )
 
 
 def _download(pin: Pin, folder: Path) -> None:
-    # Drop the settings of our build backend: pip would apply them to upstream's package.
+    # Our build backend's settings are dropped, since pip would apply them to upstream's package.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("_PYPROJECT_HOOKS", "PEP517_"))}
-    # With a hash in the requirement, pip rejects another file before it runs any of its code.
+    # pip checks the requirement's hash before it runs any code of the downloaded package.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
     command += ["--no-binary", pin.name, "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "-d", str(folder), "-r", str(pin.requirement)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
     if run.returncode != 0 and "DO NOT MATCH THE HASHES" in run.stderr:
-        raise _other_file(pin, "pip refused it")
+        raise _other_file(pin, "pip found another hash")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
-        # An unexpected error prints a traceback, whose last line has the reason.
+        # After an unexpected error, the reason is in the last line of a traceback.
         found = [line for line in lines if re.match("ERROR: (?!Exception:)", line)]
         errors = found or lines[-5:]
         reason = "\n     ".join(errors)
-        raise BuildError(f"pip could not fetch {pin.name} {pin.version}:\n     {reason}", _hint())
+        raise BuildError(
+            f"pip could not download {pin.name} {pin.version}:\n     {reason}", _hint()
+        )
 
 
 def _hint() -> str:
     return (
-        "Check the network and pip's index settings (`pip config list`, PIP_INDEX_URL), or point"
-        f" {SOURCE_VARIABLE} at a local source distribution or extracted tree."
+        "Check the network and pip's index settings (`pip config list`, PIP_INDEX_URL), or set"
+        f" {SOURCE_VARIABLE} to a local source distribution or extracted tree."
     )
 
 

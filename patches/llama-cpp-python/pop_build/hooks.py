@@ -1,4 +1,4 @@
-"""The build backend (PEP 517): prepare the patched tree and run scikit-build-core in it."""
+"""The build backend (PEP 517): prepare the patched tree, and run scikit-build-core in it."""
 
 import os
 import shutil
@@ -20,18 +20,18 @@ Settings = dict[str, "list[str] | str"] | None
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _DEFINES = {
-    # llama.cpp's multimodal library. Videos are off: it would run ffmpeg on a client's data.
+    # llama.cpp's multimodal library, without videos: it would run ffmpeg on a client's data.
     "LLAVA_BUILD": "ON",
     "MTMD_VIDEO": "OFF",
-    # Other machines as devices. RDMA is off: it would link a library of the build machine.
+    # Remote devices, without RDMA: it would link a library of the build machine.
     "GGML_RPC": "ON",
     "GGML_RPC_RDMA": "OFF",
-    # One file per library: a wheel cannot hold links, so versions would be copies.
+    # A wheel cannot contain links, so each versioned library name would be a copy.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
-    # Keep the build folder's path out of ccache's keys (CMake 4).
+    # With CMake 4, this keeps the build folder's path out of ccache's keys.
     "CMAKE_UNITY_BUILD_RELOCATABLE": "ON",
 }
-# For wheels: backends are loaded at run time, with the CPU variant that fits the machine.
+# Portable wheels load backends at run time, with the CPU variant for the machine.
 _PORTABLE_DEFINES = {
     "GGML_NATIVE": "OFF",
     "GGML_BACKEND_DL": "ON",
@@ -43,7 +43,7 @@ _CACHED_LANGUAGES = ("C", "CXX", "CUDA", "HIP", "OBJC")
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     from scikit_build_core import build
 
-    # Query in our own folder: the upstream tree is not extracted yet.
+    # The upstream tree is not extracted yet, so this package's folder is used.
     with _in(PACKAGE):
         requires: list[str] = build.get_requires_for_build_wheel(config_settings)
     return requires
@@ -77,7 +77,7 @@ def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
 
 
 def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
-    """Build an sdist of this package: recipe and patches, without upstream's sources."""
+    """Build an sdist of this package, with the patches and without upstream's sources."""
     with _short_errors():
         hooks = find_hooks(PACKAGE)
         own = recipe(PACKAGE, os.environ)
@@ -101,16 +101,16 @@ def build_editable(
     with _short_errors():
         raise BuildError(
             "The patched llama-cpp-python does not support editable installs.",
-            "Run `pip install ./patches/llama-cpp-python`, and again after changing a patch.",
+            "Run `pip install ./patches/llama-cpp-python`. Repeat it after changing a patch.",
         )
     raise AssertionError
 
 
 @contextmanager
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
-    """Enter the patched tree, with our settings as defaults for the user's.
+    """Enter the patched tree, and yield the user's settings with our defaults.
 
-    A lock allows one build at a time: CMake's folder holds the running build's paths.
+    A lock allows one build at a time, since builds with the same key share CMake's folder.
     """
     with _short_errors():
         missing.check_architecture(os.environ)
@@ -128,9 +128,9 @@ def _configured(folder: Path, config_settings: Settings) -> Iterator[Settings]:
     settings: dict[str, list[str] | str] = {"build-dir": str(folder / "cmake")}
     settings["wheel.license-files"] = ["LICENSE.md", "vendor/llama.cpp/LICENSE"]
     settings |= {f"cmake.define.{name}": value for name, value in defines(os.environ).items()}
-    # Make and Visual Studio build one file at a time by default.
+    # By default, Make and Visual Studio compile one file at a time.
     os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-    # Otherwise ccache's keys contain the folder's path, and each new patch recompiles everything.
+    # Without this, ccache's keys contain the folder's path, and each new patch recompiles all.
     os.environ.setdefault("CCACHE_BASEDIR", str(folder))
     with _short_errors(), _in(folder / "src"):
         try:
@@ -141,7 +141,7 @@ def _configured(folder: Path, config_settings: Settings) -> Iterator[Settings]:
 
 
 def defines(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the default CMake defines for this environment; CMAKE_ARGS override them."""
+    """Return the default CMake defines for this environment, which CMAKE_ARGS can override."""
     portable = _PORTABLE_DEFINES if env.get(PORTABLE_VARIABLE) else {}
     return _DEFINES | portable | launchers(env)
 
@@ -149,7 +149,7 @@ def defines(env: Mapping[str, str]) -> dict[str, str]:
 def launchers(env: Mapping[str, str]) -> dict[str, str]:
     """Return CMake defines for ccache or sccache, unless the user configured a launcher.
 
-    llama.cpp's detection also finds launchers outside PATH, and then fails.
+    llama.cpp's own detection fails if it finds a launcher outside PATH.
     """
     arguments = env.get("CMAKE_ARGS", "")
     if "COMPILER_LAUNCHER" in arguments or "GGML_CCACHE" in arguments:
@@ -175,7 +175,7 @@ def _in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _short_errors() -> Iterator[None]:
-    """Exit with the error's message: frontends show the backend's output, including tracebacks."""
+    """Exit with a BuildError's message, since frontends would show a traceback."""
     try:
         yield
     except BuildError as error:

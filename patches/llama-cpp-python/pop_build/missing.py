@@ -1,4 +1,4 @@
-"""Explain a failed GPU build: CMake's own messages do not name the missing packages."""
+"""Explain failed GPU builds, since CMake's messages do not name the missing packages."""
 
 import ctypes
 import re
@@ -9,13 +9,13 @@ from pathlib import Path
 from .errors import BuildError
 from .tree import PORTABLE_VARIABLE
 
-# Per ggml option: the entries of CMakeCache.txt that it needs, and the packages that provide them.
+# Required entries of CMakeCache.txt by ggml option, and the packages that provide them.
 _REQUIRED = {
     "GGML_CUDA": {
         "CUDAToolkit_NVCC_EXECUTABLE": "nvcc of the CUDA toolkit (on PATH, or CUDACXX=.../nvcc)",
         "CUDA_cublas_LIBRARY": "cuBLAS and its headers (libcublas-dev-...)",
         "CUDA_cuda_driver_LIBRARY": "the driver's stub, libcuda.so (cuda-driver-dev-..., or"
-        " -DGGML_CUDA_NO_VMM=ON in CMAKE_ARGS to do without)",
+        " -DGGML_CUDA_NO_VMM=ON in CMAKE_ARGS)",
     },
     "GGML_VULKAN": {
         "Vulkan_INCLUDE_DIR": "Vulkan's headers (libvulkan-dev)",
@@ -31,7 +31,7 @@ _ON = ("1", "on", "true", "yes", "y")
 
 
 def explain(cache: Path) -> None:
-    """Raise BuildError after a failed build if CMake's cache names a missing dependency."""
+    """Raise BuildError if CMake's cache shows a missing dependency."""
     text = cache.read_text(encoding="utf-8") if cache.is_file() else ""
     entries: dict[str, str] = dict(_ENTRY.findall(text))
 
@@ -47,25 +47,25 @@ def explain(cache: Path) -> None:
         ]
         if is_on(option) and lacks:
             raise BuildError(
-                f"CMake did not find what {option} needs: {'; '.join(lacks)}.",
-                "Install it (Debian's and NVIDIA's package names are in brackets) and run this"
-                " again, or build for the CPU, without CMAKE_ARGS.",
+                f"CMake did not find the requirements of {option}: {'; '.join(lacks)}.",
+                "Install them (Debian's and NVIDIA's package names are in brackets) and build"
+                " again, or build for the CPU without CMAKE_ARGS.",
             )
 
 
 def check_architecture(env: Mapping[str, str]) -> None:
-    """Raise BuildError if no GPU is visible: nvcc would compile for its oldest one.
+    """Raise BuildError if a CUDA build has no target GPU.
 
-    nvcc only warns about that, and pip hides warnings.
+    nvcc would compile for its oldest architecture and warn, but pip hides warnings.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
     # A portable build covers every architecture.
     is_named = bool({"CUDAARCHS", PORTABLE_VARIABLE} & env.keys() or given.keys() & _ARCHITECTURES)
     if given.get("GGML_CUDA") in _ON and not is_named and not _sees_gpu():
         raise BuildError(
-            "No NVIDIA GPU is visible, so the target of CUDA code is unknown.",
-            "Name the target GPU: CUDAARCHS=80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100),"
-            " 120 (RTX 50), or -DGGML_NATIVE=OFF in CMAKE_ARGS for all, which takes long.",
+            "No NVIDIA GPU is visible, so the target GPU of the CUDA build is unknown.",
+            "Set CUDAARCHS to 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100) or 120 (RTX 50)."
+            " For all GPUs, add -DGGML_NATIVE=OFF to CMAKE_ARGS, which takes long.",
         )
 
 

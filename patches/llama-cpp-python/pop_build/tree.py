@@ -1,4 +1,4 @@
-"""Prepare the patched source tree: compute its key, extract it, apply the patches."""
+"""Prepare the patched source tree: compute its key, extract it, and apply the patches."""
 
 import hashlib
 import os
@@ -17,9 +17,9 @@ from .machine import cpu
 
 PORTABLE_VARIABLE = "POP_LLAMA_CPP_PORTABLE"
 UNPATCHED_VARIABLE = "POP_LLAMA_CPP_UNPATCHED"
-# A file in the package `llama_cpp` that identifies the build of an installed wheel.
+# The file in the package `llama_cpp` that identifies an installed wheel's build.
 KEY_FILE = "pop_build_key.txt"
-# Variables that change the library built from the same sources.
+# Environment variables that change the compiled library.
 _FLAGS = (
     *("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),
@@ -28,15 +28,16 @@ _PACKAGE_FILES = ("pyproject.toml", "upstream.txt", "*.patch", "pop_build/*.py")
 _HOOK_SUFFIXES = (".patch", ".cpp", ".h", ".hpp", ".c", ".cu", ".cuh", ".m", ".metal", ".txt")
 _LLAMA_CPP = Path("vendor", "llama.cpp")
 _NOT_SOURCE = (".git", "build", "__pycache__")
-# Not compiled, two thirds of the bytes, and paths too long for Windows.
+# These folders are not compiled. They contain two thirds of the bytes, and too long paths for
+# Windows.
 _LEFT_OUT = ("benches", "docs", "examples", "models", "tests", "tools/ui")
-_KEPT = ("models/templates",)  # the tests of chat formats read these small files
+_KEPT = ("models/templates",)  # small files for the tests of chat formats
 _MAX_TREES = 4
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The inputs of a build. `hooks` is None for the unpatched library, `source` for the pin."""
+    """A build's inputs. `hooks` is None for an unpatched build, `source` for the pinned release."""
 
     package: Path
     hooks: Path | None
@@ -49,12 +50,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Return this package's name, which becomes the wheel's."""
+        """The name of this package and of its wheel."""
         return self._own("name")
 
     @property
     def version(self) -> str:
-        """Return this package's version, which becomes the wheel's."""
+        """The version of this package and of its wheel."""
         return self._own("version")
 
     def _own(self, field: str) -> str:
@@ -65,17 +66,17 @@ class Recipe:
 
 
 def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
-    """Return the recipe for this package and environment."""
+    """Return the recipe for this package and environment. Raises BuildError."""
     source = Path(env[SOURCE_VARIABLE]).expanduser() if env.get(SOURCE_VARIABLE) else None
     if source is not None and not source.is_absolute():
         raise BuildError(
-            f"{SOURCE_VARIABLE} is {source}, and pip builds in another folder.",
-            "Give an absolute path.",
+            f"{SOURCE_VARIABLE} is the relative path {source}, but pip builds in another folder.",
+            "Set it to an absolute path.",
         )
     if source is not None and not source.exists():
         raise BuildError(
             f"{source} does not exist.",
-            f"{SOURCE_VARIABLE} takes a source distribution (.tar.gz) or an extracted tree.",
+            f"Set {SOURCE_VARIABLE} to a source distribution (.tar.gz) or an extracted tree.",
         )
     hooks = None if env.get(UNPATCHED_VARIABLE) else find_hooks(package)
     flags = tuple(f"{name}={env[name]}" for name in _FLAGS if env.get(name))
@@ -85,19 +86,19 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
 
 
 def find_hooks(package: Path) -> Path:
-    """Return the folder of llama.cpp's hooks: a sibling of the package, in an sdist a child."""
+    """Return the folder of llama.cpp's patches: next to the package, or inside it in an sdist."""
     for folder in (package / "llama.cpp", package.parent / "llama.cpp"):
         if any(folder.glob("*.patch")):
             return folder
     raise BuildError(
         f"The patches for llama.cpp are missing next to {package}.",
-        "Build from a whole clone, with pip 21.3 or newer: an older pip copies the folder away"
-        " from its neighbours (`python -m pip install --upgrade pip`).",
+        "Build from a whole clone, with pip 21.3 or newer (`python -m pip install --upgrade pip`):"
+        " older versions copy the package without the folders next to it.",
     )
 
 
 def hook_files(hooks: Path) -> tuple[Path, ...]:
-    """Return the patches and the new files, sorted by path."""
+    """Return the patches and the files that they add, sorted by path."""
     found = (path for path in hooks.rglob("*") if path.suffix in _HOOK_SUFFIXES)
     return tuple(sorted(path for path in found if path.is_file()))
 
@@ -107,7 +108,7 @@ def package_files(package: Path) -> tuple[Path, ...]:
 
 
 def key(recipe: Recipe) -> str:
-    """Return a build's key: the pin, a hash of the changes, a hash of the compiler flags."""
+    """Return a build's key: the pinned version and hashes of the patches and compiler flags."""
     patches = hashlib.sha256()
     for folder, files in (
         (recipe.package, package_files(recipe.package)),
@@ -125,7 +126,7 @@ def key(recipe: Recipe) -> str:
 
 
 def prepare(recipe: Recipe) -> Path:
-    """Return the build's folder, whose `src` is the patched tree. Reuse an intact tree."""
+    """Return the build's folder, with the patched tree in `src`; an intact tree is reused."""
     builds = recipe.package / "build"
     folder = builds / key(recipe)
     stamp = folder / "tree.sha256"
@@ -157,13 +158,13 @@ def _extract(recipe: Recipe, scratch: Path) -> Path:
         with tarfile.open(source) as archive:
             if hasattr(tarfile, "data_filter"):
                 archive.extractall(scratch, members=_safe(archive), filter="data")
-            else:  # before 3.10.12 and 3.11.4
+            else:  # Python older than 3.10.12 or 3.11.4
                 archive.extractall(scratch, members=_safe(archive))
         (tree,) = scratch.iterdir()
     if not (tree / "llama_cpp" / "__init__.py").is_file() or not (tree / _LLAMA_CPP).is_dir():
         raise BuildError(
             f"{source} is not a source tree of llama-cpp-python.",
-            f"It lacks llama_cpp/__init__.py or {_LLAMA_CPP.as_posix()} (a git submodule).",
+            f"It must contain llama_cpp/__init__.py and the submodule {_LLAMA_CPP.as_posix()}.",
         )
     return tree
 
@@ -172,7 +173,9 @@ def _safe(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
         parts = Path(member.name).parts
         if not (member.isfile() or member.isdir()) or ".." in parts or Path(member.name).anchor:
-            raise BuildError(f"The archive has an unsafe member: {member.name}", "Do not use it.")
+            raise BuildError(
+                f"The archive has an unsafe member: {member.name}.", "Use a trusted archive."
+            )
         inside = Path(*parts[1:])
         is_kept = any(inside.is_relative_to(_LLAMA_CPP / folder) for folder in _KEPT)
         if is_kept or not any(inside.is_relative_to(_LLAMA_CPP / name) for name in _LEFT_OUT):
@@ -196,7 +199,7 @@ def _add(file: Path, target: Path) -> None:
     if target.exists():
         raise BuildError(
             f"llama.cpp already has a file {target.name}.",
-            "Rename ours in patches/llama.cpp and in the hooks that name it.",
+            "Rename our file in patches/llama.cpp, and in the patches that refer to it.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, target)
@@ -208,13 +211,13 @@ def _set(path: Path, field: str, value: str) -> None:
     if n != 1:
         raise BuildError(
             f'{path.name} has no line {field} = "...".',
-            "Upstream moved its name or version: adapt pop_build/tree.py.",
+            "Adapt pop_build/tree.py to upstream's new place for its name and version.",
         )
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _fingerprint(source: Path) -> str:
-    """Hash names, sizes and times: this detects an edit without reading 200 MB."""
+    """Hash the files' names, sizes and times, since hashing their 200 MB would take long."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()
@@ -229,7 +232,7 @@ def _files(source: Path) -> Iterable[Path]:
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if name not in _NOT_SOURCE]
         found += [Path(folder, name) for name in names]
-    # Upstream also installs the built library into its source tree.
+    # Upstream's build installs its libraries into the source tree.
     built = source / "llama_cpp" / "lib"
     return sorted(path for path in found if path.parent != built)
 

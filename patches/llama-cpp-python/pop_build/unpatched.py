@@ -1,4 +1,4 @@
-"""Build the unpatched libraries with the same release and flags, as a reference for tests."""
+"""Build unpatched libraries from the same release with the same flags, for comparison in tests."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ _IN_WHEEL = "llama_cpp/lib/"
 
 
 def build_unpatched(package: Path, target: Path) -> bool:
-    """Build the libraries into the folder `target`. Return False if they are up to date.
+    """Build the libraries into the folder `target`; return False if they were up to date.
 
-    The folder can serve as LLAMA_CPP_LIB_PATH of an installed llama_cpp.
+    LLAMA_CPP_LIB_PATH makes an installed llama_cpp load the libraries of this folder.
     """
     env = os.environ | {UNPATCHED_VARIABLE: "1"}
     wanted = key(recipe(package, env))
@@ -43,6 +43,6 @@ def _wheel(package: Path, folder: Path, env: dict[str, str]) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--disable-pip-version-check"]
     command += ["--wheel-dir", str(folder), str(package)]
     if subprocess.run(command, env=env, stdout=sys.stderr).returncode != 0:
-        raise BuildError("The unpatched library was not built.", "See pip's output above.")
+        raise BuildError("pip could not build the unpatched library.", "Read pip's output above.")
     (wheel,) = folder.glob("*.whl")
     return wheel

@@ -95,14 +95,14 @@ def test_failing_hunk_is_reported_and_writes_no_file(tree, tmp_path):
 def test_ambiguous_hunk_is_refused(tree, tmp_path):
     twice = ["begin", *LINES, "middle", *LINES]
     write(tree / "src/a.cpp", "\n".join(twice) + "\n")
-    with pytest.raises(BuildError, match=r"fits at several places \(lines 4, 25\)"):
+    with pytest.raises(BuildError, match="fits at lines 4, 25, but not at"):
         apply_patch(patch_of(tmp_path, DIFF), tree)
 
 
 def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
     first, second = DIFF.index("@@ -3"), DIFF.index("@@ -15")
     swapped = DIFF[:first] + DIFF[second:] + DIFF[first:second]
-    with pytest.raises(BuildError, match="fits only above the preceding hunk"):
+    with pytest.raises(BuildError, match="fits only at line"):
         apply_patch(patch_of(tmp_path, swapped), tree)
 
 
@@ -115,7 +115,7 @@ def test_hunk_that_fits_before_the_previous_one_is_refused(tree, tmp_path):
         (DIFF.replace("-15,3", "-15,9"), "cut short"),
         (DIFF.replace("-3,4", "-3,2"), "wrong line counts"),
         (DIFF.replace("b/src/a.cpp", "/dev/null"), "deletes a/src/a.cpp"),
-        ("rename from src/a.cpp\n" + DIFF, "is no text diff"),
+        ("rename from src/a.cpp\n" + DIFF, "is not a text diff"),
         (DIFF.replace("src/a.cpp", "src/z.cpp"), "but the file is missing"),
         ("--- a/src/a.cpp\n+++ b/src/a.cpp\n@@ -4,0 +5 @@\n+x\n", "no context lines"),
     ],

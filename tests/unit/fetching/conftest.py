@@ -1,4 +1,4 @@
-"""A server to download from."""
+"""A local server with files to download."""
 
 from collections.abc import Iterator
 

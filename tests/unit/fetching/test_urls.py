@@ -1,4 +1,4 @@
-"""Addresses, and why a connection failed: harmless names, no secrets."""
+"""Derive safe file names from URLs, and explain failed connections."""
 
 import os
 import ssl
@@ -19,7 +19,7 @@ from pop_local.fetching.http_download import file_name, reason_of
         ("..", ".gguf"),
     ],
 )
-def test_names_from_addresses_are_harmless(path, name):
+def test_file_names_from_urls_are_safe(path, name):
     if name == ".gguf":
         with pytest.raises(PopError, match="has no file name"):
             file_name(f"https://example.org/{path}")
@@ -35,13 +35,13 @@ def test_names_from_addresses_are_harmless(path, name):
         ("https://me:s3cret@example.org/?key=s3cret", "https://example.org/ has no file name"),
     ],
 )
-def test_an_address_without_a_host_or_a_file(url, message):
+def test_urls_without_host_or_file_are_refused(url, message):
     with pytest.raises(PopError) as failure:
         file_name(url)
     assert failure.value.message == message
 
 
-def test_a_certificate_that_nobody_vouches_for_is_said_to_be_that():
+def test_untrusted_certificate_is_reported():
     from requests.exceptions import SSLError
 
     refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
