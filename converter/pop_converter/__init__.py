@@ -1,3 +1,3 @@
-"""The POP file format, and the plans, fits and writers that produce it."""
+"""Convert GGUF models for prefill-only pruning: file format, plans, fits and writers."""
 
 __version__ = "0.1.0"

@@ -4,10 +4,10 @@ from enum import Enum
 
 
 class Projection(str, Enum):
-    """A kind of projection: the value of `pop.projection`, in files and on the command line.
+    """The value of `pop.projection`, in files and on the command line.
 
-    OWN: the layers' own projections, without new tensors. FITTED: least squares from the state at
-    the boundary. WIDE: least squares from more inputs (pop_converter.fit.wide).
+    OWN: the layers' own projections, without new tensors. FITTED: a least-squares fit on the
+    boundary state. WIDE: a least-squares fit on more inputs (fit/wide.py).
     """
 
     OWN = "own"
@@ -18,5 +18,5 @@ class Projection(str, Enum):
         return self.value
 
 
-# Part of the name of every tensor that a conversion adds.
+# Every tensor that a conversion adds has this text in its name.
 TENSOR_MARK = ".pop_"

@@ -75,7 +75,7 @@ def _fill(
             if np.isnan(logits.max(axis=1)).any():
                 raise PopError(
                     "the model predicts NaN",
-                    "download it again: it may be damaged",
+                    "download the file again: it may be damaged",
                 )
             for row, given in enumerate(n_given):
                 if step >= given:

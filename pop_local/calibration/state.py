@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pop_converter.base.archives import DAMAGES
+from pop_converter.base.errors import DAMAGED_ARCHIVE
 from pop_converter.base.output_file import replacing
 from pop_converter.gguf.content import NewTensor
 from pop_converter.projection import Projection
@@ -89,7 +89,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield json.loads(str(arrays["head"])), arrays
-    except DAMAGES as error:
+    except DAMAGED_ARCHIVE as error:
         raise _cannot_resume(f"{path} is damaged") from error
 
 

@@ -158,13 +158,11 @@ def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
 
 
 def limits_in_words(budget: Budget) -> str:
-    """Return a budget's limits, in the order of `figures_in_words`; old files have others."""
+    """Return a budget's limits, in the order of `figures_in_words`."""
     limits = (
         ("KL {:g}", budget.max_kl),
         ("perplexity ratio {:g}", budget.max_ppl_ratio),
         ("copy ratio {:g}", budget.max_copy_ratio),
-        ("{:.0%} kept of copying random tokens", budget.least_retention),
-        ("{:.0%} of facts lost", budget.max_lost_recall),
         ("{:.0%} of look-ups lost", budget.max_lost_lookups),
     )
     return ", ".join(form.format(limit) for form, limit in limits if limit < NO_LIMIT)

@@ -198,7 +198,7 @@ def test_wrong_parts_are_refused(tmp_path):
     parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
     renamed = tmp_path / "renamed.gguf"
     shutil.copy(parts[0], renamed)
-    with pytest.raises(FormatError, match="its name does not number it"):
+    with pytest.raises(FormatError, match="its name has no part number"):
         read_shape(renamed)
     shutil.copy(parts[1], parts[2])
     with pytest.raises(FormatError, match="is not part 3"):
@@ -211,7 +211,7 @@ def test_parts_of_another_model_are_refused(tmp_path):
     others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
     assert len(parts) == len(others)
     shutil.copy(others[1], parts[1])
-    with pytest.raises(FormatError, match="do not add up"):
+    with pytest.raises(FormatError, match="do not form one model"):
         read_shape(parts[0])
 
 

@@ -31,7 +31,7 @@ from pop_local.engine.sessions.fields import (
 )
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.budget import boundaries
-from pop_local.texts.document import Document
+from pop_local.texts.document_readers import Document
 from pop_local.workflows import inspect_file as inspection
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.events import Watch

@@ -234,6 +234,6 @@ def test_model_that_changes_during_writing_gets_no_sidecar(tmp_path):
     def change(done_bytes: int, total_bytes: int) -> None:
         make_gguf(base, "llama", n_ctx_train=2048)
 
-    with pytest.raises(WriteError, match="changed during reading"):
+    with pytest.raises(WriteError, match="changed during the conversion"):
         write_sidecar(make_plan(read_shape(base)), base, tmp_path / "x.gguf", progress=change)
     assert [path.name for path in tmp_path.iterdir()] == [base.name]

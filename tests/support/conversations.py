@@ -6,7 +6,7 @@ from pop_local.engine.chat_messages import Message, TurnStats
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.texts.document import Document
+from pop_local.texts.document_readers import Document
 
 QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
 

@@ -1,1 +1,1 @@
-"""The layers of a model, and which of them prompts can skip."""
+"""A model's layers, and the layers that prompt tokens can skip."""

@@ -1,4 +1,4 @@
-"""The checked keys `ARCH.*` of a model."""
+"""A model's keys `ARCH.*`, checked against llama.cpp's requirements."""
 
 from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
@@ -14,10 +14,10 @@ from pop_converter.architecture.arch_names import (
 from pop_converter.base.errors import FormatError, UnsupportedArchitectureError
 from pop_converter.gguf.header import Header
 
-# Dimensions and counts have 32 bits in llama.cpp.
-MAX_NUMBER = 2**31 - 1
-# llama_cpp allocates this many tokens for every tokenization.
-MAX_CTX = 1 << 27
+# llama.cpp stores dimensions and counts in 32 bits.
+_MAX_NUMBER = 2**31 - 1
+# llama_cpp allocates a buffer of the context's length for every tokenization.
+_MAX_CTX = 1 << 27
 _MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 # llama.cpp treats these architectures as dense if they have one expert.
 _DENSE_BY_COUNT = ("hunyuan-dense", "hunyuan_vl")
@@ -27,23 +27,19 @@ _EPSILONS = tuple(
 
 
 def trained_ctx(header: Header) -> int | None:
-    """Return the training context in tokens, None if the file has no such key.
-
-    Raises FormatError for an impossible value.
-    """
+    """Return the training context in tokens, None without this key. Raises FormatError."""
     value = header.of_arch("context_length")
     if value is None:
         return None
-    if type(value) is not int or not 0 <= value <= MAX_CTX:
-        raise FormatError(f"{header.path} has a context of {value} tokens", "download it again")
+    if type(value) is not int or not 0 <= value <= _MAX_CTX:
+        raise FormatError(
+            f"{header.path} has an impossible context length: {value}", "download the file again"
+        )
     return value
 
 
 def require_loadable(header: Header) -> None:
-    """Raise FormatError naming the first key that would fail an assertion of llama.cpp.
-
-    A failed assertion would end the process.
-    """
+    """Raise FormatError naming the first key that would make llama.cpp abort the process."""
 
     def numbers(name: str) -> list[float]:
         value = header.of_arch(name)
@@ -90,40 +86,41 @@ def require_loadable(header: Header) -> None:
         found = ", ".join(map(str, numbers(name))) or "nothing"
         raise FormatError(
             f"{header.path} cannot be opened: its {arch}.{name} is {found}",
-            "download it again",
+            "download the file again",
         )
 
 
 class ArchKeys:
-    """The keys `ARCH.*` of a model that can be pruned; other models raise."""
+    """Reader of a prunable model's keys `ARCH.*`."""
 
     def __init__(self, header: Header) -> None:
+        """Raise FormatError or UnsupportedArchitectureError if the model cannot be pruned."""
         self.header = header
         if header.get("general.type") == "adapter":
             raise FormatError(
-                f"{header.path} is a LoRA adapter, not a model", "give the model that it belongs to"
+                f"{header.path} is a LoRA adapter, not a model", "pass the base model"
             )
         if "general.architecture" not in header.keys:
-            raise FormatError(f"{header.path} names no architecture", "give a language model")
+            raise FormatError(f"{header.path} has no general.architecture", "pass a language model")
         self.arch = str(header.get("general.architecture"))
         if reason := refusal(self.arch, self.number(LOOPS_KEY, 1)):
             raise UnsupportedArchitectureError(
                 f"{header.path} ({self.arch}) is {reason}: it cannot be pruned",
-                "use a decoder, a model that generates text token by token",
+                "use a decoder model, such as Llama, Qwen or Gemma",
             )
 
     def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.header.path} {what}", "download it again")
+        return FormatError(f"{self.header.path} {what}", "download the file again")
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return a number, of an array with one number per layer the first. Flags are 0 and 1."""
+        """Return a number or flag, or the first item of an array. Raises FormatError."""
         value = self.header.of_arch(name)
         if isinstance(value, tuple):
             value = value[0] if value else None
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
-            raise self.wrong(f"is no model: its {self.arch}.{name} is {value}")
+        if not isinstance(value, int) or not 0 <= value <= _MAX_NUMBER:
+            raise self.wrong(f"is not a model: its {self.arch}.{name} is {value}")
         return int(value)
 
     @property
@@ -136,14 +133,14 @@ class ArchKeys:
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
 
     def windows(self, n_layer: int) -> tuple[int, ...]:
-        """Return the visible positions of each layer, 0 for all."""
+        """Return each layer's attention window in tokens, 0 for all positions."""
         tokens = self.number("attention.sliding_window", WINDOWS.get(self.arch, 0))
         name = "attention.sliding_window_pattern"
         pattern = self.header.of_arch(name)
         if isinstance(pattern, tuple):
             flags = pattern[:n_layer]
             if len(flags) < n_layer:
-                raise self.wrong(f"has too short a {self.arch}.{name}")
+                raise self.wrong(f"has too few entries in {self.arch}.{name}")
             return tuple(tokens if flag else 0 for flag in flags)
         period = self.number(name, PERIODS.get(self.arch, 0))
         return tuple(

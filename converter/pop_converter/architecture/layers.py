@@ -1,4 +1,4 @@
-"""A model's tensors by layer, and the facts that follow from them."""
+"""A model's tensors by layer, and the layer sizes derived from them."""
 
 import re
 
@@ -15,7 +15,7 @@ _LIGHTNING = {"attn_norm_2", "attn_gate"}
 
 
 class LayerTensors(dict[str, TensorInfo]):
-    """The tensors of one layer by name, without the prefix "blk.N." and the suffix ".weight"."""
+    """A layer's tensors by name, without the prefix `blk.N.` and the suffix `.weight`."""
 
     def rows(self, name: str) -> int:
         return self[name].dims[1] if name in self and len(self[name].dims) == 2 else 0
@@ -24,8 +24,8 @@ class LayerTensors(dict[str, TensorInfo]):
         return self[name].dims[0] if self.rows(name) else 0
 
     def attention(self, dim_k: int, dim_v: int) -> tuple[int, int, int]:
-        """Return the rows of Q, K and V, 0 for a part that does not exist."""
-        # KDA convolves K inside its recurrence and caches none of it.
+        """Return the numbers of Q, K and V rows, 0 for a missing projection."""
+        # KDA convolves K inside its recurrence, so the cache has no K.
         if self.is_recurrent and ("attn_k" not in self or "ssm_conv1d_k" in self):
             return 0, 0, 0
         if fused := self.rows("attn_qkv"):
@@ -47,7 +47,7 @@ class LayerTensors(dict[str, TensorInfo]):
         if self.is_recurrent:
             return "its recurrent layers keep one state of all rows"
         if any(name.startswith("indexer") for name in self):
-            return "its cache holds more than K and V"
+            return "its cache contains more than K and V"
         return "its state has several streams" if "altup_router" in self else ""
 
     @property
@@ -58,26 +58,26 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def n_neurons(self) -> int:
-        """Number of neurons of a dense, gated FFN; the gate may be the first half of `ffn_up`."""
+        """Number of neurons in a dense, gated FFN; `ffn_up` may start with the gate's rows."""
         n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
         is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
         return n_down if is_gated and "ffn_norm" in self else 0
 
     @property
     def n_weights(self) -> int:
-        # Vectors (norm gains) take no matrix product.
+        # Vectors (norm gains) need no matrix product.
         return sum(each.n_elements for each in self.values() if len(each.dims) > 1)
 
 
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
-    """Return a model's layers without tensors that a conversion added.
+    """Return a model's layers, excluding the tensors that a conversion added.
 
-    With `repeat`, layers without tensors use the tensors of earlier layers. Raises FormatError for
-    a file without layers or with an incomplete one.
+    With `repeat`, layers without tensors reuse earlier layers' tensors. Raises FormatError for a
+    layer without tensors.
     """
     path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]
     if not source.tensors:
-        raise FormatError(f"{path} has a vocabulary and no layers", "give the model")
+        raise FormatError(f"{path} has a vocabulary but no layers", "pass the model's file")
     for tensor in source.tensors:
         match = _NAME.fullmatch(tensor.name)
         if match and int(match[1]) < n_layer and TENSOR_MARK not in tensor.name:
@@ -87,5 +87,5 @@ def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTens
         layers = [layer or layers[i % max(n_own, 1)] for i, layer in enumerate(layers)]
     empty = [number for number, layer in enumerate(layers) if not layer]
     if empty:
-        raise FormatError(f"{path} has no tensors for layer {empty[0]}", "download it again")
+        raise FormatError(f"{path} has no tensors for layer {empty[0]}", "download the file again")
     return layers

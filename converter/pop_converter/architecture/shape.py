@@ -1,4 +1,4 @@
-"""A model's layer sizes, from the keys and tensors that all GGUF files share."""
+"""A model's layer sizes, read from its keys and tensor table."""
 
 from dataclasses import dataclass
 
@@ -9,28 +9,27 @@ from pop_converter.base.errors import FormatError
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-# Block size of ggml's quantized types, in which rows of added tensors are stored.
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+# Block size of ggml's quantized types: rows of added tensors must be multiples of it.
 _BLOCK_SIZE = 32
-# LayerTensors.no_refill has the other reasons.
 _MROPE = "its rows have several positions each (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model; tuples have one entry per layer.
+    """A model's sizes; tuples have one entry per layer.
 
-    `n_q`, `n_k`, `n_v`: rows of the attention projections. K without V is compressed (MLA); a layer
-    without K computes no K/V. `n_heads_out`: width of the heads' output. `n_neurons`: neurons of a
-    dense, gated FFN, 0 for any other. `n_weights`: elements of all matrices. `windows`: visible
-    positions, 0 for all; without a pattern in the file, all layers have the window.
-    `is_recurrent`: the layer keeps a state that rows cannot overwrite. `is_fittable`: its K and V
-    can be fitted. `is_fused`: one tensor holds its Q, K and V.
+    `n_q`, `n_k`, `n_v`: rows of the attention projections. MLA layers have K rows and no V rows;
+    layers that compute no K/V have neither. `n_heads_out`: width of the heads' output. `n_neurons`:
+    neurons in a dense, gated FFN, otherwise 0. `n_weights`: number of matrix elements. `windows`:
+    attention windows in tokens, 0 for all positions. `is_recurrent`: layers with a state that rows
+    cannot overwrite. `is_fittable`: layers whose K and V can be fitted. `is_fused`: layers with one
+    tensor for Q, K and V.
 
     `no_refill`: the reason why rows cannot run deep later, "" if they can. `exact`: the first layer
-    that reads the K/V of an earlier one, 0 if no layer does. `n_deepstack`: number of first layers
-    that add image features to the state.
+    that reads an earlier layer's K/V, 0 if no layer does. `n_deepstack`: number of layers, counted
+    from the first, that add image features to the state.
     """
 
     arch: str
@@ -52,24 +51,24 @@ class ModelShape:
     no_refill: str = ""
 
     def n_kv(self, layer: int) -> int:
-        """Return the size of a layer's K and V for one token, in numbers."""
+        """Return the number of K and V values of one token in a layer."""
         return self.n_k[layer] + self.n_v[layer]
 
     def fits(self, boundary: int) -> bool:
-        """Return True if all layers from the boundary on, two or more, can be fitted."""
+        """Return True if `boundary` skips two or more layers, all of them fittable."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
-        """Return the sizes of the wider input (pop_converter.fit.wide): previous state, neurons.
+        """Return a wide fit's extra inputs (fit/wide.py): previous state's values, neurons.
 
-        They are up to a quarter and a half of the state, in whole quantization blocks.
+        They are up to a quarter and half of the state's size, in whole quantization blocks.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
         return n_prev, n_most // _BLOCK_SIZE * _BLOCK_SIZE
 
     def n_wide(self, boundary: int, projection: Projection) -> int:
-        """Return the number of a fit's inputs in addition to the state, 0 if it is not wide."""
+        """Return the number of a fit's extra inputs, 0 if it is not wide."""
         return sum(self.wide_inputs(boundary)) if projection == Projection.WIDE else 0
 
 
@@ -77,13 +76,13 @@ def source_shape(source: Source) -> ModelShape:
     """Return the shape of a model. Raises FormatError, UnsupportedArchitectureError."""
     keys = ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
-    if not 0 < n_layer <= MAX_LAYERS:
-        raise keys.wrong(f"has {n_layer} layers, and 1 to {MAX_LAYERS} are possible")
+    if not 0 < n_layer <= _MAX_LAYERS:
+        raise keys.wrong(f"has {n_layer} layers; llama.cpp supports 1 to {_MAX_LAYERS}")
     layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
     if (n_embd := keys.number("embedding_length")) < 1:
-        raise keys.wrong("has states of 0 values")
+        raise keys.wrong("has an embedding length of 0")
     if (n_deepstack := keys.number("n_deepstack_layers", 0)) >= n_layer:
-        raise keys.wrong(f"adds features of images to {n_deepstack} of {n_layer} layers")
+        raise keys.wrong(f"adds image features to {n_deepstack} of its {n_layer} layers")
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0
     exact = n_layer - keys.number("attention.shared_kv_layers", max(n_shared, 0))
     if exact < 1:
@@ -95,7 +94,7 @@ def source_shape(source: Source) -> ModelShape:
         for i, layer in enumerate(layers)
     ]
     if any(min(part) < 0 for part in parts):
-        raise keys.wrong("has fused projections that are too small for its heads")
+        raise keys.wrong("has a fused Q/K/V tensor with too few rows for its heads")
     n_q, n_k, n_v = zip(*parts, strict=True)
     reasons = [*(layer.no_refill for layer in layers), _MROPE if keys.is_mrope else ""]
     has_fits = keys.arch not in UNFITTED and keys.header.of_arch(_RMS_KEY) is not None
@@ -123,5 +122,5 @@ def source_shape(source: Source) -> ModelShape:
 def _n_vocab(source: Source) -> int:
     dims = {tensor.name: tensor.dims for tensor in source.tensors}.get("token_embd.weight", ())
     if len(dims) != 2:
-        raise FormatError(f"{source.first.path} has no token embeddings", "give a language model")
+        raise FormatError(f"{source.first.path} has no token embeddings", "pass a language model")
     return dims[1]

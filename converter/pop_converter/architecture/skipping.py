@@ -10,13 +10,13 @@ _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 
 @dataclass(frozen=True)
 class SkippableLayers:
-    """Layers `first` to `last`, which context tokens can skip.
+    """The layers that context tokens can skip: `first` to `last`.
 
     `left`: results that skipped layers still compute. `fits_from`: the first boundary whose
-    projections can be fitted (None: no boundary, for the reason `no_fit`). `exact`: the layer at
-    which context tokens leave without loss, 0 for no such layer. `no_refill`: the reason why rows
-    cannot run deep later, "" if they can. `is_measured`: the architecture was measured on real
-    models.
+    projections can be fitted, None if `no_fit` prevents every fit. `exact`: the layer at which
+    context tokens leave without loss, 0 without such a layer. `no_refill`: the reason why rows
+    cannot run deep later, "" if they can. `is_measured`: pruning was measured on real models of
+    this architecture.
     """
 
     first: int
@@ -57,4 +57,4 @@ def _no_fit(shape: ModelShape) -> str:
         return "its recurrent layers have no K and V"
     if not any(shape.n_v):
         return "its K and V are compressed"
-    return "no RMS norm with a gain alone comes before its K and V"
+    return "its K and V do not follow an RMS norm without bias"

@@ -1,12 +1,12 @@
 """The speed-up limit: the ratio of multiply-accumulates without and with pruning.
 
-The caller counts them, on llama.cpp's graph, for a prompt that is read into an empty cache up to
-the last token's logits. The limit ignores everything but matrix products (norms, RoPE, softmax,
-masks, activations, copies), and the hardware's efficiency with few rows.
+The caller counts the multiply-accumulates of a prompt on llama.cpp's graph, from an empty cache to
+the last token's logits. The limit covers matrix products only, and assumes that products with few
+rows are as efficient as large products.
 
-Fitted projections cost as much as the layers' own projections, and less if those are fused with Q.
-A *wide* fit (pop_converter.fit.wide) computes its input once per row and multiplies it for each
-layer after the boundary. This module adds that work for fits that are not in a file yet.
+Fitted projections replace the layers' own projections at the same cost, or at a lower cost if the
+layers' own K and V are fused with Q. A *wide* fit (fit/wide.py) also computes its input once per
+row, and multiplies it for each layer after the boundary. This module adds the work of planned fits.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,27 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
 
-# Full rows hardly count at this length, and questions about a document often reach it.
+# A typical length of a document with a question, at which full rows hardly matter.
 LIMIT_PROMPT = 2048
 
-# (n_prompt, boundary, n_full) to multiply-accumulates; `boundary` None is the full model, and
-# `n_full` includes the last row. Raises PopError.
+# Returns the multiply-accumulates for (n_prompt, boundary, n_full). `boundary` is None for the full
+# model; `n_full` includes the last row. Raises PopError.
 Macs = Callable[[int, int | None, int], int]
 
 
 def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
-    """Raise PopError: the default `macs` of a plan without a counter."""
-    raise PopError("this plan has no counter of its work", "give make_plan the argument macs")
+    """Raise PopError: the default `macs` of a plan."""
+    raise PopError("the plan cannot count its work", "pass macs to make_plan")
 
 
 def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: int = 0) -> float:
-    """Return the ratio of full to pruned prefill work; `more` is a fit's work (`fit_macs`)."""
+    """Return the ratio of full to pruned prefill work; `more` is the fit's work (`fit_macs`)."""
     n_full = max(1, min(n_full, n_prompt))  # the last row is always full
     return macs(n_prompt, None, n_prompt) / (macs(n_prompt, boundary, n_full) + more)
 
 
 def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> int:
-    """Return the weights of a wide fit beyond a plain fit's, 0 for other kinds."""
+    """Return the number of weights that a wide fit has and a plain fit lacks, 0 for other kinds."""
     n_wide = shape.n_wide(boundary, projection)
     if not n_wide:
         return 0
@@ -46,17 +46,17 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the work that a fit adds to a prompt, negative if the model fuses K and V with Q."""
+    """Return the work that a fit adds, negative if the model fuses K and V with Q."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)
 
 
 def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:
-    """Return the share of the skipped layers' work that context rows still do.
+    """Return the share of the skipped layers' work that context rows still need.
 
-    The count follows from the full rows, which do this work twice: their true K/V replace the
-    projected ones. None if full rows are read separately, as with recurrent states.
+    Full rows need this work twice, since their true K/V replace projected K/V: the share is derived
+    from this difference. Return None if full rows are read separately, as with recurrent states.
     """
     full = macs(n_prompt, None, n_prompt)
     left = macs(n_prompt, boundary, n_prompt - 1) - full

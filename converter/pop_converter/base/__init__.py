@@ -1,1 +1,1 @@
-"""The base of both packages: errors, progress, files, numbers."""
+"""Helpers that both packages share: errors, progress, files and numbers."""

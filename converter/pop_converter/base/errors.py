@@ -1,12 +1,31 @@
-"""The errors of both packages: what went wrong, and what to do."""
+"""Error types of both packages: a message, a hint and a cause."""
+
+import zlib
+from tokenize import TokenError
+from zipfile import BadZipFile
+
+# Errors of numpy.load for a damaged archive. RuntimeError: an encrypted zip or an unknown
+# compression. TokenError: numpy parses an array's header as Python.
+DAMAGED_ARCHIVE = (
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    MemoryError,
+    RuntimeError,
+    BadZipFile,
+    TokenError,
+    zlib.error,
+)
 
 
 class PopError(Exception):
     """A failure that the user can understand.
 
-    `hint` names a remedy for callers of the library: parameters, never a command ("" for none). A
-    program that words a remedy itself identifies the failure by `cause` ("" for most failures) and
-    takes numbers, names and paths from `fields`.
+    `hint` is a remedy for the library's caller ("" for none). It names parameters, never a command.
+    Programs with their own remedies identify the failure by `cause` ("" for most failures) and read
+    numbers, names and paths from `fields`.
     """
 
     def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
@@ -15,12 +34,12 @@ class PopError(Exception):
         self.hint = hint
         self.cause = cause
         self.fields = fields
-        if hint and hasattr(self, "add_note"):  # from Python 3.11 on
+        if hint and hasattr(self, "add_note"):  # Python 3.11 or newer
             self.add_note(f"hint: {hint}")
 
 
 class StoppedError(Exception):
-    """Work ended by the caller's `should_stop`."""
+    """Work stopped by the caller's `should_stop`."""
 
 
 class FormatError(PopError):
@@ -32,7 +51,7 @@ class TruncatedError(FormatError):
 
 
 class UnsupportedArchitectureError(PopError):
-    """A model whose architecture cannot be pruned, or is not in this build."""
+    """A model whose architecture cannot be pruned, or is missing in this build."""
 
 
 class PlanError(PopError):
@@ -40,7 +59,7 @@ class PlanError(PopError):
 
 
 class OutputExistsError(PopError):
-    """An output file that exists, without permission to replace it."""
+    """An existing output file that must not be replaced."""
 
 
 class WriteError(PopError):

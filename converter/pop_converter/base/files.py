@@ -1,4 +1,4 @@
-"""Reading of files and pipes by path, without waiting forever for a pipe's writer."""
+"""Read files and pipes by path, without waiting forever for a pipe's writer."""
 
 import os
 import stat
@@ -7,15 +7,14 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 
-# How long a pipe may have no writer.
+# The maximum wait for a pipe's writer.
 _PATIENCE_S = 5.0
 
 
 def read_file(path: Path, most: int = -1) -> bytes:
-    """Read a file or a pipe, up to `most` bytes (-1: all).
+    """Read up to `most` bytes (-1: all) of a file or pipe.
 
-    Raises OSError if it cannot be read, PopError for a folder, a device, and a pipe without a
-    writer within seconds.
+    Raises OSError if reading fails, PopError for a folder, a device, or a pipe without a writer.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
@@ -23,7 +22,7 @@ def read_file(path: Path, most: int = -1) -> bytes:
             return file.read(most)
     if not stat.S_ISFIFO(mode):
         found = "is a folder" if stat.S_ISDIR(mode) else "is neither a file nor a pipe"
-        raise PopError(f"{path} {found}", "give a file")
+        raise PopError(f"{path} {found}", "pass a file")
     # A blocking open would wait forever for a writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:
         begun = _first_of(path, pipe.fileno())
@@ -32,7 +31,7 @@ def read_file(path: Path, most: int = -1) -> bytes:
 
 
 def _first_of(path: Path, pipe: int) -> bytes:
-    """Return a pipe's first byte, or b"" once it has a writer that has written nothing yet."""
+    """Wait for a pipe's writer, and return its first byte, or b"" if it has not written yet."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline_s:
         try:
@@ -41,4 +40,4 @@ def _first_of(path: Path, pipe: int) -> bytes:
         except BlockingIOError:
             return b""
         time.sleep(0.01)
-    raise PopError(f"no process writes to the pipe {path}", "give a file")
+    raise PopError(f"no process writes to the pipe {path}", "pass a file")

@@ -1,4 +1,4 @@
-"""The hint for an unknown name."""
+"""Hints that suggest a similar name for an unknown name."""
 
 import difflib
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ _CUTOFF = 0.5
 
 
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
-    """Return a hint that suggests the known name nearest to `wanted`, followed by `listed`.
+    """Suggest the known name nearest to `wanted`, then `listed`; only `listed` if none is similar.
 
-    `known` maps names in any case to display text. Without a similar name, return `listed`.
+    `known` maps names in any case to display text.
     """
     shown = {name.lower(): text for name, text in known.items()}
     near = difflib.get_close_matches(wanted.lower(), shown, n=1, cutoff=_CUTOFF)

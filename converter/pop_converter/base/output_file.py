@@ -1,4 +1,4 @@
-"""Atomic writing: an output file is either complete or does not exist."""
+"""Atomic writes: an output file is complete, or it does not exist."""
 
 import os
 import shutil
@@ -23,19 +23,21 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
         disk = shutil.disk_usage(dst.parent)
     except OSError as error:
         raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error
-    # Some network drives report neither their size nor their free space.
+    # Some network drives report a size of 0 and no free space.
     if disk.total and disk.free < n_bytes:
         raise WriteError(
-            f"the disk is too small: {dst} needs {n_bytes:,} bytes, {disk.free:,} are free",
+            f"the disk is too full: {dst} needs {n_bytes:,} bytes, {disk.free:,} are free",
             "free some space, or write to another disk",
         )
 
 
 def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
     if not dst.parent.is_dir():
-        raise WriteError(f"the folder {dst.parent} does not exist", "create it, or write elsewhere")
+        raise WriteError(
+            f"the folder {dst.parent} does not exist", "create it, or choose another folder"
+        )
     if dst.is_dir():
-        raise WriteError(f"{dst} is a folder", "name a file")
+        raise WriteError(f"{dst} is a folder", "choose a file name")
     if not dst.exists():
         return
     if any(dst.samefile(source) for source in sources):
@@ -46,11 +48,11 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
 
 @contextmanager
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `dst` if the block succeeds, and is removed otherwise.
+    """Open a temporary file, which replaces `dst` if the block succeeds.
 
-    After a kill -9, the next call for `dst` removes the file. As with cp, the data may not be
-    flushed to disk yet. Raises OutputExistsError if `dst` was created during the block and not
-    `force`, WriteError for I/O errors such as a full disk.
+    If the block raises, the temporary file is removed. If the process is killed, the next call for
+    `dst` removes it. The data is not synced to disk. Raises OutputExistsError if another process
+    created `dst` during the block, unless `force`; WriteError for an I/O error.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     _remove_leftovers(dst)
@@ -68,22 +70,19 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder and its missing parents with mode 0700, whatever the umask.
-
-    Existing folders stay unchanged. Raises OSError.
-    """
-    for missing in [one for one in (folder, *folder.parents) if not one.exists()][::-1]:
+    """Create a folder and its missing parents with mode 0700 for any umask. Raises OSError."""
+    for missing in [each for each in (folder, *folder.parents) if not each.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
         missing.chmod(0o700)
 
 
 def _exists(message: str) -> OutputExistsError:
-    hint = "choose another name, or replace it: force=True"
+    hint = "choose another name, or pass force=True to replace the file"
     return OutputExistsError(message, hint, cause="output-exists")
 
 
 def _remove_leftovers(dst: Path) -> None:
-    """Remove temporary files of dead processes; a living process may still be writing."""
+    """Remove the temporary files for `dst` whose processes have ended."""
     prefix = f".{dst.name}."
     with suppress(OSError):
         for path in list(dst.parent.iterdir()):

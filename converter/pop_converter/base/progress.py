@@ -1,4 +1,4 @@
-"""Progress callbacks."""
+"""Types of progress callbacks, and a counter of steps."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,9 @@ Ran = Callable[[int], None]
 
 
 def counting(total: int, on_progress: Progress) -> Ran:
-    """Return a function that takes the size of each step and calls `on_progress(done, total)`.
+    """Return a function that adds a step's size and calls `on_progress(done, total)`.
 
-    `on_progress` is called immediately with (0, total).
+    The first call, with (0, total), is immediate.
     """
     done = 0
 

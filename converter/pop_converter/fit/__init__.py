@@ -1,1 +1,1 @@
-"""The solve of K/V projections."""
+"""Fits of K/V projections."""

@@ -1,16 +1,16 @@
 """Least-squares fits of skipped layers' K/V projections to the full model's K and V.
 
-Weighted least squares with a ridge toward the layer's own projections, in float64, from Gram
-matrices alone. With x the normalized boundary state, X = [x, 1], Y the full model's K and V,
-D the token weights and W0 the layer's own projections:
+The fit is a weighted least-squares solution in float64, with a ridge toward the layer's own
+projections. It needs Gram matrices only. With x the normalized boundary state, X = [x, 1], Y the
+full model's K and V, D the token weights and W0 the layer's own projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
-The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x by the gain also
-scales a ridge proportional to diag(X'DX), so both coordinates have the same solution.
+The stored tensor multiplies gain * x, so its weight is W / gain. The ridge is proportional to
+diag(X'DX), so the gain does not change the solution.
 
-A wide fit (pop_converter.fit.wide) has more inputs, X = [x, z, 1], whose ridge pulls toward zero.
-Its sums include those of the plain fit.
+A wide fit (fit/wide.py) has more inputs, X = [x, z, 1]. The ridge pulls the weights of z toward
+zero. The sums of a wide fit include the sums of the plain fit.
 """
 
 from collections.abc import Mapping
@@ -33,21 +33,21 @@ RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
 # Rows of a triangular system solved at once.
 _BLOCK = 128
-# Rows per input before `Gram.merge` fades older rows.
+# Rows per input before `Gram.merge` scales older rows down.
 ROWS_KEPT = 64
-# Inputs with less than this share of the mean power keep their own weights: dividing by their gain
-# would spoil the scale of the quantization block that they share.
-WEAK_INPUT = 1e-4
-# The minimum token weight and the maximum attention, in units of its mean.
+# Inputs with less than this share of the mean power keep their own weights. Dividing by their small
+# gain would yield large weights, which spoil the scale of their quantization block.
+_WEAK_INPUT = 1e-4
+# The minimum token weight, and the maximum attention as a multiple of its mean.
 LEAST_WEIGHT = 0.2
-MOST_ATTENTION = 50.0
-# Minimum pivot of the system, whose diagonal is 1: smaller pivots are rounding errors.
-LEAST_PIVOT = 1e-12
-DAMAGED_HINT = "the model's file may be damaged: check that the model answers"
+_MOST_ATTENTION = 50.0
+# The system's diagonal is 1, so smaller pivots are rounding errors.
+_LEAST_PIVOT = 1e-12
+DAMAGED_HINT = "check that the model answers; if not, its file may be damaged"
 
 
 class FitError(PopError):
-    """Activations that determine no projections."""
+    """Activations from which no projections can be computed."""
 
 
 class KvType(str, Enum):
@@ -65,10 +65,11 @@ class KvType(str, Enum):
 
 @dataclass(eq=False)
 class Gram:
-    """The sums for all fits at one boundary, in float32: the ridge exceeds the rounding by far.
+    """The sums for all fits at one boundary.
 
-    `xx` is X'DX [n_inputs + 1, n_inputs + 1], `xy` is X'DY [n_inputs + 1, n_k + n_v] of each layer.
-    The constant input comes last. `n_rows` rows were added.
+    `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` is X'DY [n_inputs + 1, n_k + n_v] by layer. The
+    last input is constant. `n_rows` counts the added rows. The sums are in float32, since the ridge
+    far exceeds the rounding error.
     """
 
     xx: Floats
@@ -77,19 +78,19 @@ class Gram:
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
-        """Return zero sums; `n_kv` is n_k + n_v of each layer."""
+        """Return zero sums; `n_kv` maps layers to n_k + n_v."""
         n = n_inputs + 1
         xy = {layer: np.zeros((n, width), np.float32) for layer, width in n_kv.items()}
         return cls(np.zeros((n, n), np.float32), xy)
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
-        """Add one window: `x` [n, n_inputs + 1] (see `with_bias`), `weights` [n].
+        """Add one window: `x` [n, n_inputs + 1] from `with_bias`, `weights` [n].
 
-        `y` has [n, n_k + n_v] of each layer; other layers in it are ignored.
+        `y` maps the layers, and possibly further layers, to K and V [n, n_k + n_v].
         """
         root = np.sqrt(weights)[:, None]
         weighted = x * root
-        # numpy computes a product with the matrix's own transpose with half the work (syrk).
+        # For a product with its own transpose, numpy does half the work (syrk).
         self.xx += weighted.T @ weighted
         for layer, xy in self.xy.items():
             xy += weighted.T @ (y[layer] * root)
@@ -111,7 +112,7 @@ class Gram:
         self.n_rows += other.n_rows
 
     def of_first(self, n_inputs: int) -> "Gram":
-        """Return the sums of the first `n_inputs` inputs and the constant."""
+        """Return the sums of the first `n_inputs` inputs and the constant input."""
         kept = np.append(np.arange(n_inputs), len(self.xx) - 1)
         if kept.size == len(self.xx):
             return self
@@ -120,7 +121,7 @@ class Gram:
 
 
 def gram_bytes(n_inputs: int) -> int:
-    """Return the size of a boundary's X'DX in bytes."""
+    """Return the size of X'DX in bytes."""
     return 4 * (n_inputs + 1) ** 2
 
 
@@ -130,7 +131,7 @@ def cross_bytes(n_inputs: int, n_kv: int) -> int:
 
 
 def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
-    """Return the peak temporary memory per layer in bytes, when adding `n_rows` or solving."""
+    """Return the peak temporary memory in bytes for adding `n_rows` rows or solving a layer."""
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
     solving = 8 * (3 * n**2 + 6 * n * n_kv)
@@ -149,19 +150,19 @@ def with_bias(*inputs: Floats) -> Floats:
 
 
 def token_weights(mass: Floats) -> Floats:
-    """Return token weights [n] from the attention [n] that the tokens receive from later ones."""
+    """Return token weights [n] from the attention [n] that later tokens pay to each token."""
     mean = float(mass.mean())
     if mean <= 0:
         return np.ones_like(mass)
-    share = np.clip(mass / mean, 0, MOST_ATTENTION)
+    share = np.clip(mass / mean, 0, _MOST_ATTENTION)
     return np.asarray(LEAST_WEIGHT + (1 - LEAST_WEIGHT) * share, np.float32)
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Return the projections that replace a layer's `own` projections or an earlier fit.
+    """Fit a layer's projections; `own` are its own projections or an earlier fit.
 
-    `ridge` pulls toward `own`, in units of the diagonal of X'DX. Raises FitError if the sums are
-    not finite, or singular.
+    `ridge` pulls toward `own`, in units of X'DX's diagonal. Raises FitError for singular or
+    non-finite sums.
     """
     xy = gram.xy[layer]
     if not (np.isfinite(gram.xx).all() and np.isfinite(xy).all()):
@@ -181,23 +182,23 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     bias = (own.bias + delta[-1]).astype(np.float32)
     wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
-        raise FitError(f"the fit of layer {layer} is not finite", "fit on other or more text")
+        raise FitError(f"the fit of layer {layer} is not finite", "fit on more or other text")
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
-    """Return the ridge of each input in units of its diagonal element of X'DX."""
+    """Return each input's ridge in units of its diagonal element in X'DX."""
     seen = gain**2 * xx.diagonal()[: gain.size]
-    weak = WEAK_INPUT * seen.mean()
+    weak = _WEAK_INPUT * seen.mean()
     raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
     n_wide = len(xx) - gain.size - 1
     return np.concatenate([ridge * raised, np.full(n_wide, ridge), [BIAS_RIDGE]])
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
-    """Return (xx + diag(ridge * diag(xx)))^-1 rest; `xx` is scaled to a unit diagonal in place.
+    """Return (xx + diag(ridge * diag(xx)))^-1 rest, overwriting `xx`.
 
-    Raises FitError if the scaled matrix is numerically singular.
+    Raises FitError if the matrix is numerically singular.
     """
     power = xx.diagonal().copy()
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
@@ -207,7 +208,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     lower: Doubles | None = None
     with suppress(np.linalg.LinAlgError):
         lower = np.asarray(np.linalg.cholesky(xx), np.float64)
-    if lower is None or lower.diagonal().min() ** 2 < LEAST_PIVOT:
+    if lower is None or lower.diagonal().min() ** 2 < _LEAST_PIVOT:
         raise FitError(
             "the Gram matrix is singular",
             "fit on more varied text, or with a larger ridge",
@@ -219,7 +220,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def _solve_triangles(lower: Doubles, x: Doubles) -> None:
-    """Solve lower lower' x = x in place, by blocks: numpy has no triangular solver."""
+    """Replace x by (lower lower')^-1 x, in blocks, since numpy has no triangular solver."""
     parts = [slice(at, at + _BLOCK) for at in range(0, len(x), _BLOCK)]
     for part in parts:
         x[part] -= lower[part, : part.start] @ x[: part.start]
@@ -230,7 +231,7 @@ def _solve_triangles(lower: Doubles, x: Doubles) -> None:
 
 
 def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:
-    """Return a layer's encoded tensors: four, or six of a wide fit."""
+    """Return a layer's four encoded tensors, or the six of a wide fit."""
     tensors = []
     for part, rows in (("k", slice(fitted.n_k)), ("v", slice(fitted.n_k, None))):
         name = f"blk.{layer}.pop_attn_{part}"
@@ -243,7 +244,7 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
 
 
 def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
-    """Return the projections that `encode` turned into `tensors`; `own` are the layer's own."""
+    """Return the projections that `encode` wrote to `tensors`; `own` are the layer's own."""
     parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
     biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
     weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]
@@ -257,13 +258,13 @@ def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> K
 
 
 def decode_weight(tensor: NewTensor) -> Floats:
-    """Return a stored matrix [n_out, n_in], dequantized."""
+    """Dequantize a stored matrix [n_out, n_in]."""
     kind = GGMLQuantizationType(tensor.type)
     rows = np.frombuffer(tensor.data, np.uint8).reshape(tensor.dims[-1], -1)
     return np.asarray(dequantize(rows, kind), np.float32)
 
 
 def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:
-    """Return a matrix [n_out, n_in] encoded in the stored type."""
+    """Encode a matrix [n_out, n_in] in the stored type."""
     data = quantize(weight, kind.ggml).tobytes()
     return NewTensor(name, weight.shape[::-1], kind.ggml, data)

@@ -1,4 +1,4 @@
-"""Dequantized tensors of a model's file, and layers' own K/V projections."""
+"""A model's dequantized tensors, and its layers' own K/V projections."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class KvProjection:
-    """K and V projections of a layer's normalized input, the layer's own or fitted, K's rows first.
+    """A layer's own or fitted K/V projections, with K's rows first.
 
-    `weight` [n_k + n_v, n_embd] multiplies gain * x, with `gain` [n_embd] from attn_norm. `bias` is
-    [n_k + n_v]. `wide` [n_k + n_v, n_wide] multiplies the wider input (pop_converter.fit.wide),
-    None without one.
+    `weight` [n_k + n_v, n_embd] multiplies gain * x, with the normalized input x and attn_norm's
+    `gain` [n_embd]. `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] multiplies a wide fit's extra
+    inputs (fit/wide.py), None for other projections.
     """
 
     gain: Floats
@@ -31,9 +31,9 @@ class KvProjection:
 
 
 class Weights:
-    """The tensors of a source by name, dequantized to float32.
+    """A source's tensors by name, dequantized to float32 on access.
 
-    Access raises FormatError for a missing or unreadable tensor.
+    Access raises FormatError for a missing tensor or a type that cannot be dequantized.
     """
 
     def __init__(self, source: Source) -> None:
@@ -48,13 +48,13 @@ class Weights:
         return self.rows(name, slice(None))
 
     def names(self, prefix: str) -> tuple[str, ...]:
-        """Return the names that start with `prefix`, without the prefix."""
+        """Return the tensor names that start with `prefix`, without the prefix."""
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:
-        """Read only the given rows [len(numbers), n] of a matrix."""
+        """Read the given rows [len(numbers), n] of a matrix."""
         if name not in self._places:
-            raise FormatError(f"the model has no tensor {name}", "download it again")
+            raise FormatError(f"the model has no tensor {name}", "download the file again")
         part, tensor = self._places[name]
         start = part.data_start + tensor.offset
         raw = np.memmap(part.path, np.uint8, "r", start, (tensor.size_bytes,))
@@ -73,7 +73,7 @@ class Weights:
 
     @staticmethod
     def _scale_of(name: str) -> str:
-        """Return the name of a matrix's scale, which NVFP4 needs (llama.cpp, build_lora_mm)."""
+        """Return the name of a matrix's scale, which NVFP4 needs (llama.cpp's build_lora_mm)."""
         return name.removesuffix("weight") + "scale" if name.endswith(".weight") else ""
 
     def require_readable(self, layer: int) -> None:

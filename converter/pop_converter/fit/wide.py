@@ -1,14 +1,14 @@
-"""The wider input of a fit: more than the token's own state at the boundary.
+"""Wide fits, whose projections have more inputs than the token's own boundary state.
 
-In addition to x, the normalized boundary state, K and V of later layers see z = [p, a]:
+In addition to x, the normalized boundary state, the projections of later layers read z = [p, a]:
 
-- p: x of the previous token, reduced to a quarter by PCA. Attention in the skipped layers moves
-  a token's predecessor to it (induction), which no function of the token's state can compute.
-- a: the strongest neurons of the boundary layer's FFN, up * act(gate) of x. Strong neurons add
-  most power to the layer's output. They are scaled to unit variance and clamped: unclamped, single
-  windows lose everything. A mixture of experts has no such neurons.
+- p: the previous token's x, reduced to a quarter by PCA. Attention in the skipped layers copies
+  information from the previous token (induction), which the token's own state lacks.
+- a: the strongest neurons of the boundary layer's FFN, up * act(gate) of x. A neuron's strength is
+  the power that it adds to the layer's output. Neurons are scaled to unit variance and clamped,
+  since outliers ruin single windows. A mixture of experts has no such neurons.
 
-The first token of a ubatch counts as its own predecessor. (docs/notebook/wide-fits.md)
+The first token of a ubatch counts as its own predecessor (docs/notebook/wide-fits.md).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +23,12 @@ from pop_converter.fit.least_squares import KvType, decode_weight, encode_weight
 from pop_converter.fit.weights import Floats, Weights
 from pop_converter.gguf.content import NewTensor
 
-MOST_NEURON = 5.0
+_MOST_NEURON = 5.0  # in standard deviations
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """Neurons of a layer's FFN: `gate` and `up` [n, n_embd] multiply gain * x (`gain` [n_embd])."""
+    """FFN neurons, whose weights `gate` and `up` [n, n_embd] multiply x * `gain` [n_embd]."""
 
     gain: Floats
     gate: Floats
@@ -48,24 +48,24 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """The function from x to z: `previous` [n_prev, n_embd] and scaled neurons, if any."""
+    """The function from x to z, with PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
 
     previous: Floats
     neurons: Neurons | None
 
     def __call__(self, x: Floats) -> Floats:
-        """Return z [n_rows, n_wide] of one ubatch's normalized states [n_rows, n_embd]."""
+        """Return z [n_rows, n_wide] for one ubatch's normalized states [n_rows, n_embd]."""
         before = np.concatenate([x[:1], x[:-1]])
         parts = [before @ self.previous.T]
         if self.neurons is not None:
-            parts.append(np.clip(self.neurons(x), -MOST_NEURON, MOST_NEURON))
+            parts.append(np.clip(self.neurons(x), -_MOST_NEURON, _MOST_NEURON))
         return np.hstack(parts)
 
 
 def wide_input(
     shape: ModelShape, weights: Weights, boundary: int, windows: Sequence[Floats]
 ) -> WideInput:
-    """Choose the wider input by the normalized states [n_rows, n_embd] of some windows."""
+    """Choose axes and neurons by the normalized states [n_rows, n_embd] of sample windows."""
     n_prev, n_neurons = shape.wide_inputs(boundary)
     rows = np.concatenate(windows).astype(np.float64)
     _, axes = np.linalg.eigh(np.cov(rows.T))
@@ -82,7 +82,7 @@ def wide_input(
 
 
 def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTensor, ...]:
-    """Return the encoded tensors of the boundary layer's wider input."""
+    """Return the encoded tensors of a wide input."""
     parts = {"prev": made.previous}
     if made.neurons is not None:
         parts |= {"ffn_gate": made.neurons.gate, "ffn_up": made.neurons.up}
@@ -93,7 +93,7 @@ def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTenso
 def decode_input(
     shape: ModelShape, weights: Weights, boundary: int, tensors: Mapping[str, NewTensor]
 ) -> WideInput:
-    """Return the wider input that `encode_input` turned into `tensors`."""
+    """Return the wide input that `encode_input` wrote to `tensors`."""
     name = f"blk.{boundary}.pop_"
     found = {
         part: decode_weight(tensors[f"{name}{part}.weight"])
@@ -108,7 +108,7 @@ def decode_input(
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
-    """Return the standard deviation [n] over all rows; one window is in memory at a time."""
+    """Return the standard deviation [n] over all rows, with one window in memory at a time."""
     n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)
@@ -119,7 +119,7 @@ def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
 
 
 def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, Floats]:
-    """Return all neurons of a layer and the norms [n] of their output weights."""
+    """Return a layer's neurons and the norms [n] of their output weights."""
     name = f"blk.{layer}.ffn_"
     up = weights[f"{name}up.weight"]
     if f"{name}gate.weight" in weights:

@@ -1,1 +1,1 @@
-"""GGUF files: headers, sources, content."""
+"""GGUF files: headers, split models, and content to write."""

@@ -1,6 +1,6 @@
 """The content of a GGUF file to write: a new header, and data copied from other files.
 
-Keys, tensor table and data of the source are copied byte for byte.
+The source's keys, tensor table and data are copied byte for byte.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from pop_converter.gguf.header import (
 )
 from pop_converter.gguf.source import SPLIT_PREFIX, Source
 
-# Larger chunks took the kernel twice as long (docs/notebook).
+# Copying with larger chunks took twice as long (docs/notebook).
 CHUNK_BYTES = 256 << 10
 _COUNTS = struct.Struct("<IQQ")
 
@@ -33,7 +33,7 @@ Write = Callable[[memoryview], object]
 
 @dataclass(frozen=True)
 class FileRange:
-    """A range of bytes in an existing file, followed by `n_zeros` zeros in the output."""
+    """A byte range of an existing file; `n_zeros` zeros follow it in the output."""
 
     path: Path
     start: int
@@ -43,7 +43,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A new tensor with encoded `data`; `dims` are in ggml's order (row length first)."""
+    """A tensor to add, with encoded `data`; `dims` are in ggml's order (row length first)."""
 
     name: str
     dims: tuple[int, ...]
@@ -53,11 +53,11 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file to write; the default has neither keys nor tensors.
+    """The content of a file to write; the default is a file without keys and tensors.
 
-    `keys` and `tensors` are the raw bytes of its two tables. `data_end` is the end of the last
-    tensor relative to the data's start, in bytes. The output has the data of `ranges`, then `added`
-    (padding and new tensors).
+    `keys` and `tensors` are the raw bytes of both tables. `data_end` is the last tensor's end in
+    bytes from the data's start. `ranges` is the copied data. `added` follows it: padding and new
+    tensors.
     """
 
     version: int = VERSIONS[-1]
@@ -72,7 +72,7 @@ class Content:
 
     @property
     def header(self) -> bytes:
-        """Everything before the data, padding included."""
+        """The bytes before the data, including padding."""
         counts = _COUNTS.pack(self.version, self.n_tensors, self.n_keys)
         table = MAGIC + counts + self.keys + self.tensors
         return table.ljust(align(len(table), self.alignment), b"\0")
@@ -87,12 +87,12 @@ class Content:
         return len(self.header) + self.data_bytes + sum(map(len, self.added))
 
     def with_keys(self, keys: tuple[bytes, ...]) -> "Content":
-        """Return the content with further encoded keys at the end."""
+        """Return the content with encoded keys appended."""
         return replace(self, n_keys=self.n_keys + len(keys), keys=self.keys + b"".join(keys))
 
 
 def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
-    """Return the content with new tensors at the end.
+    """Return the content with new tensors appended.
 
     Raises FormatError if the file has bytes after its last tensor.
     """
@@ -100,8 +100,8 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
     gap = offset - content.data_bytes
     if gap < 0:
         raise FormatError(
-            "no tensor can be added: the model has bytes after its last tensor",
-            "rewrite it with llama-quantize (type COPY), or use the model's own projections",
+            "no tensor can be added, since the model's file has bytes after its last tensor",
+            "rewrite the file with llama-quantize (type COPY), or use the model's own projections",
             cause="no-room-for-tensors",
         )
     rows, added = [], [bytes(gap)]
@@ -118,9 +118,9 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 
 
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
-    """Return the content before `tensors` were added, a file of `size_bytes`.
+    """Return the content without `tensors`, the table's last rows.
 
-    `tensors` are the last rows of the table. Raises FormatError if no such file is possible.
+    `size_bytes` is the size of the file without them. Raises FormatError if it is impossible.
     """
     n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
     shorter = replace(
@@ -129,7 +129,7 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
         tensors=content.tensors[:-n_row_bytes],
     )
     if len(content.ranges) != 1:
-        raise FormatError("a fitted model in parts cannot be stripped", "join its parts first")
+        raise FormatError("a split fitted model cannot be restored", "join its parts first")
     [source_range] = content.ranges
     n_data_bytes = size_bytes - len(shorter.header)
     if not 0 <= n_data_bytes <= source_range.size_bytes:
@@ -140,10 +140,9 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """Read a source as one joined file, omitting the keys that start with `without`.
+    """Read a source's tables, with its parts joined and without keys that start with `without`.
 
-    Only the tables are read into memory. Raises FormatError for bytes between the tensor table and
-    the data, which `strip` could not restore.
+    Raises FormatError for bytes between the tensor table and the data, since no keys describe them.
     """
     first = source.first
     dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
@@ -170,9 +169,8 @@ def _read_tables(header: Header) -> bytes:
         raw = file.read(header.data_start)
     if any(raw[header.tensors_end :]):
         raise FormatError(
-            f"{header.path} has bytes between its tensor table and its data, which could not be "
-            "restored",
-            "rewrite it with llama-quantize (type COPY)",
+            f"{header.path} has unexpected bytes between its tensor table and its data",
+            "rewrite the file with llama-quantize (type COPY)",
         )
     return raw[: header.tensors_end]
 
@@ -208,10 +206,10 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
-    """Pass all data to `write` and return the sha256 of `hashed_header` and the data, in hex.
+    """Pass the copied data to `write`; return the sha256 of `hashed_header` and the data, in hex.
 
-    `advance` is called with the bytes of each step. Raises FormatError if a source cannot be read,
-    and anything that `write` raises.
+    `advance` is called with each step's bytes. Raises FormatError if a source cannot be read, and
+    any error of `write`.
     """
     digest, buffer = hashlib.sha256(hashed_header), memoryview(bytearray(CHUNK_BYTES))
     for source_range in content.ranges:
@@ -223,10 +221,10 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
-    """Return True if `written` has exactly the data of `content` from byte `start` to its end.
+    """Return True if `written` equals the data of `content` from byte `start` to its end.
 
-    `advance` is called with the bytes of each step. Raises FormatError if a source cannot be read,
-    OSError if `written` cannot.
+    `advance` is called with each step's bytes. Raises FormatError if a source cannot be read,
+    OSError if `written` cannot be read.
     """
     expected, found = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
     with written.open("rb") as file:
@@ -234,7 +232,7 @@ def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool
         for source_range in content.ranges:
             for chunk in _read(source_range, expected):
                 n_bytes = file.readinto(found[: len(chunk)])
-                # memoryviews compare element by element, numpy does not.
+                # Comparing memoryviews is slow: they compare element by element.
                 if not np.array_equal(np.asarray(chunk), np.asarray(found[:n_bytes])):
                     return False
                 advance(len(chunk))
@@ -250,7 +248,7 @@ def _read(source_range: FileRange, buffer: memoryview) -> Iterator[memoryview]:
             while left:
                 n_bytes = file.readinto(buffer[:left])
                 if not n_bytes:
-                    raise truncated(source_range.path, "it became shorter during reading")
+                    raise truncated(source_range.path, "it became shorter while it was read")
                 yield buffer[:n_bytes]
                 left -= n_bytes
     except OSError as error:

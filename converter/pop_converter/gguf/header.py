@@ -1,8 +1,7 @@
-"""The header of a GGUF file: keys and tensor table, without the tensors' data.
+"""A scanner for the header of a GGUF file: its keys and its tensor table.
 
-`gguf.GGUFReader` builds two numpy arrays per vocabulary entry (Gemma-3-270M: 12 s, 680 MB), hence
-this scanner. Types and block sizes are from the gguf package.
-Layout: magic, version, counts, keys, tensor table, padding, data (ggml/docs/gguf.md).
+`gguf.GGUFReader` builds two numpy arrays per vocabulary entry, which takes too long (Gemma-3-270M:
+12 s, 680 MB). Layout: magic, version, counts, keys, tensors, padding, data (ggml/docs/gguf.md).
 """
 
 import math
@@ -21,14 +20,14 @@ from pop_converter.base.errors import FormatError, TruncatedError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-# Limits far above any model's: vocabularies take some megabytes, and names are short.
+# Limits far above every model's header, which needs some megabytes for the vocabulary.
 MAX_HEADER_BYTES = 1 << 28
-MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 18
-MAX_NAME_BYTES = (1 << 16) - 1
-# llama.cpp reads tensors in place, with vectors of up to MIN_ALIGNMENT bytes.
+_MAX_KEYS = 1 << 16
+_MAX_TENSORS = 1 << 18
+_MAX_NAME_BYTES = (1 << 16) - 1
+# llama.cpp reads tensors in place, with vectors of MIN_ALIGNMENT bytes.
 MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20
-# Longer arrays are vocabularies, never settings (llama.cpp allows up to 512 layers).
+# Longer arrays are vocabularies: llama.cpp allows up to 512 layers.
 MAX_KEPT_ITEMS = 1024
 
 _SCALARS: dict[int, str] = {
@@ -45,11 +44,11 @@ _SCALARS: dict[int, str] = {
     GGUFValueType.FLOAT64: "d",
 }
 _NUMBERS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
-# A tensor's entry by number of dimensions: dimensions, type, offset.
+# Layouts of a tensor's entry (dimensions, type, offset) by number of dimensions.
 _ROWS = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5))
-# (elements, bytes) per block by ggml type; Q2_0 (42) is newer than the gguf package.
+# (elements, bytes) per block by ggml type; the gguf package lacks Q2_0 (42).
 BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-# llama.cpp opens a model with weights of these types and crashes at the first product.
+# llama.cpp loads weights of these types, then crashes at the first product.
 _WITHOUT_PRODUCT = (
     GGMLQuantizationType.I8,
     GGMLQuantizationType.I16,
@@ -61,13 +60,13 @@ _WITHOUT_PRODUCT = (
 )
 
 Scalar = int | float | bool | str
-# An array's items, empty for strings and for more than MAX_KEPT_ITEMS.
+# An array's items; empty for strings, and for more than MAX_KEPT_ITEMS items.
 Array = tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
 class HeaderKey:
-    """A key's value, its GGUF `type`, and its byte range in the file, including the name."""
+    """A key's value, its GGUF `type`, and its byte range in the file, which includes the name."""
 
     value: Scalar | Array
     type: int
@@ -77,7 +76,10 @@ class HeaderKey:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A row of the tensor table; `dims` in ggml's order (row length first), `offset` in data."""
+    """A row of the tensor table.
+
+    `dims` are in ggml's order (row length first). `offset` counts from the start of the data.
+    """
 
     name: str
     dims: tuple[int, ...]
@@ -92,7 +94,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file without its data; ranges are byte positions in the file."""
+    """A GGUF file without its data; positions are in bytes from the file's start."""
 
     path: Path
     version: int
@@ -105,20 +107,17 @@ class Header:
     size_bytes: int
 
     def get(self, name: str) -> Scalar | Array | None:
-        """Return the value of a key, None without such a key."""
+        """Return a key's value, None if the key is missing."""
         key = self.keys.get(name)
         return None if key is None else key.value
 
     def of_arch(self, name: str) -> Scalar | Array | None:
-        """Return the value of `ARCH.name`, for example llama.context_length."""
+        """Return the value of the key `ARCH.name`, for example llama.context_length."""
         return self.get(f"{self.get('general.architecture')}.{name}")
 
 
 class _Cursor:
-    """A reader of little-endian values.
-
-    Reading past the file's end or past MAX_HEADER_BYTES raises FormatError.
-    """
+    """A reader of little-endian values; raises FormatError past the file's end or size limit."""
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
         self.view = view
@@ -127,7 +126,7 @@ class _Cursor:
         self.end = min(len(view), MAX_HEADER_BYTES)
 
     def skip(self, n_bytes: int) -> int:
-        """Skip `n_bytes` and return their start."""
+        """Move forward by `n_bytes`, and return the position before."""
         start = self.at
         if n_bytes > self.end - start:
             raise self._too_short()
@@ -152,7 +151,7 @@ class _Cursor:
         return found
 
     def text(self) -> str:
-        start = self.skip(self.count(MAX_NAME_BYTES, "bytes in a name"))
+        start = self.skip(self.count(_MAX_NAME_BYTES, "bytes in a name"))
         try:
             return self.view[start : self.at].decode()
         except UnicodeDecodeError as error:
@@ -184,7 +183,7 @@ class _Cursor:
         return struct.unpack_from(f"<{length}{code}", self.view, start)
 
     def _skip_texts(self, count: int) -> None:
-        # Inlined: a vocabulary has up to half a million entries.
+        # Inlined for speed: a vocabulary has up to half a million entries.
         view, at, end = self.view, self.at, self.end
         size = struct.Struct("<Q")
         for _ in range(count):
@@ -202,7 +201,9 @@ def truncated(path: Path, detail: str) -> TruncatedError:
 
 
 def corrupt(path: Path, detail: str) -> FormatError:
-    return FormatError(f"{path} is not a valid GGUF file: it has {detail}", "download it again")
+    return FormatError(
+        f"{path} is not a valid GGUF file: it has {detail}", "download the file again"
+    )
 
 
 def align(position: int, alignment: int) -> int:
@@ -211,14 +212,14 @@ def align(position: int, alignment: int) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Read the keys and the tensor table.
+    """Read the keys and the tensor table of a little-endian GGUF file of version 2 or 3.
 
-    Raises FormatError for anything but a complete little-endian GGUF file of version 2 or 3.
+    Raises FormatError for any other file, and for an incomplete file.
     """
     try:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise FormatError(f"{path} is a pipe or a device, not a file", "give a GGUF file")
+            raise FormatError(f"{path} is a pipe or a device, not a file", "pass a GGUF file")
         with path.open("rb") as file:
             start = file.read(len(MAGIC) + 4)
             _check_magic(path, start)
@@ -231,17 +232,17 @@ def read_header(path: Path) -> Header:
 def _check_magic(path: Path, start: bytes) -> None:
     if start[:4] != MAGIC:
         raise FormatError(
-            f"{path} is not a GGUF file", "give a model in llama.cpp's format (NAME.gguf)"
+            f"{path} is not a GGUF file", "pass a model in llama.cpp's format (NAME.gguf)"
         )
     if len(start) < len(MAGIC) + 4:
-        raise truncated(path, "nothing follows its first bytes")
+        raise truncated(path, "its header is incomplete")
     version = int.from_bytes(start[4:8], "little")
     if version not in VERSIONS:
-        # llama.cpp's test: the low half of a byte-swapped small number is 0.
+        # The low half of a byte-swapped small number is 0 (llama.cpp's test).
         if version & 0xFFFF == 0:
-            raise FormatError(f"{path} is a big-endian GGUF file", "use a little-endian one")
+            raise FormatError(f"{path} is a big-endian GGUF file", "use a little-endian file")
         raise FormatError(
-            f"{path} has GGUF version {version}, supported: {' and '.join(map(str, VERSIONS))}",
+            f"{path} has GGUF version {version}; supported: {' and '.join(map(str, VERSIONS))}",
             "convert the model again with a current llama.cpp",
         )
 
@@ -250,13 +251,13 @@ def _scan(path: Path, view: mmap.mmap) -> Header:
     cursor = _Cursor(view, path)
     cursor.skip(len(MAGIC))
     version = cursor.number("I")
-    n_tensors, n_keys = cursor.count(MAX_TENSORS, "tensors"), cursor.count(MAX_KEYS, "keys")
+    n_tensors, n_keys = cursor.count(_MAX_TENSORS, "tensors"), cursor.count(_MAX_KEYS, "keys")
     keys = _scan_keys(cursor, n_keys)
     keys_end = cursor.at
     alignment = _alignment(path, keys)
     tensors = tuple(_scan_tensor(cursor) for _ in range(n_tensors))
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise corrupt(path, "two tensors of one name")
+        raise corrupt(path, "two tensors with the same name")
     header = Header(
         path=path,
         version=version,
@@ -288,7 +289,7 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     name = cursor.text()
     n_dims = cursor.number("I")
     if n_dims >= len(_ROWS):
-        raise corrupt(cursor.path, f"a tensor of {n_dims} dimensions ({name})")
+        raise corrupt(cursor.path, f"a tensor with {n_dims} dimensions ({name})")
     layout = _ROWS[n_dims]
     *dims, kind, offset = layout.unpack_from(cursor.view, cursor.skip(layout.size))
     if kind not in BLOCK_SIZES:
@@ -300,11 +301,11 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
         raise FormatError(
             f"{cursor.path}: tensor {name} has type {GGMLQuantizationType(kind).name}, which"
             " llama.cpp cannot multiply",
-            "download it again",
+            "download the file again",
         )
     n_elements = math.prod(dims)
     if n_elements >= 1 << 63:
-        raise corrupt(cursor.path, f"a tensor of {n_elements:,} elements ({name})")
+        raise corrupt(cursor.path, f"a tensor with {n_elements:,} elements ({name})")
     elements, size = BLOCK_SIZES[kind]
     return TensorInfo(name, tuple(dims), kind, offset, n_elements // elements * size)
 
@@ -317,9 +318,7 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
     if key.type != GGUFValueType.UINT32 or not isinstance(value, int) or value.bit_count() != 1:
         raise corrupt(path, "an alignment that is not a power of two")
     if not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT:
-        raise corrupt(
-            path, f"an alignment of {value:,}, not from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
-        )
+        raise corrupt(path, f"the alignment {value:,} outside {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}")
     return value
 
 
@@ -328,10 +327,10 @@ def _check_data(header: Header) -> None:
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:
-            raise corrupt(header.path, f"tensor {tensor.name} at an unexpected place")
+            raise corrupt(header.path, f"tensor {tensor.name} at an unexpected offset")
         expected = align(expected + tensor.size_bytes, header.alignment)
     if header.tensors:
         last = header.tensors[-1]
         needed = header.data_start + last.offset + last.size_bytes
         if needed > header.size_bytes:
-            raise truncated(header.path, f"it needs {needed:,} bytes and has {header.size_bytes:,}")
+            raise truncated(header.path, f"it has {header.size_bytes:,} of {needed:,} bytes")

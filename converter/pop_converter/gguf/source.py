@@ -11,14 +11,14 @@ from pop_converter.gguf.header import Header, Scalar, TensorInfo, read_header
 SPLIT_PREFIX = "split."
 # The architecture of a sidecar: llama.cpp refuses it as unknown.
 SIDECAR_ARCH = "pop-sidecar"
-# Bytes of each tensor in `sampled_sha256`: enough to distinguish any two models.
+# Bytes per tensor that `sampled_sha256` hashes.
 SAMPLED_BYTES = 4096
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class SplitPart:
-    """The parsed file name of a split model's part; `number` counts from 1."""
+    """The parsed file name of a split model's part, with `number` counting from 1."""
 
     stem: str
     number: int
@@ -26,19 +26,19 @@ class SplitPart:
 
 
 def part_of(name: str) -> SplitPart | None:
-    """Parse a part's file name such as NAME-00001-of-00002.gguf; None for any other name."""
+    """Parse a file name like NAME-00001-of-00002.gguf; return None for any other name."""
     match = _PART.fullmatch(name)
     return match and SplitPart(match["stem"], int(match["number"]), int(match["count"]))
 
 
 def part_names(stem: str, count: int) -> tuple[str, ...]:
-    """Return the file names of all parts."""
+    """Return the file names of a split model's parts."""
     return tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
 
 
 @dataclass(frozen=True)
 class Source:
-    """The headers of all parts in order; only the first has the model's keys."""
+    """The headers of a model's parts in order; only the first part has the model's keys."""
 
     parts: tuple[Header, ...]
 
@@ -56,13 +56,13 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The file name of this model as a single file."""
+        """The model's file name, or its name after joining its parts."""
         part = part_of(self.first.path.name) if self.is_split else None
         return f"{part.stem}.gguf" if part else self.first.path.name
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """The rows of all parts' tensor tables, in order."""
+        """All parts' tensors in order."""
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
     @property
@@ -71,7 +71,7 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Read the header of `path` and, if it is the first part of a split model, of the other parts.
+    """Read a model's header, or all parts' headers if `path` is a split model's first part.
 
     Raises FormatError for a missing or foreign part, and if `path` is a later part or a sidecar.
     """
@@ -80,23 +80,23 @@ def read_source(path: Path) -> Source:
         model = first.get("pop.source.name") or "NAME.gguf"
         raise FormatError(
             f"{path} is a sidecar and contains no model",
-            f"give the model itself ({model}), and this file as its sidecar",
+            f"pass the model itself ({model}), and this file as its sidecar",
             cause="sidecar-as-model",
             model=model,
         )
     count = _number(first, "split.count") or 0
-    # llama.cpp also treats a single part as a complete model, whatever its name.
+    # Like llama.cpp, treat a single part as a complete model, whatever its name.
     if count <= 1:
         return Source((first,))
     part = part_of(path.name)
     if part is None or part.count != count:
         raise FormatError(
-            f"{path} is one of {count} parts, but its name does not number it",
+            f"{path} is one of {count} parts, but its name has no part number",
             f"rename the parts: NAME-00001-of-{count:05}.gguf",
         )
     paths = [path.with_name(name) for name in part_names(part.stem, count)]
     if part.number != 1:
-        raise FormatError(f"{path} is not the first part of its model", f"give {paths[0]}")
+        raise FormatError(f"{path} is not the first part of its model", f"pass {paths[0]}")
     missing = [each.name for each in paths if not each.is_file()]
     if missing:
         raise FormatError(
@@ -109,9 +109,9 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hash of the headers and the start of each tensor, within milliseconds.
+    """Return a quick hash of the headers and each tensor's start, in hex.
 
-    Unlike a hash of the headers, it distinguishes models of the same shape.
+    Unlike a hash of the headers alone, it distinguishes two fine-tunes of a model.
     """
     digest = hashlib.sha256()
     for header in source.parts:
@@ -131,7 +131,7 @@ def _check_parts(source: Source) -> None:
     for number, part in enumerate(source.parts):
         if _number(part, "split.no") != number or _number(part, "split.count") != len(source.parts):
             raise FormatError(
-                f"{part.path} is not part {number + 1} of this model", "download it again"
+                f"{part.path} is not part {number + 1} of this model", "download the file again"
             )
     tensors = source.tensors
     expected = _number(source.first, "split.tensors.count")
@@ -140,7 +140,7 @@ def _check_parts(source: Source) -> None:
         len(tensors),
     ):
         raise FormatError(
-            f"the parts of {source.first.path} do not add up to one model", "download them again"
+            f"the parts of {source.first.path} do not form one model", "download all parts again"
         )
 
 

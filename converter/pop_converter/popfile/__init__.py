@@ -1,1 +1,1 @@
-"""The POP format, plans, and the streaming rewrite."""
+"""POP files: their format, conversion plans, and writers."""

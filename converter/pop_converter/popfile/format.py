@@ -1,7 +1,6 @@
-"""The POP file format: definition of its keys and of the schedule that they describe.
+"""The POP file format: keys `pop.*` in a GGUF file.
 
-A POP file is a GGUF file with keys `pop.*`. Stock llama.cpp ignores unknown keys, so it opens files
-whose skipped layers use their own K/V projections.
+Stock llama.cpp ignores unknown keys, so it opens POP files without added tensors.
 """
 
 import re
@@ -20,10 +19,10 @@ from pop_converter.projection import Projection
 PREFIX = "pop."
 VERSION = 1
 MAX_TOKENS = 2**31 - 1
-MAX_TEXT = 1 << 16
-MAX_FILE_NAME = 255
+_MAX_TEXT = 1 << 16
+_MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
-# The value of a budget's limit that an older file lacks.
+# The value of a budget's missing limit.
 NO_LIMIT = 1e9
 
 
@@ -43,18 +42,18 @@ class DeepRows(str, Enum):
 
     @property
     def fewer(self) -> tuple["DeepRows", ...]:
-        """The rules that choose fewer rows, from more rows to none."""
+        """The rules that choose fewer rows, in descending order."""
         rules = list(DeepRows)
         return tuple(reversed(rules[: rules.index(self)]))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that projections were fitted on.
+    """The text of a fit.
 
-    `sha256` is the hash of the text, or of the tokens if some were sampled. Tokens are weighted by
-    the attention that they receive (`weighting`). `n_distilled`: tokens read to train the fit end
-    to end, 0 without such training.
+    `sha256` is the hash of the text, or of its tokens if the model generated some of them.
+    `weighting`: how tokens are weighted; "attention" is the attention that they receive.
+    `n_distilled`: number of tokens for training the fit end to end, 0 without such training.
     """
 
     name: str
@@ -67,11 +66,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """The quality of pruned against full reading on held-out text; KL is in nats.
+    """The quality of pruned reading, compared with full reading on held-out text; KL in nats.
 
-    `lookups_*` count exact strings of documents: `n` questions (0: not measured), `full` right in
-    full and `pruned` right pruned, `lost` right in full alone, `gained` right pruned alone.
-    `logprob_lost`: the right string's log-probability in full minus pruned, in nats per string.
+    `lookups_n`: number of look-ups, 0 if they were not measured. `lookups_full` and
+    `lookups_pruned`: correct answers after full and pruned reading. `lookups_lost`: correct after
+    full reading only. `lookups_gained`: correct after pruned reading only. `lookups_logprob_lost`:
+    decrease of the correct string's log-probability, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -95,26 +95,11 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Recalled:
-    """Shares of documents whose facts were found again, in files without look-ups.
-
-    `lost_se`: standard error of `full` - `pruned`.
-    """
-
-    n_documents: int
-    full: float
-    pruned: float
-    lost_se: float
-
-
-@dataclass(frozen=True)
 class Budget:
-    """The limits within which a boundary is the deepest; `quality` is their name.
+    """The quality limits for which the search chose the boundary; `quality` is their name.
 
     They limit kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and the lost share of the full
-    model's look-ups. `tried` lists the measured boundaries and verdicts. `least_retention`, of
-    random tokens, and `max_lost_recall`, of Recalled, are only in files without look-ups. A limit
-    that a file lacks is NO_LIMIT.
+    model's correct look-ups. `tried` lists the measured boundaries with their verdicts.
     """
 
     quality: str
@@ -123,13 +108,11 @@ class Budget:
     tried: str = ""
     max_ppl_ratio: float = NO_LIMIT
     max_lost_lookups: float = NO_LIMIT
-    least_retention: float = NO_LIMIT
-    max_lost_recall: float = NO_LIMIT
 
 
 @dataclass(frozen=True)
 class Binding:
-    """The identity of a sidecar's base: its size and the sha256 of everything before its data."""
+    """The identity of a sidecar's base model: its size and the sha256 of its headers."""
 
     base_bytes: int
     header_sha256: str
@@ -137,15 +120,14 @@ class Binding:
 
 @dataclass(frozen=True)
 class PopMeta:
-    """The pruning keys of a converted file. Keys missing in a file have the defaults.
+    """The POP keys of a converted file or sidecar, with defaults for missing keys.
 
-    `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
-    `sink_tokens` and `tail_tokens` run in full at the prompt's two ends. Prompts shorter than
-    `min_prompt` tokens run in full. `deep_rows`: which context rows run all layers because of their
-    tokens. `source_sha256` is the hash of the file that `strip` restores,
-    or of a sidecar's base; parts of a source count as one file. `source_bytes` is its size if
-    tensors were added to it, otherwise 0. `image_rows`: number of picture rows that projections
-    were fitted on besides text; if 0, picture rows use the layers' own projections.
+    `schedule` has one letter per layer: every token runs layers F, and context tokens skip layers
+    S. The first `sink_tokens` and the last `tail_tokens` of a prompt run in full, and so do all
+    tokens of a prompt shorter than `min_prompt` tokens. `deep_rows`: the context rows that run all
+    layers because of their words. `source_sha256`: hash of the original model, with its parts
+    joined. `source_bytes`: the original's size if the conversion added tensors to it, otherwise 0.
+    `image_rows`: number of image rows in the fit; if 0, image rows use the layers' own projections.
     """
 
     schedule: str
@@ -162,7 +144,6 @@ class PopMeta:
     image_rows: int = 0
     calibration: Calibration | None = None
     measured: Measured | None = None
-    recall: Recalled | None = None
     budget: Budget | None = None
 
     @property
@@ -180,7 +161,7 @@ class PopMeta:
         return self.projection != Projection.OWN
 
 
-# Key, field of PopMeta, type; in the order of writing.
+# Key, field of PopMeta and type, in the file's order.
 _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.version", "version", int),
     ("pop.schedule", "schedule", str),
@@ -192,30 +173,28 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
-# Written only if they differ from their defaults.
-# Older files may have `pop.select` and `pop.refilled.*`, which are ignored.
+# Keys that are written only if they differ from their defaults.
 _OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.deep_rows", "deep_rows", str),
     ("pop.image_rows", "image_rows", int),
     ("pop.source.size_bytes", "source_bytes", int),
 )
-# Prefixes of keys such as `pop.budget.quality`; the fields of PopMeta have the same names.
+# Groups of keys by PopMeta's field: `budget` holds the keys `pop.budget.*`.
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
     "measured": Measured,
-    "recall": Recalled,
     "budget": Budget,
 }
-# Only in sidecars.
+# Prefix of the Binding's keys in sidecars.
 _BINDING = "pop.sidecar."
-# Integers of keys with this suffix have 64 bits.
+# Keys with this suffix have 64-bit integers.
 _SIZE = "_bytes"
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """Return the POP keys of a header, None without any.
+    """Return a header's POP keys, None if it has none.
 
-    Raises FormatError if they are inconsistent with each other or with the model.
+    Raises FormatError for keys that are inconsistent with each other or with the model.
     """
     if not any(name.startswith(PREFIX) for name in header.keys):
         return None
@@ -231,32 +210,36 @@ def pop_meta(header: Header) -> PopMeta | None:
         if type(value) is not kind:
             raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
         values[field] = _in_range(header, name, value)
-    if "deep_rows" in values:
-        values["deep_rows"] = _deep_rows(header, values["deep_rows"])
-    if "projection" in values:
-        values["projection"] = _projection(header, values["projection"])
+    for name, kind in (("deep_rows", DeepRows), ("projection", Projection)):
+        if name in values and values[name] not in list(kind):
+            raise FormatError(
+                f"{header.path}: {PREFIX}{name} has the unknown value {values[name]!r}",
+                CONVERT_AGAIN,
+            )
+        if name in values:
+            values[name] = kind(values[name])
     for name, group in _GROUPS.items():
         values[name] = _read_group(header, f"{PREFIX}{name}.", group)
     if "schedule" not in values:
-        raise FormatError(f"{header.path} has POP keys but no pop.schedule", CONVERT_AGAIN)
+        raise FormatError(f"{header.path} has pruning keys but no pop.schedule", CONVERT_AGAIN)
     meta = PopMeta(**values)
     _check_fit(meta, header)
     return meta
 
 
 def read_binding(header: Header) -> Binding:
-    """Return the identity of a sidecar's base. Raises FormatError."""
+    """Return the identity of a sidecar's base model. Raises FormatError."""
     binding = _read_group(header, _BINDING, Binding)
     if binding is None:
-        raise FormatError(f"{header.path} does not name the sidecar's model", CONVERT_AGAIN)
+        raise FormatError(f"{header.path} lacks the keys of its base model", CONVERT_AGAIN)
     return binding
 
 
-Group = TypeVar("Group", Calibration, Measured, Recalled, Budget, Binding)
+Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the keys that start with `prefix`, None without any. Raises FormatError."""
+    """Return the keys that start with `prefix`, None if there are none. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None
@@ -275,8 +258,8 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
 
 
 def _in_range(header: Header, name: str, value: Any) -> Any:
-    """Return the value of a POP key. Raises FormatError for a value that no conversion writes."""
-    most = MAX_FILE_NAME if name == "pop.source.name" else MAX_TEXT
+    """Return a key's value. Raises FormatError if it is out of range."""
+    most = _MAX_FILE_NAME if name == "pop.source.name" else _MAX_TEXT
     if isinstance(value, str) and len(value.encode(errors="replace")) > most:
         raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
     largest = 2**63 - 1 if name.endswith(_SIZE) else MAX_TOKENS
@@ -285,61 +268,35 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
     return value
 
 
-def _projection(header: Header, name: str) -> Projection:
-    if name == "fitted-attention":
-        raise FormatError(
-            f"{header.path} has K/V projections with attention ({name}), which pop-local no longer"
-            " supports",
-            "convert the original model again, with fitted-wide projections",
-        )
-    try:
-        return Projection(name)
-    except ValueError as error:
-        raise FormatError(
-            f"{header.path} has K/V projections of the unknown kind {name!r}", CONVERT_AGAIN
-        ) from error
-
-
-def _deep_rows(header: Header, name: str) -> DeepRows:
-    try:
-        return DeepRows(name)
-    except ValueError as error:
-        raise FormatError(
-            f"{header.path} chooses deep rows by the unknown rule {name!r}", CONVERT_AGAIN
-        ) from error
-
-
 def _check_fit(meta: PopMeta, header: Header) -> None:
-    # Version 1.
     unknown = sorted(set(meta.schedule) - set("FS"))
     if unknown:
         raise FormatError(
-            f"schedule {meta.schedule!r} has unknown letters {', '.join(unknown)}; F and S are"
-            " possible",
+            f"schedule {meta.schedule!r} has unknown letters {', '.join(unknown)}, not F or S",
             CONVERT_AGAIN,
         )
     if not re.fullmatch("F+S+", meta.schedule):
         raise FormatError(
-            f"schedule {meta.schedule!r} is not F's followed by S's, at least one of each",
+            f"schedule {meta.schedule!r} must be F's followed by S's, at least one of each",
             CONVERT_AGAIN,
         )
     n_layer = _n_layer(header)
     if n_layer is not None and n_layer != meta.n_layer:
         raise FormatError(
-            f"{header.path} has {n_layer} layers, its schedule {meta.schedule!r} {meta.n_layer}",
+            f"{header.path} has {n_layer} layers, but its schedule has {meta.n_layer} letters",
             CONVERT_AGAIN,
         )
 
 
 def _n_layer(header: Header) -> int | None:
-    """Return the number of layers without the MTP layers, which the schedule leaves out."""
+    """Return the number of layers without MTP layers, which the schedule excludes."""
     n_layer = header.of_arch("block_count")
     n_nextn = header.of_arch("nextn_predict_layers") or 0
     return n_layer - n_nextn if isinstance(n_layer, int) and isinstance(n_nextn, int) else None
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """Return the encoded keys of a converted file, one bytes object per key."""
+    """Encode a converted file's keys, one bytes object per key."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     keys += [
         _encode_key(name, value)
@@ -353,7 +310,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """Return all encoded keys of a sidecar, one bytes object per key."""
+    """Encode a sidecar's keys, one bytes object per key."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),
@@ -362,7 +319,7 @@ def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
 
 
 def _encode_group(prefix: str, group: Group) -> list[bytes]:
-    # Limits that a budget lacks are missing keys.
+    # Missing limits are not written.
     lacks = {each.name for each in fields(group) if each.default == NO_LIMIT}
     return [
         _encode_key(prefix + name, value)

@@ -1,4 +1,4 @@
-"""Which layers context tokens skip, and which tokens run in full."""
+"""Plans of conversions: the layers that context tokens skip, and the tokens that run in full."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,9 +11,10 @@ from pop_converter.base.errors import PlanError, UnsupportedArchitectureError
 from pop_converter.popfile.format import MAX_TOKENS, Budget, DeepRows, PopMeta
 from pop_converter.projection import Projection
 
-# The paper's middle setting: most of the speed, little loss.
+# The paper's middle setting.
 DEFAULT_SKIP = Fraction(1, 3)
-# With 16 the first answer token has 1.4 times the error (docs/notebook), for 0.5 % of the time.
+# Compared with 16: a prompt takes 0.5 % longer, and 16 had 1.4 times the error at the first answer
+# token (docs/notebook).
 TAIL_TOKENS = 32
 
 # A fraction of a model's layers, or a number of layers.
@@ -22,12 +23,11 @@ Share = Fraction | int
 
 @dataclass(frozen=True)
 class Plan:
-    """A decided conversion; layers from `boundary` on are skipped by context tokens.
+    """A planned conversion: context tokens skip the layers from `boundary` on.
 
-    `deep_rows`: the rule by which context tokens run all layers because of their words.
-    `deep_share`: the share of ordinary text that it chooses, 0 before that is known. `budget`
-    decided the boundary; None if the user did. `is_distilled`: whether the fit is also trained end
-    to end. `macs` counts the model's work.
+    `deep_rows`: the context rows that run all layers. `deep_share`: their share of ordinary text, 0
+    while unknown. `budget`: the limits for which the search chose the boundary, None if the user
+    chose it. `is_distilled`: the fit is also trained end to end. `macs` counts the model's work.
     """
 
     shape: ModelShape
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up limit of a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
+        """The speed-up limit for a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
         n_ends = self.sink_tokens + self.tail_tokens
         n_full = n_ends + round(self.deep_share * (LIMIT_PROMPT - n_ends))
         more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def meta(self) -> PopMeta:
-        """The keys of the planned file, without those of source and fit."""
+        """The planned file's POP keys, except for the keys of its source and fit."""
         return PopMeta(
             schedule=self.schedule,
             projection=self.projection,
@@ -80,7 +80,7 @@ class Plan:
 
 
 def parse_skip(text: str) -> Share:
-    """Parse '1/3' and '0.33' as shares of the layers, '10' as a number. Raises PlanError."""
+    """Parse a share of the layers ('1/3', '0.33') or a number ('10'). Raises PlanError."""
     try:
         skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -88,21 +88,21 @@ def parse_skip(text: str) -> Share:
     if skip <= 0 or (isinstance(skip, Fraction) and skip >= 1):
         raise PlanError(
             f"{text!r} is neither a share nor a number of layers",
-            "give a fraction (1/3), a decimal below one (0.33) or a number of layers (10)",
+            "pass a fraction (1/3), a decimal below 1 (0.33) or a number of layers (10)",
         )
     return skip
 
 
 def boundary_of(shape: ModelShape, skip: Share) -> int:
-    """Return the boundary that skips a number of layers, or a share rounded to one or more.
+    """Return the boundary that skips a number or a rounded share of layers, at least one.
 
-    Raises PlanError if no layer would be kept.
+    Raises PlanError if it would skip every layer.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
     if skip >= shape.n_layer:
         raise PlanError(
-            f"{skip} of {shape.n_layer} layers cannot be skipped: one or more must be kept",
+            f"{skip} of {shape.n_layer} layers cannot be skipped: one or more must remain",
             f"skip up to {shape.n_layer - 1}" if shape.n_layer > 1 else "",
         )
     return shape.n_layer - skip
@@ -121,13 +121,12 @@ def make_plan(
 ) -> Plan:
     """Plan a conversion that skips the layers from `boundary` on (None: the last third).
 
-    `min_prompt`: length in tokens of the shortest pruned prompt (None: twice the full rows, at
-    which pruning saves half as much as for a long prompt). `projection` becomes OWN if nothing can
-    be fitted: with one skipped layer, since its own projections are exact, or with a layer that
-    does not support fitted projections.
+    `min_prompt`: length in tokens of the shortest pruned prompt (None: twice the full rows, where
+    pruning saves half as much as for a long prompt). `projection` becomes OWN if a skipped layer
+    cannot be fitted, or if only one layer is skipped, whose own projections are exact.
 
-    Raises PlanError if no layer would be kept or skipped, or for a bad token count. Raises
-    UnsupportedArchitectureError if context tokens already leave this model earlier, without loss.
+    Raises PlanError for an impossible boundary or token count. Raises UnsupportedArchitectureError
+    if context tokens already leave the model earlier, without loss.
     """
     if boundary is None:
         boundary = boundary_of(shape, DEFAULT_SKIP)
@@ -140,16 +139,14 @@ def make_plan(
         require_prunable(shape)
     if boundary < shape.n_deepstack:
         raise PlanError(
-            f"boundary {boundary} would skip layers that take image features: the first"
-            f" {shape.n_deepstack} layers",
+            f"boundary {boundary} is too low: the first {shape.n_deepstack} layers add image"
+            " features",
             f"choose a boundary from {shape.n_deepstack} to {shape.n_layer - 1}",
         )
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
     for name, value in tokens.items():
         if not 0 <= value <= MAX_TOKENS:
-            raise PlanError(
-                f"{name} {value} is not a number of tokens", f"give 0 to {MAX_TOKENS:,}"
-            )
+            raise PlanError(f"{name}={value} is out of range", f"pass 0 to {MAX_TOKENS:,} tokens")
     if min_prompt is None:
         min_prompt = 2 * (sink_tokens + tail_tokens)
     if not shape.fits(boundary):
@@ -160,24 +157,24 @@ def make_plan(
 
 
 def require_prunable(shape: ModelShape) -> None:
-    """Raise UnsupportedArchitectureError if the model reads fast without a conversion."""
+    """Raise UnsupportedArchitectureError if context tokens skip layers without a conversion."""
     if shape.exact:
         earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
             f"this {shape.arch} model needs no conversion: context tokens leave it at layer"
-            f" {shape.exact} of {shape.n_layer} without loss, since the later layers share the K/V"
-            " of earlier ones",
+            f" {shape.exact} of {shape.n_layer} without loss, since later layers share earlier"
+            " layers' K/V",
             f"use the file unchanged{earlier}",
         )
 
 
 def require_fit(plans: Sequence[Plan]) -> None:
-    """Raise PlanError if several layers are skipped and no plan has projections to fit."""
+    """Raise PlanError if a plan skips several layers, but no plan can be fitted."""
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):
         found = skipping_of(plans[0].shape)
-        why = found.no_fit or f"it can be fitted from boundary {found.fits_from} on"
+        why = found.no_fit or f"the first boundary that can be fitted is {found.fits_from}"
         raise PlanError(
             f"no projections can be fitted for this {plans[0].shape.arch} model: {why}",
             "use the layers' own projections",

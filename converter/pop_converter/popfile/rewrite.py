@@ -1,4 +1,4 @@
-"""Streaming, atomic writing of converted files, their verification, and the way back."""
+"""Stream a model to a converted file atomically, verify it, and restore the original."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from pop_converter.popfile.format import (
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import TENSOR_MARK, Projection
 
-# A placeholder of the same length keeps the header's size.
+# A placeholder of the final length, so that the header's size stays the same.
 UNKNOWN_SHA256 = "0" * 64
 
 
@@ -43,7 +43,7 @@ UNKNOWN_SHA256 = "0" * 64
 class Fitted:
     """Encoded fitted projections and their calibration.
 
-    `image_rows`: rows of pictures in addition to the calibration's tokens.
+    `image_rows`: number of image rows in addition to the calibration's tokens.
     """
 
     calibration: Calibration
@@ -52,7 +52,7 @@ class Fitted:
     projection: Projection = Projection.FITTED
 
 
-# Measures the written file before it replaces the target; an exception prevents the replacement.
+# Measures the written file before it replaces the target. An exception keeps the target unchanged.
 Examine = Callable[[Path], Measured]
 
 
@@ -65,7 +65,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's sizes without converting (padding and measured quality excluded).
+    """Return a conversion's sizes, excluding padding and the keys of measured quality.
 
     Raises FormatError for a bad source.
     """
@@ -78,7 +78,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the size in bytes of a plan's fitted weights and biases (0 without a fit)."""
+    """Return the size in bytes of a plan's fitted weights and biases, 0 without a fit."""
     if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
@@ -88,7 +88,7 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
 
 
 def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
-    """Return the type of a file's fitted weights, None for no fit or an unknown type."""
+    """Return the type of a file's fitted weights, None without a fit or for an unknown type."""
     kinds = {
         tensor.type
         for tensor in tensors
@@ -98,7 +98,7 @@ def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
 
 
 def check_target(src: Path, dst: Path, sizes: FileSizes, *, force: bool) -> None:
-    """Raise FormatError, OutputExistsError or WriteError if `convert` would refuse the output."""
+    """Raise FormatError, OutputExistsError or WriteError if `convert` cannot write to `dst`."""
     check_output(dst, unconverted(src).paths, sizes.output_bytes, force=force)
 
 
@@ -112,14 +112,14 @@ def convert(
     progress: Progress = lambda done, total: None,
     force: bool = False,
 ) -> PopMeta:
-    """Write `src`, a file or the first of several parts, to `dst` with the keys of `plan`.
+    """Write `src`, a file or a split model's first part, to `dst` with `plan`'s keys.
 
-    Both files are then read again and compared byte for byte. `progress` is called with the bytes
-    done and the total of both passes. `fitted` is required if the plan has fitted projections;
-    `examine` measures the written file. Returns the written keys.
+    Both files are then compared byte for byte. `progress` is called with the bytes done and the
+    total of both passes. `fitted` is required if the plan has fitted projections. `examine`
+    measures the written file. Return the written keys.
 
-    Raises FormatError, PlanError, OutputExistsError, WriteError, and anything that `examine`
-    raises. An existing `dst` then stays unchanged, and no other file is left.
+    Raises FormatError, PlanError, OutputExistsError, WriteError, and any error of `examine`. After
+    an error, an existing `dst` is unchanged and no temporary file remains.
     """
     source = planned_source(plan, src, fitted)
     content = read_content(source, without=PREFIX)
@@ -136,7 +136,7 @@ def convert(
         meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode_keys)
         if not _verify(Path(file.name), content, whole, meta, ran):
             raise WriteError(
-                f"the copy {dst} differs from its source", "check the disk, then try again"
+                f"the written file {dst} differs from its source", "check the disk, then try again"
             )
     return meta
 
@@ -148,7 +148,7 @@ def finish(
     examine: Examine | None,
     encode: Callable[[PopMeta], tuple[bytes, ...]],
 ) -> PopMeta:
-    """Append the added tensors, measure the file, and rewrite its header with the measurement."""
+    """Append the added tensors, measure the file, and add the measurement to its header."""
     file.writelines(whole.added)
     file.flush()
     if examine:
@@ -162,16 +162,16 @@ def finish(
 def strip(
     src: Path, dst: Path, *, progress: Progress = lambda done, total: None, force: bool = False
 ) -> PopMeta:
-    """Write the file that `src` was converted from to `dst`, byte for byte (parts joined).
+    """Restore the original of the converted file `src` at `dst`, with its parts joined.
 
-    The written bytes must hash to `pop.source.sha256`. Returns the keys of `src`. Raises
-    FormatError, OutputExistsError, WriteError. An existing `dst` then stays unchanged, and no other
-    file is left.
+    Return the keys of `src`. Raises FormatError if the written bytes do not hash to
+    `pop.source.sha256`, OutputExistsError and WriteError. After an error, an existing `dst` is
+    unchanged and no temporary file remains.
     """
     source = read_source(src)
     meta = pop_meta(source.first)
     if meta is None:
-        raise FormatError(f"{src} is not a converted file", "strip takes a converted file")
+        raise FormatError(f"{src} is not a converted file", "pass a converted file")
     restored = original(source, meta)
     check_output(dst, source.paths, restored.size_bytes, force=force)
     ran = counting(restored.data_bytes, progress)
@@ -181,13 +181,13 @@ def strip(
         if sha256 != meta.source_sha256:
             raise FormatError(
                 f"the original cannot be restored: {src} was changed after its conversion",
-                "use the original file, or download it again",
+                "use the original file, or download the file again",
             )
     return meta
 
 
 def original(source: Source, meta: PopMeta) -> Content:
-    """Return the content of a converted file's source. Raises FormatError."""
+    """Return the original's content of a converted file. Raises FormatError."""
     content = read_content(source, without=PREFIX)
     added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
     return without_last(content, added, meta.source_bytes) if added else content
@@ -204,12 +204,12 @@ def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, adva
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the source of `plan` and `fitted`. Raises FormatError, PlanError."""
+    """Read the model to convert. Raises FormatError, PlanError for another model's plan."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
-        raise PlanError(f"the plan is for another model than {src}")
+        raise PlanError(f"the plan was made for another model than {src}")
     if (plan.projection != Projection.OWN) != (fitted is not None):
-        raise PlanError("the plan needs fitted projections, or fitted projections need such a plan")
+        raise PlanError("pass `fitted` if, and only if, the plan has fitted projections")
     return source
 
 
@@ -221,7 +221,7 @@ def draft_meta(
     *,
     source_bytes: int = 0,
 ) -> PopMeta:
-    """Return keys of the final length, with placeholders for hash and measurement."""
+    """Return keys of the final length, with placeholders for the hash and the measurement."""
     return replace(
         plan.meta,
         projection=fitted.projection if fitted else plan.projection,
@@ -236,19 +236,19 @@ def draft_meta(
 
 
 def unconverted(src: Path) -> Source:
-    """Read a source to convert. Raises FormatError if it is converted already."""
+    """Read an unconverted model. Raises FormatError if it is already converted."""
     source = read_source(src)
     if pop_meta(source.first) is not None:
         raise FormatError(
-            f"{src} is converted already",
-            "restore the original first: strip",
+            f"{src} is already converted",
+            "restore the original with strip first",
             cause="converted-already",
         )
     return source
 
 
 def tool_name() -> str:
-    """Return the value of `pop.tool`: the installed package's name and version."""
+    """Return the value of `pop.tool`: the installed program's name and version."""
     try:
         return f"pop-local {version('pop-local')}"
     except PackageNotFoundError:

@@ -1,8 +1,7 @@
-"""Sidecars: a model's POP keys and tensors in a small separate file.
+"""Sidecars: small files with a model's POP keys and added tensors.
 
-The model is neither copied nor changed. A sidecar identifies it by its size and a hash of its keys
-and tensor table, so that opening both reads no gigabytes. `pop.source.sha256` covers the whole
-model.
+The model is neither copied nor changed. Opening a sidecar compares the model's size and a hash of
+its headers, since hashing the whole model (`pop.source.sha256`) would take too long.
 """
 
 import glob
@@ -58,15 +57,16 @@ def sidecar_path(base: Source) -> Path:
 
 
 def existing_sidecar(base: Source) -> Path | None:
-    """Return the sidecar at `sidecar_path` if it exists; None for a converted model."""
+    """Return the file at `sidecar_path`; None if it is missing or the model is converted."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 
 
 def base_path(sidecar: Path, source_name: str) -> Path | None:
-    """Return the model next to its sidecar, or the model's first part; None if it is missing.
+    """Return the model (or its first part) in its sidecar's folder, None if it is missing.
 
-    The caller checks its identity (`bind`). `source_name` is untrusted: its folder is ignored.
+    The caller checks the model's identity (`bind`). `source_name` is untrusted, so its folder is
+    ignored.
     """
     name = Path(source_name).name
     found = sidecar.with_name(name or sidecar.name)
@@ -77,7 +77,7 @@ def base_path(sidecar: Path, source_name: str) -> Path | None:
 
 
 def bind(base: Source) -> Binding:
-    """Return the model's identity for its sidecars. Raises FormatError."""
+    """Return the identity of a base model. Raises FormatError."""
     digest = hashlib.sha256()
     for part in base.parts:
         try:
@@ -89,24 +89,24 @@ def bind(base: Source) -> Binding:
 
 
 def read_sidecar(path: Path, base: Source) -> PopMeta:
-    """Read the POP keys of the sidecar at `path` of the model `base`.
+    """Read the POP keys of the sidecar at `path` for the model `base`.
 
-    Raises FormatError if `path` is no sidecar, belongs to another model or was edited, and if
-    `base` has POP keys.
+    Raises FormatError if `path` is not a sidecar of `base` or has wrong tensors, and if `base` is
+    converted.
     """
     header = read_header(path)
     meta = sidecar_meta(header)
     if pop_meta(base.first) is not None:
         raise FormatError(
-            f"{base.first.path} is a converted model, which takes no sidecar",
-            "open it without a sidecar, or give the original model",
+            f"{base.first.path} is a converted model, which cannot have a sidecar",
+            "open the converted model without a sidecar, or pass the original model",
             cause="sidecar-for-converted",
         )
     binding = read_binding(header)
     if binding != bind(base):
         raise FormatError(
-            f"{path} does not belong to {base.first.path}: it is the sidecar of "
-            f"{meta.source_name}, {binding.base_bytes:,} bytes",
+            f"{path} does not belong to {base.first.path}, but to "
+            f"{meta.source_name} of {binding.base_bytes:,} bytes",
             "create a sidecar for this model",
             cause="foreign-sidecar",
             model=base.first.path,
@@ -116,21 +116,24 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
 
 
 def sidecar_meta(header: Header) -> PopMeta:
-    """Return the POP keys of a sidecar of any model. Raises FormatError if it is no sidecar."""
+    """Return the POP keys of any model's sidecar. Raises FormatError for any other file."""
     meta = pop_meta(header)
     if meta is None:
         raise FormatError(
-            f"{header.path} is not a sidecar", "create one for the model", cause="not-a-sidecar"
+            f"{header.path} is not a sidecar",
+            "create a sidecar for the model",
+            cause="not-a-sidecar",
         )
     if not is_sidecar(header):
         raise FormatError(
-            f"{header.path} is a converted model, not a sidecar", "open it without a sidecar"
+            f"{header.path} is a converted model, not a sidecar",
+            "pass it as the model, without a sidecar",
         )
     return meta
 
 
 def fitted_tensors(path: Path) -> dict[str, NewTensor]:
-    """Return a file's or sidecar's fitted tensors by name. Raises FormatError."""
+    """Return the fitted tensors of a converted file or sidecar by name. Raises FormatError."""
     header = read_header(path)
     try:
         with path.open("rb") as file:
@@ -146,12 +149,12 @@ def fitted_tensors(path: Path) -> dict[str, NewTensor]:
 
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
-    """Return a model's own POP keys or those of its sidecar. Raises FormatError."""
+    """Return the POP keys of the sidecar if given, else of the model. Raises FormatError."""
     return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base)
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
-    """Check the names of tensors; llama.cpp checks shapes and types when it loads the file."""
+    """Check the tensors' names; llama.cpp checks their shapes and types at load time."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
     is_wide = meta.projection == Projection.WIDE
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
@@ -171,14 +174,13 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
         raise FormatError(f"{header.path} has no tensor {missing[0]}", CONVERT_AGAIN)
     if unknown := sorted(found - expected):
         raise FormatError(
-            f"{header.path} has the tensor {unknown[0]}, which its schedule and projection do not "
-            "use",
+            f"{header.path} has the tensor {unknown[0]}, which its keys do not require",
             CONVERT_AGAIN,
         )
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the sizes of `write_sidecar` without writing (see `rewrite.measure`)."""
+    """Return the sizes of the model and of its future sidecar, like `rewrite.measure`."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
@@ -195,10 +197,10 @@ def write_sidecar(
     progress: Progress = lambda done, total: None,
     force: bool = False,
 ) -> PopMeta:
-    """Write the keys and tensors that `plan` and `fitted` add to `src` to the file `dst`.
+    """Write a sidecar of `src` to `dst`, with the keys of `plan` and the tensors of `fitted`.
 
-    `src` is read once for its hash: `progress` is called with the bytes read and their total. The
-    rest is like `rewrite.convert`.
+    `src` is read once to hash it. `progress` is called with the bytes read and their total. For
+    parameters, result and errors, see `rewrite.convert`.
     """
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)
@@ -214,19 +216,16 @@ def write_sidecar(
         file.write(draft.header)
         meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode)
         if not _holds(Path(file.name), whole.with_keys(encode(meta))):
-            raise WriteError(f"the written file {dst} has errors", "check the disk, then try again")
+            raise WriteError(f"the written file {dst} is damaged", "check the disk, then try again")
         if bind(read_source(src)) != binding:
-            raise WriteError(f"{src} changed during reading", "try again")
+            raise WriteError(f"{src} changed during the conversion", "try again")
     return meta
 
 
 def write_trial(
     plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
 ) -> None:
-    """Write a temporary sidecar for a measurement, without hashing the model.
-
-    `binding` is the identity of `source` (`bind`). Raises WriteError.
-    """
+    """Write a temporary sidecar for a measurement, without hashing the model. Raises WriteError."""
     whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))
     with replacing(dst, force=False) as file:

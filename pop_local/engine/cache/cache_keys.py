@@ -65,7 +65,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
         return NO_CONVERSION
     # K/V do not depend on the keys' origin, measured quality or budget.
     keys = replace(meta, source_name="", source_bytes=0, tool="")
-    keys = replace(keys, measured=None, recall=None, budget=None)
+    keys = replace(keys, measured=None, budget=None)
     digest = hashlib.sha256(b"".join(encode_keys(keys)))
     for header in base.parts if sidecar is None else (read_header(sidecar),):
         _add_tensors(digest, header, are_fitted=True)

@@ -373,7 +373,7 @@ def _require_layers(path: Path, names: Sequence[str]) -> None:
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):
         if (layer, part) not in parts:
-            raise PopError(f"{path} has no v.blk.{layer}.{part}", "download it again")
+            raise PopError(f"{path} has no v.blk.{layer}.{part}", "download the file again")
 
 
 @functools.cache

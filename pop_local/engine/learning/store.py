@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from pop_converter.base.archives import DAMAGES
-from pop_converter.base.errors import PopError, WriteError
+from pop_converter.base.errors import DAMAGED_ARCHIVE, PopError, WriteError
 from pop_converter.base.output_file import make_private, replacing
 from pop_converter.fit.wide import WideInput
 from pop_converter.gguf.source import Source, sampled_sha256
@@ -82,7 +81,7 @@ class SumsFile:
                 log.warning("%s has another model or version: learning restarts", self.path)
         except FileNotFoundError:
             return None
-        except DAMAGES as error:
+        except DAMAGED_ARCHIVE as error:
             # The file may be intact after a system error; numpy's errors have no errno.
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise PopError(f"{self.path} cannot be read now: {error}") from error
@@ -97,7 +96,7 @@ class SumsFile:
             with np.load(self.path, allow_pickle=False) as arrays:
                 head = json.loads(str(arrays["head"]))
                 return {int(boundary): int(n_rows) for boundary, _, n_rows in head["grams"]}
-        except DAMAGES:
+        except DAMAGED_ARCHIVE:
             return {}
 
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:

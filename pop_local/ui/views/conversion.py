@@ -239,6 +239,3 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"
         yield "Look-ups", f"{shares}, of {found.lookups_n}; {lost} nats lost per string"
-    if (facts := meta.recall) is not None:
-        shares = f"{facts.pruned:.0%} found, {facts.full:.0%} by the full model"
-        yield "Facts", f"{shares}, of {facts.n_documents} documents"

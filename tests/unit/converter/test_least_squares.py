@@ -1,4 +1,4 @@
-"""The fit: against a direct weighted least squares, its limits, its refusals, its encoding."""
+"""Compare fits with direct weighted least squares; test their limits, errors and encoding."""
 
 import tracemalloc
 from pathlib import Path
@@ -17,7 +17,7 @@ N, N_K, N_V, N_ROWS = 24, 6, 4, 400
 
 
 def problem(seed: int = 0, gain: np.ndarray | None = None):
-    """x [n, N + 1], y, token weights and own projections that are off by a little."""
+    """Return x [n, N + 1], y, token weights and slightly wrong own projections."""
     rng = np.random.default_rng(seed)
     states = rng.standard_normal((N_ROWS, N), dtype=np.float32)
     x = fit.with_bias(fit.normalised(states, 1e-6))
@@ -36,7 +36,7 @@ def summed(x, y, weights) -> Gram:
     return gram
 
 
-def test_older_rows_fade_once_there_are_many():
+def test_merging_many_rows_scales_older_rows_down():
     one, two = (summed(*problem(seed)[:3]) for seed in (0, 1))
     n_kept = fit.ROWS_KEPT * (N + 1)
     whole = Gram(one.xx.copy(), {1: one.xy[1].copy()}, n_kept - two.n_rows)
@@ -49,7 +49,7 @@ def test_older_rows_fade_once_there_are_many():
     np.testing.assert_allclose(whole.xy[1], keep * (one.xy[1] + two.xy[1]) + two.xy[1], rtol=1e-5)
 
 
-def test_adding_older_sums_takes_no_memory_of_their_size():
+def test_merging_sums_copies_nothing():
     n = 300
     one, two = (
         Gram(np.ones((n, n), np.float32), {1: np.ones((n, 512), np.float32)}, fit.ROWS_KEPT * n)
@@ -66,7 +66,7 @@ def joined(layer: KvProjection) -> tuple[np.ndarray, np.ndarray]:
     return layer.weight, layer.bias
 
 
-def test_it_equals_a_direct_weighted_least_squares():
+def test_fit_equals_direct_weighted_least_squares():
     x, y, weights, own = problem()
     x64, d = x.astype(np.float64), np.diag(weights.astype(np.float64))
     start = np.vstack([own.gain[:, None] * own.weight.T, own.bias]).astype(np.float64)
@@ -79,7 +79,7 @@ def test_it_equals_a_direct_weighted_least_squares():
     np.testing.assert_allclose(bias, wanted[-1], atol=2e-5)
 
 
-def test_a_large_ridge_keeps_the_own_projections():
+def test_large_ridge_keeps_own_projections():
     x, y, weights, own = problem()
     weight, _ = joined(fit.fit_layer(1, summed(x, y, weights), own, ridge=1e9))
     np.testing.assert_allclose(weight, own.weight, atol=1e-5)
@@ -94,7 +94,7 @@ def test_exact_own_projections_are_kept_at_any_ridge():
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-12])
-def test_an_input_without_gain_keeps_its_weights(tiny: float):
+def test_input_without_gain_keeps_its_weights(tiny: float):
     gain = np.ones(N)
     gain[5] = tiny
     x, y, weights, own = problem(gain=gain)
@@ -102,21 +102,21 @@ def test_an_input_without_gain_keeps_its_weights(tiny: float):
     np.testing.assert_allclose(weight[:, 5], own.weight[:, 5], rtol=0.01, atol=0.01)
 
 
-def test_a_constant_input_of_zero_is_no_obstacle():
+def test_constant_zero_input_is_supported():
     x, y, weights, own = problem()
     x[:, 7] = 0
     weight, _ = joined(fit.fit_layer(1, summed(x, y, weights), own))
     np.testing.assert_array_equal(weight[:, 7], own.weight[:, 7])
 
 
-def test_activations_that_are_not_finite_are_refused():
+def test_non_finite_activations_are_refused():
     x, y, weights, own = problem()
     y[3, 2] = np.nan
     with pytest.raises(FitError, match="not finite"):
         fit.fit_layer(1, summed(x, y, weights), own)
 
 
-def test_a_singular_gram_is_refused_unless_a_ridge_helps():
+def test_singular_gram_needs_a_ridge():
     x, y, weights, own = problem()
     same = np.repeat(x[:2], N_ROWS // 2, axis=0)
     gram = summed(same, y, weights)
@@ -133,7 +133,7 @@ def test_token_weights():
     assert fit.token_weights(peak)[-1] == pytest.approx(0.2 + 0.8 * 50)
 
 
-def test_sums_take_what_is_announced():
+def test_sums_have_the_predicted_size():
     gram = Gram.empty(N, {1: N_K + N_V})
     assert gram.xx.nbytes == fit.gram_bytes(N)
     assert gram.xy[1].nbytes == fit.cross_bytes(N, N_K + N_V)
@@ -155,7 +155,7 @@ def test_encoded_tensors_decode_to_the_weights(kind: KvType):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
-def test_own_projections_as_the_file_has_them(arch: str, tmp_path: Path):
+def test_own_projections_equal_the_files_tensors(arch: str, tmp_path: Path):
     path = make_gguf(tmp_path / "model.gguf", arch)
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     own = Weights(read_source(path)).own_projection(3, 64, 64)
@@ -172,7 +172,7 @@ def test_own_projections_as_the_file_has_them(arch: str, tmp_path: Path):
         assert not own.bias.any()
 
 
-def test_a_scale_of_its_own_multiplies_a_projection(tmp_path: Path):
+def test_scale_tensor_multiplies_a_projection(tmp_path: Path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     plain = Weights(read_source(path)).own_projection(3, 64, 64).weight
     scaled = add_tensor(path, tmp_path / "scaled.gguf", "blk.3.attn_k.scale", np.array([0.25]))

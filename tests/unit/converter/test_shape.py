@@ -1,4 +1,4 @@
-"""`read_shape` on every architecture, and the zeroing that the oracle rests on."""
+"""Read the shapes of all architectures, and refuse invalid models."""
 
 import struct
 from dataclasses import replace
@@ -30,14 +30,14 @@ def test_shape(tmp_path, arch, overrides):
     assert shape.n_vocab == recipe.n_vocab
     assert shape.n_q == shape.n_heads_out == (n_q,) * layers
     assert shape.n_k == shape.n_v == (n_kv,) * layers
-    # OLMo 2 has a norm after its FFN alone.
+    # OLMo 2 normalizes only the output of its FFN.
     is_read = not recipe.n_expert and arch != "olmo2"
     assert shape.n_neurons == (recipe.n_ff if is_read else 0,) * layers
     assert shape.n_weights == (2 * recipe.n_embd * (n_q + n_kv) + n_ffn,) * layers
     assert shape.is_fused == (recipe.fused_qkv,) * layers
     assert bool(shape.no_refill) == (len(recipe.rope_sections) > 0)
     assert (shape.exact, any(shape.is_recurrent)) == (0, False)
-    # OLMo 2 norms what attention gives, not what it takes.
+    # OLMo 2 normalizes the output of attention, not its input.
     fits = [] if arch == "olmo2" else list(range(layers - 1))
     assert [boundary for boundary in range(layers) if shape.fits(boundary)] == fits
 
@@ -67,8 +67,8 @@ def test_sliding_window_flag_for_each_layer(tmp_path):
     assert read_shape(path).windows == tuple(16 * flag for flag in pattern)
 
 
-def test_window_that_a_model_does_not_have(tmp_path):
-    """llama.cpp reads no window for llama and switches off phi3's."""
+def test_unused_window_is_ignored(tmp_path):
+    """llama.cpp ignores the windows of llama and phi3."""
     for arch in ("llama", "phi3"):
         path = make_gguf(tmp_path / f"{arch}.gguf", arch)
         windowed = add_keys(
@@ -77,9 +77,9 @@ def test_window_that_a_model_does_not_have(tmp_path):
         assert set(read_shape(windowed).windows) == {0}
 
 
-def test_more_layers_for_images_than_there_are_is_no_model(tmp_path):
+def test_too_many_deepstack_layers_are_refused(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "qwen3vl", n_deepstack=8)
-    with pytest.raises(FormatError, match="images to 8 of 8 layers"):
+    with pytest.raises(FormatError, match="image features to 8 of its 8 layers"):
         read_shape(path)
 
 
@@ -96,18 +96,18 @@ def test_split_model_has_the_shape_of_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["bert", "dream", "eagle3", "clip", "t5"])
-def test_what_reads_no_prompt_is_refused_by_name(tmp_path, arch):
+def test_unsupported_architectures_are_refused(tmp_path, arch):
     path = renamed(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, arch)
     with pytest.raises(UnsupportedArchitectureError, match=f"{arch}.*cannot be pruned"):
         read_shape(path)
 
 
-def test_an_architecture_that_is_new_is_read_like_any_other(tmp_path):
+def test_unknown_architecture_is_supported(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     assert read_shape(renamed(path, tmp_path, "novel")) == replace(read_shape(path), arch="novel")
 
 
-def test_a_model_whose_layers_run_several_times_is_refused(tmp_path):
+def test_looped_model_is_refused(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     with pytest.raises(UnsupportedArchitectureError, match="several times"):
         read_shape(add_keys(path, tmp_path / "looped.gguf", llama__num_loops=2))
@@ -116,7 +116,7 @@ def test_a_model_whose_layers_run_several_times_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("n_layer", "says"), [(3, "no tensors for layer 2"), (0, "0 layers"), (2**31, "layers")]
 )
-def test_layers_that_are_not_there(tmp_path, n_layer, says):
+def test_missing_layers_are_refused(tmp_path, n_layer, says):
     path = make_gguf(tmp_path / "model.gguf", "llama", n_layer=2, n_embd=64, n_ff=64)
     raw = path.read_bytes()
     count = b"llama.block_count" + struct.pack("<I", gguf.GGUFValueType.UINT32)
@@ -126,7 +126,7 @@ def test_layers_that_are_not_there(tmp_path, n_layer, says):
         read_shape(path)
 
 
-def test_what_is_not_a_whole_model_is_named(tmp_path):
+def test_incomplete_models_are_refused(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     adapter = add_keys(path, tmp_path / "lora.gguf", general__type="adapter")
     with pytest.raises(FormatError, match="a LoRA adapter"):
@@ -136,26 +136,26 @@ def test_what_is_not_a_whole_model_is_named(tmp_path):
     raw = bytearray(path.read_bytes()[: header.keys_end])
     raw[8:16] = struct.pack("<Q", 0)
     vocabulary.write_bytes(raw.ljust(len(raw) + 64, b"\0"))
-    with pytest.raises(FormatError, match="a vocabulary and no layers"):
+    with pytest.raises(FormatError, match="a vocabulary but no layers"):
         read_shape(vocabulary)
 
 
-def test_one_part_of_one_may_have_any_name(tmp_path):
+def test_single_part_may_have_any_name(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     single = add_keys(path, tmp_path / "renamed.gguf", split__no=0, split__count=1)
     assert read_shape(single) == read_shape(path)
     assert read_source(single).name == "renamed.gguf"
 
 
-def test_layers_that_take_features_of_images_are_kept(tmp_path):
+def test_deepstack_layers_are_kept(tmp_path):
     shape = read_shape(make_gguf(tmp_path / "m.gguf", "qwen3vl"))
     assert shape.n_deepstack == 3
     assert make_plan(shape, boundary=3).boundary == min(boundaries(shape, 8)) == 3
-    with pytest.raises(PlanError, match="image features: the first 3 layers"):
+    with pytest.raises(PlanError, match="the first 3 layers add image"):
         make_plan(shape, boundary=2)
 
 
-def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
+def test_unfittable_layers_are_refused(tmp_path):
     shape = read_shape(make_gguf(tmp_path / "model.gguf", "llama"))
     hybrid = replace(shape, is_fittable=(False,) * 4 + (True,) * 4)
     early, late, last = (
@@ -163,7 +163,7 @@ def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
     )
     for plans in ([early, late], [last]):
         require_fit(plans)
-    with pytest.raises(PlanError, match="from boundary 4 on"):
+    with pytest.raises(PlanError, match="the first boundary that can be fitted is 4"):
         require_fit([early])
 
 
@@ -184,7 +184,7 @@ def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
         ("qwen3moe", "rope.dimension_count", "<I", 0),
     ],
 )
-def test_numbers_that_end_the_process_are_named_before(tmp_path, arch, key, kind, value):
+def test_numbers_that_abort_llama_cpp_are_refused(tmp_path, arch, key, kind, value):
     path = make_gguf(tmp_path / "model.gguf", arch)
     require_loadable(read_header(path))
     end, data = read_header(path).keys[f"{arch}.{key}"].end, path.read_bytes()
@@ -194,7 +194,7 @@ def test_numbers_that_end_the_process_are_named_before(tmp_path, arch, key, kind
         require_loadable(read_header(path))
 
 
-def test_numbers_that_nothing_reads_are_let_through(tmp_path):
+def test_unused_numbers_are_accepted(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     for key in ("rope__dimension_sections", "ssm__inner_size"):
         require_loadable(read_header(add_keys(path, tmp_path / "a.gguf", **{f"llama__{key}": 99})))

@@ -1,4 +1,4 @@
-"""Multiply-accumulates, counted on the graph, against a count of all rows and positions."""
+"""Compare multiply-accumulates on the graph with a count over all rows and positions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,12 @@ from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import DEFAULTS, make_gguf
 
-# A fused tensor, as phi3 has it, gives Q along with K and V.
+# Fused tensors, as in phi3, also compute Q.
 ARCHS = ("llama", "qwen3moe", "gemma2", "gemma3")
 
 
 def counted(path: Path, n_prompt: int, boundary: int | None, n_full: int) -> int:
-    """Row by row, position by position."""
+    """Count the work row by row and position by position."""
     shape, windows = read_shape(path), read_shape(path).windows
     recipe = DEFAULTS[shape.arch]
     n_embd, n_layer = shape.n_embd, shape.n_layer
@@ -44,7 +44,7 @@ def counted(path: Path, n_prompt: int, boundary: int | None, n_full: int) -> int
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_macs_are_those_of_a_row_by_row_count(arch, tmp_path):
+def test_macs_equal_a_row_by_row_count(arch, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
     macs = GraphMacs(path)
     for n_prompt in (1, 2, 40):
@@ -55,7 +55,7 @@ def test_macs_are_those_of_a_row_by_row_count(arch, tmp_path):
                 assert found == counted(path, n_prompt, boundary, n_full)
 
 
-def test_rows_that_leave_exactly_save_what_follows(tmp_path):
+def test_exact_skipping_saves_later_layers(tmp_path):
     path = make_shared(tmp_path / "model.gguf", "gemma4")
     shape, macs, n = read_shape(path), GraphMacs(path), 40
     saved = 0
@@ -78,10 +78,10 @@ def test_more_full_rows_and_fewer_skipped_layers_lower_the_limit(tmp_path):
     assert speedup_limit(macs, 400, 4, 17, more=10**6) < speedup_limit(macs, 400, 4, 17)
 
 
-def test_what_is_left_in_skipped_layers_is_their_share_of_the_work(tmp_path):
+def test_left_share_of_skipped_layers(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     shape = read_shape(path)
-    # Attention sees half of the prompt, and the last layer's FFN a single row.
+    # On average, attention covers half of the prompt. The last layer's FFN has a single row.
     attention = (shape.n_q[0] + shape.n_heads_out[0]) * 2048 // 2
     last_ffn = 3 * shape.n_embd * shape.n_neurons[7]
     work = 4 * (shape.n_weights[0] + attention) - last_ffn
@@ -89,21 +89,21 @@ def test_what_is_left_in_skipped_layers_is_their_share_of_the_work(tmp_path):
     assert left_share(GraphMacs(path), 4) == pytest.approx(left / work, rel=0.01)
 
 
-def test_longer_prompts_are_extrapolated_and_nothing_is_counted_twice(tmp_path, monkeypatch):
+def test_long_prompts_are_extrapolated_from_cached_counts(tmp_path, monkeypatch):
     path = make_gguf(tmp_path / "model.gguf", "gemma3")
     asked = [(400, boundary, 3) for boundary in (None, 4)]
     counted = [GraphMacs(path)(*each) for each in asked]
     monkeypatch.setattr(module, "_N_CTX", 64)
     macs = GraphMacs(path)
     assert [macs(*each) for each in asked] == counted
-    # With as many full rows that does not hold: the context is a larger one.
+    # 60 full rows exceed the first context, so a larger context is counted.
     assert macs(400, 4, 60) > counted[1]
     first = macs(40, 4, 1)
     monkeypatch.setattr(module.backend, "count_macs", None)
     assert macs(40, 4, 1) == first
 
 
-def test_what_cannot_be_counted_is_said(tmp_path):
+def test_uncountable_work_is_an_error(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     with pytest.raises(PopError):
         GraphMacs(path)(40, 9, 1)

@@ -48,7 +48,7 @@ def project(folder: Path) -> dict:
 
 
 def with_dependencies(names: list[str]) -> set[str]:
-    """Return the installed distributions that these requirements lead to, extras left out."""
+    """Return the installed distributions of these requirements, without extras."""
     found: set[str] = set()
     while names:
         requirement = names.pop()

@@ -1,4 +1,4 @@
-"""Wide fits: their sums, their tensors, their cost, and when they are taken."""
+"""Test wide fits: their sums, tensors and cost, and when they are chosen."""
 
 from contextlib import nullcontext
 from itertools import chain
@@ -13,7 +13,7 @@ from pop_converter.base.errors import StoppedError
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
-from pop_converter.fit.wide import MOST_NEURON, wide_input
+from pop_converter.fit.wide import _MOST_NEURON, wide_input
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.rewrite import convert, measure, stored_bytes, stored_type, strip
@@ -55,7 +55,7 @@ N_PREV, N_NEURONS = 32, 64
 
 
 def matrices(made) -> dict[str, np.ndarray]:
-    """F32 tensors by name, float64."""
+    """Return F32 tensors by name, in float64."""
     return {
         each.name: np.frombuffer(each.data, np.float32).reshape(each.dims[::-1]).astype(float)
         for each in made.tensors
@@ -63,7 +63,7 @@ def matrices(made) -> dict[str, np.ndarray]:
 
 
 def inputs(path: Path, tensors, shown) -> np.ndarray:
-    """Return [x, z, 1] of all rows but each window's first, in float64 and row by row."""
+    """Return [x, z, 1] of all rows except each window's first, in float64 and row by row."""
     gain = Weights(read_source(path))[f"blk.{BOUNDARY}.ffn_norm.weight"].astype(float)
     name, rows = f"blk.{BOUNDARY}.pop_", []
     for each in shown:
@@ -86,7 +86,7 @@ def inputs(path: Path, tensors, shown) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "phi3", "qwen3moe"])
-def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
+def test_wide_fit_equals_direct_least_squares(arch, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
     options = settings(letters)
     tensors = matrices(fitted(path, options, projection=WIDE))
@@ -116,7 +116,7 @@ def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
 
 
 @pytest.mark.slow
-def test_narrower_fits_come_from_the_same_sums(llama, letters):
+def test_plain_fits_use_the_same_sums(llama, letters):
     kinds = (FITTED, WIDE)
     together = fitted_at((3, 5), llama, settings(letters), projections=kinds)
     alone = [fitted_at((3, 5), llama, settings(letters), projections=(kind,)) for kind in kinds]
@@ -130,10 +130,8 @@ def test_narrower_fits_come_from_the_same_sums(llama, letters):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory_bytes", "stop_after"), [(1 << 30, 7), (1, 14)])
-def test_a_resumed_fit_equals_one_without_a_stop(
-    memory_bytes, stop_after, llama, letters, tmp_path
-):
-    """The text that chooses the inputs is read first: four windows, and any may be the last."""
+def test_resumed_fit_equals_uninterrupted_fit(memory_bytes, stop_after, llama, letters, tmp_path):
+    """The inputs are chosen by the first four windows; each of them may be the last one read."""
     kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     with pytest.raises(StoppedError):
         fitted(llama, kept, stopped_at(stop_after), WIDE)
@@ -142,7 +140,7 @@ def test_a_resumed_fit_equals_one_without_a_stop(
     assert again == fitted(llama, settings(letters, memory_bytes=memory_bytes), projection=WIDE)
 
 
-def test_neurons_are_the_strongest_and_scaled(tmp_path):
+def test_strongest_neurons_are_chosen_and_scaled(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     shape, weights = read_shape(path), Weights(read_source(path))
     rng = np.random.default_rng(0)
@@ -151,10 +149,10 @@ def test_neurons_are_the_strongest_and_scaled(tmp_path):
     assert made.neurons is not None
     z = made(windows[0])
     assert z.shape == (200, N_PREV + N_NEURONS)
-    assert np.abs(z[:, N_PREV:]).max() <= MOST_NEURON
+    assert np.abs(z[:, N_PREV:]).max() <= _MOST_NEURON
     together = np.concatenate([made.neurons(window) for window in windows])
     np.testing.assert_allclose(together.std(axis=0), 1, atol=1e-3)
-    # The previous row, and of the first one itself.
+    # The previous row; the first row is its own predecessor.
     np.testing.assert_allclose(z[1:, :N_PREV], windows[0][:-1] @ made.previous.T, atol=1e-5)
     np.testing.assert_allclose(z[0, :N_PREV], windows[0][0] @ made.previous.T, atol=1e-5)
     name = f"blk.{BOUNDARY}.ffn_"
@@ -166,7 +164,7 @@ def test_neurons_are_the_strongest_and_scaled(tmp_path):
     assert chosen.sum() == N_NEURONS and power[chosen].min() >= power[~chosen].max() * 0.9999
 
 
-def test_a_wide_fit_costs_what_it_stores(llama):
+def test_work_of_a_wide_fit_equals_its_weights(llama):
     shape, plan = read_shape(llama), planned(llama, projection=WIDE)
     made = made_up(plan)
     n_wide = sum(
@@ -186,7 +184,7 @@ def test_a_wide_fit_costs_what_it_stores(llama):
 
 
 @pytest.mark.parametrize("kind", [FITTED, WIDE])
-def test_a_fit_in_the_place_of_fused_projections_saves_q(kind, tmp_path):
+def test_fit_of_fused_projections_saves_q(kind, tmp_path):
     path = make_gguf(tmp_path / "phi3.gguf", "phi3")
     plan = planned(path, projection=kind)
     sidecar = path.with_name("sidecar.gguf")
@@ -195,7 +193,7 @@ def test_a_fit_in_the_place_of_fused_projections_saves_q(kind, tmp_path):
     assert of_file == pytest.approx(plan.speedup_limit, rel=1e-3)
 
 
-def test_a_wide_file_can_be_stripped(llama, tmp_path):
+def test_wide_file_can_be_stripped(llama, tmp_path):
     target, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
     plan = planned(llama, projection=WIDE)
     meta = convert(plan, llama, target, fitted=made_up(plan))
@@ -210,7 +208,7 @@ def test_a_wide_file_can_be_stripped(llama, tmp_path):
 
 
 class Losses:
-    """A PlanFitter whose fits are made up, and their losses given."""
+    """A PlanFitter with artificial fits and given losses."""
 
     def __init__(self, monkeypatch, given: dict[str, float], broken: tuple[str, ...] = ()) -> None:
         self.measured: list[str] = []
@@ -234,12 +232,12 @@ class Losses:
 
 
 @pytest.mark.parametrize(("wide", "wanted"), [(0.85, WIDE), (0.95, FITTED), (1.2, FITTED)])
-def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, monkeypatch):
+def test_wide_fit_is_chosen_if_worth_its_cost(wide, wanted, llama, monkeypatch):
     plan, other, dear = (planned(llama, boundary) for boundary in (4, 5, 3))
     limit = (fit_cost(plan, WIDE) + fit_cost(dear, WIDE)) / 2
     assert max(fit_cost(plan, WIDE), fit_cost(other, WIDE)) < limit < fit_cost(dear, WIDE)
     monkeypatch.setattr(needs, "MAX_WIDE_COST", limit)
-    # Worth a tenth of the loss.
+    # A wide fit must reduce the loss by a tenth.
     costs = {FITTED: 0.0, WIDE: 0.01}
     monkeypatch.setattr(fits, "fit_cost", lambda plan, kind: costs[kind])
     monkeypatch.setattr(fits, "_WORTH", 10)
@@ -263,7 +261,7 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, mo
     ("broken", "wanted"),
     [((FITTED,), WIDE), ((FITTED, WIDE), FITTED)],
 )
-def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatch):
+def test_copying_takes_precedence_over_cost(broken, wanted, llama, monkeypatch):
     monkeypatch.setattr(needs, "MAX_WIDE_COST", 0.2)
     Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0}, broken)
     runner = TrialRunner(read_source(llama), Hardware(n_threads=1), Watch())
@@ -276,14 +274,14 @@ def kinds(plan, options: FitOptions) -> list[str]:
     return [each.projection for each in needs.in_kinds([plan], options)]
 
 
-def test_what_costs_much_is_not_tried(llama):
+def test_expensive_wide_fit_is_not_tried(llama):
     plan = planned(llama)
     assert fit_cost(plan, WIDE) > MAX_WIDE_COST
     assert kinds(plan, FitOptions()) == [FITTED]
     assert kinds(plan, FitOptions(projection=WIDE)) == [WIDE]
 
 
-def test_what_costs_little_is(tmp_path):
+def test_cheap_wide_fit_is_tried(tmp_path):
     """A model with few K/V heads and a wide FFN."""
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=2048)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED, macs=GraphMacs(path))

@@ -18,7 +18,7 @@ from pop_local.engine.sessions import session_file
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
-from pop_local.texts.document import Document
+from pop_local.texts.document_readers import Document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from support.calls import text_of
