@@ -87,7 +87,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
     """
     path = Path(name)
     if path.name != name and path.parent.resolve() != folder.resolve():
-        raise PopError(f"{name} is not in the models folder", f"pass the name of a file in {folder}")
+        raise PopError(f"{name} is not in the models folder", f"pass a file name in {folder}")
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
     if known := known_name(path.name.removeprefix("."), groups):
