@@ -11,7 +11,6 @@ COMMANDS = {
     "chat": "Chat with a model in the terminal.",
     "run": "Ask one question, optionally about files or piped text.",
     "serve": "Serve a model over OpenAI's, Anthropic's and Ollama's APIs.",
-    "rpc-server": "Lend this machine's processors to another machine.",
     "convert": "Write a copy of a GGUF model that reads prompts faster.",
     "strip": "Restore the original of a converted file.",
     "bench": "Measure the time to first token, in full and pruned.",

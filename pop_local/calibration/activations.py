@@ -17,13 +17,7 @@ from pop_local.engine.llama.slot import SingleSlot
 from pop_local.engine.llama.taps import Tapped, Wanted
 
 
-def loaded(
-    path: Path,
-    *,
-    n_threads: int | None = None,
-    n_gpu_layers: int = -1,
-    rpc: Sequence[str] = (),
-) -> closing[Context]:
+def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) -> closing[Context]:
     """Open a model for windows of N_WINDOW tokens. Raises PopError."""
     options = ContextOptions(
         n_ctx=N_WINDOW,
@@ -31,7 +25,6 @@ def loaded(
         n_ubatch=N_WINDOW,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
-        rpc=rpc,
         flash_attn=has_kernels(),
     )
     source = read_source(path)

@@ -40,7 +40,7 @@ def analyze(
     *,
     by: ProbeOptions,
     json: opt.Json = False,
-    processors: opt.ProcessorOptions,
+    processors: opt.HardwareOptions,
 ) -> None:
     """Measure which layers matter for prompts and for answers, and how many can be skipped."""
     if by.no_fit and by.tokens is not None:

@@ -122,7 +122,7 @@ def convert(
     limits: LimitOptions,
     full: FullRowOptions,
     fitting: ConvertFitOptions,
-    processors: opt.ProcessorOptions,
+    processors: opt.HardwareOptions,
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
-from pop_converter.base.errors import PlanError, PopError
+from pop_converter.base.errors import PlanError
 from pop_converter.fit.least_squares import KvType
 from pop_converter.popfile.pruning_plan import parse_skip
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands.option_expansion import Group, option
 from pop_local.config.settings import MOST, MOST_SEED, load
-from pop_local.engine.llama.rpc import address
 from pop_local.ui.theme import warn
 from pop_local.workflows.hardware import Hardware
 
@@ -54,10 +53,6 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     where = next(value.where for value in load() if value.key == "threads")
     warn(f"{where} sets threads to {n_threads}; using all {n_cores} cores of this machine")
     return n_cores
-
-
-def _usage(error: PopError, option: str) -> typer.BadParameter:
-    return typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option)
 
 
 _THREADS = "CPU threads (default: the number of physical cores)."
@@ -102,7 +97,7 @@ Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORE
 
 
 @dataclass(frozen=True)
-class ProcessorOptions(Group):
+class HardwareOptions(Group):
     panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(_THREADS, **_CORES)
@@ -111,25 +106,6 @@ class ProcessorOptions(Group):
     @property
     def hardware(self) -> Hardware:
         return Hardware(self.threads, self.gpu_layers)
-
-
-@dataclass(frozen=True)
-class HardwareOptions(ProcessorOptions):
-    rpc: str | None = option(
-        "Machines that run `pop-local rpc-server` and hold the layers.",
-        "HOST:PORT,...",
-    )
-
-    @property
-    def hardware(self) -> Hardware:
-        """Return the processors. Raises BadParameter for a malformed address."""
-        servers = tuple(name.strip() for name in self.rpc.split(",")) if self.rpc else ()
-        try:
-            for name in servers:
-                address(name)
-        except PopError as error:
-            raise _usage(error, "--rpc") from error
-        return Hardware(self.threads, self.gpu_layers, servers)
 
 
 @dataclass(frozen=True)
@@ -250,7 +226,8 @@ class BoundaryOptions(Group):
         try:
             parse_skip(self.skip)
         except PlanError as error:
-            raise _usage(error, "--skip") from error
+            message = f"{error.message}: {error.hint}"
+            raise typer.BadParameter(message, param_hint="--skip") from error
         return Skip(self.skip)
 
 

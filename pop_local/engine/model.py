@@ -129,7 +129,7 @@ class PopModel:
         """Start learning from rows that run in full (docs/learning.md).
 
         `memory_bytes`: limit for sums and pending rows (default: see default_memory). Raises
-        PopError if no fit can prune the model, or if it runs on an RPC server.
+        PopError if no fit can prune the model.
         """
         with self._lock:
             engine = self._engine

@@ -96,8 +96,7 @@ def _last_words() -> Callable[[str], None]:
 
     def say(reason: str) -> None:
         echo_again()
-        hint = hints.LOST_SERVER if "RPC" in reason else hints.GAVE_UP
-        words = f"error: llama.cpp gave up: {printable(reason)}\nhint: {hint}\n"
+        words = f"error: llama.cpp gave up: {printable(reason)}\nhint: {hints.GAVE_UP}\n"
         os.write(stderr, words.encode(errors="replace"))
         os._exit(EXIT_FAILED)
 

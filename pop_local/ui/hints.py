@@ -14,7 +14,6 @@ from pop_converter.base.errors import PopError
 
 TRACE = "`pop-local --debug COMMAND ...` shows the traceback"
 GAVE_UP = "the model file may be damaged; download it again or use another model"
-LOST_SERVER = "restart it (pop-local rpc-server); `chat` offers to continue the conversation"
 MEMORY = "close other programs, or use a smaller model or context (--ctx)"
 _SPACE = "free some space, or write to another disk"
 _PERMISSION = "check the permissions of the file and of its folder"

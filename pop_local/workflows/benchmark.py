@@ -196,9 +196,7 @@ def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
     on, kernels = f"{device.name} ({device.description})", ""
-    if hardware.rpc and hardware.n_gpu_layers != 0:
-        on = f"RPC ({', '.join(hardware.rpc)})"
-    elif not device.is_gpu:
+    if not device.is_gpu:
         kernels = cpu_kernels()
     threads = (
         "1 thread"

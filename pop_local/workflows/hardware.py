@@ -8,9 +8,7 @@ class Hardware:
     """Processors to compute on.
 
     `n_threads` None: the physical cores. `n_gpu_layers`: -1 for all, of no effect without a GPU.
-    `rpc`: servers on other machines (HOST:PORT), which count as GPUs.
     """
 
     n_threads: int | None = None
     n_gpu_layers: int = -1
-    rpc: tuple[str, ...] = ()

@@ -117,7 +117,7 @@ def _n_at_once(options: "EngineOptions") -> int:
     source = read_source(options.path)
     learns = options.learn and not options.full and options.sidecar is None
     will_learn = learns and pop_meta(source.first) is None
-    if will_learn or options.context.rpc or free_bytes() < _MEMORY_FOR_TWO:
+    if will_learn or free_bytes() < _MEMORY_FOR_TWO:
         return 1
     with suppress(PopError):
         return 1 if any(source_shape(source).windows) else 2

@@ -7,7 +7,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "patches" / "llama-cpp-python"))
 
 from support.f32_copy import write_f32
-from support.rpc import rpc_server
 from support.server_requests import BOMB
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, add_keys, shapes
@@ -24,7 +23,6 @@ __all__ = [
     "add_header",
     "add_keys",
     "make_vision_model",
-    "rpc_server",
     "served",
     "shapes",
     "write_f32",

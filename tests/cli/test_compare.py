@@ -137,8 +137,3 @@ def test_a_model_that_prunes_nothing_is_refused(mine, tmp_path):
     assert refused.exit_code == 1
     assert "so there is nothing to compare" in refused.stderr
     assert "convert it first: pop-local convert" in refused.stderr
-
-
-def test_an_unreachable_server_is_one_clear_error(pop_file, mine):
-    unreachable = answered(pop_file, mine, "--rpc", "127.0.0.1:1")
-    assert (unreachable.exit_code, "cannot be reached" in unreachable.stderr) == (1, True)

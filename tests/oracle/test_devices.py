@@ -1,12 +1,9 @@
 """Compare pruning on other devices with the CPU: it adds no error to the full model's.
 
-The devices are the local GPUs if POP_TEST_GPU_LAYERS=99 is set, otherwise two RPC servers on this
-machine. Differences in some bits are noise of kernels and of summation order, which the full model
-also has.
+The tests run on the local GPUs if POP_TEST_GPU_LAYERS=99 is set. Differences in some bits are noise
+of kernels and of summation order, which the full model also has.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,7 +20,6 @@ from support.kv_reference import fit_at_random, rms
 from support.oracle import Q8_0, Trio, make_trio, random_tokens
 from support.raw import Job, Step, run
 from support.raw_jobs import GPU_LAYERS
-from support.rpc import rpc_server
 from support.shared_kv import DEFAULTS as SHARED_KV
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
@@ -101,14 +97,6 @@ CASES = {
 }
 
 
-# RPC servers compute on the same CPU, so these cases check the data that they receive.
-ON_RPC = (
-    *("llama", "qwen2", "gemma3", "phi3", "moe", "gemma4", "qwen3vl, pictures"),
-    *("below the boundary", "at the boundary", "above the boundary", "wide, at the boundary"),
-    *("deep, at the boundary", "sequences, one stream"),
-)
-
-
 @pytest.fixture(scope="module")
 def trios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trio]:
     made = {}
@@ -126,17 +114,6 @@ def trios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trio]:
         model = make_shared(tmp_path_factory.mktemp(name) / "model.gguf", name)
         made[name] = Trio(model, model, model, boundary=0, n_sink=0)
     return made
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[dict[str, Any]]:
-    """Return the job fields that select the devices."""
-    if GPU_LAYERS:
-        yield {"n_gpu_layers": GPU_LAYERS}
-        return
-    with ExitStack() as stack:
-        servers = tuple(stack.enter_context(rpc_server()).name for _ in range(2))
-        yield {"n_gpu_layers": 99, "servers": servers}
 
 
 def in_turn(mode: int, *, deep: bool) -> list[Step]:
@@ -178,15 +155,15 @@ def steps_and_rows(case: Case, mode: int) -> tuple[list[Step], int]:
     return in_turn(mode, deep=case.reads == "deep"), n
 
 
-def noise(case: Case, job: Job, device: dict[str, Any], mode: int) -> float:
+def noise(case: Case, job: Job, n_gpu_layers: int, mode: int) -> float:
     """Return the distance of the device's logits from the CPU's."""
     steps, n = steps_and_rows(case, mode)
     keep = [KEEP] if case.reads == "deep" and mode else []
     counted = [Step("deep", "deep"), Step("exact", "exact"), Step("counters", "counters")]
     job = replace(job, steps=(Step("mode", value=mode), *keep, *steps, *counted))
     logits = []
-    for where in ({"n_gpu_layers": 0}, device):
-        results = run(replace(job, **where))
+    for n_layers in (0, n_gpu_layers):
+        results = run(replace(job, n_gpu_layers=n_layers))
         assert results.pop("deep") == [len(keep) * sum(map(len, PROMPTS))]
         assert results.pop("counters")[0] + results.pop("exact") == [mode * n]
         logits.append(np.concatenate(list(results.values())))
@@ -195,16 +172,15 @@ def noise(case: Case, job: Job, device: dict[str, Any], mode: int) -> float:
     return rms(here - there)
 
 
-@pytest.mark.parametrize("name", CASES if GPU_LAYERS else ON_RPC)
-def test_pruning_has_no_more_noise_than_the_full_model(
-    name: str, trios: dict[str, Trio], device: dict[str, Any]
-) -> None:
+@pytest.mark.skipif(not GPU_LAYERS, reason="needs POP_TEST_GPU_LAYERS")
+@pytest.mark.parametrize("name", CASES)
+def test_pruning_has_no_more_noise_than_the_full_model(name: str, trios: dict[str, Trio]) -> None:
     case = CASES[name]
     options: dict[str, Any] = {"n_ubatch": N_UBATCH if case.reads == "deep" else 256}
     options |= {key: value for key, value in case.options.items() if key != "n_gpu_layers"}
-    there = device | {key: case.options[key] for key in case.options if key == "n_gpu_layers"}
+    n_gpu_layers = case.options.get("n_gpu_layers", GPU_LAYERS)
     job = Job(str(trios[case.model].pruned), (), **options)
-    pruned, full = (noise(case, job, there, mode) for mode in (1, 0))
+    pruned, full = (noise(case, job, n_gpu_layers, mode) for mode in (1, 0))
     print(f"{name}: pruned {pruned:.2e}, full {full:.2e} from the CPU")
     assert pruned <= AT_MOST * full, (pruned, full)
-    assert full > 0 or not GPU_LAYERS  # without a GPU, both run on the CPU
+    assert full > 0  # otherwise both ran on the CPU

@@ -1,9 +1,8 @@
 """Run scripts of llama.cpp calls in child processes with the patched or unpatched library.
 
 `run(Job(...))` returns the logits of each named decode step. Jobs share sequence states through
-files. Each library has one child for all jobs, and another for each set of RPC servers. A child
-keeps the most recent models open; each job has its own context. This module imports no code of
-pop_local.
+files. Each library has one child for all jobs. A child keeps the most recent models open; each job
+has its own context. This module imports no code of pop_local.
 """
 
 import ctypes
@@ -37,14 +36,12 @@ def run(job: Job) -> dict[str, np.ndarray]:
     with the library's log if a call fails. Raises DiedError if the child crashed; the next job
     starts another child.
     """
-    # Freeing a model whose server is gone would end the process.
-    key = job.lib, job.servers
-    child = _children.get(key) or _Child(job.lib)
-    _children[key] = child
+    child = _children.get(job.lib) or _Child(job.lib)
+    _children[job.lib] = child
     try:
         return child.run(job)
     except DiedError:
-        del _children[key]
+        del _children[job.lib]
         raise
 
 
@@ -90,7 +87,7 @@ class _Child:
         return self._log.read().decode(errors="replace")
 
 
-_children: dict[tuple[str | None, tuple[str, ...]], _Child] = {}
+_children: dict[str | None, _Child] = {}
 
 
 class Models:
@@ -108,7 +105,7 @@ class Models:
         stats = [Path(path).stat() for path in files]
         key = (
             files,
-            *(job.mmap, job.repacked, job.n_gpu_layers, job.servers),
+            *(job.mmap, job.repacked, job.n_gpu_layers),
             *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats),
         )
         model = self._opened.pop(key, None) or self._load(job)
@@ -122,9 +119,6 @@ class Models:
     def _load(self, job: Job) -> object:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = job.n_gpu_layers
-        if job.servers:
-            devices = self._devices(job.servers)
-            params.devices = ctypes.cast(devices, ctypes.c_void_p)
         params.use_extra_bufts = job.repacked
         if not job.mmap:
             params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE
@@ -133,17 +127,6 @@ class Models:
         files = [path.encode() for path in (job.model, *job.further)]
         paths = (ctypes.c_char_p * len(files))(*files)
         return self._lib.llama_model_load_from_splits(paths, len(files), params)
-
-    def _devices(self, servers: tuple[str, ...]) -> Any:
-        """Return each server's first device, as llama_model_params expects them."""
-        from llama_cpp._ctypes_extensions import load_shared_library
-
-        pointer, base_path = ctypes.c_void_p, self._lib._base_path
-        add = load_shared_library("ggml-rpc", base_path).ggml_backend_rpc_add_server
-        first = load_shared_library("ggml-base", base_path).ggml_backend_reg_dev_get
-        add.restype = first.restype = pointer
-        found = [first(pointer(add(name.encode())), ctypes.c_size_t(0)) for name in servers]
-        return (pointer * (len(servers) + 1))(*found)
 
 
 class Session:

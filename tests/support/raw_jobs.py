@@ -53,8 +53,7 @@ class Step:
 class Job:
     """A script and its context. `lib`: folder of an unpatched library (None: the patched one).
 
-    `further`: files after the model for llama_model_load_from_splits. `servers`: RPC servers that
-    are the devices instead of local GPUs.
+    `further`: files after the model for llama_model_load_from_splits.
     """
 
     model: str
@@ -76,4 +75,3 @@ class Job:
     cvec: tuple[float, ...] = field(default=())
     watched: bool = False  # by an evaluation callback
     n_gpu_layers: int = GPU_LAYERS
-    servers: tuple[str, ...] = ()

@@ -23,9 +23,6 @@ _DEFINES = {
     # llama.cpp's multimodal library, without videos: it would run ffmpeg on a client's data.
     "LLAVA_BUILD": "ON",
     "MTMD_VIDEO": "OFF",
-    # Remote devices, without RDMA: it would link a library of the build machine.
-    "GGML_RPC": "ON",
-    "GGML_RPC_RDMA": "OFF",
     # A wheel cannot contain links, so each versioned library name would be a copy.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
     # With CMake 4, this keeps the build folder's path out of ccache's keys.

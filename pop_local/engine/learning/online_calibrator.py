@@ -53,10 +53,10 @@ def require_learnable(context: Context, *, cannot: bool) -> None:
     message, hint = "", "open it without learning"
     if options.n_sequences > 1:
         message, hint = "a model learns from one prompt at a time", "open it with n_parallel=1"
-    elif cannot or options.rpc or pop_meta(context.source.first) is not None:
+    elif cannot or pop_meta(context.source.first) is not None:
         message = (
             "learning does not support this model: the file itself is converted, it skips layers"
-            " exactly, its rows have several positions, or it runs on another machine"
+            " exactly, or its rows have several positions"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
         message = f"learning needs equal batch and ubatch sizes of {N_WINDOW} tokens or more"

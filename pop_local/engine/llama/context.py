@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,6 @@ from pop_local.engine.llama.devices import devices, has_kernels
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.llama.rpc import Servers, close_at_exit
 from pop_local.engine.llama.threads import default_threads
 from pop_local.models.sidecars import is_learned
 
@@ -37,8 +36,6 @@ class ContextOptions:
     `n_parallel`: number of sequences, whose rows share batches.
     `n_threads`: CPU threads (None: the number of physical cores).
     `n_gpu_layers`: layers on GPUs (-1: all), ignored without a GPU.
-    `rpc`: servers (HOST:PORT) that hold these layers, preceding local GPUs. If a server
-    disconnects, llama.cpp ends the process.
     `kernels`: whether to use pop-local's kernels if this CPU has any.
     `flash_attn`: None enables it on a CPU with these kernels, and on GPUs that support it.
     `repack`: whether llama.cpp reorders weights for its own CPU kernels (None: without
@@ -52,7 +49,6 @@ class ContextOptions:
     n_ubatch: int = _N_BATCH
     n_threads: int | None = None
     n_gpu_layers: int = -1
-    rpc: Sequence[str] = ()
     kernels: bool = True
     flash_attn: bool | None = None
     repack: bool | None = None
@@ -113,8 +109,8 @@ class Context:
         self.path = source.first.path
         self.n_threads = options.n_threads or default_threads()
         has_gpu = any(device.is_gpu for device in devices())
-        self.on_device = options.n_gpu_layers != 0 and (bool(options.rpc) or has_gpu)
-        self.settings = self._context_params(has_gpu)
+        self.on_device = options.n_gpu_layers != 0 and has_gpu
+        self.settings = self._context_params()
         # By default llama.cpp keeps all rows.
         is_windowed = options.others.get("swa_full") is False
         loading.require_room(
@@ -126,7 +122,6 @@ class Context:
         )
         self._files = {path: _mark(path) for path in self._mapped()}  # checked for each token
         self.interrupt = Interrupt()
-        self._servers = Servers(tuple(options.rpc)) if options.rpc else None
         params = self._model_params()
         try:
             with self.interrupt.opening(params):
@@ -138,10 +133,8 @@ class Context:
         self.n_positions = loading.n_positions(self.source)
         self.is_mrope = backend.is_mrope(self.model)
         self._opened_by = os.getpid()
-        if self._servers:
-            close_at_exit(self)
 
-    def _context_params(self, has_gpu: bool) -> Any:
+    def _context_params(self) -> Any:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
         # default_ctx also refuses a file whose context length is invalid.
@@ -158,10 +151,9 @@ class Context:
             params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
         flash_attn = options.flash_attn
         if flash_attn is None:
-            # A server's device may lack flash attention, and cannot be queried.
-            flash_attn = not options.rpc and self._has_kernels
+            flash_attn = self._has_kernels
         params.flash_attn_type = int(flash_attn)
-        if options.flash_attn is None and self.on_device and has_gpu:
+        if options.flash_attn is None and self.on_device:
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_AUTO
         _fill(params, options.others)
         return params
@@ -183,9 +175,7 @@ class Context:
 
     def _open(self, model_params: Any) -> None:
         api, options = self._api, self.options
-        self._model = loading.load_model(
-            self.source, self.sidecar, self.meta, model_params, self._servers
-        )
+        self._model = loading.load_model(self.source, self.sidecar, self.meta, model_params)
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
         self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
@@ -349,7 +339,7 @@ class Context:
             self.batch.close()
             self._api.llama_free(self._ctx)
         self._api.llama_model_free(self._model)
-        self._model = self._ctx = self._servers = None
+        self._model = self._ctx = None
 
     def __del__(self) -> None:
         self.close()

@@ -20,7 +20,6 @@ KERNELS_OFF = "off"
 class Kind(IntEnum):
     """The values of enum ggml_backend_dev_type that pop-local uses."""
 
-    CPU = 0
     GPU = 1
     INTEGRATED_GPU = 2
 
@@ -143,12 +142,6 @@ class GgmlLibrary:
     def kind(self, device: int) -> int:
         """Return a device's `Kind`, or the number of an unlisted kind."""
         return int(self("ggml_backend_dev_type", ctypes.c_int, _POINTER(device)))
-
-    def gpus(self) -> list[int]:
-        """Return the local GPUs that llama.cpp uses: integrated GPUs only if no other exists."""
-        found = list(self.devices())
-        gpus = [device for device in found if self.kind(device) == Kind.GPU]
-        return gpus or [device for device in found if self.kind(device) == Kind.INTEGRATED_GPU]
 
     def device(self, device: int) -> Device:
         handle = _POINTER(device)

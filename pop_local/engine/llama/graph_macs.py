@@ -79,7 +79,7 @@ class GraphMacs:
         params.no_alloc, params.load_mode = True, api.LLAMA_LOAD_MODE_NONE
         params.n_gpu_layers, params.use_extra_bufts = 0, False
         meta = pop_of(source, self._sidecar)
-        return loading.load_model(source, self._sidecar, meta, params, None)
+        return loading.load_model(source, self._sidecar, meta, params)
 
     def __del__(self) -> None:
         with suppress(Exception):

@@ -15,14 +15,11 @@ from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama import backend, logs
-from pop_local.engine.llama.rpc import Servers
 
 DEFAULT_CTX = 8192
 
 
-def load_model(
-    source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any, servers: Servers | None
-) -> Any:
+def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
     """Load a model with llama_model_params. Returns llama.cpp's pointer, which the caller frees.
 
     With a sidecar, llama_model_load_from_splits reads all files. Raises PopError with llama.cpp's
@@ -31,8 +28,6 @@ def load_model(
     backend.require_patched()
     require_loadable(source.first)
     api = backend.bindings()
-    if servers is not None:
-        params.devices = ctypes.cast(servers.handles, ctypes.c_void_p)
     logs.forget_errors()
     api.llama_backend_init()
     path = source.first.path

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 LLAMA_CPP = Path(__file__).resolve().parents[3] / "patches" / "llama.cpp"
-FOLDERS = ("src", "ggml/src/ggml-cpu/fast", "ggml/src/ggml-rpc", "common/pop")
+FOLDERS = ("src", "ggml/src/ggml-cpu/fast", "common/pop")
 INCLUDE = re.compile(r'^#\s*include "([^"]+)"', re.MULTILINE)
 
 

@@ -226,7 +226,7 @@ def test_opening_and_answering_write_nothing(pop_file, capfd):
 def test_the_backend_describes_itself():
     info = devices.describe_backend()
     assert info.abi == backend.ABI
-    assert {"CPU": 1, "RPC": 0}.items() <= dict(info.built_in).items()
+    assert dict(info.built_in)["CPU"] == 1
     assert info.library_path.is_file()
     assert info.devices[-1].name == "CPU"
     assert info.n_threads >= 1
