@@ -68,14 +68,6 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
     }
 
 
-def lookup_facts(found: Lookups) -> Iterator[Fact]:
-    """Return counts of look-ups, and the log-probability of the correct strings."""
-    counts = f"full {found.full}, pruned {found.pruned}, of {found.n}"
-    yield "Look-ups", f"{counts}; {found.lost} lost, {found.gained} gained, p = {found.p:.2g}"
-    full, lost = with_se(found.logprob_full, ".2f"), with_se(found.logprob_lost, ".2f")
-    yield "", f"log-probability of the right string {full} in full, lower by {lost} when pruned"
-
-
 def show_evaluation(found: Evaluation) -> None:
     """Print the figures and the verdict."""
     print_facts([*_facts(found), ("Verdict", with_advice(found.verdict))])
@@ -112,5 +104,9 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
-    if found.lookups is not None:
-        yield from lookup_facts(found.lookups)
+    if (lookups := found.lookups) is not None:
+        counts = f"full {lookups.full}, pruned {lookups.pruned}, of {lookups.n}"
+        changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
+        yield "Look-ups", f"{counts}; {changes}"
+        full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
+        yield "", f"log-probability of the right string {full} in full, lower by {lost} when pruned"
