@@ -175,7 +175,7 @@ def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
 def test_a_sidecar_without_its_model_is_reported(store):
     sidecar(store)
     (store / "Tiny.Q8_0.gguf").unlink()
-    assert "not in this folder" in the("Tiny.Q8_0.pop-sidecar", store).problem
+    assert "without its model" in the("Tiny.Q8_0.pop-sidecar", store).problem
 
 
 def test_an_incomplete_split_model_names_its_missing_parts(store):
