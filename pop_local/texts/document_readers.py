@@ -23,7 +23,7 @@ EXTRA_HINT = "install the reader: pip install 'pop-local[documents]'"
 
 @dataclass(frozen=True)
 class Document:
-    """The text of a file or of a part of it, with a display name."""
+    """A file's text, or a part of the text, with a display name."""
 
     name: str
     text: str
@@ -71,7 +71,7 @@ def _read(path: Path) -> Document:
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """Read a file. Raises PopError, before reading all of it, if it exceeds MAX_BYTES."""
+    """Read a file. Raises PopError beyond MAX_BYTES, before reading the rest."""
     return _within_limit(file.read(MAX_BYTES + 1), origin)
 
 
@@ -79,7 +79,7 @@ def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
             f"{origin} is too large: it has more than {MAX_BYTES:,} bytes",
-            "pass a part of it",
+            "pass a part of the file",
         )
     return content
 

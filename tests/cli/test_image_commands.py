@@ -58,11 +58,11 @@ def test_a_limit_of_tokens_without_effect_gets_a_word(tmp_path, arch):
 def test_run_refuses_in_one_line(path, tmp_path):
     done = called("run", path, "--image", path.parent / "no.png", "what?")
     assert done.returncode == 1
-    assert "no.png is no picture that can be read" in done.stderr
+    assert "no.png is not a readable picture" in done.stderr
     done = called("run", path, "--image", tmp_path / "absent.png", "what?")
     assert done.returncode == 1 and "absent.png" in done.stderr
     done = called("run", path, "--mmproj", path, "--image", path.parent / "a.png", "what?")
-    assert done.returncode == 1 and "is no mmproj" in done.stderr
+    assert done.returncode == 1 and "is not an mmproj" in done.stderr
     wide = make_mmproj(tmp_path / "wide.gguf", replace(MMPROJS["qwen2vl"], n_text=256))
     done = called("run", path, "--mmproj", wide, "what?", *OPTIONS)
     assert done.returncode == 1 and "does not fit this model" in done.stderr
@@ -107,7 +107,7 @@ def test_chat_shows_the_contents_of_the_context(path):
 def test_chat_refuses_files_that_are_no_pictures(path):
     folder = path.parent
     shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
-    assert f"! {folder / 'no.png'} is no picture that can be read; give a PNG" in shown
+    assert f"! {folder / 'no.png'} is not a readable picture; give a PNG" in shown
     assert "absent.png" in shown and "pictures" not in shown.splitlines()[-1]
     shown = chatted(path, f"/image {folder / 'a.png'}", mmproj=None)
     assert "--mmproj FILE" in shown
@@ -196,7 +196,7 @@ def test_compare_prompts_with_pictures(path, tmp_path):
     lines[0]["images"] = [str(path.parent / "no.png")]
     (tmp_path / "mine.jsonl").write_text(json.dumps(lines[0]))
     done = called("compare", path, *given)
-    assert done.returncode == 1 and "no.png is no picture" in done.stderr
+    assert done.returncode == 1 and "no.png is not a readable picture" in done.stderr
 
 
 def test_inspect_and_doctor_name_it(path):

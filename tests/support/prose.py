@@ -123,7 +123,7 @@ def _messages(node: ast.AST, left_out: set[ast.AST]) -> Iterator[tuple[int, str,
         if isinstance(child, ast.Constant | ast.JoinedStr):
             text = _literal(child)
             if len(re.findall(r"[A-Za-z]{2,}", text)) >= _MIN_WORDS and " " in text.strip():
-                # Escapes in a literal are no lines of the file.
+                # Escaped newlines in a literal are not lines of the file.
                 yield child.lineno, "message", text.replace("\n", " ")
         else:
             yield from _messages(child, left_out)

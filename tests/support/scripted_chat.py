@@ -126,7 +126,7 @@ class ScriptedPrompt:
 
 
 class Transcript(Screen):
-    """A Screen and a line reader in one; `#` marks lines that are no part of an answer.
+    """A Screen and a line reader in one; `#` marks lines outside the answer.
 
     `?` marks a question of the program, which the next line answers.
     """

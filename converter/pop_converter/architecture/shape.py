@@ -10,7 +10,7 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-# Block size of ggml's quantized types: rows of added tensors must be multiples of it.
+# Block size of ggml's quantized types. Rows of added tensors must have whole blocks.
 _BLOCK_SIZE = 32
 _MROPE = "its rows have several positions each (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"

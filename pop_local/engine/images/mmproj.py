@@ -359,10 +359,10 @@ def fingerprint(path: Path) -> str:
     Raises PopError if the file is not an mmproj.
     """
     if not path.is_file():
-        raise PopError(f"there is no mmproj {path}", "check the path")
+        raise PopError(f"there is not an mmproj {path}", "check the path")
     source = read_source(path)
     if source.first.get("general.architecture") != ARCHITECTURE:
-        raise PopError(f"{path} is no mmproj", "give the file that has mmproj in its name")
+        raise PopError(f"{path} is not an mmproj", "give the file that has mmproj in its name")
     _require_layers(path, [tensor.name for tensor in source.tensors])
     return f"{source.size_bytes} {sampled_sha256(source)}"
 

@@ -186,7 +186,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
         raise PopError(message, "scale the picture down") from error
     except Exception as error:  # decoders raise any error on damaged files
         raise PopError(
-            f"{name} is no picture that can be read",
+            f"{name} is not a readable picture",
             f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
         ) from error
 

@@ -168,7 +168,7 @@ def test_convert_on_the_command_line(tmp_path):
     refused = called(*made, "--images", folder / "pictures")
     assert refused.returncode == 2 and "requires --mmproj" in refused.stderr
     refused = called(*made, "--mmproj", plain)
-    assert refused.returncode == 1 and "is no mmproj" in refused.stderr
+    assert refused.returncode == 1 and "is not an mmproj" in refused.stderr
     refused = called(*made, "--mmproj", folder / "mmproj.gguf", "--images", folder / "pictures")
     assert refused.returncode == 1 and "has no pictures" in refused.stderr
     assert not (tmp_path / "out.gguf").exists()
