@@ -55,8 +55,6 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     return n_cores
 
 
-_THREADS = "CPU threads (default: the number of physical cores)."
-_CORES: dict[str, Any] = {"min": 1, "callback": _no_more_than_cores}
 _SIDECAR = (
     "The model's sidecar (default: NAME.pop-sidecar.gguf in the model's folder, or a sidecar that"
     " pop-local ships)."
@@ -93,14 +91,15 @@ Theme = Annotated[
         " style.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
 
 
 @dataclass(frozen=True)
 class HardwareOptions(Group):
     panel: ClassVar[str] = "Hardware"
 
-    threads: int | None = option(_THREADS, **_CORES)
+    threads: int | None = option(
+        "CPU threads (default: the number of physical cores).", min=1, callback=_no_more_than_cores
+    )
     gpu_layers: int = option("Number of layers on the GPU (-1: all).", min=-1, max=MOST, default=-1)
 
     @property
@@ -146,8 +145,6 @@ class OpenOptions(HardwareOptions):
 @dataclass(frozen=True)
 class ModelOptions(OpenOptions, PictureOptions):
     """Options for opening a model and for reading prompts."""
-
-    panel: ClassVar[str] = "Model and hardware"
 
     full: bool = option("Read prompts with all layers, without pruning.", default=False)
     refill: Literal["idle", "off"] = option(
