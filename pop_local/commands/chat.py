@@ -13,8 +13,7 @@ from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, default_model, lessons, without_refill
 from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
-from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.model_notes import pruning_state, warn_of_base_model
+from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_base_model
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.error_output import EXIT_FAILED
@@ -74,7 +73,7 @@ def chat(
         system=system,
         sampling=sampling.given,
         refill=opened.refill,
-        teach=lessons,
+        make_fitter=lessons,
     )
     warn_of_base_model(begun)
     if sys.stdin.isatty():

@@ -22,7 +22,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.texts.decoding import decoded
 from pop_local.texts.document_readers import Document, read_document, read_limited
-from pop_local.ui.chat.overflow import least_answer, too_long
+from pop_local.ui.chat.overflow import answer_reserve, too_long
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.tables import print_json
@@ -82,7 +82,7 @@ def run(
         screen.note(counted_line(document.name, n_tokens, n_ctx))
     options = sampling.given
     options["ends_repeats"] = True
-    options["min_answer"] = least_answer(sampling.max_tokens, n_ctx)
+    options["min_answer"] = answer_reserve(sampling.max_tokens, n_ctx)
     with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         try:

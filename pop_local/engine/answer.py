@@ -20,7 +20,7 @@ from pop_local.engine.prefill.read import ReadingStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import is_end
 from pop_local.engine.sequence import CachedSequence
-from pop_local.engine.tools.triggered import Triggered
+from pop_local.engine.tools.call_form import CallConstraint
 from pop_local.engine.turn_options import TurnOptions
 
 # Closing it ends the answer.
@@ -115,7 +115,7 @@ class _Turn:
             self._n_decoded += 1
             at_end = is_end(self._context, token)
             piece = b"" if at_end else self._pieces[token]
-            if isinstance(self._constraint, Triggered) and self._constraint.is_calling:
+            if isinstance(self._constraint, CallConstraint) and self._constraint.is_calling:
                 # A call's arguments may contain stop strings and repetitions.
                 self._text.ignore_stops()
                 self._repeats = None

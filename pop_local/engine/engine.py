@@ -16,8 +16,7 @@ from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.pruning_settings import PruningSettings
 from pop_local.engine.decode.constraint import Constraint, TokenTries
 from pop_local.engine.decode.grammar import Grammar
-from pop_local.engine.decode.recommended import recommended
-from pop_local.engine.decode.sampler import Sampler
+from pop_local.engine.decode.sampler import Sampler, recommended
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.llama import backend
@@ -30,7 +29,7 @@ from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter
 from pop_local.engine.sequence import CachedSequence
-from pop_local.engine.tools.triggered import Triggered
+from pop_local.engine.tools.call_form import CallConstraint
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -80,7 +79,8 @@ class Engine:
         )
         vision = _vision(options, context)
         prompter = Prompter(context, vision, parse_special=options.parse_special)
-        prompter.require_template()
+        if prompter.has_template:
+            _ = prompter.template  # raises for a broken template
         rule, sequences = _rule(options, meta), []
         for slot in _slots(context):
             cache = KvCache(slot, vision)
@@ -182,7 +182,7 @@ class Engine:
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context, calls.shown)
-            return Triggered(self.token_tries.get(calls.shown), pieces, calls)
+            return CallConstraint(self.token_tries.get(calls.shown), pieces, calls)
         if grammar is None:
             return None
         parsed = Grammar.of_gbnf(grammar) if isinstance(grammar, str) else grammar

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.sampler import SamplerOptions
-from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.call_form import CallForm
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from pop_local.engine.chat_messages import Chunk, TokenLogprob
 from pop_local.engine.decode.grammar import Grammar
-from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.reader import CallReader, Piece
 from pop_local.server.api_errors import as_api_error, client_gone, stopping
 from pop_local.server.replies import AnswerEnd, CompleteAnswer, Json, Reply, usage

@@ -14,7 +14,7 @@ from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn_options import TurnOptions

@@ -91,7 +91,7 @@ def test_chat_attaches_pictures(path):
     shown = chatted(path, "/image", f"/image '{a}'", "/image", "what?", f"/image {b}", "and?")
     assert "# No picture is attached" in shown
     assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 2
-    assert shown.count("# It will be sent with your next question.") == 2
+    assert shown.count("# Attached to your next question.") == 2
     assert "pictures 48 tokens, encoded in" in shown
     assert "pictures 96 tokens, encoded in" in shown
 
@@ -119,7 +119,7 @@ def test_refilling_reports_its_limits(path, tmp_path):
     (tmp_path / "a.png").write_bytes(png(3))
     lines = ("/refill idle", "what?", f"/image {tmp_path / 'a.png'}", "and?", "/refill")
     shown = chatted(gemma, *lines)
-    assert shown.count("The others stay pruned") == 1
+    assert shown.count("The other tokens stay pruned") == 1
 
 
 def test_a_chat_with_pictures_is_saved_and_loaded(path):

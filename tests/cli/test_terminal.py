@@ -130,7 +130,7 @@ def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     chat.expect_prompt()
     # Unless there is no choice.
     chat.line(f"/glob {book}")
-    chat.expect(r"This is [\d,]+ tokens too long")
+    chat.expect(r"The attachment is [\d,]+ tokens too long")
     chat.expect("Nothing was attached")
     chat.expect_prompt()
     assert "skip it" not in chat.text

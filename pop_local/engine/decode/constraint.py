@@ -1,4 +1,4 @@
-"""Constrained decoding: the token ids that a grammar allows next, from llguidance."""
+"""Constrained decoding with llguidance: the token ids that a grammar allows next."""
 
 from collections.abc import Container
 from typing import Any
@@ -17,7 +17,7 @@ from pop_local.engine.llama.pieces import Pieces
 class _Vocabulary:
     """A llama.cpp vocabulary in the interface that llguidance expects (`TokenizerWrapper`).
 
-    A token's bytes are those of Pieces. Control tokens have no bytes, so they are never allowed.
+    Pieces provides each token's bytes. Control tokens have no bytes, so they are never allowed.
     """
 
     is_tokenizer_wrapper = True
@@ -34,22 +34,6 @@ class _Vocabulary:
         raise NotImplementedError("unused: no_forcing leaves the tokens to the model")
 
 
-def tokenizer_of(context: Context, shown: Container[int] = ()) -> LLTokenizer:
-    """Convert llama.cpp's vocabulary, which takes a second or more; `shown`: see Pieces.
-
-    Raises GrammarError if the vocabulary has no end token.
-    """
-    api, vocab = bindings(), context.vocab
-    every = range(api.llama_vocab_n_tokens(vocab))
-    ends = [token for token in every if api.llama_vocab_is_eog(vocab, token)]
-    if not ends:
-        raise GrammarError(
-            "the model has no end token, which grammars need", "use a model with an end token"
-        )
-    wrapper: Any = _Vocabulary(context, ends, shown)
-    return LLTokenizer(wrapper, eos_token=ends)
-
-
 class TokenTries:
     """Token tries of one vocabulary, built on first use."""
 
@@ -58,14 +42,24 @@ class TokenTries:
         self._tries: dict[frozenset[int], LLTokenizer] = {}
 
     def get(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
-        """Return a trie; `shown`: special tokens that appear in answers as text."""
+        """Return a trie. `shown`: special tokens that appear in answers as text.
+
+        Building a trie takes a second or more. Raises GrammarError without an end token.
+        """
         if shown not in self._tries:
-            self._tries[shown] = tokenizer_of(self._context, shown)
+            api, vocab = bindings(), self._context.vocab
+            every = range(api.llama_vocab_n_tokens(vocab))
+            ends = [token for token in every if api.llama_vocab_is_eog(vocab, token)]
+            if not ends:
+                hint = "use a model with an end token"
+                raise GrammarError("the model has no end token, which grammars need", hint)
+            wrapper: Any = _Vocabulary(self._context, ends, shown)
+            self._tries[shown] = LLTokenizer(wrapper, eos_token=ends)
         return self._tries[shown]
 
 
 class Constraint:
-    """Grammar state of one answer, which is not thread-safe.
+    """An answer's state in a grammar, which is not thread-safe.
 
     Raises GrammarError if the grammar exceeds llguidance's limits.
     """
@@ -76,7 +70,7 @@ class Constraint:
         self._check()
 
     def allowed(self) -> NDArray[np.intp]:
-        """Return the allowed token ids in order; after a complete text, they include end tokens.
+        """Return the allowed token ids in order, with end tokens after a complete text.
 
         Raises GrammarError if the grammar allows no token.
         """

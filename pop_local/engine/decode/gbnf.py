@@ -1,8 +1,8 @@
 """Translation of llama.cpp's GBNF into llguidance's Lark.
 
-llguidance's converter makes lexemes of whole words and classes, and matches the longest one. With
-`"a" "b" | "ab" "c"` it then rejects "ab". Here each character is a lexeme. A grammar without
-recursion becomes a single regular expression.
+llguidance's own converter turns whole words and classes into lexemes, and its lexer matches the
+longest lexeme. With `"a" "b" | "ab" "c"` the lexer rejects "ab". In this translation, each
+character is a lexeme, and a grammar without recursion becomes a single regular expression.
 """
 
 import re
@@ -27,9 +27,9 @@ _CONTROL = {"t": 9, "n": 10, "r": 13}
 
 
 def lark_of(text: str, instead: Mapping[str, str]) -> str:
-    """Translate a GBNF grammar into Lark. Raises ValueError if it is invalid.
+    """Translate a GBNF grammar into Lark. Raises ValueError for an invalid grammar.
 
-    `instead`: right sides of some rules in Lark. Rules used only by replaced rules are dropped.
+    `instead`: right sides in Lark for some rules. Rules that only those rules used are dropped.
     """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None
@@ -37,7 +37,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
     while at < len(text):
         token = _TOKEN.match(text, at)
         if token is None:
-            raise ValueError(f"{text[at : at + 20]!r} is not a GBNF token")
+            raise ValueError(f"{text[at : at + 20]!r} does not start with a GBNF token")
         at = token.end()
         depth += {"(": 1, ")": -1}.get(token["mark"] or "", 0)
         if token["rule"]:
@@ -45,7 +45,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
                 raise ValueError(f"rule {token['rule']} is defined twice, or inside a rule")
             body = rules[token["rule"]] = []
         elif token["space"]:
-            # A rule ends at a line break, unless it is incomplete.
+            # A line break ends a complete rule.
             if "\n" in token["space"] and body and not depth and body[-1]["mark"] != "|":
                 body = None
         elif body is None:
@@ -77,7 +77,7 @@ def lark_of(text: str, instead: Mapping[str, str]) -> str:
 
 
 def _looped(name: str, body: list[re.Match[str]]) -> list[re.Match[str]]:
-    """Rewrite `r ::= a r | b` as `(a)* (b)`, since recursion makes each token slower."""
+    """Rewrite `r ::= a r | b` as `(a)* (b)`, because recursion slows down each token."""
     several: list[list[re.Match[str]]] = [[]]
     depth = 0
     for token in body:
@@ -86,16 +86,16 @@ def _looped(name: str, body: list[re.Match[str]]) -> list[re.Match[str]]:
             several.append([])
         else:
             several[-1].append(token)
-    again = [one[:-1] for one in several if one and one[-1]["name"] == name]
-    last = [one for one in several if not one or one[-1]["name"] != name]
-    if not again or not last or any(each["name"] == name for one in again + last for each in one):
+    again = [each[:-1] for each in several if each and each[-1]["name"] == name]
+    last = [each for each in several if not each or each[-1]["name"] != name]
+    if not again or not last or any(t["name"] == name for t in chain(*again, *last)):
         return body
-    return [*_one_of(again), *_TOKEN.finditer("*"), *_one_of(last)]
+    return [*_either(again), *_TOKEN.finditer("*"), *_either(last)]
 
 
-def _one_of(several: list[list[re.Match[str]]]) -> list[re.Match[str]]:
-    opened, either, closed = _TOKEN.finditer("(|)")
-    _, *rest = chain.from_iterable([either, *one] for one in several)
+def _either(several: list[list[re.Match[str]]]) -> list[re.Match[str]]:
+    opened, bar, closed = _TOKEN.finditer("(|)")
+    _, *rest = chain.from_iterable([bar, *each] for each in several)
     return [opened, *rest, closed]
 
 
@@ -120,17 +120,17 @@ def _written(body: list[re.Match[str]], names: dict[str, str]) -> str:
 
 
 def _literal(text: str) -> str:
-    letters = " ".join(f"/{_code(one)}/" for one in _whole(_LETTER, text))
+    letters = " ".join(f"/{_code(each)}/" for each in _whole(_LETTER, text))
     return f"({letters})" if letters else '""'
 
 
 def _class(members: str) -> str:
-    pairs = (_MEMBER.fullmatch(one) for one in _whole(_MEMBER, members))
+    pairs = (_MEMBER.fullmatch(each) for each in _whole(_MEMBER, members))
     return "".join("-".join(map(_code, filter(None, pair.groups()))) for pair in pairs if pair)
 
 
 def _whole(pattern: re.Pattern[str], text: str) -> list[str]:
-    """Return consecutive matches. Raises ValueError for an escape that GBNF does not define."""
+    """Split a text into matches. Raises ValueError for an escape that GBNF does not define."""
     found = [match[0] for match in pattern.finditer(text)]
     if "".join(found) != text:
         raise ValueError(f"{text!r} has an escape that GBNF does not define")

@@ -17,10 +17,10 @@ LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
 _MAX_CHARACTERS = 2**20
 _MAX_MESSAGE = 300
-# Answers keep the model's own tokens, and llguidance must not expand `a{400000000}` at once.
+# The model chooses all tokens, and llguidance does not expand `a{400000000}` in advance.
 _HEAD = '%llguidance {"no_forcing": true}\n'
 _OPTIONS: Any = {
-    # With unlimited white space, a model may never end its answer.
+    # With unlimited white space, an answer may never end.
     "whitespace_pattern": r" |\n{1,2}[ \t]{0,20}",
     "whitespace_flexible": True,
     "item_separator": ",",
@@ -31,15 +31,15 @@ _OPTIONS: Any = {
     "coerce_one_of": True,
     "lenient": True,
 }
-# Keywords that map names to schemas, and keywords that hold plain values.
+# _NAMED: keywords that map names to schemas. _DATA: keywords with plain values.
 _NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 _VALUES = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _DATA = {*_VALUES, "default", "examples", "example"}
-# llguidance compares larger integers as floating point.
+# llguidance compares larger integers as floating-point numbers.
 _MAX_INTEGER = 2**53
-# Characters that need \u in JSON, which _OPTIONS rules out.
+# Characters that JSON writes with \u, which _OPTIONS forbids.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-# llguidance's formats ignore leap years, and allow the year 0 and seconds beyond 59.
+# llguidance's date formats ignore leap years, and allow the year 0 and seconds beyond 59.
 _DAY = (
     r"\d{4}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))"
     r"|(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29"
@@ -54,7 +54,7 @@ _child = KeptProcess(grammar_child.GrammarCompiler, limit_s=LIMIT_S, limit_bytes
 
 @dataclass(frozen=True)
 class JsonRule:
-    """A JSON schema as the right side of a Lark rule; `ignored`: keywords not enforced."""
+    """A JSON schema as the right side of a Lark rule. `ignored`: keywords without effect."""
 
     text: str
     ignored: tuple[str, ...]
@@ -68,7 +68,7 @@ class GrammarError(PopError):
 class Grammar:
     """A grammar that compiles within limits on time and memory.
 
-    `text`: in llguidance's format. `ignored`: keywords of a JSON schema that are not enforced.
+    `text`: the grammar in llguidance's format. `ignored`: a JSON schema's keywords without effect.
     """
 
     text: str
@@ -76,16 +76,16 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Grammar":
-        """Allow the JSON texts of a JSON schema (draft 2020-12), with its order of properties.
+        """Allow the JSON texts of a JSON schema (draft 2020-12), with properties in its order.
 
-        Raises GrammarError if the schema is invalid, allows nothing or cannot be expressed.
+        Raises GrammarError if the schema is invalid, unsatisfiable or not supported.
         """
         rule = json_rule(schema)
         return cls.of_lark(f"start: {rule.text}", "the JSON schema", rule.ignored)
 
     @classmethod
     def of_lark(cls, lark: str, noun: str, ignored: Sequence[str] = ()) -> "Grammar":
-        """Allow the texts of a Lark grammar. Raises GrammarError if it is invalid."""
+        """Allow the texts of a Lark grammar. Raises GrammarError for an invalid grammar."""
         text, warnings = _checked(lark, noun)
         found = [*ignored, *(name for each in warnings for name in _named(each))]
         return cls(text, tuple(dict.fromkeys(found)))
@@ -94,7 +94,7 @@ class Grammar:
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
         """Allow the texts of the rule `root` in llama.cpp's GBNF.
 
-        `instead`: JSON schemas that replace some rules. Raises GrammarError if it is invalid.
+        `instead`: JSON schemas that replace some rules. Raises GrammarError for an invalid grammar.
         """
         rules = instead or {}
         try:
@@ -103,7 +103,7 @@ class Grammar:
         except ValueError as error:
             raise GrammarError(
                 f"the grammar is not valid GBNF: {error}",
-                "each rule is NAME ::= ..., the first one named root",
+                "write each rule as NAME ::= ..., and name one rule root",
             ) from error
         ignored = [name for rule in rules.values() for name in rule.ignored]
         return cls.of_lark(text, "a tool's schema" if rules else "the grammar", ignored)
@@ -112,19 +112,19 @@ class Grammar:
     def of_regex(cls, pattern: str) -> "Grammar":
         """Allow the texts that a regular expression (Rust's `regex`) matches as a whole.
 
-        Raises GrammarError if it is invalid.
+        Raises GrammarError for an invalid expression.
         """
         return cls.of_lark(f"start: /{regex_to_lark(pattern)}/", "the regular expression")
 
 
 def json_rule(schema: Any) -> JsonRule:
-    """Translate a JSON schema into Lark. Raises GrammarError if it is invalid."""
+    """Translate a JSON schema into Lark. Raises GrammarError for an invalid schema."""
     try:
-        # The copy has JSON's types only, and is changed below.
+        # The copy has only JSON's types, and _prepared changes the copy.
         given = {"allOf": [schema]} if isinstance(schema, bool) else schema
         given = json.loads(json.dumps(given))
         if not isinstance(given, dict):
-            raise ValueError("it is not an object")
+            raise ValueError("the schema is not an object")
         ignored = [name for part in _schemas(given) for name in _prepared(part)]
         text = f"%json {json.dumps({**given, 'x-guidance': _OPTIONS})}"
     except (RecursionError, TypeError, ValueError) as error:
@@ -133,14 +133,14 @@ def json_rule(schema: Any) -> JsonRule:
 
 
 def unchecked(lark: str) -> Grammar:
-    """Return a grammar without compiling it; its parts were checked in another grammar."""
+    """Return a grammar without compiling it, if another grammar has checked its parts."""
     return Grammar(LLMatcher.grammar_from_lark(f"{_HEAD}{lark}"))
 
 
 def _checked(lark: str, noun: str) -> tuple[str, list[str]]:
-    """Compile a grammar in the child process. Return its text and llguidance's warnings.
+    """Compile a grammar in the child process. Return llguidance's text and warnings.
 
-    Raises GrammarError if it is invalid or exceeds the limits.
+    Raises GrammarError if the grammar is invalid or exceeds the limits.
     """
     text = LLMatcher.grammar_from_lark(f"{_HEAD}{lark}")
     if len(text) > _MAX_CHARACTERS:
@@ -154,7 +154,7 @@ def _checked(lark: str, noun: str) -> tuple[str, list[str]]:
 
 
 def short(message: str) -> str:
-    """Return llguidance's message in one line, with the terms of JSON schemas."""
+    """Return llguidance's message in one line, in the terms of JSON schemas."""
     text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
     text = re.split(r"\n<|\n +\d+ \| ", text)[0]
     return " ".join(text.split()).replace("regex", "pattern")[:_MAX_MESSAGE]
@@ -171,7 +171,7 @@ def _named(warning: str) -> list[str]:
 
 
 def _schemas(part: Any) -> Iterator[dict[str, Any]]:
-    """Yield a schema and all schemas in it; names of properties are not keywords."""
+    """Yield a schema and all its subschemas."""
     if isinstance(part, list):
         for each in part:
             yield from _schemas(each)
@@ -185,7 +185,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(schema: dict[str, Any]) -> list[str]:
-    """Add constraints that llguidance lacks. Return keywords that it enforces only in part.
+    """Add constraints that llguidance lacks. Return keywords that llguidance enforces only in part.
 
     Raises GrammarError for values that llguidance would confuse with other values.
     """

@@ -11,41 +11,38 @@ from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.llama.slot import Slot
 from pop_local.engine.prefill.read import append_all
 
-# A row takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
+# Each row needs n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
 _MAX_ROWS = 64
 
 
 class Logprobs:
-    """Log probabilities of sampled tokens, returned along with the text.
-
-    They are computed from the model's logits, before temperature, penalties and grammar.
-    """
+    """Log probabilities of sampled tokens, before temperature, penalties and grammar."""
 
     def __init__(self, slot: Slot, n_top: int) -> None:
         self._slot = slot
         self._pieces = Pieces(slot.context)
         self._n_top = n_top
         self._end = 0
-        # Pairs of the token's first byte in the answer and its log probability.
+        # (offset of the token's first byte in the answer, log probability)
         self._pending: list[tuple[int, TokenLogprob]] = []
 
     def push(self, token: int) -> None:
-        """Store a token's log probability, before the next decode overwrites the logits."""
+        """Store a token's log probability. The next decode overwrites the logits."""
         logprob = _of_token(self._pieces, self._slot.logits, token, self._n_top)
         self._pending.append((self._end, logprob))
         self._end += len(logprob.text)
 
     def take(self, n_shown: float) -> tuple[TokenLogprob, ...]:
-        """Remove and return those of the tokens that start in the first `n_shown` bytes."""
+        """Remove and return log probabilities of tokens that start before byte `n_shown`."""
         taken = tuple(logprob for start, logprob in self._pending if start < n_shown)
         self._pending = self._pending[len(taken) :]
         return taken
 
 
 def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
-    """Return the log probability of each prompt token; the first token has none.
+    """Return each prompt token's log probability, None for the first token.
 
-    Every row computes logits, so all rows run in full, and they replace the cached rows.
+    All rows compute logits, so all rows run all layers and replace the cached rows.
     """
     pieces = Pieces(cache.context, range(cache.context.n_vocab))
     found = [TokenLogprob(pieces[tokens[0]], None)]

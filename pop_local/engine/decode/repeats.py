@@ -1,27 +1,27 @@
-"""Detection of answers that repeat one block of tokens without end."""
+"""Detection of answers that repeat a block of tokens forever."""
 
 import re
 from collections import deque
 
 _LONGEST = 64
-# Minimum tokens and repeats of a sentence.
+# Minimum number of repeated tokens and of repeats, for blocks of whole sentences.
 _N_TOKENS, _N_TIMES = 128, 3
-# Users may request repeated numbers, words, table rows or code, so these need more repeats.
+# Other blocks need more repeats, because users may request repeated numbers, words or table rows.
 _N_TIMES_OF_ANY = 256
 _WORDS = re.compile(r"(?:[\"'“]?[^\W\d_]+[\"'”]?[,;:]? ){4}[\"'“]?[^\W\d_]+")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”»*]?\s")
 
 
 class Repeats:
-    """Detector of an answer that only repeats its last block of tokens."""
+    """Detector of a repeating answer."""
 
     def __init__(self) -> None:
         self._last: deque[tuple[int, bytes]] = deque(maxlen=_LONGEST + 1)
-        # By block length: how many of the last tokens equal the token one block earlier.
+        # By block length: number of last tokens that equal the token one block earlier.
         self._n_equal = [0] * (_LONGEST + 1)
 
     def push(self, token: int, piece: bytes) -> bool:
-        """Add a token of the answer. Return whether the answer only repeats itself."""
+        """Add a token. Return whether the answer repeats a block forever."""
         self._last.append((token, piece))
         for length in range(1, len(self._last)):
             is_equal = self._last[-1 - length][0] == token
@@ -36,5 +36,5 @@ class Repeats:
 
     def _is_prose(self, length: int) -> bool:
         block = b"".join(piece for _, piece in [*self._last][-length:])
-        text = (2 * block).decode(errors="ignore")  # it may start inside the sentence
+        text = (2 * block).decode(errors="ignore")  # a block may start inside a sentence
         return bool(_WORDS.search(text) and _SENTENCE_END.search(text))

@@ -1,26 +1,36 @@
 """Sampling with llama.cpp's samplers, in the order of llama_cpp's chain.
 
-Greedy sampling takes the largest logit directly. A chain would first fill a list of
-{id, logit, p} of the whole vocabulary, and pick the same token (the first of the largest).
+Greedy sampling uses the largest logit directly. A chain would choose the same token, but would
+first fill a list with {id, logit, p} of the whole vocabulary.
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from pop_converter.gguf.header import Header
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.slot import Slot
 
-_N_PENALISED = 64  # last tokens that penalties consider
+_N_PENALISED = 64  # number of last tokens that penalties consider
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+# GGUF keys of recommended options (llama.cpp's src/llama-arch.cpp). Older files have no such keys.
+_RECOMMENDED = {
+    "general.sampling.temp": ("temperature", float),
+    "general.sampling.top_k": ("top_k", int),
+    "general.sampling.top_p": ("top_p", float),
+    "general.sampling.min_p": ("min_p", float),
+    "general.sampling.penalty_repeat": ("repeat_penalty", float),
+}
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Sampling parameters; a temperature of 0 is greedy. `seed`: default: random."""
+    """Sampling parameters. A temperature of 0 is greedy. `seed`: None for a random seed."""
 
     temperature: float = 0.8
     top_k: int = 40
@@ -32,18 +42,28 @@ class SamplerOptions:
     seed: int | None = None
 
 
+def recommended(header: Header) -> dict[str, float]:
+    """Return the publisher's SamplerOptions. Ignore negative and non-finite values."""
+    found: dict[str, float] = {}
+    for key, (option, kind) in _RECOMMENDED.items():
+        value = header.get(key)
+        if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+            found[option] = kind(value)
+    return found
+
+
 class Allowed(Protocol):
-    """Source of the token ids allowed next."""
+    """A constraint on the next token."""
 
     def allowed(self) -> np.ndarray | None:
-        """Return token ids in order, None for all. Raises PopError if no token is allowed."""
+        """Return the allowed token ids in order (None: all). Raises PopError if none is allowed."""
 
     def accept(self, token: int) -> None:
-        """Advance past a sampled token."""
+        """Add a sampled token."""
 
 
 class Sampler:
-    """Sampler of one answer, from a sequence's last logits."""
+    """Sampler of one answer's tokens, from the slot's last logits."""
 
     def __init__(
         self, slot: Slot, options: SamplerOptions, constraint: Allowed | None = None
@@ -80,17 +100,15 @@ class Sampler:
     def sample(self) -> int:
         """Choose the next token. Raises PopError if the constraint allows none."""
         ids = None if self._constraint is None else self._constraint.allowed()
-        token = self._one_of(ids)
+        logits = self._slot.logits if ids is None else self._slot.logits[ids]
+        if self._chain is not None:
+            token = self._from_chain(ids, logits)
+        else:
+            best = logits.argmax()
+            token = int(best if ids is None else ids[best])
         if self._constraint is not None:
             self._constraint.accept(token)
         return token
-
-    def _one_of(self, ids: np.ndarray | None) -> int:
-        logits = self._slot.logits if ids is None else self._slot.logits[ids]
-        if self._chain is not None:
-            return self._from_chain(ids, logits)
-        best = logits.argmax()
-        return int(best if ids is None else ids[best])
 
     def _from_chain(self, ids: np.ndarray | None, logits: np.ndarray) -> int:
         candidates = self._candidates[: len(logits)]

@@ -1,13 +1,13 @@
-"""Streamed text from sampled tokens, in whole characters and without stop strings."""
+"""Decoding of sampled tokens to text, in whole characters and without stop strings."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class TextStream:
-    """Text decoded from bytes that arrive in pieces.
+    """Decoder of bytes that arrive in pieces.
 
-    It holds back an incomplete character, and text that may be the start of a stop string.
+    An incomplete character is held back, and so is text that may be the start of a stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -17,33 +17,28 @@ class TextStream:
         self.stop = ""
 
     def push(self, piece: bytes) -> str:
-        """Return the text that may be shown now, and set `stop` at a stop string."""
+        """Return the text that can be shown now. After a stop string, set `stop`."""
         self._held += self._decoder.decode(piece)
-        return self._release()
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            n_shown, self.stop = min(found)
+        else:
+            n_held = max((n_begun(self._held, stop) for stop in self._stops), default=0)
+            n_shown = len(self._held) - n_held
+        shown, rest = self._held[:n_shown], self._held[n_shown:]
+        self._held = "" if found else rest
+        return shown
 
     def ignore_stops(self) -> None:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the text held back, at the end of an answer.
-
-        Incomplete characters are dropped. After a stop string the text is empty.
-        """
+        """Return the text held back, at the end of an answer, without an incomplete character."""
         shown, self._held = self._held, ""
         return shown
 
-    def _release(self) -> str:
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, self.stop = min(found)
-            shown, self._held = self._held[:at], ""
-            return shown
-        n_held = max((self._n_begun(stop) for stop in self._stops), default=0)
-        shown = self._held[: len(self._held) - n_held]
-        self._held = self._held[len(shown) :]
-        return shown
 
-    def _n_begun(self, stop: str) -> int:
-        """Return how many characters of the stop string the text ends with."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+def n_begun(text: str, whole: str) -> int:
+    """Return how many of the first characters of `whole` (up to all but one) end `text`."""
+    longest = min(len(whole) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(whole[:n])), 0)

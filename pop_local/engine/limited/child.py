@@ -1,4 +1,4 @@
-"""Child side: answers calls, one JSON line each, until a call exceeds the limits."""
+"""Child side of a limited process: runs methods, with one JSON line for each call and result."""
 
 import faulthandler
 import importlib
@@ -12,10 +12,10 @@ from pop_converter.base.errors import PopError
 
 
 def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
-    """Answer calls of a class's methods from standard input until it is closed.
+    """Run calls of a class's methods from standard input until the input is closed.
 
     A call longer than `limit_s` seconds ends this process. On Linux, calls may use `limit_bytes`
-    in addition to the memory in use now. A method's exception is returned as a refusal.
+    in addition to the memory in use at the start. A method's exception becomes a refusal.
     """
     work = getattr(importlib.import_module(module), worker)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

@@ -1,4 +1,4 @@
-"""Parent side of a child process with limits."""
+"""Parent side of a child process with limits on time and memory."""
 
 import atexit
 import json
@@ -19,7 +19,7 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """A refusal with the child's message and hint."""
+    """An exception of the called method, with its message and hint."""
 
 
 class NoChildError(PopError):
@@ -31,21 +31,21 @@ class BeyondLimitsError(PopError):
 
 
 def _python() -> str:
-    """Return the children's interpreter: multiprocessing's, which an embedding application sets."""
+    """Return multiprocessing's interpreter, which an embedding application can set."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
             "a frozen application has no Python for templates, grammars and large pictures",
-            "set one that has the same packages: multiprocessing.set_executable(...)",
+            "call multiprocessing.set_executable with a Python that has the same packages",
         )
     return python
 
 
 class KeptProcess:
-    """A child process that answers calls and is restarted after it has ended.
+    """A child process that runs calls. A call after the child's end starts a new child.
 
-    It is thread-safe: calls run one at a time. An interrupted call ends the child, and so does a
-    call that exceeds the limits.
+    The class is thread-safe: calls run one at a time. An interrupted call and a call that exceeds
+    the limits end the child.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class KeptProcess:
     ) -> None:
         """`worker`: class of the methods to call. `takes`, `hint`: texts of BeyondLimitsError."""
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
-        self._worker, self._takes, self._hint = worker, takes, hint
+        self._place = (worker.__module__, worker.__qualname__)
+        self._takes, self._hint = takes, hint
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -67,18 +68,14 @@ class KeptProcess:
         atexit.register(self.close)
 
     @property
-    def _place(self) -> tuple[str, str]:
-        return self._worker.__module__, self._worker.__qualname__
-
-    @property
     def limits(self) -> str:
         return f"more than {self.limit_s:g} s, or more than {self.limit_bytes >> 20} MiB"
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the child unless it runs. The start takes a fraction of a second."""
+        """Start the child, unless it is running. Starting takes a fraction of a second."""
         with self._lock:
             child = self._child
-            # After a fork, the child belongs to the other process.
+            # After a fork, the child belongs to the parent process.
             if child is None or self._owner != os.getpid() or child.poll() is not None:
                 self.close()
                 given = json.dumps([*self._place, self.limit_s, self.limit_bytes])
@@ -118,7 +115,7 @@ class KeptProcess:
                 child.stdin.write(json.dumps(call).encode() + b"\n")
                 child.stdin.flush()
                 return child.stdout.readline()
-        except BaseException:  # a late answer would be read by the next call
+        except BaseException:  # the next call would read this call's answer
             self.close()
             raise
         return b""
@@ -132,5 +129,5 @@ class KeptProcess:
         child.wait()
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
-            with suppress(OSError):  # flushing data that the child never read fails
+            with suppress(OSError):  # closing flushes data that the child has not read
                 pipe.close()

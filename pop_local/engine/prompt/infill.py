@@ -1,4 +1,4 @@
-"""Fill-in-the-middle (FIM) prompts, for models that were trained to fill in code."""
+"""Fill-in-the-middle (FIM) prompts for models that were trained to fill in code."""
 
 from collections.abc import Sequence
 
@@ -23,13 +23,13 @@ def infilling(
 ) -> list[int]:
     """Return a FIM prompt's tokens, in the order of llama.cpp's server (format_prompt_infill).
 
-    `prefix`: a text or its tokens. `begun`: start of the answer. `files`: names and texts of
-    preceding files. Special tokens in texts are tokenized as plain text. Raises PopError for a
-    model without FIM tokens.
+    `prefix`: a text or its tokens. `begun`: start of the answer. `files`: (name, text) pairs that
+    precede the prefix. Special tokens in texts are tokenized as plain text. Raises PopError for
+    a model without FIM tokens.
     """
     if not can_infill(context):
         raise PopError(
-            "this model has no tokens for filling in between two texts",
+            "this model has no tokens for filling in text between a prefix and a suffix",
             "use a model that was trained to fill in code",
         )
     pre, suf, mid, rep, sep = _marks(context, "pre", "suf", "mid", "rep", "sep")

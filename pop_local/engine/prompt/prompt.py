@@ -7,13 +7,13 @@ import numpy as np
 
 from pop_local.engine.images.mmproj import ImageChunk
 
-# For base models, which have no chat template. It needs no special tokens.
+# A template without special tokens, for base models.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
     "{% endfor %}Assistant:"
 )
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
-# Some reasoning models' templates open the block, so the model only samples its end.
+# Some templates of reasoning models end with this tag, so the model samples only the end tag.
 THINK = "<think>"
 
 
@@ -21,8 +21,8 @@ THINK = "<think>"
 class Prompt:
     """A prompt's tokens and images.
 
-    `stops`: strings that end the answer. `begun`: start of the answer in the template.
-    `images`: by first row; their rows have NO_TOKEN in `tokens`.
+    `stops`: strings that end the answer. `begun`: the answer's start, which the template wrote.
+    `images`: by first row. Image rows have NO_TOKEN in `tokens`.
     """
 
     tokens: Sequence[int]
@@ -48,16 +48,16 @@ class Prompt:
         return self.spans[-1][1] if self.images else 0
 
     def from_row(self, row: int) -> "Prompt":
-        """Return the rest of the prompt from a row on, which must not split an image."""
+        """Return the prompt from a row to the end. The row must not split an image."""
         images = {start - row: image for start, image in self.images.items() if start >= row}
         return Prompt(self.tokens[row:], self.stops, self.begun, images)
 
     def whole(self, n_rows: int) -> int:
-        """Round `n_rows` down so that the rows contain no part of an image."""
+        """Round `n_rows` down so that the rows contain whole images only."""
         return next((start for start, end in self.spans if start < n_rows < end), n_rows)
 
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
-        """Return the length of the common prefix in rows; it contains whole images only.
+        """Return the number of leading rows that are equal, with whole images only.
 
         `tokens`: int32 [n]. `images`: each image's key by its first row.
         """

@@ -1,4 +1,4 @@
-"""Prompts from conversations, by the chat template in the model's file."""
+"""Building of prompts from conversations, with the chat template in the model's file."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +19,15 @@ from pop_local.engine.prompt.templates import Template
 
 _PROBE = "0f3c9a71d2"  # in no template
 
-# Renders a prompt's text from the messages' contents and a function that marks other texts.
+# Renders a prompt's text from the messages' contents and a function that marks the other texts.
 Write = Callable[[list[str], Callable[[str], str]], str]
 
 
 class Prompter:
     """Builder of one model's prompts.
 
-    `parse_special`: whether special tokens in messages and documents act as such. If so, a
-    document's author can also write turns of the conversation.
+    `parse_special`: parse special tokens in messages and documents. The author of a document can
+    then write turns of the conversation.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Prompter:
 
     @property
     def has_template(self) -> bool:
-        """Return whether the model's file has a chat template; base models have none."""
+        """Return whether the model's file has a chat template. Base models have no template."""
         return bool(self._source)
 
     @property
@@ -47,17 +47,12 @@ class Prompter:
 
     @cached_property
     def template(self) -> Template:
-        """Return the model's template or a plain one. Raises PopError for a broken one."""
-        return Template(self._source or PLAIN_TEMPLATE, self.context.vocab)
-
-    def require_template(self) -> None:
-        """Validate the chat template, if the file has one. Raises PopError."""
-        if self.has_template:
-            try:
-                _ = self.template
-            except PopError as error:
-                message = f"{self.context.path} cannot be opened: {error.message}"
-                raise PopError(message, error.hint) from error
+        """The model's template, or a plain template. Raises PopError for a broken template."""
+        try:
+            return Template(self._source or PLAIN_TEMPLATE, self.context.vocab)
+        except PopError as error:
+            message = f"{self.context.path} cannot be opened: {error.message}"
+            raise PopError(message, error.hint) from error
 
     @property
     def can_see(self) -> bool:
@@ -73,9 +68,9 @@ class Prompter:
         return Prompt(self.context.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message]) -> Prompt:
-        """Return the prompt of a conversation, up to the start of the answer.
+        """Return a conversation's prompt, up to the start of the answer.
 
-        Raises PopError when the template refuses the conversation.
+        Raises PopError if the template refuses the conversation.
         """
         if any(message.role == "system" for message in messages) and not self._supports_system:
             messages = _without_system(messages)
@@ -84,8 +79,8 @@ class Prompter:
     def render(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
         """Return the prompt that `write` renders from the messages' contents and the other texts.
 
-        If a text contains special tokens, `write` is called again with marks instead of them.
-        The contents are marked already; the second argument marks the other texts.
+        If a text spells special tokens, `write` is called again with marks instead of the tokens.
+        The first argument of `write` has the marked contents, the second marks the other texts.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -95,18 +90,18 @@ class Prompter:
         contents = [_with_marks(message, unused, pictures) for message in messages]
 
         def marked(text: str) -> str:
-            for mark, one in marks.items():
-                text = text.replace(one, mark)
+            for mark, spelling in marks.items():
+                text = text.replace(spelling, mark)
             return text
 
         while True:
             text = write([marked(content) for content in contents], marked)
             tokens = self.context.tokenize(text, special=True)
-            left = [marked(one) for one in texts]
+            left = [marked(each) for each in texts]
             spelled = [] if self.parse_special else self._special.spelled(tokens, left)
             if not spelled:
                 break
-            marks |= {next(unused): one for one in spelled}
+            marks |= {next(unused): each for each in spelled}
         if marks and not pictures:
             tokens = self._special.tokens(text, marks)
         bos = list(self.context.bos)
@@ -121,10 +116,10 @@ class Prompter:
         return Prompt(tokens, () if self.has_template else PLAIN_STOPS, begun, images)
 
     def before_question(self) -> str:
-        """Return the text that the template writes in front of a user's first question.
+        """Return the text that the template renders before a user's first question.
 
-        It is "" without a template, and if the template refuses a lone question. Raises PopError
-        if the template exceeds its limits.
+        Return "" without a template, or if the template refuses a conversation of one question.
+        Raises PopError if the template exceeds its limits.
         """
         if not self.has_template:
             return ""
@@ -136,19 +131,19 @@ class Prompter:
         return before if found else ""
 
     def see(self, picture: Picture) -> Seen:
-        """Split a picture into the model's images. Raises PopError, see Mmproj.see."""
+        """Split a picture into the model's images. Raises the errors of Mmproj.see."""
         return self.open_vision().see(picture)
 
     def count_picture(self, picture: Picture) -> int:
-        """Return a picture's number of tokens. Raises PopError, see Mmproj.see."""
+        """Return a picture's number of tokens. Raises the errors of Mmproj.see."""
         return len(self.see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
-        """Load the mmproj on first use. Raises PopError without one, see also Mmproj.open."""
+        """Load the mmproj on first use. Raises PopError without an mmproj or if loading fails."""
         if self._vision is None:
             raise PopError(
                 "cannot read a picture: the model is open without its mmproj",
-                "open it with the mmproj that was published with it",
+                "open the model with mmproj= and the file that was published with the model",
                 cause="no-mmproj",
             )
         return self._vision.open(self.context.model, self.context.settings.n_threads_batch)
@@ -156,10 +151,10 @@ class Prompter:
     def _with_pictures(
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, Seen]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
-        """Return the tokens and images of a rendered prompt that has a mark for each picture."""
+        """Return the tokens and images of a rendered prompt, which has a mark for each picture."""
         pieces = re.split(f"([{''.join(shown)}])", text)
         if pieces[1::2] != list(shown):
-            raise PopError("the chat template leaves out pictures", "send fewer pictures at a time")
+            raise PopError("the chat template leaves out pictures", "send one picture at a time")
         tokens: list[int] = []
         images: dict[int, ImageChunk] = {}
         for piece in pieces:
@@ -175,8 +170,8 @@ class Prompter:
 
     @cached_property
     def _needs_parts(self) -> bool:
-        """Return whether the template renders contents only as parts, by a trial."""
-        # BeyondLimitsError passes: the conversation would exceed the limits, too.
+        """Test whether the template renders a message's content only as a list of parts."""
+        # BeyondLimitsError passes, because the conversation would also exceed the limits.
         with suppress(ValueError):
             if self._is_shown({"role": "user", "content": _PROBE}):
                 return False
@@ -187,7 +182,7 @@ class Prompter:
 
     @cached_property
     def _supports_system(self) -> bool:
-        """Return whether the template renders system messages, by a trial."""
+        """Test whether the template renders system messages."""
         with suppress(ValueError):
             return self._is_shown(self._given("system", _PROBE), self._given("user", "a"))
         return False
@@ -215,7 +210,7 @@ def is_end(context: Context, token: int) -> bool:
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:
-    """Return a message's content with a mark for each picture, and add them to `pictures`."""
+    """Return a message's content with a mark for each picture. Add the marks to `pictures`."""
     pieces, at = [], 0
     for offset, picture in message.pictures:
         pictures[mark := next(unused)] = picture
@@ -225,7 +220,7 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """Move system messages to the start of the next user message (llama.cpp's common/chat.cpp)."""
+    """Move system messages to the start of the next user message, like llama.cpp's chat.cpp."""
     found: list[Message] = []
     held: Message | None = None
     for message in messages:

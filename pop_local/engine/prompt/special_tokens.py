@@ -1,6 +1,6 @@
 """Special tokens in a prompt, which only the template may write.
 
-With `<|im_end|>` in its text, a document could end its turn and start a system message.
+Otherwise a document with `<|im_end|>` in its text could end its turn and start a system message.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,20 +13,20 @@ _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a plane for private use
 
 
 class SpecialTokens:
-    """Special tokens of a vocabulary, which llama.cpp parses in a text only on request."""
+    """A vocabulary's special tokens, which texts can spell."""
 
     def __init__(self, context: Context) -> None:
         self._api, self._context = bindings(), context
 
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
-        """Return the texts of special tokens among `tokens` that one of the texts contains."""
+        """Return the spellings of special tokens in `tokens` that occur in one of the texts."""
         special = {self._text(token) for token in set(tokens) if self._is_special(token)}
-        return sorted(one for one in special if any(one in text for text in texts))
+        return sorted(each for each in special if any(each in text for text in texts))
 
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
-        """Tokenize a prompt in which each mark stands for a plain text.
+        """Tokenize a prompt after replacing each mark by its plain text.
 
-        Text between two special tokens is tokenized in one piece, as llama.cpp does it.
+        Like llama.cpp, tokenize text between two special tokens in one piece.
         """
         restored = str.maketrans(marks)
         found: list[int] = []
@@ -64,6 +64,6 @@ class SpecialTokens:
 
 
 def unused_marks(texts: Sequence[str]) -> Iterable[str]:
-    """Return private-use characters that occur in none of the texts; templates do not use them."""
+    """Return private-use characters that occur in none of the texts."""
     marks = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK + 1))
     return (mark for mark in marks if not any(mark in text for text in texts))

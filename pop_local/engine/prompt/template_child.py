@@ -1,6 +1,6 @@
 """Child process that renders chat templates, which are programs from untrusted publishers.
 
-Jinja's sandbox blocks access to the outside, but does not limit time and memory.
+Jinja's sandbox blocks access to files and modules, but does not limit time and memory.
 """
 
 import functools
@@ -8,7 +8,7 @@ import json
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Environment, nodes
+from jinja2 import nodes
 from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -18,22 +18,13 @@ MAX_CHARACTERS = 1 << 26
 
 
 class _Generation(Extension):
-    """The block {% generation %} of transformers, which marks training text: renders its body."""
+    """The block {% generation %}, with which transformers marks training text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's type)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         parser.stream.skip(1)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def environment() -> Environment:
-    """Return the Jinja environment that llama_cpp and transformers use for chat templates."""
-    found = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    found.filters["tojson"] = _tojson
-    return found
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
@@ -46,17 +37,22 @@ def _refuse(message: str) -> NoReturn:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Template:
-    return environment().from_string(template)
+    """Compile a template in the environment that llama_cpp and transformers use."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    return environment.from_string(template)
 
 
 class TemplateRenderer:
-    """Methods that the parent calls."""
+    """The methods that the parent process calls."""
 
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
-        """Render a template; without arguments, only compile it.
+        """Render a template. Without arguments, only compile it, and return "".
 
-        Raises ValueError if the template refuses, and any error of the template.
+        Raises ValueError if the template refuses its arguments, and any error of the template.
         """
         if arguments is None:
             _compiled(template)
@@ -67,6 +63,6 @@ class TemplateRenderer:
         }
         text = _compiled(template).render(**arguments, **functions)
         if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"its output has {len(text):,} characters")
+            raise ValueError(f"the output has {len(text):,} characters")
         text.encode()
         return text

@@ -1,6 +1,6 @@
 """Chat templates, rendered in a child process with limits on time and memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pop_converter.base.errors import PopError
@@ -10,9 +10,9 @@ from pop_local.engine.prompt import template_child
 
 LIMIT_S = 5.0
 LIMIT_BYTES = 512 * 2**20
-# Public models' templates have some tens of thousands.
+# Templates of public models have tens of thousands of characters.
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-_HINT = "take the model from another publisher"
+_HINT = "download the model from another publisher"
 
 renderer = KeptProcess(
     template_child.TemplateRenderer,
@@ -24,9 +24,9 @@ renderer = KeptProcess(
 
 
 class Template:
-    """A chat template with the vocabulary's BOS and EOS texts, "" for a missing token.
+    """A chat template with the vocabulary's BOS and EOS texts ("" for a missing token).
 
-    Raises PopError if it is invalid or exceeds the limits.
+    Raises PopError if the template is invalid or exceeds the limits.
     """
 
     def __init__(self, source: str, vocab: Any) -> None:
@@ -37,22 +37,19 @@ class Template:
             for token in (api.llama_vocab_eos(vocab), api.llama_vocab_bos(vocab))
         )
         if len(source) > MAX_TEMPLATE_CHARACTERS:
-            raise PopError(f"its chat template has {len(source):,} characters", _HINT)
+            raise PopError(f"the chat template has {len(source):,} characters", _HINT)
         try:
             renderer.call("rendered", source, None)
         except ValueError as error:
-            raise PopError(f"its chat template is broken: {error}", _HINT) from error
+            raise PopError(f"the chat template is broken: {error}", _HINT) from error
 
-    def render(self, messages: Sequence[Any], tools: Mapping[str, Any] | None = None) -> str:
+    def render(self, messages: Sequence[Any]) -> str:
         """Render messages, up to the start of the answer.
 
-        `tools`: llama_cpp's other template arguments. Raises ValueError if the template refuses
-        the messages, PopError if it exceeds its limits.
+        Raises ValueError if the template refuses the messages, PopError if it exceeds its limits.
         """
-        values = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
         arguments = {
-            **values,
-            **(tools or {}),
+            **dict.fromkeys(("functions", "function_call", "tools", "tool_choice")),
             "messages": list(messages),
             "eos_token": self.eos,
             "bos_token": self.bos,

@@ -1,4 +1,4 @@
-"""Chat sessions of the Python API and the chat: asking, streaming, undoing, saving."""
+"""Chat sessions: questions, streamed answers, undo, saved files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Answer:
 
 
 class Stream(Iterator[str]):
-    """Text pieces of an answer. `text`: the pieces so far. `stats`: None until the answer is over.
+    """An iterator over an answer's text. `text`: the pieces so far. `stats`: None until the end.
 
-    Closing the stream ends the answer and leaves `stats` at None. If its on_prefill or should_stop
-    closes it, the answer ends after that call returns, and `stats` is set.
+    Closing the stream ends the answer without `stats`. If on_prefill or should_stop closes the
+    stream, the answer ends after the callback returns, with `stats`.
     """
 
     def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
@@ -76,14 +76,14 @@ class Stream(Iterator[str]):
 class ChatSession:
     """A conversation; each prompt contains all earlier turns.
 
-    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. If
-    another session asks a question, this conversation is evicted and must be read again.
+    Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. A
+    question in another session evicts this conversation, which must then be read again.
     """
 
     def __init__(
         self, model: EngineOwner, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
-        """`reread`: the reason for reading the conversation again, or ""."""
+        """`reread`: the reason why the next question reads the conversation again, or ""."""
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
@@ -93,16 +93,16 @@ class ChatSession:
 
     @property
     def conversation(self) -> Conversation:
-        """The system prompt and all turns so far. Accessing them ends a streaming answer.
+        """The system prompt and all turns so far. Access ends a streaming answer.
 
-        Raises PopError if that answer's on_prefill or should_stop accesses the conversation.
+        Raises PopError during that answer's on_prefill or should_stop.
         """
         self._settle()
         return self._conversation
 
     @property
     def system(self) -> str:
-        """The system prompt, or ""; a new one takes effect with the next question."""
+        """The system prompt, or "". A change takes effect with the next question."""
         return self._conversation.system
 
     @system.setter
@@ -112,13 +112,13 @@ class ChatSession:
 
     @property
     def dropped(self) -> Turn | None:
-        """The last question if it has no answer; the conversation excludes it."""
+        """The last question if it has no answer. The conversation excludes such a question."""
         self._settle()
         return self._dropped
 
     @property
     def last_asked(self) -> Turn | None:
-        """The question that retry and edit repeat: the dropped one, or else the last turn's."""
+        """The turn that retry and edit repeat: the dropped question, or else the last turn."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
 
@@ -129,12 +129,12 @@ class ChatSession:
 
     @property
     def stats(self) -> SessionStats:
-        """Sums over this session's answers that were not closed early."""
+        """Sums over this session's answers, except answers that were closed early."""
         return SessionStats.of(self._stats)
 
     @property
     def answer_stats(self) -> tuple[TurnStats, ...]:
-        """The statistics of each of these answers, without those that have no token."""
+        """The statistics of each answer in `stats` that has a token."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(
@@ -145,10 +145,7 @@ class ChatSession:
         images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """Return the whole answer; images and documents precede the question.
-
-        Raises PopError like `stream`.
-        """
+        """Return the whole answer. Arguments and errors are those of `stream`."""
         stream = self.stream(question, documents=documents, images=images, **options)
         for _ in stream:
             pass
@@ -163,30 +160,36 @@ class ChatSession:
         images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
-        """Stream the answer; prefill starts when the caller requests the first piece.
+        """Stream the answer. Prefill starts when the caller requests the first piece.
 
-        `images`: paths or contents of image files, for a model with its mmproj.
+        `images`: paths or contents of image files, for a model with its mmproj. The prompt
+        contains images and documents before the question.
 
         After the end, close() or Ctrl-C, the conversation includes question and answer. If the
         answer is empty, the question is `dropped` instead. Raises ContextFullError if the prompt
-        exceeds the context, and PopError if the template rejects it.
+        exceeds the context, and PopError if the template rejects the prompt.
         """
         turn = Turn(question, _documents(documents), pictures=_pictures(images))
         return self._ask(turn, self.conversation, options)
 
     def retry(self, **options: Unpack[AnswerOptions]) -> Stream:
-        """Replace the last question's answer by a new one.
+        """Answer the last question again, and replace the answer.
 
         Raises PopError like `stream`, and if the session has no question yet.
         """
-        return self._ask_again(None, options)
+        return self.edit(None, **options)
 
-    def edit(self, question: str, **options: Unpack[AnswerOptions]) -> Stream:
-        """Replace the last question, keep its documents and images, and ask it like `retry`."""
-        return self._ask_again(question, options)
+    def edit(self, question: str | None, **options: Unpack[AnswerOptions]) -> Stream:
+        """Replace the last question's text (None: keep it), and answer it like `retry`."""
+        turn = self.last_asked
+        if turn is None:
+            raise PopError("the session has no question yet", "call chat or stream first")
+        before = self.conversation if self._dropped else self.conversation.without_last()
+        question = turn.question if question is None else question
+        return self._ask(replace(turn, question=question, answer=""), before, options)
 
     def undo(self) -> Turn | None:
-        """Remove and return the last turn, None if no turn exists; also clear `dropped`."""
+        """Remove and return the last turn (None if no turn exists), and clear `dropped`."""
         turns = self.conversation.turns
         if not turns:
             return None
@@ -194,7 +197,7 @@ class ChatSession:
         return turns[-1]
 
     def forget_oldest(self, n_turns: int) -> None:
-        """Remove the first `n_turns` turns; the next question reads the rest again."""
+        """Remove the first `n_turns` turns. The next question reads the remaining turns again."""
         self._conversation = self.conversation.without_oldest(n_turns)
 
     def forget(self) -> None:
@@ -202,18 +205,9 @@ class ChatSession:
         self._conversation, self._dropped = Conversation(self.conversation.system), None
         self._stats.clear()
 
-    def _ask_again(self, question: str | None, options: AnswerOptions) -> Stream:
-        turn = self.last_asked
-        if turn is None:
-            raise PopError("the session has no question yet", "ask one first")
-        question = turn.question if question is None else question
-        before = self.conversation if self._dropped else self.conversation.without_last()
-        asked = Turn(question, turn.documents, pictures=turn.pictures)
-        return self._ask(asked, before, options)
-
     def _ask(self, turn: Turn, before: Conversation, options: AnswerOptions) -> Stream:
         if not turn.prompt and not turn.pictures:
-            raise PopError("the question is empty", "give a question, or a document")
+            raise PopError("the question is empty", "pass a question, a document or an image")
 
         def keep(ended: Stream) -> None:
             self._stream = None
@@ -240,29 +234,29 @@ class ChatSession:
         if self._stream is not None:
             raise PopError(
                 "the session is still answering",
-                "use it after the answer has ended; on_prefill and should_stop may only end it",
+                "wait for the answer's end; on_prefill and should_stop may only close the stream",
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write transcript and KV cache atomically; return the path, with suffix .popsession.
+        """Write transcript and KV cache atomically. Return the path, with suffix .popsession.
 
-        If another session asked last, the file lacks the KV cache, and loading it rereads the
-        conversation. Raises PopError.
+        If the cache holds another session, the file has no KV cache. Raises PopError if the file
+        exists or cannot be written.
         """
         folder, name = _split(path)
         sessions = Sessions(folder)
         target = sessions.path(name)
         if target.exists() and not overwrite:
-            raise OutputExistsError(f"{target} exists", "replace it with overwrite=True")
+            raise OutputExistsError(f"{target} exists", "pass overwrite=True to replace the file")
         sessions.save(name, self.model.engine, self.conversation)
         return target
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Load a saved conversation; the model adopts its mode and its KV cache.
+    """Load a saved conversation, with its mode and its KV cache if these fit the model.
 
-    If these do not fit the model, `reread` is the reason, and the next question rereads the
-    conversation. Raises PopError if the file is not a session.
+    Otherwise `reread` is the reason, and the next question reads the conversation again. Raises
+    PopError if the file is not a session.
     """
     folder, name = _split(path)
     sessions = Sessions(folder)
@@ -278,7 +272,7 @@ def _split(path: str | os.PathLike[str]) -> tuple[Path, str]:
 
 
 def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
-    if isinstance(given, str):  # iterates over its characters
+    if isinstance(given, str):  # a sequence of characters
         raise PopError("documents is a string, not a list", "use documents=[text]")
     return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)
 
@@ -290,11 +284,9 @@ def _pictures(given: Sequence[GivenImage]) -> tuple[Picture, ...]:
 
 
 def _picture(given: GivenImage) -> Picture:
-    if isinstance(given, Picture):
-        return given
     if isinstance(given, bytes):
         return picture_of(given, "a picture")
     try:
-        return read_picture(given)
+        return given if isinstance(given, Picture) else read_picture(given)
     except OSError as error:
         raise PopError(f"cannot read {given}: {error.strerror}", "check the path") from error

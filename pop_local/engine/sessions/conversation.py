@@ -1,4 +1,4 @@
-"""The data of a conversation: questions with documents and pictures, and answers."""
+"""Data of a conversation: its questions with documents and pictures, and its answers."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ class Turn:
 
     @property
     def prompt(self) -> str:
-        """The user message; the question comes last, so that it is in the full tail."""
+        """The user message. The question comes last, because the prompt's tail runs all layers."""
         texts = [*(document.text for document in self.documents), self.question]
         return "\n\n".join(text.strip("\n") for text in texts if text.strip())
 
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system prompt (or "") and the turns in order."""
+    """A system prompt (or "") and the turns, oldest first."""
 
     system: str = ""
     turns: tuple[Turn, ...] = ()

@@ -1,4 +1,4 @@
-"""The fields of a session file, whose types and ranges are checked on load."""
+"""The fields of a session file, with checks of their types and ranges."""
 
 import dataclasses
 import io
@@ -17,8 +17,8 @@ from pop_local.engine.sessions.conversation import Conversation
 T = TypeVar("T")
 
 FORMAT = 3
-# The header that numpy writes for an array of one dimension. numpy's reader evaluates headers and
-# allocates any size in them.
+# numpy's header of an array of one dimension. numpy's reader would evaluate a forged header and
+# allocate any size.
 _NPY = re.compile(
     rb"\x93NUMPY\x01\0..\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \((\d{1,9}),\), }"
     rb" *\n",
@@ -28,7 +28,7 @@ _NPY = re.compile(
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The model and backend of saved K/V, in addition to the POP key."""
+    """Identity of the model and backend that computed the K/V, without the POP key."""
 
     model_bytes: int
     model_sha256: str
@@ -37,14 +37,14 @@ class Fingerprint:
 
 
 class OtherFormatError(Exception):
-    """Error: the session has another format version."""
+    """A session of another format version."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A session file without its K/V; `mode`: the mode in which these were computed.
+    """A session file without its K/V.
 
-    `images`: (first row, key) of each image.
+    `mode`: the mode that computed the K/V. `images`: (first row, key) of each image.
     """
 
     name: str
@@ -58,25 +58,25 @@ class Session:
 
 
 def encoded(session: Session) -> str:
-    """Return the session as JSON, with the names and hashes of its pictures."""
+    """Return the session as JSON, with names and hashes instead of pictures."""
     fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
     for turn, raw in zip(session.conversation.turns, fields["conversation"]["turns"], strict=True):
         raw["pictures"] = [{"name": one.name, "sha256": one.sha256} for one in turn.pictures]
     return json.dumps(fields, ensure_ascii=False, indent=1)
 
 
-# Returns a picture by its name and hash.
+# Returns the picture with a name and a hash.
 ReadPicture = Callable[[str, str], Picture]
 
 
 def decoded(content: bytes, picture: ReadPicture) -> Session:
     """Parse a session's JSON.
 
-    Raises OtherFormatError, and ValueError or RecursionError if it is invalid.
+    Raises OtherFormatError for another version, ValueError or RecursionError for invalid JSON.
     """
     raw = _typed(json.loads(content), dict)
     if (found := _typed(raw.pop("format", None), int)) != FORMAT:
-        raise OtherFormatError(f"it has format {found}, this version reads format {FORMAT}")
+        raise OtherFormatError(f"the file has format {found}, this version reads format {FORMAT}")
     session: Session = _value(Session, raw, picture)
     return session
 
@@ -88,7 +88,7 @@ def encoded_array(values: np.ndarray) -> bytes:
 
 
 def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
-    """Parse a .npy file. Raises ValueError for another type, length or size."""
+    """Parse a .npy file. Raises ValueError for an unexpected type, length or size."""
     head, dtype = _NPY.match(content), np.dtype(kind)
     if (
         head is None
@@ -96,12 +96,12 @@ def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.nda
         or int(head[2]) != length
         or len(content) != head.end() + length * dtype.itemsize
     ):
-        raise ValueError("another array")
+        raise ValueError("an array of unexpected type or length")
     return np.frombuffer(content, dtype, offset=head.end())
 
 
 def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
-    """Convert a field's JSON to its type; a dataclass requires exactly its fields."""
+    """Convert a field's JSON to its type. Raises ValueError for missing or unknown fields."""
     if kind is Picture:
         named = _fields(raw, {"name", "sha256"})
         return picture(_text(named["name"]), _text(named["sha256"]))
@@ -116,32 +116,29 @@ def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
         return tuple(_value(of, item, picture) for of, item in zip(kinds, items, strict=True))
     if kind is Mode:
         if (name := _text(raw)) not in Mode.__members__:
-            raise ValueError("another mode")
+            raise ValueError("unknown mode")
         return Mode[name]
-    return _number(raw) if kind is int else _text(raw)
+    if kind is not int:
+        return _text(raw)
+    if not 0 <= (number := _typed(raw, int)) < 2**63:
+        raise ValueError("number out of range")
+    return number
 
 
 def _fields(value: object, names: Set[str]) -> dict[str, Any]:
     fields: dict[str, Any] = _typed(value, dict)
     if fields.keys() != names:
-        raise ValueError("other fields")
+        raise ValueError("missing or unknown fields")
     return fields
 
 
 def _typed(value: object, kind: type[T]) -> T:
     if type(value) is not kind:
-        raise ValueError(f"a {type(value).__name__} for a {kind.__name__}")
+        raise ValueError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value
-
-
-def _number(value: object) -> int:
-    number = _typed(value, int)
-    if not 0 <= number < 2**63:
-        raise ValueError("a number out of its range")
-    return number
 
 
 def _text(value: object) -> str:
     text = _typed(value, str)
-    text.encode()  # raises for lone surrogates, which JSON can contain
+    text.encode()  # raises for lone surrogates
     return text

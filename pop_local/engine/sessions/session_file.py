@@ -5,13 +5,13 @@
     full.npy       bool (n_tokens): rows that ran all layers
     positions.npy  int32 (n_tokens + 1): each row's position, and the next row's
     pictures/HASH  image files by SHA-256
-    kv.bin         llama.cpp's state: only the used cells
+    kv.bin         llama.cpp's state of the used cells
 
-If the model has cached another conversation, n_tokens is 0 and the arrays are missing.
+If the model's cache holds another conversation, n_tokens is 0 and the arrays are missing.
 
-Loading restores the K/V only for the same model and mmproj (size, and a hash of headers and samples
-of the tensors), POP mode, boundary and projections (CacheStates.key), backend version and RoPE
-options. Otherwise it restores the transcript alone. zip's CRC-32 detects damage.
+Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend version
+and RoPE options are the same. Models are compared by size and by a hash of headers and samples of
+the tensors. In all other cases, loading restores the transcript alone. zip's CRC-32 detects damage.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,12 @@ from pop_local.engine.sessions.fields import (
 )
 
 SUFFIX = ".popsession"
-_NOT_SAVED = "another conversation had replaced them when it was saved"
+_NOT_SAVED = "the file has no KV cache, because another conversation had replaced the cached rows"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
-_NAME = re.compile(r"\w[\w .+-]{0,79}")
-# zipfile and the schema raise these; RuntimeError: encrypted archives and deeply nested JSON.
+_NAME = re.compile(r"\w(?:[\w .+-]{0,78}[\w.+-])?")
+# Errors of zipfile and of the schema. RuntimeError: encrypted archives and deeply nested JSON.
 _DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
 
 # Returns an archive's picture by its name and hash.
@@ -63,7 +63,7 @@ ReadFrom = Callable[[zipfile.ZipFile, str, str], Picture]
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A file in the folder; `session` is None if it is unreadable."""
+    """A session file; `session` is None if the file is unreadable."""
 
     name: str
     size_bytes: int
@@ -73,7 +73,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Restored:
-    """A loaded session; `reread`: the reason for not using its K/V, or ""."""
+    """A loaded session; `reread`: the reason why its K/V cannot be used, or ""."""
 
     session: Session
     reread: str
@@ -82,8 +82,9 @@ class Restored:
 def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
-    They are the last question's whole prompt and the cached part of its answer, otherwise 0. The
-    answer is compared as text, because tokenizing it may not return the sampled tokens.
+    These tokens are the last question's prompt and the cached part of its answer. Return 0 if part
+    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may not
+    return the sampled tokens.
     """
     if not conversation.turns:
         return 0
@@ -91,7 +92,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     asked = conversation.without_last().plus(dataclasses.replace(last, answer=""))
     try:
         prompt = engine.prompter.conversation(asked.messages)
-    except PopError:  # only another model's template accepts it, so its rows are not cached
+    except PopError:  # the template rejects the prompt, so the prompt is not cached
         return 0
     n_own = len(prompt)
     if engine.states.n_same(prompt) < n_own:
@@ -110,12 +111,8 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     return n_own
 
 
-def _is_name(name: str) -> bool:
-    return bool(_NAME.fullmatch(name)) and name == name.strip()
-
-
 def fingerprint(engine: Engine) -> Fingerprint:
-    """Hash samples of the model's tensors (no hash if a file was replaced while open)."""
+    """Return the fingerprint, without a hash if a model file was replaced while open."""
     source = engine.context.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
     mmproj = engine.vision.key if engine.vision else ""
@@ -130,24 +127,22 @@ class Sessions:
         self._folder = folder
 
     def names(self) -> list[str]:
-        """Return the names that `load` accepts, without broken links, pipes and folders."""
+        """Return the names of regular files that `load` accepts, sorted."""
         found = (path for path in self._folder.glob(f"*{SUFFIX}") if path.is_file())
         names = (path.name.removesuffix(SUFFIX) for path in found)
-        return sorted(filter(_is_name, names))
+        return sorted(filter(_NAME.fullmatch, names))
 
     def listed(self) -> Iterator[SavedFile]:
         for name in self.names():
             status = self.path(name).stat()
-            try:
-                with _opened(self._file(name)) as archive:
-                    session = _session(archive, _named_picture)
-            except PopError:
-                session = None
+            session = None
+            with suppress(PopError), _opened(self.path(name)) as archive:
+                session = _session(archive, _named_picture)
             yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
-        """Return a session's path. Raises PopError for an invalid name, such as a path."""
-        if not _is_name(name):
+        """Return a session's path. Raises PopError for an invalid name, for example a path."""
+        if not _NAME.fullmatch(name):
             raise PopError(
                 f"{name!r} cannot name a session",
                 "use up to 80 letters, digits, spaces and any of . _ + -",
@@ -157,23 +152,24 @@ class Sessions:
     def save(self, name: str, engine: Engine, conversation: Conversation) -> int:
         """Write the file atomically; return its size in bytes. Raises PopError.
 
-        If the conversation's K/V are cached, cached rows after them are dropped.
+        If the cache holds the conversation, cached rows of later text are dropped.
         """
-        return self._write(name, engine, conversation, _own_state(engine, conversation))
+        n_own = n_own_tokens(engine, conversation)
+        state = engine.states.save() if n_own and engine.cache.truncate(n_own) else None
+        return self._write(name, engine, conversation, state)
 
     def save_transcript(self, name: str, engine: Engine, conversation: Conversation) -> int:
-        """Save without the K/V, which is fast and small and leaves the cache unchanged."""
+        """Write a small file without K/V; leave the cache unchanged. Raises PopError."""
         return self._write(name, engine, conversation, None)
 
     def _write(
         self, name: str, engine: Engine, conversation: Conversation, state: SavedState | None
     ) -> int:
         path = self.path(name)
-        n_tokens = 0 if state is None else state.n_tokens
         session = Session(
             name=name,
             model=str(engine.context.path),
-            n_tokens=n_tokens,
+            n_tokens=state.n_tokens if state else 0,
             mode=engine.pruning.mode,
             key=engine.states.key,
             fingerprint=fingerprint(engine),
@@ -183,9 +179,8 @@ class Sessions:
         try:
             make_private(self._folder)
         except OSError as error:
-            raise PopError(
-                f"cannot create {self._folder}: {error.strerror}", "check its permissions"
-            ) from error
+            hint = "check the folder's permissions"
+            raise PopError(f"cannot create {self._folder}: {error.strerror}", hint) from error
         with replacing(path, force=True) as file:
             if hasattr(os, "fchmod"):  # conversations are private
                 os.fchmod(file.fileno(), 0o600)
@@ -200,17 +195,17 @@ class Sessions:
                     _add(archive, "full.npy", encoded_array(state.is_full))
                     _add(archive, "kv.bin", state.cells)
             file.flush()
-            os.fsync(file.fileno())  # this is the only copy
+            os.fsync(file.fileno())  # the file is the conversation's only copy
         return path.stat().st_size
 
     def load(self, name: str, engine: Engine) -> Restored:
-        """Load a session, with its mode and K/V if they fit.
+        """Load a session, with its mode and K/V if these fit the model.
 
-        Raises PopError, and leaves the model unchanged then.
+        Raises PopError for a missing or damaged file, which leaves the model unchanged.
         """
-        path = self._file(name)
+        path = self.path(name)
         ours, state = fingerprint(engine), None
-        with _opened(path) as archive:  # open once, since another process may replace the file
+        with _opened(path) as archive:  # opened once, because another process may replace the file
             session = _session(archive, _stored_picture)
             reread = _difference(session, ours, engine)
             if session.n_tokens and not reread:
@@ -224,22 +219,16 @@ class Sessions:
             raise _damaged(path)
         engine.set_mode(session.mode)
         if not engine.states.keys.accepts(session.key):
-            return Restored(session, f"they belong to {session.key}")
+            return Restored(session, f"the session belongs to {session.key}")
         try:
             engine.cache.load(state)
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")
 
-    def _file(self, name: str) -> Path:
-        path = self.path(name)
-        if not path.is_file():
-            raise PopError(f"no session {name}", "check the name")
-        return path
-
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a member without a timestamp, since zip cannot represent every clock value."""
+    """Add a member without a timestamp, because zip cannot represent every clock value."""
     archive.writestr(zipfile.ZipInfo(name), content)
 
 
@@ -250,18 +239,18 @@ def _session(archive: zipfile.ZipFile, picture: ReadFrom) -> Session:
 def _stored_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
     found = picture_of(_member(archive, _PICTURE.format(sha256)), name)
     if found.sha256 != sha256:
-        raise ValueError("another picture")
+        raise ValueError("another picture's content")
     return found
 
 
 def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
-    """Return a picture without content, which suffices for listing sessions."""
+    """Return a picture without content, for listings."""
     archive.getinfo(_PICTURE.format(sha256))
     return Picture(name, b"", 0, 0)
 
 
 def _state(archive: zipfile.ZipFile, session: Session, keys: CacheKeys) -> SavedState:
-    """Read the saved KV cache. Raises ValueError for arrays of other lengths."""
+    """Read the saved KV cache. Raises ValueError for arrays of unexpected length."""
     n = session.n_tokens
     return SavedState(
         key=session.key,
@@ -275,7 +264,7 @@ def _state(archive: zipfile.ZipFile, session: Session, keys: CacheKeys) -> Saved
 
 
 def _is_consistent(state: SavedState, n_vocab: int) -> bool:
-    """Return True if all tokens are valid or image rows, and positions ascend."""
+    """Return True if each row has a valid token or an image, and positions ascend."""
     is_text = state.tokens != NO_TOKEN
     image_starts = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
     steps = np.diff(state.positions)
@@ -290,30 +279,24 @@ def _is_consistent(state: SavedState, n_vocab: int) -> bool:
     )
 
 
-def _own_state(engine: Engine, conversation: Conversation) -> SavedState | None:
-    """Return the conversation's KV state, None if it is not cached."""
-    n_own = n_own_tokens(engine, conversation)
-    return engine.states.save() if n_own and engine.cache.truncate(n_own) else None
-
-
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
-    """Return the reason why the model cannot use the K/V, or ""."""
+    """Return the reason why the model cannot use the saved KV cache, or ""."""
     saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
-        return f"they belong to another model ({session.model})"
+        return f"the session belongs to another model ({session.model})"
     if saved.mmproj != ours.mmproj and session.conversation.pictures:
-        return "they belong to another mmproj, or to none"
+        return "the session belongs to another mmproj"
     if saved.backend != ours.backend:
-        return f"they were computed by backend {saved.backend}, this is {ours.backend}"
+        return f"the session belongs to backend {saved.backend}, and this backend is {ours.backend}"
     if session.mode is not Mode.OFF and not engine.pruning.can_switch:
-        return "they are pruned, which this model is not converted for"
+        return "the session is pruned, and this model is not converted"
     if session.n_tokens > engine.context.n_ctx:
-        return f"they need a context of {session.n_tokens} tokens"
+        return f"the session needs a context of {session.n_tokens:,} tokens"
     return ""
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return a member. Reject compressed members, which could expand to any size."""
+    """Return a member. Compressed members raise ValueError, because they may expand to any size."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
@@ -328,9 +311,11 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except OSError as error:
-        raise PopError(f"cannot read {path}: {error.strerror}") from error
+        hint = "check the file's permissions"
+        raise PopError(f"cannot read {path}: {error.strerror}", hint) from error
     except OtherFormatError as error:
-        raise PopError(f"the session {path} cannot be read: {error}") from error
+        hint = "load the session with the version of pop-local that saved it"
+        raise PopError(f"the session {path} cannot be read: {error}", hint) from error
     except _DAMAGES as error:
         raise _damaged(path) from error
 
@@ -338,5 +323,5 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 def _damaged(path: Path) -> PopError:
     return PopError(
         f"the session {path} is damaged or not a session",
-        "retry if it is still being copied, otherwise use another file",
+        "wait until the file is copied completely, or load another file",
     )

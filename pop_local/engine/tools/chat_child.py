@@ -1,6 +1,6 @@
-"""Child process that runs llama.cpp's chat formats, since a template or an answer may end it.
+"""Child process that runs llama.cpp's chat formats, because templates and answers can crash it.
 
-The library is `libpop-chat`, see patches/llama.cpp/common/pop/pop-chat.cpp.
+The library is `libpop-chat` (patches/llama.cpp/common/pop/pop-chat.cpp).
 """
 
 import ctypes
@@ -15,7 +15,7 @@ _NAMES = {"win32": "pop-chat.dll", "darwin": "libpop-chat.dylib"}
 
 
 def _library() -> ctypes.CDLL:
-    """Load the library from the folder in which llama_cpp finds its own."""
+    """Load the library from the folder of llama_cpp's libraries."""
     package = find_spec("llama_cpp")
     assert package is not None and package.origin is not None, "the backend is installed"
     packaged = Path(package.origin).parent / "lib"
@@ -28,7 +28,7 @@ def _library() -> ctypes.CDLL:
 
 
 class ChatFormatter:
-    """Methods that the parent calls. They raise ValueError for input that llama.cpp rejects."""
+    """The methods that the parent calls. All raise ValueError for input that llama.cpp rejects."""
 
     def __init__(self) -> None:
         self._library = _library()
@@ -38,7 +38,7 @@ class ChatFormatter:
         return self._call(self._library.pop_chat_render, request)
 
     def parse(self, request: dict[str, Any]) -> Any:
-        """Return the content, reasoning and calls of an answer or of its start."""
+        """Return the content, reasoning and calls of an answer, or of the start of an answer."""
         return self._call(self._library.pop_chat_parse, request)
 
     def _call(self, function: Any, request: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Tool calls in the template's own form, by llama.cpp's chat code in a child process."""
+"""Tool calls in the template's form, by llama.cpp's chat code in a child process."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,7 +8,7 @@ from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.prompt.templates import LIMIT_BYTES, LIMIT_S, Template
 from pop_local.engine.tools import chat_child
 
-_UNKNOWN = "unknown key"  # the child process has not cached the format
+_UNKNOWN = "unknown key"  # error of a child process that has not cached the format
 _SEVERAL = "root ::= tool-call | tool-calls"
 
 
@@ -16,8 +16,8 @@ _SEVERAL = "root ::= tool-call | tool-calls"
 class Rendered:
     """A prompt and the form of its answer, from pop-chat.cpp.
 
-    `takes_tools`: whether the template renders tools. `grammar`: GBNF, which applies from the match
-    of one of the `triggers` (kind, value). `shown`: special tokens that are part of the form.
+    `takes_tools`: whether the template renders tools. `grammar`: GBNF of the answer after a match
+    of one of the `triggers` (kind, value). `shown`: special tokens in the form's text.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A parsed answer or its start. `calls` are (name, arguments) pairs."""
+    """A parsed answer, or the start of an answer. `calls`: (name, arguments) pairs."""
 
     content: str = ""
     reasoning: str = ""
@@ -54,9 +54,9 @@ def render(
     *,
     several: bool,
 ) -> Rendered:
-    """Render messages and tools in OpenAI's format.
+    """Render messages and tools, which are in OpenAI's format.
 
-    Raises ValueError if the template refuses them, PopError if it exceeds its limits.
+    Raises ValueError if the template refuses the messages, PopError if it exceeds its limits.
     """
     request = {
         "template": template.source,
@@ -78,7 +78,7 @@ def render(
         made["prompt"],
         made["takes_tools"],
         grammar,
-        tuple((one["type"], one["value"]) for one in made["triggers"]),
+        tuple((each["type"], each["value"]) for each in made["triggers"]),
         tuple(made["shown"]),
         tuple(made["stops"]),
         {**made["format"], "key": sha256(repr(made["format"]).encode()).hexdigest()},
@@ -91,7 +91,7 @@ def _with_root(grammar: str, rule: str) -> str:
 
 
 def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
-    """Parse an answer. Raises ValueError if it has another form, PopError beyond limits."""
+    """Parse an answer. Raises ValueError for another form, PopError beyond the limits."""
     request = {"key": form["key"], "text": text, "partial": partial}
     try:
         read = _chat.call("parse", request)

@@ -1,4 +1,4 @@
-"""Prompts of conversations with tools, and the forms of their answers."""
+"""Building of prompts with tools, and of the forms of their answers."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,12 @@ from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, is_end
 from pop_local.engine.tools import native, text_form
-from pop_local.engine.tools.form import CallForm, Trigger
+from pop_local.engine.tools.call_form import CallForm, Trigger
 from pop_local.engine.tools.native import Rendered
 from pop_local.engine.tools.tool import Tool, Tools
 
 _RESERVED_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
-# Call ids that Mistral's template accepts.
+# The only call ids that Mistral's template accepts.
 _PLAIN_ID = re.compile("[a-zA-Z0-9]{9}")
 # A required call may start after the reasoning.
 _THOUGHT = re.compile(r"</think>()")
@@ -30,12 +30,13 @@ def prompt_with_tools(
 ) -> tuple[Prompt, CallForm | None]:
     """Return a prompt that describes the tools, and the form of its answer's calls.
 
-    The form is the template's own if llama.cpp supports it, and text otherwise. It is None if no
-    tool may be called. Raises PopError if the model has no template or the template refuses the
-    conversation, GrammarError for an invalid schema.
+    The template defines the form if llama.cpp supports the template. Otherwise calls are plain
+    text. The form is None if no tool may be called. Raises PopError if the model has no template
+    or the template refuses the conversation, GrammarError for an invalid schema.
     """
     if not prompter.has_template:
-        raise PopError("the model has no chat template, so it has no tools", "send no tools")
+        hint = "send no tools, or use a model with a chat template"
+        raise PopError("the model has no chat template, so it cannot call tools", hint)
     rules = {tool.name: json_rule(tool.schema) for tool in tools.all}
     own = _Native(prompter, messages, tools)
     if own.is_known and tools.callable_:
@@ -49,26 +50,26 @@ def prompt_with_tools(
 
 
 class _Native:
-    """A conversation in the template's own form, rendered by llama.cpp."""
+    """A conversation with tools, rendered by llama.cpp in the template's form."""
 
     def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
         self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
         self._rendered: Rendered | None = None
-        with suppress(ValueError):  # the template may accept the text form
+        with suppress(ValueError):  # the template may accept calls as plain text
             self._rendered = self._render([each.content for each in messages], str)
 
     @property
     def is_known(self) -> bool:
-        """Return whether the template renders tools, and llama.cpp has a grammar of their calls."""
+        """Return whether the template renders tools and llama.cpp has a grammar for calls."""
         made, tools = self._rendered, self._tools.all
         if made is None or not made.takes_tools:
             return False
-        # A tool's rule must not replace one of llama.cpp's.
+        # A tool's rule must not replace a rule of llama.cpp.
         is_clear = all(f"tool-{tool.rule}" not in _RESERVED_RULES for tool in tools)
         return not tools or (bool(made.grammar) and is_clear)
 
     def prompt(self) -> Prompt:
-        """Render the conversation, with special tokens in texts as plain text."""
+        """Render the conversation. Special tokens in texts become plain text."""
         others = [text for message in self._messages for text in _texts(_calls(message))]
         others += _texts([tool.openai for tool in self._tools.all])
         made = self._prompter.render(self._messages, others, self._write)
@@ -92,26 +93,26 @@ class _Native:
         return native.render(self._prompter.template, messages, tools, several=several)
 
     def form(self, rules: dict[str, JsonRule]) -> CallForm:
-        """Return the form of the answer, with a grammar of the callable tools only."""
+        """Return the answer's form, with a grammar for the callable tools."""
         tools, made = self._tools, self._rendered
         assert made is not None
         if tools.callable_ != tools.all:
             contents = [each.content for each in self._messages]
             made = self._render(contents, str, tools.callable_)
-        instead = {f"tool-{one.rule}-schema": rules[one.name] for one in tools.callable_}
+        instead = {f"tool-{tool.rule}-schema": rules[tool.name] for tool in tools.callable_}
         thinks = tools.must_call and made.prompt.rstrip().endswith(THINK)
         gbnf = _ROOT.sub(r"root ::= [ \\n]{0,4} (\1)", made.grammar) if thinks else made.grammar
         grammar = Grammar.of_gbnf(gbnf, instead)
         shown = frozenset(self._shown(made))
         if not tools.must_call:
-            triggers = tuple(Trigger(_pattern(*one), {"": grammar}) for one in made.triggers)
+            triggers = tuple(Trigger(_pattern(*each), {"": grammar}) for each in made.triggers)
             triggers += (_in_json(tools, rules),)
         else:
             triggers = (Trigger(_THOUGHT, {"": grammar}),) if thinks else ()
         return CallForm(tuple(tools.names), tools.must_call, triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
-        """Yield the form's special tokens that are hidden otherwise, except end tokens."""
+        """Yield the form's special tokens that answers otherwise hide, except end tokens."""
         context = self._prompter.context
         pieces = Pieces(context)
         for text in made.shown:
@@ -133,22 +134,22 @@ def _text_form(tools: Tools, rules: dict[str, JsonRule]) -> CallForm:
 
 
 def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
-    """Return a trigger for fenced JSON, which Qwen2.5-Coder and others write despite the prompt."""
+    """Return a trigger for fenced JSON, which models such as Qwen2.5-Coder write."""
     rest = {name: unchecked(text_form.rest_of_json(rules[name].text)) for name in tools.names}
     return Trigger(text_form.opening(tools.names), rest)
 
 
 def _pattern(kind: str, value: str) -> re.Pattern[str]:
-    """Convert llama.cpp's trigger into a pattern with a group (common_grammar_trigger)."""
+    """Convert llama.cpp's common_grammar_trigger into a pattern with a group."""
     source = value if kind.startswith("pattern") else re.escape(value)
     found = re.compile(source)
     return found if found.groups else re.compile(f"({source})")
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """Give calls ids that every template accepts, and results the ids of their calls.
+    """Replace calls' ids by ids that every template accepts, and set the ids of results.
 
-    Ollama's clients send results without an id; such a result belongs to the first open call.
+    Ollama's clients send results without an id. Such a result belongs to the first open call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}
@@ -189,7 +190,7 @@ def _calls(message: Message) -> list[Any]:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a copy with all texts changed, including names of properties."""
+    """Return a copy of a JSON value in which `change` has replaced all texts, names included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Parsing of tool calls in an answer while it is generated."""
+"""Parsing of tool calls in an answer during its generation."""
 
 import secrets
 import string
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import ToolCall
 from pop_local.engine.tools import native, text_form
-from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.native import Parsed
 
 _LETTERS = string.ascii_letters + string.digits
@@ -18,7 +18,7 @@ _LETTERS = string.ascii_letters + string.digits
 class Piece:
     """A part of an answer: content, reasoning, or a part of the call `index`.
 
-    The first part of a call has its id and name, the other parts only arguments.
+    The first part of a call has an id and a name. The other parts have only arguments.
     """
 
     content: str = ""
@@ -46,14 +46,14 @@ class CallReader:
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:
-        """Parse the text so far, and use the text form if llama.cpp finds no calls."""
+        """Parse the text so far. Use the text form if llama.cpp finds no calls."""
         found: Parsed | None = None
         if self._native is not None:
             try:
                 found = native.parse(self._native, self._text, partial=partial)
             except ValueError:
                 found = self._last if partial else None
-            except PopError:  # exceeds limits, such as with thousands of brackets
+            except PopError:  # beyond the limits, for example with thousands of brackets
                 self._native = None
         if found is None or not found.calls:
             as_text = text_form.parse(self._text, self._form.names, partial=partial)
@@ -93,5 +93,5 @@ def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
 
 
 def _more(before: str, now: str) -> str:
-    """Return the text appended to `before`, "" if `before` itself has changed."""
+    """Return the text appended to `before`, or "" if `now` does not start with `before`."""
     return now[len(before) :] if now.startswith(before) else ""

@@ -1,4 +1,4 @@
-"""Tool calls as text, for templates without tools and for models that write JSON anyway."""
+"""Tool calls as plain text, for templates without tools and models that ignore their template."""
 
 import json
 import re
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pop_local.engine.chat_messages import Message
+from pop_local.engine.decode.text import n_begun
 from pop_local.engine.tools.native import Parsed
 from pop_local.engine.tools.tool import Tool
 
 _SYSTEM_PROMPT = """# Tools
 
-You may call these functions. Each line is one, with the JSON schema of its arguments:
+You may call these functions. Each line describes a function, with the JSON schema of its arguments:
 <tools>
 {tools}
 </tools>
@@ -20,12 +21,12 @@ To call a function, write nothing but its name and arguments as JSON between the
 <tool_call>
 {{"name": "NAME", "arguments": {{...}}}}
 </tool_call>
-Its result comes with the next message. Answer without a call where none is of use."""
+The next message contains the result. Answer without a call if no function is useful."""
 _CALL = "<tool_call>"
 _SPACE = r"/[ \n]{0,4}/"
 _END = r"/\}?\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
-# A call follows a tag, or at the start of an answer a fence or nothing. Qwen2.5's template shows
-# calls in double braces, which its models imitate.
+# A call starts after a tag, or at the start of an answer, where a fence may precede it. Qwen2.5's
+# template shows calls in double braces, so its models write two braces.
 _OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<tools?>\s*)?)"
 _CLOSE = re.compile(r"\s*\}{1,2}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
 _CLOSING = re.compile(r"\s*\}{0,2}\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # an incomplete _CLOSE
@@ -36,7 +37,7 @@ _BEGUN = re.compile(
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """Write tools, calls and results into messages that any template can render."""
+    """Convert tools, calls and results to text in messages, which any template can render."""
     listed = "\n".join(json.dumps(tool.openai["function"], ensure_ascii=False) for tool in tools)
     found: list[Message] = []
     for message in messages:
@@ -65,7 +66,7 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
 
 def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
-    """Return a grammar of calls between tags; `rules`: tools with their arguments in Lark."""
+    """Return a grammar of calls between tags. `rules`: tools with their arguments in Lark."""
     calls = " | ".join(f"call{number}" for number in range(len(rules)))
     more = f"({_SPACE} call)*" if several else ""
     lines = [
@@ -79,12 +80,12 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 
 def rest_of_json(rule: str) -> str:
-    """Return a grammar of the rest of a call after `opening`: its arguments and its end."""
+    """Return a grammar of a call's text after `opening`: the arguments and the end."""
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
 def opening(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern of a call's start, with the groups `name` and `rest` (its arguments)."""
+    """Return a pattern of a call's start. Group `rest` is where its arguments start."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'
@@ -93,12 +94,12 @@ def opening(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def may_open(text: str) -> bool:
-    """Return whether the start of an answer may become a call in JSON."""
+    """Return whether an answer that starts with this text may become a call in JSON."""
     return _BEGUN.fullmatch(text) is not None
 
 
 def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
-    """Parse an answer or its start; calls of unknown functions are content."""
+    """Parse an answer or its start. Calls of unknown functions are content."""
     content, calls, at = "", list[tuple[str, str]](), 0
     opens = opening(names)
     while match := opens.search(text, at):
@@ -115,12 +116,7 @@ def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
     rest = text[at:]
     content += "" if partial and calls and _CLOSING.fullmatch(rest) else rest
     if partial:
-        content = content[: len(content) - _n_begun(content)]
+        # Hold back text that may be the start of a call.
+        tagged = content.find(_CALL)
+        content = content[: tagged if tagged >= 0 else len(content) - n_begun(content, _CALL)]
     return Parsed(content.rstrip() if calls else content, "", tuple(calls))
-
-
-def _n_begun(content: str) -> int:
-    """Return how many of the last characters may be the start of a call."""
-    if (tagged := content.find(_CALL)) >= 0:
-        return len(content) - tagged
-    return next((n for n in range(len(_CALL), 0, -1) if content.endswith(_CALL[:n])), 0)

@@ -1,4 +1,4 @@
-"""The tools of a request."""
+"""Tools that a prompt describes and an answer may call."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call; `parameters` is the JSON schema of its arguments."""
+    """A function that a model may call. `parameters`: the JSON schema of its arguments."""
 
     name: str
     description: str
@@ -27,7 +27,7 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """Return the arguments' schema, which excludes unnamed arguments by default."""
+        """Return the arguments' schema, with `additionalProperties` false by default."""
         given = self.parameters or _NO_ARGUMENTS
         is_plain = "properties" in given and not given.keys() & _COMBINED
         return {"additionalProperties": False, **given} if is_plain else given
@@ -42,11 +42,10 @@ class Tool:
 
 @dataclass(frozen=True)
 class Tools:
-    """A prompt's tools, and the calls that its answer may have.
+    """A prompt's tools, and the calls that its answer may contain.
 
-    `all`: tools in the prompt. `callable_`: tools that the answer may call. `must_call`: whether a
-    call is required. `several`: whether several calls are allowed. Raises PopError if two names
-    have the same grammar rule.
+    `all`: tools in the prompt. `callable_`: tools that the answer may call. `must_call`: require a
+    call. `several`: allow several calls. Raises PopError if two names have the same grammar rule.
     """
 
     all: tuple[Tool, ...]
@@ -58,9 +57,8 @@ class Tools:
         rules: dict[str, str] = {}
         for tool in self.all:
             if other := rules.get(tool.rule):
-                raise PopError(
-                    f"the tools {other!r} and {tool.name!r} are named alike", "rename one of them"
-                )
+                message = f"the tools {other!r} and {tool.name!r} are named alike"
+                raise PopError(message, "rename one of the two tools")
             rules[tool.rule] = tool.name
 
     @property

@@ -19,7 +19,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local import __version__
 from pop_local.engine.chat_messages import TokenLogprob
-from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.decode.sampler import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.server import request_bodies as bodies

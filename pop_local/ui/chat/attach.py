@@ -1,10 +1,10 @@
-"""/file, /glob and /image: attachments of the next question, and their token counts."""
+"""The commands /file, /glob and /image, which attach files to the next question."""
 
 import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,27 +13,31 @@ from pop_local.config.settings import expanded
 from pop_local.engine.images.pictures import Picture, read_picture
 from pop_local.texts.document_readers import Document, read_document
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.overflow import larger_ctx, least_answer
+from pop_local.ui.chat.overflow import answer_reserve, larger_ctx
 from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.views.stats import counted_line, picture_line
 
-# An allowance for the question and the template's tokens.
+# Context tokens reserved for the question and the template.
 _QUESTION_TOKENS = 64
 _MAX_FILES = 500
-_NEXT = "It will be sent with your next question."
+_ATTACHED = "Attached to your next question."
 
 
-@dataclass(frozen=True)
-class _Counted:
-    document: Document
-    n_tokens: int
+# A document and its number of tokens.
+_Counted = tuple[Document, int]
 
 
 def attach_file(chat: Dialogue, argument: str) -> None:
+    """Attach a file. Without an argument, list the attached files."""
     if argument:
         _offer(chat, [given_path(argument)], may_cut=True)
-    else:
-        _list_files(chat)
+        return
+    if not chat.documents:
+        chat.screen.note("No file is attached; /file PATH attaches one.")
+    n_ctx = chat.model.engine.context.n_ctx
+    for document in chat.documents:
+        n_tokens = count_tokens(chat, document.text)
+        chat.screen.note(counted_line(document.name, n_tokens, n_ctx))
 
 
 def attach_glob(chat: Dialogue, argument: str) -> None:
@@ -51,13 +55,16 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
 
 
 def attach_image(chat: Dialogue, argument: str) -> None:
+    """Attach a picture. Without an argument, list the attached pictures."""
     if not argument:
-        _list_pictures(chat)
+        if not chat.pictures:
+            chat.screen.note("No picture is attached; /image PATH attaches one.")
+        for picture in chat.pictures:
+            _note_picture(chat, picture)
         return
     try:
         picture = read_picture(given_path(argument))
-        chat.screen.note(_picture_line(chat, picture))
-        n_tokens = chat.model.engine.prompter.count_picture(picture)
+        n_tokens = _note_picture(chat, picture)
         while n_tokens > (room := _room_in(chat)):
             if _choose(chat, n_tokens, room, {}) is None:
                 return
@@ -65,41 +72,48 @@ def attach_image(chat: Dialogue, argument: str) -> None:
         chat.fail(as_pop_error(error))
         return
     chat.pictures.append(picture)
-    chat.screen.note(_NEXT)
+    chat.screen.note(_ATTACHED)
+
+
+def _note_picture(chat: Dialogue, picture: Picture) -> int:
+    engine = chat.model.engine
+    n_tokens = engine.prompter.count_picture(picture)
+    chat.screen.note(picture_line(picture, n_tokens, engine.context.n_ctx))
+    return n_tokens
 
 
 def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
     n_ctx = chat.model.engine.context.n_ctx
     files = [counted for path in paths if (counted := _counted(chat, path))]
-    for counted in files:
-        chat.screen.note(counted_line(counted.document.name, counted.n_tokens, n_ctx))
+    for document, n_tokens in files:
+        chat.screen.note(counted_line(document.name, n_tokens, n_ctx))
     if len(files) > 1:
-        n_tokens = sum(counted.n_tokens for counted in files)
-        chat.screen.note(counted_line(f"All {len(files)}", n_tokens, n_ctx))
+        chat.screen.note(counted_line(f"All {len(files)}", sum(n for _, n in files), n_ctx))
     if files:
         _attach(chat, files, may_cut)
 
 
 def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
     room = _room_in(chat)
-    sums = accumulate(counted.n_tokens for counted in files)
-    fitting = [counted for counted, n in zip(files, sums, strict=True) if n <= room]
-    if len(fitting) == len(files):
-        _add(chat, files)
-        return
-    cuts = {}
-    if may_cut and room > 0:
-        cuts["b"] = f"read the first {room:,} tokens"
-        cuts["e"] = f"read the last {room:,} tokens"
-    elif fitting:
-        cuts["f"] = f"read the first {len(fitting)} of {len(files)}"
-    chosen = _choose(chat, sum(counted.n_tokens for counted in files), room, cuts)
-    if chosen == "f":
-        _add(chat, fitting)
-    elif chosen in ("b", "e"):
-        _add(chat, [_cut(chat, files[0], room, chosen)])
-    elif chosen == "l":
+    sums = [*accumulate(n for _, n in files)]
+    fitting = [document for (document, _), n in zip(files, sums, strict=True) if n <= room]
+    chosen = "f"
+    if len(fitting) < len(files):
+        cuts = {}
+        if may_cut and room > 0:
+            cuts = {"b": f"read the first {room:,} tokens", "e": f"read the last {room:,} tokens"}
+        elif fitting:
+            cuts = {"f": f"read the first {len(fitting)} of {len(files)}"}
+        chosen = _choose(chat, sums[-1], room, cuts) or ""
+    if chosen == "l":
         _attach(chat, files, may_cut)
+        return
+    if chosen == "f":
+        chat.documents += fitting
+    elif chosen in ("b", "e"):
+        chat.documents.append(_cut(chat, files[0][0], room, chosen))
+    if chosen:
+        chat.screen.note(_ATTACHED)
 
 
 def count_tokens(chat: Dialogue, text: str) -> int:
@@ -108,27 +122,29 @@ def count_tokens(chat: Dialogue, text: str) -> int:
 
 def count_used(chat: Dialogue) -> int:
     """Count the tokens of the conversation and of the next question's attachments."""
-    messages = chat.session.conversation.messages
-    n_messages = len(chat.model.engine.prompter.conversation(messages)) if messages else 0
-    n_pictures = sum(map(chat.model.engine.prompter.count_picture, chat.pictures))
+    prompter, messages = chat.model.engine.prompter, chat.session.conversation.messages
+    n_messages = len(prompter.conversation(messages)) if messages else 0
+    n_pictures = sum(map(prompter.count_picture, chat.pictures))
     return n_messages + n_pictures + sum(count_tokens(chat, each.text) for each in chat.documents)
 
 
 def _room_in(chat: Dialogue) -> int:
-    """Return the number of tokens left for attachments; it may be negative."""
+    """Return the number of tokens left for attachments, which may be negative."""
     n_ctx = chat.model.engine.context.n_ctx
-    n_answer = least_answer(chat.sampling.get("max_tokens"), n_ctx)
+    n_answer = answer_reserve(chat.sampling.get("max_tokens"), n_ctx)
     return n_ctx - count_used(chat) - n_answer - _QUESTION_TOKENS
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
     """Ask the user how to attach a file that does not fit into the context.
 
-    Returns the chosen key: "l" once the context is enlarged, None if nothing is to be attached.
+    Return the chosen key of `cuts`, "l" after enlarging the context, None to attach nothing.
     """
     n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
     larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}
-    question = f"This is {n_tokens - room:,} tokens too long ({max(0, room):,} tokens left)."
+    question = (
+        f"The attachment is {n_tokens - room:,} tokens too long ({max(0, room):,} tokens left)."
+    )
     chosen = chat.screen.choose(question, {**cuts, **larger, "s": "skip it"})
     if chosen == "l" and n_larger and chat.enlarge(n_larger):
         return "l"
@@ -145,40 +161,14 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
     except (OSError, PopError) as error:
         chat.fail(as_pop_error(error))
         return None
-    return _Counted(document, count_tokens(chat, document.text))
+    return document, count_tokens(chat, document.text)
 
 
-def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted:
-    tokens = chat.model.engine.context.tokenize(counted.document.text)
+def _cut(chat: Dialogue, document: Document, n_tokens: int, end: str) -> Document:
+    context = chat.model.engine.context
+    tokens = context.tokenize(document.text)
     kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
-    text = chat.model.engine.context.detokenize(kept)
-    return _Counted(replace(counted.document, text=text), len(kept))
-
-
-def _add(chat: Dialogue, files: Sequence[_Counted]) -> None:
-    chat.documents += [counted.document for counted in files]
-    chat.screen.note(_NEXT if len(files) == 1 else "They will be sent with your next question.")
-
-
-def _list_files(chat: Dialogue) -> None:
-    if not chat.documents:
-        chat.screen.note("No file is attached; /file PATH attaches one.")
-    for document in chat.documents:
-        n_tokens = count_tokens(chat, document.text)
-        chat.screen.note(counted_line(document.name, n_tokens, chat.model.engine.context.n_ctx))
-
-
-def _list_pictures(chat: Dialogue) -> None:
-    if not chat.pictures:
-        chat.screen.note("No picture is attached; /image PATH attaches one.")
-    for picture in chat.pictures:
-        chat.screen.note(_picture_line(chat, picture))
-
-
-def _picture_line(chat: Dialogue, picture: Picture) -> str:
-    return picture_line(
-        picture, chat.model.engine.prompter.count_picture(picture), chat.model.engine.context.n_ctx
-    )
+    return replace(document, text=context.detokenize(kept))
 
 
 def given_path(path: str) -> Path:

@@ -1,4 +1,4 @@
-"""A conversation on a screen: sends questions to a ChatSession and shows its answers."""
+"""A chat in the terminal: the conversation, its model, attachments and streamed answers."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,11 +11,12 @@ from pop_local.engine.chat_messages import TurnStats
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.learned_fit import Fitter, LearnedFit
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
 from pop_local.measure.full_cost import FullCosts
 from pop_local.texts.document_readers import Document
-from pop_local.ui.chat.overflow import ask_for_room, least_answer
+from pop_local.ui.chat.overflow import answer_reserve, ask_for_room
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
@@ -23,19 +24,23 @@ from pop_local.ui.views.stats import stats_line
 WARN_SHARE = 0.8
 # Values whose spelling matters: four characters or more with a digit, e-mail addresses, paths.
 _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
-_OFFER = "A pruned prompt may misspell numbers, names and paths: /full on reads all tokens in full."
+_OFFER = "Pruned prompts may cause errors in numbers, names and paths: /full on disables pruning."
 
 
-# Opens a model by name (None: the current one) with a context in tokens (None: the option's).
+# Opens a model by name (None: the current model) with a context in tokens (None: the default).
 ModelOpener = Callable[[str | None, int | None], PopModel]
-# Returns the calibration of a model, None if it does not learn.
-MakeTeacher = Callable[[PopModel], Fitter | None]
-# ChatSession's stream, retry or edit, which take the options of an answer.
+# Returns a model's fitter, or None if the model does not learn.
+MakeFitter = Callable[[PopModel], Fitter | None]
+# ChatSession's stream, retry or edit, called with the options of an answer.
 Ask = Callable[..., Stream]
 
 
 class Dialogue:
-    """A session with its sampling options and the attachments of the next question."""
+    """A session with its sampling options and the attachments of the next question.
+
+    `refill`: when cached rows are refilled (ui.chat.refill.MODES). `saved_as`: name of the saved
+    session, which /save replaces without confirmation, or "".
+    """
 
     def __init__(
         self,
@@ -46,21 +51,19 @@ class Dialogue:
         system: str = "",
         sampling: Mapping[str, Any],
         refill: str = "off",
-        teach: MakeTeacher = lambda model: None,
+        make_fitter: MakeFitter = lambda model: None,
     ) -> None:
-        """`refill`: one of ui.chat.refill.MODES."""
         self.model = model
         self.session: ChatSession = model.session(system=system)
-        self.costs = _costs(model)
-        self._teach = teach
-        self.teacher = teach(model)
+        self.costs = costs_of(model)
+        self._make_fitter = make_fitter
+        self.fitter = make_fitter(model)
         self.screen = screen
-        self._refill = refill
+        self.refill = refill
         self.sampling = dict(sampling)
         self.documents: list[Document] = []
         self.pictures: list[Picture] = []
         self.has_failed = False
-        # The name of the saved session, which /save replaces without confirmation, or "".
         self.saved_as = ""
         self._open_model = open_model
         self._name: str | None = None
@@ -68,47 +71,34 @@ class Dialogue:
 
     # The model
 
-    @property
-    def refill(self) -> str:
-        """When cached rows are refilled, one of ui.chat.refill.MODES."""
-        return self._refill
-
-    @refill.setter
-    def refill(self, mode: str) -> None:
-        self._refill = mode
-        self._keep_states()
-
-    def _keep_states(self) -> None:
-        self.model.engine.set_refill(self._refill != "off")
-
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Continue with another model or context. Raises PopError and changes nothing then."""
+        """Replace the model or its context. If opening raises PopError, keep the current model."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
-        before, self.model, self.costs = self.model, opened, _costs(opened)
+        before, self.model, self.costs = self.model, opened, costs_of(opened)
         self.session.model = opened
-        self.teacher = self._teach(opened)
-        # A model that cannot be pruned is always off, which is not the user's choice.
-        if before.engine.pruning.can_switch and self.model.engine.pruning.can_switch:
-            self.model.engine.set_mode(before.engine.pruning.mode)
+        self.fitter = self._make_fitter(opened)
+        # A model that cannot be pruned is always OFF, which is not the user's choice.
+        if before.engine.pruning.can_switch and opened.engine.pruning.can_switch:
+            opened.engine.set_mode(before.engine.pruning.mode)
         before.close()
-        self._keep_states()
+        self.model.engine.set_refill(self.refill != "off")
         self._is_warned = False
 
-    def swap_sidecar(self, lesson: LearnedFit) -> None:
-        """Prune by a learned fit from now on, and report it."""
+    def swap_sidecar(self, fit: LearnedFit) -> None:
+        """Start pruning with a learned fit, and notify the user."""
         try:
-            self.model.swap_sidecar(lesson.sidecar)
+            self.model.swap_sidecar(fit.sidecar)
         except PopError as error:
-            self.screen.note(f"{lesson} It takes effect at the next start: {error.message}.")
+            self.screen.note(f"{fit} The fit takes effect at the next start: {error.message}.")
             return
-        self.costs = _costs(self.model)
-        self._keep_states()
-        self.screen.note(f"{lesson} /full on disables it.")
+        self.costs = costs_of(self.model)
+        self.model.engine.set_refill(self.refill != "off")
+        self.screen.note(f"{fit} /full on disables fast reading.")
 
     def enlarge(self, n_ctx: int) -> bool:
-        """Reopen the model with a larger context. Return False if that fails."""
+        """Reopen the model with a larger context. Return False if opening fails."""
         try:
             self.reopen(None, n_ctx)
         except PopError as error:
@@ -137,9 +127,9 @@ class Dialogue:
         self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
-        """Show an answer, of which Ctrl-C or a failure keeps the first part.
+        """Show an answer. After Ctrl-C or a failure, the conversation keeps the part shown so far.
 
-        Raises KeyboardInterrupt for Ctrl-C if the lines are piped.
+        Raises KeyboardInterrupt after Ctrl-C if the lines are piped.
         """
         interrupt = CtrlC()
         try:
@@ -172,13 +162,12 @@ class Dialogue:
         self.screen.note(line)
 
     def _show(self, ask: Ask, interrupt: CtrlC) -> None:
+        n_ctx = self.model.engine.context.n_ctx
         with self.screen.reading() as advance:
             stream = ask(
                 on_prefill=advance,
                 should_stop=lambda: interrupt.asked,
-                min_answer=least_answer(
-                    self.sampling.get("max_tokens"), self.model.engine.context.n_ctx
-                ),
+                min_answer=answer_reserve(self.sampling.get("max_tokens"), n_ctx),
                 ends_repeats=True,
                 **self.sampling,
             )
@@ -198,7 +187,7 @@ class Dialogue:
         self._offer_full(stream.text, stats)
 
     def _offer_full(self, answer: str, stats: TurnStats) -> None:
-        """Offer /full once, after an exact string from a cache that is not exact.
+        """Offer /full once if an answer from inexact rows contains an exact string.
 
         A file whose look-ups were measured without a loss needs no offer.
         """
@@ -233,6 +222,43 @@ class Dialogue:
         self._is_warned = is_full
 
 
-def _costs(model: PopModel) -> FullCosts:
+def costs_of(model: PopModel) -> FullCosts:
+    engine = model.engine
+    return FullCosts(engine.context.macs, engine.pruning.boundary or engine.pruning.exact or None)
+
+
+def pruning_state(model: PopModel) -> str:
+    """Describe in one sentence whether prompt tokens skip layers."""
     pruning = model.engine.pruning
-    return FullCosts(model.engine.context.macs, pruning.boundary or pruning.exact or None)
+    is_off = pruning.mode is Mode.OFF
+    if pruning.exact and is_off:
+        return "Exact skipping is off: prompt tokens run all layers, with the same result."
+    if pruning.exact:
+        return (
+            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. Answers equal"
+            " the full model's answers."
+        )
+    if not pruning.boundary:
+        return "Fast reading is not available: this model is not converted."
+    if is_off:
+        return "Fast reading is off: prompt tokens run all layers (/full off enables it)."
+    n_layer = model.engine.context.shape.n_layer
+    return (
+        f"Fast reading is on: prompt tokens skip the last {n_layer - pruning.boundary} of {n_layer}"
+        " layers (/full on disables it)."
+    )
+
+
+def warn_of_base_model(chat: Dialogue) -> None:
+    if not chat.model.engine.prompter.has_template:
+        chat.screen.warn(
+            "This base model has no chat template and continues text instead of answering."
+        )
+
+
+def warn_of_hidden_pictures(chat: Dialogue) -> None:
+    if chat.session.conversation.pictures and not chat.model.engine.prompter.can_see:
+        chat.screen.warn(
+            "This model has no mmproj and cannot read the conversation's pictures. Remove the"
+            " pictures with /undo or /clear."
+        )

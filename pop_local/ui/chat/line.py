@@ -1,4 +1,4 @@
-"""Input lines: prompt_toolkit in a terminal, plain lines from a pipe."""
+"""Reading of the user's lines, with editing and completion in a terminal."""
 
 import codecs
 import sys
@@ -26,23 +26,25 @@ PROMPT = "> "
 CONTINUATION = ". "
 WRAPPED = "  "
 QUOTES = '"""'
-# Longer lines, such as pasted books, are left out of the history.
+# The history omits longer lines, which are mostly pasted texts.
 _MAX_REMEMBERED = 10_000
 # Update interval of the status below the line.
 _REFRESH_S = 0.5
+PATH_COMMANDS = ("/file", "/glob", "/image", "/model")
 
 Words = Callable[[], Iterable[str]]
-# Returns the next line; an argument is its initial text. Raises EOFError, KeyboardInterrupt, and
-# PopError for a line that is not UTF-8.
+# Returns the next line of input. An argument is the line's initial text. Raises EOFError,
+# KeyboardInterrupt, and PopError for a line that is not UTF-8.
 LineReader = Callable[..., str]
 
 
 def line_reader(
     history: Path, commands: Mapping[str, Words], status: Callable[[], str]
 ) -> LineReader:
-    """Return a reader of stdin. `commands`: completions for each command's argument.
+    """Return a reader of stdin.
 
-    `status` is shown below a typed line, unless it is empty at first.
+    `commands`: completions for each command's argument. `status` returns the text below a typed
+    line. If the text is empty when a line starts, the line shows no status.
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -70,7 +72,7 @@ def line_reader(
 
 
 def piped_line(default: str = "") -> str:
-    """Read a line of stdin. Raises EOFError at the end, PopError if it is not UTF-8 text."""
+    """Read a line of stdin. Raises EOFError at the end, PopError for invalid UTF-8."""
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
@@ -80,14 +82,14 @@ def piped_line(default: str = "") -> str:
 
 
 def _utf8(line: str) -> str:
-    """Return the line. Raises PopError for a NUL or for surrogates, which encode invalid bytes."""
+    """Return the line. Raises PopError for NUL characters and invalid bytes."""
     if any("\ud800" <= char <= "\udfff" or char == "\0" for char in line):
-        raise PopError("skipped a line that is not UTF-8 text", "save it as UTF-8")
+        raise PopError("skipped a line that is not UTF-8 text", "save the input as UTF-8")
     return line
 
 
 def chosen_key(keys: Sequence[str]) -> str | None:
-    """Ask for one of the keys; None for an empty line, Ctrl-C or Ctrl-D."""
+    """Ask for one of the keys. Return None for an empty line, Ctrl-C or Ctrl-D."""
     session = _session()
     while True:
         try:
@@ -99,16 +101,16 @@ def chosen_key(keys: Sequence[str]) -> str | None:
 
 
 def _session(**options: Any) -> PromptSession[str]:
-    # Stdout may be a file; prompts must stay visible.
+    # Prompts must stay visible if stdout is a file.
     stream = sys.stdout if sys.stdout.isatty() else sys.stderr
     output = PlainTextOutput(stream) if is_dumb_terminal() else create_output(stream)
-    # As an argument of PromptSession it would disable the mode for dumb terminals.
+    # PromptSession(output=...) would disable the mode for dumb terminals.
     with create_app_session(output=output):
         return PromptSession(**options)
 
 
 def is_open(text: str) -> bool:
-    """Return True if the text, or its command's argument, has an unclosed block."""
+    """Return True if the text contains an unclosed block in triple quotes."""
     body = _body(text)
     return body.startswith(QUOTES) and (not body.endswith(QUOTES) or body.count(QUOTES) % 2 == 1)
 
@@ -148,7 +150,7 @@ def _bindings() -> KeyBindings:
 
 
 class _History(FileHistory):
-    """A history file that only its owner can read; write errors are ignored."""
+    """A history file that only its owner can read. Write errors are ignored."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -180,34 +182,22 @@ class _Completer(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-        with suppress(Exception):  # prompt_toolkit would print a traceback
-            yield from self._found(document, event)
-
-    def _found(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-        text = document.text_before_cursor
-        if not text.startswith("/"):
+        name, space, argument = document.text_before_cursor.partition(" ")
+        if not name.startswith("/"):
             return
-        name, space, argument = text.partition(" ")
         if not space:
             yield from _matching(self._commands, name, end=" ")
             return
-        if name in self._commands:
+        with suppress(Exception):  # prompt_toolkit would print a traceback
             yield from _matching(self._commands[name](), argument)
-        if name in PATH_COMMANDS:
-            for found in self._paths.get_completions(Document(argument), event):
-                yield _with_slash(found)
-
-
-PATH_COMMANDS = ("/file", "/glob", "/image", "/model")
+            paths = self._paths.get_completions(Document(argument), event)
+            for found in paths if name in PATH_COMMANDS else ():
+                # prompt_toolkit shows the slash after a folder, but does not insert it.
+                slash = "/" if found.display_text.endswith("/") else ""
+                yield Completion(found.text + slash, found.start_position, display=found.display)
 
 
 def _matching(words: Iterable[str], begun: str, end: str = "") -> Iterator[Completion]:
     for word in words:
         if word.startswith(begun):
             yield Completion(word + end, start_position=-len(begun), display=word)
-
-
-def _with_slash(found: Completion) -> Completion:
-    """Add the slash after a folder, which prompt_toolkit shows but does not insert."""
-    slash = "/" if found.display_text.endswith("/") else ""
-    return Completion(found.text + slash, found.start_position, display=found.display)

@@ -1,32 +1,34 @@
 """Rendering of streamed answers: Markdown in a terminal, plain text elsewhere.
 
-Finished blocks are printed once. Only the last block is redrawn while it grows, up to the screen's
-height. Lines that scrolled away never change.
+Each finished block is printed once. The last block is redrawn while it grows, up to the screen's
+height. Lines that have scrolled off the screen never change.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType, Segment, Segments
 from rich.text import Text
 
+from pop_local.engine.decode.text import n_begun
+from pop_local.engine.prompt.prompt import THINK
 from pop_local.engine.tools.reader import Piece
-from pop_local.ui.chat.markdown import Lines, is_code, rendered, top_level
-from pop_local.ui.chat.thinking import ThinkingSplitter
+from pop_local.ui.chat.markdown import Lines, rendered, top_level
 
-# Keep a model from moving the cursor or changing colours.
+# Answers are shown without control characters, which could move the cursor or change colours.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
-# Limits drawing to 1/75 of the time.
+_THINK_END = "</think>"
+# Pause between two drawings, in multiples of a drawing's time.
 _REST = 74
 
 
 class PlainAnswer:
-    """Writes the model's text unchanged, except for control characters in a terminal."""
+    """Writer of plain answers, without control characters in a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -45,20 +47,53 @@ class PlainAnswer:
             self._stream.flush()
 
 
+class ThinkingSplitter:
+    """Splitter of a streamed answer into reasoning (a block at the start) and content."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._at: Literal["beginning", "thought", "gap", "answer"] = "beginning"
+
+    def push(self, text: str) -> Iterator[Piece]:
+        self._held += text
+        if self._at == "beginning":
+            begun = self._held.lstrip()
+            if begun.startswith(THINK):
+                self._at, self._held = "thought", begun.removeprefix(THINK)
+            elif not THINK.startswith(begun):
+                self._at = "answer"
+        if self._at == "thought":
+            thought, end, rest = self._held.partition(_THINK_END)
+            n_ready = len(thought) - (0 if end else n_begun(thought, _THINK_END))
+            if n_ready:
+                yield Piece(reasoning=thought[:n_ready])
+            self._at, self._held = ("gap", rest) if end else ("thought", thought[n_ready:])
+        if self._at == "gap":
+            self._held = self._held.lstrip()
+            self._at = "answer" if self._held else "gap"
+        if self._at == "answer" and self._held:
+            yield Piece(self._held)
+            self._held = ""
+
+    def flush(self) -> Iterator[Piece]:
+        """Yield the text held back so far, at the end of the answer."""
+        if self._held:
+            is_thought = self._at == "thought"
+            yield Piece(reasoning=self._held) if is_thought else Piece(self._held)
+        self._held = ""
+
+
 class Tail:
-    """The last lines on a terminal, which are redrawn."""
+    """The last lines on a terminal, which can be redrawn."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._widths: list[int] = []
 
     def draw(self, above: Lines, lines: Lines) -> None:
-        """Replace the lines drawn last with `above` and `lines`; a next call replaces `lines`.
-
-        One write to the terminal avoids flicker.
-        """
+        """Replace the previous call's `lines` with `above` and `lines`."""
         n_rows = sum(map(self._n_rows, self._widths))
-        with self._console:
+        with self._console:  # a single write avoids flicker
             if n_rows:
                 up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
                 self._console.control(Control(ControlType.CARRIAGE_RETURN, *up * n_rows))
@@ -67,12 +102,12 @@ class Tail:
         self._widths = [Segment.get_line_length(line) for line in lines]
 
     def _n_rows(self, width: int) -> int:
-        """Count the rows of a line, which a narrower terminal wraps."""
+        """Count the terminal rows of a line, which may be wrapped."""
         return max(1, -(-width // max(1, self._console.width)))
 
 
 class MarkdownAnswer:
-    """Renders Markdown with highlighting; the model's reasoning is dim and plain."""
+    """Renderer of Markdown answers, with the model's reasoning as dim plain text."""
 
     def __init__(self, console: Console, code_theme: str) -> None:
         self._console = console
@@ -80,8 +115,6 @@ class MarkdownAnswer:
         self._splitter = ThinkingSplitter()
         self._tail = Tail(console)
         self._pending = ""
-        self._n_printed = 0  # final lines of the pending block
-        self._width = console.width
         self._has_blocks = False
         self._is_thinking = False
         self._next_draw_s = 0.0
@@ -97,8 +130,7 @@ class MarkdownAnswer:
     def end(self) -> None:
         self._take(self._splitter.flush())
         self._end_thinking()
-        for block in top_level(self._pending):
-            self._finish(block)
+        self._finish(top_level(self._pending))
         self._tail.draw([], [])
         self._pending = ""
 
@@ -120,49 +152,24 @@ class MarkdownAnswer:
         # An incomplete line may still belong to the preceding block.
         end = self._pending.rfind("\n") + 1
         *finished, last = top_level(self._pending[:end]) or [""]
-        for block in finished:
-            self._finish(block)
+        self._finish(finished)
         self._pending = last + self._pending[end:]
-        self._draw_pending()
-
-    def _draw_pending(self) -> None:
-        blocks = [self._lines(block) for block in top_level(self._pending)]
-        lines = _joined(blocks)[self._n_printed :]
         n_visible = max(1, self._console.height - 2)
-        n_over = len(lines) - n_visible
-        lead = self._lead()
-        if n_over > 0 and is_code(self._pending):
-            # Later code does not change the upper lines.
-            n_done = min(len(lines) - 2, n_over + n_visible // 2)
-            self._tail.draw(lead + lines[:n_done], lines[n_done:])
-            self._n_printed += n_done
+        self._tail.draw([], self._lines(top_level(self._pending))[-n_visible:])
+
+    def _finish(self, blocks: list[str]) -> None:
+        if lines := self._lines(blocks):
+            self._tail.draw(lines, [])
             self._has_blocks = True
-        else:
-            self._tail.draw([], (lead + lines)[-n_visible:])
 
-    def _finish(self, block: str) -> None:
-        lines = self._lines(block)
-        if lines:
-            self._tail.draw(self._lead() + lines[self._n_printed :], [])
-            self._has_blocks = True
-        self._n_printed = 0
-
-    def _lead(self) -> Lines:
-        """Return the blank line between two blocks."""
-        return [[]] if self._has_blocks and not self._n_printed else []
-
-    def _lines(self, block: str) -> Lines:
-        if not self._n_printed:  # printed lines keep their width
-            self._width = self._console.width
-        return rendered(self._console, block, self._code_theme, self._width)
+    def _lines(self, blocks: list[str]) -> Lines:
+        """Return the blocks' lines, with a blank line between two blocks."""
+        found: Lines = []
+        for block in blocks:
+            lines = rendered(self._console, block, self._code_theme)
+            found += [[], *lines] if lines and (found or self._has_blocks) else lines
+        return found
 
 
-# Both receive an answer in pieces (`push`) and finish the line at its `end`.
+# `push` shows the next piece of an answer, and `end` completes the last line.
 AnswerView = PlainAnswer | MarkdownAnswer
-
-
-def _joined(blocks: Sequence[Lines]) -> Lines:
-    joined: Lines = []
-    for block in blocks:
-        joined += [[], *block] if joined and block else block
-    return joined

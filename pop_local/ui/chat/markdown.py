@@ -1,11 +1,11 @@
-"""Markdown rendered as terminal lines, without losing any text."""
+"""Rendering of Markdown as terminal lines that contain all of its text."""
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, ClassVar
 
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from rich.console import Console
 from rich.markdown import Heading, Markdown, MarkdownElement, TableElement
 from rich.segment import Segment
@@ -13,18 +13,18 @@ from rich.text import Text
 
 Lines = list[list[Segment]]
 
-# Show HTML and link definitions unchanged and images as links: rich would drop them.
+# Show HTML and link definitions unchanged, and images as links. rich would drop all three.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 _PARSER.disable(["reference", "image"])
-# Parsing only blocks takes half the time.
+# Parsing blocks without inline markup takes half the time.
 _BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table")
 _BLOCKS.disable(["inline", "reference"])
-# Minimum width of a table's column, with its padding.
+# Minimum width of a table's column, including the padding.
 _LEAST_COLUMN = 4
 
 
 class _LeftHeading(Heading):
-    """A left-aligned heading; rich centres it or draws a box."""
+    """A left-aligned heading, which rich would centre or draw in a box."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         self.text.justify = "left"
@@ -32,7 +32,7 @@ class _LeftHeading(Heading):
 
 
 class _WholeTable(TableElement):
-    """A table that wraps cells; rich cuts off wide cells and drops columns."""
+    """A table that wraps wide cells, which rich would cut off."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         tables: Any = super().__rich_console__(console, options)
@@ -61,18 +61,14 @@ class _Markdown(Markdown):
 
     def __init__(self, text: str, code_theme: str) -> None:
         super().__init__("", code_theme=code_theme, hyperlinks=False)
-        self.parsed = [_with_breaks(token) for token in _PARSER.parse(text)]
-
-
-def _with_breaks(token: Token) -> Token:
-    for child in token.children or []:
-        if child.type == "softbreak":
-            child.type = "hardbreak"
-    return token
+        self.parsed = _PARSER.parse(text)
+        for child in chain.from_iterable(token.children or () for token in self.parsed):
+            if child.type == "softbreak":
+                child.type = "hardbreak"
 
 
 def top_level(text: str) -> list[str]:
-    """Split a text into its blocks: paragraphs, lists, tables, code and so on."""
+    """Split a text into top-level blocks: paragraphs, lists, tables, code and so on."""
     lines = re.split(r"(?<=\n)", text)
     starts = [token.map[0] for token in _BLOCKS.parse(text) if token.level == 0 and token.map]
     if not starts:
@@ -82,15 +78,10 @@ def top_level(text: str) -> list[str]:
     return ["".join(lines[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def is_code(text: str) -> bool:
-    """Return True for a single fenced code block."""
-    return [token.type for token in _BLOCKS.parse(text)] == ["fence"]
-
-
-def rendered(console: Console, text: str, code_theme: str, width: int) -> Lines:
-    """Return lines without padding, and without blank lines at both ends."""
-    markdown, options = _Markdown(text, code_theme), console.options.update(width=width)
-    lines = [_trimmed(line) for line in console.render_lines(markdown, options, pad=False)]
+def rendered(console: Console, text: str, code_theme: str) -> Lines:
+    """Render Markdown as lines without padding. Omit blank lines at both ends."""
+    markdown = _Markdown(text, code_theme)
+    lines = [_trimmed(line) for line in console.render_lines(markdown, pad=False)]
     while lines and not lines[-1]:
         lines.pop()
     while lines and not lines[0]:
@@ -99,7 +90,7 @@ def rendered(console: Console, text: str, code_theme: str, width: int) -> Lines:
 
 
 def _trimmed(line: list[Segment]) -> list[Segment]:
-    """Remove trailing spaces, which would be copied and wrapped."""
+    """Remove trailing spaces, which a terminal would copy and wrap."""
     while line and not (line[-1].style and line[-1].style.bgcolor):
         text = line[-1].text.rstrip()
         if text:

@@ -1,4 +1,4 @@
-"""Choices for a question that does not fit the context."""
+"""Remedies for prompts that exceed the context."""
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.context_full import ContextFullError
@@ -6,24 +6,24 @@ from pop_local.engine.engine import EngineOwner
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.ui.chat.screen import Screen
 
-# Minimum room for an answer.
 ANSWER_TOKENS = 128
 _CTX_STEP = 1024
 
 
-def least_answer(max_tokens: int | None, n_ctx: int) -> int:
+def answer_reserve(max_tokens: int | None, n_ctx: int) -> int:
+    """Return the number of context tokens to reserve for an answer."""
     return min(max_tokens or ANSWER_TOKENS, ANSWER_TOKENS, max(1, n_ctx // 8))
 
 
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> tuple[int, int]:
-    """Ask the user. Return the number of turns to drop and a larger context, 0 for neither."""
+    """Ask the user. Return the number of turns to drop, and a larger context length (or 0)."""
     message = (
         f"Context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}, an"
         f" answer needs {error.n_answer:,} or more, the limit is {error.n_ctx:,}."
     )
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
-    n_larger = larger_ctx(session.model, error.n_prompt + error.n_answer)
+    n_larger = larger_ctx(session.model, error.n_prompt + error.n_answer) or 0
     choices = {}
     if n_drop:
         turns = "the oldest turn" if n_drop == 1 else f"the {n_drop} oldest turns"
@@ -34,19 +34,19 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
         choices["l"] = f"use a larger context (--ctx {n_larger}) and read the prompt again"
     choices["x"] = "drop this question"
     chosen = screen.choose(message, choices)
-    n_dropped = n_drop if chosen == "d" else n_turns if chosen == "n" else 0
-    return n_dropped, n_larger if n_larger and chosen == "l" else 0
+    n_dropped = {"d": n_drop, "n": n_turns}.get(chosen or "", 0)
+    return n_dropped, n_larger if chosen == "l" else 0
 
 
 def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
-    """Return the error without a dialogue, with a sufficient context as its hint."""
+    """Return a PopError whose hint names a sufficient context length."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
     larger = f"use a larger context (--ctx {n_larger}) or " if n_larger else ""
     return PopError(error.message, f"{larger}shorten the prompt")
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Return a context for 1.5 times the tokens, None if the model cannot have one."""
+    """Return a context length for 1.5 times the tokens, None if the model cannot provide it."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.n_ctx_train)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

@@ -1,4 +1,4 @@
-"""Idle work while the user types: refilling the cache (/refill) and learning."""
+"""Work while the user types: refilling the cache (/refill) and learning."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from pop_local.ui.error_output import as_pop_error
 MODES = ("idle", "off")
 
 
-def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
-    """Continue learning; a failure only turns learning off."""
+def _learn(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
+    """Continue learning. A failure disables learning."""
     try:
-        return chat.teacher.idle(should_stop) if chat.teacher else None
+        return chat.fitter.idle(should_stop) if chat.fitter else None
     except Exception as error:
-        chat.teacher = None
+        chat.fitter = None
         chat.screen.warn(f"Learning is off: {as_pop_error(error).message}.")
         return None
 
@@ -26,21 +26,19 @@ def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | No
 def idling(chat: Dialogue) -> Iterator[None]:
     """Refill and learn in another thread, which stops at the end of the block."""
     stop = threading.Event()
-    lessons: list[LearnedFit] = []
+    fits: list[LearnedFit] = []
     failures: list[Exception] = []
 
     def work() -> None:
         try:
-            while not stop.is_set() and not lessons:
-                refills = chat.refill != "off" and chat.model.engine.refiller.n_refillable
-                learns = chat.teacher is not None and chat.teacher.has_work
-                if not (refills or learns):
-                    return
-                if refills:
+            while not stop.is_set() and not fits:
+                if chat.refill != "off" and chat.model.engine.refiller.n_refillable:
                     chat.model.engine.refiller.refill(stop.is_set)
-                elif lesson := _learned(chat, stop.is_set):
-                    lessons.append(lesson)
-        except Exception as error:  # keep the conversation alive
+                elif chat.fitter is None or not chat.fitter.has_work:
+                    return
+                elif fit := _learn(chat, stop.is_set):
+                    fits.append(fit)
+        except Exception as error:  # an error must not end the conversation
             failures.append(error)
 
     thread = threading.Thread(target=work, name="pop-local idle", daemon=True)
@@ -51,14 +49,14 @@ def idling(chat: Dialogue) -> Iterator[None]:
         stop.set()
         _join(thread)
         for error in failures:
-            chat.refill = "off"
+            _switch(chat, "off")
             chat.fail(as_pop_error(error))
-    for lesson in lessons:
-        chat.swap_sidecar(lesson)
+    for fit in fits:
+        chat.swap_sidecar(fit)
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for the thread despite Ctrl-C, since it owns the model."""
+    """Wait for the thread despite Ctrl-C, because the thread uses the model."""
     interrupted = False
     while thread.is_alive():
         try:
@@ -69,33 +67,37 @@ def _join(thread: threading.Thread) -> None:
         raise KeyboardInterrupt
 
 
+def _switch(chat: Dialogue, mode: str) -> None:
+    chat.refill = mode
+    chat.model.engine.set_refill(mode != "off")
+
+
 def set_mode(chat: Dialogue, mode: str) -> None:
-    """Run /refill; without a mode, show the progress."""
+    """Change the refill mode if one is given, and show the progress."""
     if mode and mode not in MODES:
         chat.refuse(f"/refill accepts {' or '.join(MODES)}, not {mode}.")
         return
     if mode:
-        chat.refill = mode
+        _switch(chat, mode)
     chat.screen.note(_state(chat))
+    engine = chat.model.engine
     if line := status(chat):
         chat.screen.note(line)
-        if (
-            chat.model.engine.cache.n_exact < chat.model.engine.cache.n_tokens
-            and not chat.model.engine.refiller.n_refillable
-        ):
+        if engine.cache.n_exact < engine.cache.n_tokens and not engine.refiller.n_refillable:
             chat.screen.note(
-                "The others stay pruned: they were loaded, were read while catching up was off, or"
-                " belong to a picture."
+                "The other tokens stay pruned: they were loaded from a file, were read while"
+                " catching up was off, or belong to a picture."
             )
 
 
 def finish(chat: Dialogue) -> None:
-    """Refill all rows before the cache is saved, until Ctrl-C."""
-    if chat.refill == "off" or not chat.model.engine.refiller.n_refillable:
+    """Refill all rows before saving, unless the user presses Ctrl-C."""
+    refiller = chat.model.engine.refiller
+    if chat.refill == "off" or not refiller.n_refillable:
         return
     try:
         with chat.screen.reading("Catching up") as advance:
-            chat.model.engine.refiller.refill(on_progress=advance)
+            refiller.refill(on_progress=advance)
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
@@ -103,25 +105,21 @@ def finish(chat: Dialogue) -> None:
 
 
 def status(chat: Dialogue) -> str:
-    """Return the share of exact tokens; "" for an empty cache or without refilling."""
-    model = chat.model
-    nothing = (
-        not model.engine.cache.n_tokens
-        or not model.engine.pruning.boundary
-        or model.engine.context.no_refill
-    )
-    if chat.refill == "off" or nothing:
+    """Return the share of exact tokens, or "" if no token can be refilled."""
+    engine = chat.model.engine
+    can_refill = engine.pruning.boundary and not engine.context.no_refill
+    if chat.refill == "off" or not can_refill or not engine.cache.n_tokens:
         return ""
-    cache = model.engine.cache
-    return f"Cache: {cache.n_exact:,} of {cache.n_tokens:,} tokens exact"
+    return f"Cache: {engine.cache.n_exact:,} of {engine.cache.n_tokens:,} tokens exact"
 
 
 def _state(chat: Dialogue) -> str:
-    if not chat.model.engine.pruning.boundary:
-        return "Nothing to catch up: this model is not pruned."
-    if chat.model.engine.context.no_refill:
-        return f"Pruned tokens cannot catch up: {chat.model.engine.context.no_refill}."
+    engine = chat.model.engine
+    if not engine.pruning.boundary:
+        return "No tokens can catch up: this model is not pruned."
+    if engine.context.no_refill:
+        return f"Pruned tokens cannot catch up: {engine.context.no_refill}."
     if chat.refill == "off":
         return "Catching up is off: pruned tokens stay pruned."
-    held = size(chat.model.engine.refiller.held_bytes)
+    held = size(engine.refiller.held_bytes)
     return f"Catching up is on: pruned tokens run the skipped layers while you type ({held})."

@@ -1,4 +1,4 @@
-"""The chat loop, which reads lines and runs them as questions or commands."""
+"""The chat loop, which answers questions and runs slash commands."""
 
 import sys
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from pop_local.config.settings import history_file, unsaved_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
 from pop_local.ui.chat.refill import idling, status
-from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, obey
-from pop_local.ui.chat.unsaved import Unsaved
+from pop_local.ui.chat.sessions import Unsaved
+from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, run_command
 from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.typed_keys import unechoed_keys
 
@@ -29,14 +29,14 @@ def talk(chat: Dialogue) -> None:
 def converse(
     chat: Dialogue, read_line: LineReader, keep: Callable[[Dialogue], None] = lambda chat: None
 ) -> None:
-    """Run lines until the user quits or the input ends, and call `keep` before each.
+    """Run each line until the user quits or the input ends. Call `keep` before each line.
 
-    Raises KeyboardInterrupt for Ctrl-C if the lines are piped.
+    Raises KeyboardInterrupt after Ctrl-C if the lines are piped.
     """
     while True:
         try:
             keep(chat)
-            _pass_on(chat, read_line)
+            _read_and_run(chat, read_line)
         except KeyboardInterrupt:
             if not chat.screen.is_typed:
                 raise
@@ -45,18 +45,18 @@ def converse(
             return
         except BrokenPipeError:
             raise
-        except Exception as error:  # keep the conversation alive
+        except Exception as error:  # an error must not end the conversation
             chat.fail(as_pop_error(error))
 
 
-def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
+def _read_and_run(chat: Dialogue, read_line: LineReader) -> None:
     try:
         with idling(chat):
             line = read_line()
     except BrokenPipeError:
         raise
     except OSError as error:  # nohup closes stdin
-        hint = "run it in a terminal or pipe lines into it"
+        hint = "run pop-local chat in a terminal, or pipe lines into it"
         chat.fail(PopError(f"cannot read the input: {error.strerror or error}", hint))
         raise LeaveRequest from error
     if not line.strip():
@@ -65,9 +65,9 @@ def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
         chat.ask(line.strip())
         return
     try:
-        obey(chat, line)
+        run_command(chat, line)
     except EditRequest as request:
-        edited = read_line(request.text).strip()
+        edited = read_line(request.args[0]).strip()
         if edited:
             chat.answer(partial(chat.session.edit, edited))
         else:

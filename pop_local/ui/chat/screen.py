@@ -1,4 +1,4 @@
-"""The output of a conversation: answers on stdout, everything else on stderr."""
+"""The chat's output: answers go to stdout, notes and errors to stderr."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from pop_local.ui.theme import note, out, warn
 
 
 class Screen:
-    """Shows a conversation. A pipe receives only the answers."""
+    """Output of a chat's answers, notes and errors, and input of choices."""
 
     def __init__(self, code_theme: str) -> None:
         """`code_theme`: see `theme.look`."""
@@ -41,7 +41,7 @@ class Screen:
         error_output.show(error)
 
     def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
-        """Show (done_tokens, total_tokens) during a prefill or refill."""
+        """Show a progress bar in tokens during a prefill or refill."""
         return prefill_progress(what)
 
     @property
@@ -50,10 +50,10 @@ class Screen:
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
-        """Return the key of the user's choice, None without a choice or without a terminal.
+        """Return the key of the user's choice, or None without a choice or a terminal.
 
-        `choices`: texts by key. The last one means to do nothing; the user is not asked if it is
-        the only one.
+        `choices`: texts by key. The last choice changes nothing. With a single choice, the user is
+        not asked.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

@@ -1,16 +1,29 @@
-"""/save, /load and /sessions."""
+"""Session files of the chat: /save, /load, /sessions, and recovery after a crash.
+
+Each chat stores its transcript without the KV cache in a file, holds a lock next to the file, and
+removes both at exit. If a file's lock is free, its chat has crashed.
+"""
 
 import time
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+
+from filelock import FileLock, Timeout
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
 from pop_converter.base.numbers import size
+from pop_converter.base.output_file import make_private
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.sessions.chat_session import load_session
-from pop_local.engine.sessions.session_file import Sessions
-from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.model_notes import pruning_state, warn_of_hidden_pictures
+from pop_local.engine.sessions.conversation import Conversation
+from pop_local.engine.sessions.session_file import SavedFile, Sessions
+from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_hidden_pictures
 from pop_local.ui.chat.refill import finish
+from pop_local.ui.error_output import as_pop_error
+
+_CHOICES = {"c": "continue it", "d": "delete it", "k": "keep it and ask again later"}
 
 
 def saved() -> Sessions:
@@ -30,28 +43,25 @@ def save(chat: Dialogue, name: str) -> None:
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    chat.screen.note(f"Saved as {name} ({size(n_bytes)}); /load {name} continues from here.")
+    chat.screen.note(f"Saved as {name} ({size(n_bytes)}); /load {name} restores this state.")
 
 
 def load(chat: Dialogue, name: str) -> None:
     if not name:
-        chat.refuse("/load needs a session name; /sessions lists them.")
+        chat.refuse("/load needs a session name; /sessions lists the names.")
         return
     sessions, before = saved(), chat.model.engine.pruning.mode
     path = sessions.path(name)
     if not path.is_file():
-        known = {known: known for known in sessions.names()}
-        raise PopError(
-            f"no session named {name}", nearest_hint(name, known, "/sessions lists them")
-        )
+        hint = nearest_hint(name, {known: known for known in sessions.names()}, "see /sessions")
+        raise PopError(f"no session named {name}", hint)
     session = load_session(chat.model, path)
     chat.resume(session, name)
-    n_turns = len(session.conversation.turns)
-    chat.screen.note(f"Loaded {name}: {n_turns} turn{'' if n_turns == 1 else 's'}.")
+    chat.screen.note(f"Loaded {name}: {_turns(len(session.conversation.turns))}.")
     if session.reread:
         chat.screen.warn(
-            f"Cannot reuse its KV cache: {session.reread}. The transcript will be read again with"
-            " your next question."
+            f"Cannot reuse the saved KV cache: {session.reread}. Your next question also reads the"
+            " transcript again."
         )
     else:
         chat.screen.note(f"{session.n_cached:,} tokens are cached and need no reading.")
@@ -65,10 +75,86 @@ def show(chat: Dialogue, argument: str) -> None:
     if not listed:
         chat.screen.note("No saved sessions; /save NAME saves this one.")
     for stored in listed:
-        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
         what = "damaged"
-        if stored.session is not None:
-            n_turns = len(stored.session.conversation.turns)
-            turns = "1 turn" if n_turns == 1 else f"{n_turns} turns"
-            what = f"{turns}, {stored.session.n_tokens:,} tokens, {stored.session.model}"
-        chat.screen.note(f"{stored.name}: {what}, {size(stored.size_bytes)}, {day}")
+        if session := stored.session:
+            n_turns = len(session.conversation.turns)
+            what = f"{_turns(n_turns)}, {session.n_tokens:,} tokens, {session.model}"
+        chat.screen.note(f"{stored.name}: {what}, {size(stored.size_bytes)}, {_changed(stored)}")
+
+
+def _turns(n_turns: int) -> str:
+    return "1 turn" if n_turns == 1 else f"{n_turns} turns"
+
+
+def _changed(stored: SavedFile) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
+
+
+class Unsaved:
+    """This chat's transcript in `folder`, removed when the block ends without an exception."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sessions = Sessions(folder)
+        self._name = f"{time.strftime('%Y-%m-%d %H.%M.%S')} {token_hex(4)}"
+        self._lock = self._lock_of(self._name)
+        self._kept: Conversation | None = None
+        self._is_possible = True
+
+    def __enter__(self) -> "Unsaved":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Ctrl-C is a normal end of piped lines.
+        if kind in (None, KeyboardInterrupt) and self._lock.is_locked:
+            self._remove(self._name)
+        self._lock.release(force=True)
+
+    def keep(self, chat: Dialogue) -> None:
+        """Save a changed transcript. Warn once if saving fails."""
+        said = chat.session.conversation
+        if not self._is_possible or said is self._kept or not (said.turns or self._kept):
+            return
+        self._kept = said
+        try:
+            make_private(self._folder)
+            self._lock.acquire()
+            self._sessions.save_transcript(self._name, chat.model.engine, said)
+        except Exception as error:
+            self._is_possible = False
+            reason = as_pop_error(error).message
+            chat.screen.warn(f"A crash would lose this conversation ({reason}); /save it.")
+
+    def offer(self, chat: Dialogue) -> None:
+        """Offer the conversations of crashed chats, newest first, until the user picks one."""
+        try:
+            for stored in reversed(list(self._sessions.listed())):
+                with suppress(Timeout), self._lock_of(stored.name):
+                    if stored.session and self._is_last(chat, stored, stored.session.conversation):
+                        return
+        except Exception as error:
+            chat.fail(as_pop_error(error))
+
+    def _is_last(self, chat: Dialogue, stored: SavedFile, conversation: Conversation) -> bool:
+        """Offer one conversation. Return True to skip the remaining conversations."""
+        n_turns = _turns(len(conversation.turns))
+        question = f"A chat with {n_turns} ended unexpectedly on {_changed(stored)}."
+        chosen = chat.screen.choose(question, _CHOICES)
+        if chosen == "c":
+            before = chat.model.engine.pruning.mode
+            chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
+            self.keep(chat)
+            chat.screen.note("Your next question also reads this conversation again.")
+            if chat.model.engine.pruning.mode is not before:
+                chat.screen.note(pruning_state(chat.model))
+        if chosen == "d" or (chosen == "c" and self._is_possible):
+            self._remove(stored.name)
+        return chosen in ("c", None)
+
+    def _remove(self, name: str) -> None:
+        for path in (self._sessions.path(name), self._folder / f"{name}.lock"):
+            with suppress(OSError):
+                path.unlink()
+
+    def _lock_of(self, name: str) -> FileLock:
+        return FileLock(self._folder / f"{name}.lock", timeout=0, mode=0o600)

@@ -1,13 +1,16 @@
-"""The slash commands of the chat."""
+"""The chat's slash commands."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
+from pop_local.config.settings import MOST, MOST_SEED, Setting, find, parse
 from pop_local.engine.llama.backend import Mode
-from pop_local.ui.chat import attach, params, refill, sessions
-from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.model_notes import (
+from pop_local.engine.turn_options import TurnOptions
+from pop_local.ui.chat import attach, refill, sessions
+from pop_local.ui.chat.dialogue import (
+    Dialogue,
     pruning_state,
     warn_of_base_model,
     warn_of_hidden_pictures,
@@ -16,9 +19,23 @@ from pop_local.ui.views.stats import learned_lines, session_lines
 
 HELP_NOTES = (
     "Ctrl-C stops an answer.",
-    "A line with a leading space is always a question, never a command.",
-    'Alt-Enter starts a new line; so does Enter between """ and """.',
+    "A line that starts with a space is always a question.",
+    'Alt-Enter starts a new line. Enter does the same between """ and """.',
 )
+_FULL = {"on": Mode.OFF, "off": Mode.CONTEXT}
+# Fields of TurnOptions.
+_ALL_PARAMS = (
+    find("temperature"),
+    Setting("top_k", int, least=0, most=MOST),
+    find("top_p"),
+    Setting("min_p", float, least=0, most=1),
+    Setting("repeat_penalty", float, least=0.1),
+    find("max_tokens"),
+    Setting("seed", int, least=0, most=MOST_SEED),
+)
+_PARAMS = {param.key: param for param in _ALL_PARAMS}
+_DEFAULT = "default"
+_DEFAULTS = TurnOptions()
 
 
 class LeaveRequest(Exception):  # noqa: N818 (no error)
@@ -26,14 +43,10 @@ class LeaveRequest(Exception):  # noqa: N818 (no error)
 
 
 class EditRequest(Exception):  # noqa: N818 (no error)
-    """Raised to edit a question and send it; `text` is the old one."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
+    """Raised to edit a question, which is the argument, and to send it."""
 
 
-def obey(chat: Dialogue, line: str) -> None:
+def run_command(chat: Dialogue, line: str) -> None:
     """Run a slash command. Raises PopError, LeaveRequest and EditRequest."""
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
@@ -45,24 +58,23 @@ def obey(chat: Dialogue, line: str) -> None:
 
 
 def _full(chat: Dialogue, argument: str) -> None:
-    modes = {"on": Mode.OFF, "off": Mode.CONTEXT}
-    if argument and argument.lower() not in modes:
+    if argument and argument.lower() not in _FULL:
         chat.refuse(f"/full accepts on or off, not {argument}.")
         return
     if argument:
-        chat.model.engine.set_mode(modes[argument.lower()])
+        chat.model.engine.set_mode(_FULL[argument.lower()])
     chat.screen.note(pruning_state(chat.model))
 
 
 def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(pruning_state(chat.model))
-    for line in session_lines(
-        chat.session.answer_stats, chat.model.engine.context.n_ctx, chat.costs.of
-    ):
+    engine = chat.model.engine
+    lines = [*session_lines(chat.session.answer_stats, engine.context.n_ctx, chat.costs.of)]
+    if engine.calibrator is not None:
+        loss = chat.fitter.loss if chat.fitter else None
+        lines += learned_lines(engine.calibrator.learned, loss)
+    for line in lines:
         chat.screen.note(line)
-    if (calibrator := chat.model.engine.calibrator) is not None:
-        for line in learned_lines(calibrator.learned, chat.teacher.loss if chat.teacher else None):
-            chat.screen.note(line)
 
 
 def _system(chat: Dialogue, argument: str) -> None:
@@ -102,26 +114,63 @@ def _edit(chat: Dialogue, argument: str) -> None:
     chat.refuse("No question yet.")
 
 
+def _set(chat: Dialogue, argument: str) -> None:
+    name, _, text = argument.partition(" ")
+    if not name:
+        for known in _PARAMS:
+            chat.screen.note(_param_line(chat, known))
+        return
+    param = _PARAMS.get(name.lower())
+    if param is None:
+        hint = nearest_hint(name, {known: known for known in _PARAMS}, "/set lists all parameters.")
+        chat.refuse(f"Unknown parameter {name}: {hint}")
+        return
+    name, text = name.lower(), text.strip()
+    if text == _DEFAULT:
+        chat.sampling.pop(name, None)
+    elif text:
+        try:
+            chat.sampling[name] = parse(param, text)
+        except PopError as error:
+            chat.refuse(f"{name}: {error.message} or {_DEFAULT!r}.")
+            return
+    chat.screen.note(_param_line(chat, name))
+
+
+def _param_line(chat: Dialogue, name: str) -> str:
+    if name in chat.sampling:
+        return f"{name} is {_shown(chat.sampling[name])}."
+    recommended = chat.model.engine.recommended
+    if name in recommended:
+        return f"{name} is {_shown(recommended[name])} (recommended by the model)."
+    unset = {"max_tokens": "unlimited", "seed": "random"}
+    return f"{name} is {unset.get(name) or _shown(getattr(_DEFAULTS, name))} (default)."
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 def _model(chat: Dialogue, argument: str) -> None:
     if argument:
         path = attach.given_path(argument)
         chat.reopen(str(path) if path.is_file() else argument, None)
         warn_of_base_model(chat)
         warn_of_hidden_pictures(chat)
-    header = chat.model.engine.context.header
-    known = (header.get("general.name"), header.get("general.architecture"))
-    label = ", ".join(str(part) for part in known if part)
-    chat.screen.note(f"{chat.model.engine.context.path} ({label})")
-    chat.screen.note(f"Context: {chat.model.engine.context.n_ctx:,} tokens.")
+    context = chat.model.engine.context
+    known = map(context.header.get, ("general.name", "general.architecture"))
+    chat.screen.note(f"{context.path} ({', '.join(str(part) for part in known if part)})")
+    chat.screen.note(f"Context: {context.n_ctx:,} tokens.")
     chat.screen.note(pruning_state(chat.model))
 
 
 def _context(chat: Dialogue, argument: str) -> None:
-    n_used, n_ctx = attach.count_used(chat), chat.model.engine.context.n_ctx
+    engine = chat.model.engine
+    n_used, n_ctx = attach.count_used(chat), engine.context.n_ctx
     chat.screen.note(f"Context: {n_used:,} of {n_ctx:,} tokens used ({n_used / n_ctx:.0%}).")
     for number, turn in enumerate(chat.session.conversation.turns, start=1):
         n_question = attach.count_tokens(chat, turn.prompt)
-        n_question += sum(map(chat.model.engine.prompter.count_picture, turn.pictures))
+        n_question += sum(map(engine.prompter.count_picture, turn.pictures))
         n_answer = attach.count_tokens(chat, turn.answer)
         chat.screen.note(
             f"{number}. question {n_question:,}, answer {n_answer:,}: {_short(turn.question)}"
@@ -151,7 +200,7 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command; `action` receives its argument, `words` completes it."""
+    """A slash command; `action` runs it with its argument, `words` lists completions."""
 
     usage: str
     help: str
@@ -161,16 +210,14 @@ class Command:
 
 _ALL = (
     Command("/help", "show this list", _help),
-    Command(
-        "/full on|off", "read prompts with all layers, or skip some", _full, lambda: ("on", "off")
-    ),
+    Command("/full on|off", "read prompts with all layers, or skip layers", _full, _FULL.keys),
     Command(
         "/refill idle|off",
-        "let pruned tokens catch up while you type; alone: show progress",
+        "let pruned tokens catch up while you type, or show the progress",
         refill.set_mode,
         lambda: refill.MODES,
     ),
-    Command("/stats", "show figures of the last answer and of all", _stats),
+    Command("/stats", "show figures of the last answer and of all answers", _stats),
     Command("/context", "show the context's contents", _context),
     Command("/file PATH", "attach a file to the next question", attach.attach_file),
     Command("/image PATH", "attach a picture to the next question", attach.attach_image),
@@ -179,14 +226,14 @@ _ALL = (
     Command("/undo", "drop the last question and its answer", _undo),
     Command("/edit", "edit the last question and ask it again", _edit),
     Command("/clear", "drop the conversation, keep the system prompt", _clear),
-    Command("/system TEXT", "set the system prompt; alone: show it", _system),
+    Command("/system TEXT", "set the system prompt, or show it", _system),
     Command(
         "/set PARAM VALUE",
-        "set a sampling parameter; alone: show all",
-        params.set_param,
-        lambda: params.PARAMS,
+        "set a sampling parameter, or show all parameters",
+        _set,
+        _PARAMS.keys,
     ),
-    Command("/model NAME", "switch to another model; alone: show it", _model),
+    Command("/model NAME", "switch to another model, or show the current model", _model),
     Command("/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()),
     Command("/load NAME", "continue a session", sessions.load, lambda: sessions.saved().names()),
     Command("/sessions", "list the saved sessions", sessions.show),

@@ -20,7 +20,7 @@ from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.server.request_bodies import CompletionBody
 from pop_local.server.task_factory import TaskFactory
-from pop_local.ui.chat.dialogue import _costs
+from pop_local.ui.chat.dialogue import costs_of
 from support.calls import evaluated, greedy, opened, prompt
 from support.scripted_chat import ScriptedModel, figures, talk
 from support.shapes import read_shape
@@ -163,7 +163,7 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = (
         "# Exact skipping is on: prompt tokens skip layers 15 and up. Answers equal the full"
-        " model's."
+        " model's answers."
     )
     off = "# Exact skipping is off: prompt tokens run all layers, with the same result."
     assert said[1] == on
@@ -175,12 +175,12 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
 def test_the_cost_of_a_full_prefill_is_estimated(shared: Path) -> None:
     model = opened(shared)
     stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
-    cost = _costs(model).of(stats)
+    cost = costs_of(model).of(stats)
     limit = speedup_limit(model.engine.context.macs, 1000, model.engine.pruning.exact, 1)
     assert cost.seconds == pytest.approx(stats.prefill_s * limit)
     assert not cost.is_measured
     later = replace(stats, n_cached=400, n_skipped_exact=599)
-    assert _costs(model).of(later).seconds > later.prefill_s
+    assert costs_of(model).of(later).seconds > later.prefill_s
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])

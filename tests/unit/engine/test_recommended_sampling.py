@@ -7,7 +7,7 @@ import pytest
 from pop_converter.architecture.work import speedup_limit
 from pop_converter.gguf.header import read_header
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.decode.sampler import recommended
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel

@@ -154,7 +154,7 @@ def test_foreign_kv_are_not_used(chat_model, sessions, tmp_path, other):
     said = answered(model, QUESTION)
     sessions.save("talk", model.engine, said)
     if other == "context":
-        different, reason = opened(chat_model, n_ctx=256), "need a context of"
+        different, reason = opened(chat_model, n_ctx=256), "needs a context of"
     elif other == "boundary":
         plain = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
         different = opened(converted(plain, tmp_path, boundary=6))
@@ -242,7 +242,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? Session one already exists."
     assert "# Nothing was saved." in shown
-    assert "! no session named oen; did you mean one? (/sessions lists them)" in shown
+    assert "! no session named oen; did you mean one? (see /sessions)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 
@@ -265,8 +265,10 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
     talked(opened(chat_model), "a b c d " * 30, "/save one")
     other = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
     chat, shown = talked(other, "/load one", "more?")
-    assert shown[2].startswith("* Cannot reuse its KV cache: they belong to another model (")
-    assert shown[2].endswith("The transcript will be read again with your next question.")
+    assert shown[2].startswith(
+        "* Cannot reuse the saved KV cache: the session belongs to another model ("
+    )
+    assert shown[2].endswith("Your next question also reads the transcript again.")
     (stats,) = chat.session.answer_stats
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
 

@@ -18,11 +18,10 @@ from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, Write
 from pop_local.engine.prompt.templates import Template
-from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.call_form import CallConstraint, CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
-from pop_local.engine.tools.triggered import Triggered
 from support.calls import opened
 from support.chat_tools import TEMPLATES
 from support.converted import tiny
@@ -207,7 +206,7 @@ def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
         _, form = prompt_with_tools(prompter, [ASKED], tools)
         assert form is not None
         trie = model.engine.token_tries.get(form.shown)
-        constraint = Triggered(trie, Pieces(model.engine.context, form.shown), form)
+        constraint = CallConstraint(trie, Pieces(model.engine.context, form.shown), form)
         for text in ("", "\n", " "):
             ids = constraint.allowed()
             assert ids is not None and not set(trie.eos_tokens) & set(ids)

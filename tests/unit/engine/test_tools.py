@@ -12,11 +12,10 @@ from pop_local.engine.chat_messages import Message, ToolCall
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.tools import text_form
-from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.call_form import CallConstraint, CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
-from pop_local.engine.tools.triggered import Triggered
 from support.calls import opened, text_of
 from support.chat_tools import QWEN, TEMPLATES
 from support.converted import tiny
@@ -50,7 +49,7 @@ def form_of(model: Any, tools: Tools) -> CallForm:
 def taken(model: Any, form: CallForm, text: str) -> str:
     """Return the prefix of a text that the form allows, token by token."""
     trie = model.engine.token_tries.get(form.shown)
-    constraint = Triggered(trie, Pieces(model.engine.context, form.shown), form)
+    constraint = CallConstraint(trie, Pieces(model.engine.context, form.shown), form)
     found = b""
     for token in trie.greedy_tokenize(text):
         ids = constraint.allowed()

@@ -8,8 +8,7 @@ import pyte
 import pytest
 from rich.console import Console
 
-from pop_local.ui.chat.live_answer import MarkdownAnswer, PlainAnswer
-from pop_local.ui.chat.thinking import ThinkingSplitter
+from pop_local.ui.chat.live_answer import MarkdownAnswer, PlainAnswer, ThinkingSplitter
 from pop_local.ui.theme import THEME
 
 MARKDOWN = """\

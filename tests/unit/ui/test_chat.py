@@ -11,7 +11,7 @@ from pop_local.engine.chat_messages import Message, TurnStats
 from pop_local.engine.llama.backend import Mode
 from pop_local.ui.chat import dialogue
 from pop_local.ui.chat.repl import LEAVE_HINT, converse
-from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, obey
+from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, run_command
 from pop_local.ui.ctrl_c import CtrlC
 from pop_local.ui.views.stats import stats_line
 from support.scripted_chat import (
@@ -207,7 +207,7 @@ def test_interrupt_ends_piped_lines(answer, monkeypatch):
 )
 def test_a_refused_line_counts_as_a_failure(line):
     begun = scripted_chat(ScriptedModel(), Transcript())
-    obey(begun, line)
+    run_command(begun, line)
     assert begun.has_failed
 
 
@@ -248,7 +248,7 @@ def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is
         model.engine.context.meta = PopMeta("FS", measured=found)
     offers = [line for line in talk(model, "which?", "again?") if "/full on" in line]
     assert len(offers) == is_offered
-    assert all("may misspell" in line for line in offers)
+    assert all("may cause errors" in line for line in offers)
 
 
 def test_a_full_context_is_reported_once():

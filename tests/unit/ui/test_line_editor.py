@@ -41,7 +41,7 @@ def test_utf16_is_refused(monkeypatch, encoding):
     for _ in range(2):
         with pytest.raises(PopError, match="not UTF-8 text") as failure:
             piped_line()
-        assert failure.value.hint == "save it as UTF-8"
+        assert failure.value.hint == "save the input as UTF-8"
 
 
 def test_words_and_paths_are_both_completed(tmp_path):

@@ -111,7 +111,7 @@ def test_set_shows_and_changes_how_answers_are_sampled():
         ("/set temperature nan", "temperature: nan is not a number from 0 or 'default'."),
         (
             "/set temprature 1",
-            "Unknown parameter temprature: did you mean temperature? (/set lists them.)",
+            "Unknown parameter temprature: did you mean temperature? (/set lists all parameters.)",
         ),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
     shown = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
     assert shown[1:5] == [
         f"# {report}: 50 tokens, 1% of the context.",
-        "# It will be sent with your next question.",
+        "# Attached to your next question.",
         "> /file",
         f"# {report}: 50 tokens, 1% of the context.",
     ]
@@ -236,7 +236,7 @@ def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
     model.engine.context.n_ctx_train = 98
     shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
     assert shown[2:6] == [
-        "? This is 28 tokens too long (22 tokens left).",
+        "? The attachment is 28 tokens too long (22 tokens left).",
         "?   b  read the first 22 tokens",
         "?   e  read the last 22 tokens",
         "?   s  skip it",

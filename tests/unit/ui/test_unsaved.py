@@ -10,7 +10,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
-from pop_local.ui.chat.unsaved import Unsaved
+from pop_local.ui.chat.sessions import Unsaved
 from support.converted import tiny
 from support.scripted_chat import Transcript
 from support.synthetic import TEMPLATE
@@ -43,7 +43,7 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     assert shown[0].startswith("? A chat with 2 turns ended unexpectedly on 20")
     assert "# Context: 0 of 1,024 tokens used (0%)." in shown
     shown = talked(model, tmp_path, "c", "/context", SystemExit(143))
-    assert "# It will be read again with your next question." in shown
+    assert "# Your next question also reads this conversation again." in shown
     assert shown[-2].endswith(": my question") and shown[-1].endswith(": and more?")
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")

@@ -227,11 +227,13 @@ def test_a_chat_reports_a_learned_fit(plain):
     model, lessons = taught(plain)
     screen = Transcript()
     sampling = {"temperature": 0.0, "max_tokens": 4}
-    chat = Dialogue(model, lambda *_: model, screen, sampling=sampling, teach=lambda _: lessons)
+    chat = Dialogue(
+        model, lambda *_: model, screen, sampling=sampling, make_fitter=lambda _: lessons
+    )
     with refill.idling(chat):
         wait_for(lambda: not lessons.has_work)
     assert "# Learned from" in screen.shown
-    assert "times as fast from now on. /full on disables it." in screen.shown
+    assert "times as fast from now on. /full on disables fast reading." in screen.shown
     chat.ask("a b c d " * 300)
     assert chat.session.answer_stats[-1].n_pruned > 0
 

@@ -1,6 +1,10 @@
-"""The tokens allowed next in an answer that may call tools."""
+"""The form of an answer that may call tools, and the constraint that enforces the form."""
 
 import codecs
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from llguidance import LLTokenizer
@@ -8,14 +12,55 @@ from llguidance import LLTokenizer
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.llama.pieces import Pieces
-from pop_local.engine.tools.form import CallForm
 
-# Triggers are searched for in this many last characters.
+# Number of last characters in which triggers are searched for.
 _N_TRIGGER = 512
 
 
-class Triggered:
-    """A constraint that allows all tokens until a trigger matches. See Constraint."""
+@dataclass(frozen=True)
+class Trigger:
+    """A pattern that starts a grammar for the rest of an answer.
+
+    `grammars`: grammars by the text of group `name` ("" if the pattern has no such group). The
+    rest starts at the group `rest`, or else at the first group that matched.
+    """
+
+    pattern: re.Pattern[str]
+    grammars: Mapping[str, Grammar]
+
+    def grammar(self, match: re.Match[str]) -> Grammar:
+        return self.grammars[match["name"] if "name" in self.pattern.groupindex else ""]
+
+    def rest_from(self, match: re.Match[str]) -> int:
+        if "rest" in self.pattern.groupindex:
+            return match.start("rest")
+        return next(start for start, _ in match.regs[1:] if start >= 0)
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """The form of an answer's tool calls.
+
+    `must_call`: the answer must not end before a call. `triggers`: patterns that start a grammar.
+    Without triggers, `grammar` applies from the first token. `shown`: special tokens that are
+    text in this form. `native`: llama.cpp's format, None for the text form.
+    """
+
+    names: tuple[str, ...]
+    must_call: bool = False
+    triggers: tuple[Trigger, ...] = ()
+    grammar: Grammar | None = None
+    shown: frozenset[int] = frozenset()
+    native: dict[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Return the keywords of the tools' schemas that have no effect."""
+        return self.grammar.ignored if self.grammar else ()
+
+
+class CallConstraint:
+    """A constraint that allows all tokens until a trigger matches (not thread-safe)."""
 
     def __init__(self, tokenizer: LLTokenizer, pieces: Pieces, form: CallForm) -> None:
         self._tokenizer, self._pieces, self._form = tokenizer, pieces, form
@@ -41,7 +86,7 @@ class Triggered:
             return np.setdiff1d(ids, self._tokenizer.eos_tokens)
         ends = np.intersect1d(ids, self._tokenizer.eos_tokens)
         if len(ends) and (call := self._call.strip()):
-            if call == self._last_call:  # small models would repeat it without end
+            if call == self._last_call:  # small models would repeat the call forever
                 return ends
             self._call, self._last_call = b"", call
         return ids
@@ -61,7 +106,7 @@ class Triggered:
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
-        """Start the grammar after `text`, unless the grammar rejects that text."""
+        """Start the grammar after `text`, unless the grammar rejects the text."""
         constraint = Constraint(self._tokenizer, grammar)
         try:
             for token in self._tokenizer.greedy_tokenize(text):
