@@ -177,10 +177,7 @@ def _from_file(path: Path) -> dict[str, SettingValue]:
 
 
 def read_document(path: Path) -> tomlkit.TOMLDocument:
-    """Read a settings file with its comments, or return an empty document if it is missing.
-
-    Raises PopError for invalid TOML, a folder, a device or a huge file.
-    """
+    """Read a settings file with its comments (missing: empty). Raises PopError."""
     try:
         if str(path) == os.devnull:
             return tomlkit.document()

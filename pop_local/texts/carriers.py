@@ -120,7 +120,7 @@ def with_answers(carrier: Carrier) -> AnsweredCarrier:
 def _even_over_kinds(
     rng: np.random.Generator, questions: Sequence[LookupQuestion]
 ) -> list[LookupQuestion]:
-    """Return shuffled questions: first one of every kind, then a second one, and so on."""
+    """Shuffle the questions so that every kind's first question precedes any second question."""
     rounds: Counter[str] = Counter()
     ranked = []
     for i in rng.permutation(len(questions)):

@@ -97,7 +97,7 @@ def test_a_part_of_the_input_is_refused_as_output(tmp_path):
 
 def test_a_converted_file_is_refused_as_input(tiny, tmp_path):
     convert_default(tiny, tmp_path / "out.gguf")
-    with pytest.raises(FormatError, match="converted already") as raised:
+    with pytest.raises(FormatError, match="already converted") as raised:
         convert_default(tmp_path / "out.gguf", tmp_path / "twice.gguf")
     assert "strip" in raised.value.hint
 

@@ -12,9 +12,9 @@ _PATIENCE_S = 5.0
 
 
 def read_file(path: Path, most: int = -1) -> bytes:
-    """Read up to `most` bytes (-1: all) of a file or pipe.
+    """Read up to `most` bytes (-1: all) of a file or pipe. Raises OSError.
 
-    Raises OSError if reading fails, PopError for a folder, a device, or a pipe without a writer.
+    Raises PopError for a folder, a device, or a pipe without a writer.
     """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):

@@ -244,7 +244,7 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
 
 
 def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
-    """Return the projections that `encode` wrote to `tensors`; `own` are the layer's own."""
+    """Decode the tensors of `encode`; `own` are the layer's own projections."""
     parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
     biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
     weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]

@@ -120,7 +120,7 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
     """Return the content without `tensors`, the table's last rows.
 
-    `size_bytes` is the size of the file without them. Raises FormatError if it is impossible.
+    `size_bytes` is the file's size without them. Raises FormatError for an impossible size.
     """
     n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
     shorter = replace(

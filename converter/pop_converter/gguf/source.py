@@ -109,10 +109,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a quick hash of the headers and each tensor's start, in hex.
-
-    Unlike a hash of the headers alone, it distinguishes two fine-tunes of a model.
-    """
+    """Return a hash of the headers and each tensor's start, in hex; it differs for fine-tunes."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

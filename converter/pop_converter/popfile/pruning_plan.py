@@ -94,9 +94,9 @@ def parse_skip(text: str) -> Share:
 
 
 def boundary_of(shape: ModelShape, skip: Share) -> int:
-    """Return the boundary that skips a number or a rounded share of layers, at least one.
+    """Return the boundary for a number of skipped layers, or for a share, rounded to 1 or more.
 
-    Raises PlanError if it would skip every layer.
+    Raises PlanError if every layer would be skipped.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))

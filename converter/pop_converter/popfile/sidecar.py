@@ -127,7 +127,7 @@ def sidecar_meta(header: Header) -> PopMeta:
     if not is_sidecar(header):
         raise FormatError(
             f"{header.path} is a converted model, not a sidecar",
-            "pass it as the model, without a sidecar",
+            "pass this file as the model, without a sidecar",
         )
     return meta
 
@@ -199,7 +199,7 @@ def write_sidecar(
 ) -> PopMeta:
     """Write a sidecar of `src` to `dst`, with the keys of `plan` and the tensors of `fitted`.
 
-    `src` is read once to hash it. `progress` is called with the bytes read and their total. For
+    `src` is read once for its hash. `progress` is called with the bytes read and their total. For
     parameters, result and errors, see `rewrite.convert`.
     """
     source = planned_source(plan, src, fitted)
