@@ -10,8 +10,8 @@ from pop_converter.gguf.source import part_names, part_of
 from pop_local.models.mmproj_files import n_shared
 from pop_local.models.model_files import SUFFIX
 
-# The default quantization is the first match: small types with good quality, then larger types, then
-# types with lower quality or unnecessary size.
+# The default quantization is the first match: small types with good quality, then larger types, and
+# last the types with lower quality or unnecessary size.
 PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_K_L", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
