@@ -13,8 +13,6 @@ _SENTENCE_END = re.compile(r"[.!?…][\"'”»*]?\s")
 
 
 class Repeats:
-    """Detector of a repeating answer."""
-
     def __init__(self) -> None:
         self._last: deque[tuple[int, bytes]] = deque(maxlen=_LONGEST + 1)
         # By block length: number of last tokens that equal the token one block earlier.

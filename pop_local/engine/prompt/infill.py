@@ -10,7 +10,6 @@ _SNIPPET = "\n\n--- snippet ---\n\n"
 
 
 def can_infill(context: Context) -> bool:
-    """Return whether the vocabulary has FIM tokens."""
     return min(_marks(context, "pre", "suf", "mid")) >= 0
 
 

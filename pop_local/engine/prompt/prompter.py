@@ -102,11 +102,9 @@ class Prompter:
             if not spelled:
                 break
             marks |= {next(unused): each for each in spelled}
-        if marks and not pictures:
-            tokens = self._special.tokens(text, marks)
         bos = list(self.context.bos)
         images: dict[int, ImageChunk] = {}
-        if pictures:
+        if marks or pictures:
             shown = {mark: self.see(picture) for mark, picture in pictures.items()}
             tokens, images = self._with_pictures(text, marks, shown)
         if bos and tokens[:1] != bos:
@@ -152,7 +150,7 @@ class Prompter:
         self, text: str, marks: Mapping[str, str], shown: Mapping[str, Seen]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
         """Return the tokens and images of a rendered prompt, which has a mark for each picture."""
-        pieces = re.split(f"([{''.join(shown)}])", text)
+        pieces = re.split(f"([{''.join(shown)}])", text) if shown else [text]
         if pieces[1::2] != list(shown):
             raise PopError("the chat template leaves out pictures", "send one picture at a time")
         tokens: list[int] = []
@@ -205,7 +203,6 @@ class Prompter:
 
 
 def is_end(context: Context, token: int) -> bool:
-    """Return whether a token ends an answer."""
     return bool(bindings().llama_vocab_is_eog(context.vocab, token))
 
 

@@ -124,7 +124,6 @@ class ChatSession:
 
     @property
     def n_cached(self) -> int:
-        """The number of cached tokens of the conversation."""
         return n_own_tokens(self.model.engine, self.conversation)
 
     @property

@@ -28,8 +28,6 @@ class Piece:
 
 
 class CallReader:
-    """Parser of one answer that arrives in pieces of text."""
-
     def __init__(self, form: CallForm) -> None:
         self._form, self._native = form, form.native
         self._text = ""

@@ -116,7 +116,6 @@ def is_open(text: str) -> bool:
 
 
 def unquoted(text: str) -> str:
-    """Remove the triple quotes around a block."""
     body = _body(text)
     if not body.startswith(QUOTES) or is_open(text):
         return text
