@@ -1,6 +1,6 @@
 """A model's activations on windows of text that it reads in full."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import pop_meta
 from pop_local.calibration.texts import N_WINDOW
-from pop_local.engine.images.mmproj import ImageChunk, Mmproj
 from pop_local.engine.llama import taps
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context, ContextOptions
@@ -44,16 +43,9 @@ class WindowReader:
 
         Raises PopError if llama.cpp fails, and the exception of a signal handler (Ctrl-C).
         """
-        return self._read(lambda: self._slot.decode(tokens, 0, Outputs.NONE))
-
-    def image(self, vision: Mmproj, image: ImageChunk) -> Tapped:
-        """Read an image as a window. Raises the errors of `window` and Mmproj.decode."""
-        return self._read(lambda: vision.decode(self._slot, image, 0))
-
-    def _read(self, decode: Callable[[], object]) -> Tapped:
         self._slot.cells.clear()
         with self._slot.interruptible():
-            decode()
+            self._slot.decode(tokens, 0, Outputs.NONE)
             self._slot.raise_if_stopped()
         tapped = taps.take(self._slot.context.ctx)
         if tapped is None or not tapped.has(self._wanted):

@@ -15,9 +15,8 @@ class FitOptions:
     `projection`: the kind of fit (None: measured and chosen). `tokens`: tokens to read (None: by
     the model's size). `texts`: files and folders (none: Python's documentation and code, and
     samples of the model). `memory_bytes`: memory for the sums of one pass (None: half of the free
-    memory). `state_path`: file that stores a stopped fit (None: not stored). `mmproj`: fits on
-    pictures too, from the folder `images` or drawn. `distill_tokens`: tokens of text for distilling
-    (None: the fit's, 64k or more).
+    memory). `state_path`: file that stores a stopped fit (None: not stored). `distill_tokens`:
+    tokens of text for distilling (None: the fit's, 64k or more).
     """
 
     tokens: int | None = None
@@ -26,18 +25,15 @@ class FitOptions:
     ridge: float = RIDGE
     memory_bytes: int | None = None
     state_path: Path | None = None
-    mmproj: Path | None = None
-    images: Path | None = None
     projection: Projection | None = None
     distill_tokens: int | None = None
 
     @property
     def text_name(self) -> str:
-        """The text and pictures in words."""
+        """The text in words."""
         from pop_local.calibration.texts import DEFAULT_NAME
 
-        shown = f"; pictures ({self.images or 'drawn'})" if self.mmproj else ""
-        return f"{', '.join(map(str, self.texts)) or DEFAULT_NAME}{shown}"
+        return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
         """Return the number of tokens to read, in whole windows.
@@ -60,18 +56,12 @@ class FitOptions:
         return max(n_tokens // N_WINDOW, least)
 
     def require_text(self, n_embd: int) -> None:
-        """Raise PopError before any measurement if a fit would refuse the text or pictures."""
+        """Raise PopError before any measurement if a fit would refuse the text."""
         from pop_local.calibration.texts import require_text
 
         self.n_tokens(n_embd)
         if self.texts:
             require_text(self.texts, n_embd)
-        if self.mmproj is not None:
-            from pop_local.calibration.images import pictures_of
-            from pop_local.engine.images.mmproj import fingerprint
-
-            fingerprint(self.mmproj)
-            pictures_of(self.images)
 
     def at(self, boundary: int) -> "FitOptions":
         """Return a copy whose state file is named after the boundary and the projection."""

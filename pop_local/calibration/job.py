@@ -3,7 +3,6 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence, Set
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,8 +18,6 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import WindowReader
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.images import identity as images_identity
-from pop_local.calibration.images import images_of, open_vision, pictures_of
 from pop_local.calibration.needs import FitPair, n_choosing, plan_needs
 from pop_local.calibration.state import CalibrationState, load, save
 from pop_local.calibration.texts import (
@@ -31,8 +28,6 @@ from pop_local.calibration.texts import (
     own_text,
     sampled,
 )
-from pop_local.engine.images.mmproj import ImageChunk, Mmproj
-from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.sums import Summing
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.taps import Rows, Wanted
@@ -96,18 +91,10 @@ class _Job:
             projections.setdefault(plan.boundary, []).append(plan.projection)
         self._summing = Summing(source, self._shape, projections)
         self._groups = plan_needs(plans, source, options).groups
-        pictures = pictures_of(options.images) if options.mmproj else ()
-        self._identity = _identity(plans, source, options, self._groups, pictures)
-        self._pictures = pictures
+        self._identity = _identity(plans, source, options, self._groups)
         self._saved_s = time.monotonic()
 
     def run(self) -> Calibrated:
-        if (mmproj := self._options.mmproj) is None:
-            return self._calibrated(None, [])
-        with closing(open_vision(self._context, mmproj, self._follow.should_stop)) as vision:
-            return self._calibrated(vision, images_of(vision, self._pictures))
-
-    def _calibrated(self, vision: Mmproj | None, images: Sequence[ImageChunk]) -> Calibrated:
         path = self._options.state_path
         # A stored state has its own groups, since free memory may have changed.
         self._state = (path and load(path, self._identity)) or CalibrationState(
@@ -115,7 +102,7 @@ class _Job:
         )
         self._state.text = sampled(self._context, self._state.text, self._sampled)
         while self._state.group < len(self._state.groups):
-            self._read(self._state.groups[self._state.group], vision, images)
+            self._read(self._state.groups[self._state.group])
             self._solve()
             self._state.sums.grams.clear()
             self._state.group += 1
@@ -123,15 +110,9 @@ class _Job:
         if path:
             save(path, self._identity, self._state)
         text, tensors = self._state.text, self._state.tensors
-        n_image = sum(image.n_rows for image in images)
         calibration = Calibration(text.name, text.sha256, text.n_tokens, self._options.ridge)
         fitted = tuple(
-            Fitted(
-                calibration,
-                tuple(tensors[plan.boundary, plan.projection]),
-                n_image,
-                plan.projection,
-            )
+            Fitted(calibration, tuple(tensors[plan.boundary, plan.projection]), plan.projection)
             for plan in self._plans
         )
         return Calibrated(fitted, text)
@@ -149,11 +130,8 @@ class _Job:
         self._follow.on_sampling(done, total)
         self._save_sometimes()
 
-    def _read(
-        self, pairs: Sequence[FitPair], vision: Mmproj | None, images: Sequence[ImageChunk]
-    ) -> None:
-        state, n_text = self._state, len(self._state.text.windows)
-        n_all = n_text + len(images)
+    def _read(self, pairs: Sequence[FitPair]) -> None:
+        state, windows = self._state, self._state.text.windows
         boundaries = {pair.boundary for pair in pairs}
         self._choose_inputs(boundaries - state.sums.wides.keys())
         for boundary in boundaries - state.sums.grams.keys():
@@ -161,17 +139,11 @@ class _Job:
             state.sums.grams[boundary] = self._summing.empty(boundary, layers)
         wanted = self._summing.wanted(boundaries)
         reading = WindowReader(self._context, wanted)
-        while state.n_done < n_all:
-            if state.n_done < n_text:
-                tapped = reading.window(state.text.windows[state.n_done].tolist())
-            else:
-                assert vision is not None, "images need an mmproj"
-                tapped = reading.image(vision, images[state.n_done - n_text])
-            self._summing.add(state.sums, tapped)
+        while state.n_done < len(windows):
+            self._summing.add(state.sums, reading.window(windows[state.n_done].tolist()))
             state.n_done += 1
-            n_read = state.group * n_all + state.n_done
-            n_passes = len(state.groups)
-            self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
+            n_read = state.group * windows.size + state.n_done * N_WINDOW
+            self._follow.on_reading(n_read, len(state.groups) * windows.size)
             self._save_sometimes()
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
@@ -230,15 +202,12 @@ def _identity(
     source: Source,
     options: FitOptions,
     groups: tuple[tuple[FitPair, ...], ...],
-    pictures: Sequence[Picture],
 ) -> str:
     """Return a hash of everything that a calibration's result depends on."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     n_tokens = options.n_tokens(plans[0].shape.n_embd)
     if options.texts:
         parts.append(given_sha256(options.texts, n_tokens // N_WINDOW))
-    if options.mmproj:
-        parts.append(images_identity(options.mmproj, pictures))
     parts += [source.name, source.size_bytes]
     parts += [(plan.schedule, plan.projection) for plan in plans]
     parts += [*map(tuple, chain.from_iterable(groups)), n_tokens]

@@ -157,8 +157,6 @@ def plan_needs(
     reading = 3 * 4 * N_WINDOW * n_tapped + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
-    if options.mmproj:
-        reading += options.mmproj.stat().st_size
     is_wide = any(plan.projection != Projection.FITTED for plan in plans)
     choosing = is_wide * _choosing_bytes(shape, len(boundaries))
     fitting = reading + max(n_sums, choosing)

@@ -96,8 +96,6 @@ class FullRowOptions(Group):
 
 @dataclass(frozen=True)
 class ConvertFitOptions(opt.FittingOptions):
-    mmproj: Path | None = option("Also fit on pictures, encoded by this mmproj.", "FILE")
-    images: Path | None = option("Pictures to fit on, with --mmproj (default: generated).", "DIR")
     distill_tokens: int | None = option(
         "Number of tokens to distill on (default: the fit's number, 65536 or more).",
         min=1,
@@ -137,13 +135,10 @@ def convert(
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
-    if fitting.images is not None and fitting.mmproj is None:
-        raise typer.BadParameter("requires --mmproj", param_hint="--images")
     if fitting.distill_tokens is not None and not how.distill:
         raise typer.BadParameter("requires --distill", param_hint="--distill-tokens")
-    others = {"mmproj": fitting.mmproj, "images": fitting.images}
     texts = tuple(how.text or ()) or None
-    fit = fitting.fit(texts=texts, distill_tokens=fitting.distill_tokens, **others)
+    fit = fitting.fit(texts=texts, distill_tokens=fitting.distill_tokens)
     if how.projection is Projection.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
         if how.resume or how.distill:

@@ -69,7 +69,7 @@ class _LearnedFitter(PlanFitter):
             gram.n_rows,
             options.ridge,
         )
-        return Fitted(calibration, tuple(tensors), 0, plan.projection)
+        return Fitted(calibration, tuple(tensors), plan.projection)
 
 
 class OnlineCalibration:

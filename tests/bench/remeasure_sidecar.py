@@ -43,7 +43,7 @@ def remeasure(model: Path, sidecar: Path, options: EvaluateOptions) -> Evaluatio
         deep_rows=options.deep_rows,
     )
     tensors = tuple(fitted_tensors(sidecar).values())
-    fitted = Fitted(meta.calibration, tensors, meta.image_rows, meta.projection)
+    fitted = Fitted(meta.calibration, tensors, meta.projection)
     figures = measured(found.quality, found.lookups)
     plan = replace(plan, budget=strictest(found))
     write_sidecar(plan, model, sidecar, fitted=fitted, examine=lambda _: figures, force=True)

@@ -145,7 +145,7 @@ def test_impossible_distilling_is_refused_before_measuring(arch, options, reason
 
 
 def test_own_projections_cannot_be_distilled(tiny):
-    with pytest.raises(PopError, match="own projections, and fits for pictures"):
+    with pytest.raises(PopError, match="own projections cannot be distilled"):
         pop_local.convert(tiny, goal=pop_local.Skip("1/3"), fit=None, distiller=Distiller)
 
 

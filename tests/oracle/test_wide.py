@@ -24,6 +24,7 @@ from support.kv_reference import (
     parse_state,
 )
 from support.oracle import Q8_0, Tokens, Trio, make_trio, random_tokens
+from support.pop_files import add_to
 from support.raw import Job, Step, run
 from support.raw_jobs import GPU_LAYERS
 from support.shapes import read_shape
@@ -170,10 +171,12 @@ def test_image_rows_have_previous_rows(tmp_path: Path) -> None:
         file.write(states.tobytes())
     plan = make_plan(read_shape(base), boundary=BOUNDARY, sink_tokens=0, projection=WIDE)
     seen: dict[int, list[bytes]] = {}
-    for image_rows in (0, 1):
-        made, state = replace(made_up(plan), image_rows=image_rows), tmp_path / "state"
-        convert(plan, base, tmp_path / "wide.gguf", fitted=made, force=True)
-        job = Job(str(tmp_path / "wide.gguf"), (), n_ubatch=16)
+    convert(plan, base, tmp_path / "text.gguf", fitted=made_up(plan))
+    # Older files have this key if their fit includes pictures.
+    add_to(tmp_path / "text.gguf", tmp_path / "both.gguf", {"pop.image_rows": 1})
+    for image_rows, name in enumerate(("text.gguf", "both.gguf")):
+        state = tmp_path / "state"
+        job = Job(str(tmp_path / name), (), n_ubatch=16)
         for step in (
             Step("decode", tokens=tuple(range(n)), logits="none"),
             Step("image", value=n, causal=True),

@@ -122,12 +122,12 @@ class Binding:
 class PopMeta:
     """The POP keys of a converted file or sidecar, with defaults for missing keys.
 
-    `schedule` has one letter per layer: every token runs layers F, and context tokens skip layers
-    S. The first `sink_tokens` and the last `tail_tokens` of a prompt run in full, and so do all
-    tokens of a prompt shorter than `min_prompt` tokens. `deep_rows`: the context rows that run all
-    layers because of their words. `source_sha256`: hash of the original model, with its parts
-    joined. `source_bytes`: the original's size if the conversion added tensors to it, otherwise 0.
-    `image_rows`: number of image rows in the fit; if 0, image rows use the layers' own projections.
+    `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
+    `sink_tokens` and `tail_tokens` run in full at the prompt's two ends. Prompts shorter than
+    `min_prompt` tokens run in full. `deep_rows`: which context rows run all layers because of their
+    tokens. `source_sha256` is the hash of the file that `strip` restores,
+    or of a sidecar's base; parts of a source count as one file. `source_bytes` is its size if
+    tensors were added to it, otherwise 0.
     """
 
     schedule: str
@@ -141,7 +141,6 @@ class PopMeta:
     tool: str = ""
     version: int = VERSION
     source_bytes: int = 0
-    image_rows: int = 0
     calibration: Calibration | None = None
     measured: Measured | None = None
     budget: Budget | None = None
@@ -173,10 +172,11 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
-# Keys that are written only if they differ from their defaults.
+# Written only if they differ from their defaults.
+# Older files may have `pop.select`, `pop.refilled.*` and `pop.image_rows`. Only the backend reads
+# one of them: with `pop.image_rows`, the fit applies to image rows.
 _OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.deep_rows", "deep_rows", str),
-    ("pop.image_rows", "image_rows", int),
     ("pop.source.size_bytes", "source_bytes", int),
 )
 # Groups of keys by PopMeta's field: `budget` holds the keys `pop.budget.*`.

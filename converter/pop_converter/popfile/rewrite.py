@@ -41,14 +41,10 @@ UNKNOWN_SHA256 = "0" * 64
 
 @dataclass(frozen=True)
 class Fitted:
-    """Encoded fitted projections and their calibration.
-
-    `image_rows`: number of image rows in addition to the calibration's tokens.
-    """
+    """Encoded fitted projections and their calibration."""
 
     calibration: Calibration
     tensors: tuple[NewTensor, ...]
-    image_rows: int = 0
     projection: Projection = Projection.FITTED
 
 
@@ -229,7 +225,6 @@ def draft_meta(
         source_sha256=UNKNOWN_SHA256,
         tool=tool_name(),
         source_bytes=source_bytes,
-        image_rows=fitted.image_rows if fitted else 0,
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
     )

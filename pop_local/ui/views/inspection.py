@@ -95,9 +95,8 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
 
 
 def _fitted(meta: PopMeta) -> str:
-    pictures = f", also on {meta.image_rows:,} rows of pictures" if meta.image_rows else ""
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
-    return f"{meta.projection}{pictures}{', distilled' if is_distilled else ''}"
+    return f"{meta.projection}{', distilled' if is_distilled else ''}"
 
 
 def _verification_facts(verification: Verification) -> list[Fact]:

@@ -191,10 +191,10 @@ def _require_distillable(
     fit: FitOptions | None,
     hardware: Hardware,
 ) -> None:
-    if fit is None or fit.mmproj:
+    if fit is None:
         raise PopError(
-            "the model's own projections, and fits for pictures, cannot be distilled",
-            "convert without distilling, or fit projections to text only",
+            "the model's own projections cannot be distilled",
+            "convert without a distiller, or with a fit",
             cause="not-distilled",
         )
     deepest = _deepest(plans)
