@@ -1,12 +1,13 @@
 """`pop-local convert IN.gguf [OUT.gguf]`: write a copy of a model that can be pruned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
+from pop_converter.fit.least_squares import KvType
 from pop_converter.popfile.format import DeepRows, PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 from pop_converter.popfile.rewrite import check_target
@@ -40,7 +41,11 @@ class HowOptions(Group):
         "K/V projections of skipped layers: own (no fit, loses more quality), fitted (takes"
         " minutes) or fitted-wide (more inputs). Default: chosen by measurement.",
     )
-    text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
+    text: list[Path] | None = option(
+        "Text to fit on; repeatable, with an equal share of tokens each (default: documentation,"
+        " code and samples of the model).",
+        "FILE|DIR",
+    )
     distill: bool = option(
         "Also train the fit end to end, so that the model copies better. Takes minutes per boundary"
         " and needs torch; supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
@@ -95,11 +100,36 @@ class FullRowOptions(Group):
 
 
 @dataclass(frozen=True)
-class ConvertFitOptions(opt.FittingOptions):
+class FittingOptions(Group):
+    panel: ClassVar[str] = "The fit"
+
+    tokens: int | None = option(
+        "Number of tokens to fit on (default: 24 per dimension, 16384 or more).", min=1
+    )
+    kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
+    memory: float | None = option(
+        "Memory for accumulating the fit's statistics (default: half of the free memory).",
+        "GB",
+        min=0.0,
+        max=1e9,
+        callback=opt.finite,
+    )
     distill_tokens: int | None = option(
         "Number of tokens to distill on (default: the fit's number, 65536 or more).",
         min=1,
     )
+
+    def fit(self, texts: Sequence[Path]) -> FitOptions | None:
+        """Return the options of a fit on `texts`, None if no option is set."""
+        memory_bytes = None if self.memory is None else int(self.memory * 10**9)
+        found = opt.given(
+            tokens=self.tokens,
+            texts=tuple(texts) or None,
+            kv_type=self.kv_type,
+            memory_bytes=memory_bytes,
+            distill_tokens=self.distill_tokens,
+        )
+        return FitOptions(**found) if found else None
 
 
 @expand_options
@@ -119,7 +149,7 @@ def convert(
     json: opt.Json = False,
     limits: LimitOptions,
     full: FullRowOptions,
-    fitting: ConvertFitOptions,
+    fitting: FittingOptions,
     processors: opt.HardwareOptions,
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
@@ -137,12 +167,9 @@ def convert(
     named, own = at.named, opt.given(**vars(limits))
     if fitting.distill_tokens is not None and not how.distill:
         raise typer.BadParameter("requires --distill", param_hint="--distill-tokens")
-    texts = tuple(how.text or ()) or None
-    fit = fitting.fit(texts=texts, distill_tokens=fitting.distill_tokens)
-    if how.projection is Projection.OWN:
-        opt.no_fit(fit, "--projection own fits nothing")
-        if how.resume or how.distill:
-            raise typer.BadParameter("--projection own fits nothing; remove --resume and --distill")
+    fit = fitting.fit(how.text or ())
+    if how.projection is Projection.OWN and (fit or how.resume or how.distill):
+        raise typer.BadParameter("--projection own fits nothing; remove the options of a fit")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:

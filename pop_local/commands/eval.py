@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from pop_converter.popfile.format import DeepRows
-from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.ui.tables import print_json
@@ -26,31 +25,16 @@ class WindowOptions(Group):
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
 
-@dataclass(frozen=True)
-class EvalFitOptions(opt.FittingOptions):
-    fit_text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
-
-
 @expand_options
 def eval(  # noqa: A001
     model: opt.Model,
     *,
     on: WindowOptions,
     at: opt.BoundaryOptions,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Fit the projections before measuring.")
-    ] = False,
     json: opt.Json = False,
     measured: opt.MeasureOptions,
-    fitting: EvalFitOptions,
 ) -> None:
     """Measure the quality that pruning costs: KL, perplexity, copying and look-ups."""
-    texts = tuple(fitting.fit_text or ()) or None
-    given = fitting.fit(texts=texts)
-    if not fit:
-        opt.no_fit(given, "--fit is missing")
-    elif measured.sidecar is not None:
-        raise typer.BadParameter("--fit replaces the sidecar's projections; remove --sidecar")
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 
@@ -66,7 +50,6 @@ def eval(  # noqa: A001
             model,
             options,
             at=at.named,
-            fit=(given or FitOptions()) if fit else None,
             sidecar=measured.sidecar,
             hardware=measured.hardware,
             watch=watch,

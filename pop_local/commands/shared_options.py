@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import typer
 
 from pop_converter.base.errors import PlanError
-from pop_converter.fit.least_squares import KvType
 from pop_converter.popfile.pruning_plan import parse_skip
-from pop_local.calibration.fit_options import FitOptions
 from pop_local.commands.option_expansion import Group, option
 from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.ui.theme import warn
@@ -58,10 +56,6 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
 _SIDECAR = (
     "The model's sidecar (default: NAME.pop-sidecar.gguf in the model's folder, or a sidecar that"
     " pop-local ships)."
-)
-FIT_TEXTS = (
-    "Text to fit on; repeatable, with an equal share of the tokens for each text (default:"
-    " documentation, code and samples of the model)."
 )
 MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
 DEEP_ROWS = "Rule for words whose tokens run all layers (default: the file's rule)."
@@ -182,31 +176,6 @@ class SamplingOptions(Group):
 
 
 @dataclass(frozen=True)
-class FittingOptions(Group):
-    """Options of a fit."""
-
-    panel: ClassVar[str] = "The fit"
-
-    tokens: int | None = option(
-        "Number of tokens to fit on (default: 24 per dimension, 16384 or more).", min=1
-    )
-    kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
-    memory: float | None = option(
-        "Memory for accumulating the fit's statistics (default: half of the free memory).",
-        "GB",
-        min=0.0,
-        max=1e9,
-        callback=finite,
-    )
-
-    def fit(self, **others: Any) -> FitOptions | None:
-        """Return these options and `others` as FitOptions, None if no option is set."""
-        memory_bytes = None if self.memory is None else int(self.memory * 10**9)
-        found = given(tokens=self.tokens, kv_type=self.kv_type, memory_bytes=memory_bytes, **others)
-        return FitOptions(**found) if found else None
-
-
-@dataclass(frozen=True)
 class BoundaryOptions(Group):
     skip: str | None = option("Layers to skip: a share (1/3, 0.33) or a number.", "SHARE")
     boundary: int | None = option("First layer to skip, instead of --skip.", "LAYER")
@@ -249,9 +218,3 @@ def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
     raise typer.BadParameter(
         f"{text!r} is not a list of lengths of {least} or more, as in 512,2048", param_hint=option
     )
-
-
-def no_fit(given: FitOptions | None, why: str) -> None:
-    """Raise BadParameter for options of a fit; `why`: the reason why none is made."""
-    if given is not None:
-        raise typer.BadParameter(f"options of a fit have no effect: {why}")

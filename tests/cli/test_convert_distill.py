@@ -24,6 +24,7 @@ from pop_local.research.distilled import Distiller
 from pop_local.workflows.conversion import candidate, fits
 from pop_local.workflows.conversion import search as searching
 from pop_local.workflows.conversion.candidate import Candidate
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
 from support.shapes import read_pop_meta
@@ -146,7 +147,8 @@ def test_impossible_distilling_is_refused_before_measuring(arch, options, reason
 
 def test_own_projections_cannot_be_distilled(tiny):
     with pytest.raises(PopError, match="own projections cannot be distilled"):
-        pop_local.convert(tiny, goal=pop_local.Skip("1/3"), fit=None, distiller=Distiller)
+        options = ConvertOptions(pop_local.Skip("1/3"), None, distiller=Distiller)
+        pop_local.convert(tiny, options=options)
 
 
 def test_distilling_requires_torch_and_memory(tiny, monkeypatch):

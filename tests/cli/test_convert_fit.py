@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import pop_local
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
@@ -26,8 +27,8 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions
 from pop_local.workflows.conversion.goals import Skip
-from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 from support.converted import names
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
@@ -224,9 +225,9 @@ def test_too_few_tokens_are_refused(tiny, tmp_path):
 def test_a_singular_gram_matrix_is_refused(tmp_path, words):
     """Fit N inputs to fewer than N tokens, since a window's first token does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
-    fit = FitOptions(texts=(words,), tokens=2048, ridge=0.0)
+    fit = FitOptions(2048, (words,), ridge=0.0, projection=Projection.FITTED)
     with pytest.raises(PopError, match="singular"):
-        evaluate(wide, EvaluateOptions(n_lookups=0), at=Skip("2"), fit=fit)
+        pop_local.convert(wide, options=ConvertOptions(Skip("2"), fit), force=True)
 
 
 @pytest.mark.parametrize("own_text", [True, False])
@@ -350,9 +351,3 @@ def test_a_stop_during_the_measurement_keeps_the_fit(
 
 def _interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
-
-
-@posix
-def test_ctrl_c_in_eval_leaves_no_file(tiny, tmp_path, words):
-    stopped(tmp_path, "eval", tiny, "--fit", *THIRD, "--fit-text", words)
-    assert names(tmp_path) == {"tiny.gguf"}

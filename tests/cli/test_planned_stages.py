@@ -56,7 +56,8 @@ def test_a_conversion_announces_its_stages(
     followed = Followed()
     fit = FitOptions(2048, texts=(letters,))
     out = tmp_path / "out.gguf"
-    convert(tiny, out, goal=goal, fit=fit, force=True, hardware=ONE_THREAD, watch=followed.watch)
+    options = ConvertOptions(goal, fit, hardware=ONE_THREAD)
+    convert(tiny, out, options, force=True, watch=followed.watch)
     followed.check()
 
 

@@ -247,8 +247,6 @@ def test_eval(fitted, tmp_path):
     assert found["kl_mean"] == json.loads(alone.stdout)["kl_mean"]
     own = json.loads(command(*arguments, "--boundary", 5).stdout)
     assert (own["projection"], own["boundary"]) == ("own", 5)
-    both = command(*arguments, "--sidecar", fitted.sidecar, "--fit")
-    assert both.exit_code == 2
 
 
 def test_inspect_of_the_model(base, sidecar):

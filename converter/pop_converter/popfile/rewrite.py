@@ -1,6 +1,6 @@
 """Stream a model to a converted file atomically, verify it, and restore the original."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +22,7 @@ from pop_converter.gguf.content import (
     with_tensors,
     without_last,
 )
-from pop_converter.gguf.header import BLOCK_SIZES, TensorInfo
+from pop_converter.gguf.header import BLOCK_SIZES
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import (
     PREFIX,
@@ -81,16 +81,6 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
     n_wide = wide_weights(plan.shape, plan.boundary, plan.projection)
     n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
     return (n_rows * plan.shape.n_embd + n_wide) // n_elements * n_bytes + 4 * n_rows
-
-
-def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
-    """Return the type of a file's fitted weights, None without a fit or for an unknown type."""
-    kinds = {
-        tensor.type
-        for tensor in tensors
-        if TENSOR_MARK in tensor.name and tensor.name.endswith(".weight")
-    }
-    return next((kind for kind in KvType if {kind.ggml} == kinds), None)
 
 
 def check_target(src: Path, dst: Path, sizes: FileSizes, *, force: bool) -> None:

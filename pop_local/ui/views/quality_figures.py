@@ -58,8 +58,6 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "text": text_json(found.text),
         "n_skipped": found.n_skipped,
         "projection": found.projection,
-        "calibration": found.calibration,
-        "kv_type": found.kv_type,
         "speedup_limit": found.speedup_limit,
         **figures(found.quality),
         "deep_rows": found.deep_rows,
@@ -74,15 +72,9 @@ def show_evaluation(found: Evaluation) -> None:
 
 
 def _facts(found: Evaluation) -> Iterator[Fact]:
-    q, made = found.quality, found.calibration
+    q = found.quality
     yield "Model", str(found.model)
     yield "Text", found.text.name
-    if made is not None:
-        how = f"{made.n_tokens:,} tokens, ridge {made.ridge:g}, weighting {made.weighting}"
-        if made.n_distilled:
-            how += f", distilled on {made.n_distilled:,} tokens"
-        stored = f", stored as {found.kv_type.value}" if found.kv_type else ""
-        yield "Fitted on", f"{made.name}: {how}{stored}"
     layers = f"{found.n_skipped} layers, from layer {q.boundary} on, {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
         layers += f", deep rows by {found.deep_rows}"

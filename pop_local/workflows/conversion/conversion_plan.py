@@ -28,8 +28,9 @@ from pop_local.calibration.needs import (
     spaced,
 )
 from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.measure.budget import BALANCED
 from pop_local.models.model_names import resolve_base
-from pop_local.workflows.conversion.goals import Goal
+from pop_local.workflows.conversion.goals import Goal, Within
 from pop_local.workflows.conversion.output import OUTPUTS, Output, OutputName
 from pop_local.workflows.conversion.refusals import (
     CopyingBrokenError,
@@ -52,11 +53,13 @@ STATE_SUFFIX = ".calibration"
 class ConvertOptions:
     """Options of a conversion.
 
-    `fit` None keeps the skipped layers' own projections. `resume` keeps a stopped fit next to the
-    output, and continues a kept one. A `distiller` also trains the fit end to end.
+    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`), for which the fastest
+    candidate is searched. `fit`: None keeps the skipped layers' own projections. `resume`: store a
+    stopped fit next to the output, and continue a stored fit. `distiller`: also trains the fit end
+    to end.
     """
 
-    goal: Goal
+    goal: Goal = Within(BALANCED)
     fit: FitOptions | None = FitOptions()
     rows: RowOptions = RowOptions()
     output: OutputName = "copy"

@@ -14,9 +14,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import FileSizes, check_target
-from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
-from pop_local.measure.budget import BALANCED
 from pop_local.workflows.conversion.conversion_plan import (
     Conversion,
     ConversionRun,
@@ -24,17 +22,12 @@ from pop_local.workflows.conversion.conversion_plan import (
     Outcome,
     plan_conversion,
 )
-from pop_local.workflows.conversion.fits import MakeDistiller
-from pop_local.workflows.conversion.goals import Goal, Within
 from pop_local.workflows.conversion.named import write_named
-from pop_local.workflows.conversion.output import OutputName
 from pop_local.workflows.conversion.refusals import Trial
-from pop_local.workflows.conversion.row_options import RowOptions
 from pop_local.workflows.conversion.search import write_within
 from pop_local.workflows.conversion.stages import planned_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Unit, Watch
-from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.open import base_file
 
 
@@ -62,29 +55,20 @@ class Converted:
 def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
+    options: ConvertOptions = ConvertOptions(),
     *,
-    goal: Goal = Within(BALANCED),
-    fit: FitOptions | None = FitOptions(),
-    rows: RowOptions = RowOptions(),
-    output: OutputName = "copy",
-    resume: bool = False,
-    distiller: MakeDistiller | None = None,
     force: bool = False,
-    hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Converted:
     """Convert a model, given by path or name, so that it reads long prompts faster.
 
-    `goal`: a budget, within which the fastest candidate is searched (`Within`), or a named boundary
-    (`Skip`, `Boundary`). `out` (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model):
-    the output's path. `force` replaces an existing output, and writes a boundary that is named
-    without a budget even if the model can no longer copy. The other parameters are fields of
-    `ConvertOptions`.
+    `out`: the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
+    `force` replaces an existing output. It also writes a boundary that is named without a budget
+    even if the model can no longer copy.
 
-    Raises PopError (such as OutputExistsError, OverBudgetError, CopyingBrokenError), and
-    StoppedError if the watch stops it. Then an earlier output is unchanged.
+    Raises PopError (for example OutputExistsError, OverBudgetError or CopyingBrokenError), and
+    StoppedError if the watch stops the conversion. After an error, an earlier output is unchanged.
     """
-    options = ConvertOptions(goal, fit, rows, output, resume, distiller, hardware)
     planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
     return run_conversion(planned, force=force, watch=watch)
 

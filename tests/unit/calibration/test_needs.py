@@ -11,8 +11,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from pop_local.calibration import needs
 from pop_local.measure.budget import BALANCED
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions
-from pop_local.workflows.conversion.convert_model import Within, plan_conversion
+from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
+from pop_local.workflows.conversion.goals import Within
 from support.calibrating import words
 from support.paths import TESTS
 from support.synthetic import make_gguf
