@@ -13,7 +13,7 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context, ContextOptions
 from pop_local.engine.llama.devices import has_kernels
 from pop_local.engine.llama.slot import SingleSlot
-from pop_local.engine.llama.taps import Tapped, Wanted
+from pop_local.engine.llama.taps import Tapped, TapRequest
 
 
 def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) -> closing[Context]:
@@ -33,7 +33,7 @@ def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) 
 class WindowReader:
     """A reader of single windows into an empty KV cache; it returns the requested activations."""
 
-    def __init__(self, context: Context, wanted: Wanted) -> None:
+    def __init__(self, context: Context, wanted: TapRequest) -> None:
         self._slot, self._wanted = SingleSlot(context), wanted
         self._slot.begin_prefill()
         taps.set_taps(context.ctx, wanted)

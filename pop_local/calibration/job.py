@@ -30,7 +30,7 @@ from pop_local.calibration.texts import (
 )
 from pop_local.engine.learning.sums import Summing
 from pop_local.engine.llama.context import Context
-from pop_local.engine.llama.taps import Rows, Wanted
+from pop_local.engine.llama.taps import Rows, TapRequest
 
 # A large model's state has gigabytes.
 SAVE_EVERY_S = 60.0
@@ -155,7 +155,7 @@ class _Job:
         n_chosen = min(len(windows), n_choosing(self._shape.n_embd))
         chosen = np.linspace(0, len(windows) - 1, n_chosen).astype(int)
         seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
-        reading = WindowReader(self._context, Wanted(tuple(wanted)))
+        reading = WindowReader(self._context, TapRequest(tuple(wanted)))
         for window in chosen:
             tapped = reading.window(windows[window].tolist())
             for boundary in wanted:

@@ -20,7 +20,7 @@ from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.engine.llama.taps import Tapped, Wanted
+from pop_local.engine.llama.taps import Tapped, TapRequest
 from support.ggml_library import Tensor
 from support.shapes import read_shape
 
@@ -97,7 +97,7 @@ def fitted_at(
 
 
 def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> list[Tapped]:
-    wanted = Wanted(boundaries, layers, WEIGHING)
+    wanted = TapRequest(boundaries, layers, WEIGHING)
     with loaded(path, n_threads=1) as context:
         reading = WindowReader(context, wanted)
         return [reading.window(window) for window in windows]

@@ -24,7 +24,7 @@ from pop_converter.fit.wide import (
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
-from pop_local.engine.llama.taps import Rows, Tapped, Wanted
+from pop_local.engine.llama.taps import Rows, Tapped, TapRequest
 
 # The number of last layers whose attention weighs the rows.
 N_WEIGHING = 4
@@ -114,13 +114,13 @@ class Summing:
         """Return the layers that are fitted at a boundary."""
         return range(boundary + 1, self.shape.n_layer)
 
-    def wanted(self, boundaries: Iterable[int]) -> Wanted:
+    def wanted(self, boundaries: Iterable[int]) -> TapRequest:
         """Return the tensors to tap for the sums of these boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
         # All boundaries share these layers, so that no fit depends on the other boundaries.
         weighing = range(max(1, self.shape.n_layer - N_WEIGHING), self.shape.n_layer)
-        return Wanted(at, layers, tuple(weighing))
+        return TapRequest(at, layers, tuple(weighing))
 
     def is_wide(self, boundary: int) -> bool:
         """Return True if `choose_input` must precede adding rows."""

@@ -27,7 +27,7 @@ class _CTapped(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TapRequest:
     """Selection of values: states at `boundaries`, K and V of `layers`.
 
     `weighing`: layers whose attention weights the rows in a fit.
@@ -55,14 +55,14 @@ class Tapped:
     v: dict[int, Rows] = field(default_factory=dict)
     mass: dict[int, Rows] = field(default_factory=dict)
 
-    def has(self, wanted: Wanted) -> bool:
+    def has(self, wanted: TapRequest) -> bool:
         """Return whether all selected values exist, except mass, which some memories lack."""
         return self.states.keys() >= set(wanted.boundaries) and min(
             self.k.keys(), self.v.keys(), key=len
         ) >= set(wanted.layers)
 
 
-def set_taps(ctx: Any, wanted: Wanted | None) -> None:
+def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
     """Select the values of the following batches (None: no values). Raises PopError."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:

@@ -12,7 +12,7 @@ from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import read_source
 from pop_local.calibration.activations import WindowReader, loaded
 from pop_local.calibration.texts import N_WINDOW
-from pop_local.engine.llama.taps import Wanted
+from pop_local.engine.llama.taps import TapRequest
 from support.calibrating import ARCHS, BOUNDARY, attention, kv, prompt, recorded
 from support.synthetic import make_gguf
 
@@ -53,7 +53,7 @@ def test_what_a_signal_raises_comes_out(llama: Path):
     before = signal.signal(signal.SIGTERM, leave)
     try:
         with loaded(llama, n_threads=1) as context:
-            reading = WindowReader(context, Wanted((4,), (5,)))
+            reading = WindowReader(context, TapRequest((4,), (5,)))
             threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()
             with pytest.raises(SystemExit):
                 while True:
