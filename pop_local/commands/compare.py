@@ -15,7 +15,6 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class GreedyOptions(Group):
-    answers: Path | None = option("Store answers in this file, or resume from it.", "FILE")
     # Not named max_tokens: the setting of that name is for conversations.
     longest: int = option(
         "Maximum answer length in tokens.", flag="--max-tokens", min=1, default=256
@@ -50,7 +49,7 @@ def compare(
         found = compare_answers(
             model,
             prompts,
-            CompareOptions(how.longest, measured.n_ctx, how.answers, how.mmproj),
+            CompareOptions(how.longest, measured.n_ctx, how.mmproj),
             sidecar=measured.sidecar,
             hardware=measured.hardware,
             watch=watch,

@@ -39,13 +39,14 @@ class ComparedPrompt:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file. `sha256` covers lines, texts, documents and pictures."""
+    """The prompts of a file."""
 
     name: str
     prompts: tuple[ComparedPrompt, ...]
 
     @property
     def sha256(self) -> str:
+        """Return a hash of lines, texts, documents and pictures."""
         parts = [
             (
                 prompt.line,

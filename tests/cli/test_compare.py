@@ -6,8 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_local.cli import app
-from pop_local.measure import compared_prompts as measure
-from support.converted import converted, tiny
+from support.converted import tiny
 from support.synthetic import make_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
@@ -70,58 +69,6 @@ def test_a_table_shows_what_differs(pop_file, mine):
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert found["n_same"] < 3
     assert len(rows) == 2 + 3 - found["n_same"]
-
-
-def test_a_stopped_comparison_resumes(pop_file, mine, tmp_path, monkeypatch):
-    kept = tmp_path / "answers.jsonl"
-    left = iter(range(4))
-
-    def counted(*arguments, real=measure.answered):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr("pop_local.workflows.compare_answers.answered", counted)
-    stopped = answered(pop_file, mine, "--answers", kept)
-    assert stopped.exit_code == 130
-    assert "has 4 answers" in " ".join(stopped.stderr.split())
-    with kept.open("a") as file:
-        file.write('{"mode": "pruned", "line": 2, "te')
-    monkeypatch.undo()
-    whole = compared(pop_file, mine, "--answers", kept)
-    fresh = compared(pop_file, mine)
-    for one, other in zip(whole["answers"], fresh["answers"], strict=True):
-        assert one["full"]["text"] == other["full"]["text"]
-        assert one["first_difference"] == other["first_difference"]
-    assert len(kept.read_text().splitlines()) == 1 + 6
-    mine.write_text('{"prompt": "another"}')
-    refused = answered(pop_file, mine, "--answers", kept)
-    assert refused.exit_code == 1
-    assert "does not hold answers of this model to these prompts" in refused.stderr
-
-
-def test_answers_of_the_model_read_otherwise_are_not_gone_on_with(mine, tmp_path):
-    base = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
-    kept = tmp_path / "answers.jsonl"
-    once = converted(base, tmp_path, boundary=4)
-    assert answered(once, mine, "--answers", kept).exit_code == 0
-    assert answered(once, mine, "--answers", kept).exit_code == 0
-    (other := tmp_path / "other").mkdir()
-    refused = answered(converted(base, other, boundary=4, tail_tokens=8), mine, "--answers", kept)
-    assert refused.exit_code == 1
-    assert "does not hold answers of this model" in refused.stderr
-
-
-def test_answers_that_are_none(pop_file, mine, tmp_path):
-    kept = tmp_path / "answers.jsonl"
-    assert answered(pop_file, mine, "--answers", kept).exit_code == 0
-    head, first, *rest = kept.read_text().splitlines()
-    for changed in ({"text": None}, {"text": "\ud800"}, {"ttft_s": 10**400}, {"n_pruned": "many"}):
-        entry = json.dumps(json.loads(first) | changed)
-        kept.write_text("\n".join([head, entry, *rest, ""]))
-        refused = answered(pop_file, mine, "--answers", kept)
-        assert refused.exit_code == 1
-        assert "does not hold answers" in refused.stderr, changed
 
 
 def test_prompts_that_do_not_fit_are_named(pop_file, mine):
