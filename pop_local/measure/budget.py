@@ -1,7 +1,4 @@
-"""Budgets: limits on the measured quality, and the next boundaries to measure.
-
-The search assumes that a deeper boundary is never better.
-"""
+"""Budgets, which limit the loss by pruning, and the next boundaries to measure."""
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
@@ -29,7 +26,7 @@ BALANCED = Budget(
     max_copy_ratio=1.1,
     max_lost_lookups=0.02,
 )
-# Beyond these limits on copying, a model can no longer copy from its prompt.
+# Beyond this copy ratio, a model can no longer copy from its prompt.
 FAST = Budget(
     "fast",
     max_kl=0.1,
@@ -41,17 +38,36 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
 # Below this share of the full model's gain on random tokens, a model can no longer copy.
 LEAST_RETENTION = 0.7
-# A fit hardly changes the retention of a model that copies; few draws have an error as large.
+# A fit hardly changes the retention of a model that copies, and no fit restores a lost retention.
 _RETENTION_GAIN = 0.05
-# No fit restores a retention that is this far below the least.
 _LOST_RETENTION = 0.3
-# Standard errors. More than two are required, since errors of few windows are uncertain.
+# Number of standard errors. Two are too few, since errors of few windows are uncertain.
 _CLEAR = 3.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Return whether all figures except look-ups are within the budget (see `keeps_lookups`)."""
+    """Return whether all figures except look-ups are within the budget."""
     return all(over <= 0 for over, _ in _excesses(budget, quality))
+
+
+def is_clear(budget: Budget, quality: "Quality") -> bool:
+    """Return whether more windows would hardly change the result of `is_inside`.
+
+    Then one figure is above its limit, or all figures are below, by several standard errors.
+    """
+    excesses = _excesses(budget, quality)
+    is_outside = any(over > _CLEAR * error for over, error in excesses)
+    return is_outside or all(over < -_CLEAR * error for over, error in excesses)
+
+
+def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
+    """Return each figure's excess over its limit, and its standard error."""
+    limited = (
+        (quality.kl_mean, budget.max_kl),
+        (quality.ppl_ratio, budget.max_ppl_ratio),
+        (quality.copy_ppl_ratio, budget.max_copy_ratio),
+    )
+    return [(figure.value - limit, figure.se or 0.0) for figure, limit in limited]
 
 
 def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
@@ -60,10 +76,10 @@ def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
 
 
 def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
-    """Return early whether `n_questions` would lose more look-ups than the budget allows.
+    """Return whether `n_questions` would lose more look-ups than the budget allows.
 
-    Either more are lost already, or the right strings' probability has clearly fallen by more. The
-    probability has less noise.
+    Either more look-ups are lost already, or the mean probability of the right strings has clearly
+    fallen by more. The probability has less noise than the count.
     """
     expected, limit = lookups.expected_lost, budget.max_lost_lookups
     has_fallen = expected.se is not None and expected.value - _CLEAR * expected.se > limit
@@ -71,40 +87,30 @@ def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
 
 
 def copies(quality: "Quality") -> bool:
-    """Return whether a model still copies from its prompt, by both probes.
-
-    The retention does not count if the full model does not copy random tokens.
-    """
+    """Return whether a pruned model still copies from its prompt, by both probes."""
     ratio = quality.copy_ppl_ratio.value
-    return ratio <= FAST.max_copy_ratio and keeps(quality.induction_retention)
-
-
-def is_clear(budget: Budget, quality: "Quality") -> bool:
-    """Return whether more windows would hardly change the verdict.
-
-    One figure exceeds its limit by more than sampling explains, or all are as far below theirs.
-    """
-    excesses = _excesses(budget, quality)
-    outside = any(over > _CLEAR * error for over, error in excesses)
-    return outside or all(over < -_CLEAR * error for over, error in excesses)
+    return ratio <= FAST.max_copy_ratio and _keeps(quality.induction_retention)
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return whether fits may retain enough copying. `retention`: without a fit."""
-    return keeps(retention, _RETENTION_GAIN)
+    """Return whether a fit may keep enough copying, from the retention without a fit."""
+    return _keeps(retention, _RETENTION_GAIN)
 
 
 def is_hopeless(retention: "Estimate | None") -> bool:
-    """Return whether no fit can restore copying. `retention`: without a fit."""
-    # An undefined retention is not hopeless: the fit reports why.
-    least = LEAST_RETENTION - _LOST_RETENTION
-    return retention is not None and retention.value < least
+    """Return whether no fit can restore copying, from the retention without a fit."""
+    return not _keeps(retention, _LOST_RETENTION)
+
+
+def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
+    """Return whether a retention is high enough, or None: the full model does not copy either."""
+    return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
 def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
     """Return the boundaries from the last layer down to n_layer / divisor.
 
-    Layers that read image features are kept. Raises PlanError for a model with one layer.
+    Layers that read image features are not skipped. Raises PlanError for a model with one layer.
     """
     if shape.n_layer < 2:
         raise PlanError("the model has only one layer, which cannot be skipped")
@@ -113,12 +119,13 @@ def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
 
 
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
-    """Return the boundaries to measure next, the most useful one first.
+    """Return the boundaries to measure next, the most useful boundary first.
 
-    The result is empty once the deepest boundary within the budget is known, or all exceed it.
     `plans`: the boundaries that may be chosen. `verdicts`: whether each measured boundary is within
-    the budget. The search starts in the middle, near most models' result. Its steps double until
-    one boundary is within the budget and another exceeds it. Then it bisects.
+    the budget. A deeper boundary is assumed never to be better. The search starts in the middle,
+    near most models' result, and doubles its steps until one boundary is within the budget and
+    another exceeds it. Then it bisects. The result is empty once the deepest boundary within the
+    budget is known, or all boundaries exceed it.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
@@ -139,24 +146,6 @@ def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
     return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
 
 
-def keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Return whether a retention is enough, within `slack`; None (no copying in full) is."""
-    return retention is None or retention.value >= LEAST_RETENTION - slack
-
-
-def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
-    """Return each figure's excess over its limit, and its standard error."""
-    return [
-        _excess(quality.kl_mean, budget.max_kl),
-        _excess(quality.ppl_ratio, budget.max_ppl_ratio),
-        _excess(quality.copy_ppl_ratio, budget.max_copy_ratio),
-    ]
-
-
-def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
-    return estimate.value - limit, estimate.se or 0.0
-
-
 def limits_in_words(budget: Budget) -> str:
     """Return a budget's limits, in the order of `figures_in_words`."""
     limits = (
@@ -169,7 +158,7 @@ def limits_in_words(budget: Budget) -> str:
 
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
-    """Return the figures that a budget limits, with look-ups if they were measured."""
+    """Return the limited figures in words, in the order of `limits_in_words`."""
     lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "

@@ -69,7 +69,7 @@ class Gradual:
         """Measure the first four windows, then twice as many in total, spread over the text.
 
         `model`: a file of the reference's model, with the same projections in each call.
-        `on_progress` counts this call's windows and draws. Raises PopError as `measure_prunings`.
+        `on_progress` counts this call's windows and draws. Raises as `measure_pruning`.
         """
         reference, n_done = self.reference, len(self._scores)
         pruning = Pruning(self.boundary)
@@ -81,15 +81,10 @@ class Gradual:
         with forced(model) as reader:
             ran = counting(len(windows) + n_draws, on_progress)
             if self._repeated_nll is None:
-                [self._repeated_nll] = measure_induction(reader, reference.repeated, [pruning], ran)
+                self._repeated_nll = measure_induction(reader, reference.repeated, pruning, ran)
             # Each window is added separately, so that a stop keeps the measured windows.
             for window, of_full in zip(windows, full, strict=True):
-                self._scores += score(reader, [window], [of_full], [pruning], ran)[0]
+                self._scores += score(reader, [window], [of_full], pruning, ran)
             self.quality = summarize(
-                pruning,
-                reference.settings,
-                reader.rule,
-                self._scores,
-                reference.repeated,
-                self._repeated_nll,
+                pruning, reference.settings, self._scores, reference.repeated, self._repeated_nll
             )

@@ -119,24 +119,17 @@ class Lookups(LookupCounts):
 
 
 def measure_lookups(
-    model: PopModel,
-    settings: LookupSettings,
-    prunings: Sequence[Pruning],
-    on_progress: Progress,
-) -> tuple[Lookups, ...]:
-    """Ask about each document once in full and once under each pruning.
+    model: PopModel, settings: LookupSettings, pruning: Pruning, on_progress: Progress
+) -> Lookups:
+    """Ask about each document once in full and once under a pruning.
 
     `on_progress` counts questions. Raises PopError if a prompt does not fit the context or was not
     pruned as planned.
     """
     documents = make_documents(model, settings)
-    n_each = sum(len(each.questions) for each in documents)
-    ran = counting(n_each * (1 + len(prunings)), on_progress)
-    full = _ask(model, documents, FULL, ran)
-    return tuple(
-        compare_answers(documents, full, _ask(model, documents, pruning, ran), settings)
-        for pruning in prunings
-    )
+    ran = counting(2 * sum(len(each.questions) for each in documents), on_progress)
+    full, pruned = (_ask(model, documents, each, ran) for each in (FULL, pruning))
+    return compare_answers(documents, full, pruned, settings)
 
 
 @dataclass(frozen=True)
@@ -149,21 +142,16 @@ class LookupReference:
 
     @classmethod
     def read(
-        cls,
-        model: PopModel,
-        settings: LookupSettings,
-        on_progress: Progress,
-        known: Answers | None = None,
+        cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
         """Ask in full about the documents that follow those of `known`.
 
         Each document's answers are added to `known`, so that a stop keeps them. Raises as
         `measure_lookups`.
         """
-        full = [] if known is None else known
-        found = cls(settings, make_documents(model, settings), full)
-        found.ask(model, FULL, on_progress, full)
-        return replace(found, full=full[: len(found.documents)])
+        found = cls(settings, make_documents(model, settings), known)
+        found.ask(model, FULL, on_progress, known)
+        return replace(found, full=known[: len(found.documents)])
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
         """Ask a file of the same model under a pruning; `known` as in `read`."""

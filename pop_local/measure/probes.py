@@ -80,15 +80,12 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated
     return Repeated(tuple(draws), first, full)
 
 
-def measure_induction(
-    reader: Forced, repeated: Repeated, prunings: Sequence[Pruning], ran: Ran
-) -> Floats:
-    """Return the second occurrence's mean NLL [n_prunings, n_draws] in nats; `ran` counts them."""
-    pruned = np.empty((len(prunings), len(repeated.draws)))
-    for i, pruning in enumerate(prunings):
-        for draw, tokens in enumerate(repeated.draws):
-            pruned[i, draw] = _second_nll(reader, tokens, pruning)
-            ran(1)
+def measure_induction(reader: Forced, repeated: Repeated, pruning: Pruning, ran: Ran) -> Floats:
+    """Return the second occurrence's mean NLL [n_draws] in nats; `ran` counts the draws."""
+    pruned = np.empty(len(repeated.draws))
+    for draw, tokens in enumerate(repeated.draws):
+        pruned[draw] = _second_nll(reader, tokens, pruning)
+        ran(1)
     return pruned
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from pop_converter.base.progress import Progress, Ran, counting
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
 from pop_local.measure.divergence import (
     Divergence,
@@ -127,27 +126,26 @@ class QualityReference:
     repeated: Repeated
 
 
-def measure_prunings(
+def measure_pruning(
     model: PopModel,
     text_tokens: TextTokens,
     settings: QualitySettings,
-    prunings: Sequence[Pruning],
+    pruning: Pruning,
     on_progress: Progress,
-) -> tuple[Quality, ...]:
-    """Measure each pruning; the full model runs once.
+) -> Quality:
+    """Measure a pruning against the full model.
 
-    The file's projections apply to its own boundary only. `text_tokens`: one sequence for each part
-    of the text, without BOS. `on_progress` counts windows and draws. Memory: 8 * n_continuation *
+    A file's projections apply to its boundary only. `text_tokens`: one sequence for each part of
+    the text, without BOS. `on_progress` counts windows and draws. Memory: 8 * n_continuation *
     n_vocab bytes. Raises PopError if the text is too short, no token would be pruned, or the
     counters differ from the plan.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        n_steps = (1 + len(prunings)) * (len(windows) + settings.n_draws)
-        ran = counting(n_steps, on_progress)
+        ran = counting(2 * (len(windows) + settings.n_draws), on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
         reference = QualityReference(settings, windows, _read_full(reader, windows, ran), repeated)
-        return _measure(reader, reference, prunings, ran)
+        return _measure(reader, reference, pruning, ran)
 
 
 def read_reference(
@@ -174,45 +172,27 @@ def read_reference(
 
 
 def measure_against(
-    reference: QualityReference, model: PopModel, prunings: Sequence[Pruning], on_progress: Progress
-) -> tuple[Quality, ...]:
-    """Measure each pruning of a file of the same model.
-
-    The file's projections apply to its own boundary only. `on_progress` counts windows and draws.
-    Raises PopError as `measure_prunings` does.
-    """
-    n_each = len(reference.windows) + reference.settings.n_draws
+    reference: QualityReference, model: PopModel, pruning: Pruning, on_progress: Progress
+) -> Quality:
+    """Measure a pruning of a file of the reference's model. Raises as `measure_pruning`."""
     with forced(model) as reader:
-        ran = counting(len(prunings) * n_each, on_progress)
-        return _measure(reader, reference, prunings, ran)
+        n_steps = len(reference.windows) + reference.settings.n_draws
+        return _measure(reader, reference, pruning, counting(n_steps, on_progress))
 
 
-def measure_retention(
-    reference: QualityReference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
-) -> tuple[Estimate | None, ...]:
-    """Measure `Quality.induction_retention` at each boundary, on random tokens only."""
-    prunings = [Pruning(boundary) for boundary in boundaries]
-    with forced(model) as reader:
-        ran = counting(len(prunings) * reference.settings.n_draws, on_progress)
-        found = measure_induction(reader, reference.repeated, prunings, ran)
-        return tuple(retention(reference.repeated, nll) for nll in found)
-
-
-def _measure(
-    reader: Forced, reference: QualityReference, prunings: Sequence[Pruning], ran: Ran
-) -> tuple[Quality, ...]:
-    scores = score(reader, reference.windows, reference.full, prunings, ran)
+def _measure(reader: Forced, reference: QualityReference, pruning: Pruning, ran: Ran) -> Quality:
+    scores = score(reader, reference.windows, reference.full, pruning, ran)
     repeated = reference.repeated
-    nlls = measure_induction(reader, repeated, prunings, ran)
-    return tuple(
-        summarize(pruning, reference.settings, reader.rule, of_pruning, repeated, nll)
-        for pruning, of_pruning, nll in zip(prunings, scores, nlls, strict=True)
-    )
+    nll = measure_induction(reader, repeated, pruning, ran)
+    return summarize(pruning, reference.settings, scores, repeated, nll)
 
 
 def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:
     for window in windows:
-        full = _score_full(reader, window)
+        reader.read(window.context, FULL)
+        predicted = predictions(reader.predict(window.continuation))
+        targets = np.asarray(window.continuation)
+        full = FullScores(predicted, likelihood(predicted, targets), copied(reader, window.passage))
         ran(1)
         yield full
 
@@ -221,15 +201,24 @@ def score(
     reader: Forced,
     windows: Sequence[Window],
     full: Iterable[FullScores],
-    prunings: Sequence[Pruning],
+    pruning: Pruning,
     ran: Ran,
-) -> list[list[Scores]]:
-    """Return the scores of all windows under each pruning."""
-    scores: list[list[Scores]] = [[] for _ in prunings]
+) -> list[Scores]:
+    """Return the scores of all windows under a pruning."""
+    scores = []
     for window, of_full in zip(windows, full, strict=True):
-        for of_pruning, pruning in zip(scores, prunings, strict=True):
-            of_pruning.append(_score_pruned(reader, window, of_full, pruning))
-            ran(1)
+        reader.read(window.context, pruning)
+        predicted = predictions(reader.predict(window.continuation))
+        found = Scores(
+            divergence=divergence(of_full.predicted, predicted),
+            full=of_full.continuation,
+            pruned=likelihood(predicted, np.asarray(window.continuation)),
+            copy_full=of_full.passage,
+            copy_pruned=copied(reader, window.passage),
+            n_pruned=reader.n_pruned,
+        )
+        scores.append(found)
+        ran(1)
     return scores
 
 
@@ -249,42 +238,14 @@ def choose_windows(
     return tuple(windows)
 
 
-def _score_full(reader: Forced, window: Window) -> FullScores:
-    reader.read(window.context, FULL)
-    predicted = predictions(reader.predict(window.continuation))
-    return FullScores(
-        predicted=predicted,
-        continuation=likelihood(predicted, np.asarray(window.continuation)),
-        passage=copied(reader, window.passage),
-    )
-
-
-def _score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
-    """Score a window under a pruning, against the full model's scores."""
-    reader.read(window.context, pruning)
-    predicted = predictions(reader.predict(window.continuation))
-    return Scores(
-        divergence=divergence(full.predicted, predicted),
-        full=full.continuation,
-        pruned=likelihood(predicted, np.asarray(window.continuation)),
-        copy_full=full.passage,
-        copy_pruned=copied(reader, window.passage),
-        n_pruned=reader.n_pruned,
-    )
-
-
 def summarize(
     pruning: Pruning,
     settings: QualitySettings,
-    rule: RowRule,
     scores: Sequence[Scores],
     repeated: Repeated,
     repeated_nll: Floats,
 ) -> Quality:
-    """Summarize all windows' scores under one pruning.
-
-    `repeated_nll` [n_draws] is the pruning's row from `measure_induction`.
-    """
+    """Summarize all windows' scores under a pruning, and its `measure_induction` [n_draws]."""
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
     copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)

@@ -1,8 +1,8 @@
-"""Cheap measurements of the boundaries in the deeper half of a model.
+"""Brief measurements of the boundaries in the deeper half of a model.
 
 Repeated random tokens show how much copying each boundary retains with the layers' own projections;
-fits hardly change it. For boundaries that retain copying, a few windows of prose give KL and copy
-ratio, with fitted projections if possible.
+fits hardly change the result. For boundaries that retain copying, a few windows of prose give KL
+and copy ratio, with fitted projections if possible.
 """
 
 from collections.abc import Sequence
@@ -10,29 +10,29 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
-from pop_converter.base.progress import Progress
+from pop_converter.base.progress import Progress, counting
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
-from pop_local.measure.budget import boundaries, deepest_inside, is_inside, keeps, may_copy
+from pop_local.measure.budget import boundaries, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.quality import Quality, QualityReference, measure_retention
+from pop_local.measure.forced import Pruning, forced
+from pop_local.measure.probes import measure_induction
+from pop_local.measure.quality import Quality, QualityReference, retention
 
 # A layer is the cliff if skipping it also loses this share of the full model's gain.
 CLIFF = 0.2
-# The boundary that is likely to be chosen keeps so much more than the least.
-_LIKELY = 0.1
-# Boundaries that save less are not worth measuring.
+# Minimum speed-up limit of a boundary that is worth measuring.
 LEAST_LIMIT = 1.05
 
 
 @dataclass(frozen=True)
 class DepthCost:
-    """The cost of one boundary, measured cheaply.
+    """The cost of one boundary.
 
-    `retention`: see `Quality`, with the layers' own projections. `lost_retention`: the additional
-    loss of the full model's gain by skipping the boundary layer. Both are None if the full model
-    has no gain. `quality`, on prose, and its `projection` are None if not measured. `calibration`
+    `retention`: see `Quality`, with the layers' own projections. `lost_retention`: the share of the
+    full model's gain that is lost by also skipping the boundary layer. Both are None if the full
+    model has no gain. `quality` (on prose) and `projection` are None if not measured. `calibration`
     is None without a fit.
     """
 
@@ -57,18 +57,23 @@ def measure_cliff(
 
     The speed-up limits are for prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
     """
-    tried = boundaries(model.engine.context.shape)
-    retentions = measure_retention(reference, model, tried, on_progress)
-    n_full = model.engine.rule.sink_tokens + model.engine.rule.tail_tokens
+    context, rule = model.engine.context, model.engine.rule
+    tried, retentions = boundaries(context.shape), []
+    with forced(model) as reader:
+        ran = counting(len(tried) * reference.settings.n_draws, on_progress)
+        for boundary in tried:
+            nll = measure_induction(reader, reference.repeated, Pruning(boundary), ran)
+            retentions.append(retention(reference.repeated, nll))
+    n_full = rule.sink_tokens + rule.tail_tokens
     return tuple(
         DepthCost(
             boundary=boundary,
-            n_skipped=model.engine.context.shape.n_layer - boundary,
-            speedup_limit=speedup_limit(model.engine.context.macs, LIMIT_PROMPT, boundary, n_full),
-            retention=retention,
+            n_skipped=context.shape.n_layer - boundary,
+            speedup_limit=speedup_limit(context.macs, LIMIT_PROMPT, boundary, n_full),
+            retention=retained,
             lost_retention=lost,
         )
-        for boundary, retention, lost in zip(tried, retentions, losses(retentions), strict=True)
+        for boundary, retained, lost in zip(tried, retentions, losses(retentions), strict=True)
     )
 
 
@@ -84,18 +89,13 @@ def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries that may keep enough of copying, and the one past them.
+    """Return the boundaries that may keep enough copying, and the next deeper boundary.
 
-    The likeliest to be chosen comes first, the shallowest
-    where the model does not copy; boundaries that could save next to nothing are left out.
+    Boundaries with a speed-up limit below LEAST_LIMIT are omitted.
     """
     hopeful = [may_copy(depth.retention) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
-    wanted = [depth for depth in depths[:n_worth] if depth.speedup_limit >= LEAST_LIMIT]
-    guess = deepest_inside(
-        {d.boundary: keeps(d.retention, -_LIKELY) for d in depths if d.retention is not None}
-    )
-    return sorted(wanted, key=lambda d: abs(d.boundary - (guess or d.boundary)))
+    return [depth for depth in depths[:n_worth] if depth.speedup_limit >= LEAST_LIMIT]
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,6 @@ from pop_local.calibration import needs as memory
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import default_tokens
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
 from pop_local.measure.forced import Pruning
@@ -34,9 +32,10 @@ from pop_local.models.model_files import ModelFiles
 from pop_local.research.analyze_options import AnalyzeOptions
 from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
 from pop_local.research.importance import Importance, Windows, gates_device, importance
-from pop_local.workflows.conversion.fits import measure_fits
+from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.conversion.stages import fit_stages
+from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import PlannedStage, Watch
 from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
@@ -52,10 +51,10 @@ _GATES_COST = 4
 
 @dataclass(frozen=True)
 class Analysis:
-    """The result of an analysis; `depths` start at the last layer.
+    """The result of an analysis; the first of `depths` is the last layer.
 
     `importance` is None without gates, `calibration` None without fits. `chosen`: the deepest
-    boundary that `budget` accepts on these figures.
+    boundary that `budget` accepts with these figures.
     """
 
     model: Path
@@ -98,8 +97,7 @@ def analyze(
     watch.on_stages(run.planned_stages(n_gated))
     depths, reference, windows = run.probed(n_gated)
     if wanted := worth_measuring(depths):
-        measure = run.fitted if options.with_fit else run.unfitted
-        measured = {depth.boundary: depth for depth in measure(reference, wanted)}
+        measured = {depth.boundary: depth for depth in run.measured(reference, wanted)}
         depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
     gates = None if device is None else importance(source, device, windows, options, watch)
     return Analysis(
@@ -115,12 +113,12 @@ def analyze(
 
 
 def require_unconverted(source: Source) -> None:
-    """Raise PopError for a converted file: fits and comparisons need the original model."""
+    """Raise PopError for a converted file."""
     path = source.first.path
     if pop_of(source, None) is not None:
         raise PopError(
             f"{path} is converted already",
-            "analyze the original model, which `strip` restores",
+            "analyze the original model, which strip restores",
             cause="analyze-converted",
             path=path,
         )
@@ -154,7 +152,7 @@ class _Run:
         return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
 
     def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
-        """Return all stages that the analysis may run. `n_gated`: windows to train gates on."""
+        """Return all stages that the analysis may run. `n_gated`: number of gate windows."""
         options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
         draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
         probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
@@ -166,9 +164,7 @@ class _Run:
             PlannedStage("Running the full model", probes),
             PlannedStage("Looking for the cliff", n_tried * draws),
             *fit_stages(fit),
-            PlannedStage("Measuring boundary", probes, n_tried)
-            if options.with_fit
-            else PlannedStage("Measuring without a fit", n_tried * probes),
+            PlannedStage("Measuring boundary", probes, n_tried),
             *([PlannedStage("Virtual gates", gates)] if n_gated else []),
         )
 
@@ -183,21 +179,22 @@ class _Run:
                 "the fit needs",
                 needed_bytes,
                 free_bytes,
-                "fit on fewer tokens, close other programs, or leave it out",
+                "fit on fewer tokens, close other programs, or measure without a fit",
                 cause="no-memory-for-fit",
             )
 
     def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], QualityReference, Windows]:
-        """Read in full, then repeat random tokens at each boundary. Raises PopError.
+        """Run the full model, then measure each boundary's retention. Raises PopError.
 
-        Returns each boundary's retention of copying, the full reading, and `n_gated` windows.
+        Return the boundaries' costs, the full model's scores, and `n_gated` windows.
         """
         options = self.options
         n_probed, n_context, n_answer = options.n_probed, options.n_context, options.n_answer
         settings = QualitySettings(
             n_probed, n_context, n_answer, seed=options.seed, n_draws=_N_DRAWS
         )
-        with self._opened(None) as model:
+        files, rows = ModelFiles(self.source.first.path), row_options(self.ends)
+        with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx, **rows) as model:
             tokens = tokenize(model, self.text)
             start = model.engine.context.bos
             texts = spread_windows(tokens, n_gated, options.n_window - len(start))
@@ -206,36 +203,25 @@ class _Run:
             depths = measure_cliff(model, reference, self.watch.stage("Looking for the cliff"))
         return depths, reference, [[*start, *text] for text in texts]
 
-    def fitted(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
-        """Fit and measure the boundaries; the last layer alone has nothing to fit."""
-        known = {depth.boundary: depth for depth in tried}
-
-        def measure(plan: Plan, sidecar: Path) -> DepthCost:
-            advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
-            with self._opened(sidecar) as model:
-                [found] = measure_against(reference, model, (Pruning(plan.boundary),), advance)
-            meta = pop_of(self.source, sidecar)
-            assert meta is not None, "it was written for this model"
-            return replace(
-                known[plan.boundary],
-                quality=found,
-                projection=meta.projection,
-                calibration=meta.calibration,
-            )
-
-        plans, fit = [*map(self._plan, known)], self._fit_options()
-        return measure_fits(plans, self.source, fit, self.hardware, self.watch, measure)
-
-    def unfitted(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
-        """Measure with the layers' own projections."""
-        with self._opened(None) as model:
-            advance = self.watch.stage("Measuring without a fit")
-            prunings = [Pruning(depth.boundary) for depth in tried]
-            found = measure_against(reference, model, prunings, advance)
-        return [
-            replace(depth, quality=quality, projection=Projection.OWN)
-            for depth, quality in zip(tried, found, strict=True)
-        ]
+    def measured(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
+        """Measure boundaries on prose, after fitting all of them in one pass if requested."""
+        runner = TrialRunner(self.source, self.hardware, self.watch)
+        plans, options = [self._plan(depth.boundary) for depth in tried], self._fit_options()
+        if not self.options.with_fit:
+            plans = [replace(plan, projection=Projection.OWN) for plan in plans]
+        runner.require_room(plans, options.kv_type)
+        to_fit = [plan for plan in plans if plan.projection != Projection.OWN]
+        fits = dict(zip(to_fit, PlanFitter(runner, options).fit(to_fit, None), strict=True))
+        found = []
+        for depth, plan in zip(tried, plans, strict=True):
+            fitted = fits.get(plan)
+            with runner.tried(plan, fitted, n_ctx=self._n_ctx) as model:
+                advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
+                quality = measure_against(reference, model, Pruning(plan.boundary), advance)
+            calibration = None if fitted is None else fitted.calibration
+            measured = replace(depth, quality=quality, projection=plan.projection)
+            found.append(replace(measured, calibration=calibration))
+        return found
 
     def _plan(self, boundary: int) -> Plan:
         return make_plan(
@@ -250,7 +236,6 @@ class _Run:
         n_tokens = self.options.fit_tokens or default_tokens(self.shape.n_embd) // _FIT_SHARE
         return FitOptions(n_tokens, projection=Projection.FITTED)
 
-    def _opened(self, sidecar: Path | None) -> AbstractContextManager[PopModel]:
-        files = ModelFiles(self.source.first.path, sidecar)
-        n_ctx = max(self.options.n_window, 2 * N_REPEATED + 1)
-        return opened(files, self.hardware, self.watch, n_ctx=n_ctx, **row_options(self.ends))
+    @property
+    def _n_ctx(self) -> int:
+        return max(self.options.n_window, 2 * N_REPEATED + 1)

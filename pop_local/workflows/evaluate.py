@@ -18,7 +18,7 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import Text, given_text, shipped_text, tokenize
 from pop_local.measure.lookups import Lookups, LookupSettings, measure_lookups
 from pop_local.measure.probes import N_REPEATED
-from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
+from pop_local.measure.quality import Quality, QualitySettings, measure_pruning
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.goals import Named
@@ -92,11 +92,11 @@ def evaluate(
     with opened(files, hardware, watch, n_ctx=n_ctx, deep_rows=options.deep_rows) as loaded:
         rule, tokens = loaded.engine.rule, tokenize(loaded, text)
         advance = watch.stage("Measuring")
-        [quality] = measure_prunings(loaded, tokens, options.settings, [pruning], advance)
+        quality = measure_pruning(loaded, tokens, options.settings, pruning, advance)
         lookups = None
         if lookup_settings is not None:
             advance = watch.stage("Asking for look-ups")
-            [lookups] = measure_lookups(loaded, lookup_settings, [pruning], advance)
+            lookups = measure_lookups(loaded, lookup_settings, pruning, advance)
         macs = loaded.engine.context.macs
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, _n_full(rule, quality))
     return Evaluation(

@@ -83,7 +83,7 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
     runner = full.runner
     with runner.opened(plan, ModelFiles(runner.path, sidecar)) as model:
         advance = runner.watch.stage(f"Measuring boundary {plan.boundary}")
-        [quality] = measure_against(reference, model, [pruning], advance)
+        quality = measure_against(reference, model, pruning, advance)
         answers: Answers = []
         asked.ask(model, pruning, runner.watch.stage("Asking for look-ups"), answers)
     return {

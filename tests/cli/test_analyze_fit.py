@@ -95,7 +95,7 @@ def test_prose_is_measured_down_to_one_boundary_past_hope():
     retentions = (1, 0.99, 0.95, 0.9, 0.3, 0.1)
     depths = [made(9 - n, retention=kept) for n, kept in enumerate(retentions)]
     # Boundary 6 is the deepest within the balanced budget. Boundary 5 ends the measurements.
-    assert _boundaries(depths) == [6, 7, 5, 8, 9]
+    assert _boundaries(depths) == [9, 8, 7, 6, 5]
     assert set(_boundaries(depths[:3])) == {9, 8, 7}
     # Boundary 9 saves too little work.
     assert set(_boundaries([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}

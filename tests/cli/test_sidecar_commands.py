@@ -124,7 +124,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 
-    def measure(model: PopModel, *_: object) -> tuple[SimpleNamespace]:
+    def measure(model: PopModel, *_: object) -> SimpleNamespace:
         seen.append(
             (
                 Path(model.engine.context.path),
@@ -132,12 +132,12 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
             )
         )
         assert existing_sidecar(read_source(base)) is None, "the sidecar is written later"
-        return (SimpleNamespace(boundary=4),)
+        return SimpleNamespace(boundary=4)
 
-    monkeypatch.setattr("pop_local.workflows.conversion.named.measure_prunings", measure)
+    monkeypatch.setattr("pop_local.workflows.conversion.named.measure_pruning", measure)
     monkeypatch.setattr("pop_local.workflows.conversion.named.copies", lambda *_: True)
     for name, made in {
-        "measure_lookups": (None,),
+        "measure_lookups": None,
         "is_inside": True,
         "keeps_lookups": True,
         "figures_in_words": "",

@@ -8,7 +8,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.lookups import LookupSettings, measure_lookups
-from pop_local.measure.quality import QualitySettings, measure_prunings
+from pop_local.measure.quality import QualitySettings, measure_pruning
 from pop_local.models.model_names import find
 from pop_local.models.sidecars import sidecar_of
 from support.paths import MODELS
@@ -27,8 +27,8 @@ def test_shipped_sidecar_has_its_measured_quality(name):
         assert meta is not None and meta.measured is not None
         pruning, settings = Pruning(meta.boundary), QualitySettings(4)
         text = tokenize(model, shipped_text())
-        [found] = measure_prunings(model, text, settings, [pruning], lambda *_: None)
-        [lookups] = measure_lookups(model, LookupSettings(2), [pruning], lambda *_: None)
+        found = measure_pruning(model, text, settings, pruning, lambda *_: None)
+        lookups = measure_lookups(model, LookupSettings(2), pruning, lambda *_: None)
     assert found.n_pruned > 1800
     # The sidecar was measured on sixteen windows; this test uses four.
     assert abs(found.kl_mean.value - meta.measured.kl_mean) < 3 * (found.kl_mean.se or 0)

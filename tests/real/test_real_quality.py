@@ -32,8 +32,9 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(n_windows=1, n_context=256, n_continuation=64, n_draws=1)
     reference = read_reference(model, tokens, settings, ignore)
-    prunings = Pruning(20), Pruning(16)
-    third, half = measure_against(reference, model, prunings, ignore)
+    third, half = (
+        measure_against(reference, model, Pruning(boundary), ignore) for boundary in (20, 16)
+    )
     assert 0.05 < third.kl_mean.value < 0.3
     assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
     assert third.induction_retention is not None
@@ -49,7 +50,7 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
     done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW, "--tokens", 4096)
     assert done.exit_code == 0, done.stderr
     model = PopModel(EngineOptions.of(target, n_ctx=512, n_threads=1))
-    [fitted] = measure_against(reference, model, (Pruning(20),), ignore)
+    fitted = measure_against(reference, model, Pruning(20), ignore)
     assert fitted.kl_mean.value < third.kl_mean.value / 2
     assert copies(fitted)
 

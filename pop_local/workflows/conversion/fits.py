@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.pruning_plan import Plan
@@ -25,7 +25,6 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.hardware import Hardware
 
-T = TypeVar("T")
 # A wider fit must reduce the KL by this many times its share of the speed. That is the rate of one
 # skipped layer less, which costs about 4 % of the speed and reduces the KL by a fifth.
 _WORTH = 5.0
@@ -137,29 +136,3 @@ class PlanFitter:
             watch.on_progress(done, total)
 
         return advance
-
-
-def measure_fits(
-    plans: Sequence[Plan],
-    source: Source,
-    options: FitOptions,
-    hardware: Hardware,
-    watch: Watch,
-    measure: Callable[[Plan, Path], T],
-) -> list[T]:
-    """Fit all plans in one pass, then measure a temporary sidecar of each.
-
-    All fits are of one kind (default: fitted), so that boundaries can be compared. Raises PopError,
-    StoppedError.
-    """
-    runner = TrialRunner(source, hardware, watch)
-    options = replace(options, projection=options.projection or Projection.FITTED)
-    runner.require_room(plans, options.kv_type)
-    wanted = [plan for plan in plans if plan.projection != Projection.OWN]
-    made = PlanFitter(runner, options).fit(wanted, None)
-    fitted = dict(zip(wanted, made, strict=True))
-    found = []
-    for plan in plans:
-        with runner.sidecar(plan, fitted.get(plan)) as sidecar:
-            found.append(measure(plan, sidecar))
-    return found

@@ -26,7 +26,7 @@ from pop_local.measure.quality import (
     Quality,
     QualitySettings,
     choose_windows,
-    measure_prunings,
+    measure_pruning,
     retention,
 )
 from pop_local.models.model_files import ModelFiles
@@ -102,10 +102,9 @@ class Examination:
             tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
             advance = self.runner.watch.stage("Measuring")
             settings = QualitySettings(N_WINDOWS)
-            [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
+            quality = measure_pruning(model, tokens, settings, pruning, advance)
             advance = self.runner.watch.stage("Asking for look-ups")
-            asked = LookupSettings(N_DOCUMENTS)
-            [lookups] = measure_lookups(model, asked, [pruning], advance)
+            lookups = measure_lookups(model, LookupSettings(N_DOCUMENTS), pruning, advance)
         if not (self.allow_broken_copy or copies(quality)):
             raise CopyingBrokenError(self.plan.boundary, figures_in_words(quality))
         self._warn_outside(quality, lookups)
@@ -135,7 +134,7 @@ def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Esti
     with forced(model) as reader:
         ran = counting(2 * settings.n_draws, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        [found] = measure_induction(reader, repeated, [Pruning(boundary)], ran)
+        found = measure_induction(reader, repeated, Pruning(boundary), ran)
     return retention(repeated, found)
 
 

@@ -12,10 +12,11 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import (
     QualitySettings,
     measure_against,
-    measure_prunings,
-    measure_retention,
+    measure_pruning,
     read_reference,
 )
+from pop_local.research import depths
+from pop_local.research.depths import measure_cliff
 from support.calls import ignore
 from support.converted import paired
 from support.synthetic import make_gguf
@@ -45,8 +46,8 @@ def test_figures_equal_those_of_a_separate_measurement(pair, reference, form):
         "sidecar": (pair.base, pair.sidecar),
     }[form]
     model = PopModel(EngineOptions.of(path, sidecar=sidecar, n_ctx=257, n_threads=1))
-    [found] = measure_against(reference, model, (Pruning(3),), ignore)
-    [whole] = measure_prunings(model, TEXT, SETTINGS, [Pruning(3)], ignore)
+    found = measure_against(reference, model, Pruning(3), ignore)
+    whole = measure_pruning(model, TEXT, SETTINGS, Pruning(3), ignore)
     # A reference keeps its predictions in half precision.
     for name in ("kl_mean", "kl_median", "kl_p99", "kl_first"):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
@@ -58,10 +59,11 @@ def test_figures_equal_those_of_a_separate_measurement(pair, reference, form):
 def test_the_retention_equals_that_of_a_whole_measurement(pair, reference, monkeypatch):
     monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
     model = PopModel(EngineOptions.of(pair.base, n_ctx=257, n_threads=1))
-    found = measure_retention(reference, model, (4, 3), ignore)
-    measured = measure_against(reference, model, [*map(Pruning, (4, 3))], ignore)
-    assert found == tuple(each.induction_retention for each in measured)
-    assert None not in found
+    monkeypatch.setattr(depths, "boundaries", lambda shape: (4, 3))
+    found = measure_cliff(model, reference, ignore)
+    for each in found:
+        whole = measure_against(reference, model, Pruning(each.boundary), ignore)
+        assert each.retention == whole.induction_retention is not None
 
 
 def test_progress_ends_at_its_total(pair, reference):
@@ -71,10 +73,10 @@ def test_progress_ends_at_its_total(pair, reference):
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
-    measure_against(reference, model, [*map(Pruning, (4, 3))], lambda *now: seen.append(now))
+    measure_against(reference, model, Pruning(3), lambda *now: seen.append(now))
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
-    measure_retention(reference, model, (4, 3), lambda *now: seen.append(now))
+    measure_cliff(model, reference, lambda *now: seen.append(now))
     assert seen[-1][0] == seen[-1][1]
 
 

@@ -130,7 +130,7 @@ def test_only_document_rows_are_pruned(model, documents, monkeypatch) -> None:
 
 def test_skipping_layers_that_add_nothing_loses_no_look_up(tmp_path) -> None:
     with PopModel(EngineOptions.of(tiny(tmp_path, zero_deep=4), n_ctx=1200, n_threads=1)) as idle:
-        [found] = measure_lookups(idle, SETTINGS, [Pruning(4)], ignored)
+        found = measure_lookups(idle, SETTINGS, Pruning(4), ignored)
     assert (found.n, found.lost, found.gained) == (4, 0, 0)
     assert found.logprob_lost.value == pytest.approx(0, abs=1e-3)
 
@@ -168,7 +168,7 @@ def test_a_stopped_reference_continues_after_whole_documents(model, documents) -
 
 
 def test_two_steps_of_documents_equal_one(model) -> None:
-    whole = LookupReference.read(model, SETTINGS, ignored)
+    whole = LookupReference.read(model, SETTINGS, ignored, [])
     full: lookups.Answers = []
     first = LookupReference.read(model, replace(SETTINGS, n_documents=1), ignored, full)
     both = LookupReference.read(model, SETTINGS, ignored, full)
@@ -178,7 +178,7 @@ def test_two_steps_of_documents_equal_one(model) -> None:
     first.ask(model, pruning, ignored, pruned)
     assert len(pruned) == 1
     both.ask(model, pruning, ignored, pruned)
-    [at_once] = measure_lookups(model, SETTINGS, [pruning], ignored)
+    at_once = measure_lookups(model, SETTINGS, pruning, ignored)
     assert both.compare(pruned) == at_once
     assert at_once.logprob_full != at_once.logprob_pruned
 

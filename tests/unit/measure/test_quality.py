@@ -25,7 +25,7 @@ from pop_local.measure.quality import (
     Quality,
     QualitySettings,
     measure_against,
-    measure_prunings,
+    measure_pruning,
     read_reference,
 )
 from support.calls import ignore, set_rule
@@ -51,9 +51,8 @@ def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
 
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
     """Measure the loss at the model's own boundary."""
-    return measure_prunings(
-        model, [text()], settings, [Pruning(model.engine.pruning.boundary)], ignore
-    )[0]
+    pruning = Pruning(model.engine.pruning.boundary)
+    return measure_pruning(model, [text()], settings, pruning, ignore)
 
 
 # --- reading
@@ -76,7 +75,7 @@ def test_predictions_equal_those_of_one_full_pass(model):
 def test_measuring_restores_the_model(model, mode):
     model.engine.set_mode(mode)
     before = model.engine.pruning.boundary
-    measure_prunings(model, [text()], SHORT, [Pruning(2), Pruning(6)], ignore)
+    measure_pruning(model, [text()], SHORT, Pruning(2), ignore)
     assert model.engine.pruning.boundary == before
     assert model.engine.pruning.mode is backend.get_mode(model.engine.context.ctx) is mode
     assert model.engine.cache.n_tokens == 0
@@ -84,7 +83,7 @@ def test_measuring_restores_the_model(model, mode):
 
 def test_measuring_restores_a_model_without_keys(tmp_path):
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
-    quality = measure_prunings(model, [text()], SHORT, [Pruning(4)], ignore)[0]
+    quality = measure_pruning(model, [text()], SHORT, Pruning(4), ignore)
     assert quality.n_pruned > 0
     assert (model.engine.pruning.boundary, model.engine.pruning.mode) == (0, Mode.OFF)
 
@@ -157,7 +156,7 @@ def test_a_context_of_full_tokens_only_is_an_error(model):
 
 
 def test_full_against_full_is_zero(model):
-    [quality] = measure_prunings(model, [text()], SHORT, [FULL], ignore)
+    quality = measure_pruning(model, [text()], SHORT, FULL, ignore)
     assert quality.n_pruned == 0
     assert quality.kl_p99.value < 1e-9
     assert quality.ppl_ratio.value == quality.copy_ppl_ratio.value == 1
@@ -172,7 +171,7 @@ def test_skipping_layers_that_add_nothing_loses_nothing(model, tmp_path):
 
 
 def test_boundaries_in_one_run_equal_those_of_single_runs(model):
-    both = measure_prunings(model, [text()], SHORT, [Pruning(6), Pruning(2)], ignore)
+    both = [measure_pruning(model, [text()], SHORT, Pruning(at), ignore) for at in (6, 2)]
     model.engine.set_boundary(2)
     assert measured(model) == both[1]
     assert both[0].kl_mean.value < both[1].kl_mean.value
@@ -180,13 +179,7 @@ def test_boundaries_in_one_run_equal_those_of_single_runs(model):
 
 def test_progress_ends_at_its_total(model):
     seen = []
-    measure_prunings(
-        model,
-        [text()],
-        SHORT,
-        [Pruning(2), Pruning(4)],
-        lambda done, total: seen.append((done, total)),
-    )
+    measure_pruning(model, [text()], SHORT, Pruning(2), lambda *now: seen.append(now))
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1] == seen[0][1]
 
@@ -253,7 +246,7 @@ def test_gradual_measurements_equal_those_of_one_run(model):
     found = gradual.measure_until(lambda _: False, model, begin)
     assert (found.n_windows, gradual.is_whole, len(steps)) == (6, True, 2)
     assert [step[-1][0] == step[-1][1] for step in steps] == [True, True]
-    [whole] = measure_prunings(model, parts, settings, [Pruning(5)], ignore)
+    whole = measure_pruning(model, parts, settings, Pruning(5), ignore)
     for name in ("kl_mean", "ppl_ratio", "copy_ppl_ratio", "induction_delta_nll"):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
     assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)
@@ -263,6 +256,6 @@ def test_gradual_measurements_equal_those_of_one_run(model):
 def test_a_reference_takes_half_the_memory_with_the_same_figures(model):
     reference = read_reference(model, [text()], SHORT, ignore)
     assert {full.predicted.logits.dtype for full in reference.full} == {np.dtype(np.float16)}
-    [found] = measure_against(reference, model, (FULL,), ignore)
+    found = measure_against(reference, model, FULL, ignore)
     assert found.kl_p99.value < 1e-5
     assert found.ppl_ratio.value == found.top1_agreement.value == 1
