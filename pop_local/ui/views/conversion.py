@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def show_plan(conversion: Conversion) -> None:
-    plan, first, limits = conversion.deepest, conversion.plans[0], conversion.goal.limits
+    plan, first, limits = conversion.deepest, conversion.plans[0], conversion.budget
     budget = [] if limits is None else [budget_fact(limits)]
     fits = fit_facts(conversion)
-    if conversion.goal.is_named:
+    if conversion.is_named:
         print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits])
         return
     limit = _limit(conversion, first)
@@ -54,7 +54,7 @@ def show_plan(conversion: Conversion) -> None:
 def show_converted(conversion: Conversion, done: Converted) -> None:
     if done.trials:
         show_trials(done.trials)
-    is_known = conversion.goal.is_named and not done.trials
+    is_known = conversion.is_named and not done.trials
     # The conversion may have chosen another kind of fit.
     if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
@@ -67,10 +67,11 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
     """Return the plan for JSON; for a search, with the boundaries that it may choose."""
-    plans, limits = conversion.plans, conversion.goal.limits
-    wished = replace(conversion.deepest, is_distilled=conversion.is_distilled)
+    plans, limits = conversion.plans, conversion.budget
+    is_distilled = conversion.options.distiller is not None
+    wished = replace(conversion.deepest, is_distilled=is_distilled)
     budget = {} if limits is None else {"budget": limits}
-    if conversion.goal.is_named:
+    if conversion.is_named:
         return _object(conversion, wished, conversion.sizes, None) | budget
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
     return found | {
@@ -174,12 +175,12 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     if fit is None or needs is None:
         return
     n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
-    is_searched = conversion.goal.limits is not None and not conversion.goal.is_named
+    is_searched = not conversion.is_named
     at_most = "up to " if is_searched else ""
     passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
-    distilled = ", then distilled" if conversion.is_distilled else ""
+    distilled = ", then distilled" if conversion.options.distiller else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
-    more = " without distilling" if conversion.is_distilled else ""
+    more = " without distilling" if conversion.options.distiller else ""
     memory = f"{size(needs.total_bytes)} in addition to the model file"
     yield "Memory", f"{memory}, {size(needs.sums_bytes)} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:

@@ -14,7 +14,7 @@ from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError, StoppedError, WriteError
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
-from pop_converter.popfile.format import Measured, PopMeta
+from pop_converter.popfile.format import Budget, Measured, PopMeta
 from pop_converter.popfile.pruning_plan import Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, FileSizes, Fitted
 from pop_converter.projection import Projection
@@ -30,7 +30,7 @@ from pop_local.calibration.needs import (
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.models.model_names import resolve_base
-from pop_local.workflows.conversion.goals import Goal, Within
+from pop_local.workflows.conversion.goals import Goal, Within, plans_of
 from pop_local.workflows.conversion.output import OUTPUTS, Output, OutputName
 from pop_local.workflows.conversion.refusals import (
     CopyingBrokenError,
@@ -72,7 +72,7 @@ class ConvertOptions:
 class Conversion:
     """A planned conversion, before anything is measured or written.
 
-    `plans`: the plan of a named boundary, or all that a search may choose, the shallowest first.
+    `plans`: the plan of a named boundary, or all plans of a search, the shallowest first.
     """
 
     source: Source
@@ -86,24 +86,27 @@ class Conversion:
         return self.source.first.path
 
     @property
-    def goal(self) -> Goal:
-        return self.options.goal
-
-    @property
     def fit(self) -> FitOptions | None:
         return self.options.fit
 
     @property
-    def is_distilled(self) -> bool:
-        return self.options.distiller is not None
+    def budget(self) -> Budget | None:
+        goal = self.options.goal
+        return goal.budget if isinstance(goal, Within) else None
+
+    @property
+    def is_named(self) -> bool:
+        """Return whether the goal names a boundary, so that no search is needed."""
+        goal = self.options.goal
+        return not (isinstance(goal, Within) and goal.at is None)
 
     @property
     def deepest(self) -> Plan:
-        return _deepest(self.plans)
+        return self.plans[-1]
 
     @cached_property
     def not_counted(self) -> str:
-        """Return why the plans' work cannot be counted (such as without the backend), else ""."""
+        """Return why the plans' work cannot be counted (for example without the backend), or ""."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -112,7 +115,7 @@ class Conversion:
 
     @cached_property
     def needs(self) -> FitNeeds | None:
-        """Return the memory and work of all fits, None without fits or if not counted."""
+        """Return the memory and work of all fits, None without a fit or a count."""
         if self.fit is None or not self._fittable or self.not_counted:
             return None
         return fit_needs(self._fitted, self.source, self.fit)
@@ -132,7 +135,7 @@ class Conversion:
 
     @cached_property
     def n_few(self) -> int:
-        """Return the maximum number of boundaries fitted of a large model (0: no maximum)."""
+        """Return the number of boundaries that are fitted for a large model (0: all)."""
         return len(self._fitted) if self.needs and len(self._fitted) < len(self._fittable) else 0
 
     @property
@@ -141,17 +144,17 @@ class Conversion:
 
     @cached_property
     def _fitted(self) -> Sequence[Plan]:
-        if self.fit is None or self.goal.limits is None:
+        if self.fit is None or self.budget is None:
             return self._fittable
         return spaced(self._fittable, self.source, self.fit)
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Return the file sizes of the plan with the most skipped layers."""
+        """Return the file sizes for the deepest plan."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
-        """Return the bytes that writing one of the plans reads and writes."""
+        """Return the file sizes for one of the plans."""
         kv_type = (self.fit or FitOptions()).kv_type
         return self.output.measure(plan, self.path, kv_type)
 
@@ -171,7 +174,8 @@ def plan_conversion(
             options = replace(options, fit=fit)
     projection = Projection.OWN if fit is None else fit.projection or Projection.FITTED
     macs = GraphMacs(source.first.path)
-    plans = options.goal.plans(shape, projection=projection, macs=macs, **vars(options.rows))
+    rows = {"projection": projection, "macs": macs, **vars(options.rows)}
+    plans = plans_of(options.goal, shape, **rows)
     if fit is not None:
         if fit.projection is not None:
             require_fit(plans)
@@ -179,31 +183,17 @@ def plan_conversion(
         for layer in {layer for plan in plans for layer in plan.fitted_layers}:
             weights.require_readable(layer)
     if options.distiller is not None:
-        _require_distillable(options.distiller, source, plans, fit, options.hardware)
+        if fit is None:
+            raise PopError(
+                "the model's own projections cannot be distilled",
+                "convert without a distiller, or with a fit",
+                cause="not-distilled",
+            )
+        deepest = plans[-1]
+        if fit.projection is None and deepest.projection != Projection.OWN:
+            deepest = replace(deepest, projection=Projection.WIDE)
+        options.distiller(source, fit, options.hardware, Watch()).require(deepest)
     return Conversion(source, target, output, plans, options)
-
-
-def _deepest(plans: Sequence[Plan]) -> Plan:
-    return min(plans, key=lambda plan: plan.boundary)
-
-
-def _require_distillable(
-    make: MakeDistiller,
-    source: Source,
-    plans: Sequence[Plan],
-    fit: FitOptions | None,
-    hardware: Hardware,
-) -> None:
-    if fit is None:
-        raise PopError(
-            "the model's own projections cannot be distilled",
-            "convert without a distiller, or with a fit",
-            cause="not-distilled",
-        )
-    deepest = _deepest(plans)
-    if fit.projection is None and deepest.projection != Projection.OWN:
-        deepest = replace(deepest, projection=Projection.WIDE)
-    make(source, fit, hardware, Watch()).require(deepest)
 
 
 @dataclass(frozen=True)
@@ -217,7 +207,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ConversionRun:
-    """A running conversion. `force` replaces an output, and allows broken copying."""
+    """A running conversion. `force` replaces an existing output and allows broken copying."""
 
     conversion: Conversion
     force: bool
@@ -243,7 +233,7 @@ class ConversionRun:
         examine: Examine | None,
         trials: tuple[Trial, ...] = (),
     ) -> Outcome:
-        """Write a plan with its fit (None: nothing is fitted). Raises PopError, StoppedError."""
+        """Write a plan with its fit, if it has one. Raises PopError, StoppedError."""
         planned, watch = self.conversion, self.runner.watch
         output = planned.output
         advance = watch.stage(output.stage, Unit.BYTES)
@@ -265,16 +255,11 @@ class ConversionRun:
         )
         return Outcome(plan, meta, trials)
 
-    def write_measured(
-        self, plan: Plan, fitted: Fitted | None, found: Measured, trials: tuple[Trial, ...] = ()
-    ) -> Outcome:
-        return self.write(plan, fitted, lambda written: found, trials)
-
     @contextmanager
     def resumable(self, *, keeps_refused: bool = False) -> Iterator[None]:
         """Keep the block's fit if the block is stopped or cannot write its result.
 
-        `keeps_refused` also keeps a fit that exceeds the budget, for use with another budget.
+        `keeps_refused`: also keep a fit that exceeds the budget, for use with another budget.
         """
         keeping: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))
@@ -282,10 +267,10 @@ class ConversionRun:
             yield
         except keeping as error:
             if kept := ", ".join(map(str, self.fit.state_files())):
-                again = "the same conversion"
+                again = "The same conversion"
                 if isinstance(error, OverBudgetError):
-                    again = "this boundary with another budget, or none,"
-                note = f"The unfinished fit is kept in {kept}: {again} continues from there."
+                    again = "This boundary with another budget, or none,"
+                note = f"The unfinished fit is kept in {kept}. {again} continues from there."
                 self.runner.watch.on_note(note)
             raise
         except (CopyingBrokenError, OverBudgetError):

@@ -19,7 +19,6 @@ from pop_local.workflows.conversion.conversion_plan import (
     Conversion,
     ConversionRun,
     ConvertOptions,
-    Outcome,
     plan_conversion,
 )
 from pop_local.workflows.conversion.named import write_named
@@ -95,13 +94,14 @@ def run_conversion(
             PopError(
                 f"the model was trained on contexts of {trained:,} tokens, but windows of"
                 f" {N_WINDOW:,} are read",
-                "do not rely on the measured quality",
+                "do not rely on the measured loss",
             )
         )
     watched = replace(watch, on_warning=warned, on_stage=begun)
     watch.on_stages(planned_stages(conversion))
     runner = TrialRunner(conversion.source, conversion.options.hardware, watched)
-    done = _done(ConversionRun(conversion, force, runner))
+    run, budget = ConversionRun(conversion, force, runner), conversion.budget
+    done = write_named(run) if budget is None else write_within(run, budget)
     meta = done.meta
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
     plan = replace(done.plan, projection=meta.projection, is_distilled=is_distilled)
@@ -126,11 +126,3 @@ def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
         name = name or following
         seconds[name] = seconds.get(name, 0.0) + ended_s - began_s
     return tuple(Phase(*each) for each in seconds.items())
-
-
-def _done(run: ConversionRun) -> Outcome:
-    """Choose among the plans, fit, measure and write. Raises PopError, StoppedError."""
-    goal = run.conversion.goal
-    if goal.limits is not None:
-        return write_within(run, goal.limits)
-    return write_named(run)

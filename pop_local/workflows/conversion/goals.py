@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,74 +14,49 @@ from pop_local.measure.budget import boundaries
 LEAST_DIVISOR = 3
 
 
-class Goal(ABC):
-    """A rule that chooses the layers to skip in a conversion."""
-
-    @property
-    def limits(self) -> Budget | None:
-        """Return the budget that the quality must meet, if any."""
-        return None
-
-    @property
-    def is_named(self) -> bool:
-        return True
-
-    @abstractmethod
-    def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        """Return the plans that may be chosen, the shallowest first. Raises PopError.
-
-        `rows`: keyword arguments of make_plan.
-        """
-
-
-class Named(Goal):
-    """A boundary that the caller names."""
-
-    @abstractmethod
-    def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return the boundary's plan for a model; `rows` as in `plans`. Raises PlanError."""
-
-    def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        return (self.plan(shape, **rows),)
-
-
 @dataclass(frozen=True)
-class Skip(Named):
-    """A share of the layers ("1/3", "0.33"), or their number ("10")."""
+class Skip:
+    """A share of the layers to skip ("1/3", "0.33"), or their number ("10")."""
 
     share: str
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
+        """Return a model's plan; `rows`: keyword arguments of make_plan. Raises PlanError."""
         return make_plan(shape, boundary=boundary_of(shape, parse_skip(self.share)), **rows)
 
 
 @dataclass(frozen=True)
-class Boundary(Named):
+class Boundary:
     """The first layer that context tokens skip."""
 
     layer: int
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
+        """Return a model's plan; `rows`: keyword arguments of make_plan. Raises PlanError."""
         return make_plan(shape, boundary=self.layer, **rows)
 
 
+Named = Skip | Boundary
+
+
 @dataclass(frozen=True)
-class Within(Goal):
-    """The fastest candidate whose measured quality is within the budget, or `at` if it is."""
+class Within:
+    """The fastest candidate within the budget, or the boundary `at` if it is within the budget."""
 
     budget: Budget
     at: Named | None = None
 
-    @property
-    def limits(self) -> Budget:
-        return self.budget
 
-    @property
-    def is_named(self) -> bool:
-        return self.at is not None
+Goal = Named | Within
 
-    def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-        if self.at is not None:
-            return self.at.plans(shape, **rows)
-        tried = boundaries(shape, LEAST_DIVISOR)
-        return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
+
+def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
+    """Return the plans that a goal may choose, the shallowest first. Raises PlanError.
+
+    `rows`: keyword arguments of make_plan.
+    """
+    named = goal.at if isinstance(goal, Within) else goal
+    if named is not None:
+        return (named.plan(shape, **rows),)
+    tried = boundaries(shape, LEAST_DIVISOR)
+    return tuple(make_plan(shape, boundary=each, **rows) for each in tried)

@@ -66,7 +66,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 
     Raises OverBudgetError, PopError, StoppedError.
     """
-    planned, is_named = run.conversion, run.conversion.goal.is_named
+    planned, is_named = run.conversion, run.conversion.is_named
     if any(plan.projection != Projection.OWN for plan in planned.plans):
         if is_named:
             Examination(run.runner, planned.deepest, allow_broken_copy=False).before_fit()
@@ -77,7 +77,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
         search = Search(run.runner, budget, run.fitter(full), full, planned.plans)
         chosen = search.run()
         found = measured(chosen.quality, chosen.lookups)
-        return run.write_measured(chosen.plan, chosen.fitted, found, search.trials)
+        return run.write(chosen.plan, chosen.fitted, lambda _: found, search.trials)
 
 
 @dataclass

@@ -29,13 +29,13 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
 
     The result is empty if work cannot be counted, or includes distilling, whose time is unknown.
     """
-    if planned.not_counted or planned.is_distilled:
+    if planned.not_counted or planned.options.distiller:
         return ()
-    settings, plan, limits = QualitySettings(), planned.deepest, planned.goal.limits
+    settings, plan = QualitySettings(), planned.deepest
     window = reading_work(plan, settings.n_context + settings.n_continuation)
     draws = settings.n_draws * reading_work(plan, 2 * N_REPEATED)
     lookups = N_DOCUMENTS * reading_work(plan, LookupSettings().n_ctx)
-    is_searched = limits is not None and not planned.goal.is_named
+    is_searched = not planned.is_named
     n_tried = len(planned.plans).bit_length() if is_searched else 1
     n_tried *= 2 if planned.n_few else 1
     whole = N_WINDOWS * window + draws
