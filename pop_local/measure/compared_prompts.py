@@ -1,4 +1,4 @@
-"""The user's prompts, answered greedily in full and pruned, and both answers compared."""
+"""The user's prompts, answered greedily in full and pruned, and the comparison of both answers."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _ROLES = ("system", "user", "assistant")
 class ComparedPrompt:
     """A conversation to answer, from one line of a file (counted from 1).
 
-    `expected` is the pattern of right answers, None if the file has none.
+    `expected`: the pattern of right answers, None if the line has no expected answer.
     """
 
     line: int
@@ -33,7 +33,6 @@ class ComparedPrompt:
     expected: re.Pattern[str] | None = None
 
     def is_right(self, answer: str) -> bool | None:
-        """Return whether the answer matches `expected`, None without one."""
         return None if self.expected is None else self.expected.search(answer) is not None
 
 
@@ -74,9 +73,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Compared:
-    """Both answers to a prompt. `is_*_right` is None without an expected answer.
+    """Both answers to a prompt. `is_*_right`: None without an expected answer.
 
-    `first_difference`: number of leading tokens that both share, None if they are identical.
+    `first_difference`: number of leading tokens that both answers share, None if they are
+    identical.
     """
 
     line: int
@@ -112,12 +112,10 @@ class Comparison:
 
     @property
     def n_only_full(self) -> int:
-        """Count the answers that are right in full only."""
         return sum(a.is_full_right is True and not a.is_pruned_right for a in self.answers)
 
     @property
     def n_only_pruned(self) -> int:
-        """Count the answers that are right pruned only."""
         return sum(a.is_pruned_right is True and not a.is_full_right for a in self.answers)
 
     @property
@@ -225,7 +223,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
     """Answer a prompt greedily with the model's current pruning.
 
     The prefix shared with the previous prompt stays cached. Raises PopError if the prompt does not
-    fit, StoppedError if the model's watcher stops it.
+    fit, StoppedError if the model's watcher stops the answer.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))

@@ -1,6 +1,6 @@
 """Comparison of two models on the same tokens: KL divergence, log-likelihood, first choice.
 
-All sums are float64: over a large vocabulary, single precision has an error of 1e-6 in log-softmax,
+All sums are float64. In single precision, log-softmax over a large vocabulary has an error of 1e-6,
 as large as the smallest differences of interest.
 """
 

@@ -1,6 +1,6 @@
 """Figures over windows with their standard errors.
 
-A window is the unit, since its tokens depend on each other. Errors of means are computed from the
+The unit is a window, since its tokens depend on each other. Errors of means are computed from the
 spread between windows, other errors by bootstrap over windows.
 """
 
@@ -20,7 +20,7 @@ _MAX_EXPONENT = 700.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, None for a single window."""
+    """A figure and its standard error (None for a single window)."""
 
     value: float
     se: float | None

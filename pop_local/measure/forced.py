@@ -1,8 +1,8 @@
 """Teacher forcing: read a context in one mode, then score texts that follow it.
 
-Rows that request logits run all layers, so only the context's last token predicts. `Forced`
-raises PopError unless the backend's row counters show the planned number of pruned rows after each
-context and text. `stopped_by` can abort the work with StoppedError.
+Rows that request logits run all layers, so only the context's last token predicts. `Forced` raises
+PopError unless the backend's row counters show the planned number of pruned rows after each context
+and text. `stopped_by` can abort the work with StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,8 +51,8 @@ def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
 def forced(model: PopModel) -> Iterator["Forced"]:
     """Open a model for teacher forcing.
 
-    Contexts of any length are pruned, since `min_prompt` only affects speed. On exit, mode and
-    boundary are restored and the KV cache is empty.
+    Contexts of any length are pruned. On exit, mode and boundary are restored and the KV cache is
+    empty.
     """
     with model.engine.sequences[0].preserved():
         yield Forced(model)
@@ -88,7 +88,7 @@ class Forced:
     def predict(self, tokens: Tokens) -> Logits:
         """Return the logits (len(tokens), n_vocab) of a text that follows the context, in full.
 
-        The context and tokens[:i] predict row i. The text leaves the cache afterwards.
+        The context and tokens[:i] predict row i. The text then leaves the cache.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.n_vocab), np.float32)
@@ -105,7 +105,7 @@ class Forced:
 
     @contextmanager
     def branch(self) -> Iterator[None]:
-        """Drop on exit all tokens that `extend` has appended since."""
+        """Drop on exit all tokens that `extend` appended in the block."""
         n_tokens, following, state = self._cache.n_tokens, self._next, self._state
         try:
             yield

@@ -1,4 +1,4 @@
-"""Estimates of the time to read a prompt in full: measured in this run, else computed."""
+"""Estimates of the time to read a prompt in full, from measured prompts or from its work."""
 
 from dataclasses import dataclass
 from statistics import median

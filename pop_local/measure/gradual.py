@@ -25,9 +25,9 @@ N_FIRST_WINDOWS = 4
 
 @dataclass
 class Gradual:
-    """A boundary's scores so far, against a reference that was read at once.
+    """A boundary's scores so far, against a reference.
 
-    `quality` summarizes them; it is None before the first step.
+    `quality` summarizes the scores; it is None before the first step.
     """
 
     reference: QualityReference
@@ -38,11 +38,10 @@ class Gradual:
 
     @property
     def is_whole(self) -> bool:
-        """Return whether all windows of the reference are measured."""
         return len(self._scores) == len(self.reference.windows)
 
     def kl_over(self, other: "Gradual") -> Estimate:
-        """Return the KL minus another's, on the windows that both have measured."""
+        """Return the KL minus another boundary's KL, on the windows that both have measured."""
         pairs = zip(self._scores, other._scores, strict=False)
         return mean(np.stack([a.divergence.kl - b.divergence.kl for a, b in pairs]))
 
@@ -57,16 +56,13 @@ class Gradual:
         model: PopModel,
         begin: Callable[[], Progress],
     ) -> Quality:
-        """Measure until the quality is `settled`. Raises PopError as `measure` does.
-
-        `begin` returns the progress callback of each step.
-        """
+        """Measure until the quality is `settled`; `begin` returns each step's progress callback."""
         while not (found := self.settled(is_enough)):
             self.measure(model, begin())
         return found
 
     def measure(self, model: PopModel, on_progress: Progress) -> None:
-        """Measure the first four windows, then twice as many in total, spread over the text.
+        """Measure the first four windows, or double the number of measured windows.
 
         `model`: a file of the reference's model, with the same projections in each call.
         `on_progress` counts this call's windows and draws. Raises as `measure_pruning`.

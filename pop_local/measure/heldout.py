@@ -1,4 +1,4 @@
-"""Held-out text: the shipped one, on which nothing is calibrated, or the user's; its windows."""
+"""Held-out text and its windows: the shipped text, on which nothing is fitted, or the user's."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ TextTokens = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Text:
-    """A text in parts, such as several kinds of text. No window crosses a part's end."""
+    """A text in parts, for example several kinds of text. No window crosses a part's end."""
 
     name: str
     parts: tuple[str, ...]
@@ -58,7 +58,8 @@ def room(texts: TextTokens, n_tokens: int) -> int:
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
     """Return windows of `n_tokens` that do not overlap, spread evenly over and within all parts.
 
-    Longer parts take the share of parts that are too short. Raises PopError if all are.
+    Longer parts take the share of parts that are too short. Raises PopError if the text is too
+    short.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:

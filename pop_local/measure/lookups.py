@@ -1,12 +1,12 @@
 """Look-ups: questions for exact strings of a document, answered in full and pruned.
 
-The full model reads each synthetic document (`carriers`, layouts on which nothing is fitted) once,
-then the model reads it once under each pruning. Questions run all layers, as a prompt's tail does.
-They are completions, so that base models and tuned models answer alike.
+The full model reads each synthetic document (`carriers`, in layouts on which nothing is fitted)
+once, then the pruned model reads it. Questions run all layers, as the tail of a prompt does.
+Questions are completions, so that base models and tuned models answer alike.
 
 An answer is *right* if the greedy continuation contains the exact string (see `is_right`). Its
-*log-probability* is the right string's after the question, teacher-forced. It has far less noise,
-so searches decide by it first.
+*log-probability* is the right string's log-probability after the question, teacher-forced. It has
+far less noise than the counts, so searches use it first.
 """
 
 import re
@@ -35,7 +35,7 @@ _N_LEEWAY = 12
 
 @dataclass(frozen=True)
 class LookupSettings:
-    """`n_documents` of about `n_tokens` tokens, and up to `n_per_document` questions about each."""
+    """`n_documents` of about `n_tokens` tokens, with up to `n_per_document` questions each."""
 
     n_documents: int = 10
     n_per_document: int = 20
@@ -50,7 +50,6 @@ class LookupSettings:
 
     @property
     def n_ctx(self) -> int:
-        """Return the context length in tokens that the longest prompt needs."""
         return self.n_tokens + _N_AROUND
 
 
@@ -77,7 +76,6 @@ class LookupAnswer:
 
     is_right: bool
     logprob: float
-    n_tokens: int
     text: str
 
 
@@ -86,36 +84,27 @@ Answers = list[tuple[LookupAnswer, ...]]
 
 
 @dataclass(frozen=True)
-class LookupCounts:
-    """Right answers of `n` questions. `lost`: right in full, wrong pruned; `gained`: vice versa."""
+class Lookups:
+    """Look-ups under one pruning against the full model's look-ups.
+
+    `full` and `pruned` of `n` answers are right. `lost`: right in full only, `gained`: right pruned
+    only, `p`: McNemar's exact two-sided p for lost against gained. `logprob_*`: nats per string;
+    `logprob_lost`: full minus pruned. `expected_lost`: the lost share of the right strings' mean
+    probability. Errors are computed from the spread between documents.
+    """
 
     n: int
     full: int
     pruned: int
     lost: int
     gained: int
-
-
-@dataclass(frozen=True)
-class Lookups(LookupCounts):
-    """Look-ups under one pruning against the full model's.
-
-    `p`: McNemar's exact two-sided p for lost against gained. `logprob_*` are nats per string;
-    `logprob_lost` is full minus pruned. `expected_lost`: share of the right strings' mean
-    probability that pruning loses. Errors are computed from the spread between documents. `by_kind`
-    and `by_layout` count the same questions.
-    """
-
     n_documents: int
     n_tokens: int
     p: float
     logprob_full: Estimate
     logprob_pruned: Estimate
     logprob_lost: Estimate
-    logprob_lost_per_token: Estimate
     expected_lost: Estimate
-    by_kind: dict[str, LookupCounts]
-    by_layout: dict[str, LookupCounts]
 
 
 def measure_lookups(
@@ -129,7 +118,7 @@ def measure_lookups(
     documents = make_documents(model, settings)
     ran = counting(2 * sum(len(each.questions) for each in documents), on_progress)
     full, pruned = (_ask(model, documents, each, ran) for each in (FULL, pruning))
-    return compare_answers(documents, full, pruned, settings)
+    return compare_lookups(full, pruned, settings)
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Ask in full about the documents that follow those of `known`.
+        """Ask in full about the documents that follow the documents of `known`.
 
         Each document's answers are added to `known`, so that a stop keeps them. Raises as
         `measure_lookups`.
@@ -162,7 +151,7 @@ class LookupReference:
 
     def compare(self, answers: Answers) -> Lookups:
         """Compare all answers with the full model's."""
-        return compare_answers(self.documents, self.full, answers, self.settings)
+        return compare_lookups(self.full, answers, self.settings)
 
 
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
@@ -197,8 +186,8 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
 def is_right(text: str, answer: str) -> bool:
     """Return whether the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround it, but it must not be part of a longer value: no letter or digit
-    may touch it, neither directly nor across a sign (".", ",", "-", "/", "@").
+    Quotes and words may surround the answer. It must not be part of a longer value: no letter or
+    digit may touch it, neither directly nor across one of the signs `. , - / @`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -235,13 +224,13 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
             n_right = int(first.argmin())
         text = _continue(reader, asked, n_right, int(predicted.top1[n_right]))
     logprob = -float(found.nll[:-1].sum())
-    return LookupAnswer(is_right(text, asked.question.answer), logprob, len(asked.answer), text)
+    return LookupAnswer(is_right(text, asked.question.answer), logprob, text)
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
     """Return the first line of the greedy continuation, whose first tokens are known.
 
-    After a right answer, one further token shows whether the value continues.
+    After a right answer, one more token shows whether the value continues.
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
@@ -256,65 +245,33 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
     return model.engine.context.detokenize(tokens)
 
 
-def compare_answers(
-    documents: Sequence[LookupDocument], full: Answers, pruned: Answers, settings: LookupSettings
-) -> Lookups:
-    """Compare the answers of all documents with the full model's."""
-    pairs = [
-        (asked.question, *answers)
-        for document, *both in zip(documents, full, pruned, strict=True)
-        for asked, *answers in zip(document.questions, *both, strict=True)
+def compare_lookups(full: Answers, pruned: Answers, settings: LookupSettings) -> Lookups:
+    """Compare a model's answers with the full model's answers to the same documents."""
+    rights = [
+        (first.is_right, second.is_right)
+        for both in zip(full, pruned, strict=True)
+        for first, second in zip(*both, strict=True)
     ]
-    counts = _count(pairs)
+    lost, gained = rights.count((True, False)), rights.count((False, True))
+    n_each = np.array([len(of_document) for of_document in full])
+    logs = [_sums(answers, lambda it: it.logprob) for answers in (full, pruned)]
+    probable = [_sums(answers, lambda it: exp(it.logprob)) for answers in (full, pruned)]
     return Lookups(
-        **vars(counts),
-        n_documents=len(documents),
-        n_tokens=settings.n_tokens,
-        p=mcnemar(counts.lost, counts.gained),
-        logprob_full=_per_string(full, lambda it: it.logprob),
-        logprob_pruned=_per_string(pruned, lambda it: it.logprob),
-        logprob_lost=_lost(full, pruned, lambda it: it.logprob, lambda _: 1.0),
-        logprob_lost_per_token=_lost(full, pruned, lambda it: it.logprob, lambda it: it.n_tokens),
-        expected_lost=_lost(full, pruned, _probability, _probability),
-        by_kind=_parts(pairs, lambda question: question.kind),
-        by_layout=_parts(pairs, lambda question: question.layout),
-    )
-
-
-_Pair = tuple[LookupQuestion, LookupAnswer, LookupAnswer]
-_Figure = Callable[[LookupAnswer], float]
-
-
-def _probability(answer: LookupAnswer) -> float:
-    return exp(answer.logprob)
-
-
-def _sums(answers: Answers, figure: _Figure) -> np.ndarray:
-    return np.array([sum(map(figure, of_document)) for of_document in answers])
-
-
-def _per_string(answers: Answers, figure: _Figure) -> Estimate:
-    return ratio(_sums(answers, figure), _sums(answers, lambda _: 1.0))
-
-
-def _lost(full: Answers, pruned: Answers, figure: _Figure, unit: _Figure) -> Estimate:
-    """Return a figure's loss by pruning, per unit of the full model's answers."""
-    return ratio(_sums(full, figure) - _sums(pruned, figure), _sums(full, unit))
-
-
-def _count(pairs: Sequence[_Pair]) -> LookupCounts:
-    rights = [(full.is_right, pruned.is_right) for _, full, pruned in pairs]
-    return LookupCounts(
         n=len(rights),
-        full=sum(full for full, _ in rights),
-        pruned=sum(pruned for _, pruned in rights),
-        lost=rights.count((True, False)),
-        gained=rights.count((False, True)),
+        full=sum(is_right for is_right, _ in rights),
+        pruned=sum(is_right for _, is_right in rights),
+        lost=lost,
+        gained=gained,
+        n_documents=len(full),
+        n_tokens=settings.n_tokens,
+        p=mcnemar(lost, gained),
+        logprob_full=ratio(logs[0], n_each),
+        logprob_pruned=ratio(logs[1], n_each),
+        logprob_lost=ratio(logs[0] - logs[1], n_each),
+        expected_lost=ratio(probable[0] - probable[1], probable[0]),
     )
 
 
-def _parts(
-    pairs: Sequence[_Pair], name: Callable[[LookupQuestion], str]
-) -> dict[str, LookupCounts]:
-    names = sorted({name(question) for question, *_ in pairs})
-    return {each: _count([pair for pair in pairs if name(pair[0]) == each]) for each in names}
+def _sums(answers: Answers, figure: Callable[[LookupAnswer], float]) -> np.ndarray:
+    """Return a figure's sum over each document's answers, [n_documents]."""
+    return np.array([sum(map(figure, of_document)) for of_document in answers])

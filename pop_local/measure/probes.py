@@ -1,8 +1,8 @@
 """Two probes of copying from the prompt, a loss that the KL of prose hides.
 
-*Copy*: a passage of the context follows the context again. *Induction*: random token ids occur
-twice, and the first occurrence's loss is that of a model that does not copy. Both score only tokens
-whose first occurrence was pruned (all random tokens if none was).
+*Copy*: a passage of the context follows the context again. *Induction*: random tokens occur twice;
+the first occurrence's loss is the loss of a model that does not copy. Both probes score only tokens
+whose first occurrence was pruned (all random tokens if none was pruned).
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the full model's mean NLL [n_draws] in nats of each occurrence.
-
-    `first` belongs to the first occurrence, `full` to the second.
-    """
+    """Random tokens, and the full model's mean NLL [n_draws] in nats of each occurrence."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats
@@ -51,10 +48,7 @@ def require_passage(n_context: int, rule: RowRule) -> None:
 def pick_passage(
     context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
 ) -> Sequence[int]:
-    """Pick up to `n_tokens` consecutive pruned tokens, anywhere in the context.
-
-    Raises PopError if the context has too few.
-    """
+    """Pick up to `n_tokens` consecutive pruned tokens. Raises PopError if none exists."""
     require_passage(len(context), rule)
     start, end = max(1, rule.sink_tokens), len(context) - rule.tail_tokens
     n_tokens = min(n_tokens, end - start)
@@ -105,7 +99,7 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return start and end of the tokens whose first occurrence is pruned, of all if none is.
+    """Return start and end of the tokens whose first occurrence is pruned, or else of all tokens.
 
     The first token is excluded, since it is not predictable.
     """
@@ -115,7 +109,7 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
-    """Draw ordinary tokens uniformly, without control tokens, which models treat specially."""
+    """Draw ordinary tokens uniformly. Models treat control tokens specially."""
     vocab, attribute = model.engine.context.vocab, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:

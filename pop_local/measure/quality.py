@@ -1,8 +1,8 @@
 """The loss by pruning: a pruned context and its continuation, compared with the full model.
 
 A window is a context and a continuation. The context is read pruned or in full. The continuation is
-teacher-forced over that context's K/V and runs all layers. The predicted distributions of its
-tokens are compared; the context's last token predicts the first one.
+teacher-forced over the context's K/V and runs all layers. The predicted distributions of its tokens
+are compared; the context's last token predicts the first token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,13 +54,13 @@ class QualitySettings:
 class Quality:
     """The loss by pruning at one boundary, against the full model.
 
-    kl_*: KL(full || pruned) of the continuation's tokens in nats (kl_first: of its first one).
-    ppl_*: perplexity of the continuation. top1_agreement: share of tokens whose first choice stays
-    the same. copy_*: a passage of the context repeated; copy_top1: share of its tokens that are the
+    kl_*: KL(full || pruned) of the continuation's tokens in nats (kl_first: of the first token).
+    ppl_*: perplexity of the continuation. top1_agreement: share of tokens with the same first
+    choice. copy_*: a passage of the context repeated; copy_top1: share of its tokens that are the
     first choice. induction_*: random tokens repeated; delta_nll: NLL that pruning adds to the
     second occurrence; retention: remaining share of the full model's gain over the first
-    occurrence, None if it has no gain. n_pruned: number of context tokens in all windows that
-    stopped at the boundary, counted by the backend.
+    occurrence, None without a gain. n_pruned: number of context tokens in all windows that stopped
+    at the boundary, counted by the backend.
     """
 
     boundary: int
@@ -115,7 +115,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class QualityReference:
-    """The full model's scores of windows, and of repeated random tokens.
+    """The full model's scores of windows and of repeated random tokens.
 
     A reference from `read_reference` takes 2 * n_windows * n_continuation * n_vocab bytes.
     """
@@ -157,7 +157,7 @@ def read_reference(
 ) -> QualityReference:
     """Run the full model over windows and random tokens.
 
-    `known` contains the first windows' scores. The remaining scores are added to it, so that a
+    `known` contains the first windows' scores. The remaining scores are added to `known`, so that a
     stopped call can be resumed. `on_progress` counts windows and draws. Raises PopError if the text
     is too short, or no token would be pruned.
     """

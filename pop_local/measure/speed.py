@@ -2,9 +2,9 @@
 
 Both modes run in each round, in one process and on the same weights. Ratios are computed within a
 round, so that a slower phase of the machine affects both modes. The order of a round's runs is
-reversed each time. Each run starts with an empty KV cache. A run is prefill and the sampling of the
-first token; decoded tokens follow. Every run raises PopError unless the backend's row counters show
-that all prompt tokens were evaluated, and pruned as planned.
+reversed each time. Each run starts with an empty KV cache, and includes prefill and sampling of the
+first token; decoding follows. Every run raises PopError unless the backend's row counters show that
+all prompt tokens were evaluated, and pruned as planned.
 
 TTFT of a prompt with a picture includes the encoding, which pruning does not change, so the limit
 applies to the remaining time. The limit is measured: the last run of a round has no full row.
@@ -59,11 +59,12 @@ class ModePair:
 class SpeedRow:
     """The speed at one prompt length: times in seconds, ratios of full to pruned times.
 
-    `speedup`: ratio of TTFT. `read_speedup`: the same without the encoding of pictures, `limit`:
-    the same if no token were full, `of_limit`: median of `read_speedup` over `limit`. `n_image`:
-    number of picture rows. `n_deep`: prompt rows that ran all layers because of their tokens.
-    `n_skipped_exact`: rows that skipped layers without loss. `upstream_ttft_s`: TTFT of llama.cpp
-    without our kernels, `kernels_speedup`: its ratio to the full model's TTFT (None: not measured).
+    `speedup`: ratio of TTFT. `read_speedup`: the same ratio without the encoding of pictures.
+    `limit`: the same ratio if no token were full. `of_limit`: median of `read_speedup` over
+    `limit`. `n_image`: number of picture rows. `n_deep`: prompt rows that ran all layers because of
+    their tokens. `n_skipped_exact`: rows that skipped layers without loss. `upstream_ttft_s`: TTFT
+    of llama.cpp without our kernels, `kernels_speedup`: its ratio to the full model's TTFT (None:
+    not measured).
     """
 
     n_prompt: int
@@ -163,7 +164,7 @@ def _row(
 def run_rounds(
     ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
 ) -> list[list[Run]]:
-    """Run each way once a round, after a warm-up round, and return the runs of each.
+    """Run each way once a round, after a warm-up round, and return the runs of each way.
 
     The order is reversed each time. `ran` is called after each run.
     """
@@ -240,8 +241,8 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
 def text_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Prompt:
     """Return a prompt of held-out prose, dialogue, code and tables, with a picture near its start.
 
-    Real text is needed, since its words decide which rows run deep. Raises PopError if a picture
-    leaves no room for text.
+    The prompt is real text, since its words decide which rows run deep. Raises PopError if a
+    picture leaves no room for text.
     """
     kinds = [model.engine.context.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))

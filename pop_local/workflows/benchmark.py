@@ -51,7 +51,7 @@ class BenchOptions:
     """Options of a benchmark.
 
     `n_prompts`: prompt lengths in tokens. `n_pairs`: pairs of runs per length. `image`: a picture
-    in each prompt. None means the file's `boundary` and `deep_rows`, an `n_ctx` as needed, and the
+    in each prompt. Defaults: the file's `boundary` and `deep_rows`, the required `n_ctx`, and the
     `mmproj` next to the model.
     """
 
@@ -70,9 +70,9 @@ class BenchOptions:
 class Speed:
     """Speed-ups by prompt length, with the conditions of the measurement.
 
-    `backend`: device and threads. `kernels`: see `cpu_kernels`, "" on a GPU. `is_exact`: skipping
+    `backend`: device and threads. `kernels`: see `cpu_kernels` ("" on a GPU). `is_exact`: skipping
     the layers from `boundary` on loses nothing. `upstream`: llama.cpp's fastest setting without our
-    kernels, None if they are not in use.
+    kernels, None without that comparison.
     """
 
     model: str
@@ -88,7 +88,7 @@ class Speed:
 
 
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
-    """Measure each prompt length. Raises PopError, StoppedError."""
+    """Measure the speed at each prompt length. Raises PopError, StoppedError."""
     picture = None if options.image is None else read_picture(options.image)
     with _opened(model, sidecar, options, watch) as (loaded, files):
         backend, kernels = _backend(loaded, options.hardware)
@@ -116,7 +116,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 def _upstream(
     model: PopModel, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
-    """Open the model with llama.cpp's kernels. Yield its fastest setting and its `run`."""
+    """Open the model with llama.cpp's kernels. Yield its fastest setting and that model's `run`."""
 
     def reading(name: str) -> AbstractContextManager[PopModel]:
         repack, flash_attn = _SETTINGS[name]
@@ -174,7 +174,7 @@ def _opened(
 
 
 def _context(source: Source, options: BenchOptions) -> int:
-    """Return the context for the longest prompt and its decoded tokens. Raises PopError."""
+    """Return the context length for the longest prompt and its decoded tokens. Raises PopError."""
     n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
     what = f"the longest prompt needs {n_needed} tokens of context"
     if options.n_ctx is not None and options.n_ctx < n_needed:
@@ -191,7 +191,7 @@ def _context(source: Source, options: BenchOptions) -> int:
 
 
 def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
-    """Return the device with its threads, and our kernels in use there."""
+    """Return the device with its threads, and the names of our kernels that it uses."""
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]

@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 64
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """An answer of the demonstration; `ttft_s` is the median of all pairs."""
+    """An answer of the demonstration; `ttft_s`: median of all pairs."""
 
     text: str
     ttft_s: float
@@ -31,10 +31,7 @@ class TimedAnswer:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A full and a pruned answer, with the speed-up of their pairs.
-
-    `limit`: the ratio of their multiply-accumulates.
-    """
+    """A full and a pruned answer, and the speed-up. `limit`: their multiply-accumulates' ratio."""
 
     model: str
     boundary: int
@@ -92,7 +89,6 @@ def _text(name: str) -> str:
 
 
 def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:
-    """Answer with an empty cache. Raises PopError for unexpected row counters."""
     opened.engine.set_mode(mode)
     opened.engine.cache.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"

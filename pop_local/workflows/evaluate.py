@@ -30,11 +30,11 @@ from pop_local.workflows.open import files_at_boundary, model_files
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of an evaluation. `text`: a file (default: the shipped held-out text).
+    """Options of an evaluation.
 
-    `n_lookups`: questions about exact strings of documents, 0 for none. `deep_rows`: which context
-    rows run all layers because of their tokens (default: the file's). `n_ctx`: context length in
-    tokens (default: as needed).
+    `text`: a file (default: the shipped held-out text). `n_lookups`: number of questions for exact
+    strings of documents. `deep_rows`: which context rows run all layers because of their tokens
+    (default: the file's rule). `n_ctx`: context length in tokens (default: the required length).
     """
 
     text: Path | None = None
@@ -46,10 +46,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The quality of a model that is pruned at a boundary, on a text.
-
-    `speedup_limit`: by multiply-accumulates. `lookups`: None if not measured.
-    """
+    """The loss by pruning at one boundary; `speedup_limit`: by multiply-accumulates."""
 
     model: Path
     text: Text
@@ -77,8 +74,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the loss by pruning of a model, given by path or name.
 
-    `at`: the boundary to measure (default: the converted file's). Other boundaries than the file's
-    use the model's own projections. Raises PopError and StoppedError.
+    `at`: the boundary to measure (default: the converted file's). At other boundaries, the model's
+    own projections apply. Raises PopError and StoppedError.
     """
     find = model_files if at is None else files_at_boundary
     files = find(os.fspath(model), sidecar, watch)

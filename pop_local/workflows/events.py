@@ -38,7 +38,7 @@ class PlannedStage:
 class TimeLeft:
     """Estimator of the remaining time of all planned stages, from the rate so far.
 
-    Work that was done by an earlier run, or that is left out, does not count.
+    Omitted work, and the work of an earlier run, do not count.
     """
 
     def __init__(self, stages: Sequence[PlannedStage]) -> None:
@@ -50,7 +50,7 @@ class TimeLeft:
         self._first = self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
-        """Start a stage. It ends earlier stages that come once. The last stage ends all."""
+        """Start a stage, and end earlier stages that occur once. The last stage ends all."""
         self._done, self._share, self._first = self._passed, 0.0, -1.0
         found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
         self._at = max(found, key=lambda i: len(self._stages[i].name), default=None)
@@ -71,7 +71,7 @@ class TimeLeft:
 
     @property
     def left_s(self) -> float | None:
-        """Return the seconds left, None until the rate is known."""
+        """Return the remaining seconds, None until the rate is known."""
         elapsed_s, passed = time.monotonic() - self._began_s, self._passed
         if elapsed_s < _LEAST_S or not passed:
             return None
@@ -97,11 +97,11 @@ class TimeLeft:
 class Watch:
     """Callbacks of a workflow; all are optional.
 
-    `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` starts one,
-    and `on_progress(done, total)` counts in its unit. `on_note(text)` gets information for the
-    user, `on_warning(error)` a problem that did not stop the work. A workflow checks `should_stop`
-    whenever it counts, and while llama.cpp reads. It then raises StoppedError and leaves nothing
-    behind. `may(question)` returns whether a download is allowed.
+    `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` starts a
+    stage, and `on_progress(done, total)` counts in its unit. `on_note(text)` receives information
+    for the user, `on_warning(error)` a problem that did not stop the work. Workflows check
+    `should_stop` whenever they count, and while llama.cpp computes. They then raise StoppedError
+    and leave no files. `may(question)` returns whether a download is allowed.
     """
 
     on_stage: Callable[[str, Unit], object] = _ignore

@@ -13,8 +13,8 @@ from pop_local.workflows.events import Unit, Watch
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
     """Fetch a model by its name into `folder`, and return its file.
 
-    Downloads from a hub need the watch's permission. `force` replaces an existing file of that
-    name. Raises PopError.
+    Downloads from a hub require the watch's permission. `force` replaces an existing file. Raises
+    PopError.
     """
     hub = hub_name(name)
     if hub is not None:

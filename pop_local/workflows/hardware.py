@@ -1,13 +1,13 @@
-"""The processors that workflows compute on."""
+"""Processors for a workflow."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Processors to compute on.
+    """Processors for a workflow.
 
-    `n_threads` None: the physical cores. `n_gpu_layers`: -1 for all, of no effect without a GPU.
+    `n_threads` None: one thread per physical core. `n_gpu_layers`: layers on the GPU, -1 for all.
     """
 
     n_threads: int | None = None

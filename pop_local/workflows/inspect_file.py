@@ -40,7 +40,7 @@ class TensorGroup:
 class Verification:
     """The hash of the original file.
 
-    `unchanged`: it equals the converted model's, None if that is unknown. `catalog_name`: the name
+    `unchanged`: whether the hash equals the converted model's (None: unknown). `catalog_name`: name
     of the catalog model with this hash.
     """
 
@@ -51,9 +51,9 @@ class Verification:
 
 @dataclass(frozen=True)
 class SkippingGain:
-    """The gain of skipping layers for LIMIT_PROMPT tokens, by multiply-accumulates.
+    """The gain by skipping layers for LIMIT_PROMPT tokens, by multiply-accumulates.
 
-    `left_share`: the share of the skipped layers' work that remains, None if unknown.
+    `left_share`: the remaining share of the skipped layers' work (None: unknown).
     """
 
     boundary: int
@@ -63,10 +63,10 @@ class SkippingGain:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The content of a model; `pop`: its keys or its sidecar's.
+    """The content of a model; `pop`: its keys or its sidecar's keys.
 
     `mmproj`: the multimodal projector in its folder. `skipping`: None for a model that cannot be
-    pruned, with the reason in `refused`. `work`: None if it cannot be counted.
+    pruned, with the reason in `refused`. `work`: None if the work cannot be counted.
     """
 
     file: str
@@ -93,7 +93,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class SidecarInspection:
-    """The content of a sidecar; `model`: None unless it is in the same folder."""
+    """The content of a sidecar; `model`: its model's path if both are in the same folder."""
 
     file: str
     size_bytes: int
@@ -112,7 +112,7 @@ def inspect(
     with_hash: bool,
     watch: Watch,
 ) -> Inspection | SidecarInspection:
-    """Inspect a file by path or name, with its sidecar.
+    """Inspect a model with its sidecar, or a sidecar, by path or name.
 
     `with_hash` reads the whole file. Raises PopError, StoppedError.
     """
@@ -149,7 +149,6 @@ def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
 
 
 def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspection:
-    """Inspect a sidecar. Raises FormatError if the model in its folder does not match."""
     meta = sidecar_meta(header)
     path = base_path(header.path, meta.source_name)
     source = read_source(path) if path else None
@@ -216,7 +215,7 @@ def _of_model(
 
 
 def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
-    """Count at the file's boundary, else at the exact one, else at two thirds."""
+    """Count at the file's boundary, else at the exact boundary, else at two thirds."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
     if not 0 < boundary <= skipping.last:

@@ -45,7 +45,7 @@ _N_DRAWS = 4
 
 @dataclass(kw_only=True)
 class _LearnedFitter(PlanFitter):
-    """Computes fits from the learned sums instead of calibrating."""
+    """A fitter that solves the learned sums instead of calibrating."""
 
     learner: OnlineCalibrator
     sums: Sums
@@ -73,9 +73,9 @@ class _LearnedFitter(PlanFitter):
 
 
 class OnlineCalibration:
-    """Creates sidecars from an open model's learned sums while the model is idle.
+    """Fitter that creates sidecars from an open model's learned sums while the model is idle.
 
-    `loss`: the loss of the fit in use, None until it is measured.
+    `loss`: the current fit's loss, None until it is measured.
     """
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
@@ -107,10 +107,10 @@ class OnlineCalibration:
         return self._search is not None or is_enough
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Add waiting rows, and solve and measure once there are enough.
+        """Add queued rows to the sums, and fit and measure once there are enough rows.
 
-        Return a written sidecar that is better than the one in use: the deepest within the budget.
-        The next call resumes an interrupted one. Raises PopError.
+        Return a written sidecar if it is better than the current fit. The next call resumes an
+        interrupted fit. Raises PopError.
         """
         self._should_stop = should_stop
         self._learner.work(should_stop)
@@ -153,7 +153,6 @@ class OnlineCalibration:
         return LearnedFit(target, plan.boundary, plan.speedup_limit, n_rows)
 
     def _take(self, quality: Quality) -> None:
-        """Set the loss of the fit in use."""
         self._in_use = quality
         self.loss = Loss(
             quality.n_windows,
@@ -200,7 +199,7 @@ class OnlineCalibration:
             return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
 
     def _is_better(self, chosen: Candidate) -> bool:
-        """Return True for a deeper fit, or for a closer one at the same depth."""
+        """Return whether the fit is deeper than the current fit, or as deep with a smaller KL."""
         before = self._in_use
         if before is None or not is_inside(self._budget, before):
             return True
@@ -210,7 +209,7 @@ class OnlineCalibration:
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
-        """Return the rows for the next attempt: up to half more, limited by what the sums keep."""
+        """Return the row count for the next attempt: half more, limited by the kept rows."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.shape.n_embd) / 2
 
     def _end(self) -> None:

@@ -12,7 +12,7 @@ from pop_converter.popfile.pruning_plan import Plan
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
-from pop_local.measure.lookups import LookupCounts, Lookups
+from pop_local.measure.lookups import Lookups
 from pop_local.measure.quality import Quality
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
@@ -32,10 +32,11 @@ def opened(
 
 
 _ERRORS = {"kl_se": "kl_mean", "ppl_ratio_se": "ppl_ratio"}
+_COUNTS = ("n", "full", "pruned", "lost", "gained")
 
 
 def row_options(plan: Plan) -> dict[str, Any]:
-    """Return the fields of EngineOptions that make the plan's rows full."""
+    """Return the fields of EngineOptions for the plan's full rows."""
     names = ("sink_tokens", "tail_tokens", "deep_rows")
     return {name: getattr(plan, name) for name in names}
 
@@ -52,7 +53,7 @@ def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
     lost = lookups.logprob_lost
     return Measured(
         **found,
-        **{f"lookups_{each.name}": getattr(lookups, each.name) for each in fields(LookupCounts)},
+        **{f"lookups_{name}": getattr(lookups, name) for name in _COUNTS},
         lookups_logprob_lost=lost.value,
         lookups_logprob_se=lost.se or 0.0,
     )

@@ -42,7 +42,7 @@ _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
 
 def best_model() -> CatalogModel:
-    """Return the best model of the catalog that the free memory allows."""
+    """Return the catalog's best model for the free memory."""
     n_free = free_bytes()
     return find(next((name for name, least in _BEST if n_free >= least), DEFAULT_MODEL))
 
@@ -50,9 +50,9 @@ def best_model() -> CatalogModel:
 def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     """Open a model by name or path; see `model_files`.
 
-    With `options.full`, a sidecar next to the model is ignored if it does not fit. Learning is
-    skipped with a note if it is not possible. `options.context.n_parallel` None: two sequences if
-    memory and model allow. Raises PopError, StoppedError.
+    With `options.full`, a foreign sidecar next to the model is ignored with a warning. If the model
+    cannot learn, a note gives the reason. `options.context.n_parallel` None: two sequences if
+    memory and model allow them. Raises PopError, StoppedError.
     """
     files = _fitting_files(options, watch)
     options = replace(
@@ -133,7 +133,7 @@ def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
 
 
 def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open (`_files`), with a note on an implicit sidecar."""
+    """Return the files to open, with a note on an implicit sidecar. Raises PopError."""
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
         named = str(files.sidecar)
@@ -146,10 +146,7 @@ def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open, with the given sidecar or the model's (`sidecar_of`).
-
-    A catalog model is fetched first.
-    """
+    """Return the files to open. A catalog model is fetched first."""
     if sidecar is not None:
         if not sidecar.is_file():
             raise PopError(
@@ -173,7 +170,7 @@ def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFi
 
 
 def base_file(model: str, watch: Watch) -> Path:
-    """Return the model without POP keys, after fetching it if necessary. Raises PopError."""
+    """Return the path of the model without POP keys, fetched if necessary. Raises PopError."""
     try:
         return resolve_base(model)
     except PopError as error:

@@ -197,7 +197,7 @@ def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypat
     document = LookupDocument((), (TokenizedQuestion(QUESTION, (), ()),) * 20)
 
     def answers(n_wrong: int) -> tuple[LookupAnswer, ...]:
-        return tuple(LookupAnswer(number >= n_wrong, -1.0, 1, "") for number in range(20))
+        return tuple(LookupAnswer(number >= n_wrong, -1.0, "") for number in range(20))
 
     def ask(self, model, pruning, on_progress, known):
         on_progress(1, 1)

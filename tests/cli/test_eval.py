@@ -140,8 +140,6 @@ def test_look_ups_are_reported_in_full_and_pruned(pop_file, text):
     report = json.loads(done.stdout)
     found = report["lookups"]
     assert (found["n"], found["n_documents"]) == (3, 1)
-    assert sum(part["n"] for part in found["by_kind"].values()) == 3
-    assert sum(part["n"] for part in found["by_layout"].values()) == 3
     assert found["logprob_full"] != found["logprob_pruned"] < 0
     assert report["verdict"].endswith("answers none of 3 either. Use --full to be certain.")
     said = " ".join(evaluate(*options).stdout.split())

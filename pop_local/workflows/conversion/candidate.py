@@ -30,9 +30,9 @@ N_SCREENED = 2
 class Candidate:
     """A plan that a search may choose, and the results so far.
 
-    `fitted` is None before the fit, and for `Projection.OWN`. `start`: the fit from which
-    distilling starts. `is_inside`: the current verdict, None before the first. A resumed search
-    continues from `gradual` and `answers`.
+    `fitted`: None before the fit, and for `Projection.OWN`. `start`: the fit before distilling.
+    `is_inside`: the current verdict, None before the first measurement. A resumed search continues
+    from `gradual` and `answers`.
     """
 
     plan: Plan
@@ -49,7 +49,6 @@ class Candidate:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether the candidate can be measured."""
         return self.plan.projection == Projection.OWN or self.fitted is not None
 
     @property

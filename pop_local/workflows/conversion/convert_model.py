@@ -32,7 +32,7 @@ from pop_local.workflows.open import base_file
 
 @dataclass(frozen=True)
 class Phase:
-    """The total time of all stages with one name, each until the next stage starts."""
+    """The total time of all stages with one name."""
 
     name: str
     seconds: float
@@ -40,7 +40,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Converted:
-    """A written conversion; `meta` has the file's keys, including its measured quality."""
+    """A written conversion; `meta`: the file's keys, including its measured loss."""
 
     path: Path
     plan: Plan
@@ -117,10 +117,7 @@ def run_conversion(
 
 
 def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
-    """Add up the seconds of stages from their start times, in order of first start.
-
-    The time before the first stage is added to it.
-    """
+    """Return the seconds of each stage name; the first stage includes the time before."""
     seconds: dict[str, float] = {}
     for (name, began_s), (following, ended_s) in pairwise([*stages, ("", time.monotonic())]):
         name = name or following

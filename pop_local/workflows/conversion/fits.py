@@ -32,7 +32,7 @@ _N_WINDOWS = 8
 
 
 class Distilling(Protocol):
-    """Distiller of one model's fits, implemented in research and passed by the command."""
+    """Distiller of one model's fits (pop_local.research.distilled)."""
 
     def require(self, plan: Plan) -> object:
         """Raise PopError if the plan's fit cannot be distilled."""
@@ -49,11 +49,11 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 
 @dataclass
 class PlanFitter:
-    """Fits plans of one model, all with the same options and on the same text.
+    """Fitter of a model's plans, with the same options and text for all plans.
 
-    If the options have no kind of fit, one is chosen by measuring at the first boundary; kinds that
-    copy take precedence. They are measured against `full` (None: a few windows are read for that).
-    `seen` contains these measurements by boundary and kind.
+    If the options have no kind of fit, the kind is chosen by measuring the first boundary; kinds
+    that copy take precedence. `full` is the reference (None: a few windows are read). `seen`: these
+    measurements by boundary and kind.
     """
 
     runner: TrialRunner
@@ -65,10 +65,7 @@ class PlanFitter:
     distiller: Distilling | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
-        """Fit all plans in one pass. Raises PopError, StoppedError.
-
-        The progress is kept in `state_path`, from which a later call continues.
-        """
+        """Fit all plans in one pass, resuming from `state_path`. Raises PopError, StoppedError."""
         if not plans:
             return ()
         follow = Callbacks(
@@ -86,12 +83,12 @@ class PlanFitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train one of the fits end to end. Raises PopError, StoppedError."""
+        """Train a fit end to end. Raises PopError, StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)
 
     def _better(self, plan: Plan, fits: Mapping[Projection, Fitted]) -> Fitted:
-        """Return the fit of the better kind, measured at the first boundary with several."""
+        """Return the fit of the better kind, which is measured at the first boundary."""
         if len(fits) == 1:
             [self.kind] = fits
         if self.kind is None:
@@ -112,7 +109,6 @@ class PlanFitter:
     def _qualities(
         self, plan: Plan, fits: Mapping[Projection, Fitted]
     ) -> dict[Projection, Quality]:
-        """Measure the loss of each kind, on the same windows."""
         full = self.full or FullModel(self.runner, plan, QualitySettings(_N_WINDOWS, n_draws=1))
         begin = partial(self.runner.watch.stage, "Measuring")
         qualities = {}
@@ -125,7 +121,7 @@ class PlanFitter:
         return qualities
 
     def _lazily(self, name: str) -> Progress:
-        """Return the progress of a stage that starts with its first work, if it has any."""
+        """Return the progress callback of a stage that starts with its first work."""
         watch, begun = self.runner.watch, False
 
         def advance(done: int, total: int) -> None:

@@ -16,10 +16,11 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 @dataclass(frozen=True)
 class FullModel:
-    """The model without pruning, measured with the sink and tail of `plan`.
+    """The full model's scores on held-out text and look-ups, with the full rows of `plan`.
 
-    `settings` give the maximum number of windows. `text`: tokens (default: the shipped held-out
-    text). The first use raises PopError and StoppedError; a later one continues a stopped reading.
+    `settings`: for the maximum number of windows. `text`: tokens (default: the shipped held-out
+    text). Scores are computed on first use, which raises PopError and StoppedError. A later use
+    continues after a stop.
     """
 
     runner: TrialRunner
@@ -46,7 +47,7 @@ class FullModel:
 
     @cached_property
     def reference(self) -> QualityReference:
-        """Return the predictions of the held-out text."""
+        """Return the scores of the held-out text."""
         watch, settings = self.runner.watch, self.settings
         watch.on_note("Reading held-out text in full")
         with self.runner.opened(self.plan) as model:

@@ -1,4 +1,4 @@
-"""Conversion at a named boundary: fit, measure briefly, and write or refuse."""
+"""Conversion at a named boundary: fit, measure briefly, then write or refuse."""
 
 from dataclasses import dataclass, replace
 
@@ -43,9 +43,9 @@ N_OWN_DRAWS = 2
 
 
 def write_named(run: ConversionRun) -> Outcome:
-    """Fit, examine and write a named boundary. Nothing is measured without a fit.
+    """Fit, examine and write a named boundary. Without a fit, nothing is measured.
 
-    Raises CopyingBrokenError unless forced, PopError, StoppedError.
+    Raises CopyingBrokenError unless the run is forced, PopError, StoppedError.
     """
     [plan], output = run.conversion.plans, run.conversion.output
     if plan.projection == Projection.OWN:
@@ -80,7 +80,7 @@ class Examination:
     allow_broken_copy: bool
 
     def before_fit(self) -> None:
-        """Raise CopyingBrokenError if no fit would restore copying, PopError if not measurable."""
+        """Raise PopError if the loss is not measurable, or if no fit would restore copying."""
         require_windows(self.runner, self.plan)
         if self.allow_broken_copy:
             return
@@ -126,10 +126,7 @@ class Examination:
 
 
 def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Estimate | None:
-    """Measure `Quality.induction_retention` without a fit, in seconds.
-
-    `on_progress` counts draws.
-    """
+    """Measure `Quality.induction_retention` without a fit; `on_progress` counts draws."""
     settings = QualitySettings(n_draws=N_OWN_DRAWS)
     with forced(model) as reader:
         ran = counting(2 * settings.n_draws, on_progress)

@@ -19,10 +19,7 @@ OutputName = Literal["copy", "sidecar"]
 
 @dataclass(frozen=True)
 class Output:
-    """A kind of output.
-
-    `stage` names the work of writing. `files(source, written)` returns the files to open.
-    """
+    """A kind of output. `files(source, written)`: the files to open. `stage`: its stage's name."""
 
     name: OutputName
     stage: str

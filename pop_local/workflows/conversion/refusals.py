@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CopyingBrokenError(PopError):
-    """Refusal of a boundary with which the model can no longer copy from its prompt."""
+    """Refusal of a boundary at which the model can no longer copy from its prompt."""
 
     def __init__(self, boundary: int, found: str) -> None:
         hint = "skip fewer layers, or search within a budget"
@@ -47,7 +47,7 @@ class OverBudgetError(PopError):
 
 
 class TooLittleMemoryError(PopError):
-    """Refusal of work for which too little memory is free; `what` includes the verb."""
+    """Refusal of work for which too little memory is free; `what`: the work and its verb."""
 
     def __init__(
         self, what: str, needed_bytes: int, free_bytes: int, hint: str, *, cause: str

@@ -8,10 +8,10 @@ from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Numbers and kinds of prompt tokens that run in full.
+    """Numbers and kinds of prompt tokens that run all layers.
 
-    `deep_rows`: context tokens that run in full because of their words. `min_prompt`: shortest
-    pruned prompt in tokens (default: computed; shorter prompts would save little).
+    `deep_rows`: words whose tokens run all layers. `min_prompt`: shortest pruned prompt in tokens
+    (default: the length from which pruning saves enough).
     """
 
     sink_tokens: int = PopMeta.sink_tokens

@@ -50,10 +50,10 @@ N_DEEPER = 3
 
 @dataclass(frozen=True)
 class SearchStage:
-    """A stage of the ladder.
+    """A stage of the search.
 
     `candidates` returns the candidates to try, the shallowest first. `order` tries them. `prepare`
-    fits the first of its candidates, and more candidates if that saves work.
+    fits the first candidate, and more candidates if that saves work.
     """
 
     candidates: Callable[[Search], Iterable[Candidate]]
@@ -62,7 +62,7 @@ class SearchStage:
 
 
 def write_within(run: ConversionRun, budget: Budget) -> Outcome:
-    """Choose the fastest plan of a conversion within the budget, and write it.
+    """Write the fastest plan of a conversion within the budget.
 
     Raises OverBudgetError, PopError, StoppedError.
     """
@@ -84,7 +84,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 class Search:
     """A search among plans, the shallowest first.
 
-    `rungs` contains each stage's candidates. After a stop, `run` continues the search.
+    `rungs`: each stage's candidates. After a stop, `run` continues the search.
     """
 
     runner: TrialRunner
@@ -111,7 +111,7 @@ class Search:
         return Judge(self.runner, self.budget, self.full)
 
     def run(self) -> Candidate:
-        """Return the fastest candidate within the budget. Its plan names all tried candidates.
+        """Return the fastest candidate within the budget; its plan names all tried candidates.
 
         Raises OverBudgetError, PopError, StoppedError.
         """
@@ -219,7 +219,7 @@ class Search:
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in plans]
 
     def fitted(self) -> list[Candidate]:
-        """Return fits at each boundary, or at a few deeper than the unfitted ones in the budget."""
+        """Return fits at each boundary, or at a few that are deeper than unfitted candidates."""
         plans = self.plans
         if any(self.rungs):
             shallowest = min((each.boundary for each in self.inside), default=plans[0].boundary + 1)
@@ -232,7 +232,7 @@ class Search:
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in few]
 
     def distilled(self) -> list[Candidate]:
-        """Return distilled fits from the fastest candidate down (all, if none is in budget)."""
+        """Return distilled fits from the fastest candidate down, or all if none is inside."""
         if self.fitter.distiller is None:
             return []
         first = (self.fastest() if self.inside else self.judged[0]).boundary
@@ -240,10 +240,9 @@ class Search:
         return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
 
     def fewer_rows(self) -> list[Candidate]:
-        """Return candidates with fewer deep rows: by rule, then by boundary.
+        """Return candidates with fewer deep rows, by rule, then by boundary.
 
-        The boundaries start at the deepest within the budget. Each uses its last fit, which may be
-        distilled.
+        The boundaries start at the deepest within the budget. Each uses its last fit.
         """
         if not self.inside:
             return []
@@ -277,14 +276,14 @@ class Search:
             candidate.gradual = self.fitter.seen.get((candidate.boundary, fit.projection))
 
     def _kept(self, wanted: Sequence[Candidate], state_path: Path | None) -> list[Candidate]:
-        """Return the candidates of a kept fit, which continues regardless of the free memory."""
+        """Return the candidates of a stored fit, which continues regardless of the free memory."""
         kept = kept_boundaries(state_path) if state_path else ()
         known = {each.boundary: each for each in wanted}
         is_ours = wanted[0].boundary in kept and known.keys() >= set(kept)
         return [known[each] for each in kept] if is_ours else []
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, and the next candidates whose sums also fit into memory."""
+        """Return the first candidate, and further candidates whose sums also fit into memory."""
         chosen: list[Candidate] = []
         for candidate in (each for each in wanted if not each.is_ready):
             plans = [each.plan for each in (*chosen, candidate)]

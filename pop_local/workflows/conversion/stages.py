@@ -17,7 +17,7 @@ _WRITING = 100
 
 
 def fit_stages(work: FitWork | None, n_most: int = 1) -> tuple[PlannedStage, ...]:
-    """Return the stages of a fit that may run up to `n_most` times (none without a fit)."""
+    """Return the stages of a fit that runs up to `n_most` times."""
     if work is None:
         return ()
     sampling = (PlannedStage("Sampling text", work.sampling),) if work.sampling else ()
@@ -27,7 +27,7 @@ def fit_stages(work: FitWork | None, n_most: int = 1) -> tuple[PlannedStage, ...
 def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
     """Return a conversion's possible stages, with their work in multiply-accumulates.
 
-    The result is empty if work cannot be counted, or includes distilling, whose time is unknown.
+    The result is empty if the work cannot be counted, or if it includes distilling.
     """
     if planned.not_counted or planned.options.distiller:
         return ()

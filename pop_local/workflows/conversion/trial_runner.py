@@ -1,4 +1,4 @@
-"""Opens the source model for measurements, unchanged or with a temporary sidecar."""
+"""Measurement of a source model, unchanged or with a temporary sidecar."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class TrialRunner:
     ) -> Iterator[PopModel]:
         """Open the model, or `files` built from it, with the plan's full rows.
 
-        `n_ctx`: context length in tokens (default: room for held-out windows). Raises PopError, and
-        StoppedError if the watch stops llama.cpp.
+        `n_ctx`: context length in tokens (default: room for held-out windows). Raises PopError,
+        StoppedError.
         """
         from pop_local.measure.quality import QualitySettings
         from pop_local.workflows.measuring import opened, row_options

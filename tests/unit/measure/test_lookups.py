@@ -18,12 +18,11 @@ from pop_local.measure.lookups import (
     LookupReference,
     LookupSettings,
     TokenizedQuestion,
-    compare_answers,
+    compare_lookups,
     is_right,
     make_documents,
     measure_lookups,
 )
-from pop_local.texts.carriers import LookupQuestion
 from support.converted import tiny
 
 SETTINGS = LookupSettings(n_documents=2, n_per_document=2, n_tokens=500)
@@ -186,31 +185,22 @@ def test_two_steps_of_documents_equal_one(model) -> None:
 # --- the comparison
 
 
-def document(*kinds: str) -> LookupDocument:
-    questions = [LookupQuestion("What?", "x", kind, f"in {kind}", "It is") for kind in kinds]
-    return LookupDocument((1,), tuple(TokenizedQuestion(it, (2,), (3,)) for it in questions))
+def answers(*rights: bool, logprob: float = -1.0) -> tuple[LookupAnswer, ...]:
+    return tuple(LookupAnswer(right, logprob, "") for right in rights)
 
 
-def answers(*rights: bool, logprob: float = -1.0, n_tokens: int = 2) -> tuple[LookupAnswer, ...]:
-    return tuple(LookupAnswer(right, logprob, n_tokens, "") for right in rights)
-
-
-def test_lost_and_gained_are_counted_by_kind_and_layout() -> None:
-    documents = [document("hex", "date"), document("hex", "date")]
+def test_lost_and_gained_answers_are_counted() -> None:
     full = [answers(True, True), answers(True, False)]
     pruned = [answers(False, True, logprob=-2), answers(True, True, logprob=-4)]
-    found = compare_answers(documents, full, pruned, SETTINGS)
+    found = compare_lookups(full, pruned, SETTINGS)
     assert (found.n, found.full, found.pruned, found.lost, found.gained) == (4, 3, 3, 1, 1)
     assert found.p == 1.0
-    assert (found.by_kind["hex"].lost, found.by_kind["date"].gained) == (1, 1)
-    assert found.by_layout.keys() == {"in hex", "in date"}
     assert found.logprob_lost.value == pytest.approx(2)
     assert found.logprob_lost.se == pytest.approx(1)
-    assert found.logprob_lost_per_token.value == pytest.approx(1)
     expected = 1 - (np.exp(-2) + np.exp(-4)) / (2 * np.exp(-1))
     assert found.expected_lost.value == pytest.approx(expected)
 
 
 def test_a_model_without_right_answers_loses_none() -> None:
-    found = compare_answers([document("hex")], [answers(False)], [answers(False)], SETTINGS)
+    found = compare_lookups([answers(False)], [answers(False)], SETTINGS)
     assert (found.lost, found.p, found.logprob_lost.se) == (0, 1.0, None)
