@@ -16,18 +16,12 @@ from pop_converter.popfile.format import Calibration
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
+from pop_local.calibration import texts
 from pop_local.calibration.activations import WindowReader
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import FitPair, n_choosing, plan_needs
 from pop_local.calibration.state import CalibrationState, load, save
-from pop_local.calibration.texts import (
-    N_WINDOW,
-    CalibrationText,
-    given_sha256,
-    given_text,
-    own_text,
-    sampled,
-)
+from pop_local.calibration.texts import N_WINDOW, CalibrationText
 from pop_local.engine.learning.sums import Summing
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.taps import Rows, TapRequest
@@ -100,7 +94,7 @@ class _Job:
         self._state = (path and load(path, self._identity)) or CalibrationState(
             self._text(), self._groups
         )
-        self._state.text = sampled(self._context, self._state.text, self._sampled)
+        self._state.text = texts.sampled(self._context, self._state.text, self._sampled)
         while self._state.group < len(self._state.groups):
             self._read(self._state.groups[self._state.group])
             self._solve()
@@ -123,8 +117,8 @@ class _Job:
         options, n_embd = self._options, self._shape.n_embd
         count = options.n_tokens(n_embd) // N_WINDOW
         if options.texts:
-            return given_text(self._context, options.texts, count, n_embd)
-        return own_text(self._context, count)
+            return texts.given_text(self._context, options.texts, count, n_embd)
+        return texts.own_text(self._context, count)
 
     def _sampled(self, done: int, total: int) -> None:
         self._follow.on_sampling(done, total)
@@ -207,7 +201,7 @@ def _identity(
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     n_tokens = options.n_tokens(plans[0].shape.n_embd)
     if options.texts:
-        parts.append(given_sha256(options.texts, n_tokens // N_WINDOW))
+        parts.append(texts.given_sha256(options.texts, n_tokens // N_WINDOW))
     parts += [source.name, source.size_bytes]
     parts += [(plan.schedule, plan.projection) for plan in plans]
     parts += [*map(tuple, chain.from_iterable(groups)), n_tokens]

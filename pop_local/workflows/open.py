@@ -13,18 +13,9 @@ from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.calibration.needs import free_bytes
 from pop_local.engine.llama.loading import default_ctx, kv_bytes
+from pop_local.models import model_names as names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_files import ModelFiles
-from pop_local.models.model_names import (
-    DEFAULT_MODEL,
-    CatalogModel,
-    find,
-    lookup,
-    models_dir,
-    resolve_base,
-    stored_file,
-    stored_model,
-)
 from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fetch import fetch_named
@@ -41,10 +32,10 @@ _MEMORY_FOR_TWO = 8e9
 _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
 
-def best_model() -> CatalogModel:
+def best_model() -> names.CatalogModel:
     """Return the catalog's best model for the free memory."""
     n_free = free_bytes()
-    return find(next((name for name, least in _BEST if n_free >= least), DEFAULT_MODEL))
+    return names.find(next((name for name, least in _BEST if n_free >= least), names.DEFAULT_MODEL))
 
 
 def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
@@ -155,8 +146,12 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
                 cause="no-sidecar",
             )
         return ModelFiles(base_file(model, watch), sidecar)
-    is_catalogs = not (Path(model).is_file() or stored_model(model))
-    if is_catalogs and (entry := lookup(model)) and (converted := stored_file(entry.pop_file)):
+    is_catalogs = not (Path(model).is_file() or names.stored_model(model))
+    if (
+        is_catalogs
+        and (entry := names.lookup(model))
+        and (converted := names.stored_file(entry.pop_file))
+    ):
         return ModelFiles(converted)
     base = base_file(model, watch)
     return ModelFiles(base, sidecar_of(read_source(base)))
@@ -172,8 +167,8 @@ def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFi
 def base_file(model: str, watch: Watch) -> Path:
     """Return the path of the model without POP keys, fetched if necessary. Raises PopError."""
     try:
-        return resolve_base(model)
+        return names.resolve_base(model)
     except PopError as error:
         if error.cause != "not-fetched":
             raise
-    return fetch_named(model, models_dir(), watch)
+    return fetch_named(model, names.models_dir(), watch)

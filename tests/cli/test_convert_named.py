@@ -41,7 +41,7 @@ def shown(model: Path) -> str:
 
 def test_own_projections_are_measured_if_a_quality_is_given(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as unmeasured:
-        unmeasured.setattr(examining, "measure_pruning", None)
+        unmeasured.setattr(examining.quality, "measure_pruning", None)
         done = convert(tiny, "--projection", "own", "--boundary", 5, "--tail", 600)
     assert done.exit_code == 0, done.stderr
     assert "The loss without a fit is not measured" in " ".join(done.stderr.split())

@@ -134,18 +134,16 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
         assert existing_sidecar(read_source(base)) is None, "the sidecar is written later"
         return SimpleNamespace(boundary=4)
 
-    monkeypatch.setattr("pop_local.workflows.conversion.named.measure_pruning", measure)
-    monkeypatch.setattr("pop_local.workflows.conversion.named.copies", lambda *_: True)
+    monkeypatch.setattr("pop_local.measure.quality.measure_pruning", measure)
+    monkeypatch.setattr("pop_local.measure.budget.copies", lambda *_: True)
     for name, made in {
-        "measure_lookups": None,
-        "is_inside": True,
-        "keeps_lookups": True,
-        "figures_in_words": "",
-        "measured": Measured(kl_mean=0.25),
+        "measure.lookups.measure_lookups": None,
+        "measure.budget.is_inside": True,
+        "measure.budget.keeps_lookups": True,
+        "measure.budget.figures_in_words": "",
+        "workflows.conversion.named.measured": Measured(kl_mean=0.25),
     }.items():
-        monkeypatch.setattr(
-            f"pop_local.workflows.conversion.named.{name}", lambda *_, made=made: made
-        )
+        monkeypatch.setattr(f"pop_local.{name}", lambda *_, made=made: made)
     plan = make_plan(read_shape(base), projection=Projection.FITTED, boundary=4)
     monkeypatch.setattr(PlanFitter, "fit", lambda *_: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)

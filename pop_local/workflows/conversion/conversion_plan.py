@@ -18,15 +18,8 @@ from pop_converter.popfile.format import Budget, Measured, PopMeta
 from pop_converter.popfile.pruning_plan import Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, FileSizes, Fitted
 from pop_converter.projection import Projection
+from pop_local.calibration import needs as costs
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.needs import (
-    FitNeeds,
-    FitWork,
-    fit_needs,
-    fit_work,
-    macs_per_s,
-    spaced,
-)
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.models.model_names import resolve_base
@@ -114,20 +107,22 @@ class Conversion:
         return ""
 
     @cached_property
-    def needs(self) -> FitNeeds | None:
+    def needs(self) -> costs.FitNeeds | None:
         """Return the memory and work of all fits, None without a fit or a count."""
         if self.fit is None or not self._fittable or self.not_counted:
             return None
-        return fit_needs(self._fitted, self.source, self.fit)
+        return costs.fit_needs(self._fitted, self.source, self.fit)
 
     @cached_property
     def fit_seconds(self) -> float | None:
         """Return the estimated seconds of all fits."""
-        return None if self.fit_work is None else sum(self.fit_work) / macs_per_s()
+        return None if self.fit_work is None else sum(self.fit_work) / costs.macs_per_s()
 
     @property
-    def fit_work(self) -> FitWork | None:
-        return fit_work(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
+    def fit_work(self) -> costs.FitWork | None:
+        return (
+            costs.fit_work(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
+        )
 
     def limit(self, plan: Plan) -> float | None:
         """Return a plan's largest possible speed-up, None if its work cannot be counted."""
@@ -146,7 +141,7 @@ class Conversion:
     def _fitted(self) -> Sequence[Plan]:
         if self.fit is None or self.budget is None:
             return self._fittable
-        return spaced(self._fittable, self.source, self.fit)
+        return costs.spaced(self._fittable, self.source, self.fit)
 
     @cached_property
     def sizes(self) -> FileSizes:

@@ -1,6 +1,7 @@
 """Conversion at a named boundary: fit, measure briefly, then write or refuse."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, counting
@@ -8,27 +9,14 @@ from pop_converter.popfile.format import DeepRows, Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
-from pop_local.measure.budget import (
-    BALANCED,
-    copies,
-    figures_in_words,
-    is_hopeless,
-    is_inside,
-    keeps_lookups,
-    limits_in_words,
-)
+from pop_local.measure import budget as budgets
+from pop_local.measure import lookups, probes, quality
+from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import shipped_text, tokenize
-from pop_local.measure.lookups import Lookups, LookupSettings, measure_lookups
-from pop_local.measure.probes import measure_induction, read_repeated
-from pop_local.measure.quality import (
-    Quality,
-    QualitySettings,
-    choose_windows,
-    measure_pruning,
-    retention,
-)
+from pop_local.measure.lookups import Lookups, LookupSettings
+from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.full_model import FullModel
@@ -36,7 +24,7 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_c
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Windows and look-up documents that examine a fit, and draws of random tokens preceding it.
+# Windows and look-up documents that examine a fit, and draws of random tokens before it.
 N_WINDOWS = 8
 N_DOCUMENTS = 5
 N_OWN_DRAWS = 2
@@ -50,8 +38,8 @@ def write_named(run: ConversionRun) -> Outcome:
     [plan], output = run.conversion.plans, run.conversion.output
     if plan.projection == Projection.OWN:
         run.runner.watch.on_note(
-            "The loss without a fit is not measured. To measure it, give a quality together with"
-            " the boundary."
+            "The loss without a fit is not measured. To measure it, give a budget with the"
+            " boundary."
         )
         return run.write(plan, None, None)
     if plan.deep_rows is not DeepRows.NONE:
@@ -64,11 +52,11 @@ def write_named(run: ConversionRun) -> Outcome:
         [fitted] = fitter.fit((plan,), run.fit.state_path)
         if fitter.distiller is not None:
             fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
-        return run.write(
-            plan,
-            fitted,
-            lambda written: examination.of_fit(output.files(run.runner.path, written)),
-        )
+
+        def examined(written: Path) -> Measured:
+            return examination.of_fit(output.files(run.runner.path, written))
+
+        return run.write(plan, fitted, examined)
 
 
 @dataclass(frozen=True)
@@ -87,8 +75,7 @@ class Examination:
         with self.runner.opened(self.plan) as model:
             advance = self.runner.watch.stage("Trying the boundary without a fit")
             kept = own_retention(model, self.plan.boundary, advance)
-        if is_hopeless(kept):
-            assert kept is not None
+        if kept is not None and budgets.is_hopeless(kept):
             raise CopyingBrokenError(
                 self.plan.boundary,
                 f"the model's own projections retain {kept.value:.0%} of copying random tokens,"
@@ -97,29 +84,31 @@ class Examination:
 
     def of_fit(self, files: ModelFiles) -> Measured:
         """Measure the written files. Raises CopyingBrokenError, PopError, StoppedError."""
-        self.runner.watch.on_note("Measuring the written file on held-out text")
+        watch, pruning = self.runner.watch, Pruning(self.plan.boundary)
+        watch.on_note("Measuring the written file on held-out text")
         with self.runner.opened(self.plan, files) as model:
-            tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
-            advance = self.runner.watch.stage("Measuring")
-            settings = QualitySettings(N_WINDOWS)
-            quality = measure_pruning(model, tokens, settings, pruning, advance)
-            advance = self.runner.watch.stage("Asking for look-ups")
-            lookups = measure_lookups(model, LookupSettings(N_DOCUMENTS), pruning, advance)
-        if not (self.allow_broken_copy or copies(quality)):
-            raise CopyingBrokenError(self.plan.boundary, figures_in_words(quality))
-        self._warn_outside(quality, lookups)
-        return measured(quality, lookups)
+            tokens, settings = tokenize(model, shipped_text()), QualitySettings(N_WINDOWS)
+            advance = watch.stage("Measuring")
+            found = quality.measure_pruning(model, tokens, settings, pruning, advance)
+            advance = watch.stage("Asking for look-ups")
+            asked = LookupSettings(N_DOCUMENTS)
+            answered = lookups.measure_lookups(model, asked, pruning, advance)
+        if not (self.allow_broken_copy or budgets.copies(found)):
+            raise CopyingBrokenError(self.plan.boundary, budgets.figures_in_words(found))
+        self._warn_outside(found, answered)
+        return measured(found, answered)
 
-    def _warn_outside(self, quality: Quality, lookups: Lookups) -> None:
-        boundary, found = quality.boundary, figures_in_words(quality, lookups)
-        if not copies(quality):
-            self.runner.watch.on_warning(PopError(broken_copy(boundary, found)))
-        elif not (is_inside(BALANCED, quality) and keeps_lookups(BALANCED, lookups)):
-            budget = f"the {BALANCED.quality} budget ({limits_in_words(BALANCED)})"
+    def _warn_outside(self, found: Quality, answered: Lookups) -> None:
+        boundary, figures = found.boundary, budgets.figures_in_words(found, answered)
+        if not budgets.copies(found):
+            self.runner.watch.on_warning(PopError(broken_copy(boundary, figures)))
+        elif not (budgets.is_inside(BALANCED, found) and budgets.keeps_lookups(BALANCED, answered)):
+            limits = budgets.limits_in_words(BALANCED)
             self.runner.watch.on_warning(
                 PopError(
-                    f"boundary {boundary} exceeds {budget}: {found}",
-                    "give the budget instead of the boundary to find the fastest within it",
+                    f"boundary {boundary} exceeds the {BALANCED.quality} budget ({limits}):"
+                    f" {figures}",
+                    "convert with a budget and no boundary, to find the fastest within it",
                     cause="outside-budget",
                 )
             )
@@ -127,19 +116,19 @@ class Examination:
 
 def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Estimate | None:
     """Measure `Quality.induction_retention` without a fit; `on_progress` counts draws."""
-    settings = QualitySettings(n_draws=N_OWN_DRAWS)
+    settings, ran = QualitySettings(n_draws=N_OWN_DRAWS), counting(2 * N_OWN_DRAWS, on_progress)
     with forced(model) as reader:
-        ran = counting(2 * settings.n_draws, on_progress)
-        repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        found = measure_induction(reader, repeated, Pruning(boundary), ran)
-    return retention(repeated, found)
+        repeated = probes.read_repeated(reader, N_OWN_DRAWS, settings.seed, ran)
+        found = probes.measure_induction(reader, repeated, Pruning(boundary), ran)
+    return quality.retention(repeated, found)
 
 
 def require_windows(runner: TrialRunner, plan: Plan) -> None:
     """Raise PopError if held-out text could not be measured with the plan's full rows."""
     try:
         with runner.opened(plan) as model, forced(model) as reader:
-            choose_windows(reader, tokenize(model, shipped_text()), QualitySettings(N_WINDOWS))
+            tokens = tokenize(model, shipped_text())
+            quality.choose_windows(reader, tokens, QualitySettings(N_WINDOWS))
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
