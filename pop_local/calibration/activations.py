@@ -31,7 +31,7 @@ def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) 
 
 
 class WindowReader:
-    """A reader of single windows into an empty KV cache; it returns the requested activations."""
+    """Reader of single windows into an empty KV cache; it returns the requested activations."""
 
     def __init__(self, context: Context, wanted: TapRequest) -> None:
         self._slot, self._wanted = SingleSlot(context), wanted

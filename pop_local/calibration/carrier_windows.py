@@ -1,7 +1,7 @@
 """Windows of synthetic look-ups: a document with exact values, then questions and answers.
 
-Running text rarely needs an exact string of its context, so fits that never see one lose look-ups
-first.
+Running text rarely needs an exact string of its context, so a fit on running text alone loses
+look-ups first.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def carrier_windows(
 def _written(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
 ) -> AnsweredCarrier:
-    """Build a document with one question or more, as far as they fit into `n_tokens`."""
+    """Build a document with as many questions as fit into `n_tokens`, but one or more."""
 
     def count(text: str) -> int:
         return len(context.tokenize(text))

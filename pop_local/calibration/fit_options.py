@@ -12,11 +12,11 @@ from pop_converter.projection import Projection
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: the kind of fit (None: measured and chosen). `tokens`: tokens to read (None: by
-    the model's size). `texts`: files and folders (none: Python's documentation and code, and
+    `projection`: kind of fit (None: measured and chosen). `tokens`: number of tokens to read (None:
+    by the model's size). `texts`: files and folders (none: Python's documentation and code, and
     samples of the model). `memory_bytes`: memory for the sums of one pass (None: half of the free
-    memory). `state_path`: file that stores a stopped fit (None: not stored). `distill_tokens`:
-    tokens of text for distilling (None: the fit's, 64k or more).
+    memory). `state_path`: file for a stopped fit (None: not stored). `distill_tokens`: number of
+    tokens for distilling (None: the fit's, 64k or more).
     """
 
     tokens: int | None = None
@@ -30,16 +30,12 @@ class FitOptions:
 
     @property
     def text_name(self) -> str:
-        """The text in words."""
         from pop_local.calibration.texts import DEFAULT_NAME
 
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return the number of tokens to read, in whole windows.
-
-        Raises CalibrationError for too few.
-        """
+        """Return the number of tokens to read, in whole windows. Raises CalibrationError."""
         from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
 
         if self.tokens is None:

@@ -1,4 +1,4 @@
-"""The calibration of one or several plans: passes over the text, and fits from their sums."""
+"""Calibration of one or several plans: passes over the text, and fits from their sums."""
 
 import hashlib
 import time
@@ -57,12 +57,10 @@ def calibrate(
 ) -> Calibrated:
     """Fit the projections of all skipped layers except the first, for each plan.
 
-    The plans differ in boundary or kind of fit. One pass over the text serves all of them if memory
-    allows (`plan_needs`). `text`: the text of an earlier calibration of the same model with the
-    same options (None: cut or sample it now).
-
-    Raises PopError and StoppedError. With a state path, the next call resumes the calibration.
-    The caller removes the file afterwards.
+    The plans differ in boundary or kind of fit. One pass over the text serves all plans if memory
+    allows (`plan_needs`). `text`: the text of an earlier calibration with the same model and
+    options. Raises PopError and StoppedError. With a state path, the next call resumes the
+    calibration; the caller removes the file.
     """
     return _Job(plans, context, source, options, follow, text).run()
 
@@ -176,7 +174,7 @@ class _Job:
         raise StoppedError
 
     def _solve(self) -> None:
-        """Solve a group's projections and store them together, so that a stop loses the group."""
+        """Solve a group's projections and store them together. A stop loses the whole group."""
         state, options, summing = self._state, self._options, self._summing
         solved: list[tuple[tuple[int, Projection], NewTensor]] = []
         for boundary, layer in state.groups[state.group]:

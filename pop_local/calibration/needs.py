@@ -69,7 +69,6 @@ class FitNeeds:
 
 
 def free_bytes() -> int:
-    """Return the available memory in bytes."""
     return int(psutil.virtual_memory().available)
 
 
@@ -82,7 +81,7 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 
 
 def kinds_to_fit(plan: Plan) -> list[Projection]:
-    """Return the kinds of fit that are worth measuring for a plan: wide fits only if cheap."""
+    """Return the kinds of fit that are worth measuring for a plan."""
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
     return [Projection.FITTED, *([Projection.WIDE] if is_cheap else [])]
 
@@ -181,7 +180,7 @@ def reading_work(plan: Plan, n_tokens: int) -> float:
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
     """Return the work of fitting all plans, without measuring. Raises PopError, see `Plan.macs`.
 
-    The text is read once per pass, sums grow with each row, and each pair is solved in float64.
+    Each pass reads the text, each row is added to the sums, and each pair is solved in float64.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
@@ -217,7 +216,6 @@ def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
 
 
 def n_choosing(n_embd: int) -> int:
-    """Return the number of windows that choose the parts of a wider input."""
     return max(_LEAST_WINDOWS, -(-_ROWS_PER_DIM * n_embd // N_WINDOW))
 
 
@@ -237,5 +235,4 @@ def _measuring_bytes(shape: ModelShape) -> int:
 
 
 def _repacked_bytes(source: Source) -> int:
-    """Return the bytes of weights repacked for llama.cpp's own kernels."""
     return 0 if has_kernels() else int(_REPACKED * source.size_bytes)

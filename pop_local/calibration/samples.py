@@ -1,4 +1,4 @@
-"""Text sampled from the model at temperature 1, many sequences per batch."""
+"""Text sampled from the model at temperature 1, with many sequences per batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -31,8 +31,8 @@ def sample_windows(
 ) -> None:
     """Sample the NOT_SAMPLED tokens of sequences, int32 [n_windows, n_window], at temperature 1.
 
-    `n_given`: the number of given first tokens per sequence, one or more. After a stop, a further
-    call continues with the same random numbers. `on_progress(done, total)` counts tokens. Raises
+    `n_given`: number of given first tokens per sequence, one or more. After a stop, a further call
+    continues with the same random numbers. `on_progress(done, total)` counts tokens. Raises
     PopError if llama.cpp fails or its logits are NaN.
     """
     rng = np.random.default_rng(seed)

@@ -55,7 +55,7 @@ def save(path: Path, identity: str, state: CalibrationState) -> None:
 def load(path: Path, identity: str) -> CalibrationState | None:
     """Return the state in the file `path`, None without such a file.
 
-    Raises CalibrationError if it is damaged, or from another model, text or setting.
+    Raises CalibrationError if the file is damaged, or from another model, text or setting.
     """
     if not path.exists():
         return None
@@ -74,10 +74,7 @@ def load(path: Path, identity: str) -> CalibrationState | None:
 
 
 def kept_boundaries(path: Path) -> tuple[int, ...]:
-    """Return the boundaries of a stored calibration, none without a file.
-
-    Raises CalibrationError if it is damaged.
-    """
+    """Return a stored calibration's boundaries, if any. Raises CalibrationError."""
     if not path.exists():
         return ()
     with _opened(path) as (head, _):

@@ -41,10 +41,7 @@ class CalibrationError(PopError):
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The windows [n_windows, N_WINDOW] that projections are fitted on.
-
-    `sha256` is the hash of the text, or of the tokens if some are sampled.
-    """
+    """The windows [n_windows, N_WINDOW] for a fit; `sha256`: hash of the text or of its tokens."""
 
     name: str
     sha256: str
@@ -65,18 +62,15 @@ def default_tokens(n_embd: int) -> int:
 
 
 def least_tokens(n_embd: int) -> int:
-    """Return the minimum number of tokens: one per dimension of the state, and four windows.
+    """Return one token per dimension of the state, four windows or more.
 
-    With fewer, the ridge would decide the fit.
+    With fewer tokens, the ridge would decide the fit.
     """
     return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
 
 
 def n_windows(n_tokens: int, n_embd: int) -> int:
-    """Return the number of windows that hold `n_tokens`.
-
-    Raises CalibrationError for fewer tokens than the model needs.
-    """
+    """Return the number of windows that hold `n_tokens`. Raises CalibrationError."""
     least = least_tokens(n_embd)
     if n_tokens < least:
         default = default_tokens(n_embd)
@@ -91,7 +85,6 @@ def n_windows(n_tokens: int, n_embd: int) -> int:
 
 
 def n_sampled_of(count: int) -> int:
-    """Return the number of sampled windows among `count` windows of `own_text`."""
     return count // 2
 
 
@@ -115,7 +108,7 @@ def own_text(context: Context, count: int) -> CalibrationText:
 def sampled(
     context: Context, text: CalibrationText, on_progress: Callable[[int, int], object]
 ) -> CalibrationText:
-    """Complete the samples of `own_text` in place; return any other text unchanged.
+    """Complete the samples of `own_text` in place, and return any other text unchanged.
 
     `on_progress` is called with (done_tokens, total_tokens).
     """
@@ -152,7 +145,7 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return a calibration's windows, more of its texts or of `paths`, and look-ups.
+    """Return a calibration's windows, more windows of its texts or of `paths`, and look-ups.
 
     The result has `n_windows` windows, or fewer if the texts have too few distinct windows.
     """
@@ -171,8 +164,8 @@ def distill_text(
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
     """Cut windows out of texts in equal shares of each path, and of each kind in a folder.
 
-    A share that a short text cannot fill goes to longer texts. Windows are spread evenly over a
-    text. Raises CalibrationError if the texts are empty, binary, too short, or repeat one phrase.
+    Longer texts fill the shares of short texts. Windows are spread evenly over a text. Raises
+    CalibrationError if the texts are empty, binary, too short, or repeat one phrase.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -240,7 +233,7 @@ def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Wi
 def _shared(
     parts: Sequence[T], count: int, size: Callable[[T], int], cut: Callable[[T, int], Windows]
 ) -> Windows:
-    """Cut windows in equal shares; longer parts fill short parts' shares."""
+    """Cut windows in equal shares. Longer parts fill the shares of short parts."""
     found: list[Windows] = []
     for n_open, part in zip(range(len(parts), 0, -1), sorted(parts, key=size), strict=True):
         found.append(cut(part, count // n_open))
@@ -266,7 +259,7 @@ def _library_code() -> str:
 
 
 def _cut(context: Context, text: str, count: int) -> Windows:
-    """Cut up to `count` windows, spread evenly; each starts with the model's BOS, if it has one."""
+    """Cut up to `count` evenly spread windows, each with the model's BOS first."""
     prefix = list(context.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN

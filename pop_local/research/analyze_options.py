@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """Options of an analysis; `text` is a file (default: the shipped prose).
+    """Options of an analysis; `text`: a file (default: the shipped prose).
 
     Windows have `n_context` + `n_answer` tokens: `n_probed` windows for the probes, `n_gated` for
     the gates (0: no gates). `with_fit`: measure fitted projections, on `fit_tokens` tokens

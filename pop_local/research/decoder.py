@@ -1,7 +1,7 @@
 """A dense decoder in torch, for gradients, that loads a GGUF's weights layer by layer.
 
-It computes what llama.cpp does (models/llama.cpp, qwen2, qwen3, gemma2, gemma3), by default in
-float32. llama.cpp rounds activations and the KV cache: the logits differ by a KL of about 0.001.
+It computes the same as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma2, gemma3), by default in
+float32. llama.cpp rounds activations and the KV cache, so the logits differ by a KL of about 0.001.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ BASE_BYTES = 400_000_000
 class Decoder:
     """A dense model whose LM head stays in memory and whose layers are loaded on demand.
 
-    `matrices` is the type of stored and multiplied matrices (default: the states' type). Raises
+    `matrices`: type of stored and multiplied matrices (default: the states' type). Raises
     UnsupportedArchitectureError, and FormatError for a bad file.
     """
 
@@ -77,10 +77,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class StoredKv:
-    """Cached K [n_windows, n_rows, n_k], before norm and RoPE, and V [n_windows, n_rows, n_v].
-
-    The rows are at `positions` [n_rows].
-    """
+    """Cached K [n_windows, n_rows, n_k], before norm and RoPE, and V, at `positions` [n_rows]."""
 
     k: Tensor
     v: Tensor
@@ -89,7 +86,7 @@ class StoredKv:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A layer of the decoder; `window` is the number of visible positions, 0 for all."""
+    """A layer of the decoder; `window`: number of visible positions, 0 for all."""
 
     tensors: dict[str, Tensor]
     hyper: Hyper

@@ -1,11 +1,11 @@
 """Distillation of fitted K/V projections: training on the full model's predictions.
 
-Least squares (pop_converter.fit.least_squares) brings each layer's K and V near to the full
-model's, whatever later layers make of the difference. Distilling computes the skipped layers as in
-a pruned prompt: context rows after the sinks stop at the boundary, and answer rows run all layers
-and attend to the projected K and V. The loss is KL(full || pruned) over the answer rows. Adam
-changes the projections along its gradient through the skipped layers; the model's weights stay
-unchanged (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
+Least squares (pop_converter.fit.least_squares) approximates each layer's K and V, regardless of the
+effect on later layers. Distilling computes the skipped layers as in a pruned prompt: context rows
+after the sinks stop at the boundary, and answer rows run all layers and attend to the projected K
+and V. The loss is KL(full || pruned) over the answer rows. Adam changes the projections along its
+gradient through the skipped layers; the model's weights stay unchanged (knowledge distillation:
+Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
 Some windows end with a passage of their context, since pruning loses copying first.
 """
@@ -69,12 +69,12 @@ class InitialFit:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The full model on the text's windows and on some more that repeat a passage, n_all in all.
+    """The full model's states on the text's windows and on windows with a repeated passage.
 
-    `states` [n_all, n_tokens, n_embd] enter the layer `first`, the first boundary that a fit may
-    have. `last` [same] leave the last layer. `likely` [n_all, n_tokens, n_likely] are the likeliest
-    tokens after each possible answer row, 0 for other rows. `weights` [n_all, n_tokens] are the
-    rows' weights in the loss. All tensors are in main memory.
+    `states` [n_all, n_tokens, n_embd]: inputs of the layer `first`, the first boundary that a fit
+    may have. `last`: outputs of the last layer, in the same shape. `likely` [n_all, n_tokens,
+    n_likely]: likeliest tokens after each possible answer row, 0 for other rows. `weights` [n_all,
+    n_tokens]: the rows' weights in the loss. All tensors are in main memory.
     """
 
     text: DistillText
@@ -89,10 +89,10 @@ class TeacherStates:
 def read(
     decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Read a text's windows in full, and some of them again with a passage repeated.
+    """Read a text's windows in full, and some windows again with a passage repeated.
 
-    `first` is the shallowest layer that a fit may begin at; `seed` draws the passages.
-    `on_progress(done, total)` counts windows through layers; what it raises ends the work.
+    `first`: the shallowest boundary of a fit. `seed` draws the passages. `on_progress(done, total)`
+    counts windows through layers, and its exceptions end the work.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -236,14 +236,14 @@ class _Student:
         return list(self._changes.values())
 
     def loss(self, chosen: list[int], n_context: int) -> Tensor:
-        """Return the mean of `kl` over the answer's rows, by their weights."""
+        """Return the weighted mean of `kl` over the answer rows."""
         weights = self._reference.weights[chosen][:, n_context:].to(self._decoder.device)
         return (self.kl(chosen, n_context) * weights).sum() / weights.sum()
 
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
         """Return KL(full || pruned) in nats of some windows' answer rows, [n, n_answer].
 
-        It covers the tokens that are likely in one of these rows: with a complete large vocabulary,
+        It covers the tokens that are likely in one of these rows. Over a complete large vocabulary,
         the LM head would take most of the time.
         """
         reference, device = self._reference, self._decoder.device
@@ -328,10 +328,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class DistillMemory:
-    """Bytes: `reference` of the result of `read`, `main` of `distill` in addition.
-
-    Both are in main memory. `device` is what `distill` takes where torch computes.
-    """
+    """Memory in bytes: main memory of `read`'s result and of `distill`, device memory."""
 
     reference: int
     main: int
@@ -341,9 +338,9 @@ class DistillMemory:
 def memory(
     plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
 ) -> DistillMemory:
-    """Return what distilling with windows [n_windows, n_tokens], and copies of them, takes.
+    """Return the memory for distilling with windows [n_windows, n_tokens] and their copies.
 
-    `matrices` is the type that the skipped layers are held in.
+    `matrices`: type of the skipped layers' matrices.
     """
     n_embd, n_rows = plan.shape.n_embd, round((1 + _COPIES) * n_windows) * n_tokens
     return DistillMemory(

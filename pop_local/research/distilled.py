@@ -35,10 +35,10 @@ _HINT = "close other programs, or leave it out"
 
 @dataclass
 class Distiller:
-    """Trains fits of one model end to end (pop_local.workflows.conversion.fits).
+    """Distiller of one model's fits (pop_local.workflows.conversion.fits).
 
-    `reference` is the full model on the text, kept for further fits: about 0.5 GB for a state of
-    500 dimensions.
+    `reference`: the full model's states on the text, kept for further fits: about 0.5 GB for states
+    of 500 dimensions.
     """
 
     source: Source
@@ -76,8 +76,8 @@ class Distiller:
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
         """Return the fit, trained on `text`. Raises PopError, StoppedError.
 
-        The full model reads the text first, unless it did so for this boundary. With `n_deeper`,
-        this many boundaries below can be distilled by the same reading.
+        The full model reads the text first, unless it has read the text for this boundary.
+        `n_deeper`: number of deeper boundaries that the same reading must serve.
         """
         device = self.require(plan)
         reference = self.reference
@@ -104,7 +104,6 @@ class Distiller:
     def trained(
         self, plan: Plan, fitted: Fitted, reference: TeacherStates, device: TorchDevice
     ) -> Fitted:
-        """Return the fit, trained on the full model's states."""
         from pop_local.research.distill import distill
 
         start, kv_type = start_of(plan, self.source, fitted), self.options.kv_type

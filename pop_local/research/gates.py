@@ -1,12 +1,12 @@
-"""Virtual gates: the importance of each layer, apart for reading and for answering.
+"""Virtual gates: the importance of each layer, separately for context and answer rows.
 
-The importance analysis of the paper (arXiv 2602.03295), as docs/analysis.md explains it. The gate
-g_l = 1 multiplies what layer l adds to the residual stream, once in the rows of a window's context
-and once in those of its answer. The loss L is that of one target for each answer row, drawn from
-the model's own distribution, so that dL/dg_l has expectation zero and I_l = E[(dL/dg_l)^2] grows
-with the number of rows.
+This is the importance analysis of the paper (arXiv 2602.03295), see docs/analysis.md. The gate g_l
+= 1 multiplies the contribution of layer l to the residual stream, once in the context rows of a
+window and once in its answer rows. The loss L has one target for each answer row, drawn from the
+model's predictions, so that dL/dg_l has expectation zero and I_l = E[(dL/dg_l)^2] grows with the
+number of rows.
 
-The last context row, which predicts the first answer token, is one of the answer's, as it is a full
+The last context row predicts the first answer token. It counts as an answer row, since it is a full
 row in POP. One window gives one sample of each square, whose relative standard deviation is at
 least sqrt(2).
 """
@@ -47,8 +47,8 @@ def gate_gradients(
     """Differentiate the loss of windows [n_windows, n_tokens] with respect to each gate.
 
     The first `n_context` tokens of each window are its context. `n_batch` windows are computed at a
-    time. `on_progress(done, total)` counts layers times windows, forwards and backwards. The same
-    seed draws the same targets.
+    time. `on_progress(done, total)` counts layers times windows, forward and backward. The seed
+    determines the targets.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
     ran = counting(2 * decoder.n_layer * len(windows), on_progress)
@@ -72,9 +72,9 @@ def _batch(
     generator: torch.Generator,
     ran: Ran,
 ) -> Tensor:
-    """Return what each row adds to dL/dg, [n_layer, n_windows, n_tokens].
+    """Return each row's part of dL/dg, [n_layer, n_windows, n_tokens].
 
-    Only the layers' outputs are kept on the way forwards; the way backwards computes them again.
+    The forward pass keeps only the layers' outputs; the backward pass computes the layers again.
     """
     states = [decoder.embed(windows)]
     for index in range(decoder.n_layer):
@@ -96,10 +96,7 @@ def _batch(
 
 
 def _backwards(layer: DecoderLayer, states: Tensor, gradient: Tensor) -> Tensor:
-    """Return dL/dh of a layer's input from that of its output.
-
-    All are [n_windows, n_tokens, n_embd].
-    """
+    """Return dL/dh of a layer's input from dL/dh of its output, [n_windows, n_tokens, n_embd]."""
     states = states.detach().requires_grad_()
     return torch.autograd.grad(layer(states), states, gradient)[0]
 
@@ -116,7 +113,7 @@ def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator)
 def needed_bytes(
     shape: ModelShape, hyper: Hyper, n_tokens: int, n_answer: int, n_batch: int
 ) -> int:
-    """Return the memory that `gate_gradients` takes for windows of `n_tokens`, torch included."""
+    """Return the bytes that `gate_gradients` and torch need for windows of `n_tokens`."""
     # One layer is read while the one before it is still there.
     weights = shape.n_vocab * shape.n_embd + 2 * max(shape.n_weights)
     n_head, n_ff = max(shape.n_heads_out) // hyper.dim_v, max(shape.n_neurons)

@@ -1,6 +1,6 @@
-"""The computation of a dense decoder besides its weights, from the keys of its file.
+"""A dense decoder's parameters besides its weights, from the keys of its file.
 
-Names and defaults as llama.cpp has them (llama-model.cpp, models/ARCH.cpp).
+Names and defaults follow llama.cpp (llama-model.cpp, models/ARCH.cpp).
 """
 
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Hyper:
-    """The computation of a decoder, apart from its weights.
+    """A decoder's parameters besides its weights.
 
-    `interleaved`: RoPE turns neighbours (llama), not halves. A cap of 0 is none. `ropes` and
-    `windows` (visible positions, 0 for all) have an entry for each layer.
+    `interleaved`: RoPE rotates pairs of neighbours (llama), otherwise of halves. A cap of 0 means
+    no cap. `ropes` and `windows` (visible positions, 0 for all) have an entry for each layer.
     """
 
     n_layer: int
@@ -62,9 +62,10 @@ class Hyper:
 
 
 def read_hyper(source: Source) -> Hyper:
-    """Read what a model computes.
+    """Read a model's parameters.
 
-    Raises FormatError, and UnsupportedArchitectureError for what the decoder does not compute.
+    Raises FormatError, and UnsupportedArchitectureError for a model that the decoder cannot
+    compute.
     """
     header, shape = source.first, source_shape(source)
     arch = shape.arch
@@ -108,7 +109,7 @@ def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
 
 
 def _unknown_tensor(source: Source) -> str | None:
-    """Return a tensor that would be left out of the computation."""
+    """Return the first tensor that the decoder would ignore."""
     for tensor in source.tensors:
         prefix, _, rest = tensor.name.partition(".")
         name = rest.partition(".")[2]
@@ -133,10 +134,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a number that holds for all layers.
-
-    Head counts may be written layer by layer: the first is taken, tensor sizes tell the others.
-    """
+    """Return a number that holds for all layers (the first layer's if each layer has a number)."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

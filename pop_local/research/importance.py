@@ -1,4 +1,4 @@
-"""Importance of each layer for reading and for answering, by virtual gates (gates.py)."""
+"""Importance of each layer for prompts and for answers, by virtual gates (gates.py)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _SHORTER = "take shorter windows"
 class StageImportance:
     """The importance I_l of each layer, in squares of nats, summed over a window's answer rows.
 
-    The last third of the layers and the others each have the median layer, since single layers
-    make up most of a mean, and the mean. `median_ratio` is the last third's to the others', None
-    where those add nothing.
+    The last third of the layers and the other layers each have their median layer and their mean,
+    since single layers make up most of a mean. `median_ratio`: the last third's median over the
+    other layers' median, None if the other layers add nothing.
     """
 
     layers: tuple[Estimate, ...]
@@ -48,7 +48,7 @@ class StageImportance:
 
 @dataclass(frozen=True)
 class Importance:
-    """Both stages; `n_context` and `n_answer` are the tokens of a window that each gate scales."""
+    """The importance of layers in windows of `n_context` + `n_answer` tokens."""
 
     n_windows: int
     n_context: int
@@ -92,7 +92,7 @@ def importance(
 ) -> Importance:
     """Estimate the importance of each layer from windows of equal length.
 
-    The windows start with the model's BOS, if it has one. Raises PopError, StoppedError.
+    The windows start with the model's BOS, if it has a BOS. Raises PopError, StoppedError.
     """
     from pop_local.research.decoder import Decoder
     from pop_local.research.gates import gate_gradients
@@ -114,7 +114,7 @@ def importance(
 
 
 def stage_of(squares: NDArray[np.float64]) -> StageImportance:
-    """Summarise squared gradients [n_windows, n_layer]."""
+    """Summarize squared gradients [n_windows, n_layer]."""
     n_layer = squares.shape[1]
     n_others = n_layer - max(1, n_layer // 3)
     last, others = squares[:, n_others:], squares[:, :n_others]

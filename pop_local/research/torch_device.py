@@ -24,9 +24,9 @@ class TorchDevice:
 
 
 def torch_device(hardware: Hardware, what: str) -> TorchDevice:
-    """Choose the device and set its threads.
+    """Choose the device and set its number of threads.
 
-    Raises PopError, with `what` as the consequence, if torch is missing.
+    Raises PopError if torch is missing; `what`: the consequence in words.
     """
     try:
         import torch
@@ -45,7 +45,7 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
 
 @contextmanager
 def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
-    """Turn torch's out-of-memory errors of a block into PopError; `what` names the work."""
+    """Turn torch's out-of-memory errors of a block into PopError; `what`: the work in words."""
     import torch
 
     try:

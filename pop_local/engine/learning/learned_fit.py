@@ -8,10 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class LearnedFit:
-    """A sidecar learned from `n_rows` tokens that is better than the current one.
-
-    `speedup_limit`: upper bound of the prefill speed-up.
-    """
+    """A sidecar learned from `n_rows` tokens; `speedup_limit`: largest prefill speed-up."""
 
     sidecar: Path
     boundary: int
@@ -29,7 +26,8 @@ class LearnedFit:
 class Loss:
     """The current fit's loss on the `n_windows` newest held-out windows.
 
-    KL divergence in nats with its standard error. `is_inside`: the loss is within the budget.
+    `kl`: KL divergence in nats, with its standard error. `is_inside`: the loss is within the
+    budget.
     """
 
     n_windows: int
@@ -41,7 +39,7 @@ class Loss:
 
 
 class Fitter(Protocol):
-    """Computes fits from learned sums (pop_local.workflows.learning)."""
+    """Fitter that computes fits from learned sums (pop_local.workflows.learning)."""
 
     loss: Loss | None
 

@@ -1,6 +1,6 @@
 """Online calibration: rows that run all layers anyway are added to the sums of fits.
 
-Prompts in full provide rows at several boundaries, refilled rows at the current boundary only. Rows
+Full prompts provide rows at several boundaries, refilled rows at the current boundary only. Rows
 are queued during prefill and added while the model is idle.
 """
 
@@ -68,8 +68,8 @@ def require_learnable(context: Context, *, cannot: bool) -> None:
 class Learned:
     """Learning statistics of a model over all processes.
 
-    `n_rows`: the most rows of any boundary. `n_waiting`: queued rows. `n_missed`: rows dropped
-    for lack of memory. `boundaries`: learned boundaries, most skipped layers first.
+    `n_rows`: the most rows of any boundary. `n_waiting`: queued rows. `n_missed`: rows dropped for
+    lack of memory. `boundaries`: learned boundaries, most skipped layers first.
     """
 
     n_rows: int
@@ -101,7 +101,7 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 
 
 class OnlineCalibrator:
-    """Learner from the rows of a KvCache; the caller must use both from one thread at a time."""
+    """Learner from the rows of a KvCache. The caller must use both from one thread at a time."""
 
     def __init__(
         self, cache: KvCache, shape: ModelShape, file: SumsFile, memory_bytes: int
@@ -123,7 +123,7 @@ class OnlineCalibrator:
         self.attach(cache)
 
     def _set_boundaries(self, context: Context, memory_bytes: int) -> None:
-        """Choose the current fit's boundary, whose fit is refined, or else several candidates."""
+        """Choose the current fit's boundary, to refine the fit, or else several candidates."""
         meta, source, start = context.meta, context.source, {}
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
@@ -140,7 +140,6 @@ class OnlineCalibrator:
             )
 
     def attach(self, cache: KvCache) -> None:
-        """Start learning from a cache."""
         self._cache = cache
         cache.learner = self
         taps.set_taps(cache.context.ctx, self.summing.wanted(self.boundaries))
@@ -256,7 +255,6 @@ class OnlineCalibrator:
 
     @property
     def learned(self) -> Learned:
-        """The current learning statistics."""
         return Learned(
             n_rows=self._n_new + max(self._known.n_rows.values(), default=0),
             n_wanted=ROWS_TO_FIT * self._shape.n_embd,

@@ -1,7 +1,7 @@
-"""The file of a model's sums, to which concurrent processes add theirs under a lock.
+"""The file of a model's sums, to which concurrent processes add their sums under a lock.
 
-It contains sums of products over thousands of rows, and no row or token. Only its owner can read
-the folder (docs/learning.md).
+The file contains sums of products over thousands of rows, and no row or token. Only its owner can
+read the folder (docs/learning.md).
 """
 
 import json
@@ -38,16 +38,14 @@ class Known:
 
     @property
     def n_rows(self) -> dict[int, int]:
-        """The number of added rows by boundary."""
         return {boundary: n_rows for boundary, _, n_rows in self.head["grams"]}
 
     @property
     def kinds(self) -> dict[int, list[str]]:
-        """The projection kinds that each boundary's sums support."""
         return {int(boundary): kinds for boundary, kinds in self.head.get("kinds", {}).items()}
 
     def is_own(self, boundary: int) -> bool:
-        """Return True if a boundary's sums started without a fit, so they support several kinds."""
+        """Return whether a boundary's sums started without a fit, which all kinds need."""
         return len(self.kinds.get(boundary, ())) > 1
 
 
@@ -102,7 +100,7 @@ class SumsFile:
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
         """Add sums for some projection kinds to the file. Raises PopError if writing fails.
 
-        Boundaries with another wider input in the file are dropped: their products differ.
+        Boundaries with another wider input in the file are dropped, since their products differ.
         """
         try:
             make_private(self.path.parent)

@@ -1,7 +1,7 @@
 """Sums for fitting projections at some boundaries: inputs, accumulation and solution.
 
-`convert` adds windows of a text, online_calibrator.py adds rows of prompts. Both compute equal sums
-from equal rows.
+`convert` adds windows of a text, online_calibrator.py adds rows of prompts. Equal rows give equal
+sums.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ class Sums:
     grams: dict[int, Gram] = field(default_factory=dict)
 
     def has_same_input(self, other: "Sums", boundary: int) -> bool:
-        """Return True if both were summed over the same inputs."""
+        """Return whether both were summed over the same inputs."""
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
@@ -101,8 +101,8 @@ class Summing:
     ) -> None:
         """`projections`: the kinds of fit at each boundary, without `Projection.OWN`.
 
-        `start`: tensors of an earlier fit. The ridge pulls toward them instead of the layers' own
-        projections.
+        `start`: tensors of an earlier fit. The ridge pulls toward these tensors instead of the
+        layers' own projections.
         """
         self.shape, self.projections = shape, projections
         self._start = start or {}
@@ -111,7 +111,6 @@ class Summing:
         self._eps = eps if isinstance(eps, float) else 0.0
 
     def layers(self, boundary: int) -> range:
-        """Return the layers that are fitted at a boundary."""
         return range(boundary + 1, self.shape.n_layer)
 
     def wanted(self, boundaries: Iterable[int]) -> TapRequest:
