@@ -26,6 +26,7 @@ from pop_local.research.layer_analysis import analyze as analyze
 from pop_local.texts.document_readers import Document as Document
 from pop_local.texts.document_readers import read_document as read_document
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions as ConvertOptions
+from pop_local.workflows.conversion.conversion_plan import RowOptions as RowOptions
 from pop_local.workflows.conversion.convert_model import Converted as Converted
 from pop_local.workflows.conversion.convert_model import convert as convert
 from pop_local.workflows.conversion.goals import Boundary as Boundary
@@ -33,7 +34,6 @@ from pop_local.workflows.conversion.goals import Skip as Skip
 from pop_local.workflows.conversion.goals import Within as Within
 from pop_local.workflows.conversion.refusals import CopyingBrokenError as CopyingBrokenError
 from pop_local.workflows.conversion.refusals import OverBudgetError as OverBudgetError
-from pop_local.workflows.conversion.row_options import RowOptions as RowOptions
 from pop_local.workflows.evaluate import EvaluateOptions as EvaluateOptions
 from pop_local.workflows.evaluate import Evaluation as Evaluation
 from pop_local.workflows.evaluate import evaluate as evaluate

@@ -22,11 +22,14 @@ from pop_local.ui.theme import note
 from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch, terminal_watch
-from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
+from pop_local.workflows.conversion.conversion_plan import (
+    ConvertOptions,
+    RowOptions,
+    plan_conversion,
+)
 from pop_local.workflows.conversion.convert_model import run_conversion
 from pop_local.workflows.conversion.goals import Goal, Named, Within
 from pop_local.workflows.conversion.refusals import OverBudgetError
-from pop_local.workflows.conversion.row_options import RowOptions
 from pop_local.workflows.open import base_file
 
 QualityName = Literal["near-lossless", "balanced", "fast"]

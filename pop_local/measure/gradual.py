@@ -11,13 +11,7 @@ from pop_local.measure.divergence import Floats
 from pop_local.measure.estimate import Estimate, mean
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.probes import measure_induction
-from pop_local.measure.quality import (
-    Quality,
-    QualityReference,
-    Scores,
-    score,
-    summarize,
-)
+from pop_local.measure.quality import Quality, QualityReference, Scores, score, summarize
 
 # Windows of the first step; each further step doubles the number of measured windows.
 N_FIRST_WINDOWS = 4

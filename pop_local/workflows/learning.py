@@ -26,10 +26,10 @@ from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.learned import LearnedFiles
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.candidate import Candidate
+from pop_local.workflows.conversion.conversion_plan import RowOptions
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import OverBudgetError
-from pop_local.workflows.conversion.row_options import RowOptions
 from pop_local.workflows.conversion.search import Search
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch

@@ -14,13 +14,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import DAMAGED_HINT, FitError, Gram, KvType
 from pop_converter.fit.weights import Weights
-from pop_converter.fit.wide import (
-    Neurons,
-    WideInput,
-    decode_input,
-    encode_input,
-    wide_input,
-)
+from pop_converter.fit.wide import Neurons, WideInput, decode_input, encode_input, wide_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection

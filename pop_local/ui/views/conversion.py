@@ -61,7 +61,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
     print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
     if (found := done.meta.measured) is not None:
         print_facts([("Verdict", with_advice(verdict_in_words(found)))])
-    if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
+    if conversion.is_sidecar and done.path != sidecar_path(conversion.source):
         note(f"The sidecar is not next to the model: open it with --sidecar {done.path}.")
 
 
@@ -114,7 +114,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
     return {
         "source": str(conversion.path),
         "output": str(conversion.target),
-        "form": conversion.output.name,
+        "form": conversion.options.output,
         "architecture": plan.shape.arch,
         "n_layer": plan.shape.n_layer,
         "projection": plan.projection,
@@ -150,7 +150,7 @@ def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
     """Return a plan's facts. `where`: facts on the position of the skipped `layers`."""
-    form, read = conversion.output.name, size(conversion.sizes.source_bytes)
+    form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp also opens the copy"
     if form == "sidecar":
         opened_by = "the model file stays unchanged"

@@ -8,29 +8,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError, StoppedError, WriteError
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
-from pop_converter.popfile.format import Budget, Measured, PopMeta
-from pop_converter.popfile.pruning_plan import Plan, require_fit
+from pop_converter.popfile.format import Budget, DeepRows, Measured, PopMeta
+from pop_converter.popfile.pruning_plan import TAIL_TOKENS, Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, FileSizes, Fitted
+from pop_converter.popfile.rewrite import convert as write_copy
+from pop_converter.popfile.rewrite import measure as measure_copy
+from pop_converter.popfile.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration import needs as costs
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
+from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import resolve_base
 from pop_local.workflows.conversion.goals import Goal, Within, plans_of
-from pop_local.workflows.conversion.output import OUTPUTS, Output, OutputName
-from pop_local.workflows.conversion.refusals import (
-    CopyingBrokenError,
-    OverBudgetError,
-    Trial,
-)
-from pop_local.workflows.conversion.row_options import RowOptions
+from pop_local.workflows.conversion.refusals import CopyingBrokenError, OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.hardware import Hardware
@@ -40,6 +38,20 @@ if TYPE_CHECKING:
     from pop_local.workflows.conversion.full_model import FullModel
 
 STATE_SUFFIX = ".calibration"
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Numbers and kinds of prompt tokens that run all layers.
+
+    `deep_rows`: words whose tokens run all layers. `min_prompt`: shortest pruned prompt in tokens
+    (default: the length from which pruning saves enough).
+    """
+
+    sink_tokens: int = PopMeta.sink_tokens
+    tail_tokens: int = TAIL_TOKENS
+    min_prompt: int | None = None
+    deep_rows: DeepRows = DeepRows.NAMES
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class ConvertOptions:
     goal: Goal = Within(BALANCED)
     fit: FitOptions | None = FitOptions()
     rows: RowOptions = RowOptions()
-    output: OutputName = "copy"
+    output: Literal["copy", "sidecar"] = "copy"
     resume: bool = False
     distiller: MakeDistiller | None = None
     hardware: Hardware = Hardware()
@@ -70,7 +82,6 @@ class Conversion:
 
     source: Source
     target: Path
-    output: Output
     plans: tuple[Plan, ...]
     options: ConvertOptions
 
@@ -135,7 +146,7 @@ class Conversion:
 
     @property
     def _fittable(self) -> list[Plan]:
-        return [*{p.boundary: p for p in self.plans if p.projection != Projection.OWN}.values()]
+        return [plan for plan in self.plans if plan.projection != Projection.OWN]
 
     @cached_property
     def _fitted(self) -> Sequence[Plan]:
@@ -151,7 +162,20 @@ class Conversion:
     def sizes_of(self, plan: Plan) -> FileSizes:
         """Return the file sizes for one of the plans."""
         kv_type = (self.fit or FitOptions()).kv_type
-        return self.output.measure(plan, self.path, kv_type)
+        measure = measure_sidecar if self.is_sidecar else measure_copy
+        return measure(plan, self.path, kv_type)
+
+    @property
+    def is_sidecar(self) -> bool:
+        return self.options.output == "sidecar"
+
+    @property
+    def writing_stage(self) -> str:
+        return "Reading the model" if self.is_sidecar else "Writing, then reading back"
+
+    def files(self, written: Path) -> ModelFiles:
+        """Return the files to open after writing."""
+        return ModelFiles(self.path, written) if self.is_sidecar else ModelFiles(written)
 
 
 def plan_conversion(
@@ -160,8 +184,8 @@ def plan_conversion(
     """Plan a conversion in milliseconds. Raises PopError if `convert` would refuse it."""
     source = read_source(resolve_base(os.fspath(model)))
     shape, fit = source_shape(source), options.fit
-    output = OUTPUTS[options.output]
-    target = output.default_path(source) if out is None else Path(out)
+    target = sidecar_path(source) if options.output == "sidecar" else _copy_path(source)
+    target = target if out is None else Path(out)
     if fit is not None:
         fit.require_text(shape.n_embd)
         if options.resume:
@@ -188,7 +212,11 @@ def plan_conversion(
         if fit.projection is None and deepest.projection != Projection.OWN:
             deepest = replace(deepest, projection=Projection.WIDE)
         options.distiller(source, fit, options.hardware, Watch()).require(deepest)
-    return Conversion(source, target, output, plans, options)
+    return Conversion(source, target, plans, options)
+
+
+def _copy_path(source: Source) -> Path:
+    return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
 
 
 @dataclass(frozen=True)
@@ -230,16 +258,16 @@ class ConversionRun:
     ) -> Outcome:
         """Write a plan with its fit, if it has one. Raises PopError, StoppedError."""
         planned, watch = self.conversion, self.runner.watch
-        output = planned.output
-        advance = watch.stage(output.stage, Unit.BYTES)
+        write = write_sidecar if planned.is_sidecar else write_copy
+        advance = watch.stage(planned.writing_stage, Unit.BYTES)
 
         def examined(written: Path) -> Measured:
             assert examine is not None
             found = examine(written)
-            watch.on_stage(output.stage, Unit.BYTES)
+            watch.on_stage(planned.writing_stage, Unit.BYTES)
             return found
 
-        meta = output.write(
+        meta = write(
             plan,
             planned.path,
             planned.target,

@@ -35,7 +35,7 @@ def write_named(run: ConversionRun) -> Outcome:
 
     Raises CopyingBrokenError unless the run is forced, PopError, StoppedError.
     """
-    [plan], output = run.conversion.plans, run.conversion.output
+    [plan] = run.conversion.plans
     if plan.projection == Projection.OWN:
         run.runner.watch.on_note(
             "The loss without a fit is not measured. To measure it, give a budget with the"
@@ -54,7 +54,7 @@ def write_named(run: ConversionRun) -> Outcome:
             fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
 
         def examined(written: Path) -> Measured:
-            return examination.of_fit(output.files(run.runner.path, written))
+            return examination.of_fit(run.conversion.files(written))
 
         return run.write(plan, fitted, examined)
 

@@ -48,5 +48,5 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
         PlannedStage("Asking for look-ups", lookups),
         PlannedStage("Asking for look-ups in full", lookups, 2),
         PlannedStage("Asking for look-ups, boundary", lookups, 2 * _N_LOOKED_UP),
-        PlannedStage(planned.output.stage, _WRITING * planned.sizes.output_bytes),
+        PlannedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes),
     )
