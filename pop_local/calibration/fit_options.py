@@ -12,7 +12,7 @@ from pop_converter.projection import Projection
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: kind of fit (None: measured and chosen). `tokens`: number of tokens to read (None:
+    `projection`: kind of fit (None: wide if it is cheap). `tokens`: number of tokens to read (None:
     by the model's size). `texts`: files and folders (none: Python's documentation and code, and
     samples of the model). `memory_bytes`: memory for the sums of one pass (None: half of the free
     memory). `state_path`: file for a stopped fit (None: not stored). `distill_tokens`: number of

@@ -40,7 +40,7 @@ _REPACKED = 1.05
 # one window take eight more during comparison.
 _N_PREDICTED = 16 * 128
 _N_COMPARED = 128
-# A wide fit that adds a larger share of a pruned prompt's work is tried only if it is requested.
+# Largest share of the speed that a wide fit may cost (docs/notebook/wide-fits.md).
 MAX_WIDE_COST = 0.015
 
 
@@ -80,24 +80,18 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
     return 1 - wide / plain
 
 
-def kinds_to_fit(plan: Plan) -> list[Projection]:
-    """Return the kinds of fit that are worth measuring for a plan."""
+def fit_kind(plan: Plan, options: FitOptions) -> Projection:
+    """Return the options' kind of fit (default: a wide fit if it is cheap for the plan)."""
+    if options.projection is not None:
+        return options.projection
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
-    return [Projection.FITTED, *([Projection.WIDE] if is_cheap else [])]
-
-
-def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
-    """Return each plan once for each kind of projection to fit.
-
-    Without a kind in the options, the first plan decides which kinds are fitted for all plans.
-    """
-    kinds = [options.projection] if options.projection else kinds_to_fit(plans[0])
-    return [replace(plan, projection=kind) for plan in plans for kind in kinds]
+    return Projection.WIDE if is_cheap else Projection.FITTED
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> FitNeeds:
     """Return the cost of fitting all plans. Raises CalibrationError for too few tokens."""
-    plans = in_kinds(plans, options)
+    kind = fit_kind(plans[0], options)
+    plans = [replace(plan, projection=kind) for plan in plans]
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if not options.texts else 0
     return plan_needs(plans, source, options, n_sampled)
@@ -113,9 +107,7 @@ def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[
     for step in range(1, len(plans)):
         few = plans[::step]
         fitted = [plan for plan in few if plan.fitted_layers]
-        if not fitted:
-            return tuple(few)
-        if plan_needs(in_kinds(fitted, options), source, options).sums_bytes <= most:
+        if not fitted or fit_needs(fitted, source, options).sums_bytes <= most:
             return tuple(few)
     return tuple(plans[:1])
 

@@ -42,7 +42,7 @@ class HowOptions(Group):
     )
     projection: Projection | None = option(
         "K/V projections of skipped layers: own (no fit, loses more quality), fitted (takes"
-        " minutes) or fitted-wide (more inputs). Default: chosen by measurement.",
+        " minutes) or fitted-wide (more inputs). Default: fitted-wide if it is cheap.",
     )
     text: list[Path] | None = option(
         "Text to fit on; repeatable, with an equal share of tokens each (default: documentation,"

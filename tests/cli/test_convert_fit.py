@@ -25,7 +25,6 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget
-from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions
 from pop_local.workflows.conversion.goals import Skip
@@ -149,18 +148,13 @@ def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_ex
     assert "fitted-wide" in done.stdout
 
 
-def test_the_kind_is_measured_if_a_wide_fit_is_cheap(
-    tmp_path, words, short_examination, monkeypatch
-):
-    """Use few K/V heads and a wide FFN. Both kinds of fits are equally good on noise."""
-    monkeypatch.setattr(fits, "_N_WINDOWS", 1)
-    monkeypatch.setattr(fits, "_WORTH", -100.0)
+def test_a_cheap_wide_fit_is_the_default(tmp_path, words, short_examination):
+    """The model has few K/V heads and a wide FFN."""
     model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
     done = convert(model, "--boundary", 6, "--text", words)
     assert done.exit_code == 0, done.output
     meta = read_pop_meta(tmp_path / "cheap.pop.gguf")
     assert meta is not None and meta.projection == "fitted-wide"
-    assert "Projections are fitted-wide: " in done.stderr
 
 
 def test_texts_may_be_files_and_folders(tiny, tmp_path, words, short_examination):

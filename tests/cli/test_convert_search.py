@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from pop_converter.popfile import sidecar as sidecars
 from pop_converter.popfile.format import DeepRows
-from pop_local.calibration import activations, needs, texts
+from pop_local.calibration import activations, texts
 from pop_local.cli import app
-from pop_local.measure import budget, gradual, quality
+from pop_local.measure import budget, gradual
 from pop_local.measure.lookups import (
     LookupAnswer,
     LookupDocument,
@@ -24,7 +23,7 @@ from pop_local.measure.lookups import (
     TokenizedQuestion,
 )
 from pop_local.texts.carriers import LookupQuestion
-from pop_local.workflows.conversion import candidate, fits, full_model
+from pop_local.workflows.conversion import candidate, fits
 from pop_local.workflows.conversion import search as searching
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
@@ -105,30 +104,6 @@ def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monk
     assert meta.budget.tried.endswith("2 (names) inside, 2 (spelling) inside, 2 inside")
     limits = [each["speedup_limit"] for each in found["tried"][-3:]]
     assert limits == sorted(limits) and limits[0] < limits[-1]
-
-
-def test_measurements_that_chose_a_kind_are_reused(tiny, letters, monkeypatch):
-    monkeypatch.setattr(needs, "MAX_WIDE_COST", 1.0)
-    n_read: list[int] = []
-
-    def read(*arguments: Any) -> quality.QualityReference:
-        reference = quality.read_reference(*arguments)
-        n_read.append(len(reference.windows))
-        return reference
-
-    monkeypatch.setattr(full_model, "read_reference", read)
-    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
-    assert done.exit_code == 0, done.stderr
-    assert n_read == [2]
-    found = json.loads(done.stdout)
-    stages = [phase["name"] for phase in found["phases"]]
-    # The kind is chosen at boundary 5, the first boundary, and its measurement is reused.
-    assert stages[1:4] == ["Running the full model", "Measuring", "Measuring boundary 4"]
-    first = found["tried"][0]
-    assert (first["boundary"], first["n_windows"]) == (5, 2)
-    [chosen] = re.findall(r"Projections are ([a-z-]+):", done.stderr)
-    [kl] = re.findall(rf"[ ,]{chosen} KL ([0-9.]+)", done.stderr)
-    assert f"{first['kl_mean']:.4f}" == kl
 
 
 def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):

@@ -35,7 +35,6 @@ from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
     from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
-    from pop_local.workflows.conversion.full_model import FullModel
 
 STATE_SUFFIX = ".calibration"
 
@@ -240,14 +239,14 @@ class ConversionRun:
     def fit(self) -> FitOptions:
         return self.conversion.fit or FitOptions()
 
-    def fitter(self, full: FullModel | None = None) -> PlanFitter:
-        """Return a fitter of the plans, which measures against `full`."""
+    def fitter(self) -> PlanFitter:
+        """Return a fitter of the plans."""
         from pop_local.workflows.conversion.fits import PlanFitter
 
         runner = self.runner
         make = self.conversion.options.distiller
         distiller = make and make(runner.source, self.fit, runner.hardware, runner.watch)
-        return PlanFitter(runner, self.fit, full=full, distiller=distiller)
+        return PlanFitter(runner, self.fit, distiller=distiller)
 
     def write(
         self,

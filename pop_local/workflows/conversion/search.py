@@ -74,7 +74,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
             require_windows(run.runner, planned.deepest)
     with run.resumable(keeps_refused=is_named):
         full = FullModel(run.runner, planned.plans[0], QualitySettings(candidates.N_WINDOWS))
-        search = Search(run.runner, budget, run.fitter(full), full, planned.plans)
+        search = Search(run.runner, budget, run.fitter(), full, planned.plans)
         chosen = search.run()
         found = measured(chosen.quality, chosen.lookups)
         return run.write(chosen.plan, chosen.fitted, lambda _: found, search.trials)
@@ -273,7 +273,6 @@ class Search:
         for candidate, fit in zip(fitted, made, strict=True):
             candidate.fitted = fit
             candidate.plan = replace(candidate.plan, projection=fit.projection)
-            candidate.gradual = self.fitter.seen.get((candidate.boundary, fit.projection))
 
     def _kept(self, wanted: Sequence[Candidate], state_path: Path | None) -> list[Candidate]:
         """Return the candidates of a stored fit, which continues regardless of the free memory."""

@@ -43,7 +43,7 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
         PlannedStage("Trying the boundary without a fit", draws),
         *fit_stages(planned.fit_work, 2 if is_searched else 1),
         PlannedStage("Running the full model", whole),
-        PlannedStage("Measuring", whole / _N_PARTS, n_parts=3 * _N_PARTS),
+        PlannedStage("Measuring", whole),
         PlannedStage("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
         PlannedStage("Asking for look-ups", lookups),
         PlannedStage("Asking for look-ups in full", lookups, 2),

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +22,9 @@ from pop_local.calibration import needs
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Calibrated
-from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost, fit_needs
+from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost, fit_kind, fit_needs
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.trial_runner import TrialRunner
@@ -206,88 +204,35 @@ def test_wide_file_can_be_stripped(llama, tmp_path):
 # --- which kind is taken
 
 
-class Losses:
-    """A PlanFitter with artificial fits and given losses."""
+def test_the_first_plan_decides_the_kind_of_all_fits(llama, monkeypatch):
+    def calibrate(plans, *_):
+        return Calibrated(tuple(made_up(plan) for plan in plans), None)  # type: ignore[arg-type]
 
-    def __init__(self, monkeypatch, given: dict[str, float], broken: tuple[str, ...] = ()) -> None:
-        self.measured: list[str] = []
-
-        def calibrate(plans, *_):
-            made = tuple(made_up(plan) for plan in plans)
-            return Calibrated(made, None)  # type: ignore[arg-type]
-
-        def quality(kind: str) -> SimpleNamespace:
-            copied = Estimate(3.0 if kind in broken else 1.0, 0.0)
-            kl = Estimate(given[kind], 0.0)
-            return SimpleNamespace(kl_mean=kl, copy_ppl_ratio=copied, induction_retention=None)
-
-        def qualities(fitter, plan, made):
-            self.measured += [each.projection for each in made.values()]
-            return {kind: quality(kind) for kind in made}
-
-        monkeypatch.setattr(fits, "calibrate", calibrate)
-        monkeypatch.setattr(fits, "loaded", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(PlanFitter, "_qualities", qualities)
-
-
-@pytest.mark.parametrize(("wide", "wanted"), [(0.85, WIDE), (0.95, FITTED), (1.2, FITTED)])
-def test_wide_fit_is_chosen_if_worth_its_cost(wide, wanted, llama, monkeypatch):
-    plan, other, dear = (planned(llama, boundary) for boundary in (4, 5, 3))
-    limit = (fit_cost(plan, WIDE) + fit_cost(dear, WIDE)) / 2
-    assert max(fit_cost(plan, WIDE), fit_cost(other, WIDE)) < limit < fit_cost(dear, WIDE)
-    monkeypatch.setattr(needs, "MAX_WIDE_COST", limit)
-    # A wide fit must reduce the loss by a tenth.
-    costs = {FITTED: 0.0, WIDE: 0.01}
-    monkeypatch.setattr(fits, "fit_cost", lambda plan, kind: costs[kind])
-    monkeypatch.setattr(fits, "_WORTH", 10)
-    losses = Losses(monkeypatch, {FITTED: 1.0, WIDE: wide})
-    notes: list[str] = []
-    watch = Watch(on_note=notes.append)
-    runner = TrialRunner(read_source(llama), Hardware(n_threads=1), watch)
-    fitter = PlanFitter(runner, FitOptions())
-    [made] = fitter.fit([plan], None)
-    assert made.projection == wanted
-    assert losses.measured == [FITTED, WIDE]
-    assert notes[-1].startswith(f"Projections are {wanted}: ")
-    # The choice is made once for a model and also holds at depths where wide fits cost more.
-    [made] = fitter.fit([other], None)
-    assert made.projection == wanted and len(losses.measured) == 2
-    [made] = fitter.fit([dear], None)
-    assert made.projection == wanted
-
-
-@pytest.mark.parametrize(
-    ("broken", "wanted"),
-    [((FITTED,), WIDE), ((FITTED, WIDE), FITTED)],
-)
-def test_copying_takes_precedence_over_cost(broken, wanted, llama, monkeypatch):
-    monkeypatch.setattr(needs, "MAX_WIDE_COST", 0.2)
-    Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0}, broken)
+    monkeypatch.setattr(fits, "calibrate", calibrate)
+    monkeypatch.setattr(fits, "loaded", lambda *_, **__: nullcontext())
+    cheap, dear = planned(llama, 5), planned(llama, 3)
+    monkeypatch.setattr(needs, "MAX_WIDE_COST", fit_cost(cheap, WIDE))
+    assert fit_cost(dear, WIDE) > needs.MAX_WIDE_COST
     runner = TrialRunner(read_source(llama), Hardware(n_threads=1), Watch())
-    fitter = PlanFitter(runner, FitOptions())
-    [made] = fitter.fit([planned(llama)], None)
-    assert made.projection == wanted
+    for first, kind in ((cheap, WIDE), (dear, FITTED)):
+        fitter = PlanFitter(runner, FitOptions())
+        for plan in (first, cheap, dear):
+            assert [each.projection for each in fitter.fit([plan], None)] == [kind]
 
 
-def kinds(plan, options: FitOptions) -> list[str]:
-    return [each.projection for each in needs.in_kinds([plan], options)]
-
-
-def test_expensive_wide_fit_is_not_tried(llama):
+def test_an_expensive_wide_fit_is_made_on_request_only(llama):
     plan = planned(llama)
     assert fit_cost(plan, WIDE) > MAX_WIDE_COST
-    assert kinds(plan, FitOptions()) == [FITTED]
-    assert kinds(plan, FitOptions(projection=WIDE)) == [WIDE]
+    assert fit_kind(plan, FitOptions()) == FITTED
+    assert fit_kind(plan, FitOptions(projection=WIDE)) == WIDE
 
 
-def test_cheap_wide_fit_is_tried(tmp_path):
+def test_a_cheap_wide_fit_is_the_default(tmp_path):
     """A model with few K/V heads and a wide FFN."""
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=2048)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED, macs=GraphMacs(path))
-    assert kinds(plan, FitOptions()) == [FITTED, WIDE]
-    of_many = needs.in_kinds([plan] * 2, FitOptions())
-    assert [each.projection for each in of_many] == [FITTED, WIDE] * 2
-    assert kinds(plan, FitOptions(projection=FITTED)) == [FITTED]
+    assert fit_kind(plan, FitOptions()) == WIDE
+    assert fit_kind(plan, FitOptions(projection=FITTED)) == FITTED
     source = read_source(path)
     plain = fit_needs([plan], source, FitOptions(projection=FITTED))
     assert fit_needs([plan], source, FitOptions()).sums_bytes > plain.sums_bytes
