@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt

@@ -17,7 +17,7 @@ from pop_converter.gguf.source import read_source
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import taps
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.taps import Tapped, Wanted
+from pop_local.engine.llama.taps import Tapped, TapRequest
 from pop_local.engine.model import PopModel
 
 Floats = NDArray[np.float32]
@@ -55,7 +55,7 @@ class AttentionScorer:
         self._append(document, None)
         seconds = time.perf_counter() - start
         cache.clear()
-        self._keys = self._append(document, Wanted((), self._layers))
+        self._keys = self._append(document, TapRequest((), self._layers))
         return seconds
 
     def score(self, question: Sequence[int]) -> tuple[Floats, float]:
@@ -75,7 +75,7 @@ class AttentionScorer:
         seconds = time.perf_counter() - start
         # Single tokens have no taps.
         cache.truncate(n_document)
-        asking = self._append([*question, *ahead], Wanted(self._layers, self._layers))
+        asking = self._append([*question, *ahead], TapRequest(self._layers, self._layers))
         cache.truncate(n_document)
         n_asking = 1 + N_LOOK_AHEAD
         best = np.zeros((n_asking, n_document), np.float32)
@@ -86,7 +86,7 @@ class AttentionScorer:
                 np.maximum(best, [_smoothed(row) for row in head], out=best)
         return np.asarray(best.mean(0), np.float32), seconds
 
-    def _append(self, tokens: Sequence[int], wanted: Wanted | None) -> list[Tapped]:
+    def _append(self, tokens: Sequence[int], wanted: TapRequest | None) -> list[Tapped]:
         context, cache = self.model.engine.context, self.model.engine.cache
         found: list[Tapped] = []
         taps.set_taps(context.ctx, wanted)
