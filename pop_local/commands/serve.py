@@ -109,15 +109,15 @@ def serve_named(
     """
     n_parallel = _require_usage(to, how)
     try:
-        from pop_local.server import startup
+        from pop_local.server import app
         from pop_local.server.access import AccessRules, parse_origin
     except ModuleNotFoundError as error:
         hint = "install the server's packages with: pip install 'pop-local[server]'"
         raise PopError(f"serving needs {error.name}", hint) from error
     rules = AccessRules(to.api_key, to.host, tuple(map(parse_origin, to.cors or ())))
-    listening = startup.bind(to.host, to.port)
+    listening = app.bind(to.host, to.port)
     try:
-        startup.log_to_stderr()
+        app.log_to_stderr()
         if to.models is None:
             model = model or default_model()
         pool = _pool(to, Opener(model or "", how, asked, n_parallel))
@@ -132,7 +132,7 @@ def serve_named(
         note(f"Serving at {url}/v1, with a web page at {url}/ (Ctrl-C to stop)")
         on_ready(url)
 
-    startup.serve_models(pool, listening, rules, strict_model=to.strict_model, on_ready=announce)
+    app.serve_models(pool, listening, rules, strict_model=to.strict_model, on_ready=announce)
 
 
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
@@ -157,7 +157,6 @@ def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
     """Open the opener's model, and return a model pool with this model."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
-    from pop_local.server.startup import folder_pool
 
     prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
@@ -178,7 +177,7 @@ def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
         n_parallel=opener.n_parallel or 2,  # the largest default of a model
     )
     ram_bytes = int((to.ram or 0) * 2**30)
-    return folder_pool(folder, registry, opener.model, ram_bytes=ram_bytes, **options)
+    return ModelPool.of_folder(folder, registry, opener.model, ram_bytes=ram_bytes, **options)
 
 
 def _announce(pool: "ModelPool", to: ServerOptions) -> None:

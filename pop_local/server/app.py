@@ -1,13 +1,14 @@
-"""The Starlette application with all routes, and the uvicorn server that runs it."""
+"""The HTTP server: routes, listening socket and shutdown."""
 
 import ctypes
+import errno
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from functools import partial
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -28,27 +29,103 @@ from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_conne
 from pop_local.server.model_pool import ModelPool
 from pop_local.server.page import page_routes
 
-_FAREWELL_S = 5  # for sending the last events of running answers
+_FAREWELL_S = 5  # time limit for sending the last events of running answers
 _KILL_S = 8.0
 _BACKLOG = 128
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BYTES = 1 << 20
+_BIND_HINTS = {
+    errno.EADDRINUSE: "another program uses this port; try --port 0 for any free port",
+    errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 for all networks",
+    errno.EACCES: "ports below 1024 are reserved; try --port 8080",
+}
 
 log = logging.getLogger("pop_local.server")
 
 
-def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = False) -> Starlette:
-    """Create the application of a model pool, whose workers run during its lifespan.
+def bind(host: str, port: int) -> socket.socket:
+    """Return a bound socket (port 0: any free port). Raises PopError.
 
-    `strict_model` refuses requests for unknown models, which the default model would answer. To end
-    running answers, call `app.state.models.stop()`.
+    The caller binds before it opens a model, so that a busy port is reported at once.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        message = f"{host} is not an address of this machine: {reason}"
+        raise PopError(message, _BIND_HINTS[errno.EADDRNOTAVAIL]) from error
+    if sys.platform != "win32":  # on Windows, the option lets two servers share a port
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise _cannot_listen(host, port, error) from error
+    return listening
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> PopError:
+    hint = _BIND_HINTS.get(error.errno or 0, "try --port 0 for any free port")
+    return PopError(f"cannot listen on {host} port {port}: {error.strerror}", hint)
+
+
+def serve_models(
+    pool: ModelPool,
+    listening: socket.socket,
+    rules: AccessRules,
+    *,
+    strict_model: bool = False,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve models until a signal, then close the pool and the socket.
+
+    `on_ready` is called with the server's URL once clients can connect. Raises PopError.
+    """
+    try:
+        app = create_app(pool, rules, strict_model=strict_model)
+        host, port = listening.getsockname()[:2]
+        try:
+            listening.listen(_BACKLOG)
+        except OSError as error:  # another program took the port after bind()
+            raise _cannot_listen(host, port, error) from error
+        on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        run_app(app, listening)
+    finally:
+        listening.close()
+        pool.close()
+
+
+def log_to_stderr() -> None:
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+
+
+def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = False) -> Starlette:
+    """Return the application of a model pool, whose workers run during its lifespan.
+
+    With `strict_model`, requests for unknown models are refused. Otherwise the default model
+    answers them.
     """
     api = Api(models, strict_model=strict_model)
-    handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
+
+    async def health(request: Request) -> Response:
+        if hung_s := models.hung_s():
+            raise ApiError(503, f"the model has not responded for {hung_s:.0f} s")
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(request: Request) -> Response:
+        return Response(models.metrics.text, media_type="text/plain; version=0.0.4")
+
     routes = [
-        Route("/health", partial(_health, models)),
-        Route("/v1/health", partial(_health, models)),
-        Route("/metrics", partial(_metrics, models)),
+        Route("/health", health),
+        Route("/v1/health", health),
+        Route("/metrics", metrics),
         *openai.routes(api),
         *ollama.routes(api),
         *llama_server.routes(api),
@@ -57,17 +134,12 @@ def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = Fa
         *embeddings.routes(api),
         *page_routes.routes(),
     ]
+    handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     app = Starlette(
-        routes=routes,
-        lifespan=api.lifespan,
-        exception_handlers=dict.fromkeys(handled, _refuse),
+        routes=routes, lifespan=api.lifespan, exception_handlers=dict.fromkeys(handled, _refuse)
     )
-    app.add_middleware(
-        AccessMiddleware,
-        metrics=models.metrics,
-        rules=rules,
-        paths=frozenset(route.path for route in routes),
-    )
+    paths = frozenset(route.path for route in routes)
+    app.add_middleware(AccessMiddleware, metrics=models.metrics, rules=rules, paths=paths)
     app.add_middleware(
         CORSMiddleware,
         # With a key every origin is safe: a page has the key only if its user entered it.
@@ -79,16 +151,6 @@ def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = Fa
     )
     app.state.models = models
     return app
-
-
-async def _health(models: ModelPool, request: Request) -> Response:
-    if hung_s := models.hung_s():
-        raise ApiError(503, f"the model has not responded for {hung_s:.0f} s")
-    return JSONResponse({"status": "ok"})
-
-
-async def _metrics(models: ModelPool, request: Request) -> Response:
-    return Response(models.metrics.text, media_type="text/plain; version=0.0.4")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -104,23 +166,22 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         for one in sockets or ():
-            one.listen(_BACKLOG)  # `backlog` also sets how many connections asyncio accepts at once
+            one.listen(_BACKLOG)  # uvicorn's `backlog` is ACCEPTED_AT_ONCE
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        def end() -> None:
+            log.error("the model hangs: killed the process")
+            os._exit(128 + sig)
+
         self.models.stop()
         if self.end is None:
-            self.end = threading.Timer(_KILL_S, _end, (sig,))
+            self.end = threading.Timer(_KILL_S, end)
             self.end.daemon = True
             self.end.start()
             if hasattr(signal, "setitimer"):  # no Python thread runs during finalization
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.setitimer(signal.ITIMER_REAL, _KILL_S + 1)
         super().handle_exit(sig, frame)
-
-
-def _end(sig: int) -> None:
-    log.error("the model hangs: killed the process")
-    os._exit(128 + sig)
 
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
@@ -152,10 +213,10 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
 
 
 def _return_large_blocks() -> None:
-    """Return freed blocks of 1 MiB and more to the system; without glibc, do nothing.
+    """Make glibc return freed blocks of 1 MiB and more to the system.
 
-    By default glibc raises this threshold up to 32 MiB, and smaller blocks come from heaps. There
-    the cached states, which have many sizes, leave gaps as large as themselves.
+    By default glibc raises this threshold up to 32 MiB, and takes smaller blocks from heaps. Gaps
+    between cached states of many sizes would then need as much memory as the states.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -1,4 +1,4 @@
-"""A server's open models. Requests lease them, and idle models are closed to free memory."""
+"""The pool of a server's open models: requests lease models, and idle models are closed."""
 
 import asyncio
 import logging
@@ -14,6 +14,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.nearest import nearest_hint
 from pop_converter.base.numbers import size
 from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.llama.interrupt import stopped_by
@@ -33,10 +34,10 @@ log = logging.getLogger("pop_local.server")
 class ModelRegistry:
     """The models that a server can open.
 
-    `files` returns the current files by name. `open` opens one, and may raise PopError.
-    `make_fitter` returns an open model's fitter (None: the model does not learn). `n_ctx`: context
-    length of each model (None: the model's default). `can_see`: whether any model may read images.
-    `n_parallel`: sequences of each model.
+    `files` returns the current files by name. `open` opens a file and may raise PopError.
+    `make_fitter` returns an open model's fitter, or None if the model does not learn. `n_ctx` is
+    each model's context length (None: the model's default), and `n_parallel` its number of
+    sequences. `can_see` is true if any model may read images.
     """
 
     files: Callable[[], Mapping[str, Path]]
@@ -53,7 +54,7 @@ class ModelRegistry:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An open model, its API name, task factory and worker."""
+    """An open model with its API name, task factory and worker."""
 
     name: str
     path: Path
@@ -63,21 +64,21 @@ class ServedModel:
     needed_bytes: int
 
     def close(self) -> None:
-        """Close the model, and stash its cached rows for the next time."""
+        """Close the model, after stashing its cached rows in the prompt cache."""
         self.worker.stop()
         if self.worker.is_alive():
             self.worker.join()
         try:
             for sequence in self.model.engine.sequences:
                 sequence.states.stash(Prompt([]))
-        except Exception:  # such as a lack of memory, which closing the model ends
+        except Exception:  # for lack of memory, for example, which closing the model frees
             log.exception("the KV cache of %s could not be stashed", self.name)
         finally:
             self.model.close()
 
 
 class Lease:
-    """A request's claim to a model, which stays open from the result of `served` until `end`."""
+    """A request's claim to a model. The model stays open from the grant until `end`."""
 
     def __init__(
         self, file: ModelFile, needed_bytes: int, on_end: Callable[["Lease"], None]
@@ -92,7 +93,7 @@ class Lease:
         self.served.set_result(served)
 
     def refuse(self, error: ApiError) -> None:
-        """Fail the request, unless the lease is granted already."""
+        """Fail the request unless the lease is granted already."""
         if not self.served.done():
             self.served.set_exception(error)
 
@@ -102,7 +103,7 @@ class Lease:
 
 
 class ModelPool:
-    """A pool of open models. It opens requested models, and closes idle models to make room.
+    """A pool that opens requested models, and closes idle models to make room.
 
     Only `load`, `stop`, `join` and `close` may be called outside the event loop.
     """
@@ -118,8 +119,9 @@ class ModelPool:
     ) -> None:
         """Create a pool without open models.
 
-        `ram_bytes` limits all open models; a larger model is opened alone. `default` answers
-        requests that name no model ("": the last requested one, initially the first).
+        `ram_bytes` limits the memory of all open models; a larger model is opened alone. `default`
+        names the model that answers requests without a model name ("": the last requested model,
+        initially the first).
         """
         self.registry = registry
         self.metrics = Metrics()
@@ -147,7 +149,7 @@ class ModelPool:
         make_fitter: Callable[[PopModel], Fitter | None],
         **options: Any,
     ) -> "ModelPool":
-        """Create a pool of one open model; `options` as for the constructor."""
+        """Create a pool of one open model; `options` are those of the constructor."""
         files, engine = {file.name: file.path}, model.engine
         can_see, n = engine.prompter.can_see, len(engine.sequences)
         registry = ModelRegistry(
@@ -157,6 +159,27 @@ class ModelPool:
         pool.load(file)
         return pool
 
+    @classmethod
+    def of_folder(
+        cls, folder: Path, registry: ModelRegistry, model: str, **options: Any
+    ) -> "ModelPool":
+        """Create a pool of a folder's models, with `model` open ("": no model is open).
+
+        `options` are those of the constructor. Raises PopError.
+        """
+        files = registry.files()
+        file = find(model, files) if model else None
+        if model and file is None:
+            hint = nearest_hint(model, {name: name for name in files}, "see `pop-local list`")
+            raise PopError(f"{folder} has no model {model!r}", hint)
+        pool = cls(registry, default=file.name if file else "", **options)
+        if file:
+            pool.load(file)
+        else:  # a damaged file must never become the default model
+            for name, path in files.items():
+                pool._described(ModelFile(name, path))
+        return pool
+
     # By name
 
     def find(self, name: str | None) -> ModelFile | None:
@@ -164,7 +187,7 @@ class ModelPool:
 
     @property
     def default(self) -> ModelFile | None:
-        """The model that answers requests without a name; None if the server has no model."""
+        """The model that answers requests without a model name (None: no model exists)."""
         files = self.registry.files()
         requested = [served.name for served in self.loaded]
         requested += [lease.file.name for lease in self._still_waiting()]
@@ -179,7 +202,7 @@ class ModelPool:
         return list(self.registry.files())
 
     async def listed(self) -> list[ModelInfo]:
-        """Describe all models. Damaged files are logged and left out."""
+        """Describe all models. Damaged files are logged and omitted."""
         opened = self.opened
         names = {info.name for info in opened}
         files = [ModelFile(*each) for each in self.registry.files().items() if each[0] not in names]
@@ -200,11 +223,6 @@ class ModelPool:
         if served := self._loaded.get(file.path):
             return ModelInfo.of_model(file.name, served.model)
         return await run_in_threadpool(self._read, file)
-
-    def check(self) -> None:
-        """Read all headers, so that a damaged file never becomes the default model."""
-        for name, path in self.registry.files().items():
-            self._described(ModelFile(name, path))
 
     def _read(self, file: ModelFile) -> ModelInfo:
         info = ModelInfo.of_file(file, self.registry.n_ctx, self.registry.n_parallel)
@@ -236,7 +254,7 @@ class ModelPool:
         if served is not None and (self._change is not None or not n_waiting):
             self._grant(lease, served)
             return lease
-        # Requests for an open model queue as well, or it might never become idle for the first one.
+        # A request for an open model waits in the queue, so that the model becomes idle.
         if n_waiting >= self._max_waiting:
             raise ApiError(503, f"{n_waiting} requests are waiting for models; try again later")
         self._waiting.append(lease)
@@ -264,14 +282,14 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant waiting leases in order, and start opening the first one's model."""
+        """Grant waiting leases in order, and start to open the first waiting lease's model."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
                 return
             first = self._waiting[0]
             if served := self._loaded.get(first.file.path):
-                for lease in self._for_the_same(first):  # one change serves them all
+                for lease in self._for_the_same(first):
                     self._grant(lease, served)
             elif (idle := self._to_close(first.needed_bytes)) is not None:
                 self._start_change(first, idle)
@@ -282,7 +300,7 @@ class ModelPool:
         return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
     def _to_close(self, needed_bytes: int) -> list[ServedModel] | None:
-        """Return the idle models to close; None while busy models leave too little memory."""
+        """Return the idle models to close, or None while busy models leave too little memory."""
         n_bytes = needed_bytes + sum(served.needed_bytes for served in self._loaded.values())
         idle: list[ServedModel] = []
         for served in self.loaded:
@@ -335,14 +353,14 @@ class ModelPool:
             log.info("opened %s", lease.file.name)
             if 0 < self._ram_bytes < lease.needed_bytes:
                 needed, limit = size(lease.needed_bytes), size(self._ram_bytes)
-                log.warning("%s needs about %s, --ram is %s", lease.file.name, needed, limit)
+                log.warning("%s needs about %s, but --ram is %s", lease.file.name, needed, limit)
         else:
             for each in self._for_the_same(lease):
                 each.refuse(self._failed(lease.file, error))
         self._advance()
 
     def _failed(self, file: ModelFile, error: Exception) -> ApiError:
-        """Log an error, and return it as the response to one request."""
+        """Log an error, and return it as an ApiError."""
         if self._stopping.is_set():
             return stopping()
         is_expected = isinstance(error, PopError | OSError)
@@ -353,18 +371,18 @@ class ModelPool:
     # Life cycle
 
     def start(self) -> None:
-        """Start the open models' workers. Call this in the event loop."""
+        """Start the open models' workers; called in the event loop."""
         self._loop = asyncio.get_running_loop()
         for served in self.loaded:
             served.worker.start()
 
     def stop(self) -> None:
-        """End answers and loading, and refuse waiting requests. Callable from any thread."""
+        """End answers and loading, and refuse waiting requests; any thread may call this."""
         self._stopping.set()
         for served in self.loaded:
             served.worker.stop()
         if self._loop is not None:
-            with suppress(RuntimeError):  # it has ended
+            with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._refuse_all)
 
     def _refuse_all(self) -> None:
@@ -372,12 +390,12 @@ class ModelPool:
             lease.refuse(stopping())
 
     def hung_s(self) -> float:
-        """Return the seconds for which a model has hung (0: none has)."""
+        """Return the seconds for which a model has hung (0: no model hangs)."""
         in_memory = [*self.loaded, *self._closing]
         return max((served.worker.hung_s() for served in in_memory), default=0.0)
 
     def join(self) -> None:
-        """Wait until no thread uses a model. Call `stop` first."""
+        """Wait until no thread uses a model; called after `stop`."""
         if (change := self._change) is not None:
             change.join()
         for served in self.loaded:

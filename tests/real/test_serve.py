@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.server import startup
+from pop_local.server.app import bind
 from support.calls import wait_for
 from support.converted import tiny
 from support.serving import served
@@ -275,7 +275,7 @@ def test_used_port_is_one_clear_error(tiny_file):
 )
 def test_address_of_another_machine_is_refused(host, reason):
     with pytest.raises(PopError, match=reason) as caught:
-        startup.bind(host, 0)
+        bind(host, 0)
     assert "an address of this machine" in caught.value.hint
 
 

@@ -162,7 +162,7 @@ def test_command_passes_origins_and_strictness(model, monkeypatch):
         found.append(client.post("/api/show", json={"model": "other"}).status_code)
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
-    monkeypatch.setattr("pop_local.server.startup.log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
     options = ("--port", 0, "--cors", "https://FRIEND.example/", "--strict-model")
     assert called("serve", model.engine.context.path, *options).returncode == 0
     assert found == [200, 403, 404]

@@ -174,7 +174,7 @@ def test_command_serves_a_folder(folder, expected, monkeypatch):
             found.append(text_of(complete(client, model="two")))
 
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
-    monkeypatch.setattr("pop_local.server.startup.log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
     options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024, "--learn", "off")
     done = called("serve", *options)
     assert done.returncode == 0, done.stderr

@@ -225,7 +225,7 @@ def test_web_option_opens_the_browser(path, monkeypatch):
 
     monkeypatch.setattr("webbrowser.open", opened_at.append)
     monkeypatch.setattr("pop_local.server.app.run_app", serve_instead)
-    monkeypatch.setattr("pop_local.server.startup.log_to_stderr", lambda: None)
+    monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
     assert called("chat", path, "--web").returncode == 0
     assert opened_at == served_at
 
