@@ -1,4 +1,4 @@
-"""Replies in OpenAI's format, and the base classes of other APIs' replies."""
+"""Replies in OpenAI's format, and base classes for the replies of other APIs."""
 
 import json
 import time
@@ -6,24 +6,28 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
 from typing import Any
 
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall, TurnStats
 from pop_local.engine.tools.reader import Piece, calls_of
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
+from pop_local.server.request_bodies import GenerationBody
 from pop_local.server.worker import Task
 
 Json = dict[str, Any]
 encoded = json.JSONEncoder(ensure_ascii=False).encode
 
+_COUNTS = ("n_pruned", "n_skipped_exact", "n_full", "n_deep", "n_refilled", "n_exact", "n_image")
+_TIMES = ("ttft_s", "encode_s", "prefill_s", "decode_s")
+
 
 @dataclass(frozen=True)
 class AnswerEnd:
-    """An answer's finish reason in OpenAI's words, matched stop string ("" for none) and `usage`.
+    """The end of an answer.
 
-    `embedding`: see Chunk.
+    `reason` is OpenAI's finish reason, `stop` the matched stop string ("" for none), and `usage`
+    the result of `usage()`. `embedding`: see Chunk.
     """
 
     reason: str
@@ -34,8 +38,6 @@ class AnswerEnd:
 
 @dataclass(frozen=True)
 class CompleteAnswer:
-    """A complete answer."""
-
     end: AnswerEnd
     pieces: Sequence[Piece] = ()
     logprobs: Sequence[TokenLogprob] = ()
@@ -50,34 +52,26 @@ def reasoning_of(pieces: Sequence[Piece]) -> str:
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
-    """Return OpenAI's `usage` with our counters as `pop`; times in seconds.
+    """Return OpenAI's `usage`, with the counters and times in seconds of TurnStats as `pop`.
 
-    `pop.reason` is the reason for reading in full (null: pruning is on). `pop.reading` and
-    `pop.fit` are those of TurnStats, null if nothing was read. `pop.ignored` lists keywords of the
-    JSON schema that were not enforced.
+    `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
+    null if no row was prefilled. `pop.ignored` lists the JSON schema's keywords that were not
+    enforced.
     """
+    counts = {name: getattr(stats, name) for name in _COUNTS}
+    times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
     return {
         "prompt_tokens": stats.n_prompt,
         "completion_tokens": stats.n_decoded,
         "total_tokens": stats.n_prompt + stats.n_decoded,
         "prompt_tokens_details": {"cached_tokens": stats.n_cached},
         "pop": {
-            "n_pruned": stats.n_pruned,
-            "n_skipped_exact": stats.n_skipped_exact,
-            "n_full": stats.n_full,
-            "n_deep": stats.n_deep,
-            "n_refilled": stats.n_refilled,
-            "n_exact": stats.n_exact,
-            "n_image": stats.n_image,
+            **counts,
             "reading": stats.reading if stats.n_evaluated else None,
             "fit": stats.fit or None,
             "reason": reason,
             "ignored": list(ignored),
-            "queued_s": round(queued_s, 6),
-            "ttft_s": round(stats.ttft_s, 6),
-            "encode_s": round(stats.encode_s, 6),
-            "prefill_s": round(stats.prefill_s, 6),
-            "decode_s": round(stats.decode_s, 6),
+            **{name: round(seconds, 6) for name, seconds in times.items()},
         },
     }
 
@@ -95,50 +89,45 @@ def _sum(one: Any, other: Any) -> Any:
 
 
 class Reply:
-    """A request's answers as OpenAI's text completions, whole or streamed."""
+    """A formatter for answers in the form of OpenAI's text completions."""
 
     id_prefix = "cmpl"
     whole_kind = piece_kind = "text_completion"
     media_type = "text/event-stream"
 
-    def __init__(self, served: ServedModel, *, wants_usage: bool = False) -> None:
+    def __init__(self, served: ServedModel, body: GenerationBody | None = None) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = served.name
-        # With stream_options.include_usage, every chunk has the field.
-        self._no_usage: Json = {"usage": None} if wants_usage else {}
+        # With stream_options.include_usage, every chunk has the field `usage`.
+        self._no_usage: Json = {"usage": None} if body and body.wants_usage else {}
 
     def comment(self, progress: str) -> bytes:
-        """Return a keep-alive that clients ignore; `progress`: see Job."""
+        """Return bytes that keep the connection open and that clients ignore (see Job.progress)."""
         return f": {progress or 'working'}\n\n".encode()
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         """Start an answer; return the events before its first token."""
         self._index = index
         self._wants_logprobs = task.options.n_top_logprobs is not None
-        self._n_written = task.n_written  # the next token's offset in the text
         return ()
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
-        """Return the events of a stream for a piece of the answer."""
         return (self._piece({"text": piece.content}, logprobs),)
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
-        """Return the last events of an answer."""
         return (self._piece({"text": ""}, (), end.reason),)
 
     def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
-        """Return the bytes after the last event of a stream."""
+        """Return the bytes that follow a stream's last event."""
         figures = self._object(self.piece_kind, []) | {"usage": total(ends)}
         return (self.frame(figures) if self._no_usage else b"") + b"data: [DONE]\n\n"
 
     def whole(self, answer: CompleteAnswer) -> Json:
-        """Return a complete answer."""
         text, reason = {"text": text_of(answer.pieces)}, answer.end.reason
         return self._choice(self.whole_kind, text, answer.logprobs, reason)
 
     def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Any:
-        """Return the response that contains all answers."""
         choices = [choice for whole in wholes for choice in whole["choices"]]
         return wholes[0] | {"choices": choices, "usage": total(ends)}
 
@@ -146,7 +135,6 @@ class Reply:
         return error.openai_body
 
     def frame(self, content: Json) -> bytes:
-        """Return the bytes of one event of a stream."""
         return f"data: {encoded(content)}\n\n".encode()
 
     def _piece(
@@ -178,14 +166,10 @@ class Reply:
         return head | {"choices": choices}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
-        texts = [_text(token.text) for token in logprobs]
-        starts = list(accumulate(map(len, texts), initial=self._n_written))
-        self._n_written = starts.pop()
         return {
-            "tokens": texts,
+            "tokens": [_text(token.text) for token in logprobs],
             "token_logprobs": [token.logprob for token in logprobs],
             "top_logprobs": [_top(token) for token in logprobs],
-            "text_offset": starts,
         }
 
 
@@ -222,7 +206,7 @@ class ChatReply(Reply):
 
 
 class OtherApiReply(Reply):
-    """Replies of other APIs: a stream ends with a complete answer without its text."""
+    """Replies whose streams end with a complete answer without its text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole(CompleteAnswer(end)),)
@@ -235,14 +219,14 @@ class OtherApiReply(Reply):
 
 
 class EventReply(OtherApiReply):
-    """Replies that are streamed as named events."""
+    """Replies whose streams consist of named events."""
 
     def frame(self, content: Json) -> bytes:
         return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
 
 
 def arguments_of(text: str) -> Any:
-    """Return a call's arguments as an object; None if the token limit cut them off."""
+    """Return a call's arguments as an object, or None if the token limit cut them off."""
     try:
         return json.loads(text)
     except ValueError:
@@ -250,18 +234,18 @@ def arguments_of(text: str) -> Any:
 
 
 def call_json(call: ToolCall) -> Json:
-    """Return a call, or a later part of one, which has no id and no name."""
+    """Return a call, or a part of a call. Only the first part has an id and a name."""
     function = {"arguments": call.arguments}
-    if not call.id:
+    if not call.name:
         return {"function": function}
     return {"id": call.id, "type": "function", "function": {"name": call.name, **function}}
 
 
 def _top(token: TokenLogprob) -> Json | None:
-    """Return log probabilities by text: of the most likely tokens, and of the token itself."""
+    """Return the log probabilities of the most likely tokens and of this token, by their texts."""
     if token.logprob is None:
         return None
-    # Two tokens may have the same text; the more likely one counts.
+    # If two tokens have the same text, the more likely token counts.
     by_text: dict[str, float | None] = {_text(token.text): token.logprob}
     for likely in reversed(token.top):
         by_text[_text(likely.text)] = likely.logprob

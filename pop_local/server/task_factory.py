@@ -1,4 +1,4 @@
-"""Conversion of validated request bodies to tasks for the model."""
+"""Conversion of validated request bodies to tasks for the model's worker."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +14,6 @@ from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn_options import TurnOptions
@@ -32,12 +31,12 @@ from pop_local.server.request_bodies import (
 from pop_local.server.request_images import parse_images
 from pop_local.server.worker import Task
 
-# OpenAI's default for text completions; a chat's answer may fill the context.
+# OpenAI's default for text completions. The answers of chats may fill the context.
 COMPLETION_TOKENS = 16
-# Lower temperatures overflow the scaled logits, so sampling becomes greedy.
+# Sampling is greedy at lower temperatures, which would overflow the scaled logits.
 _MIN_TEMPERATURE = 0.01
 
-# Values of usage.pop.reason.
+# The values of usage.pop.reason.
 NO_KEYS = "the model has no pruning keys"
 REQUESTED = "the request disables pruning"
 EMBEDS = "embeddings need every layer"
@@ -48,7 +47,8 @@ PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 class TaskFactory:
     """A factory of a model's tasks, which rejects invalid requests before they are queued.
 
-    Thread-safe, also while the model decodes. `repeatable`: the default of requests.
+    Several threads may use the factory, even while the model decodes. `repeatable` is the default
+    for requests without this field.
     """
 
     def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
@@ -57,16 +57,26 @@ class TaskFactory:
         self._is_full = model.engine.pruning.can_switch and model.engine.pruning.mode is Mode.OFF
 
     def chat(self, body: ChatBody) -> list[Task]:
-        """Make `n` tasks with different seeds."""
+        """Return `n` tasks with different seeds. Raises ApiError."""
         urls = [url for message in body.messages for _, url in message.image_urls]
         if urls and not self.model.engine.prompter.can_see:
             raise ApiError(400, "this server's model cannot read images", param="messages")
         images = parse_images(urls)
+        prompter = self.model.engine.prompter
         with bad_request("messages", grammar_param="tools"):
-            self._check_images(images)
+            n_rows = 1
+            for image in images:  # each image is checked before the next image is decoded
+                n_rows += prompter.count_picture(image)
+                self._check_length(n_rows, "messages")
             unused = iter(images)
             messages = [_message(message, unused) for message in body.messages]
-            prompt, calls = self._prompt(body, messages)
+            calls = None
+            if body.has_tools:
+                prompt, calls = prompt_with_tools(prompter, messages, _tools(body))
+            else:
+                prompt = prompter.conversation(messages)
+            if calls is not None:  # build the trie here to save the model's thread the time
+                self.model.engine.token_tries.get(calls.shown)
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
@@ -74,23 +84,21 @@ class TaskFactory:
         task = Task(prompt, options, *self._mode(body.pop))
         return _seeded(task, body.n)
 
-    def _prompt(self, body: ChatBody, messages: list[Message]) -> tuple[Prompt, CallForm | None]:
-        if not body.has_tools:
-            return self.model.engine.prompter.conversation(messages), None
-        prompt, calls = prompt_with_tools(self.model.engine.prompter, messages, _tools(body))
-        if calls is not None:  # builds the trie now, outside the model's thread
-            self.model.engine.token_tries.get(calls.shown)
-        return prompt, calls
-
     def completions(self, body: CompletionBody) -> list[Task]:
-        """Make `n` tasks with different seeds for each prompt."""
-        tokens = [self._tokens(prompt, body.suffix) for prompt in body.prompts]
-        for each in tokens:
-            self._check_length(len(each), "prompt")
+        """Return `n` tasks with different seeds for each prompt. Raises ApiError."""
+        prompts = self._tokens(body.prompts, "prompt", body.suffix)
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
-        tasks = [self._completion(body, each, options) for each in tokens]
-        return [one for task in tasks for one in _seeded(task, body.n)]
+        mode, reason = self._mode(body.pop)
+        n_prompt_logprobs = body.logprobs if body.echo else None
+        if n_prompt_logprobs is not None:
+            mode, reason = Mode.OFF, PROMPT_LOGPROBS
+        tasks: list[Task] = []
+        for tokens in prompts:
+            echo = self.text(tokens) if body.echo else ""
+            task = Task(Prompt(tokens), options, mode, reason, echo, n_prompt_logprobs)
+            tasks += _seeded(task, body.n)
+        return tasks
 
     def embeddings(self, body: EmbeddingsBody) -> list[Task]:
         if body.dimensions not in (None, n_embd := self.model.engine.context.n_embd):
@@ -98,23 +106,8 @@ class TaskFactory:
             raise ApiError(400, message, param="dimensions")
         with bad_request():
             require_pooling(self.model.engine.cache)
-        tokens = [self._tokens(prompt, None) for prompt in as_prompts(body.input)]
-        for each in tokens:
-            self._check_length(len(each), "input")
-        options = TurnOptions()
-        return [Task(Prompt(each), options, Mode.OFF, EMBEDS, embeds=True) for each in tokens]
-
-    def _completion(self, body: CompletionBody, tokens: list[int], options: TurnOptions) -> Task:
-        mode, reason = self._mode(body.pop)
-        n_prompt_logprobs = body.logprobs if body.echo else None
-        if n_prompt_logprobs is not None:
-            mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        pieces = Pieces(self.model.engine.context, range(self.model.engine.context.n_vocab))
-        shown = tokens if body.echo or body.logprobs is not None else []
-        text = b"".join(pieces[token] for token in shown).decode(errors="replace")
-        if body.echo:
-            return Task(Prompt(tokens), options, mode, reason, text, n_prompt_logprobs)
-        return Task(Prompt(tokens), options, mode, reason, n_written=len(text))
+        prompts = map(Prompt, self._tokens(as_prompts(body.input), "input"))
+        return [Task(prompt, TurnOptions(), Mode.OFF, EMBEDS, embeds=True) for prompt in prompts]
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
         if not self.model.engine.pruning.can_switch:
@@ -125,16 +118,29 @@ class TaskFactory:
             return (Mode.OFF, SERVER_OFF) if self._is_full else (Mode.CONTEXT, None)
         return (Mode.CONTEXT, None) if pop else (Mode.OFF, REQUESTED)
 
-    def _tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
-        """Tokenize a text, or check given tokens."""
-        if not isinstance(prompt, str):
-            self.check_tokens(prompt, "prompt")
-        if suffix:
-            with bad_request("suffix"):
-                return infilling(self.model.engine.context, prompt, suffix)
-        if isinstance(prompt, str):
-            return self.model.engine.context.tokenize(prompt, add_bos=True, special=True)
-        return prompt
+    def _tokens(
+        self, prompts: Sequence[str | list[int]], param: str, suffix: str | None = None
+    ) -> list[list[int]]:
+        """Return each prompt's tokens. Raises ApiError for unknown tokens and long prompts."""
+        found: list[list[int]] = []
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                self.check_tokens(prompt, param)
+            if suffix:
+                with bad_request("suffix"):
+                    tokens = infilling(self.model.engine.context, prompt, suffix)
+            elif isinstance(prompt, str):
+                tokens = self.model.engine.context.tokenize(prompt, add_bos=True, special=True)
+            else:
+                tokens = prompt
+            self._check_length(len(tokens), param)
+            found.append(tokens)
+        return found
+
+    def text(self, tokens: Sequence[int]) -> str:
+        context = self.model.engine.context
+        pieces = Pieces(context, range(context.n_vocab))
+        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Raise ApiError for tokens outside the vocabulary."""
@@ -142,30 +148,23 @@ class TaskFactory:
         if any(not 0 <= token < n_vocab for token in tokens):
             raise ApiError(400, f"token ids must be 0 to {n_vocab - 1}", param=param)
 
-    def _check_images(self, images: Sequence[Picture]) -> None:
-        """Stop at the first image beyond the context, before later images are decoded."""
-        n_rows = 0
-        for image in images:
-            n_rows += self.model.engine.prompter.count_picture(image)
-            self._check_length(n_rows + 1, "messages")
-
     def _check_length(self, n_prompt: int, param: str) -> None:
-        n_ctx = self.model.engine.context.n_ctx
+        context, larger = self.model.engine.context, n_prompt + 256
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
-        if n_prompt >= n_ctx:
-            raise ApiError(
-                400,
+        if n_prompt >= context.n_ctx:
+            message = (
                 f"the context is too small: the prompt has {n_prompt} tokens, prompt and answer are"
-                f" limited to {n_ctx}; shorten it, or restart the server with a larger --ctx",
-                code="context_length_exceeded",
-                param=param,
+                f" limited to {context.n_ctx}; shorten the prompt"
             )
+            if not 0 < context.n_positions < larger:
+                message += f", or restart the server with --ctx {larger}"
+            raise ApiError(400, message, code="context_length_exceeded", param=param)
 
     def _options(
         self, body: GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return the body's values. Missing values default to the model's, then the engine's."""
+        """Return the body's options. Defaults are the model's values, or else the engine's."""
         given = body.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0
@@ -173,7 +172,7 @@ class TaskFactory:
             given["seed"] = body.seed % (MOST_SEED + 1)
         repeatable = self._repeatable if body.repeatable is None else body.repeatable
         if repeatable and len(self.model.engine.sequences) > 1:
-            message = "repeatable answers need a server that was started with --parallel 1"
+            message = "repeatable answers need one slot: restart the server with --parallel 1"
             raise ApiError(400, message, param="repeatable")
         return TurnOptions(
             max_tokens=max_tokens,
@@ -198,7 +197,7 @@ class TaskFactory:
 
 
 def _seeded(task: Task, n: int | None) -> list[Task]:
-    """Return `n` copies of a task whose seeds count up from its own."""
+    """Return `n` copies of a task. Their seeds count up from the task's seed."""
     seed = task.options.seed
     if seed is None:
         return [task] * (n or 1)
@@ -217,7 +216,7 @@ def _message(message: ChatMessage, images: Iterator[Picture]) -> Message:
 
 
 def _tools(body: ChatBody) -> Tools:
-    """Return the request's tools: all that the prompt lists, and those that may be called."""
+    """Return the tools that the prompt lists and the tools that may be called."""
     choice = body.tool_choice
     if not body.tools or choice == "none":
         return Tools((), ())
@@ -230,6 +229,6 @@ def _tools(body: ChatBody) -> Tools:
             message = f"tool_choice names {choice.function.name!r}, which is missing in tools"
             raise ApiError(400, message, param="tool_choice")
     must_call = choice not in (None, "auto")
-    # A small model that must call once would keep calling.
+    # A small model that must call a tool would otherwise keep calling tools.
     several = not must_call if body.parallel_tool_calls is None else body.parallel_tool_calls
     return Tools(listed, callable_, must_call, several)

@@ -1,4 +1,4 @@
-"""A model's worker threads, one per sequence, and their job queue."""
+"""A model's worker threads and their job queue."""
 
 import asyncio
 import logging
@@ -27,8 +27,8 @@ from pop_local.server.metrics import Metrics
 
 log = logging.getLogger("pop_local.server")
 
-# An answer without progress for this time hangs. Progress is noted between the nodes of a graph, or
-# between batches on a GPU.
+# A model hangs if no answer progresses for this time. Workers record progress between a graph's
+# nodes, or between batches on a GPU.
 _HUNG_S = 60.0
 
 
@@ -36,9 +36,9 @@ _HUNG_S = 60.0
 class Task:
     """An answer to generate, or an embedding to compute (`embeds`).
 
-    `reason`: why the prompt is not pruned (None: it is). `echo` precedes the answer.
-    `n_prompt_logprobs`: alternatives for each prompt token (None: no log probabilities).
-    `n_written`: length in characters of a prompt that is not echoed, where text offsets start.
+    `reason` explains why the prompt is read in full (None: it is pruned). The text `echo` precedes
+    the answer. `n_prompt_logprobs` is the number of alternatives for each prompt token (None: no
+    log probabilities).
     """
 
     prompt: Prompt
@@ -47,14 +47,13 @@ class Task:
     reason: str | None = None
     echo: str = ""
     n_prompt_logprobs: int | None = None
-    n_written: int = 0
     embeds: bool = False
 
 
 class Job:
-    """A queued or running task. The event loop reads the answer that a worker thread writes.
+    """A queued or running task, whose answer a worker thread writes and the event loop reads.
 
-    `queued_s` is 0 until the task runs. `read`: the prompt's prefilled rows, and all its rows.
+    `queued_s` is 0 until the task runs. `read` counts the prompt's prefilled rows and all its rows.
     `place` returns a job's place in the queue.
     """
 
@@ -71,22 +70,22 @@ class Job:
         self._is_awaited = False
 
     def cancel(self) -> None:
-        """End a queued job at once, a running one soon. Call this in the event loop."""
+        """End a queued job at once, a running job soon; called in the event loop."""
         self.cancelled.set()
         if not self.queued_s:
             self._arrived.append(client_gone())
             self._wake()
 
     def put(self, item: Chunk | Exception) -> None:
-        """Add to the answer. Call this in the worker thread."""
+        """Append a chunk, or the error that ends the answer; called in the worker thread."""
         self._arrived.append(item)
         if self._is_awaited or isinstance(item, Exception) or item.stats is not None:
-            with suppress(RuntimeError):  # the loop has ended, and with it the reader
+            with suppress(RuntimeError):  # the event loop and its reader have ended
                 self._loop.call_soon_threadsafe(self._wake)
 
     @property
     def progress(self) -> str:
-        """Progress as text for a stream's comments; "" while decoding."""
+        """The progress as text for a stream's comments ("" while decoding)."""
         if place := self._place(self):
             return f"queued {place}"
         n_read, n_rows = self.read
@@ -103,10 +102,10 @@ class Job:
     async def batches(
         self, pause_s: float, idle_s: float | None = None
     ) -> AsyncIterator[list[Chunk]]:
-        """Yield chunks that arrived together, or an empty list after `idle_s` without any.
+        """Yield chunks that arrived together, or an empty list after `idle_s` without a chunk.
 
-        Raises the error that ended the answer. During the `pause_s` after a batch, only the end of
-        the answer wakes this: on a busy core, a wake-up costs 5% of a small model's decode time.
+        Raises the error that ended the answer. For `pause_s` after a batch, only the answer's end
+        wakes this coroutine: on a busy core, wake-ups cost 5% of a small model's decode time.
         """
         while True:
             self._is_awaited = True
@@ -131,8 +130,8 @@ class Job:
 class Worker(threading.Thread):
     """The threads that run a model's jobs, one per sequence.
 
-    The thread that holds `_turn` waits for the next job and reads its prompt. The other threads
-    decode in the meantime. The KV caches keep the last prompts for reuse.
+    The thread that holds `_turn` waits for the next job and reads its prompt, while the other
+    threads decode.
     """
 
     def __init__(
@@ -150,20 +149,21 @@ class Worker(threading.Thread):
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        # One item per job, and one to stop. SimpleQueue is reentrant: signal handlers call stop().
+        # submit() and stop() put an item each. Signal handlers call stop(), so the queue must be
+        # reentrant.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
-        # Time of each running job's last progress.
+        # The time of each running job's last progress.
         self._seen_s: dict[Job, float] = {}
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """End running answers and refuse queued jobs. Callable from any thread."""
+        """End running answers and refuse queued jobs; any thread may call this."""
         self._stopping.set()
         self._calls.put(None)
 
     def hung_s(self) -> float:
-        """Return the seconds for which the model has hung (0: it has not)."""
-        # The most recent progress counts: jobs pause while one has the model to itself.
+        """Return the seconds for which the model has hung (0: it does not hang)."""
+        # The most recent progress counts: jobs pause while another job has exclusive use.
         seen_s = max(self._seen_s.copy().values(), default=None)
         unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return unseen_s if unseen_s > _HUNG_S else 0.0
@@ -178,7 +178,6 @@ class Worker(threading.Thread):
             raise stopping()
 
     def n_waiting(self) -> int:
-        """Return the number of queued jobs."""
         with self._lock:
             return len(self._still_waiting())
 
@@ -187,11 +186,10 @@ class Worker(threading.Thread):
         return sum(job.read[1] - job.read[0] for job in self._seen_s.copy())
 
     def n_refillable(self) -> int:
-        """Return the number of cached rows that have not run the skipped layers."""
         return self._slots.n_refillable()
 
     def place(self, job: Job) -> int:
-        """Return a job's place in the queue from 1 (0: it has left the queue)."""
+        """Return a job's place in the queue from 1 (0: the job has left the queue)."""
         with self._lock:
             waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
@@ -205,9 +203,8 @@ class Worker(threading.Thread):
         with self._lock:
             self._waiting = deque(self._still_waiting())
             if len(self._waiting) >= self._max_waiting:
-                raise ApiError(
-                    503, f"the queue is full ({self._max_waiting} requests); try again later"
-                )
+                message = f"the queue is full ({self._max_waiting} requests); try again later"
+                raise ApiError(503, message)
             self._waiting.append(job)
         self._calls.put(None)
         self.require_open()
@@ -291,7 +288,7 @@ class Worker(threading.Thread):
         sequence = self._slots.sequence(index)
         try:
             with sequence.cache.slot.working():
-                # A change of mode clears the KV cache, which never mixes full and pruned prompts.
+                # A change of mode clears the KV cache: its rows are either full or pruned.
                 sequence.set_mode(job.task.mode)
                 if not job.task.options.repeatable:
                     self._slots.share(index, job.task.prompt)
@@ -309,7 +306,7 @@ class Worker(threading.Thread):
             self._slots.give_back(index)
             del self._seen_s[job]
             if len(self._model.engine.sequences) > 1:
-                self._calls.put(None)  # the thread that waits may refill now
+                self._calls.put(None)  # wakes the waiting thread, which may refill now
 
     def _answer(
         self, job: Job, sequence: CachedSequence, end_turn: Callable[[], None]
@@ -323,14 +320,19 @@ class Worker(threading.Thread):
             if n_done == n_rows:
                 end_turn()
 
+        started_s = time.perf_counter()
         task, cache = job.task, sequence.cache
         n_prompt = len(task.prompt)
         options = replace(task.options, should_stop=should_stop, on_prefill=has_read)
         if task.embeds:
-            yield _embedded(sequence, task, should_stop)
+            sequence.states.stash(task.prompt)
+            with stopped_by(should_stop):
+                vector = embedding(cache, task.prompt.tokens)
+            took_s = time.perf_counter() - started_s
+            figures = TurnStats(n_prompt, 0, 0, n_prompt, took_s, took_s, 0, 0.0, "stop")
+            yield Chunk("", figures, embedding=tuple(vector.tolist()))
             return
         read: list[TokenLogprob] = []
-        started_s = time.perf_counter()
         if task.n_prompt_logprobs is not None:
             with stopped_by(should_stop):
                 read = prompt_logprobs(cache, task.prompt.tokens, task.n_prompt_logprobs)
@@ -338,26 +340,15 @@ class Worker(threading.Thread):
         if task.echo or read:
             yield Chunk(task.echo, logprobs=tuple(read))
         if options.max_tokens == 0:
-            # Without log probabilities the prompt is not even read.
-            n_full = len(read)
-            yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
+            # The prompt was read only if its log probabilities were requested.
+            figures = TurnStats(n_prompt, 0, 0, len(read), read_s, read_s, 0, 0.0, "length")
+            yield Chunk("", figures)
             return
         for chunk in self._model.engine.answer(task.prompt, options, sequence):
             end_turn()
             if read and (stats := chunk.stats) is not None:
-                # The answer reused the rows that were read for the log probabilities.
+                # The answer reused the rows that were read for log probabilities.
                 ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s
                 stats = replace(stats, n_cached=0, n_full=n_prompt, ttft_s=ttft_s)
                 chunk = replace(chunk, stats=replace(stats, prefill_s=prefill_s))
             yield chunk
-
-
-def _embedded(sequence: CachedSequence, task: Task, should_stop: Callable[[], bool]) -> Chunk:
-    """Compute an embedding, after stashing the rows that it displaces."""
-    started_s, n = time.perf_counter(), len(task.prompt)
-    sequence.states.stash(task.prompt)
-    with stopped_by(should_stop):
-        vector = embedding(sequence.cache, task.prompt.tokens)
-    took_s = time.perf_counter() - started_s
-    stats = TurnStats(n, 0, 0, n, took_s, took_s, 0, 0.0, "stop")
-    return Chunk("", stats, embedding=tuple(vector.tolist()))
