@@ -1,9 +1,13 @@
-"""Request bodies. Unknown fields are ignored if they would not change the answer, else refused.
+"""Request bodies. Unknown fields are ignored; known fields without support are refused.
 
-Validation blocks the event loop, so lists have a length limit and stop at the first invalid entry.
+Validation blocks the event loop, so lists have a maximum length, and their validation stops at the
+first invalid entry.
 """
 
 import json
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -27,30 +31,7 @@ MAX_TEXTS = 2048
 MAX_PARTS = 1_000
 MAX_TOOLS = 256
 
-_UNSUPPORTED = (
-    # OpenAI's
-    *("functions", "logit_bias", "suffix", "audio", "web_search_options", "prediction"),
-    # llama-server's
-    *("json_schema", "ignore_eos", "mirostat", "dry_multiplier", "xtc_probability"),
-    *("dynatemp_range", "lora", "samplers", "n_indent"),
-    # vLLM's
-    *("chat_template_kwargs", "min_tokens", "stop_token_ids", "guided_json", "guided_regex"),
-    *("guided_choice", "guided_grammar", "structured_outputs", "bad_words", "use_beam_search"),
-    *("truncate_prompt_tokens", "continue_final_message", "include_stop_str_in_output"),
-)
-# The accepted values of fields whose other values are not supported.
-_ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "n_cmpl": (1,),
-    "best_of": (1,),
-    "typical_p": (1,),
-    "top_n_sigma": (-1, 0),
-    "repeat_last_n": (64,),
-    "adaptive_target": (-1,),
-    "t_max_predict_ms": (-1, 0),
-    "reasoning_budget_tokens": (-1,),
-    "prompt_logprobs": (None,),
-    "add_generation_prompt": (True,),
-}
+_FIELDS = json.loads(Path(__file__).with_name("unsupported_fields.json").read_text("utf-8"))
 
 
 class LenientBody(BaseModel):
@@ -58,9 +39,9 @@ class LenientBody(BaseModel):
 
 
 class ModelRequest(LenientBody):
-    """A request to `model` (None: the default one).
+    """A request to `model` (None: the default model).
 
-    `unsupported` lists fields that are refused, since ignoring them would change the answer.
+    `unsupported` lists fields that are refused because the answer would differ without them.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = ()
@@ -83,7 +64,7 @@ class JsonSchema(LenientBody):
 
 
 class ResponseFormat(LenientBody):
-    """The form of an answer; clients of other APIs send `schema` without `json_schema`."""
+    """The required format of an answer. Some clients send `schema` without `json_schema`."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -97,7 +78,7 @@ class ResponseFormat(LenientBody):
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must match; None for free text."""
+        """The JSON schema that the answer must match (None: free text)."""
         if self.type == "text":
             return None
         if self.json_schema is not None:
@@ -106,7 +87,6 @@ class ResponseFormat(LenientBody):
 
 
 def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the `response_format` field for a JSON schema."""
     return {"type": "json_schema", "schema": schema}
 
 
@@ -140,29 +120,34 @@ ChatPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 ChatParts = Annotated[list[ChatPart], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
-def _default(text: str) -> BeforeValidator:
-    """Replace null, which some clients send."""
-    return BeforeValidator(lambda value: text if value is None else value)
+def replace_null(default: Any) -> BeforeValidator:
+    """Return a validator that replaces null, which some clients send."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+def wrap_text(wrap: Callable[[str], Any]) -> BeforeValidator:
+    """Return a validator that replaces a text by a list with one item, `wrap(text)`."""
+    return BeforeValidator(lambda value: [wrap(value)] if isinstance(value, str) else value)
 
 
 def _as_json(arguments: Any) -> Any:
-    """Encode arguments that are an object, as Ollama's clients send them."""
+    """Encode arguments that are an object, which Ollama's clients send."""
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 class FunctionCall(LenientBody):
     name: str
-    arguments: Annotated[str, BeforeValidator(_as_json), _default("{}")] = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_json), replace_null("{}")] = "{}"
 
 
 class ChatToolCall(LenientBody):
-    id: Annotated[str, _default("")] = ""
+    id: Annotated[str, replace_null("")] = ""
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class FunctionSpec(LenientBody):
-    """A function that the model may call; its schema is always enforced, as with `strict`."""
+    """A function that the model may call. Its schema is always enforced, even without `strict`."""
 
     name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
     description: str | None = None
@@ -175,7 +160,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Drop tools of other types: those run on the API vendor's machines."""
+    """Return a validator that drops all other tools, which run on the API vendor's machines."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -198,7 +183,7 @@ class ChatMessage(LenientBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[ChatParts | None, BeforeValidator(_as_parts)] = None
     tool_calls: Annotated[list[ChatToolCall] | None, Field(max_length=MAX_TOOLS)] = None
-    tool_call_id: Annotated[str, _default("")] = ""
+    tool_call_id: Annotated[str, replace_null("")] = ""
 
     @property
     def text(self) -> str:
@@ -218,18 +203,13 @@ class ChatMessage(LenientBody):
         return found
 
 
-def _as_stops(stop: Any) -> Any:
-    if isinstance(stop, str):
-        return [stop] if stop else None
-    return stop
-
-
 def _replace_minus_one(unlimited: int) -> BeforeValidator:
-    """Replace -1, which llama.cpp's clients send for "no limit"."""
+    """Return a validator that replaces -1, which llama.cpp's clients send for "no limit"."""
     return BeforeValidator(lambda value: unlimited if value == -1 else value)
 
 
 Limit = Annotated[int | None, _replace_minus_one(MOST)]
+_NONE_IF_EMPTY = BeforeValidator(lambda text: None if text == "" else text)
 
 
 class SamplingFields(LenientBody):
@@ -243,13 +223,13 @@ class SamplingFields(LenientBody):
 
 
 class GenerationBody(ModelRequest, SamplingFields):
-    """Fields that chats and text completions share (None: the server's default).
+    """The fields that chats and text completions share (None: the server's default).
 
-    `n_predict` is llama.cpp's name for `max_tokens`, `max_completion_tokens` OpenAI's newer name,
-    and `repetition_penalty` mlx-lm's name for `repeat_penalty`.
+    llama.cpp's name for `max_tokens` is `n_predict`, and OpenAI's newer name is
+    `max_completion_tokens`. mlx-lm's name for `repeat_penalty` is `repetition_penalty`.
     """
 
-    unsupported: ClassVar[tuple[str, ...]] = _UNSUPPORTED
+    unsupported: ClassVar[tuple[str, ...]] = tuple(chain(*_FIELDS["unsupported"].values()))
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)
@@ -261,12 +241,11 @@ class GenerationBody(ModelRequest, SamplingFields):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
         Field(max_length=MAX_STOPS),
-        BeforeValidator(_as_stops),
+        wrap_text(lambda stop: stop),
+        _NONE_IF_EMPTY,
     ] = None
     response_format: ResponseFormat | None = None
-    grammar: Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)] = (
-        None
-    )
+    grammar: Annotated[str | None, _NONE_IF_EMPTY] = None
     pop: bool | None = None
     repeatable: bool | None = None
     cache_prompt: bool | None = None
@@ -281,7 +260,7 @@ class GenerationBody(ModelRequest, SamplingFields):
 
     @property
     def limit(self) -> int | None:
-        """Maximum number of generated tokens, from the first of its three fields that is set."""
+        """Maximum number of generated tokens, from the first of three fields that has a value."""
         given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
         return next((limit for limit in given if limit is not None), None)
 
@@ -293,7 +272,7 @@ class GenerationBody(ModelRequest, SamplingFields):
     @model_validator(mode="after")
     def _check_values(self) -> "GenerationBody":
         extra = self.model_extra or {}
-        for name, accepted in _ACCEPTED.items():
+        for name, accepted in _FIELDS["accepted_values"].items():
             if extra.get(name) not in (None, *accepted):
                 raise ValueError(
                     f"{name} must be {json.dumps(accepted[0])}: no other value is supported"
@@ -304,7 +283,7 @@ class GenerationBody(ModelRequest, SamplingFields):
             self.repeat_penalty = self.repetition_penalty
         form = self.response_format
         if self.grammar is not None and form is not None and form.answer_schema is not None:
-            raise ValueError("send either grammar or response_format")
+            raise ValueError("send grammar or response_format, not both")
         return self
 
 
@@ -324,7 +303,7 @@ class ChatBody(GenerationBody):
 
     @property
     def has_tools(self) -> bool:
-        """True if this request or an earlier turn of its chat uses tools."""
+        """True if this request or an earlier turn of the chat uses tools."""
         return bool(self.tools) or any(
             message.tool_calls or message.role == "tool" for message in self.messages
         )
@@ -338,7 +317,7 @@ class ChatBody(GenerationBody):
         if self.limit == 0:
             raise ValueError("max_tokens must be at least 1")
         if self.tools and super().has_grammar:
-            raise ValueError("send either tools or response_format/grammar")
+            raise ValueError("send tools or response_format/grammar, not both")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise ValueError("tool_choice requires tools")
         if self.top_logprobs and not self.logprobs:
@@ -354,7 +333,7 @@ def _check_prompts(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(prompt)
     except ValidationError:
         raise ValueError(
-            f"send a text, a list of token ids, or a list of up to {MAX_TEXTS} of either"
+            f"send a text, a list of token ids, or a list of up to {MAX_TEXTS} texts or token lists"
         ) from None
 
 
@@ -368,13 +347,13 @@ Prompts = Annotated[
 
 
 def as_prompts(prompt: Any) -> list[Any]:
-    """Return one or several prompts as a list of texts or of token lists."""
+    """Return one or several prompts as a list of texts or token lists."""
     is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
     return [prompt] if is_one else prompt
 
 
 class EmbeddingsBody(GenerationBody):
-    """A request for embeddings; `stream` is ignored, and `dimensions` must be the model's."""
+    """A request for embeddings. `stream` is ignored, and `dimensions` must be the model's width."""
 
     stream: Annotated[None, BeforeValidator(lambda sent: None)] = None
     input: Prompts
@@ -389,7 +368,7 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[
         int | None,
         Field(ge=0, le=MAX_TOP_LOGPROBS),
-        # A chat's `false`: Pydantic would read it as 0, which requests log probabilities.
+        # Clients of chats send `false`, which Pydantic would read as 0 alternatives.
         BeforeValidator(lambda value: None if value is False else value),
     ] = None
 
@@ -405,7 +384,7 @@ class CompletionBody(GenerationBody):
             raise ValueError("suffix and echo cannot be combined")
         if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
             raise ValueError(f"prompts times n must not exceed {MAX_ANSWERS}")
-        # In a chat the template writes special tokens, so vLLM's clients send false there.
+        # vLLM's clients may send false in chats only, whose template writes special tokens.
         if (self.model_extra or {}).get("add_special_tokens") is False:
             raise ValueError("add_special_tokens must be true: no other value is supported")
         return self
