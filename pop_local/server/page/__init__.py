@@ -1,1 +1,1 @@
-"""The web page at /: a chat, and a reader of uploaded files."""
+"""The web page at /, with a chat and a reader of uploaded files."""

@@ -1,4 +1,4 @@
-"""Reader of uploaded files, in a child process with limits."""
+"""Reading of uploaded files in a child process with limits."""
 
 import base64
 from pathlib import Path
@@ -11,7 +11,7 @@ from pop_local.texts.document_readers import read_document
 LIMIT_S = 60.0
 LIMIT_BYTES = 2**30
 MAX_CHARACTERS = 8_000_000  # more than any context holds
-_HINT = "save it as plain text first"
+_HINT = "save the file as plain text first"
 
 
 class FileReader:
@@ -22,7 +22,7 @@ class FileReader:
         text = read_document(path).text
         if len(text) > MAX_CHARACTERS:
             message = f"{path} is too long: it has {len(text):,} characters"
-            raise PopError(message, f"send up to {MAX_CHARACTERS:,} of them")
+            raise PopError(message, f"send a file of up to {MAX_CHARACTERS:,} characters")
         return text.encode(errors="replace").decode()  # PDFs may contain lone surrogates
 
     @staticmethod
@@ -33,7 +33,7 @@ class FileReader:
 
 class _Reader(KeptProcess):
     def read(self, kind: str, path: Path, name: str) -> str:
-        """Call Work's function `kind` on a file; errors call it `name`. Raises PopError."""
+        """Call the FileReader's function `kind`. Raises PopError, which contains `name`."""
         try:
             found: str = self.call(kind, str(path))
         except RefusedError as error:

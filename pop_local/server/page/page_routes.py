@@ -1,7 +1,7 @@
-"""The web page's files, and the endpoint that reads uploads for it.
+"""The web page's files, and the endpoint that reads uploaded files.
 
-`/page/file?name=NAME` receives a file's bytes and its content type. It returns a document's `text`,
-or an image's data `url` for a chat.
+`/page/file?name=NAME` receives a file's bytes and content type. It returns a document's `text`,
+or an image's data `url`.
 """
 
 import re
@@ -34,7 +34,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-# The system's table may lack modules, and browsers run them only with this type.
+# Browsers run modules of type text/javascript only, which the system's table of types may lack.
 _TYPES = {
     ".html": "text/html",
     ".css": "text/css",
@@ -44,12 +44,12 @@ _TYPES = {
 }
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
 _MAX_NAME = 200
-_MAX_UPLOADS = 4  # at once, to bound disk space
+_MAX_UPLOADS = 4  # concurrent uploads, which use disk space
 _IMAGE = re.compile(r"image/[\w.+-]{1,40}")
 
 
 def is_public(scope: Scope) -> bool:
-    """Return whether a request is for a file of the page, which needs no key."""
+    """Return whether a request is for one of the page's files, which need no key."""
     path: str = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
 
@@ -66,7 +66,7 @@ async def _root(request: Request) -> Response:
     if "text/html" in request.headers.get("accept", ""):
         response = _shown("index.html")
     else:
-        response = PlainTextResponse("Ollama is running")  # plug-ins check for these words
+        response = PlainTextResponse("Ollama is running")  # plug-ins look for this text
     response.headers["Vary"] = "Accept"
     return response
 
@@ -105,7 +105,7 @@ async def _file(limit: anyio.CapacityLimiter, request: Request) -> Response:
 
 
 async def _receive(request: Request, path: Path, max_bytes: int, name: str) -> None:
-    """Write a request's body to a file. Raises ApiError beyond `max_bytes`."""
+    """Write a request's body to a file. Raises ApiError if it has more than `max_bytes`."""
     message = f"{name} is too large: the limit is {max_bytes:,} bytes"
     too_large = ApiError(413, message, code="request_too_large")
     if int(request.headers.get("content-length", 0)) > max_bytes:

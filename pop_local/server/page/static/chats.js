@@ -1,5 +1,5 @@
-// Chats in the browser's storage, one record each, so that tabs do not overwrite each other.
-// The key contains id and title, so that the list needs no record.
+// Chats in the browser's storage. Each chat has a separate record, so that tabs do not overwrite each
+// other's chats. A record's key contains id and title, so that the list reads no records.
 
 const tabs = new BroadcastChannel("pop-local chats");
 const result = (request) => new Promise((resolve, reject) => {
@@ -10,7 +10,7 @@ const opening = indexedDB.open("pop-local", 1);
 opening.onupgradeneeded = () =>
   opening.result.createObjectStore("chats", { keyPath: ["id", "title"] });
 const database = result(opening);
-database.catch(() => {}); // its users report the error
+database.catch(() => {}); // the functions that use the database report the error
 const store = async (mode) => (await database).transaction("chats", mode).objectStore("chats");
 const keys = (id) => IDBKeyRange.bound([id], [id, []]);
 
@@ -29,7 +29,7 @@ async function change(work) {
 export const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 export const load = async (id) => result((await store("readonly")).get(keys(id)));
 
-// Resolves to the [id, title] of each chat, latest first.
+// Resolves to each chat's [id, title], latest first.
 export const list = async () => (await result((await store("readonly")).getAllKeys())).reverse();
 
 // Saves a chat; if another tab has changed it, saves it as a copy with a new id.

@@ -74,7 +74,7 @@ async function keep(kept) {
   const before = kept.id;
   await chats.save(kept).catch(unkept);
   if (kept === chat) history.replaceState(null, "", `#${kept.id}`);
-  if (kept.id !== before) tell("Another tab changed this chat; this is now a copy.");
+  if (kept.id !== before) tell("Another tab changed this chat, so this tab saved its chat as a copy.");
   await showList().catch(unkept);
 }
 
@@ -117,7 +117,7 @@ function ask(how) {
   reply(how);
 }
 
-// Returns the messages for the server; unanswered questions are merged with the next.
+// Returns the messages for the server; an unanswered question is merged with the next question.
 function conversation() {
   const sent = [];
   for (const { role, text, files: shown = [] } of chat.messages) {
@@ -133,7 +133,7 @@ function conversation() {
 
 async function reply(how) {
   const asked = { model: $("model").value, messages: conversation() };
-  const message = { role: "assistant", text: "", note: "Unfinished." };
+  const message = { role: "assistant", text: "", note: "This answer is unfinished." };
   const mine = (running = { chat, stop: new AbortController() });
   chat.messages.push(message);
   tell("");
@@ -141,7 +141,7 @@ async function reply(how) {
   showEnd();
   mine.ended = keep(mine.chat)
     .then(() => how(mine, message, asked))
-    .catch((error) => (mine.stop.signal.aborted ? "Stopped." : error.message))
+    .catch((error) => (mine.stop.signal.aborted ? "This answer was stopped." : error.message))
     .then((note) => (message.note = note));
   await mine.ended;
   running = null;
@@ -164,12 +164,12 @@ async function compare(mine, message, asked) {
   message.sides = [{ name: "In full", text: "" }, { name: "Pruned", text: "" }];
   for (const [pop, side] of [[false, message.sides[0]], [true, message.sides[1]]]) {
     await stream(mine, side, { ...alike, pop });
-    if (pop === isOn) message.text = side.text; // the conversation continues with it
+    if (pop === isOn) message.text = side.text; // the conversation continues with this text
   }
   return "";
 }
 
-// Streams into a message or one side of it; resolves to a note for the user ("": none).
+// Streams into a message or one of its sides; resolves to a note for the user ("": no note).
 async function stream(mine, target, asked) {
   let [note, due] = ["", 0];
   const paint = () => {
@@ -201,7 +201,7 @@ async function stream(mine, target, asked) {
 
 async function watchRefilling() {
   let most = 0;
-  // The next question reports a server that is gone.
+  // If the server has ended, the next question reports this.
   for (let n; !running && (n = await refillable().catch(() => 0)); ) {
     most = Math.max(most, n);
     showBar("refilling", "Catching up", most - n, most);
@@ -227,7 +227,7 @@ async function addOne(given) {
   const { name, size, type } = given;
   const most = MOST_BYTES[type.startsWith("image/") ? "image" : "document"];
   const cannotSee = type.startsWith("image/") && !model()?.pop?.images;
-  if (cannotSee) throw new Error(`${name}: the model cannot read images.`);
+  if (cannotSee) throw new Error(`${name} is an image, but the model cannot read images.`);
   if (size > most) throw new Error(`${name} is too large: the limit is ${megabytes(most)}.`);
   const busy = { name, isBusy: true };
   files.push(busy);
@@ -242,7 +242,7 @@ $("ask").onsubmit = (event) => {
   ask(single);
 };
 $("compare").onclick = () =>
-  $("pruning").disabled ? tell("This model is not pruned; convert it to compare.") : ask(compare);
+  $("pruning").disabled ? tell("This model cannot be pruned. Convert it with `pop-local convert` to compare.") : ask(compare);
 $("stop").onclick = () => running?.stop.abort();
 $("leave").onclick = leave;
 $("question").onkeydown = (event) => {

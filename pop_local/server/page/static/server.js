@@ -1,4 +1,4 @@
-// Requests to the server, with the API key if needed, and the events of a stream.
+// Requests to the server, with an API key if the server needs it, and the events of a stream.
 
 let asking = null;
 
@@ -13,7 +13,7 @@ const because = (words) => (error) => {
   throw error?.name === "AbortError" ? error : new Error(words);
 };
 
-// Fetches. Throws an Error with the server's reason, or AbortError.
+// Fetches a path. Throws an Error with the server's reason, or AbortError.
 export async function call(path, options = {}) {
   for (;;) {
     const key = sessionStorage.apiKey;
@@ -50,7 +50,8 @@ async function* events(response) {
   }
 }
 
-// Streams an answer to `on.comment`, `on.text` and `on.end` (its reason); resolves to the usage.
+// Streams an answer to `on.comment`, `on.text` and `on.end` (called with the finish reason);
+// resolves to the usage.
 export async function answer(asked, signal, on) {
   const body = JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } });
   const headers = { "Content-Type": "application/json" };

@@ -1,2 +1,2 @@
-// Before anything is drawn, so that nothing flashes.
+// Sets the colour scheme before the browser draws the page, so that the page does not flash.
 document.documentElement.style.colorScheme = localStorage.theme ?? "";

@@ -1,4 +1,4 @@
-// Elements of messages; Markdown is sanitised before it becomes HTML.
+// The elements of messages. DOMPurify sanitises all HTML that Markdown becomes.
 
 import DOMPurify from "./vendor/purify.es.mjs";
 import { Marked } from "./vendor/marked.esm.js";
@@ -70,7 +70,7 @@ function figuresView(usage) {
   return h("p", { className: "figures" }, figures);
 }
 
-// A file as a list item, with a button if `remove` is given.
+// Returns a file as a list item, with a button that calls `remove`, if given.
 export function fileView({ name, text, url, isBusy }, remove) {
   const size = isBusy ? "reading" : text && `${number(text.length)} characters`;
   return h("li", { className: "file" },
@@ -89,14 +89,14 @@ const sideView = ({ name, text, usage }) => h("section", {},
 
 function comparedView(sides) {
   const [full, pruned] = sides.map(({ usage }) => usage?.pop.ttft_s);
-  const ratio = full && pruned && `Pruned: ${(full / pruned).toFixed(2)} times as fast to the first`
-    + " token (measured once, without cache)";
+  const ratio = full && pruned && `The first token came ${(full / pruned).toFixed(2)} times as fast`
+    + " with pruning (measured once, without the cache).";
   return h("div", { className: "body" },
     h("div", { className: "sides" }, ...sides.map(sideView)),
     ratio && h("p", { className: "ratio" }, ratio));
 }
 
-// A message as an article. `action`: label and handler of a second button, if any.
+// Returns a message as an article. `action` has the label and handler of a second button, if any.
 export function messageView({ role, text, files = [], sides, note, usage }, action, isBusy) {
   const isMine = role === "user";
   const said = isMine ? h("div", { className: "body" }, text) : answerView(text);
