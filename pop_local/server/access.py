@@ -1,4 +1,4 @@
-"""The outermost middleware: access rules, request counts and the access log."""
+"""The outermost middleware, with access rules, request counts and the access log."""
 
 import asyncio
 import hmac
@@ -23,7 +23,7 @@ log = logging.getLogger("pop_local.server")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LOCAL_ORIGIN = r"(?:https?|tauri)://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-# Containers reach their host by this name; .internal cannot be registered.
+# Containers reach their host by this name, which DNS cannot rebind: .internal is reserved.
 _DOCKER = "host.docker.internal"
 _HEALTH = ("/health", "/v1/health")
 _PROBES = (*_HEALTH, "/metrics")
@@ -34,9 +34,9 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """The rules for accepting requests.
 
-    With `api_key`, those that carry it. Without (""), those addressed to this machine's loopback
-    names or to `host`, the listening address. `origins`: further web pages, in lower case, that may
-    send requests without a key.
+    A server with an `api_key` accepts requests that carry the key. A server without a key ("")
+    accepts requests to this machine's loopback names or to `host`, the listening address. It
+    also accepts requests from web pages of `origins`, in lower case.
     """
 
     api_key: str = ""
@@ -45,18 +45,18 @@ class AccessRules:
 
     @property
     def is_open(self) -> bool:
-        """True if every machine of the network may use the models."""
+        """True if every machine in the network may use the models."""
         return self.host not in LOOPBACK and not self.api_key
 
 
 def parse_origin(text: str) -> str:
-    """Return a web page's origin as browsers send it. Raises PopError."""
+    """Return a web page's origin in the form that browsers send. Raises PopError."""
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
             f"{text!r} is not an origin of web pages",
-            "give scheme, host and port, for example https://example.org:8443. With --api-key all"
-            " origins are allowed",
+            "pass scheme, host and port, for example https://example.org:8443, or use --api-key,"
+            " which allows all origins",
         )
     return origin
 
@@ -64,9 +64,10 @@ def parse_origin(text: str) -> str:
 class AccessMiddleware:
     """ASGI middleware that checks, counts and logs each request.
 
-    `paths` have their own label in the metrics. Handlers use the scope's state: `note` is appended
-    to the log line, `client_gone` marks an aborted stream, and `held` is closed after the response.
-    `requested` and `answering` are set if another model answers than the one requested.
+    The metrics count requests to each of `paths` separately. Handlers use the scope's state: `note`
+    is appended to the log line, `client_gone` marks an aborted stream, and `held` is closed after
+    the response. If a model does not exist, `requested` is its name, and `answering` the name of
+    the model that answers.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class AccessMiddleware:
             error = refusal(scope, self._rules)
             app = self._app if error is None else error.response(scope["path"])
             await app(scope, receive, send_and_note)
-        except asyncio.CancelledError:  # the server stops while the body is incomplete
+        except asyncio.CancelledError:  # the server stopped before the body was complete
             if is_started:
                 raise
             await stopping().response(scope["path"])(scope, receive, send_and_note)
@@ -126,7 +127,7 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
 
     Without a key, the Host header must name this machine, which blocks DNS rebinding, and web pages
     of foreign origins are refused. A server that listens on 0.0.0.0 accepts every IP address as
-    Host, since DNS cannot rebind an address.
+    Host, because DNS cannot rebind an address.
     """
     headers = Headers(scope=scope)
     if rules.api_key:
@@ -159,7 +160,7 @@ def _refused(what: str, option: str, code: str) -> ApiError:
 
 
 def _host_name(url: str) -> str:
-    """Return the name without port or brackets; "" unless the URL is scheme, name and port only."""
+    """Return a URL's host name, or "" if the URL has more than a scheme, a name and a port."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

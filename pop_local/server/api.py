@@ -1,4 +1,4 @@
-"""Request handling that all APIs share: read the body, find the model, answer."""
+"""The request handling that all APIs share."""
 
 import asyncio
 import json
@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.llama.interrupt import stopped_by
@@ -42,7 +43,7 @@ class Api:
         max_ctx = models.registry.max_ctx
         self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_ctx)
         self._max_image_bytes = MAX_DATA_URL if models.registry.can_see else 0
-        # One grammar and one set of images at a time, to bound memory.
+        # To bound memory, one request at a time may compile a grammar, and one may decode images.
         self._grammar_limit = anyio.CapacityLimiter(1)
         self._image_limit = anyio.CapacityLimiter(1)
         self._watchers: set[asyncio.Task[None]] = set()
@@ -59,32 +60,31 @@ class Api:
     # Request bodies
 
     async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
-        """Return the validated body. Raises ApiError if it is too large, and ValidationError."""
+        """Return the body. Raises ApiError if it is too large, ValidationError if it is invalid."""
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
-            if len(raw) > self._max_body_bytes + self._max_image_bytes:
-                raise self._too_large(len(raw) - n_image_bytes(raw))
-        if (n_other := len(raw) - n_image_bytes(raw)) > self._max_body_bytes:
-            raise self._too_large(n_other)
+            if is_full := len(raw) > self._max_body_bytes + self._max_image_bytes:
+                break
+        message = ""
+        if len(raw) - n_image_bytes(raw) > self._max_body_bytes:
+            message = (
+                f"the request is larger than {self._max_body_bytes:,} bytes; this server's context"
+                f" has {self.models.registry.max_ctx:,} tokens"
+            )
+        elif is_full:
+            message = f"the images of a request are limited to {MAX_BYTES >> 20} MiB"
+        if message:
+            raise ApiError(413, message, code="request_too_large")
         body = kind.model_validate_json(raw)
         if _MAYBE_NO_NUMBER.search(raw):
             _require_finite(raw)
         return body
 
-    def _too_large(self, n_other: int) -> ApiError:
-        message = (
-            f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
-            f" holds {self.models.registry.max_ctx:,} tokens"
-        )
-        if n_other <= self._max_body_bytes:
-            message = f"the images of a request are limited to {MAX_BYTES >> 20} MiB"
-        return ApiError(413, message, code="request_too_large")
-
     # Models
 
     def require_file(self, request: Request, name: str | None) -> ModelFile:
-        """Return the requested model's file, or the default one's. Raises ApiError."""
+        """Return the file of the requested or default model. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
             if self._is_strict:
@@ -105,14 +105,14 @@ class Api:
     async def served(self, request: Request, name: str | None) -> ServedModel:
         """Return the requested or default model, which stays open until the response is sent.
 
-        Raises ApiError, also when the client disconnects.
+        Raises ApiError for an unknown model, a full queue or a disconnected client.
         """
         lease = await self.models.lease(self.require_file(request, name))
         request.state.held.callback(lease.end)
         self._disconnected(request).add_done_callback(lambda _: lease.refuse(client_gone()))
         return await lease.served
 
-    # Work for a model
+    # Tasks
 
     async def work(
         self, request: Request, served: ServedModel, function: Callable[[], Result]
@@ -138,7 +138,6 @@ class Api:
         body: AnyBody,
         make: Callable[[TaskFactory, AnyBody], list[Task]],
     ) -> list[Task]:
-        """Make a request's tasks in a thread."""
         async with AsyncExitStack() as limits:
             if body.has_grammar:
                 await limits.enter_async_context(self._grammar_limit)
@@ -151,11 +150,11 @@ class Api:
         request: Request,
         body: AnyBody,
         make: Callable[[TaskFactory, AnyBody], list[Task]],
-        reply: Callable[[ServedModel], Reply],
+        reply: Callable[[ServedModel, AnyBody], Reply],
     ) -> Response:
         """Answer a request's tasks in order; other requests may be answered in between."""
         served, gone = await self.served(request, body.model), self._disconnected(request)
-        form = reply(served)
+        form = reply(served, body)
 
         def submit(task: Task) -> Job:
             job = served.worker.submit(task)
@@ -171,6 +170,20 @@ class Api:
             media_type=form.media_type,
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
+
+    def route(
+        self,
+        path: str,
+        kind: type[AnyBody],
+        make: Callable[[TaskFactory, AnyBody], list[Task]],
+        reply: Callable[[ServedModel, AnyBody], Reply],
+    ) -> Route:
+        """Return a route that reads a body of type `kind` and answers the tasks made from it."""
+
+        async def handle(request: Request) -> Response:
+            return await self.answer(request, await self.read(request, kind), make, reply)
+
+        return Route(path, handle, methods=["POST"])
 
     def _disconnected(self, request: Request) -> "asyncio.Task[None]":
         """Return a task that ends when the client disconnects."""
@@ -189,8 +202,8 @@ class Api:
 
 
 def _require_finite(raw: bytes | bytearray) -> None:
-    """Raise ApiError for NaN and infinite numbers, which Pydantic accepts within schemas."""
+    """Raise ApiError for NaN and infinite numbers, which Pydantic accepts within JSON schemas."""
     try:
         json.dumps(json.loads(raw), allow_nan=False)
     except ValueError as error:
-        raise ApiError(400, "NaN, Infinity and numbers beyond 1e308 are not JSON") from error
+        raise ApiError(400, "JSON cannot have NaN, Infinity or numbers beyond 1e308") from error

@@ -1,4 +1,4 @@
-"""Errors in the shape that each API's clients expect."""
+"""Errors in the format that each API's clients expect."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.limited.process import NoChildError
 
-CLIENT_GONE = 499  # nginx's status for a client that disconnected before the end of the answer
+CLIENT_GONE = 499  # nginx's status for a client that disconnected before the answer's end
 _ANTHROPIC_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
@@ -45,7 +45,7 @@ class ApiError(HTTPException):
         return {"type": "error", "error": {"type": kind, "message": self.detail}}
 
     def response(self, path: str) -> JSONResponse:
-        """Return the response in the shape of the API that owns `path`."""
+        """Return the response in the format of the API that `path` belongs to."""
         body = self.ollama_body if path.startswith("/api/") else self.openai_body
         body = self.anthropic_body if path.startswith("/v1/messages") else body
         return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))
@@ -63,13 +63,13 @@ def stopping() -> ApiError:
 def bad_request(
     param: str | None = None, code: str | None = None, *, grammar_param: str | None = None
 ) -> Iterator[None]:
-    """Turn a PopError of the block into an ApiError 400 that names `param`.
+    """Convert the block's PopError to an ApiError 400 that names `param`.
 
-    A GrammarError has its own code, and names `grammar_param` if that is given.
+    For a GrammarError, the code is "invalid_grammar" and the named field `grammar_param`, if any.
     """
     try:
         yield
-    except NoChildError:  # the machine's fault, not the request's
+    except NoChildError:  # the machine caused this error, not the request
         raise
     except GrammarError as error:
         name = grammar_param or param
@@ -85,23 +85,16 @@ def as_api_error(error: Exception) -> ApiError:
         case ClientDisconnect():
             return client_gone()
         case ValidationError():
-            return _invalid_body(error)
-        case GrammarError():
-            return ApiError(400, _sentence(error), code="invalid_grammar")
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            # Pydantic lists a union's tag before a field of the same name.
+            where = ".".join(str(part) for part, _ in groupby(first["loc"]))
+            message = first["msg"].removeprefix("Value error, ")
+            return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
         case PopError():
-            return ApiError(500, _sentence(error))
+            message = f"{error.message}; {error.hint}" if error.hint else error.message
+            if isinstance(error, GrammarError):
+                return ApiError(400, message, code="invalid_grammar")
+            return ApiError(500, message)
         case HTTPException():
             return ApiError(error.status_code, error.detail)
     return ApiError(500, f"unexpected {type(error).__name__}: {error}")
-
-
-def _invalid_body(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Pydantic lists a union's tag before the field of the same name.
-    where = ".".join(str(part) for part, _ in groupby(first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
-
-
-def _sentence(error: PopError) -> str:
-    return f"{error.message}; {error.hint}" if error.hint else error.message

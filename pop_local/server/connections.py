@@ -1,4 +1,4 @@
-"""Limits for connections: uvicorn limits neither their number nor the time to send a request."""
+"""Limits that uvicorn lacks: the number of connections, and the time to receive a request."""
 
 import asyncio
 import sys
@@ -7,17 +7,14 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Time limit for receiving a whole request.
-REQUEST_S = 60.0
-# asyncio accepts up to N connections before it handles the first.
-ACCEPTED_AT_ONCE = 8
+REQUEST_S = 60.0  # time limit for receiving a whole request
+ACCEPTED_AT_ONCE = 8  # connections that asyncio accepts before it handles the first
 _MAX_CONNECTIONS = 512
-# Descriptors for connections in transition and for child processes.
-_SPARE = 32
+_SPARE = 32  # file descriptors for connections in transition and for child processes
 
 
 def max_connections() -> int:
-    """Return how many connections fit into this process's free file descriptors."""
+    """Return the number of connections for which this process has file descriptors."""
     if sys.platform == "win32":
         return _MAX_CONNECTIONS
     import resource
@@ -32,7 +29,7 @@ def max_connections() -> int:
 class Connection(H11Protocol):
     """An HTTP connection that ends if a request is not complete in time.
 
-    At the connection limit, a new connection replaces the one that has been idle longest.
+    At the connection limit, a new connection replaces the longest idle connection.
     """
 
     _deadline: asyncio.TimerHandle | None = None

@@ -1,4 +1,4 @@
-"""Responses from the chunks of jobs, complete or streamed, in the format of a Reply."""
+"""Responses built from the chunks of jobs, complete or streamed, in a Reply's format."""
 
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -15,13 +15,13 @@ from pop_local.server.api_errors import as_api_error, client_gone, stopping
 from pop_local.server.replies import AnswerEnd, CompleteAnswer, Json, Reply, usage
 from pop_local.server.worker import Job
 
-# Tokens within this time are sent together, each as its own event.
+# Tokens that arrive within this time are sent in one write, each as a separate event.
 _PAUSE_S = 0.02
-# The end of an answer interrupts this pause.
+# Only an answer's end interrupts this pause.
 _LONG_PAUSE_S = 1.0
-# Proxies and clients would take the silence of a long prefill for a dead connection.
+# Interval of keep-alive comments: proxies and clients drop a connection that is silent for long.
 _PING_S = 10.0
-# Interval of progress comments.
+# Interval of progress comments in streams.
 _PROGRESS_S = 0.5
 
 
@@ -41,7 +41,7 @@ async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Respo
 
 
 async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> AsyncGenerator[bytes]:
-    """Yield the jobs' answers in order. An error is the last event."""
+    """Yield the jobs' answers in order; after an error, yield it as the last event."""
     ends: list[AnswerEnd] = []
     complete = False
     last = b""
@@ -64,13 +64,14 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
                 events = [reply.pieces(*parsed) for parsed in await parser.parse(batch)]
                 yield b"".join(map(framed, events))
             rest = [reply.pieces(piece, ()) for piece in await parser.finish()]
+            last = b"".join(map(framed, rest))
             ends.append(_end(state, job, batch[-1], has_called=parser.has_called))
-            last = b"".join(map(framed, [*rest, reply.ending(ends[-1])]))
+            last += framed(reply.ending(ends[-1]))
         complete = True
         yield last + reply.closing(ends)
     except Exception as error:
         complete = not job.cancelled.is_set()
-        job.cancelled.set()  # the rest of the answer would have no reader
+        job.cancelled.set()  # nothing reads the rest of the answer
         yield reply.frame(reply.failed(as_api_error(error)))
     finally:
         if not complete:
@@ -81,7 +82,7 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
 class _AnswerParser:
     """A parser that splits an answer into text, reasoning and tool calls.
 
-    Calls are parsed in a child process, so that the event loop is never blocked.
+    A child process parses the calls, so that they never block the event loop.
     """
 
     def __init__(self, job: Job) -> None:

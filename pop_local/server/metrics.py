@@ -1,4 +1,4 @@
-"""Prometheus metrics of one server, without the global registry."""
+"""Prometheus metrics of a server, in a separate registry."""
 
 from functools import partial
 
@@ -18,13 +18,13 @@ class Metrics:
         gauge = partial(Gauge, registry=self._registry)
         self._ttft = seconds("pop_ttft_seconds", "Time from prefill start to the first token")
         self.queued = seconds("pop_queue_seconds", "Time that requests spent in the queue")
-        kinds = "Prompt tokens by kind: stopped at the boundary, ran all layers, or cached"
+        kinds = "Prompt tokens by kind: pruned, skipped exactly, read in full, or cached"
         prompt = counter("pop_prompt_tokens", kinds, ["kind"])
         statuses = "Requests by path and HTTP status (499: the client disconnected)"
         self.requests = counter("pop_requests", statuses, ["path", "status"])
         catching_up = "Cached tokens that ran the skipped layers between requests"
         self.refilled = counter("pop_refilled_tokens", catching_up)
-        self._of_answers = {  # by attribute of TurnStats
+        self._of_answers = {  # keys are fields of TurnStats
             "n_pruned": prompt.labels("pruned"),
             "n_skipped_exact": prompt.labels("exact"),
             "n_full": prompt.labels("full"),
@@ -33,19 +33,19 @@ class Metrics:
                 "pop_image_tokens", "Image tokens in prompts, including cached tokens"
             ),
             "encode_s": counter("pop_encode_seconds", "Time spent encoding images"),
-            "n_deep": counter("pop_deep_tokens", "Context tokens whose spelling needs all layers"),
+            "n_deep": counter("pop_deep_tokens", "Prompt tokens that ran all layers as deep rows"),
             "n_decoded": counter("pop_decoded_tokens", "Generated tokens"),
         }
         self.queue = gauge("pop_queue_length", "Queued requests")
         self.open = gauge("pop_models_open", "Models in memory")
         self.unread = gauge(
-            "pop_unread_tokens", "Tokens of running prompts that are still to be prefilled"
+            "pop_unread_tokens", "Tokens of running prompts that have not been prefilled"
         )
         not_refilled = "Cached tokens that have not run the skipped layers"
         self.refillable = gauge("pop_refillable_tokens", not_refilled)
 
     def answered(self, stats: TurnStats) -> None:
-        """Count an answer's work, also if it was interrupted."""
+        """Count the work of an answer, which may have been interrupted."""
         for name, metric in self._of_answers.items():
             metric.inc(getattr(stats, name))
         if stats.n_decoded:

@@ -1,4 +1,4 @@
-"""A server's models: look-up by name, and descriptions from file headers."""
+"""Look-up of a server's models by name, and their descriptions from file headers."""
 
 import os
 from collections.abc import Mapping
@@ -35,7 +35,8 @@ class ModelFile(NamedTuple):
 class ModelInfo:
     """A model's description in listings.
 
-    `boundary` is 0 if nothing is pruned. `exact` and `can_infill` are known for open models only.
+    `boundary` is 0 if prompts are not pruned. While a model is closed, `exact` is None and
+    `can_infill` is False, because both are unknown.
     """
 
     name: str
@@ -50,21 +51,22 @@ class ModelInfo:
 
     @classmethod
     def of_model(cls, name: str, model: PopModel) -> "ModelInfo":
+        engine = model.engine
         return cls(
             name,
-            model.engine.context.source,
-            model.engine.context.n_ctx,
-            model.engine.pruning.boundary,
-            model.engine.pruning.exact,
-            model.engine.prompter.can_see,
-            can_infill(model.engine.context),
+            engine.context.source,
+            engine.context.n_ctx,
+            engine.pruning.boundary,
+            engine.pruning.exact,
+            engine.prompter.can_see,
+            can_infill(engine.context),
             is_loaded=True,
-            n_parallel=len(model.engine.sequences),
+            n_parallel=len(engine.sequences),
         )
 
     @classmethod
     def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
-        """Describe a closed model (`n_ctx` None: its default). Raises PopError if it is damaged."""
+        """Describe a file (`n_ctx` None: the model's default). Raises PopError if it is damaged."""
         stat = file.path.stat()
         source = _source(file.path, (stat.st_mtime_ns, stat.st_size))
         if source.first.get("general.architecture") == ARCHITECTURE:
@@ -89,7 +91,7 @@ class ModelInfo:
 
     @property
     def needed_bytes(self) -> int:
-        """Estimated memory of the open model: file, K/V in F16, boundary states in F32."""
+        """Estimated memory of the open model in bytes: file, K/V in F16, boundary states in F32."""
         n_bytes, n_cells = self.source.size_bytes, self.n_ctx * self.n_parallel
         with suppress(PopError):
             shape = source_shape(self.source)
@@ -104,7 +106,7 @@ def _source(path: Path, _state: tuple[int, int]) -> Source:
 
 
 def models_in(folder: Path) -> dict[str, Path]:
-    """Return the first file of each model in a folder by its name in `pop-local list`."""
+    """Return the first file of each model in a folder, by the names that `pop-local list` shows."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
     return {printable(name): files[0] for name, files in found if "mmproj" not in name}
 
@@ -115,7 +117,7 @@ def printable(name: str) -> str:
 
 
 def find(name: str, files: Mapping[str, Path]) -> ModelFile | None:
-    """Return the model of that name or catalog name, if any."""
+    """Return the model with this file name or catalog name, if any."""
     untagged = name[: -len(_LATEST)] if name.lower().endswith(_LATEST) else name
     model = lookup(name)
     for candidate in (name, untagged, *((model.pop_file, model.file) if model else ())):

@@ -1,4 +1,4 @@
-"""Images that clients send. Only `data:` URLs are accepted: the server never fetches a URL."""
+"""Images in requests. Only `data:` URLs are accepted, since the server never fetches a URL."""
 
 import base64
 import binascii
@@ -9,33 +9,33 @@ from itertools import islice
 from pop_local.engine.images.pictures import MAX_BYTES, MAX_PIXELS, Picture, picture_of
 from pop_local.server.api_errors import ApiError, bad_request
 
-# Limits for one request's images together, since they are decoded before queueing.
+# Limits for all images of a request, which are decoded before the request is queued.
 MAX_IMAGES = 64
 MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
-# The last image of a partly received body has no end. Ollama's clients send lists of base64, where
-# escapes would hide the end.
+# The last image of a partly received body may lack its end. Ollama's clients send lists of base64,
+# which must not contain escapes: an escaped quote would hide an image's end.
 _URL = re.compile(
     rb'"data:image[^"]*"?|"data"\s*:\s*"[^"\\]*"?|"images"\s*:\s*\[(?:\s*"[^"\\]*"?\s*,?){0,%d}'
     % MAX_IMAGES,
     re.IGNORECASE,
 )
 _HEAD = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
-# Base64 of the largest image, in lines of 64 letters that end with an escaped CRLF.
+# The largest image as base64, in lines of 64 letters that end with an escaped CRLF.
 MAX_DATA_URL = MAX_BYTES // 3 * 4 * 17 // 16 + 100
 
 
 def n_image_bytes(body: bytes | bytearray) -> int:
-    """Count the bytes of a body that belong to its first MAX_IMAGES images."""
+    """Count the bytes of a body's first MAX_IMAGES images."""
     return sum(len(match[0]) for match in islice(_URL.finditer(body), MAX_IMAGES))
 
 
 def parse_images(urls: Sequence[str]) -> list[Picture]:
-    """Return the images of data: URLs, with only their headers decoded.
+    """Return the images of data: URLs after decoding their headers.
 
-    Raises ApiError for other URLs, invalid base64, unknown formats, and images that are too large.
+    Raises ApiError for other URLs, invalid base64, unknown formats, and large images.
     """
     if len(urls) > MAX_IMAGES:
-        raise _refused(f"a request may have {MAX_IMAGES} images, this one has {len(urls)}")
+        raise _refused(f"the request has {len(urls)} images; the limit is {MAX_IMAGES}")
     found = [_image(url, f"image {number}") for number, url in enumerate(urls, start=1)]
     if sum(image.width * image.height for image in found) > MAX_REQUEST_PIXELS:
         limit = MAX_REQUEST_PIXELS // 10**6

@@ -229,7 +229,7 @@ def test_oversized_image_request_is_413(client, monkeypatch):
     assert "images of a request are limited to 32 MiB" in response.text
     half = b'{"url": "data:image/png;base64,AAAA'
     assert request_images.n_image_bytes(half) == len(half) - 8, (
-        "it is refused before its end has come"
+        "a large image must be refused before its last byte arrives"
     )
 
 

@@ -1,4 +1,4 @@
-"""Concurrent requests: none waits for another answer, and results stay the same."""
+"""Concurrent requests do not wait for each other, and get the results of single requests."""
 
 import re
 import time

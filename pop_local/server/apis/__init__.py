@@ -1,1 +1,1 @@
-"""The APIs of other programs; each file translates one to the requests of `request_bodies`."""
+"""The APIs of other programs. Each module translates an API's requests to `request_bodies`."""

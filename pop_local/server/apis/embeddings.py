@@ -1,26 +1,24 @@
-"""Embeddings by the APIs of OpenAI and Ollama."""
+"""Embeddings in the APIs of OpenAI and Ollama."""
 
 from base64 import b64encode
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
-from starlette.requests import Request
-from starlette.responses import Response
+from pydantic import Field
 from starlette.routing import Route
 
 from pop_local.server.api import Api
 from pop_local.server.model_pool import ServedModel
 from pop_local.server.replies import AnswerEnd, CompleteAnswer, Json, OtherApiReply, total
-from pop_local.server.request_bodies import EmbeddingsBody, ModelRequest
+from pop_local.server.request_bodies import EmbeddingsBody
 from pop_local.server.task_factory import TaskFactory
 
 
 class EmbeddingsReply(OtherApiReply):
-    def __init__(self, served: ServedModel, *, is_packed: bool) -> None:
-        super().__init__(served)
-        self._is_packed = is_packed
+    def __init__(self, served: ServedModel, body: EmbeddingsBody) -> None:
+        super().__init__(served, body)
+        self._is_packed = body.encoding_format == "base64"
 
     def whole(self, answer: CompleteAnswer) -> Json:
         found: Any = answer.end.embedding
@@ -47,8 +45,10 @@ class OllamaEmbedReply(OtherApiReply):
         }
 
 
-class OllamaTextBody(ModelRequest):
-    prompt: str
+class OllamaTextBody(EmbeddingsBody):
+    """A request to /api/embeddings, Ollama's older endpoint."""
+
+    input: str = Field(alias="prompt")
 
 
 class OllamaEmbeddingReply(OllamaEmbedReply):
@@ -57,26 +57,9 @@ class OllamaEmbeddingReply(OllamaEmbedReply):
 
 
 def routes(api: Api) -> list[Route]:
+    make = TaskFactory.embeddings
     return [
-        Route("/v1/embeddings", partial(_create, api), methods=["POST"]),
-        Route("/api/embed", partial(_embed, api), methods=["POST"]),
-        Route("/api/embeddings", partial(_embed_one, api), methods=["POST"]),
+        api.route("/v1/embeddings", EmbeddingsBody, make, EmbeddingsReply),
+        api.route("/api/embed", EmbeddingsBody, make, OllamaEmbedReply),
+        api.route("/api/embeddings", OllamaTextBody, make, OllamaEmbeddingReply),
     ]
-
-
-async def _create(api: Api, request: Request) -> Response:
-    body = await api.read(request, EmbeddingsBody)
-    reply = partial(EmbeddingsReply, is_packed=body.encoding_format == "base64")
-    return await api.answer(request, body, TaskFactory.embeddings, reply)
-
-
-async def _embed(api: Api, request: Request) -> Response:
-    body = await api.read(request, EmbeddingsBody)
-    return await api.answer(request, body, TaskFactory.embeddings, OllamaEmbedReply)
-
-
-async def _embed_one(api: Api, request: Request) -> Response:
-    """Answer Ollama's older endpoint."""
-    sent = await api.read(request, OllamaTextBody)
-    body = EmbeddingsBody.model_validate({"model": sent.model, "input": sent.prompt})
-    return await api.answer(request, body, TaskFactory.embeddings, OllamaEmbeddingReply)

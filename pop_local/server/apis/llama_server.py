@@ -1,6 +1,5 @@
-"""llama-server's own API (tools/server/README.md in llama.cpp)."""
+"""llama-server's API, as documented in llama.cpp's tools/server/README.md."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -13,27 +12,27 @@ from starlette.routing import Route
 from pop_local import __version__
 from pop_local.config.settings import MOST
 from pop_local.engine.chat_messages import TokenLogprob
-from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import bad_request
+from pop_local.server.model_listing import printable
 from pop_local.server.model_pool import ServedModel
 from pop_local.server.replies import CompleteAnswer, Json, OtherApiReply, chat_logprob, text_of
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
-# Fields of editors' plug-ins that only shorten the answer or its computation.
+# Fields of editor plug-ins that only shorten the answer or its computation.
 _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
 class LlamaBody(bodies.CompletionBody):
-    """A request to /completion: OpenAI's fields by other names.
+    """A request to /completion, which has other names for OpenAI's fields.
 
-    `n_predict` 0, which only fills llama-server's cache, generates one token here.
+    With `n_predict` 0, llama-server only fills its cache; this server generates one token.
     """
 
     unsupported = (*bodies.CompletionBody.unsupported, "return_tokens", "post_sampling_probs")
@@ -73,10 +72,10 @@ class InfillBody(LlamaBody):
 
 
 class TokenizeBody(bodies.ModelRequest):
+    unsupported = ("with_pieces",)
     content: str
     add_special: bool = False
     parse_special: bool = True
-    with_pieces: bool = False
 
 
 class DetokenizeBody(bodies.ModelRequest):
@@ -84,10 +83,8 @@ class DetokenizeBody(bodies.ModelRequest):
 
 
 class LlamaReply(OtherApiReply):
-    """Replies of /completion and /infill."""
-
-    def __init__(self, served: ServedModel) -> None:
-        super().__init__(served)
+    def __init__(self, served: ServedModel, body: LlamaBody) -> None:
+        super().__init__(served, body)
         self._n_ctx = served.model.engine.context.n_ctx
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
@@ -132,27 +129,24 @@ def routes(api: Api) -> list[Route]:
         Route("/props", partial(_props, api)),
         Route("/tokenize", partial(_tokenize, api), methods=["POST"]),
         Route("/detokenize", partial(_detokenize, api), methods=["POST"]),
-        Route("/completion", partial(_complete, api), methods=["POST"]),
-        Route("/completions", partial(_complete, api), methods=["POST"]),
-        Route("/infill", partial(_infill, api), methods=["POST"]),
+        api.route("/completion", LlamaBody, TaskFactory.completions, LlamaReply),
+        api.route("/completions", LlamaBody, TaskFactory.completions, LlamaReply),
+        api.route("/infill", InfillBody, _infilling, LlamaReply),
     ]
 
 
 async def _props(api: Api, request: Request) -> Response:
     served = await api.served(request, request.query_params.get("model"))
-    model = served.model
-    template = model.engine.prompter.template
-    settings = _settings(TurnOptions(**model.engine.recommended))  # type: ignore[arg-type]
+    engine = served.model.engine
+    template = engine.prompter.template
+    settings = _settings(TurnOptions(**engine.recommended))  # type: ignore[arg-type]
     return JSONResponse(
         {
-            "default_generation_settings": {
-                "n_ctx": model.engine.context.n_ctx,
-                "params": settings,
-            },
-            "total_slots": len(model.engine.sequences),
+            "default_generation_settings": {"n_ctx": engine.context.n_ctx, "params": settings},
+            "total_slots": len(engine.sequences),
             "model_alias": served.name,
-            "model_path": os.fsencode(model.engine.context.path.name).decode(errors="replace"),
-            "modalities": {"vision": model.engine.prompter.can_see, "audio": False},
+            "model_path": printable(engine.context.path.name),
+            "modalities": {"vision": engine.prompter.can_see, "audio": False},
             "chat_template": template.source,
             "bos_token": template.bos,
             "eos_token": template.eos,
@@ -165,18 +159,13 @@ async def _props(api: Api, request: Request) -> Response:
 async def _tokenize(api: Api, request: Request) -> Response:
     body = await api.read(request, TokenizeBody)
     served = await api.served(request, body.model)
-    model = served.model
-
-    def work() -> list[Any]:
-        tokens = model.engine.context.tokenize(
-            body.content, add_bos=body.add_special, special=body.parse_special
-        )
-        if not body.with_pieces:
-            return tokens
-        pieces = Pieces(model.engine.context, range(model.engine.context.n_vocab))
-        return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
-
-    return JSONResponse({"tokens": await api.work(request, served, work)})
+    tokenize = partial(
+        served.model.engine.context.tokenize,
+        body.content,
+        add_bos=body.add_special,
+        special=body.parse_special,
+    )
+    return JSONResponse({"tokens": await api.work(request, served, tokenize)})
 
 
 async def _detokenize(api: Api, request: Request) -> Response:
@@ -185,21 +174,9 @@ async def _detokenize(api: Api, request: Request) -> Response:
 
     def work() -> str:
         served.tasks.check_tokens(body.tokens, "tokens")
-        context = served.model.engine.context
-        pieces = Pieces(context, range(context.n_vocab))
-        return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
+        return served.tasks.text(body.tokens)
 
     return JSONResponse({"content": await api.work(request, served, work)})
-
-
-async def _complete(api: Api, request: Request) -> Response:
-    body = await api.read(request, LlamaBody)
-    return await api.answer(request, body, TaskFactory.completions, LlamaReply)
-
-
-async def _infill(api: Api, request: Request) -> Response:
-    body = await api.read(request, InfillBody)
-    return await api.answer(request, body, _infilling, LlamaReply)
 
 
 def _infilling(tasks: TaskFactory, body: InfillBody) -> list[Task]:
@@ -226,10 +203,3 @@ def _timings(kind: str, n: int, seconds: float) -> Json:
         f"{kind}_per_token_ms": seconds * 1e3 / n if n else 0.0,
         f"{kind}_per_second": n / seconds if seconds else 0.0,
     }
-
-
-def _text_or_bytes(piece: bytes) -> str | list[int]:
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return list(piece)

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pop_local.engine.chat_messages import TokenLogprob
+from pop_local.engine.chat_messages import TokenLogprob, ToolCall
 from pop_local.engine.tools.reader import Piece
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
@@ -22,12 +22,13 @@ from pop_local.server.replies import (
     EventReply,
     Json,
     arguments_of,
+    call_json,
     encoded,
 )
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
-# Fields that ChatBody has under the same name.
+# Fields that have the same name in ChatBody, which validates them.
 _SAME = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream", "pop"}
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -54,17 +55,12 @@ class ThinkingBlock(bodies.LenientBody):
     type: Literal["thinking", "redacted_thinking"]
 
 
-def _as_blocks(content: Any) -> Any:
-    if content is None:
-        return []
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
 def _blocks(kind: Any) -> Any:
     return Annotated[
         list[Annotated[kind, Field(discriminator="type")]],
         Field(fail_fast=True, max_length=bodies.MAX_PARTS),
-        BeforeValidator(_as_blocks),
+        bodies.wrap_text(lambda text: {"type": "text", "text": text}),
+        bodies.replace_null([]),
     ]
 
 
@@ -79,23 +75,25 @@ class AnthropicMessage(bodies.LenientBody):
     content: _blocks(bodies.TextPart | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
     def chat_messages(self) -> Iterator[Json]:
-        """Yield the messages of a chat: tool results precede the user's text."""
+        """Yield this message as chat messages: tool results precede the user's text."""
         shown = [block for block in self.content if isinstance(block, bodies.TextPart | ImageBlock)]
         for block in self.content:
             if isinstance(block, ToolResultBlock):
                 parts = [_part(one) for one in block.content]
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": parts}
-        calls = [_call(block) for block in self.content if isinstance(block, ToolUseBlock)]
+        calls = [
+            call_json(ToolCall(block.id, block.name, encoded(block.input)))
+            for block in self.content
+            if isinstance(block, ToolUseBlock)
+        ]
         if shown or calls or not self.content:
             message: Json = {"role": self.role, "content": [_part(block) for block in shown]}
             yield message | ({"tool_calls": calls} if calls else {})
 
 
-class AnthropicTool(bodies.LenientBody):
+class AnthropicTool(bodies.FunctionSpec):
     type: Literal["custom"] | None = None
-    name: str
-    description: str | None = None
-    input_schema: dict[str, Any]
+    parameters: dict[str, Any] = Field(alias="input_schema")
 
 
 class OutputConfig(bodies.LenientBody):
@@ -122,12 +120,7 @@ class CountTokensBody(bodies.ModelRequest):
         bodies.keep_tool_types(None, "custom"),
     ] = None
     tool_choice: AnthropicToolChoice | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     stop_sequences: Annotated[list[str] | None, Field(max_length=bodies.MAX_STOPS)] = None
-    stream: bool | None = None
-    pop: bool | None = None
     output_config: OutputConfig | None = None
 
     def chat(self) -> bodies.ChatBody:
@@ -139,7 +132,7 @@ class CountTokensBody(bodies.ModelRequest):
         if self.output_config is not None:
             chat["response_format"] = self.output_config.format
         if self.tools:
-            chat["tools"] = [_function(tool) for tool in self.tools]
+            chat["tools"] = [{"type": "function", "function": tool} for tool in self.tools]
         if self.tool_choice is not None:
             if (is_one := self.tool_choice.disable_parallel_tool_use) is not None:
                 chat["parallel_tool_calls"] = not is_one
@@ -155,12 +148,12 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(EventReply):
-    """A message, complete or as events, without reasoning."""
+    """A formatter for Anthropic messages, complete or as events. It omits reasoning."""
 
     id_prefix = "msg"
 
-    def __init__(self, served: ServedModel) -> None:
-        super().__init__(served)
+    def __init__(self, served: ServedModel, body: bodies.ChatBody) -> None:
+        super().__init__(served, body)
         self._content: list[Json] = []
         self._arguments = ""
 
@@ -172,10 +165,7 @@ class MessagesReply(EventReply):
         usage = {"input_tokens": len(task.prompt), "output_tokens": 0}
         return ({"type": "message_start", "message": self._message(None, "", usage)},)
 
-    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Json]:
-        return [*self._events(piece)]
-
-    def _events(self, piece: Piece) -> Iterator[Json]:
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterator[Json]:
         if piece.call is not None and piece.call.id:
             use = {"type": "tool_use", "id": piece.call.id, "name": piece.call.name, "input": {}}
             yield from self._open(use)
@@ -216,9 +206,9 @@ class MessagesReply(EventReply):
     def whole(self, answer: CompleteAnswer) -> Json:
         end = answer.end
         for piece in answer.pieces:
-            self.pieces(piece, ())
+            list(self.pieces(piece, ()))
         self.ending(end)
-        # Leave out a call that the token limit cut off.
+        # A call that the token limit cut off is omitted.
         self._content = [block for block in self._content if block.get("input", {}) is not None]
         return self._message(_reason(end), end.stop, _usage(end.usage))
 
@@ -263,16 +253,6 @@ def _part(block: bodies.TextPart | ImageBlock) -> Json:
     if isinstance(block, bodies.TextPart):
         return {"type": "text", "text": block.text}
     return bodies.image_part(f"data:{block.source.media_type};base64,{block.source.data}")
-
-
-def _call(block: ToolUseBlock) -> Json:
-    function = {"name": block.name, "arguments": encoded(block.input)}
-    return {"id": block.id, "type": "function", "function": function}
-
-
-def _function(tool: AnthropicTool) -> Json:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
-    return {"type": "function", "function": function}
 
 
 def _reason(end: AnswerEnd) -> str:

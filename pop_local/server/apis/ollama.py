@@ -1,4 +1,4 @@
-"""Ollama's API (docs/api.md in its repository)."""
+"""Ollama's API, as documented in docs/api.md of its repository."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -41,15 +41,15 @@ from pop_local.server.replies import (
 from pop_local.server.request_images import MAX_IMAGES
 from pop_local.server.task_factory import TaskFactory
 
-# The version of Ollama whose API this is; clients check it for features.
+# The implemented version of Ollama's API. Clients use only features of this version.
 _VERSION = "0.6.4"
-# Options that GenerationBody has under the same name; all other options are ignored.
+# Options that have the same name in GenerationBody. All other options are ignored.
 _OPTIONS = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "mirostat"),
     *("repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"),
 )
 _NEVER = "2999-12-31T23:59:59Z"
-_MAX_VALUE = 1000  # characters of a header value in /api/show
+_MAX_VALUE = 1000  # characters; /api/show omits longer header values
 
 Base64Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_IMAGES)]
 
@@ -64,7 +64,7 @@ class OllamaMessage(bodies.LenientBody):
 
     @property
     def chat_message(self) -> Json:
-        # The image's first bytes tell its format.
+        # The image's first bytes determine its format, so the MIME type is arbitrary.
         shown = [bodies.image_part(f"data:image/any;base64,{one}") for one in self.images or ()]
         text = {"type": "text", "text": self.content or ""}
         message: Json = {"role": self.role, "content": [*shown, text]}
@@ -99,10 +99,8 @@ class OllamaBody(bodies.ModelRequest):
 
     def chat(self, messages: Sequence[OllamaMessage], **more: Any) -> bodies.ChatBody:
         sent = [message.chat_message for message in messages]
-        logprobs = {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
-        return bodies.ChatBody.model_validate(
-            self.common_fields | logprobs | more | {"messages": sent}
-        )
+        more |= {"messages": sent, "logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
+        return bodies.ChatBody.model_validate(self.common_fields | more)
 
 
 class OllamaChat(OllamaBody):
@@ -124,7 +122,7 @@ class OllamaGenerate(OllamaBody):
     @model_validator(mode="after")
     def _check_supported_fields(self) -> "OllamaGenerate":
         if self.template:
-            raise ValueError("template is not supported: the model's template is used")
+            raise ValueError("template is not supported: leave it out to use the model's template")
         if self.context:
             raise ValueError("context is not supported: send messages to /api/chat")
         if self.images and (self.raw or self.suffix):
@@ -143,7 +141,7 @@ class OllamaGenerate(OllamaBody):
 
 
 class OllamaReply(OtherApiReply):
-    """Replies of /api/generate, as lines of JSON."""
+    """A formatter for the replies of /api/generate, which are lines of JSON."""
 
     media_type = "application/x-ndjson"
 
@@ -153,12 +151,10 @@ class OllamaReply(OtherApiReply):
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown((piece,), logprobs),)
 
-    def _shown(self, pieces: Sequence[Piece], logprobs: Sequence[TokenLogprob]) -> Json:
-        content = self._content(pieces)
-        found = {"model": self._model, "created_at": _now(), **content, "done": False}
-        if self._wants_logprobs:
-            found["logprobs"] = [chat_logprob(token) for token in logprobs]
-        return found
+    def _shown(self, pieces: Sequence[Piece], logprobs: Sequence[TokenLogprob] = ()) -> Json:
+        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+        found = {"model": self._model, "created_at": now, **self._content(pieces), "done": False}
+        return found | ({"logprobs": [*map(chat_logprob, logprobs)]} if logprobs else {})
 
     def _content(self, pieces: Sequence[Piece]) -> Json:
         return {"response": text_of(pieces)}
@@ -181,9 +177,8 @@ class OllamaReply(OtherApiReply):
         return self._shown(answer.pieces, answer.logprobs) | done | figures
 
     def loaded(self) -> Response:
-        """Answer a request without a prompt, by which Ollama's clients load or unload models."""
-        self._wants_logprobs = False
-        return JSONResponse(self._shown((), ()) | {"done": True, "done_reason": "load"})
+        """Answer a request without a prompt, which Ollama's clients send to load a model."""
+        return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
         return error.ollama_body
@@ -193,10 +188,10 @@ class OllamaReply(OtherApiReply):
 
 
 class OllamaChatReply(OllamaReply):
-    """Replies of /api/chat. Calls are sent complete, with their arguments as an object."""
+    """A formatter for the replies of /api/chat, with complete calls at the end of a stream."""
 
-    def __init__(self, served: ServedModel) -> None:
-        super().__init__(served)
+    def __init__(self, served: ServedModel, body: bodies.ChatBody | None = None) -> None:
+        super().__init__(served, body)
         self._call_pieces: list[Piece] = []
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
@@ -206,7 +201,7 @@ class OllamaChatReply(OllamaReply):
         return super().pieces(piece, logprobs)
 
     def ending(self, end: AnswerEnd) -> tuple[Json, ...]:
-        calls = [self._shown(self._call_pieces, ())] if self._call_pieces else []
+        calls = [self._shown(self._call_pieces)] if self._call_pieces else []
         return (*calls, *super().ending(end))
 
     def _content(self, pieces: Sequence[Piece]) -> Json:
@@ -287,7 +282,7 @@ def _details(info: ModelInfo) -> Json:
 
 
 def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
-    """Return the cards of models whose files are intact; an open model's may be gone."""
+    """Return descriptions of the models whose files can be read."""
     cards: list[Json] = []
     for one in listed:
         with suppress(PopError, OSError):
@@ -327,7 +322,7 @@ def _description(info: ModelInfo) -> Json:
         if (isinstance(key.value, int | float) and isfinite(key.value))
         or (isinstance(key.value, str) and len(key.value) <= _MAX_VALUE)
     }
-    # Clients truncate their prompts to this length.
+    # Clients truncate prompts to this length.
     keys[f"{details['family']}.context_length"] = info.n_ctx
     parameters = {"num_ctx": info.n_ctx, **recommended(header)}
     can = {"vision": info.can_see, "insert": info.can_infill, "tools": bool(info.template)}
@@ -341,7 +336,3 @@ def _description(info: ModelInfo) -> Json:
         "capabilities": ["completion", *(name for name, has in can.items() if has)],
         "modified_at": _changed(info),
     }
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")

@@ -19,8 +19,8 @@ def routes(api: Api) -> list[Route]:
     return [
         Route("/v1/models", partial(_list, api, started_s)),
         Route("/v1/models/{name:path}", partial(_show, api, started_s)),
-        Route("/v1/chat/completions", partial(_chat, api), methods=["POST"]),
-        Route("/v1/completions", partial(_complete, api), methods=["POST"]),
+        api.route("/v1/chat/completions", ChatBody, TaskFactory.chat, ChatReply),
+        api.route("/v1/completions", CompletionBody, TaskFactory.completions, Reply),
     ]
 
 
@@ -50,15 +50,3 @@ def _card(info: ModelInfo, created_s: int) -> Json:
             "loaded": info.is_loaded,
         },
     }
-
-
-async def _chat(api: Api, request: Request) -> Response:
-    body = await api.read(request, ChatBody)
-    reply = partial(ChatReply, wants_usage=body.wants_usage)
-    return await api.answer(request, body, TaskFactory.chat, reply)
-
-
-async def _complete(api: Api, request: Request) -> Response:
-    body = await api.read(request, CompletionBody)
-    reply = partial(Reply, wants_usage=body.wants_usage)
-    return await api.answer(request, body, TaskFactory.completions, reply)

@@ -13,19 +13,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pop_local.engine.chat_messages import TokenLogprob
+from pop_local.engine.chat_messages import TokenLogprob, ToolCall
 from pop_local.engine.tools.reader import Piece
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, CompleteAnswer, EventReply, Json
+from pop_local.server.replies import AnswerEnd, CompleteAnswer, EventReply, Json, call_json
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
-# Fields that ChatBody has under the same name.
+# Fields that have the same name in ChatBody, which validates them.
 _SAME = {"model", "temperature", "top_p", "stream", "pop", "parallel_tool_calls"}
-# Limit of the stored conversations, in estimated bytes.
+# Limit for all stored conversations, in estimated bytes.
 _MAX_STORED = 1 << 25
 
 
@@ -47,13 +47,11 @@ class ImageContent(bodies.LenientBody):
         return bodies.image_part(self.image_url)
 
 
-def _as_list(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
 ContentPart = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 ContentParts = Annotated[
-    list[ContentPart], Field(fail_fast=True, max_length=bodies.MAX_PARTS), BeforeValidator(_as_list)
+    list[ContentPart],
+    Field(fail_fast=True, max_length=bodies.MAX_PARTS),
+    bodies.wrap_text(lambda text: {"type": "input_text", "text": text}),
 ]
 
 
@@ -102,10 +100,6 @@ InputItem = Annotated[
 ]
 
 
-def _as_items(given: Any) -> Any:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
-
-
 class ResponsesTool(bodies.FunctionSpec):
     type: Literal["function"]
 
@@ -129,14 +123,13 @@ class ResponsesBody(bodies.ModelRequest):
     input: Annotated[
         list[InputItem],
         Field(fail_fast=True, max_length=bodies.MAX_MESSAGES),
-        BeforeValidator(_as_items),
+        bodies.wrap_text(lambda text: {"role": "user", "content": text}),
     ]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
-    stream: bool | None = None
     store: bool | None = None
     tools: Annotated[
         list[ResponsesTool] | None,
@@ -146,10 +139,9 @@ class ResponsesBody(bodies.ModelRequest):
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextFormat | None = None
-    pop: bool | None = None
 
     def chat(self, earlier: Sequence[Json]) -> bodies.ChatBody:
-        """Return the request as a chat that continues `earlier`, the messages of a conversation."""
+        """Return the request as a chat that continues the messages `earlier`."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice: Any = self.tool_choice
         if isinstance(choice, ToolChoice):
@@ -166,35 +158,35 @@ class ResponsesBody(bodies.ModelRequest):
         )
 
     def messages(self) -> list[Json]:
-        """Return the input as chat messages; calls join the assistant message before them."""
+        """Return the input as chat messages; calls join the preceding assistant message."""
         found: list[Json] = []
         for item in self.input:
             if isinstance(item, FunctionCallItem):
                 if not found or found[-1]["role"] != "assistant":
                     found.append({"role": "assistant", "content": None})
-                call = {"name": item.name, "arguments": item.arguments}
-                calls = found[-1].setdefault("tool_calls", [])
-                calls.append({"id": item.call_id, "type": "function", "function": call})
+                call = call_json(ToolCall(item.call_id, item.name, item.arguments))
+                found[-1].setdefault("tool_calls", []).append(call)
             elif not isinstance(item, ReasoningItem):
                 found.append(item.chat_message)
         return found
 
 
 class ConversationStore:
-    """The conversations that `previous_response_id` may continue, least recently used first."""
+    """A store of the conversations that `previous_response_id` may continue."""
 
     def __init__(self) -> None:
+        # The least recently used conversation comes first.
         self._stored: OrderedDict[str, tuple[int, list[Json]]] = OrderedDict()
         self._n_bytes = 0
 
     def get(self, name: str | None) -> list[Json]:
-        """Return the messages up to a response. Raises ApiError if it is not stored."""
+        """Return the conversation up to a response. Raises ApiError if it is not stored."""
         if not name:
             return []
         if name not in self._stored:
             raise ApiError(
                 400,
-                f"response {name!r} is not stored, or no longer: send all messages",
+                f"response {name!r} is not stored: send all messages",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
@@ -211,19 +203,20 @@ class ConversationStore:
 
 
 class ResponsesReply(EventReply):
-    """A response, complete or as events, without reasoning."""
+    """A formatter for responses, complete or as events. It omits reasoning."""
 
     id_prefix = "resp"
 
     def __init__(
         self,
         served: ServedModel,
+        chat: bodies.ChatBody,
         *,
         body: ResponsesBody,
         earlier: list[Json],
         conversations: ConversationStore,
     ) -> None:
-        super().__init__(served)
+        super().__init__(served, chat)
         self._body, self._earlier, self._conversations = body, earlier, conversations
         self._output: list[Json] = []
         self._n_events = 0
@@ -233,10 +226,7 @@ class ResponsesReply(EventReply):
         begun = self._response("in_progress")
         return (self._event("created", response=begun), self._event("in_progress", response=begun))
 
-    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Json]:
-        return [*self._events(piece)]
-
-    def _events(self, piece: Piece) -> Iterator[Json]:
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterator[Json]:
         if piece.call is not None and piece.call.id:
             yield from self._close()
             item = {"type": "function_call", "id": _new("fc"), "status": "in_progress"}
@@ -264,7 +254,7 @@ class ResponsesReply(EventReply):
         return self._event("output_item.added", output_index=index, item=deepcopy(item))
 
     def _close(self) -> Iterator[Json]:
-        """Yield the events that end the last item, if one is open."""
+        """Yield the events that end the last item, if it is open."""
         if not self._output or self._output[-1]["status"] == "completed":
             return
         item = self._output[-1]
@@ -275,32 +265,27 @@ class ResponsesReply(EventReply):
             yield self._of_item("output_text.done", content_index=0, text=text, logprobs=[])
             yield self._of_item("content_part.done", content_index=0, part=part)
         else:
-            arguments = item["arguments"]
-            yield self._of_item(
-                "function_call_arguments.done", name=item["name"], arguments=arguments
-            )
+            call = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._of_item("function_call_arguments.done", **call)
         index = len(self._output) - 1
         yield self._event("output_item.done", output_index=index, item=item)
 
     def ending(self, end: AnswerEnd) -> list[Json]:
         closed = [*self._close()]
         if self._body.store is not False:
-            self._store()
+            # The next request has this response as a part of its input.
+            output = self._body.model_validate({"input": self._output})
+            messages = [*self._body.messages(), *output.messages()]
+            self._conversations.add(self._id, [*self._earlier, *messages])
         status = "incomplete" if end.reason == "length" else "completed"
         response = self._response(status, end)
         return [*closed, self._event(status, response=response)]
 
     def whole(self, answer: CompleteAnswer) -> Json:
         for piece in answer.pieces:
-            self.pieces(piece, ())
+            list(self.pieces(piece, ()))
         response: Json = self.ending(answer.end)[-1]["response"]
         return response
-
-    def _store(self) -> None:
-        """Store the conversation, with this response in the form of an input."""
-        output = self._body.model_validate({"input": self._output})
-        messages = [*self._body.messages(), *output.messages()]
-        self._conversations.add(self._id, [*self._earlier, *messages])
 
     def failed(self, error: ApiError) -> Json:
         failure = {"code": error.code or "server_error", "message": error.detail}
