@@ -34,7 +34,7 @@ async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Respo
         parser = _AnswerParser(job)
         text = "".join(chunk.text for chunk in chunks)
         pieces = [*await parser.push(text), *await parser.finish()]
-        ends.append(_end(state, job, chunks[-1], has_called=parser.has_called))
+        ends.append(parser.end(state, job, chunks[-1]))
         logprobs = [token for chunk in chunks for token in chunk.logprobs]
         wholes.append(reply.whole(CompleteAnswer(ends[-1], pieces, logprobs)))
     return JSONResponse(reply.joined(wholes, ends))
@@ -65,7 +65,7 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
                 yield b"".join(map(framed, events))
             rest = [reply.pieces(piece, ()) for piece in await parser.finish()]
             last = b"".join(map(framed, rest))
-            ends.append(_end(state, job, batch[-1], has_called=parser.has_called))
+            ends.append(parser.end(state, job, batch[-1]))
             last += framed(reply.ending(ends[-1]))
         complete = True
         yield last + reply.closing(ends)
@@ -89,10 +89,6 @@ class _AnswerParser:
         form = job.task.options.calls
         self._reader = None if form is None else CallReader(form)
 
-    @property
-    def has_called(self) -> bool:
-        return self._reader is not None and self._reader.n_calls > 0
-
     async def push(self, text: str) -> list[Piece]:
         if self._reader is None:
             return [Piece(text)] if text else []
@@ -110,21 +106,21 @@ class _AnswerParser:
     async def finish(self) -> list[Piece]:
         return [] if self._reader is None else await run_in_threadpool(self._reader.end)
 
-
-def _end(state: State, job: Job, last: Chunk, *, has_called: bool) -> AnswerEnd:
-    """Return an answer's end. Raises ApiError if the answer was interrupted."""
-    stats = last.stats
-    assert stats is not None, "the last chunk has stats"
-    state.note = (
-        f", queued {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
-        f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"
-        f" {stats.n_decoded:,} tokens generated"
-    )
-    if stats.finish_reason == "interrupted":
-        raise client_gone() if job.cancelled.is_set() else stopping()
-    form = job.task.options.calls or job.task.options.grammar
-    ignored = form.ignored if isinstance(form, CallForm | Grammar) else ()
-    figures = usage(stats, job.queued_s, job.task.reason, ignored)
-    reason: str = stats.finish_reason
-    reason = "tool_calls" if has_called and reason == "stop" else reason
-    return AnswerEnd(reason, stats.stop, figures, last.embedding)
+    def end(self, state: State, job: Job, last: Chunk) -> AnswerEnd:
+        """Return an answer's end. Raises ApiError if the answer was interrupted."""
+        stats = last.stats
+        assert stats is not None, "the last chunk has stats"
+        state.note = (
+            f", queued {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
+            f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"
+            f" {stats.n_decoded:,} tokens generated"
+        )
+        if stats.finish_reason == "interrupted":
+            raise client_gone() if job.cancelled.is_set() else stopping()
+        form = job.task.options.calls or job.task.options.grammar
+        ignored = form.ignored if isinstance(form, CallForm | Grammar) else ()
+        figures = usage(stats, job.queued_s, job.task.reason, ignored)
+        reason: str = stats.finish_reason
+        if reason == "stop" and self._reader is not None and self._reader.n_calls:
+            reason = "tool_calls"
+        return AnswerEnd(reason, stats.stop, figures, last.embedding)

@@ -86,6 +86,12 @@ class ResponseFormat(LenientBody):
         return self.schema_ or {"type": "object"}
 
 
+class FormatOptions(LenientBody):
+    """The answer options of OpenAI's Responses API (`text`) and Anthropic's (`output_config`)."""
+
+    format: ResponseFormat | None = None
+
+
 def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "schema": schema}
 
@@ -170,13 +176,9 @@ def keep_tool_types(*types: str | None) -> BeforeValidator:
     return BeforeValidator(kept)
 
 
-class FunctionName(LenientBody):
-    name: str
-
-
 class NamedToolChoice(LenientBody):
     type: Literal["function"] = "function"
-    function: FunctionName
+    function: FunctionSpec
 
 
 class ChatMessage(LenientBody):

@@ -17,17 +17,8 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn_options import TurnOptions
+from pop_local.server import request_bodies as bodies
 from pop_local.server.api_errors import ApiError, bad_request
-from pop_local.server.request_bodies import (
-    ChatBody,
-    ChatMessage,
-    CompletionBody,
-    EmbeddingsBody,
-    GenerationBody,
-    NamedToolChoice,
-    SamplingFields,
-    as_prompts,
-)
 from pop_local.server.request_images import parse_images
 from pop_local.server.worker import Task
 
@@ -56,7 +47,7 @@ class TaskFactory:
         self._repeatable = repeatable
         self._is_full = model.engine.pruning.can_switch and model.engine.pruning.mode is Mode.OFF
 
-    def chat(self, body: ChatBody) -> list[Task]:
+    def chat(self, body: bodies.ChatBody) -> list[Task]:
         """Return `n` tasks with different seeds. Raises ApiError."""
         urls = [url for message in body.messages for _, url in message.image_urls]
         if urls and not self.model.engine.prompter.can_see:
@@ -84,7 +75,7 @@ class TaskFactory:
         task = Task(prompt, options, *self._mode(body.pop))
         return _seeded(task, body.n)
 
-    def completions(self, body: CompletionBody) -> list[Task]:
+    def completions(self, body: bodies.CompletionBody) -> list[Task]:
         """Return `n` tasks with different seeds for each prompt. Raises ApiError."""
         prompts = self._tokens(body.prompts, "prompt", body.suffix)
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
@@ -100,13 +91,13 @@ class TaskFactory:
             tasks += _seeded(task, body.n)
         return tasks
 
-    def embeddings(self, body: EmbeddingsBody) -> list[Task]:
+    def embeddings(self, body: bodies.EmbeddingsBody) -> list[Task]:
         if body.dimensions not in (None, n_embd := self.model.engine.context.n_embd):
             message = f"dimensions must be {n_embd}: embeddings cannot be shortened"
             raise ApiError(400, message, param="dimensions")
         with bad_request():
             require_pooling(self.model.engine.cache)
-        prompts = map(Prompt, self._tokens(as_prompts(body.input), "input"))
+        prompts = map(Prompt, self._tokens(bodies.as_prompts(body.input), "input"))
         return [Task(prompt, TurnOptions(), Mode.OFF, EMBEDS, embeds=True) for prompt in prompts]
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
@@ -162,10 +153,10 @@ class TaskFactory:
             raise ApiError(400, message, code="context_length_exceeded", param=param)
 
     def _options(
-        self, body: GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
+        self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
         """Return the body's options. Defaults are the model's values, or else the engine's."""
-        given = body.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
+        given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0
         if body.seed is not None and body.seed != -1:
@@ -183,7 +174,7 @@ class TaskFactory:
             **{**self.model.engine.recommended, **given},
         )
 
-    def _grammar(self, body: GenerationBody) -> Grammar | None:
+    def _grammar(self, body: bodies.GenerationBody) -> Grammar | None:
         schema = body.response_format and body.response_format.answer_schema
         if schema is None and body.grammar is None:
             return None
@@ -205,7 +196,7 @@ def _seeded(task: Task, n: int | None) -> list[Task]:
     return [replace(task, options=replace(task.options, seed=each)) for each in seeds]
 
 
-def _message(message: ChatMessage, images: Iterator[Picture]) -> Message:
+def _message(message: bodies.ChatMessage, images: Iterator[Picture]) -> Message:
     role = "system" if message.role == "developer" else message.role
     shown = tuple((offset, next(images)) for offset, _ in message.image_urls)
     calls = tuple(
@@ -215,7 +206,7 @@ def _message(message: ChatMessage, images: Iterator[Picture]) -> Message:
     return Message(role, message.text, shown, calls, message.tool_call_id)
 
 
-def _tools(body: ChatBody) -> Tools:
+def _tools(body: bodies.ChatBody) -> Tools:
     """Return the tools that the prompt lists and the tools that may be called."""
     choice = body.tool_choice
     if not body.tools or choice == "none":
@@ -223,7 +214,7 @@ def _tools(body: ChatBody) -> Tools:
     functions = [tool.function for tool in body.tools]
     listed = tuple(Tool(one.name, one.description or "", one.parameters or {}) for one in functions)
     callable_ = listed
-    if isinstance(choice, NamedToolChoice):
+    if isinstance(choice, bodies.NamedToolChoice):
         callable_ = tuple(tool for tool in listed if tool.name == choice.function.name)
         if not callable_:
             message = f"tool_choice names {choice.function.name!r}, which is missing in tools"

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import PopError
+from pop_local.server.app import create_app
+from pop_local.server.model_pool import ModelPool
 from support.calls import wait_for
 from support.converted import converted
 from support.library import NAMES, Library, asked
 from support.program import called
 from support.server_requests import N_CTX, chat, complete, text_of
-from support.serving import asking
+from support.serving import LOCAL, asking
 
 
 def test_damaged_file_closes_no_model(folder, tmp_path, expected):
@@ -36,11 +38,11 @@ def test_damaged_file_closes_no_model(folder, tmp_path, expected):
 def test_damaged_file_is_never_the_default(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
-    library = Library(tmp_path)
-    with asked(library) as client:
-        library.behind.check()
+    pool = ModelPool.of_folder(tmp_path, Library(tmp_path).registry(), "")
+    with asking(create_app(pool, LOCAL)) as client:
         for more in ({}, {"model": "gpt-4o"}):
             assert text_of(complete(client, **more)) == expected["one"]
+    pool.close()
 
 
 def test_loading_error_reaches_every_waiting_request(library, expected, caplog):

@@ -12,19 +12,12 @@ from starlette.routing import Route
 
 from pop_local.engine.chat_messages import TokenLogprob, ToolCall
 from pop_local.engine.tools.reader import Piece
+from pop_local.server import replies
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import (
-    AnswerEnd,
-    CompleteAnswer,
-    EventReply,
-    Json,
-    arguments_of,
-    call_json,
-    encoded,
-)
+from pop_local.server.replies import Json
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -82,7 +75,7 @@ class AnthropicMessage(bodies.LenientBody):
                 parts = [_part(one) for one in block.content]
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": parts}
         calls = [
-            call_json(ToolCall(block.id, block.name, encoded(block.input)))
+            replies.call_json(ToolCall(block.id, block.name, replies.encoded(block.input)))
             for block in self.content
             if isinstance(block, ToolUseBlock)
         ]
@@ -94,10 +87,6 @@ class AnthropicMessage(bodies.LenientBody):
 class AnthropicTool(bodies.FunctionSpec):
     type: Literal["custom"] | None = None
     parameters: dict[str, Any] = Field(alias="input_schema")
-
-
-class OutputConfig(bodies.LenientBody):
-    format: bodies.ResponseFormat | None = None
 
 
 class AnthropicToolChoice(bodies.LenientBody):
@@ -121,7 +110,7 @@ class CountTokensBody(bodies.ModelRequest):
     ] = None
     tool_choice: AnthropicToolChoice | None = None
     stop_sequences: Annotated[list[str] | None, Field(max_length=bodies.MAX_STOPS)] = None
-    output_config: OutputConfig | None = None
+    output_config: bodies.FormatOptions | None = None
 
     def chat(self) -> bodies.ChatBody:
         system = [{"role": "system", "content": [_part(block) for block in self.system]}]
@@ -147,7 +136,7 @@ class MessagesBody(CountTokensBody):
     max_tokens: int = Field(ge=1)
 
 
-class MessagesReply(EventReply):
+class MessagesReply(replies.EventReply):
     """A formatter for Anthropic messages, complete or as events. It omits reasoning."""
 
     id_prefix = "msg"
@@ -191,11 +180,11 @@ class MessagesReply(EventReply):
         if not self._content:
             return
         if self._content[-1]["type"] == "tool_use":
-            self._content[-1]["input"] = arguments_of(self._arguments)
+            self._content[-1]["input"] = replies.arguments_of(self._arguments)
             self._arguments = ""
         yield {"type": "content_block_stop", "index": len(self._content) - 1}
 
-    def ending(self, end: AnswerEnd) -> list[Json]:
+    def ending(self, end: replies.AnswerEnd) -> list[Json]:
         delta = {"stop_reason": _reason(end), "stop_sequence": end.stop or None}
         return [
             *self._close(),
@@ -203,7 +192,7 @@ class MessagesReply(EventReply):
             {"type": "message_stop"},
         ]
 
-    def whole(self, answer: CompleteAnswer) -> Json:
+    def whole(self, answer: replies.CompleteAnswer) -> Json:
         end = answer.end
         for piece in answer.pieces:
             list(self.pieces(piece, ()))
@@ -255,7 +244,7 @@ def _part(block: bodies.TextPart | ImageBlock) -> Json:
     return bodies.image_part(f"data:{block.source.media_type};base64,{block.source.data}")
 
 
-def _reason(end: AnswerEnd) -> str:
+def _reason(end: replies.AnswerEnd) -> str:
     return "stop_sequence" if end.stop else _REASONS.get(end.reason, "end_turn")
 
 

@@ -22,22 +22,13 @@ from pop_local.engine.chat_messages import TokenLogprob
 from pop_local.engine.decode.sampler import recommended
 from pop_local.engine.prompt.prompt import PLAIN_TEMPLATE
 from pop_local.engine.tools.reader import Piece, calls_of
+from pop_local.server import replies
 from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_listing import ModelInfo
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import (
-    AnswerEnd,
-    CompleteAnswer,
-    Json,
-    OtherApiReply,
-    arguments_of,
-    chat_logprob,
-    encoded,
-    reasoning_of,
-    text_of,
-)
+from pop_local.server.replies import Json
 from pop_local.server.request_images import MAX_IMAGES
 from pop_local.server.task_factory import TaskFactory
 
@@ -140,7 +131,7 @@ class OllamaGenerate(OllamaBody):
         return self.chat([*system, question])
 
 
-class OllamaReply(OtherApiReply):
+class OllamaReply(replies.OtherApiReply):
     """A formatter for the replies of /api/generate, which are lines of JSON."""
 
     media_type = "application/x-ndjson"
@@ -154,12 +145,12 @@ class OllamaReply(OtherApiReply):
     def _shown(self, pieces: Sequence[Piece], logprobs: Sequence[TokenLogprob] = ()) -> Json:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
         found = {"model": self._model, "created_at": now, **self._content(pieces), "done": False}
-        return found | ({"logprobs": [*map(chat_logprob, logprobs)]} if logprobs else {})
+        return found | ({"logprobs": [*map(replies.chat_logprob, logprobs)]} if logprobs else {})
 
     def _content(self, pieces: Sequence[Piece]) -> Json:
-        return {"response": text_of(pieces)}
+        return {"response": replies.text_of(pieces)}
 
-    def whole(self, answer: CompleteAnswer) -> Json:
+    def whole(self, answer: replies.CompleteAnswer) -> Json:
         end, pop = answer.end, answer.end.usage["pop"]
         times = {
             "total_duration": pop["queued_s"] + pop["ttft_s"] + pop["decode_s"],
@@ -184,7 +175,7 @@ class OllamaReply(OtherApiReply):
         return error.ollama_body
 
     def frame(self, content: Json) -> bytes:
-        return f"{encoded(content)}\n".encode()
+        return f"{replies.encoded(content)}\n".encode()
 
 
 class OllamaChatReply(OllamaReply):
@@ -200,15 +191,15 @@ class OllamaChatReply(OllamaReply):
             return ()
         return super().pieces(piece, logprobs)
 
-    def ending(self, end: AnswerEnd) -> tuple[Json, ...]:
+    def ending(self, end: replies.AnswerEnd) -> tuple[Json, ...]:
         calls = [self._shown(self._call_pieces)] if self._call_pieces else []
         return (*calls, *super().ending(end))
 
     def _content(self, pieces: Sequence[Piece]) -> Json:
-        message: Json = {"role": "assistant", "content": text_of(pieces)}
-        if reasoning := reasoning_of(pieces):
+        message: Json = {"role": "assistant", "content": replies.text_of(pieces)}
+        if reasoning := replies.reasoning_of(pieces):
             message["thinking"] = reasoning
-        calls = [(call.name, arguments_of(call.arguments)) for call in calls_of(pieces)]
+        calls = [(call.name, replies.arguments_of(call.arguments)) for call in calls_of(pieces)]
         if complete := [(name, arguments) for name, arguments in calls if arguments is not None]:
             message["tool_calls"] = [
                 {"function": {"name": name, "arguments": arguments}} for name, arguments in complete

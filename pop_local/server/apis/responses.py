@@ -109,10 +109,6 @@ class ToolChoice(bodies.LenientBody):
     name: str
 
 
-class TextFormat(bodies.LenientBody):
-    format: bodies.ResponseFormat | None = None
-
-
 class ResponsesBody(bodies.ModelRequest):
     """A request for a response; `metadata`, `user` and `reasoning` are ignored."""
 
@@ -138,7 +134,7 @@ class ResponsesBody(bodies.ModelRequest):
     ] = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    text: TextFormat | None = None
+    text: bodies.FormatOptions | None = None
 
     def chat(self, earlier: Sequence[Json]) -> bodies.ChatBody:
         """Return the request as a chat that continues the messages `earlier`."""
