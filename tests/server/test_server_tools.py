@@ -166,9 +166,9 @@ def test_usage_lists_ignored_tool_keywords(client):
         ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
         (
             {"tools": TOOLS, "response_format": {"type": "json_object"}},
-            "either tools or",
+            "tools or response_format",
         ),
-        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "either tools or"),
+        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "tools or response_format"),
         ({"tools": [function("a", b={"type": "any"})]}, "a tool's schema is not valid"),
         ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
     ],
