@@ -45,7 +45,8 @@ def pull(
     searches the hub for it.
     """
     if model is None:
-        print_table(_NAMES, _known())
+        catalog = ((each.short_name, each.source) for each in load_catalog())
+        print_table(_NAMES, (*catalog, *hub_names().items()))
         return
     if sha256 is not None and not is_url(model):
         raise typer.BadParameter("only URLs take a hash; remove --sha256", param_hint="--sha256")
@@ -60,11 +61,6 @@ def pull(
             _show_hits(model)
         raise
     say(str(path))
-
-
-def _known() -> tuple[tuple[str, str], ...]:
-    catalog = ((each.short_name, each.source) for each in load_catalog())
-    return (*catalog, *hub_names().items())
 
 
 def _show_hits(name: str) -> None:

@@ -30,16 +30,18 @@ def _model_facts(found: Inspection) -> list[Fact]:
     ]
     if found.architecture == ARCHITECTURE:
         return [*facts, ("Kind", "multimodal projector for pictures (--mmproj)")]
+    refused = f" (cannot be pruned: {found.refused})" if found.refused else ""
+    is_exact = found.pop is None and found.skipping is not None and found.skipping.exact > 0
     return [
         *facts,
-        ("Architecture", f"{found.architecture}{_refused(found)}"),
+        ("Architecture", f"{found.architecture}{refused}"),
         ("Layers", f"{found.n_layer}, width {found.n_embd}"),
         ("Trained context", f"{found.n_ctx_train:,} tokens"),
         ("Chat template", "yes" if found.has_chat_template else "no (base model)"),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
         *([("Reads pictures with", found.mmproj)] if found.mmproj else []),
         *(skipping_facts(found.skipping, found.work) if found.skipping else []),
-        *([] if _is_exact(found) else _pruning_facts(found.pop)),
+        *([] if is_exact else _pruning_facts(found.pop)),
         ("Stock llama.cpp", _stock(found)),
     ]
 
@@ -64,14 +66,6 @@ def _stock(found: Inspection) -> str:
 def _tensors(groups: tuple[TensorGroup, ...]) -> str:
     texts = [f"{g.n_tensors} {g.type} ({size(g.size_bytes)})" for g in groups]
     return ", ".join(texts) or "none"
-
-
-def _is_exact(found: Inspection) -> bool:
-    return found.pop is None and found.skipping is not None and found.skipping.exact > 0
-
-
-def _refused(found: Inspection) -> str:
-    return f" (cannot be pruned: {found.refused})" if found.refused else ""
 
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
