@@ -199,7 +199,7 @@ def test_notes_and_warnings_come_between_the_bars(capsys):
         watch.on_warning(PopError("there is no torch", "install torch", cause="missing-torch"))
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith(
-        "Looking Warning: it is old. Warning: there is no torch; install it with"
+        "Looking Warning: it is old. Warning: there is no torch; install torch with"
     )
     assert "pop-local[analyze]" in said
 
