@@ -53,14 +53,15 @@ def lookups(model: PopModel, n_questions: int) -> Iterator[TaskDocument]:
                 asked.tokens,
                 len(asked.answer) + 12,
                 1,
-                partial(_found, asked.question.answer),
+                partial(found, asked.question.answer),
             )
             for asked in document.questions
         )
         yield TaskDocument(document.tokens, questions)
 
 
-def _found(answer: str, text: str) -> float:
+def found(answer: str, text: str) -> float:
+    """Return 1 if a continuation contains the exact answer, otherwise 0."""
     return float(is_right(text, answer))
 
 
@@ -81,13 +82,15 @@ def quoting(model: PopModel, code: Path, n_questions: int) -> Iterator[TaskDocum
         yield _chat(
             model,
             f"```\n{piece}\n```",
-            [(_QUOTING.format(n=N_LINES, line=lines[first]), _quoted(wanted))],
+            [(_QUOTING.format(n=N_LINES, line=lines[first]), quoted(wanted))],
             max_tokens=45 * N_LINES,
             max_lines=N_LINES + 1,
         )
 
 
-def _quoted(wanted: Sequence[str]) -> Callable[[str], float]:
+def quoted(wanted: Sequence[str]) -> Callable[[str], float]:
+    """Return the score of an answer: the share of the wanted lines that it has, in order."""
+
     def score(text: str) -> float:
         lines = [line for line in text.split("\n") if not line.startswith("```")]
         blocks = SequenceMatcher(None, wanted, lines, autojunk=False).get_matching_blocks()
@@ -96,11 +99,11 @@ def _quoted(wanted: Sequence[str]) -> Callable[[str], float]:
     return score
 
 
-def calling(model: PopModel) -> Iterator[TaskDocument]:
-    """Yield twenty tools and one request for each, in the form of OpenAI's API."""
+def calling(model: PopModel, n_requests: int) -> Iterator[TaskDocument]:
+    """Yield twenty tools in the form of OpenAI's API, and a request for each of the first."""
     tools = json.loads((Path(__file__).parent / "twenty_tools.json").read_text("utf-8"))
     shown = "\n".join(json.dumps(_schema(tool)) for tool in tools)
-    asked = [(tool["request"], _called(tool)) for tool in tools]
+    asked = [(tool["request"], called(tool)) for tool in tools[:n_requests]]
     yield _chat(model, _CALLING.format(tools=shown), asked, max_tokens=120, max_lines=40)
 
 
@@ -117,7 +120,8 @@ def _schema(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _called(tool: dict[str, Any]) -> Callable[[str], float]:
+def called(tool: dict[str, Any]) -> Callable[[str], float]:
+    """Return the score of an answer: 1 for the right tool with exactly the right arguments."""
     right = {"name": tool["name"], "arguments": tool["arguments"]}
 
     def score(text: str) -> float:

@@ -1,7 +1,7 @@
 """Compare pruning layers with dropping tokens, at the same time to the first token. Not a test.
 
     python tests/bench/measure_dropping.py MODEL.gguf SCORER.gguf --code code.held.txt
-        [--sidecar FILE] [--out answers.jsonl] [--lookups 40] [--quotes 6]
+        [--sidecar FILE] [--out answers.jsonl] [--lookups 40] [--tools 20] [--quotes 6]
 
 MODEL answers in full, pruned, and with a part of the document's tokens, which SCORER chooses for
 each question (attention_scorer.py). Both models have the same vocabulary. *dropped* takes as long
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--sidecar", type=Path)
     parser.add_argument("--out", type=Path, help="file for all answers, as JSONL")
     parser.add_argument("--lookups", type=int, default=40)
+    parser.add_argument("--tools", type=int, default=20, help="number of requests")
     parser.add_argument("--quotes", type=int, default=6)
     options = parser.parse_args()
     source = read_source(options.model)
@@ -140,7 +141,7 @@ def main() -> None:
     with PopModel(opened) as model, forced(model) as reader:
         every: dict[str, Iterator[TaskDocument]] = {
             "look-ups": tasks.lookups(model, options.lookups),
-            "tools": tasks.calling(model),
+            "tools": tasks.calling(model, options.tools),
             "quoting": tasks.quoting(model, options.code, options.quotes),
         }
         # The first read after loading is slower.
