@@ -41,8 +41,8 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2):
     assert done.stdout.count("first token after") == 2
     assert "What rule was painted above the lamp-room door?" in done.stdout
     assert done.stdout.count("The light is never late") == 2, "both answers are in the document"
-    assert "(1.36 times fewer multiply-accumulates)" in done.stdout
-    assert "they skipped 10 of 30 layers" in done.stdout
+    assert "(1.21 times fewer multiply-accumulates)" in done.stdout
+    assert "they skipped 7 of 30 layers" in done.stdout
 
 
 @pytest.fixture
