@@ -6,7 +6,7 @@
 #   FUZZ_FILES=N tries so many instead)
 # make sanitize: the patched library with AddressSanitizer and UBSan under the oracle, damaged files, and
 #   the tests of the CPU's kernels
-# make sidecars: fits the models of the catalog anew, as what is shipped was made, in hours
+# make sidecars: fits the models of the catalog anew, as what is shipped was made, in about an hour
 #   (CATALOG=names for some of them, SIDECAR_name=options for others, TEXTS=folder of the texts)
 # make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
 # make test-wheels: installs them alone in a fresh environment, and asks one question
@@ -180,17 +180,16 @@ ifneq ($(filter test,$(MAKECMDGOALS)),)
 $(SMOLLM2).gguf $(GEMMA).gguf: | $(VENV)/.tools
 endif
 
-# The sidecars with which chat, run and pull open the catalog's models. Hours on one core, all from the beginning.
-# Torch, which distilling needs, is among the tools.
+# The sidecars with which chat, run and pull open the catalog's models. About an hour on one core, measuring included.
 SIDECARS := pop_local/data/sidecars
 # Seven kinds of text, which tests/bench/make_texts.py writes.
 TEXTS ?= texts
 KINDS := encyclopaedia markup documentation code tables dialogue german-french
-ON_KINDS = --distill $(KINDS:%=--text $(TEXTS)/%.fit.txt)
-SIDECAR_smollm2 ?= --boundary 20 --projection fitted --quality balanced --distill-tokens 262144 $(ON_KINDS)
-SIDECAR_gemma3 ?= --boundary 11 --projection fitted --quality balanced --distill-tokens 262144 $(ON_KINDS)
-SIDECAR_qwen-0.5b ?= --boundary 16 --projection fitted-wide --quality balanced $(KINDS:%=--text $(TEXTS)/%.fit.txt)
-SIDECAR_qwen-1.5b ?= --boundary 15 --projection fitted-wide --quality fast --distill-tokens 131072 $(ON_KINDS)
+FITTED = --projection fitted-wide $(KINDS:%=--text $(TEXTS)/%.fit.txt)
+SIDECAR_smollm2 ?= --boundary 23 --quality near-lossless $(FITTED)
+SIDECAR_gemma3 ?= --boundary 13 --quality fast $(FITTED)
+SIDECAR_qwen-0.5b ?= --boundary 16 --quality balanced $(FITTED)
+SIDECAR_qwen-1.5b ?= --boundary 17 --quality balanced $(FITTED)
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
 sidecars: $(addprefix sidecar-,$(CATALOG))
 sidecar-%: $(VENV)/.tools
