@@ -16,7 +16,7 @@ from pop_local.engine.llama.pieces import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import AnsweredCarrier, CarrierSettings, make_carrier, with_answers
 
-# One window in this many is a look-up document.
+# One of SHARE windows is a look-up document.
 SHARE = 4
 # The share of a window that its document takes; questions and answers take the rest.
 _DOCUMENT = 0.55
@@ -50,7 +50,7 @@ def carrier_windows(
             return CarrierWindows(windows[:i], answers[:i])
         tokens = context.tokenize(carrier.text)
         is_answer = _marked(context, tokens, carrier)
-        # A long first block of a tiny vocabulary may overflow: its questions must stay.
+        # A tiny vocabulary's first block may be too long. The questions at the end must stay.
         tokens, is_answer = tokens[-n_tokens + len(prefix) :], is_answer[-n_tokens + len(prefix) :]
         row = [*prefix, *tokens]
         window[:] = np.resize([*row, *filler], n_tokens)

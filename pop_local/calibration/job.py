@@ -26,7 +26,7 @@ from pop_local.engine.learning.sums import Summing
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.taps import Rows, TapRequest
 
-# A large model's state has gigabytes.
+# The minimum time between two saves: a large model's state has gigabytes.
 SAVE_EVERY_S = 60.0
 
 

@@ -22,13 +22,13 @@ from pop_local.engine.llama.devices import has_kernels
 
 # Rows and columns of the product that measures the machine's speed.
 _N_PRODUCT = 1024
-# pop-local's kernels read faster than numpy multiplies: four times with AMX, other CPUs vary.
+# Speed of pop-local's kernels over numpy's products: four with AMX, less on some CPUs.
 _READING_GAIN = 2
 # Sampling decodes few tokens at a time, and reads all weights for them.
 _SAMPLING_COST = 3
-# Python with numpy and llama.cpp, without a model.
+# Memory of Python with numpy and llama.cpp, without a model.
 _BASE_BYTES = 100 * 10**6
-# A search fits few boundaries if the sums of all of them would take more.
+# A search fits few boundaries if the sums of all boundaries would take more memory.
 MOST_SUMS_BYTES = 6 * 10**9
 _ANY = 1 << 60
 # Rows per dimension of the state that choose the parts of a wider input.

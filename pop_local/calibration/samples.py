@@ -37,7 +37,6 @@ def sample_windows(
     """
     rng = np.random.default_rng(seed)
     done = 0
-    # Parts of about equal size.
     n_parts = -(-len(windows) // MAX_SEQUENCES)
     parts = np.array_split(windows, n_parts), np.array_split(np.array(n_given), n_parts)
     for tokens, given in zip(*parts, strict=True):

@@ -96,5 +96,5 @@ def _groups(head: Any) -> tuple[tuple[FitPair, ...], ...]:
 
 def _cannot_resume(message: str) -> CalibrationError:
     return CalibrationError(
-        message, "move it away, or start again without resuming", cause="cannot-resume"
+        message, "move the file away, or convert without resuming", cause="cannot-resume"
     )

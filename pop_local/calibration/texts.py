@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 N_WINDOW = 512
 SEED = 0
-# Distilling on fewer windows overfits: SmolLM2 did with 32. More windows help, at their time.
+# Distilling on fewer windows overfits, as SmolLM2 did with 32. More windows help, but take time.
 N_DISTILLED = 128
 # Additional weight of an answer's token in the distilling loss.
 _ANSWER_WEIGHT = 3.0
@@ -76,7 +76,7 @@ def n_windows(n_tokens: int, n_embd: int) -> int:
         default = default_tokens(n_embd)
         raise CalibrationError(
             f"{n_tokens:,} tokens are too few to calibrate on: this model needs {least:,}",
-            f"give {least} tokens or more (default: {default})",
+            f"use {least} tokens or more (default: {default})",
             cause="too-few-tokens",
             n_least=least,
             n_default=default,
@@ -177,7 +177,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
             f"{_names(paths)} is repetitive: it has fewer than {_LEAST_DISTINCT} distinct tokens",
-            "give a more varied text, or none: the default needs no file",
+            "use a more varied text, or the default text",
         )
     return CalibrationText(_names(paths), _sha256(groups), windows)
 
@@ -196,7 +196,8 @@ def require_text(paths: Sequence[Path], n_embd: int) -> None:
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
-                f"{path} is neither a file nor a folder", "save the text first: it is read twice"
+                f"{path} is neither a file nor a folder",
+                "save the text to a file first, since it is read twice",
             )
     least = least_tokens(n_embd)
     texts = chain.from_iterable(_grouped_texts(paths, least // N_WINDOW))
@@ -208,7 +209,7 @@ def require_text(paths: Sequence[Path], n_embd: int) -> None:
 def _too_short(paths: Sequence[Path], found: str, least: int) -> CalibrationError:
     return CalibrationError(
         f"{_names(paths)} has {found}: this model needs {least:,} tokens",
-        "give more text, or none: the default needs no file",
+        "use more text, or the default text",
     )
 
 

@@ -14,7 +14,7 @@ from pop_local.measure.divergence import Flags, Floats
 
 _N_BOOTSTRAP = 200
 _SEED = 20260203
-# exp overflows a float64 beyond it.
+# exp of a larger exponent overflows a float64.
 _MAX_EXPONENT = 700.0
 
 

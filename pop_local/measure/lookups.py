@@ -27,7 +27,7 @@ from pop_local.measure.heldout import shipped_part
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import CarrierSettings, LookupQuestion, make_carrier
 
-# Maximum of the tokens that question and answer add to a document.
+# Maximum number of tokens that question and answer add to a document.
 _N_AROUND = 256
 # Tokens beyond the right answer's length that may precede it in a continuation.
 _N_LEEWAY = 12

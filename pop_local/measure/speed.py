@@ -34,7 +34,7 @@ from pop_local.engine.turn_options import TurnOptions
 from pop_local.measure.heldout import shipped_text
 
 N_DECODE = 32
-# Number of tokens that precede a picture, as in most chat templates.
+# Number of tokens preceding a picture, as in most chat templates.
 _N_BEFORE = 8
 
 

@@ -7,9 +7,9 @@ from pop_converter.popfile.format import Measured
 if TYPE_CHECKING:
     from pop_local.measure.compared_prompts import Comparison
 
-# A smaller increase of perplexity is not visible in answers.
+# Largest increase of perplexity that is not visible in answers.
 _INVISIBLE = 0.01
-# Chance explains differences of up to 2 standard errors, or with a larger p.
+# Chance explains differences of up to 2 standard errors, or with a p of 0.05 or more.
 _BY_CHANCE, _LEAST_P = 2.0, 0.05
 
 

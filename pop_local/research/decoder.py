@@ -16,7 +16,7 @@ from pop_converter.gguf.source import Source
 from pop_local.research.hyper import Hyper, Rope, read_hyper
 
 _FREQS = "rope_freqs.weight"
-# The interpreter with torch loaded.
+# Memory of the interpreter with torch.
 BASE_BYTES = 400_000_000
 
 

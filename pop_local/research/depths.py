@@ -20,7 +20,7 @@ from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.probes import measure_induction
 from pop_local.measure.quality import Quality, QualityReference, retention
 
-# A layer is the cliff if skipping it also loses this share of the full model's gain.
+# A layer is the cliff if skipping it loses this share of the full model's gain.
 CLIFF = 0.2
 # Minimum speed-up limit of a boundary that is worth measuring.
 LEAST_LIMIT = 1.05

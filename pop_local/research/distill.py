@@ -295,7 +295,8 @@ class _Student:
             after = changed.cpu().numpy()
             if not np.isfinite(after).all():
                 raise FitError(
-                    f"the distilled fit of layer {layer} is not finite", "do not distil it"
+                    f"the distilled fit of layer {layer} is not finite",
+                    "convert without distilling",
                 )
             n_embd = len(before.gain)
             wide = np.ascontiguousarray(after[:, n_embd:-1])
@@ -322,7 +323,7 @@ def _units(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _n_sink(wanted: int, n_tokens: int) -> int:
-    # More sinks would leave windows without context.
+    # With more sinks, short windows would have no context.
     return min(wanted, n_tokens // 4)
 
 
@@ -354,7 +355,7 @@ def _device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype
     shape = plan.shape
     head = shape.n_vocab * shape.n_embd
     kept = sum(shape.n_weights[plan.boundary :]) + head
-    # One layer, or the head, is loaded in float32 at a time.
+    # One layer at a time, or the head, is loaded in float32.
     weights = matrices.itemsize * kept + 4 * max(*shape.n_weights, head)
     projections = 6 * _n_inputs(plan) * sum(map(shape.n_kv, plan.fitted_layers))
     n_head = max(shape.n_heads_out) // hyper.dim_v

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pop_local.research.decoder import Decoder
     from pop_local.research.distill import InitialFit, TeacherStates
 
-_HINT = "close other programs, or leave it out"
+_HINT = "close other programs, or convert without distilling"
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Distiller:
         reference = self.reference
         if reference is None or plan.boundary < reference.first:
             chosen = reference.text if reference else self._text(plan, text)
-            self.reference = reference = None  # there is memory for one of them
+            self.reference = reference = None  # memory holds one reference only
             reference = self.read(max(plan.boundary - n_deeper, 0), chosen, device)
         self.reference = reference if n_deeper else None
         return self.trained(plan, fitted, reference, device)

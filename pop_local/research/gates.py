@@ -114,7 +114,7 @@ def needed_bytes(
     shape: ModelShape, hyper: Hyper, n_tokens: int, n_answer: int, n_batch: int
 ) -> int:
     """Return the bytes that `gate_gradients` and torch need for windows of `n_tokens`."""
-    # One layer is read while the one before it is still there.
+    # While a layer is read, the previous layer is still in memory.
     weights = shape.n_vocab * shape.n_embd + 2 * max(shape.n_weights)
     n_head, n_ff = max(shape.n_heads_out) // hyper.dim_v, max(shape.n_neurons)
     per_token = shape.n_embd * (shape.n_layer + 20) + 6 * n_ff + 5 * n_head * n_tokens

@@ -13,7 +13,7 @@ from pop_converter.gguf.source import Source
 
 GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
-# Gemma's 27B models, told by their depth, scale scores by the width of the state, not of a head.
+# Gemma's 27B models (known by their depth) scale scores by the state's width, not the head's.
 _WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
 _FINAL_CAP = {"gemma2": 30, "gemma3": 0}
 _SCALINGS = ("none", "linear")
@@ -80,7 +80,8 @@ def read_hyper(source: Source) -> Hyper:
     dim_v = int(_number(header, "attention.value_length", dim))
     if min(n_head, dim_k, dim_v) < 1:
         raise FormatError(
-            f"{header.path} has {n_head} heads of {dim_k} and {dim_v} values", "download it again"
+            f"{header.path} has {n_head} heads of {dim_k} and {dim_v} values",
+            "download the model again",
         )
     gemma = arch in GEMMAS
     wide = shape.n_layer == _WIDE_SCALE.get(arch)
@@ -103,8 +104,8 @@ def read_hyper(source: Source) -> Hyper:
 
 def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
-        f"{header.path}: gradients do not know {what}",
-        f"they are there for dense models of {', '.join(ARCHITECTURES)}",
+        f"{header.path}: gradients do not support {what}",
+        f"use a dense model of {', '.join(ARCHITECTURES)}",
     )
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pop_local.research.analyze_options import AnalyzeOptions
 
 Windows = Sequence[Sequence[int]]
-# Windows per batch: more are not faster on a CPU.
+# Windows per batch. Larger batches are not faster on a CPU.
 _N_BATCH = 4
-_SHORTER = "take shorter windows"
+_SHORTER = "use shorter windows"
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def gates_device(
     Raises PopError for too little memory.
     """
     try:
-        device = torch_device(hardware, "the gates are left out")
+        device = torch_device(hardware, "the gates are omitted")
     except PopError as error:
         watch.on_warning(error)
         return None
     try:
         hyper = read_hyper(source)
     except UnsupportedArchitectureError as error:
-        watch.on_warning(PopError(f"the gates are left out: {error.message}", error.hint))
+        watch.on_warning(PopError(f"the gates are omitted: {error.message}", error.hint))
         return None
     from pop_local.research.gates import needed_bytes
 
@@ -80,7 +80,7 @@ def gates_device(
     needed = needed_bytes(shape, hyper, options.n_window, options.n_answer, n_batch)
     free = needs.free_bytes()
     if device.name == "cpu" and needed > free:
-        hint = f"{_SHORTER}, close other programs, or leave them out"
+        hint = f"{_SHORTER}, close other programs, or analyze without gates"
         raise TooLittleMemoryError(
             "the gates need", needed, free, hint, cause="no-memory-for-gates"
         )
@@ -99,7 +99,9 @@ def importance(
 
     tokens, n_context = np.array(windows, np.int32), options.n_context
     stage = watch.stage("Virtual gates")
-    with computing("the gates", f"{_SHORTER}, or leave them out", cause="no-memory-for-gates"):
+    with computing(
+        "the gates", f"{_SHORTER}, or analyze without gates", cause="no-memory-for-gates"
+    ):
         decoder = Decoder(source, device.name)
         found = gate_gradients(
             decoder, tokens, n_context, n_batch=_N_BATCH, seed=options.seed, on_progress=stage

@@ -41,7 +41,7 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
-# Draws of random tokens: two give the retention to some percent.
+# Draws of random tokens. With two draws, the retention's error is some percent.
 _N_DRAWS = 2
 # A quarter of `convert`'s tokens is enough to compare depths.
 _FIT_SHARE = 4

@@ -14,7 +14,7 @@ class Unit(Enum):
     BYTES = "bytes"
 
 
-# Seconds below which the rate is not known well enough.
+# Minimum seconds for estimating the rate.
 _LEAST_S = 5.0
 
 
@@ -43,7 +43,7 @@ class TimeLeft:
 
     def __init__(self, stages: Sequence[PlannedStage]) -> None:
         self._stages, self._began_s = stages, time.monotonic()
-        # Counted in parts.
+        # Parts that are left of each stage.
         self._n_left = [stage.n_most * stage.n_parts for stage in stages]
         self._at: int | None = None
         self._name = ""

@@ -182,7 +182,7 @@ def _of_model(
     first = source.first
     architecture = first.get("general.architecture")
     if not isinstance(architecture, str):
-        raise FormatError(f"{first.path} has no architecture", "give a language model")
+        raise FormatError(f"{first.path} has no architecture", "use a language model")
     name = first.get("general.name")
     mmproj = None if architecture == ARCHITECTURE else find_mmproj(first.path)
     skipping, refused = None, ""

@@ -80,7 +80,7 @@ class OnlineCalibration:
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
         if model.engine.calibrator is None:
-            raise PopError("the model does not learn", "call its learn()")
+            raise PopError("the model does not learn", "call the model's learn()")
         self.loss: Loss | None = None
         self._in_use: Quality | None = None
         self._model, self._learner, self._budget = model, model.engine.calibrator, budget

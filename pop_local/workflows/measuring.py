@@ -46,7 +46,7 @@ def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
     names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
     found = {name: getattr(quality, name).value for name in names}
     if any(map(isnan, found.values())):
-        raise PopError("the model predicts values that are not numbers", "download it again")
+        raise PopError("the model predicts values that are not numbers", "download the model again")
     found |= {error: getattr(quality, name).se or 0.0 for error, name in _ERRORS.items()}
     if lookups is None:
         return Measured(**found)

@@ -141,8 +141,8 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
     if sidecar is not None:
         if not sidecar.is_file():
             raise PopError(
-                f"there is no sidecar {sidecar}",
-                "convert the model to one",
+                f"the sidecar {sidecar} does not exist",
+                "convert the model to a sidecar",
                 cause="no-sidecar",
             )
         return ModelFiles(base_file(model, watch), sidecar)

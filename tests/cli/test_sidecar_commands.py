@@ -167,7 +167,7 @@ def test_it_can_be_named(base, sidecar, capsys):
     assert model_files(str(base)) == ModelFiles(base)
     assert model_files(str(base), elsewhere) == ModelFiles(base, elsewhere)
     assert capsys.readouterr().err == ""
-    with pytest.raises(PopError, match="there is no sidecar"):
+    with pytest.raises(PopError, match="does not exist"):
         model_files(str(base), sidecar)
 
 

@@ -188,7 +188,7 @@ REFUSED = {
     "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "eval": (("eval", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "model as sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "tiny.gguf"), "is not a sidecar"),
-    "no such sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "no.gguf"), "there is no sidecar"),
+    "no such sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "no.gguf"), "does not exist"),
     "other model": (
         ("run", "other.gguf", "hi", "--sidecar", "tiny.pop-sidecar.gguf"),
         "not belong",

@@ -19,9 +19,9 @@ from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 
-# 16 windows leave the mean KL a standard error of a fifth or less.
+# With 16 windows, the standard error of the mean KL is a fifth of it or less.
 N_WINDOWS = 16
-# Documents with look-ups, and those after which a clear loss ends the measurement.
+# Documents with look-ups, and documents after which a clear loss ends the measurement.
 N_DOCUMENTS = 10
 N_SCREENED = 2
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError, StoppedError, WriteError
@@ -27,14 +27,12 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import resolve_base
+from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
 from pop_local.workflows.conversion.goals import Goal, Within, plans_of
 from pop_local.workflows.conversion.refusals import CopyingBrokenError, OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.hardware import Hardware
-
-if TYPE_CHECKING:
-    from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
 
 STATE_SUFFIX = ".calibration"
 
@@ -241,8 +239,6 @@ class ConversionRun:
 
     def fitter(self) -> PlanFitter:
         """Return a fitter of the plans."""
-        from pop_local.workflows.conversion.fits import PlanFitter
-
         runner = self.runner
         make = self.conversion.options.distiller
         distiller = make and make(runner.source, self.fit, runner.hardware, runner.watch)

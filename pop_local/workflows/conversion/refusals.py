@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
 from pop_converter.popfile.pruning_plan import Plan
-
-if TYPE_CHECKING:
-    from pop_local.measure.lookups import Lookups
-    from pop_local.measure.quality import Quality
+from pop_local.measure.lookups import Lookups
+from pop_local.measure.quality import Quality
 
 
 class CopyingBrokenError(PopError):

@@ -194,7 +194,6 @@ class Search:
             if candidate.is_inside is None and candidate.plan.speedup_limit <= limit:
                 continue
             is_inside = self.judge.settle(candidate)
-            # Fewer rows are never better at the same boundary.
             least = candidate.boundary + (not is_inside)
             deepest |= {fewer: max(least, deepest[fewer]) for fewer in rule.fewer}
             if is_inside:

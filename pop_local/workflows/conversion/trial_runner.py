@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from pop_converter.fit.least_squares import KvType
 from pop_converter.gguf.source import Source
@@ -16,12 +15,12 @@ from pop_converter.popfile.format import Binding
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted, check_target
 from pop_converter.popfile.sidecar import bind, measure_sidecar, write_trial
+from pop_local.engine.model import PopModel
+from pop_local.measure.quality import QualitySettings
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
-
-if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
+from pop_local.workflows.measuring import opened, row_options
 
 _PREFIX = "pop-local-"
 _NAME = "fitted.gguf"
@@ -52,9 +51,6 @@ class TrialRunner:
         `n_ctx`: context length in tokens (default: room for held-out windows). Raises PopError,
         StoppedError.
         """
-        from pop_local.measure.quality import QualitySettings
-        from pop_local.workflows.measuring import opened, row_options
-
         settings = QualitySettings()
         n_ctx = n_ctx or 2 * (settings.n_context + settings.n_continuation)
         files = files or ModelFiles(self.path)
