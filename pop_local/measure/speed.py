@@ -23,11 +23,11 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, Ran, counting
 from pop_local.engine.depth.deep_rows import find_deep_rows
-from pop_local.engine.images.mmproj import Seen
+from pop_local.engine.images.mmproj import TokenizedPicture
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import NO_ENDS, plan_prefill
+from pop_local.engine.prefill.plan import NO_FULL_ROWS, plan_prefill
 from pop_local.engine.prefill.read import Read, read_context_only
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
@@ -223,7 +223,7 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
 
 def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:
     """Raise PopError unless the counters show the whole prompt, pruned as the mode requires."""
-    rule = NO_ENDS if model.engine.pruning.exact else model.engine.rule
+    rule = NO_FULL_ROWS if model.engine.pruning.exact else model.engine.rule
     n_prompt = len(prompt)
     deep = find_deep_rows(model.engine.context, np.asarray(prompt.tokens), rule.deep_rows)
     plan = plan_prefill(0, n_prompt, rule, model.engine.context.n_batch, prompt.spans, deep)
@@ -238,7 +238,7 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
         )
 
 
-def text_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Prompt:
+def text_prompt(model: PopModel, n_prompt: int, seen: TokenizedPicture | None = None) -> Prompt:
     """Return a prompt of held-out prose, dialogue, code and tables, with a picture near its start.
 
     The prompt is real text, since its words decide which rows run deep. Raises PopError if a

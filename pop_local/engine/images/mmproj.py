@@ -70,8 +70,8 @@ class ImageChunk:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A picture as the model sees it: rows of images, and the model's tokens around them.
+class TokenizedPicture:
+    """The tokens of a picture: rows of images, and the text tokens around them.
 
     `images`: by their first offset in `tokens`.
     """
@@ -127,7 +127,7 @@ class Mmproj:
         self._n_nodes = 0
         self._ctx: Any = None
         self._lock = threading.RLock()
-        self._known: OrderedDict[str, Seen] = OrderedDict()
+        self._known: OrderedDict[str, TokenizedPicture] = OrderedDict()
         self._kept: OrderedDict[str, _Pixels] = OrderedDict()
         self._last: _Cut | None = None
         header = read_source(path).first
@@ -175,7 +175,7 @@ class Mmproj:
             "give the mmproj that was published with it",
         )
 
-    def see(self, picture: Picture) -> Seen:
+    def see(self, picture: Picture) -> TokenizedPicture:
         """Split a picture into the model's images and tokens.
 
         Raises PopError for a damaged picture, and for one that libmtmd rejects.
@@ -317,7 +317,7 @@ class Mmproj:
             mtmd.mtmd_bitmap_free(bitmap)
         return cut
 
-    def _pieces(self, picture: Picture) -> Seen:
+    def _pieces(self, picture: Picture) -> TokenizedPicture:
         mtmd = self._mtmd
         tokens: list[int] = []
         images: dict[int, ImageChunk] = {}
@@ -338,7 +338,7 @@ class Mmproj:
                 is_mutual=bool(mtmd.mtmd_decode_use_non_causal(self._ctx, chunk)),
             )
             tokens += [NO_TOKEN] * n_rows
-        return Seen(tuple(tokens), images)
+        return TokenizedPicture(tuple(tokens), images)
 
     def _text_tokens(self, chunk: Any) -> list[int]:
         """Return the text tokens of a chunk, which surround images."""

@@ -38,7 +38,7 @@ class RowRule:
 
 
 # Only rows with logits are full: the other rows skip layers exactly, or are refilled later.
-NO_ENDS = RowRule(sink_tokens=0, tail_tokens=0)
+NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 NO_TAIL = 2**31 - 1  # a `full_from` past all positions
 
 

@@ -15,7 +15,7 @@ from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.prefill.plan import (
-    NO_ENDS,
+    NO_FULL_ROWS,
     NO_TAIL,
     RowRule,
     full_rows,
@@ -106,7 +106,7 @@ def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
     This is the minimal work of a pruned prefill. Raises as `read` does.
     """
     cache.make_room(len(prompt))
-    reading = _PromptRead(cache, prompt, NO_ENDS, None)
+    reading = _PromptRead(cache, prompt, NO_FULL_ROWS, None)
     reading.run_context()
     return reading.result()
 
@@ -169,7 +169,7 @@ class _PromptRead:
     ) -> None:
         self._cache, self._prompt = cache, prompt
         # With exact skipping, sink and tail need no full rows.
-        self._rule = NO_ENDS if cache.pruning.exact else rule
+        self._rule = NO_FULL_ROWS if cache.pruning.exact else rule
         self._on_prefill = on_prefill
         self._epoch = cache.epoch
         self._n_cached = cache.n_tokens
@@ -212,7 +212,7 @@ class _PromptRead:
         """Read the whole prompt as context rows."""
         self._deep[:] = False
         self._cache.slot.set_full(0, NO_TAIL)
-        self._run(NO_ENDS, NO_TAIL, Outputs.NONE)
+        self._run(NO_FULL_ROWS, NO_TAIL, Outputs.NONE)
 
     def _run(self, rule: RowRule, full_from: int, last: Outputs) -> None:
         cache, prompt = self._cache, self._prompt

@@ -9,7 +9,7 @@ from typing import Any
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
+from pop_local.engine.images.mmproj import ImageChunk, Mmproj, TokenizedPicture
 from pop_local.engine.images.pictures import Picture, has_pillow
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context, utf8
@@ -128,7 +128,7 @@ class Prompter:
         before, found, _ = shown.partition(_PROBE)
         return before if found else ""
 
-    def see(self, picture: Picture) -> Seen:
+    def see(self, picture: Picture) -> TokenizedPicture:
         """Split a picture into the model's images. Raises the errors of Mmproj.see."""
         return self.open_vision().see(picture)
 
@@ -147,7 +147,7 @@ class Prompter:
         return self._vision.open(self.context.model, self.context.settings.n_threads_batch)
 
     def _with_pictures(
-        self, text: str, marks: Mapping[str, str], shown: Mapping[str, Seen]
+        self, text: str, marks: Mapping[str, str], shown: Mapping[str, TokenizedPicture]
     ) -> tuple[list[int], dict[int, ImageChunk]]:
         """Return the tokens and images of a rendered prompt, which has a mark for each picture."""
         pieces = re.split(f"([{''.join(shown)}])", text) if shown else [text]
