@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama.context import Context
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import AnsweredCarrier, CarrierSettings, make_carrier, with_answers
 
@@ -41,14 +41,14 @@ def carrier_windows(
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)
     answers = np.zeros((n, n_tokens), bool)
-    prefix = list(context.bos)
-    filler = context.tokenize(prose[: 8 * n_tokens])
+    prefix = list(context.vocabulary.bos)
+    filler = context.vocabulary.tokenize(prose[: 8 * n_tokens])
     for i, (window, marked) in enumerate(zip(windows, answers, strict=True)):
         try:
             carrier = _written(context, rng, n_tokens - len(prefix), prose)
         except PopError:
             return CarrierWindows(windows[:i], answers[:i])
-        tokens = context.tokenize(carrier.text)
+        tokens = context.vocabulary.tokenize(carrier.text)
         is_answer = _marked(context, tokens, carrier)
         # A tiny vocabulary's first block may be too long. The questions at the end must stay.
         tokens, is_answer = tokens[-n_tokens + len(prefix) :], is_answer[-n_tokens + len(prefix) :]
@@ -64,7 +64,7 @@ def _written(
     """Build a document with as many questions as fit into `n_tokens`, but one or more."""
 
     def count(text: str) -> int:
-        return len(context.tokenize(text))
+        return len(context.vocabulary.tokenize(text))
 
     settings = CarrierSettings(int(_DOCUMENT * n_tokens), _MOST, Use.FITTING)
     carrier = make_carrier(rng, settings, prose, count)
@@ -77,7 +77,7 @@ def _written(
 
 def _marked(context: Context, tokens: Sequence[int], carrier: AnsweredCarrier) -> list[bool]:
     """Return True for each token that spells a part of an answer."""
-    pieces = Pieces(context)
+    pieces = Pieces(context.vocabulary)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
     # Some tokenizers put a space before the text.
     shift = int(ends[-1]) - len(carrier.text.encode())

@@ -59,7 +59,7 @@ def _fill(
         return
     n_batch = n if n_known == 1 else max(n, _READ_AGAIN)
     shape = {"n_ctx": n * n_window, "n_batch": n_batch, "n_ubatch": n_batch, "n_seq_max": n}
-    with context.another(**shape) as ctx, closing(TokenBatch(n_batch)) as batch:
+    with context.extra_context(**shape) as ctx, closing(TokenBatch(n_batch)) as batch:
         for sequence, row in enumerate(tokens[:, : n_known - 1]):
             for start in range(0, len(row), n_batch):
                 piece = row[start : start + n_batch]
@@ -70,7 +70,9 @@ def _fill(
             logs.forget_errors()
             at = (np.full(n, step - 1), np.arange(n), np.ones(n, bool))
             _require(batch.run(ctx, tokens[:, step - 1], *at))
-            logits = np.ctypeslib.as_array(bindings().llama_get_logits(ctx), (n, context.n_vocab))
+            logits = np.ctypeslib.as_array(
+                bindings().llama_get_logits(ctx), (n, context.vocabulary.n_tokens)
+            )
             if np.isnan(logits.max(axis=1)).any():
                 raise PopError(
                     "the model predicts NaN",

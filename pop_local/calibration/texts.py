@@ -122,14 +122,14 @@ def sampled(
 
 
 def _starts(context: Context, n_sampled: int) -> list[list[int]]:
-    chat = context.tokenize(Prompter(context).before_question(), special=True)[:N_WINDOW]
+    chat = context.vocabulary.tokenize(Prompter(context).before_question(), special=True)[:N_WINDOW]
     n_chat = n_sampled // 2 if chat else 0
     return [chat] * n_chat + [[first_token(context)]] * (n_sampled - n_chat)
 
 
 def first_token(context: Context) -> int:
     """Return the first token of a generated text: BOS, else EOS, else token 0."""
-    api, vocab = bindings(), context.vocab
+    api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
 
@@ -261,14 +261,16 @@ def _library_code() -> str:
 
 def _cut(context: Context, text: str, count: int) -> Windows:
     """Cut up to `count` evenly spread windows, each with the model's BOS first."""
-    prefix = list(context.bos)
+    prefix = list(context.vocabulary.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN
     if len(text) > count * n_chars:
         starts = [i * (len(text) - n_chars) // max(count - 1, 1) for i in range(count)]
-        parts = [context.tokenize(text[start : start + n_chars])[:n_text] for start in starts]
+        parts = [
+            context.vocabulary.tokenize(text[start : start + n_chars])[:n_text] for start in starts
+        ]
     else:
-        tokens = context.tokenize(text)
+        tokens = context.vocabulary.tokenize(text)
         n_whole = len(tokens) // n_text
         chosen = [i * n_whole // count for i in range(count)] if n_whole > count else range(n_whole)
         parts = [tokens[i * n_text : (i + 1) * n_text] for i in chosen]

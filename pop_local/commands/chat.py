@@ -78,7 +78,7 @@ def chat(
     warn_of_base_model(begun)
     if sys.stdin.isatty():
         engine = begun.model.engine
-        note(f"{engine.context.path}, context of {engine.context.n_ctx:,} tokens.")
+        note(f"{engine.context.files.path}, context of {engine.context.n_ctx:,} tokens.")
         note(pruning_state(begun.model))
         if engine.calibrator is not None and not engine.calibrator.learned.n_rows:
             note(

@@ -80,7 +80,7 @@ class Opener:
         engine = opened.engine
         refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:
-            why = engine.context.no_refill or "this model is not pruned"
+            why = engine.context.files.no_refill or "this model is not pruned"
             warn(f"--refill has no effect: {why}")
         if options.learn == "on" and "learn" in self.asked and len(engine.sequences) > 1:
             warn("--learn has no effect with several slots; use --parallel 1")

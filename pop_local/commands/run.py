@@ -78,7 +78,7 @@ def run(
     for picture in pictures:
         screen.note(picture_line(picture, engine.prompter.count_picture(picture), n_ctx))
     for document in documents:
-        n_tokens = len(engine.context.tokenize(document.text))
+        n_tokens = len(engine.context.vocabulary.tokenize(document.text))
         screen.note(counted_line(document.name, n_tokens, n_ctx))
     options = sampling.given
     options["ends_repeats"] = True
@@ -150,7 +150,7 @@ def _collected(opened: PopModel, chunks: Iterator[Chunk]) -> dict[str, Any]:
     stats = pieces[-1].stats
     assert stats is not None, "the last chunk contains the statistics"
     return {
-        "model": opened.engine.context.path,
+        "model": opened.engine.context.files.path,
         "text": "".join(chunk.text for chunk in pieces),
         "full": not opened.engine.pruning.mode,
         "boundary": opened.engine.pruning.boundary,

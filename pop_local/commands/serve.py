@@ -165,7 +165,7 @@ def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
     if (folder := to.models) is None:
         opened = opener()
         # Clients probably use the catalog name that the user typed.
-        path = opened.engine.context.path
+        path = opened.engine.context.files.path
         name = to.name or (opener.model if lookup(opener.model) else printable(path.stem))
         return ModelPool.of_one(ModelFile(name, path), opened, lessons, **options)
     registry = ModelRegistry(

@@ -15,10 +15,9 @@ from pop_local.engine.decode.repeats import Repeats
 from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import TextStream
 from pop_local.engine.llama.interrupt import stopped_by
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.read import ReadingStoppedError
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.prompt.prompter import is_end
 from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.call_form import CallConstraint
 from pop_local.engine.turn_options import TurnOptions
@@ -69,7 +68,7 @@ class _Turn:
             raise ContextFullError(len(prompt), options.min_answer, context.n_ctx)
         self._limit = min(options.max_tokens or room, room)
         self._text = TextStream((*prompt.stops, *options.stops))
-        self._pieces = Pieces(context, options.calls.shown if options.calls else ())
+        self._pieces = Pieces(context.vocabulary, options.calls.shown if options.calls else ())
         n_top = options.n_top_logprobs
         self._logprobs = None if n_top is None else Logprobs(sequence.cache.slot, n_top)
         has_form = options.grammar is not None
@@ -113,7 +112,7 @@ class _Turn:
     def _decode(self, token: int) -> Iterator[Chunk]:
         while True:
             self._n_decoded += 1
-            at_end = is_end(self._context, token)
+            at_end = self._context.vocabulary.is_end(token)
             piece = b"" if at_end else self._pieces[token]
             if isinstance(self._constraint, CallConstraint) and self._constraint.is_calling:
                 # A call's arguments may contain stop strings and repetitions.
@@ -175,7 +174,7 @@ class _Turn:
             n_image=self._prompt.n_image,
             encode_s=found.encode_s,
             is_short=found.is_short,
-            fit=_fit(self._context.meta) if counters.n_context else "",
+            fit=_fit(self._context.files.meta) if counters.n_context else "",
             stop=self._text.stop,
             is_repeating=self._is_repeating,
         )

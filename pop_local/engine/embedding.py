@@ -19,7 +19,7 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 
     Raises PopError for a type other than mean and last row.
     """
-    kind = cache.context.header.of_arch("pooling_type")
+    kind = cache.context.files.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
         return gguf.PoolingType.MEAN
     if kind == gguf.PoolingType.LAST:
@@ -37,13 +37,13 @@ def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()
-    total = np.zeros(context.n_embd, np.float64)
+    total = np.zeros(context.files.n_embd, np.float64)
     with cache.slot.locked():
         api.llama_set_embeddings(context.ctx, True)
         try:
             for n_rows in append_all(cache, tokens, _MAX_ROWS):
                 found = api.llama_get_embeddings(context.ctx)
-                rows = np.ctypeslib.as_array(found, (n_rows, context.n_embd))
+                rows = np.ctypeslib.as_array(found, (n_rows, context.files.n_embd))
                 is_last = pooling == gguf.PoolingType.LAST
                 total = rows[-1].astype(np.float64) if is_last else total + rows.sum(0)
         finally:

@@ -23,8 +23,8 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batching import batched_slots
 from pop_local.engine.llama.context import Context
-from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.llama.slot import SingleSlot, Slot
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompter import Prompter
@@ -87,7 +87,9 @@ class Engine:
             keys = CacheKeys(context, cache.pruning, vision)
             states = CacheStates(cache, keys, options.prompt_cache)
             sequences.append(CachedSequence(states, Refiller(cache), rule))
-        engine = cls(options, context, tuple(sequences), prompter, vision, TokenTries(context))
+        engine = cls(
+            options, context, tuple(sequences), prompter, vision, TokenTries(context.vocabulary)
+        )
         engine.set_refill(options.keep_states)
         if options.full:
             engine.set_mode(Mode.OFF)
@@ -144,7 +146,7 @@ class Engine:
         """
         self.context.interrupt.require_idle()
         for sequence in self.sequences:
-            can_refill = bool(sequence.cache.pruning.boundary) and not self.context.no_refill
+            can_refill = bool(sequence.cache.pruning.boundary) and not self.context.files.no_refill
             sequence.refiller.is_on = is_on and can_refill
             sequence.keep_states(sequence.refiller.is_on)
 
@@ -153,7 +155,7 @@ class Engine:
     @cached_property
     def recommended(self) -> dict[str, float]:
         """Sampling options that the model's file recommends, by field of TurnOptions."""
-        return recommended(self.context.header)
+        return recommended(self.context.files.header)
 
     def answer(
         self,
@@ -181,7 +183,7 @@ class Engine:
         """Return the constraint on the answer's tokens: tool calls, a grammar, or None."""
         grammar, calls = options.grammar, options.calls
         if calls is not None:
-            pieces = Pieces(self.context, calls.shown)
+            pieces = Pieces(self.context.vocabulary, calls.shown)
             return CallConstraint(self.token_tries.get(calls.shown), pieces, calls)
         if grammar is None:
             return None

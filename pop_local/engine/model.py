@@ -134,12 +134,12 @@ class PopModel:
         with self._lock:
             engine = self._engine
             context = engine.context
-            cannot = bool(engine.pruning.exact or context.shape.no_refill)
+            cannot = bool(engine.pruning.exact or context.files.shape.no_refill)
             require_learnable(context, cannot=cannot)
             calibrator = OnlineCalibrator(
                 engine.cache,
-                context.shape,
-                SumsFile.of(context.source),
+                context.files.shape,
+                SumsFile.of(context.files.source),
                 memory_bytes or default_memory(),
             )
             self._engine = replace(engine, calibrator=calibrator)

@@ -58,10 +58,10 @@ class CachedSequence:
             return
         if mode is not Mode.OFF and not pruning.can_switch:
             raise PopError(
-                f"{cache.context.path} has no pruning keys",
+                f"{cache.context.files.path} has no pruning keys",
                 "convert it first",
                 cause="not-converted",
-                model=str(cache.context.path),
+                model=str(cache.context.files.path),
             )
         if not pruning.exact:
             self.states.store()

@@ -252,7 +252,8 @@ def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: An
         is_full_right=prompt.is_right(full.text),
         is_pruned_right=prompt.is_right(pruned.text),
         first_difference=_first_difference(
-            model.engine.context.tokenize(full.text), model.engine.context.tokenize(pruned.text)
+            model.engine.context.vocabulary.tokenize(full.text),
+            model.engine.context.vocabulary.tokenize(pruned.text),
         ),
     )
 

@@ -66,7 +66,7 @@ class Forced:
         self.model = model
         self._sequence = model.engine.sequences[0]
         self._cache, self._context = model.engine.cache, model.engine.context
-        self._next = np.empty((0, model.engine.context.n_vocab), np.float32)
+        self._next = np.empty((0, model.engine.context.vocabulary.n_tokens), np.float32)
         self._state: SavedState | None = None
         self.n_pruned = 0
 
@@ -91,7 +91,7 @@ class Forced:
         The context and tokens[:i] predict row i. The text then leaves the cache.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
-        logits = np.empty((len(tokens), self._context.n_vocab), np.float32)
+        logits = np.empty((len(tokens), self._context.vocabulary.n_tokens), np.float32)
         logits[:1] = self._next
         for start, end in self._append_full(tokens[:n_decoded], Outputs.ALL, _MAX_SCORED_ROWS):
             logits[start + 1 : end + 1] = self._context.logits(end - start)

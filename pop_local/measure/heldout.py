@@ -47,7 +47,7 @@ def given_text(path: Path) -> Text:
 
 def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
     """Return the tokens of each part, without BOS."""
-    return tuple(tuple(model.engine.context.tokenize(part)) for part in text.parts)
+    return tuple(tuple(model.engine.context.vocabulary.tokenize(part)) for part in text.parts)
 
 
 def room(texts: TextTokens, n_tokens: int) -> int:

@@ -18,7 +18,6 @@ import numpy as np
 
 from pop_converter.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
-from pop_local.engine.prompt.prompter import is_end
 from pop_local.measure.compared_prompts import mcnemar
 from pop_local.measure.divergence import likelihood, predictions
 from pop_local.measure.estimate import Estimate, ratio
@@ -165,21 +164,24 @@ def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDoc
     documents = []
     for _ in range(settings.n_documents):
         carrier = make_carrier(
-            rng, sized, prose, lambda text: len(model.engine.context.tokenize(text))
+            rng, sized, prose, lambda text: len(model.engine.context.vocabulary.tokenize(text))
         )
         # The blank line belongs to the document: most vocabularies merge it with a full stop.
-        tokens = (*model.engine.context.bos, *model.engine.context.tokenize(carrier.text + "\n\n"))
+        tokens = (
+            *model.engine.context.vocabulary.bos,
+            *model.engine.context.vocabulary.tokenize(carrier.text + "\n\n"),
+        )
         questions = tuple(_tokenize_question(model, each) for each in carrier.questions)
         documents.append(LookupDocument(tokens, questions))
     return tuple(documents)
 
 
 def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQuestion:
-    tokens = model.engine.context.tokenize(question.completion)
-    whole = model.engine.context.tokenize(f"{question.completion} {question.answer}")
+    tokens = model.engine.context.vocabulary.tokenize(question.completion)
+    whole = model.engine.context.vocabulary.tokenize(f"{question.completion} {question.answer}")
     answer = whole[len(tokens) :]
     if whole[: len(tokens)] != tokens:  # the vocabulary merges tokens across the space
-        answer = model.engine.context.tokenize(f" {question.answer}")
+        answer = model.engine.context.vocabulary.tokenize(f" {question.answer}")
     return TokenizedQuestion(question, tuple(tokens), tuple(answer))
 
 
@@ -235,14 +237,14 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
     n_decoded = 0
-    while not is_end(model.engine.context, token):
+    while not model.engine.context.vocabulary.is_end(token):
         tokens.append(token)
-        text = model.engine.context.detokenize(tokens)
+        text = model.engine.context.vocabulary.detokenize(tokens)
         if len(tokens) >= n_most or "\n" in text.lstrip():
             return text
         reader.extend(tokens[n_decoded:])
         n_decoded, token = len(tokens), reader.next_token
-    return model.engine.context.detokenize(tokens)
+    return model.engine.context.vocabulary.detokenize(tokens)
 
 
 def compare_lookups(full: Answers, pruned: Answers, settings: LookupSettings) -> Lookups:

@@ -85,7 +85,7 @@ def measure_induction(reader: Forced, repeated: Repeated, pruning: Pruning, ran:
 
 def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
     start, end = _scored(reader)
-    context = [*reader.model.engine.context.bos, *tokens[:end]]
+    context = [*reader.model.engine.context.vocabulary.bos, *tokens[:end]]
     reader.read(context[:1], FULL)
     predicted = predictions(reader.predict(context[1:]))
     nll = likelihood(predicted, np.asarray(context)[1:]).nll
@@ -94,7 +94,7 @@ def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
 
 def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> float:
     start, end = _scored(reader)
-    reader.read([*reader.model.engine.context.bos, *tokens], pruning)
+    reader.read([*reader.model.engine.context.vocabulary.bos, *tokens], pruning)
     return float(copied(reader, tokens[:end]).nll[start - 1 :].mean())
 
 
@@ -103,17 +103,20 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
     The first token is excluded, since it is not predictable.
     """
-    start = max(1, reader.rule.sink_tokens - len(reader.model.engine.context.bos))
+    start = max(1, reader.rule.sink_tokens - len(reader.model.engine.context.vocabulary.bos))
     end = N_REPEATED - reader.rule.tail_tokens
     return (start, end) if start < end else (1, N_REPEATED)
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
     """Draw ordinary tokens uniformly. Models treat control tokens specially."""
-    vocab, attribute = model.engine.context.vocab, backend.bindings().llama_vocab_get_attr
+    vocab, attribute = (
+        model.engine.context.vocabulary.pointer,
+        backend.bindings().llama_vocab_get_attr,
+    )
     tokens: list[int] = []
     while len(tokens) < n_tokens:
-        token = int(rng.integers(model.engine.context.n_vocab))
+        token = int(rng.integers(model.engine.context.vocabulary.n_tokens))
         if attribute(vocab, token) & _NORMAL:
             tokens.append(token)
     return tokens

@@ -227,7 +227,7 @@ def choose_windows(
 ) -> tuple[Window, ...]:
     """Cut windows out of a text. Raises PopError if the text or the context is too short."""
     require_passage(settings.n_context, reader.rule)
-    start = reader.model.engine.context.bos
+    start = reader.model.engine.context.vocabulary.bos
     n_text = settings.n_context - len(start)
     rng = np.random.default_rng(settings.seed)
     windows = []

@@ -244,7 +244,7 @@ def text_prompt(model: PopModel, n_prompt: int, seen: TokenizedPicture | None = 
     The prompt is real text, since its words decide which rows run deep. Raises PopError if a
     picture leaves no room for text.
     """
-    kinds = [model.engine.context.tokenize(part) for part in shipped_text().parts]
+    kinds = [model.engine.context.vocabulary.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))
     tokens = [token for kind in kinds for token in islice(cycle(kind), n_each)][:n_prompt]
     if seen is None:

@@ -58,7 +58,7 @@ def measure_cliff(
     The speed-up limits are for prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
     """
     context, rule = model.engine.context, model.engine.rule
-    tried, retentions = boundaries(context.shape), []
+    tried, retentions = boundaries(context.files.shape), []
     with forced(model) as reader:
         ran = counting(len(tried) * reference.settings.n_draws, on_progress)
         for boundary in tried:
@@ -68,8 +68,8 @@ def measure_cliff(
     return tuple(
         DepthCost(
             boundary=boundary,
-            n_skipped=context.shape.n_layer - boundary,
-            speedup_limit=speedup_limit(context.macs, LIMIT_PROMPT, boundary, n_full),
+            n_skipped=context.files.shape.n_layer - boundary,
+            speedup_limit=speedup_limit(context.files.macs, LIMIT_PROMPT, boundary, n_full),
             retention=retained,
             lost_retention=lost,
         )

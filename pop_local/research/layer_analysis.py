@@ -196,7 +196,7 @@ class _Run:
         files, rows = ModelFiles(self.source.first.path), row_options(self.ends)
         with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx, **rows) as model:
             tokens = tokenize(model, self.text)
-            start = model.engine.context.bos
+            start = model.engine.context.vocabulary.bos
             texts = spread_windows(tokens, n_gated, options.n_window - len(start))
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)

@@ -54,7 +54,7 @@ class ModelInfo:
         engine = model.engine
         return cls(
             name,
-            engine.context.source,
+            engine.context.files.source,
             engine.context.n_ctx,
             engine.pruning.boundary,
             engine.pruning.exact,

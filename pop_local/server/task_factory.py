@@ -10,7 +10,7 @@ from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.embedding import require_pooling
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.prompt.prompt import Prompt
@@ -92,7 +92,7 @@ class TaskFactory:
         return tasks
 
     def embeddings(self, body: bodies.EmbeddingsBody) -> list[Task]:
-        if body.dimensions not in (None, n_embd := self.model.engine.context.n_embd):
+        if body.dimensions not in (None, n_embd := self.model.engine.context.files.n_embd):
             message = f"dimensions must be {n_embd}: embeddings cannot be shortened"
             raise ApiError(400, message, param="dimensions")
         with bad_request():
@@ -121,7 +121,9 @@ class TaskFactory:
                 with bad_request("suffix"):
                     tokens = infilling(self.model.engine.context, prompt, suffix)
             elif isinstance(prompt, str):
-                tokens = self.model.engine.context.tokenize(prompt, add_bos=True, special=True)
+                tokens = self.model.engine.context.vocabulary.tokenize(
+                    prompt, add_bos=True, special=True
+                )
             else:
                 tokens = prompt
             self._check_length(len(tokens), param)
@@ -130,12 +132,12 @@ class TaskFactory:
 
     def text(self, tokens: Sequence[int]) -> str:
         context = self.model.engine.context
-        pieces = Pieces(context, range(context.n_vocab))
+        pieces = Pieces(context.vocabulary, range(context.vocabulary.n_tokens))
         return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
         """Raise ApiError for tokens outside the vocabulary."""
-        n_vocab = self.model.engine.context.n_vocab
+        n_vocab = self.model.engine.context.vocabulary.n_tokens
         if any(not 0 <= token < n_vocab for token in tokens):
             raise ApiError(400, f"token ids must be 0 to {n_vocab - 1}", param=param)
 
@@ -148,7 +150,7 @@ class TaskFactory:
                 f"the context is too small: the prompt has {n_prompt} tokens, prompt and answer are"
                 f" limited to {context.n_ctx}; shorten the prompt"
             )
-            if not 0 < context.n_positions < larger:
+            if not 0 < context.files.n_positions < larger:
                 message += f", or restart the server with --ctx {larger}"
             raise ApiError(400, message, code="context_length_exceeded", param=param)
 

@@ -105,7 +105,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
             kernels=kernels,
             boundary=loaded.engine.pruning.boundary or loaded.engine.pruning.exact,
             is_exact=loaded.engine.pruning.exact > 0,
-            n_layer=loaded.engine.context.shape.n_layer,
+            n_layer=loaded.engine.context.files.shape.n_layer,
             min_prompt=loaded.engine.rule.min_prompt,
             upstream=setting,
             rows=rows,
@@ -122,7 +122,7 @@ def _upstream(
         repack, flash_attn = _SETTINGS[name]
         return PopModel(
             EngineOptions.of(
-                model.engine.context.path,
+                model.engine.context.files.path,
                 kernels=False,
                 repack=repack,
                 flash_attn=flash_attn,

@@ -50,15 +50,17 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
 
     Raises PopError for an unconverted model or unexpected row counters, and StoppedError.
     """
-    path = opened.engine.context.path
+    path = opened.engine.context.files.path
     if opened.engine.pruning.exact:
-        require_prunable(opened.engine.context.shape)
-    if opened.engine.context.meta is None:
+        require_prunable(opened.engine.context.files.shape)
+    if opened.engine.context.files.meta is None:
         raise PopError(
             f"{path} is not converted", "convert it first", cause="not-converted", model=path
         )
     # The first run is slower, because it reads the weights from the disk.
-    opened.read(Prompt(opened.engine.context.tokenize(_text("document.md"))[:WARM_UP_TOKENS]))
+    opened.read(
+        Prompt(opened.engine.context.vocabulary.tokenize(_text("document.md"))[:WARM_UP_TOKENS])
+    )
     pairs = []
     for pair in range(n_pairs):
         order = [Mode.CONTEXT, Mode.OFF] if pair % 2 else [Mode.OFF, Mode.CONTEXT]
@@ -68,9 +70,9 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     opened.engine.set_mode(Mode.CONTEXT)
     full, pop = pairs[0]
     return Demonstration(
-        model=str(opened.engine.context.path),
+        model=str(opened.engine.context.files.path),
         boundary=opened.engine.pruning.boundary,
-        n_layer=opened.engine.context.shape.n_layer,
+        n_layer=opened.engine.context.files.shape.n_layer,
         question=_text("question.md"),
         n_prompt=full.n_full,
         full=replace(full, ttft_s=median(each.ttft_s for each, _ in pairs)),
@@ -78,7 +80,10 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
         n_pairs=n_pairs,
         speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
         limit=speedup_limit(
-            opened.engine.context.macs, full.n_full, opened.engine.pruning.boundary, pop.n_full
+            opened.engine.context.files.macs,
+            full.n_full,
+            opened.engine.pruning.boundary,
+            pop.n_full,
         ),
     )
 

@@ -94,7 +94,7 @@ def evaluate(
         if lookup_settings is not None:
             advance = watch.stage("Asking for look-ups")
             lookups = measure_lookups(loaded, lookup_settings, pruning, advance)
-        macs = loaded.engine.context.macs
+        macs = loaded.engine.context.files.macs
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, _n_full(rule, quality))
     return Evaluation(
         model=files.path,

@@ -88,10 +88,10 @@ class OnlineCalibration:
         watch = Watch(should_stop=lambda: self._should_stop())
         context = model.engine.context
         hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
-        self._runner = TrialRunner(context.source, hardware, watch)
+        self._runner = TrialRunner(context.files.source, hardware, watch)
         self._search: Search | None = None
         self._next_rows = float(model.engine.calibrator.learned.n_wanted)
-        meta = model.engine.context.meta
+        meta = model.engine.context.files.meta
         if meta and meta.calibration and meta.calibration.name == _NAME:
             self._next_rows = max(self._next_rows, self._later(meta.calibration.n_tokens))
 
@@ -164,7 +164,7 @@ class OnlineCalibration:
         )
 
     def _begun(self) -> Search | None:
-        learner, shape = self._learner, self._model.engine.context.shape
+        learner, shape = self._learner, self._model.engine.context.files.shape
         macs, sums = GraphMacs(self._runner.path), learner.sums()
         plans = []
         for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
@@ -193,7 +193,7 @@ class OnlineCalibration:
     def _measured_in_use(self, full: FullModel) -> Quality:
         model, runner = self._model, self._runner
         gradual = Gradual(full.reference, model.engine.pruning.boundary)
-        files = ModelFiles(model.engine.context.path, model.engine.context.sidecar)
+        files = ModelFiles(model.engine.context.files.path, model.engine.context.files.sidecar)
         plan = replace(full.plan, deep_rows=model.engine.rule.deep_rows)
         with runner.opened(plan, files) as opened:
             return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
@@ -210,7 +210,7 @@ class OnlineCalibration:
 
     def _later(self, n_rows: int) -> float:
         """Return the row count for the next attempt: half more, limited by the kept rows."""
-        return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.shape.n_embd) / 2
+        return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2
 
     def _end(self) -> None:
         self._search = None

@@ -94,10 +94,11 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
     n_ctx = context.options.n_ctx
     if n_ctx and context.n_ctx > n_ctx:
         watch.on_note(f"llama.cpp rounds the context up to {context.n_ctx:,} tokens.")
-    if n_ctx and n_ctx > context.n_ctx_train:
+    n_trained = context.files.n_ctx_train
+    if n_ctx and n_ctx > n_trained:
         watch.on_warning(
             PopError(
-                f"the model was trained on {context.n_ctx_train:,} tokens and is unreliable beyond",
+                f"the model was trained on {n_trained:,} tokens and is unreliable beyond",
                 "use a smaller context",
             )
         )

@@ -95,7 +95,9 @@ def main() -> None:
             return model.chat(asked, temperature=0.0, max_tokens=50).text
 
         text = options.text.read_text(encoding="utf-8")
-        for passage in passages(text, lambda part: len(model.engine.context.tokenize(part))):
+        for passage in passages(
+            text, lambda part: len(model.engine.context.vocabulary.tokenize(part))
+        ):
             for question, name in questions(passage, write):
                 line = {
                     "prompt": f"{question} Answer with the name only.",

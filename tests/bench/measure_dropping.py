@@ -30,7 +30,6 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import read_sidecar
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
-from pop_local.engine.prompt.prompter import is_end
 from pop_local.measure.compared_prompts import mcnemar
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.models.sidecars import sidecar_of
@@ -91,10 +90,10 @@ class Comparison:
         tokens: list[int] = []
         text = ""
         while len(tokens) < question.max_tokens:
-            if is_end(context, token := self._reader.next_token):
+            if context.vocabulary.is_end(token := self._reader.next_token):
                 break
             tokens.append(token)
-            text = context.detokenize(tokens)
+            text = context.vocabulary.detokenize(tokens)
             if text.lstrip().count("\n") >= question.max_lines:
                 break
             self._reader.extend([token])
@@ -145,7 +144,7 @@ def main() -> None:
             "quoting": tasks.quoting(model, options.code, options.quotes),
         }
         # The first read after loading is slower.
-        reader.read(model.engine.context.tokenize("warm " * 600), FULL)
+        reader.read(model.engine.context.vocabulary.tokenize("warm " * 600), FULL)
         for name, documents in every.items():
             rows: list[dict[str, Any]] = []
             for document in documents:

@@ -81,7 +81,7 @@ def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats
         EngineOptions.of(folder / "f32" if setting.is_f32 else options.model, n_gpu_layers=0, **how)
     ) as m:
         start, text = (
-            m.engine.context.bos,
+            m.engine.context.vocabulary.bos,
             given_text(options.text) if options.text else shipped_text(),
         )
         windows = spread_windows(tokenize(m, text), options.chunks, n - len(start))
@@ -104,7 +104,7 @@ def logits(model: PopModel, tokens: list[int]) -> Logits:
         if code := rows.decode(model.engine.context.ctx, tokens, 0, Outputs.ALL):
             raise logs.not_decoded(code)
     buffer = backend.bindings().llama_get_logits(model.engine.context.ctx)
-    return np.ctypeslib.as_array(buffer, (len(tokens), model.engine.context.n_vocab))
+    return np.ctypeslib.as_array(buffer, (len(tokens), model.engine.context.vocabulary.n_tokens))
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Estimate]]:

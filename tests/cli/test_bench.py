@@ -230,7 +230,7 @@ def test_what_was_read_for_the_limit_answers_nothing(model):
 
 def test_upstream_is_measured_next_to_our_kernels(model):
     with PopModel(
-        EngineOptions.of(model.engine.context.path, n_ctx=512, n_threads=1, kernels=False)
+        EngineOptions.of(model.engine.context.files.path, n_ctx=512, n_threads=1, kernels=False)
     ) as other:
         theirs = functools.partial(speed.run, other, Mode.OFF)
         [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=theirs)

@@ -127,8 +127,8 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
     def measure(model: PopModel, *_: object) -> SimpleNamespace:
         seen.append(
             (
-                Path(model.engine.context.path),
-                model.engine.context.meta and model.engine.context.meta.projection,
+                Path(model.engine.context.files.path),
+                model.engine.context.files.meta and model.engine.context.files.meta.projection,
             )
         )
         assert existing_sidecar(read_source(base)) is None, "the sidecar is written later"

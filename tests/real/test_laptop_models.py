@@ -23,7 +23,7 @@ def test_shipped_sidecar_has_its_measured_quality(name):
         pytest.skip(f"{path.name} is not in models/")
     sidecar = sidecar_of(read_source(path))
     with PopModel(EngineOptions.of(path, sidecar=sidecar, n_ctx=1280, n_threads=1)) as model:
-        meta = model.engine.context.meta
+        meta = model.engine.context.files.meta
         assert meta is not None and meta.measured is not None
         pruning, settings = Pruning(meta.boundary), QualitySettings(4)
         text = tokenize(model, shipped_text())

@@ -78,8 +78,8 @@ def test_torch_logits_of_a_real_model_equal_the_backends(smollm2):
     from support.decoders import backend_logits, mean_kl, torch_logits
 
     model = PopModel(EngineOptions.of(smollm2, n_ctx=128, n_threads=1))
-    text = model.engine.context.tokenize(shipped_part("prose"))
-    tokens = [*model.engine.context.bos, *text][:64]
+    text = model.engine.context.vocabulary.tokenize(shipped_part("prose"))
+    tokens = [*model.engine.context.vocabulary.bos, *text][:64]
     expected = backend_logits(model, tokens)
     assert mean_kl(expected, torch_logits(smollm2, tokens)) < 0.01
 

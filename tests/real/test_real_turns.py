@@ -49,7 +49,7 @@ def test_base_model_gets_a_plain_transcript(gemma):
     assert "Paris" in text
     assert not any(stop in text for stop in PLAIN_STOPS)
     # Gemma needs BOS, so the prompt contains it.
-    assert (model.engine.cache.tokens[0],) == model.engine.context.bos
+    assert (model.engine.cache.tokens[0],) == model.engine.context.vocabulary.bos
     assert stats.n_prompt < 20
 
 

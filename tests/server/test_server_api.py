@@ -153,7 +153,7 @@ def test_usage_lists_ignored_schema_keywords(client):
 
 
 def test_pop_false_gives_full_logits(client, full):
-    tokens = full.engine.context.tokenize(LONG, add_bos=True, special=True)
+    tokens = full.engine.context.vocabulary.tokenize(LONG, add_bos=True, special=True)
     expected = log_softmax(read(full, tokens)).max()
     whole = complete(client, max_tokens=1, logprobs=1, pop=False)
     pruned = complete(
@@ -173,7 +173,7 @@ def test_pop_false_gives_full_logits(client, full):
 
 @pytest.mark.parametrize("as_tokens", [False, True])
 def test_echo_with_logprobs_reads_in_full(client, full, as_tokens):
-    tokens = full.engine.context.tokenize(LONG, add_bos=True, special=True)
+    tokens = full.engine.context.vocabulary.tokenize(LONG, add_bos=True, special=True)
     prompt = [tokens] if as_tokens else LONG
     answer = complete(client, prompt, echo=True, logprobs=2, max_tokens=1).json()
     (choice,), pop = answer["choices"], answer["usage"]["pop"]

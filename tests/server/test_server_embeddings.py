@@ -18,7 +18,9 @@ def test_embeddings(client, full):
     found = client.post("/v1/embeddings", json=asked).json()
     vectors = [np.array(one["embedding"]) for one in found["data"]]
     assert [one["index"] for one in found["data"]] == [0, 1, 2]
-    tokens = [full.engine.context.tokenize(text, add_bos=True, special=True) for text in texts]
+    tokens = [
+        full.engine.context.vocabulary.tokenize(text, add_bos=True, special=True) for text in texts
+    ]
     assert found["usage"]["prompt_tokens"] == sum(map(len, tokens))
     for vector, each in zip(vectors, tokens, strict=True):
         assert np.allclose(vector, embedding(full.engine.cache, each))

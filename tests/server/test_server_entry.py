@@ -164,5 +164,5 @@ def test_command_passes_origins_and_strictness(model, monkeypatch):
     monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
     monkeypatch.setattr("pop_local.server.app.log_to_stderr", lambda: None)
     options = ("--port", 0, "--cors", "https://FRIEND.example/", "--strict-model")
-    assert called("serve", model.engine.context.path, *options).returncode == 0
+    assert called("serve", model.engine.context.files.path, *options).returncode == 0
     assert found == [200, 403, 404]

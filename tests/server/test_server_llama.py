@@ -30,12 +30,12 @@ def test_health_and_props(client):
 def test_tokenize_and_detokenize(client, full):
     text = "a €uro </s>"
     tokens = ask(client, "tokenize", content=text)["tokens"]
-    assert tokens == full.engine.context.tokenize(text, special=True)
+    assert tokens == full.engine.context.vocabulary.tokenize(text, special=True)
     assert ask(client, "tokenize", content=text, parse_special=False)[
         "tokens"
-    ] == full.engine.context.tokenize(text)
+    ] == full.engine.context.vocabulary.tokenize(text)
     begun = ask(client, "tokenize", content=text, add_special=True)["tokens"]
-    assert begun == [*full.engine.context.bos, *tokens]
+    assert begun == [*full.engine.context.vocabulary.bos, *tokens]
     assert ask(client, "detokenize", tokens=tokens)["content"].strip() == text
 
 
@@ -118,7 +118,9 @@ def test_editor_infill_requests(filler):
     assert longer["tokens_evaluated"] > found["tokens_evaluated"]
     assert (
         FIM[0]
-        not in ask(client, "detokenize", tokens=model.engine.context.tokenize("x = 1"))["content"]
+        not in ask(client, "detokenize", tokens=model.engine.context.vocabulary.tokenize("x = 1"))[
+            "content"
+        ]
     )
     shown = client.post("/api/show", json={}).json()
     assert "insert" in shown["capabilities"]

@@ -41,7 +41,7 @@ def test_one_model_is_open_at_a_time(library, expected):
             assert answer["choices"][0]["text"] == expected[known]
             assert "x-model" not in complete(client, model=name).headers
             assert library.open_ones == [known]
-        assert [model.engine.context.path.stem for model in library.models] == [
+        assert [model.engine.context.files.path.stem for model in library.models] == [
             "one",
             "two",
             "one",
@@ -186,7 +186,10 @@ def test_all_waiting_requests_get_an_opened_model(library):
             for lease in (leases[0], leases[2], leases[4], leases[1], leases[3]):
                 await lease.served
                 lease.end()
-            assert [model.engine.context.path.stem for model in library.models] == ["one", "two"]
+            assert [model.engine.context.files.path.stem for model in library.models] == [
+                "one",
+                "two",
+            ]
 
     asyncio.run(asyncio.wait_for(wait(), 60))
 

@@ -112,5 +112,8 @@ def test_suffix_infills(filler):
     found = complete(client, before, suffix=after)
     assert texts(found) == expected
     assert found.json()["usage"]["prompt_tokens"] == len(tokens)
-    assert texts(complete(client, model.engine.context.tokenize(before), suffix=after)) == expected
+    assert (
+        texts(complete(client, model.engine.context.vocabulary.tokenize(before), suffix=after))
+        == expected
+    )
     assert texts(complete(client, before, suffix="")) == texts(complete(client, before))

@@ -55,7 +55,7 @@ def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[
     sizes = {"n_ctx": n, "n_batch": n, "n_ubatch": n, "flash_attn_type": 0}
     with (
         loaded(path, n_threads=1) as context,
-        context.another(**sizes, cb_eval=callback) as ctx,
+        context.extra_context(**sizes, cb_eval=callback) as ctx,
         closing(TokenBatch(n)) as batch,
     ):
         assert batch.decode(ctx, tokens, 0, Outputs.NONE) == 0

@@ -14,7 +14,7 @@ from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.read import OnPrefill, Read
@@ -114,7 +114,9 @@ def greedy(model: PopModel, tokens: list[int], n: int = 12) -> list[int]:
 
 def text_of(model: PopModel, tokens: Iterable[int]) -> str:
     """Return the text of tokens, including control tokens."""
-    pieces = Pieces(model.engine.context, range(model.engine.context.n_vocab))
+    pieces = Pieces(
+        model.engine.context.vocabulary, range(model.engine.context.vocabulary.n_tokens)
+    )
     return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
 

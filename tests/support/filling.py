@@ -14,15 +14,15 @@ def make_filler(folder: Path) -> Path:
 
 def by_hand(model: PopModel, before: str, after: str, begun: str = "") -> list[int]:
     """Return a prompt's tokens, assembled one by one."""
-    pre, suf, mid = (model.engine.context.tokenize(mark, special=True) for mark in FIM)
+    pre, suf, mid = (model.engine.context.vocabulary.tokenize(mark, special=True) for mark in FIM)
     assert [len(mark) for mark in (pre, suf, mid)] == [1, 1, 1]
-    begun_tokens = model.engine.context.tokenize(begun) if begun else []
+    begun_tokens = model.engine.context.vocabulary.tokenize(begun) if begun else []
     before_tokens, after_tokens = (
-        model.engine.context.tokenize(before),
-        model.engine.context.tokenize(after),
+        model.engine.context.vocabulary.tokenize(before),
+        model.engine.context.vocabulary.tokenize(after),
     )
     return [
-        *model.engine.context.bos,
+        *model.engine.context.vocabulary.bos,
         *pre,
         *before_tokens,
         *begun_tokens,

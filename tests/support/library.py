@@ -51,7 +51,7 @@ class Library:
     @property
     def open_ones(self) -> list[str]:
         return [
-            model.engine.context.path.stem
+            model.engine.context.files.path.stem
             for model in self.models
             if not model.engine.context.is_closed
         ]

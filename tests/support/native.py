@@ -55,8 +55,8 @@ class Work:
             inspect(path, given, with_hash=False, watch=Watch())
         try:
             with opened(Path(path), sidecar=given, n_ctx=64) as model:
-                tokens = model.engine.context.tokenize(TEXT, special=True)[:48]
-                model.engine.context.detokenize(greedy(model, tokens, 1))
+                tokens = model.engine.context.vocabulary.tokenize(TEXT, special=True)[:48]
+                model.engine.context.vocabulary.detokenize(greedy(model, tokens, 1))
         except PopError as error:
             return error.message or "refused"
         return ""

@@ -53,16 +53,20 @@ class ScriptedModel:
         self.engine = SimpleNamespace(
             pruning=SimpleNamespace(mode=Mode.CONTEXT, boundary=20, exact=0, can_switch=True),
             context=SimpleNamespace(
-                header=names,
-                path="model.gguf",
                 n_ctx=n_ctx,
-                n_ctx_train=8192,
-                no_refill="",
-                meta=None,
-                shape=SimpleNamespace(n_layer=30),
-                macs=lambda n_prompt, boundary, n_full: 1,
-                tokenize=self._tokenize,
-                detokenize=lambda tokens: " ".join(self._words[token] for token in tokens),
+                files=SimpleNamespace(
+                    header=names,
+                    path="model.gguf",
+                    n_ctx_train=8192,
+                    no_refill="",
+                    meta=None,
+                    shape=SimpleNamespace(n_layer=30),
+                    macs=lambda n_prompt, boundary, n_full: 1,
+                ),
+                vocabulary=SimpleNamespace(
+                    tokenize=self._tokenize,
+                    detokenize=lambda tokens: " ".join(self._words[token] for token in tokens),
+                ),
             ),
             prompter=SimpleNamespace(
                 has_template=True,

@@ -83,7 +83,7 @@ def app_of(
 ) -> Starlette:
     """Return the application of one model; `how`: options of ModelPool."""
     models = ModelPool.of_one(
-        ModelFile(name, model.engine.context.path), model, lambda _: fitter, **how
+        ModelFile(name, model.engine.context.files.path), model, lambda _: fitter, **how
     )
     return create_app(models, rules, strict_model=strict_model)
 

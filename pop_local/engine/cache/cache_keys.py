@@ -32,9 +32,11 @@ class CacheKeys:
     ) -> None:
         """`vision`: encoder of images, if the model has one."""
         self._context, self._pruning, self._vision = context, pruning, vision
-        self._conversion = conversion(context.meta, context.source, context.sidecar)
+        self._conversion = conversion(
+            context.files.meta, context.files.source, context.files.sidecar
+        )
         # Computed now, since the file may be deleted later.
-        self._own_sha256 = own_sha256(context.source)
+        self._own_sha256 = own_sha256(context.files.source)
 
     @property
     def model(self) -> str:

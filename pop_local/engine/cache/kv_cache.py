@@ -165,9 +165,9 @@ class KvCache:
                 cause="context-too-small",
                 n_ctx=larger,
             )
-        if 0 < context.n_positions < total:
+        if 0 < context.files.n_positions < total:
             raise PopError(
-                f"{total:,} tokens exceed the model's {context.n_positions:,} positions",
+                f"{total:,} tokens exceed the model's {context.files.n_positions:,} positions",
                 "shorten the text",
             )
         self.forget_unfinished()

@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 
 from pop_local.engine.decode.grammar import Grammar, GrammarError, short
 from pop_local.engine.decode.grammar_child import LIMITS
-from pop_local.engine.llama.backend import bindings
-from pop_local.engine.llama.context import Context
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 
 
-class _Vocabulary:
+class _TokenBytes:
     """A llama.cpp vocabulary in the interface that llguidance expects (`TokenizerWrapper`).
 
     Pieces provides each token's bytes. Control tokens have no bytes, so they are never allowed.
@@ -23,10 +21,9 @@ class _Vocabulary:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, context: Context, ends: list[int], shown: Container[int]) -> None:
-        pieces = Pieces(context, shown)
-        n_vocab = bindings().llama_vocab_n_tokens(context.vocab)
-        self.tokens = [b"" if token in ends else pieces[token] for token in range(n_vocab)]
+    def __init__(self, vocabulary: Vocabulary, ends: list[int], shown: Container[int]) -> None:
+        pieces, every = Pieces(vocabulary, shown), range(vocabulary.n_tokens)
+        self.tokens = [b"" if token in ends else pieces[token] for token in every]
         self.eos_token_id = ends[0]
         self.special_token_ids = ends
 
@@ -37,8 +34,8 @@ class _Vocabulary:
 class TokenTries:
     """Token tries of one vocabulary, built on first use."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
         self._tries: dict[frozenset[int], LLTokenizer] = {}
 
     def get(self, shown: frozenset[int] = frozenset()) -> LLTokenizer:
@@ -47,13 +44,12 @@ class TokenTries:
         Building a trie takes a second or more. Raises GrammarError without an end token.
         """
         if shown not in self._tries:
-            api, vocab = bindings(), self._context.vocab
-            every = range(api.llama_vocab_n_tokens(vocab))
-            ends = [token for token in every if api.llama_vocab_is_eog(vocab, token)]
+            every = range(self._vocabulary.n_tokens)
+            ends = [token for token in every if self._vocabulary.is_end(token)]
             if not ends:
                 hint = "use a model with an end token"
                 raise GrammarError("the model has no end token, which grammars need", hint)
-            wrapper: Any = _Vocabulary(self._context, ends, shown)
+            wrapper: Any = _TokenBytes(self._vocabulary, ends, shown)
             self._tries[shown] = LLTokenizer(wrapper, eos_token=ends)
         return self._tries[shown]
 

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.chat_messages import TokenLogprob
-from pop_local.engine.llama.pieces import Pieces
 from pop_local.engine.llama.slot import Slot
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.read import append_all
 
 # Each row needs n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
@@ -20,7 +20,7 @@ class Logprobs:
 
     def __init__(self, slot: Slot, n_top: int) -> None:
         self._slot = slot
-        self._pieces = Pieces(slot.context)
+        self._pieces = Pieces(slot.context.vocabulary)
         self._n_top = n_top
         self._end = 0
         # (offset of the token's first byte in the answer, log probability)
@@ -44,7 +44,7 @@ def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[T
 
     All rows compute logits, so all rows run all layers and replace the cached rows.
     """
-    pieces = Pieces(cache.context, range(cache.context.n_vocab))
+    pieces = Pieces(cache.context.vocabulary, range(cache.context.vocabulary.n_tokens))
     found = [TokenLogprob(pieces[tokens[0]], None)]
     for n_rows in append_all(cache, tokens, _MAX_ROWS):
         for row in cache.context.logits(n_rows)[: len(tokens) - len(found)]:

@@ -74,7 +74,7 @@ class Sampler:
         penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
         if options.temperature != 0 or penalties != (1.0, 0.0, 0.0):
             self._chain = self._chained(options, penalties)
-            self._ids = np.arange(slot.context.n_vocab, dtype=np.int32)
+            self._ids = np.arange(slot.context.vocabulary.n_tokens, dtype=np.int32)
             self._candidates = np.zeros(len(self._ids), _CANDIDATE)
 
     def _chained(self, options: SamplerOptions, penalties: tuple[float, float, float]) -> Any:
@@ -84,7 +84,12 @@ class Sampler:
         def add(make: Callable[..., Any], *values: Any) -> None:
             api.llama_sampler_chain_add(chain, make(*values))
 
-        add(api.llama_sampler_init_penalties, self._slot.context.n_vocab, _N_PENALISED, *penalties)
+        add(
+            api.llama_sampler_init_penalties,
+            self._slot.context.vocabulary.n_tokens,
+            _N_PENALISED,
+            *penalties,
+        )
         if options.temperature == 0:
             add(api.llama_sampler_init_greedy)
             return chain

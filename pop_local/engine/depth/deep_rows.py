@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.llama.context import Context
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 
 # Brackets, quotes and commas end a word. Otherwise one number would make a line of CSV deep.
 _WORD = re.compile(rb"[^\s,;\"'`(){}\[\]<>|*]+")
@@ -53,6 +53,6 @@ def _is_name(text: bytes, word: re.Match[bytes]) -> bool:
 
 def _spelled(context: Context, tokens: np.ndarray) -> list[bytes]:
     distinct, which = np.unique(tokens, return_inverse=True)
-    pieces = Pieces(context)
+    pieces = Pieces(context.vocabulary)
     spelled = [pieces[int(token)] if token >= 0 else b"" for token in distinct]
     return [spelled[i] or b"\n" for i in which]

@@ -53,7 +53,7 @@ def require_learnable(context: Context, *, cannot: bool) -> None:
     message, hint = "", "open it without learning"
     if options.n_sequences > 1:
         message, hint = "a model learns from one prompt at a time", "open it with n_parallel=1"
-    elif cannot or pop_meta(context.source.first) is not None:
+    elif cannot or pop_meta(context.files.source.first) is not None:
         message = (
             "learning does not support this model: the file itself is converted, it skips layers"
             " exactly, or its rows have several positions"
@@ -124,12 +124,12 @@ class OnlineCalibrator:
 
     def _set_boundaries(self, context: Context, memory_bytes: int) -> None:
         """Choose the current fit's boundary, to refine the fit, or else several candidates."""
-        meta, source, start = context.meta, context.source, {}
+        meta, source, start = context.files.meta, context.files.source, {}
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
         kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
         if meta and meta.is_fitted and not self._known.is_own(meta.boundary):
-            start = fitted_tensors(context.sidecar or context.path)
+            start = fitted_tensors(context.files.sidecar or context.files.path)
             kinds = {meta.boundary: (meta.projection,)}
         self.summing = Summing(source, self._shape, kinds, start=start)
         if meta and self._sums_bytes(meta.boundary) > memory_bytes // 2:

@@ -184,7 +184,9 @@ class Batcher:
             one.n_done += n
             if one.outputs is Outputs.LAST and one.is_over:
                 row = self._api.llama_get_logits_ith(self._context.ctx, last)
-                one.slot._logits = np.ctypeslib.as_array(row, (self._context.n_vocab,)).copy()
+                one.slot._logits = np.ctypeslib.as_array(
+                    row, (self._context.vocabulary.n_tokens,)
+                ).copy()
 
 
 def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:

@@ -1,29 +1,25 @@
-"""A model, its vocabulary and its llama_context."""
+"""An open model with its llama_context."""
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
-from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices, has_kernels
-from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.llama.interrupt import Interrupt
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.opened_files import OpenedFiles
 from pop_local.engine.llama.threads import default_threads
-from pop_local.models.sidecars import is_learned
+from pop_local.engine.llama.vocabulary import Vocabulary
 
 _N_BATCH = 512
 
@@ -82,9 +78,9 @@ class ContextOptions:
 class Context:
     """A model's weights and vocabulary, and one llama_context on them.
 
-    `model`, `vocab` and `ctx` are llama.cpp's pointers, `settings` its llama_context_params.
-    `window`: positions that layers with a sliding window keep (0: all). Only one thread may use a
-    context at a time.
+    `model` and `ctx` are llama.cpp's pointers, `settings` its llama_context_params. `on_device`:
+    whether layers are on a GPU. `window`: positions that layers with a sliding window keep
+    (0: all). Only one thread may use a context at a time.
     """
 
     def __init__(
@@ -105,8 +101,9 @@ class Context:
         self._model: Any = None
         backend.require_patched()
         self._api = backend.bindings()
-        self.source, self.meta, self.sidecar, self.options = source, meta, sidecar, options
-        self.path = source.first.path
+        self.options = options
+        # Marks the files, which are checked for each token.
+        self.files = OpenedFiles(source, meta, sidecar, are_mapped=options.use_mmap)
         self.n_threads = options.n_threads or default_threads()
         has_gpu = any(device.is_gpu for device in devices())
         self.on_device = options.n_gpu_layers != 0 and has_gpu
@@ -114,13 +111,12 @@ class Context:
         # By default llama.cpp keeps all rows.
         is_windowed = options.others.get("swa_full") is False
         loading.require_room(
-            self.source,
+            source,
             self.settings.n_ctx,
             is_windowed=is_windowed,
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
         )
-        self._files = {path: _mark(path) for path in self._mapped()}  # checked for each token
         self.interrupt = Interrupt()
         params = self._model_params()
         try:
@@ -130,7 +126,6 @@ class Context:
             self.close()
             raise
         self.window = self._api.llama_model_n_swa(self.model) if is_windowed else 0
-        self.n_positions = loading.n_positions(self.source)
         self.is_mrope = backend.is_mrope(self.model)
         self._opened_by = os.getpid()
 
@@ -138,7 +133,7 @@ class Context:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
         # default_ctx also refuses a file whose context length is invalid.
-        default = loading.default_ctx(self.header)
+        default = loading.default_ctx(self.files.header)
         n_ctx = options.n_ctx or default
         if options.n_sequences < 1:
             raise PopError(f"n_parallel is {options.n_parallel}", "set it to 1 or more")
@@ -147,7 +142,7 @@ class Context:
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads = params.n_threads_batch = self.n_threads
-        if self.header.of_arch("pooling_type") is not None:
+        if self.files.header.of_arch("pooling_type") is not None:
             params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
         flash_attn = options.flash_attn
         if flash_attn is None:
@@ -175,21 +170,21 @@ class Context:
 
     def _open(self, model_params: Any) -> None:
         api, options = self._api, self.options
-        self._model = loading.load_model(self.source, self.sidecar, self.meta, model_params)
-        self._vocab = api.llama_model_get_vocab(self._model)
-        self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
+        files = self.files
+        self._model = loading.load_model(files.source, files.sidecar, files.meta, model_params)
+        self.vocabulary = Vocabulary(api.llama_model_get_vocab(self._model))
         self.n_batch, self.n_ubatch = self.settings.n_batch, self.settings.n_ubatch
         self.batch = TokenBatch(self.n_batch)
         self._ctx = api.llama_init_from_model(self._model, self.settings)
         if not self._ctx:
             self.batch.close()
-            raise PopError(f"{self.path} cannot be opened: {logs.first_error()}")
+            raise PopError(f"{self.files.path} cannot be opened: {logs.first_error()}")
         # llama.cpp rounds the context up.
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_sequences
         backend.set_kernels(self._ctx, options.kernels)
 
     @contextmanager
-    def another(self, **params: Any) -> Iterator[Any]:
+    def extra_context(self, **params: Any) -> Iterator[Any]:
         """Open another llama_context on the same weights until exit.
 
         `params`: llama_context_params that replace defaults. Raises PopError.
@@ -200,59 +195,29 @@ class Context:
         logs.forget_errors()
         ctx = self._api.llama_init_from_model(self.model, settings)
         if not ctx:
-            raise PopError(f"cannot create a context for {self.path}: {logs.first_error()}")
+            raise PopError(f"cannot create a context for {self.files.path}: {logs.first_error()}")
         try:
             yield ctx
         finally:
             self._api.llama_free(ctx)
 
-    def _mapped(self) -> Iterator[Path]:
-        """Yield the memory-mapped files, which must not change while the model is open."""
-        if self.options.use_mmap:
-            yield from self.source.paths
-            # A learned sidecar is only replaced by renaming, so its pages stay mapped.
-            if self.sidecar is not None and not is_learned(self.sidecar):
-                yield self.sidecar
-
-    @property
-    def replaced(self) -> list[Path]:
-        """Files that changed since they were opened. Deleted files stay mapped."""
-        return [path for path, mark in self._files.items() if _mark(path) not in (None, mark)]
-
     @property
     def ctx(self) -> Any:
         """llama.cpp's context. Raises PopError if it is closed."""
         if self._ctx is None:
-            raise PopError(f"the model {self.path} is closed", "open it again")
+            raise PopError(f"the model {self.files.path} is closed", "open it again")
         return self._ctx
 
     @property
     def model(self) -> Any:
         """llama.cpp's model. Raises PopError if it is closed."""
         if self._model is None:
-            raise PopError(f"the model {self.path} is closed", "open it again")
+            raise PopError(f"the model {self.files.path} is closed", "open it again")
         return self._model
-
-    @property
-    def vocab(self) -> Any:
-        """llama.cpp's vocabulary. Raises PopError if it is closed."""
-        _ = self.model
-        return self._vocab
 
     @property
     def is_closed(self) -> bool:
         return self._ctx is None
-
-    @property
-    def header(self) -> Header:
-        """The keys of the model's file."""
-        return self.source.first
-
-    @property
-    def bos(self) -> tuple[int, ...]:
-        """Beginning-of-sequence token that the model needs, or ()."""
-        adds = self._api.llama_vocab_get_add_bos(self.vocab)
-        return (int(self._api.llama_vocab_bos(self.vocab)),) if adds else ()
 
     @property
     def is_recurrent(self) -> bool:
@@ -268,68 +233,17 @@ class Context:
                 "the model was opened by another process, and a fork does not copy its threads",
                 "open it in the process that uses it",
             )
-        if replaced := self.replaced:
+        if replaced := self.files.replaced:
             raise PopError(
                 f"{replaced[0]} was changed after it was opened",
                 "open the model again",
                 cause="model-replaced",
             )
 
-    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
-        """Return a text's tokens. `special`: whether to parse special tokens.
-
-        Raises PopError if the text cannot be tokenized or encoded as UTF-8, and StoppedError or
-        the signal handler's exception if interrupted.
-        """
-        raw, split = utf8(text), backend.require_patched().llama_pop_tokenize
-        room = len(raw) + 8
-        tokens = (ctypes.c_int32 * room)()
-        logs.forget_errors()
-        with Interrupt().tokenizing() as callback:
-            n = split(self.vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
-            if n < 0 and (reason := logs.first_error()):
-                raise PopError(f"the text cannot be split into tokens: {reason}")
-        return tokens[: max(n, 0)]
-
-    def detokenize(self, tokens: Iterable[int]) -> str:
-        """Return the tokens' text without control tokens and incomplete characters."""
-        pieces = Pieces(self)
-        return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
-
-    @property
-    def n_ctx_train(self) -> int:
-        """Trained context length in tokens."""
-        return int(self._api.llama_model_n_ctx_train(self.model))
-
-    @cached_property
-    def shape(self) -> ModelShape:
-        """Sizes of the model's layers.
-
-        Raises UnsupportedArchitectureError for a model that cannot be pruned.
-        """
-        return source_shape(self.source)
-
-    @cached_property
-    def no_refill(self) -> str:
-        """Reason why rows cannot be selected or refilled, or ""."""
-        with suppress(PopError):
-            return self.shape.no_refill
-        return ""
-
-    @cached_property
-    def macs(self) -> GraphMacs:
-        """Counter of multiply-accumulates."""
-        return GraphMacs(self.path, self.sidecar)
-
-    @property
-    def n_embd(self) -> int:
-        """Width of a row's state."""
-        return int(self._api.llama_model_n_embd(self.model))
-
     def logits(self, n_rows: int = 1) -> np.ndarray:
         """Return the last logits, float32 [n_rows, n_vocab], valid until the next decode."""
         found = self._api.llama_get_logits(self.ctx)
-        return np.ctypeslib.as_array(found, (n_rows, self.n_vocab))
+        return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
         """Free the model. Within a batch, stop the batch first, and free the model at its end."""
@@ -338,28 +252,12 @@ class Context:
         if self._ctx:
             self.batch.close()
             self._api.llama_free(self._ctx)
+        self.vocabulary.close()
         self._api.llama_model_free(self._model)
         self._model = self._ctx = None
 
     def __del__(self) -> None:
         self.close()
-
-
-def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return values that change if a file is replaced, or None if it is missing."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def utf8(text: str) -> bytes:
-    """Encode a text as UTF-8. Raises PopError for lone surrogates."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
 
 
 def _fill(params: Any, others: Mapping[str, Any]) -> None:

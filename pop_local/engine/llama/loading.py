@@ -56,12 +56,6 @@ def default_ctx(header: Header) -> int:
     return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
 
 
-def n_positions(source: Source) -> int:
-    """Return the number of learned positions (0: no limit). llama.cpp aborts past it."""
-    dims = {tensor.name: tensor.dims for tensor in source.tensors}.get("position_embd.weight", ())
-    return dims[-1] if dims else 0
-
-
 def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int:
     """Return the size of a context's K and V in F16, in bytes."""
     windows = shape.windows if is_windowed else [0] * shape.n_layer

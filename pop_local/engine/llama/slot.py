@@ -164,4 +164,4 @@ def decode_now(
 def last_logits(context: Context) -> np.ndarray:
     """Return the last row's logits, float32 [n_vocab], valid until the next batch."""
     row = backend.bindings().llama_get_logits_ith(context.ctx, -1)
-    return np.ctypeslib.as_array(row, (context.n_vocab,))
+    return np.ctypeslib.as_array(row, (context.vocabulary.n_tokens,))

@@ -32,7 +32,7 @@ def infilling(
             "use a model that was trained to fill in code",
         )
     pre, suf, mid, rep, sep = _marks(context, "pre", "suf", "mid", "rep", "sep")
-    split = context.tokenize
+    split = context.vocabulary.tokenize
     shown = [rep, *split("myproject\n")] if rep >= 0 and files else []
     for name, text in files:
         shown += [sep, *split(f"{name}\n")] if sep >= 0 else split(_SNIPPET)
@@ -40,10 +40,12 @@ def infilling(
     if files and sep >= 0:
         shown += [sep, *split("filename\n")]
     before = split(prefix) if isinstance(prefix, str) else prefix
-    return [*context.bos, *shown, pre, *before, *split(begun), suf, *split(suffix), mid]
+    return [*context.vocabulary.bos, *shown, pre, *before, *split(begun), suf, *split(suffix), mid]
 
 
 def _marks(context: Context, *names: str) -> list[int]:
     """Return the FIM tokens of these names, -1 for each missing token."""
     api = bindings()
-    return [int(getattr(api, f"llama_vocab_fim_{name}")(context.vocab)) for name in names]
+    return [
+        int(getattr(api, f"llama_vocab_fim_{name}")(context.vocabulary.pointer)) for name in names
+    ]

@@ -11,8 +11,8 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, TokenizedPicture
 from pop_local.engine.images.pictures import Picture, has_pillow
-from pop_local.engine.llama.backend import bindings
-from pop_local.engine.llama.context import Context, utf8
+from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.vocabulary import utf8
 from pop_local.engine.prompt.prompt import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.prompt.special_tokens import SpecialTokens, unused_marks
 from pop_local.engine.prompt.templates import Template
@@ -43,15 +43,15 @@ class Prompter:
 
     @property
     def _source(self) -> str:
-        return str(self.context.header.get("tokenizer.chat_template") or "")
+        return str(self.context.files.header.get("tokenizer.chat_template") or "")
 
     @cached_property
     def template(self) -> Template:
         """The model's template, or a plain template. Raises PopError for a broken template."""
         try:
-            return Template(self._source or PLAIN_TEMPLATE, self.context.vocab)
+            return Template(self._source or PLAIN_TEMPLATE, self.context.vocabulary.pointer)
         except PopError as error:
-            message = f"{self.context.path} cannot be opened: {error.message}"
+            message = f"{self.context.files.path} cannot be opened: {error.message}"
             raise PopError(message, error.hint) from error
 
     @property
@@ -65,7 +65,7 @@ class Prompter:
 
     def text(self, text: str) -> Prompt:
         """Return the prompt that continues a text. Raises PopError."""
-        return Prompt(self.context.tokenize(text, add_bos=True))
+        return Prompt(self.context.vocabulary.tokenize(text, add_bos=True))
 
     def conversation(self, messages: Sequence[Message]) -> Prompt:
         """Return a conversation's prompt, up to the start of the answer.
@@ -96,13 +96,13 @@ class Prompter:
 
         while True:
             text = write([marked(content) for content in contents], marked)
-            tokens = self.context.tokenize(text, special=True)
+            tokens = self.context.vocabulary.tokenize(text, special=True)
             left = [marked(each) for each in texts]
             spelled = [] if self.parse_special else self._special.spelled(tokens, left)
             if not spelled:
                 break
             marks |= {next(unused): each for each in spelled}
-        bos = list(self.context.bos)
+        bos = list(self.context.vocabulary.bos)
         images: dict[int, ImageChunk] = {}
         if marks or pictures:
             shown = {mark: self.see(picture) for mark, picture in pictures.items()}
@@ -163,7 +163,7 @@ class Prompter:
             elif piece and marks:
                 tokens += self._special.tokens(piece, dict(marks))
             elif piece:
-                tokens += self.context.tokenize(piece, special=True)
+                tokens += self.context.vocabulary.tokenize(piece, special=True)
         return tokens, images
 
     @cached_property
@@ -200,10 +200,6 @@ class Prompter:
             )
         except ValueError as error:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
-
-
-def is_end(context: Context, token: int) -> bool:
-    return bool(bindings().llama_vocab_is_eog(context.vocab, token))
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:

@@ -36,9 +36,11 @@ class SpecialTokens:
             part = text[at:end]
             part = part.lstrip(_SPACES) if is_stripped else part
             part = part.rstrip(_SPACES) if until_text else part
-            found.extend(self._context.tokenize(part.translate(restored)) if part else ())
+            found.extend(
+                self._context.vocabulary.tokenize(part.translate(restored)) if part else ()
+            )
 
-        for token in self._context.tokenize(text, special=True):
+        for token in self._context.vocabulary.tokenize(text, special=True):
             special = self._text(token) if self._is_special(token) else ""
             start = text.find(special, at) if special else -1
             if start < 0:
@@ -52,14 +54,14 @@ class SpecialTokens:
         return found
 
     def _attributes(self, token: int) -> int:
-        return int(self._api.llama_vocab_get_attr(self._context.vocab, token))
+        return int(self._api.llama_vocab_get_attr(self._context.vocabulary.pointer, token))
 
     def _is_special(self, token: int) -> bool:
         special = self._api.LLAMA_TOKEN_ATTR_CONTROL | self._api.LLAMA_TOKEN_ATTR_UNKNOWN
         return bool(self._attributes(token) & special)
 
     def _text(self, token: int) -> str:
-        text: bytes = self._api.llama_vocab_get_text(self._context.vocab, token)
+        text: bytes = self._api.llama_vocab_get_text(self._context.vocabulary.pointer, token)
         return text.decode(errors="replace")
 
 

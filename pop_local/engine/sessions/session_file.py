@@ -36,7 +36,7 @@ from pop_local.engine.images.mmproj import NO_TOKEN
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.fields import (
     Fingerprint,
@@ -97,7 +97,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     n_own = len(prompt)
     if engine.states.n_same(prompt) < n_own:
         return 0
-    pieces = Pieces(engine.context)
+    pieces = Pieces(engine.context.vocabulary)
     said = last.answer.removeprefix(prompt.begun).encode()
     at = 0
     for token in engine.cache.tokens[n_own:].tolist():
@@ -113,10 +113,10 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
 
 def fingerprint(engine: Engine) -> Fingerprint:
     """Return the fingerprint, without a hash if a model file was replaced while open."""
-    source = engine.context.source
+    source = engine.context.files.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
     mmproj = engine.vision.key if engine.vision else ""
-    sha256 = "" if engine.context.replaced else sampled_sha256(source)
+    sha256 = "" if engine.context.files.replaced else sampled_sha256(source)
     return Fingerprint(source.size_bytes, sha256, version, mmproj)
 
 
@@ -168,7 +168,7 @@ class Sessions:
         path = self.path(name)
         session = Session(
             name=name,
-            model=str(engine.context.path),
+            model=str(engine.context.files.path),
             n_tokens=state.n_tokens if state else 0,
             mode=engine.pruning.mode,
             key=engine.states.key,
@@ -215,7 +215,7 @@ class Sessions:
         if state is None:
             engine.set_mode(session.mode)
             return Restored(session, _NOT_SAVED if session.conversation.turns else "")
-        if not _is_consistent(state, engine.context.n_vocab):
+        if not _is_consistent(state, engine.context.vocabulary.n_tokens):
             raise _damaged(path)
         engine.set_mode(session.mode)
         if not engine.states.keys.accepts(session.key):

@@ -11,7 +11,7 @@ from llguidance import LLTokenizer
 
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 
 # Number of last characters in which triggers are searched for.
 _N_TRIGGER = 512

@@ -9,9 +9,9 @@ from typing import Any
 from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prompt.prompt import THINK, Prompt
-from pop_local.engine.prompt.prompter import Prompter, is_end
+from pop_local.engine.prompt.prompter import Prompter
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.call_form import CallForm, Trigger
 from pop_local.engine.tools.native import Rendered
@@ -114,10 +114,10 @@ class _Native:
     def _shown(self, made: Rendered) -> Iterator[int]:
         """Yield the form's special tokens that answers otherwise hide, except end tokens."""
         context = self._prompter.context
-        pieces = Pieces(context)
+        pieces = Pieces(context.vocabulary)
         for text in made.shown:
-            for token in context.tokenize(text, special=True):
-                if not pieces[token] and not is_end(context, token):
+            for token in context.vocabulary.tokenize(text, special=True):
+                if not pieces[token] and not context.vocabulary.is_end(token):
                     yield token
 
 

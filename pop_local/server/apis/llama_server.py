@@ -145,7 +145,7 @@ async def _props(api: Api, request: Request) -> Response:
             "default_generation_settings": {"n_ctx": engine.context.n_ctx, "params": settings},
             "total_slots": len(engine.sequences),
             "model_alias": served.name,
-            "model_path": printable(engine.context.path.name),
+            "model_path": printable(engine.context.files.path.name),
             "modalities": {"vision": engine.prompter.can_see, "audio": False},
             "chat_template": template.source,
             "bos_token": template.bos,
@@ -160,7 +160,7 @@ async def _tokenize(api: Api, request: Request) -> Response:
     body = await api.read(request, TokenizeBody)
     served = await api.served(request, body.model)
     tokenize = partial(
-        served.model.engine.context.tokenize,
+        served.model.engine.context.vocabulary.tokenize,
         body.content,
         add_bos=body.add_special,
         special=body.parse_special,

@@ -117,7 +117,7 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
 
 
 def count_tokens(chat: Dialogue, text: str) -> int:
-    return len(chat.model.engine.context.tokenize(text))
+    return len(chat.model.engine.context.vocabulary.tokenize(text))
 
 
 def count_used(chat: Dialogue) -> int:
@@ -166,9 +166,9 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
 
 def _cut(chat: Dialogue, document: Document, n_tokens: int, end: str) -> Document:
     context = chat.model.engine.context
-    tokens = context.tokenize(document.text)
+    tokens = context.vocabulary.tokenize(document.text)
     kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
-    return replace(document, text=context.detokenize(kept))
+    return replace(document, text=context.vocabulary.detokenize(kept))
 
 
 def given_path(path: str) -> Path:

@@ -191,7 +191,7 @@ class Dialogue:
 
         A file whose look-ups were measured without a loss needs no offer.
         """
-        meta = self.model.engine.context.meta
+        meta = self.model.engine.context.files.meta
         found = meta and meta.measured
         is_lossless = bool(found and found.lookups_n and not found.lookups_lost)
         is_exact = not self.model.engine.pruning.boundary or stats.n_exact >= stats.n_prompt
@@ -224,7 +224,9 @@ class Dialogue:
 
 def costs_of(model: PopModel) -> FullCosts:
     engine = model.engine
-    return FullCosts(engine.context.macs, engine.pruning.boundary or engine.pruning.exact or None)
+    return FullCosts(
+        engine.context.files.macs, engine.pruning.boundary or engine.pruning.exact or None
+    )
 
 
 def pruning_state(model: PopModel) -> str:
@@ -242,7 +244,7 @@ def pruning_state(model: PopModel) -> str:
         return "Fast reading is not available: this model is not converted."
     if is_off:
         return "Fast reading is off: prompt tokens run all layers (/full off enables it)."
-    n_layer = model.engine.context.shape.n_layer
+    n_layer = model.engine.context.files.shape.n_layer
     return (
         f"Fast reading is on: prompt tokens skip the last {n_layer - pruning.boundary} of {n_layer}"
         " layers (/full on disables it)."

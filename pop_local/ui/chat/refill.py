@@ -107,7 +107,7 @@ def finish(chat: Dialogue) -> None:
 def status(chat: Dialogue) -> str:
     """Return the share of exact tokens, or "" if no token can be refilled."""
     engine = chat.model.engine
-    can_refill = engine.pruning.boundary and not engine.context.no_refill
+    can_refill = engine.pruning.boundary and not engine.context.files.no_refill
     if chat.refill == "off" or not can_refill or not engine.cache.n_tokens:
         return ""
     return f"Cache: {engine.cache.n_exact:,} of {engine.cache.n_tokens:,} tokens exact"
@@ -117,8 +117,8 @@ def _state(chat: Dialogue) -> str:
     engine = chat.model.engine
     if not engine.pruning.boundary:
         return "No tokens can catch up: this model is not pruned."
-    if engine.context.no_refill:
-        return f"Pruned tokens cannot catch up: {engine.context.no_refill}."
+    if engine.context.files.no_refill:
+        return f"Pruned tokens cannot catch up: {engine.context.files.no_refill}."
     if chat.refill == "off":
         return "Catching up is off: pruned tokens stay pruned."
     held = size(engine.refiller.held_bytes)

@@ -158,8 +158,8 @@ def _model(chat: Dialogue, argument: str) -> None:
         warn_of_base_model(chat)
         warn_of_hidden_pictures(chat)
     context = chat.model.engine.context
-    known = map(context.header.get, ("general.name", "general.architecture"))
-    chat.screen.note(f"{context.path} ({', '.join(str(part) for part in known if part)})")
+    known = map(context.files.header.get, ("general.name", "general.architecture"))
+    chat.screen.note(f"{context.files.path} ({', '.join(str(part) for part in known if part)})")
     chat.screen.note(f"Context: {context.n_ctx:,} tokens.")
     chat.screen.note(pruning_state(chat.model))
 

@@ -66,7 +66,7 @@ def test_no_folder_drowns_another(llama: Path, tmp_path: Path):
     notes.write_text(" ".join(f"note{word}" for word in range(2000)))
     with loaded(llama, n_threads=1) as context:
         text = given_text(context, (code, notes), 12, 128)
-        marks = {name: context.tokenize(name) for name in ("large", "small", "note")}
+        marks = {name: context.vocabulary.tokenize(name) for name in ("large", "small", "note")}
         shown = ["".join(map(chr, row)) for row in text.windows.tolist()]
         counts = {
             name: sum("".join(map(chr, mark)) in row for row in shown)
@@ -111,7 +111,7 @@ def test_samples_are_repeatable_and_begin_as_told(llama: Path):
 def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(template, tmp_path):
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=template)
     with loaded(path, n_threads=1) as context:
-        before = context.tokenize("<s>user: ", special=True)
+        before = context.vocabulary.tokenize("<s>user: ", special=True)
         text = sampled(context, own_text(context, 8), SILENT.on_sampling)
         topics, code = (
             texts._cut(context, whole, 1) for whole in (texts._topics(), texts._library_code())

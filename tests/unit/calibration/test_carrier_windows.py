@@ -6,7 +6,7 @@ import pytest
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
 from pop_local.calibration.texts import N_WINDOW, distill_text, given_text
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.measure.heldout import shipped_part
 
 
@@ -17,7 +17,7 @@ def context(smollm2):
 
 
 def spelled(context, tokens):
-    pieces = Pieces(context)
+    pieces = Pieces(context.vocabulary)
     return b"".join(pieces[int(token)] for token in tokens).decode()
 
 

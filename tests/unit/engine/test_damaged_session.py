@@ -155,7 +155,7 @@ def test_arrays_of_another_type_or_size_are_rejected(talk, sessions, name, conte
 
 def test_tokens_outside_the_vocabulary_are_rejected(talk, sessions):
     model, path = talk
-    for token in (-2, model.engine.context.n_vocab):
+    for token in (-2, model.engine.context.vocabulary.n_tokens):
         tokens = encoded_array(np.full(model.engine.cache.n_tokens, token, np.int32))
         rewritten(path, tokens_npy=tokens)
         with pytest.raises(PopError, match="damaged or not a session"):

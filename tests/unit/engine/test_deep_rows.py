@@ -25,10 +25,10 @@ def model(pop_file):
 
 def words(model, text, criterion=DeepRows.SPELLING):
     """Return the words that the deep rows spell."""
-    tokens = np.array(model.engine.context.tokenize(text))
+    tokens = np.array(model.engine.context.vocabulary.tokenize(text))
     deep = find_deep_rows(model.engine.context, tokens, criterion)
-    blank = model.engine.context.tokenize(" ")[0]
-    spelled = model.engine.context.detokenize(np.where(deep, tokens, blank).tolist())
+    blank = model.engine.context.vocabulary.tokenize(" ")[0]
+    spelled = model.engine.context.vocabulary.detokenize(np.where(deep, tokens, blank).tolist())
     return spelled.split()
 
 
@@ -56,7 +56,7 @@ def test_a_long_word_takes_linear_time(model):
 
 @pytest.mark.parametrize("n_batch", [16, 64, 1024])
 def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
-    tokens = model.engine.context.tokenize(3 * TEXT)
+    tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     other = opened(pop_file, n_batch=n_batch, n_ubatch=n_batch)
     set_rule(other, **vars(model.engine.rule))
@@ -68,7 +68,7 @@ def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
 
 
 def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
-    tokens = model.engine.context.tokenize(3 * TEXT)
+    tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     whole = deep_rows(model)
     for cut in (20, 61, 100):  # 61 is within a deep word
@@ -80,7 +80,7 @@ def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, m
 
 
 def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
-    tokens = model.engine.context.tokenize(3 * TEXT)
+    tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     append(model, tokens)
     several = opened(pop_file, n_parallel=2)
     for cache in [each.cache for each in several.engine.sequences]:
@@ -89,7 +89,7 @@ def test_each_of_several_sequences_has_its_own_deep_rows(pop_file, model):
 
 
 def test_a_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
-    tokens = model.engine.context.tokenize(3 * TEXT)
+    tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     model.read(Prompt(tokens))
     other = opened(pop_file)
     set_rule(other, **vars(model.engine.rule))
@@ -98,7 +98,7 @@ def test_a_restored_cache_is_reused_with_its_deep_rows(pop_file, model):
 
 
 def test_rows_that_another_rule_left_pruned_are_read_again(model):
-    tokens = model.engine.context.tokenize(3 * TEXT)
+    tokens = model.engine.context.vocabulary.tokenize(3 * TEXT)
     set_rule(model, deep_rows=DeepRows.NONE)
     model.read(Prompt(tokens))
     set_rule(model, deep_rows=DeepRows.SPELLING)
@@ -109,5 +109,5 @@ def test_rows_that_another_rule_left_pruned_are_read_again(model):
 
 def test_in_full_no_row_is_counted_as_deep(model):
     model.engine.set_mode(Mode.OFF)
-    append(model, model.engine.context.tokenize(TEXT))
+    append(model, model.engine.context.vocabulary.tokenize(TEXT))
     assert model.engine.cache.slot.counters.n_marked == 0

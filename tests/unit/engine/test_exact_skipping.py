@@ -176,7 +176,7 @@ def test_the_cost_of_a_full_prefill_is_estimated(shared: Path) -> None:
     model = opened(shared)
     stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
     cost = costs_of(model).of(stats)
-    limit = speedup_limit(model.engine.context.macs, 1000, model.engine.pruning.exact, 1)
+    limit = speedup_limit(model.engine.context.files.macs, 1000, model.engine.pruning.exact, 1)
     assert cost.seconds == pytest.approx(stats.prefill_s * limit)
     assert not cost.is_measured
     later = replace(stats, n_cached=400, n_skipped_exact=599)

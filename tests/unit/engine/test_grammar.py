@@ -9,7 +9,7 @@ import pytest
 
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from support.calls import N_VOCAB, opened, read
 from support.converted import tiny
 from support.server_requests import BOMB
@@ -66,7 +66,7 @@ def test_greedy_sampling_takes_the_most_likely_allowed_token(model):
     model.engine.cache.clear()
     text = answer(model, grammar="root ::= [b-y]", temperature=0.0)
     model.engine.cache.clear()
-    logits = read(model, model.engine.context.tokenize("Once upon a time", add_bos=True))
+    logits = read(model, model.engine.context.vocabulary.tokenize("Once upon a time", add_bos=True))
     allowed = Constraint(
         model.engine.token_tries.get(), Grammar.of_gbnf("root ::= [b-y]")
     ).allowed()
@@ -190,7 +190,7 @@ def test_json_strings_contain_no_newline(model):
 
 
 def test_the_tries_tokens_have_their_pieces_bytes(model):
-    trie, pieces = model.engine.token_tries.get(), Pieces(model.engine.context)
+    trie, pieces = model.engine.token_tries.get(), Pieces(model.engine.context.vocabulary)
     ends = {token for token in range(N_VOCAB) if not pieces[token]}
     # UTF-8 never contains the byte FF.
     shown = [token for token in range(N_VOCAB) if pieces[token] not in (b"", b"\xff")]

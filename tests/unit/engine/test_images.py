@@ -382,10 +382,14 @@ def test_what_a_message_spells_out_is_text(smol, text):
         made, plain = prompt(model, f"a {text} b", 3), prompt(model, "a b", 3)
         assert [*made.images.values()] == [*plain.images.values()]
         is_special = model.engine.prompter._special._is_special
-        special = [token for token in range(model.engine.context.n_vocab) if is_special(token)]
+        special = [
+            token for token in range(model.engine.context.vocabulary.n_tokens) if is_special(token)
+        ]
         counted = [[each.tokens.count(one) for one in special] for each in (made, plain)]
         assert counted[0] == counted[1]
-        said = model.engine.context.detokenize([token for token in made.tokens if token >= 0])
+        said = model.engine.context.vocabulary.detokenize(
+            [token for token in made.tokens if token >= 0]
+        )
         assert text in said
 
 
@@ -394,10 +398,10 @@ def test_pictures_keep_their_positions_in_the_message(smol):
         picture = picture_of(png(3), "3.png")
         made = model.engine.prompter.conversation([Message("user", "abcd", ((2, picture),))])
         before, after = made.tokens[: image_start(made)], made.tokens[image_end(made) :]
-        assert "ab" in model.engine.context.detokenize(
+        assert "ab" in model.engine.context.vocabulary.detokenize(
             before
-        ) and "cd" in model.engine.context.detokenize(after)
-        assert "cd" not in model.engine.context.detokenize(before)
+        ) and "cd" in model.engine.context.vocabulary.detokenize(after)
+        assert "cd" not in model.engine.context.vocabulary.detokenize(before)
 
 
 def test_a_template_that_drops_a_picture(tmp_path):

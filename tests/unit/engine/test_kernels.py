@@ -36,7 +36,7 @@ class Watched:
         self._marks: set[tuple[str, int]] = set()
         self._callback = backend.bindings().ggml_backend_sched_eval_callback(self._note)
         sizes = {"n_ctx": 256, "n_batch": N_UBATCH, "n_ubatch": N_UBATCH}
-        another = context.another(**sizes, cb_eval=self._callback, **options)
+        another = context.extra_context(**sizes, cb_eval=self._callback, **options)
         self.ctx = self._opened.enter_context(another)
         self._name = GgmlLibrary()
         self.n_tokens = 0

@@ -141,7 +141,7 @@ def test_held_out_rows_are_in_no_sum(plain):
 def test_nothing_of_a_prompt_is_on_the_disk(plain, folder):
     model = learning_model(plain)
     text = "the access code of the green depot is 48151 " * 300
-    tokens = model.engine.context.tokenize(text)[: 3 * N]
+    tokens = model.engine.context.vocabulary.tokenize(text)[: 3 * N]
     read(model, tokens)
     model.engine.calibrator.work(never)
     model.close()

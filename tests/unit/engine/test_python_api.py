@@ -116,13 +116,17 @@ def test_a_model_is_opened_by_name_with_its_sidecar(tmp_path, monkeypatch):
     base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
     pair = paired(base, tmp_path, "fitted", boundary=4)
     with opened("tiny") as model:
-        assert (model.engine.pruning.boundary, model.engine.context.sidecar, model.pruning) == (
+        assert (
+            model.engine.pruning.boundary,
+            model.engine.context.files.sidecar,
+            model.pruning,
+        ) == (
             4,
             pair.sidecar,
             True,
         )
     with opened(pair.single) as model:
-        assert (model.engine.pruning.boundary, model.engine.context.sidecar) == (4, None)
+        assert (model.engine.pruning.boundary, model.engine.context.files.sidecar) == (4, None)
     elsewhere = pair.sidecar.rename(tmp_path / "moved.gguf")
     with opened(base) as model:
         assert (model.engine.pruning.boundary, model.pruning) == (0, False)

@@ -63,7 +63,7 @@ def test_any_repetition_ends_eventually():
 @pytest.mark.parametrize(("command", "text"), [("run", "Go on"), ("chat", "Go on\n")])
 def test_a_command_ends_a_repeating_answer_and_reports_it(smollm2_pop, monkeypatch, command, text):
     with opened(smollm2_pop) as model:
-        tokens = iter(model.engine.context.tokenize(SENTENCE * 40))
+        tokens = iter(model.engine.context.vocabulary.tokenize(SENTENCE * 40))
     monkeypatch.setattr(Sampler, "sample", lambda self: next(tokens))
     done = called(command, smollm2_pop, "--threads", 1, "--ctx", 1024, text=text)
     assert done.returncode == 0

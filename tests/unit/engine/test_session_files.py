@@ -117,7 +117,7 @@ def test_rows_that_another_conversation_added_are_not_saved(chat_model, sessions
     said = Conversation("Be brief.", (replace(QUESTION, answer="i j k"),))
     messages = said.plus(Turn("my secret")).messages
     list(model.ask(messages, max_tokens=2, temperature=0.0))
-    cached = model.engine.context.detokenize(model.engine.cache.tokens.tolist())
+    cached = model.engine.context.vocabulary.detokenize(model.engine.cache.tokens.tolist())
     assert "my secret" in cached
     sessions.save("talk", model.engine, said)
     text = cached_text(sessions, model)

@@ -112,7 +112,9 @@ def family(request, model):
 def with_template(model, name: str):
     vars(model.engine.prompter).clear()
     model.engine.prompter.__init__(model.engine.context)
-    model.engine.prompter.template = Template(TEMPLATES[name], model.engine.context.vocab)
+    model.engine.prompter.template = Template(
+        TEMPLATES[name], model.engine.context.vocabulary.pointer
+    )
     return model
 
 
@@ -128,8 +130,8 @@ def written(model, messages) -> str:
 
 def as_before(model, messages) -> list[int]:
     """Return the prompt's tokens with all special tokens parsed."""
-    tokens = model.engine.context.tokenize(written(model, messages), special=True)
-    bos = [*model.engine.context.bos]
+    tokens = model.engine.context.vocabulary.tokenize(written(model, messages), special=True)
+    bos = [*model.engine.context.vocabulary.bos]
     return tokens if tokens[:1] == bos else [*bos, *tokens]
 
 
@@ -139,7 +141,7 @@ def special(model, tokens) -> list[int]:
     return [
         token
         for token in tokens
-        if api.llama_vocab_get_attr(model.engine.context.vocab, token) & control
+        if api.llama_vocab_get_attr(model.engine.context.vocabulary.pointer, token) & control
     ]
 
 
@@ -150,7 +152,7 @@ def require_as_before(model) -> None:
             assert model.engine.prompter.conversation(messages).tokens == expected
             # Also if another message spells a special token out.
             tokens = model.engine.prompter._special.tokens(written(model, messages), {})
-            assert [*model.engine.context.bos, *tokens][-len(expected) :] == expected
+            assert [*model.engine.context.vocabulary.bos, *tokens][-len(expected) :] == expected
 
 
 def test_ordinary_text_has_unchanged_tokens(family):
@@ -161,9 +163,9 @@ def test_ordinary_text_with_space_stripping_special_tokens(tmp_path):
     path = make_gguf(tmp_path / "phi.gguf", "llama", n_vocab=512, control=CONTROL)
     path.write_bytes(path.read_bytes().replace(b"tiny random model", b"tiny phi-3, named"))
     with opened(path, n_ctx=64) as model:
-        assert model.engine.context.tokenize(
+        assert model.engine.context.vocabulary.tokenize(
             "<|end|>\na", special=True
-        ) == model.engine.context.tokenize("<|end|>a", special=True)
+        ) == model.engine.context.vocabulary.tokenize("<|end|>a", special=True)
         require_as_before(with_template(model, "phi 3"))
 
 
@@ -171,7 +173,7 @@ def test_ordinary_text_with_space_stripping_special_tokens(tmp_path):
 @pytest.mark.parametrize("real", ["smollm2", "gemma"])
 def test_ordinary_text_in_real_vocabularies(real, request):
     with opened(request.getfixturevalue(real), n_ctx=64) as model:
-        own = bindings().llama_vocab_get_text(model.engine.context.vocab, 2).decode()
+        own = bindings().llama_vocab_get_text(model.engine.context.vocabulary.pointer, 2).decode()
         for name in TEMPLATES:
             require_as_before(with_template(model, name))
             tokens = model.engine.prompter.conversation(

@@ -52,7 +52,7 @@ WILD = {
 def vocab(tmp_path_factory):
     path = make_gguf(tmp_path_factory.mktemp("vocab") / "model.gguf", "llama")
     with loaded(path, n_threads=1) as context:
-        yield context.vocab
+        yield context.vocabulary.pointer
 
 
 @pytest.mark.parametrize("template", FAIR)

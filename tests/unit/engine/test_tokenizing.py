@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 )
 def test_tokenization_takes_linear_time(model, piece, n_each):
     began_s = time.process_time()
-    tokens = model.engine.context.tokenize(piece * 100_000, special=True)
+    tokens = model.engine.context.vocabulary.tokenize(piece * 100_000, special=True)
     assert time.process_time() - began_s < PATIENCE_S
     assert tokens[-100_000 * n_each :] == tokens[-n_each:] * 100_000
     assert len(tokens) <= 100_000 * n_each + 1  # the leading space
@@ -45,7 +45,9 @@ def test_tokenization_takes_linear_time(model, piece, n_each):
 
 def test_control_tokens_are_found_in_a_long_text_as_in_a_short_one(model):
     piece = "a <c1><c12> b<c1<c3>>."
-    two, three, many = (model.engine.context.tokenize(piece * n, special=True) for n in (2, 3, 500))
+    two, three, many = (
+        model.engine.context.vocabulary.tokenize(piece * n, special=True) for n in (2, 3, 500)
+    )
     assert {"<c1>", "<c3>", "<c12>"} <= {text_of(model, [token]) for token in two}
     assert many == two + three[len(two) :] * 498
 
@@ -53,15 +55,14 @@ def test_control_tokens_are_found_in_a_long_text_as_in_a_short_one(model):
 BPE = """
 import sys
 from pop_local.engine.llama import backend
-from types import SimpleNamespace
-from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.vocabulary import Vocabulary
 backend.require_patched()
 api = backend.bindings()
 params = api.llama_model_default_params()
 params.vocab_only = True
 model = api.llama_model_load_from_file(sys.argv[1].encode(), params)
-context = SimpleNamespace(vocab=api.llama_model_get_vocab(model))
-print(*(len(Context.tokenize(context, letter * 200_000)) for letter in "a! "))
+vocabulary = Vocabulary(api.llama_model_get_vocab(model))
+print(*(len(vocabulary.tokenize(letter * 200_000)) for letter in "a! "))
 """
 
 
@@ -84,16 +85,16 @@ def test_a_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
 def test_tokenization_can_be_stopped(model):
     began_s = time.process_time()
     with stopped_by(lambda: True), pytest.raises(StoppedError):
-        model.engine.context.tokenize(UNKNOWN * 2_000_000)
+        model.engine.context.vocabulary.tokenize(UNKNOWN * 2_000_000)
     assert time.process_time() - began_s < PATIENCE_S
     with stopped_by(lambda: False):
-        assert len(model.engine.context.tokenize(UNKNOWN * 1000)) == 4001
+        assert len(model.engine.context.vocabulary.tokenize(UNKNOWN * 1000)) == 4001
 
 
 def test_short_texts_are_not_stopped_however_many_came_before(model):
     with stopped_by(lambda: True):
         for _ in range(5000):
-            assert model.engine.context.tokenize("a short text")
+            assert model.engine.context.vocabulary.tokenize("a short text")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -101,5 +102,5 @@ def test_ctrl_c_stops_tokenization(model):
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        model.engine.context.tokenize(UNKNOWN * 2_000_000)
+        model.engine.context.vocabulary.tokenize(UNKNOWN * 2_000_000)
     assert time.monotonic() - began_s < PATIENCE_S

@@ -14,7 +14,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from pop_local.engine.chat_messages import Message, ToolCall
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, Write
 from pop_local.engine.prompt.templates import Template
@@ -69,7 +69,9 @@ class Shown(Prompter):
 
 def prompter_of(model: Any, name: str) -> Shown:
     prompter = Shown(model.engine.context)
-    vars(prompter)["template"] = Template(TEMPLATES[name].read_text(), model.engine.context.vocab)
+    vars(prompter)["template"] = Template(
+        TEMPLATES[name].read_text(), model.engine.context.vocabulary.pointer
+    )
     return prompter
 
 
@@ -206,7 +208,7 @@ def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
         _, form = prompt_with_tools(prompter, [ASKED], tools)
         assert form is not None
         trie = model.engine.token_tries.get(form.shown)
-        constraint = CallConstraint(trie, Pieces(model.engine.context, form.shown), form)
+        constraint = CallConstraint(trie, Pieces(model.engine.context.vocabulary, form.shown), form)
         for text in ("", "\n", " "):
             ids = constraint.allowed()
             assert ids is not None and not set(trie.eos_tokens) & set(ids)

@@ -10,7 +10,7 @@ import pytest
 from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import Message, ToolCall
 from pop_local.engine.decode.grammar import GrammarError
-from pop_local.engine.llama.pieces import Pieces
+from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.tools import text_form
 from pop_local.engine.tools.call_form import CallConstraint, CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
@@ -49,7 +49,7 @@ def form_of(model: Any, tools: Tools) -> CallForm:
 def taken(model: Any, form: CallForm, text: str) -> str:
     """Return the prefix of a text that the form allows, token by token."""
     trie = model.engine.token_tries.get(form.shown)
-    constraint = CallConstraint(trie, Pieces(model.engine.context, form.shown), form)
+    constraint = CallConstraint(trie, Pieces(model.engine.context.vocabulary, form.shown), form)
     found = b""
     for token in trie.greedy_tokenize(text):
         ids = constraint.allowed()

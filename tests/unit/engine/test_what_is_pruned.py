@@ -25,8 +25,8 @@ from support.synthetic import add_keys, make_gguf, renamed
 def test_a_converted_model_starts_pruning_at_its_boundary(pop_file):
     model = opened(pop_file)
     assert (model.engine.pruning.mode, model.engine.pruning.boundary) == (Mode.CONTEXT, 4)
-    assert model.engine.context.meta is not None
-    assert model.engine.context.meta.tail_tokens == 16
+    assert model.engine.context.files.meta is not None
+    assert model.engine.context.files.meta.tail_tokens == 16
 
 
 @pytest.mark.parametrize("n_tokens", [17, 18, 64, 65, 80, 200])

@@ -93,7 +93,7 @@ def test_parts_later_lines_and_longer_values_are_wrong(text: str) -> None:
 def test_more_documents_follow_the_same_first_ones(model, documents) -> None:
     assert [len(each.questions) for each in documents] == [2, 2]
     assert make_documents(model, replace(SETTINGS, n_documents=3))[:2] == documents
-    assert all(each.tokens[0] == model.engine.context.bos[0] for each in documents)
+    assert all(each.tokens[0] == model.engine.context.vocabulary.bos[0] for each in documents)
 
 
 def test_log_probabilities_equal_those_of_one_full_prompt(model, documents) -> None:
@@ -143,7 +143,7 @@ def test_the_text_is_greedy_where_the_right_answer_differs(model, documents) -> 
         for _ in range(8):
             greedy.append(reader.next_token)
             reader.extend(greedy[-1:])
-    text = model.engine.context.detokenize(greedy)
+    text = model.engine.context.vocabulary.detokenize(greedy)
     given = TokenizedQuestion(replace(asked.question, answer=text), asked.tokens, tuple(greedy))
     [[again]] = ask(model, [replace(document, questions=(given,))], FULL)
     assert again.text.startswith(text)

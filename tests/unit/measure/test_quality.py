@@ -206,7 +206,7 @@ def test_passages_are_pruned_tokens(model):
     ],
 )
 def test_random_tokens_are_scored_where_they_are_pruned(sink, tail, n_bos, scored):
-    context = SimpleNamespace(bos=(1,) * n_bos)
+    context = SimpleNamespace(vocabulary=SimpleNamespace(bos=(1,) * n_bos))
     model = SimpleNamespace(engine=SimpleNamespace(context=context))
     reader = SimpleNamespace(rule=RowRule(sink, tail), model=model)
     assert probes._scored(reader) == scored  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def test_random_tokens_are_scored_even_if_all_are_full(model, tail):
 
 def test_random_tokens_exclude_control_tokens(model):
     tokens = random_tokens(model, 2000, np.random.default_rng(0))
-    vocab = model.engine.context.vocab
+    vocab = model.engine.context.vocabulary.pointer
     attribute = backend.bindings().llama_vocab_get_attr
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 

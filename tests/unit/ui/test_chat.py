@@ -245,7 +245,7 @@ def test_full_is_offered_once_after_an_exact_string(answer, n_exact, lookups, is
     model = ScriptedModel([answer, stats], [answer, stats])
     if lookups:
         found = Measured(lookups_n=lookups[0], lookups_lost=lookups[1])
-        model.engine.context.meta = PopMeta("FS", measured=found)
+        model.engine.context.files.meta = PopMeta("FS", measured=found)
     offers = [line for line in talk(model, "which?", "again?") if "/full on" in line]
     assert len(offers) == is_offered
     assert all("may cause errors" in line for line in offers)

@@ -121,7 +121,7 @@ def test_set_refuses_nonsense(line, answer):
 
 def test_model_is_shown_and_changed_in_mid_conversation():
     model, other = ScriptedModel(["One.", STATS]), ScriptedModel(["Two.", STATS], n_ctx=2048)
-    other.engine.context.path = "other.gguf"
+    other.engine.context.files.path = "other.gguf"
     shown = talk(model, "hi", "/full on", "/model other", "go on", others={"other": other})
     assert shown[6:10] == [
         "> /model other",
@@ -233,7 +233,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
 def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
     # The answer gets 20 tokens (an eighth of the context), the question 64.
     model = ScriptedModel(["Hm.", STATS], n_ctx=98)
-    model.engine.context.n_ctx_train = 98
+    model.engine.context.files.n_ctx_train = 98
     shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
     assert shown[2:6] == [
         "? The attachment is 28 tokens too long (22 tokens left).",
@@ -290,7 +290,7 @@ def test_a_missing_file_is_one_error(tmp_path):
 def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]:
     """Chat for two turns of 12 tokens each, and then send a question of 13 tokens."""
     model = ScriptedModel(["x " * 6, STATS], ["y " * 6, STATS], ["z", STATS], n_ctx=n_ctx)
-    model.engine.context.n_ctx_train = 40
+    model.engine.context.files.n_ctx_train = 40
     questions = ["a " * 6, "b " * 6, "c " * 13]
     return model, talk(model, *questions, *keys, sampling={})
 

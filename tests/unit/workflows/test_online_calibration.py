@@ -101,7 +101,7 @@ def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
     model, lessons = taught(plain)
     lesson = lessons.idle(never)
     model.close()
-    assert sidecar_of(model.engine.context.source) == lesson.sidecar
+    assert sidecar_of(model.engine.context.files.source) == lesson.sidecar
     assert read_pop_meta(plain) is None
     [files] = learned_files()
     assert files.sidecar == lesson.sidecar
@@ -122,7 +122,7 @@ def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
     again.read(Prompt(prompt(600, 9)))
     again.close()
     assert CliRunner().invoke(app, ["learn", "forget", str(plain)]).exit_code == 0
-    assert not learned_files() and sidecar_of(model.engine.context.source) is None
+    assert not learned_files() and sidecar_of(model.engine.context.files.source) is None
     assert "No learned statistics yet" in CliRunner().invoke(app, ["learn", "show"]).stderr
 
 
@@ -131,7 +131,7 @@ def test_the_users_settings_stay(plain):
     model.swap_sidecar(lessons.idle(never).sidecar)
     model.engine.set_mode(Mode.OFF)
     model.engine.prompter.parse_special = True
-    model.swap_sidecar(model.engine.context.sidecar)
+    model.swap_sidecar(model.engine.context.files.sidecar)
     assert (
         model.engine.pruning.mode is Mode.OFF
         and not model.engine.refiller.is_on
@@ -154,7 +154,7 @@ def test_a_fit_outside_the_budget_is_not_used(plain):
     model, lessons = taught(plain, NONE)
     assert lessons.idle(never) is None
     assert not lessons.has_work  # until more prompts are read
-    assert sidecar_of(model.engine.context.source) is None
+    assert sidecar_of(model.engine.context.files.source) is None
 
 
 def test_work_that_is_stopped_at_any_time_continues(plain):
@@ -166,7 +166,7 @@ def test_work_that_is_stopped_at_any_time_continues(plain):
         if lesson:
             break
         stops += 1
-        assert sidecar_of(model.engine.context.source) is None
+        assert sidecar_of(model.engine.context.files.source) is None
     assert stops > 1 and lesson.boundary == 4
 
 
@@ -175,7 +175,7 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
     model.swap_sidecar(lessons.idle(never).sidecar)
     assert not lessons.has_work
     model.engine.set_mode(Mode.OFF)
-    model.swap_sidecar(model.engine.context.sidecar)
+    model.swap_sidecar(model.engine.context.files.sidecar)
     # The user's full mode stays.
     assert model.engine.pruning.mode is Mode.OFF and not model.engine.refiller.is_on
     for seed in range(3, 6):
@@ -207,7 +207,7 @@ def test_a_fit_in_use_adapts_to_new_prompts(plain, kind, tmp_path):
     assert model.engine.calibrator.boundaries == (5,)
     assert lesson.boundary == 5
     model.swap_sidecar(lesson.sidecar)
-    assert model.engine.context.meta.projection == kind
+    assert model.engine.context.files.meta.projection == kind
     model.close()
     if kind != Projection.FITTED:
         return
