@@ -16,7 +16,7 @@ from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import TextStream
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.vocabulary import Pieces
-from pop_local.engine.prefill.read import ReadingStoppedError
+from pop_local.engine.prefill.read import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.call_form import CallConstraint
@@ -95,7 +95,7 @@ class _Turn:
                 found = self._sequence.read(self._prompt, options.on_prefill)
                 self._sampled = self._sequence.sampled(self._sampler)
                 token = next(self._sampled)
-        except ReadingStoppedError as error:
+        except PrefillStoppedError as error:
             if options.should_stop is None:  # the model's own stop callback: not only this answer
                 raise
             found, token = error.read, -1
@@ -160,7 +160,7 @@ class _Turn:
             n_prompt=len(self._prompt),
             n_cached=found.n_cached,
             n_pruned=counters.n_context,
-            n_deep=counters.n_marked,
+            n_deep=counters.n_deep,
             n_refilled=self._n_refilled,
             n_exact=found.n_exact,
             n_skipped_exact=counters.n_exact,

@@ -198,7 +198,7 @@ def _vision(options: EngineOptions, context: Context) -> Mmproj | None:
         options.mmproj,
         use_gpu=options.context.n_gpu_layers != 0,
         max_tokens=options.image_tokens,
-        should_stop=context.interrupt.is_wanted,
+        should_stop=context.interrupt.should_stop,
     )
 
 

@@ -142,7 +142,7 @@ def _row(
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context,
-        n_deep=rows.n_marked,
+        n_deep=rows.n_deep,
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),

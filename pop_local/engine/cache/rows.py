@@ -42,7 +42,7 @@ class CachedRows:
         if self.n_exact == start and full.all():
             self.n_exact = end
 
-    def deepened(self, positions: Sequence[int]) -> None:
+    def record_deep_pass(self, positions: Sequence[int]) -> None:
         """Record a deep pass over rows at these ascending positions."""
         self.is_full[list(positions)] = True
         first, last = positions[0], positions[-1]

@@ -20,7 +20,7 @@ def run_deep(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> No
         at_end = start + len(piece) == len(rows)
         with cache.slot.interruptible():
             if cache.slot.run_deep(np.asarray(piece, np.int32), logits=logits and at_end):
-                cache.rows.deepened(piece)
+                cache.rows.record_deep_pass(piece)
                 if cache.learner is not None:
                     cache.learner.computed()
             cache.slot.raise_if_stopped()

@@ -58,15 +58,14 @@ class Counters:
     """Rows computed since the last reset.
 
     `n_context` rows stopped at the boundary, and `n_full` rows ran all layers. `n_exact` rows
-    stopped at a layer from which on all layers share earlier KV. `n_deep` rows ran deep passes
-    afterwards. `n_marked` of the full rows are deep rows by token.
+    stopped at a layer from which on all layers share earlier KV. `n_full` includes `n_deep` deep
+    rows by token (llama_pop_counters: n_marked).
     """
 
     n_context: int
     n_full: int
     n_exact: int = 0
     n_deep: int = 0
-    n_marked: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -295,13 +294,7 @@ def add_tap(ctx: Any, kind: int, layer: int) -> None:
 def get_counters(ctx: Any) -> Counters:
     counters = _CCounters()
     require_patched().llama_pop_get_counters(ctx, ctypes.byref(counters))
-    return Counters(
-        counters.n_context,
-        counters.n_full,
-        counters.n_exact,
-        counters.n_deep,
-        counters.n_marked,
-    )
+    return Counters(counters.n_context, counters.n_full, counters.n_exact, n_deep=counters.n_marked)
 
 
 def reset_counters(ctx: Any) -> None:

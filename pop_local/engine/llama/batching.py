@@ -18,7 +18,7 @@ from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.cells import Cells, SequenceCells
 from pop_local.engine.llama.context import Context
-from pop_local.engine.llama.interrupt import whether_to_stop
+from pop_local.engine.llama.interrupt import current_should_stop
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
 from pop_local.engine.llama.slot import decode_now, last_logits
 
@@ -128,7 +128,7 @@ class Batcher:
 
     def _decode(self, steps: list[_Request], prompts: list[_Request]) -> None:
         ctx = self._context.ctx
-        n_rows = self._throttle.rows_beside(len(steps))
+        n_rows = self._throttle.max_prompt_rows(len(steps))
         parts = [(one, 1) for one in steps]
         parts += [(one, min(one.n_left, n_rows)) for one in prompts if n_rows]
         before = backend.get_counters(ctx)
@@ -136,7 +136,7 @@ class Batcher:
         started_s = time.perf_counter()
         self._run(parts)
         n_read = sum(n for one, n in parts if one.slot._is_prefilling)
-        self._throttle.took(len(steps), n_read, time.perf_counter() - started_s)
+        self._throttle.record(len(steps), n_read, time.perf_counter() - started_s)
         self._count(prompts, len(steps), before)
         self._copy_logits(parts)
 
@@ -201,7 +201,7 @@ def added(known: Counters, before: Counters, now: Counters) -> Counters:
         known.n_context + now.n_context - before.n_context,
         known.n_full + now.n_full - before.n_full,
         known.n_exact + now.n_exact - before.n_exact,
-        n_marked=known.n_marked + now.n_marked - before.n_marked,
+        n_deep=known.n_deep + now.n_deep - before.n_deep,
     )
 
 
@@ -241,7 +241,7 @@ class BatchedSlot:
         return nullcontext()
 
     def raise_if_stopped(self) -> None:
-        if whether_to_stop()():
+        if current_should_stop()():
             raise StoppedError
 
     def require_idle(self) -> None:
@@ -292,7 +292,7 @@ class BatchedSlot:
             if outputs is not Outputs.NONE:
                 self._logits = last_logits(self.context).copy()
             return
-        request = _Request(self, tokens, first_position, outputs, whether_to_stop())
+        request = _Request(self, tokens, first_position, outputs, current_should_stop())
         self._batcher.decode(request)
 
     @property

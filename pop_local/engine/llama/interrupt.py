@@ -30,7 +30,7 @@ def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
         _should_stop.reset(token)
 
 
-def whether_to_stop() -> Callable[[], bool]:
+def current_should_stop() -> Callable[[], bool]:
     """Return this thread's `should_stop`, for a thread that works on its behalf."""
     return _should_stop.get()
 
@@ -54,7 +54,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._api = bindings()
-        self._callback = self._api.ggml_abort_callback(lambda _: self.is_wanted())
+        self._callback = self._api.ggml_abort_callback(lambda _: self.should_stop())
         self._no_callback = self._api.ggml_abort_callback(0)
         self._raised: BaseException | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -91,7 +91,7 @@ class Interrupt:
 
         llama.cpp then fails to open the model. Signals are handled at exit.
         """
-        should_stop = whether_to_stop()
+        should_stop = current_should_stop()
         callback = self._api.llama_progress_callback(
             lambda *_: not (self._pending or should_stop())
         )
@@ -132,7 +132,7 @@ class Interrupt:
         if self._stop_requested():
             raise StoppedError
 
-    def is_wanted(self) -> bool:
+    def should_stop(self) -> bool:
         """Return whether to stop. `check` then raises the reason."""
         if self._raised is None:
             self._in_callback = True
@@ -169,4 +169,4 @@ class Interrupt:
             self._handlers[number](number, frame)
 
     def _stop_requested(self) -> bool:
-        return self._on_exit is not None or whether_to_stop()()
+        return self._on_exit is not None or current_should_stop()()

@@ -23,7 +23,7 @@ class PrefillThrottle:
         self._prompt_s = 0.0
         self._owed_s = 0.0
 
-    def rows_beside(self, n_answers: int) -> int:
+    def max_prompt_rows(self, n_answers: int) -> int:
         """Return the number of prompt rows at which answers keep half their tokens per second."""
         if not n_answers:
             return self._n_batch
@@ -34,7 +34,7 @@ class PrefillThrottle:
         wait_s = max(_WAIT_S, self._step_of(n_answers)) - self._prompt_s
         return min(max(int(wait_s / self._row_s), _FIRST_ROWS), self._n_batch - n_answers)
 
-    def took(self, n_answers: int, n_rows: int, seconds: float) -> None:
+    def record(self, n_answers: int, n_rows: int, seconds: float) -> None:
         """Record a batch's time. `n_rows`: its prompt rows."""
         if not n_answers:
             self._owed_s = 0.0

@@ -44,7 +44,7 @@ class Read:
     is_short: bool = False
 
 
-class ReadingStoppedError(StoppedError):
+class PrefillStoppedError(StoppedError):
     """A read was stopped. `read`: the result up to then."""
 
     def __init__(self, read: Read) -> None:
@@ -58,7 +58,7 @@ def read(
     """Read a prompt, reuse its cached prefix, and compute the last row's logits.
 
     Raises PopError if the prompt does not fit the context or cannot be decoded. Raises
-    ReadingStoppedError or the signal handler's exception if interrupted. Decoded rows stay cached.
+    PrefillStoppedError or the signal handler's exception if interrupted. Decoded rows stay cached.
     """
     if not len(prompt):
         raise PopError("the prompt is empty", "add text to it")
@@ -96,7 +96,7 @@ def append(
     except StoppedError as error:
         if cache.context.is_closed:
             raise
-        raise ReadingStoppedError(reading.result()) from error
+        raise PrefillStoppedError(reading.result()) from error
     return reading.result()
 
 

@@ -45,7 +45,7 @@ def test_rows_are_exact_as_far_as_nothing_was_pruned(batches, n_exact):
 def test_deep_rows_are_exact_in_order_only(passes, n_exact):
     rows = rows_read("cccccc")
     for positions in passes:
-        rows.deepened(positions)
+        rows.record_deep_pass(positions)
     assert rows.n_exact == n_exact
 
 

@@ -62,9 +62,7 @@ def test_the_choice_does_not_depend_on_the_batch(pop_file, model, n_batch):
     set_rule(other, **vars(model.engine.rule))
     append(other, tokens)
     np.testing.assert_array_equal(deep_rows(other), deep_rows(model))
-    assert (
-        model.engine.cache.slot.counters.n_marked == other.engine.cache.slot.counters.n_marked > 10
-    )
+    assert model.engine.cache.slot.counters.n_deep == other.engine.cache.slot.counters.n_deep > 10
 
 
 def test_a_prompt_that_continues_a_cached_one_has_the_same_deep_rows(pop_file, model):
@@ -110,4 +108,4 @@ def test_rows_that_another_rule_left_pruned_are_read_again(model):
 def test_in_full_no_row_is_counted_as_deep(model):
     model.engine.set_mode(Mode.OFF)
     append(model, model.engine.context.vocabulary.tokenize(TEXT))
-    assert model.engine.cache.slot.counters.n_marked == 0
+    assert model.engine.cache.slot.counters.n_deep == 0

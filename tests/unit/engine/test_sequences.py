@@ -356,20 +356,20 @@ def test_an_answer_continues_after_log_probabilities_of_its_prompt(model, pop_fi
 @pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
 def test_answers_keep_half_of_their_speed(step_s):
     pace = PrefillThrottle(512)
-    assert pace.rows_beside(0) == 512
-    pace.took(0, 8, 0.500)  # too few rows for an estimate
-    assert pace.rows_beside(2) == 64
+    assert pace.max_prompt_rows(0) == 512
+    pace.record(0, 8, 0.500)  # too few rows for an estimate
+    assert pace.max_prompt_rows(2) == 64
 
     def seconds(n_rows: int) -> float:
         return step_s + (0.010 + 0.0008 * n_rows if n_rows else 0.0)
 
-    pace.took(0, 512, 512 * 0.0008)
-    pace.took(2, 0, seconds(0))
+    pace.record(0, 512, 512 * 0.0008)
+    pace.record(2, 0, seconds(0))
     taken = []
     for _ in range(200):
-        n_rows = pace.rows_beside(2)
+        n_rows = pace.max_prompt_rows(2)
         taken.append((n_rows, seconds(n_rows)))
-        pace.took(2, *taken[-1])
+        pace.record(2, *taken[-1])
     total_s = sum(each for _, each in taken)
     assert 0.5 <= step_s * len(taken) / total_s <= 0.6
     assert sum(n for n, _ in taken) / total_s > 0.4 / 0.0008  # rows per second
@@ -378,24 +378,24 @@ def test_answers_keep_half_of_their_speed(step_s):
 
 def test_steps_without_prefill_pay_back_its_time():
     pace = PrefillThrottle(512)
-    pace.took(0, 512, 0.4)
-    pace.took(1, 0, 0.05)
-    pace.took(1, 200, 0.25)
+    pace.record(0, 512, 0.4)
+    pace.record(1, 0, 0.05)
+    pace.record(1, 200, 0.25)
     n_alone = 0
-    while not pace.rows_beside(1):
-        pace.took(1, 0, 0.05)
+    while not pace.max_prompt_rows(1):
+        pace.record(1, 0, 0.05)
         n_alone += 1
     assert n_alone == 4
-    assert pace.rows_beside(600 - 90) == 2
+    assert pace.max_prompt_rows(600 - 90) == 2
 
 
 def test_prefill_continues_after_the_process_was_suspended():
     pace = PrefillThrottle(512)
-    pace.took(1, 0, 0.05)
-    pace.took(1, 64, 3600.0)
+    pace.record(1, 0, 0.05)
+    pace.record(1, 64, 3600.0)
     n_alone = 0
-    while not pace.rows_beside(1):
-        pace.took(1, 0, 0.05)
+    while not pace.max_prompt_rows(1):
+        pace.record(1, 0, 0.05)
         n_alone += 1
     assert n_alone * 0.05 < 1
 
