@@ -1,4 +1,4 @@
-"""Answering a prompt: text pieces as they are sampled, then the statistics."""
+"""Answer a prompt: yield text while tokens are sampled, then statistics."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.call_form import CallConstraint
 from pop_local.engine.turn_options import TurnOptions
 
-# Closing it ends the answer.
+# The caller closes the generator to end the answer.
 Answering = Generator[Chunk, None, None]
 
 
@@ -32,7 +32,7 @@ def answer(
     options: TurnOptions,
     constraint: Callable[[], Allowed | None] = lambda: None,
 ) -> Answering:
-    """Stream the answer to a prompt; the last chunk carries the statistics."""
+    """Stream the answer to a prompt; the last chunk contains the statistics."""
     if options.repeatable:
         sequence = replace(sequence, rule=replace(sequence.rule, reuses=False))
     with closing(_Turn(sequence, render, options, constraint)) as turn:
@@ -40,7 +40,7 @@ def answer(
 
 
 class _Turn:
-    """State of an answer that is being generated; its clock starts with the constructor."""
+    """An answer in progress. The constructor starts the clock."""
 
     def __init__(
         self,
@@ -53,10 +53,10 @@ class _Turn:
         if options.max_tokens is not None and options.max_tokens < 1:
             raise PopError(
                 f"max_tokens is {options.max_tokens}: the minimum is 1",
-                "give 1 or more, or None to fill the context",
+                "use max_tokens=1 or more, or None to fill the context",
             )
         stops: object = options.stops
-        if isinstance(stops, str):  # iterates over its characters
+        if isinstance(stops, str):  # a tuple of its characters would be wrong
             raise PopError("stops is a string, not a tuple", f"use stops=({stops!r},)")
         self._sequence = sequence
         self._options = options
@@ -96,7 +96,7 @@ class _Turn:
                 self._sampled = self._sequence.sampled(self._sampler)
                 token = next(self._sampled)
         except PrefillStoppedError as error:
-            if options.should_stop is None:  # the model's own stop callback: not only this answer
+            if options.should_stop is None:  # stopped from outside, not by this answer's options
                 raise
             found, token = error.read, -1
         now_s = time.perf_counter()
@@ -105,7 +105,7 @@ class _Turn:
         if token == -1:
             yield Chunk("", self._stats("interrupted"))
             return
-        if self._prompt.begun and options.grammar is None:  # a grammar excludes it
+        if self._prompt.begun and options.grammar is None:  # no grammar allows the prefix
             yield Chunk(self._prompt.begun)
         yield from self._decode(token)
 
@@ -135,12 +135,12 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        # Include final tokens without text or with half a character, but not a stop string's.
+        # The last chunk includes tokens without text, and tokens of half a character.
         is_whole = stats is not None and not self._text.stop
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _next_token(self) -> int:
-        assert self._sampled is not None, "it yielded the first token"
+        assert self._sampled is not None, "chunks() has created the generator"
         started_s = time.perf_counter()
         token = next(self._sampled)
         self._decode_s += time.perf_counter() - started_s

@@ -25,7 +25,8 @@ class Message:
     """One message of a conversation.
 
     `pictures`: ascending (offset, picture) pairs; each precedes that character of `content`.
-    `calls`: an assistant's function calls. `call_id`: the call that a tool's message answers.
+    `calls`: an assistant's function calls. `call_id`: ID of the call whose result a tool message
+    contains.
     """
 
     role: Role
@@ -48,9 +49,9 @@ class TurnStats:
     ttft_s: seconds from the question to the first token, including the template and tokenization.
     encode_s: seconds for encoding images, which pruning does not change. prefill_s: seconds for
     the prompt, without encode_s. decode_s: seconds from the first to the last sampled token,
-    without the caller's. is_short: pruning was on, but the uncached prompt was too short for it.
-    fit: the origin of the pruned tokens' projections, or "". stop: the stop string that ended the
-    answer, or "". is_repeating: the answer was ended because it repeated itself.
+    without the caller's time. is_short: pruning was on, but the uncached prompt was too short to be
+    pruned. fit: the origin of the pruned tokens' projections, or "". stop: the stop string that
+    ended the answer, or "". is_repeating: repetition ended the answer.
     """
 
     n_prompt: int
@@ -76,7 +77,7 @@ class TurnStats:
 
     @property
     def reading(self) -> PrefillKind:
-        """The prefill mode; "short": not pruned because of the prompt's length."""
+        """The prefill mode, or "short" if the prompt was too short to be pruned."""
         if self.n_pruned:
             return "pruned"
         if self.n_skipped_exact:
@@ -85,7 +86,7 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """The numbers of prompt tokens that were cached or skipped layers, in words."""
+        """Description of the prompt tokens that were cached or skipped layers."""
         cached = f"{self.n_cached:,} cached, " if self.n_cached else ""
         if self.n_skipped_exact:
             return f"{cached}{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
@@ -110,7 +111,7 @@ class TurnStats:
 
 @dataclass(frozen=True)
 class SessionStats:
-    """Sums over a conversation; see TurnStats. n_answers counts answers with a token."""
+    """Sums over a conversation (see TurnStats). n_answers: answers with at least one token."""
 
     n_answers: int
     n_prompt: int
@@ -146,7 +147,7 @@ class SessionStats:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and its natural log probability; `top`: the most likely tokens, best first."""
+    """A token and its natural log probability. `top`: the most likely tokens, best first."""
 
     text: bytes
     logprob: float | None
@@ -155,7 +156,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the answer; the last one carries the statistics and may have no text.
+    """A piece of the answer. The last chunk has the statistics, and possibly no text.
 
     `logprobs`: the tokens' log probabilities, if requested. `embedding`: the prompt's embedding,
     instead of an answer.

@@ -1,10 +1,10 @@
-"""The error for a prompt that does not fit the context."""
+"""The error for a prompt that exceeds the context."""
 
 from pop_converter.base.errors import PopError
 
 
 class ContextFullError(PopError):
-    """Error: a prompt and its answer exceed the context. All numbers are tokens.
+    """A prompt and its answer exceed the context. All numbers are tokens.
 
     `n_answer`: tokens reserved for the answer. `n_short`: missing tokens.
     """
@@ -14,7 +14,7 @@ class ContextFullError(PopError):
         super().__init__(
             f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
             f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
-            f"give a larger context (n_ctx={larger}) or a shorter prompt",
+            f"open the model with a larger context (n_ctx={larger}) or a shorter prompt",
             cause="context-full",
             n_ctx=larger,
         )

@@ -1,4 +1,4 @@
-"""An open model: the parts that read prompts and answer them."""
+"""The parts of an open model, which read prompts and answer them."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class EngineOwner(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """The parts of a model on the patched backend.
+    """The parts of an open model.
 
-    A converted model starts in mode CONTEXT: prompts are pruned. `sequences`: one per concurrent
-    prompt. `vision`: the mmproj, or None. `calibrator`: the learner from full rows, or None.
+    Pruning is on at first if the model is converted. `sequences`: one for each concurrent prompt.
+    `vision`: the mmproj, or None. `calibrator`: learns from full rows, or None.
     """
 
     options: EngineOptions
@@ -140,9 +140,9 @@ class Engine:
             sequence.set_boundary(layer)
 
     def set_refill(self, is_on: bool) -> None:
-        """Keep boundary states for refilling from now on, or drop them.
+        """Turn refilling on, which stores boundary states, or turn it off and drop the states.
 
-        It has no effect on a model that cannot be refilled.
+        The call has no effect on a model that cannot be refilled.
         """
         self.context.interrupt.require_idle()
         for sequence in self.sequences:
@@ -163,11 +163,11 @@ class Engine:
         options: TurnOptions,
         sequence: CachedSequence | None = None,
     ) -> Answering:
-        """Answer a prompt; the last chunk carries the statistics.
+        """Answer a prompt. The last chunk contains the statistics.
 
-        `prompt`: TTFT includes a callable's time. `sequence`: default: the first. The engine stays
-        usable after the iterator is closed or raises. Raises PopError if the prompt exceeds the
-        context.
+        `prompt`: a prompt or a function that renders it, whose time counts towards TTFT.
+        `sequence` (default: the first). The engine stays usable after the iterator was closed or
+        has raised. Raises PopError if the prompt exceeds the context.
         """
         render = prompt if callable(prompt) else lambda: prompt
         return answer(
@@ -175,12 +175,15 @@ class Engine:
         )
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
-        """Yield tokens endlessly, starting after the first sequence's prompt."""
+        """Yield sampled tokens after the first sequence's cached rows, without end."""
         sequence = self.sequences[0]
         return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
 
     def constraint(self, options: TurnOptions) -> Allowed | None:
-        """Return the constraint on the answer's tokens: tool calls, a grammar, or None."""
+        """Return the constraint on the answer's tokens:
+
+        tool calls or a grammar (None: no limit).
+        """
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context.vocabulary, calls.shown)
@@ -210,7 +213,7 @@ def _slots(context: Context) -> Sequence[Slot]:
 
 
 def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:
-    """Return the file's rule for full rows, with the options' changes."""
+    """Return the file's rule for full rows, changed by the options."""
     changes: dict[str, Any] = {
         name: value
         for name in ("sink_tokens", "tail_tokens", "deep_rows")

@@ -1,4 +1,4 @@
-"""The model handle of the Python API."""
+"""The Python API's handle of an open model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class PopModel:
-    """An open model; `engine` has its parts. Raises PopError."""
+    """An open model. `engine` has its parts."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._engine = Engine.open(options)
@@ -64,8 +64,9 @@ class PopModel:
     ) -> Self:
         """Open a GGUF file, or a local model by name, without downloading or converting.
 
-        `sidecar`, `mmproj`: default: the file next to the model, or for a sidecar the shipped one.
-        `options`: fields of EngineOptions, of ContextOptions and of llama.cpp's parameters.
+        `sidecar` (default: the file next to the model, or the shipped one). `mmproj` (default: the
+        file next to the model). `options`: fields of EngineOptions, of ContextOptions and of
+        llama.cpp's parameters. Raises PopError if the model cannot be opened.
         """
         path = model_names.resolve(os.fspath(model))
         return cls(
@@ -79,7 +80,7 @@ class PopModel:
 
     @property
     def engine(self) -> Engine:
-        """The model's parts; swap_sidecar and learn replace it."""
+        """The model's parts. swap_sidecar and learn replace the engine."""
         return self._engine
 
     def __enter__(self) -> Self:
@@ -93,9 +94,9 @@ class PopModel:
         self._engine.close()
 
     def swap_sidecar(self, sidecar: Path) -> None:
-        """Prune with another sidecar from now on. A cache of exact rows survives.
+        """Prune with another sidecar from now on. The cache is kept if all rows are exact.
 
-        Raises PopError, without any change, also for a model with vision.
+        If opening fails, and for a model with an mmproj, it raises PopError and changes nothing.
         """
         with self._lock:
             before = self._engine
@@ -103,7 +104,7 @@ class PopModel:
             if before.vision is not None:
                 raise PopError(
                     "a model with an mmproj cannot change its sidecar while it is open",
-                    "reopen the model",
+                    "close the model and open it with the new sidecar",
                 )
             cache = before.cache
             state = before.states.save() if 0 < cache.n_tokens == cache.n_exact else None
@@ -128,7 +129,7 @@ class PopModel:
     def learn(self, memory_bytes: int | None = None) -> None:
         """Start learning from rows that run in full (docs/learning.md).
 
-        `memory_bytes`: limit for sums and pending rows (default: see default_memory). Raises
+        `memory_bytes`: memory limit for sums and queued rows (default: see default_memory). Raises
         PopError if no fit can prune the model.
         """
         with self._lock:
@@ -148,7 +149,7 @@ class PopModel:
     def pruning(self) -> bool:
         """True if prompts are pruned.
 
-        Setting it empties the KV cache unless all rows are exact. True raises PopError for an
+        A change empties the KV cache unless all rows are exact. Setting True raises PopError for an
         unconverted model.
         """
         return self._engine.pruning.mode is not Mode.OFF
@@ -202,9 +203,9 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model, which has no chat template, continues the messages' text unless they have
+        A base model has no chat template. It continues the messages' text, unless they have
         pictures. `options`: fields of TurnOptions (default: the file's recommendation). Raises
-        PopError, for example if the template rejects the conversation.
+        PopError if the template rejects the conversation, or if the prompt cannot be read.
         """
         prompter = self._engine.prompter
         if prompter.has_template or any(message.pictures for message in messages):

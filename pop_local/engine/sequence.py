@@ -1,4 +1,4 @@
-"""A sequence of an engine: reads a prompt into its KV cache and yields sampled tokens."""
+"""A sequence of an engine, which reads prompts and yields sampled tokens."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -114,7 +114,7 @@ class CachedSequence:
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))
 
     def sampled(self, source: TokenSource) -> Generator[int]:
-        """Yield tokens endlessly, starting after the cached prompt.
+        """Yield sampled tokens after the cached prompt, without end.
 
         Raises DisplacedError once another prompt has replaced the cache.
         """

@@ -1,4 +1,4 @@
-"""Choice of the sequence for a prompt, and sharing of rows among sequences."""
+"""Choose the sequence for a prompt, and share rows among sequences."""
 
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.prompt.prompt import Prompt
@@ -6,10 +6,7 @@ from pop_local.engine.sequence import CachedSequence
 
 
 class SlotScheduler:
-    """Assigns each sequence of an engine to one answer at a time.
-
-    The class is not thread-safe.
-    """
+    """Assignment of an engine's sequences to answers, one answer at a time. Not thread-safe."""
 
     def __init__(self, model: EngineOwner) -> None:
         self._model = model
@@ -17,7 +14,7 @@ class SlotScheduler:
         self._free = list(range(len(model.engine.sequences)))
 
     def take(self, prompt: Prompt) -> int:
-        """Return the free sequence with the most rows in common, else the least useful one."""
+        """Return the free sequence with the longest common prefix, or the fewest rows."""
         best = max(self._free, key=lambda index: self._score(index, prompt))
         self._free.remove(best)
         return best
@@ -29,7 +26,7 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Copy the longest common prefix from any sequence, even a busy one."""
+        """Share the longest common prefix of all sequences, including busy ones."""
         states = [sequence.states for sequence in self._model.engine.sequences]
         if len(states) > 1:
             best = max(states, key=lambda each: each.n_same(prompt))
@@ -46,7 +43,7 @@ class SlotScheduler:
         return sum(map(self._n_refillable, range(len(self._model.engine.sequences))))
 
     def refilled(self, index: int) -> None:
-        """Let the other sequences adopt the refilled rows that they share."""
+        """Mark the rows that other sequences share with a refilled one as refilled."""
         states = self.sequence(index).states
         for other in self._model.engine.sequences:
             if other.states is not states:
@@ -57,7 +54,7 @@ class SlotScheduler:
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Score common rows only if they are half of the cached rows, as in CacheStates.stash."""
+        """Return the score. A prefix counts if CacheStates.stash would keep the rows for it."""
         states = self.sequence(index).states
         n_same, n_tokens = states.n_same(prompt), states.cache.n_tokens
         return (n_same if 2 * n_same >= n_tokens else 0), -n_tokens

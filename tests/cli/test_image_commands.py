@@ -107,7 +107,7 @@ def test_chat_shows_the_contents_of_the_context(path):
 def test_chat_refuses_files_that_are_no_pictures(path):
     folder = path.parent
     shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
-    assert f"! {folder / 'no.png'} is not a readable picture; give a PNG" in shown
+    assert f"! {folder / 'no.png'} is not a readable picture; use a PNG" in shown
     assert "absent.png" in shown and "pictures" not in shown.splitlines()[-1]
     shown = chatted(path, f"/image {folder / 'a.png'}", mmproj=None)
     assert "--mmproj FILE" in shown

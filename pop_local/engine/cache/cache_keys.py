@@ -53,7 +53,7 @@ class CacheKeys:
         return f"mode {pruning.mode.name}, boundary {pruning.boundary}, {self._conversion}"
 
     def accepts(self, key: str) -> bool:
-        """Return whether a read can continue after K/V of this key."""
+        """Return whether a read can continue after rows with this key."""
         return key in (FULL, self.mode)
 
 
@@ -61,7 +61,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     """Return a conversion's name and fingerprint.
 
     The fingerprint covers the keys that pruned K/V depend on, and the table and first bytes of
-    fitted tensors. It is the same for a sidecar and a single file of one fit.
+    fitted tensors. A sidecar and a single converted file of one fit have the same fingerprint.
     """
     if meta is None:
         return NO_CONVERSION
@@ -88,7 +88,7 @@ def opened_with(context: Context) -> str:
 def own_sha256(source: Source) -> str:
     """Return a hash of the first bytes of a model's tensors.
 
-    It distinguishes models of one shape, and is the same for a model and its conversion.
+    The hash distinguishes models of one shape. A model and its conversion have the same hash.
     """
     digest = hashlib.sha256()
     for header in source.parts:

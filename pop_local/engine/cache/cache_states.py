@@ -1,4 +1,4 @@
-"""Saved states of a KV cache, and exchange of rows with the prompt cache and other sequences."""
+"""Save and restore a KV cache's rows, and share them with other sequences."""
 
 from contextlib import suppress
 
@@ -10,7 +10,7 @@ from pop_local.engine.prompt.prompt import Prompt
 
 
 class CacheStates:
-    """Saves and restores a KV cache's rows. `prompts` stores other prompts' states."""
+    """A KV cache's states: saved, restored, stored in the prompt cache `prompts`, or shared."""
 
     def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
         self.cache, self.keys, self.prompts = cache, keys, prompts
@@ -42,7 +42,7 @@ class CacheStates:
     def restore(self, state: SavedState) -> None:
         """Replace the cache by a saved state.
 
-        Raises PopError if it has another model, mode, boundary or conversion.
+        Raises PopError if the state has another model, mode, boundary or conversion.
         """
         if state.model != self.keys.model:
             raise PopError(
@@ -64,7 +64,7 @@ class CacheStates:
             self.store()
 
     def store(self) -> None:
-        """Store the rows in the prompt cache, if there is one and they fit."""
+        """Store the rows in the prompt cache, if one exists and has room for them."""
         if self.prompts is None or not self.cache.n_tokens:
             return
         if self.cache.slot.cells.state_size() <= self.prompts.capacity_bytes:
@@ -78,7 +78,7 @@ class CacheStates:
         n_same = self.n_same(prompt)
         state, n_there = self.prompts.longest(self._prompts_key, prompt)
         if state is not None and n_there > n_same:
-            with suppress(PopError):  # such as a larger context's state
+            with suppress(PopError):  # for example the state of a larger context
                 self.restore(state)
 
     @property
@@ -90,7 +90,7 @@ class CacheStates:
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
         """Share the longest prefix of a prompt that another sequence has cached.
 
-        Does nothing if this cache has a prefix as long, or if the keys differ.
+        Does nothing if this cache's prefix is as long, or if the keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))
@@ -100,7 +100,7 @@ class CacheStates:
             self.cache.share(other.cache, n)
 
     def follow(self, other: "CacheStates") -> None:
-        """Take over the depth of shared rows that another sequence has refilled."""
+        """Copy the depth of shared rows that another sequence has refilled."""
         n_rows = min(self.cache.n_tokens, other.cache.n_tokens)
         if self.cache.rows.follow(other.cache.rows, n_rows):
             self.cache.has_logits = False

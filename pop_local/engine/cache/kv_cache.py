@@ -102,11 +102,13 @@ class KvCache:
     def forget_unfinished(self) -> None:
         """Drop the cells of a failed batch.
 
-        Raises PopError if a recurrent state cannot be truncated, and empties the cache.
+        Empties the cache and raises PopError if a recurrent state cannot be truncated.
         """
         if not self._forget_from(self.n_tokens):
             self.clear()
-            raise PopError("the recurrent state is ahead of the tokens", "read the prompt again")
+            raise PopError(
+                "the recurrent state is ahead of the cached tokens", "read the prompt again"
+            )
 
     def _forget_from(self, row: int) -> bool:
         return self.slot.cells.truncate(int(self.rows.positions[row]))
@@ -114,7 +116,7 @@ class KvCache:
     def _lacks_rows_before(self, row: int) -> bool:
         """Return whether a sliding window has dropped rows that this row attends to.
 
-        llama.cpp truncates the cache even so (llama_kv_cache_iswa::seq_rm).
+        llama.cpp does not check this (llama_kv_cache_iswa::seq_rm).
         """
         window = self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
@@ -134,7 +136,7 @@ class KvCache:
     def load(self, state: SavedState) -> None:
         """Replace the rows by a state, regardless of its key.
 
-        Raises PopError if the state does not fit, and empties the cache.
+        Empties the cache and raises PopError if the state does not fit.
         """
         self.clear()
         n = state.n_tokens
@@ -168,7 +170,7 @@ class KvCache:
         if 0 < context.files.n_positions < total:
             raise PopError(
                 f"{total:,} tokens exceed the model's {context.files.n_positions:,} positions",
-                "shorten the text",
+                f"shorten the text to {context.files.n_positions:,} tokens",
             )
         self.forget_unfinished()
 
@@ -221,4 +223,4 @@ class KvCache:
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._tokens[start:end] = tokens
         self.rows.read(start, full, keeps_states=keeps_states, positions=positions)
-        self.n_tokens = end  # last, since other threads look up rows concurrently
+        self.n_tokens = end  # last, since other threads read it concurrently

@@ -37,7 +37,7 @@ _Name = tuple[str, bytes, frozenset[tuple[int, str]]]
 class PromptCache:
     """LRU cache of saved states by key and tokens, up to `capacity_bytes` of cells.
 
-    A prompt's state replaces those of its prefixes. Models and threads may share a cache.
+    A prompt's state replaces the states of its prefixes. Models and threads may share a cache.
     """
 
     def __init__(self, capacity_bytes: int) -> None:

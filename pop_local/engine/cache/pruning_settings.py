@@ -24,7 +24,7 @@ class PruningSettings:
 
     @property
     def can_switch(self) -> bool:
-        """True if prompts can be pruned or can skip layers exactly."""
+        """True if prompts can be pruned, or can skip layers exactly."""
         return bool(self.boundary or self.exact)
 
     def set_mode(self, mode: Mode) -> None:

@@ -75,7 +75,7 @@ class CachedRows:
         self.n_exact = min(other.n_exact, n_rows)
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
-        """Take over the depth of shared rows. Returns whether more rows are exact."""
+        """Copy the depth of shared rows. Returns whether more rows are exact."""
         differ = self.readings[:n_rows] != other.readings[:n_rows]
         n_shared = int(np.append(differ, True).argmax())
         n_exact = min(other.n_exact, n_shared)

@@ -1,7 +1,7 @@
 """Deep rows by token: the prompt rows that run all layers because of their words.
 
-The choice depends only on the prompt's tokens. So it is the same for any batch size and number of
-sequences, and later questions can reuse the cached rows.
+The choice depends only on the prompt's tokens, so later questions can reuse the cached rows with
+any batch size and number of sequences.
 """
 
 import re

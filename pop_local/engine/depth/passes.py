@@ -1,4 +1,4 @@
-"""Deep passes, which run the remaining layers for rows that stopped at the boundary."""
+"""Deep passes, which run the skipped layers for rows that stopped at the boundary."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from pop_local.engine.cache.kv_cache import KvCache
 
 
 def run_deep(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None:
-    """Run a deep pass over these ascending rows. `logits`: whether to compute the last row's.
+    """Run a deep pass over ascending rows. `logits`: whether to compute the last row's logits.
 
     Raises PopError if the backend refuses, and StoppedError or the signal handler's exception if
     interrupted.

@@ -1,4 +1,4 @@
-"""Refill of cached rows to full depth, between answers or during one."""
+"""Refill cached rows to full depth while the model is idle."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _FIRST_CHUNK = 64
 
 
 class Refiller:
-    """Refiller of a cache's pruned rows from their stored boundary states."""
+    """A refiller of a cache's pruned rows, from their boundary states."""
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache

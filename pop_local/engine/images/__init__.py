@@ -1,1 +1,1 @@
-"""Pictures as rows of a prompt: decoded by Pillow, then split and embedded by libmtmd."""
+"""Pictures in prompts: Pillow decodes them, and libmtmd splits and encodes them."""

@@ -1,6 +1,6 @@
-"""An mmproj, the vision encoder of a vision-language model: from pictures to embeddings.
+"""An mmproj: the vision encoder of a vision-language model.
 
-llama_cpp has the bindings of libmtmd. An image's rows of the prompt have NO_TOKEN in its tokens.
+llama_cpp has the bindings of libmtmd. An image's rows have NO_TOKEN among the prompt's tokens.
 The image's key identifies its cached rows.
 """
 
@@ -54,10 +54,10 @@ _NODES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """A piece of a picture; some models split a picture into several.
+    """A part of a picture. Some models split a picture into several images.
 
     `number`: index among libmtmd's chunks of the picture. `key`: identifies the image's rows.
-    `n_pos`: number of positions that it takes. `is_mutual`: attention among its rows is not
+    `n_pos`: number of positions of all rows. `is_mutual`: attention among its rows is not
     causal, so they are decoded in one batch.
     """
 
@@ -73,7 +73,7 @@ class ImageChunk:
 class TokenizedPicture:
     """The tokens of a picture: rows of images, and the text tokens around them.
 
-    `images`: by their first offset in `tokens`.
+    `images`: keyed by their first offset in `tokens`.
     """
 
     tokens: tuple[int, ...]
@@ -101,7 +101,7 @@ class _Cut:
 
 
 class Mmproj:
-    """A model's mmproj file, loaded by `open`; `key` identifies the file.
+    """A model's mmproj file, which `open` loads. `key` identifies the file.
 
     Several threads may call `see` while another thread decodes.
     """
@@ -172,7 +172,7 @@ class Mmproj:
             )
         raise PopError(
             f"{self.path} does not fit this model{reason}",
-            "give the mmproj that was published with it",
+            "use the mmproj that was published with the model",
         )
 
     def see(self, picture: Picture) -> TokenizedPicture:
@@ -193,8 +193,8 @@ class Mmproj:
     def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
         """Encode an image, decode its rows from position `first` on, and return the encoding time.
 
-        The time is in seconds. Raises PopError if encoding or decoding fails; when interrupted,
-        StoppedError or the error of Ctrl-C.
+        The time is in seconds. Raises PopError if encoding or decoding fails, and StoppedError or
+        the signal handler's exception if interrupted.
         """
         ctx, n_batch = slot.context.ctx, slot.context.n_batch
         started_s = time.perf_counter()
@@ -219,7 +219,7 @@ class Mmproj:
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return an image's embeddings, float32 [n_rows, n_embd_inp].
 
-        Raises PopError if the encoder fails, StoppedError if `should_stop` stopped it.
+        Raises PopError if the encoder fails, and StoppedError if `should_stop` stops the encoder.
         """
         cut = self._cut_up(image.picture)
         with self._lock:
@@ -278,7 +278,7 @@ class Mmproj:
         return self._stop_error is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
-        """Return a picture's chunks; the last picture's are kept, as its pieces are decoded next.
+        """Return a picture's chunks. The last picture's chunks are kept for decoding.
 
         Decoding pixels takes seconds, so it runs without the lock. The pixels are kept until the
         picture's rows are encoded, so that each request decodes them only once.
@@ -296,7 +296,7 @@ class Mmproj:
             return self._last
 
     def _max_pixels(self, picture: Picture) -> int:
-        """Return how many pixels to decode, with the shorter side twice the encoder's square."""
+        """Return the number of pixels to decode: the shorter side is twice the encoder's square."""
         sides = sorted((picture.width, picture.height))
         return min(MAX_SHOWN, 4 * self._side**2 * sides[1] // sides[0] or MAX_SHOWN)
 
@@ -341,14 +341,14 @@ class Mmproj:
         return TokenizedPicture(tuple(tokens), images)
 
     def _text_tokens(self, chunk: Any) -> list[int]:
-        """Return the text tokens of a chunk, which surround images."""
+        """Return the tokens of a text chunk, as some models have around images."""
         n = ctypes.c_size_t()
         words = self._mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
         found: list[int] = words[: n.value]
         if min(found, default=0) < 0:
             raise PopError(
                 f"the model lacks tokens that {self.path} puts around images",
-                "give the mmproj that was published with it",
+                "use the mmproj that was published with the model",
             )
         return found
 
@@ -359,10 +359,10 @@ def fingerprint(path: Path) -> str:
     Raises PopError if the file is not an mmproj.
     """
     if not path.is_file():
-        raise PopError(f"there is not an mmproj {path}", "check the path")
+        raise PopError(f"the mmproj {path} does not exist", "check the path")
     source = read_source(path)
     if source.first.get("general.architecture") != ARCHITECTURE:
-        raise PopError(f"{path} is not an mmproj", "give the file that has mmproj in its name")
+        raise PopError(f"{path} is not an mmproj", "use the file with mmproj in its name")
     _require_layers(path, [tensor.name for tensor in source.tensors])
     return f"{source.size_bytes} {sampled_sha256(source)}"
 

@@ -1,6 +1,6 @@
-"""Pictures: from a file's bytes to pixels, within limits that are checked before decoding.
+"""Read pictures from files, and decode them within limits.
 
-Pillow decodes them, since libmtmd's decoder is not meant for untrusted files, lacks WebP and
+Pillow decodes pictures, since libmtmd's decoder is not meant for untrusted files, lacks WebP and
 ignores the orientation of photographs. A child process decodes large WebPs, because Pillow blocks
 all threads while it decodes one.
 """
@@ -31,10 +31,10 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
 # Pixels in all passes of a progressive JPEG, which needs few bytes for any number of passes.
 MAX_SCANNED = 20 * MAX_PIXELS
-# Scaled to a model's input, a longer strip would vanish.
+# A longer strip would vanish when it is scaled to a model's input.
 MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
-# More than models use. Larger pictures are scaled down before any other step.
+# Models use fewer pixels. Larger pictures are scaled down before any other step.
 MAX_SHOWN = 8_000_000
 # Pillow cannot decode WebPs at a smaller size, and holds several copies.
 MAX_WEBP_PIXELS = 2 * MAX_SHOWN
@@ -49,9 +49,10 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture's file; `name` is for messages, `width` and `height` are in upright pixels.
+    """A picture's file. `name` is for messages. `width`, `height`: upright, in pixels.
 
-    Two pictures are equal if their files are. `picture_of` has checked the header in `content`.
+    Two pictures are equal if their files' bytes are equal. `picture_of` has checked the header in
+    `content`.
     """
 
     name: str = field(compare=False)
@@ -78,15 +79,15 @@ class Picture:
 def read_picture(path: str | os.PathLike[str]) -> Picture:
     """Read a picture from a file or a pipe.
 
-    Raises PopError if it is not a picture, OSError if it cannot be read.
+    Raises PopError if the file is not a picture, and OSError if it cannot be read.
     """
     return picture_of(read_file(Path(path), MAX_BYTES + 1), str(path))
 
 
 def picture_of(content: bytes, name: str) -> Picture:
-    """Return the picture in a file's bytes; only the header is decoded.
+    """Return the picture in a file's bytes. Only the header is decoded.
 
-    Raises PopError if it is not a picture, or exceeds MAX_BYTES, MAX_PIXELS or MAX_ASPECT.
+    Raises PopError if the bytes are not a picture, or exceed MAX_BYTES, MAX_PIXELS or MAX_ASPECT.
     """
     if len(content) > MAX_BYTES:
         raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the picture down")
@@ -187,7 +188,7 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
     except Exception as error:  # decoders raise any error on damaged files
         raise PopError(
             f"{name} is not a readable picture",
-            f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
+            f"use a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
         ) from error
 
 
@@ -198,7 +199,7 @@ def _check(opened: "Image", name: str) -> None:
     if opened.format == "WEBP" and width * height > MAX_WEBP_PIXELS:
         raise _too_large(f"{name}, a WebP,", MAX_WEBP_PIXELS)
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise PopError(f"{name} is a strip of {width} x {height} pixels", "cut a piece out of it")
+        raise PopError(f"{name} is a strip of {width} x {height} pixels", "crop the picture")
 
 
 def _too_large(name: str, limit: int = MAX_PIXELS) -> PopError:

@@ -1,1 +1,1 @@
-"""Bindings of the patched llama.cpp, free of decisions about pruning."""
+"""Bindings of the patched llama.cpp."""

@@ -1,4 +1,4 @@
-"""Bindings of the C ABI in llama-pop.h, over the library that llama_cpp has loaded.
+"""Bindings of the C ABI in llama-pop.h, in the library that llama_cpp has loaded.
 
 Every setter raises PopError if the library refuses. `ctx` is a llama_context pointer.
 """
@@ -30,7 +30,7 @@ SPINS = "1000"
 
 
 class Reading(IntEnum):
-    """Kind of a batch's prompt rows.
+    """Kinds of prompt rows in a batch.
 
     NONE: the batch has no prompt rows. SOME: some prompt rows are full. CONTEXT: no prompt row is
     full, so full rows belong to answers.
@@ -119,7 +119,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 def bindings() -> ModuleType:
     """Return llama_cpp's low-level module, and redirect its log.
 
-    Raises PopError if it is missing, or if another distribution owns the same files.
+    Raises PopError if the module is missing, or if another distribution owns the same files.
     """
     ours = find_spec("llama_cpp")
     used = ours and ours.origin and Path(ours.origin).resolve()
@@ -171,7 +171,10 @@ def library_abi() -> int | None:
 
 @functools.cache
 def require_patched() -> ctypes.CDLL:
-    """Return the library with the ABI's functions declared. Raises PopError if it is unpatched."""
+    """Return the library with the ABI's functions declared.
+
+    Raises PopError for an unpatched library.
+    """
     abi = library_abi()
     if abi is None:
         raise PopError("the installed llama.cpp cannot prune: it is unpatched", INSTALL_HINT)
@@ -196,7 +199,7 @@ def model_exact(model: Any) -> int:
 
 
 def is_mrope(model: Any) -> bool:
-    """Return whether a row has several positions: an image's time, height and width."""
+    """Return whether each row has several positions (an image's time, height and width)."""
     api = bindings()
     kinds = (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
     return api.llama_model_rope_type(model) in kinds

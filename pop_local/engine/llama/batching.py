@@ -1,7 +1,7 @@
 """Continuous batching: the rows of several sequences of one context share batches.
 
 Each sequence has its own thread, which blocks in `decode`. A batch runs once all working sequences
-have queued a request. It contains one row per answer, and rows of up to one prompt.
+have queued a request. The batch contains one row per answer, and rows of at most one prompt.
 """
 
 import threading
@@ -27,7 +27,7 @@ _NO_COUNTERS = Counters(0, 0)
 
 @dataclass(eq=False)
 class _Request:
-    """A sequence's rows to decode; the first `n_done` are decoded."""
+    """A sequence's rows to decode. The first `n_done` rows are decoded."""
 
     slot: "BatchedSlot"
     tokens: Sequence[int]
@@ -70,7 +70,7 @@ class Batcher:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Make batches wait for one more sequence until exit."""
+        """Count one more working sequence, which batches wait for, until exit."""
         with self._turn:
             self._n_working += 1
         try:
@@ -109,7 +109,7 @@ class Batcher:
             raise request.error
 
     def _compute(self) -> None:
-        """Decode a batch of queued rows, with rows of up to one prompt."""
+        """Decode a batch of queued rows, with rows of at most one prompt."""
         for request in self._queue:
             try:
                 if request.should_stop():
@@ -166,11 +166,11 @@ class Batcher:
             raise StoppedError if self._should_stop() else logs.not_decoded(code)
 
     def _should_stop(self) -> bool:
-        """Return whether every request in the batch is to stop."""
+        """Return whether the callers of all requests in the batch want to stop."""
         return all(one.should_stop() for one in self._in_batch)
 
     def _count(self, prompts: list[_Request], n_steps: int, before: Counters) -> None:
-        """Add a batch's counters to its prompt's, less the rows of answers, which are full."""
+        """Add a batch's counters to its prompt's counters, without the answers' full rows."""
         now = backend.get_counters(self._context.ctx)
         for one in prompts:
             others = replace(before, n_full=before.n_full + n_steps)
@@ -245,7 +245,7 @@ class BatchedSlot:
             raise StoppedError
 
     def require_idle(self) -> None:
-        """Allow every call: callbacks run only in the batch's thread."""
+        """Do nothing: callbacks run only in the batch's thread, so no caller is within a batch."""
 
     @property
     def mode(self) -> Mode:
@@ -306,7 +306,7 @@ class BatchedSlot:
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:
-    """Return a context's sequences. Raises PopError if it cannot have several."""
+    """Return a context's slots. Raises PopError if the context cannot have several sequences."""
     # llama.cpp reuses cells that a sequence's window has passed for other sequences, also with
     # swa_full. The sequence then cannot be truncated or refilled.
     if context.is_recurrent or backend.bindings().llama_model_n_swa(context.model):

@@ -76,9 +76,9 @@ class Cells:
             return buffer[: self._read(buffer)].tobytes()
 
     def restore(self, state: bytes) -> bool:
-        """Replace the cells by a saved state. The cells are undefined after False.
+        """Replace the cells by a saved state. If it does not fit, return False.
 
-        Rejects an empty state, which llama.cpp would accept.
+        The cells are undefined then. Rejects an empty state, which llama.cpp would accept.
         """
         if not state:
             return False
@@ -97,7 +97,7 @@ class Cells:
 
 
 class SequenceCells(Cells):
-    """The cells of a sequence among several; its states hold only that sequence."""
+    """The cells of one sequence among several. Saved states hold this sequence only."""
 
     def clear(self) -> None:
         self.truncate(0)

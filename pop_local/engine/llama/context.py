@@ -94,15 +94,15 @@ class Context:
     ) -> None:
         """Open a model with the POP keys of its file or sidecar.
 
-        `holds_states`: whether boundary states need memory, too. Raises PopError with llama.cpp's
-        reason if the file cannot be opened.
+        `holds_states`: whether the memory check includes boundary states. Raises PopError with
+        llama.cpp's reason if the file cannot be opened.
         """
         self._ctx: Any = None
         self._model: Any = None
         backend.require_patched()
         self._api = backend.bindings()
         self.options = options
-        # Marks the files, which are checked for each token.
+        # Before loading, so that later changes of the files are found.
         self.files = OpenedFiles(source, meta, sidecar, are_mapped=options.use_mmap)
         self.n_threads = options.n_threads or default_threads()
         has_gpu = any(device.is_gpu for device in devices())
@@ -122,7 +122,7 @@ class Context:
         try:
             with self.interrupt.opening(params):
                 self._open(params)
-        except BaseException:  # KeyboardInterrupt, too
+        except BaseException:  # including KeyboardInterrupt
             self.close()
             raise
         self.window = self._api.llama_model_n_swa(self.model) if is_windowed else 0
@@ -132,11 +132,11 @@ class Context:
     def _context_params(self) -> Any:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
-        # default_ctx also refuses a file whose context length is invalid.
+        # default_ctx rejects a file with an invalid context length, whether or not n_ctx is set.
         default = loading.default_ctx(self.files.header)
         n_ctx = options.n_ctx or default
         if options.n_sequences < 1:
-            raise PopError(f"n_parallel is {options.n_parallel}", "set it to 1 or more")
+            raise PopError(f"n_parallel is {options.n_parallel}", "use n_parallel=1 or more")
         params.n_ctx = min(n_ctx * options.n_sequences, 2**32 - 1)  # prevents an overflow
         params.n_seq_max, params.kv_unified = options.n_sequences, True
         params.n_batch = min(n_ctx, options.n_batch)
@@ -227,11 +227,11 @@ class Context:
         return bool(recurrent or api.llama_model_is_hybrid(self.model))
 
     def require_usable(self) -> None:
-        """Raise PopError in a forked process, and if a file changed."""
+        """Raise PopError in a forked process, and if a mapped file has changed."""
         if os.getpid() != self._opened_by:
             raise PopError(
                 "the model was opened by another process, and a fork does not copy its threads",
-                "open it in the process that uses it",
+                "open the model in the process that uses it",
             )
         if replaced := self.files.replaced:
             raise PopError(
@@ -246,7 +246,7 @@ class Context:
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Free the model. Within a batch, stop the batch first, and free the model at its end."""
+        """Free the model. A running batch is stopped first, and its end frees the model."""
         if self._model is None or self.interrupt.postponed(self.close):
             return
         if self._ctx:

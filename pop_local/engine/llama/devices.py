@@ -56,7 +56,7 @@ class BackendInfo:
 
 
 def describe_backend() -> BackendInfo:
-    """Describe the patched or unpatched library. Raises PopError if there is no library."""
+    """Describe the patched or unpatched library. Raises PopError if it cannot be loaded."""
     llama_cpp = backend.bindings()
     return BackendInfo(
         version=backend.version(),
@@ -74,7 +74,8 @@ def describe_backend() -> BackendInfo:
 def cpu_kernels() -> str:
     """Return the name of pop-local's kernels for this CPU (ggml_pop_kernels).
 
-    NO_KERNELS: this CPU has none. KERNELS_OFF: the environment sets GGML_POP_KERNELS=0.
+    NO_KERNELS: no kernels exist for this CPU. KERNELS_OFF: the environment sets
+    GGML_POP_KERNELS=0.
     """
     named = GgmlLibrary().function("CPU", "ggml_pop_kernels", ctypes.c_char_p)
     return NO_KERNELS if named is None else str(named().decode())

@@ -31,7 +31,7 @@ def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
 
 
 def current_should_stop() -> Callable[[], bool]:
-    """Return this thread's `should_stop`, for a thread that works on its behalf."""
+    """Return the calling thread's `should_stop`, so that another thread can call it."""
     return _should_stop.get()
 
 
@@ -41,7 +41,7 @@ class DisplacedError(PopError):
     def __init__(self) -> None:
         super().__init__(
             "the KV cache was emptied, or another answer started, before this answer ended",
-            "read an answer to its end, or close it, before starting the next",
+            "read each answer to its end, or close the iterator, before the next question",
         )
 
 
@@ -108,7 +108,7 @@ class Interrupt:
                 raise self._raised
 
     def postponed(self, work: Callable[[], None]) -> bool:
-        """If a batch runs, stop it, call `work` at its end and return True."""
+        """If a batch is running, stop it, call `work` at the batch's end and return True."""
         if self._is_watching:
             self._on_exit = work
         return self._is_watching
@@ -133,12 +133,12 @@ class Interrupt:
             raise StoppedError
 
     def should_stop(self) -> bool:
-        """Return whether to stop. `check` then raises the reason."""
+        """Return whether the batch must stop. `check` then raises the reason."""
         if self._raised is None:
             self._in_callback = True
             try:
                 self._deliver()
-                if self._stop_requested():  # stored, since the next call may return false
+                if self._stop_requested():  # stored, since the next should_stop() may return False
                     self._raised = StoppedError()
             except BaseException as error:
                 self._raised = error

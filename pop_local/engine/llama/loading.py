@@ -1,4 +1,4 @@
-"""Loading of a model's files and sidecar, and the memory that a context needs."""
+"""Load a model's files, and check the memory that a context needs."""
 
 import ctypes
 from contextlib import suppress
@@ -23,7 +23,7 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
     """Load a model with llama_model_params. Returns llama.cpp's pointer, which the caller frees.
 
     With a sidecar, llama_model_load_from_splits reads all files. Raises PopError with llama.cpp's
-    reason, and if the boundary differs from that of `meta`.
+    reason, and if the library's boundary differs from `meta`'s.
     """
     backend.require_patched()
     require_loadable(source.first)
@@ -84,5 +84,5 @@ def require_room(
         raise PopError(
             f"a context of {n_ctx:,} tokens needs {needed_bytes / 1e9:,.1f} GB of memory,"
             f" {free_bytes / 1e9:.1f} GB are free",
-            "choose a smaller context",
+            f"open the model with a smaller n_ctx than {n_ctx}",
         )

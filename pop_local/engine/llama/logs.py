@@ -1,7 +1,8 @@
 """llama.cpp's log, forwarded to `logging`, with error lines kept for messages.
 
 The logger "pop_local.llama_cpp" is silent unless the application configures it. If llama.cpp
-aborts the process, as its assertions do for some damaged files, `on_abort` gets the reason.
+aborts the process, as its assertions do for some damaged files, it calls `on_abort` with the
+reason.
 """
 
 import ctypes
@@ -57,7 +58,7 @@ def take_over_images(mtmd: Any) -> None:
 
 
 def take_over_aborts(ggml: ctypes.CDLL) -> None:
-    """Make ggml report aborts to `on_abort`."""
+    """Make ggml call `on_abort` before it aborts the process."""
     global _abort_callback
     if _abort_callback is not None:
         return

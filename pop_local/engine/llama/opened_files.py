@@ -16,9 +16,9 @@ from pop_local.models.sidecars import is_learned
 
 
 class OpenedFiles:
-    """The files of an open model: `source`, and `sidecar` if it has one.
+    """The files of an open model.
 
-    `meta`: POP keys of the file or the sidecar (None: not converted).
+    `sidecar`: None without one. `meta`: POP keys of the file or the sidecar (None: not converted).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Limit of prompt rows that share a batch with answers."""
+"""Limit the prompt rows in batches with answers."""
 
 # Prompt rows next to answers, until batches have been timed.
 _FIRST_ROWS = 64
@@ -10,10 +10,10 @@ _SMOOTHING = 0.3
 
 
 class PrefillThrottle:
-    """Limiter of prompt rows next to answers, from the time of earlier batches.
+    """Limit on prompt rows in batches with answers, computed from the time of earlier batches.
 
-    A batch's time is that of a batch without a prompt, plus a constant for the prompt, plus a
-    time per row. Batches of answers alone follow a batch that took long.
+    A batch's time is modelled as a batch without a prompt, plus a constant, plus a time per prompt
+    row. After a slow batch, batches contain answers only.
     """
 
     def __init__(self, n_batch: int) -> None:

@@ -26,7 +26,7 @@ class Slot(Protocol):
     # Taking turns
 
     def working(self) -> AbstractContextManager[None]:
-        """Make other sequences' batches wait for this one's rows until exit."""
+        """Make other sequences' batches wait for this sequence's rows until exit."""
 
     def locked(self) -> AbstractContextManager[None]:
         """Prevent other threads from changing the cells until exit."""

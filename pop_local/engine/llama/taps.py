@@ -1,6 +1,6 @@
 """Taps: intermediate values of full rows, for fitting K/V projections.
 
-See llama_pop_add_tap in llama-pop.h. A batch or a deep pass provides those of its last ubatch.
+See llama_pop_add_tap in llama-pop.h. A batch or a deep pass provides the values of its last ubatch.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ class Tapped:
 
     `states` [n_rows, n_embd]: the layer's input. `k` [n_rows, n_k]: before norm and RoPE. `v`
     [n_rows, n_v]. `mass` [n_rows]: attention that a row receives from every 16th later row, summed
-    over heads. All are views of `block`.
+    over heads. All arrays are views of `block`.
     """
 
     position: int
@@ -78,7 +78,7 @@ def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
 
 
 def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
-    """Return the last ubatch's values, or None if it has none.
+    """Return the last ubatch's values, or None if it has no values.
 
     `used`: an earlier result's block, to be overwritten if it is large enough, since allocating
     memory costs more than the copy.

@@ -9,7 +9,7 @@ import psutil
 def default_threads() -> int:
     """Return the number of physical cores that this process may use.
 
-    A second thread on a core slows llama.cpp down.
+    Two threads on one core are slower than one.
     """
     if hasattr(os, "sched_getaffinity"):
         cpus = os.sched_getaffinity(0)

@@ -1,4 +1,4 @@
-"""Choice of the prompt rows that run in full, and of the chunks that are decoded.
+"""Choose the prompt rows that run in full, and the chunks to decode.
 
 A row is full if its logits are requested, if its position is below `sink_tokens` or from
 `full_from` on, or if it is a deep row by its token. Every other row stops at the boundary.
@@ -37,7 +37,7 @@ class RowRule:
         return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt, meta.deep_rows)
 
 
-# Only rows with logits are full: the other rows skip layers exactly, or are refilled later.
+# Rule in which only rows with logits are full.
 NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 NO_TAIL = 2**31 - 1  # a `full_from` past all positions
 

@@ -1,4 +1,4 @@
-"""Read a prompt into a KV cache: reuse cached rows, prune context rows, run the others in full."""
+"""Read a prompt into a KV cache: reuse cached rows, prune context rows, run the rest in full."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Read:
 
 
 class PrefillStoppedError(StoppedError):
-    """A read was stopped. `read`: the result up to then."""
+    """A read was stopped. `read`: the result of the rows decoded before."""
 
     def __init__(self, read: Read) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def read(
     PrefillStoppedError or the signal handler's exception if interrupted. Decoded rows stay cached.
     """
     if not len(prompt):
-        raise PopError("the prompt is empty", "add text to it")
+        raise PopError("the prompt is empty", "add text to the prompt")
     cache = states.cache
     cache.epoch += 1
     states.stash(prompt)
@@ -87,7 +87,7 @@ def append(
     """Read a prompt after the cached rows, with its own sink and tail. Raises as `read` does."""
     cache.make_room(len(prompt))
     if prompt.images and prompt.spans[-1][1] == len(prompt):
-        raise PopError("the prompt ends with a picture", "add a question after it")
+        raise PopError("the prompt ends with a picture", "add a question after the picture")
     for image in prompt.images.values():
         _require_room(cache, image)
     reading = _PromptRead(cache, prompt, rule, on_prefill)
@@ -130,7 +130,7 @@ def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int
 def _n_usable(states: CacheStates, prompt: Prompt, rule: RowRule) -> int:
     """Return the number of leading cached rows that a prompt may reuse.
 
-    The first context row in this prompt's tail or deep rows ends them. The sink must be full.
+    They end at the first context row among this prompt's tail and deep rows. The sink must be full.
     """
     rows = states.cache.rows
     usable = states.n_same(prompt)
@@ -162,7 +162,7 @@ def _require_room(cache: KvCache, image: ImageChunk) -> None:
 
 
 class _PromptRead:
-    """A prompt's read in progress."""
+    """A read in progress."""
 
     def __init__(
         self, cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None
