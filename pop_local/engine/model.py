@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -220,18 +219,3 @@ class PopModel:
     def _answer(self, render: Callable[[], Prompt], options: dict[str, Any]) -> Answering:
         chosen: dict[str, Any] = self._engine.recommended | options
         return self._engine.answer(render, TurnOptions(**chosen))
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            if name not in _MOVED:
-                raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-            warnings.warn(f"use model.engine.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
-            value = self.__dict__["_engine"]
-            for part in _MOVED[name].split("."):
-                value = getattr(value, part)
-            return value
-
-
-# Attributes of earlier releases and their paths in the engine.
-_MOVED = {"cache": "cache", "prompter": "prompter", "refill": "refiller.refill"}

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import numpy as np
+
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.depth.passes import run_deep
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import stopped_by
 
@@ -68,8 +69,6 @@ class Refiller:
                         on_progress(cache.n_exact - first, total)
         finally:
             n = cache.n_exact - first
-            if n > 0:
-                cache.has_logits = False  # the logits depend on the pruned rows
             self._n_refilled += n
         return n
 
@@ -78,7 +77,13 @@ class Refiller:
         first = cache.n_exact
         rows = range(first, min(first + self._chunk, cache.n_tokens))
         started_s = time.perf_counter()
-        run_deep(cache, rows)
+        cache.has_logits = False  # the logits depend on the pruned rows
+        with cache.slot.interruptible():
+            if cache.slot.run_deep(np.asarray(rows, np.int32)):
+                cache.rows.record_deep_pass(rows)
+                if cache.learner is not None:
+                    cache.learner.computed()
+            cache.slot.raise_if_stopped()
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _adapt(self, n_rows: int, took_s: float) -> None:

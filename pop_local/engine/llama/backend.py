@@ -249,15 +249,15 @@ def snapshots_size(ctx: Any) -> int:
     return int(require_patched().llama_pop_snapshots_size(ctx))
 
 
-def run_deep(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = False) -> bool:
-    """Run the layers from the boundary on for up to a ubatch of a sequence's rows.
+def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
+    """Run the layers from the boundary on for up to a ubatch of a sequence's rows, without logits.
 
     `positions`: int32, ascending. Returns False if the abort callback stopped the pass, which the
     caller must repeat. Raises PopError with the backend's reason.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
-    status = require_patched().llama_pop_run_deep(ctx, sequence, pointer, len(positions), logits)
+    status = require_patched().llama_pop_run_deep(ctx, sequence, pointer, len(positions), False)
     if status not in (0, _ABORTED):
         raise PopError(logs.first_error() or f"the deep pass failed (code {status})")
     return bool(status == 0)

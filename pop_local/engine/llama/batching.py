@@ -299,10 +299,10 @@ class BatchedSlot:
     def logits(self) -> np.ndarray:
         return self._logits
 
-    def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
+    def run_deep(self, positions: np.ndarray) -> bool:
         ctx = self.context.ctx
         with self.locked(), self.context.interrupt.watching(ctx):
-            return backend.run_deep(ctx, self.sequence, positions, logits=logits)
+            return backend.run_deep(ctx, self.sequence, positions)
 
 
 def batched_slots(context: Context, n: int) -> list[BatchedSlot]:

@@ -82,7 +82,7 @@ class Slot(Protocol):
     def logits(self) -> np.ndarray:
         """Logits of the last row with outputs, float32 [n_vocab], valid until the next batch."""
 
-    def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
+    def run_deep(self, positions: np.ndarray) -> bool:
         """Run a deep pass over rows (see backend.run_deep)."""
 
 
@@ -146,8 +146,8 @@ class SingleSlot:
     def logits(self) -> np.ndarray:
         return last_logits(self.context)
 
-    def run_deep(self, positions: np.ndarray, *, logits: bool) -> bool:
-        return backend.run_deep(self._ctx, self.sequence, positions, logits=logits)
+    def run_deep(self, positions: np.ndarray) -> bool:
+        return backend.run_deep(self._ctx, self.sequence, positions)
 
 
 def decode_now(
