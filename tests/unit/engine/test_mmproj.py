@@ -41,7 +41,7 @@ def test_images_of_a_question(smol, tmp_path):
 def test_an_invalid_mmproj_is_refused(smol, tmp_path):
     with pytest.raises(PopError, match="no mmproj"):
         smol.opened(mmproj=smol.path)
-    with pytest.raises(PopError, match="there is not an mmproj"):
+    with pytest.raises(PopError, match="does not exist"):
         smol.opened(mmproj=tmp_path / "none.gguf")
     wide = make_mmproj(tmp_path / "wide.gguf", replace(MMPROJS["llama"], n_text=256))
     with smol.opened(mmproj=wide) as model:
