@@ -273,7 +273,7 @@ def test_a_state_that_cannot_be_truncated_is_dropped(pop_file, monkeypatch):
     model = opened(pop_file)
     for use in (lambda: append(model, [1]), model.engine.states.save):
         read(model, prompt(100))
-        with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the tokens"):
+        with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the cached"):
             patched.setattr(model.engine.cache.slot.cells, "truncate", lambda position: False)
             use()
         assert model.engine.cache.n_tokens == 0

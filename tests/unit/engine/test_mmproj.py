@@ -39,7 +39,7 @@ def test_images_of_a_question(smol, tmp_path):
 
 
 def test_an_invalid_mmproj_is_refused(smol, tmp_path):
-    with pytest.raises(PopError, match="no mmproj"):
+    with pytest.raises(PopError, match="not an mmproj"):
         smol.opened(mmproj=smol.path)
     with pytest.raises(PopError, match="does not exist"):
         smol.opened(mmproj=tmp_path / "none.gguf")
