@@ -306,6 +306,14 @@ class Session:
         n = len(step.tokens)
         self._pop("llama_pop_set_deep_rows", step.seq, (ctypes.c_int32 * n)(*step.tokens), n)
 
+    def _move(self, step: Step) -> None:
+        n = len(step.tokens)
+        rows, tokens = (ctypes.c_int32 * n)(*step.rows), (ctypes.c_int32 * n)(*step.tokens)
+        self._pop("llama_pop_move_rows", step.seq, step.pos, rows, tokens, n)
+
+    def _overwrite(self, step: Step) -> None:
+        self._pop("llama_pop_set_overwrite", bool(step.value))
+
     def _sink(self, step: Step) -> None:
         self._pop("llama_pop_set_sink", step.value)
 

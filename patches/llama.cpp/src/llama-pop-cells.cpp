@@ -34,6 +34,43 @@ int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, l
     return it != all.end() && it->first == pos ? (int64_t) it->second : -1;
 }
 
+llama_kv_cache::slot_info llama_pop_find_slot(const llama_kv_cache & kv, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
+    const auto & cells = kv.get_cells(seq_id);
+
+    const uint32_t stream = kv.get_stream(seq_id);
+
+    llama_kv_cache::slot_info res;
+    res.s0 = res.s1 = stream;
+    res.resize(1);
+    res.strm[0] = stream;
+
+    for (int32_t i = 0; i < n; ++i) {
+        const int64_t cell = llama_pop_find_cell(cells, seq_id, pos[i]);
+        if (cell < 0) {
+            return {};
+        }
+        res.idxs[0].push_back(cell);
+    }
+    return res;
+}
+
+uint32_t llama_pop_count_cells(const llama_kv_cells & cells, uint32_t cell) {
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        const bool is_visible = !cells.is_empty(i) && cells.pos_get(i) <= cells.pos_get(cell);
+        if (is_visible && (cells.seq_get_all(i) & cells.seq_get_all(cell)).any()) {
+            n = i + 1;
+        }
+    }
+    return std::min<uint32_t>(cells.size(), GGML_PAD(n, 256));
+}
+
+void llama_pop_forget_snapshots(const llama_kv_cells & cells, const llama_kv_cache::slot_info & slots) {
+    for (const uint32_t cell : slots.idxs[0]) {
+        cells.pop_has_snapshot[cell] = false;
+    }
+}
+
 // note: a ubatch's rows are sorted by stream, with equally many of each
 static llama_kv_cache::slot_info pick_slots(const llama_kv_cache_context & whole, const std::vector<int32_t> & rows) {
     const auto & slots = whole.pop_slots();

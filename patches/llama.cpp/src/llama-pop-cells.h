@@ -20,6 +20,16 @@ const llama_kv_cache_context * llama_pop_find_cache(const llama_memory_context_i
 // return the cell of a position, -1 if the sequence lacks the position
 int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos);
 
+// return the slot of rows that already have cells, empty if one has none
+llama_kv_cache::slot_info llama_pop_find_slot(const llama_kv_cache & kv, llama_seq_id seq_id, const llama_pos * pos, int32_t n);
+
+// return the number of cells that the row of a cell may attend to, rounded as in llama_kv_cache::get_n_kv(). so a pass over a
+// prompt's first rows has the same shape before and after the other rows are read
+uint32_t llama_pop_count_cells(const llama_kv_cells & cells, uint32_t cell);
+
+// drop the snapshots of rows that are computed again
+void llama_pop_forget_snapshots(const llama_kv_cells & cells, const llama_kv_cache::slot_info & slots);
+
 // the cells of a ubatch's rows in each cache, and the number of cells they may attend to
 struct llama_pop_places {
     llama_kv_cache::slot_info base{};

@@ -23,39 +23,6 @@ static int64_t find_state(const llama_kv_cache & kv, llama_seq_id seq_id, llama_
     return cell >= 0 && cells.pop_has_snapshot[cell] ? (int64_t) kv.get_stream(seq_id)*kv.get_size() + cell : -1;
 }
 
-static llama_kv_cache::slot_info find_slot(const llama_kv_cache & kv, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
-    const auto & cells = kv.get_cells(seq_id);
-
-    const uint32_t stream = kv.get_stream(seq_id);
-
-    llama_kv_cache::slot_info res;
-    res.s0 = res.s1 = stream;
-    res.resize(1);
-    res.strm[0] = stream;
-
-    for (int32_t i = 0; i < n; ++i) {
-        const int64_t cell = llama_pop_find_cell(cells, seq_id, pos[i]);
-        if (cell < 0) {
-            return {};
-        }
-        res.idxs[0].push_back(cell);
-    }
-    return res;
-}
-
-// return the number of cells that rows up to pos_max may attend to, rounded as in llama_kv_cache::get_n_kv(). so a pass over a
-// prompt's first rows has the same shape before and after the other rows are read
-static uint32_t count_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos_max) {
-    uint32_t n = 0;
-    for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
-        if (pos > pos_max) {
-            break;
-        }
-        n = std::max(n, cell + 1);
-    }
-    return std::min<uint32_t>(kv.get_size(), GGML_PAD(n, 256));
-}
-
 //
 // deep pass
 //
@@ -149,7 +116,7 @@ static std::string find_obstacle(llama_context & ctx, const llama_pop_caches & k
     if (kv.swa) {
         const llama_pos first = std::max<int64_t>(0, (int64_t) pos[0] - ctx.get_model().hparams.n_swa + 1);
         const auto & cells = kv.swa->get_cells(seq_id);
-        if (cells.seq_pos_min(seq_id) > std::max(first, kv.base->get_cells(seq_id).seq_pos_min(seq_id)) || find_slot(*kv.swa, seq_id, pos, n).empty()) {
+        if (cells.seq_pos_min(seq_id) > std::max(first, kv.base->get_cells(seq_id).seq_pos_min(seq_id)) || llama_pop_find_slot(*kv.swa, seq_id, pos, n).empty()) {
             return "layers with a sliding window have evicted rows that these attend to, open the context with swa_full";
         }
     }
@@ -187,11 +154,11 @@ int32_t llama_context::pop_run_deep(llama_seq_id seq_id, const llama_pos * pos, 
     const auto ubatch = make_ubatch(seq_id, pos, n, with_logits, std::move(tokens), model.hparams.n_embd_inp());
 
     llama_pop_places places;
-    places.base      = find_slot(*kv.base, seq_id, pos, n);
-    places.n_kv_base = count_cells(*kv.base, seq_id, pos[n - 1]);
+    places.base      = llama_pop_find_slot(*kv.base, seq_id, pos, n);
+    places.n_kv_base = llama_pop_count_cells(kv.base->get_cells(seq_id), places.base.idxs[0].back());
     if (kv.swa) {
-        places.swa      = find_slot(*kv.swa, seq_id, pos, n);
-        places.n_kv_swa = count_cells(*kv.swa, seq_id, pos[n - 1]);
+        places.swa      = llama_pop_find_slot(*kv.swa, seq_id, pos, n);
+        places.n_kv_swa = llama_pop_count_cells(kv.swa->get_cells(seq_id), places.swa.idxs[0].back());
     }
 
     const auto mctx = llama_pop_use_places(memory.get(), places, ubatch);

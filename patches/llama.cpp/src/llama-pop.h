@@ -137,6 +137,16 @@ extern "C" {
     // rows attend to. returns llama_pop_deep_result
     LLAMA_API int32_t llama_pop_run_deep(struct llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits);
 
+    // move the rows of an edited prompt: n rows at positions from start on replace the sequence's rows there. row i takes K and V
+    // of the row at position from[i], -1: llama_decode() must compute the row in place before another row attends to it.
+    // returns 0, -1: refused, nothing was changed, the log has the reason
+    LLAMA_API int32_t llama_pop_move_rows(struct llama_context * ctx, llama_seq_id seq_id, llama_pos start, const llama_pos * from,
+        const llama_token * tokens, int32_t n);
+
+    // let llama_decode() compute rows that already have cells, in place: a row overwrites its cell, and attends to rows up to its
+    // position. such a batch has rows of one sequence. after a failure its rows are partly overwritten, and none is removed
+    LLAMA_API int32_t llama_pop_set_overwrite(struct llama_context * ctx, bool overwrite);
+
     // allow our CPU kernels (ggml-cpu/fast). default: true
     LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, bool kernels);
 
@@ -245,6 +255,8 @@ struct llama_pop_cparams {
     const float * states = nullptr; // [n_embd, n_rows], input of a deep pass
 
     uint32_t n_reserve = 0; // the next graph reserves memory for a pruned prefill with N full rows. 0: an ordinary graph
+
+    bool overwrite = false; // see llama_pop_set_overwrite()
 
     bool is_deep_pass = false; // the next graph is a deep pass
     bool snapshots    = false;

@@ -19,7 +19,7 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 10
+ABI = 11
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or reinstall the wheel of {OURS}"
@@ -92,6 +92,8 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_full_from": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_set_sink": ([_POINTER, _INT32], _INT32),
     "llama_pop_set_deep_rows": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
+    "llama_pop_move_rows": ([_POINTER, _INT32, _INT32, _POINTER, _POINTER, _INT32], _INT32),
+    "llama_pop_set_overwrite": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_set_snapshots": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_snapshots_size": ([_POINTER], ctypes.c_size_t),
     "llama_pop_run_deep": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
@@ -261,6 +263,25 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
     if status not in (0, _ABORTED):
         raise PopError(logs.first_error() or f"the deep pass failed (code {status})")
     return bool(status == 0)
+
+
+def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
+    """Replace a sequence's rows from position `start` on by rows of an edited prompt.
+
+    `sources`: int32 [n], the position of each row's K/V, or -1 for rows that must be decoded in
+    place (see `set_overwrite`) before later rows attend to them. `tokens`: int32 [n].
+    """
+    arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
+    pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
+    _set("llama_pop_move_rows", ctx, sequence, start, *pointers, len(sources))
+
+
+def set_overwrite(ctx: Any, is_on: bool) -> None:
+    """Let batches of one sequence compute rows that have cells, in place.
+
+    A row attends to rows up to its position. A failed batch leaves its rows partly overwritten.
+    """
+    _set("llama_pop_set_overwrite", ctx, is_on)
 
 
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:

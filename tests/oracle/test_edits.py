@@ -1,0 +1,109 @@
+"""Compare edited prompts, whose rows moved and were decoded again, with fresh prompts."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import recipes
+from support.architectures import MORE_KEYS
+from support.oracle import Q8_0, Tokens, random_tokens
+from support.raw import Job, Step, run
+from support.synthetic import make_gguf
+
+N_VOCAB = 120  # below the size of each model's vocabulary
+N_UBATCH = 64
+OLD = random_tokens(400, N_VOCAB)
+NEW = random_tokens(400, N_VOCAB, seed=1)
+# Each source: (first row, rows) of the old prompt, or the number of new tokens.
+Source = tuple[int, int] | int
+EDITS: dict[str, tuple[Source, ...]] = {
+    "a changed line": ((0, 70), 10, (80, 320)),
+    "a longer first line": (30, (10, 390)),
+    "a shorter first line": (5, (40, 360)),
+    "an inserted passage": ((0, 200), 90, (200, 200)),
+    "a removed passage": ((0, 100), (180, 220)),
+    "the oldest quarter removed": ((0, 10), (110, 290)),
+    "passages in another order": ((0, 20), (220, 180), (120, 100), (20, 100)),
+    "a repeated passage": ((0, 300), 8, (100, 100), (300, 100)),
+    "a new end": ((0, 130), 7, (137, 100), 60),
+    "one token": ((0, 1), 1, (2, 398)),
+}
+SYNTHETIC = ("llama", "gemma3", "qwen3", "phi3")
+RECIPES = ("gptneox", "deepseek2")  # partial RoPE, and MLA
+CACHES: dict[str, dict[str, Any]] = {
+    "F16": {},
+    "flash attention": {"flash_attn": True},
+    "q8_0": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
+}
+
+
+def edited(sources: tuple[Source, ...]) -> tuple[Tokens, Tokens]:
+    """Return a prompt's tokens, and each row's source in the old prompt or -1."""
+    tokens: list[int] = []
+    rows: list[int] = []
+    for source in sources:
+        if isinstance(source, int):
+            tokens += NEW[len(tokens) : len(tokens) + source]
+            rows += [-1] * source
+        else:
+            first, n = source
+            tokens += OLD[first : first + n]
+            rows += range(first, first + n)
+    return tuple(tokens), tuple(rows)
+
+
+def decoded(tokens: Tokens, start: int = 0) -> list[Step]:
+    """Return a step for each ubatch from `start` on."""
+    starts = range(start, len(tokens), N_UBATCH)
+    return [Step("decode", "last", tokens=tokens[at : at + N_UBATCH], pos=at) for at in starts]
+
+
+@pytest.fixture(scope="module", params=(*SYNTHETIC, *RECIPES))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param in SYNTHETIC:
+        return make_gguf(folder / "model.gguf", request.param)
+    name = next(name for name in recipes.names() if name.arch == request.param)
+    return recipes.make(name, folder / "model.gguf", MORE_KEYS.get(name.arch, ()))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_an_edited_prompt_equals_a_fresh_one_after_repair(
+    model: Path, edit: str, cache: str, tmp_path: Path, unpatched_lib: Path
+) -> None:
+    tokens, rows = edited(EDITS[edit])
+    same = next(at for at, row in enumerate(rows) if row != at)
+    fresh, repaired = tmp_path / "fresh", tmp_path / "repaired"
+    job = Job(str(model), (), n_ubatch=N_UBATCH, **CACHES[cache])
+    expected = run(
+        replace(
+            job, lib=str(unpatched_lib), steps=(*decoded(tokens), Step("save", path=str(fresh)))
+        )
+    )
+    steps = (
+        *decoded(OLD),
+        Step("move", tokens=tokens[same:], rows=rows[same:], pos=same),
+        Step("overwrite", value=1),
+        *decoded(tokens, same // N_UBATCH * N_UBATCH),
+        Step("overwrite", value=0),
+        Step("save", path=str(repaired)),
+    )
+    found = run(replace(job, steps=steps))
+    assert (found["last"] == expected["last"]).all()
+    assert repaired.read_bytes() == fresh.read_bytes()
+
+
+def test_missing_rows_are_refused_and_change_nothing(model: Path, tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    job = Job(str(model), (), n_ubatch=N_UBATCH)
+    bad = Step("move", tokens=OLD[:9], rows=(*range(8), 500), pos=100)
+    run(replace(job, steps=(*decoded(OLD), Step("save", path=str(before)))))
+    with pytest.raises(RuntimeError, match="position 500 has no row"):
+        run(replace(job, steps=(*decoded(OLD), bad)))
+    too_long = Step("move", tokens=(5,) * 3000, rows=(-1,) * 3000, pos=100)
+    with pytest.raises(RuntimeError, match="not enough cells"):
+        run(replace(job, steps=(*decoded(OLD), too_long)))
+    assert before.exists() and not after.exists()
