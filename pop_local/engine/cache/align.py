@@ -1,0 +1,98 @@
+"""Alignment of an edited prompt with the cached tokens: the runs of tokens that both contain."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+# Shorter runs of equal tokens are read again: their K/V depend mostly on the tokens around them.
+MIN_RUN = 32
+# Repeated text has many occurrences. A few of them are compared, which keeps the time linear.
+_MAX_CANDIDATES = 8
+_HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that powers of it stay invertible modulo 2^64
+_COMPARED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """`n` equal tokens, from row `cached` of the cache and from row `prompt` of the prompt."""
+
+    cached: int
+    prompt: int
+    n: int
+
+
+def find_runs(cached: np.ndarray, prompt: np.ndarray, min_run: int = MIN_RUN) -> list[TokenRun]:
+    """Return the runs of at least `min_run` equal tokens, in the prompt's order.
+
+    `cached`, `prompt`: int [n]. A prompt token is in one run at most. A cached token can be in
+    several, and the runs can be in another order in the cache. Takes linear time.
+    """
+    if min(len(cached), len(prompt)) < min_run:
+        return []
+    cached_hashes, prompt_hashes = _hashes(cached, min_run), _hashes(prompt, min_run)
+    order = np.argsort(cached_hashes, kind="stable")
+    ordered = cached_hashes[order]
+    hits = np.flatnonzero(np.isin(prompt_hashes, ordered))
+    runs: list[TokenRun] = []
+    at = 0
+    while (next_hit := int(np.searchsorted(hits, at))) < len(hits):
+        row = int(hits[next_hit])
+        first = int(np.searchsorted(ordered, prompt_hashes[row]))
+        last = int(np.searchsorted(ordered, prompt_hashes[row], side="right"))
+        candidates = [int(each) for each in order[first : min(last, first + _MAX_CANDIDATES)]]
+        if runs and row == runs[-1].prompt + runs[-1].n:
+            candidates.insert(0, runs[-1].cached + runs[-1].n)
+        run = max(
+            (TokenRun(c, row, _n_equal(cached[c:], prompt[row:])) for c in candidates), key=_size
+        )
+        if run.n >= min_run:
+            runs.append(run)
+        at = row + max(run.n, 1) if run.n >= min_run else row + 1
+    return runs
+
+
+def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
+    """Return the runs with the most tokens that have the same order in cache and prompt."""
+    best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the run before it
+    for at, run in enumerate(runs):
+        before = [
+            (best[other][0], other)
+            for other in range(at)
+            if runs[other].cached + runs[other].n <= run.cached
+        ]
+        n_before, previous = max(before, default=(0, -1))
+        best.append((n_before + run.n, previous))
+    chosen: list[TokenRun] = []
+    at = max(range(len(runs)), key=lambda each: best[each][0], default=-1)
+    while at >= 0:
+        chosen.append(runs[at])
+        at = best[at][1]
+    return chosen[::-1]
+
+
+def _size(run: TokenRun) -> int:
+    return run.n
+
+
+def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
+    """Return the hash of each window of `n` tokens: uint64 [n_tokens - n + 1]."""
+    powers = np.array([pow(_HASH_BASE, i, 2**64) for i in range(n)], dtype=np.uint64)
+    windows = sliding_window_view(tokens.astype(np.uint64), n)
+    hashes: np.ndarray = (windows * powers).sum(axis=1, dtype=np.uint64)
+    return hashes
+
+
+def _n_equal(a: np.ndarray, b: np.ndarray) -> int:
+    """Return the length of the common prefix."""
+    for start in _starts(min(len(a), len(b))):
+        end = start + _COMPARED_AT_ONCE
+        differ = np.flatnonzero(a[start:end][: len(b) - start] != b[start:end][: len(a) - start])
+        if differ.size:
+            return start + int(differ[0])
+    return min(len(a), len(b))
+
+
+def _starts(n: int) -> Iterator[int]:
+    yield from range(0, n, _COMPARED_AT_ONCE)
