@@ -23,6 +23,7 @@ COMMANDS = {
     "list": "List the local models.",
     "rm": "Remove models.",
     "learn": "Show or delete the statistics learned from your prompts.",
+    "cache": "Show or remove the stored KV caches of earlier prompts.",
     "config": "Show and change settings.",
     "doctor": "Check this installation and suggest fixes.",
 }

@@ -10,7 +10,14 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener, default_model, lessons, without_refill
+from pop_local.commands.opening import (
+    Opener,
+    default_model,
+    lessons,
+    store_prompts,
+    stored_prompts,
+    without_refill,
+)
 from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_base_model
@@ -65,7 +72,8 @@ def chat(
     if not sys.stdin.isatty() and opened.refill == "idle":
         opened = without_refill(opened, "piped lines leave no idle time", asked)
         opened = replace(opened, learn="off")
-    open_named = Opener(model or default_model(), opened, asked)
+    prompts = stored_prompts(opened)
+    open_named = Opener(model or default_model(), opened, asked, prompt_cache=prompts)
     begun = Dialogue(
         open_named(),
         open_named,
@@ -91,6 +99,7 @@ def chat(
     try:
         talk(begun)
     finally:
+        store_prompts(begun.model)
         begun.model.close()  # saves learned statistics
     if begun.has_failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_FAILED)

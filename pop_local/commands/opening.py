@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pop_converter.base.errors import PopError
 from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import ModelOptions
+from pop_local.config import settings
+from pop_local.engine.cache.disk_store import DiskStore
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.context import ContextOptions
 from pop_local.engine.model import PopModel
 from pop_local.models.model_names import not_fetched
-from pop_local.ui.theme import warn
+from pop_local.ui.theme import note, warn
 from pop_local.ui.watch import asked, terminal_watch
 from pop_local.workflows.learning import OnlineCalibration
 from pop_local.workflows.open import best_model, open_model
@@ -62,6 +64,7 @@ class Opener:
             parse_special=options.parse_special,
             full=options.full,
             learn=options.learn == "on",
+            reuse=options.reuse,
             prompt_cache=self.prompt_cache,
             context=ContextOptions(
                 n_ctx=n_ctx or options.ctx, n_parallel=self.n_parallel, **vars(options.hardware)
@@ -88,6 +91,24 @@ class Opener:
             warn("--image-tokens has no effect: this model has no mmproj")
         elif options.image_tokens and engine.vision is not None and engine.vision.is_fixed:
             warn("--image-tokens has no effect: this model's mmproj has a fixed size")
+
+
+def stored_prompts(options: ModelOptions, ram_bytes: int = 0) -> PromptCache | None:
+    """Return a cache for earlier prompts in memory and, if requested, on disk; None for neither."""
+    store = None
+    if options.cache_disk:
+        store = DiskStore(settings.prompts_dir(), options.cache_disk * 2**30)
+        note(f"Earlier prompts are stored in {store.folder}, up to {options.cache_disk} GiB.")
+    return PromptCache(ram_bytes, store) if ram_bytes or store is not None else None
+
+
+def store_prompts(model: PopModel) -> None:
+    """Store the model's cached prompts on disk, if requested, before it closes."""
+    prompts = model.engine.options.prompt_cache
+    if prompts is not None:
+        for sequence in model.engine.sequences:
+            sequence.states.store()
+        prompts.close()
 
 
 def lessons(model: PopModel) -> OnlineCalibration | None:

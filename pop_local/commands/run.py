@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener, without_refill
+from pop_local.commands.opening import Opener, store_prompts, stored_prompts, without_refill
 from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.context_full import ContextFullError
@@ -72,7 +72,7 @@ def run(
     if how.full or how.refill == "idle":
         why = "--full prunes nothing" if how.full else "one question leaves no idle time"
         how = without_refill(how, why, asked)
-    opened = Opener(model, how, asked)()
+    opened = Opener(model, how, asked, prompt_cache=stored_prompts(how))()
     engine = opened.engine
     n_ctx = engine.context.n_ctx
     for picture in pictures:
@@ -98,6 +98,7 @@ def run(
         if engine.calibrator is not None:
             engine.calibrator.work(lambda: interrupt.asked)
             engine.calibrator.save()
+        store_prompts(opened)
     if interrupt.asked:
         raise KeyboardInterrupt
 

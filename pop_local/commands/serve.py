@@ -9,7 +9,7 @@ import typer
 
 from pop_converter.base.errors import PopError
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener, default_model, lessons
+from pop_local.commands.opening import Opener, default_model, lessons, stored_prompts
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
@@ -120,7 +120,8 @@ def serve_named(
         app.log_to_stderr()
         if to.models is None:
             model = model or default_model()
-        pool = _pool(to, Opener(model or "", how, asked, n_parallel))
+        prompts = stored_prompts(how, to.cache_ram * 2**20)
+        pool = _pool(to, Opener(model or "", how, asked, n_parallel), prompts)
     except BaseException:
         listening.close()
         raise
@@ -132,7 +133,11 @@ def serve_named(
         note(f"Serving at {url}/v1, with a web page at {url}/ (Ctrl-C to stop)")
         on_ready(url)
 
-    app.serve_models(pool, listening, rules, strict_model=to.strict_model, on_ready=announce)
+    try:
+        app.serve_models(pool, listening, rules, strict_model=to.strict_model, on_ready=announce)
+    finally:
+        if prompts is not None:
+            prompts.close()
 
 
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
@@ -153,12 +158,10 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     return 1 if to.repeatable else to.parallel
 
 
-def _pool(to: ServerOptions, opener: Opener) -> "ModelPool":
+def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "ModelPool":
     """Open the opener's model, and return a model pool with this model."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
-
-    prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
 
     opener = replace(opener, prompt_cache=prompts)
     options: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}

@@ -12,7 +12,8 @@ import typer
 from pop_converter.base.errors import PlanError
 from pop_converter.popfile.pruning_plan import parse_skip
 from pop_local.commands.option_expansion import Group, option
-from pop_local.config.settings import MOST, MOST_SEED, load
+from pop_local.config.settings import MOST, MOST_GIB, MOST_SEED, load
+from pop_local.engine.prefill.plan import Reuse
 from pop_local.ui.theme import warn
 from pop_local.workflows.hardware import Hardware
 
@@ -146,6 +147,18 @@ class ModelOptions(OpenOptions, PictureOptions):
     )
     learn: Literal["on", "off"] = option(
         "Store statistics of prompts, never text, to speed up later prompts.", default="off"
+    )
+    reuse: Reuse = option(
+        "Cached rows that a prompt may reuse: also equal passages after an edit (approximate until"
+        " they have caught up), an equal beginning only, or none.",
+        default=Reuse.EDITED,
+    )
+    cache_disk: int = option(
+        "Disk space for the KV caches of earlier prompts (0: store none).",
+        "GIB",
+        min=0,
+        max=MOST_GIB,
+        default=0,
     )
     parse_special: bool = option(
         "Parse special tokens in messages and documents. Use only with trusted text.", default=False

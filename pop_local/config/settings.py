@@ -27,6 +27,7 @@ Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
 # llama.cpp's counts have 32 bits.
 MOST = 2**31 - 1
+MOST_GIB = 2**20
 # llama.cpp chooses a random seed for the next larger number.
 MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
@@ -62,6 +63,7 @@ SETTINGS = (
     Setting("top_p", float, "the model's, else the engine's", least=0, most=1),
     Setting("max_tokens", int, "the context's free tokens", least=1, most=MOST),
     Setting("system", str, "none"),
+    Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),
     Setting("theme", str, "the terminal's own colours"),
 )
 KEYS = tuple(setting.key for setting in SETTINGS)
@@ -130,6 +132,11 @@ def unsaved_dir() -> Path:
 
 def learned_dir() -> Path:
     return state_dir() / "learned"
+
+
+def prompts_dir() -> Path:
+    """Return the folder of earlier prompts' KV caches."""
+    return state_dir() / "prompts"
 
 
 def history_file() -> Path:

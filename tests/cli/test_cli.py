@@ -321,7 +321,10 @@ def test_a_reader_that_left_is_no_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("pop-local c", ["chat", "convert", "compare", "config"]), ("pop-local config s", ["set"])],
+    [
+        ("pop-local c", ["chat", "convert", "compare", "cache", "config"]),
+        ("pop-local config s", ["set"]),
+    ],
 )
 def test_shell_completion(tmp_path, words, expected):
     (tmp_path / "config.toml").write_text("broken")

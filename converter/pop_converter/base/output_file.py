@@ -55,7 +55,7 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     created `dst` during the block, unless `force`; WriteError for an I/O error.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
-    _remove_leftovers(dst)
+    remove_leftovers(dst.parent, dst.name)
     try:
         with temporary.open("x+b") as file:
             yield file
@@ -81,15 +81,13 @@ def _exists(message: str) -> OutputExistsError:
     return OutputExistsError(message, hint, cause="output-exists")
 
 
-def _remove_leftovers(dst: Path) -> None:
-    """Remove the temporary files for `dst` whose processes have ended."""
-    prefix = f".{dst.name}."
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove temporary files whose processes have ended, for one output or for all ("")."""
     with suppress(OSError):
-        for path in list(dst.parent.iterdir()):
-            if not (path.name.startswith(prefix) and path.name.endswith(_SUFFIX)):
-                continue
-            pid = path.name[len(prefix) : -len(_SUFFIX)]
-            if pid.isdecimal() and not _is_other_process(int(pid)):
+        for path in list(folder.iterdir()):
+            stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")
+            is_temporary = path.suffix == _SUFFIX and stem.startswith(".") and pid.isdecimal()
+            if is_temporary and name in ("", stem[1:]) and not _is_other_process(int(pid)):
                 with suppress(OSError):
                     path.unlink()
 

@@ -1,14 +1,10 @@
 """The fields of a session file, with checks of their types and ranges."""
 
 import dataclasses
-import io
 import json
-import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
-
-import numpy as np
 
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
@@ -17,13 +13,6 @@ from pop_local.engine.sessions.conversation import Conversation
 T = TypeVar("T")
 
 FORMAT = 3
-# numpy's header of an array of one dimension. numpy's reader would evaluate a forged header and
-# allocate any size.
-_NPY = re.compile(
-    rb"\x93NUMPY\x01\0..\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \((\d{1,9}),\), }"
-    rb" *\n",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -79,25 +68,6 @@ def decoded(content: bytes, picture: ReadPicture) -> Session:
         raise OtherFormatError(f"the file has format {found}, this version reads format {FORMAT}")
     session: Session = _value(Session, raw, picture)
     return session
-
-
-def encoded_array(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
-    """Parse a .npy file. Raises ValueError for an unexpected type, length or size."""
-    head, dtype = _NPY.match(content), np.dtype(kind)
-    if (
-        head is None
-        or head[1].decode() != dtype.str
-        or int(head[2]) != length
-        or len(content) != head.end() + length * dtype.itemsize
-    ):
-        raise ValueError("an array of unexpected type or length")
-    return np.frombuffer(content, dtype, offset=head.end())
 
 
 def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:

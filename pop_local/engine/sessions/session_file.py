@@ -1,11 +1,8 @@
 """Session files: a conversation's transcript and KV state in a zip file.
 
     session.json   format, model, backend, KV key and the transcript
-    tokens.npy     int32 (n_tokens): each cached row's token, NO_TOKEN for image rows
-    full.npy       bool (n_tokens): rows that ran all layers
-    positions.npy  int32 (n_tokens + 1): each row's position, and the next row's
     pictures/HASH  image files by SHA-256
-    kv.bin         llama.cpp's state of the used cells
+    *.npy, kv.bin  the KV cache, see cache/state_arrays.py
 
 If the model's cache holds another conversation, n_tokens is 0 and the arrays are missing.
 
@@ -24,13 +21,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import make_private, replacing
 from pop_converter.gguf.source import sampled_sha256
-from pop_local.engine.cache.cache_keys import CacheKeys, opened_with
+from pop_local.engine.cache.cache_keys import opened_with
 from pop_local.engine.cache.prompt_cache import SavedState
+from pop_local.engine.cache.state_arrays import (
+    DAMAGES,
+    add_member,
+    members,
+    read_member,
+    read_state,
+)
 from pop_local.engine.engine import Engine
 from pop_local.engine.images.mmproj import NO_TOKEN
 from pop_local.engine.images.pictures import Picture, picture_of
@@ -43,9 +45,7 @@ from pop_local.engine.sessions.fields import (
     OtherFormatError,
     Session,
     decoded,
-    decoded_array,
     encoded,
-    encoded_array,
 )
 
 SUFFIX = ".popsession"
@@ -54,8 +54,6 @@ _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
 _NAME = re.compile(r"\w(?:[\w .+-]{0,78}[\w.+-])?")
-# Errors of zipfile and of the schema. RuntimeError: encrypted archives and deeply nested JSON.
-_DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
 
 # Returns an archive's picture by its name and hash.
 ReadFrom = Callable[[zipfile.ZipFile, str, str], Picture]
@@ -186,14 +184,11 @@ class Sessions:
                 os.fchmod(file.fileno(), 0o600)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 # File names may contain lone surrogates.
-                _add(archive, _TRANSCRIPT, encoded(session).encode(errors="replace"))
+                add_member(archive, _TRANSCRIPT, encoded(session).encode(errors="replace"))
                 for picture in conversation.pictures:
-                    _add(archive, _PICTURE.format(picture.sha256), picture.content)
-                if state is not None:
-                    _add(archive, "positions.npy", encoded_array(state.positions))
-                    _add(archive, "tokens.npy", encoded_array(state.tokens))
-                    _add(archive, "full.npy", encoded_array(state.is_full))
-                    _add(archive, "kv.bin", state.cells)
+                    add_member(archive, _PICTURE.format(picture.sha256), picture.content)
+                for name, content in members(state) if state is not None else ():
+                    add_member(archive, name, content)
             file.flush()
             os.fsync(file.fileno())  # the file is the conversation's only copy
         return path.stat().st_size
@@ -209,13 +204,19 @@ class Sessions:
             session = _session(archive, _stored_picture)
             reread = _difference(session, ours, engine)
             if session.n_tokens and not reread:
-                state = _state(archive, session, engine.states.keys)
+                state = read_state(
+                    archive,
+                    session.key,
+                    engine.states.keys.model,
+                    dict(session.images),
+                    session.n_tokens,
+                )
         if reread:
             return Restored(session, reread)
         if state is None:
             engine.set_mode(session.mode)
             return Restored(session, _NOT_SAVED if session.conversation.turns else "")
-        if not _is_consistent(state, engine.context.vocabulary.n_tokens):
+        if state.tokens.max() >= engine.context.vocabulary.n_tokens:
             raise _damaged(path)
         engine.set_mode(session.mode)
         if not engine.states.keys.accepts(session.key):
@@ -227,17 +228,13 @@ class Sessions:
         return Restored(session, "")
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a member without a timestamp, because zip cannot represent every clock value."""
-    archive.writestr(zipfile.ZipInfo(name), content)
-
-
 def _session(archive: zipfile.ZipFile, picture: ReadFrom) -> Session:
-    return decoded(_member(archive, _TRANSCRIPT), partial(picture, archive))
+    content = read_member(archive, _TRANSCRIPT, _MAX_TRANSCRIPT_BYTES)
+    return decoded(content, partial(picture, archive))
 
 
 def _stored_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
-    found = picture_of(_member(archive, _PICTURE.format(sha256)), name)
+    found = picture_of(read_member(archive, _PICTURE.format(sha256)), name)
     if found.sha256 != sha256:
         raise ValueError("another picture's content")
     return found
@@ -247,36 +244,6 @@ def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
     """Return a picture without content, for listings."""
     archive.getinfo(_PICTURE.format(sha256))
     return Picture(name, b"", 0, 0)
-
-
-def _state(archive: zipfile.ZipFile, session: Session, keys: CacheKeys) -> SavedState:
-    """Read the saved KV cache. Raises ValueError for arrays of unexpected length."""
-    n = session.n_tokens
-    return SavedState(
-        key=session.key,
-        model=keys.model,
-        tokens=decoded_array(_member(archive, "tokens.npy"), np.int32, n),
-        is_full=decoded_array(_member(archive, "full.npy"), np.bool_, n),
-        positions=decoded_array(_member(archive, "positions.npy"), np.int32, n + 1),
-        cells=_member(archive, "kv.bin"),
-        images=dict(session.images),
-    )
-
-
-def _is_consistent(state: SavedState, n_vocab: int) -> bool:
-    """Return True if each row has a valid token or an image, and positions ascend."""
-    is_text = state.tokens != NO_TOKEN
-    image_starts = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
-    steps = np.diff(state.positions)
-    return bool(
-        state.tokens.max() < n_vocab
-        and state.tokens.min() >= NO_TOKEN
-        and set(image_starts.tolist()) <= state.images.keys()
-        and not is_text[[start for start in state.images if start < len(is_text)]].any()
-        and state.positions[0] == 0
-        and (steps >= 0).all()
-        and (steps[is_text] == 1).all()
-    )
 
 
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
@@ -295,16 +262,6 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
     return ""
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return a member. Compressed members raise ValueError, because they may expand to any size."""
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ValueError(f"{name} is compressed")
-    if name == _TRANSCRIPT and info.file_size > _MAX_TRANSCRIPT_BYTES:
-        raise ValueError(f"{name} is longer than any conversation")
-    return archive.read(info)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
@@ -316,7 +273,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except OtherFormatError as error:
         hint = "load the session with the version of pop-local that saved it"
         raise PopError(f"the session {path} cannot be read: {error}", hint) from error
-    except _DAMAGES as error:
+    except DAMAGES as error:
         raise _damaged(path) from error
 
 

@@ -1,0 +1,205 @@
+"""Saved states in a folder of the user, found again after a restart.
+
+Each state is one zip file (see state_arrays) with the mode 0600, named by a hash of its key and
+tokens. The least recently used files are removed above the capacity. Several processes may share
+the folder: files that another process removed are ignored, and its new files are found.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pop_converter.base.errors import PopError
+from pop_converter.base.output_file import make_private, remove_leftovers, replacing
+from pop_local.engine.cache.prompt_cache import CountReusable, SavedState
+from pop_local.engine.cache.state_arrays import (
+    DAMAGES,
+    add_member,
+    members,
+    read_member,
+    read_state,
+    read_tokens,
+)
+from pop_local.engine.llama import backend
+
+_FORMAT = 1
+SUFFIX = ".popstate"
+_ABOUT = "state.json"
+_MOST_ABOUT_BYTES = 2**20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """A file of the store without its cells. `used_s`: time of its last use."""
+
+    path: Path
+    size_bytes: int
+    used_s: float
+    prompts_key: str
+    key: str
+    model: str
+    tokens: np.ndarray
+    images: dict[int, str]
+
+
+class DiskStore:
+    """Saved states in a folder, up to `capacity_bytes`. Files are written by a thread."""
+
+    def __init__(self, folder: Path, capacity_bytes: int) -> None:
+        """Raises PopError if the folder cannot be created."""
+        self.folder, self.capacity_bytes = folder, capacity_bytes
+        # Another version of llama.cpp may compute other K/V.
+        self._format = f"{_FORMAT}, {backend.version()} abi {backend.library_abi()}"
+        self._known: dict[Path, StoredState] = {}
+        self._writer = ThreadPoolExecutor(1, "pop-local disk store")
+        try:
+            make_private(folder)
+            remove_leftovers(folder)
+        except OSError as error:
+            raise PopError(
+                f"cannot create {folder}: {error.strerror}", "check its permissions"
+            ) from error
+
+    def add(self, prompts_key: str, state: SavedState) -> None:
+        """Write a state in the background. Logs an error, such as a full disk."""
+        if len(state.cells) <= self.capacity_bytes:
+            self._writer.submit(self._write, prompts_key, state)
+
+    def close(self) -> None:
+        """Wait until all states are written."""
+        self._writer.shutdown()
+
+    def stored(self) -> list[StoredState]:
+        """Return the readable states, the least recently used first. Removes other files."""
+        found: dict[Path, StoredState] = {}
+        for path, status in self._files():
+            state = self._known.get(path)
+            if state is None or state.size_bytes != status.st_size:
+                state = self._open(path, status)
+            if state is not None:
+                found[path] = state
+        self._known = found  # one assignment, since several threads read it
+        return list(found.values())
+
+    def find(self, key: str, count: CountReusable, n_least: int) -> tuple[SavedState | None, int]:
+        """Return the state with the most reusable rows, if more than `n_least`."""
+        best, n_best = None, n_least
+        for each in self.stored():
+            if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
+                best, n_best = each, n
+        return (None, 0) if best is None else (self._load(best), n_best)
+
+    def _load(self, stored: StoredState) -> SavedState | None:
+        """Read a state and mark it as used. Removes a damaged file, and returns None then."""
+        try:
+            with zipfile.ZipFile(stored.path) as archive:
+                n_tokens = len(stored.tokens)
+                state = read_state(archive, stored.key, stored.model, stored.images, n_tokens)
+            os.utime(stored.path)
+        except FileNotFoundError:  # another process removed it
+            return None
+        except (OSError, *DAMAGES) as error:
+            self._remove_damaged(stored.path, error)
+            return None
+        return state
+
+    def clear(self) -> int:
+        """Remove all states; return their number."""
+        files = [path for path, _ in self._files()]
+        for path in files:
+            with suppress(OSError):
+                path.unlink()
+        return len(files)
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield each file and its status, the least recently used first."""
+        found = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            with suppress(OSError):
+                found.append((path, path.stat()))
+        yield from sorted(found, key=lambda each: each[1].st_mtime_ns)
+
+    def _open(self, path: Path, status: os.stat_result) -> StoredState | None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
+                if about["format"] != self._format:
+                    raise ValueError(f"it has the format {about['format']}")
+                return StoredState(
+                    path=path,
+                    size_bytes=status.st_size,
+                    used_s=status.st_mtime,
+                    prompts_key=str(about["prompts_key"]),
+                    key=str(about["key"]),
+                    model=str(about["model"]),
+                    tokens=read_tokens(archive, int(about["n_tokens"])),
+                    images={int(row): str(key) for row, key in about["images"]},
+                )
+        except FileNotFoundError:
+            return None
+        except (OSError, TypeError, *DAMAGES) as error:
+            self._remove_damaged(path, error)
+            return None
+
+    def _remove_damaged(self, path: Path, error: Exception) -> None:
+        log.warning("removed %s, which is not a readable state: %s", path, error)
+        with suppress(OSError):
+            path.unlink()
+
+    def _write(self, prompts_key: str, state: SavedState) -> None:
+        about = {
+            "format": self._format,
+            "prompts_key": prompts_key,
+            "key": state.key,
+            "model": state.model,
+            "n_tokens": state.n_tokens,
+            "images": sorted(state.images.items()),
+        }
+        path = self._path(prompts_key, state)
+        try:
+            if path.exists():
+                os.utime(path)
+                return
+            with replacing(path, force=True) as file:
+                if hasattr(os, "fchmod"):  # prompts are private
+                    os.fchmod(file.fileno(), 0o600)
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    add_member(archive, _ABOUT, json.dumps(about).encode())
+                    for name, content in members(state):
+                        add_member(archive, name, content)
+            self._evict(prompts_key, state)
+        except (PopError, OSError) as error:
+            log.warning("cannot store a prompt's KV cache: %s", error)
+
+    def _path(self, prompts_key: str, state: SavedState) -> Path:
+        named = [prompts_key, state.key, sorted(state.images.items()), state.first_stale]
+        digest = hashlib.sha256(json.dumps(named).encode())
+        for array in (state.tokens, state.is_full):
+            digest.update(array.tobytes())
+        return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
+
+    def _evict(self, prompts_key: str, newest: SavedState) -> None:
+        """Remove states of the newest state's prefixes, then the least recently used ones."""
+        own_path = self._path(prompts_key, newest)
+        tokens, images = newest.tokens.tobytes(), newest.images.items()
+        for each in self.stored():
+            is_prefix = tokens.startswith(each.tokens.tobytes()) and each.images.items() <= images
+            if each.path != own_path and each.prompts_key == prompts_key and is_prefix:
+                each.path.unlink(missing_ok=True)
+        files = list(self._files())
+        n_bytes = sum(status.st_size for _, status in files)
+        for path, status in files:
+            if n_bytes <= self.capacity_bytes:
+                break
+            path.unlink(missing_ok=True)
+            n_bytes -= status.st_size

@@ -1,0 +1,68 @@
+"""The stored KV caches of earlier prompts: written only on request, found again, shown, removed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pop_local.config import settings
+from support.converted import tiny
+from support.program import called
+
+TEXT = "the quick brown fox jumps over the lazy dog, " * 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    return tiny(folder, chat_template="{{ messages[0]['content'] }}")
+
+
+@pytest.fixture(autouse=True)
+def empty_state_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
+
+
+def ask(model: Path, question: str, *options: str) -> dict[str, int]:
+    """Return the statistics of an answer of one token."""
+    shared = ("--threads", "1", "--max-tokens", "1", "--ctx", "1024", "--json")
+    result = called("run", str(model), question, *shared, *options)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, int] = json.loads(result.stdout)["stats"]
+    return found
+
+
+def test_a_prompt_is_stored_on_request_and_found_by_the_next_command(model):
+    first = ask(model, TEXT, "--cache-disk", "1")
+    second = ask(model, TEXT + "and more", "--cache-disk", "1")
+    assert first["n_cached"] == 0
+    assert second["n_cached"] >= first["n_prompt"] - 17
+    shown = json.loads(called("cache", "show", "--json").stdout)
+    assert shown["folder"] == str(settings.prompts_dir())
+    _, newest = shown["prompts"]
+    assert newest["n_tokens"] >= second["n_prompt"]
+    assert Path(newest["path"]).stat().st_size == newest["size_bytes"]
+    cleared = called("cache", "clear")
+    assert "Removed 2 stored prompts from" in cleared.stderr
+    assert json.loads(called("cache", "show", "--json").stdout)["prompts"] == []
+    assert "No prompts are stored." in called("cache", "show").stderr
+
+
+def test_nothing_is_stored_without_the_option(model):
+    ask(model, TEXT)
+    assert not settings.prompts_dir().exists()
+
+
+def test_the_setting_stores_prompts(model, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_CACHE_DISK", "1")
+    ask(model, TEXT)
+    assert len(list(settings.prompts_dir().iterdir())) == 1
+
+
+def test_the_reuse_option_reads_a_changed_prompt_again(model):
+    ask(model, "Monday. " + TEXT, "--cache-disk", "1")
+    edited = ask(model, "Tuesday morning. " + TEXT, "--cache-disk", "1")
+    exact = ask(model, "Friday noon. " + TEXT, "--cache-disk", "1", "--reuse", "exact")
+    assert edited["n_stale"] > 256
+    assert exact["n_stale"] == 0
+    assert exact["n_cached"] < 5

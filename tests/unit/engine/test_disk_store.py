@@ -1,0 +1,220 @@
+"""The store of KV caches on disk: found after a restart, and safe from damage and full disks."""
+
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pop_converter.base import output_file
+from pop_converter.base.errors import WriteError
+from pop_local.engine.cache import disk_store
+from pop_local.engine.cache.disk_store import SUFFIX, DiskStore
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.prompt.prompt import Prompt
+from support.calls import kv_bytes, last_logits, opened, prompt, read
+from support.converted import tiny
+
+OLD, OTHER = prompt(600), prompt(500, seed=5)
+ROOM = 2**26
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "states"
+
+
+def store_prompt(pop_file: Path, folder: Path, tokens=OLD, capacity_bytes=ROOM) -> bytes:
+    """Read a prompt, store its state on disk, and return its cells."""
+    prompts = PromptCache(ROOM, DiskStore(folder, capacity_bytes))
+    with opened(pop_file, prompt_cache=prompts) as model:
+        read(model, tokens)
+        model.engine.states.store()
+        prompts.close()
+        return kv_bytes(model)
+
+
+def restart(pop_file: Path, folder: Path, tokens=OLD, **options):
+    """Read a prompt in a new engine; return the reading, the logits and the cells."""
+    prompts = PromptCache(ROOM, DiskStore(folder, ROOM))
+    with opened(pop_file, prompt_cache=prompts, **options) as model:
+        found = model.read(Prompt(tokens))
+        return found, last_logits(model), kv_bytes(model)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*"))
+
+
+def test_a_prompt_is_found_after_a_restart(pop_file, folder):
+    cells = store_prompt(pop_file, folder)
+    found, _, restored = restart(pop_file, folder, [*OLD, 5, 6])
+    assert found.n_cached == len(OLD)
+    with opened(pop_file) as model:
+        read(model, OLD)
+        assert kv_bytes(model) == cells
+    assert len(restored) > 0
+
+
+def test_an_edited_prompt_is_found_after_a_restart(pop_file, folder):
+    store_prompt(pop_file, folder)
+    found, *_ = restart(pop_file, folder, [*OLD[:40], 9, 9, *OLD[42:]])
+    assert found.n_stale > 500
+
+
+def test_files_are_private(pop_file, folder):
+    store_prompt(pop_file, folder)
+    [path] = files(folder)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_the_least_recently_used_states_are_removed(pop_file, folder):
+    store_prompt(pop_file, folder)
+    [first] = files(folder)
+    store_prompt(pop_file, folder, OTHER)
+    room = sum(path.stat().st_size for path in files(folder)) + 1000
+    os.utime(first, (1, 1))
+    store_prompt(pop_file, folder, prompt(400, seed=6), room)
+    assert first not in files(folder)
+    assert len(files(folder)) == 2
+    assert sum(path.stat().st_size for path in files(folder)) <= room
+
+
+def test_a_state_above_the_capacity_is_not_written(pop_file, folder):
+    store_prompt(pop_file, folder, capacity_bytes=1000)
+    assert files(folder) == []
+
+
+def test_a_longer_prompt_replaces_its_prefix(pop_file, folder):
+    store_prompt(pop_file, folder)
+    store_prompt(pop_file, folder, [*OLD, *OTHER[:50]])
+    assert len(files(folder)) == 1
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.999])
+def test_a_damaged_file_is_removed_with_one_line(pop_file, folder, where, caplog):
+    store_prompt(pop_file, folder)
+    [path] = files(folder)
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 0xFF
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING, logger=disk_store.__name__):
+        found, logits, _ = restart(pop_file, folder)
+    assert found.n_cached == 0
+    assert files(folder) == []
+    assert len(caplog.messages) == 1
+    assert path.name in caplog.messages[0]
+    np.testing.assert_array_equal(logits, restart(pop_file, folder)[1])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half", b"another program's file" * 100])
+def test_foreign_files_are_removed_with_one_line(pop_file, folder, content, caplog):
+    folder.mkdir()
+    (folder / f"foreign{SUFFIX}").write_bytes(content)
+    (folder / "notes.txt").write_text("mine")
+    with caplog.at_level(logging.WARNING, logger=disk_store.__name__):
+        assert restart(pop_file, folder)[0].n_cached == 0
+    assert [path.name for path in files(folder)] == ["notes.txt"]
+    assert len(caplog.messages) == 1
+
+
+def test_a_state_of_another_version_is_removed(pop_file, folder, monkeypatch):
+    store_prompt(pop_file, folder)
+    monkeypatch.setattr(disk_store, "_FORMAT", 0)
+    assert restart(pop_file, folder)[0].n_cached == 0
+    assert files(folder) == []
+
+
+def test_a_state_of_another_model_is_kept_and_not_used(pop_file, folder, tmp_path):
+    store_prompt(pop_file, folder)
+    other = tiny(tmp_path, seed=3)
+    assert restart(other, folder)[0].n_cached == 0
+    assert len(files(folder)) == 1
+
+
+def test_a_full_disk_is_one_line_in_the_log(pop_file, folder, monkeypatch, caplog):
+    def full(*_: object, **__: object) -> None:
+        raise WriteError("cannot write: no space left on device")
+
+    monkeypatch.setattr(disk_store, "replacing", full)
+    with caplog.at_level(logging.WARNING, logger=disk_store.__name__):
+        store_prompt(pop_file, folder)
+    assert files(folder) == []
+    assert caplog.messages == [
+        "cannot store a prompt's KV cache: cannot write: no space left on device"
+    ]
+
+
+WRITER = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+from pop_local.engine.cache.disk_store import DiskStore
+from pop_local.engine.cache.prompt_cache import SavedState
+n = 1000
+state = SavedState("key", "model", np.arange(n, dtype=np.int32), np.ones(n, bool),
+                   np.arange(n + 1, dtype=np.int32), bytes(2**27))
+store = DiskStore(Path(sys.argv[1]), 2**30)
+print("ready", flush=True)
+while True:
+    store.add("prompts", state)
+    store.close()
+    for path in store.folder.glob("*.popstate"):
+        path.unlink()
+    store = DiskStore(store.folder, 2**30)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.13, 0.3])
+def test_kill_leaves_no_half_state(folder, after_s, caplog):
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(after_s)
+        child.send_signal(signal.SIGKILL)
+    store = DiskStore(folder, 2**30)
+    for stored in store.stored():
+        assert store.find(stored.prompts_key, lambda *_: 1, 0)[0] is not None
+    assert caplog.messages == []
+    assert [path for path in files(folder) if path.suffix == output_file._SUFFIX] == []
+
+
+def test_two_processes_share_a_folder(pop_file, folder):
+    here = DiskStore(folder, ROOM)
+    assert here.stored() == []
+    store_prompt(pop_file, folder)
+    [found] = here.stored()
+    assert found.tokens.tolist() == OLD
+    found.path.unlink()
+    assert here.find(found.prompts_key, lambda *_: 1, 0) == (None, 0)
+    assert here._load(found) is None
+
+
+def test_clear_removes_all_states(pop_file, folder):
+    store_prompt(pop_file, folder)
+    assert DiskStore(folder, ROOM).clear() == 1
+    assert files(folder) == []
+
+
+def test_nothing_is_written_without_a_store(pop_file, folder):
+    prompts = PromptCache(ROOM)
+    with opened(pop_file, prompt_cache=prompts) as model:
+        read(model, OLD)
+        model.engine.states.store()
+    prompts.close()
+    assert not folder.exists()
