@@ -16,7 +16,8 @@ from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import TextStream
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.vocabulary import Pieces
-from pop_local.engine.prefill.read import PrefillStoppedError
+from pop_local.engine.prefill.plan import Reuse
+from pop_local.engine.prefill.read_result import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.call_form import CallConstraint
@@ -34,7 +35,7 @@ def answer(
 ) -> Answering:
     """Stream the answer to a prompt; the last chunk contains the statistics."""
     if options.repeatable:
-        sequence = replace(sequence, rule=replace(sequence.rule, reuses=False))
+        sequence = replace(sequence, rule=replace(sequence.rule, reuse=Reuse.OFF))
     with closing(_Turn(sequence, render, options, constraint)) as turn:
         yield from turn.chunks()
 
@@ -163,6 +164,7 @@ class _Turn:
             n_deep=counters.n_deep,
             n_refilled=self._n_refilled,
             n_exact=found.n_exact,
+            n_stale=found.n_stale,
             n_skipped_exact=counters.n_exact,
             exact_layer=self._sequence.cache.pruning.exact,
             n_full=counters.n_full,

@@ -40,9 +40,11 @@ class Message:
 class TurnStats:
     """Statistics of one answer; n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
-    n_cached: prompt tokens with K/V in the cache. n_pruned: prompt tokens that stopped at the
-    boundary layer. n_deep: deep rows, which n_full includes. n_refilled: cached tokens that were
-    refilled since the previous answer. n_image: the prompt's image rows, cached rows included.
+    n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens whose K/V were computed
+    before an earlier part of the prompt changed, so they are approximate. n_pruned: prompt tokens
+    that stopped at the boundary layer. n_deep: deep rows, which n_full includes. n_refilled: cached
+    tokens that were refilled since the previous answer. n_image: the prompt's image rows, cached
+    rows included.
     n_exact: prompt tokens whose K/V equal the full model's. n_skipped_exact: prompt tokens that
     stopped at exact_layer without loss, because later layers share earlier layers' K/V.
     n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, including the last one.
@@ -69,6 +71,7 @@ class TurnStats:
     n_deep: int = 0
     n_refilled: int = 0
     n_exact: int = 0
+    n_stale: int = 0
     n_image: int = 0
     encode_s: float = 0.0
     fit: str = ""
@@ -87,7 +90,8 @@ class TurnStats:
     @property
     def left(self) -> str:
         """Description of the prompt tokens that were cached or skipped layers."""
-        cached = f"{self.n_cached:,} cached, " if self.n_cached else ""
+        stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
+        cached = f"{self.n_cached:,} cached{stale}, " if self.n_cached else ""
         if self.n_skipped_exact:
             return f"{cached}{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
         deep = f", {self.n_deep:,} deep" if self.n_deep else ""

@@ -214,7 +214,7 @@ def _slots(context: Context) -> Sequence[Slot]:
 
 def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:
     """Return the file's rule for full rows, changed by the options."""
-    changes: dict[str, Any] = {
+    changes: dict[str, Any] = {"reuse": options.reuse} | {
         name: value
         for name in ("sink_tokens", "tail_tokens", "deep_rows")
         if (value := getattr(options, name)) is not None

@@ -9,6 +9,7 @@ from typing import Any
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama.context import ContextOptions
+from pop_local.engine.prefill.plan import Reuse
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,10 @@ class EngineOptions:
     with the model's POP keys and tensors. `mmproj`: the vision encoder, loaded with the first
     image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: full rows at a
     prompt's ends (default: the file's). `deep_rows`: criterion for context rows that run all layers
-    (default: the file's). `keep_states`: keep boundary states for refilling. `parse_special`: parse
-    special tokens in messages and documents, which lets a document inject turns. `full`: start with
-    pruning off. `learn`: see PopModel.learn. `prompt_cache`: store for earlier prompts' KV caches.
+    (default: the file's). `reuse`: cached rows that a prompt may reuse. `keep_states`: keep
+    boundary states for refilling. `parse_special`: parse special tokens in messages and documents,
+    which lets a document inject turns. `full`: start with pruning off. `learn`: see PopModel.learn.
+    `prompt_cache`: store for earlier prompts' KV caches.
     """
 
     model: str
@@ -31,6 +33,7 @@ class EngineOptions:
     sink_tokens: int | None = None
     tail_tokens: int | None = None
     deep_rows: DeepRows | None = None
+    reuse: Reuse = Reuse.EDITED
     keep_states: bool = False
     parse_special: bool = False
     full: bool = False

@@ -54,7 +54,7 @@ class SlotScheduler:
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Return the score. A prefix counts if CacheStates.stash would keep the rows for it."""
-        states = self.sequence(index).states
-        n_same, n_tokens = states.n_same(prompt), states.cache.n_tokens
-        return (n_same if 2 * n_same >= n_tokens else 0), -n_tokens
+        """Return the score. Rows count if CacheStates.stash would keep them for the prompt."""
+        sequence = self.sequence(index)
+        n_reusable, n_tokens = sequence.n_reusable(prompt), sequence.cache.n_tokens
+        return (n_reusable if 2 * n_reusable >= n_tokens else 0), -n_tokens

@@ -85,6 +85,10 @@ class Forced:
         self._next = self._context.logits().copy()
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
+    def resume(self) -> None:
+        """Use the rows and logits that the caller has read into the cache as the context."""
+        self._next, self._state = self._context.logits().copy(), None
+
     def predict(self, tokens: Tokens) -> Logits:
         """Return the logits (len(tokens), n_vocab) of a text that follows the context, in full.
 

@@ -206,12 +206,19 @@ def _ask(
     with forced(model) as reader:
         for document in documents:
             reader.read(document.tokens, pruning)
-            found = []
-            for each in document.questions:
-                found.append(_answer(reader, each))
-                ran(1)
-            answers.append(tuple(found))
+            answers.append(answer_questions(reader, document.questions, ran))
     return answers
+
+
+def answer_questions(
+    reader: Forced, questions: Sequence[TokenizedQuestion], ran: Callable[[int], None]
+) -> tuple[LookupAnswer, ...]:
+    """Answer each question after the reader's context. `ran` is called with 1 after each."""
+    answers = []
+    for each in questions:
+        answers.append(_answer(reader, each))
+        ran(1)
+    return tuple(answers)
 
 
 def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:

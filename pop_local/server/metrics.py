@@ -29,6 +29,9 @@ class Metrics:
             "n_skipped_exact": prompt.labels("exact"),
             "n_full": prompt.labels("full"),
             "n_cached": prompt.labels("cached"),
+            "n_stale": counter(
+                "pop_stale_tokens", "Cached tokens whose K/V are from before an edit"
+            ),
             "n_image": counter(
                 "pop_image_tokens", "Image tokens in prompts, including cached tokens"
             ),

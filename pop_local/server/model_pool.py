@@ -20,7 +20,6 @@ from pop_local.engine.learning.learned_fit import Fitter
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.loading import DEFAULT_CTX
 from pop_local.engine.model import PopModel
-from pop_local.engine.prompt.prompt import Prompt
 from pop_local.server.api_errors import ApiError, as_api_error, stopping
 from pop_local.server.metrics import Metrics
 from pop_local.server.model_listing import ModelFile, ModelInfo, find
@@ -70,7 +69,7 @@ class ServedModel:
             self.worker.join()
         try:
             for sequence in self.model.engine.sequences:
-                sequence.states.stash(Prompt([]))
+                sequence.states.store()
         except Exception:  # for lack of memory, for example, which closing the model frees
             log.exception("the KV cache of %s could not be stashed", self.name)
         finally:

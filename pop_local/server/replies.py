@@ -18,7 +18,16 @@ from pop_local.server.worker import Task
 Json = dict[str, Any]
 encoded = json.JSONEncoder(ensure_ascii=False).encode
 
-_COUNTS = ("n_pruned", "n_skipped_exact", "n_full", "n_deep", "n_refilled", "n_exact", "n_image")
+_COUNTS = (
+    "n_pruned",
+    "n_skipped_exact",
+    "n_full",
+    "n_deep",
+    "n_refilled",
+    "n_exact",
+    "n_stale",
+    "n_image",
+)
 _TIMES = ("ttft_s", "encode_s", "prefill_s", "decode_s")
 
 

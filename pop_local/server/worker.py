@@ -325,7 +325,7 @@ class Worker(threading.Thread):
         n_prompt = len(task.prompt)
         options = replace(task.options, should_stop=should_stop, on_prefill=has_read)
         if task.embeds:
-            sequence.states.stash(task.prompt)
+            sequence.states.stash(task.prompt.n_equal)
             with stopped_by(should_stop):
                 vector = embedding(cache, task.prompt.tokens)
             took_s = time.perf_counter() - started_s

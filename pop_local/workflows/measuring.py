@@ -12,6 +12,7 @@ from pop_converter.popfile.pruning_plan import Plan
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.plan import Reuse
 from pop_local.measure.lookups import Lookups
 from pop_local.measure.quality import Quality
 from pop_local.models.model_files import ModelFiles
@@ -24,9 +25,8 @@ def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
     """Open a model that the watch can stop; `options`: see `EngineOptions.of`."""
-    model = PopModel(
-        EngineOptions.of(files.path, sidecar=files.sidecar, **vars(hardware), **options)
-    )
+    options |= {"reuse": Reuse.EXACT, "sidecar": files.sidecar}  # stale rows would add their loss
+    model = PopModel(EngineOptions.of(files.path, **vars(hardware), **options))
     with model, stopped_by(watch.should_stop):
         yield model
 

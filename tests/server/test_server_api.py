@@ -54,6 +54,19 @@ def test_next_request_reuses_cached_prefix(client):
     assert second["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 17
 
 
+def test_an_edited_prompt_reports_its_stale_tokens(client):
+    complete(client, "Monday. " + 2 * LONG)
+    before = counted(client)
+    usage = complete(client, "Tuesday morning. " + 2 * LONG).json()["usage"]
+    after = counted(client)
+    n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
+    assert 256 < pop["n_stale"] <= n_cached
+    assert n_cached + pop["n_pruned"] + pop["n_full"] == usage["prompt_tokens"]
+    assert after["pop_stale_tokens_total"] - before["pop_stale_tokens_total"] == pop["n_stale"]
+    fresh = complete(client, "Monday. " + 2 * LONG, cache_prompt=False).json()["usage"]
+    assert fresh["pop"]["n_stale"] == 0
+
+
 @pytest.mark.parametrize("ask", [chat, complete])
 def test_stream_equals_complete_answer(client, ask):
     whole = text_of(ask(client))
@@ -75,7 +88,7 @@ def test_stream_equals_complete_answer(client, ask):
 
 def test_stream_sends_progress_comments(client, monkeypatch):
     monkeypatch.setattr(job_responses, "_PROGRESS_S", 0.001)
-    response = complete(client, "something new. " + LONG, stream=True, max_tokens=2)
+    response = complete(client, "something new. " + LONG[::-1], stream=True, max_tokens=2)
     assert re.match(r": (queued 1|read \d+ of \d+)\n\n", response.text)
     assert len(events(response)) >= 2
 

@@ -356,15 +356,14 @@ def test_gauges_sum_all_models(library, monkeypatch):
         assert figures[f"pop_{name}"] == 6
 
 
-def test_model_closes_if_stashing_fails(library, expected, monkeypatch):
-    def stash(self, prompt):
-        if not len(prompt):
-            raise MemoryError
+def test_model_closes_if_storing_its_prompt_fails(library, expected, monkeypatch):
+    def store(self):
+        raise MemoryError
 
     with asked(library, ram_bytes=1 << 40) as client:
         for name in ("one", "two"):
             complete(client, model=name)
-        monkeypatch.setattr(CacheStates, "stash", stash)
+        monkeypatch.setattr(CacheStates, "store", store)
         library.behind._ram_bytes = 0
         assert text_of(complete(client, model="three")) == expected["three"]
         assert library.open_ones == ["three"]

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.cache_keys import FULL, CacheKeys
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
+from pop_local.engine.cache.prompt_cache import CountReusable, PromptCache, SavedState
 from pop_local.engine.prompt.prompt import Prompt
 
 
@@ -37,6 +37,7 @@ class CacheStates:
             positions=cache.rows.positions[: n + 1].copy(),
             cells=cache.slot.cells.state(),
             images=dict(cache.images),
+            first_stale=cache.rows.first_stale,
         )
 
     def restore(self, state: SavedState) -> None:
@@ -58,27 +59,27 @@ class CacheStates:
 
     # The prompt cache
 
-    def stash(self, prompt: Prompt) -> None:
-        """Store the rows in the prompt cache if a prompt reuses less than half of them."""
-        if 2 * self.n_same(prompt) < self.cache.n_tokens:
+    def stash(self, count: CountReusable) -> None:
+        """Store the rows in the prompt cache if a prompt can reuse less than half of them."""
+        if 2 * count(self.cache.tokens, self.cache.images) < self.cache.n_tokens:
             self.store()
 
     def store(self) -> None:
         """Store the rows in the prompt cache, if one exists and has room for them."""
         if self.prompts is None or not self.cache.n_tokens:
             return
-        if self.cache.slot.cells.state_size() <= self.prompts.capacity_bytes:
+        if self.prompts.accepts(self.cache.slot.cells.state_size()):
             with suppress(PopError):  # a recurrent state that is ahead of its tokens
                 self.prompts.add(self._prompts_key, self.save())
 
-    def restore_best(self, prompt: Prompt) -> None:
-        """Restore the prompt cache's best state if it has a longer prefix of a prompt."""
+    def restore_best(self, count: CountReusable) -> None:
+        """Restore the prompt cache's best state if a prompt can reuse more of its rows."""
         if self.prompts is None:
             return
-        n_same = self.n_same(prompt)
-        state, n_there = self.prompts.longest(self._prompts_key, prompt)
-        if state is not None and n_there > n_same:
-            with suppress(PopError):  # for example the state of a larger context
+        n_here = count(self.cache.tokens, self.cache.images)
+        state, n_there = self.prompts.best(self._prompts_key, count)
+        if state is not None and n_there > n_here:
+            with suppress(PopError):  # such as a larger context's state
                 self.restore(state)
 
     @property
@@ -96,7 +97,7 @@ class CacheStates:
             n = prompt.whole(other.n_same(prompt))
             if n <= self.n_same(prompt) or other.keys.mode != self.keys.mode:
                 return
-            self.stash(prompt)
+            self.stash(prompt.n_equal)
             self.cache.share(other.cache, n)
 
     def follow(self, other: "CacheStates") -> None:

@@ -149,6 +149,7 @@ class KvCache:
         self._tokens[:n] = state.tokens
         self.images = dict(state.images)
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
+        self.rows.first_stale = state.first_stale
         self.n_tokens = n
 
     # Reading

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _serial = itertools.count(1)
+NO_STALE = 2**31 - 1  # past all rows
 
 
 class CachedRows:
@@ -14,6 +15,9 @@ class CachedRows:
     The first `n_exact` rows equal the full model's. A row is exact only if all earlier rows are,
     since it attends to them. Full rows after a context row are deep, and a refill recomputes them
     as well. A refill needs each row's boundary state (`has_state`).
+
+    Rows from `first_stale` on are stale: they were computed before an earlier row was edited. A
+    refill decodes them again, so they need no state.
 
     `positions`: int32 [n_ctx + 1], with the next row's position; rows of an image may share one.
     `readings`: serial number of the read that computed a row, which identifies shared rows.
@@ -25,6 +29,11 @@ class CachedRows:
         self.positions = np.zeros(n_ctx + 1, dtype=np.int32)
         self.readings = np.zeros(n_ctx, dtype=np.int64)
         self.n_exact = 0
+        self.first_stale = NO_STALE
+
+    def n_stale(self, n_rows: int) -> int:
+        """Return the number of stale rows among the first `n_rows`."""
+        return max(0, n_rows - self.first_stale)
 
     def read(
         self, start: int, full: np.ndarray, positions: np.ndarray, *, keeps_states: bool
@@ -38,9 +47,31 @@ class CachedRows:
         self.forget_from(start)
         self.is_full[start:end] = full
         self.readings[start:end] = next(_serial)
-        self.has_state[start:end] = keeps_states
+        self.has_state[start:end] = keeps_states and start < self.first_stale
         if self.n_exact == start and full.all():
             self.n_exact = end
+
+    def edit(self, sources: np.ndarray) -> None:
+        """Replace all rows by those of an edited prompt (see edited_rows.move_rows)."""
+        n = len(sources)
+        is_full = (sources >= 0) & self.is_full[sources]
+        n_same = int(np.append(sources != np.arange(n), True).argmax())
+        reused = n_same + np.flatnonzero(sources[n_same:] >= 0)
+        self.forget_from(n_same)
+        self.is_full[:n] = is_full
+        self.positions[: n + 1] = np.arange(n + 1)
+        self.readings[n_same:n] = next(_serial)
+        if reused.size:
+            self.first_stale = min(self.first_stale, int(reused[0]))
+
+    def record_redone(self, start: int, full: np.ndarray, *, keeps_states: bool) -> None:
+        """Record rows from `start` on that were decoded again in place. `full`: bool [n]."""
+        end = start + len(full)
+        self.is_full[start:end] = full
+        self.has_state[start:end] = keeps_states and end <= self.first_stale
+        if start <= self.n_exact and full.all():
+            self.n_exact = max(self.n_exact, end)
+            self.first_stale = max(self.first_stale, end)
 
     def record_deep_pass(self, positions: Sequence[int]) -> None:
         """Record a deep pass over rows at these ascending positions."""
@@ -55,6 +86,8 @@ class CachedRows:
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False
         self.readings[n_rows:] = 0
+        if self.first_stale >= n_rows:
+            self.first_stale = NO_STALE
 
     def take_over(self, is_full: np.ndarray, positions: np.ndarray, *, is_exact: bool) -> None:
         """Replace all rows by those of a saved state, which contains no boundary states."""
@@ -73,6 +106,8 @@ class CachedRows:
         self.has_state[:n_rows] = other.has_state[:n_rows]
         self.readings[:n_rows] = other.readings[:n_rows]
         self.n_exact = min(other.n_exact, n_rows)
+        if other.first_stale < n_rows:
+            self.first_stale = other.first_stale
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
         """Copy the depth of shared rows. Returns whether more rows are exact."""
@@ -80,9 +115,12 @@ class CachedRows:
         n_shared = int(np.append(differ, True).argmax())
         n_exact = min(other.n_exact, n_shared)
         self.is_full[:n_shared] |= other.is_full[:n_shared]
+        if self.first_stale < n_shared:
+            self.first_stale = max(self.first_stale, min(other.first_stale, n_shared))
         is_more, self.n_exact = n_exact > self.n_exact, max(n_exact, self.n_exact)
         return is_more
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether rows from `n_exact` to `n_rows` exist and all have boundary states."""
-        return bool(self.n_exact < n_rows and self.has_state[self.n_exact : n_rows].all())
+        """Return whether rows from `n_exact` to `n_rows` exist, and have states or are stale."""
+        with_states = slice(self.n_exact, min(n_rows, self.first_stale))
+        return bool(self.n_exact < n_rows and self.has_state[with_states].all())

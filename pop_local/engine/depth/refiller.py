@@ -7,8 +7,10 @@ from contextlib import suppress
 import numpy as np
 
 from pop_converter.base.errors import StoppedError
+from pop_local.engine.cache.edited_rows import decode_again
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
+from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 
 # Target time of a refill chunk. On the CPU, the abort callback stops a chunk between graph nodes.
@@ -43,6 +45,8 @@ class Refiller:
         """Number of rows that `refill` would make exact."""
         cache = self._cache
         redo = cache.rows.can_be_redone(cache.n_tokens)
+        # Images are decoded from pixels, which the cache does not keep.
+        redo = redo and not any(start >= cache.rows.first_stale for start in cache.images)
         return cache.n_tokens - cache.n_exact if redo else 0
 
     def refill(
@@ -74,17 +78,29 @@ class Refiller:
 
     def _run_chunk(self) -> None:
         cache = self._cache
-        first = cache.n_exact
-        rows = range(first, min(first + self._chunk, cache.n_tokens))
+        first, first_stale = cache.n_exact, cache.rows.first_stale
+        is_stale = first_stale <= first
+        rows = range(first, min(first + self._chunk, cache.n_tokens if is_stale else first_stale))
+        rows = rows[: cache.n_tokens - first]
         started_s = time.perf_counter()
         cache.has_logits = False  # the logits depend on the pruned rows
         with cache.slot.interruptible():
-            if cache.slot.run_deep(np.asarray(rows, np.int32)):
+            if is_stale:
+                self._decode_again(rows)
+            elif cache.slot.run_deep(np.asarray(rows, np.int32)):
                 cache.rows.record_deep_pass(rows)
-                if cache.learner is not None:
-                    cache.learner.computed()
+            if cache.n_exact > first and cache.learner is not None:
+                cache.learner.computed()
             cache.slot.raise_if_stopped()
         self._adapt(len(rows), time.perf_counter() - started_s)
+
+    def _decode_again(self, rows: range) -> None:
+        """Decode stale rows in full and in place, after exact rows. Stopped rows stay stale."""
+        slot = self._cache.slot
+        slot.begin_prefill()
+        slot.set_full(0, 0)
+        with slot.overwriting():
+            decode_again(self._cache, rows.start, Outputs.NONE, np.ones(len(rows), bool))
 
     def _adapt(self, n_rows: int, took_s: float) -> None:
         wanted = int(n_rows * self._chunk_s / max(took_s, 1e-6))

@@ -20,7 +20,7 @@ from pop_local.engine.llama.cells import Cells, SequenceCells
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import current_should_stop
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
-from pop_local.engine.llama.slot import decode_now, last_logits
+from pop_local.engine.llama.slot import decode_now, last_logits, overwriting
 
 _NO_COUNTERS = Counters(0, 0)
 
@@ -294,6 +294,11 @@ class BatchedSlot:
             return
         request = _Request(self, tokens, first_position, outputs, current_should_stop())
         self._batcher.decode(request)
+
+    @contextmanager
+    def overwriting(self) -> Iterator[None]:
+        with self.exclusive(), overwriting(self.context.ctx):
+            yield
 
     @property
     def logits(self) -> np.ndarray:

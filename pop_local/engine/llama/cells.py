@@ -64,6 +64,11 @@ class Cells:
         copy = self._api.llama_memory_seq_cp
         copy(self._memory, other._sequence, self._sequence, 0, n_positions)
 
+    def move(self, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
+        """Replace the cells from position `start` on by an edited prompt's (backend.move_rows)."""
+        with self._locked():
+            backend.move_rows(self._ctx, self._sequence, start, sources, tokens)
+
     def state_size(self) -> int:
         """Return the upper limit of the state's size in bytes."""
         with self._locked():

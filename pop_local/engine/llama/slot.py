@@ -1,7 +1,7 @@
 """One sequence of a llama_context: its KV cells, batches and logits."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,6 +78,12 @@ class Slot(Protocol):
         exception if interrupted.
         """
 
+    def overwriting(self) -> AbstractContextManager[None]:
+        """Let `decode` compute rows that have cells in place until exit.
+
+        Runs the batches immediately, like `exclusive`.
+        """
+
     @property
     def logits(self) -> np.ndarray:
         """Logits of the last row with outputs, float32 [n_vocab], valid until the next batch."""
@@ -142,6 +148,9 @@ class SingleSlot:
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         decode_now(self.context, self.sequence, tokens, first_position, outputs)
 
+    def overwriting(self) -> AbstractContextManager[None]:
+        return overwriting(self._ctx)
+
     @property
     def logits(self) -> np.ndarray:
         return last_logits(self.context)
@@ -159,6 +168,16 @@ def decode_now(
     if code != 0:
         context.interrupt.check()
         raise logs.not_decoded(code)
+
+
+@contextmanager
+def overwriting(ctx: Any) -> Iterator[None]:
+    """Let batches overwrite rows until exit (see backend.set_overwrite)."""
+    backend.set_overwrite(ctx, True)
+    try:
+        yield
+    finally:
+        backend.set_overwrite(ctx, False)
 
 
 def last_logits(context: Context) -> np.ndarray:

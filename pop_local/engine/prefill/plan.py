@@ -6,6 +6,7 @@ A row is full if its logits are requested, if its position is below `sink_tokens
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 
@@ -14,20 +15,32 @@ from pop_converter.popfile.pruning_plan import TAIL_TOKENS
 from pop_local.engine.llama.batch import Outputs
 
 
+class Reuse(StrEnum):
+    """Cached rows that a prompt may reuse.
+
+    OFF: none. EXACT: the rows of an equal beginning. EDITED: if prompts are pruned, also equal
+    passages after an edit, whose K/V are approximate until a refill (see prefill.edit).
+    """
+
+    OFF = "off"
+    EXACT = "exact"
+    EDITED = "edited"
+
+
 @dataclass(frozen=True)
 class RowRule:
     """Rule for the prompt rows that run in full.
 
     These are the first `sink_tokens`, the last `tail_tokens`, the rows that `deep_rows` chooses by
-    their tokens, and all rows of prompts shorter than `min_prompt`. `reuses`: whether cached rows
-    are reused.
+    their tokens, and all rows of prompts shorter than `min_prompt`. `reuse`: cached rows that the
+    prompt may reuse.
     """
 
     sink_tokens: int = 1
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int = 0
     deep_rows: DeepRows = DeepRows.NONE
-    reuses: bool = True
+    reuse: Reuse = Reuse.EDITED
 
     @classmethod
     def of(cls, meta: PopMeta | None) -> "RowRule":

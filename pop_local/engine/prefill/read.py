@@ -1,55 +1,31 @@
 """Read a prompt into a KV cache: reuse cached rows, prune context rows, run the rest in full."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.cache_states import CacheStates
+from pop_local.engine.cache.edited_rows import move_rows
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
+from pop_local.engine.prefill.edit import CountReusable, Edit, count_edited, find_edit, pays
 from pop_local.engine.prefill.plan import (
     NO_FULL_ROWS,
     NO_TAIL,
+    Reuse,
     RowRule,
     full_rows,
     plan_prefill,
 )
+from pop_local.engine.prefill.read_edited import read_edited
+from pop_local.engine.prefill.read_result import OnPrefill, PrefillStoppedError, Read
 from pop_local.engine.prompt.prompt import Prompt
-
-# Called with (done, total) uncached rows after each batch.
-OnPrefill = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Read:
-    """Result of reading a prompt.
-
-    `n_cached`: reused rows. `counters`: the backend's counters for this prompt. `encode_s`: time
-    of image encoding in seconds. `n_exact`: leading rows that equal the full model's after the
-    read. `is_short`: whether the prompt was too short to be pruned.
-    """
-
-    n_prompt: int
-    n_cached: int
-    counters: Counters
-    encode_s: float = 0.0
-    n_exact: int = 0
-    is_short: bool = False
-
-
-class PrefillStoppedError(StoppedError):
-    """A read was stopped. `read`: the result of the rows decoded before."""
-
-    def __init__(self, read: Read) -> None:
-        super().__init__()
-        self.read = read
 
 
 def read(
@@ -64,21 +40,40 @@ def read(
         raise PopError("the prompt is empty", "add text to the prompt")
     cache = states.cache
     cache.epoch += 1
-    states.stash(prompt)
+    count = reusable(cache, prompt, rule)
+    states.stash(count)
     n_usable = 0
-    if rule.reuses:
-        states.restore_best(prompt)
+    if rule.reuse is not Reuse.OFF:
+        states.restore_best(count)
         n_usable = _n_usable(states, prompt, rule)
+        if (edit := _edit(cache, prompt, rule, n_usable)) is not None:
+            cache.make_room(0)
+            if move_rows(cache, np.asarray(prompt.tokens, np.int32), edit.sources):
+                deep = _deep_rows(cache, cache.tokens, rule)
+                return read_edited(cache, edit, deep, rule, on_prefill)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         is_short = _is_pruning(cache)
-        n_exact = cache.n_exact
-        return Read(len(prompt), n_usable, Counters(0, 0), n_exact=n_exact, is_short=is_short)
+        n_exact, n_stale = cache.n_exact, cache.rows.n_stale(len(prompt))
+        return Read(
+            len(prompt),
+            n_usable,
+            Counters(0, 0),
+            n_exact=n_exact,
+            n_stale=n_stale,
+            is_short=is_short,
+        )
     # Logits need a decoded token: if all are cached, the last one is read again.
     n_kept = prompt.whole(min(n_usable, max(0, len(prompt) - 1)))
     cache.has_logits = False
     if not cache.truncate(n_kept):
         cache.clear()
     return append(cache, prompt.from_row(cache.n_tokens), rule, on_prefill)
+
+
+def reusable(cache: KvCache, prompt: Prompt, rule: RowRule) -> CountReusable:
+    """Return a function that counts the cached rows that a prompt may reuse."""
+    is_edited = rule.reuse is Reuse.EDITED and _is_pruning(cache)
+    return count_edited(prompt) if is_edited else prompt.n_equal
 
 
 def append(
@@ -142,6 +137,20 @@ def _n_usable(states: CacheStates, prompt: Prompt, rule: RowRule) -> int:
     return usable if rows.is_full[:n_sink].all() else 0
 
 
+def _edit(cache: KvCache, prompt: Prompt, rule: RowRule, n_usable: int) -> Edit | None:
+    """Return how a pruned prompt reuses rows after an edit, or None if it saves too little."""
+    if rule.reuse is not Reuse.EDITED or not _is_pruning(cache) or cache.images or prompt.images:
+        return None
+    tokens = np.asarray(prompt.tokens, np.int32)
+    sources = find_edit(cache.tokens, tokens).sources
+    must_be_full = _deep_rows(cache, tokens, rule)
+    must_be_full[: rule.sink_tokens] = True
+    sources[must_be_full & ~cache.rows.is_full[sources]] = -1
+    sources[max(0, len(tokens) - max(1, rule.tail_tokens)) :] = -1
+    edit = Edit(sources)
+    return edit if pays(edit.n_reused, n_usable, len(tokens)) else None
+
+
 def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> np.ndarray:
     """Return a prompt's deep rows, all False if pruning is off: bool [n_tokens]."""
     criterion = rule.deep_rows if _is_pruning(cache) else DeepRows.NONE
@@ -197,6 +206,7 @@ class _PromptRead:
             counters=counters,
             encode_s=self._encode_s,
             n_exact=cache.n_exact,
+            n_stale=cache.rows.n_stale(self._n_cached),
             is_short=_is_pruning(cache) and self._plan.n_pruned == 0,
         )
 

@@ -44,7 +44,7 @@ INSIDE = {
             "answer cache decode depth engine_options images learning llama prefill prompt"
             " sequence tools turn_options"
         ),
-        "engine_options": "cache llama",
+        "engine_options": "cache llama prefill",
         "answer": (
             "chat_messages context_full decode llama prefill prompt sequence tools turn_options"
         ),

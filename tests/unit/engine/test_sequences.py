@@ -15,8 +15,8 @@ from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
-from pop_local.engine.prefill.read import Read
 from pop_local.engine.prefill.read import read as read_prompt
+from pop_local.engine.prefill.read_result import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
 from support.calls import NOISE, keep_prompts, opened, prompt, set_rule
@@ -305,7 +305,7 @@ def test_states_of_one_sequence_are_not_tried_on_several(model, pop_file, caplog
     with opened(pop_file) as one:
         one.engine.states.prompts = prompts
         one.read(Prompt(LONG))
-        one.engine.states.stash(Prompt([]))
+        one.engine.states.store()
     keep_prompts(model, prompts)
     read_in(model, 1, LONG[:50])
     assert len(prompts) == 1

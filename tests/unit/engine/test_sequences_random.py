@@ -10,6 +10,7 @@ from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.plan import Reuse
 from pop_local.engine.prefill.read import read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
@@ -51,7 +52,7 @@ class Work:
         sequence.set_mode(self._rng.choice([Mode.OFF, Mode.CONTEXT, Mode.CONTEXT]))
         if self._rng.random() < 0.8:
             self._seats.share(index, asked)
-        rule = replace(self._model.engine.rule, reuses=self._rng.random() < 0.8)
+        rule = replace(self._model.engine.rule, reuse=self._rng.choice(list(Reuse)))
         read(sequence.states, asked, rule)
         assert cache.tokens.tolist() == asked.tokens
         assert cache.slot.cells.end == len(asked)

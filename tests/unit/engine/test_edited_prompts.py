@@ -1,0 +1,369 @@
+"""Edited prompts reuse cached rows, and a refill makes these equal to a fresh full reading."""
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pop_converter.base.errors import StoppedError
+from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
+from pop_local.engine.cache.rows import NO_STALE
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.edit import MIN_REUSED
+from pop_local.engine.prefill.plan import Reuse
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.slot_scheduler import SlotScheduler
+from support.calls import NOISE, kv_bytes, last_logits, opened, prompt, read, set_rule
+from support.converted import tiny
+
+OLD = prompt(700)
+NEW = prompt(300, seed=1)
+N_OPERATIONS = int(os.environ.get("EDIT_OPERATIONS", "150"))
+
+Tokens = list[int]
+EDITS: dict[str, Tokens] = {
+    "a changed line": OLD[:70] + NEW[:10] + OLD[80:],
+    "a longer first line": NEW[:30] + OLD[10:],
+    "a shorter first line": NEW[:5] + OLD[40:],
+    "an inserted passage": OLD[:200] + NEW[:90] + OLD[200:],
+    "a removed passage": OLD[:100] + OLD[180:],
+    "the oldest quarter removed": OLD[:10] + OLD[180:],
+    "two changed lines": OLD[:90] + NEW[:9] + OLD[100:400] + NEW[9:30] + OLD[410:],
+    "a repeated passage": OLD[:300] + OLD[100:180] + OLD[300:],
+    "a new end": OLD[:130] + NEW[:7] + OLD[137:600] + NEW[:60],
+    "one token": [*OLD[:1], 9, *OLD[2:]],
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen2"])
+def pop_file(request, tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("llama"))
+
+
+def pruned(path, **options: Any) -> PopModel:
+    return opened(path, keep_states=True, n_ctx=2048, **options)
+
+
+def fresh(path, tokens: Tokens, **options: Any) -> tuple[bytes, np.ndarray]:
+    """Return the state and logits after a full reading of an empty cache."""
+    with pruned(path, full=True, **options) as model:
+        logits = read(model, tokens)
+        return kv_bytes(model), logits
+
+
+def repaired(model: PopModel) -> tuple[bytes, np.ndarray]:
+    """Refill the cache; return its state, and the logits of its last token read again."""
+    cache = model.engine.cache
+    model.engine.refiller.refill()
+    assert cache.n_exact == cache.n_tokens
+    assert cache.rows.n_stale(cache.n_tokens) == 0
+    state = kv_bytes(model)
+    model.engine.set_mode(Mode.OFF)
+    logits = read(model, cache.tokens.tolist())
+    model.engine.set_mode(Mode.CONTEXT)
+    return state, logits
+
+
+def stop_after(n_calls: int) -> Callable[[], bool]:
+    """Return a callback that requests a stop from its N-th call on."""
+    left = [False] * n_calls
+    return lambda: not left or left.pop()
+
+
+def stopping(after: int) -> Callable[[int, int], None]:
+    def on_prefill(done: int, total: int) -> None:
+        if done >= after:
+            raise StoppedError
+
+    return on_prefill
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_prompt_decodes_the_new_rows_and_its_tail(pop_file, edit):
+    tokens = EDITS[edit]
+    with pruned(pop_file) as model:
+        read(model, OLD)
+        found = model.read(Prompt(tokens))
+        cache = model.engine.cache
+        assert cache.tokens.tolist() == tokens
+        assert found.counters.n_rows == len(tokens) - found.n_cached
+        assert found.counters.n_rows < 120 + 16
+        assert MIN_REUSED < found.n_stale <= found.n_cached
+        assert cache.rows.n_stale(len(tokens)) >= found.n_stale
+        assert cache.slot.cells.end == len(tokens)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_refill_makes_an_edited_prompt_equal_to_a_fresh_one(pop_file, edit):
+    state, logits = fresh(pop_file, EDITS[edit])
+    with pruned(pop_file) as model:
+        read(model, OLD)
+        read(model, EDITS[edit])
+        found_state, found_logits = repaired(model)
+    assert found_state == state
+    np.testing.assert_allclose(found_logits, logits, rtol=0, atol=NOISE)  # a batch of one row
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"flash_attn": False}, {"type_k": 8, "type_v": 8}],
+    ids=["without flash attention", "q8_0"],
+)
+def test_both_cache_types_are_repaired(llama_file, options):
+    tokens = EDITS["a longer first line"]
+    expected = fresh(llama_file, tokens, **options)
+    with pruned(llama_file, **options) as model:
+        read(model, OLD)
+        read(model, tokens)
+        found = repaired(model)
+    assert found[0] == expected[0]
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=NOISE)
+
+
+def test_small_changes_of_the_logits_show_that_stale_rows_are_used(llama_file):
+    """Stale rows are approximate: other logits than a fresh pruned reading's, but close ones."""
+    tokens = EDITS["a changed line"]
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        edited = read(model, tokens)
+        model.engine.cache.clear()
+        expected = read(model, tokens)
+    assert np.abs(edited - expected).max() > NOISE
+    assert np.corrcoef(edited, expected)[0, 1] > 0.9
+
+
+def randomly_edited(rng: random.Random, tokens: Tokens) -> Tokens:
+    start = rng.randrange(len(tokens))
+    end = min(len(tokens), start + rng.randrange(1, 60))
+    new = prompt(rng.randrange(0, 60), rng.randrange(1000))
+    return (tokens[:start] + new + tokens[end:])[:900] or [5]
+
+
+class Operations:
+    """Random reads, edits, answers, stops, refills, saves and restores on one cache.
+
+    Whenever all rows are exact, the state must equal that of a fresh full reading. An answer's rows
+    are decoded one at a time, which rounds otherwise: then the next logits are compared.
+    """
+
+    def __init__(self, model: PopModel, full: PopModel, seed: int) -> None:
+        self._model, self._full = model, full
+        self._rng = random.Random(seed)
+        self._saved: list[SavedState] = []
+        self._has_answers = False
+        self.n_edited = self.n_checked = self.n_equal = 0
+
+    def run(self, n_steps: int) -> None:
+        read(self._model, OLD)
+        steps = [self._edit, self._answer, self._refill, self._save, self._restore, self._replace]
+        for _ in range(n_steps):
+            [step] = self._rng.choices(steps, [8, 2, 6, 1, 1, 1])
+            step()
+            cache = self._model.engine.cache
+            assert cache.slot.cells.end == cache.n_tokens
+            assert cache.n_exact <= cache.rows.first_stale
+            if 0 < cache.n_exact == cache.n_tokens:
+                self._check(cache.tokens.tolist())
+
+    def _edit(self) -> None:
+        tokens = randomly_edited(self._rng, self._model.engine.cache.tokens.tolist() or OLD)
+        if len(tokens) < 300:
+            tokens += prompt(500, self._rng.randrange(1000))
+        sequence = self._model.engine.sequences[0]
+        try:
+            after = self._rng.choice([0, 1, 40, 10**6, 10**6, 10**6])
+            found = sequence.read(Prompt(tokens), stopping(after))
+        except StoppedError:
+            n_tokens = sequence.cache.n_tokens
+            assert sequence.cache.tokens.tolist() == tokens[:n_tokens]
+            return
+        assert sequence.cache.tokens.tolist() == tokens
+        assert np.isfinite(last_logits(self._model)).all()
+        self.n_edited += found.n_stale > 0
+
+    def _replace(self) -> None:
+        self._saved.clear()
+        self._has_answers = False
+        self._model.engine.cache.clear()
+        read(self._model, prompt(self._rng.randrange(1, 800), self._rng.randrange(1000)))
+
+    def _answer(self) -> None:
+        self._has_answers = True
+        for _ in range(self._rng.randrange(1, 20)):
+            self._model.engine.sequences[0].step(self._rng.randrange(3, 300))
+
+    def _refill(self) -> None:
+        self._model.engine.refiller.refill(stop_after(self._rng.choice([1, 30, 300, 10**6])))
+
+    def _save(self) -> None:
+        self._saved = [*self._saved[-3:], self._model.engine.states.save()]
+
+    def _restore(self) -> None:
+        if self._saved:
+            self._model.engine.states.restore(self._rng.choice(self._saved))
+
+    def _check(self, tokens: Tokens) -> None:
+        self._full.engine.cache.clear()
+        read(self._full, tokens)
+        if self._has_answers:
+            for model in (self._model, self._full):
+                model.engine.sequences[0].step(5)
+            found, expected = last_logits(self._model), last_logits(self._full)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=NOISE)
+        else:
+            assert kv_bytes(self._model) == kv_bytes(self._full)
+            self.n_equal += 1
+        self.n_checked += 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_operations_are_repaired(llama_file, seed):
+    with pruned(llama_file) as model, pruned(llama_file, full=True) as full:
+        operations = Operations(model, full, seed)
+        operations.run(N_OPERATIONS)
+        assert operations.n_edited > N_OPERATIONS // 50
+        assert operations.n_checked > N_OPERATIONS // 100
+        assert operations.n_equal > 0
+
+
+def test_a_repair_that_stops_at_every_chunk_completes_later(llama_file):
+    tokens = EDITS["an inserted passage"]
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        read(model, tokens)
+        refiller, cache = model.engine.refiller, model.engine.cache
+        n_stops = 0
+        while cache.n_exact < len(tokens):
+            refiller.refill(stop_after(2 + 20 * n_stops))
+            n_stops += 1
+            assert n_stops < 1000
+        assert n_stops > 3
+        assert kv_bytes(model) == fresh(llama_file, tokens)[0]
+
+
+@pytest.mark.parametrize("after", [0, 20, 60, 100])
+def test_an_interrupted_read_keeps_only_decoded_rows(llama_file, after):
+    tokens = OLD[:200] + NEW[:150] + OLD[200:]
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        with pytest.raises(StoppedError):
+            model.engine.sequences[0].read(Prompt(tokens), stopping(after))
+        cache = model.engine.cache
+        assert cache.tokens.tolist() == tokens[: cache.n_tokens]
+        assert 200 <= cache.n_tokens < 350
+        read(model, tokens)
+        assert repaired(model)[0] == fresh(llama_file, tokens)[0]
+
+
+def test_answers_continue_after_stale_rows(llama_file):
+    tokens = EDITS["a removed passage"]
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        read(model, tokens)
+        for token in NEW[:5]:
+            model.engine.sequences[0].step(token)
+        longer = tokens + NEW[:5] + NEW[100:140]
+        found = model.read(Prompt(longer))
+        assert found.n_cached == len(tokens) + 5
+        assert found.n_stale > 0
+        assert repaired(model)[0] == fresh(llama_file, longer)[0]
+
+
+def test_saved_states_know_their_stale_rows(llama_file):
+    tokens = EDITS["a changed line"]
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        read(model, tokens)
+        states, cache = model.engine.states, model.engine.cache
+        first_stale = cache.rows.first_stale
+        saved = states.save()
+        cache.clear()
+        states.restore(saved)
+        assert cache.rows.first_stale == first_stale
+        assert cache.n_exact <= cache.rows.first_stale < NO_STALE
+
+
+def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(llama_file):
+    other = prompt(600, seed=7)
+    tokens = EDITS["a shorter first line"]
+    with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
+        read(model, OLD)
+        read(model, other)
+        found = model.read(Prompt(tokens))
+        assert found.n_stale > MIN_REUSED
+        assert found.counters.n_rows < 50
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [({"full": True}, {}), ({}, {"reuse": Reuse.EXACT}), ({}, {"reuse": Reuse.OFF})],
+    ids=["full", "exact", "off"],
+)
+def test_full_mode_and_the_options_prevent_stale_rows(llama_file, options, rule):
+    tokens = EDITS["a changed line"]
+    with pruned(llama_file, **options) as model:
+        set_rule(model, **rule)
+        read(model, OLD)
+        found = model.read(Prompt(tokens))
+        assert found.n_stale == 0
+        assert found.n_cached == (0 if rule.get("reuse") is Reuse.OFF else 70)
+        np.testing.assert_allclose(last_logits(model), fresh_read(model, tokens), atol=NOISE)
+
+
+def fresh_read(model: PopModel, tokens: Tokens) -> np.ndarray:
+    model.engine.cache.clear()
+    return read(model, tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        OLD[: MIN_REUSED - 40] + NEW[:20],
+        NEW + OLD[:250],
+        NEW + prompt(300, seed=2) + OLD[:300],
+        OLD[:20] + OLD[400:] + OLD[200:400] + OLD[20:200],
+    ],
+    ids=["a prefix", "few rows", "less than half", "another order"],
+)
+def test_edits_that_save_little_are_read_normally(llama_file, tokens):
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        assert model.read(Prompt(tokens)).n_stale == 0
+
+
+def test_several_sequences_reuse_and_repair_edited_prompts(llama_file):
+    with pruned(llama_file, n_parallel=3) as model, pruned(llama_file, full=True) as full:
+        engine = model.engine
+        for index, sequence in enumerate(engine.sequences):
+            sequence.read(Prompt(prompt(650, seed=index)))
+        for index, sequence in enumerate(engine.sequences):
+            old = prompt(650, seed=index)
+            tokens = NEW[: 20 + index] + old[10:]
+            found = sequence.read(Prompt(tokens))
+            assert found.n_stale > MIN_REUSED
+        for sequence in engine.sequences:
+            sequence.refiller.refill()
+            cache = sequence.cache
+            assert cache.n_exact == cache.n_tokens
+            sequence.step(7)
+            expected = read(full, [*cache.tokens.tolist()])
+            np.testing.assert_allclose(sequence.cache.slot.logits, expected, atol=0.03, rtol=0)
+
+
+def test_an_edited_prompt_gets_the_sequence_that_it_can_reuse(llama_file):
+    with pruned(llama_file, n_parallel=2) as model:
+        scheduler = SlotScheduler(model)
+        for index, tokens in enumerate([OLD, prompt(650, seed=3)]):
+            scheduler.sequence(index).read(Prompt(tokens))
+        edited = Prompt(EDITS["a longer first line"])
+        assert scheduler.take(edited) == 0
+        assert scheduler.take(edited) == 1
