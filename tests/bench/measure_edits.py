@@ -5,7 +5,8 @@
 
 Reads a prompt pruned, then edits it in each of several ways. Compares three readings of the edited
 prompt by 128 tokens that follow: in full, pruned in an empty cache, and pruned after the edit.
-`--questions`: look-ups after a changed first line, instead of edits. Prints rows as JSON.
+`--questions`: look-ups after a changed first line, instead of edits (`--head 1`: a changed date,
+which moves no rows; 2: another line). Prints rows as JSON.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def measure_lookups(model: PopModel, options: argparse.Namespace) -> None:
     settings = LookupSettings.of_questions(options.questions)
     tokenize = model.engine.context.vocabulary.tokenize
     n_bos = len(model.engine.context.vocabulary.bos)
-    old, new = (tokenize(HEADS[at]) for at in (0, 2))
+    old, new = (tokenize(HEADS[at]) for at in (0, options.head))
     asked = make_documents(model, settings)
     answers: dict[str, Answers] = {"full": [], "pruned": [], "edited": []}
     with forced(model) as scores:
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--questions", type=int, default=0)
+    parser.add_argument("--head", type=int, default=2, help="first line of look-ups: 1 or 2")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--sidecar", type=Path)
     parser.add_argument("--threads", type=int, default=1)
