@@ -1,6 +1,9 @@
 """Save and restore a KV cache's rows, and share them with other sequences."""
 
+from collections.abc import Mapping
 from contextlib import suppress
+
+import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.cache_keys import FULL, CacheKeys
@@ -76,11 +79,26 @@ class CacheStates:
         """Restore the prompt cache's best state if a prompt can reuse more of its rows."""
         if self.prompts is None:
             return
-        n_here = count(self.cache.tokens, self.cache.images)
-        state, n_there = self.prompts.best(self._prompts_key, count)
+        tokens, images = self.cache.tokens, self.cache.images
+        count_kept = self._count_kept(count)
+        n_returned = self.cache.checkpoints.best(count(tokens, images))
+        n_here = max(count_kept(tokens, images), n_returned)
+        state, n_there = self.prompts.best(self._prompts_key, count_kept)
         if state is not None and n_there > n_here:
             with suppress(PopError):  # such as a larger context's state
                 self.restore(state)
+
+    def _count_kept(self, count: CountReusable) -> CountReusable:
+        """Return a function that counts reusable rows that are kept without a checkpoint."""
+        if not self.cache.checkpoints.is_needed:
+            return count
+        window = self.cache.context.window
+
+        def count_kept(tokens: np.ndarray, images: Mapping[int, str]) -> int:
+            n = count(tokens, images)
+            return n if n == len(tokens) or len(tokens) <= window else 0
+
+        return count_kept
 
     @property
     def _prompts_key(self) -> str:

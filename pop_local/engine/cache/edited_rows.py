@@ -22,6 +22,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
         cache.n_tokens = len(tokens)
         cache.tokens[:] = tokens
         cache.rows.edit(sources)
+        cache.checkpoints.drop_after(start)
         cache.has_logits = False
         cache.epoch += 1
         return True

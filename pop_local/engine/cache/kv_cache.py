@@ -7,6 +7,7 @@ import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.cache_keys import FULL
+from pop_local.engine.cache.checkpoints import Checkpoints
 from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.cache.pruning_settings import PruningSettings
 from pop_local.engine.cache.rows import CachedRows
@@ -45,6 +46,7 @@ class KvCache:
         self.context, self.slot = context, slot
         self.pruning = PruningSettings(slot)
         self.rows = CachedRows(context.n_ctx)
+        self.checkpoints = Checkpoints(context, slot.cells)
         self.images: dict[int, str] = {}
         self.n_tokens = 0
         self.has_logits = False
@@ -63,11 +65,6 @@ class KvCache:
         """Number of leading rows that equal the full model's."""
         return self.n_tokens if self.pruning.exact else min(self.rows.n_exact, self.n_tokens)
 
-    @property
-    def position(self) -> int:
-        """Position of the next row."""
-        return int(self.rows.positions[self.n_tokens])
-
     # Forgetting
 
     def clear(self) -> None:
@@ -78,19 +75,26 @@ class KvCache:
             self.images.clear()
             self.has_logits = False
             self.rows.forget_from(0)
+            self.checkpoints.drop_after(0)
             self.slot.cells.clear()
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
         """Keep the first `n_rows`, which must not end within an image, and drop the others.
 
-        Returns False if the memory cannot do so. Raises PopError during a batch.
+        Returns False if the memory cannot do so and has no checkpoint there. Raises PopError
+        during a batch.
         """
         self.slot.require_idle()
         with self.slot.locked():
             kept = max(0, min(n_rows, self.n_tokens))
             if self._lacks_rows_before(kept) or not self._forget_from(kept):
-                return False
+                if not kept or self.checkpoints.best(kept) != kept:
+                    return False
+                if not self.checkpoints.return_to(kept, int(self.rows.positions[kept])):
+                    self.clear()
+                    return False
+            self.checkpoints.drop_after(kept)
             if kept < self.n_tokens:
                 self.n_tokens = kept
                 self.images = {start: key for start, key in self.images.items() if start < kept}
@@ -116,11 +120,12 @@ class KvCache:
     def _lacks_rows_before(self, row: int) -> bool:
         """Return whether a sliding window has dropped rows that this row attends to.
 
-        llama.cpp does not check this (llama_kv_cache_iswa::seq_rm).
+        llama.cpp does not check this (llama_kv_cache_iswa::seq_rm). It never truncates a recurrent
+        state, whose only position is its last.
         """
-        window = self.context.window
+        window = 0 if self.context.is_recurrent else self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
-        return bool(window) and self.slot.cells.first > seen_from
+        return row > 0 and bool(window) and self.slot.cells.first > seen_from
 
     # Replacing
 
@@ -181,7 +186,7 @@ class KvCache:
         Raises PopError if they cannot be decoded.
         """
         self.has_logits = False
-        first = self.position
+        first = int(self.rows.positions[self.n_tokens])
         self.slot.decode(tokens, first, outputs)
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
         self._record(tokens, positions, full, keeps_states=self.pruning.keeps_states)
@@ -198,7 +203,7 @@ class KvCache:
         assert self._vision is not None, "the vision model creates image chunks"
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
-        first = self.position
+        first = int(self.rows.positions[self.n_tokens])
         with self.slot.exclusive():
             encode_s = self._vision.decode(self.slot, image, first)
         positions = first + np.arange(n + 1, dtype=np.int32)

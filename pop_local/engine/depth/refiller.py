@@ -83,6 +83,7 @@ class Refiller:
         rows = range(first, min(first + self._chunk, cache.n_tokens if is_stale else first_stale))
         rows = rows[: cache.n_tokens - first]
         started_s = time.perf_counter()
+        cache.checkpoints.drop_after(first)
         cache.has_logits = False  # the logits depend on the pruned rows
         with cache.slot.interruptible():
             if is_stale:

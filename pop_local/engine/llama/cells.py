@@ -91,6 +91,33 @@ class Cells:
         with self._locked():
             return self._write(buffer) == buffer.size
 
+    def checkpoint(self, max_bytes: int) -> np.ndarray | None:
+        """Return a copy of the recurrent states and the sliding windows' rows.
+
+        The copy is uint8 [n_bytes] in llama.cpp's format, or None above `max_bytes`.
+        """
+        api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        with self._locked():
+            n_bytes = int(api.llama_state_seq_get_size_ext(self._ctx, self._sequence, flags))
+            if not 0 < n_bytes <= max_bytes:
+                return None
+            state, get = np.empty(n_bytes, np.uint8), api.llama_state_seq_get_data_ext
+            n_read = get(self._ctx, _address(state), n_bytes, self._sequence, flags)
+            return state if n_read == n_bytes else None
+
+    def return_to(self, checkpoint: np.ndarray, position: int) -> bool:
+        """Restore a checkpoint, and drop the other cells from `position` on.
+
+        The cells are undefined after False.
+        """
+        api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        n_bytes, put = checkpoint.size, api.llama_state_seq_set_data_ext
+        with self._locked():
+            n_read = put(self._ctx, _address(checkpoint), n_bytes, self._sequence, flags)
+            return n_read == n_bytes and bool(
+                api.llama_memory_seq_rm(self._memory, self._sequence, position, -1)
+            )
+
     def _get_size(self) -> int:
         return int(self._api.llama_state_get_size(self._ctx))
 

@@ -122,6 +122,15 @@ def _chunks(
         at = end
 
 
+def split_at(chunks: Sequence[tuple[int, int]], row: int) -> tuple[tuple[int, int], ...]:
+    """Return the chunks, of which none extends across a row of text."""
+    return tuple(
+        piece
+        for start, end in chunks
+        for piece in ([(start, row), (row, end)] if start < row < end else [(start, end)])
+    )
+
+
 def full_rows(positions: np.ndarray, rule: RowRule, full_from: int, outputs: Outputs) -> np.ndarray:
     """Return the rows that are full by position or logits in mode CONTEXT: bool [n_rows]."""
     full: np.ndarray = (positions < rule.sink_tokens) | (positions >= full_from)

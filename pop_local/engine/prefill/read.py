@@ -7,6 +7,7 @@ import numpy as np
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.cache_states import CacheStates
+from pop_local.engine.cache.checkpoints import END_ROWS, EVERY
 from pop_local.engine.cache.edited_rows import move_rows
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.depth.deep_rows import find_deep_rows
@@ -22,6 +23,7 @@ from pop_local.engine.prefill.plan import (
     RowRule,
     full_rows,
     plan_prefill,
+    split_at,
 )
 from pop_local.engine.prefill.read_edited import read_edited
 from pop_local.engine.prefill.read_result import OnPrefill, PrefillStoppedError, Read
@@ -65,7 +67,7 @@ def read(
     # Logits need a decoded token: if all are cached, the last one is read again.
     n_kept = prompt.whole(min(n_usable, max(0, len(prompt) - 1)))
     cache.has_logits = False
-    if not cache.truncate(n_kept):
+    if not cache.truncate(n_kept) and not cache.truncate(cache.checkpoints.best(n_kept)):
         cache.clear()
     return append(cache, prompt.from_row(cache.n_tokens), rule, on_prefill)
 
@@ -184,14 +186,21 @@ class _PromptRead:
         self._n_cached = cache.n_tokens
         tokens = np.concatenate([cache.tokens, prompt.tokens])
         self._deep = _deep_rows(cache, tokens, self._rule)[self._n_cached :]
+        n_batch, end_rows_from = cache.context.n_batch, 0
+        if cache.checkpoints.is_needed:
+            n_batch = min(n_batch, EVERY)
+            if len(prompt) >= 2 * END_ROWS:
+                end_rows_from = max(prompt.text_from, len(prompt) - END_ROWS)
         self._plan = plan_prefill(
             self._n_cached,
             len(prompt),
             self._rule,
-            cache.context.n_batch,
+            n_batch,
             prompt.spans,
             self._deep,
         )
+        self._chunks = split_at(self._plan.chunks, end_rows_from)
+        self._checkpoints_at = (end_rows_from, len(prompt))
         self._encode_s = 0.0
         cache.slot.begin_prefill()
 
@@ -226,18 +235,19 @@ class _PromptRead:
 
     def _run(self, rule: RowRule, full_from: int, last: Outputs) -> None:
         cache, prompt = self._cache, self._prompt
+        cache.checkpoints.add(cache.n_tokens)
         with cache.slot.interruptible():
-            for start, end in self._plan.chunks:
+            for start, end in self._chunks:
                 outputs = last if end == len(prompt) else Outputs.NONE
                 n = end - start
                 if start in prompt.images:
                     image = prompt.images[start]
-                    positions = cache.position + np.arange(n) * (not cache.context.is_mrope)
+                    positions = self._next + np.arange(n) * (not cache.context.is_mrope)
                     full = full_rows(positions, rule, full_from, Outputs.NONE)
                     cache.slot.set_deep_rows(positions[:0])
                     self._encode_s += cache.append_image(image, full)
                 else:
-                    positions = cache.position + np.arange(n)
+                    positions = self._next + np.arange(n)
                     deep = self._deep[start:end]
                     full = full_rows(positions, rule, full_from, outputs) | deep
                     cache.slot.set_deep_rows(positions[deep])
@@ -245,6 +255,9 @@ class _PromptRead:
                 cache.slot.raise_if_stopped()
                 if cache.epoch != self._epoch:
                     raise DisplacedError
+                is_due = cache.n_tokens - cache.checkpoints.last >= EVERY
+                if is_due or end in self._checkpoints_at:
+                    cache.checkpoints.add(cache.n_tokens)
                 self._report(end)
 
     def _report(self, done: int) -> None:
@@ -257,4 +270,9 @@ class _PromptRead:
         """Return the position of the row after the next `n`, which must not end in an image."""
         images = self._prompt.images.items()
         lost = sum(each.n_rows - each.n_pos for start, each in images if start + each.n_rows <= n)
-        return self._cache.position + n - lost
+        return self._next + n - lost
+
+    @property
+    def _next(self) -> int:
+        """Position of the next row."""
+        return int(self._cache.rows.positions[self._cache.n_tokens])
