@@ -10,7 +10,7 @@ from pop_local.engine.llama.context import Context
 # A return reads up to this many rows again. One copy takes as long as reading a few rows.
 EVERY = 1024
 # A prompt's last rows, among them the start of the answer, which a chat template may change once
-# the answer is complete. The tail of a pruned prompt has as many, so that both end one chunk.
+# the answer is complete. A pruned prompt's tail has the same length, so both end at one chunk.
 END_ROWS = 32
 # Three checkpoints a turn cover five turns, and the gaps between older ones grow.
 MAX_CHECKPOINTS = 16
