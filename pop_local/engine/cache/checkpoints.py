@@ -7,14 +7,15 @@ import numpy as np
 from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.context import Context
 
-# A return reads up to this many rows again. One copy takes as long as reading a few rows.
+# A prompt that differs reads up to this number of equal rows again. 1,024 rows are two batches.
 EVERY = 1024
-# A prompt's last rows, among them the start of the answer, which a chat template may change once
-# the answer is complete. A pruned prompt's tail has the same length, so both end at one chunk.
+# A prompt ends with the start of the answer, which a chat template may change once the answer is
+# complete. A checkpoint precedes these rows, where the tail of a pruned prompt starts by default.
 END_ROWS = 32
-# Three checkpoints a turn cover five turns, and the gaps between older ones grow.
+# Each turn adds three checkpoints, so five turns fit before the gaps between older ones grow.
 MAX_CHECKPOINTS = 16
-# Hybrids of 4 to 80 billion parameters have states of 50 to 100 MB: five or more fit.
+# Recurrent states of 24 to 48 layers with 32 heads of 128 x 128 floats take 48 to 96 MiB, so five
+# or more checkpoints of such a model fit.
 MAX_BYTES = 512 * 2**20
 
 
