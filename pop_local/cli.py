@@ -1,4 +1,4 @@
-"""The list of commands."""
+"""The command-line app, and the help texts of its commands."""
 
 from typing import Annotated
 
@@ -12,14 +12,14 @@ COMMANDS = {
     "run": "Ask one question, optionally about files or piped text.",
     "serve": "Serve a model over OpenAI's, Anthropic's and Ollama's APIs.",
     "convert": "Write a copy of a GGUF model that reads prompts faster.",
-    "strip": "Restore the original of a converted file.",
-    "bench": "Measure the time to first token, in full and pruned.",
-    "eval": "Measure the quality that pruning costs.",
-    "compare": "Compare full and pruned answers to your own prompts.",
+    "strip": "Restore the original file from a converted copy.",
+    "bench": "Measure the time to first token with and without pruning.",
+    "eval": "Measure how much quality pruning costs.",
+    "compare": "Compare full and pruned answers to your prompts.",
     "analyze": "Measure which layers prompts need.",
     "demo": "Answer one long prompt with and without pruning.",
     "inspect": "Show the contents of a model file.",
-    "pull": "Fetch a model by name, from a hub or from a URL.",
+    "pull": "Fetch a model from the catalog, a hub or a URL.",
     "list": "List the local models.",
     "rm": "Remove models.",
     "learn": "Show or delete the statistics learned from your prompts.",

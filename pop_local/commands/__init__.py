@@ -1,1 +1,1 @@
-"""The commands, one file per command."""
+"""The commands of the command line, with one module per command."""

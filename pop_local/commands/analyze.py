@@ -24,14 +24,20 @@ class ProbeOptions(Group):
         f"Number of windows to train the gates on (default: {_N_GATED}).", min=2
     )
     probe_windows: int = option("Number of windows for the probes.", min=1, default=3)
-    no_gates: bool = option("Run only the probes (faster, without torch).", default=False)
-    no_fit: bool = option("Measure only the layers' own projections (faster).", default=False)
-    tokens: int | None = option(
-        "Number of tokens to fit on (default: a quarter of convert's).", min=1
+    no_gates: bool = option(
+        "Run only the probes, which is faster and needs no torch.", default=False
     )
-    plot: Path | None = option("Plot KL divergence over the speed-up limit.", "OUT.png")
-    force: bool = option("Replace an existing plot.", flag="--force -f", default=False)
-    seed: int = option("Seed for targets, passages and random tokens.", min=0, default=0)
+    no_fit: bool = option(
+        "Measure only the layers' own projections, which is faster.", default=False
+    )
+    tokens: int | None = option(
+        "Number of tokens to fit on (default: a quarter of convert's default).", min=1
+    )
+    plot: Path | None = option(
+        "File for a plot of the KL divergence against the speed-up limit.", "OUT.png"
+    )
+    force: bool = option("Replace an existing plot file.", flag="--force -f", default=False)
+    seed: int = option("Seed for choosing targets, passages and random tokens.", min=0, default=0)
 
 
 @expand_options
@@ -42,7 +48,7 @@ def analyze(
     json: opt.Json = False,
     processors: opt.HardwareOptions,
 ) -> None:
-    """Measure which layers matter for prompts and for answers, and how many can be skipped."""
+    """Measure which layers matter for prompts and answers, and how many layers prompts can skip."""
     if by.no_fit and by.tokens is not None:
         raise typer.BadParameter("--tokens requires a fit; remove --tokens or --no-fit")
     if by.no_gates and by.windows is not None:
@@ -68,5 +74,5 @@ def analyze(
         found = analyze_model(model, options, hardware=processors.hardware, watch=watch)
     if by.plot is not None:
         analysis_plot.plot_analysis(found, by.plot, force=by.force)
-        note(f"Plot written to {by.plot}")
+        note(f"The plot is in {by.plot}.")
     print_json(as_json(found)) if json else show(found)

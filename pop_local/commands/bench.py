@@ -1,4 +1,4 @@
-"""`pop-local bench MODEL`: measure the time to first token, in full and pruned."""
+"""`pop-local bench MODEL`: measure the time to first token with and without pruning."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
-    repeat: int = option("Number of run pairs per prompt length.", min=1, default=5)
+    repeat: int = option(
+        "Number of pairs of runs (full and pruned) per prompt length.", min=1, default=5
+    )
     boundary: int | None = option("First layer to skip (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
@@ -36,7 +38,7 @@ def bench(
     pictures: opt.PictureOptions,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the time to first token in full and pruned, in alternating runs of one model."""
+    """Measure the time to first token with and without pruning, in alternating runs of a model."""
     n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
     if image is None and opt.given(**vars(pictures)):
         raise typer.BadParameter("--mmproj and --image-tokens require --image")
@@ -56,4 +58,4 @@ def bench(
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
-        warn("One pair of runs does not show the noise; pass --repeat 3 or more.")
+        warn("One pair of runs does not show the noise of the timings; pass --repeat 3 or more.")

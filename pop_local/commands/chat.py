@@ -44,7 +44,10 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(f"Port {port} is in use. The page opens on another port, without earlier chats.")
+        note(
+            f"Port {port} is in use. The page opens on another port and does not show earlier"
+            " chats."
+        )
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -62,7 +65,10 @@ def chat(
     sampling: opt.SamplingOptions,
     theme: opt.Theme = "terminal",
 ) -> None:
-    """Chat with a model. /help lists the chat's commands. Each piped line is a question."""
+    """Chat with a model.
+
+    /help lists the chat's commands. Each line of piped input is a question.
+    """
     asked = opt.given_names(call)
     if web:
         _in_browser(model, opened, asked)
@@ -70,7 +76,7 @@ def chat(
     screen = Screen(look(theme))
     # A pipe delivers its next line immediately, without idle time.
     if not sys.stdin.isatty() and opened.refill == "idle":
-        opened = without_refill(opened, "piped lines leave no idle time", asked)
+        opened = without_refill(opened, "piped questions leave the model no idle time", asked)
         opened = replace(opened, learn="off")
     prompts = stored_prompts(opened)
     open_named = Opener(model or default_model(), opened, asked, prompt_cache=prompts)
@@ -86,7 +92,7 @@ def chat(
     warn_of_base_model(begun)
     if sys.stdin.isatty():
         engine = begun.model.engine
-        note(f"{engine.context.files.path}, context of {engine.context.n_ctx:,} tokens.")
+        note(f"{engine.context.files.path} has a context of {engine.context.n_ctx:,} tokens.")
         note(pruning_state(begun.model))
         if engine.calibrator is not None and not engine.calibrator.learned.n_rows:
             note(
@@ -94,7 +100,7 @@ def chat(
                 " prompts. Turn learning off with --learn off."
             )
         if mmproj := engine.options.mmproj:
-            note(f"Pictures are enabled ({mmproj.name}): /image PATH reads a picture.")
+            note(f"Pictures are enabled by {mmproj.name}: /image PATH attaches a picture.")
         note("Type a question, /help for commands, /exit to quit.")
     try:
         talk(begun)

@@ -38,7 +38,7 @@ def compare(
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Answer your prompts in full and pruned, and compare the answers and their speed.
+    """Answer your prompts with and without pruning, and compare the answers and their speed.
 
     Decoding is greedy. If lines contain an "answer", McNemar's test checks whether pruning changes
     the number of right answers.

@@ -30,13 +30,13 @@ _COLUMNS = (
 def show(context: typer.Context, json: Json = False) -> None:
     """Show each setting and its source: a default, the file or the environment.
 
-    A command's options override settings.
+    A command's options override the settings.
     """
     if context.invoked_subcommand is not None:
         return
     file, values = settings.config_path(), settings.load()
     for name in settings.unknown_variables():
-        warn(f"{name} is set, but no setting has this name.")
+        warn(f"The environment variable {name} is set, but no setting has this name.")
     if json:
         print_json({"file": file, "settings": values})
         return
@@ -63,7 +63,7 @@ def set_value(
     key: Annotated[str, typer.Argument(metavar="KEY", help=", ".join(settings.KEYS))],
     value: Annotated[str, typer.Argument(metavar="VALUE")],
 ) -> None:
-    """Write a setting to the file and keep its comments."""
+    """Write a setting to the settings file, whose comments are kept."""
     setting = settings.find(key)
     _edit(key, settings.located(lambda: _checked(setting, value), key))
 
@@ -85,7 +85,7 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
 def unset(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A setting's name.")],
 ) -> None:
-    """Remove a setting from the file."""
+    """Remove a setting from the settings file."""
     _edit(settings.find(key).key, None)
 
 

@@ -1,4 +1,4 @@
-"""`pop-local convert IN.gguf [OUT.gguf]`: write a copy of a model that can be pruned."""
+"""`pop-local convert IN.gguf [OUT.gguf]`: write a prunable copy of a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,29 +38,32 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 @dataclass(frozen=True)
 class HowOptions(Group):
     quality: QualityName | None = option(
-        f"Maximum loss (default: {BALANCED.quality}; no limit with --skip or --boundary).",
+        f"Maximum loss of quality (default: {BALANCED.quality}; no limit with --skip or"
+        " --boundary).",
     )
     projection: Projection | None = option(
-        "K/V projections of skipped layers: own (no fit, loses more quality), fitted (takes"
-        " minutes) or fitted-wide (more inputs). Default: fitted-wide if it is cheap.",
+        "K/V projections of skipped layers: own (needs no fit, but loses more quality), fitted"
+        " (takes minutes) or fitted-wide (uses more inputs). The default is fitted-wide if it"
+        " costs little speed, and otherwise fitted.",
     )
     text: list[Path] | None = option(
-        "Text to fit on; repeatable, with an equal share of tokens each (default: documentation,"
-        " code and samples of the model).",
+        "Text file or folder to fit on; repeatable, with the same number of tokens from each"
+        " (default: documentation, code and the model's samples).",
         "FILE|DIR",
     )
     distill: bool = option(
-        "Also train the fit end to end, so that the model copies better. Takes minutes per boundary"
-        " and needs torch; supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
+        "Also train the fit end to end, so that the model copies better. Training takes minutes per"
+        " boundary, needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
         default=False,
     )
     resume: bool = option("Save an interrupted fit, and resume a saved fit.", default=False)
     sidecar: bool = option(
-        "Write only the projections, to a small file next to the model.", default=False
+        "Write only the projections, as a small sidecar file next to the model.", default=False
     )
     dry_run: bool = option("Print the plan and write nothing.", default=False)
     force: bool = option(
-        "Replace an existing output. With --skip or --boundary but without a limit, also write a"
+        "Replace an existing output file. With --skip or --boundary but without a limit, also write"
+        " a"
         " model that can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
@@ -76,9 +79,11 @@ class LimitOptions(Group):
     panel: ClassVar[str] = "Custom limits"
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
-    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity, relative to the full model.")
+    max_ppl_ratio: float | None = _limit(
+        "RATIO", "Maximum ratio of the perplexity to the full model's."
+    )
     max_copy_ratio: float | None = _limit(
-        "RATIO", "Maximum perplexity of a repeated passage, relative to the full model."
+        "RATIO", "Maximum ratio of a repeated passage's perplexity to the full model's."
     )
 
 
@@ -87,14 +92,20 @@ class FullRowOptions(Group):
     panel: ClassVar[str] = "Tokens that run all layers"
 
     sink: int = option(
-        "Number of tokens at the start of a prompt.", min=0, default=PopMeta.sink_tokens
+        "Number of tokens at a prompt's start that run all layers.",
+        min=0,
+        default=PopMeta.sink_tokens,
     )
-    tail: int = option("Number of tokens at the end of a prompt.", min=0, default=TAIL_TOKENS)
+    tail: int = option(
+        "Number of tokens at a prompt's end that run all layers.", min=0, default=TAIL_TOKENS
+    )
     min_prompt: int | None = option(
-        "Shortest prompt to prune, in tokens (default: about 70, by the work saved).", min=0
+        "Length in tokens of the shortest prompt to prune (default: computed from the saved work,"
+        " about 70).",
+        min=0,
     )
     deep_rows: DeepRows = option(
-        "Rule for words whose tokens also run all layers.", default=RowOptions.deep_rows
+        "Rule that selects words whose tokens also run all layers.", default=RowOptions.deep_rows
     )
 
     @property
@@ -107,7 +118,8 @@ class FittingOptions(Group):
     panel: ClassVar[str] = "The fit"
 
     tokens: int | None = option(
-        "Number of tokens to fit on (default: 24 per dimension, 16384 or more).", min=1
+        "Number of tokens to fit on (default: 24 per embedding dimension, but 16384 or more).",
+        min=1,
     )
     kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
     memory: float | None = option(
@@ -118,12 +130,12 @@ class FittingOptions(Group):
         callback=opt.finite,
     )
     distill_tokens: int | None = option(
-        "Number of tokens to distill on (default: the fit's number, 65536 or more).",
+        "Number of tokens to distill on (default: the number for the fit, but 65536 or more).",
         min=1,
     )
 
     def fit(self, texts: Sequence[Path]) -> FitOptions | None:
-        """Return the options of a fit on `texts`, None if no option is set."""
+        """Return the options of a fit on `texts`, or None if no option is set."""
         memory_bytes = None if self.memory is None else int(self.memory * 10**9)
         found = opt.given(
             tokens=self.tokens,
@@ -139,11 +151,13 @@ class FittingOptions(Group):
 def convert(
     model: Annotated[
         str,
-        typer.Argument(metavar="IN.gguf", help="A GGUF model, or a split model's first part."),
+        typer.Argument(metavar="IN.gguf", help="A GGUF model, or the first file of a split model."),
     ],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf in the same folder."),
+        typer.Argument(
+            metavar="OUT.gguf", help="Output file (default: IN.pop.gguf in the input's folder)."
+        ),
     ] = None,
     *,
     out: opt.Output = None,
@@ -157,14 +171,15 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits the loss, and so the number of skipped layers. The limits on the perplexity of
-    held-out text and of a repeated passage, relative to the full model, are 1.01 and 1.02 for
-    near-lossless, 1.03 and 1.1 for balanced, 1.06 and 1.3 for fast. --dry-run prints all limits.
-    --skip and --boundary choose the layers directly.
+    --quality limits the loss of quality and thereby the number of skipped layers. The limits on the
+    perplexity of held-out text and of a repeated passage, relative to the full model, are 1.01 and
+    1.02 for near-lossless, 1.03 and 1.1 for balanced, and 1.06 and 1.3 for fast. --dry-run prints
+    all limits. --skip and --boundary choose the skipped layers directly.
 
-    The copy has the same weights, plus K/V projections fitted for the skipped layers, so only
-    pop-local opens it. The command measures, prints and stores the loss of quality. A copy with
-    --projection own has no additional weights and opens in stock llama.cpp, without pruning.
+    The copy contains the model's weights and the K/V projections fitted for the skipped layers.
+    Only pop-local opens such a copy. The command measures and prints the loss of quality, and
+    stores the figures in the copy. A copy with --projection own has no additional weights and opens
+    in stock llama.cpp, without pruning.
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
@@ -172,7 +187,9 @@ def convert(
         raise typer.BadParameter("requires --distill", param_hint="--distill-tokens")
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.resume or how.distill):
-        raise typer.BadParameter("--projection own fits nothing; remove the options of a fit")
+        raise typer.BadParameter(
+            "--projection own fits nothing; remove the options that configure a fit"
+        )
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:
@@ -192,7 +209,7 @@ def convert(
         base = base_file(model, watch)
     planned = plan_conversion(base, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
-        note(f"pop-local ships {found.name}: this model needs no conversion.")
+        note(f"pop-local ships the sidecar {found.name}, so this model needs no conversion.")
     if not json:
         view.show_plan(planned)
     elif how.dry_run:
@@ -215,9 +232,11 @@ def convert(
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
-    """Return the requested goal. Missing limits default to BALANCED."""
+    """Return the requested goal, whose missing limits default to the limits of BALANCED."""
     if quality and limits:
-        raise typer.BadParameter("--quality excludes custom limits; remove --quality or the limits")
+        raise typer.BadParameter(
+            "--quality and custom limits exclude each other; remove --quality or the limits"
+        )
     if limits:
         budget = replace(BALANCED, quality="custom", **limits)  # type: ignore[arg-type]
         return Within(budget, named)

@@ -17,14 +17,14 @@ def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
     pairs: Annotated[
-        int, typer.Option(min=1, help="Number of answer pairs, in full and pruned.")
+        int, typer.Option(min=1, help="Number of pairs of answers (full and pruned).")
     ] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
 ) -> None:
     """Answer one question about a document with and without pruning.
 
-    Both answers are short, and decoding is greedy, so that the answers can be compared.
+    Both answers are short and decoded greedily, which makes them comparable.
     """
     from pop_local.ui.views.demonstration import show_demonstration
     from pop_local.workflows.demonstrate import demonstrate

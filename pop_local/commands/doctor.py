@@ -32,18 +32,20 @@ from pop_local.workflows.open import best_model
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
 BUSY_SAMPLE_S = 0.2
-DRIVER = "check that its driver is installed and that this user may open the device"
+DRIVER = "check that the device's driver is installed and that this user may open the device"
 NO_DEVICE = {
     "CUDA": "check that nvidia-smi shows a device and a driver for the CUDA version of this build",
-    "Vulkan": "ggml ignores CPU devices like lavapipe; GGML_VK_VISIBLE_DEVICES=0 selects device 0",
+    "Vulkan": "ggml ignores CPU devices like lavapipe; GGML_VK_VISIBLE_DEVICES=0 enables device 0",
 }
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
-CUDA_HINT = 'to use it, run: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
+CUDA_HINT = (
+    'to use the GPU, run: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
+)
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check; `to_do`: the suggested fix, "" if none is needed."""
+    """The result of one check. `to_do` is the suggested fix ("" if nothing needs fixing)."""
 
     key: str
     title: str
@@ -53,7 +55,7 @@ class Check:
 
 
 def doctor(json: Json = False) -> None:
-    """Check the backend, devices, memory and models; exit with 1 if something needs fixing."""
+    """Check the backend, devices, memory and default model. Exit with code 1 if a check fails."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
@@ -102,30 +104,35 @@ def _kernels(name: str) -> Check:
     if asked is not None:
         to_do = f"unset {KERNELS_VARIABLE} to use the fastest kernels"
         return Check("kernels", "Kernels", "note", f"{name}: {KERNELS_VARIABLE}={asked}", to_do)
-    found = f"{name}, the fastest for this processor in this build"
+    found = f"{name}, the fastest kernels for this processor in this build"
     if name == devices.NO_KERNELS:
-        found = "none for this processor in this build; llama.cpp's kernels are used"
+        found = "this build has no kernels for this processor, so llama.cpp's kernels are used"
     return Check("kernels", "Kernels", "ok", found)
 
 
 def _threads(n_threads: int) -> Check:
     """Check that other processes leave enough cores idle."""
     n_cpus = os.cpu_count() or 1
-    found = f"{n_threads} ({n_cpus} logical CPUs)"
+    found = f"{n_threads} on {n_cpus} logical CPUs"
     n_busy = psutil.cpu_percent(BUSY_SAMPLE_S) * n_cpus / 100
     if n_busy + n_threads < n_cpus + 0.5:
         return Check("threads", "Threads", "ok", found)
-    found += f", but other processes keep {n_busy:.1f} of them busy"
-    fewer = "; fewer --threads may be faster" if n_threads > 1 else ""
-    to_do = f"expect slower answers and unreliable timings{fewer}"
-    return Check("threads", "Threads", "note", found, to_do)
+    busy = f"{found}, of which other processes keep {n_busy:.1f} busy"
+    to_do = "expect slower answers and unreliable timings"
+    if n_threads > 1:
+        to_do += "; a smaller number of --threads may be faster"
+    return Check("threads", "Threads", "note", busy, to_do)
 
 
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
         return Check("pop_abi", "Pruning", "ok", f"patched, ABI {abi}")
-    unpatched = "not available: this llama.cpp is not patched"
-    found = unpatched if abi is None else f"ABI {abi}, but {backend.ABI} is required"
+    unpatched = "pruning is not available, because this llama.cpp is not patched"
+    found = (
+        unpatched
+        if abi is None
+        else f"the backend has ABI {abi}, but this pop-local needs ABI {backend.ABI}"
+    )
     return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
 
 
@@ -135,35 +142,36 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
     ]
     for name, n_devices in info.built_in:
         if n_devices == 0 and name != "RPC":
-            found = f"{name} is built in, but no device was found"
+            found = f"this build supports {name}, but no {name} device was found"
             gpus.append(Check("gpu", "GPU", "note", found, NO_DEVICE.get(name, DRIVER)))
     if gpus:
         return gpus
     if shutil.which("nvidia-smi"):
         unused = "this machine has an NVIDIA GPU, but this build supports the CPU only"
         return [Check("gpu", "GPU", "note", unused, CUDA_HINT)]
-    return [Check("gpu", "GPU", "ok", "no GPU support in this build; models run on the CPU")]
+    return [Check("gpu", "GPU", "ok", "this build has no GPU support, so models run on the CPU")]
 
 
 def _described(device: devices.Device) -> str:
     free, total = size(device.memory_free_bytes), size(device.memory_total_bytes)
-    return f"{device.name}: {device.description}, {free} of {total} free"
+    return f"{device.name}: {device.description}, {free} of {total} memory free"
 
 
 def _enabled(features: str) -> str:
-    """Parse the enabled CPU features in 'CUDA : ARCHS = 900 | CPU : AVX = 1 | ...'."""
+    """Return the names of the enabled CPU features in 'CUDA : ARCHS = 900 | CPU : AVX = 1'."""
     names = [part.partition("=") for part in features.partition("CPU :")[2].split("|")]
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
 
 def _as_read(path: Path) -> str:
-    """Return a model's path, with its exact boundary and its mmproj if they exist."""
-    mmproj = find_mmproj(path)
-    seeing = f", reads pictures with {mmproj.name}" if mmproj else ""
+    """Describe a model by its path and, if they exist, its exact boundary and its mmproj."""
+    found = [str(path)]
     with suppress(PopError):
         if exact := source_shape(read_source(path)).exact:
-            return f"{path} (prompt tokens skip layers {exact} and up, exactly){seeing}"
-    return f"{path}{seeing}"
+            found.append(f"prompt tokens skip layers {exact} and up without any loss")
+    if mmproj := find_mmproj(path):
+        found.append(f"the model reads pictures with {mmproj.name}")
+    return "; ".join(found)
 
 
 def _model() -> Check:
@@ -177,5 +185,5 @@ def _model() -> Check:
         entry = lookup(model)
         if entry is None:
             return Check("model", "Default model", "fix", error.message, hint_of(error))
-    to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to fetch it"
+    to_do = f"run `pop-local pull {entry.name}` or `pop-local chat` to fetch the model"
     return Check("model", "Default model", "note", f"{entry.name} is not yet in {folder}", to_do)

@@ -1,4 +1,4 @@
-"""`pop-local eval MODEL`: measure the quality that pruning costs."""
+"""`pop-local eval MODEL`: measure how much quality pruning costs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,14 @@ from pop_local.ui.watch import stoppable_watch
 
 @dataclass(frozen=True)
 class WindowOptions(Group):
-    text: Path | None = option("Held-out text (default: built-in text).", "FILE")
+    text: Path | None = option("Held-out text to measure on (default: built-in text).", "FILE")
     context: int = option("Number of context tokens per window.", min=2, default=512)
     continuation: int = option("Number of scored tokens after the context.", min=2, default=128)
     windows: int = option("Number of windows.", min=1, default=32)
-    lookups: int = option("Number of questions for exact strings (0: none).", min=0, default=100)
-    seed: int = option("Seed for passages, random tokens and look-ups.", min=0, default=0)
+    lookups: int = option(
+        "Number of look-ups, questions about exact strings (0: none).", min=0, default=100
+    )
+    seed: int = option("Seed for choosing passages, random tokens and look-ups.", min=0, default=0)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
 
@@ -31,7 +33,7 @@ def eval(  # noqa: A001
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the quality that pruning costs: KL, perplexity, copying and look-ups."""
+    """Measure how much quality pruning costs: KL divergence, perplexity, copying and look-ups."""
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 

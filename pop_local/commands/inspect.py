@@ -13,13 +13,16 @@ from pop_local.workflows.inspect_file import require_unchanged
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file or a catalog name.")],
+    model: Annotated[
+        str, typer.Argument(metavar="FILE", help="A GGUF file, or the name of a catalog model.")
+    ],
     sidecar: Sidecar = None,
     json: Json = False,
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Read the whole file and compare its hash with the original's."
+            "--verify",
+            help="Read the whole file and compare its hash with the original file's hash.",
         ),
     ] = False,
 ) -> None:

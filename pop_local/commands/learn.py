@@ -70,7 +70,7 @@ def forget(
         typer.Argument(metavar="MODEL", help="A GGUF file or a model name (default: all models)."),
     ] = None,
 ) -> None:
-    """Delete learned statistics, and the sidecars that were fitted from them."""
+    """Delete learned statistics and the sidecars fitted from these statistics."""
     wanted = None if model is None else LearnedFiles.of(read_source(resolve_base(model)))
     forgotten = [each for each in learned_files() if wanted in (None, each)]
     for each in forgotten:

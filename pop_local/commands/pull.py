@@ -1,4 +1,4 @@
-"""`pop-local pull MODEL`: fetch a model of the catalog, from a hub or from a URL."""
+"""`pop-local pull MODEL`: fetch a model from the catalog, a hub or a URL."""
 
 import re
 from dataclasses import replace
@@ -35,21 +35,26 @@ def pull(
         Path | None, typer.Option("--dir", help="Target folder (default: the models folder).")
     ] = None,
     sha256: Annotated[
-        str | None, typer.Option("--sha256", metavar="HASH", help="Expected hash of a URL's file.")
+        str | None,
+        typer.Option(
+            "--sha256", metavar="HASH", help="Expected SHA-256 hash of the file at the URL."
+        ),
     ] = None,
     force: Force = False,
 ) -> None:
     """Fetch a model, check its hash and print its path.
 
     An interrupted download resumes if the server supports it. If a name is unknown, the command
-    searches the hub for it.
+    searches the hub for models with this name.
     """
     if model is None:
         catalog = ((each.short_name, each.source) for each in load_catalog())
         print_table(_NAMES, (*catalog, *hub_names().items()))
         return
     if sha256 is not None and not is_url(model):
-        raise typer.BadParameter("only URLs take a hash; remove --sha256", param_hint="--sha256")
+        raise typer.BadParameter(
+            "--sha256 requires the URL of a file; remove --sha256", param_hint="--sha256"
+        )
     folder = folder or models_dir()
     try:
         path = _fetched(model, folder, sha256, force=force)
@@ -81,8 +86,12 @@ def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Pa
 
 def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:
     if not sha256:
-        unsafe = ", and http:// is not encrypted" if url.lower().startswith("http:") else ""
-        warn(f"Without --sha256 the file is not verified{unsafe}.")
+        is_plain = url.lower().startswith("http:")
+        warn(
+            "Without --sha256 the file is not verified, and http:// is not encrypted."
+            if is_plain
+            else "Without --sha256 the file is not verified."
+        )
     with terminal_watch() as watch:
         advance = watch.stage(f"Fetching {file_name(url)}", Unit.BYTES)
         return fetch_url(url, folder, sha256, advance, force=force)

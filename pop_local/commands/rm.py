@@ -22,7 +22,7 @@ from pop_local.ui.theme import note, say
 def rm(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="Names shown by `pop-local list`."),
+        typer.Argument(metavar="NAME...", help="Names of models, as shown by `pop-local list`."),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without confirmation.")] = False,
     json: Json = False,
@@ -30,7 +30,8 @@ def rm(
     """Remove models, converted copies or unfinished downloads from the models folder.
 
     The command also removes a model's sidecar and the mmproj named after the model. A converted
-    copy is a separate model and stays, but a catalog name stands for the model and its copy.
+    copy is a separate model and is not removed with its original. A catalog name, however, refers
+    to both the model and its converted copy.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))
@@ -64,7 +65,7 @@ def _found(name: str) -> tuple[Path, ...]:
 
 
 def _files(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files named `name`, else the files of the catalog model with this name."""
+    """Return the files named `name`, or else the files of the catalog model with this name."""
     try:
         return removable(folder, name)
     except PopError:

@@ -39,7 +39,10 @@ def run(
     call: typer.Context,
     model: opt.Model,
     question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help="Optional if text is piped in.")
+        str,
+        typer.Argument(
+            metavar="QUESTION", help="The question, which is optional if text is piped in."
+        ),
     ] = "",
     *,
     file: Annotated[
@@ -70,7 +73,11 @@ def run(
     screen = Screen(look(theme))
     asked = opt.given_names(call)
     if how.full or how.refill == "idle":
-        why = "--full prunes nothing" if how.full else "one question leaves no idle time"
+        why = (
+            "--full prunes nothing"
+            if how.full
+            else "a single question leaves the model no idle time"
+        )
         how = without_refill(how, why, asked)
     opened = Opener(model, how, asked, prompt_cache=stored_prompts(how))()
     engine = opened.engine

@@ -25,23 +25,24 @@ class ServerOptions(Group):
     host: str = option("Address to listen on (0.0.0.0: all networks).", default="127.0.0.1")
     port: int = option("Port to listen on (0: any free port).", min=0, max=65535, default=8080)
     api_key: str = option(
-        "Key that clients must send. Without a key, the server refuses requests with another host"
-        " name and requests from other machines' web pages.",
+        "API key that clients must send. Without a key, the server refuses requests to foreign host"
+        " names and requests from other machines' web pages.",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
         default="",
     )
     name: str = option(
-        "The model's name in the API (default: the catalog name, or the file name).",
+        "The model's name in the APIs (default: the catalog name, or else the file name).",
         default="",
     )
     strict_model: bool = option(
-        "Refuse requests for other models instead of answering them with MODEL.", default=False
+        "Refuse requests for unknown models instead of answering such requests with MODEL.",
+        default=False,
     )
     models: Path | None = option(
-        "Serve all models of this folder under the names that `list` shows, and open each model on"
-        " demand. The server opens MODEL at the start, and uses it for requests without a model"
-        " name (default: the last requested model).",
+        "Serve all models in this folder under the names that `list` shows, and open each model on"
+        " demand. The server opens MODEL at the start, and answers requests without a model name"
+        " with MODEL (default: with the last requested model).",
         "FOLDER",
         exists=True,
         file_okay=False,
@@ -58,20 +59,22 @@ class ServerOptions(Group):
         "ORIGIN",
     )
     cache_ram: int = option(
-        "Memory for the KV caches of earlier prompts (0: keep only the last prompt's).",
+        "Memory for the KV caches of earlier prompts (0: keep only the last prompt's cache).",
         "MIB",
         min=0,
         default=2048,
     )
     parallel: int | None = option(
-        "Number of slots, each with its context. Default: 2 with 8 GB of free memory; 1 with less"
-        " memory, with --repeatable, and for a model that learns.",
+        "Number of slots, each with a separate context. The default is 2 with 8 GB of free memory,"
+        " but 1 with less memory, with --repeatable, or for a model that learns.",
         "N",
         min=1,
         max=64,
     )
     max_waiting: int = option(
-        "Maximum queue length; further requests are refused (503).", min=1, default=256
+        "Maximum queue length; the server refuses further requests (status 503).",
+        min=1,
+        default=256,
     )
     repeatable: bool = option(
         "Read each prompt without the cache, so that equal requests get equal answers at"
@@ -90,8 +93,9 @@ def serve(
 ) -> None:
     """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama-server, with a web page.
 
-    --parallel sets the number of concurrent answers. Further requests wait in a queue. "pop": false
-    in a request turns pruning off. /health and /metrics (Prometheus) report the server's state.
+    --parallel sets the number of concurrent answers. Further requests wait in a queue. A request
+    with "pop": false turns pruning off for its prompt. /health and /metrics (Prometheus) report the
+    server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
 
@@ -103,9 +107,9 @@ def serve_named(
     asked: Collection[str],
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until a signal arrives. `asked`: names of the options on the command line.
+    """Serve models until a signal arrives. `asked`: the names of the options on the command line.
 
-    `on_ready`: called with the server's URL once clients can connect.
+    `on_ready` is called with the server's URL once clients can connect.
     """
     n_parallel = _require_usage(to, how)
     try:
@@ -141,7 +145,7 @@ def serve_named(
 
 
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
-    """Return the number of sequences, None for the model's default.
+    """Return the number of sequences, or None for the model's default.
 
     Raises BadParameter for options that exclude each other.
     """
@@ -150,7 +154,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
     single = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
     for name, value in single.items():
         if value and to.models is not None:
-            message = "this option is for a single model, not for --models"
+            message = "this option is for a single model; remove the option or --models"
             raise typer.BadParameter(message, param_hint=name)
     if to.repeatable and (to.parallel or 1) > 1:
         message = "--repeatable supports one slot; remove --repeatable or pass --parallel 1"
@@ -159,7 +163,7 @@ def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
 
 
 def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "ModelPool":
-    """Open the opener's model, and return a model pool with this model."""
+    """Return a model pool in which the opener's model, if any, is already open."""
     from pop_local.server.model_listing import ModelFile, models_in, printable
     from pop_local.server.model_pool import ModelPool, ModelRegistry
 
@@ -187,18 +191,22 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
     for served in pool.loaded:
         _announce_model(served.name, served.model)
     if to.models is not None:
-        limit = f"up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
         names = ", ".join(pool.names) or "none yet"
-        note(f"Models in {to.models}, opened on demand, {limit}: {names}.")
+        if to.ram:
+            note(f"Models in {to.models}, opened on demand in up to {to.ram:g} GiB: {names}.")
+        else:
+            note(f"Models in {to.models}, opened on demand, one at a time: {names}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:
     engine = opened.engine
     pruning, mmproj = engine.pruning, engine.options.mmproj
-    skipping = f"prompts skip layers {pruning.boundary} and up" if pruning.mode else "no pruning"
+    skipping = "prompts are not pruned"
     if pruning.mode and pruning.exact:
-        skipping = f"prompts skip layers {pruning.exact} and up, exactly"
-    note(f"{name}: context of {engine.context.n_ctx:,} tokens, {skipping}.")
+        skipping = f"prompts skip layers {pruning.exact} and up without any loss"
+    elif pruning.mode:
+        skipping = f"prompts skip layers {pruning.boundary} and up"
+    note(f"{name} has a context of {engine.context.n_ctx:,} tokens, and {skipping}.")
     if mmproj and not engine.prompter.can_see:
         warn("Pictures are disabled: Pillow is missing (pip install 'pop-local[images]').")
     elif mmproj:

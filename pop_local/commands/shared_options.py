@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def finite(value: float | None) -> float | None:
-    """Reject nan and inf, which typer's ranges accept. Callback of every float option."""
+    """Reject nan and inf, which typer's ranges accept.
+
+    This function is the callback of every float option.
+    """
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
@@ -36,9 +39,11 @@ def positive(value: float | None) -> float | None:
 
 
 def one_output(argument: Path | None, option: Path | None) -> Path | None:
-    """Return the output from the argument or from --output."""
+    """Return the output path from the argument or from --output."""
     if argument and option:
-        raise typer.BadParameter("OUT.gguf is already an argument", param_hint="--output")
+        raise typer.BadParameter(
+            "the argument OUT.gguf already names the output; remove --output", param_hint="--output"
+        )
     return argument or option
 
 
@@ -47,7 +52,7 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     if n_threads is None or n_cores is None or n_threads <= n_cores:
         return n_threads
     if "threads" in given_names(call):
-        raise typer.BadParameter(f"{n_threads} is more than this machine's {n_cores} cores")
+        raise typer.BadParameter(f"{n_threads} threads exceed this machine's {n_cores} cores")
     # Machines with fewer cores may share a settings file.
     where = next(value.where for value in load() if value.key == "threads")
     warn(f"{where} sets threads to {n_threads}; using all {n_cores} cores of this machine")
@@ -59,8 +64,8 @@ _SIDECAR = (
     " pop-local ships)."
 )
 MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
-DEEP_ROWS = "Rule for words whose tokens run all layers (default: the file's rule)."
-_MODEL = "A GGUF file, a name (listed by `pop-local pull`), or hf:OWNER/REPO"
+DEEP_ROWS = "Rule that selects words whose tokens run all layers (default: the file's rule)."
+_MODEL = "A GGUF file, a name that `pop-local pull` lists, or hf:OWNER/REPO"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
 OptionalModel = Annotated[
     str | None,
@@ -71,11 +76,16 @@ OptionalModel = Annotated[
 Converted = Annotated[
     str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or a model with a sidecar.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="OUT.gguf", help="Same as the argument OUT.gguf."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT.gguf",
+        help="Output file, which replaces the argument OUT.gguf.",
+    ),
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
@@ -111,7 +121,10 @@ class MeasureOptions(HardwareOptions):
     sidecar: Path | None = option(_SIDECAR, "PATH")
     # Not named ctx: the setting of that name is for conversations.
     n_ctx: int | None = option(
-        "Context length in tokens (default: as long as needed).", flag="--ctx", min=1, max=MOST
+        "Context length in tokens (default: the length that the command needs).",
+        flag="--ctx",
+        min=1,
+        max=MOST,
     )
 
 
@@ -121,7 +134,10 @@ class PictureOptions(Group):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = option(
-        "Maximum tokens per picture, for models with a variable number.", "MAX", min=1, max=MOST
+        "Maximum number of tokens per picture, for models with a variable number.",
+        "MAX",
+        min=1,
+        max=MOST,
     )
 
 
@@ -175,7 +191,7 @@ class SamplingOptions(Group):
     )
     top_k: int | None = option("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
     top_p: float | None = option(
-        "Nucleus sampling: sample from tokens of this total probability.",
+        "Nucleus sampling: sample from the most likely tokens with this total probability.",
         min=0.0,
         max=1.0,
         callback=finite,
@@ -190,18 +206,21 @@ class SamplingOptions(Group):
 
 @dataclass(frozen=True)
 class BoundaryOptions(Group):
-    skip: str | None = option("Layers to skip: a share (1/3, 0.33) or a number.", "SHARE")
+    skip: str | None = option("Share (1/3, 0.33) or number of layers to skip.", "SHARE")
     boundary: int | None = option("First layer to skip, instead of --skip.", "LAYER")
 
     @property
     def named(self) -> "Named | None":
-        """Return the boundary that --skip or --boundary names, or None."""
+        """Return the boundary from --skip or --boundary, or None if neither option is set."""
         from pop_local.workflows.conversion.goals import Boundary, Skip
 
         if self.skip is None:
             return None if self.boundary is None else Boundary(self.boundary)
         if self.boundary is not None:
-            raise typer.BadParameter("remove --skip or --boundary", param_hint="--boundary")
+            raise typer.BadParameter(
+                "--skip and --boundary exclude each other; remove --skip or --boundary",
+                param_hint="--boundary",
+            )
         try:
             parse_skip(self.skip)
         except PlanError as error:
@@ -216,18 +235,18 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def given_names(call: typer.Context) -> set[str]:
-    """Return the names of options that the user typed."""
+    """Return the names of the options that the user typed on the command line."""
     names = (option.name or "" for option in call.command.params)
     sources = {name: call.get_parameter_source(name) for name in names}
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
-    """Parse N,N,... in tokens, each `least` or more. Raises BadParameter."""
+    """Parse a comma-separated list of lengths of `least` or more tokens. Raises BadParameter."""
     with suppress(ValueError):
         found = tuple(int(part) for part in text.split(","))
         if min(found) >= least:
             return found
     raise typer.BadParameter(
-        f"{text!r} is not a list of lengths of {least} or more, as in 512,2048", param_hint=option
+        f"{text!r} is not a list of lengths like 512,2048, each {least} or more", param_hint=option
     )

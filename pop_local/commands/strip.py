@@ -22,22 +22,25 @@ def strip(
     model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A converted model.")],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT.gguf", help="Default: the original's name, next to IN.gguf."),
+        typer.Argument(
+            metavar="OUT.gguf",
+            help="Output file (default: the original file's name, in the folder of IN.gguf).",
+        ),
     ] = None,
     out: Output = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Restore the original of a converted file, byte for byte (checked by its hash).
+    """Restore the original file from a converted copy, byte for byte, and check its hash.
 
-    The parts of a split model are merged into one file.
+    The original of a split model is restored as one merged file.
     """
     output = one_output(output, out)
     path = resolve(model)
     header = read_header(path)
     if is_sidecar(header):
         raise FormatError(
-            f"{path} is a sidecar and has nothing to strip",
+            f"{path} is a sidecar, so there is nothing to strip",
             "delete the sidecar; the model file is unchanged",
         )
     found = pop_meta(header)
@@ -51,5 +54,5 @@ def strip(
     if json:
         print_json({"source": path, "output": target, "output_bytes": n_bytes, "sha256": sha256})
     else:
-        unchanged = f"{sha256}, the original's hash"
+        unchanged = f"{sha256}, equal to the original's hash"
         print_facts([("Written", str(target)), ("Size", size(n_bytes)), ("sha256", unchanged)])

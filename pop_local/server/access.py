@@ -35,8 +35,8 @@ class AccessRules:
     """The rules for accepting requests.
 
     A server with an `api_key` accepts requests that carry the key. A server without a key ("")
-    accepts requests to this machine's loopback names or to `host`, the listening address. It
-    also accepts requests from web pages of `origins`, in lower case.
+    accepts requests to this machine's loopback names or to `host`, the listening address. Such a
+    server also accepts requests from web pages of the listed `origins`, which are in lower case.
     """
 
     api_key: str = ""
@@ -54,7 +54,7 @@ def parse_origin(text: str) -> str:
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
-            f"{text!r} is not an origin of web pages",
+            f"{text!r} is not the origin of a web page",
             "pass scheme, host and port, for example https://example.org:8443, or use --api-key,"
             " which allows all origins",
         )
@@ -66,8 +66,8 @@ class AccessMiddleware:
 
     The metrics count requests to each of `paths` separately. Handlers use the scope's state: `note`
     is appended to the log line, `client_gone` marks an aborted stream, and `held` is closed after
-    the response. If a model does not exist, `requested` is its name, and `answering` the name of
-    the model that answers.
+    the response. If the requested model does not exist, `requested` is its name, and `answering`
+    the name of the model that answers instead.
     """
 
     def __init__(
@@ -114,16 +114,18 @@ class AccessMiddleware:
         path = scope["path"] if scope["path"] in self._paths else "other"
         self._metrics.requests.labels(path, str(status)).inc()
         client = scope["client"][0] if scope.get("client") else "-"
-        note = state.get("note", "")
+        notes = [state["note"]] if "note" in state else []
         if "requested" in state:
-            note += f", requested model {state['requested'][:_MAX_LOGGED_NAME]!r} does not exist"
+            requested = state["requested"][:_MAX_LOGGED_NAME]
+            notes.append(f"the requested model {requested!r} does not exist")
         level = logging.DEBUG if path in _PROBES and status == 200 else logging.INFO
         request = f"{scope['method']} {scope['path']!r}"
-        log.log(level, "%s %s %d, %.2f s%s", client, request, status, seconds, note)
+        figures = ", ".join([f"{seconds:.2f} s", *notes])
+        log.log(level, "%s %s %d, %s", client, request, status, figures)
 
 
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
-    """Return the reason for refusing a request, if any.
+    """Return the error for a request that the rules refuse, or None.
 
     Without a key, the Host header must name this machine, which blocks DNS rebinding, and web pages
     of foreign origins are refused. A server that listens on 0.0.0.0 accepts every IP address as
@@ -145,18 +147,20 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     is_any_address = address is not None and listening is not None and listening.is_unspecified
     is_docker = name == _DOCKER and host not in LOOPBACK
     if name not in (*LOOPBACK, host) and not is_any_address and not is_docker:
-        return _refused(f"requests to the host name {requested!r}", "--api-key", "foreign_host")
+        message = (
+            f"requests to the host name {requested!r} are refused; start the server with --api-key"
+            " to allow them"
+        )
+        return ApiError(403, message, code="foreign_host")
     if origin is None or origin.lower() in rules.origins:
         return None
     if _host_name(origin) not in (*LOOPBACK, name):
-        option = "--cors ORIGIN or --api-key"
-        return _refused(f"requests from web pages of {origin!r}", option, "foreign_origin")
+        message = (
+            f"requests from web pages of {origin!r} are refused; start the server with"
+            " --cors ORIGIN or --api-key to allow them"
+        )
+        return ApiError(403, message, code="foreign_origin")
     return None
-
-
-def _refused(what: str, option: str, code: str) -> ApiError:
-    message = f"{what} are refused; start the server with {option} to allow them"
-    return ApiError(403, message, code=code)
 
 
 def _host_name(url: str) -> str:

@@ -60,7 +60,10 @@ class Api:
     # Request bodies
 
     async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
-        """Return the body. Raises ApiError if it is too large, ValidationError if it is invalid."""
+        """Return the request's body.
+
+        Raises ApiError if the body is too large, and ValidationError if the body is invalid.
+        """
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
@@ -69,8 +72,8 @@ class Api:
         message = ""
         if len(raw) - n_image_bytes(raw) > self._max_body_bytes:
             message = (
-                f"the request is larger than {self._max_body_bytes:,} bytes; this server's context"
-                f" has {self.models.registry.max_ctx:,} tokens"
+                f"the request is larger than {self._max_body_bytes:,} bytes, the limit for this"
+                f" server's context of {self.models.registry.max_ctx:,} tokens"
             )
         elif is_full:
             message = f"the images of a request are limited to {MAX_BYTES >> 20} MiB"
@@ -97,9 +100,10 @@ class Api:
         return file
 
     def unknown_model(self, name: str | None) -> ApiError:
-        names = ", ".join(map(repr, self.models.names)) or "none"
-        named = f" named {name!r}" if name else ""
-        message = f"no model{named} exists; this server has {names}"
+        names = ", ".join(map(repr, self.models.names)) or "no models"
+        message = f"no model named {name!r} exists; this server has {names}"
+        if not name:
+            message = "this server has no models"
         return ApiError(404, message, code="model_not_found", param="model")
 
     async def served(self, request: Request, name: str | None) -> ServedModel:
@@ -152,7 +156,10 @@ class Api:
         make: Callable[[TaskFactory, AnyBody], list[Task]],
         reply: Callable[[ServedModel, AnyBody], Reply],
     ) -> Response:
-        """Answer a request's tasks in order; other requests may be answered in between."""
+        """Answer a request's tasks in order.
+
+        The server may answer other requests between two tasks.
+        """
         served, gone = await self.served(request, body.model), self._disconnected(request)
         form = reply(served, body)
 
@@ -178,7 +185,7 @@ class Api:
         make: Callable[[TaskFactory, AnyBody], list[Task]],
         reply: Callable[[ServedModel, AnyBody], Reply],
     ) -> Route:
-        """Return a route that reads a body of type `kind` and answers the tasks made from it."""
+        """Return a route that reads a body of type `kind` and answers the tasks built by `make`."""
 
         async def handle(request: Request) -> Response:
             return await self.answer(request, await self.read(request, kind), make, reply)
@@ -206,4 +213,4 @@ def _require_finite(raw: bytes | bytearray) -> None:
     try:
         json.dumps(json.loads(raw), allow_nan=False)
     except ValueError as error:
-        raise ApiError(400, "JSON cannot have NaN, Infinity or numbers beyond 1e308") from error
+        raise ApiError(400, "JSON cannot contain NaN, Infinity or numbers beyond 1e308") from error

@@ -20,7 +20,10 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
 class ApiError(HTTPException):
-    """A refused or failed request; `param` names the offending field, if any."""
+    """The error of a refused or failed request.
+
+    `param` is the name of the invalid field, if any.
+    """
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None
@@ -65,7 +68,7 @@ def bad_request(
 ) -> Iterator[None]:
     """Convert the block's PopError to an ApiError 400 that names `param`.
 
-    For a GrammarError, the code is "invalid_grammar" and the named field `grammar_param`, if any.
+    A GrammarError has the code "invalid_grammar" and names the field `grammar_param`, if any.
     """
     try:
         yield

@@ -35,9 +35,9 @@ _BACKLOG = 128
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BYTES = 1 << 20
 _BIND_HINTS = {
-    errno.EADDRINUSE: "another program uses this port; try --port 0 for any free port",
+    errno.EADDRINUSE: "another program uses this port; pass --port 0 to use any free port",
     errno.EADDRNOTAVAIL: "pass an address of this machine, or 0.0.0.0 for all networks",
-    errno.EACCES: "ports below 1024 are reserved; try --port 8080",
+    errno.EACCES: "ports below 1024 are reserved; pass a larger port, for example --port 8080",
 }
 
 log = logging.getLogger("pop_local.server")
@@ -68,7 +68,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> PopError:
-    hint = _BIND_HINTS.get(error.errno or 0, "try --port 0 for any free port")
+    hint = _BIND_HINTS.get(error.errno or 0, "pass --port 0 to use any free port")
     return PopError(f"cannot listen on {host} port {port}: {error.strerror}", hint)
 
 
@@ -80,7 +80,7 @@ def serve_models(
     strict_model: bool = False,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve models until a signal, then close the pool and the socket.
+    """Serve models until a signal arrives, and then close the pool and the socket.
 
     `on_ready` is called with the server's URL once clients can connect. Raises PopError.
     """
@@ -109,8 +109,8 @@ def log_to_stderr() -> None:
 def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = False) -> Starlette:
     """Return the application of a model pool, whose workers run during its lifespan.
 
-    With `strict_model`, requests for unknown models are refused. Otherwise the default model
-    answers them.
+    With `strict_model`, requests for unknown models are refused. Without `strict_model`, the
+    default model answers such requests.
     """
     api = Api(models, strict_model=strict_model)
 
@@ -158,7 +158,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that ends answers at a signal, and kills the process if they hang."""
+    """A uvicorn server that ends answers at a signal, and kills the process if an answer hangs."""
 
     models: ModelPool
     end: threading.Timer | None = None
@@ -185,7 +185,10 @@ class _Server(uvicorn.Server):
 
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
-    """Serve until a signal. Return, or raise KeyboardInterrupt, once no thread uses a model."""
+    """Serve an app until a signal arrives.
+
+    Returns or raises KeyboardInterrupt once no thread uses a model.
+    """
     _return_large_blocks()
     config = uvicorn.Config(
         app,
@@ -215,8 +218,8 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
 def _return_large_blocks() -> None:
     """Make glibc return freed blocks of 1 MiB and more to the system.
 
-    By default glibc raises this threshold up to 32 MiB, and takes smaller blocks from heaps. Gaps
-    between cached states of many sizes would then need as much memory as the states.
+    By default glibc raises this threshold up to 32 MiB, and takes smaller blocks from heaps. With
+    such heaps, the gaps between cached states of many sizes can need as much memory as the states.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -27,7 +27,7 @@ def max_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """An HTTP connection that ends if a request is not complete in time.
+    """An HTTP connection that is closed if a request does not arrive completely in time.
 
     At the connection limit, a new connection replaces the longest idle connection.
     """

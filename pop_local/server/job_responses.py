@@ -1,4 +1,4 @@
-"""Responses built from the chunks of jobs, complete or streamed, in a Reply's format."""
+"""Complete and streamed responses, which are built from jobs' chunks in a Reply's format."""
 
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -41,7 +41,7 @@ async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Respo
 
 
 async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> AsyncGenerator[bytes]:
-    """Yield the jobs' answers in order; after an error, yield it as the last event."""
+    """Yield the jobs' answers in order. If an error occurs, yield the error as the last event."""
     ends: list[AnswerEnd] = []
     complete = False
     last = b""
@@ -82,7 +82,7 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
 class _AnswerParser:
     """A parser that splits an answer into text, reasoning and tool calls.
 
-    A child process parses the calls, so that they never block the event loop.
+    A child process parses the tool calls, so that parsing never blocks the event loop.
     """
 
     def __init__(self, job: Job) -> None:
@@ -95,7 +95,7 @@ class _AnswerParser:
         return await run_in_threadpool(self._reader.push, text)
 
     async def parse(self, batch: Sequence[Chunk]) -> list[tuple[Piece, Sequence[TokenLogprob]]]:
-        """Return the pieces of a batch of chunks with their log probabilities."""
+        """Return the pieces of a batch of chunks, each with its log probabilities."""
         if self._reader is None:
             shown = (chunk for chunk in batch if chunk.text or chunk.logprobs)
             return [(Piece(chunk.text), chunk.logprobs) for chunk in shown]
@@ -107,11 +107,14 @@ class _AnswerParser:
         return [] if self._reader is None else await run_in_threadpool(self._reader.end)
 
     def end(self, state: State, job: Job, last: Chunk) -> AnswerEnd:
-        """Return an answer's end. Raises ApiError if the answer was interrupted."""
+        """Return the reason and the usage of a finished answer.
+
+        Raises ApiError if the answer was interrupted.
+        """
         stats = last.stats
-        assert stats is not None, "the last chunk has stats"
+        assert stats is not None, "the last chunk contains the statistics"
         state.note = (
-            f", queued {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
+            f"queued {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
             f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"
             f" {stats.n_decoded:,} tokens generated"
         )

@@ -25,7 +25,7 @@ _LATEST = ":latest"  # Ollama's default tag, which its clients append
 
 
 class ModelFile(NamedTuple):
-    """A model's API name and its file."""
+    """A model's name in the APIs, and the model's file."""
 
     name: str
     path: Path
@@ -66,7 +66,10 @@ class ModelInfo:
 
     @classmethod
     def of_file(cls, file: ModelFile, n_ctx: int | None, n_parallel: int) -> "ModelInfo":
-        """Describe a file (`n_ctx` None: the model's default). Raises PopError if it is damaged."""
+        """Describe a model's file (`n_ctx` None: the default context).
+
+        Raises PopError if the file is damaged.
+        """
         stat = file.path.stat()
         source = _source(file.path, (stat.st_mtime_ns, stat.st_size))
         if source.first.get("general.architecture") == ARCHITECTURE:
@@ -86,12 +89,12 @@ class ModelInfo:
 
     @property
     def template(self) -> str:
-        """The file's chat template; "" for a base model."""
+        """The model's chat template ("" for a base model)."""
         return str(self.source.first.get("tokenizer.chat_template") or "")
 
     @property
     def needed_bytes(self) -> int:
-        """Estimated memory of the open model in bytes: file, K/V in F16, boundary states in F32."""
+        """The open model's estimated memory in bytes: file, F16 K/V and F32 boundary states."""
         n_bytes, n_cells = self.source.size_bytes, self.n_ctx * self.n_parallel
         with suppress(PopError):
             shape = source_shape(self.source)
@@ -112,12 +115,12 @@ def models_in(folder: Path) -> dict[str, Path]:
 
 
 def printable(name: str) -> str:
-    """Return a file name as valid Unicode."""
+    """Return a file name as valid Unicode, with undecodable bytes replaced."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def find(name: str, files: Mapping[str, Path]) -> ModelFile | None:
-    """Return the model with this file name or catalog name, if any."""
+    """Return the model with this file name or catalog name, or None."""
     untagged = name[: -len(_LATEST)] if name.lower().endswith(_LATEST) else name
     model = lookup(name)
     for candidate in (name, untagged, *((model.pop_file, model.file) if model else ())):

@@ -33,10 +33,10 @@ log = logging.getLogger("pop_local.server")
 class ModelRegistry:
     """The models that a server can open.
 
-    `files` returns the current files by name. `open` opens a file and may raise PopError.
+    `files` returns the current model files by name. `open` opens a file and may raise PopError.
     `make_fitter` returns an open model's fitter, or None if the model does not learn. `n_ctx` is
     each model's context length (None: the model's default), and `n_parallel` its number of
-    sequences. `can_see` is true if any model may read images.
+    sequences. `can_see` is true if at least one model may be able to read images.
     """
 
     files: Callable[[], Mapping[str, Path]]
@@ -63,7 +63,7 @@ class ServedModel:
     needed_bytes: int
 
     def close(self) -> None:
-        """Close the model, after stashing its cached rows in the prompt cache."""
+        """Stash the model's cached rows in the prompt cache, and close the model."""
         self.worker.stop()
         if self.worker.is_alive():
             self.worker.join()
@@ -77,7 +77,10 @@ class ServedModel:
 
 
 class Lease:
-    """A request's claim to a model. The model stays open from the grant until `end`."""
+    """A request's claim to a model.
+
+    The model stays open from the call of `grant` until the call of `end`.
+    """
 
     def __init__(
         self, file: ModelFile, needed_bytes: int, on_end: Callable[["Lease"], None]
@@ -92,7 +95,7 @@ class Lease:
         self.served.set_result(served)
 
     def refuse(self, error: ApiError) -> None:
-        """Fail the request unless the lease is granted already."""
+        """Fail the waiting request with an error, unless the lease has been granted."""
         if not self.served.done():
             self.served.set_exception(error)
 
@@ -118,9 +121,9 @@ class ModelPool:
     ) -> None:
         """Create a pool without open models.
 
-        `ram_bytes` limits the memory of all open models; a larger model is opened alone. `default`
-        names the model that answers requests without a model name ("": the last requested model,
-        initially the first).
+        `ram_bytes` limits the memory of all open models. A model that needs more memory is opened
+        alone. `default` names the model that answers requests without a model name ("": the last
+        requested model, and before any request the first model).
         """
         self.registry = registry
         self.metrics = Metrics()
@@ -148,7 +151,7 @@ class ModelPool:
         make_fitter: Callable[[PopModel], Fitter | None],
         **options: Any,
     ) -> "ModelPool":
-        """Create a pool of one open model; `options` are those of the constructor."""
+        """Create a pool of one open model. `options`: keyword arguments of the constructor."""
         files, engine = {file.name: file.path}, model.engine
         can_see, n = engine.prompter.can_see, len(engine.sequences)
         registry = ModelRegistry(
@@ -164,13 +167,13 @@ class ModelPool:
     ) -> "ModelPool":
         """Create a pool of a folder's models, with `model` open ("": no model is open).
 
-        `options` are those of the constructor. Raises PopError.
+        `options`: keyword arguments of the constructor. Raises PopError.
         """
         files = registry.files()
         file = find(model, files) if model else None
         if model and file is None:
             hint = nearest_hint(model, {name: name for name in files}, "see `pop-local list`")
-            raise PopError(f"{folder} has no model {model!r}", hint)
+            raise PopError(f"the folder {folder} contains no model named {model!r}", hint)
         pool = cls(registry, default=file.name if file else "", **options)
         if file:
             pool.load(file)
@@ -264,7 +267,7 @@ class ModelPool:
         return [lease for lease in self._waiting if not lease.served.done()]
 
     def n_waiting(self) -> int:
-        """Return the number of requests that wait for a model, open or closed."""
+        """Return the number of requests that wait for a slot or for a closed model."""
         return len(self._still_waiting()) + self._total(lambda worker: worker.n_waiting())
 
     def _total(self, figure: Callable[[Worker], int]) -> int:
@@ -352,7 +355,12 @@ class ModelPool:
             log.info("opened %s", lease.file.name)
             if 0 < self._ram_bytes < lease.needed_bytes:
                 needed, limit = size(lease.needed_bytes), size(self._ram_bytes)
-                log.warning("%s needs about %s, but --ram is %s", lease.file.name, needed, limit)
+                log.warning(
+                    "%s needs about %s of memory, but --ram allows %s",
+                    lease.file.name,
+                    needed,
+                    limit,
+                )
         else:
             for each in self._for_the_same(lease):
                 each.refuse(self._failed(lease.file, error))
@@ -370,13 +378,13 @@ class ModelPool:
     # Life cycle
 
     def start(self) -> None:
-        """Start the open models' workers; called in the event loop."""
+        """Start the open models' workers. Must be called in the event loop."""
         self._loop = asyncio.get_running_loop()
         for served in self.loaded:
             served.worker.start()
 
     def stop(self) -> None:
-        """End answers and loading, and refuse waiting requests; any thread may call this."""
+        """End answers and loading, and refuse waiting requests. Any thread may call this method."""
         self._stopping.set()
         for served in self.loaded:
             served.worker.stop()
@@ -394,7 +402,7 @@ class ModelPool:
         return max((served.worker.hung_s() for served in in_memory), default=0.0)
 
     def join(self) -> None:
-        """Wait until no thread uses a model; called after `stop`."""
+        """Wait until no thread uses a model. Must be called after `stop`."""
         if (change := self._change) is not None:
             change.join()
         for served in self.loaded:

@@ -61,7 +61,7 @@ def reasoning_of(pieces: Sequence[Piece]) -> str:
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
-    """Return OpenAI's `usage`, with the counters and times in seconds of TurnStats as `pop`.
+    """Return OpenAI's `usage`, whose field `pop` has TurnStats' counters and times in seconds.
 
     `pop.reason` explains why the prompt was read in full (null: it was pruned). `pop.reading` is
     null if no row was prefilled. `pop.ignored` lists the JSON schema's keywords that were not
@@ -86,7 +86,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Return the sums of several answers' numbers, and the last answer's other fields."""
+    """Return the usage of several answers: summed numbers, and the last answer's other fields."""
     return reduce(_sum, (end.usage for end in ends))
 
 
@@ -116,7 +116,7 @@ class Reply:
         return f": {progress or 'working'}\n\n".encode()
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
-        """Start an answer; return the events before its first token."""
+        """Start an answer, and return the events that precede its first token."""
         self._index = index
         self._wants_logprobs = task.options.n_top_logprobs is not None
         return ()
@@ -215,7 +215,7 @@ class ChatReply(Reply):
 
 
 class OtherApiReply(Reply):
-    """Replies whose streams end with a complete answer without its text."""
+    """Replies whose streams end with the complete answer's fields, except for the text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole(CompleteAnswer(end)),)
@@ -243,7 +243,7 @@ def arguments_of(text: str) -> Any:
 
 
 def call_json(call: ToolCall) -> Json:
-    """Return a call, or a part of a call. Only the first part has an id and a name."""
+    """Return a tool call, or a part of a tool call. Only the first part has an id and a name."""
     function = {"arguments": call.arguments}
     if not call.name:
         return {"function": function}
@@ -251,7 +251,7 @@ def call_json(call: ToolCall) -> Json:
 
 
 def _top(token: TokenLogprob) -> Json | None:
-    """Return the log probabilities of the most likely tokens and of this token, by their texts."""
+    """Return the log probabilities of this token and the most likely tokens, by token text."""
     if token.logprob is None:
         return None
     # If two tokens have the same text, the more likely token counts.

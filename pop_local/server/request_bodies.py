@@ -1,4 +1,4 @@
-"""Request bodies. Unknown fields are ignored; known fields without support are refused.
+"""Request bodies. Unknown fields are ignored, but requests with unsupported fields are refused.
 
 Validation blocks the event loop, so lists have a maximum length, and their validation stops at the
 first invalid entry.
@@ -41,7 +41,8 @@ class LenientBody(BaseModel):
 class ModelRequest(LenientBody):
     """A request to `model` (None: the default model).
 
-    `unsupported` lists fields that are refused because the answer would differ without them.
+    Requests with a field in `unsupported` are refused, because ignoring the field would change the
+    answer.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = ()
@@ -51,7 +52,7 @@ class ModelRequest(LenientBody):
     def _check_supported(self) -> "ModelRequest":
         for name in self.unsupported:
             if (self.model_extra or {}).get(name):
-                raise ValueError(f"{name} is not supported: leave it out")
+                raise ValueError(f"{name} is not supported: remove this field")
         return self
 
 
@@ -119,7 +120,7 @@ def _as_parts(content: Any) -> Any:
         return [{"type": "text", "text": content}]
     if content is None or isinstance(content, list):
         return content
-    raise ValueError("send a text or a list of parts")
+    raise ValueError("the content must be a text or a list of parts")
 
 
 ChatPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -127,17 +128,17 @@ ChatParts = Annotated[list[ChatPart], Field(fail_fast=True, max_length=MAX_PARTS
 
 
 def replace_null(default: Any) -> BeforeValidator:
-    """Return a validator that replaces null, which some clients send."""
+    """Return a validator that replaces null, which some clients send, with the default."""
     return BeforeValidator(lambda value: default if value is None else value)
 
 
 def wrap_text(wrap: Callable[[str], Any]) -> BeforeValidator:
-    """Return a validator that replaces a text by a list with one item, `wrap(text)`."""
+    """Return a validator that replaces a text with a list of one item, `wrap(text)`."""
     return BeforeValidator(lambda value: [wrap(value)] if isinstance(value, str) else value)
 
 
 def _as_json(arguments: Any) -> Any:
-    """Encode arguments that are an object, which Ollama's clients send."""
+    """Encode arguments as JSON if they are an object, which Ollama's clients send."""
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
@@ -166,7 +167,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops all other tools, which run on the API vendor's machines."""
+    """Return a validator that drops tools of other types, which run on the vendor's machines."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -193,7 +194,7 @@ class ChatMessage(LenientBody):
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """The offset in the text and the URL of each image."""
+        """Each image's offset in the text, and its URL."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():
@@ -206,7 +207,7 @@ class ChatMessage(LenientBody):
 
 
 def _replace_minus_one(unlimited: int) -> BeforeValidator:
-    """Return a validator that replaces -1, which llama.cpp's clients send for "no limit"."""
+    """Return a validator that replaces -1, llama.cpp's "no limit", with `unlimited`."""
     return BeforeValidator(lambda value: unlimited if value == -1 else value)
 
 
@@ -355,7 +356,10 @@ def as_prompts(prompt: Any) -> list[Any]:
 
 
 class EmbeddingsBody(GenerationBody):
-    """A request for embeddings. `stream` is ignored, and `dimensions` must be the model's width."""
+    """A request for embeddings.
+
+    `stream` is ignored, and `dimensions` must equal the model's width.
+    """
 
     stream: Annotated[None, BeforeValidator(lambda sent: None)] = None
     input: Prompts
@@ -381,11 +385,11 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _check_combination(self) -> "CompletionBody":
         if self.limit == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1 without echo")
+            raise ValueError("max_tokens must be at least 1 unless echo is true")
         if self.suffix and self.echo:
             raise ValueError("suffix and echo cannot be combined")
         if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
-            raise ValueError(f"prompts times n must not exceed {MAX_ANSWERS}")
+            raise ValueError(f"the number of prompts times n must not exceed {MAX_ANSWERS}")
         # vLLM's clients may send false in chats only, whose template writes special tokens.
         if (self.model_extra or {}).get("add_special_tokens") is False:
             raise ValueError("add_special_tokens must be true: no other value is supported")

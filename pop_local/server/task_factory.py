@@ -48,7 +48,7 @@ class TaskFactory:
         self._is_full = model.engine.pruning.can_switch and model.engine.pruning.mode is Mode.OFF
 
     def chat(self, body: bodies.ChatBody) -> list[Task]:
-        """Return `n` tasks with different seeds. Raises ApiError."""
+        """Return `n` tasks with different seeds for a chat. Raises ApiError."""
         urls = [url for message in body.messages for _, url in message.image_urls]
         if urls and not self.model.engine.prompter.can_see:
             raise ApiError(400, "this server's model cannot read images", param="messages")
@@ -112,7 +112,10 @@ class TaskFactory:
     def _tokens(
         self, prompts: Sequence[str | list[int]], param: str, suffix: str | None = None
     ) -> list[list[int]]:
-        """Return each prompt's tokens. Raises ApiError for unknown tokens and long prompts."""
+        """Return each prompt's tokens.
+
+        Raises ApiError for unknown tokens and for prompts that exceed the context.
+        """
         found: list[list[int]] = []
         for prompt in prompts:
             if not isinstance(prompt, str):
@@ -139,25 +142,29 @@ class TaskFactory:
         """Raise ApiError for tokens outside the vocabulary."""
         n_vocab = self.model.engine.context.vocabulary.n_tokens
         if any(not 0 <= token < n_vocab for token in tokens):
-            raise ApiError(400, f"token ids must be 0 to {n_vocab - 1}", param=param)
+            raise ApiError(400, f"token ids must be between 0 and {n_vocab - 1}", param=param)
 
     def _check_length(self, n_prompt: int, param: str) -> None:
         context, larger = self.model.engine.context, n_prompt + 256
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= context.n_ctx:
-            message = (
-                f"the context is too small: the prompt has {n_prompt} tokens, prompt and answer are"
-                f" limited to {context.n_ctx}; shorten the prompt"
-            )
+            hint = "shorten the prompt"
             if not 0 < context.files.n_positions < larger:
-                message += f", or restart the server with --ctx {larger}"
+                hint = f"shorten the prompt, or restart the server with --ctx {larger}"
+            message = (
+                f"the context is too small: the prompt has {n_prompt} tokens, but prompt and answer"
+                f" are limited to {context.n_ctx}; {hint}"
+            )
             raise ApiError(400, message, code="context_length_exceeded", param=param)
 
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return the body's options. Defaults are the model's values, or else the engine's."""
+        """Return the body's options.
+
+        Missing options default to the model's recommended values, or else to the engine's values.
+        """
         given = body.model_dump(include=set(bodies.SamplingFields.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _MIN_TEMPERATURE:
             given["temperature"] = 0.0
@@ -190,7 +197,7 @@ class TaskFactory:
 
 
 def _seeded(task: Task, n: int | None) -> list[Task]:
-    """Return `n` copies of a task. Their seeds count up from the task's seed."""
+    """Return `n` copies of a task. The copies' seeds count up from the task's seed."""
     seed = task.options.seed
     if seed is None:
         return [task] * (n or 1)

@@ -53,8 +53,8 @@ class Task:
 class Job:
     """A queued or running task, whose answer a worker thread writes and the event loop reads.
 
-    `queued_s` is 0 until the task runs. `read` counts the prompt's prefilled rows and all its rows.
-    `place` returns a job's place in the queue.
+    `queued_s` is 0 until the task runs. `read` contains the number of the prompt's prefilled rows
+    and the number of all its rows. `place` returns a job's place in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
@@ -70,14 +70,17 @@ class Job:
         self._is_awaited = False
 
     def cancel(self) -> None:
-        """End a queued job at once, a running job soon; called in the event loop."""
+        """End a queued job immediately, and a running job soon.
+
+        Must be called in the event loop.
+        """
         self.cancelled.set()
         if not self.queued_s:
             self._arrived.append(client_gone())
             self._wake()
 
     def put(self, item: Chunk | Exception) -> None:
-        """Append a chunk, or the error that ends the answer; called in the worker thread."""
+        """Append a chunk, or the error that ends the answer. Must be called in a worker thread."""
         self._arrived.append(item)
         if self._is_awaited or isinstance(item, Exception) or item.stats is not None:
             with suppress(RuntimeError):  # the event loop and its reader have ended
@@ -104,8 +107,9 @@ class Job:
     ) -> AsyncIterator[list[Chunk]]:
         """Yield chunks that arrived together, or an empty list after `idle_s` without a chunk.
 
-        Raises the error that ended the answer. For `pause_s` after a batch, only the answer's end
-        wakes this coroutine: on a busy core, wake-ups cost 5% of a small model's decode time.
+        If an error ended the answer, this error is raised. For `pause_s` after a batch, only the
+        answer's end wakes this coroutine: on a busy core, wake-ups cost 5% of a small model's
+        decode time.
         """
         while True:
             self._is_awaited = True
@@ -157,7 +161,7 @@ class Worker(threading.Thread):
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """End running answers and refuse queued jobs; any thread may call this."""
+        """End running answers and refuse queued jobs. Any thread may call this method."""
         self._stopping.set()
         self._calls.put(None)
 
@@ -189,7 +193,7 @@ class Worker(threading.Thread):
         return self._slots.n_refillable()
 
     def place(self, job: Job) -> int:
-        """Return a job's place in the queue from 1 (0: the job has left the queue)."""
+        """Return a job's place in the queue, starting from 1 (0: the job has left the queue)."""
         with self._lock:
             waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
@@ -233,7 +237,7 @@ class Worker(threading.Thread):
                     self._serve(job, turn.close)
 
     def _wait(self) -> None:
-        """Wait for a job; while idle, refill cached prompts and fit projections."""
+        """Wait for a job. In idle time, refill cached prompts and fit projections."""
         while not self._stopping.is_set():
             is_free = self._calls.empty() and not self._seen_s
             index = self._slots.refillable()
@@ -280,7 +284,7 @@ class Worker(threading.Thread):
             return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job, end_turn: Callable[[], None]) -> None:
-        """Run a job; call `end_turn` once its prompt has been prefilled."""
+        """Run a job, and call `end_turn` once the job's prompt has been prefilled."""
         job.queued_s = time.perf_counter() - job.submitted_s
         self._seen_s[job] = time.monotonic()
         self._metrics.queued.observe(job.queued_s)

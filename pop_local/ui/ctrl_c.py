@@ -1,4 +1,4 @@
-"""Deferred Ctrl-C, which stops work between two steps."""
+"""Deferred handling of Ctrl-C, which stops work between two steps."""
 
 import signal
 import threading
@@ -8,7 +8,11 @@ from types import FrameType
 
 
 class CtrlC:
-    """State of Ctrl-C. `asked`: the user pressed it. `at_once`: raise on the next press."""
+    """The state of Ctrl-C.
+
+    `asked` is set once the user has pressed Ctrl-C, and `at_once` makes the next press raise
+    KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.asked = self.at_once = False
@@ -16,10 +20,10 @@ class CtrlC:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[CtrlC]:
-    """Record the first Ctrl-C and raise KeyboardInterrupt only for the second one.
+    """Record the first Ctrl-C, and raise KeyboardInterrupt only for the second Ctrl-C.
 
     An exception between a decode and its token count would corrupt the KV cache. A process that
-    ignores Ctrl-C, such as a script's background job, continues to ignore it.
+    ignores Ctrl-C, such as a script's background job, continues to ignore Ctrl-C.
     """
     interrupt = CtrlC()
     is_main = threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""Conversion of exceptions into two lines on stderr and an exit code."""
+"""Convert exceptions to an error line and a hint line on stderr, and to an exit code."""
 
 import functools
 import logging
@@ -28,7 +28,7 @@ EXIT_PIPE_CLOSED = 141
 
 @contextmanager
 def guard(*, debug: bool) -> Iterator[None]:
-    """Run a command and turn a failure into two lines on stderr and exit code 1.
+    """Run a command, and convert a failure to two lines on stderr and exit code 1.
 
     With `debug`, stderr also receives the traceback and llama.cpp's log.
     """
@@ -65,7 +65,7 @@ def _stopped() -> typer.Exit:
 
 
 def as_pop_error(error: Exception) -> PopError:
-    """Convert any exception to an error with a message and a hint."""
+    """Convert any exception to a PopError with a message and a hint."""
     if isinstance(error, PopError):
         return error
     if isinstance(error, MemoryError):
@@ -104,7 +104,7 @@ def _last_words() -> Callable[[str], None]:
 
 
 class _Printable(logging.Formatter):
-    """Formatter that escapes log lines, which may quote a model's metadata."""
+    """A formatter that escapes log lines, which may quote a model's metadata."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), kept="\n")

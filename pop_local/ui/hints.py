@@ -1,6 +1,6 @@
 """Hints for errors that name the command line's options and commands (hints.toml).
 
-The library's own hints are for Python callers.
+The hints in the library address Python programmers.
 """
 
 import errno
@@ -12,7 +12,7 @@ import tomlkit
 
 from pop_converter.base.errors import PopError
 
-TRACE = "`pop-local --debug COMMAND ...` shows the traceback"
+TRACE = "run `pop-local --debug COMMAND ...` to show the traceback"
 GAVE_UP = "the model file may be damaged; download it again or use another model"
 MEMORY = "close other programs, or use a smaller model or context (--ctx)"
 _SPACE = "free some space, or write to another disk"
@@ -24,7 +24,7 @@ _BY_ERRNO = {
     errno.EPERM: _PERMISSION,
     errno.EROFS: "this disk is read-only; use another folder",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path: a part of it is a file",
+    errno.ENOTDIR: "check the path: one of its folders is a file",
     errno.EISDIR: "pass a file instead of a folder",
     errno.ENOMEM: MEMORY,
 }
@@ -32,13 +32,13 @@ _BY_ERRNO = {
 
 @functools.cache
 def hints_for(kind: Literal["causes", "commands", "options"]) -> dict[str, str]:
-    """Return the hints for errors by cause, or for other programs' commands or options."""
+    """Return the hints by error cause, or by another program's command or option."""
     text = Path(__file__).with_suffix(".toml").read_text("utf-8")
     return dict(tomlkit.parse(text).unwrap()[kind])
 
 
 def hint_of(error: PopError) -> str:
-    """Return the command line's hint, else the library's, which may be empty."""
+    """Return the command line's hint for an error, or else the library's hint (maybe "")."""
     template = hints_for("causes").get(error.cause, "{hint}")
     return template.format_map({**error.fields, "hint": error.hint})
 

@@ -16,7 +16,10 @@ HELP_OPTIONS = ["-h", "--help"]
 
 
 def sub_app(**how: Any) -> typer.Typer:
-    """Return an app for a command or a group. `how`: further arguments of typer.Typer."""
+    """Return a Typer app for a command or a group of commands.
+
+    `how`: further arguments of typer.Typer.
+    """
     return typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -46,7 +49,7 @@ def _command(package: str, name: str) -> Any:
 
 
 def _defaults(command: Any) -> dict[str, Any]:
-    """Return the settings that replace defaults of a command's parameters."""
+    """Return the settings that replace the defaults of a command's parameters."""
     # Never fill in required arguments: `rm` would delete the default model.
     wanted = {param.name for param in command.params if not param.required} & {*settings.KEYS}
     found = settings.given() if wanted else {}
@@ -54,7 +57,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _shown_without_type(command: Any, ctx: Any) -> None:
-    """Remove <bool> from flags in help pages; Typer 0.29 and later add it."""
+    """Remove the type <bool>, which Typer 0.29 and later show for flags in help pages."""
     for param in command.get_params(ctx):
         if getattr(param, "is_flag", False):
             param.metavar = ""
@@ -63,13 +66,13 @@ def _shown_without_type(command: Any, ctx: Any) -> None:
 
 
 def _paragraphs(docstring: str | None) -> str:
-    """Join the lines of every paragraph; Typer joins the first paragraph only."""
+    """Join the lines of every paragraph, because Typer joins only the first paragraph's lines."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
-    """Return a class for `typer.Typer(cls=...)`; `commands`: help texts by command name."""
+    """Return a class for `typer.Typer(cls=...)`. `commands` maps command names to help texts."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:

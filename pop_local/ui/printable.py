@@ -1,4 +1,4 @@
-"""Escaping of untrusted text (names, metadata, replies) for terminals."""
+"""Escape untrusted text (names, metadata, replies) for terminals."""
 
 import unicodedata
 

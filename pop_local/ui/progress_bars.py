@@ -1,4 +1,4 @@
-"""Progress on stderr: bars in a terminal, occasional lines elsewhere."""
+"""Show progress on stderr, as bars in a terminal and as occasional lines elsewhere."""
 
 import math
 import sys
@@ -36,13 +36,13 @@ _LINE_EVERY_S = 20.0
 
 @dataclass
 class Pace:
-    """State that consecutive bars share: the last line's time, and all stages' time left."""
+    """State shared by consecutive bars: the last line's time, and the time left for all stages."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
     time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
 
     def left(self) -> str:
-        """Return the time left for all stages, "" if unknown."""
+        """Return the time left for all stages, or "" if this time is unknown."""
         if (left_s := self.time_left.left_s) is None:
             return ""
         about = "up to" if self.time_left.is_at_most else "about"
@@ -50,7 +50,7 @@ class Pace:
 
 
 def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
-    """Show (done, total) in `unit` while the block runs."""
+    """Show the progress of a stage in `unit` while the block runs."""
     if unit is Unit.BYTES:
         return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), pace)
     return _bar(what, (MofNCompleteColumn(), _TimeLeft(pace)), pace)
@@ -58,7 +58,7 @@ def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[
 
 @contextmanager
 def prefill_progress(what: str) -> Iterator[Advance]:
-    """Show a prompt's progress in tokens and tokens/s. Short prompts have no bar."""
+    """Show the progress of a prefill in tokens and tokens/s. Short prompts have no progress bar."""
     with ExitStack() as stack:
         bars: list[Advance] = []
 

@@ -1,4 +1,4 @@
-"""Preparation of stdin, stdout and stderr."""
+"""Set up stdin, stdout and stderr."""
 
 import codecs
 import io
@@ -7,10 +7,11 @@ import sys
 
 
 def prepare_streams() -> None:
-    """Open closed streams on the null device, and let stdout encode any character.
+    """Connect closed streams to the null device, and make stdout accept any character.
 
-    On Windows, pipes and files receive UTF-8. In UTF-8, undecodable file names are written as their
-    bytes. In other encodings, missing characters are escaped.
+    On Windows, stdout writes UTF-8 to pipes and files. If stdout is UTF-8, undecodable file names
+    are written as their original bytes. In other encodings, characters that cannot be encoded are
+    escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

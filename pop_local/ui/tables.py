@@ -1,4 +1,4 @@
-"""Tables for terminals and in Markdown, facts and JSON."""
+"""Print tables (in a terminal or as Markdown), facts and JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Column:
-    """A table column; `cell` returns a row's content, None for an empty cell."""
+    """A table column. `cell` returns the column's content for a row (None for an empty cell)."""
 
     title: str
     cell: Callable[[Any], object]
@@ -47,7 +47,7 @@ def rich_table(columns: Sequence[Column], rows: Sequence[Any]) -> RichTable:
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Any]) -> None:
-    """Print a table on stdout, as Markdown unless it is a terminal."""
+    """Print a table on stdout, as Markdown unless stdout is a terminal."""
     if out.is_terminal:
         out.print(rich_table(columns, rows))
     else:
@@ -87,7 +87,7 @@ Fact = tuple[str, str]
 
 
 def print_facts(facts: Sequence[Fact]) -> None:
-    """Print labels and values in two columns on stdout, wrapped in a terminal."""
+    """Print labels and values on stdout in two columns, which a terminal wraps."""
     facts = [(label, printable(value)) for label, value in facts]
     if not out.is_terminal:
         width = max(len(label) for label, _ in facts)

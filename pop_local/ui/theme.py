@@ -54,9 +54,9 @@ LOOKS = {"terminal": "ansi_dark", "dark": "monokai", "light": "default", "plain"
 
 
 def look(name: str) -> str:
-    """Return the Pygments style of a theme or of a style's name. Raises PopError.
+    """Return the Pygments style for the name of a theme or of a style. Raises PopError.
 
-    The result is plain for output without colours or cursor movement.
+    The style is plain if stdout supports no colours or no cursor movement.
     """
     from pygments.styles import get_all_styles
 
@@ -69,17 +69,16 @@ def look(name: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print lines of data on stdout, unescaped unless it is a terminal."""
+    """Print data on stdout, with control characters escaped only if stdout is a terminal."""
     out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
 
 
 def note(message: str) -> None:
-    """Print a line of information on stderr."""
+    """Print a note on stderr, because stdout is for answers and data."""
     _tell(message, "note")
 
 
 def warn(message: str) -> None:
-    """Print a warning on stderr."""
     _tell(message, "warn")
 
 

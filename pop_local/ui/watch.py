@@ -1,4 +1,4 @@
-"""A workflow's Watch on the terminal, with progress bars, notes and Ctrl-C."""
+"""Terminal output and Ctrl-C for a workflow's Watch, with progress bars and notes."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 
 def asked(question: str) -> bool:
-    """Ask the user a question; without a terminal, return False."""
+    """Ask the user a yes-or-no question. Without a terminal, return False."""
     return sys.stdin.isatty() and typer.confirm(question, default=True, err=True)
 
 

@@ -190,14 +190,14 @@ def test_options_without_effect_get_a_word(tmp_path):
     assert done.returncode == 0
     for words in (
         "llama.cpp rounds the context up to 256 tokens",
-        "--refill idle has no effect: one question leaves no idle time",
+        "--refill idle has no effect: a single question leaves the model no idle time",
         "--image-tokens has no effect: this model has no mmproj",
     ):
         assert words in done.stderr
 
 
-PLAIN, ONCE = "this model is not pruned", "one question leaves no idle time"
-PIPED = "piped lines leave no idle time"
+PLAIN, ONCE = "this model is not pruned", "a single question leaves the model no idle time"
+PIPED = "piped questions leave the model no idle time"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_pull_into_a_path_that_is_no_folder(tmp_path):
     assert "Apache-2.0" in licence
     assert error.startswith("error: ")
     assert error.endswith("Not a directory")
-    assert "a part of it is a file" in hint
+    assert "one of its folders is a file" in hint
 
 
 def test_debug_shows_the_trace_before_the_two_lines():

@@ -87,7 +87,7 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
     ]
     assert last["lookups"]["n"] == meta.measured.lookups_n > 0
     assert last["lookups"]["logprob_lost"] == meta.measured.lookups_logprob_lost
-    assert found["verdict"].endswith("Use --full to be certain.")
+    assert found["verdict"].endswith("Use --full to avoid any loss.")
     assert min(seconds.values()) > 0
 
 
@@ -200,7 +200,7 @@ def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypat
     )
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[-1].split("|")[-3].strip() == "5 of 40"
-    assert "Exact strings: 4 of 200 lost. Use --full to be certain." in " ".join(
+    assert "Exact strings: 4 of 200 lost. Use --full to avoid any loss." in " ".join(
         done.stdout.split()
     )
 
@@ -265,11 +265,11 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    limits = r"if only the first boundary is within the budget, \d\.\d\dx if all are"
+    limits = r"if only the first boundary is within the budget, or \d\.\d\dx if all boundaries are"
     assert re.search(rf"up to 1\.\d\dx for [\d,]+ prompt tokens without deep rows {limits}", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(
-        r"Memory [\d.]+ MB in addition to the model file, [\d.]+ MB for the fit", facts
+        r"Memory [\d.]+ MB in addition to the model file, with [\d.]+ MB for the fit", facts
     )
     short_of_memory = convert(tiny, "--dry-run", "--memory", 0).stdout
     assert "up to 15 passes" in " ".join(short_of_memory.split())

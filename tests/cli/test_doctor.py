@@ -141,13 +141,13 @@ def test_the_variant_of_the_cpu_is_named(install):
         (
             "avx512vnni",
             None,
-            "avx512vnni, the fastest for this processor in this build",
+            "avx512vnni, the fastest kernels for this processor in this build",
             "ok",
         ),
         ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
         ("amx", "avx-2", "amx: GGML_POP_KERNELS=avx-2", "note"),
         ("off", "0", "off: GGML_POP_KERNELS=0", "note"),
-        ("none", None, "none for this processor in this build", "ok"),
+        ("none", None, "this build has no kernels for this processor", "ok"),
     ],
 )
 def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, status):
@@ -171,8 +171,8 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     assert checks()["threads"]["status"] == "ok"
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
     assert checks()["threads"]["status"] == "note"
-    assert checks()["threads"]["found"].endswith("other processes keep 4.8 of them busy")
-    assert "fewer --threads" in checks()["threads"]["to_do"]
+    assert checks()["threads"]["found"].endswith("of which other processes keep 4.8 busy")
+    assert "a smaller number of --threads" in checks()["threads"]["to_do"]
     assert doctor().exit_code == 0
     install(n_threads=1)
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 100.0)
@@ -207,7 +207,7 @@ def test_gpus_are_listed(install):
 def test_a_backend_without_a_device_is_noted(install, name, hint):
     install(built_in=((name, 0), ("RPC", 0), ("CPU", 1)))
     assert checks()["built_in"]["found"] == f"{name}, RPC, CPU"
-    assert checks()["gpu"]["found"] == f"{name} is built in, but no device was found"
+    assert checks()["gpu"]["found"] == f"this build supports {name}, but no {name} device was found"
     assert hint in checks()["gpu"]["to_do"]
     assert doctor().exit_code == 0
 
@@ -232,4 +232,6 @@ def test_exact_skipping_of_a_model_is_shown(install, tmp_path, monkeypatch):
     install()
     path = make_shared(tmp_path / "model.gguf", "gemma4")
     monkeypatch.setenv("POP_LOCAL_MODEL", str(path))
-    assert checks()["model"]["found"] == f"{path} (prompt tokens skip layers 4 and up, exactly)"
+    assert (
+        checks()["model"]["found"] == f"{path}; prompt tokens skip layers 4 and up without any loss"
+    )

@@ -38,7 +38,7 @@ def test_run_with_pictures(path):
     done = called("run", path, "--image", a, "--image", b, "what differs?", *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert "a.png (128 x 96): 50 tokens" in done.stderr
-    assert "pictures 96 tokens, encoded in" in done.stderr
+    assert "pictures 96 tokens encoded in" in done.stderr
     done = called("run", path, "--image", a, "what?", "--json", *OPTIONS)
     stats = json.loads(done.stdout)["stats"]
     assert stats["n_image"] == 48 and stats["encode_s"] > 0
@@ -51,7 +51,7 @@ def test_a_limit_of_tokens_without_effect_gets_a_word(tmp_path, arch):
     options = ("--image-tokens", 64, *OPTIONS)
     done = called("run", make_vision_model(tmp_path, arch), "what?", *options)
     assert done.returncode == 0, done.stderr
-    words = "--image-tokens has no effect: this model's mmproj has a fixed size"
+    words = "--image-tokens has no effect: this model's mmproj uses a fixed number of tokens"
     assert (words in done.stderr) == (arch == "gemma3")
 
 
@@ -91,9 +91,9 @@ def test_chat_attaches_pictures(path):
     shown = chatted(path, "/image", f"/image '{a}'", "/image", "what?", f"/image {b}", "and?")
     assert "# No picture is attached" in shown
     assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 2
-    assert shown.count("# Attached to your next question.") == 2
-    assert "pictures 48 tokens, encoded in" in shown
-    assert "pictures 96 tokens, encoded in" in shown
+    assert shown.count("# Your next question includes the attachment.") == 2
+    assert "pictures 48 tokens encoded in" in shown
+    assert "pictures 96 tokens encoded in" in shown
 
 
 def test_chat_shows_the_contents_of_the_context(path):
@@ -119,7 +119,7 @@ def test_refilling_reports_its_limits(path, tmp_path):
     (tmp_path / "a.png").write_bytes(png(3))
     lines = ("/refill idle", "what?", f"/image {tmp_path / 'a.png'}", "and?", "/refill")
     shown = chatted(gemma, *lines)
-    assert shown.count("The other tokens stay pruned") == 1
+    assert shown.count("The remaining tokens stay pruned") == 1
 
 
 def test_a_chat_with_pictures_is_saved_and_loaded(path):

@@ -214,7 +214,7 @@ def test_threads_of_a_larger_machine_are_no_more_than_there_are_here(file, monke
     assert pop_local("run", "x", "hi", "--threads", "3").stderr == "error: 3 threads\n"
     refused = pop_local("run", "x", "hi", "--threads", "64")
     assert refused.exit_code == 2
-    assert "64 is more than this machine's 4 cores" in refused.stderr
+    assert "64 threads exceed this machine's 4 cores" in refused.stderr
 
 
 def test_what_must_be_given_is_never_filled_in(file, probe):

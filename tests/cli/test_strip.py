@@ -120,4 +120,4 @@ def test_the_output_is_an_option_too(tiny, pop):
     assert back.read_bytes() == tiny.read_bytes()
     done = command(pop, back, "--output", back, "--force")
     assert done.exit_code == 2
-    assert "already an argument" in done.stderr
+    assert "already names the output" in done.stderr

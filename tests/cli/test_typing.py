@@ -170,7 +170,7 @@ def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(terminal):
     terminal.line("read slowly")
     terminal.expect(r"(?=Reading the prompt .*tokens/s)")  # what follows takes its place
     terminal.interrupt()
-    terminal.expect("Stopped after reading")
+    terminal.expect("Reading stopped after")
     terminal.expect("The question was dropped")
     terminal.expect_prompt()
     terminal.line("speak slowly")

@@ -94,7 +94,7 @@ def test_llama_cpp_field_names(client):
         ("tokenize", {}, "content"),
         ("tokenize", {"content": [1, "a"]}, "content"),
         ("tokenize", {"content": "a", "with_pieces": True}, "with_pieces is not supported"),
-        ("detokenize", {"tokens": [384]}, "must be 0 to 383"),
+        ("detokenize", {"tokens": [384]}, "must be between 0 and 383"),
         ("detokenize", {"tokens": ["a"]}, "tokens.0"),
         ("infill", {"input_prefix": "a", "input_suffix": "b"}, "no tokens for filling in"),
         ("infill", {"input_extra": [{"text": 5}]}, "input_extra.0.text"),

@@ -1,1 +1,4 @@
-"""The APIs of other programs. Each module translates an API's requests to `request_bodies`."""
+"""The APIs of other programs.
+
+Each module converts the requests of an API to the classes of `request_bodies`.
+"""

@@ -30,9 +30,9 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
 class LlamaBody(bodies.CompletionBody):
-    """A request to /completion, which has other names for OpenAI's fields.
+    """A request to /completion, whose fields have other names than OpenAI's.
 
-    With `n_predict` 0, llama-server only fills its cache; this server generates one token.
+    If `n_predict` is 0, this server generates one token, while llama-server only fills its cache.
     """
 
     unsupported = (*bodies.CompletionBody.unsupported, "return_tokens", "post_sampling_probs")

@@ -68,7 +68,7 @@ class AnthropicMessage(bodies.LenientBody):
     content: _blocks(bodies.TextPart | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock)  # type: ignore[valid-type]
 
     def chat_messages(self) -> Iterator[Json]:
-        """Yield this message as chat messages: tool results precede the user's text."""
+        """Yield this message as chat messages, with tool results before the user's text."""
         shown = [block for block in self.content if isinstance(block, bodies.TextPart | ImageBlock)]
         for block in self.content:
             if isinstance(block, ToolResultBlock):
@@ -96,7 +96,10 @@ class AnthropicToolChoice(bodies.LenientBody):
 
 
 class CountTokensBody(bodies.ModelRequest):
-    """A request to count tokens; `thinking`, `metadata` and `cache_control` are ignored."""
+    """A request to count tokens.
+
+    The fields `thinking`, `metadata` and `cache_control` are ignored.
+    """
 
     unsupported = ("mcp_servers", "container")
     messages: Annotated[
@@ -137,7 +140,7 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(replies.EventReply):
-    """A formatter for Anthropic messages, complete or as events. It omits reasoning."""
+    """A formatter for Anthropic messages, complete or as events, which omits the reasoning."""
 
     id_prefix = "msg"
 

@@ -65,7 +65,10 @@ class OllamaMessage(bodies.LenientBody):
 
 
 class OllamaBody(bodies.ModelRequest):
-    """Fields that /api/chat and /api/generate share; `keep_alive` and `think` are ignored."""
+    """The fields that /api/chat and /api/generate share.
+
+    The fields `keep_alive` and `think` are ignored.
+    """
 
     stream: bool | None = None
     options: dict[str, Any] | None = None
@@ -113,9 +116,11 @@ class OllamaGenerate(OllamaBody):
     @model_validator(mode="after")
     def _check_supported_fields(self) -> "OllamaGenerate":
         if self.template:
-            raise ValueError("template is not supported: leave it out to use the model's template")
+            raise ValueError(
+                "template is not supported: remove this field to use the model's template"
+            )
         if self.context:
-            raise ValueError("context is not supported: send messages to /api/chat")
+            raise ValueError("context is not supported: send the earlier messages to /api/chat")
         if self.images and (self.raw or self.suffix):
             raise ValueError("images cannot be combined with raw or suffix")
         return self
@@ -179,7 +184,7 @@ class OllamaReply(replies.OtherApiReply):
 
 
 class OllamaChatReply(OllamaReply):
-    """A formatter for the replies of /api/chat, with complete calls at the end of a stream."""
+    """A formatter for the replies of /api/chat, whose streams end with the complete tool calls."""
 
     def __init__(self, served: ServedModel, body: bodies.ChatBody | None = None) -> None:
         super().__init__(served, body)
@@ -273,7 +278,7 @@ def _details(info: ModelInfo) -> Json:
 
 
 def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
-    """Return descriptions of the models whose files can be read."""
+    """Return descriptions of the models, except those with unreadable files."""
     cards: list[Json] = []
     for one in listed:
         with suppress(PopError, OSError):

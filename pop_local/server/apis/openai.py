@@ -1,4 +1,4 @@
-"""OpenAI's models, chat completions and text completions."""
+"""OpenAI's APIs for models, chat completions and text completions."""
 
 import time
 from functools import partial

@@ -110,7 +110,7 @@ class ToolChoice(bodies.LenientBody):
 
 
 class ResponsesBody(bodies.ModelRequest):
-    """A request for a response; `metadata`, `user` and `reasoning` are ignored."""
+    """A request to /v1/responses. The fields `metadata`, `user` and `reasoning` are ignored."""
 
     unsupported = (
         *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
@@ -154,7 +154,10 @@ class ResponsesBody(bodies.ModelRequest):
         )
 
     def messages(self) -> list[Json]:
-        """Return the input as chat messages; calls join the preceding assistant message."""
+        """Return the input as chat messages.
+
+        Function calls join the preceding assistant message.
+        """
         found: list[Json] = []
         for item in self.input:
             if isinstance(item, FunctionCallItem):
@@ -176,13 +179,16 @@ class ConversationStore:
         self._n_bytes = 0
 
     def get(self, name: str | None) -> list[Json]:
-        """Return the conversation up to a response. Raises ApiError if it is not stored."""
+        """Return the conversation up to a response.
+
+        Raises ApiError if the response is not stored.
+        """
         if not name:
             return []
         if name not in self._stored:
             raise ApiError(
                 400,
-                f"response {name!r} is not stored: send all messages",
+                f"response {name!r} is not stored: send all messages of the conversation",
                 code="previous_response_not_found",
                 param="previous_response_id",
             )
@@ -199,7 +205,7 @@ class ConversationStore:
 
 
 class ResponsesReply(EventReply):
-    """A formatter for responses, complete or as events. It omits reasoning."""
+    """A formatter for OpenAI's responses, complete or as events, which omits the reasoning."""
 
     id_prefix = "resp"
 
@@ -250,7 +256,7 @@ class ResponsesReply(EventReply):
         return self._event("output_item.added", output_index=index, item=deepcopy(item))
 
     def _close(self) -> Iterator[Json]:
-        """Yield the events that end the last item, if it is open."""
+        """Yield the events that end the last output item, if this item is open."""
         if not self._output or self._output[-1]["status"] == "completed":
             return
         item = self._output[-1]

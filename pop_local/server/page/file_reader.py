@@ -1,4 +1,4 @@
-"""Reading of uploaded files in a child process with limits."""
+"""Read uploaded files in a child process with limited time and memory."""
 
 import base64
 from pathlib import Path
@@ -27,13 +27,16 @@ class FileReader:
 
     @staticmethod
     def picture(path: str) -> str:
-        """Return an image file as base64; only its header is decoded."""
+        """Return an image file as base64. Only the image's header is decoded."""
         return base64.b64encode(read_picture(path).content).decode()
 
 
 class _Reader(KeptProcess):
     def read(self, kind: str, path: Path, name: str) -> str:
-        """Call the FileReader's function `kind`. Raises PopError, which contains `name`."""
+        """Call FileReader's function `kind` in the child process.
+
+        Raises PopError, which names the file `name`.
+        """
         try:
             found: str = self.call(kind, str(path))
         except RefusedError as error:

@@ -1,7 +1,7 @@
 """The web page's files, and the endpoint that reads uploaded files.
 
-`/page/file?name=NAME` receives a file's bytes and content type. It returns a document's `text`,
-or an image's data `url`.
+`/page/file?name=NAME` receives a file's bytes and content type. The response contains a document's
+`text`, or an image's data `url`.
 """
 
 import re
@@ -49,7 +49,7 @@ _IMAGE = re.compile(r"image/[\w.+-]{1,40}")
 
 
 def is_public(scope: Scope) -> bool:
-    """Return whether a request is for one of the page's files, which need no key."""
+    """Return True if a request is for one of the page's files, which need no API key."""
     path: str = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
 
@@ -105,7 +105,7 @@ async def _file(limit: anyio.CapacityLimiter, request: Request) -> Response:
 
 
 async def _receive(request: Request, path: Path, max_bytes: int, name: str) -> None:
-    """Write a request's body to a file. Raises ApiError if it has more than `max_bytes`."""
+    """Write a request's body to a file. Raises ApiError if the body has more than `max_bytes`."""
     message = f"{name} is too large: the limit is {max_bytes:,} bytes"
     too_large = ApiError(413, message, code="request_too_large")
     if int(request.headers.get("content-length", 0)) > max_bytes:

@@ -20,7 +20,7 @@ from pop_local.ui.views.stats import counted_line, picture_line
 # Context tokens reserved for the question and the template.
 _QUESTION_TOKENS = 64
 _MAX_FILES = 500
-_ATTACHED = "Attached to your next question."
+_ATTACHED = "Your next question includes the attachment."
 
 
 # A document and its number of tokens.
@@ -33,7 +33,7 @@ def attach_file(chat: Dialogue, argument: str) -> None:
         _offer(chat, [given_path(argument)], may_cut=True)
         return
     if not chat.documents:
-        chat.screen.note("No file is attached; /file PATH attaches one.")
+        chat.screen.note("No file is attached; /file PATH attaches a file.")
     n_ctx = chat.model.engine.context.n_ctx
     for document in chat.documents:
         n_tokens = count_tokens(chat, document.text)
@@ -58,7 +58,7 @@ def attach_image(chat: Dialogue, argument: str) -> None:
     """Attach a picture. Without an argument, list the attached pictures."""
     if not argument:
         if not chat.pictures:
-            chat.screen.note("No picture is attached; /image PATH attaches one.")
+            chat.screen.note("No picture is attached; /image PATH attaches a picture.")
         for picture in chat.pictures:
             _note_picture(chat, picture)
         return
@@ -101,9 +101,12 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
     if len(fitting) < len(files):
         cuts = {}
         if may_cut and room > 0:
-            cuts = {"b": f"read the first {room:,} tokens", "e": f"read the last {room:,} tokens"}
+            cuts = {
+                "b": f"attach only the first {room:,} tokens",
+                "e": f"attach only the last {room:,} tokens",
+            }
         elif fitting:
-            cuts = {"f": f"read the first {len(fitting)} of {len(files)}"}
+            cuts = {"f": f"attach only the first {len(fitting)} of {len(files)} files"}
         chosen = _choose(chat, sums[-1], room, cuts) or ""
     if chosen == "l":
         _attach(chat, files, may_cut)
@@ -129,7 +132,7 @@ def count_used(chat: Dialogue) -> int:
 
 
 def _room_in(chat: Dialogue) -> int:
-    """Return the number of tokens left for attachments, which may be negative."""
+    """Return the number of context tokens left for attachments, which may be negative."""
     n_ctx = chat.model.engine.context.n_ctx
     n_answer = answer_reserve(chat.sampling.get("max_tokens"), n_ctx)
     return n_ctx - count_used(chat) - n_answer - _QUESTION_TOKENS
@@ -138,7 +141,8 @@ def _room_in(chat: Dialogue) -> int:
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
     """Ask the user how to attach a file that does not fit into the context.
 
-    Return the chosen key of `cuts`, "l" after enlarging the context, None to attach nothing.
+    Return the chosen key of `cuts`, "l" after the context was enlarged, or None if the user
+    attaches nothing.
     """
     n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
     larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}

@@ -38,8 +38,8 @@ Ask = Callable[..., Stream]
 class Dialogue:
     """A session with its sampling options and the attachments of the next question.
 
-    `refill`: when cached rows are refilled (ui.chat.refill.MODES). `saved_as`: name of the saved
-    session, which /save replaces without confirmation, or "".
+    `refill` is one of ui.chat.refill.MODES. `saved_as` is the name of the saved session ("" if
+    none), which /save replaces without confirmation.
     """
 
     def __init__(
@@ -72,7 +72,10 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model or its context. If opening raises PopError, keep the current model."""
+        """Replace the model or its context.
+
+        Raises PopError, and keeps the current model, if opening fails.
+        """
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
@@ -98,7 +101,7 @@ class Dialogue:
         self.screen.note(f"{fit} /full on disables fast reading.")
 
     def enlarge(self, n_ctx: int) -> bool:
-        """Reopen the model with a larger context. Return False if opening fails."""
+        """Reopen the model with a larger context. Return False if the model cannot be reopened."""
         try:
             self.reopen(None, n_ctx)
         except PopError as error:
@@ -127,9 +130,9 @@ class Dialogue:
         self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
-        """Show an answer. After Ctrl-C or a failure, the conversation keeps the part shown so far.
+        """Show an answer. After Ctrl-C or a failure, the conversation keeps the shown part.
 
-        Raises KeyboardInterrupt after Ctrl-C if the lines are piped.
+        Raises KeyboardInterrupt after Ctrl-C if the input is piped.
         """
         interrupt = CtrlC()
         try:
@@ -157,7 +160,7 @@ class Dialogue:
         self.screen.error(error)
 
     def refuse(self, line: str) -> None:
-        """Show why a command has no effect."""
+        """Show why a slash command was refused."""
         self.has_failed = True
         self.screen.note(line)
 
@@ -189,7 +192,7 @@ class Dialogue:
     def _offer_full(self, answer: str, stats: TurnStats) -> None:
         """Offer /full once if an answer from inexact rows contains an exact string.
 
-        A file whose look-ups were measured without a loss needs no offer.
+        The user gets no offer if the measured look-ups of the model file show no loss.
         """
         meta = self.model.engine.context.files.meta
         found = meta and meta.measured
@@ -217,7 +220,7 @@ class Dialogue:
         if is_full and not self._is_warned:
             self.screen.warn(
                 f"The context is {n_used / n_ctx:.0%} full ({n_used:,} of {n_ctx:,} tokens):"
-                " /clear starts over, /undo drops the last turn, --ctx sets a larger context."
+                " /clear starts over, /undo drops the last turn, and --ctx N sets a larger context."
             )
         self._is_warned = is_full
 

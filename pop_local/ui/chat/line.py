@@ -1,4 +1,4 @@
-"""Reading of the user's lines, with editing and completion in a terminal."""
+"""Read the user's lines, with editing and completion in a terminal."""
 
 import codecs
 import sys
@@ -41,10 +41,11 @@ LineReader = Callable[..., str]
 def line_reader(
     history: Path, commands: Mapping[str, Words], status: Callable[[], str]
 ) -> LineReader:
-    """Return a reader of stdin.
+    """Return a function that reads a line from stdin.
 
-    `commands`: completions for each command's argument. `status` returns the text below a typed
-    line. If the text is empty when a line starts, the line shows no status.
+    `commands` maps each slash command to a function that returns completions of its argument.
+    `status` returns the text to show below the line while the user types. If this text is empty
+    when a line starts, it is not shown for the whole line.
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -72,7 +73,10 @@ def line_reader(
 
 
 def piped_line(default: str = "") -> str:
-    """Read a line of stdin. Raises EOFError at the end, PopError for invalid UTF-8."""
+    """Read a line from stdin.
+
+    Raises EOFError at the end of stdin, and PopError for invalid UTF-8.
+    """
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
@@ -82,14 +86,14 @@ def piped_line(default: str = "") -> str:
 
 
 def _utf8(line: str) -> str:
-    """Return the line. Raises PopError for NUL characters and invalid bytes."""
+    """Return the line unchanged. Raises PopError for NUL characters and invalid UTF-8."""
     if any("\ud800" <= char <= "\udfff" or char == "\0" for char in line):
         raise PopError("skipped a line that is not UTF-8 text", "save the input as UTF-8")
     return line
 
 
 def chosen_key(keys: Sequence[str]) -> str | None:
-    """Ask for one of the keys. Return None for an empty line, Ctrl-C or Ctrl-D."""
+    """Ask the user for one of the keys. Return None for an empty line, Ctrl-C or Ctrl-D."""
     session = _session()
     while True:
         try:
@@ -149,7 +153,7 @@ def _bindings() -> KeyBindings:
 
 
 class _History(FileHistory):
-    """A history file that only its owner can read. Write errors are ignored."""
+    """A history file that only its owner can read. Errors while writing the file are ignored."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))

@@ -1,7 +1,7 @@
-"""Rendering of streamed answers: Markdown in a terminal, plain text elsewhere.
+"""Render streamed answers as Markdown in a terminal, and as plain text elsewhere.
 
-Each finished block is printed once. The last block is redrawn while it grows, up to the screen's
-height. Lines that have scrolled off the screen never change.
+Each finished Markdown block is printed once. The last block is redrawn while it grows, up to the
+screen's height. Lines that have scrolled off the screen never change.
 """
 
 import time
@@ -28,7 +28,7 @@ _REST = 74
 
 
 class PlainAnswer:
-    """Writer of plain answers, without control characters in a terminal."""
+    """A writer of answers as plain text, which removes control characters in a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -48,7 +48,7 @@ class PlainAnswer:
 
 
 class ThinkingSplitter:
-    """Splitter of a streamed answer into reasoning (a block at the start) and content."""
+    """A splitter of a streamed answer into reasoning (a block at the start) and content."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -76,7 +76,7 @@ class ThinkingSplitter:
             self._held = ""
 
     def flush(self) -> Iterator[Piece]:
-        """Yield the text held back so far, at the end of the answer."""
+        """Yield the text that `push` has held back. Must be called at the end of the answer."""
         if self._held:
             is_thought = self._at == "thought"
             yield Piece(reasoning=self._held) if is_thought else Piece(self._held)
@@ -91,7 +91,7 @@ class Tail:
         self._widths: list[int] = []
 
     def draw(self, above: Lines, lines: Lines) -> None:
-        """Replace the previous call's `lines` with `above` and `lines`."""
+        """Print `above` and `lines` over the `lines` of the previous call."""
         n_rows = sum(map(self._n_rows, self._widths))
         with self._console:  # a single write avoids flicker
             if n_rows:
@@ -102,12 +102,12 @@ class Tail:
         self._widths = [Segment.get_line_length(line) for line in lines]
 
     def _n_rows(self, width: int) -> int:
-        """Count the terminal rows of a line, which may be wrapped."""
+        """Return the number of terminal rows of a line, which the terminal may wrap."""
         return max(1, -(-width // max(1, self._console.width)))
 
 
 class MarkdownAnswer:
-    """Renderer of Markdown answers, with the model's reasoning as dim plain text."""
+    """A renderer of Markdown answers, which shows the model's reasoning as dim plain text."""
 
     def __init__(self, console: Console, code_theme: str) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""Rendering of Markdown as terminal lines that contain all of its text."""
+"""Render Markdown as terminal lines without dropping any text."""
 
 import re
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ def top_level(text: str) -> list[str]:
 
 
 def rendered(console: Console, text: str, code_theme: str) -> Lines:
-    """Render Markdown as lines without padding. Omit blank lines at both ends."""
+    """Return Markdown as unpadded terminal lines, without blank lines at the start and the end."""
     markdown = _Markdown(text, code_theme)
     lines = [_trimmed(line) for line in console.render_lines(markdown, pad=False)]
     while lines and not lines[-1]:
@@ -90,7 +90,7 @@ def rendered(console: Console, text: str, code_theme: str) -> Lines:
 
 
 def _trimmed(line: list[Segment]) -> list[Segment]:
-    """Remove trailing spaces, which a terminal would copy and wrap."""
+    """Remove a line's trailing spaces, which a terminal would copy and wrap."""
     while line and not (line[-1].style and line[-1].style.bgcolor):
         text = line[-1].text.rstrip()
         if text:

@@ -16,20 +16,23 @@ def answer_reserve(max_tokens: int | None, n_ctx: int) -> int:
 
 
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> tuple[int, int]:
-    """Ask the user. Return the number of turns to drop, and a larger context length (or 0)."""
+    """Ask the user how to make room for the prompt.
+
+    Return the number of turns to drop, and the larger context length to use (0 to keep the current
+    context).
+    """
     message = (
-        f"Context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}, an"
-        f" answer needs {error.n_answer:,} or more, the limit is {error.n_ctx:,}."
+        f"The context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}"
+        f" tokens, an answer needs {error.n_answer:,} or more, and the limit is {error.n_ctx:,}."
     )
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
     n_larger = larger_ctx(session.model, error.n_prompt + error.n_answer) or 0
     choices = {}
     if n_drop:
-        turns = "the oldest turn" if n_drop == 1 else f"the {n_drop} oldest turns"
-        choices["d"] = f"drop {turns}"
+        choices["d"] = "drop the oldest turn" if n_drop == 1 else f"drop the {n_drop} oldest turns"
     if n_turns and _fits(session, n_turns, error):
-        choices["n"] = "start over with this question"
+        choices["n"] = "start a new conversation with this question"
     if n_larger:
         choices["l"] = f"use a larger context (--ctx {n_larger}) and read the prompt again"
     choices["x"] = "drop this question"
@@ -41,12 +44,14 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
     """Return a PopError whose hint names a sufficient context length."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
-    larger = f"use a larger context (--ctx {n_larger}) or " if n_larger else ""
-    return PopError(error.message, f"{larger}shorten the prompt")
+    hint = "shorten the prompt"
+    if n_larger:
+        hint = f"use a larger context (--ctx {n_larger}) or shorten the prompt"
+    return PopError(error.message, hint)
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Return a context length for 1.5 times the tokens, None if the model cannot provide it."""
+    """Return a context length for 1.5 times the tokens, or None if the model cannot use it."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.files.n_ctx_train)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

@@ -1,4 +1,4 @@
-"""Work while the user types: refilling the cache (/refill) and learning."""
+"""Background work while the user types: refilling the cache (/refill) and learning."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -13,18 +13,18 @@ MODES = ("idle", "off")
 
 
 def _learn(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
-    """Continue learning. A failure disables learning."""
+    """Continue learning. A failure disables learning for the rest of the chat."""
     try:
         return chat.fitter.idle(should_stop) if chat.fitter else None
     except Exception as error:
         chat.fitter = None
-        chat.screen.warn(f"Learning is off: {as_pop_error(error).message}.")
+        chat.screen.warn(f"Learning is off after an error: {as_pop_error(error).message}.")
         return None
 
 
 @contextmanager
 def idling(chat: Dialogue) -> Iterator[None]:
-    """Refill and learn in another thread, which stops at the end of the block."""
+    """Refill the cache and learn in another thread, which stops at the end of the block."""
     stop = threading.Event()
     fits: list[LearnedFit] = []
     failures: list[Exception] = []
@@ -73,7 +73,7 @@ def _switch(chat: Dialogue, mode: str) -> None:
 
 
 def set_mode(chat: Dialogue, mode: str) -> None:
-    """Change the refill mode if one is given, and show the progress."""
+    """Set the refill mode unless `mode` is empty, and show the progress of refilling."""
     if mode and mode not in MODES:
         chat.refuse(f"/refill accepts {' or '.join(MODES)}, not {mode}.")
         return
@@ -85,13 +85,13 @@ def set_mode(chat: Dialogue, mode: str) -> None:
         chat.screen.note(line)
         if engine.cache.n_exact < engine.cache.n_tokens and not engine.refiller.n_refillable:
             chat.screen.note(
-                "The other tokens stay pruned: they were loaded from a file, were read while"
+                "The remaining tokens stay pruned: they were loaded from a file, were read while"
                 " catching up was off, or belong to a picture."
             )
 
 
 def finish(chat: Dialogue) -> None:
-    """Refill all rows before saving, unless the user presses Ctrl-C."""
+    """Refill all cached rows before the session is saved, unless the user presses Ctrl-C."""
     refiller = chat.model.engine.refiller
     if chat.refill == "off" or not refiller.n_refillable:
         return
@@ -101,11 +101,11 @@ def finish(chat: Dialogue) -> None:
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
-        chat.screen.note("Stopped before all tokens were exact.")
+        chat.screen.note("Catching up stopped before all tokens were exact.")
 
 
 def status(chat: Dialogue) -> str:
-    """Return the share of exact tokens, or "" if no token can be refilled."""
+    """Describe how many cached tokens are exact. Return "" if no token can be refilled."""
     engine = chat.model.engine
     can_refill = engine.pruning.boundary and not engine.context.files.no_refill
     if chat.refill == "off" or not can_refill or not engine.cache.n_tokens:
@@ -122,4 +122,7 @@ def _state(chat: Dialogue) -> str:
     if chat.refill == "off":
         return "Catching up is off: pruned tokens stay pruned."
     held = size(engine.refiller.held_bytes)
-    return f"Catching up is on: pruned tokens run the skipped layers while you type ({held})."
+    return (
+        "Catching up is on: pruned tokens run the skipped layers while you type (memory for their"
+        f" states: {held})."
+    )

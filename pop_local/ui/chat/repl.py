@@ -29,9 +29,9 @@ def talk(chat: Dialogue) -> None:
 def converse(
     chat: Dialogue, read_line: LineReader, keep: Callable[[Dialogue], None] = lambda chat: None
 ) -> None:
-    """Run each line until the user quits or the input ends. Call `keep` before each line.
+    """Run each line until the user quits or the input ends. Call `keep` before reading each line.
 
-    Raises KeyboardInterrupt after Ctrl-C if the lines are piped.
+    Raises KeyboardInterrupt after Ctrl-C if the input is piped.
     """
     while True:
         try:

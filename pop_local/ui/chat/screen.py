@@ -12,7 +12,7 @@ from pop_local.ui.theme import note, out, warn
 
 
 class Screen:
-    """Output of a chat's answers, notes and errors, and input of choices."""
+    """The output of a chat's answers, notes and errors, and the input of choices."""
 
     def __init__(self, code_theme: str) -> None:
         """`code_theme`: see `theme.look`."""
@@ -50,10 +50,10 @@ class Screen:
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
-        """Return the key of the user's choice, or None without a choice or a terminal.
+        """Return the key that the user chooses, or None without a choice or a terminal.
 
-        `choices`: texts by key. The last choice changes nothing. With a single choice, the user is
-        not asked.
+        `choices` maps each key to the choice's text. The last choice must have no effect, and if it
+        is the only choice, the user is not asked.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

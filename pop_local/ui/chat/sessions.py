@@ -1,7 +1,7 @@
 """Session files of the chat: /save, /load, /sessions, and recovery after a crash.
 
-Each chat stores its transcript without the KV cache in a file, holds a lock next to the file, and
-removes both at exit. If a file's lock is free, its chat has crashed.
+Each chat stores its transcript without the KV cache in a file, locks this file with a lock file,
+and removes both files at exit. If a file's lock is free, its chat has crashed.
 """
 
 import time
@@ -23,7 +23,7 @@ from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_hidden_p
 from pop_local.ui.chat.refill import finish
 from pop_local.ui.error_output import as_pop_error
 
-_CHOICES = {"c": "continue it", "d": "delete it", "k": "keep it and ask again later"}
+_CHOICES = {"c": "continue it", "d": "delete it", "k": "keep it and offer it again later"}
 
 
 def saved() -> Sessions:
@@ -36,14 +36,14 @@ def save(chat: Dialogue, name: str) -> None:
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
-        choices = {"r": "replace it", "k": "keep it and save nothing"}
+        choices = {"r": "replace it", "k": "keep the saved session and save nothing"}
         if chat.screen.choose(f"Session {name} already exists.", choices) != "r":
             chat.refuse("Nothing was saved.")
             return
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    chat.screen.note(f"Saved as {name} ({size(n_bytes)}); /load {name} restores this state.")
+    chat.screen.note(f"The session is saved as {name} ({size(n_bytes)}); /load {name} restores it.")
 
 
 def load(chat: Dialogue, name: str) -> None:
@@ -54,17 +54,17 @@ def load(chat: Dialogue, name: str) -> None:
     path = sessions.path(name)
     if not path.is_file():
         hint = nearest_hint(name, {known: known for known in sessions.names()}, "see /sessions")
-        raise PopError(f"no session named {name}", hint)
+        raise PopError(f"no session has the name {name}", hint)
     session = load_session(chat.model, path)
     chat.resume(session, name)
     chat.screen.note(f"Loaded {name}: {_turns(len(session.conversation.turns))}.")
     if session.reread:
         chat.screen.warn(
-            f"Cannot reuse the saved KV cache: {session.reread}. Your next question also reads the"
-            " transcript again."
+            f"Cannot reuse the saved KV cache: {session.reread}. The model reads the transcript"
+            " again with your next question."
         )
     else:
-        chat.screen.note(f"{session.n_cached:,} tokens are cached and need no reading.")
+        chat.screen.note(f"{session.n_cached:,} tokens of the session are cached.")
     warn_of_hidden_pictures(chat)
     if chat.model.engine.pruning.mode is not before:
         chat.screen.note(pruning_state(chat.model))
@@ -73,7 +73,7 @@ def load(chat: Dialogue, name: str) -> None:
 def show(chat: Dialogue, argument: str) -> None:
     listed = list(saved().listed())
     if not listed:
-        chat.screen.note("No saved sessions; /save NAME saves this one.")
+        chat.screen.note("No sessions are saved yet; /save NAME saves this session.")
     for stored in listed:
         what = "damaged"
         if session := stored.session:
@@ -91,7 +91,7 @@ def _changed(stored: SavedFile) -> str:
 
 
 class Unsaved:
-    """This chat's transcript in `folder`, removed when the block ends without an exception."""
+    """This chat's transcript in `folder`, which is removed if the block ends without an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -111,7 +111,7 @@ class Unsaved:
         self._lock.release(force=True)
 
     def keep(self, chat: Dialogue) -> None:
-        """Save a changed transcript. Warn once if saving fails."""
+        """Save the transcript if it has changed. Warn the user once if saving fails."""
         said = chat.session.conversation
         if not self._is_possible or said is self._kept or not (said.turns or self._kept):
             return
@@ -123,7 +123,9 @@ class Unsaved:
         except Exception as error:
             self._is_possible = False
             reason = as_pop_error(error).message
-            chat.screen.warn(f"A crash would lose this conversation ({reason}); /save it.")
+            chat.screen.warn(
+                f"A crash would lose this conversation ({reason}); save it with /save NAME."
+            )
 
     def offer(self, chat: Dialogue) -> None:
         """Offer the conversations of crashed chats, newest first, until the user picks one."""
@@ -136,7 +138,7 @@ class Unsaved:
             chat.fail(as_pop_error(error))
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, conversation: Conversation) -> bool:
-        """Offer one conversation. Return True to skip the remaining conversations."""
+        """Offer one conversation. Return True if the remaining conversations need no offer."""
         n_turns = _turns(len(conversation.turns))
         question = f"A chat with {n_turns} ended unexpectedly on {_changed(stored)}."
         chosen = chat.screen.choose(question, _CHOICES)
@@ -144,7 +146,7 @@ class Unsaved:
             before = chat.model.engine.pruning.mode
             chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
             self.keep(chat)
-            chat.screen.note("Your next question also reads this conversation again.")
+            chat.screen.note("The model reads this conversation again with your next question.")
             if chat.model.engine.pruning.mode is not before:
                 chat.screen.note(pruning_state(chat.model))
         if chosen == "d" or (chosen == "c" and self._is_possible):

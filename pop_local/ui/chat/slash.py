@@ -20,7 +20,7 @@ from pop_local.ui.views.stats import learned_lines, session_lines
 HELP_NOTES = (
     "Ctrl-C stops an answer.",
     "A line that starts with a space is always a question.",
-    'Alt-Enter starts a new line. Enter does the same between """ and """.',
+    'Alt-Enter starts a new line, as does Enter between """ and """.',
 )
 _FULL = {"on": Mode.OFF, "off": Mode.CONTEXT}
 # Fields of TurnOptions.
@@ -39,11 +39,11 @@ _DEFAULTS = TurnOptions()
 
 
 class LeaveRequest(Exception):  # noqa: N818 (no error)
-    """Raised to leave the chat."""
+    """A request to leave the chat."""
 
 
 class EditRequest(Exception):  # noqa: N818 (no error)
-    """Raised to edit a question, which is the argument, and to send it."""
+    """A request to edit the question in the argument and to send the edited question."""
 
 
 def run_command(chat: Dialogue, line: str) -> None:
@@ -104,7 +104,7 @@ def _undo(chat: Dialogue, argument: str) -> None:
     if turn := chat.session.undo():
         chat.screen.note(f"Dropped: {_short(turn.question)}")
     else:
-        chat.refuse("No turn to drop.")
+        chat.refuse("The conversation has no turn to drop.")
 
 
 def _edit(chat: Dialogue, argument: str) -> None:
@@ -200,7 +200,10 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command; `action` runs it with its argument, `words` lists completions."""
+    """A slash command.
+
+    `action` runs the command with its argument, and `words` returns completions of the argument.
+    """
 
     usage: str
     help: str
@@ -217,15 +220,15 @@ _ALL = (
         refill.set_mode,
         lambda: refill.MODES,
     ),
-    Command("/stats", "show figures of the last answer and of all answers", _stats),
-    Command("/context", "show the context's contents", _context),
+    Command("/stats", "show statistics of the last answer and of all answers", _stats),
+    Command("/context", "show the contents of the context", _context),
     Command("/file PATH", "attach a file to the next question", attach.attach_file),
     Command("/image PATH", "attach a picture to the next question", attach.attach_image),
     Command("/glob PATTERN", "attach several files", attach.attach_glob),
     Command("/retry", "answer the last question again", _retry),
     Command("/undo", "drop the last question and its answer", _undo),
     Command("/edit", "edit the last question and ask it again", _edit),
-    Command("/clear", "drop the conversation, keep the system prompt", _clear),
+    Command("/clear", "drop the conversation but keep the system prompt", _clear),
     Command("/system TEXT", "set the system prompt, or show it", _system),
     Command(
         "/set PARAM VALUE",

@@ -1,1 +1,1 @@
-"""Results as tables, texts and JSON."""
+"""The commands' results as tables, texts and JSON."""

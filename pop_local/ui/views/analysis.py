@@ -1,4 +1,4 @@
-"""An analysis as a table, facts and JSON."""
+"""The output of `analyze` as a table, facts and JSON."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def show(found: Analysis) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns. A row has a layer's importance and the cost of its boundary."""
+    """Yield the columns.
+
+    Each row shows a layer's importance and the cost of skipping from this layer on.
+    """
     gates, depths = found.importance, {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
@@ -105,17 +108,23 @@ def _choice(found: Analysis) -> str:
         return f"no measured boundary is within the {name} budget"
     n_windows = depth.quality.n_windows
     return (
-        f"{name} allows boundary {depth.boundary}, up to {depth.speedup_limit:.2f}x (estimated from"
+        f"{name} allows boundary {depth.boundary}, for a speed-up up to {depth.speedup_limit:.2f}x"
+        " (estimated from"
         f" {n_windows} window{'s' * (n_windows > 1)}; `convert` measures more windows)"
     )
 
 
 def _thirds(stage: StageImportance) -> str:
-    times = f" ({with_se(stage.median_ratio, '.2f')} times)" if stage.median_ratio else ""
+    last, others = with_se(stage.last_third_median, ".2f"), with_se(stage.others_median, ".2f")
+    if stage.median_ratio:
+        others += f" ({with_se(stage.median_ratio, '.2f')} times)"
+    last_mean, others_mean = (
+        with_se(stage.last_third_mean, ".2f"),
+        with_se(stage.others_mean, ".2f"),
+    )
     return (
-        f"median of the last third of the layers {with_se(stage.last_third_median, '.2f')}, of the"
-        f" other layers {with_se(stage.others_median, '.2f')}{times}; means"
-        f" {with_se(stage.last_third_mean, '.2f')} and {with_se(stage.others_mean, '.2f')}"
+        f"the last third of the layers has the median {last}, the other layers have {others}; the"
+        f" means are {last_mean} and {others_mean}"
     )
 
 
@@ -124,11 +133,11 @@ def _cliff(found: Analysis) -> str:
     if deepest.lost_retention is None:
         return "unknown: the full model does not copy random tokens"
     if not found.cliff:
-        return f"kept down to boundary {deepest.boundary}"
+        return f"copying is kept down to boundary {deepest.boundary}"
     layers = [f"{depth.boundary} ({_share(depth.lost_retention)})" for depth in found.cliff]
-    return f"lost at layer {' and '.join(layers)}"
+    return f"copying is lost at layer {' and '.join(layers)}"
 
 
 def _share(value: float | None) -> str:
-    """Return a percentage, with 0% instead of -0%."""
+    """Format a share as a percentage, with 0% instead of -0%."""
     return "-" if value is None else f"{round(value, 2) + 0.0:.0%}"

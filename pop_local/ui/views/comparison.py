@@ -21,18 +21,20 @@ _N_SHARED = 15
 def show_comparison(found: Comparison) -> None:
     n = len(found.answers)
     facts: list[Fact] = [
-        ("Prompts", f"{found.prompts.name}: {n}, greedy answers"),
+        ("Prompts", f"{found.prompts.name}: {n} prompts, answered greedily"),
         ("Same answer", f"{n - len(found.different)} of {n}"),
     ]
     if found.n_judged:
-        right = f"in full {found.full_hits}, pruned {found.pruned_hits}, of {found.n_judged}"
-        only = f"only in full {found.n_only_full}, only pruned {found.n_only_pruned}"
+        right = f"{found.full_hits} in full and {found.pruned_hits} pruned, of {found.n_judged}"
+        only = f"{found.n_only_full} only in full, {found.n_only_pruned} only pruned"
         facts += [("Right", f"{right}; {only}"), ("", f"p = {found.p_value:.2g} (McNemar, exact)")]
     ratio = found.full_ttft_s / found.pruned_ttft_s
     times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s pruned in total"
     facts.append(("To first token", f"{times}: {ratio:.2f}x (not paired)"))
     if found.n_unpruned:
-        facts.append(("Not pruned", f"{found.n_unpruned}, short or cached"))
+        facts.append(
+            ("Not pruned", f"{found.n_unpruned} prompts, because they are short or cached")
+        )
     facts.append(("Verdict", with_advice(comparison_in_words(found))))
     print_facts(facts)
     if found.different:
@@ -60,7 +62,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
 
 
 def _shown(each: Compared, text: str) -> str:
-    """Return an excerpt of a text, starting shortly before the first difference."""
+    """Return an excerpt of a text that starts shortly before the answers' first difference."""
     pairs = zip(each.full.text, each.pruned.text, strict=False)
     n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     start = max(0, n_alike - _N_SHARED)

@@ -39,14 +39,22 @@ def show_plan(conversion: Conversion) -> None:
     limit = _limit(conversion, first)
     past = f"from {first.boundary} down to {plan.boundary}"
     if n_few := conversion.n_few:
-        past += f"; without a fit first, then about {n_few} deeper boundaries with a fit"
+        past = f"{past}, first without a fit and then about {n_few} deeper boundaries with a fit"
     where = [*budget, ("Boundaries", past)]
     if fewer := first.deep_rows.fewer:
         rules = ", ".join(fewer)
-        where.append(("Deep rows", f"by the rule {first.deep_rows}; the last step tries {rules}"))
+        where.append(
+            (
+                "Deep rows",
+                f"selected by the rule {first.deep_rows}; the search's last step tries {rules}",
+            )
+        )
     if most := conversion.limit(plan):
-        limit += f" if only the first boundary is within the budget, {most:.2f}x if all are"
-    layers = f"up to {plan.n_skipped}, within the budget"
+        limit = (
+            f"{limit} if only the first boundary is within the budget, or {most:.2f}x if all"
+            " boundaries are"
+        )
+    layers = f"up to {plan.n_skipped} within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
 
@@ -62,11 +70,11 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
     if (found := done.meta.measured) is not None:
         print_facts([("Verdict", with_advice(verdict_in_words(found)))])
     if conversion.is_sidecar and done.path != sidecar_path(conversion.source):
-        note(f"The sidecar is not next to the model: open it with --sidecar {done.path}.")
+        note(f"The sidecar is not next to the model, so open the model with --sidecar {done.path}.")
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """Return the plan for JSON; for a search, with the boundaries that it may choose."""
+    """Return a conversion's plan for JSON. A search's plan lists the boundaries to choose from."""
     plans, limits = conversion.plans, conversion.budget
     is_distilled = conversion.options.distiller is not None
     wished = replace(conversion.deepest, is_distilled=is_distilled)
@@ -83,7 +91,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """Return the file's data for JSON, with the tried boundaries and the phases' seconds."""
+    """Return a conversion's result for JSON, with the tried boundaries and the phases' seconds."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
@@ -109,7 +117,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """Return the fields of any plan. Memory and seconds exclude distilling."""
+    """Return the fields that all plans have. The memory and the seconds exclude distillation."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -149,7 +157,7 @@ def _limit(conversion: Conversion, plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return a plan's facts. `where`: facts on the position of the skipped `layers`."""
+    """Return a plan's facts. `where`: the facts about the position of the skipped `layers`."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp also opens the copy"
     if form == "sidecar":
@@ -159,7 +167,7 @@ def _facts(
     return [
         ("Model", str(conversion.path)),
         ("Architecture", plan.shape.arch),
-        ("Layers", f"{plan.shape.n_layer}, prompt tokens skip {layers}"),
+        ("Layers", f"{plan.shape.n_layer}, of which prompt tokens skip {layers}"),
         *where,
         ("K/V of skipped", f"{plan.projection} projections; {opened_by}"),
         *skipping_facts(skipping_of(plan.shape))[1:],
@@ -177,32 +185,39 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
     is_searched = not conversion.is_named
     at_most = "up to " if is_searched else ""
-    passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
+    passes = (
+        "one pass"
+        if n == 1
+        else f"{at_most}{n} passes, with {at_most}{n} times the work of one pass"
+    )
     distilled = ", then distilled" if conversion.options.distiller else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     more = " without distilling" if conversion.options.distiller else ""
-    memory = f"{size(needs.total_bytes)} in addition to the model file"
-    yield "Memory", f"{memory}, {size(needs.sums_bytes)} for the fit{more}"
+    total, sums = size(needs.total_bytes), size(needs.sums_bytes)
+    yield "Memory", f"{total} in addition to the model file, with {sums} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:
-        time = f"{at_most}about {duration(seconds)} for the fit{more}"
-        yield "Time", f"{time} on this machine"
+        yield "Time", f"{at_most}about {duration(seconds)} for the fit{more} on this machine"
 
 
 def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> list[Fact]:
-    """Return facts on the skippable layers, and on the work that skipping leaves."""
-    exact = f"; layers {found.exact} and up exactly, without loss" if found.exact else ""
+    """Return facts about the skippable layers and the work that prompt tokens still do in them."""
+    layers = f"layers {found.first} to {found.last}"
+    if found.exact:
+        layers += f"; layers {found.exact} and up without any loss"
     left = " and ".join(found.left) or "nothing"
     if work is not None:
-        share = f", {work.left_share:.1%} of their work" if work.left_share is not None else ""
+        if work.left_share is not None:
+            left = f"{left} ({work.left_share:.1%} of the skipped layers' work)"
         limit = f"up to {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
-        left += f"{share}; {limit} from layer {work.boundary} on"
+        left = f"{left}; the speed-up from layer {work.boundary} on is {limit}"
     projections = f"own only: {found.no_fit}"
     if found.fits_from is not None:
-        later = f" from boundary {found.fits_from} on" if found.fits_from > found.first else ""
-        projections = f"fitted{later}, or own"
+        projections = "fitted or own"
+        if found.fits_from > found.first:
+            projections = f"fitted from boundary {found.fits_from} on, or own"
     measured = "real models" if found.is_measured else "random models only"
     return [
-        ("Can be skipped", f"layers {found.first} to {found.last}{exact}"),
+        ("Can be skipped", layers),
         ("Left in them", left),
         ("Projections", projections),
         ("Catching up", f"no: {found.no_refill}" if found.no_refill else "yes"),
@@ -215,18 +230,20 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
     if rows.deep_rows is DeepRows.NONE:
         return "Run all layers", ends
     share = getattr(rows, "deep_share", 0.0)
-    share_of = f" ({share:.0%} of ordinary text)" if share else ""
-    return "Run all layers", f"{ends}, and words by the rule {rows.deep_rows}{share_of}"
+    words = f"words selected by the rule {rows.deep_rows}"
+    if share:
+        words = f"{words} ({share:.0%} of ordinary text)"
+    return "Run all layers", f"{ends}, and {words}"
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
-    """Yield a file's measured quality; nothing if it was not measured."""
+    """Yield the facts about a file's quality, or nothing if the quality was not measured."""
     if (found := meta.measured) is None:
         return
     yield (
         "Quality",
         f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the "
-        f"full model's, same first choice {found.top1_agreement:.1%}",
+        f"full model's, same first choice for {found.top1_agreement:.1%} of the tokens",
     )
     yield (
         "Copying",
@@ -234,9 +251,10 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
         f"{found.copy_top1:.1%} of the tokens",
     )
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
-        limit = f"BROKEN: above {FAST.max_copy_ratio:g}"
-        yield "", f"{limit}, a model no longer copies from its prompt"
+        most = FAST.max_copy_ratio
+        yield "", f"BROKEN: above {most:g}, a model no longer copies from its prompt"
     if found.lookups_n:
         shares = f"{found.lookups_lost} of {found.lookups_full} lost, {found.lookups_gained} gained"
         lost = f"{found.lookups_logprob_lost:.2f} ± {found.lookups_logprob_se:.2f}"
-        yield "Look-ups", f"{shares}, of {found.lookups_n}; {lost} nats lost per string"
+        n = found.lookups_n
+        yield "Look-ups", f"{shares} in {n} questions; {lost} nats lost per string"

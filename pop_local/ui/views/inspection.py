@@ -58,7 +58,7 @@ def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
 
 def _stock(found: Inspection) -> str:
     if not found.opens_in_stock_llama_cpp:
-        return "cannot open this file, because of the fitted projections"
+        return "cannot open this file, which contains fitted projections"
     is_marked = found.pop is not None and found.sidecar is None
     return "opens this file without pruning" if is_marked else "opens this file"
 
@@ -70,13 +70,18 @@ def _tensors(groups: tuple[TensorGroup, ...]) -> str:
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
     if meta is None:
-        return [("Pruning", "not converted (see `pop-local convert`)")]
+        return [
+            (
+                "Pruning",
+                "not available, because the model is not converted (run `pop-local convert`)",
+            )
+        ]
     skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
     own = meta.projection == Projection.OWN
     return [
         ("Boundary", f"layer {meta.boundary}: prompt tokens skip the last {skipped}"),
         ("Schedule", meta.schedule),
-        ("K/V projections", "own: the layers' own weights" if own else _fitted(meta)),
+        ("K/V projections", "own (the skipped layers' weights)" if own else _fitted(meta)),
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
         *([budget_fact(meta.budget)] if meta.budget else []),
@@ -96,8 +101,8 @@ def _fitted(meta: PopMeta) -> str:
 def _verification_facts(verification: Verification) -> list[Fact]:
     verdict = {
         None: "the original's hash is unknown",
-        True: "unchanged: strip restores the original file",
-        False: "CHANGED: differs from the original file",
+        True: "unchanged: `pop-local strip` restores the original file",
+        False: "CHANGED: the content differs from the original file",
     }
     name = verification.catalog_name
     return [

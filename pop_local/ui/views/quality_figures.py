@@ -1,4 +1,4 @@
-"""The quality of pruning, as facts and as JSON."""
+"""The measured quality of pruned models, as facts and as JSON."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def with_se(estimate: Estimate | None, spec: str) -> str:
-    """Return a formatted value with its standard error, if known."""
+    """Format an estimate with its standard error, if the error is known."""
     error = "" if estimate is None or estimate.se is None else f" ± {estimate.se:{spec}}"
     return bare(estimate, spec) + error
 
 
 def bare(estimate: Estimate | None, spec: str) -> str:
-    """Return a formatted value without its error."""
+    """Format an estimate without its standard error."""
     return "-" if estimate is None else format(estimate.value, spec)
 
 
 def figures(quality: Quality | Lookups) -> dict[str, Any]:
-    """Return the fields for JSON, with NAME_se for each estimate (kl_se for kl_mean)."""
+    """Return the figures for JSON, with NAME_se for each estimate NAME (kl_se for kl_mean)."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)
@@ -43,8 +43,8 @@ def figures(quality: Quality | Lookups) -> dict[str, Any]:
 
 
 def with_advice(verdict: str) -> str:
-    """Append the option that avoids any loss."""
-    return f"{verdict} Use --full to be certain."
+    """Append advice to a verdict: the option that avoids any loss."""
+    return f"{verdict} Use --full to avoid any loss."
 
 
 def text_json(text: Text) -> dict[str, str]:
@@ -52,7 +52,7 @@ def text_json(text: Text) -> dict[str, str]:
 
 
 def evaluation_json(found: Evaluation) -> dict[str, Any]:
-    """Return all figures for JSON."""
+    """Return an evaluation's figures and verdict for JSON."""
     return {
         "model": str(found.model),
         "text": text_json(found.text),
@@ -67,7 +67,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
 
 
 def show_evaluation(found: Evaluation) -> None:
-    """Print the figures and the verdict."""
+    """Print an evaluation's figures and verdict."""
     print_facts([*_facts(found), ("Verdict", with_advice(found.verdict))])
 
 
@@ -75,12 +75,14 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     q = found.quality
     yield "Model", str(found.model)
     yield "Text", found.text.name
-    layers = f"{found.n_skipped} layers, from layer {q.boundary} on, {found.projection} projections"
+    layers = (
+        f"{found.n_skipped} layers from layer {q.boundary} on, with {found.projection} projections"
+    )
     if found.deep_rows is not DeepRows.NONE:
-        layers += f", deep rows by {found.deep_rows}"
-    yield "Skipped", f"{layers}; speed-up at most {found.speedup_limit:.2f}x"
+        layers = f"{layers} and deep rows by the rule {found.deep_rows}"
+    yield "Skipped", f"{layers}; the speed-up is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
-    yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} of context"
+    yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
     yield "KL to full", f"mean {with_se(q.kl_mean, '.4f')}, median {with_se(q.kl_median, '.4f')}"
     p99, first = with_se(q.kl_p99, ".3f"), with_se(q.kl_first, ".3f")
     yield "", f"99th percentile {p99}, first token {first}"
@@ -101,4 +103,8 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         yield "Look-ups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
-        yield "", f"log-probability of the right string {full} in full, lower by {lost} when pruned"
+        yield (
+            "",
+            f"the right string's log-probability is {full} in full, and lower by {lost} when"
+            " pruned",
+        )

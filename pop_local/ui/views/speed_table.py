@@ -18,7 +18,10 @@ def show_speed(found: Speed) -> None:
     say(f"{found.model}: prompt tokens skip layers {layers}")
     say(f"{found.backend}; medians (minimum-maximum)")
     if found.upstream is not None:
-        say(f"Kernels for prompts: {found.kernels}, compared with llama.cpp's ({found.upstream})")
+        say(
+            f"Kernels for prompts: {found.kernels}, compared with llama.cpp's kernels"
+            f" ({found.upstream})"
+        )
     say("")
     say(markdown([*_columns(found)], found.rows))
     if any(row.read_speedup.min > row.limit for row in found.rows):
@@ -63,7 +66,9 @@ def _number(title: str, cell: Callable[[Any], str]) -> Column:
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
 _NOT_ENCODING = (
-    "\nBoth TTFTs include encoding the picture, which pruning does not shorten. The limit is for"
-    " all other work."
+    "\nBoth TTFTs include encoding the picture, which pruning does not shorten. The limit applies"
+    " to all other work."
 )
-_ABOVE = "\nA speed-up exceeds the limit if the noise is larger than the full tokens' cost."
+_ABOVE = (
+    "\nA speed-up can exceed the limit if the timing noise is larger than the full tokens' cost."
+)

@@ -1,4 +1,4 @@
-"""Figures of answers as lines of text."""
+"""The statistics of answers, as lines of text."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,17 +12,18 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Return an answer's statistics, or the read part of the prompt if the answer is missing.
+    """Return an answer's statistics, or how much of the prompt was read if there is no answer.
 
-    TTFT includes encoding pictures, the prefill speed excludes it.
+    The TTFT includes the time for encoding pictures, but the prefill speed excludes this time.
     """
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
-        return f"Stopped after reading {n_read:,} of {stats.n_prompt:,} prompt tokens."
+        return f"Reading stopped after {n_read:,} of {stats.n_prompt:,} prompt tokens."
     pictures = ""
     if stats.n_image:
-        encoded = f", encoded in {stats.encode_s:.2f} s" if stats.encode_s else ""
-        pictures = f" · pictures {stats.n_image:,} tokens{encoded}"
+        pictures = f" · pictures {stats.n_image:,} tokens"
+        if stats.encode_s:
+            pictures += f" encoded in {stats.encode_s:.2f} s"
     ending = " · the answer repeated itself" if stats.is_repeating else ENDINGS[stats.finish_reason]
     return (
         f"prompt {stats.n_prompt:,} tokens ({stats.left}){pictures}"
@@ -43,40 +44,43 @@ def counted_line(name: str, n_tokens: int, n_ctx: int) -> str:
 def session_lines(
     answers: Sequence[TurnStats], n_ctx: int, full_cost: Callable[[TurnStats], FullCost]
 ) -> Iterator[str]:
-    """Yield the last answer's statistics, the totals, and the used part of the context."""
+    """Yield the last answer's statistics, the totals, and how full the context is."""
     if not answers:
         yield "No answers yet."
         return
     total = SessionStats.of(answers)
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
-    yield f"Its {_reading([last], full_cost)}"
-    yield f"Answers: {len(answers)}, {total.n_decoded:,} tokens."
+    yield _reading("the last prompt", [last], full_cost)
+    yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens in total."
     left = f"{total.n_pruned:,} pruned"
     if total.n_skipped_exact:
-        left = f"{total.n_skipped_exact:,} left at layer {last.exact_layer}, exactly"
+        left = f"{total.n_skipped_exact:,} skipped layers {last.exact_layer} and up without loss"
     yield (
         f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."
     )
     if total.n_deep or total.n_refilled or last.n_exact:
         yield (
-            f"Deep tokens: {total.n_deep:,} by spelling, {total.n_refilled:,} caught up. Exact in"
-            f" the last prompt: {last.n_exact:,}."
+            f"Deep tokens: {total.n_deep:,} selected by spelling, {total.n_refilled:,} caught up."
+            f" Exact tokens in the last prompt: {last.n_exact:,}."
         )
     if total.n_image:
         yield (f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not shorten.")
     if len(answers) > 1:
-        yield f"All {_reading(answers, full_cost)}"
+        yield _reading("all prompts", answers, full_cost)
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 
 
 def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
     """Yield the progress of learning, and the fit's loss on the latest prompts."""
+    rows = f"{learned.n_rows:,} tokens"
+    if learned.n_rows < learned.n_wanted:
+        rows = f"{learned.n_rows:,} of the first {learned.n_wanted:,} tokens"
     waiting = f", {learned.n_waiting:,} waiting" if learned.n_waiting else ""
-    missed = f", {learned.n_missed:,} dropped for lack of memory" if learned.n_missed else ""
-    wanted = "" if learned.n_rows >= learned.n_wanted else f" of the first {learned.n_wanted:,}"
-    yield f"Learned: {learned.n_rows:,} tokens{wanted}{waiting}{missed}."
+    yield f"Learned: {rows}{waiting}."
+    if learned.n_missed:
+        yield f"Not learned for lack of memory: {learned.n_missed:,} tokens."
     if loss is None:
         return
     yield (
@@ -86,12 +90,14 @@ def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
     )
 
 
-def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]) -> str:
+def _reading(
+    what: str, answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]
+) -> str:
     """Return the time of reading the prompts, and the time of reading them in full."""
     taken_s = sum(stats.prefill_s for stats in answers)
     pruned = [stats for stats in answers if stats.n_pruned or stats.n_skipped_exact]
     if not pruned:
-        return f"reading took {taken_s:.2f} s, in full."
+        return f"Reading {what} took {taken_s:.2f} s, in full."
     costs = [full_cost(stats) for stats in pruned]
     rest_s = sum(stats.prefill_s for stats in answers if stats not in pruned)
     full_s = rest_s + sum(cost.seconds for cost in costs)
@@ -102,4 +108,4 @@ def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], Full
         source = "partly measured here, partly computed from the limit"
     else:
         source = "computed from the limit, not measured"
-    return f"reading took {taken_s:.2f} s, in full it would take {full_s:.2f} s ({source})."
+    return f"Reading {what} took {taken_s:.2f} s; in full it takes {full_s:.2f} s ({source})."

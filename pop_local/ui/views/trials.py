@@ -1,4 +1,4 @@
-"""The output of a search: the budget, and a table of measured candidates."""
+"""The output of a search for a boundary: the budget, and a table of measured candidates."""
 
 from __future__ import annotations
 

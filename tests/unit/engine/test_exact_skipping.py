@@ -90,7 +90,7 @@ def test_inspect_reports_the_skipped_layers(shared: Path) -> None:
     shape = read_shape(shared)
     assert (found["skipping"]["exact"], found["pop"]) == (shape.exact, None)
     told = " ".join(CliRunner().invoke(app, ["inspect", str(shared)]).stdout.split())
-    assert f"layers 1 to {shape.n_layer - 1}; layers {shape.exact} and up exactly" in told
+    assert f"layers 1 to {shape.n_layer - 1}; layers {shape.exact} and up without any loss" in told
     assert "not converted" not in told
 
 
@@ -168,7 +168,10 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     off = "# Exact skipping is off: prompt tokens run all layers, with the same result."
     assert said[1] == on
     assert any("983 left at layer 15, exactly) · TTFT" in line for line in said)
-    assert any(line.startswith("# Prompt tokens: 983 left at layer 15, exactly, ") for line in said)
+    assert any(
+        line.startswith("# Prompt tokens: 983 skipped layers 15 and up without loss, ")
+        for line in said
+    )
     assert [line for line in said if "skipping is off" in line] == [off, off]
 
 

@@ -229,12 +229,14 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
     _, shown = talked(model, "/sessions", "a b c d " * 30, "/save one", "/save one", "/sessions")
-    assert shown[1] == "# No saved sessions; /save NAME saves this one."
-    assert shown[-5].startswith("# Saved as one (") and shown[-3].startswith("# Saved as one (")
+    assert shown[1] == "# No sessions are saved yet; /save NAME saves this session."
+    assert shown[-5].startswith("# The session is saved as one (") and shown[-3].startswith(
+        "# The session is saved as one ("
+    )
     assert shown[-1].startswith("# one: 1 turn, ")
     chat, shown = talked(opened(chat_model), "/load one", "/stats", "more?")
     assert shown[1] == "# Loaded one: 1 turn."
-    assert shown[2].endswith(" tokens are cached and need no reading.")
+    assert shown[2].endswith(" tokens of the session are cached.")
     assert shown[3] == "> /stats", "pruning was on and still is"
     _, in_another_mode = talked(opened(chat_model), "/full on", "/load one")
     assert in_another_mode[-1].startswith("# Fast reading is on")
@@ -242,7 +244,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? Session one already exists."
     assert "# Nothing was saved." in shown
-    assert "! no session named oen; did you mean one? (see /sessions)" in shown
+    assert "! no session has the name oen; did you mean one? (see /sessions)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 
@@ -257,7 +259,7 @@ def test_cleared_and_undone_turns_are_not_saved(chat_model, monkeypatch, tmp_pat
     with zipfile.ZipFile(sessions.path("cleared")) as archive:
         assert archive.namelist() == ["session.json"]
     _, shown = talked(opened(chat_model), "/load cleared")
-    assert shown[2] == "# 0 tokens are cached and need no reading."
+    assert shown[2] == "# 0 tokens of the session are cached."
 
 
 def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monkeypatch, tmp_path):
@@ -268,7 +270,7 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
     assert shown[2].startswith(
         "* Cannot reuse the saved KV cache: the session belongs to another model ("
     )
-    assert shown[2].endswith("Your next question also reads the transcript again.")
+    assert shown[2].endswith("The model reads the transcript again with your next question.")
     (stats,) = chat.session.answer_stats
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
 
@@ -276,7 +278,7 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
 def test_the_chat_works_without_pruning(tmp_path):
     model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     _, shown = talked(model, "a b c d", "/stats")
-    assert any(line.startswith("# Its reading took ") for line in shown)
+    assert any(line.startswith("# Reading the last prompt took ") for line in shown)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
@@ -292,14 +294,14 @@ def test_other_files_next_to_sessions_are_ignored(chat_model, monkeypatch, tmp_p
     (folder / "bad.popsession").write_text("x")
     _, shown = talked(model, "/sessions", "/load gone")
     assert [line.split()[1] for line in shown[1:3]] == ["bad:", "talk:"]
-    assert shown[-1].startswith("! no session named gone; ")
+    assert shown[-1].startswith("! no session has the name gone; ")
 
 
 def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     _, shown = talked(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
     assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
-    assert shown[-1].startswith("# Saved as talk")
+    assert shown[-1].startswith("# The session is saved as talk")
 
 
 def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):

@@ -101,11 +101,11 @@ def test_stats_add_up():
     assert talk(model, "a", "b", "/stats")[-7:] == [
         "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
         "# Last answer: " + STATS_LINE.removeprefix("# "),
-        "# Its reading took 0.25 s, in full it would take 0.25 s"
+        "# Reading the last prompt took 0.25 s; in full it takes 0.25 s"
         " (computed from the limit, not measured).",
-        "# Answers: 2, 22 tokens.",
+        "# Answers: 2, with 22 tokens in total.",
         "# Prompt tokens: 1,966 pruned, 34 in full, 400 reused from the cache.",
-        "# All reading took 0.50 s, in full it would take 0.50 s"
+        "# Reading all prompts took 0.50 s; in full it takes 0.50 s"
         " (computed from the limit, not measured).",
         "# Context: 1,211 of 4,096 tokens used.",
     ]
@@ -165,7 +165,7 @@ def test_an_answer_that_the_engine_stopped_has_its_figures():
 def test_an_answer_that_was_stopped_before_it_began():
     unread = TurnStats(1000, 100, 412, 0, 0.5, 0.25, 0, 0.0, "interrupted")
     assert talk(ScriptedModel([unread]), "tell", "/stats")[2:] == [
-        "# Stopped after reading 512 of 1,000 prompt tokens.",
+        "# Reading stopped after 512 of 1,000 prompt tokens.",
         DROPPED,
         "> /stats",
         "# Fast reading is on: prompt tokens skip the last 10 of 30 layers (/full on disables it).",
@@ -257,6 +257,6 @@ def test_a_full_context_is_reported_once():
     assert shown[3].endswith("· cut off at the token limit")
     assert shown[4] == (
         "* The context is 80% full (3,296 of 4,096 tokens):"
-        " /clear starts over, /undo drops the last turn, --ctx sets a larger context."
+        " /clear starts over, /undo drops the last turn, and --ctx N sets a larger context."
     )
     assert sum(line.startswith("* ") for line in shown) == 1

@@ -57,11 +57,13 @@ def test_a_question_survives_an_unexpected_error(lines):
 def test_undo_drops_one_turn_after_the_other():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     shown = talk(model, "a", "b", "/undo", "c", "/undo", "/undo", "/undo")
-    assert [line for line in shown if line.startswith(("# Dropped", "# No turn"))] == [
+    assert [
+        line for line in shown if line.startswith(("# Dropped", "# The conversation has no"))
+    ] == [
         "# Dropped: b",
         "# Dropped: c",
         "# Dropped: a",
-        "# No turn to drop.",
+        "# The conversation has no turn to drop.",
     ]
     assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
 
@@ -193,8 +195,10 @@ def test_stats_compare_with_what_was_measured_with_pruning_off():
     full = figures(n_cached=0, n_pruned=0, n_full=1000, n_prompt=1000, prefill_s=0.5)
     model = ScriptedModel(["One.", full], ["Two.", STATS])
     shown = talk(model, "a", "b", "/stats")
-    assert "# Its reading took 0.25 s, in full it would take 0.50 s (measured here" in shown[-5]
-    assert "in full it would take 1.00 s (measured here with pruning off)." in shown[-2]
+    assert (
+        "# Reading the last prompt took 0.25 s; in full it takes 0.50 s (measured here" in shown[-5]
+    )
+    assert "in full it takes 1.00 s (measured here with pruning off)." in shown[-2]
 
 
 def test_a_prompt_of_another_length_is_no_measure():
@@ -218,7 +222,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
     shown = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
     assert shown[1:5] == [
         f"# {report}: 50 tokens, 1% of the context.",
-        "# Attached to your next question.",
+        "# Your next question includes the attachment.",
         "> /file",
         f"# {report}: 50 tokens, 1% of the context.",
     ]
@@ -237,8 +241,8 @@ def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
     shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
     assert shown[2:6] == [
         "? The attachment is 28 tokens too long (22 tokens left).",
-        "?   b  read the first 22 tokens",
-        "?   e  read the last 22 tokens",
+        "?   b  attach only the first 22 tokens",
+        "?   e  attach only the last 22 tokens",
         "?   s  skip it",
     ]
     words = model.asked[0][0].content.split("\n\n")[0].split()
@@ -299,10 +303,10 @@ def test_a_question_that_does_not_fit_offers_choices():
     _, shown = conversation()
     at = next(i for i, line in enumerate(shown) if line.startswith("? "))
     assert shown[at:] == [
-        "? Context is 2 tokens too small: the prompt has 37, an answer needs 5 or more, the limit"
-        " is 40.",
+        "? The context is 2 tokens too small: the prompt has 37 tokens, an answer needs 5 or more,"
+        " and the limit is 40.",
         "?   d  drop the oldest turn",
-        "?   n  start over with this question",
+        "?   n  start a new conversation with this question",
         "?   x  drop this question",
         "# The question was dropped; /retry asks it again.",
     ]

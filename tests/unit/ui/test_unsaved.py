@@ -43,7 +43,7 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     assert shown[0].startswith("? A chat with 2 turns ended unexpectedly on 20")
     assert "# Context: 0 of 1,024 tokens used (0%)." in shown
     shown = talked(model, tmp_path, "c", "/context", SystemExit(143))
-    assert "# Your next question also reads this conversation again." in shown
+    assert "# The model reads this conversation again with your next question." in shown
     assert shown[-2].endswith(": my question") and shown[-1].endswith(": and more?")
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
