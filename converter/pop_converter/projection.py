@@ -6,8 +6,8 @@ from enum import Enum
 class Projection(str, Enum):
     """The value of `pop.projection`, in files and on the command line.
 
-    OWN: the layers' own projections, without new tensors. FITTED: a least-squares fit on the
-    boundary state. WIDE: a least-squares fit on more inputs (fit/wide.py).
+    OWN uses the layers' own projections and adds no tensors. FITTED is a least-squares fit on the
+    boundary state. WIDE is a least-squares fit on more inputs (fit/wide.py).
     """
 
     OWN = "own"

@@ -37,7 +37,10 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting; `default` is display text, and `least` and `most` are inclusive limits."""
+    """A user setting.
+
+    `default` is a text for users. `least` and `most` are inclusive limits.
+    """
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -55,23 +58,23 @@ class Setting:
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
-    Setting("model", str, "the catalog's best model for the free memory"),
+    Setting("model", str, "the best catalog model that fits into the free memory"),
     Setting("threads", int, "the number of physical cores", least=1, most=MOST),
-    Setting("ctx", int, "the model's, up to 8192", least=1, most=MOST),
+    Setting("ctx", int, "the model's context length, up to 8192 tokens", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
-    Setting("temperature", float, "the model's, else the engine's", least=0),
-    Setting("top_p", float, "the model's, else the engine's", least=0, most=1),
-    Setting("max_tokens", int, "the context's free tokens", least=1, most=MOST),
+    Setting("temperature", float, "the model's value, else the engine's value", least=0),
+    Setting("top_p", float, "the model's value, else the engine's value", least=0, most=1),
+    Setting("max_tokens", int, "the number of free tokens in the context", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),
-    Setting("theme", str, "the terminal's own colours"),
+    Setting("theme", str, "the terminal's colours"),
 )
 KEYS = tuple(setting.key for setting in SETTINGS)
 
 
 @dataclass(frozen=True)
 class SettingValue:
-    """A setting's value and its origin; `where` is the file or variable."""
+    """A setting's value and its origin. `where` is the file or variable that sets the value."""
 
     key: str
     value: Scalar | None
@@ -87,17 +90,20 @@ def config_path() -> Path:
 
 
 def expanded(path: str) -> Path:
-    """Expand ~ to the home folder. Raises PopError for an unknown user or a NUL."""
+    """Expand ~ to the home folder. Raises PopError for an unknown user or a NUL character."""
     if "\0" in path:
         raise PopError("the path contains a NUL character", "correct the path")
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise PopError(f"{path}: no such home folder", "use a full path") from None
+        raise PopError(f"the home folder in {path} is unknown", "use a full path") from None
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings in order. Raises PopError naming the file and line, or the variable."""
+    """Return all settings in order.
+
+    For an invalid setting, raises PopError, which names the file and line or the variable.
+    """
     in_file = _from_file(config_path())
     return tuple(
         _from_environment(setting) or in_file.get(setting.key) or SettingValue(setting.key, None)
@@ -116,7 +122,7 @@ def get(key: str) -> Scalar | None:
 
 
 def state_dir() -> Path:
-    """Return the state folder from the settings or the system, which may not exist yet."""
+    """Return the state folder from the settings, else the system's. It may not exist yet."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 
@@ -126,7 +132,7 @@ def sessions_dir() -> Path:
 
 
 def unsaved_dir() -> Path:
-    """Return the folder with running, unsaved chats, which can be recovered after a crash."""
+    """Return the folder that stores unsaved chats, which can be recovered after a crash."""
     return state_dir() / "unsaved"
 
 
@@ -150,7 +156,10 @@ def unknown_variables() -> list[str]:
 
 
 def find(key: str) -> Setting:
-    """Return the setting with this key. Raises PopError that suggests the nearest key."""
+    """Return the setting with this key.
+
+    For an unknown key, raises PopError with the nearest key.
+    """
     for setting in SETTINGS:
         if setting.key == key:
             return setting
@@ -159,7 +168,7 @@ def find(key: str) -> Setting:
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """Parse a setting's value. Raises PopError that names the expected kind of value."""
+    """Parse a setting's value. Raises PopError, which names the expected kind of value."""
     try:
         text.encode()  # raises for bytes that the command line could not decode
         return _checked(setting, setting.kind(text))
@@ -171,7 +180,9 @@ def _from_environment(setting: Setting) -> SettingValue | None:
     text = os.environ.get(setting.variable)
     if not text:
         return None
-    value = located(lambda: parse(setting, text), setting.variable, "correct or unset it")
+    value = located(
+        lambda: parse(setting, text), setting.variable, "correct the value, or unset the variable"
+    )
     if setting.is_path:
         value = str(expanded(str(value)))
     return SettingValue(setting.key, value, "environment", setting.variable)
@@ -184,7 +195,7 @@ def _from_file(path: Path) -> dict[str, SettingValue]:
 
 
 def read_document(path: Path) -> tomlkit.TOMLDocument:
-    """Read a settings file with its comments (missing: empty). Raises PopError."""
+    """Read a settings file with its comments. Treat a missing file as empty. Raises PopError."""
     try:
         if str(path) == os.devnull:
             return tomlkit.document()
@@ -221,7 +232,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Call `call`, and add `where` and a default hint to its PopError."""
+    """Return the result of `call`, and add `where` and a default hint to a PopError."""
     try:
         return call()
     except PopError as error:

@@ -1,6 +1,7 @@
 """Download a GGUF file from a URL, with resumption and checks.
 
-An unfinished download is NAME.gguf.partial. NAME.gguf.partial.origin identifies the complete file.
+An unfinished download is stored as NAME.gguf.partial. The file NAME.gguf.partial.origin identifies
+the complete file.
 """
 
 import hashlib
@@ -45,10 +46,11 @@ _RESUMES = ": the download will resume"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to download.
+    """A file on a server, with the properties that are known before the download.
 
-    `identity` is the same for all temporary URLs of a file (default: `url`). `headers` are sent to
-    the URL's host only. `sha256` is "" if unknown. `name` and `size_bytes` are the hub's.
+    `identity` is the same for all temporary URLs of a file (default: `url`). `headers` are only
+    sent to the URL's host. `sha256` is "" if unknown. `name` and `size_bytes` are as reported by
+    the hub.
     """
 
     url: str
@@ -82,12 +84,12 @@ def reason_of(error: BaseException) -> str:
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
     """Download the file at `url` into `folder`, and return its path.
 
-    `sha256` may be "". An existing file with this hash is kept. Any other existing file raises
-    OutputExistsError, unless `force`. `advance` is called with (done_bytes, total_bytes). Raises
-    PopError.
+    `sha256` may be "". An existing file with the hash `sha256` is kept. Raises OutputExistsError
+    for any other existing file, unless `force` is true. `advance` is called with (done_bytes,
+    total_bytes). Raises PopError.
     """
     target = folder / file_name(url)
-    if is_fetched(target, sha256, f"the file of sha256 {sha256}", force=force):
+    if is_fetched(target, sha256, "the requested file", force=force):
         return target
     folder.mkdir(parents=True, exist_ok=True)
     download(RemoteFile(url, sha256=sha256), target, advance)
@@ -95,7 +97,7 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
 
 
 def file_name(url: str) -> str:
-    """Return the URL's file name in safe characters.
+    """Return the URL's file name, with unsafe characters replaced.
 
     Raises PopError for an invalid URL, and for a URL without host or file name.
     """
@@ -115,14 +117,14 @@ def file_name(url: str) -> str:
 
 
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)
-    """A broken connection, or a busy server: the download is tried again."""
+    """A broken connection or a busy server, after which the download is retried."""
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
-    """Download `remote` to `target` in an existing folder, and replace an existing file.
+    """Download `remote` to `target`, whose folder must exist, and replace an existing file.
 
-    `advance` is called with (done_bytes, total_bytes), with 0 for an unknown total. Received bytes
-    are kept after a network failure and an interruption. Raises PopError.
+    `advance` is called with (done_bytes, total_bytes), with 0 for an unknown total. After a network
+    failure or an interruption, the received bytes are kept. Raises PopError.
     """
     with download_lock(target):
         _Transfer(remote, target, advance).run()
@@ -204,7 +206,7 @@ class _Transfer:
         except requests.exceptions.SSLError as error:
             raise PopError(
                 f"no secure connection to {self._where}: {reason_of(error)}",
-                "check the clock, and the certificates (REQUESTS_CA_BUNDLE)",
+                "check the system's clock and the CA certificates (REQUESTS_CA_BUNDLE)",
             ) from error
         except (
             requests.ConnectionError,
@@ -222,8 +224,8 @@ class _Transfer:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity" and response.status_code < 400:
             raise PopError(
-                f"the server compresses {self._shown} ({encoding})",
-                "download from another URL",
+                f"the server sends {self._shown} with compression ({encoding})",
+                "download the file from another URL",
             )
 
     def _receive(self, response: "requests.Response", requested: int) -> None:
@@ -231,7 +233,7 @@ class _Transfer:
         start, total = _extent(response)
         if start not in (0, requested):
             self._forget()
-            raise _Dropped("the server sent another part than the requested one")
+            raise _Dropped("the server did not send the requested part of the file")
         validator = _validator(response)
         if start:
             validator = self._of_the_same(validator, total)
@@ -256,9 +258,10 @@ class _Transfer:
             raise _Dropped("the connection broke off")
 
     def _of_the_same(self, validator: str, total: int) -> str:
-        """Return the partial file's validator. Raises _Dropped if the server's file changed.
+        """Return the partial file's validator. Raises _Dropped if the file on the server has
+        changed.
 
-        Some servers ignore If-Range or send no validator: the final hash then reveals a change.
+        If a server ignores If-Range or sends no validator, only the final hash reveals a change.
         """
         before, total_before = self._origin()
         if total != total_before or (validator and before and validator != before):
@@ -269,7 +272,7 @@ class _Transfer:
     def _beginning(
         self, response: "requests.Response", chunks: Iterator[bytes], total: int
     ) -> bytes:
-        """Read the first chunks of a GGUF file. Raises FormatError for another file."""
+        """Read the first chunks of a GGUF file. Raises FormatError for a file in another format."""
         begun = b""
         for chunk in chunks:
             begun += chunk
@@ -285,7 +288,7 @@ class _Transfer:
         what = "a web page" if kind.startswith("text/html") else "not a GGUF file"
         raise FormatError(
             f"{self._shown} is {what}",
-            "pass the GGUF file's own URL, or hf:OWNER/REPO for a Hugging Face repository",
+            "pass the URL of the GGUF file itself, or hf:OWNER/REPO for a Hugging Face repository",
         )
 
     def _check_status(self, response: "requests.Response") -> None:
@@ -296,8 +299,10 @@ class _Transfer:
             self._forget()  # the server's file is shorter
             raise _Dropped("the file changed on the server")
         if code in _BUSY:
-            raise _Dropped(f"the server returned {code} {response.reason}")
-        message = f"{self._where} returned {code} {response.reason} for {self._target.name}"
+            raise _Dropped(f"the server returned HTTP status {code} {response.reason}")
+        message = (
+            f"{self._where} returned HTTP status {code} {response.reason} for {self._target.name}"
+        )
         hint = "check the URL"
         if code in (401, 403):
             message = f"{self._where} denies access to {self._target.name} ({code})"
@@ -314,7 +319,7 @@ class _Transfer:
             raise PopError(
                 f"{self._where} sent a damaged or different file for {self._target.name}:"
                 f" its sha256 is {found}, not {sha256}",
-                "the file was deleted; try again, and compare the hash with the publisher's",
+                "the download was deleted: try again, and compare the hash with the publisher's",
             )
         try:
             read_header(self._partial)
@@ -326,7 +331,7 @@ class _Transfer:
             return  # the file may have a newer format
 
     def _origin(self) -> tuple[str, int]:
-        """Return the partial file's validator and complete size, 0 if it cannot be resumed."""
+        """Return the partial file's validator and the complete size, 0 if it cannot be resumed."""
         try:
             identity, validator, total = json.loads(self._origin_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
@@ -342,13 +347,13 @@ class _Transfer:
 
 
 def _validator(response: "requests.Response") -> str:
-    """Return a strong ETag, else the time of the last change, else ""."""
+    """Return the reply's strong ETag, else its time of the last change, else ""."""
     etag = response.headers.get("ETag", "")
     return etag if etag[:2] not in ("", "W/") else response.headers.get("Last-Modified", "")
 
 
 def _extent(response: "requests.Response") -> tuple[int, int]:
-    """Return the reply's offset in the file, and the file's size (0 if unknown)."""
+    """Return the position of the reply's bytes in the file, and the file's size (0 if unknown)."""
     if response.status_code == 206:
         extent = response.headers.get("Content-Range", "")
         part = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", extent)

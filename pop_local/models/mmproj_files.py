@@ -14,7 +14,7 @@ _GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)
 
 
 def mmproj_name(model: str) -> str:
-    """Return the file name of a model's mmproj that distinguishes it from other mmprojs."""
+    """Return the file name that marks an mmproj as the model's."""
     return f"mmproj-{_stem(model)}.gguf"
 
 
@@ -24,7 +24,7 @@ def _stem(model: str) -> str:
 
 
 def n_shared(mmproj: str, model: str) -> int:
-    """Return the number of words with which both names start, ignoring generic words."""
+    """Count the leading words that both names share, ignoring generic words."""
     pairs = zip(_words(mmproj), _words(model), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -43,7 +43,7 @@ def is_mmproj(path: Path) -> bool:
 
 
 def find_mmproj(model: Path) -> Path | None:
-    """Return the mmproj named after the model, else the folder's only mmproj.
+    """Return the mmproj named after the model, or else the folder's only mmproj.
 
     An mmproj named after another model is ignored, even if that model does not exist.
     """
@@ -62,7 +62,7 @@ def find_mmproj(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmprojs of the removed models `gone` that no other model in `folder` uses."""
+    """Return the mmprojs in `folder` that only the removed models `gone` have used."""
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept

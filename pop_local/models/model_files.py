@@ -1,4 +1,4 @@
-"""List a models folder: models, their parts, sidecars and unfinished downloads."""
+"""List the models, sidecars and unfinished downloads in a models folder."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -18,12 +18,12 @@ PARTIAL_SUFFIX = ".gguf.partial"
 # Suffix of the file that identifies the origin of an unfinished download.
 ORIGIN_SUFFIX = ".origin"
 _PARTS_SUFFIX = ".gguf.parts"
-_UNFINISHED = "unfinished download: pull the model again"
+_UNFINISHED = "the download is unfinished: pull the model again"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's file and its sidecar, None for an unpruned or a converted model."""
+    """A model's file and its sidecar, which is None for an unpruned or a converted model."""
 
     path: Path
     sidecar: Path | None = None
@@ -31,10 +31,11 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in a folder.
+    """A model, a sidecar or an unfinished download in a models folder.
 
     `size_bytes` includes the sidecar. `boundary` and `projection` are from the model's file or from
-    its sidecar, which the package may ship. `problem`: why the model is unusable, "" if it is not.
+    its sidecar, which the package may ship. `problem` is the reason why the model is unusable, ""
+    for a usable model.
     """
 
     name: str
@@ -52,7 +53,7 @@ class StoredModel:
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Return each model's GGUF files in order, by file name without suffix.
+    """Map each model's file name without suffix to the model's GGUF files in order.
 
     A split model's parts count as one model. Sidecars are excluded.
     """
@@ -81,7 +82,7 @@ def stock(folder: Path) -> tuple[StoredModel, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files to remove for a name: a model and its sidecar, a sidecar, or a download.
+    """Return the files of a model and its sidecar, of a sidecar only, or of an unfinished download.
 
     Raises PopError for a file in another folder and for an unknown name.
     """
@@ -93,16 +94,16 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
     if known := known_name(path.name.removeprefix("."), groups):
         return groups[known]
     raise PopError(
-        f"{folder} has no model {name!r}",
+        f"the folder {folder} contains no model named {name!r}",
         nearest_hint(path.name, {known: known for known in groups}, "check the name"),
         cause="unknown-model",
     )
 
 
 def known_name(name: str, known: Collection[str]) -> str | None:
-    """Return the known name equal to `name`, ignoring .gguf and case; None without a match.
+    """Return the known name that equals `name` apart from case and the suffix .gguf, else None.
 
-    A match of the same case takes precedence.
+    A known name in the same case takes precedence.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:
@@ -113,12 +114,12 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Return the total size of files and folders; a link counts with its own size."""
+    """Return the total size of files and folders, without the targets of links."""
     return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the size of all files in a folder, some of which pip may delete during the call."""
+    """Return the total size of a folder's files, although pip may delete files during the call."""
     n_bytes = 0
     for at, _, names in os.walk(folder):
         for name in names:
@@ -140,7 +141,7 @@ def _unread(folder: Path) -> Iterator[StoredModel]:
         yield StoredModel(name, files, sidecars.pop(name, None))
     for path in sidecars.values():
         name = path.name.removesuffix(SUFFIX)
-        yield StoredModel(name, (path,), problem="sidecar without its model")
+        yield StoredModel(name, (path,), problem="the sidecar's model is missing")
     for path in _files(folder, PARTIAL_SUFFIX):
         origin = path.with_name(path.name + ORIGIN_SUFFIX)
         files = (path, origin) if origin.exists() else (path,)

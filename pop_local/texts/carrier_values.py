@@ -1,4 +1,4 @@
-"""Random values, names and keys for look-up documents, different for each use."""
+"""Draw random values, names and keys for look-up documents, from different words for each use."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Use(Enum):
-    """The purpose of a document: to fit and train on, or only to measure."""
+    """The purpose of a document: fitting and training, or measurement only."""
 
     FITTING = "fitting"
     HELD_OUT = "held-out"
@@ -19,10 +19,10 @@ class Use(Enum):
 
 @dataclass(frozen=True)
 class Words:
-    """The word lists of one use.
+    """The word lists for the documents of one use.
 
-    `fields` maps kinds of values to keys. Names of entities and families join a start and an end.
-    `phone`, `date` and `amount` are formats.
+    `fields` maps each kind of value to field names. The names of entities and families are joined
+    from a start and an end. `phone`, `date` and `amount` are format strings.
     """
 
     nouns: list[str]
@@ -43,7 +43,7 @@ class Words:
 
 @cache
 def words(use: Use) -> Words:
-    """Return the word lists of carrier_words.json for one use."""
+    """Read the word lists for one use from carrier_words.json."""
     text = Path(__file__).with_name("carrier_words.json").read_text("utf-8")
     return Words(**json.loads(text)[use.value])
 
@@ -56,7 +56,7 @@ def entities(rng: np.random.Generator, use: Use) -> list[str]:
 
 
 def value(rng: np.random.Generator, kind: str, lists: Words) -> str:
-    """Draw a random value of one of `KINDS`."""
+    """Draw a random value of the given kind, one of `KINDS`."""
     return _MAKERS[kind](rng, lists)
 
 

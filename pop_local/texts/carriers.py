@@ -29,8 +29,8 @@ _PROSE_SHARE = 0.5
 class LookupQuestion:
     """A question whose answer is a value of the document, as an exact string.
 
-    `stem` starts the answering sentence: `answer` follows it after a space. `kind` is the value's
-    kind (one of `KINDS`), and `layout` is its block's layout.
+    `stem` is the start of the answering sentence, and `answer` follows after a space. `kind` is the
+    value's kind (one of `KINDS`), and `layout` is the layout of the value's block.
     """
 
     question: str
@@ -41,7 +41,7 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """The text to append to the document after a blank line, ending before the answer."""
+        """The text that follows the document after a blank line, and that the answer completes."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 
@@ -55,7 +55,7 @@ class Carrier:
 
 @dataclass(frozen=True)
 class AnsweredCarrier:
-    """A document followed by its questions and answers.
+    """A text for training: a document, followed by its questions and answers.
 
     `answers` holds the answers' (start, end) positions in `text`, without the preceding space.
     """
@@ -66,7 +66,7 @@ class AnsweredCarrier:
 
 @dataclass(frozen=True)
 class CarrierSettings:
-    """A document's use, approximate length and maximum number of questions."""
+    """Requirements for a document: use, approximate length, and maximum number of questions."""
 
     n_tokens: int
     n_questions: int
@@ -78,9 +78,9 @@ def make_carrier(
 ) -> Carrier:
     """Build a document of blocks in the use's layouts, with prose before, between and after them.
 
-    The prose starts at a random sentence of `prose`. `count` returns a text's length in tokens.
-    Each value has one question, up to `n_questions`. Raises PopError if the blocks leave no room
-    for prose.
+    The document's prose starts at a random sentence of `prose`. `count` returns a text's length in
+    tokens. The document has one question for each value, but no more than `n_questions`. Raises
+    PopError if the blocks leave no room for prose.
     """
     # Seed with the use, so that one seed yields different values for both uses.
     rng = np.random.default_rng([*settings.use.value.encode(), int(rng.integers(1 << 62))])
@@ -108,7 +108,7 @@ def make_carrier(
 
 
 def with_answers(carrier: Carrier) -> AnsweredCarrier:
-    """Append questions and answers to the document, as a text for training."""
+    """Return a text for training: the document, followed by its questions and answers."""
     text, spans = carrier.text, []
     for question in carrier.questions:
         text += f"\n\n{question.completion} "
@@ -120,7 +120,7 @@ def with_answers(carrier: Carrier) -> AnsweredCarrier:
 def _even_over_kinds(
     rng: np.random.Generator, questions: Sequence[LookupQuestion]
 ) -> list[LookupQuestion]:
-    """Shuffle the questions so that every kind's first question precedes any second question."""
+    """Shuffle the questions, with one question of every kind before any kind's second question."""
     rounds: Counter[str] = Counter()
     ranked = []
     for i in rng.permutation(len(questions)):
@@ -154,7 +154,7 @@ def _paragraphs(
 
 
 class _Writer:
-    """A writer of one document's blocks that repeats no entity and no value."""
+    """A writer of one document's blocks, which never repeats an entity or a value."""
 
     def __init__(self, rng: np.random.Generator, use: Use) -> None:
         self._rng = rng

@@ -11,7 +11,7 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decoded(content: bytes, origin: str) -> str:
-    """Decode `content`. Raises PopError about `origin` if it is not text."""
+    """Decode `content`. Raises PopError, which names `origin`, if the bytes are not text."""
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -22,7 +22,7 @@ def decoded(content: bytes, origin: str) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a file's content. Raises PopError if reading fails."""
+    """Return a file's bytes. Raises PopError if reading fails."""
     try:
         return read_file(path)
     except OSError as error:
@@ -32,7 +32,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Return a text file's text. Raises PopError if it is unreadable, binary or empty."""
+    """Read a text file. Raises PopError if it is unreadable, binary or empty."""
     text = decoded(read_bytes(path), str(path))
     if not text.strip():
         raise PopError(f"{path} has no text", "pass a file with text")

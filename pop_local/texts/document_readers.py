@@ -23,7 +23,7 @@ EXTRA_HINT = "install the reader: pip install 'pop-local[documents]'"
 
 @dataclass(frozen=True)
 class Document:
-    """A file's text, or a part of the text, with a display name."""
+    """A file's text, or a part of the text, with a name for users."""
 
     name: str
     text: str
@@ -32,11 +32,13 @@ class Document:
 def read_document(path: str | os.PathLike[str]) -> Document:
     """Read a plain text, mail, PDF or DOCX file.
 
-    Raises OSError if reading fails, PopError if the file is binary, too large, or without text.
+    Raises OSError if reading fails, and PopError if the file is binary, too large, or without text.
     """
     document = _read(Path(path))
     if not document.text.strip():
-        raise PopError(f"{path} has no text", "pass a file with text; scanned pages need OCR first")
+        raise PopError(
+            f"{path} has no text", "pass a file with text, or run OCR on scanned pages first"
+        )
     return document
 
 
@@ -63,10 +65,12 @@ def _read(path: Path) -> Document:
     except (PopError, OSError):
         raise
     except ImportError as error:
-        raise PopError(f"{path} needs {library}, which is not installed", EXTRA_HINT) from error
+        raise PopError(
+            f"reading {path} requires {library}, which is not installed", EXTRA_HINT
+        ) from error
     except Exception as error:  # on broken files, the libraries raise many types
         raise PopError(
-            f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
+            f"{path} cannot be read as {kind}: {error}", "save the file as plain text first"
         ) from error
 
 
@@ -79,13 +83,13 @@ def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
             f"{origin} is too large: it has more than {MAX_BYTES:,} bytes",
-            "pass a part of the file",
+            "pass only a part of the file",
         )
     return content
 
 
 def _too_much(path: Path) -> PopError:
-    return PopError(f"{path} is too large when unpacked", "save it as plain text first")
+    return PopError(f"{path} is too large when unpacked", "save the file as plain text first")
 
 
 def _pdf(path: Path, content: bytes) -> str:
@@ -95,7 +99,9 @@ def _pdf(path: Path, content: bytes) -> str:
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     reader = pypdf.PdfReader(io.BytesIO(content))
     if reader.is_encrypted and not reader.decrypt(""):
-        raise PopError(f"{path} is protected by a password", "save it without a password first")
+        raise PopError(
+            f"{path} is protected by a password", "save the file without a password first"
+        )
     texts, n_chars = [], 0
     for page in reader.pages:
         texts.append(page.extract_text())
@@ -115,7 +121,7 @@ def _docx(path: Path, content: bytes) -> str:
     document = docx.Document(io.BytesIO(content))
     if document.element.getroottree().docinfo.internalDTD is not None:
         # python-docx would drop the text of entities.
-        raise PopError(f"{path} has a DTD, which DOCX forbids", "save it as plain text first")
+        raise PopError(f"{path} has a DTD, which DOCX forbids", "save the file as plain text first")
     blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
     return "\n\n".join(text for text in texts if text.strip())
@@ -131,7 +137,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text. `row.cells` would repeat cells that span several columns."""
+    """Return a table's text. Unlike `row.cells`, do not repeat cells that span several columns."""
     rows = ([_cell(cell) for cell in row.tc_lst] for row in table._tbl.tr_lst)
     return "\n".join(" | ".join(cells) for cells in rows)
 

@@ -13,9 +13,10 @@ from pop_local.texts.document_readers import read_text_of
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
     """Return each path's texts: a file's text, or one text per kind of file in a folder.
 
-    Files of one kind share a first-level folder and a suffix. Each kind is read up to `most_chars`
-    characters, in a fixed pseudorandom order. Binary files, duplicates and hidden files are
-    skipped. Raises PopError for an unreadable path and for a path without new text.
+    Files of one kind share a first-level folder and a suffix. For each kind, up to `most_chars`
+    characters are read, from files in a fixed pseudorandom order. Binary files, duplicates and
+    hidden files are skipped. Raises PopError for an unreadable path and for a path without new
+    text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []

@@ -74,7 +74,7 @@ def test_one_layer_must_be_kept(tiny, n_skipped):
 
 def test_a_plan_for_another_model_is_refused(tiny, tmp_path):
     other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=6)
-    with pytest.raises(PlanError, match="another model"):
+    with pytest.raises(PlanError, match="different model"):
         convert(make_plan(read_shape(other)), tiny, tmp_path / "out.gguf")
 
 
@@ -229,7 +229,7 @@ def test_the_command_prints_its_plan_and_writes_next_to_the_model(tiny, tmp_path
 
 
 def test_a_dry_run_refuses_the_same_outputs_as_a_conversion(tiny, tmp_path):
-    for target, reason in ((tiny, "input itself"), (tmp_path / "no" / "out.gguf", "not exist")):
+    for target, reason in ((tiny, "input file"), (tmp_path / "no" / "out.gguf", "not exist")):
         refused = command(str(tiny), str(target), "--dry-run")
         assert refused.exit_code == 1
         assert reason in " ".join(refused.stderr.split())

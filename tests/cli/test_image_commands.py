@@ -114,7 +114,7 @@ def test_chat_refuses_files_that_are_no_pictures(path):
 
 
 def test_refilling_reports_its_limits(path, tmp_path):
-    assert "several positions each (M-RoPE)" in chatted(path, "/refill idle")
+    assert "each row has several positions (M-RoPE)" in chatted(path, "/refill idle")
     gemma = make_vision_model(tmp_path, "gemma3")
     (tmp_path / "a.png").write_bytes(png(3))
     lines = ("/refill idle", "what?", f"/image {tmp_path / 'a.png'}", "and?", "/refill")

@@ -85,7 +85,7 @@ def test_the_folder_is_shown_with_damaged_files(store):
     problems = {row[0]: row[5] for row in body if row[5] and row[5] != "not fetched"}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
     assert problems["cut"].startswith("is truncated")
-    assert "unfinished download" in problems["new.gguf.partial"]
+    assert "download is unfinished" in problems["new.gguf.partial"]
     assert "not a GGUF file" in problems["page"]
     assert str(store) in done.stderr
 
@@ -124,7 +124,9 @@ def test_a_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch
     assert "Tiny.Q8_0" in pop_local("list").stdout
     assert pop_local("rm", "--yes", "Tiny.Q8_0").exit_code == 0
     assert not (users / "Tiny.Q8_0.gguf").exists()
-    assert "models has no model 'Tiny.Q8_0'" in pop_local("rm", "--yes", "Tiny.Q8_0").stderr
+    assert (
+        "models contains no model named 'Tiny.Q8_0'" in pop_local("rm", "--yes", "Tiny.Q8_0").stderr
+    )
 
 
 def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):
@@ -175,7 +177,7 @@ def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
 def test_a_sidecar_without_its_model_is_reported(store):
     sidecar(store)
     (store / "Tiny.Q8_0.gguf").unlink()
-    assert "without its model" in the("Tiny.Q8_0.pop-sidecar", store).problem
+    assert "model is missing" in the("Tiny.Q8_0.pop-sidecar", store).problem
 
 
 def test_an_incomplete_split_model_names_its_missing_parts(store):
@@ -259,7 +261,9 @@ def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
         str(store / entry.pop_file),
     ]
     assert not (store / entry.file).exists()
-    assert "has no model 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
+    assert (
+        "contains no model named 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-270m.Q4_K_M.gguf.parts"])
@@ -269,7 +273,10 @@ def test_parts_of_the_catalog_are_shown_and_removed(store, name):
     (parts / "one.whl").write_bytes(bytes(700))
     (parts / "pip-x" / "two.whl").write_bytes(bytes(77))
     shown = the("gemma-3-270m.Q4_K_M.gguf.parts", store)
-    assert (shown.size_bytes, shown.problem) == (777, "unfinished download: pull the model again")
+    assert (shown.size_bytes, shown.problem) == (
+        777,
+        "the download is unfinished: pull the model again",
+    )
     done = pop_local("rm", name, "--yes", "--json")
     assert json.loads(done.stdout) == {"files": [str(parts)], "freed_bytes": 777}
     assert not parts.exists()
@@ -328,7 +335,7 @@ def test_rm_takes_nothing_when_one_name_is_unknown(store):
     before = set(store.iterdir())
     done = pop_local("rm", "Tiny.Q8_0", "partet", "--yes")
     assert done.exit_code == 1
-    assert "has no model 'partet'" in done.stderr
+    assert "contains no model named 'partet'" in done.stderr
     assert "did you mean parted?" in done.stderr
     assert set(store.iterdir()) == before
 

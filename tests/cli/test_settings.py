@@ -88,7 +88,7 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         (
             "state_dir = '~nobody-at-all/x'\n",
             1,
-            "~nobody-at-all/x: no such home folder",
+            "the home folder in ~nobody-at-all/x is unknown",
             "use a full path",
         ),
         ('"gpu_layers" = -2\n', 1, "gpu_layers: -2 is not a whole number from -1", "correct"),
@@ -140,7 +140,7 @@ def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
 
 def test_the_file_of_an_unknown_user(monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
-    with pytest.raises(PopError, match="no such home folder"):
+    with pytest.raises(PopError, match="the home folder in"):
         load()
 
 
@@ -252,7 +252,7 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     assert list(shown) == list(settings.KEYS)
     assert shown["threads"] == ["4", "file"]
     assert shown["ctx"] == ["2048", "environment"]
-    assert shown["model"] == ["the catalog's best model for the free memory", "default"]
+    assert shown["model"] == ["the best catalog model that fits into the free memory", "default"]
     assert shown["top_p"][1] == "default"
     assert "POP_LOCAL_CTXX is set, but no setting has this name" in done.stderr
     assert str(file) in done.stderr
@@ -313,7 +313,10 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
         (["set", "threads", "many"], "threads: 'many' is not a whole number from 1"),
         (["set", "top_p", "2"], "top_p: 2.0 is not a number from 0 to 1"),
         (["set", "ctx", "9" * 400], "bits is not a whole number from 1 to 2,147,483,647"),
-        (["set", "models_dir", "~nobody-at-all/x"], "no such home folder"),
+        (
+            ["set", "models_dir", "~nobody-at-all/x"],
+            "the home folder in ~nobody-at-all/x is unknown",
+        ),
         (["set", "models_dir", ""], "an empty path is not allowed"),
         (["set", "theme", "drak"], "theme: unknown theme drak"),
         (["set", "system", "\udcff"], r"system: '\udcff' is not text"),

@@ -84,7 +84,7 @@ def test_file_without_pop_keys_is_refused(tiny, tmp_path):
 def test_outputs_that_must_not_be_replaced(tiny, pop):
     with pytest.raises(OutputExistsError):
         strip(pop, tiny)
-    with pytest.raises(WriteError, match="input itself"):
+    with pytest.raises(WriteError, match="input file"):
         strip(pop, pop, force=True)
 
 

@@ -1,4 +1,4 @@
-"""A model's keys `ARCH.*`, checked against llama.cpp's requirements."""
+"""Read a model's keys `ARCH.*`, and check them against llama.cpp's requirements."""
 
 from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
@@ -39,7 +39,7 @@ def trained_ctx(header: Header) -> int | None:
 
 
 def require_loadable(header: Header) -> None:
-    """Raise FormatError naming the first key that would make llama.cpp abort the process."""
+    """Raise FormatError for the first key that would make llama.cpp abort the process."""
 
     def numbers(name: str) -> list[float]:
         value = header.of_arch(name)
@@ -83,15 +83,15 @@ def require_loadable(header: Header) -> None:
     }
     wrong |= {name: not all(eps >= 0 for eps in numbers(name)) for name in _EPSILONS}
     for name in filter(wrong.__getitem__, wrong):
-        found = ", ".join(map(str, numbers(name))) or "nothing"
+        key, found = f"{arch}.{name}", ", ".join(map(str, numbers(name))) or "empty"
         raise FormatError(
-            f"{header.path} cannot be opened: its {arch}.{name} is {found}",
+            f"{header.path} cannot be opened: the key {key} is {found}",
             "download the file again",
         )
 
 
 class ArchKeys:
-    """Reader of a prunable model's keys `ARCH.*`."""
+    """A reader of a prunable model's keys `ARCH.*`."""
 
     def __init__(self, header: Header) -> None:
         """Raise FormatError or UnsupportedArchitectureError if the model cannot be pruned."""
@@ -101,16 +101,18 @@ class ArchKeys:
                 f"{header.path} is a LoRA adapter, not a model", "pass the base model"
             )
         if "general.architecture" not in header.keys:
-            raise FormatError(f"{header.path} has no general.architecture", "pass a language model")
+            raise FormatError(
+                f"{header.path} lacks the key general.architecture", "pass a language model"
+            )
         self.arch = str(header.get("general.architecture"))
         if reason := refusal(self.arch, self.number(LOOPS_KEY, 1)):
             raise UnsupportedArchitectureError(
-                f"{header.path} ({self.arch}) is {reason}: it cannot be pruned",
+                f"{header.path} ({self.arch}) cannot be pruned: {reason}",
                 "use a decoder model, such as Llama, Qwen or Gemma",
             )
 
-    def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.header.path} {what}", "download the file again")
+    def wrong(self, problem: str) -> FormatError:
+        return FormatError(f"{self.header.path}: {problem}", "download the file again")
 
     def number(self, name: str, default: int | None = None) -> int:
         """Return a number or flag, or the first item of an array. Raises FormatError."""
@@ -120,7 +122,8 @@ class ArchKeys:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or not 0 <= value <= _MAX_NUMBER:
-            raise self.wrong(f"is not a model: its {self.arch}.{name} is {value}")
+            key = f"{self.arch}.{name}"
+            raise self.wrong(f"the key {key} has the invalid value {value}")
         return int(value)
 
     @property
@@ -140,7 +143,7 @@ class ArchKeys:
         if isinstance(pattern, tuple):
             flags = pattern[:n_layer]
             if len(flags) < n_layer:
-                raise self.wrong(f"has too few entries in {self.arch}.{name}")
+                raise self.wrong(f"the key {name} has fewer entries than the model has layers")
             return tuple(tokens if flag else 0 for flag in flags)
         period = self.number(name, PERIODS.get(self.arch, 0))
         return tuple(

@@ -1,6 +1,6 @@
-"""Facts about architectures that no key or tensor of a model's file shows.
+"""List properties of architectures that a model's file does not contain.
 
-The names are those of llama.cpp's src/llama-arch.cpp. Unlisted architectures count as ordinary
+The names are from llama.cpp's src/llama-arch.cpp. Unlisted architectures are treated as ordinary
 decoders.
 """
 
@@ -18,17 +18,19 @@ REFUSED = {
             "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert"
             " gemma-embedding llama-embed t5encoder"
         ),
-        "an encoder, which generates no text",
+        "the model is an encoder, which generates no text",
     ),
     **dict.fromkeys(
         _names("dream llada llada-moe rnd1"),
-        "a diffusion model, which reads its whole text in every step",
+        "the model is a diffusion model, which reads the whole text in every step",
     ),
-    **dict.fromkeys(_names("eagle3 dflash gemma4-assistant"), "a draft model for another model"),
-    "t5": "an encoder with a decoder",
-    "clip": "an image encoder",
-    "wavtokenizer-dec": "an audio decoder",
-    "chameleon": "a model whose prompts llama.cpp cannot read without logits",
+    **dict.fromkeys(
+        _names("eagle3 dflash gemma4-assistant"), "the model is a draft model for another model"
+    ),
+    "t5": "the model has an encoder and a decoder",
+    "clip": "the model is an image encoder",
+    "wavtokenizer-dec": "the model is an audio decoder",
+    "chameleon": "llama.cpp cannot read the model's prompts without logits",
 }
 LOOPS_KEY = "num_loops"
 # Architectures whose later layers run with earlier layers' tensors.
@@ -38,12 +40,13 @@ REPEATED = ("hrm_text",)
 UNFITTED = {
     **dict.fromkeys(
         _names("cogvlm gemma4 graniteswitch mimo2 openelm plamo2 plamo3"),
-        "its graph computes K and V in an unusual way",
+        "the graph computes K and V in an unusual way",
     ),
     **dict.fromkeys(
-        _names("cohere2 cohere2moe command-r dbrx"), "its norm is a layer norm, not an RMS norm"
+        _names("cohere2 cohere2moe command-r dbrx"),
+        "the norm is a layer norm instead of an RMS norm",
     ),
-    "gemma3n": "its state has several streams",
+    "gemma3n": "the state has several streams",
 }
 
 # Architectures with several positions per row (M-RoPE), if their file has sections for them.
@@ -86,4 +89,4 @@ MEASURED = ("llama", "qwen2", "gemma3")
 
 def refusal(arch: str, n_loops: int) -> str:
     """Return the reason why an architecture cannot be pruned, "" if it can."""
-    return REFUSED.get(arch, "a model that runs its layers several times" if n_loops > 1 else "")
+    return REFUSED.get(arch, "the model runs its layers several times" if n_loops > 1 else "")

@@ -45,10 +45,10 @@ class LayerTensors(dict[str, TensorInfo]):
     def no_refill(self) -> str:
         """The reason why rows cannot run deep later, "" if they can."""
         if self.is_recurrent:
-            return "its recurrent layers keep one state of all rows"
+            return "the recurrent layers keep one state for all rows"
         if any(name.startswith("indexer") for name in self):
-            return "its cache contains more than K and V"
-        return "its state has several streams" if "altup_router" in self else ""
+            return "the cache contains more than K and V"
+        return "the state has several streams" if "altup_router" in self else ""
 
     @property
     def is_fittable(self) -> bool:
@@ -58,7 +58,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def n_neurons(self) -> int:
-        """Number of neurons in a dense, gated FFN; `ffn_up` may start with the gate's rows."""
+        """The neurons in a dense, gated FFN, whose `ffn_up` may start with the gate's rows."""
         n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
         is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
         return n_down if is_gated and "ffn_norm" in self else 0

@@ -12,24 +12,25 @@ from pop_converter.projection import Projection
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Block size of ggml's quantized types. Rows of added tensors must have whole blocks.
 _BLOCK_SIZE = 32
-_MROPE = "its rows have several positions each (M-RoPE)"
+_MROPE = "each row has several positions (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's sizes; tuples have one entry per layer.
+    """A model's sizes. Tuples have one entry per layer.
 
-    `n_q`, `n_k`, `n_v`: rows of the attention projections. MLA layers have K rows and no V rows;
-    layers that compute no K/V have neither. `n_heads_out`: width of the heads' output. `n_neurons`:
-    neurons in a dense, gated FFN, otherwise 0. `n_weights`: number of matrix elements. `windows`:
-    attention windows in tokens, 0 for all positions. `is_recurrent`: layers with a state that rows
-    cannot overwrite. `is_fittable`: layers whose K and V can be fitted. `is_fused`: layers with one
-    tensor for Q, K and V.
+    `n_q`, `n_k` and `n_v` are the numbers of rows of the attention projections. MLA layers have K
+    rows but no V rows, and layers that compute no K/V have neither. `n_heads_out` is the width of
+    the heads' output. `n_neurons` is the number of neurons in a dense, gated FFN, otherwise 0.
+    `n_weights` is the number of matrix elements. `windows` are the attention windows in tokens, 0
+    for all positions. `is_recurrent` marks layers with a state that rows cannot overwrite.
+    `is_fittable` marks layers whose K and V can be fitted. `is_fused` marks layers with one tensor
+    for Q, K and V.
 
-    `no_refill`: the reason why rows cannot run deep later, "" if they can. `exact`: the first layer
-    that reads an earlier layer's K/V, 0 if no layer does. `n_deepstack`: number of layers, counted
-    from the first, that add image features to the state.
+    `no_refill` is the reason why rows cannot run deep later, "" if they can. `exact` is the first
+    layer that reads an earlier layer's K/V, 0 if no layer does. `n_deepstack` is the number of
+    layers, counted from the first, that add image features to the state.
     """
 
     arch: str
@@ -59,34 +60,37 @@ class ModelShape:
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
-        """Return a wide fit's extra inputs (fit/wide.py): previous state's values, neurons.
+        """Return a wide fit's numbers of previous-state values and of neurons (fit/wide.py).
 
-        They are up to a quarter and half of the state's size, in whole quantization blocks.
+        These numbers are up to a quarter and a half of the state's size, in whole quantization
+        blocks.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
         return n_prev, n_most // _BLOCK_SIZE * _BLOCK_SIZE
 
     def n_wide(self, boundary: int, projection: Projection) -> int:
-        """Return the number of a fit's extra inputs, 0 if it is not wide."""
+        """Return the number of a fit's extra inputs, 0 for a fit that is not wide."""
         return sum(self.wide_inputs(boundary)) if projection == Projection.WIDE else 0
 
 
 def source_shape(source: Source) -> ModelShape:
-    """Return the shape of a model. Raises FormatError, UnsupportedArchitectureError."""
+    """Read a model's layer sizes. Raises FormatError, UnsupportedArchitectureError."""
     keys = ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
     if not 0 < n_layer <= _MAX_LAYERS:
-        raise keys.wrong(f"has {n_layer} layers; llama.cpp supports 1 to {_MAX_LAYERS}")
+        raise keys.wrong(
+            f"the model has {n_layer} layers, but llama.cpp supports 1 to {_MAX_LAYERS}"
+        )
     layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
     if (n_embd := keys.number("embedding_length")) < 1:
-        raise keys.wrong("has an embedding length of 0")
+        raise keys.wrong("the embedding length is 0")
     if (n_deepstack := keys.number("n_deepstack_layers", 0)) >= n_layer:
-        raise keys.wrong(f"adds image features to {n_deepstack} of its {n_layer} layers")
+        raise keys.wrong(f"image features are added to {n_deepstack} of {n_layer} layers")
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0
     exact = n_layer - keys.number("attention.shared_kv_layers", max(n_shared, 0))
     if exact < 1:
-        raise keys.wrong("has no layer that computes K/V")
+        raise keys.wrong("no layer computes K/V")
     dim = n_embd // max(keys.number("attention.head_count", 1), 1)
     dims = keys.number("attention.key_length", dim), keys.number("attention.value_length", dim)
     parts = [
@@ -94,7 +98,7 @@ def source_shape(source: Source) -> ModelShape:
         for i, layer in enumerate(layers)
     ]
     if any(min(part) < 0 for part in parts):
-        raise keys.wrong("has a fused Q/K/V tensor with too few rows for its heads")
+        raise keys.wrong("a fused Q/K/V tensor has too few rows for the heads")
     n_q, n_k, n_v = zip(*parts, strict=True)
     reasons = [*(layer.no_refill for layer in layers), _MROPE if keys.is_mrope else ""]
     has_fits = keys.arch not in UNFITTED and keys.header.of_arch(_RMS_KEY) is not None

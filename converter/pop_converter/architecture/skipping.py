@@ -12,11 +12,11 @@ _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 class SkippableLayers:
     """The layers that context tokens can skip: `first` to `last`.
 
-    `left`: results that skipped layers still compute. `fits_from`: the first boundary whose
-    projections can be fitted, None if `no_fit` prevents every fit. `exact`: the layer at which
-    context tokens leave without loss, 0 without such a layer. `no_refill`: the reason why rows
-    cannot run deep later, "" if they can. `is_measured`: pruning was measured on real models of
-    this architecture.
+    `left` names the results that skipped layers still compute. `fits_from` is the first boundary
+    whose projections can be fitted, None if `no_fit` prevents every fit. `exact` is the layer at
+    which context tokens leave the model without loss, 0 without such a layer. `no_refill` is the
+    reason why rows cannot run deep later, "" if they can. `is_measured` is true if pruning was
+    measured on real models of this architecture.
     """
 
     first: int
@@ -54,7 +54,7 @@ def _no_fit(shape: ModelShape) -> str:
     if shape.arch in UNFITTED:
         return UNFITTED[shape.arch]
     if any(shape.is_recurrent):
-        return "its recurrent layers have no K and V"
+        return "the recurrent layers have no K and V"
     if not any(shape.n_v):
-        return "its K and V are compressed"
-    return "its K and V do not follow an RMS norm without bias"
+        return "K and V are compressed"
+    return "K and V do not follow an RMS norm without bias"

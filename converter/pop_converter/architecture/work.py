@@ -6,7 +6,8 @@ rows are as efficient as large products.
 
 Fitted projections replace the layers' own projections at the same cost, or at a lower cost if the
 layers' own K and V are fused with Q. A *wide* fit (fit/wide.py) also computes its input once per
-row, and multiplies it for each layer after the boundary. This module adds the work of planned fits.
+row, and multiplies this input by weights for each layer after the boundary. This module adds the
+work of planned fits to the caller's count.
 """
 
 from collections.abc import Callable
@@ -25,18 +26,20 @@ Macs = Callable[[int, int | None, int], int]
 
 
 def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
-    """Raise PopError: the default `macs` of a plan."""
-    raise PopError("the plan cannot count its work", "pass macs to make_plan")
+    """Raise PopError. A plan uses this function if the caller passes no `macs`."""
+    raise PopError(
+        "the plan has no function for counting multiply-accumulates", "pass macs to make_plan"
+    )
 
 
 def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: int = 0) -> float:
-    """Return the ratio of full to pruned prefill work; `more` is the fit's work (`fit_macs`)."""
+    """Return the ratio of full to pruned prefill work. `more` is the fit's work (`fit_macs`)."""
     n_full = max(1, min(n_full, n_prompt))  # the last row is always full
     return macs(n_prompt, None, n_prompt) / (macs(n_prompt, boundary, n_full) + more)
 
 
 def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> int:
-    """Return the number of weights that a wide fit has and a plain fit lacks, 0 for other kinds."""
+    """Return the number of weights that a wide fit adds to a plain fit, 0 for other fits."""
     n_wide = shape.n_wide(boundary, projection)
     if not n_wide:
         return 0
@@ -46,7 +49,7 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the work that a fit adds, negative if the model fuses K and V with Q."""
+    """Return the multiply-accumulates that a fit adds, negative if Q, K and V are fused."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)
@@ -55,8 +58,9 @@ def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt:
 def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:
     """Return the share of the skipped layers' work that context rows still need.
 
-    Full rows need this work twice, since their true K/V replace projected K/V: the share is derived
-    from this difference. Return None if full rows are read separately, as with recurrent states.
+    Full rows need this work twice, since their true K/V replace projected K/V. The share is
+    computed from this difference. Return None if full rows are read separately, as with recurrent
+    states.
     """
     full = macs(n_prompt, None, n_prompt)
     left = macs(n_prompt, boundary, n_prompt - 1) - full

@@ -1,4 +1,4 @@
-"""Error types of both packages: a message, a hint and a cause."""
+"""Define the error types of both packages, with a message, a hint and a cause."""
 
 import zlib
 from tokenize import TokenError
@@ -21,11 +21,11 @@ DAMAGED_ARCHIVE = (
 
 
 class PopError(Exception):
-    """A failure that the user can understand.
+    """A failure with a message that users can understand.
 
-    `hint` is a remedy for the library's caller ("" for none). It names parameters, never a command.
-    Programs with their own remedies identify the failure by `cause` ("" for most failures) and read
-    numbers, names and paths from `fields`.
+    `hint` is a remedy for the library's caller ("" for none). The hint names parameters, never a
+    command. Programs with their own remedies identify the failure by `cause` ("" for most failures)
+    and read numbers, names and paths from `fields`.
     """
 
     def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
@@ -39,28 +39,28 @@ class PopError(Exception):
 
 
 class StoppedError(Exception):
-    """Work stopped by the caller's `should_stop`."""
+    """The error for work that the caller's `should_stop` has stopped."""
 
 
 class FormatError(PopError):
-    """An invalid file: not GGUF, truncated, or with inconsistent POP keys."""
+    """The error for a file that is not GGUF, is truncated, or has inconsistent POP keys."""
 
 
 class TruncatedError(FormatError):
-    """A file shorter than its header requires."""
+    """The error for a file that is shorter than its header requires."""
 
 
 class UnsupportedArchitectureError(PopError):
-    """A model whose architecture cannot be pruned, or is missing in this build."""
+    """The error for a model whose architecture cannot be pruned, or is missing in this build."""
 
 
 class PlanError(PopError):
-    """A boundary, skipped share or token count that does not fit the model."""
+    """The error for a boundary, skipped share or token count that does not fit the model."""
 
 
 class OutputExistsError(PopError):
-    """An existing output file that must not be replaced."""
+    """The error for an existing output file that must not be replaced."""
 
 
 class WriteError(PopError):
-    """A failed write, or a file whose content differs after writing."""
+    """The error for a failed write, or for a file whose content differs after writing."""

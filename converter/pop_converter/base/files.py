@@ -21,8 +21,9 @@ def read_file(path: Path, most: int = -1) -> bytes:
         with path.open("rb") as file:
             return file.read(most)
     if not stat.S_ISFIFO(mode):
-        found = "is a folder" if stat.S_ISDIR(mode) else "is neither a file nor a pipe"
-        raise PopError(f"{path} {found}", "pass a file")
+        if stat.S_ISDIR(mode):
+            raise PopError(f"{path} is a folder", "pass a file")
+        raise PopError(f"{path} is neither a file nor a pipe", "pass a file")
     # A blocking open would wait forever for a writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:
         begun = _first_of(path, pipe.fileno())
@@ -31,7 +32,7 @@ def read_file(path: Path, most: int = -1) -> bytes:
 
 
 def _first_of(path: Path, pipe: int) -> bytes:
-    """Wait for a pipe's writer, and return its first byte, or b"" if it has not written yet."""
+    """Wait for a pipe's writer. Return the first byte, or b"" if nothing has been written yet."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline_s:
         try:

@@ -1,4 +1,4 @@
-"""Hints that suggest a similar name for an unknown name."""
+"""Suggest a similar known name for an unknown name."""
 
 import difflib
 from collections.abc import Mapping
@@ -7,9 +7,10 @@ _CUTOFF = 0.5
 
 
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
-    """Suggest the known name nearest to `wanted`, then `listed`; only `listed` if none is similar.
+    """Suggest the known name that is most similar to `wanted`, followed by `listed`.
 
-    `known` maps names in any case to display text.
+    Without a similar name, only `listed` is returned. `known` maps names, whose case is ignored, to
+    texts for users.
     """
     shown = {name.lower(): text for name, text in known.items()}
     near = difflib.get_close_matches(wanted.lower(), shown, n=1, cutoff=_CUTOFF)

@@ -1,4 +1,4 @@
-"""Sizes and times as text."""
+"""Format sizes and times as text."""
 
 
 def size(n_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""Atomic writes: an output file is complete, or it does not exist."""
+"""Write files atomically, so that an output file is either complete or missing."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ _SUFFIX = ".partial"
 
 
 def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: bool) -> None:
-    """Raise OutputExistsError or WriteError if `dst` cannot or must not be written."""
+    """Raise OutputExistsError or WriteError if writing to `dst` is impossible or forbidden."""
     try:
         _check_name(dst, sources, force=force)
         TemporaryFile(dir=dst.parent).close()
@@ -26,7 +26,7 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
     # Some network drives report a size of 0 and no free space.
     if disk.total and disk.free < n_bytes:
         raise WriteError(
-            f"the disk is too full: {dst} needs {n_bytes:,} bytes, {disk.free:,} are free",
+            f"the disk is too full: {dst} needs {n_bytes:,} bytes, but only {disk.free:,} are free",
             "free some space, or write to another disk",
         )
 
@@ -34,14 +34,14 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
 def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
     if not dst.parent.is_dir():
         raise WriteError(
-            f"the folder {dst.parent} does not exist", "create it, or choose another folder"
+            f"the folder {dst.parent} does not exist", "create the folder, or choose another folder"
         )
     if dst.is_dir():
         raise WriteError(f"{dst} is a folder", "choose a file name")
     if not dst.exists():
         return
     if any(dst.samefile(source) for source in sources):
-        raise WriteError(f"the output {dst} is the input itself", "choose another name")
+        raise WriteError(f"the output file {dst} is the input file", "choose another name")
     if not force:
         raise _exists(f"{dst} exists")
 
@@ -50,9 +50,10 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     """Open a temporary file, which replaces `dst` if the block succeeds.
 
-    If the block raises, the temporary file is removed. If the process is killed, the next call for
-    `dst` removes it. The data is not synced to disk. Raises OutputExistsError if another process
-    created `dst` during the block, unless `force`; WriteError for an I/O error.
+    If the block raises an exception, the temporary file is removed. If the process is killed, the
+    next call for `dst` removes the temporary file. The data is not synced to disk. Raises
+    OutputExistsError if another process created `dst` during the block, unless `force` is true.
+    Raises WriteError for an I/O error.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     remove_leftovers(dst.parent, dst.name)
@@ -70,7 +71,7 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder and its missing parents with mode 0700 for any umask. Raises OSError."""
+    """Create a folder and its missing parents with mode 0700, under any umask. Raises OSError."""
     for missing in [each for each in (folder, *folder.parents) if not each.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
         missing.chmod(0o700)

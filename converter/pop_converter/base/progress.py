@@ -11,7 +11,7 @@ Ran = Callable[[int], None]
 def counting(total: int, on_progress: Progress) -> Ran:
     """Return a function that adds a step's size and calls `on_progress(done, total)`.
 
-    The first call, with (0, total), is immediate.
+    `on_progress(0, total)` is called immediately.
     """
     done = 0
 

@@ -1,1 +1,1 @@
-"""Fits of K/V projections."""
+"""Fit K/V projections, and encode the fits as tensors."""

@@ -1,8 +1,9 @@
 """Least-squares fits of skipped layers' K/V projections to the full model's K and V.
 
 The fit is a weighted least-squares solution in float64, with a ridge toward the layer's own
-projections. It needs Gram matrices only. With x the normalized boundary state, X = [x, 1], Y the
-full model's K and V, D the token weights and W0 the layer's own projections:
+projections. The solution needs only Gram matrices. In the formula, x is the normalized boundary
+state, X = [x, 1], Y contains the full model's K and V, D contains the token weights, and W0 is the
+layer's own projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
@@ -43,15 +44,15 @@ LEAST_WEIGHT = 0.2
 _MOST_ATTENTION = 50.0
 # The system's diagonal is 1, so smaller pivots are rounding errors.
 _LEAST_PIVOT = 1e-12
-DAMAGED_HINT = "check that the model answers; if not, its file may be damaged"
+DAMAGED_HINT = "check that the model answers prompts, since its file may be damaged"
 
 
 class FitError(PopError):
-    """Activations from which no projections can be computed."""
+    """The error for activations from which no projections can be computed."""
 
 
 class KvType(str, Enum):
-    """The stored type of fitted weights."""
+    """The type in which fitted weights are stored."""
 
     Q8_0 = "q8_0"
     F16 = "f16"
@@ -65,11 +66,11 @@ class KvType(str, Enum):
 
 @dataclass(eq=False)
 class Gram:
-    """The sums for all fits at one boundary.
+    """The sums from which all fits at one boundary are computed.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` is X'DY [n_inputs + 1, n_k + n_v] by layer. The
-    last input is constant. `n_rows` counts the added rows. The sums are in float32, since the ridge
-    far exceeds the rounding error.
+    last input is constant. `n_rows` is the number of rows in the sums. The sums are in float32,
+    since the ridge far exceeds the rounding error.
     """
 
     xx: Floats
@@ -78,13 +79,13 @@ class Gram:
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
-        """Return zero sums; `n_kv` maps layers to n_k + n_v."""
+        """Return sums of zero. `n_kv` maps layers to n_k + n_v."""
         n = n_inputs + 1
         xy = {layer: np.zeros((n, width), np.float32) for layer, width in n_kv.items()}
         return cls(np.zeros((n, n), np.float32), xy)
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
-        """Add one window: `x` [n, n_inputs + 1] from `with_bias`, `weights` [n].
+        """Add the rows of a window: inputs `x` [n, n_inputs + 1] from `with_bias`, `weights` [n].
 
         `y` maps the layers, and possibly further layers, to K and V [n, n_k + n_v].
         """
@@ -159,10 +160,10 @@ def token_weights(mass: Floats) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Fit a layer's projections; `own` are its own projections or an earlier fit.
+    """Fit a layer's projections. `own` are the layer's own projections or an earlier fit.
 
-    `ridge` pulls toward `own`, in units of X'DX's diagonal. Raises FitError for singular or
-    non-finite sums.
+    `ridge` is the strength of the pull toward `own`, in units of X'DX's diagonal. Raises FitError
+    for singular or non-finite sums.
     """
     xy = gram.xy[layer]
     if not (np.isfinite(gram.xx).all() and np.isfinite(xy).all()):
@@ -182,7 +183,9 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     bias = (own.bias + delta[-1]).astype(np.float32)
     wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
-        raise FitError(f"the fit of layer {layer} is not finite", "fit on more or other text")
+        raise FitError(
+            f"the fit of layer {layer} is not finite", "fit on more text, or on different text"
+        )
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
 
 
@@ -244,7 +247,7 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
 
 
 def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
-    """Decode the tensors of `encode`; `own` are the layer's own projections."""
+    """Decode tensors from `encode`. `own` are the layer's own projections."""
     parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
     biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
     weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]

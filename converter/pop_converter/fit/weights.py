@@ -73,7 +73,7 @@ class Weights:
 
     @staticmethod
     def _scale_of(name: str) -> str:
-        """Return the name of a matrix's scale, which NVFP4 needs (llama.cpp's build_lora_mm)."""
+        """Return the name of an NVFP4 matrix's scale tensor (llama.cpp's build_lora_mm)."""
         return name.removesuffix("weight") + "scale" if name.endswith(".weight") else ""
 
     def require_readable(self, layer: int) -> None:
@@ -83,7 +83,7 @@ class Weights:
                 self.rows(name, slice(1))
 
     def own_projection(self, layer: int, n_k: int, n_v: int) -> KvProjection:
-        """Read a layer's own K/V projections; `n_k` and `n_v` locate them in a fused tensor."""
+        """Read a layer's own K/V projections, which `n_k` and `n_v` locate in a fused tensor."""
         n_kv = n_k + n_v
         gain = self[f"blk.{layer}.attn_norm.weight"]
         if f"blk.{layer}.attn_qkv.weight" in self:

@@ -1,12 +1,13 @@
-"""Wide fits, whose projections have more inputs than the token's own boundary state.
+"""Compute wide fits, whose projections have more inputs than the token's own boundary state.
 
 In addition to x, the normalized boundary state, the projections of later layers read z = [p, a]:
 
-- p: the previous token's x, reduced to a quarter by PCA. Attention in the skipped layers copies
-  information from the previous token (induction), which the token's own state lacks.
-- a: the strongest neurons of the boundary layer's FFN, up * act(gate) of x. A neuron's strength is
-  the power that it adds to the layer's output. Neurons are scaled to unit variance and clamped,
-  since outliers ruin single windows. A mixture of experts has no such neurons.
+- p is the previous token's x, reduced to a quarter of its size by PCA. Attention in the skipped
+  layers copies information from the previous token (induction), which the token's own state lacks.
+- a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN for x. A
+  neuron's strength is the power that it adds to the layer's output. Neurons are scaled to unit
+  variance and clamped, since outliers would ruin the results of single windows. For a mixture of
+  experts, a is empty.
 
 The first token of a ubatch counts as its own predecessor (docs/notebook/wide-fits.md).
 """
@@ -65,7 +66,7 @@ class WideInput:
 def wide_input(
     shape: ModelShape, weights: Weights, boundary: int, windows: Sequence[Floats]
 ) -> WideInput:
-    """Choose axes and neurons by the normalized states [n_rows, n_embd] of sample windows."""
+    """Choose PCA axes and neurons from the normalized states [n_rows, n_embd] of sample windows."""
     n_prev, n_neurons = shape.wide_inputs(boundary)
     rows = np.concatenate(windows).astype(np.float64)
     _, axes = np.linalg.eigh(np.cov(rows.T))

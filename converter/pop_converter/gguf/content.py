@@ -33,7 +33,7 @@ Write = Callable[[memoryview], object]
 
 @dataclass(frozen=True)
 class FileRange:
-    """A byte range of an existing file; `n_zeros` zeros follow it in the output."""
+    """A byte range of an existing file, which `n_zeros` zeros follow in the output."""
 
     path: Path
     start: int
@@ -43,7 +43,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to add, with encoded `data`; `dims` are in ggml's order (row length first)."""
+    """A tensor to add, with encoded `data`. `dims` are in ggml's order (row length first)."""
 
     name: str
     dims: tuple[int, ...]
@@ -53,11 +53,11 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file to write; the default is a file without keys and tensors.
+    """The content of a file to write. By default, the file has no keys and no tensors.
 
     `keys` and `tensors` are the raw bytes of both tables. `data_end` is the last tensor's end in
-    bytes from the data's start. `ranges` is the copied data. `added` follows it: padding and new
-    tensors.
+    bytes from the data's start. `ranges` is the copied data. `added` is the padding and the new
+    tensors after the copied data.
     """
 
     version: int = VERSIONS[-1]
@@ -72,7 +72,7 @@ class Content:
 
     @property
     def header(self) -> bytes:
-        """The bytes before the data, including padding."""
+        """The file's bytes before the data, including padding."""
         counts = _COUNTS.pack(self.version, self.n_tensors, self.n_keys)
         table = MAGIC + counts + self.keys + self.tensors
         return table.ljust(align(len(table), self.alignment), b"\0")
@@ -120,7 +120,8 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
     """Return the content without `tensors`, the table's last rows.
 
-    `size_bytes` is the file's size without them. Raises FormatError for an impossible size.
+    `size_bytes` is the file's size without these tensors. Raises FormatError for an impossible
+    size.
     """
     n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
     shorter = replace(
@@ -129,7 +130,7 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
         tensors=content.tensors[:-n_row_bytes],
     )
     if len(content.ranges) != 1:
-        raise FormatError("a split fitted model cannot be restored", "join its parts first")
+        raise FormatError("a split fitted model cannot be restored", "join the model's parts first")
     [source_range] = content.ranges
     n_data_bytes = size_bytes - len(shorter.header)
     if not 0 <= n_data_bytes <= source_range.size_bytes:
@@ -206,7 +207,8 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
-    """Pass the copied data to `write`; return the sha256 of `hashed_header` and the data, in hex.
+    """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data in
+    hex.
 
     `advance` is called with each step's bytes. Raises FormatError if a source cannot be read, and
     any error of `write`.
@@ -248,7 +250,9 @@ def _read(source_range: FileRange, buffer: memoryview) -> Iterator[memoryview]:
             while left:
                 n_bytes = file.readinto(buffer[:left])
                 if not n_bytes:
-                    raise truncated(source_range.path, "it became shorter while it was read")
+                    raise truncated(
+                        source_range.path, "the file became shorter while pop-local read it"
+                    )
                 yield buffer[:n_bytes]
                 left -= n_bytes
     except OSError as error:

@@ -1,7 +1,8 @@
-"""A scanner for the header of a GGUF file: its keys and its tensor table.
+"""Scan the header of a GGUF file, which contains the keys and the tensor table.
 
 `gguf.GGUFReader` builds two numpy arrays per vocabulary entry, which takes too long (Gemma-3-270M:
-12 s, 680 MB). Layout: magic, version, counts, keys, tensors, padding, data (ggml/docs/gguf.md).
+12 s, 680 MB). The parts of a file are: magic, version, counts, keys, tensors, padding, data
+(ggml/docs/gguf.md).
 """
 
 import math
@@ -94,7 +95,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file without its data; positions are in bytes from the file's start."""
+    """A GGUF file without its data. Positions are in bytes from the file's start."""
 
     path: Path
     version: int
@@ -117,7 +118,10 @@ class Header:
 
 
 class _Cursor:
-    """A reader of little-endian values; raises FormatError past the file's end or size limit."""
+    """A reader of little-endian values.
+
+    Methods raise FormatError beyond the file's end or the size limit of headers.
+    """
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
         self.view = view
@@ -126,7 +130,7 @@ class _Cursor:
         self.end = min(len(view), MAX_HEADER_BYTES)
 
     def skip(self, n_bytes: int) -> int:
-        """Move forward by `n_bytes`, and return the position before."""
+        """Move forward by `n_bytes`, and return the previous position."""
         start = self.at
         if n_bytes > self.end - start:
             raise self._too_short()
@@ -135,8 +139,8 @@ class _Cursor:
 
     def _too_short(self) -> FormatError:
         if self.end < len(self.view):
-            return corrupt(self.path, f"a header of more than {self.end:,} bytes")
-        return truncated(self.path, "its header is incomplete")
+            return corrupt(self.path, f"the header has more than {self.end:,} bytes")
+        return truncated(self.path, "the header is incomplete")
 
     def number(self, code: str) -> int:
         layout = _NUMBERS[code]
@@ -147,7 +151,7 @@ class _Cursor:
         """Read a 64-bit number. Raises FormatError if it exceeds `most`."""
         found = self.number("Q")
         if found > most:
-            raise corrupt(self.path, f"{found:,} {what}")
+            raise corrupt(self.path, f"the file has {found:,} {what}")
         return found
 
     def text(self) -> str:
@@ -155,7 +159,7 @@ class _Cursor:
         try:
             return self.view[start : self.at].decode()
         except UnicodeDecodeError as error:
-            raise corrupt(self.path, "a name that is not UTF-8") from error
+            raise corrupt(self.path, "a name is not UTF-8 text") from error
 
     def value(self, kind: int) -> Scalar | Array:
         if kind == GGUFValueType.ARRAY:
@@ -168,7 +172,7 @@ class _Cursor:
     def _code(self, kind: int) -> str:
         code = _SCALARS.get(kind)
         if code is None:
-            raise corrupt(self.path, f"a value of unknown type {kind}")
+            raise corrupt(self.path, f"a value has the unknown type {kind}")
         return code
 
     def _array(self) -> Array:
@@ -201,9 +205,7 @@ def truncated(path: Path, detail: str) -> TruncatedError:
 
 
 def corrupt(path: Path, detail: str) -> FormatError:
-    return FormatError(
-        f"{path} is not a valid GGUF file: it has {detail}", "download the file again"
-    )
+    return FormatError(f"{path} is not a valid GGUF file: {detail}", "download the file again")
 
 
 def align(position: int, alignment: int) -> int:
@@ -235,14 +237,15 @@ def _check_magic(path: Path, start: bytes) -> None:
             f"{path} is not a GGUF file", "pass a model in llama.cpp's format (NAME.gguf)"
         )
     if len(start) < len(MAGIC) + 4:
-        raise truncated(path, "its header is incomplete")
+        raise truncated(path, "the header is incomplete")
     version = int.from_bytes(start[4:8], "little")
     if version not in VERSIONS:
         # The low half of a byte-swapped small number is 0 (llama.cpp's test).
         if version & 0xFFFF == 0:
             raise FormatError(f"{path} is a big-endian GGUF file", "use a little-endian file")
         raise FormatError(
-            f"{path} has GGUF version {version}; supported: {' and '.join(map(str, VERSIONS))}",
+            f"{path} has GGUF version {version}, but pop-local supports only versions"
+            f" {' and '.join(map(str, VERSIONS))}",
             "convert the model again with a current llama.cpp",
         )
 
@@ -257,7 +260,7 @@ def _scan(path: Path, view: mmap.mmap) -> Header:
     alignment = _alignment(path, keys)
     tensors = tuple(_scan_tensor(cursor) for _ in range(n_tensors))
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise corrupt(path, "two tensors with the same name")
+        raise corrupt(path, "two tensors have the same name")
     header = Header(
         path=path,
         version=version,
@@ -279,7 +282,7 @@ def _scan_keys(cursor: _Cursor, count: int) -> dict[str, HeaderKey]:
         start = cursor.at
         name = cursor.text()
         if name in keys:
-            raise corrupt(cursor.path, f"two keys named {name}")
+            raise corrupt(cursor.path, f"two keys have the name {name}")
         kind = cursor.number("I")
         keys[name] = HeaderKey(cursor.value(kind), kind, start, cursor.at)
     return keys
@@ -289,7 +292,7 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     name = cursor.text()
     n_dims = cursor.number("I")
     if n_dims >= len(_ROWS):
-        raise corrupt(cursor.path, f"a tensor with {n_dims} dimensions ({name})")
+        raise corrupt(cursor.path, f"tensor {name} has {n_dims} dimensions")
     layout = _ROWS[n_dims]
     *dims, kind, offset = layout.unpack_from(cursor.view, cursor.skip(layout.size))
     if kind not in BLOCK_SIZES:
@@ -305,7 +308,7 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
         )
     n_elements = math.prod(dims)
     if n_elements >= 1 << 63:
-        raise corrupt(cursor.path, f"a tensor with {n_elements:,} elements ({name})")
+        raise corrupt(cursor.path, f"tensor {name} has {n_elements:,} elements")
     elements, size = BLOCK_SIZES[kind]
     return TensorInfo(name, tuple(dims), kind, offset, n_elements // elements * size)
 
@@ -316,9 +319,11 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
     key = keys["general.alignment"]
     value = key.value
     if key.type != GGUFValueType.UINT32 or not isinstance(value, int) or value.bit_count() != 1:
-        raise corrupt(path, "an alignment that is not a power of two")
+        raise corrupt(path, "the alignment is not a power of two")
     if not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT:
-        raise corrupt(path, f"the alignment {value:,} outside {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}")
+        raise corrupt(
+            path, f"the alignment {value:,} is not from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
+        )
     return value
 
 
@@ -327,10 +332,10 @@ def _check_data(header: Header) -> None:
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:
-            raise corrupt(header.path, f"tensor {tensor.name} at an unexpected offset")
+            raise corrupt(header.path, f"tensor {tensor.name} has an unexpected offset")
         expected = align(expected + tensor.size_bytes, header.alignment)
     if header.tensors:
         last = header.tensors[-1]
         needed = header.data_start + last.offset + last.size_bytes
         if needed > header.size_bytes:
-            raise truncated(header.path, f"it has {header.size_bytes:,} of {needed:,} bytes")
+            raise truncated(header.path, f"the file has {header.size_bytes:,} of {needed:,} bytes")

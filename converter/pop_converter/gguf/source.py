@@ -26,7 +26,7 @@ class SplitPart:
 
 
 def part_of(name: str) -> SplitPart | None:
-    """Parse a file name like NAME-00001-of-00002.gguf; return None for any other name."""
+    """Parse a file name like NAME-00001-of-00002.gguf, and return None for any other name."""
     match = _PART.fullmatch(name)
     return match and SplitPart(match["stem"], int(match["number"]), int(match["count"]))
 
@@ -38,7 +38,7 @@ def part_names(stem: str, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Source:
-    """The headers of a model's parts in order; only the first part has the model's keys."""
+    """The headers of a model's parts in order. Only the first part has the model's keys."""
 
     parts: tuple[Header, ...]
 
@@ -109,7 +109,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hash of the headers and each tensor's start, in hex; it differs for fine-tunes."""
+    """Return a hash (hex) of the headers and each tensor's start, which differs for fine-tunes."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

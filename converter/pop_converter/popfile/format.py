@@ -29,8 +29,8 @@ NO_LIMIT = 1e9
 class DeepRows(str, Enum):
     """The context words that run all layers, because projections lose the words' spelling.
 
-    `SPELLING`: words with a digit, an inner capital, or a sign between letters. `NAMES`: these
-    words, and capitalised words within a sentence.
+    `SPELLING` selects words with a digit, an inner capital, or a sign between letters. `NAMES` also
+    selects capitalised words within a sentence.
     """
 
     NONE = "none"
@@ -42,18 +42,18 @@ class DeepRows(str, Enum):
 
     @property
     def fewer(self) -> tuple["DeepRows", ...]:
-        """The rules that choose fewer rows, in descending order."""
+        """The rules that choose fewer rows than this rule, in descending order."""
         rules = list(DeepRows)
         return tuple(reversed(rules[: rules.index(self)]))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text of a fit.
+    """The text on which a fit was computed.
 
     `sha256` is the hash of the text, or of its tokens if the model generated some of them.
-    `weighting`: how tokens are weighted; "attention" is the attention that they receive.
-    `n_distilled`: number of tokens for training the fit end to end, 0 without such training.
+    `weighting` is the kind of token weights: "attention" is the attention that a token receives.
+    `n_distilled` is the number of tokens for training the fit end to end, 0 without such training.
     """
 
     name: str
@@ -66,12 +66,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """The quality of pruned reading, compared with full reading on held-out text; KL in nats.
+    """The quality of pruned reading, compared with full reading on held-out text. KL is in nats.
 
-    `lookups_n`: number of look-ups, 0 if they were not measured. `lookups_full` and
-    `lookups_pruned`: correct answers after full and pruned reading. `lookups_lost`: correct after
-    full reading only. `lookups_gained`: correct after pruned reading only. `lookups_logprob_lost`:
-    decrease of the correct string's log-probability, in nats per string.
+    `lookups_n` is the number of look-ups, 0 if they were not measured. `lookups_full` and
+    `lookups_pruned` are the numbers of correct answers after full and pruned reading.
+    `lookups_lost` counts answers that are correct after full reading only. `lookups_gained` counts
+    answers that are correct after pruned reading only. `lookups_logprob_lost` is the decrease of
+    the correct string's log-probability, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -96,10 +97,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The quality limits for which the search chose the boundary; `quality` is their name.
+    """The quality limits for which the search chose the boundary. `quality` is their name.
 
-    They limit kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and the lost share of the full
-    model's correct look-ups. `tried` lists the measured boundaries with their verdicts.
+    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the lost share of
+    the full model's correct look-ups. `tried` lists the measured boundaries with their verdicts.
     """
 
     quality: str
@@ -123,11 +124,11 @@ class PopMeta:
     """The POP keys of a converted file or sidecar, with defaults for missing keys.
 
     `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
-    `sink_tokens` and `tail_tokens` run in full at the prompt's two ends. Prompts shorter than
-    `min_prompt` tokens run in full. `deep_rows`: which context rows run all layers because of their
-    tokens. `source_sha256` is the hash of the file that `strip` restores,
-    or of a sidecar's base; parts of a source count as one file. `source_bytes` is its size if
-    tensors were added to it, otherwise 0.
+    `sink_tokens` and `tail_tokens` are the numbers of tokens that run in full at the prompt's two
+    ends. Prompts shorter than `min_prompt` tokens run in full. `deep_rows` is the rule that chooses
+    context rows to run all layers because of their tokens. `source_sha256` is the hash of the file
+    that `strip` restores, or of a sidecar's base. The parts of a split source count as one file.
+    `source_bytes` is the size of this file if the conversion added tensors, otherwise 0.
     """
 
     schedule: str
@@ -200,7 +201,8 @@ def pop_meta(header: Header) -> PopMeta | None:
         return None
     if (version := header.get("pop.version")) != VERSION:
         raise FormatError(
-            f"{header.path} has POP version {version}, supported: {VERSION}", CONVERT_AGAIN
+            f"{header.path} has POP version {version}, but only version {VERSION} is supported",
+            CONVERT_AGAIN,
         )
     values: dict[str, Any] = {}
     for name, field, kind in (*_KEYS, *_OPTIONAL_KEYS):
@@ -239,7 +241,7 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the keys that start with `prefix`, None if there are none. Raises FormatError."""
+    """Return the keys that start with `prefix`, None if no key does. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None
@@ -264,7 +266,7 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
         raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
     largest = 2**63 - 1 if name.endswith(_SIZE) else MAX_TOKENS
     if isinstance(value, int) and not 0 <= value <= largest:
-        raise FormatError(f"{header.path}: {name} is {value:,}", CONVERT_AGAIN)
+        raise FormatError(f"{header.path}: {name} has the invalid value {value:,}", CONVERT_AGAIN)
     return value
 
 
@@ -272,12 +274,12 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
     unknown = sorted(set(meta.schedule) - set("FS"))
     if unknown:
         raise FormatError(
-            f"schedule {meta.schedule!r} has unknown letters {', '.join(unknown)}, not F or S",
+            f"schedule {meta.schedule!r} has letters other than F and S: {', '.join(unknown)}",
             CONVERT_AGAIN,
         )
     if not re.fullmatch("F+S+", meta.schedule):
         raise FormatError(
-            f"schedule {meta.schedule!r} must be F's followed by S's, at least one of each",
+            f"schedule {meta.schedule!r} must have one or more F's, then one or more S's",
             CONVERT_AGAIN,
         )
     n_layer = _n_layer(header)

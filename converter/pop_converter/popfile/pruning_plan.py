@@ -25,9 +25,10 @@ Share = Fraction | int
 class Plan:
     """A planned conversion: context tokens skip the layers from `boundary` on.
 
-    `deep_rows`: the context rows that run all layers. `deep_share`: their share of ordinary text, 0
-    while unknown. `budget`: the limits for which the search chose the boundary, None if the user
-    chose it. `is_distilled`: the fit is also trained end to end. `macs` counts the model's work.
+    `deep_rows` is the rule for context rows that run all layers. `deep_share` is the share of these
+    rows in ordinary text, 0 while unknown. `budget` has the limits for which the search chose the
+    boundary, and is None if the user chose the boundary. `is_distilled` is true if the fit is also
+    trained end to end. `macs` counts the model's multiply-accumulates.
     """
 
     shape: ModelShape
@@ -44,7 +45,7 @@ class Plan:
 
     @property
     def schedule(self) -> str:
-        """F's for the layers below the boundary, then S's."""
+        """The letters for all layers: F below the boundary, S for skipped layers."""
         return "F" * self.boundary + "S" * self.n_skipped
 
     @property
@@ -53,7 +54,7 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up limit for a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
+        """The speed-up limit for a prompt of LIMIT_PROMPT tokens. Raises the errors of `macs`."""
         n_ends = self.sink_tokens + self.tail_tokens
         n_full = n_ends + round(self.deep_share * (LIMIT_PROMPT - n_ends))
         more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
@@ -61,7 +62,7 @@ class Plan:
 
     @property
     def fitted_layers(self) -> range:
-        """The layers with fitted K/V projections; the boundary layer's projections are exact."""
+        """The layers with fitted K/V projections. The boundary layer needs no fit."""
         first = self.shape.n_layer if self.projection == Projection.OWN else self.boundary + 1
         return range(first, self.shape.n_layer)
 
@@ -102,7 +103,7 @@ def boundary_of(shape: ModelShape, skip: Share) -> int:
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
     if skip >= shape.n_layer:
         raise PlanError(
-            f"{skip} of {shape.n_layer} layers cannot be skipped: one or more must remain",
+            f"{skip} of {shape.n_layer} layers cannot be skipped: one or more layers must remain",
             f"skip up to {shape.n_layer - 1}" if shape.n_layer > 1 else "",
         )
     return shape.n_layer - skip
@@ -121,9 +122,10 @@ def make_plan(
 ) -> Plan:
     """Plan a conversion that skips the layers from `boundary` on (None: the last third).
 
-    `min_prompt`: length in tokens of the shortest pruned prompt (None: twice the full rows, where
-    pruning saves half as much as for a long prompt). `projection` becomes OWN if a skipped layer
-    cannot be fitted, or if only one layer is skipped, whose own projections are exact.
+    `min_prompt` is the length in tokens of the shortest pruned prompt. The default (None) is twice
+    the number of full rows, for which pruning saves half as much as for a long prompt. The plan
+    uses OWN instead of `projection` if a skipped layer cannot be fitted, or if only one layer is
+    skipped, whose own projections are exact.
 
     Raises PlanError for an impossible boundary or token count. Raises UnsupportedArchitectureError
     if context tokens already leave the model earlier, without loss.
@@ -161,8 +163,8 @@ def require_prunable(shape: ModelShape) -> None:
     if shape.exact:
         earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
-            f"this {shape.arch} model needs no conversion: context tokens leave it at layer"
-            f" {shape.exact} of {shape.n_layer} without loss, since later layers share earlier"
+            f"this {shape.arch} model needs no conversion: context tokens skip the layers from"
+            f" {shape.exact} of {shape.n_layer} on without loss, since later layers share earlier"
             " layers' K/V",
             f"use the file unchanged{earlier}",
         )

@@ -63,7 +63,7 @@ class FileSizes:
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
     """Return a conversion's sizes, excluding padding and the keys of measured quality.
 
-    Raises FormatError for a bad source.
+    Raises FormatError for an invalid source.
     """
     source = unconverted(src)
     content = read_content(source, without=PREFIX)
@@ -100,9 +100,9 @@ def convert(
 ) -> PopMeta:
     """Write `src`, a file or a split model's first part, to `dst` with `plan`'s keys.
 
-    Both files are then compared byte for byte. `progress` is called with the bytes done and the
-    total of both passes. `fitted` is required if the plan has fitted projections. `examine`
-    measures the written file. Return the written keys.
+    The written file is then compared with its source byte for byte. `progress` is called with the
+    bytes done and the total bytes of writing and comparing. `fitted` is required if the plan has
+    fitted projections. `examine` measures the written file. Return the written keys.
 
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error of `examine`. After
     an error, an existing `dst` is unchanged and no temporary file remains.
@@ -173,7 +173,7 @@ def strip(
 
 
 def original(source: Source, meta: PopMeta) -> Content:
-    """Return the original's content of a converted file. Raises FormatError."""
+    """Return the content of a converted file's original. Raises FormatError."""
     content = read_content(source, without=PREFIX)
     added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
     return without_last(content, added, meta.source_bytes) if added else content
@@ -193,7 +193,7 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
     """Read the model to convert. Raises FormatError, PlanError for another model's plan."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
-        raise PlanError(f"the plan was made for another model than {src}")
+        raise PlanError(f"the plan is for a different model than {src}")
     if (plan.projection != Projection.OWN) != (fitted is not None):
         raise PlanError("pass `fitted` if, and only if, the plan has fitted projections")
     return source

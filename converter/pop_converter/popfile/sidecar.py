@@ -57,13 +57,13 @@ def sidecar_path(base: Source) -> Path:
 
 
 def existing_sidecar(base: Source) -> Path | None:
-    """Return the file at `sidecar_path`; None if it is missing or the model is converted."""
+    """Return the file at `sidecar_path`, None for a missing file or a converted model."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 
 
 def base_path(sidecar: Path, source_name: str) -> Path | None:
-    """Return the model (or its first part) in its sidecar's folder, None if it is missing.
+    """Return the sidecar's model (or its first part) in the same folder, None if it is missing.
 
     The caller checks the model's identity (`bind`). `source_name` is untrusted, so its folder is
     ignored.
@@ -154,7 +154,7 @@ def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
-    """Check the tensors' names; llama.cpp checks their shapes and types at load time."""
+    """Check the tensors' names. llama.cpp checks the tensors' shapes and types at load time."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
     is_wide = meta.projection == Projection.WIDE
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
@@ -199,8 +199,8 @@ def write_sidecar(
 ) -> PopMeta:
     """Write a sidecar of `src` to `dst`, with the keys of `plan` and the tensors of `fitted`.
 
-    `src` is read once for its hash. `progress` is called with the bytes read and their total. For
-    parameters, result and errors, see `rewrite.convert`.
+    `src` is read once for its hash. `progress` is called with the bytes read and the total bytes.
+    For parameters, result and errors, see `rewrite.convert`.
     """
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)

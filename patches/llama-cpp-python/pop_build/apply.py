@@ -1,4 +1,4 @@
-"""Apply unified diffs to a tree of files: exact context, any offset, LF or CRLF.
+"""Apply unified diffs to a tree of files, with exact context, at any offset, and with LF or CRLF.
 
 Windows has no `patch`, and `git apply` silently does nothing inside another repository.
 """
@@ -14,7 +14,7 @@ _HINT = "patches/README.md explains how to port a hook to another version of lla
 
 @dataclass(frozen=True)
 class _Text:
-    """A file's lines and their terminators, `ends`; the last terminator may be ""."""
+    """A file's lines, and their terminators in `ends`. The last terminator may be ""."""
 
     lines: tuple[str, ...]
     ends: tuple[str, ...]

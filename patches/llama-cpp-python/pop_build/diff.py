@@ -35,7 +35,7 @@ class FileDiff:
 
 
 def parse(text: str, name: str) -> tuple[FileDiff, ...]:
-    """Parse a diff with paths a/... and b/..., ignoring prose around the files' hunks."""
+    """Parse a diff whose paths start with a/ and b/, ignoring prose around the files' hunks."""
     return _Reader(text.replace("\r\n", "\n").split("\n"), name).files()
 
 
@@ -49,18 +49,20 @@ class _Reader:
         found: list[FileDiff] = []
         while self.at < len(self.lines):
             if self.lines[self.at].startswith(_UNSUPPORTED):
-                raise self._error(f"contains a part that is not a text diff: {self._here()!r}")
+                raise self._error(
+                    f"the patch contains a line that is not part of a text diff: {self._here()!r}"
+                )
             if self._at_file():
                 found.append(self._file())
             elif _HUNK.match(self._here()):
-                raise self._error("has a hunk outside any file")
+                raise self._error("a hunk is outside any file")
             else:
                 self.at += 1
         if not found:
-            raise self._error("contains no diff")
+            raise self._error("the patch contains no diff")
         paths = [file.path for file in found]
         if len(set(paths)) < len(paths):
-            raise self._error("names the same file twice")
+            raise self._error("the patch names the same file twice")
         return tuple(found)
 
     def _here(self) -> str:
@@ -73,21 +75,21 @@ class _Reader:
     def _file(self) -> FileDiff:
         old, new = (line[4:].split("\t")[0].strip() for line in self.lines[self.at : self.at + 2])
         if new == "/dev/null":
-            raise self._error(f"deletes {old}, which is not supported")
+            raise self._error(f"the patch deletes {old}, which is not supported")
         self.at += 2
         hunks: list[Hunk] = []
         while match := _HUNK.match(self._here()):
             hunks.append(self._hunk(match))
         if not hunks:
-            raise self._error(f"changes nothing in {new}")
+            raise self._error(f"the patch changes nothing in {new}")
         if old == "/dev/null" and (len(hunks) > 1 or hunks[0].before):
-            raise self._error(f"creates {new}, but expects existing lines")
+            raise self._error(f"the patch creates {new}, but expects existing lines")
         return FileDiff(self._path(new), old == "/dev/null", tuple(hunks))
 
     def _path(self, new: str) -> str:
         path = PurePosixPath(new)
         if len(path.parts) < 2 or path.parts[0] != "b" or ".." in path.parts:
-            raise self._error(f"names a file outside the tree: {new}")
+            raise self._error(f"the patch names a file outside the tree: {new}")
         return str(PurePosixPath(*path.parts[1:]))
 
     def _hunk(self, match: re.Match[str]) -> Hunk:
@@ -102,7 +104,7 @@ class _Reader:
             # Some editors remove the space of an empty context line.
             sign, line = (self._here() or " ")[0], self._here()[1:]
             if self.at >= len(self.lines) or sign not in " +-\\":
-                raise self._error(f"is cut short in {header}")
+                raise self._error(f"the patch ends inside the hunk {header}")
             if sign == "\\":
                 after_open |= previous in " +"
             if sign in " -":
@@ -114,11 +116,11 @@ class _Reader:
             previous = sign
             self.at += 1
         if old_left or new_left:
-            raise self._error(f"has the wrong line counts in {header}")
+            raise self._error(f"the hunk does not match the line counts in {header}")
         return Hunk(header, old_start, tuple(before), tuple(after), after_open)
 
-    def _error(self, what: str) -> BuildError:
+    def _error(self, problem: str) -> BuildError:
         return BuildError(
-            f"{self.name} {what} (line {self.at + 1}).",
-            "Recreate it with `diff -u` or `git diff`; see patches/README.md.",
+            f"{self.name}, line {self.at + 1}: {problem}.",
+            "Recreate the patch with `diff -u` or `git diff`, as patches/README.md describes.",
         )

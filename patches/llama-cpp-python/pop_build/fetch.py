@@ -81,7 +81,7 @@ def check(pin: Pin, sdist: Path) -> None:
 
 def _other_file(pin: Pin, found: str) -> BuildError:
     return BuildError(
-        f"The package index has another {pin.sdist} than the pinned file: {found}."
+        f"The package index has a {pin.sdist} that differs from the pinned file: {found}."
         f" The pinned sha256 is {pin.sha256}.",
         f"Set {SOURCE_VARIABLE} to a trusted copy of the pinned file.",
     )
@@ -96,7 +96,7 @@ def _download(pin: Pin, folder: Path) -> None:
     command += ["--progress-bar", "off", "-d", str(folder), "-r", str(pin.requirement)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
     if run.returncode != 0 and "DO NOT MATCH THE HASHES" in run.stderr:
-        raise _other_file(pin, "pip found another hash")
+        raise _other_file(pin, "pip found a different hash")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
         # After an unexpected error, the reason is in the last line of a traceback.

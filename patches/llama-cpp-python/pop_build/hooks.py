@@ -98,7 +98,7 @@ def build_editable(
     with _short_errors():
         raise BuildError(
             "The patched llama-cpp-python does not support editable installs.",
-            "Run `pip install ./patches/llama-cpp-python`. Repeat it after changing a patch.",
+            "Run `pip install ./patches/llama-cpp-python`, and again after changing a patch.",
         )
     raise AssertionError
 

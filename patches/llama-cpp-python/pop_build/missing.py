@@ -48,8 +48,8 @@ def explain(cache: Path) -> None:
         if is_on(option) and lacks:
             raise BuildError(
                 f"CMake did not find the requirements of {option}: {'; '.join(lacks)}.",
-                "Install them (Debian's and NVIDIA's package names are in brackets) and build"
-                " again, or build for the CPU without CMAKE_ARGS.",
+                "Install these requirements (brackets contain Debian's and NVIDIA's package names)"
+                " and build again, or build for the CPU without CMAKE_ARGS.",
             )
 
 
@@ -65,7 +65,7 @@ def check_architecture(env: Mapping[str, str]) -> None:
         raise BuildError(
             "No NVIDIA GPU is visible, so the target GPU of the CUDA build is unknown.",
             "Set CUDAARCHS to 80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100) or 120 (RTX 50)."
-            " For all GPUs, add -DGGML_NATIVE=OFF to CMAKE_ARGS, which takes long.",
+            " To build for all GPUs, which takes long, add -DGGML_NATIVE=OFF to CMAKE_ARGS.",
         )
 
 

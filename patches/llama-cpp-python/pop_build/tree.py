@@ -37,7 +37,10 @@ _MAX_TREES = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """A build's inputs. `hooks` is None for an unpatched build, `source` for the pinned release."""
+    """A build's inputs.
+
+    `hooks` is None if unpatched, and `source` is None for the pinned release.
+    """
 
     package: Path
     hooks: Path | None
@@ -71,7 +74,7 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
     if source is not None and not source.is_absolute():
         raise BuildError(
             f"{SOURCE_VARIABLE} is the relative path {source}, but pip builds in another folder.",
-            "Set it to an absolute path.",
+            f"Set {SOURCE_VARIABLE} to an absolute path.",
         )
     if source is not None and not source.exists():
         raise BuildError(
@@ -211,13 +214,13 @@ def _set(path: Path, field: str, value: str) -> None:
     if n != 1:
         raise BuildError(
             f'{path.name} has no line {field} = "...".',
-            "Adapt pop_build/tree.py to upstream's new place for its name and version.",
+            "Change pop_build/tree.py to read the name and version from their new place upstream.",
         )
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _fingerprint(source: Path) -> str:
-    """Hash the files' names, sizes and times, since hashing their 200 MB would take long."""
+    """Hash the files' names, sizes and times, since hashing 200 MB of content would take long."""
     digest = hashlib.sha256()
     for path in _files(source):
         stat = path.lstat()

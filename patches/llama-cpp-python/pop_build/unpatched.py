@@ -43,6 +43,9 @@ def _wheel(package: Path, folder: Path, env: dict[str, str]) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--disable-pip-version-check"]
     command += ["--wheel-dir", str(folder), str(package)]
     if subprocess.run(command, env=env, stdout=sys.stderr).returncode != 0:
-        raise BuildError("pip could not build the unpatched library.", "Read pip's output above.")
+        raise BuildError(
+            "pip could not build the unpatched library.",
+            "Look for the error in pip's output above.",
+        )
     (wheel,) = folder.glob("*.whl")
     return wheel

