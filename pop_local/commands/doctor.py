@@ -120,7 +120,7 @@ def _threads(n_threads: int) -> Check:
     busy = f"{found}, of which other processes keep {n_busy:.1f} busy"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
-        to_do += "; a smaller number of --threads may be faster"
+        to_do = f"{to_do}; a smaller number of --threads may be faster"
     return Check("threads", "Threads", "note", busy, to_do)
 
 

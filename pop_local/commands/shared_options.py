@@ -84,7 +84,7 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="OUT.gguf",
-        help="Output file, which replaces the argument OUT.gguf.",
+        help="Output file, instead of the argument OUT.gguf.",
     ),
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
@@ -165,8 +165,8 @@ class ModelOptions(OpenOptions, PictureOptions):
         "Store statistics of prompts, never text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = option(
-        "Cached rows that a prompt may reuse: also equal passages after an edit (approximate until"
-        " they have caught up), an equal beginning only, or none.",
+        "Cached rows that a prompt may reuse: an equal beginning and equal passages after an edit"
+        " (approximate until the passages have caught up), only an equal beginning, or no rows.",
         default=Reuse.EDITED,
     )
     cache_disk: int = option(

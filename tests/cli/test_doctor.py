@@ -197,7 +197,7 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
 
 def test_gpus_are_listed(install):
     install(found=(GPU, CPU))
-    assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB free"
+    assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB memory free"
 
 
 @pytest.mark.parametrize(
