@@ -87,7 +87,7 @@ class Cells:
         """
         if not state:
             return False
-        buffer = np.frombuffer(state, dtype=np.uint8).copy()
+        buffer = np.frombuffer(state, dtype=np.uint8)
         with self._locked():
             return self._write(buffer) == buffer.size
 
