@@ -102,9 +102,11 @@ class PromptCache:
                 evicted.append((other_key, other_state))
         return evicted
 
-    def best(self, key: str, count: CountReusable) -> tuple[SavedState | None, int]:
-        """Return the state with the most reusable rows, and their number."""
-        found, n_found = None, 0
+    def best(
+        self, key: str, count: CountReusable, n_least: int = 0
+    ) -> tuple[SavedState | None, int]:
+        """Return the state with the most reusable rows, if more than `n_least`."""
+        found, n_found = None, n_least
         with self._lock:
             for name, state in self._states.items():
                 if name[0] == key and (n := count(state.tokens, state.images)) > n_found:

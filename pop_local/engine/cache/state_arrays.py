@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.images.mmproj import NO_TOKEN
@@ -65,13 +66,14 @@ def read_state(
 
 
 def _is_consistent(state: SavedState) -> bool:
-    """Return True if images have their rows, and positions ascend."""
+    """Return True if images have their rows, positions ascend, and exact rows are not stale."""
     is_text = state.tokens != NO_TOKEN
     image_starts = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
     steps = np.diff(state.positions)
     return bool(
         state.n_tokens > 0
         and state.tokens.min() >= NO_TOKEN
+        and state.first_stale >= (state.n_tokens if state.key == FULL else 0)
         and set(image_starts.tolist()) <= state.images.keys()
         and not is_text[[start for start in state.images if start < len(is_text)]].any()
         and state.positions[0] == 0

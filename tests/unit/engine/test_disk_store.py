@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,27 @@ def test_nothing_is_written_without_a_store(pop_file, folder):
         model.engine.states.store()
     prompts.close()
     assert not folder.exists()
+
+
+def test_a_state_that_reuses_fewer_rows_than_the_cache_stays_on_disk(pop_file, folder):
+    store_prompt(pop_file, folder, OLD[:50] + OTHER)
+    [path] = files(folder)
+    prompts = PromptCache(ROOM, DiskStore(folder, ROOM))
+    with opened(pop_file, prompt_cache=prompts) as model:
+        read(model, OLD)
+        os.utime(path, ns=(0, 0))
+        assert model.read(Prompt([*OLD, 5, 6])).n_cached == len(OLD)
+    assert path.stat().st_mtime_ns == 0, "it was loaded"
+
+
+@pytest.mark.parametrize("first_stale", [-1, 10])
+def test_a_file_with_a_wrong_stale_row_is_removed(pop_file, folder, first_stale):
+    with opened(pop_file, full=True) as model:
+        read(model, OLD)
+        state = replace(model.engine.states.save(), first_stale=first_stale)
+        key = model.engine.states._prompts_key
+    store = DiskStore(folder, ROOM)
+    store.add(key, state)
+    store.close()
+    assert store.find(key, Prompt(OLD).n_equal, 0)[0] is None
+    assert not files(folder)
