@@ -26,11 +26,15 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Share the longest common prefix of all sequences, including busy ones."""
+        """Share the longest common prefix of all sequences, including busy ones.
+
+        Does nothing if the sequence can reuse more of its rows (see CachedSequence.n_reusable).
+        """
         states = [sequence.states for sequence in self._model.engine.sequences]
         if len(states) > 1:
             best = max(states, key=lambda each: each.n_same(prompt))
-            if best is not states[index]:
+            n_here = self.sequence(index).n_reusable(prompt)
+            if best is not states[index] and best.n_same(prompt) > n_here:
                 states[index].share(best, prompt)
 
     def refillable(self) -> int | None:

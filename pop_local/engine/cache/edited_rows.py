@@ -11,7 +11,8 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     """Replace the rows by those of an edited prompt. Neither prompt may have images.
 
     `tokens`: int32 [n]. `sources`: int32 [n], the row with each token's K/V, or -1 for rows that
-    `decode_again` must decode. Returns False if the memory cannot move rows.
+    `decode_again` must decode. The cache ends before these rows until the caller extends it, so
+    that no other sequence shares them. Returns False if the memory cannot move rows.
     """
     start = int(np.append(sources != np.arange(len(sources)), True).argmax())
     with cache.slot.locked():
@@ -21,6 +22,7 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
             return False
         cache.n_tokens = len(tokens)
         cache.tokens[:] = tokens
+        cache.n_tokens = int(np.append(sources < 0, True).argmax())
         cache.rows.edit(sources)
         cache.checkpoints.drop_after(start)
         cache.has_logits = False
@@ -28,13 +30,15 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
         return True
 
 
-def decode_again(cache: KvCache, start: int, outputs: Outputs, full: np.ndarray) -> None:
+def decode_again(
+    cache: KvCache, start: int, tokens: np.ndarray, outputs: Outputs, full: np.ndarray
+) -> None:
     """Decode the rows from `start` on in place, within Slot.overwriting.
 
-    `full`: bool [n], the rows that run all layers. Raises PopError if they cannot be decoded.
+    `tokens`: int32 [n]. `full`: bool [n], the rows that run all layers. Raises PopError if they
+    cannot be decoded.
     """
     cache.has_logits = False
-    tokens = cache.tokens[start : start + len(full)].tolist()
-    cache.slot.decode(tokens, int(cache.rows.positions[start]), outputs)
+    cache.slot.decode(tokens.tolist(), int(cache.rows.positions[start]), outputs)
     cache.rows.record_redone(start, full, keeps_states=cache.pruning.keeps_states)
     cache.has_logits = outputs is not Outputs.NONE

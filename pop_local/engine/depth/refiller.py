@@ -101,7 +101,8 @@ class Refiller:
         slot.begin_prefill()
         slot.set_full(0, 0)
         with slot.overwriting():
-            decode_again(self._cache, rows.start, Outputs.NONE, np.ones(len(rows), bool))
+            tokens = self._cache.tokens[rows.start : rows.stop]
+            decode_again(self._cache, rows.start, tokens, Outputs.NONE, np.ones(len(rows), bool))
 
     def _adapt(self, n_rows: int, took_s: float) -> None:
         wanted = int(n_rows * self._chunk_s / max(took_s, 1e-6))

@@ -34,6 +34,7 @@ class _Request:
     first: int
     outputs: Outputs
     should_stop: Callable[[], bool]
+    overwrites: bool
     n_done: int = 0
     error: BaseException | None = None
 
@@ -123,25 +124,32 @@ class Batcher:
                 self._decode(steps, prompts[:1])
         except BaseException as error:
             for request in (*steps, *prompts[:1]):
-                request.error = error
+                if not request.is_over:
+                    request.error = error
         self._queue = [request for request in self._queue if not request.is_over]
 
     def _decode(self, steps: list[_Request], prompts: list[_Request]) -> None:
         ctx = self._context.ctx
         n_rows = self._throttle.max_prompt_rows(len(steps))
-        parts = [(one, 1) for one in steps]
-        parts += [(one, min(one.n_left, n_rows)) for one in prompts if n_rows]
+        of_steps = [(one, 1) for one in steps]
+        of_prompts = [(one, min(one.n_left, n_rows)) for one in prompts if n_rows]
         before = backend.get_counters(ctx)
-        backend.set_reading(ctx, _reading_of(parts))
         started_s = time.perf_counter()
-        self._run(parts)
-        n_read = sum(n for one, n in parts if one.slot._is_prefilling)
+        if any(one.overwrites for one, _ in of_prompts):
+            # An answer's new row cannot share a batch with rows that have cells.
+            if of_steps:
+                self._run(of_steps)
+            with overwriting(ctx):
+                self._run(of_prompts)
+        else:
+            self._run(of_steps + of_prompts)
+        n_read = sum(n for _, n in of_prompts)
         self._throttle.record(len(steps), n_read, time.perf_counter() - started_s)
         self._count(prompts, len(steps), before)
-        self._copy_logits(parts)
 
     def _run(self, parts: list[tuple[_Request, int]]) -> None:
         ctx = self._context.ctx
+        backend.set_reading(ctx, _reading_of(parts))
         tokens: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
@@ -164,6 +172,7 @@ class Batcher:
             self._api.llama_set_abort_callback(ctx, self._api.ggml_abort_callback(0), None)
         if code != 0:
             raise StoppedError if self._should_stop() else logs.not_decoded(code)
+        self._copy_logits(parts)
 
     def _should_stop(self) -> bool:
         """Return whether the callers of all requests in the batch want to stop."""
@@ -221,6 +230,7 @@ class BatchedSlot:
         self._context_rows = range(0)
         self._deep_rows = np.empty(0, np.int32)
         self._logits = np.zeros(0, np.float32)
+        self._is_overwriting = False
 
     def working(self) -> AbstractContextManager[None]:
         return self._batcher.working()
@@ -288,17 +298,24 @@ class BatchedSlot:
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.is_held:
-            decode_now(self.context, self.sequence, tokens, first_position, outputs)
+            with overwriting(self.context.ctx) if self._is_overwriting else nullcontext():
+                decode_now(self.context, self.sequence, tokens, first_position, outputs)
             if outputs is not Outputs.NONE:
                 self._logits = last_logits(self.context).copy()
             return
-        request = _Request(self, tokens, first_position, outputs, current_should_stop())
-        self._batcher.decode(request)
+        self._batcher.decode(
+            _Request(
+                self, tokens, first_position, outputs, current_should_stop(), self._is_overwriting
+            )
+        )
 
     @contextmanager
     def overwriting(self) -> Iterator[None]:
-        with self.exclusive(), overwriting(self.context.ctx):
+        self._is_overwriting = True
+        try:
             yield
+        finally:
+            self._is_overwriting = False
 
     @property
     def logits(self) -> np.ndarray:

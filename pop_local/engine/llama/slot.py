@@ -79,10 +79,7 @@ class Slot(Protocol):
         """
 
     def overwriting(self) -> AbstractContextManager[None]:
-        """Let `decode` compute rows that have cells in place until exit.
-
-        Runs the batches immediately, like `exclusive`.
-        """
+        """Let `decode` compute rows that have cells in place until exit."""
 
     @property
     def logits(self) -> np.ndarray:

@@ -49,10 +49,11 @@ def read(
         states.restore_best(count)
         n_usable = _n_usable(states, prompt, rule)
         if (edit := _edit(cache, prompt, rule, n_usable)) is not None:
-            cache.make_room(0)
-            if move_rows(cache, np.asarray(prompt.tokens, np.int32), edit.sources):
-                deep = _deep_rows(cache, cache.tokens, rule)
-                return read_edited(cache, edit, deep, rule, on_prefill)
+            cache.make_room(len(prompt) - cache.n_tokens)
+            tokens = np.asarray(prompt.tokens, np.int32)
+            if move_rows(cache, tokens, edit.sources):
+                deep = _deep_rows(cache, tokens, rule)
+                return read_edited(cache, tokens, edit, deep, rule, on_prefill)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         is_short = _is_pruning(cache)
         n_exact, n_stale = cache.n_exact, cache.rows.n_stale(len(prompt))

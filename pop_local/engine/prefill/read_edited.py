@@ -1,5 +1,6 @@
 """Read an edited prompt: move the cached rows that it shares, and decode the others in place."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from pop_local.engine.prefill.read_result import OnPrefill, PrefillStoppedError,
 
 def read_edited(
     cache: KvCache,
+    tokens: NDArray[np.int32],
     edit: Edit,
     deep: NDArray[np.bool_],
     rule: RowRule,
@@ -24,11 +26,11 @@ def read_edited(
 ) -> Read:
     """Decode the rows that an edit did not find in the cache, which has moved the others.
 
-    `deep`: bool [n_prompt], the deep rows by token. Raises PopError if the rows cannot be decoded,
-    and PrefillStoppedError or the signal handler's exception if interrupted. Then the cache keeps
-    the rows before the first row that is not decoded.
+    `tokens`: int32 [n_prompt]. `deep`: bool [n_prompt], the deep rows by token. Raises PopError if
+    the rows cannot be decoded, and PrefillStoppedError or the signal handler's exception if
+    interrupted. Then the cache keeps the rows before the first row that is not decoded.
     """
-    reading = _EditRead(cache, edit, deep, rule, on_prefill)
+    reading = _EditRead(cache, tokens, edit, deep, rule, on_prefill)
     try:
         reading.run()
     except StoppedError as error:
@@ -44,6 +46,7 @@ class _EditRead:
     def __init__(
         self,
         cache: KvCache,
+        tokens: NDArray[np.int32],
         edit: Edit,
         deep: NDArray[np.bool_],
         rule: RowRule,
@@ -51,7 +54,9 @@ class _EditRead:
     ) -> None:
         self._cache, self._edit, self._deep, self._rule = cache, edit, deep, rule
         self._on_prefill = on_prefill
-        self._n_prompt = len(edit.sources)
+        self._tokens = tokens
+        self._n_prompt = len(tokens)
+        self._end = (self._n_prompt, self._n_prompt)
         self._n_total = self._n_prompt - edit.n_reused
         self._epoch = cache.epoch
         is_short = self._n_total < rule.min_prompt
@@ -60,23 +65,23 @@ class _EditRead:
 
     def run(self) -> None:
         cache = self._cache
-        left = list(self._chunks())
+        chunks = list(self._chunks())
         try:
             self._report(0)
             cache.slot.set_full(self._rule.sink_tokens, self._full_from)
             n_done = 0
-            # Other threads must not see the rows before they are decoded.
-            with cache.slot.overwriting(), cache.slot.interruptible():
-                while left:
-                    start, end = left[0]
+            # The outer block may free the context at its exit, which the inner block uses.
+            with cache.slot.interruptible(), cache.slot.overwriting():
+                for (start, end), (next_start, _) in itertools.pairwise([*chunks, self._end]):
                     self._decode(start, end)
+                    cache.n_tokens = next_start
                     cache.slot.raise_if_stopped()
-                    del left[0]
                     n_done += end - start
                     self._report(n_done)
         except BaseException:
-            if left and not cache.context.is_closed and cache.epoch == self._epoch:
-                cache.truncate(left[0][0])
+            if not cache.context.is_closed and cache.epoch == self._epoch:
+                cache.rows.forget_from(cache.n_tokens)
+                cache.forget_unfinished()
             raise
 
     def result(self) -> Read:
@@ -105,7 +110,7 @@ class _EditRead:
         deep = self._deep[start:end]
         full = full_rows(positions, self._rule, self._full_from, outputs) | deep
         self._cache.slot.set_deep_rows(positions[deep])
-        decode_again(self._cache, start, outputs, full)
+        decode_again(self._cache, start, self._tokens[start:end], outputs, full)
 
     def _report(self, n_done: int) -> None:
         if self._on_prefill is not None:
