@@ -14,8 +14,8 @@ from pop_local.engine.cache.cache_keys import CacheKeys
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.cache.pruning_settings import PruningSettings
-from pop_local.engine.decode.constraint import Constraint, TokenTries
 from pop_local.engine.decode.grammar import Grammar
+from pop_local.engine.decode.grammar_mask import Constraint, TokenTries
 from pop_local.engine.decode.sampler import Sampler, recommended
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj

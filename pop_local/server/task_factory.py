@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from pop_local.config.settings import MOST_SEED
 from pop_local.engine.chat_messages import Message, ToolCall
-from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar
+from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.embedding import require_pooling
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode

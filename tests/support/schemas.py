@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar
+from pop_local.engine.decode.grammar_mask import Constraint
 
 Json = dict[str, Any]
 # Supported formats that jsonschema can also check.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from llguidance import LLTokenizer
 
-from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
+from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
 
 # Number of last characters in which triggers are searched for.

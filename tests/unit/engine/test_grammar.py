@@ -7,8 +7,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
+from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
 from support.calls import N_VOCAB, opened, read
 from support.converted import tiny

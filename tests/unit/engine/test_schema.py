@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from pop_local.engine.decode import grammar
-from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
+from pop_local.engine.decode.grammar_mask import Constraint
 from support.calls import N_VOCAB, opened
 from support.child_limits import one_second_limit
 from support.synthetic import make_gguf
