@@ -1,4 +1,4 @@
-"""Budgets, which limit the loss by pruning, and the next boundaries to measure."""
+"""Budgets, which limit the loss from pruning, and the choice of the next boundary to measure."""
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ BALANCED = Budget(
     max_copy_ratio=1.1,
     max_lost_lookups=0.02,
 )
-# Beyond this copy ratio, a model can no longer copy from its prompt.
+# A model whose copy ratio exceeds the fast budget's limit can no longer copy from its prompt.
 FAST = Budget(
     "fast",
     max_kl=0.1,
@@ -36,24 +36,27 @@ FAST = Budget(
 )
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
-# Below this share of the full model's gain on random tokens, a model can no longer copy.
+# A model that retains less than this share of the full model's gain on random tokens can no longer
+# copy.
 LEAST_RETENTION = 0.7
-# A fit hardly changes the retention of a model that copies, and no fit restores a lost retention.
+# Largest changes of the retention by a fit: in a model that copies, and in any model.
 _RETENTION_GAIN = 0.05
 _LOST_RETENTION = 0.3
-# Number of standard errors. Two are too few, since errors of few windows are uncertain.
+# Number of standard errors that make a verdict clear. Two standard errors are too few, since few
+# windows give an uncertain error.
 _CLEAR = 3.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Return whether all figures except look-ups are within the budget."""
+    """Return True if all figures except the look-ups are within the budget."""
     return all(over <= 0 for over, _ in _excesses(budget, quality))
 
 
 def is_clear(budget: Budget, quality: "Quality") -> bool:
-    """Return whether more windows would hardly change the result of `is_inside`.
+    """Return True if more windows would hardly change the result of `is_inside`.
 
-    Then one figure is above its limit, or all figures are below, by several standard errors.
+    A verdict is clear if one figure exceeds its limit, or if all figures are below their limits, by
+    _CLEAR standard errors.
     """
     excesses = _excesses(budget, quality)
     is_outside = any(over > _CLEAR * error for over, error in excesses)
@@ -71,15 +74,15 @@ def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
 
 
 def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
-    """Return whether the budget allows the loss of look-ups that the full model answers."""
+    """Return True if the budget allows the number of lost look-ups."""
     return lookups.lost <= budget.max_lost_lookups * lookups.full
 
 
 def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
-    """Return whether `n_questions` would lose more look-ups than the budget allows.
+    """Return True if the answers to `n_questions` would lose more look-ups than the budget allows.
 
-    Either more look-ups are lost already, or the mean probability of the right strings has clearly
-    fallen by more. The probability has less noise than the count.
+    The measured look-ups already exceed the limit, or the mean probability of the right strings has
+    clearly fallen by more than the limit. This probability has less noise than the count.
     """
     expected, limit = lookups.expected_lost, budget.max_lost_lookups
     has_fallen = expected.se is not None and expected.value - _CLEAR * expected.se > limit
@@ -87,30 +90,30 @@ def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
 
 
 def copies(quality: "Quality") -> bool:
-    """Return whether a pruned model still copies from its prompt, by both probes."""
+    """Return True if both probes show that a pruned model can still copy from its prompt."""
     ratio = quality.copy_ppl_ratio.value
     return ratio <= FAST.max_copy_ratio and _keeps(quality.induction_retention)
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return whether a fit may keep enough copying, from the retention without a fit."""
+    """Return True if a fit may retain enough copying, given the retention without a fit."""
     return _keeps(retention, _RETENTION_GAIN)
 
 
 def is_hopeless(retention: "Estimate | None") -> bool:
-    """Return whether no fit can restore copying, from the retention without a fit."""
+    """Return True if no fit can restore copying, given the retention without a fit."""
     return not _keeps(retention, _LOST_RETENTION)
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Return whether a retention is high enough, or None: the full model does not copy either."""
+    """Return True if a retention is high enough, or None because the full model cannot copy."""
     return retention is None or retention.value >= LEAST_RETENTION - slack
 
 
 def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
-    """Return the boundaries from the last layer down to n_layer / divisor.
+    """Return the boundaries from the last layer down to layer n_layer / divisor.
 
-    Layers that read image features are not skipped. Raises PlanError for a model with one layer.
+    Layers that read image features are never skipped. Raises PlanError for a model with one layer.
     """
     if shape.n_layer < 2:
         raise PlanError("the model has only one layer, which cannot be skipped")
@@ -122,10 +125,11 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
     """Return the boundaries to measure next, the most useful boundary first.
 
     `plans`: the boundaries that may be chosen. `verdicts`: whether each measured boundary is within
-    the budget. A deeper boundary is assumed never to be better. The search starts in the middle,
-    near most models' result, and doubles its steps until one boundary is within the budget and
-    another exceeds it. Then it bisects. The result is empty once the deepest boundary within the
-    budget is known, or all boundaries exceed it.
+    the budget. The search assumes that a deeper boundary never improves quality. It starts at the
+    middle boundary, which is close to most models' result. It doubles its steps until one boundary
+    is within the budget and another boundary exceeds the budget, and continues with bisection. The
+    result is empty once the deepest boundary within the budget is known, or if all boundaries
+    exceed the budget.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
@@ -142,12 +146,12 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
 
 def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
-    """Return the deepest boundary within the budget, None if all exceed it."""
+    """Return the deepest boundary within the budget, or None if no boundary is within it."""
     return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
 
 
 def limits_in_words(budget: Budget) -> str:
-    """Return a budget's limits, in the order of `figures_in_words`."""
+    """Return a budget's limits in words, in the order of `figures_in_words`."""
     limits = (
         ("KL {:g}", budget.max_kl),
         ("perplexity ratio {:g}", budget.max_ppl_ratio),
@@ -158,7 +162,7 @@ def limits_in_words(budget: Budget) -> str:
 
 
 def figures_in_words(quality: "Quality", lookups: "Lookups | None" = None) -> str:
-    """Return the limited figures in words, in the order of `limits_in_words`."""
+    """Return the figures that a budget limits, in words and in the order of `limits_in_words`."""
     lost = "" if lookups is None else f", {lookups.lost} of {lookups.full} look-ups lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "

@@ -1,4 +1,4 @@
-"""The user's prompts, answered greedily in full and pruned, and the comparison of both answers."""
+"""Answer the user's prompts greedily, in full and pruned, and compare the answers."""
 
 import json
 import re
@@ -23,9 +23,9 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """A conversation to answer, from one line of a file (counted from 1).
+    """A conversation to answer; `line`: the number of its line in the file, starting at 1.
 
-    `expected`: the pattern of right answers, None if the line has no expected answer.
+    `expected`: the pattern that right answers match (None if the line has no expected answer).
     """
 
     line: int
@@ -38,14 +38,14 @@ class ComparedPrompt:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file."""
+    """A file's name and its prompts."""
 
     name: str
     prompts: tuple[ComparedPrompt, ...]
 
     @property
     def sha256(self) -> str:
-        """Return a hash of lines, texts, documents and pictures."""
+        """Return a hash of all prompts with their line numbers, pictures and expected answers."""
         parts = [
             (
                 prompt.line,
@@ -60,7 +60,7 @@ class PromptFile:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer, with times in seconds and token counts as in TurnStats."""
+    """An answer with its statistics; the fields have the same meaning as in TurnStats."""
 
     text: str
     n_prompt: int
@@ -73,10 +73,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Compared:
-    """Both answers to a prompt. `is_*_right`: None without an expected answer.
+    """The full and the pruned answer to a prompt.
 
-    `first_difference`: number of leading tokens that both answers share, None if they are
-    identical.
+    `is_full_right` and `is_pruned_right` are None without an expected answer. `first_difference`:
+    the number of leading tokens that both answers share (None if the answers are identical).
     """
 
     line: int
@@ -89,7 +89,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answers to all prompts of a file."""
+    """The full and pruned answers to all prompts of a file."""
 
     prompts: PromptFile
     answers: tuple[Compared, ...] = field(repr=False)
@@ -120,7 +120,7 @@ class Comparison:
 
     @property
     def p_value(self) -> float:
-        """Return the p of McNemar's exact test that pruning changes right answers."""
+        """Return the p-value of McNemar's exact test for a change in the share of right answers."""
         return mcnemar(self.n_only_full, self.n_only_pruned)
 
     @property
@@ -133,25 +133,26 @@ class Comparison:
 
     @property
     def n_unpruned(self) -> int:
-        """Count the prompts without a pruned token, which were too short or cached."""
+        """Return the number of prompts without pruned tokens, which were too short or cached."""
         return sum(each.pruned.n_pruned == 0 for each in self.answers)
 
 
 def mcnemar(n_first: int, n_second: int) -> float:
-    """Return the two-sided p of McNemar's exact test, from both counts of discordant pairs."""
+    """Return the two-sided p-value of McNemar's exact test for two counts of discordant pairs."""
     n = n_first + n_second
     n_tail: int = sum(comb(n, k) for k in range(min(n_first, n_second) + 1))
-    of_both: float = 2 * n_tail / 2**n  # integers divide exactly beyond a float's range
+    of_both: float = 2 * n_tail / 2**n  # dividing integers avoids a float overflow
     return min(1.0, of_both)
 
 
 def read_prompts(path: Path) -> PromptFile:
-    """Read a JSONL file of objects with `prompt` or `messages`. Raises PopError.
+    """Read a JSONL file whose objects have the key `prompt` or `messages`. Raises PopError.
 
-    `documents` are texts or {"file": PATH}, `images` are paths; both precede `prompt`. Paths are
-    relative to the file. `answer` is a text that a right answer contains, or {"regex": PATTERN}.
+    An object with `prompt` may have `documents`, a list of texts and {"file": PATH}, and `images`,
+    a list of paths. Both precede the prompt's text. Paths are relative to the JSONL file's folder.
+    `answer` is a text that a right answer must contain, or {"regex": PATTERN}.
     """
-    # JSON strings may contain characters at which str.splitlines would split.
+    # str.splitlines would also split at characters that JSON strings may contain.
     lines = re.split(r"\r\n?|\n", read_text(path))
     prompts = tuple(
         _prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
@@ -163,17 +164,17 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
     def wrong(what: str) -> PopError:
         return PopError(
             f"{path}, line {number}: {what}",
-            'write {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]} on each line,'
+            'each line must be {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]},'
             ' optionally with "answer": TEXT or {"regex": PATTERN}, and with "documents" and'
-            ' "images" next to a prompt',
+            ' "images" in addition to a prompt',
         )
 
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise wrong("this is not JSON") from error
+        raise wrong("the line is not valid JSON") from error
     if not isinstance(entry, dict):
-        raise wrong("this is not a JSON object")
+        raise wrong("the line is not a JSON object")
     if unknown := sorted(entry.keys() - {"prompt", "messages", "documents", "images", "answer"}):
         raise wrong(f"the key {unknown[0]!r} is unknown")
     if ("prompt" in entry) == ("messages" in entry):
@@ -189,7 +190,7 @@ def _prompt(path: Path, number: int, line: str) -> ComparedPrompt:
     except OSError as error:
         raise wrong(f"cannot read {error.filename}: {error.strerror}") from error
     except (re.error, OverflowError, RecursionError) as error:
-        raise wrong(f"the regex is wrong: {error}") from error
+        raise wrong(f"the regular expression is invalid: {error}") from error
     except (TypeError, KeyError, ValueError) as error:
         raise wrong("a value has the wrong type") from error
     return ComparedPrompt(number, messages, expected)
@@ -222,8 +223,8 @@ def _text(given: Any) -> str:
 def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answered:
     """Answer a prompt greedily with the model's current pruning.
 
-    The prefix shared with the previous prompt stays cached. Raises PopError if the prompt does not
-    fit, StoppedError if the model's watcher stops the answer.
+    The prefix that the prompt shares with the previous prompt stays cached. Raises PopError if the
+    prompt does not fit into the context, and StoppedError if the watch stops the answer.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))
@@ -244,7 +245,7 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
 
 
 def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered) -> Compared:
-    """Judge both answers to a prompt."""
+    """Compare both answers to a prompt with each other and with the expected answer."""
     return Compared(
         line=prompt.line,
         full=full,

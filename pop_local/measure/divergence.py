@@ -1,7 +1,7 @@
-"""Comparison of two models on the same tokens: KL divergence, log-likelihood, first choice.
+"""Compare two models' predictions of the same tokens by KL, log-likelihood and first choice.
 
-All sums are float64. In single precision, log-softmax over a large vocabulary has an error of 1e-6,
-as large as the smallest differences of interest.
+All sums are computed in float64. In single precision, log-softmax over a large vocabulary has an
+error of 1e-6, which is as large as the smallest relevant differences.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Logits = NDArray[np.floating[Any]]
 
-# Values of one float64 array: its 1 MB fits the L2 cache of a core.
+# Number of values in a float64 block: its size of 1 MB fits into a core's L2 cache.
 _CHUNK_VALUES = 1 << 17
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits [n, n_vocab], their log-sum-exp [n] in nats, and the likeliest tokens [n]."""
+    """Logits [n, n_vocab], each row's log-sum-exp [n] in nats, and the likeliest tokens [n]."""
 
     logits: Logits
     log_z: Floats
@@ -30,7 +30,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Negative log-likelihood of tokens [n] in nats, and whether each was the first choice [n]."""
+    """NLL of the target tokens [n] in nats, and whether each target was the likeliest token [n]."""
 
     nll: Floats
     is_top1: Flags
@@ -38,14 +38,14 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(full || pruned) at positions [n] in nats, and whether both first choices agree [n]."""
+    """KL(full || pruned) of each row [n] in nats, and whether both likeliest tokens agree [n]."""
 
     kl: Floats
     same_top1: Flags
 
 
 def predictions(logits: Logits) -> Predictions:
-    """Return the predictions of logits [n, n_vocab], without copying them."""
+    """Return the predictions for logits [n, n_vocab], without copying the logits."""
     log_z = np.empty(len(logits))
     for rows in _chunks(logits):
         largest = logits[rows].max(axis=1).astype(np.float64)
@@ -55,9 +55,9 @@ def predictions(logits: Logits) -> Predictions:
 
 
 def halved(predicted: Predictions) -> Predictions:
-    """Return the predictions as log-probabilities in half precision, in half the memory.
+    """Return the predictions as log-probabilities in half precision, which halves the memory.
 
-    This adds about 1e-6 to a KL. First choices stay the same.
+    Half precision adds about 1e-6 to a KL. The likeliest tokens stay the same.
     """
     logits = np.empty(predicted.logits.shape, np.float16)
     for rows in _chunks(predicted.logits):
@@ -66,13 +66,13 @@ def halved(predicted: Predictions) -> Predictions:
 
 
 def likelihood(predicted: Predictions, targets: NDArray[np.int64]) -> Likelihood:
-    """Score the targets [n]."""
+    """Return the likelihood of the target tokens [n]."""
     of_targets = np.take_along_axis(predicted.logits, targets[:, None], axis=1)[:, 0]
     return Likelihood(predicted.log_z - of_targets, predicted.top1 == targets)
 
 
 def divergence(full: Predictions, pruned: Predictions) -> Divergence:
-    """Compare the predictions of the same tokens."""
+    """Compare two models' predictions of the same tokens."""
     kl = pruned.log_z - full.log_z
     for rows in _chunks(full.logits):
         p = full.logits[rows] - full.log_z[rows, None]

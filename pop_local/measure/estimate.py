@@ -1,7 +1,7 @@
-"""Figures over windows with their standard errors.
+"""Figures computed over windows, with their standard errors.
 
-The unit is a window, since its tokens depend on each other. Errors of means are computed from the
-spread between windows, other errors by bootstrap over windows.
+The statistical unit is a window, since the tokens in a window depend on each other. The errors of
+means are computed from the spread between windows, and all other errors by bootstrap over windows.
 """
 
 import math
@@ -14,20 +14,20 @@ from pop_local.measure.divergence import Flags, Floats
 
 _N_BOOTSTRAP = 200
 _SEED = 20260203
-# exp of a larger exponent overflows a float64.
+# The exponential of a larger number overflows a float64.
 _MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error (None for a single window)."""
+    """A figure and its standard error (None if computed from a single window)."""
 
     value: float
     se: float | None
 
 
 def mean(per_window: Floats | Flags) -> Estimate:
-    """Return the mean of numbers or flags [n_windows, ...]."""
+    """Return the mean of numbers or flags [n_windows, ...], with its error."""
     windows = per_window.reshape(len(per_window), -1).mean(axis=1, dtype=np.float64)
     n = len(windows)
     se = float(windows.std(ddof=1)) / math.sqrt(n) if n > 1 else None
@@ -35,7 +35,7 @@ def mean(per_window: Floats | Flags) -> Estimate:
 
 
 def exp_mean(per_window: Floats) -> Estimate:
-    """Return exp of the mean, as for a perplexity, with a first-order error."""
+    """Return exp(mean), for example a perplexity, with a first-order error."""
     inner = mean(per_window)
     value = math.exp(inner.value) if inner.value < _MAX_EXPONENT else math.inf
     return Estimate(value, None if inner.se is None else value * inner.se)
@@ -48,12 +48,12 @@ def ratio(upper: Floats, lower: Floats) -> Estimate:
 
 
 def quantile(per_window: Floats, share: float) -> Estimate:
-    """Return a quantile of all values [n_windows, n_tokens]."""
+    """Return a quantile of all values [n_windows, n_tokens], with its error."""
     return redrawn(per_window, lambda windows: float(np.quantile(windows, share)))
 
 
 def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
-    """Return a figure of [n_windows, ...], with its error by bootstrap over windows."""
+    """Return a figure of values [n_windows, ...], with its error by bootstrap over windows."""
     value, n = figure(per_window), len(per_window)
     if n < 2:
         return Estimate(value, None)

@@ -1,8 +1,8 @@
-"""Teacher forcing: read a context in one mode, then score texts that follow it.
+"""Teacher forcing: read a context in one mode, then score the texts that follow the context.
 
 Rows that request logits run all layers, so only the context's last token predicts. `Forced` raises
 PopError unless the backend's row counters show the planned number of pruned rows after each context
-and text. `stopped_by` can abort the work with StoppedError.
+and text. `stopped_by` can end the work with StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,13 +26,13 @@ from pop_local.engine.prompt.prompt import Prompt
 Logits = NDArray[np.float32]
 Tokens = Sequence[int]
 
-# Rows of a batch in which all rows request logits, which take n_vocab * 4 bytes each.
+# Maximum batch size if all rows request logits, since a row's logits take n_vocab * 4 bytes.
 _MAX_SCORED_ROWS = 128
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Layers that context rows skip, and the context's prefill mode."""
+    """The first layer that context rows skip, and the context's prefill mode."""
 
     boundary: int
     context: Mode = Mode.CONTEXT
@@ -42,7 +42,7 @@ FULL = Pruning(0, Mode.OFF)
 
 
 def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
-    """Return the number of a context's tokens that stop at the boundary."""
+    """Return the number of tokens of a context that stop at the boundary."""
     deep = find_deep_rows(model.engine.context, np.asarray(context), rule.deep_rows)
     return plan_prefill(0, len(context), rule, len(context), deep=deep).n_pruned
 
@@ -51,8 +51,8 @@ def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
 def forced(model: PopModel) -> Iterator["Forced"]:
     """Open a model for teacher forcing.
 
-    Contexts of any length are pruned. On exit, mode and boundary are restored and the KV cache is
-    empty.
+    Short contexts are also pruned. On exit, the mode and the boundary are restored, and the KV
+    cache is empty.
     """
     with model.engine.sequences[0].preserved():
         yield Forced(model)
@@ -86,13 +86,13 @@ class Forced:
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
     def resume(self) -> None:
-        """Use the rows and logits that the caller has read into the cache as the context."""
+        """Use the cached rows and the logits that the caller has read as the context."""
         self._next, self._state = self._context.logits().copy(), None
 
     def predict(self, tokens: Tokens) -> Logits:
-        """Return the logits (len(tokens), n_vocab) of a text that follows the context, in full.
+        """Return the full model's logits (len(tokens), n_vocab) for a text after the context.
 
-        The context and tokens[:i] predict row i. The text then leaves the cache.
+        The context and tokens[:i] predict row i. The text is removed from the cache afterwards.
         """
         n_context, n_decoded = self._cache.n_tokens, len(tokens) - 1
         logits = np.empty((len(tokens), self._context.vocabulary.n_tokens), np.float32)
@@ -104,12 +104,12 @@ class Forced:
 
     @property
     def next_token(self) -> int:
-        """Return the likeliest token after the context and its extensions."""
+        """Return the likeliest token after the context and the tokens that `extend` appended."""
         return int(self._next[-1].argmax())
 
     @contextmanager
     def branch(self) -> Iterator[None]:
-        """Drop on exit all tokens that `extend` appended in the block."""
+        """Remove from the cache, on exit, all tokens that `extend` appended in the `with` block."""
         n_tokens, following, state = self._cache.n_tokens, self._next, self._state
         try:
             yield
@@ -118,7 +118,7 @@ class Forced:
             self._next, self._state = following, state
 
     def extend(self, tokens: Tokens) -> None:
-        """Append tokens that run all layers, such as a question and a generated answer."""
+        """Append tokens that run all layers, for example a question and a generated answer."""
         for _ in self._append_full(tokens, Outputs.LAST, self._context.n_batch):
             self._next = self._context.logits().copy()
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
@@ -126,7 +126,7 @@ class Forced:
     def _append_full(
         self, tokens: Tokens, outputs: Outputs, n_rows: int
     ) -> Iterator[tuple[int, int]]:
-        """Append tokens in full, up to `n_rows` at once, and yield each piece's start and end."""
+        """Append tokens in full, in batches of up to `n_rows`, and yield each batch's range."""
         cache, step = self._cache, min(n_rows, self._context.n_batch)
         backend.reset_counters(self._context.ctx)
         cache.slot.set_mode(Mode.OFF)

@@ -1,4 +1,4 @@
-"""Estimates of the time to read a prompt in full, from measured prompts or from its work."""
+"""Estimate the time for reading a prompt in full, from measured prompts or counted work."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -6,23 +6,23 @@ from statistics import median
 from pop_converter.architecture.work import Macs
 from pop_local.engine.chat_messages import TurnStats
 
-# Short prompts predict little about long prompts, which attention makes slower per token.
+# Short prompts are poor predictors, since attention makes long prompts slower per token.
 _LEAST_TOKENS = 64
 _COMPARABLE = 2.0
 
 
 @dataclass(frozen=True)
 class FullCost:
-    """Seconds of a full prefill, measured on this machine or computed from its work."""
+    """The duration of a full prefill in seconds, measured here or computed from the work."""
 
     seconds: float
     is_measured: bool
 
 
 class FullCosts:
-    """Prompts that were prefilled in full, to estimate the cost of other prompts.
+    """Prompts that were prefilled in full, from which the cost of other prompts is estimated.
 
-    `boundary`: the layer at which context tokens stop, None without pruning.
+    `boundary`: the layer at which context tokens stop (None without pruning).
     """
 
     def __init__(self, macs: Macs, boundary: int | None) -> None:
@@ -30,12 +30,12 @@ class FullCosts:
         self._measured: list[TurnStats] = []
 
     def record(self, stats: TurnStats) -> None:
-        """Add a prompt if it was prefilled in full."""
+        """Record a prompt's time and work if the prompt was prefilled in full."""
         if stats.n_evaluated == stats.n_full >= _LEAST_TOKENS:
             self._measured.append(stats)
 
     def of(self, stats: TurnStats) -> FullCost:
-        """Return the cost of reading this prompt in full, with the same tokens cached."""
+        """Return the cost of reading this prompt in full, with the same number of cached tokens."""
         if stats.n_evaluated == stats.n_full:
             return FullCost(stats.prefill_s, is_measured=True)
         rates = [full.prefill_s / full.n_full for full in self._measured if _like(full, stats)]
@@ -50,11 +50,12 @@ class FullCosts:
         return self._work(stats, None, n_full) / self._work(stats, self._boundary, n_full)
 
     def _work(self, stats: TurnStats, boundary: int | None, n_full: int) -> int:
-        """Return the new tokens' multiply-accumulates: the prompt's minus the cached rows'."""
+        """Return the multiply-accumulates for the prompt without those for its cached rows."""
         whole = self._macs(stats.n_prompt, boundary, n_full)
         if not stats.n_cached:
             return whole
-        # The count assumes a full row in every prompt, but the cached rows have none.
+        # The counted work includes one full row per prompt, but the cached rows contain no full
+        # row.
         return whole - self._macs(stats.n_cached, boundary, 1) + self._macs(1, None, 1)
 
 

@@ -1,4 +1,4 @@
-"""Measurement of one boundary in steps of a few windows, which may stop early."""
+"""Measure one boundary in steps of a few windows, until the verdict is clear."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ N_FIRST_WINDOWS = 4
 
 @dataclass
 class Gradual:
-    """A boundary's scores so far, against a reference.
+    """The scores of a boundary on the windows measured so far, compared with the full model.
 
-    `quality` summarizes the scores; it is None before the first step.
+    `quality`: the summary of the scores (None before the first step).
     """
 
     reference: QualityReference
@@ -35,12 +35,12 @@ class Gradual:
         return len(self._scores) == len(self.reference.windows)
 
     def kl_over(self, other: "Gradual") -> Estimate:
-        """Return the KL minus another boundary's KL, on the windows that both have measured."""
+        """Return this boundary's KL minus the other's, on the windows that both have measured."""
         pairs = zip(self._scores, other._scores, strict=False)
         return mean(np.stack([a.divergence.kl - b.divergence.kl for a, b in pairs]))
 
     def settled(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
-        """Return `quality` if it covers all windows or `is_enough` accepts it, else None."""
+        """Return `quality` if it covers all windows or `is_enough` accepts it, otherwise None."""
         found = self.quality
         return found if found and (self.is_whole or is_enough(found)) else None
 
@@ -50,7 +50,7 @@ class Gradual:
         model: PopModel,
         begin: Callable[[], Progress],
     ) -> Quality:
-        """Measure until the quality is `settled`; `begin` returns each step's progress callback."""
+        """Measure until the quality is settled; `begin` returns each step's progress callback."""
         while not (found := self.settled(is_enough)):
             self.measure(model, begin())
         return found
@@ -58,8 +58,8 @@ class Gradual:
     def measure(self, model: PopModel, on_progress: Progress) -> None:
         """Measure the first four windows, or double the number of measured windows.
 
-        `model`: a file of the reference's model, with the same projections in each call.
-        `on_progress` counts this call's windows and draws. Raises as `measure_pruning`.
+        `model`: the reference's model, opened with the same projections in each call. `on_progress`
+        counts the windows and draws of this call. Raises the errors of `measure_pruning`.
         """
         reference, n_done = self.reference, len(self._scores)
         pruning = Pruning(self.boundary)

@@ -1,4 +1,4 @@
-"""Held-out text and its windows: the shipped text, on which nothing is fitted, or the user's."""
+"""Held-out text and its windows, from the user's file or from shipped text that no fit uses."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -19,7 +19,10 @@ TextTokens = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Text:
-    """A text in parts, for example several kinds of text. No window crosses a part's end."""
+    """A text that consists of parts, for example several kinds of text.
+
+    No window crosses the end of a part.
+    """
 
     name: str
     parts: tuple[str, ...]
@@ -30,7 +33,7 @@ class Text:
 
 
 def shipped_text() -> Text:
-    """Return prose, dialogue, code and tables, one part each."""
+    """Return the shipped held-out text, with one part each of prose, dialogue, code and tables."""
     names = sorted(f.name for f in _HELDOUT.iterdir() if f.name.endswith(".txt"))
     parts = tuple(shipped_part(name.removesuffix(".txt")) for name in names)
     return Text("held-out text of pop-local", parts)
@@ -41,32 +44,31 @@ def shipped_part(name: str) -> str:
 
 
 def given_text(path: Path) -> Text:
-    """Read a file as one part. Raises PopError if it is not readable, not text or empty."""
+    """Read a file as one part. Raises PopError for an unreadable, binary or empty file."""
     return Text(path.name, (read_text(path),))
 
 
 def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of each part, without BOS."""
+    """Return the tokens of each part of a text, without BOS."""
     return tuple(tuple(model.engine.context.vocabulary.tokenize(part)) for part in text.parts)
 
 
 def room(texts: TextTokens, n_tokens: int) -> int:
-    """Return the number of windows of `n_tokens` for which the texts have room."""
+    """Return the number of windows of `n_tokens` that fit into the texts."""
     return sum(len(text) // n_tokens for text in texts)
 
 
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
-    """Return windows of `n_tokens` that do not overlap, spread evenly over and within all parts.
+    """Return non-overlapping windows of `n_tokens`, spread evenly over all parts of a text.
 
-    Longer parts take the share of parts that are too short. Raises PopError if the text is too
-    short.
+    If a part is too short for its share of the windows, longer parts provide more windows. Raises
+    PopError if the text is too short.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:
         raise PopError(
-            f"the text is too short for {n_windows} windows of {n_tokens:,} tokens: they need"
-            f" {n_windows * n_tokens:,} tokens, the text has {sum(len(text) for text in texts):,}"
-            f" with room for {sum(rooms)}",
+            f"{n_windows} windows of {n_tokens:,} tokens need {n_windows * n_tokens:,} tokens, but the"
+            f" text has {sum(len(text) for text in texts):,}, enough for {sum(rooms)} windows",
             "use a longer text, or fewer or shorter windows",
             cause="text-too-short",
         )
@@ -78,7 +80,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
 
 
 def _shares(room: list[int], n_windows: int) -> list[int]:
-    """Distribute windows as equally as room allows; the first parts get the remainder."""
+    """Distribute windows over parts as equally as possible; the first parts get the remainder."""
     shares = [0] * len(room)
     for _ in range(n_windows):
         open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]

@@ -1,12 +1,13 @@
-"""Look-ups: questions for exact strings of a document, answered in full and pruned.
+"""Look-ups: questions about exact strings in a document, answered in full and pruned.
 
-The full model reads each synthetic document (`carriers`, in layouts on which nothing is fitted)
-once, then the pruned model reads it. Questions run all layers, as the tail of a prompt does.
-Questions are completions, so that base models and tuned models answer alike.
+The full model and the pruned model each read every synthetic document once. The documents
+(`carriers`) have layouts that no fit uses. Questions run all layers, like the tail of a prompt.
+Questions are completions, so that base models and instruction-tuned models can answer the same
+questions.
 
 An answer is *right* if the greedy continuation contains the exact string (see `is_right`). Its
-*log-probability* is the right string's log-probability after the question, teacher-forced. It has
-far less noise than the counts, so searches use it first.
+*log-probability* is the right string's log-probability after the question, teacher-forced. The
+log-probability has far less noise than the counts, so searches use it first.
 """
 
 import re
@@ -26,15 +27,18 @@ from pop_local.measure.heldout import shipped_part
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import CarrierSettings, LookupQuestion, make_carrier
 
-# Maximum number of tokens that question and answer add to a document.
+# Maximum number of tokens that a question and its answer add to a document.
 _N_AROUND = 256
-# Tokens beyond the right answer's length that may precede it in a continuation.
+# Maximum number of tokens that may precede the right answer in a continuation.
 _N_LEEWAY = 12
 
 
 @dataclass(frozen=True)
 class LookupSettings:
-    """`n_documents` of about `n_tokens` tokens, with up to `n_per_document` questions each."""
+    """Settings for `n_documents` documents of about `n_tokens` tokens.
+
+    `n_per_document`: the maximum number of questions about each document.
+    """
 
     n_documents: int = 10
     n_per_document: int = 20
@@ -43,7 +47,7 @@ class LookupSettings:
 
     @classmethod
     def of_questions(cls, n_questions: int, seed: int = 0) -> "LookupSettings":
-        """Return settings with `n_questions`, or a few more, spread evenly over documents."""
+        """Return settings for `n_questions` or a few more, spread evenly over documents."""
         n_documents = -(-n_questions // cls.n_per_document)
         return cls(n_documents, -(-n_questions // n_documents), seed=seed)
 
@@ -54,7 +58,7 @@ class LookupSettings:
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """A question and its right answer as tokens; both follow the document."""
+    """A question and its right answer as tokens, which follow the document's tokens."""
 
     question: LookupQuestion
     tokens: tuple[int, ...]
@@ -63,7 +67,7 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True)
 class LookupDocument:
-    """A document's tokens with BOS, and the questions about it."""
+    """A document's tokens, starting with BOS, and the questions about the document."""
 
     tokens: tuple[int, ...]
     questions: tuple[TokenizedQuestion, ...]
@@ -71,25 +75,30 @@ class LookupDocument:
 
 @dataclass(frozen=True)
 class LookupAnswer:
-    """An answer: the right string's `logprob` in nats, and the greedy `text`."""
+    """An answer to a look-up.
+
+    `logprob`: the right string's log-probability in nats. `text`: the greedy continuation.
+    """
 
     is_right: bool
     logprob: float
     text: str
 
 
-# The answers of each document.
+# The answers to each document's questions.
 Answers = list[tuple[LookupAnswer, ...]]
 
 
 @dataclass(frozen=True)
 class Lookups:
-    """Look-ups under one pruning against the full model's look-ups.
+    """The results of look-ups under one pruning, compared with the full model's results.
 
-    `full` and `pruned` of `n` answers are right. `lost`: right in full only, `gained`: right pruned
-    only, `p`: McNemar's exact two-sided p for lost against gained. `logprob_*`: nats per string;
-    `logprob_lost`: full minus pruned. `expected_lost`: the lost share of the right strings' mean
-    probability. Errors are computed from the spread between documents.
+    `full` and `pruned`: the numbers of right answers among `n` answers. `lost`: the number of
+    answers that only the full model answers right. `gained`: the number of answers that only the
+    pruned model answers right. `p`: the two-sided p-value of McNemar's exact test. `logprob_*`: the
+    mean log-probability of the right strings in nats; `logprob_lost` is full minus pruned.
+    `expected_lost`: the lost share of the right strings' mean probability. Errors are computed from
+    the spread between documents.
     """
 
     n: int
@@ -109,10 +118,10 @@ class Lookups:
 def measure_lookups(
     model: PopModel, settings: LookupSettings, pruning: Pruning, on_progress: Progress
 ) -> Lookups:
-    """Ask about each document once in full and once under a pruning.
+    """Answer the questions about each document once in full and once under a pruning.
 
-    `on_progress` counts questions. Raises PopError if a prompt does not fit the context or was not
-    pruned as planned.
+    `on_progress` counts questions. Raises PopError if a prompt does not fit into the context or was
+    not pruned as planned.
     """
     documents = make_documents(model, settings)
     ran = counting(2 * sum(len(each.questions) for each in documents), on_progress)
@@ -132,32 +141,32 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Ask in full about the documents that follow the documents of `known`.
+        """Answer the questions in full, for the documents whose answers `known` lacks.
 
-        Each document's answers are added to `known`, so that a stop keeps them. Raises as
-        `measure_lookups`.
+        Each document's answers are added to `known`, so that they survive a stop. Raises the errors
+        of `measure_lookups`.
         """
         found = cls(settings, make_documents(model, settings), known)
         found.ask(model, FULL, on_progress, known)
         return replace(found, full=known[: len(found.documents)])
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
-        """Ask a file of the same model under a pruning; `known` as in `read`."""
+        """Add a pruned model's answers to `known`, as `read` does for the full model."""
         new = self.documents[len(known) :]
         ran = counting(sum(len(each.questions) for each in new), on_progress)
         for document in new:
             known += _ask(model, [document], pruning, ran)
 
     def compare(self, answers: Answers) -> Lookups:
-        """Compare all answers with the full model's."""
+        """Compare all answers with the full model's answers."""
         return compare_lookups(self.full, answers, self.settings)
 
 
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
     """Build documents from held-out layouts, words and prose.
 
-    A larger `n_documents` only appends documents. Raises PopError if they are too short for a
-    look-up.
+    With a larger `n_documents`, the result starts with the same documents. Raises PopError if the
+    documents are too short for a look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
     sized = CarrierSettings(settings.n_tokens, settings.n_per_document, Use.HELD_OUT)
@@ -166,7 +175,7 @@ def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDoc
         carrier = make_carrier(
             rng, sized, prose, lambda text: len(model.engine.context.vocabulary.tokenize(text))
         )
-        # The blank line belongs to the document: most vocabularies merge it with a full stop.
+        # The document includes the blank line, which most vocabularies merge with a full stop.
         tokens = (
             *model.engine.context.vocabulary.bos,
             *model.engine.context.vocabulary.tokenize(carrier.text + "\n\n"),
@@ -180,16 +189,17 @@ def _tokenize_question(model: PopModel, question: LookupQuestion) -> TokenizedQu
     tokens = model.engine.context.vocabulary.tokenize(question.completion)
     whole = model.engine.context.vocabulary.tokenize(f"{question.completion} {question.answer}")
     answer = whole[len(tokens) :]
-    if whole[: len(tokens)] != tokens:  # the vocabulary merges tokens across the space
+    if whole[: len(tokens)] != tokens:  # the vocabulary merges the space with the preceding token
         answer = model.engine.context.vocabulary.tokenize(f" {question.answer}")
     return TokenizedQuestion(question, tuple(tokens), tuple(answer))
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Return whether the first line of a continuation contains the exact answer.
+    """Return True if the first line of a continuation contains the exact answer.
 
-    Quotes and words may surround the answer. It must not be part of a longer value: no letter or
-    digit may touch it, neither directly nor across one of the signs `. , - / @`.
+    Quotes and words may surround the answer, but the answer must not be part of a longer value. No
+    letter or digit may be next to the answer, or separated from it only by one of the signs `. , -
+    / @`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
@@ -213,7 +223,7 @@ def _ask(
 def answer_questions(
     reader: Forced, questions: Sequence[TokenizedQuestion], ran: Callable[[int], None]
 ) -> tuple[LookupAnswer, ...]:
-    """Answer each question after the reader's context. `ran` is called with 1 after each."""
+    """Answer each question after the reader's context, and call `ran(1)` after each answer."""
     answers = []
     for each in questions:
         answers.append(_answer(reader, each))
@@ -224,7 +234,7 @@ def answer_questions(
 def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
     with reader.branch():
         reader.extend(asked.tokens)
-        # The repeated last token is not decoded: it adds the row that follows the right answer.
+        # The last token is repeated, but not decoded, to get the row that follows the right answer.
         logits = reader.predict((*asked.answer, asked.answer[-1]))
         predicted = predictions(logits)
         found = likelihood(predicted, np.asarray((*asked.answer, asked.answer[-1])))
@@ -237,9 +247,9 @@ def _answer(reader: Forced, asked: TokenizedQuestion) -> LookupAnswer:
 
 
 def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int) -> str:
-    """Return the first line of the greedy continuation, whose first tokens are known.
+    """Return the first line of the greedy continuation, which starts with `n_right` right tokens.
 
-    After a right answer, one more token shows whether the value continues.
+    After a complete right answer, one more token shows whether the value continues.
     """
     model, tokens = reader.model, list(asked.answer[:n_right])
     n_most = len(asked.answer) + (_N_LEEWAY if n_right < len(asked.answer) else 1)
@@ -282,5 +292,5 @@ def compare_lookups(full: Answers, pruned: Answers, settings: LookupSettings) ->
 
 
 def _sums(answers: Answers, figure: Callable[[LookupAnswer], float]) -> np.ndarray:
-    """Return a figure's sum over each document's answers, [n_documents]."""
+    """Return the sum of a figure over each document's answers, [n_documents]."""
     return np.array([sum(map(figure, of_document)) for of_document in answers])

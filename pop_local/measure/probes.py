@@ -1,8 +1,8 @@
-"""Two probes of copying from the prompt, a loss that the KL of prose hides.
+"""Two probes of copying from the prompt, since the KL of prose hides the loss of this ability.
 
-*Copy*: a passage of the context follows the context again. *Induction*: random tokens occur twice;
-the first occurrence's loss is the loss of a model that does not copy. Both probes score only tokens
-whose first occurrence was pruned (all random tokens if none was pruned).
+The *copy* probe repeats a passage of the context after the context. The *induction* probe repeats
+random tokens; a model that cannot copy has the same loss on both occurrences. Both probes score
+only tokens whose first occurrence was pruned, or all random tokens if none of them was pruned.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the full model's mean NLL [n_draws] in nats of each occurrence."""
+    """Random tokens, and the full model's mean NLL [n_draws] in nats of both occurrences."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats
@@ -33,12 +33,12 @@ class Repeated:
 
 
 def require_passage(n_context: int, rule: RowRule) -> None:
-    """Raise PopError for a context that is too short for `pick_passage`."""
+    """Raise PopError if a context is too short for `pick_passage`."""
     least = max(1, rule.sink_tokens) + rule.tail_tokens + 2
     if n_context < least:
         raise PopError(
-            f"the context is too short: of {n_context} tokens the first"
-            f" {rule.sink_tokens} and the last {rule.tail_tokens} are full",
+            f"the context is too short: of {n_context} tokens, the first"
+            f" {rule.sink_tokens} and the last {rule.tail_tokens} run all layers",
             f"use a context of {least} tokens or more",
             cause="context-too-short",
             n_least=least,
@@ -48,7 +48,7 @@ def require_passage(n_context: int, rule: RowRule) -> None:
 def pick_passage(
     context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
 ) -> Sequence[int]:
-    """Pick up to `n_tokens` consecutive pruned tokens. Raises PopError if none exists."""
+    """Pick up to `n_tokens` consecutive pruned tokens. Raises PopError if no token is pruned."""
     require_passage(len(context), rule)
     start, end = max(1, rule.sink_tokens), len(context) - rule.tail_tokens
     n_tokens = min(n_tokens, end - start)
@@ -57,13 +57,13 @@ def pick_passage(
 
 
 def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
-    """Score the passage except its first token, which is not predictable."""
+    """Score all tokens of the passage except the first token, which is not predictable."""
     targets = np.asarray(passage)[1:]
     return likelihood(predictions(reader.predict(passage)[1:]), targets)
 
 
 def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated:
-    """Draw random tokens and score them by the full model; `ran` counts the draws."""
+    """Draw random tokens and score them with the full model; `ran` counts the draws."""
     rng = np.random.default_rng(seed)
     draws, first, full = [], np.empty(n_draws), np.empty(n_draws)
     for draw in range(n_draws):
@@ -75,7 +75,7 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated
 
 
 def measure_induction(reader: Forced, repeated: Repeated, pruning: Pruning, ran: Ran) -> Floats:
-    """Return the second occurrence's mean NLL [n_draws] in nats; `ran` counts the draws."""
+    """Return the mean NLL of the second occurrence [n_draws] in nats; `ran` counts the draws."""
     pruned = np.empty(len(repeated.draws))
     for draw, tokens in enumerate(repeated.draws):
         pruned[draw] = _second_nll(reader, tokens, pruning)
@@ -99,9 +99,11 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return start and end of the tokens whose first occurrence is pruned, or else of all tokens.
+    """Return the range of the random tokens whose first occurrence is pruned.
 
-    The first token is excluded, since it is not predictable.
+    The range covers all tokens if none of them is pruned.
+
+    The first token is excluded, because it is not predictable.
     """
     start = max(1, reader.rule.sink_tokens - len(reader.model.engine.context.vocabulary.bos))
     end = N_REPEATED - reader.rule.tail_tokens
@@ -109,7 +111,7 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
-    """Draw ordinary tokens uniformly. Models treat control tokens specially."""
+    """Draw ordinary tokens uniformly, since models treat control tokens specially."""
     vocab, attribute = (
         model.engine.context.vocabulary.pointer,
         backend.bindings().llama_vocab_get_attr,

@@ -1,1 +1,1 @@
-"""The work of commands as library calls."""
+"""Library functions that implement the commands."""

@@ -1,4 +1,4 @@
-"""Time to first token with and without pruning, on the same weights."""
+"""Benchmark of the time to first token, with and without pruning, on the same weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,14 +35,14 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_boundary, model_files
 
-# Values of llama.cpp's options `repack` and `flash_attn`.
+# The values of llama.cpp's options `repack` and `flash_attn` for each compared setting.
 _SETTINGS = {
     "flash attention": (True, True),
     "no flash attention": (True, False),
     "flash attention, weights not repacked": (False, True),
     "no flash attention, weights not repacked": (False, False),
 }
-# Maximum prompt length for choosing llama.cpp's best setting.
+# Maximum length in tokens of the prompt that selects llama.cpp's fastest settings.
 _N_TRIED = 512
 
 
@@ -50,9 +50,10 @@ _N_TRIED = 512
 class BenchOptions:
     """Options of a benchmark.
 
-    `n_prompts`: prompt lengths in tokens. `n_pairs`: pairs of runs per length. `image`: a picture
-    in each prompt. Defaults: the file's `boundary` and `deep_rows`, the required `n_ctx`, and the
-    `mmproj` next to the model.
+    `n_prompts`: the prompt lengths to measure, in tokens. `n_pairs`: the number of run pairs (full
+    and pruned) per prompt length. `image`: a picture to insert into each prompt. `boundary` and
+    `deep_rows` default to the file's values, `n_ctx` to the required length, and `mmproj` to the
+    projector next to the model.
     """
 
     n_prompts: tuple[int, ...]
@@ -68,11 +69,12 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed-ups by prompt length, with the conditions of the measurement.
+    """Measured speed-ups by prompt length, and the measuring conditions.
 
-    `backend`: device and threads. `kernels`: see `cpu_kernels` ("" on a GPU). `is_exact`: skipping
-    the layers from `boundary` on loses nothing. `upstream`: llama.cpp's fastest setting without our
-    kernels, None without that comparison.
+    `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
+    ("" on a GPU). `is_exact`: True if skipping the layers from `boundary` on does not change the
+    output. `upstream`: llama.cpp's fastest settings without our kernels (None if they were not
+    measured).
     """
 
     model: str
@@ -116,7 +118,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 def _upstream(
     model: PopModel, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
-    """Open the model with llama.cpp's kernels. Yield its fastest setting and that model's `run`."""
+    """Open the model with llama.cpp's kernels. Yield the fastest settings and a `run` function."""
 
     def reading(name: str) -> AbstractContextManager[PopModel]:
         repack, flash_attn = _SETTINGS[name]
@@ -133,8 +135,8 @@ def _upstream(
         )
 
     prompt, times_s = text_prompt(model, min(_N_TRIED, max(options.n_prompts))), {}
-    tried = counting(len(_SETTINGS), watch.stage("Trying settings of llama.cpp"))
-    for name in _SETTINGS:  # one at a time, to save memory
+    tried = counting(len(_SETTINGS), watch.stage("Trying llama.cpp's settings"))
+    for name in _SETTINGS:  # only one copy of the model is open at a time, to save memory
         with reading(name) as other:
             times_s[name] = run_rounds([partial(run, other, Mode.OFF, prompt)], 1)[0][0].ttft_s
         tried(1)
@@ -147,7 +149,7 @@ def _upstream(
 def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[PopModel, ModelFiles]]:
-    """Open the model at the boundary to measure. Raises PopError."""
+    """Open the model at the boundary that the benchmark measures. Raises PopError."""
     find = model_files if options.boundary is None else files_at_boundary
     files = find(model, sidecar, watch)
     source = read_source(files.path)
@@ -155,7 +157,7 @@ def _opened(
     if options.boundary is None and is_plain:
         raise PopError(
             f"{files.path} is not converted, so there is nothing to compare",
-            "convert it or choose a boundary",
+            "convert the model, or choose a boundary",
             cause="nothing-to-compare",
             model=files.path,
         )
@@ -176,22 +178,22 @@ def _opened(
 def _context(source: Source, options: BenchOptions) -> int:
     """Return the context length for the longest prompt and its decoded tokens. Raises PopError."""
     n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
-    what = f"the longest prompt needs {n_needed} tokens of context"
+    what = f"the longest prompt needs a context of {n_needed} tokens"
     if options.n_ctx is not None and options.n_ctx < n_needed:
         raise PopError(
-            f"{what}, the limit is {options.n_ctx}",
+            f"{what}, but the context is limited to {options.n_ctx}",
             "use a larger context or shorter prompts",
             cause="bench-context",
         )
     if trained is not None and trained < n_needed:
         raise PopError(
-            f"{what}, the model has {trained}", "use shorter prompts", cause="bench-trained"
+            f"{what}, but the model has {trained}", "use shorter prompts", cause="bench-trained"
         )
     return options.n_ctx or n_needed
 
 
 def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
-    """Return the device with its threads, and the names of our kernels that it uses."""
+    """Return a description of the device and its threads, and the names of our kernels in use."""
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]

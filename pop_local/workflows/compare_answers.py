@@ -22,8 +22,9 @@ MAX_TOKENS = 256
 class CompareOptions:
     """Options of a comparison.
 
-    `max_tokens`: maximum length of the greedy answers. `n_ctx`: context length in tokens (default:
-    the model's, up to 8,192). `mmproj`: multimodal projector (default: the file next to the model).
+    `max_tokens`: the maximum length of each answer in tokens. `n_ctx`: the context length in tokens
+    (default: the model's, up to 8,192). `mmproj`: the multimodal projector (default: the projector
+    next to the model).
     """
 
     max_tokens: int = MAX_TOKENS
@@ -40,9 +41,9 @@ def compare_answers(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Comparison:
-    """Answer all prompts of a file (`read_prompts`) in full, then pruned, and compare.
+    """Answer a file's prompts (see `read_prompts`) in full and pruned, and compare the answers.
 
-    The model must be converted. Consecutive prompts share the prefill of a common prefix. Raises
+    The model must be converted. A prefix that consecutive prompts share is prefilled once. Raises
     PopError, StoppedError.
     """
     given = read_prompts(Path(prompts))
@@ -50,7 +51,7 @@ def compare_answers(
     if pop_of(read_source(files.path), files.sidecar) is None:
         raise PopError(
             f"{files.path} is not converted, so there is nothing to compare",
-            "convert it",
+            "convert the model",
             cause="not-converted",
             model=files.path,
         )

@@ -1,4 +1,4 @@
-"""Answers to a question about a long document, in full and pruned."""
+"""Demonstration: answer a question about a long document in full and pruned."""
 
 import importlib.resources
 from dataclasses import dataclass, replace
@@ -14,14 +14,14 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.speed import Spread, spread
 from pop_local.workflows.events import Watch
 
-# Maximum answer length.
+# Maximum length of an answer in tokens.
 MAX_TOKENS = 32
 WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """An answer of the demonstration; `ttft_s`: median of all pairs."""
+    """An answer in the demonstration; `ttft_s`: the median time to first token over all pairs."""
 
     text: str
     ttft_s: float
@@ -31,7 +31,10 @@ class TimedAnswer:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A full and a pruned answer, and the speed-up. `limit`: their multiply-accumulates' ratio."""
+    """A full and a pruned answer, and the measured speed-up.
+
+    `limit`: the ratio of multiply-accumulates in both prefills, which limits the speed-up.
+    """
 
     model: str
     boundary: int
@@ -46,16 +49,17 @@ class Demonstration:
 
 
 def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
-    """Answer in pairs with alternating order, and leave pruning on.
+    """Answer the question in full and pruned, in pairs of alternating order.
 
-    Raises PopError for an unconverted model or unexpected row counters, and StoppedError.
+    Pruning is on afterwards. Raises StoppedError, and PopError for an unconverted model or
+    unexpected row counters.
     """
     path = opened.engine.context.files.path
     if opened.engine.pruning.exact:
         require_prunable(opened.engine.context.files.shape)
     if opened.engine.context.files.meta is None:
         raise PopError(
-            f"{path} is not converted", "convert it first", cause="not-converted", model=path
+            f"{path} is not converted", "convert the model first", cause="not-converted", model=path
         )
     # The first run is slower, because it reads the weights from the disk.
     opened.read(
@@ -107,8 +111,8 @@ def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer
         )
     )
     stats = chunks[-1].stats
-    assert stats is not None, "the last chunk carries the figures"
+    assert stats is not None, "the last chunk has the statistics"
     if (stats.n_pruned > 0) is (mode is Mode.OFF):
-        raise PopError(f"the demo does not hold: {stats.n_pruned} tokens were pruned")
+        raise PopError(f"the demonstration is invalid: {stats.n_pruned} tokens were pruned")
     text = "".join(chunk.text for chunk in chunks).strip()
     return TimedAnswer(text, stats.ttft_s, stats.n_pruned, stats.n_full)

@@ -1,4 +1,4 @@
-"""Measure the loss by pruning at one boundary."""
+"""Evaluation of a model: the loss in quality from pruning at one boundary."""
 
 import os
 from dataclasses import dataclass, field
@@ -32,9 +32,10 @@ from pop_local.workflows.open import files_at_boundary, model_files
 class EvaluateOptions:
     """Options of an evaluation.
 
-    `text`: a file (default: the shipped held-out text). `n_lookups`: number of questions for exact
-    strings of documents. `deep_rows`: which context rows run all layers because of their tokens
-    (default: the file's rule). `n_ctx`: context length in tokens (default: the required length).
+    `text`: the file to measure on (default: the shipped held-out text). `n_lookups`: the number of
+    questions about exact strings in documents. `deep_rows`: the rule for words whose tokens run all
+    layers (default: the file's rule). `n_ctx`: the context length in tokens (default: the required
+    length).
     """
 
     text: Path | None = None
@@ -46,7 +47,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss by pruning at one boundary; `speedup_limit`: by multiply-accumulates."""
+    """A model's loss from pruning at one boundary.
+
+    `speedup_limit`: the ratio of multiply-accumulates without and with pruning.
+    """
 
     model: Path
     text: Text
@@ -59,7 +63,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """Return the verdict in words. Raises PopError if a figure is not a number."""
+        """Return the loss in words. Raises PopError if a figure is not a number."""
         return verdict_in_words(measured(self.quality, self.lookups))
 
 
@@ -72,10 +76,11 @@ def evaluate(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Evaluation:
-    """Measure the loss by pruning of a model, given by path or name.
+    """Measure the loss from pruning a model, which is given by path or name.
 
-    `at`: the boundary to measure (default: the converted file's). At other boundaries, the model's
-    own projections apply. Raises PopError and StoppedError.
+    `at`: the boundary to measure (default: the converted file's boundary). Boundaries without
+    fitted projections are measured with the model's own projections. Raises PopError and
+    StoppedError.
     """
     find = model_files if at is None else files_at_boundary
     files = find(os.fspath(model), sidecar, watch)
@@ -92,7 +97,7 @@ def evaluate(
         quality = measure_pruning(loaded, tokens, options.settings, pruning, advance)
         lookups = None
         if lookup_settings is not None:
-            advance = watch.stage("Asking for look-ups")
+            advance = watch.stage("Running look-ups")
             lookups = measure_lookups(loaded, lookup_settings, pruning, advance)
         macs = loaded.engine.context.files.macs
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, _n_full(rule, quality))
@@ -109,21 +114,21 @@ def evaluate(
 
 
 def _boundary(source: Source, files: ModelFiles, shape: ModelShape) -> int:
-    """Return the boundary of a converted file. Raises PopError for an unconverted one."""
+    """Return a converted model's boundary. Raises PopError for an unconverted model."""
     meta = pop_of(source, files.sidecar)
     if meta is not None:
         return meta.boundary
     require_prunable(shape)
     raise PopError(
         f"{source.first.path} is not converted, so it has no boundary to measure",
-        "convert it, or choose a boundary",
+        "convert the model, or choose a boundary",
         cause="nothing-to-evaluate",
         model=source.first.path,
     )
 
 
 def _require_projections(source: Source, sidecar: Path | None, boundary: int) -> None:
-    """Raise PopError if fitted projections exist only for another boundary."""
+    """Raise PopError if the model has fitted projections, but not for this boundary."""
     meta = pop_of(source, sidecar)
     if meta is not None and meta.is_fitted and boundary != meta.boundary:
         raise PopError(
@@ -135,27 +140,27 @@ def _require_projections(source: Source, sidecar: Path | None, boundary: int) ->
 
 
 def _lookup_settings(options: EvaluateOptions) -> LookupSettings | None:
-    """Return the settings of the look-ups, None without look-ups."""
+    """Return the look-ups' settings, or None if the options disable look-ups."""
     n_lookups, seed = options.n_lookups, options.settings.seed
     return LookupSettings.of_questions(n_lookups, seed) if n_lookups else None
 
 
 def _n_full(rule: RowRule, quality: Quality) -> int:
-    """Return the full rows of a prompt with LIMIT_PROMPT tokens and as many deep rows."""
+    """Return the number of full rows in LIMIT_PROMPT tokens, at the measured share of deep rows."""
     n_ends = rule.sink_tokens + rule.tail_tokens
     n_context = quality.n_windows * (quality.n_context - n_ends)
     return n_ends + round((1 - quality.n_pruned / n_context) * (LIMIT_PROMPT - n_ends))
 
 
 def _n_ctx(source: Source, options: EvaluateOptions, lookups: LookupSettings | None) -> int:
-    """Return the context length in tokens. Raises PopError if the context is too short."""
+    """Return the context length in tokens. Raises PopError if it is too short for the windows."""
     settings, given = options.settings, options.n_ctx
     n_window = settings.n_context + settings.n_continuation
     needed = max(n_window, 2 * N_REPEATED + 1, lookups.n_ctx if lookups else 0)
     limit = given or trained_ctx(source.first)
     if limit is not None and limit < needed:
         raise PopError(
-            f"{needed} tokens of context are needed, the limit is {limit}",
+            f"the measurement needs a context of {needed} tokens, but the limit is {limit}",
             "use shorter windows, or no look-ups",
             cause="windows-too-long",
         )

@@ -1,4 +1,4 @@
-"""Callbacks of a workflow to its caller, and the time that planned stages still take."""
+"""A workflow's callbacks to its caller, and the estimated time until the workflow ends."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ class Unit(Enum):
     BYTES = "bytes"
 
 
-# Minimum seconds for estimating the rate.
+# Seconds of work that must pass before the rate is estimated.
 _LEAST_S = 5.0
 
 
@@ -24,9 +24,10 @@ def _ignore(*_: object) -> bool:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """Up to `n_most` stages whose names start with `name`, each with this `work` in any unit.
+    """Up to `n_most` planned stages whose names start with `name`.
 
-    Up to `n_parts` consecutive stages of the same name count as one.
+    `work`: the work of each stage, in a unit that all stages share. Up to `n_parts` consecutive
+    stages of the same name count as one stage.
     """
 
     name: str
@@ -36,21 +37,24 @@ class PlannedStage:
 
 
 class TimeLeft:
-    """Estimator of the remaining time of all planned stages, from the rate so far.
+    """Estimator of the time that all planned stages still take, based on the rate so far.
 
-    Omitted work, and the work of an earlier run, do not count.
+    Skipped stages, and work that an earlier run has done, do not change the rate.
     """
 
     def __init__(self, stages: Sequence[PlannedStage]) -> None:
         self._stages, self._began_s = stages, time.monotonic()
-        # Parts that are left of each stage.
+        # Number of parts of each stage that have not started.
         self._n_left = [stage.n_most * stage.n_parts for stage in stages]
         self._at: int | None = None
         self._name = ""
         self._first = self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
-        """Start a stage, and end earlier stages that occur once. The last stage ends all."""
+        """Start a stage, which ends all earlier stages that occur only once.
+
+        The last stage ends all stages.
+        """
         self._done, self._share, self._first = self._passed, 0.0, -1.0
         found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
         self._at = max(found, key=lambda i: len(self._stages[i].name), default=None)
@@ -60,7 +64,7 @@ class TimeLeft:
         for i, stage in enumerate(self._stages[: self._at]):
             self._n_left[i] *= not (is_last or stage.n_most == 1)
         if name != self._name:
-            # The previous stage may have needed fewer parts.
+            # The previous stage may have needed fewer parts than planned.
             pairs = zip(self._n_left, self._stages, strict=True)
             self._name, self._n_left = name, [n - n % stage.n_parts for n, stage in pairs]
         self._n_left[self._at] = max(0, self._n_left[self._at] - 1)
@@ -71,7 +75,7 @@ class TimeLeft:
 
     @property
     def left_s(self) -> float | None:
-        """Return the remaining seconds, None until the rate is known."""
+        """Return the estimated remaining time in seconds, or None until the rate is known."""
         elapsed_s, passed = time.monotonic() - self._began_s, self._passed
         if elapsed_s < _LEAST_S or not passed:
             return None
@@ -82,7 +86,7 @@ class TimeLeft:
 
     @property
     def is_at_most(self) -> bool:
-        """Return whether some of the work may not be needed."""
+        """Return True if `left_s` is an upper bound, since optional stages may not run."""
         return any(
             n and stage.n_most > 1 for n, stage in zip(self._n_left, self._stages, strict=True)
         )
@@ -97,11 +101,12 @@ class TimeLeft:
 class Watch:
     """Callbacks of a workflow; all are optional.
 
-    `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` starts a
-    stage, and `on_progress(done, total)` counts in its unit. `on_note(text)` receives information
-    for the user, `on_warning(error)` a problem that did not stop the work. Workflows check
-    `should_stop` whenever they count, and while llama.cpp computes. They then raise StoppedError
-    and leave no files. `may(question)` returns whether a download is allowed.
+    `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` announces the
+    start of a stage, and `on_progress(done, total)` reports its progress in this unit.
+    `on_note(text)` receives information for the user. `on_warning(error)` receives a problem that
+    did not stop the work. Workflows call `should_stop` at each progress report and while llama.cpp
+    computes. If it returns True, the workflow raises StoppedError and leaves no files.
+    `may(question)` returns whether the user allows a download.
     """
 
     on_stage: Callable[[str, Unit], object] = _ignore

@@ -1,4 +1,4 @@
-"""Fetching of models by name, from the catalog or a hub."""
+"""Fetching of models by name from the catalog or from a hub."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from pop_local.workflows.events import Unit, Watch
 
 
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
-    """Fetch a model by its name into `folder`, and return its file.
+    """Fetch a model by name into `folder`, and return the model file's path.
 
-    Downloads from a hub require the watch's permission. `force` replaces an existing file. Raises
-    PopError.
+    A download from a hub requires the permission of the watch's `may`. `force`: whether to replace
+    an existing file. Raises PopError.
     """
     hub = hub_name(name)
     if hub is not None:
@@ -33,14 +33,16 @@ def _from_hub(name: str, hub: str, folder: Path, watch: Watch, *, force: bool) -
     files = ", ".join(file.name for file in found.files)
     watch.on_note(f"{found.repo}: {files} ({size(found.size_bytes)}), licence {found.licence}")
     if found.mmproj:
-        watch.on_note(f"The model reads pictures; also fetching {found.mmproj.name}.")
+        watch.on_note(f"Also fetching {found.mmproj.name}, which the model needs for pictures.")
     is_here = all(path.exists() for path in found.targets(folder))
     if not is_here and not watch.may(f"Fetch {size(found.size_bytes)} from {found.repo}?"):
         raise to_fetch(name)
     advance = watch.stage(f"Fetching {found.repo}", Unit.BYTES)
     path = fetch_from_hub(found, folder, advance, force=force)
     if not all(file.sha256 for file in found.all_files):
-        watch.on_warning(PopError("the hub has no hash for this file, so it was not verified"))
+        watch.on_warning(
+            PopError("the hub has no hash for this file, so the download was not verified")
+        )
     if folder in models_dirs():
         record_fetched(hub, path)
     return path

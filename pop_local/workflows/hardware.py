@@ -1,13 +1,14 @@
-"""Processors for a workflow."""
+"""The CPU and GPU settings of a workflow."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Processors for a workflow.
+    """The CPU and GPU settings of a workflow.
 
-    `n_threads` None: one thread per physical core. `n_gpu_layers`: layers on the GPU, -1 for all.
+    `n_threads`: the number of CPU threads (None: one thread per physical core). `n_gpu_layers`: the
+    number of layers on the GPU (-1: all layers).
     """
 
     n_threads: int | None = None

@@ -38,10 +38,10 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class Verification:
-    """The hash of the original file.
+    """The result of hashing a model without its POP keys.
 
-    `unchanged`: whether the hash equals the converted model's (None: unknown). `catalog_name`: name
-    of the catalog model with this hash.
+    `unchanged`: whether the hash equals the hash stored at conversion (None: no hash is stored).
+    `catalog_name`: the name of the catalog model with this hash (None: no such model).
     """
 
     sha256: str
@@ -51,9 +51,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class SkippingGain:
-    """The gain by skipping layers for LIMIT_PROMPT tokens, by multiply-accumulates.
+    """The work saved by skipping layers in a prompt of LIMIT_PROMPT tokens.
 
-    `left_share`: the remaining share of the skipped layers' work (None: unknown).
+    `left_share`: the share of the skipped layers' multiply-accumulates that remains (None:
+    unknown).
     """
 
     boundary: int
@@ -63,10 +64,11 @@ class SkippingGain:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The content of a model; `pop`: its keys or its sidecar's keys.
+    """The content of a model; `pop`: the POP keys of the model or of its sidecar.
 
-    `mmproj`: the multimodal projector in its folder. `skipping`: None for a model that cannot be
-    pruned, with the reason in `refused`. `work`: None if the work cannot be counted.
+    `mmproj`: the multimodal projector in the model's folder. `skipping`: the layers that can be
+    skipped (None for a model that cannot be pruned; `refused` has the reason). `work`: the saved
+    work (None if it cannot be counted).
     """
 
     file: str
@@ -93,7 +95,10 @@ class Inspection:
 
 @dataclass(frozen=True)
 class SidecarInspection:
-    """The content of a sidecar; `model`: its model's path if both are in the same folder."""
+    """The content of a sidecar.
+
+    `model`: the path of the sidecar's model (None if the model is not in the sidecar's folder).
+    """
 
     file: str
     size_bytes: int
@@ -112,9 +117,9 @@ def inspect(
     with_hash: bool,
     watch: Watch,
 ) -> Inspection | SidecarInspection:
-    """Inspect a model with its sidecar, or a sidecar, by path or name.
+    """Inspect a model with its sidecar, or a sidecar alone, given by path or name.
 
-    `with_hash` reads the whole file. Raises PopError, StoppedError.
+    `with_hash`: whether to read the whole file and compute its hash. Raises PopError, StoppedError.
     """
     path = resolve(model)
     header = read_header(path)
@@ -128,7 +133,7 @@ def inspect(
 
 
 def require_unchanged(found: Inspection | SidecarInspection) -> None:
-    """Raise FormatError if the hash differs from the converted model's."""
+    """Raise FormatError if the model's hash differs from the hash stored at conversion."""
     if found.verification is not None and found.verification.unchanged is False:
         path = found.file if isinstance(found, Inspection) else found.model
         raise FormatError(
@@ -157,7 +162,7 @@ def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspect
     if with_hash and source is None:
         raise FormatError(
             f"the model {meta.source_name} is not in the folder of {header.path}",
-            "inspect the model, with this file as its sidecar",
+            "inspect the model, and pass this file as its sidecar",
             cause="sidecar-alone",
             sidecar=header.path,
         )
@@ -215,7 +220,7 @@ def _of_model(
 
 
 def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
-    """Count at the file's boundary, else at the exact boundary, else at two thirds."""
+    """Count the work at the file's boundary (default: the exact boundary, else two thirds)."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
     if not 0 < boundary <= skipping.last:
@@ -238,7 +243,7 @@ def _groups(tensors: Iterable[TensorInfo]) -> tuple[TensorGroup, ...]:
     for tensor in tensors:
         counts[tensor.type] += 1
         sizes[tensor.type] += tensor.size_bytes
-    # The gguf package may not know newer types.
+    # The gguf package may lack types that llama.cpp added later.
     names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
     return tuple(
         TensorGroup(names.get(kind, f"type {kind}"), counts[kind], n_bytes)

@@ -1,4 +1,4 @@
-"""Conversion of learned sums into sidecars, measured on the user's prompts."""
+"""Fit sidecars from the sums learned from the user's prompts, and measure their loss."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ _N_DRAWS = 4
 
 @dataclass(kw_only=True)
 class _LearnedFitter(PlanFitter):
-    """A fitter that solves the learned sums instead of calibrating."""
+    """A fitter that computes fits from the learned sums instead of from calibration text."""
 
     learner: OnlineCalibrator
     sums: Sums
@@ -75,7 +75,7 @@ class _LearnedFitter(PlanFitter):
 class OnlineCalibration:
     """Fitter that creates sidecars from an open model's learned sums while the model is idle.
 
-    `loss`: the current fit's loss, None until it is measured.
+    `loss`: the current fit's loss (None until it is measured).
     """
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
@@ -107,10 +107,10 @@ class OnlineCalibration:
         return self._search is not None or is_enough
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
-        """Add queued rows to the sums, and fit and measure once there are enough rows.
+        """Add queued rows to the sums, and fit and measure once the sums have enough rows.
 
-        Return a written sidecar if it is better than the current fit. The next call resumes an
-        interrupted fit. Raises PopError.
+        Return the written sidecar if the new fit is better than the current fit, otherwise None.
+        The next call resumes an interrupted fit. Raises PopError.
         """
         self._should_stop = should_stop
         self._learner.work(should_stop)
@@ -126,7 +126,7 @@ class OnlineCalibration:
 
     def _tried(self) -> LearnedFit | None:
         search = self._search = self._search or self._begun()
-        if search is None:  # the sums were deleted in the meantime
+        if search is None:  # another process or the user has deleted the sums
             self._end()
             return None
         if self._model.engine.pruning.boundary and self._in_use is None:
@@ -199,7 +199,7 @@ class OnlineCalibration:
             return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
 
     def _is_better(self, chosen: Candidate) -> bool:
-        """Return whether the fit is deeper than the current fit, or as deep with a smaller KL."""
+        """Return True if the fit skips more layers than the current fit, or has a smaller KL."""
         before = self._in_use
         if before is None or not is_inside(self._budget, before):
             return True
@@ -209,7 +209,7 @@ class OnlineCalibration:
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
-        """Return the row count for the next attempt: half more, limited by the kept rows."""
+        """Return the row count for the next attempt: 1.5 times `n_rows`, limited by ROWS_KEPT."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""Open models for measurement, and convert results to the figures that a file stores."""
+"""Open models for measurement, and convert results to the figures that a model file stores."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +24,8 @@ from pop_local.workflows.hardware import Hardware
 def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
-    """Open a model that the watch can stop; `options`: see `EngineOptions.of`."""
-    options |= {"reuse": Reuse.EXACT, "sidecar": files.sidecar}  # stale rows would add their loss
+    """Open a model for work that the watch can stop; `options`: see `EngineOptions.of`."""
+    options |= {"reuse": Reuse.EXACT, "sidecar": files.sidecar}  # stale rows would add to the loss
     model = PopModel(EngineOptions.of(files.path, **vars(hardware), **options))
     with model, stopped_by(watch.should_stop):
         yield model
@@ -36,13 +36,13 @@ _COUNTS = ("n", "full", "pruned", "lost", "gained")
 
 
 def row_options(plan: Plan) -> dict[str, Any]:
-    """Return the fields of EngineOptions for the plan's full rows."""
+    """Return the EngineOptions fields that select the plan's full rows."""
     names = ("sink_tokens", "tail_tokens", "deep_rows")
     return {name: getattr(plan, name) for name in names}
 
 
 def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
-    """Return the figures that a converted file stores. Raises PopError if one is not a number."""
+    """Return the figures to store in a converted file. Raises PopError if a figure is NaN."""
     names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
     found = {name: getattr(quality, name).value for name in names}
     if any(map(isnan, found.values())):

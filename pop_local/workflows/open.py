@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
 
-# Minimum free memory in bytes for two slots.
+# Minimum free memory in bytes for opening two slots.
 _MEMORY_FOR_TWO = 8e9
-# The catalog's best models, with the free memory that they need in bytes.
+# The catalog's best models, with the free memory in bytes that each model needs.
 _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
 
 def best_model() -> names.CatalogModel:
-    """Return the catalog's best model for the free memory."""
+    """Return the catalog's best model that fits into the free memory."""
     n_free = free_bytes()
     return names.find(next((name for name, least in _BEST if n_free >= least), names.DEFAULT_MODEL))
 
@@ -41,9 +41,9 @@ def best_model() -> names.CatalogModel:
 def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
     """Open a model by name or path; see `model_files`.
 
-    With `options.full`, a foreign sidecar next to the model is ignored with a warning. If the model
-    cannot learn, a note gives the reason. `options.context.n_parallel` None: two sequences if
-    memory and model allow them. Raises PopError, StoppedError.
+    With `options.full`, a sidecar of another model is ignored with a warning. If the model cannot
+    learn, a note states the reason. If `options.context.n_parallel` is None, the model is opened
+    with two sequences, provided that memory and model allow this. Raises PopError, StoppedError.
     """
     files = _fitting_files(options, watch)
     options = replace(
@@ -98,14 +98,15 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
     if n_ctx and n_ctx > n_trained:
         watch.on_warning(
             PopError(
-                f"the model was trained on {n_trained:,} tokens and is unreliable beyond",
-                "use a smaller context",
+                f"the model was trained on {n_trained:,} tokens and is unreliable on longer"
+                " prompts",
+                f"use a context of up to {n_trained:,} tokens",
             )
         )
 
 
 def _n_at_once(options: "EngineOptions") -> int:
-    """Return 2 if memory and model allow two sequences, else 1."""
+    """Return the default number of sequences: 2 if memory and model allow this, otherwise 1."""
     source = read_source(options.path)
     learns = options.learn and not options.full and options.sidecar is None
     will_learn = learns and pop_meta(source.first) is None
@@ -125,7 +126,7 @@ def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
 
 
 def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open, with a note on an implicit sidecar. Raises PopError."""
+    """Return the model's files. A note names a sidecar found by default. Raises PopError."""
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
         named = str(files.sidecar)
@@ -138,7 +139,7 @@ def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open. A catalog model is fetched first."""
+    """Return the model's files, fetching a catalog model if necessary."""
     if sidecar is not None:
         if not sidecar.is_file():
             raise PopError(
@@ -159,14 +160,14 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open at a new boundary, with a sidecar only if it is explicit."""
+    """Return the files to open at a new boundary, with a sidecar only if the caller passes it."""
     if sidecar is None:
         return ModelFiles(base_file(model, watch))
     return model_files(model, sidecar, watch)
 
 
 def base_file(model: str, watch: Watch) -> Path:
-    """Return the path of the model without POP keys, fetched if necessary. Raises PopError."""
+    """Return the path of the unconverted model, fetched if necessary. Raises PopError."""
     try:
         return names.resolve_base(model)
     except PopError as error:

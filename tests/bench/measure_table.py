@@ -85,7 +85,7 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
         advance = runner.watch.stage(f"Measuring boundary {plan.boundary}")
         quality = measure_against(reference, model, pruning, advance)
         answers: Answers = []
-        asked.ask(model, pruning, runner.watch.stage("Asking for look-ups"), answers)
+        asked.ask(model, pruning, runner.watch.stage("Running look-ups"), answers)
     return {
         "n_skipped": plan.n_skipped,
         "speedup_limit": plan.speedup_limit,

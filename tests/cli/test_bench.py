@@ -128,7 +128,7 @@ def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--prompt", "100", "--ctx", "64"), "the limit is 64"),
+        (("--prompt", "100", "--ctx", "64"), "limited to 64"),
         (("--prompt", "5000"), "the model has 4096"),
         (("--prompt", "100", "--boundary", "8"), "boundary 8"),
     ],

@@ -81,8 +81,8 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
         "Fitting",
         "Running the full model",
         *(f"Measuring boundary {boundary}" for boundary in (5, 4, 3, 2)),
-        "Asking for look-ups in full",
-        "Asking for look-ups, boundary 2 (names)",
+        "Running look-ups in full",
+        "Running look-ups, boundary 2 (names)",
         "Reading the model",
     ]
     assert last["lookups"]["n"] == meta.measured.lookups_n > 0
@@ -144,7 +144,7 @@ def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path,
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
     shown = " ".join(refused.stderr.split())
-    assert "4 skipped layers lose more than the budget allows (KL 0.0001," in shown
+    assert "skipping 4 layers loses more than the budget allows (KL 0.0001," in shown
     assert names(tmp_path) == {"tiny.gguf"}
     planned = json.loads(convert(tiny, *named, *LOOSE, "--dry-run").stdout)
     assert (planned["boundary"], planned["budget"]["max_kl"]) == (4, 50)
@@ -359,7 +359,7 @@ def test_a_search_without_a_candidate_inside_leaves_no_file(tiny, letters, tmp_p
     done = convert(tiny, "--text", letters, *FEW, *LOOSE, "--resume")
     assert done.exit_code == 1
     assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr
-    assert "1 skipped layer loses more than the budget allows" in done.stderr
+    assert "skipping 1 layer loses more than the budget allows" in done.stderr
     assert "hint" in done.stderr
     assert done.stdout.rstrip(" |\n").endswith("no")
     assert names(tmp_path) == {"tiny.gguf"}

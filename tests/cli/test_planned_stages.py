@@ -94,4 +94,4 @@ def test_a_benchmark_announces_the_choice_of_settings(tiny, monkeypatch):
     options = benchmark.BenchOptions((32,), 1, 4, None, ONE_THREAD)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: True)
     benchmark.bench(str(tiny), None, options, watch)
-    assert started == ["Trying settings of llama.cpp", "Measuring"]
+    assert started == ["Trying llama.cpp's settings", "Measuring"]

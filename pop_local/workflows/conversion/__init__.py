@@ -1,1 +1,1 @@
-"""Conversion: choose a boundary, fit the projections, measure and write."""
+"""Conversion: choose a boundary, fit the projections, measure the loss, write the file."""

@@ -1,4 +1,4 @@
-"""Candidates of a search, and the judge that measures them against a budget."""
+"""A search's candidates, and the judge that compares each candidate's loss with the budget."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 
-# With 16 windows, the standard error of the mean KL is a fifth of it or less.
+# With 16 windows, the mean KL has a relative standard error of 20 % or less.
 N_WINDOWS = 16
-# Documents with look-ups, and documents after which a clear loss ends the measurement.
+# The number of look-up documents, and the number after which a clear loss ends the measurement.
 N_DOCUMENTS = 10
 N_SCREENED = 2
 
 
 @dataclass(eq=False)
 class Candidate:
-    """A plan that a search may choose, and the results so far.
+    """A plan that a search may choose, and the plan's fit and measurements so far.
 
-    `fitted`: None before the fit, and for `Projection.OWN`. `start`: the fit before distilling.
-    `is_inside`: the current verdict, None before the first measurement. A resumed search continues
-    from `gradual` and `answers`.
+    `fitted`: the fit (None before fitting, and always None for `Projection.OWN`). `start`: the fit
+    from which distilling starts. `is_inside`: whether the budget currently accepts the candidate
+    (None before the first measurement). `gradual` and `answers` let a resumed search continue.
     """
 
     plan: Plan
@@ -74,18 +74,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures candidates against the full model until a budget accepts or rejects them."""
+    """Judge that compares candidates with the full model until a budget accepts or rejects them."""
 
     runner: TrialRunner
     budget: Budget
     full: FullModel
 
     def judge(self, candidate: Candidate) -> None:
-        """Measure held-out text until more windows would hardly change the verdict."""
+        """Measure the candidate until more held-out windows would hardly change the verdict."""
         self._measure(candidate, lambda quality: budgets.is_clear(self.budget, quality))
 
     def settle(self, candidate: Candidate) -> bool:
-        """Return the final verdict: on all windows unless clearly outside, then on look-ups."""
+        """Measure the candidate on all windows and on look-ups, and return the final verdict.
+
+        A candidate that clearly exceeds the budget is rejected after fewer windows.
+        """
         if candidate.lookups is not None:
             return bool(candidate.is_inside)
 
@@ -109,12 +112,12 @@ class Judge:
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
     def _look_up(self, candidate: Candidate) -> None:
-        """Ask the look-ups of a few documents, then of all unless too many are lost already."""
+        """Run a few documents' look-ups, and then all look-ups unless too many answers are lost."""
         n_questions = N_DOCUMENTS * LookupSettings().n_per_document
         for n_documents in sorted({min(N_SCREENED, N_DOCUMENTS), N_DOCUMENTS}):
             reference = self.full.lookups(n_documents)
             with self.runner.tried(candidate.plan, candidate.fitted) as model:
-                advance = self.runner.watch.stage(f"Asking for look-ups, boundary {candidate}")
+                advance = self.runner.watch.stage(f"Running look-ups, boundary {candidate}")
                 reference.ask(model, Pruning(candidate.boundary), advance, candidate.answers)
             lookups = reference.compare(candidate.answers)
             candidate.is_inside = budgets.keeps_lookups(self.budget, lookups)

@@ -1,4 +1,4 @@
-"""A planned conversion, and its run."""
+"""The plan of a conversion, and the conversion's execution."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ STATE_SUFFIX = ".calibration"
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Numbers and kinds of prompt tokens that run all layers.
+    """Options for the number and kind of prompt tokens that run all layers.
 
-    `deep_rows`: words whose tokens run all layers. `min_prompt`: shortest pruned prompt in tokens
-    (default: the length from which pruning saves enough).
+    `deep_rows`: the words whose tokens run all layers. `min_prompt`: the minimum length in tokens
+    of a pruned prompt (default: the length from which pruning saves enough time).
     """
 
     sink_tokens: int = PopMeta.sink_tokens
@@ -56,9 +56,10 @@ class ConvertOptions:
     """Options of a conversion.
 
     `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`), for which the fastest
-    candidate is searched. `fit`: None keeps the skipped layers' own projections. `resume`: store a
-    stopped fit next to the output, and continue a stored fit. `distiller`: also trains the fit end
-    to end.
+    candidate is searched. `fit`: the fit's options (None keeps the skipped layers' own
+    projections). `resume`: whether to store a stopped fit next to the output and to continue a
+    stored fit. `distiller`: a factory for an object that trains the fit end to end (None: no
+    training).
     """
 
     goal: Goal = Within(BALANCED)
@@ -72,9 +73,9 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A planned conversion, before anything is measured or written.
+    """A planned conversion, before the model is measured or a file is written.
 
-    `plans`: the plan of a named boundary, or all plans of a search, the shallowest first.
+    `plans`: a named boundary's plan, or all plans of a search in order of increasing depth.
     """
 
     source: Source
@@ -97,7 +98,7 @@ class Conversion:
 
     @property
     def is_named(self) -> bool:
-        """Return whether the goal names a boundary, so that no search is needed."""
+        """Return True if the goal names a boundary, so that no search is needed."""
         goal = self.options.goal
         return not (isinstance(goal, Within) and goal.at is None)
 
@@ -107,7 +108,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return why the plans' work cannot be counted (for example without the backend), or ""."""
+        """Return the reason why the plans' work cannot be counted, or "" if it can be counted."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -116,14 +117,14 @@ class Conversion:
 
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
-        """Return the memory and work of all fits, None without a fit or a count."""
+        """Return the memory and work of all fits, or None without a fit or countable work."""
         if self.fit is None or not self._fittable or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
 
     @cached_property
     def fit_seconds(self) -> float | None:
-        """Return the estimated seconds of all fits."""
+        """Return the estimated duration of all fits in seconds."""
         return None if self.fit_work is None else sum(self.fit_work) / costs.macs_per_s()
 
     @property
@@ -133,12 +134,12 @@ class Conversion:
         )
 
     def limit(self, plan: Plan) -> float | None:
-        """Return a plan's largest possible speed-up, None if its work cannot be counted."""
+        """Return a plan's maximum speed-up, or None if the plan's work cannot be counted."""
         return None if self.not_counted else plan.speedup_limit
 
     @cached_property
     def n_few(self) -> int:
-        """Return the number of boundaries that are fitted for a large model (0: all)."""
+        """Return the number of boundaries to fit if memory limits it, otherwise 0."""
         return len(self._fitted) if self.needs and len(self._fitted) < len(self._fittable) else 0
 
     @property
@@ -153,11 +154,11 @@ class Conversion:
 
     @cached_property
     def sizes(self) -> FileSizes:
-        """Return the file sizes for the deepest plan."""
+        """Return the sizes of the files that the deepest plan would write."""
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
-        """Return the file sizes for one of the plans."""
+        """Return the sizes of the files that one of the plans would write."""
         kv_type = (self.fit or FitOptions()).kv_type
         measure = measure_sidecar if self.is_sidecar else measure_copy
         return measure(plan, self.path, kv_type)
@@ -168,17 +169,17 @@ class Conversion:
 
     @property
     def writing_stage(self) -> str:
-        return "Reading the model" if self.is_sidecar else "Writing, then reading back"
+        return "Reading the model" if self.is_sidecar else "Writing and verifying"
 
     def files(self, written: Path) -> ModelFiles:
-        """Return the files to open after writing."""
+        """Return the model files to open after the output is written."""
         return ModelFiles(self.path, written) if self.is_sidecar else ModelFiles(written)
 
 
 def plan_conversion(
     model: str | os.PathLike[str], out: str | os.PathLike[str] | None, options: ConvertOptions
 ) -> Conversion:
-    """Plan a conversion in milliseconds. Raises PopError if `convert` would refuse it."""
+    """Plan a conversion within milliseconds. Raises PopError for a conversion that must fail."""
     source = read_source(resolve_base(os.fspath(model)))
     shape, fit = source_shape(source), options.fit
     target = sidecar_path(source) if options.output == "sidecar" else _copy_path(source)
@@ -202,7 +203,7 @@ def plan_conversion(
         if fit is None:
             raise PopError(
                 "the model's own projections cannot be distilled",
-                "convert without a distiller, or with a fit",
+                "convert with a fit, or without distilling",
                 cause="not-distilled",
             )
         deepest = plans[-1]
@@ -218,7 +219,7 @@ def _copy_path(source: Source) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The written plan and keys, and the trials of a search."""
+    """The result of a conversion: the plan, the written file's keys, and the search's trials."""
 
     plan: Plan
     meta: PopMeta
@@ -227,7 +228,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ConversionRun:
-    """A running conversion. `force` replaces an existing output and allows broken copying."""
+    """A running conversion.
+
+    `force`: whether to replace an existing output and to accept a model that can no longer copy.
+    """
 
     conversion: Conversion
     force: bool
@@ -238,7 +242,7 @@ class ConversionRun:
         return self.conversion.fit or FitOptions()
 
     def fitter(self) -> PlanFitter:
-        """Return a fitter of the plans."""
+        """Return a fitter for the conversion's plans."""
         runner = self.runner
         make = self.conversion.options.distiller
         distiller = make and make(runner.source, self.fit, runner.hardware, runner.watch)
@@ -251,7 +255,7 @@ class ConversionRun:
         examine: Examine | None,
         trials: tuple[Trial, ...] = (),
     ) -> Outcome:
-        """Write a plan with its fit, if it has one. Raises PopError, StoppedError."""
+        """Write the plan's output file, including a fit if given. Raises PopError, StoppedError."""
         planned, watch = self.conversion, self.runner.watch
         write = write_sidecar if planned.is_sidecar else write_copy
         advance = watch.stage(planned.writing_stage, Unit.BYTES)
@@ -275,9 +279,10 @@ class ConversionRun:
 
     @contextmanager
     def resumable(self, *, keeps_refused: bool = False) -> Iterator[None]:
-        """Keep the block's fit if the block is stopped or cannot write its result.
+        """Keep the stored fit if the `with` block is stopped or cannot write the output.
 
-        `keeps_refused`: also keep a fit that exceeds the budget, for use with another budget.
+        `keeps_refused`: whether to also keep a fit that exceeds the budget, for a retry with
+        another budget.
         """
         keeping: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
         keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))
@@ -287,7 +292,7 @@ class ConversionRun:
             if kept := ", ".join(map(str, self.fit.state_files())):
                 again = "The same conversion"
                 if isinstance(error, OverBudgetError):
-                    again = "This boundary with another budget, or none,"
+                    again = "A conversion at this boundary, with another budget or none,"
                 note = f"The unfinished fit is kept in {kept}. {again} continues from there."
                 self.runner.watch.on_note(note)
             raise

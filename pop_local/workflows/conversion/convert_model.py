@@ -1,4 +1,4 @@
-"""Conversion as a library call."""
+"""The library's `convert` function."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pop_local.workflows.open import base_file
 
 @dataclass(frozen=True)
 class Phase:
-    """The total time of all stages with one name."""
+    """The total duration of all stages that have the same name."""
 
     name: str
     seconds: float
@@ -40,7 +40,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Converted:
-    """A written conversion; `meta`: the file's keys, including its measured loss."""
+    """A finished conversion; `meta`: the written file's keys, including the measured loss."""
 
     path: Path
     plan: Plan
@@ -62,11 +62,12 @@ def convert(
     """Convert a model, given by path or name, so that it reads long prompts faster.
 
     `out`: the output's path (default: NAME.pop.gguf or NAME.pop-sidecar.gguf next to the model).
-    `force` replaces an existing output. It also writes a boundary that is named without a budget
-    even if the model can no longer copy.
+    `force`: whether to replace an existing output. At a boundary that is named without a budget,
+    `force` also writes a model that can no longer copy from its prompt.
 
     Raises PopError (for example OutputExistsError, OverBudgetError or CopyingBrokenError), and
-    StoppedError if the watch stops the conversion. After an error, an earlier output is unchanged.
+    StoppedError if the watch stops the conversion. An existing output stays unchanged if an error
+    occurs.
     """
     planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
     return run_conversion(planned, force=force, watch=watch)
@@ -75,7 +76,7 @@ def convert(
 def run_conversion(
     conversion: Conversion, *, force: bool = False, watch: Watch = Watch()
 ) -> Converted:
-    """Run a planned conversion; see `convert`."""
+    """Run a planned conversion. Arguments, result and errors are those of `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)
     warnings: list[PopError] = []
     stages = [("", time.monotonic())]
@@ -92,8 +93,8 @@ def run_conversion(
     if trained is not None and 0 < trained < N_WINDOW:
         warned(
             PopError(
-                f"the model was trained on contexts of {trained:,} tokens, but windows of"
-                f" {N_WINDOW:,} are read",
+                f"the model was trained on contexts of {trained:,} tokens, but is measured on"
+                f" windows of {N_WINDOW:,}",
                 "do not rely on the measured loss",
             )
         )
@@ -117,7 +118,7 @@ def run_conversion(
 
 
 def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
-    """Return the seconds of each stage name; the first stage includes the time before."""
+    """Return the duration of each stage; the first stage includes the time before its start."""
     seconds: dict[str, float] = {}
     for (name, began_s), (following, ended_s) in pairwise([*stages, ("", time.monotonic())]):
         name = name or following

@@ -1,4 +1,4 @@
-"""Fits of one model on text that is sampled once, and their distillation."""
+"""Fits of one model on text that is sampled once, and the distillation of these fits."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from pop_local.workflows.hardware import Hardware
 
 
 class Distilling(Protocol):
-    """Distiller of one model's fits (pop_local.research.distilled)."""
+    """Protocol of a distiller for one model's fits (see pop_local.research.distilled)."""
 
     def require(self, plan: Plan) -> object:
         """Raise PopError if the plan's fit cannot be distilled."""
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Return the fit, trained on `text`. Raises PopError, StoppedError.
+        """Train the fit on `text`, and return the trained fit. Raises PopError, StoppedError.
 
-        `n_deeper`: number of deeper boundaries that will probably follow.
+        `n_deeper`: the number of deeper boundaries whose fits will probably be distilled next.
         """
 
 
@@ -39,9 +39,9 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 
 @dataclass
 class PlanFitter:
-    """Fitter of a model's plans, with the same text and kind of fit for all plans.
+    """Fitter that uses the same text and the same kind of fit for all plans of a model.
 
-    If the options have no kind of fit, the first fitted plan decides.
+    If the options do not set the kind of fit, the first fitted plan determines it.
     """
 
     runner: TrialRunner
@@ -66,12 +66,12 @@ class PlanFitter:
         return done.fitted
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train a fit end to end. Raises PopError, StoppedError."""
+        """Train a plan's fit end to end, and return the result. Raises PopError, StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)
 
     def _lazily(self, name: str) -> Progress:
-        """Return the progress callback of a stage that starts with its first work."""
+        """Return a progress callback that starts the stage when it is first called."""
         watch, begun = self.runner.watch, False
 
         def advance(done: int, total: int) -> None:

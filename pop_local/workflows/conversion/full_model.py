@@ -1,4 +1,4 @@
-"""The full model's results on held-out text and look-ups, computed on first use."""
+"""The full model's results on held-out text and look-ups, which are computed on first use."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,11 +16,12 @@ from pop_local.workflows.conversion.trial_runner import TrialRunner
 
 @dataclass(frozen=True)
 class FullModel:
-    """The full model's scores on held-out text and look-ups, with the full rows of `plan`.
+    """The full model's scores on held-out text and look-ups, on the rows that `plan` runs in full.
 
-    `settings`: for the maximum number of windows. `text`: tokens (default: the shipped held-out
-    text). Scores are computed on first use, which raises PopError and StoppedError. A later use
-    continues after a stop.
+    `settings`: the settings of the measurement, including the maximum number of windows. `text`:
+    the tokens to score (default: the shipped held-out text). The first use computes the scores, and
+    raises PopError or StoppedError if this fails. After a stop, the next use continues the
+    computation.
     """
 
     runner: TrialRunner
@@ -33,7 +34,7 @@ class FullModel:
 
     @cached_property
     def deep_shares(self) -> dict[DeepRows, float]:
-        """Return the share of the text's tokens that each rule runs deep."""
+        """Return the share of the text's tokens that run all layers under each deep-row rule."""
         with self.runner.opened(self.plan) as model:
             texts = [np.asarray(part) for part in self.text or tokenize(model, shipped_text())]
             return {
@@ -47,9 +48,9 @@ class FullModel:
 
     @cached_property
     def reference(self) -> QualityReference:
-        """Return the scores of the held-out text."""
+        """Return the full model's scores of the held-out text."""
         watch, settings = self.runner.watch, self.settings
-        watch.on_note("Reading held-out text in full")
+        watch.on_note("Measuring the full model on held-out text")
         with self.runner.opened(self.plan) as model:
             tokens = self.text or tokenize(model, shipped_text())
             n_found = room(tokens, settings.n_context + settings.n_continuation)
@@ -58,10 +59,10 @@ class FullModel:
             return read_reference(model, tokens, settings, advance, self._scores)
 
     def lookups(self, n_documents: int) -> LookupReference:
-        """Return the answers to the first documents' look-ups. Each document is read once."""
+        """Return the full model's answers to the look-ups of the first `n_documents` documents."""
         if n_documents not in self._references:
             with self.runner.opened(self.plan) as model:
-                advance = self.runner.watch.stage("Asking for look-ups in full")
+                advance = self.runner.watch.stage("Running look-ups in full")
                 settings = LookupSettings(n_documents)
                 found = LookupReference.read(model, settings, advance, self._answers)
                 self._references[n_documents] = found

@@ -1,4 +1,4 @@
-"""Goals of a conversion: a named boundary, or a budget."""
+"""A conversion's goal, which is a named boundary or a budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pop_converter.popfile.format import Budget
 from pop_converter.popfile.pruning_plan import Plan, boundary_of, make_plan, parse_skip
 from pop_local.measure.budget import boundaries
 
-# No measured model copies with fewer than a third of its layers (docs/quality.md).
+# No measured model can copy from its prompt with fewer than a third of its layers
+# (docs/quality.md).
 LEAST_DIVISOR = 3
 
 
@@ -21,7 +22,7 @@ class Skip:
     share: str
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan; `rows`: keyword arguments of make_plan. Raises PlanError."""
+        """Return a model's plan; `rows`: keyword arguments for make_plan. Raises PlanError."""
         return make_plan(shape, boundary=boundary_of(shape, parse_skip(self.share)), **rows)
 
 
@@ -32,7 +33,7 @@ class Boundary:
     layer: int
 
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
-        """Return a model's plan; `rows`: keyword arguments of make_plan. Raises PlanError."""
+        """Return a model's plan; `rows`: keyword arguments for make_plan. Raises PlanError."""
         return make_plan(shape, boundary=self.layer, **rows)
 
 
@@ -41,7 +42,7 @@ Named = Skip | Boundary
 
 @dataclass(frozen=True)
 class Within:
-    """The fastest candidate within the budget, or the boundary `at` if it is within the budget."""
+    """Goal of converting within a budget, at the boundary `at` or at the fastest boundary."""
 
     budget: Budget
     at: Named | None = None
@@ -51,9 +52,9 @@ Goal = Named | Within
 
 
 def plans_of(goal: Goal, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
-    """Return the plans that a goal may choose, the shallowest first. Raises PlanError.
+    """Return the plans that a goal may choose, in order of increasing depth. Raises PlanError.
 
-    `rows`: keyword arguments of make_plan.
+    `rows`: keyword arguments for make_plan.
     """
     named = goal.at if isinstance(goal, Within) else goal
     if named is not None:

@@ -1,4 +1,4 @@
-"""Conversion at a named boundary: fit, measure briefly, then write or refuse."""
+"""Conversion at a named boundary: fit the projections, measure the loss briefly, and write."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,21 +24,23 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_c
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Windows and look-up documents that examine a fit, and draws of random tokens before it.
+# The numbers of windows and look-up documents for measuring a fit, and of random sequences for
+# checking copying before the fit.
 N_WINDOWS = 8
 N_DOCUMENTS = 5
 N_OWN_DRAWS = 2
 
 
 def write_named(run: ConversionRun) -> Outcome:
-    """Fit, examine and write a named boundary. Without a fit, nothing is measured.
+    """Fit, measure and write the model at a named boundary. Without a fit, only write it.
 
-    Raises CopyingBrokenError unless the run is forced, PopError, StoppedError.
+    Raises PopError, StoppedError, and CopyingBrokenError if the model can no longer copy and the
+    run is not forced.
     """
     [plan] = run.conversion.plans
     if plan.projection == Projection.OWN:
         run.runner.watch.on_note(
-            "The loss without a fit is not measured. To measure it, give a budget with the"
+            "The loss without a fit is not measured. To measure it, also set a budget for the"
             " boundary."
         )
         return run.write(plan, None, None)
@@ -61,14 +63,17 @@ def write_named(run: ConversionRun) -> Outcome:
 
 @dataclass(frozen=True)
 class Examination:
-    """Checks of a named plan. If allowed, broken copying is only a warning."""
+    """Checks of a named plan.
+
+    `allow_broken_copy`: whether to only warn if the model can no longer copy from its prompt.
+    """
 
     runner: TrialRunner
     plan: Plan
     allow_broken_copy: bool
 
     def before_fit(self) -> None:
-        """Raise PopError if the loss is not measurable, or if no fit would restore copying."""
+        """Raise PopError if the loss cannot be measured, or if no fit can restore copying."""
         require_windows(self.runner, self.plan)
         if self.allow_broken_copy:
             return
@@ -78,19 +83,19 @@ class Examination:
         if kept is not None and budgets.is_hopeless(kept):
             raise CopyingBrokenError(
                 self.plan.boundary,
-                f"the model's own projections retain {kept.value:.0%} of copying random tokens,"
-                " and no fit restores the rest",
+                f"the model's own projections retain {kept.value:.0%} of the ability to copy random"
+                " tokens, and no fit restores the rest",
             )
 
     def of_fit(self, files: ModelFiles) -> Measured:
-        """Measure the written files. Raises CopyingBrokenError, PopError, StoppedError."""
+        """Measure the written files' loss. Raises CopyingBrokenError, PopError, StoppedError."""
         watch, pruning = self.runner.watch, Pruning(self.plan.boundary)
         watch.on_note("Measuring the written file on held-out text")
         with self.runner.opened(self.plan, files) as model:
             tokens, settings = tokenize(model, shipped_text()), QualitySettings(N_WINDOWS)
             advance = watch.stage("Measuring")
             found = quality.measure_pruning(model, tokens, settings, pruning, advance)
-            advance = watch.stage("Asking for look-ups")
+            advance = watch.stage("Running look-ups")
             asked = LookupSettings(N_DOCUMENTS)
             answered = lookups.measure_lookups(model, asked, pruning, advance)
         if not (self.allow_broken_copy or budgets.copies(found)):
@@ -108,14 +113,14 @@ class Examination:
                 PopError(
                     f"boundary {boundary} exceeds the {BALANCED.quality} budget ({limits}):"
                     f" {figures}",
-                    "convert with a budget and no boundary, to find the fastest within it",
+                    "to find the fastest boundary within a budget, set a budget and no boundary",
                     cause="outside-budget",
                 )
             )
 
 
 def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Estimate | None:
-    """Measure `Quality.induction_retention` without a fit; `on_progress` counts draws."""
+    """Measure `Quality.induction_retention` without a fit; `on_progress` counts the draws."""
     settings, ran = QualitySettings(n_draws=N_OWN_DRAWS), counting(2 * N_OWN_DRAWS, on_progress)
     with forced(model) as reader:
         repeated = probes.read_repeated(reader, N_OWN_DRAWS, settings.seed, ran)
@@ -124,7 +129,7 @@ def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Esti
 
 
 def require_windows(runner: TrialRunner, plan: Plan) -> None:
-    """Raise PopError if held-out text could not be measured with the plan's full rows."""
+    """Raise PopError if held-out text cannot be measured with the plan's number of full rows."""
     try:
         with runner.opened(plan) as model, forced(model) as reader:
             tokens = tokenize(model, shipped_text())
@@ -132,6 +137,6 @@ def require_windows(runner: TrialRunner, plan: Plan) -> None:
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
-            "lower sink_tokens and tail_tokens, or convert without a fit and measurement",
+            "lower sink_tokens and tail_tokens, or convert without a fit and its measurement",
             cause="fit-not-measurable",
         ) from error

@@ -1,4 +1,4 @@
-"""Errors of a conversion, and the trials that some of them carry."""
+"""Errors of a conversion, and the measured trials that OverBudgetError carries."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from pop_local.measure.quality import Quality
 
 
 class CopyingBrokenError(PopError):
-    """Refusal of a boundary at which the model can no longer copy from its prompt."""
+    """Error for a boundary at which the model can no longer copy from its prompt."""
 
     def __init__(self, boundary: int, found: str) -> None:
-        hint = "skip fewer layers, or search within a budget"
+        hint = "skip fewer layers, or set a budget and no boundary"
         super().__init__(broken_copy(boundary, found), hint, cause="copying-broken")
         self.boundary = boundary
 
 
 def broken_copy(boundary: int, found: str) -> str:
-    """Return the message that the model cannot copy with this boundary."""
+    """Return the message for a boundary at which the model can no longer copy from its prompt."""
     return f"with boundary {boundary} the model can no longer copy from its prompt: {found}"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A measured candidate. `lookups` is None if another figure is over the budget."""
+    """A measured candidate.
+
+    `lookups`: the look-ups' results (None if the loss on held-out text already exceeds the budget).
+    """
 
     plan: Plan
     quality: Quality
@@ -36,7 +39,7 @@ class Trial:
 
 
 class OverBudgetError(PopError):
-    """Refusal of a budget that no candidate meets; `trials` are the measured candidates."""
+    """Error for a budget that no candidate meets; `trials`: the measured candidates."""
 
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
         super().__init__(message, "use a looser budget, or name the boundary", cause="over-budget")
@@ -44,7 +47,7 @@ class OverBudgetError(PopError):
 
 
 class TooLittleMemoryError(PopError):
-    """Refusal of work for which too little memory is free; `what`: the work and its verb."""
+    """Error for too little free memory; `what`: the work and its verb ("the fits need")."""
 
     def __init__(
         self, what: str, needed_bytes: int, free_bytes: int, hint: str, *, cause: str

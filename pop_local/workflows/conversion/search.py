@@ -1,23 +1,23 @@
-"""Search for the fastest candidate within a budget: one ladder of stages.
+"""Search for the fastest candidate within a budget, stage by stage.
 
-A candidate is a boundary, a fit and a rule for deep rows. STAGES lists the stages in order: which
-candidates each one tries, and in which order. The rules:
+A candidate is a boundary, a fit and a rule for deep rows. STAGES defines the order of the stages,
+each stage's candidates, and their order. The search follows these rules:
 
-1. A candidate is measured as it would be written: on held-out text first, with look-ups last.
-2. Clear verdicts need few windows. The chosen candidate was measured on all of them.
-3. Bisection assumes that deeper is never better. It starts in the middle (`budget.undecided`).
-4. Boundaries that bisection may need next are fitted in the same pass, if memory allows.
-5. If the sums of all fits would exceed MOST_SUMS_BYTES, the layers' own projections are tried
-   first. Then a few deeper boundaries, evenly spaced, are fitted in one pass.
-6. A walk starts at the fastest candidate so far. It goes one boundary deeper at a time until a
-   candidate exceeds the budget. If a step fails, such as for lack of memory, the earlier results
-   remain valid.
-7. Deep rows restore look-ups and cost time. The last stage trades them for layers: each rule with
-   fewer rows is tried at the deepest boundary within the budget, then at shallower boundaries. It
-   stops at the first candidate within the budget, or if no other candidate would be the fastest.
-   Fewer rows are never better at the same boundary.
-8. The fastest candidate within the budget is chosen. Among equally fast candidates, a distilled
-   candidate is preferred unless its KL is larger beyond the error, else the smallest KL.
+1. Each candidate is measured with the sidecar that would be written, on held-out text first and on
+look-ups last. 2. Clear verdicts need few windows, but the chosen candidate is measured on all
+windows. 3. Bisection assumes that skipping more layers never improves quality. It starts at the
+middle boundary (`budget.undecided`). 4. One pass fits a boundary and the boundaries that bisection
+may need next, if memory allows. 5. If the sums of all fits would exceed MOST_SUMS_BYTES, the search
+tries the layers' own projections first. It continues with one pass that fits a few evenly spaced,
+deeper boundaries. 6. A walk starts at the fastest candidate found by the earlier stages. Each step
+tries the next deeper boundary, until a candidate exceeds the budget. If a step fails (for example
+for lack of memory), the earlier results remain valid. 7. Deep rows restore look-ups and cost time.
+The last stage tries each rule with fewer deep rows at the deepest boundary within the budget, then
+at shallower boundaries. This stage stops at the first candidate within the budget, or if no
+remaining candidate would be the fastest. The search assumes that fewer deep rows never improve
+quality at the same boundary. 8. The search chooses the fastest candidate within the budget. Among
+equally fast candidates, it prefers a distilled candidate, unless its KL is larger by more than the
+standard error. Otherwise, it chooses the smallest KL.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Deeper boundaries whose distilling shares the text that is read for one boundary.
+# Maximum number of deeper boundaries that share the text read for distilling at one boundary.
 N_DEEPER = 3
 
 
 @dataclass(frozen=True)
 class SearchStage:
-    """A stage of the search.
+    """One stage of the search.
 
-    `candidates` returns the candidates to try, the shallowest first. `order` tries them. `prepare`
-    fits the first candidate, and more candidates if that saves work.
+    `candidates` returns the candidates to try, in order of increasing depth. `order` tries the
+    candidates. `prepare` fits the first candidate, and further candidates if one pass saves work.
     """
 
     candidates: Callable[[Search], Iterable[Candidate]]
@@ -62,7 +62,7 @@ class SearchStage:
 
 
 def write_within(run: ConversionRun, budget: Budget) -> Outcome:
-    """Write the fastest plan of a conversion within the budget.
+    """Write the conversion's fastest plan that is within the budget.
 
     Raises OverBudgetError, PopError, StoppedError.
     """
@@ -82,7 +82,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 
 @dataclass
 class Search:
-    """A search among plans, the shallowest first.
+    """A search among plans, which are in order of increasing depth.
 
     `rungs`: each stage's candidates. After a stop, `run` continues the search.
     """
@@ -111,7 +111,7 @@ class Search:
         return Judge(self.runner, self.budget, self.full)
 
     def run(self) -> Candidate:
-        """Return the fastest candidate within the budget; its plan names all tried candidates.
+        """Return the fastest candidate within the budget, whose plan lists all tried candidates.
 
         Raises OverBudgetError, PopError, StoppedError.
         """
@@ -148,7 +148,7 @@ class Search:
         best = [each for each in self.judged if each.boundary == shallowest][-1]
         n_skipped, limits = best.plan.n_skipped, budgets.limits_in_words(self.budget)
         return OverBudgetError(
-            f"{n_skipped} skipped layer{'s' * (n_skipped > 1)} lose{'s' * (n_skipped == 1)} more"
+            f"skipping {n_skipped} layer{'s' * (n_skipped > 1)} loses more"
             f" than the budget allows ({limits}):"
             f" {budgets.figures_in_words(best.quality, best.lookups)}",
             self.trials,
@@ -168,12 +168,12 @@ class Search:
                 self.judge.judge(candidate)
                 continue
             deepest = budgets.deepest_inside(verdicts)
-            # All windows and the look-ups may reverse the verdict on the deepest.
+            # Measuring all windows and look-ups may reverse the deepest candidate's verdict.
             if deepest is None or self.judge.settle(by_boundary[deepest]):
                 return
 
     def walk(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
-        """Try one candidate after the other until one exceeds the budget (rule 6)."""
+        """Try the candidates in order until one of them exceeds the budget (rule 6)."""
         for number, candidate in enumerate(rung):
             try:
                 if not candidate.is_ready:
@@ -206,19 +206,19 @@ class Search:
         return replace(plan, deep_rows=rule, deep_share=share)
 
     def own(self) -> list[Candidate]:
-        """Return a large model's unfitted candidates by boundary, if the options allow them."""
+        """Return a large model's unfitted candidates, if the options allow them."""
         fitted = [plan for plan in self.plans if plan.projection != Projection.OWN]
         if self.fitter.options.projection is not None or len(self._spaced(fitted)) == len(fitted):
             return []
         self._note(
-            "Measuring the layers' own projections first, since fitting all boundaries needs more"
-            " memory"
+            "Measuring the layers' own projections first, since memory is too small for fitting all"
+            " boundaries at once"
         )
         plans = [replace(plan, projection=Projection.OWN) for plan in self.plans]
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in plans]
 
     def fitted(self) -> list[Candidate]:
-        """Return fits at each boundary, or at a few that are deeper than unfitted candidates."""
+        """Return candidates to fit, at all boundaries or at a few deeper boundaries."""
         plans = self.plans
         if any(self.rungs):
             shallowest = min((each.boundary for each in self.inside), default=plans[0].boundary + 1)
@@ -231,7 +231,10 @@ class Search:
         return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in few]
 
     def distilled(self) -> list[Candidate]:
-        """Return distilled fits from the fastest candidate down, or all if none is inside."""
+        """Return candidates to distil, starting at the fastest candidate's boundary.
+
+        If no candidate is within the budget, the result starts at the first measured boundary.
+        """
         if self.fitter.distiller is None:
             return []
         first = (self.fastest() if self.inside else self.judged[0]).boundary
@@ -239,9 +242,10 @@ class Search:
         return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
 
     def fewer_rows(self) -> list[Candidate]:
-        """Return candidates with fewer deep rows, by rule, then by boundary.
+        """Return candidates with fewer deep rows, ordered by rule and then by boundary.
 
-        The boundaries start at the deepest within the budget. Each uses its last fit.
+        The first boundary is the deepest boundary within the budget. Each candidate reuses the last
+        fit at its boundary.
         """
         if not self.inside:
             return []
@@ -260,7 +264,7 @@ class Search:
     # Fits
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate, and later candidates in the same pass (rule 4)."""
+        """Fit the first candidate, and the next candidates if the same pass has room (rule 4)."""
         options = self.fitter.options
         options = options if len(self.plans) == 1 else options.at(wanted[0].boundary)
         fitted = self._kept(wanted, options.state_path) or self._room_for(wanted)
@@ -274,14 +278,14 @@ class Search:
             candidate.plan = replace(candidate.plan, projection=fit.projection)
 
     def _kept(self, wanted: Sequence[Candidate], state_path: Path | None) -> list[Candidate]:
-        """Return the candidates of a stored fit, which continues regardless of the free memory."""
+        """Return a stored fit's candidates; the fit continues regardless of the free memory."""
         kept = kept_boundaries(state_path) if state_path else ()
         known = {each.boundary: each for each in wanted}
         is_ours = wanted[0].boundary in kept and known.keys() >= set(kept)
         return [known[each] for each in kept] if is_ours else []
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, and further candidates whose sums also fit into memory."""
+        """Return the first candidate, and the next candidates whose sums also fit into memory."""
         chosen: list[Candidate] = []
         for candidate in (each for each in wanted if not each.is_ready):
             plans = [each.plan for each in (*chosen, candidate)]

@@ -1,4 +1,4 @@
-"""The planned stages of a conversion and their work, from which the time left is estimated."""
+"""A conversion's planned stages with their work, for estimating the remaining time."""
 
 from pop_local.calibration.needs import FitWork, reading_work
 from pop_local.measure.lookups import LookupSettings
@@ -8,11 +8,11 @@ from pop_local.workflows.conversion.candidate import N_DOCUMENTS, N_WINDOWS
 from pop_local.workflows.conversion.conversion_plan import Conversion
 from pop_local.workflows.events import PlannedStage
 
-# Stages in which a boundary is measured; each doubles the measured windows.
+# Number of stages that measure a boundary. Each stage doubles the number of measured windows.
 _N_PARTS = 3
-# Typical number of candidates that are measured with look-ups.
+# Typical number of candidates whose look-ups are measured.
 _N_LOOKED_UP = 3
-# Multiply-accumulates that take as long as writing and reading back a byte.
+# Number of multiply-accumulates that take as long as writing a byte and reading it back.
 _WRITING = 100
 
 
@@ -25,9 +25,9 @@ def fit_stages(work: FitWork | None, n_most: int = 1) -> tuple[PlannedStage, ...
 
 
 def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
-    """Return a conversion's possible stages, with their work in multiply-accumulates.
+    """Return a conversion's possible stages; their work is in multiply-accumulates.
 
-    The result is empty if the work cannot be counted, or if it includes distilling.
+    The result is empty if the work cannot be counted or includes distilling.
     """
     if planned.not_counted or planned.options.distiller:
         return ()
@@ -45,8 +45,8 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
         PlannedStage("Running the full model", whole),
         PlannedStage("Measuring", whole),
         PlannedStage("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
-        PlannedStage("Asking for look-ups", lookups),
-        PlannedStage("Asking for look-ups in full", lookups, 2),
-        PlannedStage("Asking for look-ups, boundary", lookups, 2 * _N_LOOKED_UP),
+        PlannedStage("Running look-ups", lookups),
+        PlannedStage("Running look-ups in full", lookups, 2),
+        PlannedStage("Running look-ups, boundary", lookups, 2 * _N_LOOKED_UP),
         PlannedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes),
     )

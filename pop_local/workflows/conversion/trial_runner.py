@@ -1,4 +1,4 @@
-"""Measurement of a source model, unchanged or with a temporary sidecar."""
+"""Measurements of a source model, either unchanged or with a temporary sidecar."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAME = "fitted.gguf"
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """A source model, and the hardware and watch of its measurements."""
+    """Runner that opens a source model for measurements on some hardware, with a watch."""
 
     source: Source
     hardware: Hardware
@@ -46,10 +46,10 @@ class TrialRunner:
     def opened(
         self, plan: Plan, files: ModelFiles | None = None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
-        """Open the model, or `files` built from it, with the plan's full rows.
+        """Open the model, or `files` that were converted from it, with the plan's full rows.
 
-        `n_ctx`: context length in tokens (default: room for held-out windows). Raises PopError,
-        StoppedError.
+        `n_ctx`: the context length in tokens (default: enough for the held-out windows). Raises
+        PopError, StoppedError.
         """
         settings = QualitySettings()
         n_ctx = n_ctx or 2 * (settings.n_context + settings.n_continuation)
@@ -61,7 +61,7 @@ class TrialRunner:
     def tried(
         self, plan: Plan, fitted: Fitted | None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
-        """Open the model as converted by the plan. Raises as `opened`."""
+        """Open the model with the plan's temporary sidecar. Raises PopError, StoppedError."""
         with (
             self.sidecar(plan, fitted) as sidecar,
             self.opened(plan, ModelFiles(self.path, sidecar), n_ctx=n_ctx) as model,
@@ -70,7 +70,7 @@ class TrialRunner:
 
     @contextmanager
     def sidecar(self, plan: Plan, fitted: Fitted | None) -> Iterator[Path]:
-        """Write a sidecar that is deleted on exit. Raises PopError."""
+        """Write the plan's sidecar to a folder that is deleted on exit. Raises PopError."""
         with TemporaryDirectory(prefix=_PREFIX) as folder:
             target = Path(folder) / _NAME
             write_trial(plan, self.source, target, self.binding, fitted)

@@ -60,7 +60,7 @@ def test_the_documented_example_runs(chat_model, tmp_path):
     assert any(re.fullmatch(r"2 answers: \d+ tokens pruned, \d+ read in full", x) for x in lines)
     assert any(re.fullmatch(r"\d+ tokens too long", line) for line in lines)
     assert "full" in lines
-    assert "Fitting, in tokens" in lines and "Writing, then reading back, in bytes" in lines
+    assert "Fitting, in tokens" in lines and "Writing and verifying, in bytes" in lines
     assert any(line.startswith("FFFFFFSS, ") and "Measured(kl_mean=" in line for line in lines)
     assert any(re.fullmatch(r"KL \d\.\d+ ± \d\S+, on held-out text.*", line) for line in lines)
     assert (tmp_path / "talk.popsession").is_file()

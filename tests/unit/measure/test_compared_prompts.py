@@ -62,9 +62,15 @@ def test_a_right_answer_contains_a_text_or_matches_a_regex(expected, answer, is_
         ({"messages": [{"role": "user", "content": "a"}], "documents": ["b"]}, "require a prompt"),
         ({"prompt": "a", "documents": [{"path": "b"}]}, "wrong type"),
         ({"prompt": "a", "documents": [{"file": "nowhere"}]}, "cannot read"),
-        ({"prompt": "a", "answer": {"regex": "("}}, "the regex is wrong"),
-        ({"prompt": "a", "answer": {"regex": f"a{{{10**20}}}"}}, "the regex is wrong"),
-        ({"prompt": "a", "answer": {"regex": "(" * 5000 + ")" * 5000}}, "the regex is wrong"),
+        ({"prompt": "a", "answer": {"regex": "("}}, "the regular expression is invalid"),
+        (
+            {"prompt": "a", "answer": {"regex": f"a{{{10**20}}}"}},
+            "the regular expression is invalid",
+        ),
+        (
+            {"prompt": "a", "answer": {"regex": "(" * 5000 + ")" * 5000}},
+            "the regular expression is invalid",
+        ),
         ({"prompt": "a", "answer": 5}, "wrong type"),
     ],
 )
@@ -85,7 +91,7 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path):
 def test_a_line_must_be_json(line, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(line)
-    with pytest.raises(PopError, match="line 1: this is not JSON"):
+    with pytest.raises(PopError, match="line 1: the line is not valid JSON"):
         read_prompts(path)
 
 

@@ -17,7 +17,7 @@ def test_windows_do_not_overlap_and_are_spread_evenly():
 
 
 def test_errors_name_the_needed_tokens():
-    with pytest.raises(PopError, match="need 800 tokens, the text has 799"):
+    with pytest.raises(PopError, match="need 800 tokens, but the text has 799"):
         spread_windows([range(799)], 8, 100)
 
 
