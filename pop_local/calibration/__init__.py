@@ -1,1 +1,1 @@
-"""Fits of a plan's K/V projections: texts, windows, the pass over them, sums on disk."""
+"""Fit a plan's K/V projections on a text: choose windows, read them, and store the progress."""

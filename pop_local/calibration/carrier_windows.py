@@ -1,7 +1,7 @@
-"""Windows of synthetic look-ups: a document with exact values, then questions and answers.
+"""Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Running text rarely needs an exact string of its context, so a fit on running text alone loses
-look-ups first.
+Running text rarely repeats an exact string from its context, so a fit on running text alone first
+loses the ability to answer look-ups.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import AnsweredCarrier, CarrierSettings, make_carrier, with_answers
 
-# One of SHARE windows is a look-up document.
+# One in SHARE windows is a look-up document.
 SHARE = 4
-# The share of a window that its document takes; questions and answers take the rest.
+# The document's share of a window; questions and answers fill the rest.
 _DOCUMENT = 0.55
 _MOST = 64
 
 
 @dataclass(frozen=True)
 class CarrierWindows:
-    """`windows` int32 [n, n_tokens]; `answers` bool [n, n_tokens] marks the answers' tokens."""
+    """Look-up windows, int32 [n, n_tokens]; `answers`, bool [n, n_tokens], marks answer tokens."""
 
     windows: NDArray[np.int32]
     answers: NDArray[np.bool_]
@@ -34,9 +34,9 @@ class CarrierWindows:
 def carrier_windows(
     context: Context, n: int, n_tokens: int, prose: str, seed: int
 ) -> CarrierWindows:
-    """Build `n` windows of `n_tokens` tokens, determined by the seed.
+    """Build `n` windows of `n_tokens` tokens, which the seed determines.
 
-    The result is empty if the vocabulary is too small to fit a document into a window.
+    The result is empty if a document would not fit into a window, as with tiny vocabularies.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)
@@ -50,7 +50,8 @@ def carrier_windows(
             return CarrierWindows(windows[:i], answers[:i])
         tokens = context.vocabulary.tokenize(carrier.text)
         is_answer = _marked(context, tokens, carrier)
-        # A tiny vocabulary's first block may be too long. The questions at the end must stay.
+        # With a tiny vocabulary, the first block may be too long. The start is cut, since the
+        # questions at the end must stay.
         tokens, is_answer = tokens[-n_tokens + len(prefix) :], is_answer[-n_tokens + len(prefix) :]
         row = [*prefix, *tokens]
         window[:] = np.resize([*row, *filler], n_tokens)
@@ -61,7 +62,7 @@ def carrier_windows(
 def _written(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
 ) -> AnsweredCarrier:
-    """Build a document with as many questions as fit into `n_tokens`, but one or more."""
+    """Build a document with one question or more, up to the number that fits into `n_tokens`."""
 
     def count(text: str) -> int:
         return len(context.vocabulary.tokenize(text))
@@ -76,10 +77,10 @@ def _written(
 
 
 def _marked(context: Context, tokens: Sequence[int], carrier: AnsweredCarrier) -> list[bool]:
-    """Return True for each token that spells a part of an answer."""
+    """Return a flag for each token: True if the token spells a part of an answer."""
     pieces = Pieces(context.vocabulary)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
-    # Some tokenizers put a space before the text.
+    # Some tokenizers insert a space at the start of a text.
     shift = int(ends[-1]) - len(carrier.text.encode())
     starts = np.append(0, ends[:-1])
     marked = np.zeros(len(tokens), bool)

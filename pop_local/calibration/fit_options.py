@@ -1,4 +1,4 @@
-"""Options of a fit, for the library, the commands and the stored state."""
+"""Options of a fit, which the library, the commands and stored fits share."""
 
 import glob
 from dataclasses import dataclass, replace
@@ -12,11 +12,12 @@ from pop_converter.projection import Projection
 class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
-    `projection`: kind of fit (None: wide if it is cheap). `tokens`: number of tokens to read (None:
-    by the model's size). `texts`: files and folders (none: Python's documentation and code, and
-    samples of the model). `memory_bytes`: memory for the sums of one pass (None: half of the free
-    memory). `state_path`: file for a stopped fit (None: not stored). `distill_tokens`: number of
-    tokens for distilling (None: the fit's, 64k or more).
+    `projection`: the kind of fit (None: a wide fit if its cost is small). `tokens`: the number of
+    tokens to read (None: depends on the model's size). `texts`: the files and folders to read
+    (empty: Python's documentation and code, and samples of the model). `memory_bytes`: the memory
+    for the sums of one pass (None: half of the free memory). `state_path`: the file in which a
+    stopped fit is stored (None: a stopped fit is lost). `distill_tokens`: the number of tokens for
+    distilling (None: the fit's number, 64k or more).
     """
 
     tokens: int | None = None
@@ -35,7 +36,7 @@ class FitOptions:
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return the number of tokens to read, in whole windows. Raises CalibrationError."""
+        """Return the number of tokens to read, as whole windows. Raises CalibrationError."""
         from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
 
         if self.tokens is None:
@@ -43,7 +44,7 @@ class FitOptions:
         return n_windows(self.tokens, n_embd) * N_WINDOW
 
     def n_distilled(self, n_embd: int) -> int:
-        """Return the maximum number of windows to distil on. Raises CalibrationError."""
+        """Return the maximum number of windows for distilling. Raises CalibrationError."""
         from pop_local.calibration.texts import N_DISTILLED, N_WINDOW
 
         n_tokens, least = self.n_tokens(n_embd), N_DISTILLED
@@ -52,7 +53,7 @@ class FitOptions:
         return max(n_tokens // N_WINDOW, least)
 
     def require_text(self, n_embd: int) -> None:
-        """Raise PopError before any measurement if a fit would refuse the text."""
+        """Raise PopError, before any measurement, for a text on which a fit would fail."""
         from pop_local.calibration.texts import require_text
 
         self.n_tokens(n_embd)
@@ -60,7 +61,7 @@ class FitOptions:
             require_text(self.texts, n_embd)
 
     def at(self, boundary: int) -> "FitOptions":
-        """Return a copy whose state file is named after the boundary and the projection."""
+        """Return options whose state file is named after the boundary and the projection."""
         if self.state_path is None:
             return self
         path = self.state_path
@@ -68,7 +69,7 @@ class FitOptions:
         return replace(self, state_path=path.with_name(f"{path.name}-{boundary}{kind}"))
 
     def state_files(self) -> list[Path]:
-        """Return the existing state files of all boundaries (`at`)."""
+        """Return the existing state files of all boundaries (see `at`)."""
         if self.state_path is None:
             return []
         name = glob.escape(self.state_path.name)

@@ -1,4 +1,4 @@
-"""Calibration of one or several plans: passes over the text, and fits from their sums."""
+"""Calibration of one or several plans: read the text in passes, and solve the fits."""
 
 import hashlib
 import time
@@ -26,13 +26,13 @@ from pop_local.engine.learning.sums import Summing
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.taps import Rows, TapRequest
 
-# The minimum time between two saves: a large model's state has gigabytes.
+# The minimum time between two saves, since a large model's state takes gigabytes.
 SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Progress callbacks of a calibration, in tokens, and the caller's `should_stop`."""
+    """A calibration's callbacks: progress in tokens, and the caller's `should_stop`."""
 
     on_sampling: Progress
     on_reading: Progress
@@ -41,7 +41,7 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Fitted projections for each plan, and their text."""
+    """The fitted projections of each plan, and the text on which they were fitted."""
 
     fitted: tuple[Fitted, ...]
     text: CalibrationText
@@ -55,12 +55,12 @@ def calibrate(
     follow: Callbacks,
     text: CalibrationText | None = None,
 ) -> Calibrated:
-    """Fit the projections of all skipped layers except the first, for each plan.
+    """Fit, for each plan, the projections of all skipped layers except the first.
 
-    The plans differ in boundary or kind of fit. One pass over the text serves all plans if memory
-    allows (`plan_needs`). `text`: the text of an earlier calibration with the same model and
-    options. Raises PopError and StoppedError. With a state path, the next call resumes the
-    calibration; the caller removes the file.
+    The plans must differ in their boundary or kind of fit. If memory allows, one pass over the text
+    serves all plans (see `plan_needs`). `text`: the text of an earlier calibration with the same
+    model and options. If the options have a state path, the next call resumes a stopped
+    calibration, and the caller must delete the file. Raises PopError and StoppedError.
     """
     return _Job(plans, context, source, options, follow, text).run()
 
@@ -88,7 +88,7 @@ class _Job:
 
     def run(self) -> Calibrated:
         path = self._options.state_path
-        # A stored state has its own groups, since free memory may have changed.
+        # Groups depend on free memory, so a stored state keeps the groups of its first run.
         self._state = (path and load(path, self._identity)) or CalibrationState(
             self._text(), self._groups
         )
@@ -139,7 +139,7 @@ class _Job:
             self._save_sometimes()
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
-        """Choose the wider inputs by windows spread over the text."""
+        """Choose the wider inputs from the states of windows that are spread over the text."""
         wanted = sorted(filter(self._summing.is_wide, boundaries))
         if not wanted:
             return
@@ -166,7 +166,7 @@ class _Job:
             self._saved_s = time.monotonic()
 
     def _check_stop(self) -> None:
-        """Store the state and raise StoppedError if the caller wants to stop."""
+        """Store the state and raise StoppedError if the caller requests a stop."""
         if not self._follow.should_stop():
             return
         if path := self._options.state_path:
@@ -174,7 +174,10 @@ class _Job:
         raise StoppedError
 
     def _solve(self) -> None:
-        """Solve a group's projections and store them together. A stop loses the whole group."""
+        """Solve a group's projections, and add all of them to the state at the end.
+
+        A stop therefore loses the whole group's projections.
+        """
         state, options, summing = self._state, self._options, self._summing
         solved: list[tuple[tuple[int, Projection], NewTensor]] = []
         for boundary, layer in state.groups[state.group]:
@@ -195,7 +198,7 @@ def _identity(
     options: FitOptions,
     groups: tuple[tuple[FitPair, ...], ...],
 ) -> str:
-    """Return a hash of everything that a calibration's result depends on."""
+    """Return a hash of all inputs that determine a calibration's result."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     n_tokens = options.n_tokens(plans[0].shape.n_embd)
     if options.texts:

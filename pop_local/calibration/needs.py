@@ -1,4 +1,4 @@
-"""A calibration's cost: passes over the text, memory, time."""
+"""A calibration's cost: the passes over the text, the memory and the time."""
 
 import time
 from collections.abc import Sequence
@@ -20,32 +20,35 @@ from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 from pop_local.engine.llama.devices import has_kernels
 
-# Rows and columns of the product that measures the machine's speed.
+# Number of rows and columns of the matrix product that measures the machine's speed.
 _N_PRODUCT = 1024
-# Speed of pop-local's kernels over numpy's products: four with AMX, less on some CPUs.
+# Speed of pop-local's kernels relative to numpy's products (four with AMX, less on some CPUs).
 _READING_GAIN = 2
-# Sampling decodes few tokens at a time, and reads all weights for them.
+# Cost of sampling a token relative to reading a token, since each step reads all weights for few
+# tokens.
 _SAMPLING_COST = 3
-# Memory of Python with numpy and llama.cpp, without a model.
+# Memory that Python with numpy and llama.cpp takes without a model.
 _BASE_BYTES = 100 * 10**6
-# A search fits few boundaries if the sums of all boundaries would take more memory.
+# If the sums of all boundaries would take more memory, a search fits only a few boundaries.
 MOST_SUMS_BYTES = 6 * 10**9
 _ANY = 1 << 60
-# Rows per dimension of the state that choose the parts of a wider input.
+# Number of rows per dimension of the state for choosing the parts of a wider input.
 _ROWS_PER_DIM = 2
 _LEAST_WINDOWS = 4
-# Size of weights repacked for AMX by llama.cpp over their size in the file (an 8B in Q8_0).
+# Size of the weights that llama.cpp repacks for AMX, relative to their size in the file (measured
+# on an 8B model in Q8_0).
 _REPACKED = 1.05
-# Rows of the full model's predictions that a search stores, with two bytes per token; the rows of
-# one window take eight more during comparison.
+# Number of stored rows of the full model's predictions, which take two bytes per token of the
+# vocabulary. The rows of the compared window take eight more.
 _N_PREDICTED = 16 * 128
 _N_COMPARED = 128
-# Largest share of the speed that a wide fit may cost (docs/notebook/wide-fits.md).
+# Largest share of the speed that a wide fit may cost, compared with a plain fit
+# (docs/notebook/wide-fits.md).
 MAX_WIDE_COST = 0.015
 
 
 class FitPair(NamedTuple):
-    """The projections of one layer from the state at one boundary."""
+    """A skipped layer's projections that are fitted on the state at one boundary."""
 
     boundary: int
     layer: int
@@ -55,10 +58,10 @@ class FitPair(NamedTuple):
 class FitNeeds:
     """A calibration's cost.
 
-    `groups`: the pairs of each pass over the text. `n_inputs`: maximum inputs of a fit.
-    `n_sampled`: windows that the model samples first. `sums_bytes`: Gram matrices of the largest
-    group and their temporary memory. `total_bytes`: peak memory of the process, without the mapped
-    model file.
+    `groups`: the pairs that each pass over the text fits. `n_inputs`: the maximum number of inputs
+    of a fit. `n_sampled`: the number of windows that the model samples first. `sums_bytes`: the
+    memory for the largest group's Gram matrices and for temporary data. `total_bytes`: the
+    process's peak memory without the mapped model file.
     """
 
     groups: tuple[tuple[FitPair, ...], ...]
@@ -73,7 +76,7 @@ def free_bytes() -> int:
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:
-    """Return the share of a plain fit's speed that another kind of fit costs."""
+    """Return the share of a plain fit's speed that is lost with another kind of fit."""
     plain, wide = (
         replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
     )
@@ -81,7 +84,7 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 
 
 def fit_kind(plan: Plan, options: FitOptions) -> Projection:
-    """Return the options' kind of fit (default: a wide fit if it is cheap for the plan)."""
+    """Return the kind of fit in the options (default: a wide fit if its cost is small)."""
     if options.projection is not None:
         return options.projection
     is_cheap = fit_cost(plan, Projection.WIDE) <= MAX_WIDE_COST
@@ -89,7 +92,7 @@ def fit_kind(plan: Plan, options: FitOptions) -> Projection:
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> FitNeeds:
-    """Return the cost of fitting all plans. Raises CalibrationError for too few tokens."""
+    """Return the cost of fitting all plans. Raises CalibrationError for too small `tokens`."""
     kind = fit_kind(plans[0], options)
     plans = [replace(plan, projection=kind) for plan in plans]
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
@@ -98,9 +101,9 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Fit
 
 
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
-    """Return evenly spaced plans, including the first, whose sums fit in one pass.
+    """Return the first plan and evenly spaced further plans whose sums one pass can hold.
 
-    The sums may take MOST_SUMS_BYTES, or the options' memory if that is larger.
+    The sums may take MOST_SUMS_BYTES, or the memory in the options if it is larger.
     """
     most = max(MOST_SUMS_BYTES, options.memory_bytes or 0)
     options = replace(options, memory_bytes=_ANY)
@@ -117,8 +120,8 @@ def plan_needs(
 ) -> FitNeeds:
     """Group the pairs of all plans into passes whose sums fit into memory.
 
-    The limit is the options' memory (default: half of the free memory). A pass has one pair or
-    more.
+    The limit is the memory in the options (default: half of the free memory). Each pass has one or
+    more pairs.
     """
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:
@@ -144,7 +147,7 @@ def plan_needs(
     n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
     boundaries = {pair.boundary for pair in max(groups, key=len)}
     n_tapped = len(boundaries) * n_inputs + sum(shape.n_k + shape.n_v)
-    # Three copies: in the graph, in the tap, and in the sums' inputs.
+    # The activations exist three times: in the graph, in the tap, and as inputs of the sums.
     reading = 3 * 4 * N_WINDOW * n_tapped + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
@@ -157,7 +160,7 @@ def plan_needs(
 
 
 class FitWork(NamedTuple):
-    """The work of a fit's parts, in multiply-accumulates."""
+    """The work of each part of a fit in multiply-accumulates."""
 
     sampling: float
     reading: float
@@ -165,14 +168,14 @@ class FitWork(NamedTuple):
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return the work of reading `n_tokens` in full. Raises PopError, see `Plan.macs`."""
+    """Return the work of reading `n_tokens` in full. Raises the errors of `Plan.macs`."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work of fitting all plans, without measuring. Raises PopError, see `Plan.macs`.
+    """Return the work of fitting all plans without measuring. Raises the errors of `Plan.macs`.
 
-    Each pass reads the text, each row is added to the sums, and each pair is solved in float64.
+    Each pass reads the text and adds its rows to the sums. Each pair is solved in float64.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
@@ -191,7 +194,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> Fit
 
 @cache
 def macs_per_s() -> float:
-    """Measure this machine's multiply-accumulates per second, within tenths of a second."""
+    """Measure this machine's multiply-accumulates per second, in some tenths of a second."""
     a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
     times_s = []
     for _ in range(4):
@@ -202,7 +205,7 @@ def macs_per_s() -> float:
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """Return the bytes of an F16 KV cache and of a batch whose `n_rows` all return logits."""
+    """Return the memory in bytes of an F16 KV cache and of a batch of `n_rows` with logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 
@@ -212,7 +215,7 @@ def n_choosing(n_embd: int) -> int:
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return the bytes for choosing a wider input: states, their axes, a layer's neurons."""
+    """Return the bytes for choosing a wider input: states, their axes, and a layer's neurons."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)
@@ -220,7 +223,7 @@ def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
 
 
 def _measuring_bytes(shape: ModelShape) -> int:
-    """Return the bytes for measuring a fit, including stored predictions."""
+    """Return the memory in bytes for measuring a fit, including stored predictions."""
     context = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW)
     predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
     return context + predicted

@@ -1,4 +1,4 @@
-"""Text sampled from the model at temperature 1, with many sequences per batch."""
+"""Sample text from the model at temperature 1, in batches of many sequences."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -15,9 +15,10 @@ from pop_local.engine.llama.context import Context
 
 MAX_SEQUENCES = 64
 NOT_SAMPLED = -1
-# Batch size for reading samples again after a stop.
+# Batch size for reading the existing samples again after a stop.
 _READ_AGAIN = 128
-# Block of a two-level sum: a full cumulative sum over the vocabulary would double the time.
+# Block size of a two-level sum, since a full cumulative sum over the vocabulary would double the
+# time.
 _BLOCK = 256
 
 
@@ -29,11 +30,11 @@ def sample_windows(
     seed: int,
     on_progress: Callable[[int, int], object],
 ) -> None:
-    """Sample the NOT_SAMPLED tokens of sequences, int32 [n_windows, n_window], at temperature 1.
+    """Replace the NOT_SAMPLED tokens in sequences, int32 [n_windows, n_window], by samples.
 
-    `n_given`: number of given first tokens per sequence, one or more. After a stop, a further call
-    continues with the same random numbers. `on_progress(done, total)` counts tokens. Raises
-    PopError if llama.cpp fails or its logits are NaN.
+    `n_given`: the number of given tokens at the start of each sequence, one or more. After a stop,
+    a further call continues with the same random numbers. `on_progress(done, total)` counts tokens.
+    Raises PopError if llama.cpp fails or its logits are NaN.
     """
     rng = np.random.default_rng(seed)
     done = 0
@@ -51,10 +52,11 @@ def _fill(
     context: Context,
     rng: np.random.Generator,
 ) -> Iterator[int]:
-    """Sample the missing tokens of all rows, and yield the number of complete columns."""
+    """Sample the missing tokens column by column, and yield the number of complete columns."""
     n, n_window = tokens.shape
     n_known = int(np.append((tokens == NOT_SAMPLED).any(axis=0), True).argmax())
-    rng.random(int(np.maximum(n_known - n_given, 0).sum()))  # skip the random numbers already used
+    # Skip the random numbers that an earlier call used.
+    rng.random(int(np.maximum(n_known - n_given, 0).sum()))
     if n_known == n_window:
         return
     n_batch = n if n_known == 1 else max(n, _READ_AGAIN)
@@ -76,7 +78,7 @@ def _fill(
             if np.isnan(logits.max(axis=1)).any():
                 raise PopError(
                     "the model predicts NaN",
-                    "download the file again: it may be damaged",
+                    "the model file may be damaged: download it again",
                 )
             for row, given in enumerate(n_given):
                 if step >= given:
@@ -90,7 +92,7 @@ def _require(code: int) -> None:
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:
-    """Return the token at which the cumulative probability of logits [n_vocab] passes `chance`."""
+    """Return the first token whose cumulative probability exceeds `chance`; logits [n_vocab]."""
     weights = np.exp(logits - logits.max())
     starts = np.arange(0, weights.size, _BLOCK)
     ends = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)

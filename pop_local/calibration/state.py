@@ -1,4 +1,4 @@
-"""A calibration in progress, and its file after a stop."""
+"""A calibration's progress, and the file that stores it after a stop."""
 
 import json
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from pop_local.engine.learning.sums import Sums
 
 @dataclass
 class CalibrationState:
-    """A calibration's progress: `n_done` windows of the current group are read.
+    """A calibration's progress; `n_done`: the number of windows read for the current group.
 
-    `groups`: the pairs of each pass over the text. `sums`: the current group's Gram matrices.
-    `tensors`: the fits of earlier groups, by boundary and projection.
+    `groups`: the pairs that each pass over the text fits. `sums`: the current group's Gram
+    matrices. `tensors`: the fitted tensors of earlier groups, by boundary and projection.
     """
 
     text: CalibrationText
@@ -35,7 +35,7 @@ class CalibrationState:
 
 
 def save(path: Path, identity: str, state: CalibrationState) -> None:
-    """Write the state to `path`, atomically. Raises WriteError."""
+    """Write the state to the file `path` atomically. Raises WriteError."""
     tensors = [(*key, each) for key, some in state.tensors.items() for each in some]
     head = {
         "identity": identity,
@@ -53,15 +53,16 @@ def save(path: Path, identity: str, state: CalibrationState) -> None:
 
 
 def load(path: Path, identity: str) -> CalibrationState | None:
-    """Return the state in the file `path`, None without such a file.
+    """Return the state in the file `path`, or None if the file does not exist.
 
-    Raises CalibrationError if the file is damaged, or from another model, text or setting.
+    Raises CalibrationError if the file is damaged or stores a calibration with another model, text
+    or setting.
     """
     if not path.exists():
         return None
     with _opened(path) as (head, arrays):
         if head["identity"] != identity:
-            raise _cannot_resume(f"{path} belongs to another calibration")
+            raise _cannot_resume(f"{path} stores a calibration with another model, text or setting")
         name, sha256 = head["text"]
         text = CalibrationText(name, sha256, arrays["windows"])
         state = CalibrationState(text, _groups(head), *head["counts"])
@@ -74,7 +75,7 @@ def load(path: Path, identity: str) -> CalibrationState | None:
 
 
 def kept_boundaries(path: Path) -> tuple[int, ...]:
-    """Return a stored calibration's boundaries, if any. Raises CalibrationError."""
+    """Return the boundaries in a calibration's file, if it exists. Raises CalibrationError."""
     if not path.exists():
         return ()
     with _opened(path) as (head, _):

@@ -1,4 +1,4 @@
-"""Text to calibrate on: the user's, or text that exists on every machine."""
+"""Calibration text: the user's files, or a default text that is available on every machine."""
 
 import hashlib
 import sysconfig
@@ -25,23 +25,27 @@ T = TypeVar("T")
 
 N_WINDOW = 512
 SEED = 0
-# Distilling on fewer windows overfits, as SmolLM2 did with 32. More windows help, but take time.
+# Distilling on fewer windows overfits: SmolLM2 did with 32 windows. More windows help, but take
+# time.
 N_DISTILLED = 128
-# Additional weight of an answer's token in the distilling loss.
+# Additional weight of the answers' tokens in the loss for distilling.
 _ANSWER_WEIGHT = 3.0
 DEFAULT_NAME = "look-ups, Python's documentation and code, samples of the model alone and in chat"
-# An upper bound of a token's length, to limit the text that is tokenized for a window.
+# Upper bound of a token's length in characters, which limits the text to tokenize for a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
 
 
 class CalibrationError(PopError):
-    """An unusable or too short text, or a stored calibration that cannot be resumed."""
+    """Error for an unusable or too short text, or an unusable stored calibration."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The windows [n_windows, N_WINDOW] for a fit; `sha256`: hash of the text or of its tokens."""
+    """The windows [n_windows, N_WINDOW] on which a fit is computed.
+
+    `sha256`: the hash of the text or of its tokens.
+    """
 
     name: str
     sha256: str
@@ -53,29 +57,29 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """Return 24 tokens per dimension of the state, 16k or more, in pairs of windows.
+    """Return the default text length: 24 tokens per dimension of the state, 16k or more.
 
-    The fit's error falls like n_embd / n_tokens.
+    The fit's error is proportional to n_embd / n_tokens. The length is a multiple of two windows.
     """
     pair = 2 * N_WINDOW
     return max(16 * 1024, -(-24 * n_embd // pair) * pair)
 
 
 def least_tokens(n_embd: int) -> int:
-    """Return one token per dimension of the state, four windows or more.
+    """Return the minimum text length: one token per dimension of the state, four windows or more.
 
-    With fewer tokens, the ridge would decide the fit.
+    With fewer tokens, the ridge would determine the fit.
     """
     return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
 
 
 def n_windows(n_tokens: int, n_embd: int) -> int:
-    """Return the number of windows that hold `n_tokens`. Raises CalibrationError."""
+    """Return the number of windows for `n_tokens`, rounded up. Raises CalibrationError."""
     least = least_tokens(n_embd)
     if n_tokens < least:
         default = default_tokens(n_embd)
         raise CalibrationError(
-            f"{n_tokens:,} tokens are too few to calibrate on: this model needs {least:,}",
+            f"{n_tokens:,} tokens are too few for a fit: this model needs {least:,} tokens",
             f"use {least} tokens or more (default: {default})",
             cause="too-few-tokens",
             n_least=least,
@@ -89,11 +93,11 @@ def n_sampled_of(count: int) -> int:
 
 
 def own_text(context: Context, count: int) -> CalibrationText:
-    """Build a text of look-ups, Python's documentation, its library's code, and model samples.
+    """Build a text from look-ups, Python's documentation and library code, and model samples.
 
     Half of the samples are free text. The other half are questions and answers, which start like
-    the chat template. Nothing is downloaded. The samples only have their first tokens: `sampled`
-    completes them.
+    the chat template. Nothing is downloaded. The samples contain only their first tokens, and
+    `sampled` completes the samples.
     """
     n_cut = count - n_sampled_of(count)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
@@ -128,7 +132,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the first token of a generated text: BOS, else EOS, else token 0."""
+    """Return the token that starts a generated text: BOS, otherwise EOS, otherwise token 0."""
     api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -136,7 +140,7 @@ def first_token(context: Context) -> int:
 
 @dataclass(frozen=True)
 class DistillText:
-    """Windows [n_windows, N_WINDOW] to distil on, and the loss weight of each row."""
+    """The windows [n_windows, N_WINDOW] for distilling, and each row's weight in the loss."""
 
     windows: Windows
     weights: NDArray[np.float32]
@@ -145,9 +149,10 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return a calibration's windows, more windows of its texts or of `paths`, and look-ups.
+    """Return a calibration's windows, further windows from its texts, and look-ups.
 
-    The result has `n_windows` windows, or fewer if the texts have too few distinct windows.
+    `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
+    or fewer if the texts have too few distinct windows.
     """
     groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
@@ -156,16 +161,17 @@ def distill_text(
     chosen = every[np.sort(first)[: n_windows - len(carriers.windows)]]
     windows = np.concatenate([chosen, carriers.windows])
     weights = np.ones(windows.shape, np.float32)
-    # A row predicts the token after it.
+    # Each row predicts the next token.
     weights[len(chosen) :, :-1] += _ANSWER_WEIGHT * carriers.answers[:, 1:]
     return DistillText(windows, weights)
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
-    """Cut windows out of texts in equal shares of each path, and of each kind in a folder.
+    """Choose windows in equal shares from all paths, and from all kinds of files in a folder.
 
-    Longer texts fill the shares of short texts. Windows are spread evenly over a text. Raises
-    CalibrationError if the texts are empty, binary, too short, or repeat one phrase.
+    If a text is too short for its share, longer texts provide more windows. Windows are spread
+    evenly over each text. Raises CalibrationError if the texts are empty, binary, too short, or
+    repeat one phrase.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -183,7 +189,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
 
 def given_sha256(paths: Sequence[Path], count: int) -> str:
-    """Return the hash of all text from which `count` windows are cut. Raises PopError."""
+    """Return the hash of the texts from which `count` windows are chosen. Raises PopError."""
     return _sha256(_grouped_texts(paths, count))
 
 
@@ -192,12 +198,12 @@ def _sha256(groups: Sequence[Sequence[str]]) -> str:
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError if `given_text` certainly would, without a model to count tokens."""
+    """Raise PopError if `given_text` would certainly fail, judged without a tokenizer."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
                 f"{path} is neither a file nor a folder",
-                "save the text to a file first, since it is read twice",
+                "save the text to a file first, because pop-local reads the text twice",
             )
     least = least_tokens(n_embd)
     texts = chain.from_iterable(_grouped_texts(paths, least // N_WINDOW))
@@ -208,7 +214,7 @@ def require_text(paths: Sequence[Path], n_embd: int) -> None:
 
 def _too_short(paths: Sequence[Path], found: str, least: int) -> CalibrationError:
     return CalibrationError(
-        f"{_names(paths)} has {found}: this model needs {least:,} tokens",
+        f"{_names(paths)} has {found}, but this model needs {least:,} tokens",
         "use more text, or the default text",
     )
 
@@ -218,12 +224,12 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return the texts of each path, limited to the length that `count` windows may need."""
+    """Return the texts of each path, limited to the maximum length of `count` windows."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
 def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Windows:
-    """Cut windows in equal shares of each group, and of each text in a group."""
+    """Choose windows in equal shares from all groups, and from all texts in a group."""
 
     def of_group(group: Sequence[str], n: int) -> Windows:
         return _shared(group, n, len, lambda text, n: _cut(context, text, n))
@@ -234,7 +240,7 @@ def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Wi
 def _shared(
     parts: Sequence[T], count: int, size: Callable[[T], int], cut: Callable[[T, int], Windows]
 ) -> Windows:
-    """Cut windows in equal shares. Longer parts fill the shares of short parts."""
+    """Choose windows in equal shares from all parts; long parts compensate for short parts."""
     found: list[Windows] = []
     for n_open, part in zip(range(len(parts), 0, -1), sorted(parts, key=size), strict=True):
         found.append(cut(part, count // n_open))
@@ -253,14 +259,14 @@ def _topics() -> str:
 
 
 def _library_code() -> str:
-    """Return the source of Python's library in one text, "" if it is not installed."""
+    """Return the source code of Python's library as one text, or "" if it is not installed."""
     folder = Path(sysconfig.get_path("stdlib"))
     sources = [decoded(read_bytes(file), str(file)) for file in sorted(folder.glob("*.py"))]
     return "\n\n".join(sources)
 
 
 def _cut(context: Context, text: str, count: int) -> Windows:
-    """Cut up to `count` evenly spread windows, each with the model's BOS first."""
+    """Choose up to `count` evenly spread windows of a text, each starting with the model's BOS."""
     prefix = list(context.vocabulary.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN

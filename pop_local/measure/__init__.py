@@ -1,1 +1,1 @@
-"""The gains and losses of pruning, measured and bounded."""
+"""Measure the speed-up and the loss from pruning, and compare the loss with budgets."""

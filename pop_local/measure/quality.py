@@ -1,8 +1,9 @@
-"""The loss by pruning: a pruned context and its continuation, compared with the full model.
+"""Measure the loss from pruning: score texts after a pruned context, and compare the full model.
 
-A window is a context and a continuation. The context is read pruned or in full. The continuation is
-teacher-forced over the context's K/V and runs all layers. The predicted distributions of its tokens
-are compared; the context's last token predicts the first token.
+A window consists of a context and a continuation. The context is read pruned or in full. The
+continuation runs all layers and is teacher-forced over the context's K/V. For each of its tokens,
+the predicted distributions are compared. The context's last token predicts the continuation's first
+token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,13 +36,17 @@ from pop_local.measure.probes import (
     require_passage,
 )
 
-# A gain below this share of the first occurrence's NLL means that the full model does not copy.
+# If the full model's gain is less than this share of the first occurrence's NLL, the full model
+# cannot copy.
 _LEAST_INDUCTION = 0.1
 
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Number of windows, their lengths in tokens, and number of draws of random tokens."""
+    """Settings of a measurement: the number of windows, their lengths in tokens, and the draws.
+
+    `n_draws`: the number of random token sequences for the induction probe.
+    """
 
     n_windows: int = 32
     n_context: int = 512
@@ -52,15 +57,16 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class Quality:
-    """The loss by pruning at one boundary, against the full model.
+    """The loss from pruning at one boundary, compared with the full model.
 
-    kl_*: KL(full || pruned) of the continuation's tokens in nats (kl_first: of the first token).
-    ppl_*: perplexity of the continuation. top1_agreement: share of tokens with the same first
-    choice. copy_*: a passage of the context repeated; copy_top1: share of its tokens that are the
-    first choice. induction_*: random tokens repeated; delta_nll: NLL that pruning adds to the
-    second occurrence; retention: remaining share of the full model's gain over the first
-    occurrence, None without a gain. n_pruned: number of context tokens in all windows that stopped
-    at the boundary, counted by the backend.
+    kl_*: KL(full || pruned) in nats over the continuation's tokens (kl_first: over its first
+    token). ppl_*: the continuation's perplexity. top1_agreement: the share of tokens for which both
+    models have the same first choice. copy_*: figures for a repeated passage of the context.
+    copy_top1: the share of this passage's tokens that the model predicts as its first choice.
+    induction_*: figures for repeated random tokens. delta_nll: the NLL that pruning adds to the
+    second occurrence. retention: the share of the full model's gain over the first occurrence that
+    pruning retains (None if the full model has no gain). n_pruned: the number of context tokens in
+    all windows that stopped at the boundary, counted by the backend.
     """
 
     boundary: int
@@ -85,7 +91,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Window:
-    """The tokens of a context, its continuation, and a passage of the context to repeat."""
+    """The tokens of a context, of its continuation, and of a context passage to repeat."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -94,7 +100,10 @@ class Window:
 
 @dataclass(frozen=True)
 class FullScores:
-    """The full model's scores of a window; `predicted` belongs to its continuation."""
+    """The full model's scores of a window.
+
+    `predicted`: the predictions of the continuation's tokens.
+    """
 
     predicted: Predictions
     continuation: Likelihood
@@ -103,7 +112,7 @@ class FullScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """A window's scores under one pruning, and the full model's."""
+    """A window's scores under one pruning, together with the full model's scores."""
 
     divergence: Divergence
     full: Likelihood
@@ -117,7 +126,7 @@ class Scores:
 class QualityReference:
     """The full model's scores of windows and of repeated random tokens.
 
-    A reference from `read_reference` takes 2 * n_windows * n_continuation * n_vocab bytes.
+    The result of `read_reference` takes 2 * n_windows * n_continuation * n_vocab bytes.
     """
 
     settings: QualitySettings
@@ -133,12 +142,12 @@ def measure_pruning(
     pruning: Pruning,
     on_progress: Progress,
 ) -> Quality:
-    """Measure a pruning against the full model.
+    """Measure the loss from a pruning, compared with the full model.
 
-    A file's projections apply to its boundary only. `text_tokens`: one sequence for each part of
-    the text, without BOS. `on_progress` counts windows and draws. Memory: 8 * n_continuation *
-    n_vocab bytes. Raises PopError if the text is too short, no token would be pruned, or the
-    counters differ from the plan.
+    A file's fitted projections apply only to the file's boundary. `text_tokens`: a token sequence
+    for each part of the text, without BOS. `on_progress` counts windows and draws. The measurement
+    takes 8 * n_continuation * n_vocab bytes of memory. Raises PopError if the text is too short, if
+    no token would be pruned, or if the counters differ from the plan.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -157,9 +166,9 @@ def read_reference(
 ) -> QualityReference:
     """Run the full model over windows and random tokens.
 
-    `known` contains the first windows' scores. The remaining scores are added to `known`, so that a
-    stopped call can be resumed. `on_progress` counts windows and draws. Raises PopError if the text
-    is too short, or no token would be pruned.
+    `known` contains the scores of the first windows. This function adds the remaining scores to
+    `known`, so that a further call can continue after a stop. `on_progress` counts windows and
+    draws. Raises PopError if the text is too short, or if no token would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -174,7 +183,10 @@ def read_reference(
 def measure_against(
     reference: QualityReference, model: PopModel, pruning: Pruning, on_progress: Progress
 ) -> Quality:
-    """Measure a pruning of a file of the reference's model. Raises as `measure_pruning`."""
+    """Measure a pruning of the reference's model, with the loaded file's projections.
+
+    Raises the errors of `measure_pruning`.
+    """
     with forced(model) as reader:
         n_steps = len(reference.windows) + reference.settings.n_draws
         return _measure(reader, reference, pruning, counting(n_steps, on_progress))
@@ -225,7 +237,7 @@ def score(
 def choose_windows(
     reader: Forced, text_tokens: TextTokens, settings: QualitySettings
 ) -> tuple[Window, ...]:
-    """Cut windows out of a text. Raises PopError if the text or the context is too short."""
+    """Choose windows of a text. Raises PopError if the text or the context is too short."""
     require_passage(settings.n_context, reader.rule)
     start = reader.model.engine.context.vocabulary.bos
     n_text = settings.n_context - len(start)
@@ -245,7 +257,10 @@ def summarize(
     repeated: Repeated,
     repeated_nll: Floats,
 ) -> Quality:
-    """Summarize all windows' scores under a pruning, and its `measure_induction` [n_draws]."""
+    """Summarize the scores of all windows under a pruning.
+
+    `repeated_nll`: the result of `measure_induction` [n_draws] under this pruning.
+    """
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
     copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)
@@ -276,7 +291,7 @@ def _nll(scores: Iterable[Likelihood]) -> Floats:
 
 
 def retention(repeated: Repeated, pruned: Floats) -> Estimate | None:
-    """Return the remaining share of the full model's gain over the first occurrence.
+    """Return the share of the full model's gain over the first occurrence that pruning retains.
 
     The result is None if the full model has hardly any gain. `pruned`: NLL [n_draws] in nats.
     """

@@ -1,13 +1,14 @@
-"""Measure the time to first token (TTFT) with pruning, and the full model's for comparison.
+"""Measure the time to first token (TTFT) with and without pruning.
 
 Both modes run in each round, in one process and on the same weights. Ratios are computed within a
-round, so that a slower phase of the machine affects both modes. The order of a round's runs is
-reversed each time. Each run starts with an empty KV cache, and includes prefill and sampling of the
-first token; decoding follows. Every run raises PopError unless the backend's row counters show that
-all prompt tokens were evaluated, and pruned as planned.
+round, so that a slow phase of the machine affects both modes. The order of the runs is reversed
+after each round. Each run starts with an empty KV cache. The measured time includes prefill and the
+sampling of the first token; decoding is measured separately. Every run raises PopError unless the
+backend's row counters show that all prompt tokens were evaluated and pruned as planned.
 
-TTFT of a prompt with a picture includes the encoding, which pruning does not change, so the limit
-applies to the remaining time. The limit is measured: the last run of a round has no full row.
+The TTFT of a prompt with a picture includes encoding the picture. Pruning does not change the
+encoding time, so the speed-up limit applies only to the remaining time. This limit is measured: the
+last run of a round has no full row.
 """
 
 import statistics
@@ -35,7 +36,7 @@ from pop_local.engine.turn_options import TurnOptions
 from pop_local.measure.heldout import shipped_text
 
 N_DECODE = 32
-# Number of tokens preceding a picture, as in most chat templates.
+# Number of tokens that precede a picture in the measured prompt, as in most chat templates.
 _N_BEFORE = 8
 
 
@@ -50,7 +51,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ModePair:
-    """A figure in full and in pruned mode."""
+    """A figure measured in full and in pruned mode."""
 
     full: float
     pop: float
@@ -58,14 +59,15 @@ class ModePair:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """The speed at one prompt length: times in seconds, ratios of full to pruned times.
+    """The measured speed at one prompt length. Times are in seconds.
 
-    `speedup`: ratio of TTFT. `read_speedup`: the same ratio without the encoding of pictures.
-    `limit`: the same ratio if no token were full. `of_limit`: median of `read_speedup` over
-    `limit`. `n_image`: number of picture rows. `n_deep`: prompt rows that ran all layers because of
-    their tokens. `n_skipped_exact`: rows that skipped layers without loss. `upstream_ttft_s`: TTFT
-    of llama.cpp without our kernels, `kernels_speedup`: its ratio to the full model's TTFT (None:
-    not measured).
+    `speedup`: the ratio of the full TTFT to the pruned TTFT. `read_speedup`: the same ratio without
+    the time for encoding pictures. `limit`: the `read_speedup` of a run without full rows.
+    `of_limit`: the median of `read_speedup` divided by `limit`. `n_image`: the number of picture
+    rows. `n_deep`: the number of prompt rows that ran all layers because of their tokens.
+    `n_skipped_exact`: the number of rows that skipped layers without loss. `upstream_ttft_s`: the
+    TTFT of llama.cpp without our kernels (None: not measured). `kernels_speedup`: the ratio of
+    `upstream_ttft_s` to the full TTFT (None: not measured).
     """
 
     n_prompt: int
@@ -108,9 +110,9 @@ def measure_speed(
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds after a warm-up round.
 
-    `picture` is part of each prompt. `upstream` runs a prompt without our kernels. `on_progress`
-    counts prompt tokens. The context must have room for the longest prompt and N_DECODE tokens.
-    Raises PopError if the counters differ from the plan.
+    `picture`: a picture to insert into each prompt. `upstream` runs a prompt without our kernels.
+    `on_progress` counts prompt tokens. The context must have room for the longest prompt and
+    N_DECODE tokens. Raises PopError if the counters differ from the plan.
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
@@ -165,9 +167,9 @@ def _row(
 def run_rounds(
     ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
 ) -> list[list[Run]]:
-    """Run each way once a round, after a warm-up round, and return the runs of each way.
+    """Run all functions once per round, after a warm-up round, and return each function's runs.
 
-    The order is reversed each time. `ran` is called after each run.
+    The order of the functions is reversed after each round. `ran` is called after each run.
     """
     runs: list[list[Run]] = [[] for _ in ways]
     order = list(range(len(ways)))
@@ -180,7 +182,7 @@ def run_rounds(
 
 
 def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
-    """Return the speed-up of each round."""
+    """Return the ratio of the full time to the pruned time in each round."""
     return [a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)]
 
 
@@ -191,7 +193,7 @@ def run(
     n_decode: int = N_DECODE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Run:
-    """Read a prompt into an empty cache, sample the first token and decode `n_decode` more."""
+    """Read a prompt into an empty cache, sample a token, and decode `n_decode` more tokens."""
     model.engine.set_mode(mode)
     model.engine.cache.clear()
     started_s = clock()
@@ -207,7 +209,7 @@ def run(
 
 
 def run_context(model: PopModel, prompt: Prompt) -> Run:
-    """Read a prompt into an empty cache without full rows, and therefore without a first token."""
+    """Read a prompt into an empty cache without full rows, so that no first token is sampled."""
     model.engine.set_mode(Mode.CONTEXT)
     model.engine.cache.clear()
     started_s = time.perf_counter()
@@ -223,7 +225,7 @@ def run_context(model: PopModel, prompt: Prompt) -> Run:
 
 
 def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters) -> None:
-    """Raise PopError unless the counters show the whole prompt, pruned as the mode requires."""
+    """Raise PopError unless the counters show that the whole prompt was pruned as planned."""
     rule = NO_FULL_ROWS if model.engine.pruning.exact else model.engine.rule
     n_prompt = len(prompt)
     deep = find_deep_rows(model.engine.context, np.asarray(prompt.tokens), rule.deep_rows)
@@ -242,8 +244,8 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
 def text_prompt(model: PopModel, n_prompt: int, seen: TokenizedPicture | None = None) -> Prompt:
     """Return a prompt of held-out prose, dialogue, code and tables, with a picture near its start.
 
-    The prompt is real text, since its words decide which rows run deep. Raises PopError if a
-    picture leaves no room for text.
+    The prompt is real text, since the words determine which rows run all layers. Raises PopError if
+    a picture leaves no room for text.
     """
     kinds = [model.engine.context.vocabulary.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))
@@ -264,6 +266,6 @@ def text_prompt(model: PopModel, n_prompt: int, seen: TokenizedPicture | None = 
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Return median, minimum and maximum of the values."""
+    """Return the median, minimum and maximum of the values."""
     known = list(values)
     return Spread(statistics.median(known), min(known), max(known))

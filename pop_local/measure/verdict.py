@@ -1,4 +1,4 @@
-"""Verdicts on pruning in words, computed from figures and their errors."""
+"""Describe the loss from pruning in words, based on figures and their errors."""
 
 from typing import TYPE_CHECKING
 
@@ -7,14 +7,14 @@ from pop_converter.popfile.format import Measured
 if TYPE_CHECKING:
     from pop_local.measure.compared_prompts import Comparison
 
-# Largest increase of perplexity that is not visible in answers.
+# Largest relative increase of perplexity that is not visible in answers.
 _INVISIBLE = 0.01
-# Chance explains differences of up to 2 standard errors, or with a p of 0.05 or more.
+# Chance can explain a difference of up to 2 standard errors, or with a p-value of 0.05 or more.
 _BY_CHANCE, _LEAST_P = 2.0, 0.05
 
 
 def verdict_in_words(found: Measured) -> str:
-    """Describe the loss by pruning, of prose and of exact strings."""
+    """Describe the loss from pruning on prose and on exact strings."""
     return f"Prose: {_prose(found)}. Exact strings: {_strings(found)}."
 
 
@@ -31,12 +31,12 @@ def _strings(found: Measured) -> str:
     if not found.lookups_n:
         return "not measured"
     if not found.lookups_full:
-        return f"the full model answers none of {found.lookups_n} either"
+        return f"the full model answers none of the {found.lookups_n} questions"
     return f"{found.lookups_lost or 'none'} of {found.lookups_full} lost"
 
 
 def comparison_in_words(found: "Comparison") -> str:
-    """Describe how many right answers pruning loses, or how many answers differ."""
+    """Describe the number of right answers that pruning loses, or the number of changed answers."""
     n = len(found.answers)
     if not found.n_judged:
         differ = f"{len(found.different) or 'none'} of {n} differ"

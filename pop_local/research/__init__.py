@@ -1,1 +1,1 @@
-"""Analyses and training, some of which need torch; commands import them on demand."""
+"""Analyses and training, which commands import on demand, since some modules need torch."""

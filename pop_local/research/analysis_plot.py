@@ -1,4 +1,4 @@
-"""A picture of an analysis: the quality that each boundary costs for the speed that it gains."""
+"""Plot an analysis: the loss of quality at each boundary over the speed-up."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -19,17 +19,17 @@ _FORMATS = (".png", ".svg", ".pdf")
 
 
 def require_plot(path: Path, model: str, *, force: bool) -> None:
-    """Raise PopError before hours of measuring if the plot cannot be drawn or written."""
+    """Raise PopError, before hours of measuring, if the plot cannot be drawn or written."""
     if path.suffix.lower() not in ("", *_FORMATS):
         raise PopError(
-            f"{path} has an unknown plot format: {', '.join(_FORMATS)} are possible",
-            f"name it {path.stem}.png",
+            f"{path} has an unknown plot format (supported formats: {', '.join(_FORMATS)})",
+            f"rename the plot to {path.stem}.png",
         )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise PopError(
-            "a plot needs matplotlib", "install it with: pip install 'pop-local[plot]'"
+            "plotting requires matplotlib", "run: pip install 'pop-local[plot]'"
         ) from error
     files: tuple[Path, ...] = ()
     with suppress(PopError):
@@ -38,7 +38,7 @@ def require_plot(path: Path, model: str, *, force: bool) -> None:
 
 
 def plot_analysis(found: Analysis, path: Path, *, force: bool) -> None:
-    """Draw the KL of each measured boundary over its speed-up limit."""
+    """Write a plot of each measured boundary's KL over its speed-up limit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
@@ -49,7 +49,7 @@ def plot_analysis(found: Analysis, path: Path, *, force: bool) -> None:
 
 
 def _draw_losses(axes: "Axes", found: Analysis) -> None:
-    """Draw a point with its boundary and error for each measured depth, and the budget's limit."""
+    """Draw the budget's limit, and a labelled point with an error bar for each boundary."""
     for depth in found.depths:
         if depth.quality is None or depth.quality.kl_mean.value <= _MIN_KL:
             continue
@@ -67,7 +67,9 @@ def _draw_losses(axes: "Axes", found: Analysis) -> None:
     axes.set(
         xlabel="speed-up limit (times)", ylabel="KL to the full model (nats/token)", yscale="log"
     )
-    axes.set_title("numbers: boundary; red: copying from the prompt is lost", fontsize="medium")
+    axes.set_title(
+        "labels: boundary; red: the model can no longer copy from its prompt", fontsize="medium"
+    )
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize="small")
 

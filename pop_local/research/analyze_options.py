@@ -6,11 +6,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """Options of an analysis; `text`: a file (default: the shipped prose).
+    """Options of an analysis; `text`: the text file to measure on (default: the shipped prose).
 
-    Windows have `n_context` + `n_answer` tokens: `n_probed` windows for the probes, `n_gated` for
-    the gates (0: no gates). `with_fit`: measure fitted projections, on `fit_tokens` tokens
-    (default: a quarter of a conversion's).
+    Each window has `n_context` + `n_answer` tokens. `n_probed`: the number of windows for the
+    probes. `n_gated`: the number of windows for the gates (0: no gates). `with_fit`: whether to
+    measure fitted projections. `fit_tokens`: the number of tokens for fitting (default: a quarter
+    of a conversion's number).
     """
 
     text: Path | None = None

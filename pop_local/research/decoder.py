@@ -1,7 +1,8 @@
-"""A dense decoder in torch, for gradients, that loads a GGUF's weights layer by layer.
+"""A dense decoder in torch for computing gradients, which loads a GGUF's weights layer by layer.
 
-It computes the same as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma2, gemma3), by default in
-float32. llama.cpp rounds activations and the KV cache, so the logits differ by a KL of about 0.001.
+The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma2,
+gemma3), by default in float32. Since llama.cpp rounds activations and the KV cache, the predictions
+differ by a KL of about 0.001.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from pop_converter.gguf.source import Source
 from pop_local.research.hyper import Hyper, Rope, read_hyper
 
 _FREQS = "rope_freqs.weight"
-# Memory of the interpreter with torch.
+# Memory in bytes of the Python interpreter with torch.
 BASE_BYTES = 400_000_000
 
 
 class Decoder:
     """A dense model whose LM head stays in memory and whose layers are loaded on demand.
 
-    `matrices`: type of stored and multiplied matrices (default: the states' type). Raises
-    UnsupportedArchitectureError, and FormatError for a bad file.
+    `matrices`: the data type of stored and multiplied matrices (default: the states' type). Raises
+    UnsupportedArchitectureError, and FormatError for an invalid file.
     """
 
     def __init__(
@@ -41,13 +42,13 @@ class Decoder:
         self.n_vocab = len(self._head)
 
     def embed(self, tokens: np.ndarray) -> Tensor:
-        """Return the states [n_windows, n_tokens, n_embd] of token ids [n_windows, n_tokens]."""
+        """Return the states [n_windows, n_tokens, n_embd] for token ids [n_windows, n_tokens]."""
         rows = self._weights.rows("token_embd.weight", tokens.reshape(-1))
         states = self._to_device(rows).reshape(*tokens.shape, -1)
         return states * self.hyper.embedding_scale
 
     def layer(self, index: int) -> "DecoderLayer":
-        """Read and dequantize one layer."""
+        """Read and dequantize the weights of one layer."""
         prefix = f"blk.{index}."
         names = self._weights.names(prefix)
         tensors = {name: self._matrix(self._tensor(prefix + name)) for name in names}
@@ -56,9 +57,10 @@ class Decoder:
         return DecoderLayer(tensors, hyper, hyper.ropes[index], hyper.windows[index], factors)
 
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Return the logits [..., n_vocab] of the last layer's output [..., n_embd].
+        """Return the logits [..., n_vocab] for the last layer's output [..., n_embd].
 
-        With `tokens` [n], return only their logits [..., n], computed in the states' type.
+        `tokens` [n]: the tokens whose logits [..., n] to return, computed in the states' type
+        (None: all tokens).
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         head = self._head if tokens is None else self._head[tokens].to(normed.dtype)
@@ -77,7 +79,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class StoredKv:
-    """Cached K [n_windows, n_rows, n_k], before norm and RoPE, and V, at `positions` [n_rows]."""
+    """Cached K [n_windows, n_rows, n_k] before norm and RoPE, V, and their `positions` [n_rows]."""
 
     k: Tensor
     v: Tensor
@@ -86,7 +88,7 @@ class StoredKv:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A layer of the decoder; `window`: number of visible positions, 0 for all."""
+    """A layer of the decoder; `window`: the number of visible positions (0: all positions)."""
 
     tensors: dict[str, Tensor]
     hyper: Hyper
@@ -99,7 +101,8 @@ class DecoderLayer:
     ) -> Tensor:
         """Return the layer's output for states [n_windows, n_rows, n_embd], in the same shape.
 
-        The rows are at `positions` [n_rows] (default: from 0 on) and also attend to `stored`.
+        `positions` [n_rows]: the rows' positions (default: 0, 1, ...). `stored`: K and V of further
+        rows to which these rows attend.
         """
         attended = self._linear("attn_output", self._heads(states, positions, stored))
         states = states + self._norm("post_attention_norm", attended)
@@ -107,7 +110,7 @@ class DecoderLayer:
         return states + self._norm("post_ffw_norm", passed)
 
     def key_value(self, states: Tensor, positions: Tensor) -> StoredKv:
-        """Return the layer's own K and V of states [n_windows, n_rows, n_embd]."""
+        """Return K and V from the layer's own weights, for states [n_windows, n_rows, n_embd]."""
         return self._key_value(self._norm("attn_norm", states), positions)
 
     def _heads(self, states: Tensor, positions: Tensor | None, stored: StoredKv | None) -> Tensor:
@@ -130,7 +133,7 @@ class DecoderLayer:
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Return the attention output [n_windows, n_head, n_rows, dim_v]."""
-        # Query heads that share a key head are next to each other.
+        # Query heads that share a key head are adjacent.
         n_sharing = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(n_sharing, 1), v.repeat_interleave(n_sharing, 1)
         scale, cap = self.hyper.attention_scale, self.hyper.attention_cap
@@ -153,7 +156,7 @@ class DecoderLayer:
         return product if bias is None else product + bias
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """Return `x` unchanged if the architecture has no such norm."""
+        """Apply the norm `name`, or return `x` unchanged if the architecture lacks this norm."""
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 
@@ -179,14 +182,14 @@ class DecoderLayer:
         return positions[:, None] * frequencies
 
     def _hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return the mask [n_queries, n_keys] of hidden positions."""
+        """Return a mask [n_queries, n_keys] that is True for hidden positions."""
         distance = queries[:, None] - keys
         hidden = distance < 0
         return hidden | (distance >= self.window) if self.window else hidden
 
 
 def _heads(x: Tensor, dim: int) -> Tensor:
-    """Return [n_windows, n_heads, n_rows, dim] of [n_windows, n_rows, n_heads * dim]."""
+    """Reshape [n_windows, n_rows, n_heads * dim] to [n_windows, n_heads, n_rows, dim]."""
     return x.reshape(*x.shape[:2], -1, dim).transpose(1, 2)
 
 

@@ -1,8 +1,8 @@
-"""Brief measurements of the boundaries in the deeper half of a model.
+"""Brief measurements of each boundary in the deeper half of a model.
 
-Repeated random tokens show how much copying each boundary retains with the layers' own projections;
-fits hardly change the result. For boundaries that retain copying, a few windows of prose give KL
-and copy ratio, with fitted projections if possible.
+Repeated random tokens show how well the model still copies at each boundary with the layers' own
+projections. Fits hardly change this result. At boundaries where the model still copies, a few
+windows of prose are measured for the KL and the copy ratio, with fitted projections if possible.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,21 @@ from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.probes import measure_induction
 from pop_local.measure.quality import Quality, QualityReference, retention
 
-# A layer is the cliff if skipping it loses this share of the full model's gain.
+# Skipping a layer at the cliff loses at least this share of the full model's gain.
 CLIFF = 0.2
-# Minimum speed-up limit of a boundary that is worth measuring.
+# Boundaries with a smaller speed-up limit are not measured.
 LEAST_LIMIT = 1.05
 
 
 @dataclass(frozen=True)
 class DepthCost:
-    """The cost of one boundary.
+    """The loss and the speed-up at one boundary.
 
-    `retention`: see `Quality`, with the layers' own projections. `lost_retention`: the share of the
-    full model's gain that is lost by also skipping the boundary layer. Both are None if the full
-    model has no gain. `quality` (on prose) and `projection` are None if not measured. `calibration`
-    is None without a fit.
+    `retention`: the `induction_retention` of `Quality` with the layers' own projections.
+    `lost_retention`: the share of the full model's gain that is additionally lost by skipping the
+    boundary layer. Both are None if the full model has no gain. `quality` (on prose) and
+    `projection` are None if the boundary was not measured on prose. `calibration` is None without a
+    fit.
     """
 
     boundary: int
@@ -53,9 +54,9 @@ class DepthCost:
 def measure_cliff(
     model: PopModel, reference: QualityReference, on_progress: Progress
 ) -> tuple[DepthCost, ...]:
-    """Measure the retention at each of `boundaries`, and each layer's loss of it.
+    """Measure the retention at each boundary, and the retention that skipping each layer loses.
 
-    The speed-up limits are for prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
+    The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
     """
     context, rule = model.engine.context, model.engine.rule
     tried, retentions = boundaries(context.files.shape), []
@@ -78,9 +79,9 @@ def measure_cliff(
 
 
 def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
-    """Return the additional loss at each boundary, from the shallowest to the deepest.
+    """Return the additional loss of retention at each boundary, in order of increasing depth.
 
-    Negative retentions count as 0. All losses are None if the full model does not copy.
+    Negative retentions count as 0. All losses are None if the full model cannot copy.
     """
     kept = [max(0.0, each.value) for each in retentions if each is not None]
     if len(kept) < len(retentions):
@@ -89,7 +90,7 @@ def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries that may keep enough copying, and the next deeper boundary.
+    """Return the boundaries that may retain enough copying, and the next deeper boundary.
 
     Boundaries with a speed-up limit below LEAST_LIMIT are omitted.
     """
@@ -99,6 +100,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within a budget, None if no boundary is."""
+    """Return the deepest boundary within a budget, or None if all boundaries exceed the budget."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)

@@ -1,13 +1,13 @@
-"""Distillation of fitted K/V projections: training on the full model's predictions.
+"""Distill fitted K/V projections by training them on the full model's predictions.
 
 Least squares (pop_converter.fit.least_squares) approximates each layer's K and V, regardless of the
-effect on later layers. Distilling computes the skipped layers as in a pruned prompt: context rows
-after the sinks stop at the boundary, and answer rows run all layers and attend to the projected K
-and V. The loss is KL(full || pruned) over the answer rows. Adam changes the projections along its
-gradient through the skipped layers; the model's weights stay unchanged (knowledge distillation:
-Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
+effect on later layers. Distilling runs the skipped layers as in a pruned prompt: context rows after
+the sinks stop at the boundary, and answer rows run all layers and attend to the projected K and V.
+The loss is KL(full || pruned) over the answer rows. Adam updates the projections with the loss's
+gradient through the skipped layers, while the model's weights stay unchanged (knowledge
+distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
-Some windows end with a passage of their context, since pruning loses copying first.
+Some windows end with a passage of their context, since pruning first loses the ability to copy.
 """
 
 from collections.abc import Mapping
@@ -31,34 +31,36 @@ from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
 
-# Windows per step, passes over all windows, and windows read at a time.
+# The number of windows per step, of passes over all windows, and of windows read at a time.
 N_BATCH = 2
 _N_PASSES = 2
 _N_READ = 4
-# The maximum step, as the change of K or V in units of their spread for inputs of typical power.
+# The maximum change of K or V in a step, in units of their spread, for inputs of typical power.
 _STEP = 0.2
 _N_WARM = 10
 _BETAS = (0.9, 0.98)
-# The share of windows that are added again with a repeated passage, and its length in tokens.
+# The share of windows that are read again with a repeated passage, and the passage's length in
+# tokens.
 _COPIES = 0.4
 _PASSAGE = (96, 200)
-# The context's share of a window, from and to; smaller in a step with a repeated passage.
+# The minimum and maximum share of a window that is context. The share is smaller in a step with a
+# repeated passage.
 _CONTEXT = (0.47, 0.78)
 _COPY_CONTEXT = (0.47, 0.58)
-# Rows of each window in the statistics of the inputs.
+# Number of rows of each window that enter the statistics of the inputs.
 _ROWS_EACH = 64
-# The minimum power of an input, in units of the mean.
+# The minimum power of an input relative to the mean power of all inputs.
 _LEAST_POWER = 0.1
-# Likeliest tokens of each answer row, whose union over all rows the loss covers.
+# Number of likeliest tokens of each answer row; the loss covers the union over all rows.
 _N_LIKELY = 64
 
 
 @dataclass(frozen=True)
 class InitialFit:
-    """A fit to distil: the projections of all skipped layers but the first, by layer.
+    """The fit from which distilling starts: projections of all skipped layers except the first.
 
-    `wide` computes their wider input (None: no wider input). The first `n_sink` rows of a prompt
-    are never pruned, up to a quarter of a window.
+    `wide`: the parameters of the projections' wider input (None: no wider input). `n_sink`: the
+    number of a prompt's first rows that are never pruned, limited to a quarter of a window.
     """
 
     boundary: int
@@ -71,10 +73,11 @@ class InitialFit:
 class TeacherStates:
     """The full model's states on the text's windows and on windows with a repeated passage.
 
-    `states` [n_all, n_tokens, n_embd]: inputs of the layer `first`, the first boundary that a fit
-    may have. `last`: outputs of the last layer, in the same shape. `likely` [n_all, n_tokens,
-    n_likely]: likeliest tokens after each possible answer row, 0 for other rows. `weights` [n_all,
-    n_tokens]: the rows' weights in the loss. All tensors are in main memory.
+    `first`: the shallowest boundary that a fit may have. `states` [n_all, n_tokens, n_embd]: the
+    inputs of layer `first`. `last`: the outputs of the last layer, in the same shape. `likely`
+    [n_all, n_tokens, n_likely]: the likeliest tokens after each possible answer row (0 for all
+    other rows). `weights` [n_all, n_tokens]: each row's weight in the loss. All tensors are in main
+    memory.
     """
 
     text: DistillText
@@ -89,10 +92,11 @@ class TeacherStates:
 def read(
     decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Read a text's windows in full, and some windows again with a passage repeated.
+    """Read a text's windows in full, and read some windows again with a repeated passage.
 
-    `first`: the shallowest boundary of a fit. `seed` draws the passages. `on_progress(done, total)`
-    counts windows through layers, and its exceptions end the work.
+    `first`: the shallowest boundary that a fit may have. `seed`: the seed for choosing the
+    passages. `on_progress(done, total)` counts windows times layers, and exceptions that it raises
+    end the work.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -115,7 +119,7 @@ def read(
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
-    """Replace a layer's input [n_windows, n_tokens, n_embd] by its output."""
+    """Replace the layer's input [n_windows, n_tokens, n_embd] in place by the layer's output."""
     layer = decoder.layer(index)
     for at in range(0, len(states), _N_READ):
         part = states[at : at + _N_READ]
@@ -131,11 +135,11 @@ def distill(
     seed: int,
     on_progress: Progress,
 ) -> dict[int, KvProjection]:
-    """Return projections trained on the full model's states.
+    """Train a fit's projections on the full model's states, and return the trained projections.
 
-    The boundary is `reference.first` or later. `on_progress(done, total)` counts windows through
-    layers, forward and backward; its exceptions end the work. The seed determines the contexts.
-    Raises FitError for weights that are not finite.
+    The fit's boundary must be `reference.first` or deeper. `on_progress(done, total)` counts
+    windows times layers, forward and backward, and exceptions that it raises end the work. The seed
+    determines the contexts. Raises FitError for trained weights that are not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -145,7 +149,7 @@ def distill(
     between = range(reference.first, start.boundary)
     # A backward pass costs as much as two forward passes.
     n_step = 3 * (decoder.n_layer - start.boundary) * n_batch
-    # The inputs count as one more layer.
+    # Preparing the inputs counts as one more layer.
     ran = counting((len(between) + 1) * n_windows + n_steps * n_step, on_progress)
     student = _Student(decoder, start, reference, ran)
     optimizer = torch.optim.Adam(student.changes, lr=_STEP, betas=_BETAS)
@@ -167,7 +171,7 @@ def distill(
 
 
 def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
-    """Return a share of the windows [n, n_tokens], each ending with a passage of its context."""
+    """Return some of the windows [n, n_tokens], each with a context passage repeated at its end."""
     n_windows, n_tokens = windows.shape
     made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
@@ -180,7 +184,7 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
 
 @torch.no_grad()
 def _entering(decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran) -> Tensor:
-    """Return the boundary layer's input states [n_windows, n_tokens, n_embd]."""
+    """Return the states [n_windows, n_tokens, n_embd] that enter the boundary layer."""
     states = reference.states if reference.first == start.boundary else reference.states.clone()
     for index in range(reference.first, start.boundary):
         _run(decoder, index, states, ran)
@@ -189,7 +193,7 @@ def _entering(decoder: Decoder, start: InitialFit, reference: TeacherStates, ran
 
 @torch.no_grad()
 def _inputs(decoder: Decoder, start: InitialFit, states: Tensor, n_inputs: int, ran: Ran) -> Tensor:
-    """Return the projections' inputs [n_windows, n_tokens, n_inputs], the constant last."""
+    """Return the projections' inputs [n_windows, n_tokens, n_inputs]; the last is constant."""
     made = torch.ones(*states.shape[:2], n_inputs)
     for window, inputs in zip(states, made, strict=True):
         x = normalised(window.numpy(), decoder.hyper.eps)
@@ -200,7 +204,7 @@ def _inputs(decoder: Decoder, start: InitialFit, states: Tensor, n_inputs: int, 
 
 
 class _Student:
-    """The skipped layers in a pruned prompt, and the trained changes of their projections."""
+    """The skipped layers in a pruned prompt, with the trained changes of their projections."""
 
     def __init__(
         self, decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran
@@ -211,7 +215,7 @@ class _Student:
         n_inputs = next(iter(self._weights.values())).shape[1]
         self._states = _entering(decoder, start, reference, ran)
         self._inputs = _inputs(decoder, start, self._states, n_inputs, ran)
-        # A window's first row is an outlier.
+        # The first row of each window is an outlier, so the statistics omit it.
         context = self._inputs[:, 1:]
         mean = context.mean((0, 1))
         mean[-1] = 0
@@ -223,7 +227,8 @@ class _Student:
         for layer, weights in self._weights.items():
             gain = torch.tensor(start.projections[layer].gain, device=decoder.device)
             gain = functional.pad(gain, (0, n_inputs - len(gain)), value=1.0)
-            # Centered inputs: changed weights leave the mean of K and V unchanged.
+            # The inputs are centered, so that changes of the weights do not change the mean of K
+            # and V.
             weights[:, -1] += weights @ (gain * self._mean)
             self._gains[layer], self._units[layer] = gain, _units(rows * gain, weights)
         self._changes = {
@@ -243,8 +248,8 @@ class _Student:
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
         """Return KL(full || pruned) in nats of some windows' answer rows, [n, n_answer].
 
-        It covers the tokens that are likely in one of these rows. Over a complete large vocabulary,
-        the LM head would take most of the time.
+        The KL covers only the tokens that are likely in one of these rows. With a large vocabulary,
+        computing all logits would take most of the time.
         """
         reference, device = self._reference, self._decoder.device
         tokens = torch.unique(reference.likely[chosen][:, n_context:]).to(device)
@@ -255,7 +260,7 @@ class _Student:
         return functional.kl_div(pruned, full, reduction="none", log_target=True).sum(-1)
 
     def _last(self, chosen: list[int], n_context: int) -> Tensor:
-        """Return the last states of the answer's rows [n_chosen, n_answer, n_embd]."""
+        """Return the last layer's output for the answer rows [n_chosen, n_answer, n_embd]."""
         device = self._decoder.device
         states, inputs = self._states[chosen].to(device), self._inputs[chosen].to(device)
         n_sink = _n_sink(self._start.n_sink, states.shape[1])
@@ -276,7 +281,7 @@ class _Student:
         return StoredKv(both[..., :n_k], both[..., n_k:], positions)
 
     def _joined(self, projection: KvProjection) -> Tensor:
-        """Return a layer's weights for uncentered inputs, without the gain."""
+        """Return a layer's trained weights for uncentered inputs without the norm's gain."""
         parts = [projection.weight]
         if projection.wide is not None:
             parts.append(projection.wide)
@@ -310,10 +315,10 @@ class _Student:
 
 
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return the units [n_out, n_in] of changes for inputs [n_rows, n_in].
+    """Return the units [n_out, n_in] of a projection's changes, given inputs [n_rows, n_in].
 
-    A change of 1 moves an output by its spread over n_in. The power of weak inputs is raised, since
-    large weights would spoil their quantization blocks.
+    A change of 1 unit moves an output by the output's spread divided by n_in. Weak inputs count
+    with a minimum power, since large weights would increase the quantization error of their blocks.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()
@@ -323,13 +328,17 @@ def _units(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _n_sink(wanted: int, n_tokens: int) -> int:
-    # With more sinks, short windows would have no context.
+    # With more sinks, short windows would have no context rows.
     return min(wanted, n_tokens // 4)
 
 
 @dataclass(frozen=True)
 class DistillMemory:
-    """Memory in bytes: main memory of `read`'s result and of `distill`, device memory."""
+    """Memory for distilling in bytes.
+
+    `reference`: main memory for the result of `read`. `main`: main memory for `distill`. `device`:
+    device memory.
+    """
 
     reference: int
     main: int
@@ -339,9 +348,9 @@ class DistillMemory:
 def memory(
     plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
 ) -> DistillMemory:
-    """Return the memory for distilling with windows [n_windows, n_tokens] and their copies.
+    """Return the memory for distilling on windows [n_windows, n_tokens] and on their copies.
 
-    `matrices`: type of the skipped layers' matrices.
+    `matrices`: the data type of the skipped layers' matrices.
     """
     n_embd, n_rows = plan.shape.n_embd, round((1 + _COPIES) * n_windows) * n_tokens
     return DistillMemory(
@@ -355,7 +364,7 @@ def _device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype
     shape = plan.shape
     head = shape.n_vocab * shape.n_embd
     kept = sum(shape.n_weights[plan.boundary :]) + head
-    # One layer at a time, or the head, is loaded in float32.
+    # Either one layer or the LM head is loaded in float32 at a time.
     weights = matrices.itemsize * kept + 4 * max(*shape.n_weights, head)
     projections = 6 * _n_inputs(plan) * sum(map(shape.n_kv, plan.fitted_layers))
     n_head = max(shape.n_heads_out) // hyper.dim_v

@@ -1,4 +1,4 @@
-"""Distillation within a conversion: its requirements on this machine, and its steps."""
+"""Distillation as a part of a conversion: requirements on the machine, and the steps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _HINT = "close other programs, or convert without distilling"
 class Distiller:
     """Distiller of one model's fits (pop_local.workflows.conversion.fits).
 
-    `reference`: the full model's states on the text, kept for further fits: about 0.5 GB for states
-    of 500 dimensions.
+    `reference`: the full model's states on the text, which are kept for further fits (about 0.5 GB
+    for states of 500 dimensions).
     """
 
     source: Source
@@ -48,14 +48,14 @@ class Distiller:
     reference: TeacherStates | None = None
 
     def require(self, plan: Plan) -> TorchDevice:
-        """Return the device that can distil the plan's fit. Raises PopError if no device can."""
+        """Return a device that can distil the plan's fit. Raises PopError if none exists."""
         cannot, why = "the fit cannot be distilled", ""
         try:
             hyper = read_hyper(self.source)
         except UnsupportedArchitectureError as error:
             why = f"{error.message}; {error.hint}"
         if plan.projection == Projection.OWN:
-            why = "with one skipped layer, nothing is fitted"
+            why = "a single skipped layer has no fitted projections"
         if why:
             raise PopError(f"{cannot}: {why}", "convert without distilling", cause="not-distilled")
         device = torch_device(self.hardware, cannot)
@@ -65,7 +65,7 @@ class Distiller:
         takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
         is_read = self.reference is not None and self.reference.first <= plan.boundary
         needed, free = takes.main + (0 if is_read else takes.reference), needs.free_bytes()
-        if device.name == "cpu":  # a GPU reports its own lack of memory
+        if device.name == "cpu":  # torch reports a lack of GPU memory
             needed += takes.device
         if needed > free:
             raise TooLittleMemoryError(
@@ -74,16 +74,17 @@ class Distiller:
         return device
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Return the fit, trained on `text`. Raises PopError, StoppedError.
+        """Train the fit on `text`, and return the trained fit. Raises PopError, StoppedError.
 
-        The full model reads the text first, unless it has read the text for this boundary.
-        `n_deeper`: number of deeper boundaries that the same reading must serve.
+        The full model first reads the text, unless an earlier call has done so for this boundary.
+        `n_deeper`: the number of deeper boundaries whose fits will also need the full model's
+        states.
         """
         device = self.require(plan)
         reference = self.reference
         if reference is None or plan.boundary < reference.first:
             chosen = reference.text if reference else self._text(plan, text)
-            self.reference = reference = None  # memory holds one reference only
+            self.reference = reference = None  # memory has room for only one reference
             reference = self.read(max(plan.boundary - n_deeper, 0), chosen, device)
         self.reference = reference if n_deeper else None
         return self.trained(plan, fitted, reference, device)
@@ -97,7 +98,7 @@ class Distiller:
         """Read a text's windows in full, for boundaries from `first` on."""
         from pop_local.research.distill import read
 
-        stage = self.watch.stage("Reading text to distil on")
+        stage = self.watch.stage("Reading text for distilling")
         with self._decoding(device) as decoder:
             return read(decoder, first, text, seed=SEED, on_progress=stage)
 
@@ -125,7 +126,7 @@ class Distiller:
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:
-    """Return a fit's projections before distilling. Raises FormatError."""
+    """Return the projections of a fit from which distilling starts. Raises FormatError."""
     from pop_local.research.distill import InitialFit
 
     shape, weights = source_shape(source), Weights(source)

@@ -1,14 +1,14 @@
 """Virtual gates: the importance of each layer, separately for context and answer rows.
 
-This is the importance analysis of the paper (arXiv 2602.03295), see docs/analysis.md. The gate g_l
-= 1 multiplies the contribution of layer l to the residual stream, once in the context rows of a
-window and once in its answer rows. The loss L has one target for each answer row, drawn from the
-model's predictions, so that dL/dg_l has expectation zero and I_l = E[(dL/dg_l)^2] grows with the
-number of rows.
+This module implements the importance analysis of the paper arXiv 2602.03295 (see docs/analysis.md).
+A gate g_l = 1 multiplies layer l's contribution to the residual stream. Each layer has one gate for
+the context rows of a window and one gate for the answer rows. The loss L has one target for each
+answer row, drawn from the model's predictions, so that dL/dg_l has expectation zero and I_l =
+E[(dL/dg_l)^2] grows with the number of rows.
 
-The last context row predicts the first answer token. It counts as an answer row, since it is a full
-row in POP. One window gives one sample of each square, whose relative standard deviation is at
-least sqrt(2).
+The last context row predicts the first answer token. This row counts as an answer row, since
+pruning runs it in full. Each window yields one sample of each square, with a relative standard
+deviation of sqrt(2) or more.
 """
 
 from dataclasses import dataclass
@@ -44,11 +44,11 @@ def gate_gradients(
     seed: int,
     on_progress: Progress,
 ) -> GateGradients:
-    """Differentiate the loss of windows [n_windows, n_tokens] with respect to each gate.
+    """Differentiate the loss on windows [n_windows, n_tokens] with respect to each gate.
 
-    The first `n_context` tokens of each window are its context. `n_batch` windows are computed at a
-    time. `on_progress(done, total)` counts layers times windows, forward and backward. The seed
-    determines the targets.
+    The first `n_context` tokens of each window are its context. `n_batch`: the number of windows to
+    compute at a time. `on_progress(done, total)` counts layers times windows, forward and backward.
+    The seed determines the targets.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
     ran = counting(2 * decoder.n_layer * len(windows), on_progress)
@@ -72,9 +72,9 @@ def _batch(
     generator: torch.Generator,
     ran: Ran,
 ) -> Tensor:
-    """Return each row's part of dL/dg, [n_layer, n_windows, n_tokens].
+    """Return the contribution of each row to dL/dg, [n_layer, n_windows, n_tokens].
 
-    The forward pass keeps only the layers' outputs; the backward pass computes the layers again.
+    The forward pass keeps only the layers' outputs, and the backward pass runs the layers again.
     """
     states = [decoder.embed(windows)]
     for index in range(decoder.n_layer):
@@ -113,8 +113,8 @@ def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator)
 def needed_bytes(
     shape: ModelShape, hyper: Hyper, n_tokens: int, n_answer: int, n_batch: int
 ) -> int:
-    """Return the bytes that `gate_gradients` and torch need for windows of `n_tokens`."""
-    # While a layer is read, the previous layer is still in memory.
+    """Return the memory in bytes that `gate_gradients` and torch need for windows of `n_tokens`."""
+    # The previous layer is still in memory while a layer is read.
     weights = shape.n_vocab * shape.n_embd + 2 * max(shape.n_weights)
     n_head, n_ff = max(shape.n_heads_out) // hyper.dim_v, max(shape.n_neurons)
     per_token = shape.n_embd * (shape.n_layer + 20) + 6 * n_ff + 5 * n_head * n_tokens

@@ -1,6 +1,6 @@
-"""A dense decoder's parameters besides its weights, from the keys of its file.
+"""A dense decoder's hyperparameters, from the keys of the model file.
 
-Names and defaults follow llama.cpp (llama-model.cpp, models/ARCH.cpp).
+The keys' names and defaults follow llama.cpp (llama-model.cpp, models/ARCH.cpp).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from pop_converter.gguf.source import Source
 
 GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
-# Gemma's 27B models (known by their depth) scale scores by the state's width, not the head's.
+# Gemma's 27B models, which the number of layers identifies, scale scores by the state's width
+# instead of the head's width.
 _WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
 _FINAL_CAP = {"gemma2": 30, "gemma3": 0}
 _SCALINGS = ("none", "linear")
@@ -32,7 +33,7 @@ _OUTSIDE = {f"{name}.weight" for name in ("token_embd", "output", "output_norm",
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary positions of a layer: angles base ** (-2 i / n_rot) * scale * position."""
+    """A layer's RoPE parameters; the angles are base ** (-2 i / n_rot) * scale * position."""
 
     base: float
     scale: float
@@ -40,10 +41,11 @@ class Rope:
 
 @dataclass(frozen=True)
 class Hyper:
-    """A decoder's parameters besides its weights.
+    """A decoder's hyperparameters.
 
-    `interleaved`: RoPE rotates pairs of neighbours (llama), otherwise of halves. A cap of 0 means
-    no cap. `ropes` and `windows` (visible positions, 0 for all) have an entry for each layer.
+    `interleaved`: whether RoPE rotates pairs of adjacent elements (llama) instead of pairs from
+    both halves. A cap of 0 means that values are not capped. `ropes` and `windows` have an entry
+    for each layer. A window is the number of visible positions (0: all positions).
     """
 
     n_layer: int
@@ -62,10 +64,10 @@ class Hyper:
 
 
 def read_hyper(source: Source) -> Hyper:
-    """Read a model's parameters.
+    """Read a model's hyperparameters.
 
-    Raises FormatError, and UnsupportedArchitectureError for a model that the decoder cannot
-    compute.
+    Raises FormatError for an invalid file, and UnsupportedArchitectureError for a model that the
+    decoder cannot compute.
     """
     header, shape = source.first, source_shape(source)
     arch = shape.arch
@@ -110,7 +112,7 @@ def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
 
 
 def _unknown_tensor(source: Source) -> str | None:
-    """Return the first tensor that the decoder would ignore."""
+    """Return the name of the first tensor that the decoder would ignore."""
     for tensor in source.tensors:
         prefix, _, rest = tensor.name.partition(".")
         name = rest.partition(".")[2]
@@ -135,7 +137,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a number that holds for all layers (the first layer's if each layer has a number)."""
+    """Return a key's number, or the first layer's number if the key has a number for each layer."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

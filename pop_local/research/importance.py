@@ -1,4 +1,4 @@
-"""Importance of each layer for prompts and for answers, by virtual gates (gates.py)."""
+"""Importance of each layer for prompts and for answers, measured with virtual gates (gates.py)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _SHORTER = "use shorter windows"
 
 @dataclass(frozen=True)
 class StageImportance:
-    """The importance I_l of each layer, in squares of nats, summed over a window's answer rows.
+    """The importance I_l of each layer in squared nats, summed over a window's answer rows.
 
-    The last third of the layers and the other layers each have their median layer and their mean,
-    since single layers make up most of a mean. `median_ratio`: the last third's median over the
-    other layers' median, None if the other layers add nothing.
+    The last third of the layers and the other layers are summarized by median and mean, since few
+    layers dominate a mean. `median_ratio`: the median of the last third divided by the median of
+    the other layers (None if the median of the other layers is zero).
     """
 
     layers: tuple[Estimate, ...]
@@ -48,7 +48,7 @@ class StageImportance:
 
 @dataclass(frozen=True)
 class Importance:
-    """The importance of layers in windows of `n_context` + `n_answer` tokens."""
+    """The importance of layers, measured on windows of `n_context` + `n_answer` tokens."""
 
     n_windows: int
     n_context: int
@@ -60,19 +60,21 @@ class Importance:
 def gates_device(
     source: Source, options: AnalyzeOptions, hardware: Hardware, watch: Watch
 ) -> TorchDevice | None:
-    """Return the device for the gates; warn and return None if they cannot be computed.
+    """Return the device for the gates, or warn and return None if gates cannot be computed.
 
-    Raises PopError for too little memory.
+    Raises PopError if too little memory is free.
     """
     try:
-        device = torch_device(hardware, "the gates are omitted")
+        device = torch_device(hardware, "the layers' importance is not measured")
     except PopError as error:
         watch.on_warning(error)
         return None
     try:
         hyper = read_hyper(source)
     except UnsupportedArchitectureError as error:
-        watch.on_warning(PopError(f"the gates are omitted: {error.message}", error.hint))
+        watch.on_warning(
+            PopError(f"the layers' importance is not measured: {error.message}", error.hint)
+        )
         return None
     from pop_local.research.gates import needed_bytes
 
@@ -90,9 +92,10 @@ def gates_device(
 def importance(
     source: Source, device: TorchDevice, windows: Windows, options: AnalyzeOptions, watch: Watch
 ) -> Importance:
-    """Estimate the importance of each layer from windows of equal length.
+    """Measure the importance of each layer on windows of equal length.
 
-    The windows start with the model's BOS, if it has a BOS. Raises PopError, StoppedError.
+    The windows must start with the model's BOS token, if the model has this token. Raises PopError,
+    StoppedError.
     """
     from pop_local.research.decoder import Decoder
     from pop_local.research.gates import gate_gradients
@@ -116,7 +119,7 @@ def importance(
 
 
 def stage_of(squares: NDArray[np.float64]) -> StageImportance:
-    """Summarize squared gradients [n_windows, n_layer]."""
+    """Summarize the squared gradients [n_windows, n_layer] of all layers."""
     n_layer = squares.shape[1]
     n_others = n_layer - max(1, n_layer // 3)
     last, others = squares[:, n_others:], squares[:, :n_others]

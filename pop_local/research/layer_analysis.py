@@ -1,4 +1,4 @@
-"""Analysis of layers: their importance for reading and answering, and each boundary's cost."""
+"""Analysis of a model: each layer's importance, and each boundary's loss and speed-up."""
 
 import os
 from collections.abc import Sequence
@@ -41,20 +41,21 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
-# Draws of random tokens. With two draws, the retention's error is some percent.
+# Number of random sequences. With two sequences, the retention has an error of some percent.
 _N_DRAWS = 2
-# A quarter of `convert`'s tokens is enough to compare depths.
+# A quarter of the tokens for `convert` is enough for comparing boundaries.
 _FIT_SHARE = 4
-# Time of a window in torch, forward and backward, over its reading time.
+# Time of a window's forward and backward passes in torch, relative to the window's prefill.
 _GATES_COST = 4
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """The result of an analysis; the first of `depths` is the last layer.
+    """The result of an analysis.
 
-    `importance` is None without gates, `calibration` None without fits. `chosen`: the deepest
-    boundary that `budget` accepts with these figures.
+    `importance` is None without gates, and `calibration` is None without fits. `depths`: the
+    boundaries in order of increasing depth, starting at the last layer. `chosen`: the deepest
+    boundary that `budget` accepts with the measured figures.
     """
 
     model: Path
@@ -68,7 +69,7 @@ class Analysis:
 
     @property
     def cliff(self) -> tuple[DepthCost, ...]:
-        """The boundaries at which copying from the prompt is lost."""
+        """The boundaries at which the model loses much of its ability to copy."""
         return tuple(depth for depth in self.depths if depth.is_cliff)
 
 
@@ -79,10 +80,11 @@ def analyze(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Analysis:
-    """Measure which layers matter for reading and for answering, and each boundary's cost.
+    """Measure each layer's importance, and each boundary's loss and speed-up.
 
-    `model` is the path or name of an unconverted model. Without torch, or for an unsupported
-    architecture, gates are omitted with a warning. Raises PopError, StoppedError.
+    `model`: the path or name of an unconverted model. Without torch, or for an unsupported
+    architecture, the layers' importance is not measured, and a warning states the reason. Raises
+    PopError, StoppedError.
     """
     source = read_source(base_file(os.fspath(model), watch))
     require_unconverted(source)
@@ -113,7 +115,7 @@ def analyze(
 
 
 def require_unconverted(source: Source) -> None:
-    """Raise PopError for a converted file."""
+    """Raise PopError if the model file is converted."""
     path = source.first.path
     if pop_of(source, None) is not None:
         raise PopError(
@@ -137,7 +139,7 @@ class _Run:
 
     @property
     def ends(self) -> Plan:
-        """A plan with the full rows of a conversion."""
+        """The plan of skipping the last layer, with the same full rows as a conversion."""
         return self._plan(self.shape.n_layer - 1)
 
     @property
@@ -152,7 +154,7 @@ class _Run:
         return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
 
     def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
-        """Return all stages that the analysis may run. `n_gated`: number of gate windows."""
+        """Return the analysis's possible stages; `n_gated`: the number of windows for the gates."""
         options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
         draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
         probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
@@ -162,14 +164,14 @@ class _Run:
             fit = memory.fit_work(self._fitted, self._fit_options(), self._needs)
         return (
             PlannedStage("Running the full model", probes),
-            PlannedStage("Looking for the cliff", n_tried * draws),
+            PlannedStage("Measuring copying by boundary", n_tried * draws),
             *fit_stages(fit),
             PlannedStage("Measuring boundary", probes, n_tried),
             *([PlannedStage("Virtual gates", gates)] if n_gated else []),
         )
 
     def require_memory(self) -> None:
-        """Raise PopError if the fits need more memory than is free."""
+        """Raise PopError if too little memory is free for the fits."""
         if (needs := self._needs) is None:
             return
         free_bytes = memory.free_bytes()
@@ -186,7 +188,7 @@ class _Run:
     def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], QualityReference, Windows]:
         """Run the full model, then measure each boundary's retention. Raises PopError.
 
-        Return the boundaries' costs, the full model's scores, and `n_gated` windows.
+        Return the boundaries with their retentions, the full model's scores, and `n_gated` windows.
         """
         options = self.options
         n_probed, n_context, n_answer = options.n_probed, options.n_context, options.n_answer
@@ -200,11 +202,16 @@ class _Run:
             texts = spread_windows(tokens, n_gated, options.n_window - len(start))
             advance = self.watch.stage("Running the full model")
             reference = read_reference(model, tokens, settings, advance)
-            depths = measure_cliff(model, reference, self.watch.stage("Looking for the cliff"))
+            depths = measure_cliff(
+                model, reference, self.watch.stage("Measuring copying by boundary")
+            )
         return depths, reference, [[*start, *text] for text in texts]
 
     def measured(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
-        """Measure boundaries on prose, after fitting all of them in one pass if requested."""
+        """Measure the boundaries `tried` on prose.
+
+        If the options request fits, one pass first fits all boundaries.
+        """
         runner = TrialRunner(self.source, self.hardware, self.watch)
         plans, options = [self._plan(depth.boundary) for depth in tried], self._fit_options()
         if not self.options.with_fit:

@@ -1,4 +1,4 @@
-"""The torch device for gradients, which llama.cpp does not compute."""
+"""Choose the torch device for computing gradients, which llama.cpp does not support."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TorchDevice:
-    """A device's name in torch, and its fast matrix type."""
+    """A device's name in torch, and the data type for fast matrix products."""
 
     name: str
     matrices: torch.dtype
@@ -26,7 +26,8 @@ class TorchDevice:
 def torch_device(hardware: Hardware, what: str) -> TorchDevice:
     """Choose the device and set its number of threads.
 
-    Raises PopError if torch is missing; `what`: the consequence in words.
+    `what`: the consequence of a missing torch, for the error message. Raises PopError if torch is
+    missing.
     """
     try:
         import torch
@@ -37,7 +38,7 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
     torch.set_num_threads(hardware.n_threads or default_threads())
     if hardware.n_gpu_layers != 0 and torch.cuda.is_available():
         return TorchDevice("cuda", torch.bfloat16)
-    # On other CPUs bfloat16 is slower than float32.
+    # On CPUs without AVX-512 BF16, bfloat16 is slower than float32.
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     is_fast = capabilities.get("avx512_bf16") is True
     return TorchDevice("cpu", torch.bfloat16 if is_fast else torch.float32)
@@ -45,7 +46,10 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
 
 @contextmanager
 def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
-    """Turn torch's out-of-memory errors of a block into PopError; `what`: the work in words."""
+    """Convert torch's out-of-memory errors in the `with` block to PopError.
+
+    `what`: the work in words, for the error message.
+    """
     import torch
 
     try:

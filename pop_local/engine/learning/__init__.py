@@ -1,1 +1,1 @@
-"""Online calibration: sums for fitting projections, collected from the user's prompts."""
+"""Online calibration: collect sums for fitting projections from the user's prompts."""

@@ -1,4 +1,4 @@
-"""A learned fit, and the protocol of the fitter that computes it between answers."""
+"""A learned fit, and the protocol of the fitter that computes learned fits between answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class LearnedFit:
-    """A sidecar learned from `n_rows` tokens; `speedup_limit`: largest prefill speed-up."""
+    """A sidecar learned from `n_rows` tokens; `speedup_limit`: the maximum prefill speed-up."""
 
     sidecar: Path
     boundary: int
@@ -24,10 +24,10 @@ class LearnedFit:
 
 @dataclass(frozen=True)
 class Loss:
-    """The current fit's loss on the `n_windows` newest held-out windows.
+    """The current fit's loss, measured on the `n_windows` newest held-out windows.
 
-    `kl`: KL divergence in nats, with its standard error. `is_inside`: the loss is within the
-    budget.
+    `kl`: the KL divergence in nats, with its standard error. `is_inside`: whether the loss is
+    within the budget.
     """
 
     n_windows: int
@@ -39,13 +39,13 @@ class Loss:
 
 
 class Fitter(Protocol):
-    """Fitter that computes fits from learned sums (pop_local.workflows.learning)."""
+    """Protocol of a fitter for learned sums (implemented in pop_local.workflows.learning)."""
 
     loss: Loss | None
 
     @property
     def has_work(self) -> bool:
-        """True if `idle` has work to do."""
+        """Return True if `idle` has work."""
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
         """Work until a fit is ready, no work is left, or a stop is requested. Raises PopError."""

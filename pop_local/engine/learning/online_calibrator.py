@@ -1,7 +1,7 @@
-"""Online calibration: rows that run all layers anyway are added to the sums of fits.
+"""Online calibration: add rows that run all layers anyway to the sums for fits.
 
-Full prompts provide rows at several boundaries, refilled rows at the current boundary only. Rows
-are queued during prefill and added while the model is idle.
+Full prompts provide rows at several boundaries, while refilled rows provide only the current
+boundary. Prefill queues rows, and the calibrator adds them to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -32,44 +32,51 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pop_local.learning")
 
-# Candidate shares of skipped layers.
+# The shares of skipped layers at the candidate boundaries.
 _SHARES = (0.5, 0.46, 0.4, 1 / 3)
-# One prompt chunk in N_APART is held out for measuring; the newest N_HELD_OUT are kept.
+# One prompt chunk in N_APART is held out for measuring. The newest N_HELD_OUT chunks are kept.
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
-# Rows per dimension of the state, for choosing the wider input and for trying a fit.
+# Number of rows per dimension of the state for choosing the wider input, and for trying a fit.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
-# Sums of fewer rows are not written, because they might reveal text.
+# Sums of fewer rows are not written, because such sums might reveal text.
 LEAST_SAVED = 2048
-# Sums are written after this number of rows, and on detach.
+# Sums are written each time this number of rows has been added, and on detach.
 _ROWS_TO_SAVE = 16_384
 
 
 def require_learnable(context: Context, *, cannot: bool) -> None:
-    """Raise PopError if the model cannot be learned from; `cannot`: fits cannot prune it."""
+    """Raise PopError if the model does not support learning.
+
+    `cannot`: True if the model cannot be pruned with a fit.
+    """
     options = context.options
-    message, hint = "", "open it without learning"
+    message, hint = "", "open the model without learning"
     if options.n_sequences > 1:
-        message, hint = "a model learns from one prompt at a time", "open it with n_parallel=1"
+        message, hint = (
+            "a model learns from one prompt at a time",
+            "open the model with n_parallel=1",
+        )
     elif cannot or pop_meta(context.files.source.first) is not None:
         message = (
-            "learning does not support this model: the file itself is converted, it skips layers"
-            " exactly, or its rows have several positions"
+            "learning does not support this model: the file itself is converted, or the model skips"
+            " layers exactly, or its rows have several positions"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
-        message = f"learning needs equal batch and ubatch sizes of {N_WINDOW} tokens or more"
+        message = f"learning requires equal batch and ubatch sizes of {N_WINDOW} tokens or more"
     if message:
         raise PopError(message, hint, cause="cannot-learn")
 
 
 @dataclass(frozen=True)
 class Learned:
-    """Learning statistics of a model over all processes.
+    """A model's learning statistics over all processes.
 
-    `n_rows`: the most rows of any boundary. `n_waiting`: queued rows. `n_missed`: rows dropped for
-    lack of memory. `boundaries`: learned boundaries, most skipped layers first.
+    `n_rows`: the largest number of rows of any boundary. `n_waiting`: the number of queued rows.
+    `n_missed`: the number of rows dropped for lack of memory. `boundaries`: the learned boundaries,
+    starting at the deepest boundary.
     """
 
     n_rows: int
@@ -82,7 +89,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class _HeldOutChunk:
-    """A held-out chunk of a prompt: its first row and its tokens."""
+    """A held-out prompt chunk, with its first row and its tokens."""
 
     start: int
     tokens: np.ndarray
@@ -101,18 +108,21 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 
 
 class OnlineCalibrator:
-    """Learner from the rows of a KvCache. The caller must use both from one thread at a time."""
+    """Calibrator that learns from the rows of a KvCache.
+
+    The caller must use the cache and the calibrator from one thread at a time.
+    """
 
     def __init__(
         self, cache: KvCache, shape: ModelShape, file: SumsFile, memory_bytes: int
     ) -> None:
-        """`memory_bytes`: limit for sums and queued rows together."""
+        """`memory_bytes`: the memory limit for the sums and the queued rows together."""
         self.file, self._shape = file, shape
         self.held_out: deque[np.ndarray] = deque(maxlen=N_HELD_OUT)
         self._held_out_chunks: deque[_HeldOutChunk] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
         self._used: list[Rows] = []
-        # Hashes of added chunks, so that repeated prompts count once.
+        # Hashes of the added chunks, so that a repeated prompt counts only once.
         self._seen: set[int] = set()
         self._n_chunks = self._n_missed = self._waiting_bytes = 0
         self._known = file.known()
@@ -123,7 +133,7 @@ class OnlineCalibrator:
         self.attach(cache)
 
     def _set_boundaries(self, context: Context, memory_bytes: int) -> None:
-        """Choose the current fit's boundary, to refine the fit, or else several candidates."""
+        """Learn at the current fit's boundary, or at several boundaries without a current fit."""
         meta, source, start = context.files.meta, context.files.source, {}
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
@@ -155,7 +165,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Return boundaries whose sums fit the memory: the file's, or else the default shares'."""
+        """Return boundaries whose sums fit into memory: the file's or the default boundaries."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
@@ -181,7 +191,7 @@ class OnlineCalibrator:
     # While a prompt is read
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
-        """Note that a prompt chunk was prefilled from row `start`, in any mode."""
+        """Record that a prompt chunk was prefilled from row `start` on, in any mode."""
         if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
@@ -191,11 +201,11 @@ class OnlineCalibrator:
             self._held_out_chunks.append(chunk)
 
     def computed(self) -> None:
-        """Queue the computed rows that equal the full model's."""
+        """Queue the computed rows whose states equal the full model's states."""
         cache = self._cache
         used = self._used.pop() if self._used else None
         tapped = taps.take(cache.context.ctx, used)
-        if tapped is None:  # for example a decoded token
+        if tapped is None:  # decoded tokens, for example, are not tapped
             if used is not None:
                 self._used.append(used)
             return
@@ -219,11 +229,11 @@ class OnlineCalibrator:
 
     @property
     def has_work(self) -> bool:
-        """True if queued rows can be added."""
+        """Return True if queued rows can be added to the sums."""
         return bool(self._waiting) and (not self._lacks_input or self._can_choose)
 
     def work(self, should_stop: Callable[[], bool]) -> None:
-        """Add the queued rows and save the sums. Raises PopError."""
+        """Add the queued rows to the sums, and save the sums. Raises PopError."""
         while self.has_work and not should_stop():
             if self._lacks_input:
                 self._choose()
@@ -240,7 +250,7 @@ class OnlineCalibrator:
                 self.save()
 
     def save(self) -> None:
-        """Add the new sums to the file. Raises PopError and keeps them in memory then."""
+        """Add the new sums to the file. On failure, raise PopError and keep them in memory."""
         if self._n_new >= LEAST_SAVED:
             kinds = {each: list(self.summing.projections[each]) for each in self._new.grams}
             self.file.add(self._new, kinds)
@@ -248,7 +258,7 @@ class OnlineCalibrator:
             self._new = Sums(self._new.wides | self._known.wides)
 
     def sums(self) -> Sums:
-        """Save the new sums and return the sums of all processes. Raises PopError."""
+        """Save the new sums, and return the sums collected by all processes. Raises PopError."""
         self.save()
         self._known = self.file.known()
         return self.file.load()
@@ -287,7 +297,7 @@ class OnlineCalibrator:
                 for each in self._waiting
                 if boundary in each.states
             ]
-            if not seen:  # the queued rows were refilled at another boundary
+            if not seen:  # the queued rows belong to another boundary
                 self.boundaries = tuple(each for each in self.boundaries if each != boundary)
                 continue
             self._new.wides[boundary] = self.summing.choose_input(boundary, seen)
@@ -295,12 +305,12 @@ class OnlineCalibrator:
 
 def _insufficient_memory() -> PopError:
     return PopError(
-        "too little memory to learn, or the model cannot be fitted",
-        "open it without learning, or convert it",
+        "too little memory is free for learning, or the model cannot be fitted",
+        "open the model without learning, or convert it",
         cause="cannot-learn",
     )
 
 
 def default_memory() -> int:
-    """Return a sixth of the free memory in bytes, up to 2 GiB."""
+    """Return the default memory for learning in bytes: a sixth of the free memory, up to 2 GiB."""
     return min(2**31, int(psutil.virtual_memory().available) // 6)

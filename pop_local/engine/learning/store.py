@@ -1,7 +1,7 @@
-"""The file of a model's sums, to which concurrent processes add their sums under a lock.
+"""The file of a model's sums, to which several processes add their sums under a lock.
 
-The file contains sums of products over thousands of rows, and no row or token. Only its owner can
-read the folder (docs/learning.md).
+The file contains sums of products over thousands of rows, but no single row or token. Only the
+folder's owner can read the folder (docs/learning.md).
 """
 
 import json
@@ -31,7 +31,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Known:
-    """The header of a file of sums, and the wider inputs by boundary."""
+    """The header of a file of sums, and the wider inputs of each boundary."""
 
     head: Any
     wides: dict[int, WideInput]
@@ -45,28 +45,28 @@ class Known:
         return {int(boundary): kinds for boundary, kinds in self.head.get("kinds", {}).items()}
 
     def is_own(self, boundary: int) -> bool:
-        """Return whether a boundary's sums started without a fit, which all kinds need."""
+        """Return True if the boundary's sums started without a fit, as all kinds of fit require."""
         return len(self.kinds.get(boundary, ())) > 1
 
 
 @dataclass(frozen=True)
 class SumsFile:
-    """A model's file of sums; `model` is the model's hash."""
+    """A model's file of sums; `model`: the hash of the model."""
 
     path: Path
     model: str
 
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
-        """Return a model's file, which may not exist."""
+        """Return the path object of a model's sums, whether or not the file exists."""
         return cls(LearnedFiles.of(source).sums, sampled_sha256(source))
 
     def load(self) -> Sums:
-        """Return the sums (default: empty). A damaged file is renamed to *.damaged."""
+        """Return the stored sums (default: empty). A damaged file is renamed to *.damaged."""
         return self._read(Sums.of) or Sums()
 
     def known(self) -> Known:
-        """Return the header and wider inputs without loading the sums."""
+        """Return the header and the wider inputs without loading the sums."""
         found = self._read(lambda head, arrays: Known(head, stored_inputs(head, arrays)))
         return found or Known({"grams": []}, {})
 
@@ -76,20 +76,21 @@ class SumsFile:
                 head = json.loads(str(arrays["head"]))
                 if (head["version"], head["model"]) == (_VERSION, self.model):
                     return take(head, arrays)
-                log.warning("%s has another model or version: learning restarts", self.path)
+                log.warning("%s belongs to another model or version; learning restarts", self.path)
         except FileNotFoundError:
             return None
         except DAMAGED_ARCHIVE as error:
-            # The file may be intact after a system error; numpy's errors have no errno.
+            # After a system error, which has an errno, the file may be intact. Errors from numpy
+            # have no errno.
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise PopError(f"{self.path} cannot be read now: {error}") from error
-            log.warning("%s is damaged, learning restarts: %s", self.path, error)
+            log.warning("%s is damaged; learning restarts: %s", self.path, error)
         with suppress(OSError):
             self.path.replace(self.path.with_suffix(".damaged"))
         return None
 
     def rows(self) -> dict[int, int]:
-        """Return each boundary's row count for any model, or {} if the file is unreadable."""
+        """Return each boundary's row count in any model's file, or {} if the file is unreadable."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 head = json.loads(str(arrays["head"]))
@@ -100,7 +101,8 @@ class SumsFile:
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
         """Add sums for some projection kinds to the file. Raises PopError if writing fails.
 
-        Boundaries with another wider input in the file are dropped, since their products differ.
+        If the file has another wider input for a boundary, its new sums are dropped, since the
+        products differ.
         """
         try:
             make_private(self.path.parent)

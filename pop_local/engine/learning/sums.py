@@ -1,7 +1,7 @@
-"""Sums for fitting projections at some boundaries: inputs, accumulation and solution.
+"""Sums for fitting projections at some boundaries: choose inputs, add rows, and solve the fits.
 
-`convert` adds windows of a text, online_calibrator.py adds rows of prompts. Equal rows give equal
-sums.
+`convert` adds rows of text windows, and online_calibrator.py adds rows of prompts. Both get the
+same sums from the same rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,19 +20,19 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 from pop_local.engine.llama.taps import Rows, Tapped, TapRequest
 
-# The number of last layers whose attention weighs the rows.
+# Number of last layers whose attention determines the weights of the rows.
 N_WEIGHING = 4
 
 
 @dataclass
 class Sums:
-    """Gram sums by boundary; `wides`: the parameters of wider inputs, for boundaries with one."""
+    """Gram sums by boundary; `wides`: the parameters of each boundary's wider input, if any."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
 
     def has_same_input(self, other: "Sums", boundary: int) -> bool:
-        """Return whether both were summed over the same inputs."""
+        """Return True if both sums were computed over the same inputs."""
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
@@ -40,7 +40,7 @@ class Sums:
         return same_width and bool(np.array_equal(ours.previous, theirs.previous))
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a JSON header and the arrays by name; `of` is the inverse."""
+        """Return a JSON header and the arrays by name; `of` is the inverse function."""
         head = {
             "grams": [
                 (boundary, list(gram.xy), gram.n_rows) for boundary, gram in self.grams.items()
@@ -72,7 +72,7 @@ class Sums:
 
 
 def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
-    """Return the wider inputs by boundary from the results of `Sums.arrays`."""
+    """Return each boundary's wider input from the results of `Sums.arrays`."""
     wides = {}
     for boundary, is_gelu in head["wides"]:
         neurons = None
@@ -84,7 +84,7 @@ def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
 
 
 class Summing:
-    """Accumulator of a model's rows, and solver of its fits."""
+    """Accumulator of a model's rows, and solver of the model's fits."""
 
     def __init__(
         self,
@@ -95,8 +95,8 @@ class Summing:
     ) -> None:
         """`projections`: the kinds of fit at each boundary, without `Projection.OWN`.
 
-        `start`: tensors of an earlier fit. The ridge pulls toward these tensors instead of the
-        layers' own projections.
+        `start`: the tensors of an earlier fit, toward which the ridge pulls (None: the layers' own
+        projections).
         """
         self.shape, self.projections = shape, projections
         self._start = start or {}
@@ -111,7 +111,8 @@ class Summing:
         """Return the tensors to tap for the sums of these boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
-        # All boundaries share these layers, so that no fit depends on the other boundaries.
+        # All boundaries share the same weighting layers, so that a fit does not depend on the other
+        # boundaries.
         weighing = range(max(1, self.shape.n_layer - N_WEIGHING), self.shape.n_layer)
         return TapRequest(at, layers, tuple(weighing))
 
@@ -120,7 +121,7 @@ class Summing:
         return Projection.WIDE in self.projections[boundary]
 
     def state(self, boundary: int, tapped: Tapped) -> Rows:
-        """Return the normalized state [n_rows, n_embd]. Raises FitError if not finite."""
+        """Return the normalized state [n_rows, n_embd]. Raises FitError for infinity and NaN."""
         state = tapped.states[boundary]
         if not np.isfinite(state).all():
             raise FitError(
@@ -135,20 +136,21 @@ class Summing:
         return decode_input(self.shape, self._weights, boundary, self._start)
 
     def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
-        """Choose the wider input by the normalized states of some windows."""
+        """Choose a boundary's wider input from the normalized states of some windows."""
         return wide_input(self.shape, self._weights, boundary, windows)
 
     def empty(self, boundary: int, layers: Iterable[int]) -> Gram:
-        """Return empty sums for some of the layers that are fitted at a boundary."""
+        """Return empty sums for `layers`, which are fitted at a boundary."""
         widths = {layer: self.shape.n_kv(layer) for layer in layers}
         kinds = self.projections[boundary]
         return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
 
     def add(self, sums: Sums, tapped: Tapped) -> None:
-        """Add all rows except the first, which lacks a predecessor or always runs in full.
+        """Add all rows except the first row, which has no predecessor or always runs in full.
 
-        All layers share one weighting, the mean of the last N_WEIGHING layers. A deep pass has no
-        state below its boundary, so it adds nothing there.
+        All layers share the same row weights, which are the mean over the last N_WEIGHING layers. A
+        deep pass computes no state at shallower layers, so it adds nothing to the sums of
+        boundaries there.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]

@@ -29,7 +29,7 @@ def test_prose_is_judged_by_perplexity_and_its_error(ratio, error, expected) -> 
     [
         (200, 190, 0, "none of 190 lost"),
         (200, 190, 1, "1 of 190 lost"),
-        (200, 0, 0, "the full model answers none of 200 either"),
+        (200, 0, 0, "the full model answers none of the 200 questions"),
     ],
 )
 def test_lost_strings_are_counted_among_those_answered_in_full(n, full, lost, expected) -> None:
