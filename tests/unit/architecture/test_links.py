@@ -31,6 +31,16 @@ _LINK = re.compile(
     r"\]\((?!https?:|mailto:)([^)\s]+)\)|<(?:img|source)[^>]* src(?:set)?=\"([^\"]+)\""
 )
 _PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*(?:/|\.(?:py|h|cpp|patch|md|toml|json)))`")
+# A name in inline code, with or without arguments: `name`, `Class.name`, `name(argument)`.
+_NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\([\w.]*\))?`")
+# Definitions of Python functions, classes, fields and constants.
+_DEFINED = re.compile(r"^\s*(?:async )?(?:def|class) (\w+)|^\s*(\w+)(?:: [^=\n]+)?(?: =|$)", re.M)
+# The patches' build folder is left out, because it contains upstream's sources.
+SOURCES = [
+    *(ROOT / name for name in ("pop_local", "converter", "tests")),
+    ROOT / "patches" / "llama.cpp",
+    ROOT / "patches" / "llama-cpp-python" / "pop_build",
+]
 _CODE = re.compile(r"(?s:^```.*?^```$)|(?<=\n\n)(?: {4}.*\n+)+", re.M)
 
 
@@ -57,6 +67,30 @@ def named_paths(text: str) -> list[str]:
     return [path for path in found if not re.search(r"[A-Z]{3,}(?!\.md)", path)]
 
 
+def where_to_add() -> str:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    return page.split("\n## Where to add\n")[1].split("\n## ")[0]
+
+
+def defined_names() -> set[str]:
+    """Return the names that Python files define, and all words of the backend's sources."""
+    found: set[str] = set()
+    for path in (path for folder in SOURCES for path in folder.rglob("*.*")):
+        if path.suffix == ".py":
+            text = path.read_text(encoding="utf-8")
+            found |= {name for names in _DEFINED.findall(text) for name in names}
+        elif path.suffix in (".h", ".cpp", ".patch") and path.is_file():
+            found |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    return found
+
+
+def unknown_names(text: str, known: set[str]) -> list[str]:
+    """Return the names in inline code that have an undefined part; NAME is a placeholder."""
+    names = [name for name in _NAME.findall(text) if not _PATH.fullmatch(f"`{name}`")]
+    parts = [(name, name.replace("NAME.", "").split(".")) for name in names]
+    return [name for name, each in parts if not known.issuperset(each)]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(document: Path) -> None:
     assert broken_links(document) == []
@@ -73,6 +107,18 @@ def test_paths_that_explain_the_code_exist(document: Path) -> None:
         if not any((root / path).exists() for root in PATH_ROOTS) and Path(path).name not in linked
     ]
     assert missing == []
+
+
+def test_names_of_where_to_add_exist() -> None:
+    assert unknown_names(where_to_add(), defined_names()) == []
+
+
+def test_unknown_names_are_found() -> None:
+    existing = "`Sampler._chained` `add(...)` `routes(api)` `shift_of` `NAME.routes` `Budget`"
+    ignored = "`gone_a.py` `/gone` `gone b`"
+    missing = "`Sampler.gone_method` `gone_function(body)` `GoneClass`"
+    found = unknown_names(f"{existing} {ignored} {missing}", defined_names())
+    assert found == ["Sampler.gone_method", "gone_function", "GoneClass"]
 
 
 def test_notebook_lists_each_of_its_pages() -> None:
