@@ -14,10 +14,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.lookups import LookupSettings, is_right, make_documents
 
 N_LINES, N_FILE = 20, 6000  # lines to quote, characters of a file
-_QUOTING = (
-    "Copy {n} lines of this file without any change. Start with this line:\n\n{line}\n\n"
-    "Answer with the lines only."
-)
+_QUOTING = "```\n{piece}\n```\n\nSome lines of this file again, unchanged:\n\n```\n"
 _CALLING = (
     "You have these tools:\n\n{tools}\n\nAnswer each request with one JSON object only:"
     ' {{"name": TOOL, "arguments": {{...}}}}'
@@ -66,7 +63,7 @@ def found(answer: str, text: str) -> float:
 
 
 def quoting(model: PopModel, code: Path, n_questions: int) -> Iterator[TaskDocument]:
-    """Yield pieces of a file of code, and the task to quote lines from the middle of each."""
+    """Yield pieces of a file of code, and the task to continue a copy from the middle of each."""
     text, rng = code.read_text(encoding="utf-8"), random.Random(5)
     for number in range(n_questions):
         start = text.index("\n", (len(text) - N_FILE - 500) * number // n_questions) + 1
@@ -78,14 +75,14 @@ def quoting(model: PopModel, code: Path, n_questions: int) -> Iterator[TaskDocum
             if lines.count(lines[first]) == 1 and len(lines[first].strip()) > 15
         ]
         first = rng.choice(firsts)
-        wanted = lines[first : first + N_LINES]
-        yield _chat(
-            model,
-            f"```\n{piece}\n```",
-            [(_QUOTING.format(n=N_LINES, line=lines[first]), quoted(wanted))],
+        tokenize = model.engine.context.vocabulary.tokenize
+        question = Question(
+            tuple(tokenize(f"{lines[first]}\n")),
             max_tokens=45 * N_LINES,
-            max_lines=N_LINES + 1,
+            max_lines=N_LINES,
+            score=quoted(lines[first + 1 : first + 1 + N_LINES]),
         )
+        yield TaskDocument(tuple(tokenize(_QUOTING.format(piece=piece))), (question,))
 
 
 def quoted(wanted: Sequence[str]) -> Callable[[str], float]:
