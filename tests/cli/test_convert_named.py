@@ -109,7 +109,8 @@ def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
     path = make_gguf(tmp_path / "short.gguf", "llama", n_ctx_train=256)
     done = convert(path, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
-    assert "trained on contexts of 256 tokens, but windows of 512" in " ".join(done.stderr.split())
+    warned = " ".join(done.stderr.split())
+    assert "trained on contexts of 256 tokens, but is measured on windows of 512" in warned
 
 
 def test_a_dry_run_refuses_weights_that_a_fit_cannot_read(tiny, monkeypatch):
