@@ -102,7 +102,8 @@ def may_copy(retention: "Estimate | None") -> bool:
 
 def is_hopeless(retention: "Estimate | None") -> bool:
     """Return True if no fit can restore copying, given the retention without a fit."""
-    return not _keeps(retention, _LOST_RETENTION)
+    # NaN is not hopeless: the fit explains its cause.
+    return retention is not None and retention.value < LEAST_RETENTION - _LOST_RETENTION
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:

@@ -109,7 +109,8 @@ class AttentionScorer:
         ].T + self._weights[f"{name}attn_q.bias"]
         n_asking, n_tokens = len(query), len(key)
         positions = np.arange(n_tokens)
-        heads = self._turned(query.reshape(n_asking, self._n_heads, -1), positions[-n_asking:])
+        of_heads: Floats = query.reshape(n_asking, self._n_heads, -1).astype(np.float32)
+        heads = self._turned(of_heads, positions[-n_asking:])
         keys = self._turned(key.reshape(n_tokens, self._n_kv_heads, -1), positions)
         keys = keys.repeat(self._n_heads // self._n_kv_heads, axis=1)
         found = np.einsum("qhd,khd->hqk", heads, keys) / np.sqrt(heads.shape[2])

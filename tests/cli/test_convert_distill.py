@@ -21,7 +21,7 @@ from pop_local.measure import gradual
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.research.distilled import Distiller
-from pop_local.workflows.conversion import candidate, fits
+from pop_local.workflows.conversion import candidate
 from pop_local.workflows.conversion import search as searching
 from pop_local.workflows.conversion.candidate import Candidate
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions
@@ -70,8 +70,7 @@ def test_distilled_fits_are_tried_from_the_fastest_candidate(tiny, letters, tmp_
                 self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
             )
 
-    for module in (fits, candidate):
-        monkeypatch.setattr(module, "Gradual", Scripted)
+    monkeypatch.setattr(candidate, "Gradual", Scripted)
     done = convert(tiny, "--sidecar", *FIT, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
@@ -99,8 +98,7 @@ def test_a_named_boundary_is_distilled_if_its_plain_fit_is_outside(
             found = Estimate(1.0 if trained else 2000.0, 0.0)
             self.quality = replace(self.quality, copy_ppl_ratio=found)
 
-    for module in (fits, candidate):
-        monkeypatch.setattr(module, "Gradual", Scripted)
+    monkeypatch.setattr(candidate, "Gradual", Scripted)
     done = convert(tiny, *FIT, "--text", letters, "--boundary", 4, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")

@@ -80,7 +80,8 @@ class Examination:
         with self.runner.opened(self.plan) as model:
             advance = self.runner.watch.stage("Trying the boundary without a fit")
             kept = own_retention(model, self.plan.boundary, advance)
-        if kept is not None and budgets.is_hopeless(kept):
+        if budgets.is_hopeless(kept):
+            assert kept is not None, "an undefined retention is not hopeless"
             raise CopyingBrokenError(
                 self.plan.boundary,
                 f"the model's own projections retain {kept.value:.0%} of the ability to copy random"
