@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def finite(value: float | None) -> float | None:
     """Reject nan and inf, which typer's ranges accept.
 
-    This function is the callback of every float option.
+    All float options use this callback.
     """
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
@@ -55,7 +55,7 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
         raise typer.BadParameter(f"{n_threads} threads exceed this machine's {n_cores} cores")
     # Machines with fewer cores may share a settings file.
     where = next(value.where for value in load() if value.key == "threads")
-    warn(f"{where} sets threads to {n_threads}; using all {n_cores} cores of this machine")
+    warn(f"{where} requests {n_threads} threads, but this machine has only {n_cores} cores")
     return n_cores
 
 

@@ -81,8 +81,9 @@ def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
 def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
     """Return True if the answers to `n_questions` would lose more look-ups than the budget allows.
 
-    The measured look-ups already exceed the limit, or the mean probability of the right strings has
-    clearly fallen by more than the limit. This probability has less noise than the count.
+    This holds if the lost look-ups exceed the limit already, or if the mean probability of the
+    correct strings has clearly fallen by more than the limit. This probability has less noise than
+    the count.
     """
     expected, limit = lookups.expected_lost, budget.max_lost_lookups
     has_fallen = expected.se is not None and expected.value - _CLEAR * expected.se > limit

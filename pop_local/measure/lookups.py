@@ -198,8 +198,8 @@ def is_right(text: str, answer: str) -> bool:
     """Return True if the first line of a continuation contains the exact answer.
 
     Quotes and words may surround the answer, but the answer must not be part of a longer value. No
-    letter or digit may be next to the answer, or separated from it only by one of the signs `. , -
-    / @`.
+    letter or digit may touch the answer, neither directly nor across one of the characters
+    `. , - / @`.
     """
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"

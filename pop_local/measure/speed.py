@@ -111,8 +111,8 @@ def measure_speed(
     """Measure each prompt length in `n_rounds` rounds after a warm-up round.
 
     `picture`: a picture to insert into each prompt. `upstream` runs a prompt without our kernels.
-    `on_progress` counts prompt tokens. The context must have room for the longest prompt and
-    N_DECODE tokens. Raises PopError if the counters differ from the plan.
+    `on_progress` receives numbers of prompt tokens. The context must have room for the longest
+    prompt and N_DECODE tokens. Raises PopError if the counters differ from the plan.
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)

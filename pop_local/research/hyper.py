@@ -106,7 +106,7 @@ def read_hyper(source: Source) -> Hyper:
 
 def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
-        f"{header.path}: gradients do not support {what}",
+        f"{header.path}: gradients are not supported for {what}",
         f"use a dense model of {', '.join(ARCHITECTURES)}",
     )
 

@@ -209,7 +209,7 @@ def test_threads_of_a_larger_machine_are_no_more_than_there_are_here(file, monke
         monkeypatch.setenv("POP_LOCAL_THREADS", "64")
     warning, error = pop_local("run", "x", "hi").stderr.splitlines()
     where = file if origin == "file" else "POP_LOCAL_THREADS"
-    assert warning == f"{where} sets threads to 64; using all 4 cores of this machine"
+    assert warning == f"{where} requests 64 threads, but this machine has only 4 cores"
     assert error == "error: 4 threads"
     assert pop_local("run", "x", "hi", "--threads", "3").stderr == "error: 3 threads\n"
     refused = pop_local("run", "x", "hi", "--threads", "64")

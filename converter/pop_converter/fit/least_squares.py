@@ -44,7 +44,7 @@ LEAST_WEIGHT = 0.2
 _MOST_ATTENTION = 50.0
 # The system's diagonal is 1, so smaller pivots are rounding errors.
 _LEAST_PIVOT = 1e-12
-DAMAGED_HINT = "check that the model answers prompts, since its file may be damaged"
+DAMAGED_HINT = "the model file may be damaged: check that the model answers a prompt"
 
 
 class FitError(PopError):
@@ -247,7 +247,7 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
 
 
 def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
-    """Decode tensors from `encode`. `own` are the layer's own projections."""
+    """Decode tensors from `encode`. `own` holds the layer's own projections."""
     parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
     biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
     weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]

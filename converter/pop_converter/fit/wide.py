@@ -29,7 +29,7 @@ _MOST_NEURON = 5.0  # in standard deviations
 
 @dataclass(frozen=True)
 class Neurons:
-    """FFN neurons, whose weights `gate` and `up` [n, n_embd] multiply x * `gain` [n_embd]."""
+    """FFN neurons with weights `gate` and `up` [n, n_embd], applied to x * `gain` [n_embd]."""
 
     gain: Floats
     gate: Floats

@@ -82,8 +82,8 @@ class KvCache:
     def truncate(self, n_rows: int) -> bool:
         """Keep the first `n_rows`, which must not end within an image, and drop the others.
 
-        Returns False if the memory cannot do so and has no checkpoint there. Raises PopError
-        during a batch.
+        Returns False if the memory cannot do so and has no checkpoint there. Raises PopError if
+        called during a batch.
         """
         self.slot.require_idle()
         with self.slot.locked():
@@ -200,7 +200,7 @@ class KvCache:
 
         Raises PopError if the image cannot be read.
         """
-        assert self._vision is not None, "the vision model creates image chunks"
+        assert self._vision is not None, "image chunks need a vision model"
         start, n = self.n_tokens, image.n_rows
         self.has_logits = False
         first = int(self.rows.positions[self.n_tokens])

@@ -1,1 +1,1 @@
-"""Depth of KV cache rows: deep rows by token, deep passes and refills."""
+"""Rows that run all layers: deep rows, chosen by token, and refilled rows."""

@@ -81,7 +81,7 @@ class TokenBatch:
         sequences: Tokens,
         wants_logits: Sequence[bool] | np.ndarray,
     ) -> int:
-        """Decode tokens. Returns llama_decode's code, 0 for success."""
+        """Decode tokens. Returns the return code of llama_decode (0: success)."""
         n = len(tokens)
         self._batch.n_tokens = n
         self._token[:n], self._pos[:n], self._logits[:n] = tokens, positions, wants_logits

@@ -256,7 +256,7 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
     if saved.backend != ours.backend:
         return f"the session belongs to backend {saved.backend}, and this backend is {ours.backend}"
     if session.mode is not Mode.OFF and not engine.pruning.can_switch:
-        return "the session is pruned, and this model is not converted"
+        return "the session is pruned, but this model has not been converted"
     if session.n_tokens > engine.context.n_ctx:
         return f"the session needs a context of {session.n_tokens:,} tokens"
     return ""

@@ -38,7 +38,7 @@ class ChatFormatter:
         return self._call(self._library.pop_chat_render, request)
 
     def parse(self, request: dict[str, Any]) -> Any:
-        """Return the content, reasoning and calls of an answer, or of the start of an answer."""
+        """Return the content, reasoning and tool calls of a complete or partial answer."""
         return self._call(self._library.pop_chat_parse, request)
 
     def _call(self, function: Any, request: dict[str, Any]) -> Any:
