@@ -1,6 +1,7 @@
 """Read a prompt into a KV cache: reuse cached rows, prune context rows, run the rest in full."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -54,6 +55,8 @@ def read(
             if move_rows(cache, tokens, edit.sources):
                 deep = _deep_rows(cache, tokens, rule)
                 return read_edited(cache, tokens, edit, deep, rule, on_prefill)
+            # The memory cannot move rows, so the prompt cache must get those that it replaces.
+            return read(states, prompt, replace(rule, reuse=Reuse.EXACT), on_prefill)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         is_short = _is_pruning(cache)
         n_exact, n_stale = cache.n_exact, cache.rows.n_stale(len(prompt))

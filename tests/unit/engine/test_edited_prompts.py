@@ -337,3 +337,11 @@ def test_edits_that_save_little_are_read_normally(llama_file, tokens):
     with pruned(llama_file) as model:
         read(model, OLD)
         assert model.read(Prompt(tokens)).n_stale == 0
+
+
+def test_a_prompt_whose_rows_cannot_move_stays_in_the_prompt_cache(tmp_path):
+    path = tiny(tmp_path, "qwen2vl")
+    with pruned(path, prompt_cache=PromptCache(2**24)) as model:
+        read(model, OLD)
+        assert model.read(Prompt(EDITS["a longer first line"])).n_cached == 0
+        assert model.read(Prompt([*OLD, 5, 6])).n_cached == len(OLD)
