@@ -41,6 +41,7 @@ class CacheStates:
             cells=cache.slot.cells.state(),
             images=dict(cache.images),
             first_stale=cache.rows.first_stale,
+            n_exact=cache.n_exact,
         )
 
     def restore(self, state: SavedState) -> None:

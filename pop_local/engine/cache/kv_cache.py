@@ -154,7 +154,9 @@ class KvCache:
         self._tokens[:n] = state.tokens
         self.images = dict(state.images)
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
-        self.rows.first_stale = state.first_stale
+        if state.first_stale < n:
+            # Earlier rows have lost their boundary states, so a refill decodes them again as well.
+            self.rows.n_exact = self.rows.first_stale = state.n_exact
         self.n_tokens = n
 
     # Reading

@@ -19,8 +19,8 @@ class SavedState:
     """The used cells of a sequence, with each row's token, position and depth.
 
     `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1], see CachedRows. `images`:
-    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. `first_stale`: see
-    CachedRows.
+    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. `first_stale`, `n_exact`:
+    see CachedRows.
     """
 
     key: str
@@ -31,6 +31,7 @@ class SavedState:
     cells: bytes
     images: Mapping[int, str] = field(default_factory=dict)
     first_stale: int = NO_STALE
+    n_exact: int = 0
 
     @property
     def n_tokens(self) -> int:

@@ -3,7 +3,7 @@
     tokens.npy     int32 (n_tokens): each cached row's token, NO_TOKEN for image rows
     full.npy       bool (n_tokens): rows that ran all layers
     positions.npy  int32 (n_tokens + 1): each row's position, and the next row's
-    stale.npy      int32 (1): first stale row, only if there is one
+    stale.npy      int32 (2): number of exact rows and first stale row, only if a row is stale
     kv.bin         llama.cpp's state: only the used cells
 
 numpy's reader evaluates headers and allocates any size in them, so `decoded_array` checks both.
@@ -39,7 +39,7 @@ def members(state: SavedState) -> Iterator[tuple[str, bytes]]:
     yield "tokens.npy", encoded_array(state.tokens)
     yield "full.npy", encoded_array(state.is_full)
     if state.first_stale < state.n_tokens:
-        yield "stale.npy", encoded_array(np.array([state.first_stale], np.int32))
+        yield "stale.npy", encoded_array(np.array([state.n_exact, state.first_stale], np.int32))
     yield "kv.bin", state.cells
 
 
@@ -47,9 +47,10 @@ def read_state(
     archive: zipfile.ZipFile, key: str, model: str, images: Mapping[int, str], n_tokens: int
 ) -> SavedState:
     """Read a state's members. Raises one of DAMAGES, also for inconsistent arrays."""
-    stale = NO_STALE
+    n_exact, first_stale = 0, NO_STALE
     if "stale.npy" in archive.namelist():
-        stale = int(decoded_array(read_member(archive, "stale.npy"), np.int32, 1)[0])
+        stale = decoded_array(read_member(archive, "stale.npy"), np.int32, 2)
+        n_exact, first_stale = stale.tolist()
     state = SavedState(
         key=key,
         model=model,
@@ -58,7 +59,8 @@ def read_state(
         positions=decoded_array(read_member(archive, "positions.npy"), np.int32, n_tokens + 1),
         cells=read_member(archive, "kv.bin"),
         images=images,
-        first_stale=stale,
+        first_stale=first_stale,
+        n_exact=n_exact,
     )
     if not _is_consistent(state):
         raise ValueError("its arrays contradict each other")
@@ -73,7 +75,8 @@ def _is_consistent(state: SavedState) -> bool:
     return bool(
         state.n_tokens > 0
         and state.tokens.min() >= NO_TOKEN
-        and state.first_stale >= (state.n_tokens if state.key == FULL else 0)
+        and state.first_stale >= (state.n_tokens if state.key == FULL else state.n_exact)
+        and state.n_exact >= 0
         and set(image_starts.tolist()) <= state.images.keys()
         and not is_text[[start for start in state.images if start < len(is_text)]].any()
         and state.positions[0] == 0

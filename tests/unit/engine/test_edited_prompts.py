@@ -283,12 +283,11 @@ def test_saved_states_know_their_stale_rows(llama_file):
         read(model, OLD)
         read(model, tokens)
         states, cache = model.engine.states, model.engine.cache
-        first_stale = cache.rows.first_stale
         saved = states.save()
         cache.clear()
         states.restore(saved)
-        assert cache.rows.first_stale == first_stale
-        assert cache.n_exact <= cache.rows.first_stale < NO_STALE
+        assert cache.n_exact == cache.rows.first_stale == saved.n_exact
+        assert saved.first_stale < NO_STALE
 
 
 def test_the_prompt_cache_finds_the_state_that_an_edit_can_reuse(llama_file):
@@ -345,3 +344,20 @@ def test_a_prompt_whose_rows_cannot_move_stays_in_the_prompt_cache(tmp_path):
         read(model, OLD)
         assert model.read(Prompt(EDITS["a longer first line"])).n_cached == 0
         assert model.read(Prompt([*OLD, 5, 6])).n_cached == len(OLD)
+
+
+def test_a_restored_state_catches_up_from_its_exact_rows(llama_file, tmp_path):
+    tokens = EDITS["an inserted passage"]
+    with pruned(llama_file) as model:
+        read(model, OLD)
+        model.engine.refiller.refill()
+        read(model, tokens)
+        states, cache = model.engine.states, model.engine.cache
+        n_exact = cache.n_exact
+        assert 100 < n_exact < len(tokens)
+        saved = states.save()
+        cache.clear()
+        states.restore(saved)
+        assert cache.n_exact == n_exact
+        model.engine.refiller.refill()
+        assert kv_bytes(model) == fresh(llama_file, tokens)[0]
