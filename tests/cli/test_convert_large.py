@@ -53,8 +53,8 @@ def test_few_boundaries_are_fitted_in_one_pass(tiny, letters, own_pass_at, monke
     monkeypatch.setattr(activations.WindowReader, "window", window)
     own_pass_at(7)
     found, tried = found_by(tiny, letters)
-    assert tried == [(7, "own"), (6, "own"), (5, "own"), (6, "fitted"), (3, "fitted")]
-    assert (found["boundary"], found["projection"]) == (3, "fitted")
+    assert tried == [(7, "own"), (6, "own"), (5, "own"), (6, "fitted-wide"), (3, "fitted-wide")]
+    assert (found["boundary"], found["projection"]) == (3, "fitted-wide")
     assert found["budget"]["tried"].startswith("7 own (names) inside, 6 own (names) outside, ")
     assert len(read) == 2048 // 512
 

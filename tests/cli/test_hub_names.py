@@ -98,7 +98,7 @@ def test_a_hub_that_cannot_be_searched_changes_nothing(hub):
     assert done.returncode == 1
     said, error, _ = done.stderr.splitlines()
     assert said.startswith("Could not search the hub for qwen3-8c")
-    assert error.startswith("error: no model named 'qwen3-8c'")
+    assert error.startswith("error: the catalog has no model named 'qwen3-8c'")
     assert "qwen3-8b" in done.stderr
 
 

@@ -155,7 +155,7 @@ def test_a_conversion_mentions_a_shipped_sidecar(shipped, tmp_path):
     given = ["convert", str(tmp_path / "tiny.gguf"), "--dry-run", "--json"]
     planned = CliRunner().invoke(app, given)
     assert planned.exit_code == 0 and json.loads(planned.stdout)
-    assert f"pop-local ships {shipped.name}" in " ".join(planned.stderr.split())
+    assert f"pop-local ships the sidecar {shipped.name}" in " ".join(planned.stderr.split())
 
 
 def test_a_sidecar_next_to_the_model_comes_first(shipped, tmp_path):

@@ -135,7 +135,7 @@ def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     chat.expect_prompt()
     assert "skip it" not in chat.text
     chat.line("long " * 150)
-    chat.expect(r"Context is [\d,]+ tokens too small")
+    chat.expect(r"The context is [\d,]+ tokens too small")
     chat.expect(r"l  use a larger context \(--ctx (\d+)\)")
     n_ctx = chat.group(1)
     chat.line("l")

@@ -54,6 +54,11 @@ def edited(sources: tuple[Source, ...]) -> tuple[Tokens, Tokens]:
     return tuple(tokens), tuple(rows)
 
 
+def can_move(model: Path, cache: str) -> bool:
+    """Return False if llama.cpp cannot shift a quantized K of this model."""
+    return cache != "q8_0" or model.parent.name[:-1] not in ("llama", "phi3", "deepseek2")
+
+
 def decoded(tokens: Tokens, start: int = 0) -> list[Step]:
     """Return a step for each ubatch from `start` on."""
     starts = range(start, len(tokens), N_UBATCH)
@@ -65,7 +70,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     if request.param in SYNTHETIC:
         return make_gguf(folder / "model.gguf", request.param)
-    name = next(name for name in recipes.names() if name.arch == request.param)
+    name = next((name for name in recipes.names() if name.arch == request.param), None)
+    if name is None:
+        pytest.skip("the recipes are not built")
     return recipes.make(name, folder / "model.gguf", MORE_KEYS.get(name.arch, ()))
 
 
@@ -91,6 +98,10 @@ def test_an_edited_prompt_equals_a_fresh_one_after_repair(
         Step("overwrite", value=0),
         Step("save", path=str(repaired)),
     )
+    if any(row not in (-1, at) for at, row in enumerate(rows)) and not can_move(model, cache):
+        with pytest.raises(RuntimeError, match="rows of this model cannot move"):
+            run(replace(job, steps=steps))
+        return
     found = run(replace(job, steps=steps))
     assert (found["last"] == expected["last"]).all()
     assert repaired.read_bytes() == fresh.read_bytes()

@@ -186,7 +186,9 @@ static std::string find_obstacle(llama_context & ctx, const llama_pop_caches & k
     if (ctx.get_model().hparams.n_pos_per_embd() > 1) {
         return "rows of this model have several positions each";
     }
-    if (shifts && !kv.base->pop_can_shift()) {
+    // llama.cpp's shift of a quantized K expects heads of one size, which MLA does not have
+    const bool is_mla = ctx.get_model().hparams.n_lora_kv > 0;
+    if (shifts && (!kv.base->pop_can_shift() || (is_mla && ggml_is_quantized(kv.base->type_k())))) {
         return "rows of this model cannot move";
     }
     return "";

@@ -176,7 +176,7 @@ def test_a_state_of_other_settings_is_refused(llama: Path, letters: Path, tmp_pa
     kept = settings(letters, state_path=tmp_path / "state")
     with pytest.raises(StoppedError):
         fitted(llama, kept, replace(SILENT, should_stop=lambda: True))
-    with pytest.raises(CalibrationError, match="another calibration"):
+    with pytest.raises(CalibrationError, match="a calibration with another model, text or setting"):
         fitted(llama, replace(kept, ridge=0.5))
     encrypted = bytearray((tmp_path / "state").read_bytes())
     # In the list of what a zip holds, the first entry's flags.

@@ -50,8 +50,7 @@ async function* events(response) {
   }
 }
 
-// Streams an answer to `on.comment`, `on.text` and `on.end` (called with the finish reason);
-// resolves to the usage.
+// Streams an answer to `on.comment`, `on.text` and `on.end` (finish reason). Returns the usage.
 export async function answer(asked, signal, on) {
   const body = JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } });
   const headers = { "Content-Type": "application/json" };
