@@ -164,7 +164,7 @@ def test_prompts_that_differ_in_the_middle_read_from_there(open_model, monkeypat
     assert_near(model.engine.context.logits()[0], logits_after(open_model(), edited))
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 3, 4])
+@pytest.mark.parametrize("chunk", [0, 3])
 def test_a_stop_while_reading_leaves_a_valid_cache(open_model, monkeypatch, chunk):
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
     model, tokens = open_model(), prompt(320)
@@ -184,6 +184,7 @@ def test_a_stop_while_reading_leaves_a_valid_cache(open_model, monkeypatch, chun
     assert_near(model.engine.context.logits()[0], logits_after(open_model(), tokens))
 
 
+@pytest.mark.parametrize("name", ["mamba2", "lfm2", "gemma3"])
 def test_random_conversations_equal_fresh_readings(open_model, monkeypatch):
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
     monkeypatch.setattr(checkpoints_module, "MAX_CHECKPOINTS", 5)
@@ -203,7 +204,7 @@ def test_random_conversations_equal_fresh_readings(open_model, monkeypatch):
             tokens += greedy(model, tokens, chance.randrange(1, 12))
 
 
-@pytest.mark.parametrize("n_states", [0, 1, 3])
+@pytest.mark.parametrize("n_states", [0, 3])
 def test_checkpoints_stay_below_the_cap(open_model, monkeypatch, n_states):
     monkeypatch.setattr(read_module, "EVERY", N_BATCH)
     model = open_model()
