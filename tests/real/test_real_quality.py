@@ -27,6 +27,7 @@ def test_real_model_has_the_known_losses(smollm2_q4_0, tmp_path, monkeypatch):
     At 20, a fit on eight windows recovers most of the loss.
     """
     monkeypatch.setattr(named, "N_WINDOWS", 1)
+    monkeypatch.setattr(named, "N_DOCUMENTS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     model = PopModel(EngineOptions.of(smollm2_q4_0, n_ctx=512, n_threads=1))
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))

@@ -160,7 +160,7 @@ def test_a_fit_outside_the_budget_is_not_used(plain):
 def test_work_that_is_stopped_at_any_time_continues(plain):
     model, lessons = taught(plain)
     stops = 0
-    for patience in count(5, 400):
+    for patience in count(5, 1500):
         asked = count(1)
         lesson = lessons.idle(lambda: next(asked) >= patience)  # noqa: B023
         if lesson:
