@@ -1,6 +1,6 @@
 """Alignment of an edited prompt with the cached tokens: the runs of tokens that both contain."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,17 +39,17 @@ def find_runs(cached: np.ndarray, prompt: np.ndarray, min_run: int = MIN_RUN) ->
     at = 0
     while (next_hit := int(np.searchsorted(hits, at))) < len(hits):
         row = int(hits[next_hit])
-        first = int(np.searchsorted(ordered, prompt_hashes[row]))
-        last = int(np.searchsorted(ordered, prompt_hashes[row], side="right"))
-        candidates = [int(each) for each in order[first : min(last, first + _MAX_CANDIDATES)]]
-        if runs and row == runs[-1].prompt + runs[-1].n:
-            candidates.insert(0, runs[-1].cached + runs[-1].n)
-        run = max(
-            (TokenRun(c, row, _n_equal(cached[c:], prompt[row:])) for c in candidates), key=_size
+        first, last = (
+            int(np.searchsorted(ordered, prompt_hashes[row], side=side))
+            for side in ("left", "right")
         )
-        if run.n >= min_run:
+        candidates = order[first : min(last, first + _MAX_CANDIDATES)].tolist()
+        found = (TokenRun(c, row, _n_equal(cached[c:], prompt[row:])) for c in candidates)
+        run = max(found, key=lambda each: each.n)
+        at = row + 1
+        if run.n >= min_run:  # else two different windows have one hash
             runs.append(run)
-        at = row + max(run.n, 1) if run.n >= min_run else row + 1
+            at = row + run.n
     return runs
 
 
@@ -72,27 +72,20 @@ def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
     return chosen[::-1]
 
 
-def _size(run: TokenRun) -> int:
-    return run.n
-
-
 def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     """Return the hash of each window of `n` tokens: uint64 [n_tokens - n + 1]."""
     powers = np.array([pow(_HASH_BASE, i, 2**64) for i in range(n)], dtype=np.uint64)
     windows = sliding_window_view(tokens.astype(np.uint64), n)
-    hashes: np.ndarray = (windows * powers).sum(axis=1, dtype=np.uint64)
+    hashes: np.ndarray = windows @ powers
     return hashes
 
 
 def _n_equal(a: np.ndarray, b: np.ndarray) -> int:
     """Return the length of the common prefix."""
-    for start in _starts(min(len(a), len(b))):
-        end = start + _COMPARED_AT_ONCE
-        differ = np.flatnonzero(a[start:end][: len(b) - start] != b[start:end][: len(a) - start])
+    n = min(len(a), len(b))
+    for start in range(0, n, _COMPARED_AT_ONCE):
+        end = min(start + _COMPARED_AT_ONCE, n)
+        differ = np.flatnonzero(a[start:end] != b[start:end])
         if differ.size:
             return start + int(differ[0])
-    return min(len(a), len(b))
-
-
-def _starts(n: int) -> Iterator[int]:
-    yield from range(0, n, _COMPARED_AT_ONCE)
+    return n

@@ -84,7 +84,7 @@ class CacheStates:
         count_kept = self._count_kept(count)
         n_returned = self.cache.checkpoints.best(count(tokens, images))
         n_here = max(count_kept(tokens, images), n_returned)
-        state, _ = self.prompts.best(self._prompts_key, count_kept, n_here)
+        state = self.prompts.best(self._prompts_key, count_kept, n_here)
         if state is not None:
             with suppress(PopError):  # such as a larger context's state
                 self.restore(state)

@@ -91,13 +91,13 @@ class DiskStore:
         self._known = found  # one assignment, since several threads read it
         return list(found.values())
 
-    def find(self, key: str, count: CountReusable, n_least: int) -> tuple[SavedState | None, int]:
+    def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
         """Return the state with the most reusable rows, if more than `n_least`."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
                 best, n_best = each, n
-        return (None, 0) if best is None else (self._load(best), n_best)
+        return None if best is None else self._load(best)
 
     def _load(self, stored: StoredState) -> SavedState | None:
         """Read a state and mark it as used. Removes a damaged file, and returns None then."""
@@ -177,7 +177,7 @@ class DiskStore:
                     add_member(archive, _ABOUT, json.dumps(about).encode())
                     for name, content in members(state):
                         add_member(archive, name, content)
-            self._evict(prompts_key, state)
+            self._evict(path, prompts_key, state)
         except (PopError, OSError) as error:
             log.warning("cannot store a prompt's KV cache: %s", error)
 
@@ -188,13 +188,12 @@ class DiskStore:
             digest.update(array.tobytes())
         return self.folder / f"{digest.hexdigest()[:32]}{SUFFIX}"
 
-    def _evict(self, prompts_key: str, newest: SavedState) -> None:
-        """Remove states of the newest state's prefixes, then the least recently used ones."""
-        own_path = self._path(prompts_key, newest)
+    def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
+        """Remove states of the newest state's prefixes, then the least recently used states."""
         tokens, images = newest.tokens.tobytes(), newest.images.items()
         for each in self.stored():
             is_prefix = tokens.startswith(each.tokens.tobytes()) and each.images.items() <= images
-            if each.path != own_path and each.prompts_key == prompts_key and is_prefix:
+            if each.path != newest_path and each.prompts_key == prompts_key and is_prefix:
                 each.path.unlink(missing_ok=True)
         files = list(self._files())
         n_bytes = sum(status.st_size for _, status in files)

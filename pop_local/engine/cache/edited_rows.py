@@ -4,6 +4,7 @@ import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.rows import n_leading
 from pop_local.engine.llama.batch import Outputs
 
 
@@ -14,15 +15,15 @@ def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
     `decode_again` must decode. The cache ends before these rows until the caller extends it, so
     that no other sequence shares them. Returns False if the memory cannot move rows.
     """
-    start = int(np.append(sources != np.arange(len(sources)), True).argmax())
+    start = n_leading(sources == np.arange(len(sources)))
     with cache.slot.locked():
         try:
             cache.slot.cells.move(start, sources[start:], tokens[start:])
         except PopError:
             return False
-        cache.n_tokens = len(tokens)
+        cache.n_tokens = len(tokens)  # `cache.tokens` ends there
         cache.tokens[:] = tokens
-        cache.n_tokens = int(np.append(sources < 0, True).argmax())
+        cache.n_tokens = n_leading(sources >= 0)
         cache.rows.edit(sources)
         cache.checkpoints.drop_after(start)
         cache.has_logits = False

@@ -80,7 +80,7 @@ class KvCache:
             self.epoch += 1
 
     def truncate(self, n_rows: int) -> bool:
-        """Keep the first `n_rows`, which must not end within an image, and drop the others.
+        """Keep the first `n_rows`, which must not end within an image, and drop the later ones.
 
         Returns False if the memory cannot do so and has no checkpoint there. Raises PopError if
         called during a batch.

@@ -44,7 +44,7 @@ class StateStore(Protocol):
     def add(self, key: str, state: SavedState) -> None:
         """Store a state under `key`."""
 
-    def find(self, key: str, count: CountReusable, n_least: int) -> tuple[SavedState | None, int]:
+    def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
         """Return the state with the most reusable rows, if more than `n_least`."""
 
     def close(self) -> None:
@@ -103,23 +103,18 @@ class PromptCache:
                 evicted.append((other_key, other_state))
         return evicted
 
-    def best(
-        self, key: str, count: CountReusable, n_least: int = 0
-    ) -> tuple[SavedState | None, int]:
+    def best(self, key: str, count: CountReusable, n_least: int = 0) -> SavedState | None:
         """Return the state with the most reusable rows, if more than `n_least`."""
-        found, n_found = None, n_least
+        best, n_best = None, n_least
         with self._lock:
             for name, state in self._states.items():
-                if name[0] == key and (n := count(state.tokens, state.images)) > n_found:
-                    found, n_found = name, n
-            state_here = None if found is None else self._states[found]
-            if found is not None:
-                self._states.move_to_end(found)
-        if self.store is not None:
-            stored, n_stored = self.store.find(key, count, n_found)
-            if stored is not None:
-                return stored, n_stored
-        return state_here, n_found
+                if name[0] == key and (n := count(state.tokens, state.images)) > n_best:
+                    best, n_best = name, n
+            found = None if best is None else self._states[best]
+            if best is not None:
+                self._states.move_to_end(best)
+        stored = None if self.store is None else self.store.find(key, count, n_best)
+        return found if stored is None else stored
 
     def close(self) -> None:
         """Move all states to the store, and wait until they are stored."""

@@ -9,6 +9,11 @@ _serial = itertools.count(1)
 NO_STALE = 2**31 - 1  # past all rows
 
 
+def n_leading(flags: np.ndarray) -> int:
+    """Return the number of leading True values."""
+    return int(np.append(~flags, True).argmax())
+
+
 class CachedRows:
     """Position, depth and exactness of each row.
 
@@ -55,7 +60,7 @@ class CachedRows:
         """Replace all rows by those of an edited prompt (see edited_rows.move_rows)."""
         n = len(sources)
         is_full = (sources >= 0) & self.is_full[sources]
-        n_same = int(np.append(sources != np.arange(n), True).argmax())
+        n_same = n_leading(sources == np.arange(n))
         reused = n_same + np.flatnonzero(sources[n_same:] >= 0)
         self.forget_from(n_same)
         self.is_full[:n] = is_full
@@ -111,8 +116,7 @@ class CachedRows:
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
         """Copy the depth of shared rows. Returns whether more rows are exact."""
-        differ = self.readings[:n_rows] != other.readings[:n_rows]
-        n_shared = int(np.append(differ, True).argmax())
+        n_shared = n_leading(self.readings[:n_rows] == other.readings[:n_rows])
         n_exact = min(other.n_exact, n_shared)
         self.is_full[:n_shared] |= other.is_full[:n_shared]
         if self.first_stale < n_shared:

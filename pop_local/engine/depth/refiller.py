@@ -21,7 +21,7 @@ _FIRST_CHUNK = 64
 
 
 class Refiller:
-    """A refiller of a cache's pruned rows, from their boundary states."""
+    """A refiller of a cache's pruned rows, from their boundary states, and of its stale rows."""
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
@@ -54,10 +54,11 @@ class Refiller:
         should_stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Run deep passes over the cached rows in order until all equal the full model's.
+        """Make the cached rows exact in order: by deep passes, and stale rows by decoding again.
 
-        Returns the number of refilled rows, 0 without stored states. `should_stop` is called
-        during and after each chunk. `on_progress` gets (done_rows, total_rows).
+        Returns the number of refilled rows, 0 if a pruned row lacks its boundary state.
+        `should_stop` is called during and after each chunk. `on_progress` gets
+        (done_rows, total_rows).
         """
         cache = self._cache
         cache.slot.require_idle()
@@ -80,8 +81,8 @@ class Refiller:
         cache = self._cache
         first, first_stale = cache.n_exact, cache.rows.first_stale
         is_stale = first_stale <= first
-        rows = range(first, min(first + self._chunk, cache.n_tokens if is_stale else first_stale))
-        rows = rows[: cache.n_tokens - first]
+        end = cache.n_tokens if is_stale else min(first_stale, cache.n_tokens)
+        rows = range(first, min(first + self._chunk, end))
         started_s = time.perf_counter()
         cache.checkpoints.drop_after(first)
         cache.has_logits = False  # the logits depend on the pruned rows

@@ -1,4 +1,4 @@
-"""Read an edited prompt: move the cached rows that it shares, and decode the others in place."""
+"""Read an edited prompt: move the shared rows, and decode the remaining rows in place."""
 
 import itertools
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def read_edited(
     rule: RowRule,
     on_prefill: OnPrefill | None,
 ) -> Read:
-    """Decode the rows that an edit did not find in the cache, which has moved the others.
+    """Decode the rows without a cached source, after the cache has moved the reused rows.
 
     `tokens`: int32 [n_prompt]. `deep`: bool [n_prompt], the deep rows by token. Raises PopError if
     the rows cannot be decoded, and PrefillStoppedError or the signal handler's exception if

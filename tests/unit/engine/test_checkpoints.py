@@ -242,7 +242,7 @@ def test_a_saved_state_does_not_replace_a_better_checkpoint(name, path_of):
     model.read(Prompt(prompt(100, seed=2)))
     model.read(Prompt(stem))
     greedy(model, stem, 8)
-    # The stored state has more equal rows, but cannot drop the others.
+    # The stored state has more equal rows, but cannot drop the unequal ones.
     assert n_cached(model, stem + prompt(200, seed=1)[:20] + prompt(80, seed=3)) == 256
 
 

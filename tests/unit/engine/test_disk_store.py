@@ -190,7 +190,7 @@ def test_kill_leaves_no_half_state(folder, after_s, caplog):
         child.send_signal(signal.SIGKILL)
     store = DiskStore(folder, 2**30)
     for stored in store.stored():
-        assert store.find(stored.prompts_key, lambda *_: 1, 0)[0] is not None
+        assert store.find(stored.prompts_key, lambda *_: 1, 0) is not None
     assert caplog.messages == []
     assert [path for path in files(folder) if path.suffix == output_file._SUFFIX] == []
 
@@ -202,7 +202,7 @@ def test_two_processes_share_a_folder(pop_file, folder):
     [found] = here.stored()
     assert found.tokens.tolist() == OLD
     found.path.unlink()
-    assert here.find(found.prompts_key, lambda *_: 1, 0) == (None, 0)
+    assert here.find(found.prompts_key, lambda *_: 1, 0) is None
     assert here._load(found) is None
 
 
@@ -241,5 +241,5 @@ def test_a_file_with_a_wrong_stale_row_is_removed(pop_file, folder, first_stale)
     store = DiskStore(folder, ROOM)
     store.add(key, state)
     store.close()
-    assert store.find(key, Prompt(OLD).n_equal, 0)[0] is None
+    assert store.find(key, Prompt(OLD).n_equal, 0) is None
     assert not files(folder)
