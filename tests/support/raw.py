@@ -309,7 +309,10 @@ class Session:
     def _move(self, step: Step) -> None:
         n = len(step.tokens)
         rows, tokens = (ctypes.c_int32 * n)(*step.rows), (ctypes.c_int32 * n)(*step.tokens)
-        self._pop("llama_pop_move_rows", step.seq, step.pos, rows, tokens, n)
+        ctx = ctypes.c_void_p(self.ctx)
+        status = self.capi.llama_pop_move_rows(ctx, step.seq, step.pos, rows, tokens, n)
+        if status != step.value:
+            raise RuntimeError(f"llama_pop_move_rows returned {status}")
 
     def _overwrite(self, step: Step) -> None:
         self._pop("llama_pop_set_overwrite", bool(step.value))

@@ -30,7 +30,8 @@ class Step:
     - keep: store snapshots if `value` is 1. run_deep: run a deep pass over the positions
       `tokens`; `logits`: "last" or "none"; `value`: the expected status.
     - move: replace the rows from `pos` on by rows with the `tokens` and the K/V at the positions
-      `rows` (-1: none yet). overwrite: decode rows in place if `value` is 1.
+      `rows` (-1: none yet); `value`: the expected status. overwrite: decode rows in place if
+      `value` is 1.
     - logits: return the last output's logits again.
     - model: return the first layer that rows without logits may skip (0: none), and whether the
       model is recurrent or hybrid.
