@@ -62,7 +62,8 @@ def count_edited(prompt: Prompt) -> CountReusable:
 
     def count(cached: np.ndarray, images: Mapping[int, str]) -> int:
         n_prefix = prompt.n_equal(cached, images)
-        if images or prompt.images:
+        n_most = min(len(cached), len(tokens))
+        if images or prompt.images or not pays(n_most, n_prefix, len(tokens)):
             return n_prefix
         n_reused = find_edit(cached, tokens).n_reused
         return n_reused if pays(n_reused, n_prefix, len(tokens)) else n_prefix

@@ -147,6 +147,8 @@ def _edit(cache: KvCache, prompt: Prompt, rule: RowRule, n_usable: int) -> Edit 
     """Return how a pruned prompt reuses rows after an edit, or None if it saves too little."""
     if rule.reuse is not Reuse.EDITED or not _is_pruning(cache) or cache.images or prompt.images:
         return None
+    if not pays(min(cache.n_tokens, len(prompt)), n_usable, len(prompt)):
+        return None
     tokens = np.asarray(prompt.tokens, np.int32)
     sources = find_edit(cache.tokens, tokens).sources
     must_be_full = _deep_rows(cache, tokens, rule)
