@@ -1,10 +1,6 @@
 """`pop-local bench MODEL`: measure the time to first token with and without pruning."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
@@ -31,17 +27,10 @@ def bench(
     *,
     read: PromptOptions,
     json: opt.Json = False,
-    image: Annotated[
-        Path | None,
-        typer.Option("--image", metavar="FILE", help="Picture to include in each prompt."),
-    ] = None,
-    pictures: opt.PictureOptions,
     measured: opt.MeasureOptions,
 ) -> None:
     """Measure the time to first token with and without pruning, in alternating runs of a model."""
     n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
-    if image is None and opt.given(**vars(pictures)):
-        raise typer.BadParameter("--mmproj and --image-tokens require --image")
     from pop_local.workflows import benchmark as workflow
 
     options = workflow.BenchOptions(
@@ -51,8 +40,6 @@ def bench(
         n_ctx=measured.n_ctx,
         hardware=measured.hardware,
         deep_rows=read.deep_rows,
-        image=image,
-        **vars(pictures),
     )
     with stoppable_watch() as watch:
         speed = workflow.bench(model, measured.sidecar, options, watch)

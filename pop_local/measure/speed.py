@@ -6,9 +6,7 @@ after each round. Each run starts with an empty KV cache. The measured time incl
 sampling of the first token; decoding is measured separately. Every run raises PopError unless the
 backend's row counters show that all prompt tokens were evaluated and pruned as planned.
 
-The TTFT of a prompt with a picture includes encoding the picture. Pruning does not change the
-encoding time, so the speed-up limit applies only to the remaining time. This limit is measured: the
-last run of a round has no full row.
+The speed-up limit is measured, too: each round includes a run without full rows.
 """
 
 import statistics
@@ -24,8 +22,6 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, Ran, counting
 from pop_local.engine.depth.deep_rows import find_deep_rows
-from pop_local.engine.images.mmproj import TokenizedPicture
-from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import NO_FULL_ROWS, plan_prefill
@@ -36,8 +32,6 @@ from pop_local.engine.turn_options import TurnOptions
 from pop_local.measure.heldout import shipped_text
 
 N_DECODE = 32
-# Number of tokens that precede a picture in the measured prompt, as in most chat templates.
-_N_BEFORE = 8
 
 
 @dataclass(frozen=True)
@@ -61,13 +55,12 @@ class ModePair:
 class SpeedRow:
     """The measured speed at one prompt length. Times are in seconds.
 
-    `speedup`: the ratio of the full TTFT to the pruned TTFT. `read_speedup`: the same ratio without
-    the time for encoding pictures. `limit`: the `read_speedup` of a run without full rows.
-    `of_limit`: the median of `read_speedup` divided by `limit`. `n_image`: the number of picture
-    rows. `n_deep`: the number of prompt rows that ran all layers because of their tokens.
-    `n_skipped_exact`: the number of rows that skipped layers without loss. `upstream_ttft_s`: the
-    TTFT of llama.cpp without our kernels (None: not measured). `kernels_speedup`: the ratio of
-    `upstream_ttft_s` to the full TTFT (None: not measured).
+    `speedup`: the ratio of the full TTFT to the pruned TTFT. `limit`: the speed-up of a run without
+    full rows. `of_limit`: the median of `speedup` divided by `limit`. `n_deep`: the number of
+    prompt rows that ran all layers because of their tokens. `n_skipped_exact`: the number of rows
+    that skipped layers without loss. `upstream_ttft_s`: the TTFT of llama.cpp without our kernels
+    (None: not measured). `kernels_speedup`: the ratio of `upstream_ttft_s` to the full TTFT (None:
+    not measured).
     """
 
     n_prompt: int
@@ -80,9 +73,6 @@ class SpeedRow:
     limit: float
     of_limit: float
     decode_tokens_per_s: ModePair
-    n_image: int
-    encode_s: float
-    read_speedup: Spread
     upstream_ttft_s: Spread | None = None
     kernels_speedup: Spread | None = None
 
@@ -95,29 +85,23 @@ class Run:
     decode_tokens_per_s: float
     read: Read
 
-    @property
-    def read_s(self) -> float:
-        return self.ttft_s - self.read.encode_s
-
 
 def measure_speed(
     model: PopModel,
     n_prompts: Sequence[int],
     n_rounds: int,
     on_progress: Progress,
-    picture: Picture | None = None,
     upstream: Callable[[Prompt], Run] | None = None,
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds after a warm-up round.
 
-    `picture`: a picture to insert into each prompt. `upstream` runs a prompt without our kernels.
-    `on_progress` receives numbers of prompt tokens. The context must have room for the longest
-    prompt and N_DECODE tokens. Raises PopError if the counters differ from the plan.
+    `upstream` runs a prompt without our kernels. `on_progress` counts prompt tokens. The context
+    must have room for the longest prompt and N_DECODE tokens. Raises PopError if the counters
+    differ from the plan.
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
-    seen = model.engine.prompter.see(picture) if picture else None
-    prompts = [text_prompt(model, n_prompt, seen) for n_prompt in n_prompts]
+    prompts = [text_prompt(model, n_prompt) for n_prompt in n_prompts]
     return tuple(_row(model, upstream, prompt, n_rounds, ran) for prompt in prompts)
 
 
@@ -138,8 +122,7 @@ def _row(
         ways.insert(0, partial(upstream, prompt))
     *others, full, pop, context = run_rounds(ways, n_rounds, lambda: ran(n_prompt))
     rows = pop[0].read.counters
-    reading = spread(a.read_s / b.read_s for a, b in zip(full, pop, strict=True))
-    limit = statistics.median(a.read_s / b.read_s for a, b in zip(full, context, strict=True))
+    speedup, limit = spread(ratios(full, pop)), statistics.median(ratios(full, context))
     if rows.n_full == n_prompt:  # too short to be pruned
         limit = 1.0
     return SpeedRow(
@@ -149,12 +132,9 @@ def _row(
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
-        speedup=spread(ratios(full, pop)),
+        speedup=speedup,
         limit=limit,
-        of_limit=reading.median / limit,
-        n_image=prompt.n_image,
-        encode_s=statistics.median(run.read.encode_s for run in pop),
-        read_speedup=reading,
+        of_limit=speedup.median / limit,
         decode_tokens_per_s=ModePair(
             full=statistics.median(run.decode_tokens_per_s for run in full),
             pop=statistics.median(run.decode_tokens_per_s for run in pop),
@@ -241,28 +221,14 @@ def require_rows(model: PopModel, mode: Mode, prompt: Prompt, counters: Counters
         )
 
 
-def text_prompt(model: PopModel, n_prompt: int, seen: TokenizedPicture | None = None) -> Prompt:
-    """Return a prompt of held-out prose, dialogue, code and tables, with a picture near its start.
+def text_prompt(model: PopModel, n_prompt: int) -> Prompt:
+    """Return a prompt of `n_prompt` tokens of held-out prose, dialogue, code and tables.
 
-    The prompt is real text, since the words determine which rows run all layers. Raises PopError if
-    a picture leaves no room for text.
+    The prompt is real text, since the words determine which rows run all layers.
     """
     kinds = [model.engine.context.vocabulary.tokenize(part) for part in shipped_text().parts]
     n_each = -(-n_prompt // len(kinds))
-    tokens = [token for kind in kinds for token in islice(cycle(kind), n_each)][:n_prompt]
-    if seen is None:
-        return Prompt(tokens)
-    n_text = n_prompt - len(seen.tokens)
-    if n_text <= _N_BEFORE:
-        raise PopError(
-            f"the prompt is too short: it has {n_prompt} tokens, the picture {len(seen.tokens)}",
-            "use longer prompts, or a smaller picture",
-            cause="prompts-too-short",
-            n_least=len(seen.tokens) + 64,
-        )
-    images = {_N_BEFORE + offset: image for offset, image in seen.images.items()}
-    shown = [*tokens[:_N_BEFORE], *seen.tokens, *tokens[_N_BEFORE:n_text]]
-    return Prompt(shown, images=images)
+    return Prompt([token for kind in kinds for token in islice(cycle(kind), n_each)][:n_prompt])
 
 
 def spread(values: Iterable[float]) -> Spread:

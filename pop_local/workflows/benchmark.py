@@ -14,7 +14,6 @@ from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import DeepRows
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.devices import cpu_kernels, devices, has_kernels
 from pop_local.engine.model import PopModel
@@ -28,7 +27,6 @@ from pop_local.measure.speed import (
     run_rounds,
     text_prompt,
 )
-from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
@@ -51,9 +49,8 @@ class BenchOptions:
     """Options of a benchmark.
 
     `n_prompts`: the prompt lengths to measure, in tokens. `n_pairs`: the number of run pairs (full
-    and pruned) per prompt length. `image`: a picture to insert into each prompt. `boundary` and
-    `deep_rows` default to the file's values, `n_ctx` to the required length, and `mmproj` to the
-    projector next to the model.
+    and pruned) per prompt length. `boundary` and `deep_rows` default to the file's values, and
+    `n_ctx` to the required length.
     """
 
     n_prompts: tuple[int, ...]
@@ -62,9 +59,6 @@ class BenchOptions:
     n_ctx: int | None
     hardware: Hardware
     deep_rows: DeepRows | None = None
-    image: Path | None = None
-    mmproj: Path | None = None
-    image_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,15 +85,13 @@ class Speed:
 
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
     """Measure the speed at each prompt length. Raises PopError, StoppedError."""
-    picture = None if options.image is None else read_picture(options.image)
     with _opened(model, sidecar, options, watch) as (loaded, files):
         backend, kernels = _backend(loaded, options.hardware)
-        is_ours = kernels and has_kernels() and picture is None
-        with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as beside:
-            setting, read = beside
+        is_ours = kernels and has_kernels()
+        with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as fastest:
+            setting, read = fastest
             advance = watch.stage("Measuring")
-            lengths = options.n_prompts
-            rows = measure_speed(loaded, lengths, options.n_pairs, advance, picture, read)
+            rows = measure_speed(loaded, options.n_prompts, options.n_pairs, advance, read)
         return Speed(
             model=str(files.path),
             sidecar=str(files.sidecar) if files.sidecar else None,
@@ -166,8 +158,6 @@ def _opened(
         options.hardware,
         watch,
         n_ctx=_context(source, options),
-        mmproj=options.mmproj or find_mmproj(files.path),
-        image_tokens=options.image_tokens,
         deep_rows=options.deep_rows,
     ) as loaded:
         if options.boundary is not None:
@@ -197,12 +187,7 @@ def _backend(model: PopModel, hardware: Hardware) -> tuple[str, str]:
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
-    on, kernels = f"{device.name} ({device.description})", ""
-    if not device.is_gpu:
-        kernels = cpu_kernels()
-    threads = (
-        "1 thread"
-        if model.engine.context.n_threads == 1
-        else f"{model.engine.context.n_threads} threads"
-    )
-    return f"{on}, {threads}", kernels
+    n_threads = model.engine.context.n_threads
+    threads = f"{n_threads} thread{'s' * (n_threads > 1)}"
+    kernels = "" if device.is_gpu else cpu_kernels()
+    return f"{device.name} ({device.description}), {threads}", kernels

@@ -158,23 +158,6 @@ def test_paths_of_pictures_are_completed(path, monkeypatch):
     assert [one.text for one in found] == ["ng"]
 
 
-def test_bench_with_a_picture(path):
-    a = path.parent / "a.png"
-    options = ("--prompt", "200,300", "--repeat", 2, "--threads", 1, "--image", a)
-    done = called("bench", path, *options, "--json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
-    assert [row["n_image"] for row in rows] == [48, 48]
-    assert [row["n_pruned"] for row in rows] == [200 - 9, 300 - 9]
-    for row in rows:
-        assert row["encode_s"] > 0
-        assert row["of_limit"] == pytest.approx(row["read_speedup"]["median"] / row["limit"])
-    shown = called("bench", path, *options).stdout
-    assert "which pruning does not shorten" in shown and "Speed-up without it" in shown
-    done = called("bench", path, "--prompt", 32, "--image", a, "--threads", 1)
-    assert done.returncode == 1 and "the picture 50" in done.stderr
-
-
 def test_compare_prompts_with_pictures(path, tmp_path):
     lines = [{"prompt": "what? " * 20, "images": [str(path.parent / name)]} for name in ("a.png",)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))

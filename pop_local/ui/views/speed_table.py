@@ -24,18 +24,13 @@ def show_speed(found: Speed) -> None:
         )
     say("")
     say(markdown([*_columns(found)], found.rows))
-    if any(row.read_speedup.min > row.limit for row in found.rows):
+    if any(row.speedup.min > row.limit for row in found.rows):
         say(_ABOVE)
-    if any(row.n_image for row in found.rows):
-        say(_NOT_ENCODING)
 
 
 def _columns(found: Speed) -> Iterator[Column]:
     how = "exact" if found.is_exact else "pruned"
     yield _number("Prompt tokens", lambda row: f"{row.n_prompt:,}")
-    has_picture = any(row.n_image for row in found.rows)
-    if has_picture:
-        yield _number("of a picture", lambda row: f"{row.n_image:,}")
     if found.is_exact:
         yield _number("left exactly", lambda row: f"{row.n_skipped_exact:,}")
     else:
@@ -49,9 +44,6 @@ def _columns(found: Speed) -> Iterator[Column]:
         yield _number("by kernels", lambda row: _RATIO(row.kernels_speedup))
     yield _number(f"TTFT {how} (s)", lambda row: _PRECISE(row.pop_ttft_s))
     yield _number("Speed-up", lambda row: _RATIO(row.speedup))
-    if has_picture:
-        yield _number("encoding (s)", lambda row: f"{row.encode_s:.3f}")
-        yield _number("Speed-up without it", lambda row: _RATIO(row.read_speedup))
     yield _number("Limit", lambda row: f"{row.limit:.2f}")
     yield _number("of limit", lambda row: f"{row.of_limit:.0%}")
     rates = "{0.full:.1f} / {0.pop:.1f}".format
@@ -65,10 +57,6 @@ def _number(title: str, cell: Callable[[Any], str]) -> Column:
 # The text of a Spread.
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
-_NOT_ENCODING = (
-    "\nBoth TTFTs include encoding the picture, which pruning does not shorten. The limit applies"
-    " to all other work."
-)
 _ABOVE = (
     "\nA speed-up can exceed the limit if the timing noise is larger than the full tokens' cost."
 )
