@@ -7,8 +7,8 @@ import typer
 
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
+from pop_local.ui.console import note
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
 from pop_local.ui.watch import stoppable_watch
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
+from pop_local.ui.console import warn
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import warn
 from pop_local.ui.views.speed_table import show_speed
 from pop_local.ui.watch import stoppable_watch
 

@@ -6,9 +6,9 @@ from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings
 from pop_local.engine.cache.disk_store import DiskStore
+from pop_local.ui.console import note
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, print_json, print_table
-from pop_local.ui.theme import note
 
 cache = sub_app(no_args_is_help=True)
 

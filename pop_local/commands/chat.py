@@ -23,15 +23,15 @@ from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_base_model
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
+from pop_local.ui.console import note
 from pop_local.ui.error_output import EXIT_FAILED
-from pop_local.ui.theme import look, note
 
 # The port is fixed, because browsers store chats by address.
 _PORT = 8081
 
 
 def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) -> None:
-    no_effect = asked & {"system", "theme", *(each.name for each in fields(opt.SamplingOptions))}
+    no_effect = asked & {"system", *(each.name for each in fields(opt.SamplingOptions))}
     if no_effect:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(no_effect))
         raise typer.BadParameter(f"the web page does not support {flags}", param_hint="--web")
@@ -63,7 +63,6 @@ def chat(
     ] = False,
     opened: opt.ModelOptions = opt.ModelOptions(refill="idle", learn="on"),
     sampling: opt.SamplingOptions,
-    theme: opt.Theme = "terminal",
 ) -> None:
     """Chat with a model.
 
@@ -73,7 +72,7 @@ def chat(
     if web:
         _in_browser(model, opened, asked)
         return
-    screen = Screen(look(theme))
+    screen = Screen()
     # A pipe delivers its next line immediately, without idle time.
     if not sys.stdin.isatty() and opened.refill == "idle":
         opened = without_refill(opened, "piped questions leave the model no idle time", asked)

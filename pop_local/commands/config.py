@@ -12,9 +12,9 @@ from pop_local.commands.shared_options import Json
 from pop_local.config import settings
 from pop_local.config.settings import Scalar, SettingValue, expanded, state_dir
 from pop_local.models.model_names import models_dir
+from pop_local.ui.console import note, say, warn
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, print_json, print_table
-from pop_local.ui.theme import look, note, say, warn
 
 config = sub_app(invoke_without_command=True)
 
@@ -70,8 +70,6 @@ def set_value(
 
 def _checked(setting: settings.Setting, text: str) -> Scalar:
     value = settings.parse(setting, text)
-    if setting.key == "theme":
-        look(text)
     if setting.is_path and not text.strip():
         raise PopError(
             "an empty path is not allowed",

@@ -17,8 +17,8 @@ from pop_local.commands import shared_options as opt
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.measure.budget import BALANCED, BUDGETS
 from pop_local.models.sidecars import is_shipped, sidecar_of
+from pop_local.ui.console import note
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import note
 from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch, terminal_watch

@@ -23,10 +23,9 @@ from pop_local.config import settings
 from pop_local.engine.llama import backend, devices
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.model_names import lookup, models_dir, resolve
+from pop_local.ui.console import out, printable
 from pop_local.ui.hints import hint_of
-from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import out
 from pop_local.workflows.open import best_model
 
 Status = Literal["ok", "note", "fix"]

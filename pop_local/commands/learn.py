@@ -12,9 +12,9 @@ from pop_local.commands.shared_options import Json
 from pop_local.engine.learning.store import SumsFile
 from pop_local.models.learned import LearnedFiles, learned_files
 from pop_local.models.model_names import resolve_base
+from pop_local.ui.console import note
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, print_json, print_table
-from pop_local.ui.theme import note
 
 learn = sub_app(no_args_is_help=True)
 

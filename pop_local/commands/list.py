@@ -4,8 +4,8 @@ from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import Json
 from pop_local.models.model_files import StoredModel, stock
 from pop_local.models.model_names import models_dirs, not_fetched
+from pop_local.ui.console import note
 from pop_local.ui.tables import Column, print_json, print_table
-from pop_local.ui.theme import note
 
 _COLUMNS = (
     Column("Model", lambda model: model.name),

@@ -14,7 +14,7 @@ from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.context import ContextOptions
 from pop_local.engine.model import PopModel
 from pop_local.models.model_names import not_fetched
-from pop_local.ui.theme import note, warn
+from pop_local.ui.console import note, warn
 from pop_local.ui.watch import asked, terminal_watch
 from pop_local.workflows.learning import OnlineCalibration
 from pop_local.workflows.open import best_model, open_model

@@ -13,8 +13,8 @@ from pop_local.commands.shared_options import Force
 from pop_local.fetching.http_download import fetch_url, file_name
 from pop_local.fetching.hub_download import search_hub
 from pop_local.models.model_names import hub_names, is_url, load_catalog, models_dir
+from pop_local.ui.console import note, say, warn
 from pop_local.ui.tables import Column, print_table
-from pop_local.ui.theme import note, say, warn
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.events import Unit
 from pop_local.workflows.fetch import fetch_named

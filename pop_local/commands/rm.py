@@ -15,8 +15,8 @@ from pop_local.commands.shared_options import Json
 from pop_local.models.mmproj_files import orphans
 from pop_local.models.model_files import parts_folder, removable, total_bytes
 from pop_local.models.model_names import lookup, models_dirs
+from pop_local.ui.console import note, say
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import note, say
 
 
 def rm(

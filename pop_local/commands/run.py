@@ -24,9 +24,9 @@ from pop_local.texts.decoding import decoded
 from pop_local.texts.document_readers import Document, read_document, read_limited
 from pop_local.ui.chat.overflow import answer_reserve, too_long
 from pop_local.ui.chat.screen import Screen
+from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import look, note, warn
 from pop_local.ui.typed_keys import unechoed_keys
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
@@ -59,7 +59,6 @@ def run(
     system: opt.System = "",
     how: opt.ModelOptions,
     sampling: opt.SamplingOptions,
-    theme: opt.Theme = "terminal",
 ) -> None:
     """Answer one question. Pictures, files and piped text precede the question in the prompt.
 
@@ -70,7 +69,7 @@ def run(
     if not turn.prompt and not pictures:
         raise typer.BadParameter("pass a question, a --file or piped text")
     messages = Conversation(system, (turn,)).messages
-    screen = Screen(look(theme))
+    screen = Screen()
     asked = opt.given_names(call)
     if how.full or how.refill == "idle":
         why = (

@@ -14,7 +14,7 @@ from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
 from pop_local.models.model_names import lookup
-from pop_local.ui.theme import note, warn
+from pop_local.ui.console import note, warn
 
 if TYPE_CHECKING:
     from pop_local.server.model_pool import ModelPool

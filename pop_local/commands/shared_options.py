@@ -14,7 +14,7 @@ from pop_converter.popfile.pruning_plan import parse_skip
 from pop_local.commands.option_expansion import Group, option
 from pop_local.config.settings import MOST, MOST_GIB, MOST_SEED, load
 from pop_local.engine.prefill.plan import Reuse
-from pop_local.ui.theme import warn
+from pop_local.ui.console import warn
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
@@ -89,13 +89,6 @@ Output = Annotated[
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
-Theme = Annotated[
-    str,
-    typer.Option(
-        help="Style of answers: terminal (the terminal's colours), dark, light, plain or a Pygments"
-        " style.",
-    ),
-]
 
 
 @dataclass(frozen=True)

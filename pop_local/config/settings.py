@@ -67,7 +67,6 @@ SETTINGS = (
     Setting("max_tokens", int, "the number of free tokens in the context", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("cache_disk", int, "0 (store no prompts)", least=0, most=MOST_GIB),
-    Setting("theme", str, "the terminal's colours"),
 )
 KEYS = tuple(setting.key for setting in SETTINGS)
 

@@ -17,8 +17,7 @@ from rich.text import Text
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama import logs
 from pop_local.ui import hints
-from pop_local.ui.printable import printable
-from pop_local.ui.theme import err
+from pop_local.ui.console import err, printable
 from pop_local.ui.typed_keys import echo_again
 
 EXIT_FAILED = 1

@@ -22,8 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from pop_converter.base.numbers import duration
-from pop_local.ui.printable import printable
-from pop_local.ui.theme import err, note
+from pop_local.ui.console import err, note, printable
 from pop_local.workflows.events import TimeLeft, Unit
 
 Advance = Callable[[int, int], None]

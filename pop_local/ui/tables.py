@@ -13,8 +13,7 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from pop_local.ui.printable import printable
-from pop_local.ui.theme import out
+from pop_local.ui.console import out, printable
 
 # json.dumps escapes all other control characters.
 _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")

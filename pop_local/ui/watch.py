@@ -8,10 +8,10 @@ from dataclasses import replace
 import typer
 
 from pop_converter.base.errors import PopError
+from pop_local.ui.console import note, warn
 from pop_local.ui.ctrl_c import deferred_interrupt
 from pop_local.ui.hints import hint_of
 from pop_local.ui.progress_bars import Advance, Pace, stage_progress
-from pop_local.ui.theme import note, warn
 from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 

@@ -28,7 +28,7 @@ from pop_local.models.model_files import (
     stock,
 )
 from pop_local.models.model_names import resolve
-from pop_local.ui.theme import THEME
+from pop_local.ui.console import THEME
 from support.converted import converted, paired
 from support.synthetic import make_gguf, make_split
 from support.vision_models import MMPROJS, make_mmproj

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from pop_converter.base.errors import PopError
 from pop_local.cli import app
-from pop_local.ui import error_output, progress_bars, theme
-from pop_local.ui.printable import printable
+from pop_local.ui import console, error_output, progress_bars
+from pop_local.ui.console import printable
 from pop_local.ui.tables import print_json
 from pop_local.workflows.events import Unit
 from support.synthetic import make_gguf
@@ -35,8 +35,8 @@ def test_what_steers_is_escaped_and_the_rest_stays():
 @pytest.mark.parametrize(
     "tell",
     [
-        theme.note,
-        theme.warn,
+        console.note,
+        console.warn,
         lambda text: error_output.show(PopError(text, text)),
         lambda text: error_output.show(
             error_output.as_pop_error(FileNotFoundError(2, "gone", text))
@@ -52,10 +52,10 @@ def test_messages(tell, capsys):
 
 
 def test_data_is_escaped_in_a_terminal_and_unchanged_in_a_pipe(monkeypatch, capsys):
-    theme.say(EVIL)
+    console.say(EVIL)
     assert capsys.readouterr().out == EVIL + "\n"
-    monkeypatch.setattr(theme.out, "_force_terminal", True)
-    theme.say(f"{EVIL}\nnext")
+    monkeypatch.setattr(console.out, "_force_terminal", True)
+    console.say(f"{EVIL}\nnext")
     assert capsys.readouterr().out == f"{SHOWN}\nnext\n"
 
 
@@ -67,8 +67,8 @@ def test_json_holds_it_and_shows_nothing_of_it(capsys):
 
 
 def test_the_label_of_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(theme.err, "_force_terminal", True)
-    monkeypatch.setattr(theme.err, "is_interactive", True)
+    monkeypatch.setattr(console.err, "_force_terminal", True)
+    monkeypatch.setattr(console.err, "is_interactive", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with progress_bars.stage_progress(EVIL, Unit.TOKENS, progress_bars.Pace()) as advance:
         advance(1, 2)
@@ -83,7 +83,6 @@ def test_the_label_of_a_bar(monkeypatch, capsys):
         ["inspect", EVIL],
         ["bench", EVIL],
         ["run", EVIL, "hi"],
-        ["run", "model", "hi", "--theme", EVIL],
         ["run", "model", "hi", EVIL],
         ["--debug", "strip", EVIL],
         [EVIL],

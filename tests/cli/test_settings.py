@@ -318,7 +318,6 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
             "the home folder in ~nobody-at-all/x is unknown",
         ),
         (["set", "models_dir", ""], "an empty path is not allowed"),
-        (["set", "theme", "drak"], "theme: unknown theme drak"),
         (["set", "system", "\udcff"], r"system: '\udcff' is not text"),
         (["unset", "thread"], "did you mean threads?"),
     ],

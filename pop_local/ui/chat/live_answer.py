@@ -109,9 +109,8 @@ class Tail:
 class MarkdownAnswer:
     """A renderer of Markdown answers, which shows the model's reasoning as dim plain text."""
 
-    def __init__(self, console: Console, code_theme: str) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._code_theme = code_theme
         self._splitter = ThinkingSplitter()
         self._tail = Tail(console)
         self._pending = ""
@@ -166,7 +165,7 @@ class MarkdownAnswer:
         """Return the blocks' lines, with a blank line between two blocks."""
         found: Lines = []
         for block in blocks:
-            lines = rendered(self._console, block, self._code_theme)
+            lines = rendered(self._console, block)
             found += [[], *lines] if lines and (found or self._has_blocks) else lines
         return found
 

@@ -59,8 +59,9 @@ class _Markdown(Markdown):
         "table_open": _WholeTable,
     }
 
-    def __init__(self, text: str, code_theme: str) -> None:
-        super().__init__("", code_theme=code_theme, hyperlinks=False)
+    def __init__(self, text: str) -> None:
+        # The style ansi_dark uses the terminal's own colours.
+        super().__init__("", code_theme="ansi_dark", hyperlinks=False)
         self.parsed = _PARSER.parse(text)
         for child in chain.from_iterable(token.children or () for token in self.parsed):
             if child.type == "softbreak":
@@ -78,10 +79,9 @@ def top_level(text: str) -> list[str]:
     return ["".join(lines[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def rendered(console: Console, text: str, code_theme: str) -> Lines:
+def rendered(console: Console, text: str) -> Lines:
     """Return Markdown as unpadded terminal lines, without blank lines at the start and the end."""
-    markdown = _Markdown(text, code_theme)
-    lines = [_trimmed(line) for line in console.render_lines(markdown, pad=False)]
+    lines = [_trimmed(line) for line in console.render_lines(_Markdown(text), pad=False)]
     while lines and not lines[-1]:
         lines.pop()
     while lines and not lines[0]:

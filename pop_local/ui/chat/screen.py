@@ -1,5 +1,6 @@
 """The chat's output: answers go to stdout, notes and errors to stderr."""
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -7,23 +8,20 @@ from contextlib import AbstractContextManager
 from pop_converter.base.errors import PopError
 from pop_local.ui import error_output
 from pop_local.ui.chat.live_answer import AnswerView, MarkdownAnswer, PlainAnswer
+from pop_local.ui.console import note, out, warn
 from pop_local.ui.progress_bars import Advance, prefill_progress
-from pop_local.ui.theme import note, out, warn
 
 
 class Screen:
     """The output of a chat's answers, notes and errors, and the input of choices."""
 
-    def __init__(self, code_theme: str) -> None:
-        """`code_theme`: see `theme.look`."""
-        self._code_theme = code_theme
+    def __init__(self) -> None:
         self._answer: AnswerView | None = None
 
     def text(self, piece: str) -> None:
         if self._answer is None:
-            self._answer = PlainAnswer(sys.stdout)
-            if self._code_theme:
-                self._answer = MarkdownAnswer(out, self._code_theme)
+            is_plain = os.environ.get("NO_COLOR") or out.is_dumb_terminal or not out.is_terminal
+            self._answer = PlainAnswer(sys.stdout) if is_plain else MarkdownAnswer(out)
         self._answer.push(piece)
 
     def end_answer(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pop_local.ui.console import say
 from pop_local.ui.tables import Column, Fact, markdown, print_facts
-from pop_local.ui.theme import say
 from pop_local.ui.views.quality_figures import bare, figures, text_json, with_se
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from pop_local.measure.verdict import comparison_in_words
+from pop_local.ui.console import out
 from pop_local.ui.tables import Column, Fact, print_facts, print_table
-from pop_local.ui.theme import out
 from pop_local.ui.views.quality_figures import with_advice
 
 if TYPE_CHECKING:

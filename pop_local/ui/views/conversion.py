@@ -14,8 +14,8 @@ from pop_converter.popfile.sidecar import sidecar_path
 from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST
 from pop_local.measure.verdict import verdict_in_words
+from pop_local.ui.console import note
 from pop_local.ui.tables import Fact, print_facts
-from pop_local.ui.theme import note
 from pop_local.ui.views.quality_figures import with_advice
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 

@@ -1,6 +1,6 @@
 """The output of `demo`."""
 
-from pop_local.ui.theme import say
+from pop_local.ui.console import say
 from pop_local.workflows.demonstrate import MAX_TOKENS, Demonstration
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pop_local.ui.console import say
 from pop_local.ui.tables import Column, markdown
-from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
     from pop_local.workflows.benchmark import Speed

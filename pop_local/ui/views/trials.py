@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pop_local.measure.budget import limits_in_words
+from pop_local.ui.console import out
 from pop_local.ui.tables import Column, Fact, print_table
-from pop_local.ui.theme import out
 from pop_local.ui.views.quality_figures import figures, with_se
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pop_local.ui.chat.live_answer import MarkdownAnswer, PlainAnswer, ThinkingSplitter
-from pop_local.ui.theme import THEME
+from pop_local.ui.console import THEME
 
 MARKDOWN = """\
 # A title
@@ -65,7 +65,7 @@ def shown(text: str, width: int, height: int, piece: int, monkeypatch) -> list[s
     monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
     monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(width, height)
-    answer = MarkdownAnswer(terminal.console, "ansi_dark")
+    answer = MarkdownAnswer(terminal.console)
     for at in range(0, len(text), piece):
         answer.push(text[at : at + piece])
         assert len(terminal.lines()) >= 1
@@ -94,7 +94,7 @@ def test_the_growing_block_is_seen_at_once(monkeypatch):
     monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
     monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(40, 10)
-    answer = MarkdownAnswer(terminal.console, "ansi_dark")
+    answer = MarkdownAnswer(terminal.console)
     answer.push("The begin")
     assert terminal.lines() == ["The begin"]
     answer.push("ning of\nan **answ")
@@ -107,7 +107,7 @@ def test_a_long_list_shows_its_end_while_it_grows(monkeypatch):
     monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
     monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(40, 10)
-    answer = MarkdownAnswer(terminal.console, "ansi_dark")
+    answer = MarkdownAnswer(terminal.console)
     for n in range(30):
         answer.push(f"- item {n}\n")
     assert terminal.lines() == [f" • item {n}" for n in range(22, 30)]
@@ -118,7 +118,7 @@ def test_drawing_is_rare_when_tokens_come_fast(monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: next(milliseconds) / 1000)
     monkeypatch.setattr("pop_local.ui.chat.live_answer.time", clock)
     terminal = Emulated(80, 24)
-    answer = MarkdownAnswer(terminal.console, "ansi_dark")
+    answer = MarkdownAnswer(terminal.console)
     for _ in range(500):
         answer.push("word ")
     n_written = len(terminal.out.getvalue())
@@ -129,7 +129,7 @@ def test_a_terminal_that_becomes_narrower_is_cleaned_up(monkeypatch):
     monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
     monkeypatch.setattr("pop_local.ui.chat.live_answer._REST", 0)
     terminal = Emulated(40, 20)
-    answer = MarkdownAnswer(terminal.console, "ansi_dark")
+    answer = MarkdownAnswer(terminal.console)
     answer.push("x" * 35)
     terminal.console.width = 20
     terminal.out.truncate(0)
@@ -142,7 +142,7 @@ def test_a_terminal_that_becomes_narrower_is_cleaned_up(monkeypatch):
 def test_thoughts_are_dim_and_their_marks_gone(monkeypatch):
     monkeypatch.setattr("pop_local.ui.chat.live_answer._INTERVAL_S", 0)
     terminal = Emulated(40, 20)
-    answer = MarkdownAnswer(terminal.console, "ansi_dark")
+    answer = MarkdownAnswer(terminal.console)
     for piece in ("<th", "ink>Let me", " see.</thi", "nk>\n\nIt is", " **so**."):
         answer.push(piece)
     answer.end()

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.ui import progress_bars
-from pop_local.ui.theme import THEME
+from pop_local.ui.console import THEME
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import events
 from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.numbers import size
-from pop_local.ui import tables, theme
+from pop_local.ui import console, tables
 from pop_local.ui.tables import Column, markdown, print_facts, print_json
 
 SPEEDS = (
@@ -27,7 +27,7 @@ def test_markdown_is_aligned_and_escaped():
 
 
 def test_rich_table_shows_the_same_cells(monkeypatch, capsys):
-    theme.out.print(tables.rich_table(*SPEEDS))
+    console.out.print(tables.rich_table(*SPEEDS))
     shown = capsys.readouterr().out
     assert "a|b" in shown
     assert "12.00x" in shown
@@ -62,15 +62,14 @@ def test_facts_in_a_pipe_are_not_wrapped(capsys):
 def test_a_pipe_gets_plain_text_in_any_environment(monkeypatch, capsys, variable):
     monkeypatch.setenv(variable, "1")
     for stream, stderr in (("out", False), ("err", True)):
-        monkeypatch.setattr(theme, stream, theme._console(stderr=stderr))
-    monkeypatch.setattr(tables, "out", theme.out)
+        monkeypatch.setattr(console, stream, console._console(stderr=stderr))
+    monkeypatch.setattr(tables, "out", console.out)
     tables.print_table(*SPEEDS)
     print_facts([("A", "x" * 200)])
-    theme.note("a note")
+    console.note("a note")
     printed = capsys.readouterr()
     assert printed.out == f"{markdown(*SPEEDS)}\nA  {'x' * 200}\n"
     assert printed.err == "a note\n"
-    assert theme.look("terminal") == theme.LOOKS["plain"]
 
 
 NASTY = "\x1b]0;owned\x07a\nb\u202e\udcff é語"
@@ -81,10 +80,10 @@ def test_what_would_steer_a_terminal_is_escaped(monkeypatch, capsys):
     table = ((Column("Name", itemgetter(0)),), ((NASTY,),))
     assert HARMLESS in markdown(*table)
     for is_terminal in (False, True):
-        monkeypatch.setattr(theme.out, "_force_terminal", is_terminal)
+        monkeypatch.setattr(console.out, "_force_terminal", is_terminal)
         print_facts([("Name", NASTY)])
         assert HARMLESS in capsys.readouterr().out
-    theme.out.print(tables.rich_table(*table))
+    console.out.print(tables.rich_table(*table))
     assert HARMLESS in capsys.readouterr().out
 
 

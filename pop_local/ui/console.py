@@ -1,14 +1,11 @@
-"""The theme and the consoles: `out` for answers and data, `err` for all other output."""
+"""The consoles: `out` for answers and data, `err` for all other output."""
 
 import os
+import unicodedata
 
 from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
-
-from pop_converter.base.errors import PopError
-from pop_converter.base.nearest import nearest_hint
-from pop_local.ui.printable import printable
 
 THEME = Theme(
     {
@@ -25,6 +22,8 @@ THEME = Theme(
         "bar.finished": "green",
     }
 )
+# Control and format characters, surrogates, line and paragraph separators.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 class _Console(Console):
@@ -49,23 +48,17 @@ out = _console(stderr=False)
 err = _console(stderr=True)
 
 
-# Pygments styles of code in answers; "": plain text without Markdown.
-LOOKS = {"terminal": "ansi_dark", "dark": "monokai", "light": "default", "plain": ""}
+def printable(text: str, *, kept: str = "") -> str:
+    """Escape characters that control a terminal or cannot be encoded, except for `kept`.
 
-
-def look(name: str) -> str:
-    """Return the Pygments style for the name of a theme or of a style. Raises PopError.
-
-    The style is plain if stdout supports no colours or no cursor movement.
+    Names, metadata and error messages from files and servers are untrusted text.
     """
-    from pygments.styles import get_all_styles
-
-    known = {style: style for style in get_all_styles()} | LOOKS
-    if name not in known:
-        hint = nearest_hint(name, {style: style for style in known}, "known: " + ", ".join(LOOKS))
-        raise PopError(f"unknown theme {name}", hint)
-    is_plain = os.environ.get("NO_COLOR") or out.is_dumb_terminal or not out.is_terminal
-    return LOOKS["plain"] if is_plain else known[name]
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNPRINTABLE and char not in kept
+        else char
+        for char in text
+    )
 
 
 def say(text: str) -> None:
@@ -73,14 +66,10 @@ def say(text: str) -> None:
     out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
 
 
-def note(message: str) -> None:
+def note(message: str, style: str = "note") -> None:
     """Print a note on stderr, because stdout is for answers and data."""
-    _tell(message, "note")
+    err.print(Text(printable(message), style), soft_wrap=not err.is_terminal)
 
 
 def warn(message: str) -> None:
-    _tell(message, "warn")
-
-
-def _tell(message: str, style: str) -> None:
-    err.print(Text(printable(message), style), soft_wrap=not err.is_terminal)
+    note(message, "warn")
