@@ -5,7 +5,7 @@ from datetime import datetime
 from pop_converter.base.numbers import size
 from pop_local.commands.shared_options import Json
 from pop_local.config import settings
-from pop_local.engine.cache.disk_store import DiskStore
+from pop_local.engine.cache.disk_store import DiskStore, StoredState
 from pop_local.ui.console import note
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, print_json, print_table
@@ -13,10 +13,14 @@ from pop_local.ui.tables import Column, print_json, print_table
 cache = sub_app(no_args_is_help=True)
 
 _COLUMNS = (
-    Column("Tokens", lambda found: f"{found['n_tokens']:,}", numeric=True),
-    Column("Size", lambda found: size(found["size_bytes"]), numeric=True),
-    Column("Last used", lambda found: found["used"]),
+    Column("Tokens", lambda stored: f"{len(stored.tokens):,}", numeric=True),
+    Column("Size", lambda stored: size(stored.size_bytes), numeric=True),
+    Column("Last used", lambda stored: _used(stored)),
 )
+
+
+def _used(stored: StoredState) -> str:
+    return datetime.fromtimestamp(stored.used_s).isoformat(" ", "minutes")
 
 
 @cache.callback()
@@ -29,33 +33,31 @@ def about() -> None:
 
 @cache.command()
 def show(json: Json = False) -> None:
-    """Show the stored prompts: tokens, size and last use."""
-    found = [
-        {
-            "path": str(each.path),
-            "n_tokens": len(each.tokens),
-            "size_bytes": each.size_bytes,
-            "used": datetime.fromtimestamp(each.used_s).isoformat(" ", "minutes"),
-        }
-        for each in _store().stored()
-    ]
+    """Show each stored prompt's tokens, size and last use."""
+    store = DiskStore(settings.prompts_dir(), 0)
+    found = store.stored(remove_unreadable=False)
     if json:
-        print_json({"folder": str(settings.prompts_dir()), "prompts": found})
+        prompts = [
+            {
+                "path": each.path,
+                "n_tokens": len(each.tokens),
+                "size_bytes": each.size_bytes,
+                "used": _used(each),
+            }
+            for each in found
+        ]
+        print_json({"folder": store.folder, "prompts": prompts})
         return
-    if not found:
+    if found:
+        print_table(_COLUMNS, found)
+        note(f"{size(sum(each.size_bytes for each in found))} in {store.folder}")
+    else:
         note("No prompts are stored.")
-        return
-    print_table(_COLUMNS, found)
-    total = sum(int(str(each["size_bytes"])) for each in found)
-    note(f"{size(total)} in {settings.prompts_dir()}")
 
 
 @cache.command()
 def clear() -> None:
     """Remove all stored prompts."""
-    n = _store().clear()
-    note(f"Removed {n} stored prompt{'' if n == 1 else 's'} from {settings.prompts_dir()}.")
-
-
-def _store() -> DiskStore:
-    return DiskStore(settings.prompts_dir(), 0)
+    store = DiskStore(settings.prompts_dir(), 0)
+    n = store.clear()
+    note(f"Removed {n} stored prompt{'' if n == 1 else 's'} from {store.folder}.")

@@ -14,8 +14,8 @@ from pop_local.commands.opening import (
     Opener,
     default_model,
     lessons,
+    open_prompt_cache,
     store_prompts,
-    stored_prompts,
     without_refill,
 )
 from pop_local.commands.option_expansion import expand_options
@@ -77,7 +77,7 @@ def chat(
     if not sys.stdin.isatty() and opened.refill == "idle":
         opened = without_refill(opened, "piped questions leave the model no idle time", asked)
         opened = replace(opened, learn="off")
-    prompts = stored_prompts(opened)
+    prompts = open_prompt_cache(opened)
     open_named = Opener(model or default_model(), opened, asked, prompt_cache=prompts)
     begun = Dialogue(
         open_named(),

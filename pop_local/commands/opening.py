@@ -96,8 +96,8 @@ class Opener:
             warn("--image-tokens has no effect: this model's mmproj uses a fixed number of tokens")
 
 
-def stored_prompts(options: ModelOptions, ram_bytes: int = 0) -> PromptCache | None:
-    """Return a cache for earlier prompts in memory and, if requested, on disk; None for neither."""
+def open_prompt_cache(options: ModelOptions, ram_bytes: int = 0) -> PromptCache | None:
+    """Return a cache of earlier prompts in memory and on disk, or None if both sizes are 0."""
     store = None
     if options.cache_disk:
         store = DiskStore(settings.prompts_dir(), options.cache_disk * 2**30)

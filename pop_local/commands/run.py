@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener, store_prompts, stored_prompts, without_refill
+from pop_local.commands.opening import Opener, open_prompt_cache, store_prompts, without_refill
 from pop_local.commands.option_expansion import expand_options
 from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.context_full import ContextFullError
@@ -78,7 +78,7 @@ def run(
             else "a single question leaves the model no idle time"
         )
         how = without_refill(how, why, asked)
-    opened = Opener(model, how, asked, prompt_cache=stored_prompts(how))()
+    opened = Opener(model, how, asked, prompt_cache=open_prompt_cache(how))()
     engine = opened.engine
     n_ctx = engine.context.n_ctx
     for picture in pictures:

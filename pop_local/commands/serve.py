@@ -9,7 +9,7 @@ import typer
 
 from pop_converter.base.errors import PopError
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import Opener, default_model, lessons, stored_prompts
+from pop_local.commands.opening import Opener, default_model, lessons, open_prompt_cache
 from pop_local.commands.option_expansion import Group, expand_options, option
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.model import PopModel
@@ -124,7 +124,7 @@ def serve_named(
         app.log_to_stderr()
         if to.models is None:
             model = model or default_model()
-        prompts = stored_prompts(how, to.cache_ram * 2**20)
+        prompts = open_prompt_cache(how, to.cache_ram * 2**20)
         pool = _pool(to, Opener(model or "", how, asked, n_parallel), prompts)
     except BaseException:
         listening.close()

@@ -48,6 +48,15 @@ def test_a_prompt_is_stored_on_request_and_found_by_the_next_command(model):
     assert "No prompts are stored." in called("cache", "show").stderr
 
 
+def test_show_keeps_files_of_another_version():
+    settings.prompts_dir().mkdir(parents=True)
+    foreign = settings.prompts_dir() / "another version.popstate"
+    foreign.write_bytes(b"x")
+    shown = called("cache", "show")
+    assert shown.stderr == "No prompts are stored.\n"
+    assert foreign.exists()
+
+
 def test_nothing_is_stored_without_the_option(model):
     ask(model, TEXT)
     assert not settings.prompts_dir().exists()

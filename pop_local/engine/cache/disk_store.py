@@ -79,13 +79,16 @@ class DiskStore:
         """Wait until all states are written."""
         self._writer.shutdown()
 
-    def stored(self) -> list[StoredState]:
-        """Return the readable states, the least recently used first. Removes other files."""
+    def stored(self, *, remove_unreadable: bool = True) -> list[StoredState]:
+        """Return the readable states, the least recently used first.
+
+        Unless `remove_unreadable` is False, removes damaged files and files of other versions.
+        """
         found: dict[Path, StoredState] = {}
         for path, status in self._files():
             state = self._known.get(path)
             if state is None or state.size_bytes != status.st_size:
-                state = self._open(path, status)
+                state = self._open(path, status, remove_unreadable)
             if state is not None:
                 found[path] = state
         self._known = found  # one assignment, since several threads read it
@@ -129,7 +132,9 @@ class DiskStore:
                 found.append((path, path.stat()))
         yield from sorted(found, key=lambda each: each[1].st_mtime_ns)
 
-    def _open(self, path: Path, status: os.stat_result) -> StoredState | None:
+    def _open(
+        self, path: Path, status: os.stat_result, remove_unreadable: bool
+    ) -> StoredState | None:
         try:
             with zipfile.ZipFile(path) as archive:
                 about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
@@ -148,7 +153,8 @@ class DiskStore:
         except FileNotFoundError:
             return None
         except (OSError, TypeError, *DAMAGES) as error:
-            self._remove_damaged(path, error)
+            if remove_unreadable:
+                self._remove_damaged(path, error)
             return None
 
     def _remove_damaged(self, path: Path, error: Exception) -> None:
