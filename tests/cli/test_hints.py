@@ -76,7 +76,7 @@ def fields(words: str) -> set[str]:
         ("no-force, a -- b, a---b", False),
         ("run `pop-local pull X`", True),
         ("use a newer pop-local, or another model", False),
-        ("/sessions lists them", True),
+        ("/load lists them", True),
         ("/sys/devices/system", False),
         ("pop_local/models", False),
     ],

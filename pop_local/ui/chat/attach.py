@@ -36,7 +36,7 @@ def attach_file(chat: Dialogue, argument: str) -> None:
         chat.screen.note("No file is attached; /file PATH attaches a file.")
     n_ctx = chat.model.engine.context.n_ctx
     for document in chat.documents:
-        n_tokens = count_tokens(chat, document.text)
+        n_tokens = _count_tokens(chat, document.text)
         chat.screen.note(counted_line(document.name, n_tokens, n_ctx))
 
 
@@ -119,23 +119,19 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
         chat.screen.note(_ATTACHED)
 
 
-def count_tokens(chat: Dialogue, text: str) -> int:
+def _count_tokens(chat: Dialogue, text: str) -> int:
     return len(chat.model.engine.context.vocabulary.tokenize(text))
-
-
-def count_used(chat: Dialogue) -> int:
-    """Count the tokens of the conversation and of the next question's attachments."""
-    prompter, messages = chat.model.engine.prompter, chat.session.conversation.messages
-    n_messages = len(prompter.conversation(messages)) if messages else 0
-    n_pictures = sum(map(prompter.count_picture, chat.pictures))
-    return n_messages + n_pictures + sum(count_tokens(chat, each.text) for each in chat.documents)
 
 
 def _room_in(chat: Dialogue) -> int:
     """Return the number of context tokens left for attachments, which may be negative."""
-    n_ctx = chat.model.engine.context.n_ctx
+    n_ctx, prompter = chat.model.engine.context.n_ctx, chat.model.engine.prompter
+    messages = chat.session.conversation.messages
+    n_messages = len(prompter.conversation(messages)) if messages else 0
+    n_attached = sum(map(prompter.count_picture, chat.pictures))
+    n_attached += sum(_count_tokens(chat, each.text) for each in chat.documents)
     n_answer = answer_reserve(chat.sampling.get("max_tokens"), n_ctx)
-    return n_ctx - count_used(chat) - n_answer - _QUESTION_TOKENS
+    return n_ctx - n_messages - n_attached - n_answer - _QUESTION_TOKENS
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
@@ -165,7 +161,7 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
     except (OSError, PopError) as error:
         chat.fail(as_pop_error(error))
         return None
-    return document, count_tokens(chat, document.text)
+    return document, _count_tokens(chat, document.text)
 
 
 def _cut(chat: Dialogue, document: Document, n_tokens: int, end: str) -> Document:

@@ -1,4 +1,4 @@
-"""Session files of the chat: /save, /load, /sessions, and recovery after a crash.
+"""Session files of the chat: /save, /load, and recovery after a crash.
 
 Each chat stores its transcript without the KV cache in a file, locks this file with a lock file,
 and removes both files at exit. If a file's lock is free, its chat has crashed.
@@ -47,13 +47,16 @@ def save(chat: Dialogue, name: str) -> None:
 
 
 def load(chat: Dialogue, name: str) -> None:
+    """Load a session. Without a name, list the saved sessions."""
     if not name:
-        chat.refuse("/load needs a session name; /sessions lists the names.")
+        _list(chat)
         return
     sessions, before = saved(), chat.model.engine.pruning.mode
     path = sessions.path(name)
     if not path.is_file():
-        hint = nearest_hint(name, {known: known for known in sessions.names()}, "see /sessions")
+        hint = nearest_hint(
+            name, {known: known for known in sessions.names()}, "/load lists the sessions"
+        )
         raise PopError(f"no session has the name {name}", hint)
     session = load_session(chat.model, path)
     chat.resume(session, name)
@@ -70,7 +73,7 @@ def load(chat: Dialogue, name: str) -> None:
         chat.screen.note(pruning_state(chat.model))
 
 
-def show(chat: Dialogue, argument: str) -> None:
+def _list(chat: Dialogue) -> None:
     listed = list(saved().listed())
     if not listed:
         chat.screen.note("No sessions are saved yet; /save NAME saves this session.")

@@ -164,23 +164,6 @@ def _model(chat: Dialogue, argument: str) -> None:
     chat.screen.note(pruning_state(chat.model))
 
 
-def _context(chat: Dialogue, argument: str) -> None:
-    engine = chat.model.engine
-    n_used, n_ctx = attach.count_used(chat), engine.context.n_ctx
-    chat.screen.note(f"Context: {n_used:,} of {n_ctx:,} tokens used ({n_used / n_ctx:.0%}).")
-    for number, turn in enumerate(chat.session.conversation.turns, start=1):
-        n_question = attach.count_tokens(chat, turn.prompt)
-        n_question += sum(map(engine.prompter.count_picture, turn.pictures))
-        n_answer = attach.count_tokens(chat, turn.answer)
-        chat.screen.note(
-            f"{number}. question {n_question:,}, answer {n_answer:,}: {_short(turn.question)}"
-        )
-    if chat.documents:
-        attach.attach_file(chat, "")
-    if chat.pictures:
-        attach.attach_image(chat, "")
-
-
 def _help(chat: Dialogue, argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     for command in COMMANDS.values():
@@ -221,7 +204,6 @@ _ALL = (
         lambda: refill.MODES,
     ),
     Command("/stats", "show statistics of the last answer and of all answers", _stats),
-    Command("/context", "show the contents of the context", _context),
     Command("/file PATH", "attach a file to the next question", attach.attach_file),
     Command("/image PATH", "attach a picture to the next question", attach.attach_image),
     Command("/glob PATTERN", "attach several files", attach.attach_glob),
@@ -238,8 +220,12 @@ _ALL = (
     ),
     Command("/model NAME", "switch to another model, or show the current model", _model),
     Command("/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()),
-    Command("/load NAME", "continue a session", sessions.load, lambda: sessions.saved().names()),
-    Command("/sessions", "list the saved sessions", sessions.show),
+    Command(
+        "/load NAME",
+        "continue a session, or list the saved sessions",
+        sessions.load,
+        lambda: sessions.saved().names(),
+    ),
     Command("/exit", "quit (also Ctrl-D)", _leave),
 )
 COMMANDS = {command.usage.partition(" ")[0]: command for command in _ALL}

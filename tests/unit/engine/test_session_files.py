@@ -228,7 +228,7 @@ def talked(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
 def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
     model = opened(chat_model)
-    _, shown = talked(model, "/sessions", "a b c d " * 30, "/save one", "/save one", "/sessions")
+    _, shown = talked(model, "/load", "a b c d " * 30, "/save one", "/save one", "/load")
     assert shown[1] == "# No sessions are saved yet; /save NAME saves this session."
     assert shown[-5].startswith("# The session is saved as one (") and shown[-3].startswith(
         "# The session is saved as one ("
@@ -244,7 +244,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? Session one already exists."
     assert "# Nothing was saved." in shown
-    assert "! no session has the name oen; did you mean one? (see /sessions)" in shown
+    assert "! no session has the name oen; did you mean one? (/load lists all sessions)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 
@@ -292,7 +292,7 @@ def test_other_files_next_to_sessions_are_ignored(chat_model, monkeypatch, tmp_p
     (folder / "folder.popsession").mkdir()
     os.mkfifo(folder / "pipe.popsession")
     (folder / "bad.popsession").write_text("x")
-    _, shown = talked(model, "/sessions", "/load gone")
+    _, shown = talked(model, "/load", "/load gone")
     assert [line.split()[1] for line in shown[1:3]] == ["bad:", "talk:"]
     assert shown[-1].startswith("! no session has the name gone; ")
 

@@ -201,7 +201,7 @@ def test_interrupt_ends_piped_lines(answer, monkeypatch):
 @pytest.mark.parametrize(
     "line",
     [
-        *("/retry", "/edit", "/undo", "/save", "/load", "/nonsense"),
+        *("/retry", "/edit", "/undo", "/save", "/nonsense"),
         *("/full maybe", "/refill often", "/set top_p 2", "/set nothing"),
     ],
 )

@@ -182,15 +182,6 @@ def test_a_model_that_is_not_there_leaves_the_one_that_is():
     assert not model.is_closed and len(model.asked) == 1
 
 
-def test_context_shows_its_contents():
-    model = ScriptedModel(["Fine, thanks.", STATS], n_ctx=100)
-    shown = talk(model, "how are you?", "/context", system="Be brief.", sampling={})
-    assert shown[-2:] == [
-        "# Context: 7 of 100 tokens used (7%).",
-        "# 1. question 3, answer 2: how are you?",
-    ]
-
-
 def test_stats_compare_with_what_was_measured_with_pruning_off():
     full = figures(n_cached=0, n_pruned=0, n_full=1000, n_prompt=1000, prefill_s=0.5)
     model = ScriptedModel(["One.", full], ["Two.", STATS])

@@ -39,12 +39,11 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     talked(model, tmp_path, "my question", "and more?", SystemExit(143))
     (file,) = tmp_path.glob("*.popsession")
     assert file.stat().st_mode & 0o077 == 0
-    shown = talked(model, tmp_path, "k", "/context")
+    shown = talked(model, tmp_path, "k", "/undo")
     assert shown[0].startswith("? A chat with 2 turns ended unexpectedly on 20")
-    assert "# Context: 0 of 1,024 tokens used (0%)." in shown
-    shown = talked(model, tmp_path, "c", "/context", SystemExit(143))
+    assert shown[-1] == "# The conversation has no turn to drop."
+    shown = talked(model, tmp_path, "c", SystemExit(143))
     assert "# The model reads this conversation again with your next question." in shown
-    assert shown[-2].endswith(": my question") and shown[-1].endswith(": and more?")
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
     assert shown[0].startswith("? A chat with 3 turns ended")
