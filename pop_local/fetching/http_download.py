@@ -10,7 +10,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -34,41 +34,42 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK_BYTES = 1 << 16
-# Disk space required in advance if the server does not report a file's size.
+# Free disk space to keep while downloading a file of unknown size.
 _UNANNOUNCED_BYTES = 256 << 20
-_TIMEOUT_S = (15, 60)  # for the connection, and between chunks
+_TIMEOUT_S = (15, 60)  # to connect, and between chunks
 _MAX_FAILURES = 3  # consecutive failures without a new byte
 _PAUSE_S = 1.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_AGAIN = "check the network and try again"
-_RESUMES = ": the download will resume"
+_CHANGED = "the file on the server changed, or the server sent the wrong part of it"
+_BROKE_OFF = "the connection failed or broke off"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a server, with the properties that are known before the download.
+    """A file on a server, with the properties known before the download.
 
-    `identity` is the same for all temporary URLs of a file (default: `url`). `headers` are only
-    sent to the URL's host. `sha256` is "" if unknown. `name` and `size_bytes` are as reported by
-    the hub.
+    `headers` are sent only to the URL's host. `sha256` is "" if unknown. `name` and `size_bytes`
+    are the values that the hub reported.
     """
 
     url: str
-    identity: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
     name: str = ""
     size_bytes: int = 0
 
 
-def without_secrets(url: str) -> str:
+def _without_secrets(url: str) -> str:
     """Return the URL without user, password and query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason from OpenSSL or the operating system, else the error's class name."""
+    """Return the reason given by OpenSSL or the operating system, or else the error's class name.
+
+    An error's message may contain secrets from a URL.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -84,9 +85,9 @@ def reason_of(error: BaseException) -> str:
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
     """Download the file at `url` into `folder`, and return its path.
 
-    `sha256` may be "". An existing file with the hash `sha256` is kept. Raises OutputExistsError
-    for any other existing file, unless `force` is true. `advance` is called with (done_bytes,
-    total_bytes). Raises PopError.
+    `sha256` may be "". An existing file with this hash is kept. Raises OutputExistsError for any
+    other existing file, unless `force` is true. `advance` is called with (done_bytes, total_bytes).
+    Raises PopError.
     """
     target = folder / file_name(url)
     if is_fetched(target, sha256, "the requested file", force=force):
@@ -99,18 +100,18 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
 def file_name(url: str) -> str:
     """Return the URL's file name, with unsafe characters replaced.
 
-    Raises PopError for an invalid URL, and for a URL without host or file name.
+    Raises PopError if the URL is invalid or lacks a host or a file name.
     """
     try:
         parts = urlsplit(url)
     except ValueError as error:  # its message may contain a password
         raise PopError("invalid URL", "pass the full URL of a GGUF file") from error
     if not parts.hostname:
-        raise PopError(f"{without_secrets(url)} has no host", "pass the full URL of a GGUF file")
+        raise PopError(f"{_without_secrets(url)} has no host", "pass the full URL of a GGUF file")
     name = safe_name(PurePosixPath(unquote(parts.path)).name)
     if not name:
         raise PopError(
-            f"{without_secrets(url)} has no file name",
+            f"{_without_secrets(url)} has no file name",
             "pass the URL of a GGUF file (.../NAME.gguf)",
         )
     return name if name.lower().endswith(SUFFIX) else name + SUFFIX
@@ -121,9 +122,9 @@ class _Dropped(Exception):  # noqa: N818 (never leaves this module)
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
-    """Download `remote` to `target`, whose folder must exist, and replace an existing file.
+    """Download `remote` to `target`, replacing an existing file. The target's folder must exist.
 
-    `advance` is called with (done_bytes, total_bytes), with 0 for an unknown total. After a network
+    `advance` is called with (done_bytes, total_bytes); the total is 0 if unknown. After a network
     failure or an interruption, the received bytes are kept. Raises PopError.
     """
     with download_lock(target):
@@ -135,17 +136,14 @@ class _Transfer:
         self._remote, self._target, self._advance = remote, target, advance
         self._partial = target.with_name(f"{target.name}.partial")
         self._origin_file = target.with_name(self._partial.name + ORIGIN_SUFFIX)
-        self._identity = hashlib.sha256((remote.identity or remote.url).encode()).hexdigest()
-        self._shown = without_secrets(remote.url)
-        self._where = urlsplit(remote.url).hostname or self._shown
+        # A hash, since the URL may contain secrets.
+        self._identity = hashlib.sha256((remote.sha256 or remote.url).encode()).hexdigest()
+        self._shown = _without_secrets(remote.url)
+        self._host = urlsplit(remote.url).hostname or self._shown
 
     def run(self) -> None:
-        import requests
-
         try:
-            with requests.Session() as session:
-                session.hooks["response"].append(self._require_unpacked)
-                self._fetch(session)
+            self._fetch()
             self._check()
             with self._partial.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -154,22 +152,19 @@ class _Transfer:
             if self._size() == 0:  # nothing received, or already renamed
                 self._forget()
 
-    def kept_bytes(self) -> int:
-        _, total = self._origin()
-        return self._size() if total else 0
-
-    def _fetch(self, session: "requests.Session") -> None:
+    def _fetch(self) -> None:
         failures, most = 0, self._size()
         while True:
             try:
-                self._attempt(session)
+                self._attempt()
                 return
             except _Dropped as dropped:
                 failures = 1 if self._size() > most else failures + 1
                 most = max(most, self._size())
                 if failures > _MAX_FAILURES:
-                    hint = _AGAIN + _RESUMES * bool(self.kept_bytes())
-                    raise PopError(f"{self._where}: {dropped}", hint) from dropped
+                    resumes = ": the download will resume" if self._kept()[0] else ""
+                    hint = f"check the network and try again{resumes}"
+                    raise PopError(f"{self._host}: {dropped}", hint) from dropped
             time.sleep(_PAUSE_S)
 
     def _forget(self) -> None:
@@ -180,12 +175,24 @@ class _Transfer:
     def _size(self) -> int:
         return self._partial.stat().st_size if self._partial.exists() else 0
 
-    def _attempt(self, session: "requests.Session") -> None:
+    def _kept(self) -> tuple[int, str, int]:
+        """Return the number of received bytes, the file's validator and its complete size.
+
+        The result is (0, "", 0) if the download cannot be resumed.
+        """
+        try:
+            identity, validator, total = json.loads(self._origin_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return 0, "", 0
+        # Without a hash or a validator, the resumed file could mix parts of two files.
+        fits = identity == self._identity and total and (validator or self._remote.sha256)
+        return (self._size(), validator, total) if fits else (0, "", 0)
+
+    def _attempt(self) -> None:
         import requests
 
         headers = {"Accept-Encoding": "identity", **self._remote.headers}
-        validator, total = self._origin()
-        start = self._size() if total else 0
+        start, validator, total = self._kept()
         if start:
             if start == total:
                 return
@@ -193,7 +200,7 @@ class _Transfer:
             if validator:
                 headers["If-Range"] = validator
         try:
-            with session.get(
+            with requests.get(
                 self._remote.url,
                 headers=headers,
                 # The header's token takes precedence over ~/.netrc.
@@ -201,11 +208,12 @@ class _Transfer:
                 stream=True,
                 timeout=_TIMEOUT_S,
             ) as response:
+                self._check_status(response)
                 self._receive(response, start)
         # The messages of requests' errors are not shown, since they may contain the URL's query.
         except requests.exceptions.SSLError as error:
             raise PopError(
-                f"no secure connection to {self._where}: {reason_of(error)}",
+                f"no secure connection to {self._host}: {reason_of(error)}",
                 "check the system's clock and the CA certificates (REQUESTS_CA_BUNDLE)",
             ) from error
         except (
@@ -213,103 +221,78 @@ class _Transfer:
             requests.Timeout,
             requests.exceptions.ChunkedEncodingError,
         ) as error:
-            raise _Dropped("the connection failed or broke off") from error
+            raise _Dropped(_BROKE_OFF) from error
         except (requests.RequestException, ValueError) as error:  # ValueError: from urllib3
             raise PopError(
                 f"{self._shown} cannot be fetched ({type(error).__name__})", "check the URL"
             ) from error
 
-    def _require_unpacked(self, response: "requests.Response", **_: object) -> None:
-        """Raise PopError for a compressed reply, which could expand without limit."""
+    def _check_status(self, response: "requests.Response") -> None:
+        code = response.status_code
         encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding != "identity" and response.status_code < 400:
-            raise PopError(
-                f"the server sends {self._shown} with compression ({encoding})",
-                "download the file from another URL",
-            )
+        if code in (200, 206) and encoding == "identity":
+            return
+        if code == 416:  # the server's file is shorter
+            self._forget()
+            raise _Dropped(_CHANGED)
+        if code in _BUSY:
+            raise _Dropped(f"the server returned HTTP status {code} {response.reason}")
+        name, hint = self._target.name, "check the URL"
+        message = f"{self._host} returned HTTP status {code} {response.reason} for {name}"
+        if code in (200, 206):  # an unpacked reply could grow without limit
+            message = f"the server sends {self._shown} with compression ({encoding})"
+            hint = "download the file from another URL"
+        elif code in (401, 403):
+            message = f"{self._host} denies access to {name} ({code})"
+            hint = "check that you have access to this file, or download it with a browser"
+        elif code in (404, 410):
+            message = f"{self._shown} does not exist"
+        raise PopError(message, hint)
 
     def _receive(self, response: "requests.Response", requested: int) -> None:
-        self._check_status(response)
         start, total = _extent(response)
-        if start not in (0, requested):
-            self._forget()
-            raise _Dropped("the server did not send the requested part of the file")
-        validator = _validator(response)
+        etag = response.headers.get("ETag", "")
+        is_strong = etag and not etag.startswith("W/")
+        validator = etag if is_strong else response.headers.get("Last-Modified", "")
         if start:
-            validator = self._of_the_same(validator, total)
+            # If a server ignores If-Range or sends no validator, only the hash reveals a change.
+            _, known, known_total = self._kept()
+            has_changed = total != known_total or (validator and known and validator != known)
+            if start != requested or has_changed:
+                self._forget()
+                raise _Dropped(_CHANGED)
+            validator = known
         require_space(self._target.parent, total - start, self._target.name)
         chunks = response.iter_content(_CHUNK_BYTES)
+        begun = b""
+        while not start and len(begun) < len(MAGIC) and (chunk := next(chunks, b"")):
+            begun += chunk
         # The start is checked first, so that a web page does not replace the partial file.
-        first = [] if start else [self._beginning(response, chunks, total)]
-        self._write_origin(validator, total)
+        if not start and not begun.startswith(MAGIC):
+            self._refuse(response, begun)
+        origin = (self._identity, validator, total)
+        self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
+        done = start
         with self._partial.open("r+b" if start else "wb") as file:
             file.truncate(start)
             file.seek(start)
-            done = checked_at = start
-            for chunk in chain(first, chunks):
-                if total == 0 and done >= checked_at:
+            for chunk in filter(None, chain([begun], chunks)):
+                if total == 0:
                     require_space(self._target.parent, _UNANNOUNCED_BYTES, self._target.name)
-                    checked_at = done + _UNANNOUNCED_BYTES
                 file.write(chunk)
                 file.flush()
                 done += len(chunk)
                 self._advance(done, total)
         if done < total:
-            raise _Dropped("the connection broke off")
+            raise _Dropped(_BROKE_OFF)
 
-    def _of_the_same(self, validator: str, total: int) -> str:
-        """Return the partial file's validator. Raises _Dropped if the file on the server has
-        changed.
-
-        If a server ignores If-Range or sends no validator, only the final hash reveals a change.
-        """
-        before, total_before = self._origin()
-        if total != total_before or (validator and before and validator != before):
-            self._forget()
-            raise _Dropped("the file changed on the server")
-        return before
-
-    def _beginning(
-        self, response: "requests.Response", chunks: Iterator[bytes], total: int
-    ) -> bytes:
-        """Read the first chunks of a GGUF file. Raises FormatError for a file in another format."""
-        begun = b""
-        for chunk in chunks:
-            begun += chunk
-            if len(begun) >= len(MAGIC) or not MAGIC.startswith(begun):
-                break
-        if begun.startswith(MAGIC):
-            return begun
-        if MAGIC.startswith(begun) and len(begun) < total:
-            raise _Dropped("the connection broke off")
-        if not begun:
-            raise FormatError(f"{self._shown} is empty", "check the URL")
-        kind = response.headers.get("Content-Type", "")
-        what = "a web page" if kind.startswith("text/html") else "not a GGUF file"
+    def _refuse(self, response: "requests.Response", begun: bytes) -> None:
+        is_page = response.headers.get("Content-Type", "").startswith("text/html")
+        what = "empty" if not begun else "a web page" if is_page else "not a GGUF file"
         raise FormatError(
             f"{self._shown} is {what}",
             "pass the URL of the GGUF file itself, or hf:OWNER/REPO for a Hugging Face repository",
         )
-
-    def _check_status(self, response: "requests.Response") -> None:
-        code = response.status_code
-        if code in (200, 206):
-            return
-        if code == 416:
-            self._forget()  # the server's file is shorter
-            raise _Dropped("the file changed on the server")
-        if code in _BUSY:
-            raise _Dropped(f"the server returned HTTP status {code} {response.reason}")
-        message = (
-            f"{self._where} returned HTTP status {code} {response.reason} for {self._target.name}"
-        )
-        hint = "check the URL"
-        if code in (401, 403):
-            message = f"{self._where} denies access to {self._target.name} ({code})"
-            hint = "check that you have access to this file, or download it with a browser"
-        elif code in (404, 410):
-            message = f"{self._shown} does not exist"
-        raise PopError(message, hint)
 
     def _check(self) -> None:
         """Check the hash, and also the header, since a server may report a wrong length."""
@@ -317,7 +300,7 @@ class _Transfer:
         if sha256 and (found := file_sha256(self._partial)) != sha256:
             self._forget()
             raise PopError(
-                f"{self._where} sent a damaged or different file for {self._target.name}:"
+                f"{self._host} sent a damaged or different file for {self._target.name}:"
                 f" its sha256 is {found}, not {sha256}",
                 "the download was deleted: try again, and compare the hash with the publisher's",
             )
@@ -330,30 +313,12 @@ class _Transfer:
         except FormatError:
             return  # the file may have a newer format
 
-    def _origin(self) -> tuple[str, int]:
-        """Return the partial file's validator and the complete size, 0 if it cannot be resumed."""
-        try:
-            identity, validator, total = json.loads(self._origin_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
-            return "", 0
-        # Without a hash or validator, a resumed file may join parts of two files.
-        fits = identity == self._identity and (validator or self._remote.sha256)
-        return (validator, total) if fits else ("", 0)
-
-    def _write_origin(self, validator: str, total: int) -> None:
-        """Store the partial file's origin as a hash, since URLs may contain secrets."""
-        origin = (self._identity, validator, total)
-        self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
-
-
-def _validator(response: "requests.Response") -> str:
-    """Return the reply's strong ETag, else its time of the last change, else ""."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag[:2] not in ("", "W/") else response.headers.get("Last-Modified", "")
-
 
 def _extent(response: "requests.Response") -> tuple[int, int]:
-    """Return the position of the reply's bytes in the file, and the file's size (0 if unknown)."""
+    """Return the offset of the reply's first byte in the file, and the file's size (0: unknown).
+
+    The offset is -1 if the reply is a part of the file without a valid range.
+    """
     if response.status_code == 206:
         extent = response.headers.get("Content-Range", "")
         part = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", extent)

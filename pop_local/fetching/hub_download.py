@@ -18,7 +18,6 @@ from pop_local.fetching.http_download import RemoteFile, download, reason_of
 from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
 from pop_local.fetching.target import is_fetched, require_space, safe_name
 from pop_local.models.mmproj_files import mmproj_name
-from pop_local.models.model_names import HUB_PREFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -95,7 +94,6 @@ def find_on_hub(name: str) -> HubModel:
         sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
         return RemoteFile(
             hf_hub_url(repo, name, revision=commit),
-            identity=f"{HUB_PREFIX}{repo}@{sha256 or commit}:{name}",
             headers={key: headers[key] for key in headers if key.lower() == "authorization"},
             sha256=sha256,
             name=name,

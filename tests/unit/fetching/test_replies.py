@@ -81,7 +81,7 @@ def test_repeated_parts_end_the_download(hub, tmp_path):
     headers = (f"Content-Length: {len(MODEL)}", f'ETag: "{SHA256[:16]}"')
     again = [reply(MODEL[:HALF], *headers), *[part(HALF, HALF + 100)] * 2]
     hub.raw = again * 4
-    with pytest.raises(PopError, match=r"did not send the requested part|broke off"):
+    with pytest.raises(PopError, match=r"sent the wrong part|broke off"):
         pull(hub, tmp_path)
 
 
@@ -108,11 +108,9 @@ def test_reply_without_length_ends_with_the_connection(hub, tmp_path, headers):
     assert pull(hub, tmp_path).read_bytes() == WHOLE
 
 
-@pytest.mark.parametrize("status", ["200 OK", "302 Found"])
-def test_compressed_reply_is_refused_without_unpacking(hub, tmp_path, status):
+def test_compressed_reply_is_refused_without_unpacking(hub, tmp_path):
     packed = gzip.compress(WHOLE + bytes(50_000_000))
-    headers = ("Content-Encoding: gzip", f"Location: {hub.endpoint}")
-    hub.raw = [reply(packed, *headers, status=status)]
+    hub.raw = [reply(packed, "Content-Encoding: gzip")]
     tracemalloc.start()
     try:
         with pytest.raises(PopError, match=r"sends .* with compression \(gzip\)"):
