@@ -17,7 +17,7 @@ from pop_local.engine.decode.text import TextStream
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.plan import Reuse
-from pop_local.engine.prefill.read_result import PrefillStoppedError
+from pop_local.engine.prefill.reading import PrefillStoppedError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.call_form import CallConstraint

@@ -23,7 +23,7 @@ from pop_local.engine.learning.online_calibrator import (
 )
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.prefill.read_result import Read
+from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sessions.chat_session import (
     Answer,

@@ -14,9 +14,10 @@ from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
+from pop_local.engine.prefill.edit import ReusableRows
 from pop_local.engine.prefill.plan import RowRule
-from pop_local.engine.prefill.read import read, reusable
-from pop_local.engine.prefill.read_result import OnPrefill, Read
+from pop_local.engine.prefill.read import read
+from pop_local.engine.prefill.reading import OnPrefill, Read
 from pop_local.engine.prompt.prompt import Prompt
 
 
@@ -107,7 +108,7 @@ class CachedSequence:
     def n_reusable(self, prompt: Prompt) -> int:
         """Return the number of cached rows that a prompt may reuse."""
         cache = self.cache
-        return reusable(cache, prompt, self.rule)(cache.tokens, cache.images)
+        return ReusableRows(cache, prompt, self.rule).count(cache.tokens, cache.images)
 
     def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
         """Read a prompt into the cache; see prefill.read.read."""

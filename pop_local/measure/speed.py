@@ -26,7 +26,7 @@ from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import NO_FULL_ROWS, plan_prefill
 from pop_local.engine.prefill.read import read_context_only
-from pop_local.engine.prefill.read_result import Read
+from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.measure.heldout import shipped_text

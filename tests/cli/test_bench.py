@@ -11,7 +11,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.read_result import Read
+from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import speed
 from pop_local.measure.speed import (

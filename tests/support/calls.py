@@ -17,7 +17,7 @@ from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
-from pop_local.engine.prefill.read_result import OnPrefill, Read
+from pop_local.engine.prefill.reading import OnPrefill, Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 

@@ -23,7 +23,7 @@ from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import read as prefill
-from pop_local.engine.prefill.read_result import Read
+from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from support.shapes import read_shape

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
 # Shorter runs of equal tokens are read again: their K/V depend mostly on the tokens around them.
 MIN_RUN = 32
@@ -23,15 +24,29 @@ class TokenRun:
     n: int
 
 
-def find_runs(cached: np.ndarray, prompt: np.ndarray, min_run: int = MIN_RUN) -> list[TokenRun]:
+def window_hashes(tokens: np.ndarray, n: int) -> NDArray[np.uint64]:
+    """Return the hash of each window of `n` tokens: uint64 [n_tokens - n + 1], or [0]."""
+    if len(tokens) < n:
+        return np.zeros(0, np.uint64)
+    powers = np.array([pow(_HASH_BASE, i, 2**64) for i in range(n)], dtype=np.uint64)
+    windows = sliding_window_view(tokens.astype(np.uint64), n)
+    hashes: NDArray[np.uint64] = windows @ powers
+    return hashes
+
+
+def find_runs(
+    cached: np.ndarray,
+    prompt: np.ndarray,
+    prompt_hashes: NDArray[np.uint64],
+    min_run: int = MIN_RUN,
+) -> list[TokenRun]:
     """Return the runs of at least `min_run` equal tokens, in the prompt's order.
 
-    `cached`, `prompt`: int [n]. A prompt token is in one run at most. A cached token can be in
-    several, and the runs can be in another order in the cache. Takes linear time.
+    `cached`, `prompt`: int [n]. `prompt_hashes`: the prompt's `window_hashes` of `min_run` tokens.
+    Each prompt token is in one run at most. A cached token can be in several runs, and the cache
+    can contain the runs in another order. Takes linear time.
     """
-    if min(len(cached), len(prompt)) < min_run:
-        return []
-    cached_hashes, prompt_hashes = _hashes(cached, min_run), _hashes(prompt, min_run)
+    cached_hashes = window_hashes(cached, min_run)
     order = np.argsort(cached_hashes, kind="stable")
     ordered = cached_hashes[order]
     hits = np.flatnonzero(np.isin(prompt_hashes, ordered))
@@ -70,14 +85,6 @@ def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
         chosen.append(runs[at])
         at = best[at][1]
     return chosen[::-1]
-
-
-def _hashes(tokens: np.ndarray, n: int) -> np.ndarray:
-    """Return the hash of each window of `n` tokens: uint64 [n_tokens - n + 1]."""
-    powers = np.array([pow(_HASH_BASE, i, 2**64) for i in range(n)], dtype=np.uint64)
-    windows = sliding_window_view(tokens.astype(np.uint64), n)
-    hashes: np.ndarray = windows @ powers
-    return hashes
 
 
 def _n_equal(a: np.ndarray, b: np.ndarray) -> int:

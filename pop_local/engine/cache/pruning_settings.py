@@ -27,6 +27,11 @@ class PruningSettings:
         """True if prompts can be pruned, or can skip layers exactly."""
         return bool(self.boundary or self.exact)
 
+    @property
+    def is_pruning(self) -> bool:
+        """True if context rows stop at the boundary and their later K/V are projected."""
+        return self.mode is Mode.CONTEXT and not self.exact
+
     def set_mode(self, mode: Mode) -> None:
         self._slot.set_mode(mode)
         self.mode = self._slot.mode

@@ -1,71 +1,89 @@
 """Reuse of cached rows by an edited prompt: a changed, inserted or removed passage.
 
-Rows after the first change keep their K/V and move to their new positions. These rows are stale:
-they were computed after another text. Only new tokens and the prompt's tail are decoded, and a
-refill decodes the stale rows again later.
+Rows after the first change keep their K/V and move to their new positions. These rows are stale,
+because they were computed after different text. Only new tokens and the prompt's tail are decoded,
+and a refill decodes the stale rows again later.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_local.engine.cache.align import find_runs, in_order
-from pop_local.engine.cache.prompt_cache import CountReusable
+from pop_local.engine.cache.align import MIN_RUN, find_runs, in_order, window_hashes
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.rows import n_leading
+from pop_local.engine.prefill.plan import Reuse, RowRule
 from pop_local.engine.prompt.prompt import Prompt
 
 # An edit must reuse this many rows more than the common prefix has, or it saves too little time.
 MIN_REUSED = 256
 
 
-@dataclass(frozen=True)
-class Edit:
-    """An edited prompt's rows.
+class ReusableRows:
+    """The cached rows that a prompt can reuse, as a prefix or after an edit.
 
-    `sources`: int32 [n_prompt], the cached row with each token's K/V, or -1 for rows to decode.
+    The search runs once for each cached sequence of tokens.
     """
 
-    sources: NDArray[np.int32]
+    def __init__(self, cache: KvCache, prompt: Prompt, rule: RowRule) -> None:
+        self._prompt, self._rule = prompt, rule
+        self._can_edit = (
+            rule.reuse is Reuse.EDITED and cache.pruning.is_pruning and not prompt.images
+        )
+        self._tokens = np.asarray(prompt.tokens, np.int32)
+        self._hashes = window_hashes(self._tokens, MIN_RUN)
+        self._found: dict[bytes, NDArray[np.int32]] = {}
 
-    @property
-    def n_reused(self) -> int:
-        return int((self.sources >= 0).sum())
-
-    def gaps(self) -> Iterator[tuple[int, int]]:
-        """Yield the (start, end) rows of each range to decode."""
-        is_gap = np.concatenate([[False], self.sources < 0, [False]])
-        edges = np.flatnonzero(is_gap[1:] != is_gap[:-1]).tolist()
-        yield from zip(edges[::2], edges[1::2], strict=True)
-
-
-def find_edit(cached: np.ndarray, prompt: np.ndarray) -> Edit:
-    """Return which cached rows have the prompt's tokens. `cached`, `prompt`: int [n]."""
-    sources = np.full(len(prompt), -1, np.int32)
-    # Rows of passages in another order would lose more than pruning does (docs/quality.md).
-    for run in in_order(find_runs(cached, prompt)):
-        sources[run.prompt : run.prompt + run.n] = np.arange(run.cached, run.cached + run.n)
-    n = min(len(cached), len(prompt))
-    n_same = int(np.append(cached[:n] != prompt[:n], True).argmax())
-    sources[:n_same] = np.arange(n_same)
-    return Edit(sources)
-
-
-def pays(n_reused: int, n_prefix: int, n_prompt: int) -> bool:
-    """Return whether reusing rows of an edited prompt beats reusing the common prefix alone."""
-    return n_reused >= n_prefix + MIN_REUSED and 2 * n_reused >= n_prompt
-
-
-def count_edited(prompt: Prompt) -> CountReusable:
-    """Return a function that counts the rows that a prompt can reuse by an edit or as a prefix."""
-    tokens = np.asarray(prompt.tokens, np.int32)
-
-    def count(cached: np.ndarray, images: Mapping[int, str]) -> int:
-        n_prefix = prompt.n_equal(cached, images)
-        n_most = min(len(cached), len(tokens))
-        if images or prompt.images or not pays(n_most, n_prefix, len(tokens)):
+    def count(self, cached: np.ndarray, images: Mapping[int, str]) -> int:
+        """Return the number of reusable rows (see CountReusable)."""
+        n_prefix = self._prompt.n_equal(cached, images)
+        if not self._can_pay(cached, images, n_prefix):
             return n_prefix
-        n_reused = find_edit(cached, tokens).n_reused
-        return n_reused if pays(n_reused, n_prefix, len(tokens)) else n_prefix
+        n_reused = int((self._sources(cached) >= 0).sum())
+        return n_reused if self._pays(n_reused, n_prefix) else n_prefix
 
-    return count
+    def edit(
+        self, cache: KvCache, n_usable: int, must_be_full: NDArray[np.bool_]
+    ) -> NDArray[np.int32] | None:
+        """Return the cached row with each token's K/V, or -1 for rows to decode: int32 [n_prompt].
+
+        `n_usable`: the number of rows that the common prefix can reuse. `must_be_full`: bool
+        [n_prompt]. Returns None if the edit saves too little.
+        """
+        if not self._can_pay(cache.tokens, cache.images, n_usable):
+            return None
+        sources = self._sources(cache.tokens).copy()
+        sources[must_be_full & ~cache.rows.is_full[sources]] = -1
+        sources[max(0, len(sources) - max(1, self._rule.tail_tokens)) :] = -1
+        return sources if self._pays(int((sources >= 0).sum()), n_usable) else None
+
+    def _can_pay(self, cached: np.ndarray, images: Mapping[int, str], n_prefix: int) -> bool:
+        n_most = min(len(cached), len(self._tokens))
+        return self._can_edit and not images and self._pays(n_most, n_prefix)
+
+    def _pays(self, n_reused: int, n_prefix: int) -> bool:
+        """Return whether an edit that reuses `n_reused` rows beats the common prefix alone."""
+        return n_reused >= n_prefix + MIN_REUSED and 2 * n_reused >= len(self._tokens)
+
+    def _sources(self, cached: np.ndarray) -> NDArray[np.int32]:
+        """Return the cached row with the same text as each token, or -1: int32 [n_prompt]."""
+        key = cached.tobytes()
+        if key in self._found:
+            return self._found[key]
+        sources = np.full(len(self._tokens), -1, np.int32)
+        # Rows of passages in another order would lose more than pruning does (docs/quality.md).
+        for run in in_order(find_runs(cached, self._tokens, self._hashes)):
+            sources[run.prompt : run.prompt + run.n] = np.arange(run.cached, run.cached + run.n)
+        n = min(len(cached), len(sources))
+        n_same = n_leading(cached[:n] == self._tokens[:n])
+        sources[:n_same] = np.arange(n_same)
+        self._found[key] = sources
+        return sources
+
+
+def gaps(sources: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+    """Yield the (start, end) rows of each range to decode."""
+    is_gap = np.concatenate([[False], sources < 0, [False]])
+    edges = np.flatnonzero(is_gap[1:] != is_gap[:-1]).tolist()
+    yield from zip(edges[::2], edges[1::2], strict=True)

@@ -12,7 +12,6 @@ import numpy as np
 
 from pop_converter.popfile.format import DeepRows, PopMeta
 from pop_converter.popfile.pruning_plan import TAIL_TOKENS
-from pop_local.engine.llama.batch import Outputs
 
 
 class Reuse(StrEnum):
@@ -52,7 +51,6 @@ class RowRule:
 
 # Rule in which only rows with logits are full.
 NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
-NO_TAIL = 2**31 - 1  # a `full_from` past all positions
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,3 @@ def split_at(chunks: Sequence[tuple[int, int]], row: int) -> tuple[tuple[int, in
         for start, end in chunks
         for piece in ([(start, row), (row, end)] if start < row < end else [(start, end)])
     )
-
-
-def full_rows(positions: np.ndarray, rule: RowRule, full_from: int, outputs: Outputs) -> np.ndarray:
-    """Return the rows that are full by position or logits in mode CONTEXT: bool [n_rows]."""
-    full: np.ndarray = (positions < rule.sink_tokens) | (positions >= full_from)
-    full |= outputs is Outputs.ALL
-    full[-1] |= outputs is Outputs.LAST
-    return full

@@ -4,30 +4,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pop_converter.base.errors import PopError, StoppedError
+from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.checkpoints import END_ROWS, EVERY
 from pop_local.engine.cache.edited_rows import move_rows
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.rows import n_leading
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.images.mmproj import ImageChunk
-from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.backend import Counters
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.llama.interrupt import DisplacedError
-from pop_local.engine.prefill.edit import CountReusable, Edit, count_edited, find_edit, pays
-from pop_local.engine.prefill.plan import (
-    NO_FULL_ROWS,
-    NO_TAIL,
-    Reuse,
-    RowRule,
-    full_rows,
-    plan_prefill,
-    split_at,
-)
-from pop_local.engine.prefill.read_edited import read_edited
-from pop_local.engine.prefill.read_result import OnPrefill, PrefillStoppedError, Read
+from pop_local.engine.prefill.edit import ReusableRows
+from pop_local.engine.prefill.plan import NO_FULL_ROWS, Reuse, RowRule, plan_prefill, split_at
+from pop_local.engine.prefill.read_edited import EditedReading
+from pop_local.engine.prefill.reading import OnPrefill, PromptReading, Read
 from pop_local.engine.prompt.prompt import Prompt
 
 
@@ -43,62 +36,64 @@ def read(
         raise PopError("the prompt is empty", "add text to the prompt")
     cache = states.cache
     cache.epoch += 1
-    count = reusable(cache, prompt, rule)
-    states.stash(count)
+    tokens = np.asarray(prompt.tokens, np.int32)
+    deep = _deep_rows(cache, tokens, rule)
+    reusable = ReusableRows(cache, prompt, rule)
+    states.stash(reusable.count)
     n_usable = 0
     if rule.reuse is not Reuse.OFF:
-        states.restore_best(count)
-        n_usable = _n_usable(states, prompt, rule)
-        if (edit := _edit(cache, prompt, rule, n_usable)) is not None:
+        states.restore_best(reusable.count)
+        must_be_full = deep.copy()
+        must_be_full[: rule.sink_tokens] = True
+        must_be_full[max(prompt.text_from, len(prompt) - rule.tail_tokens) :] = True
+        n_same = states.n_same(prompt)
+        n_usable = n_leading(~must_be_full[:n_same] | cache.rows.is_full[:n_same])
+        sources = reusable.edit(cache, n_usable, must_be_full)
+        if sources is not None:
             cache.make_room(len(prompt) - cache.n_tokens)
-            tokens = np.asarray(prompt.tokens, np.int32)
-            if move_rows(cache, tokens, edit.sources):
-                deep = _deep_rows(cache, tokens, rule)
-                return read_edited(cache, tokens, edit, deep, rule, on_prefill)
+            if move_rows(cache, tokens, sources):
+                return EditedReading(cache, tokens, sources, deep, rule, on_prefill).complete()
             # The memory cannot move rows, so the prompt cache must get those that it replaces.
             return read(states, prompt, replace(rule, reuse=Reuse.EXACT), on_prefill)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
-        is_short = _is_pruning(cache)
-        n_exact, n_stale = cache.n_exact, cache.rows.n_stale(len(prompt))
         return Read(
             len(prompt),
             n_usable,
             Counters(0, 0),
-            n_exact=n_exact,
-            n_stale=n_stale,
-            is_short=is_short,
+            n_exact=cache.n_exact,
+            n_stale=cache.rows.n_stale(len(prompt)),
+            is_short=cache.pruning.is_pruning,
         )
-    # Logits need a decoded token: if all are cached, the last one is read again.
-    n_kept = prompt.whole(min(n_usable, max(0, len(prompt) - 1)))
+    # Logits need a decoded token, so the last token is read again if all tokens are cached.
+    n_kept = prompt.whole(min(n_usable, len(prompt) - 1))
     cache.has_logits = False
     if not cache.truncate(n_kept) and not cache.truncate(cache.checkpoints.best(n_kept)):
         cache.clear()
-    return append(cache, prompt.from_row(cache.n_tokens), rule, on_prefill)
-
-
-def reusable(cache: KvCache, prompt: Prompt, rule: RowRule) -> CountReusable:
-    """Return a function that counts the cached rows that a prompt may reuse."""
-    is_edited = rule.reuse is Reuse.EDITED and _is_pruning(cache)
-    return count_edited(prompt) if is_edited else prompt.n_equal
+    return append(cache, prompt.from_row(cache.n_tokens), rule, on_prefill, deep[cache.n_tokens :])
 
 
 def append(
-    cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
+    cache: KvCache,
+    prompt: Prompt,
+    rule: RowRule,
+    on_prefill: OnPrefill | None = None,
+    deep: NDArray[np.bool_] | None = None,
 ) -> Read:
-    """Read a prompt after the cached rows, with its own sink and tail. Raises as `read` does."""
+    """Read a prompt after the cached rows, with its own sink and tail. Raises as `read` does.
+
+    `deep`: bool [n_prompt], the deep rows by token (None: find them).
+    """
     cache.make_room(len(prompt))
-    if prompt.images and prompt.spans[-1][1] == len(prompt):
+    if prompt.images and prompt.text_from == len(prompt):
         raise PopError("the prompt ends with a picture", "add a question after the picture")
     for image in prompt.images.values():
         _require_room(cache, image)
-    reading = _PromptRead(cache, prompt, rule, on_prefill)
-    try:
-        reading.run()
-    except StoppedError as error:
-        if cache.context.is_closed:
-            raise
-        raise PrefillStoppedError(reading.result()) from error
-    return reading.result()
+    if deep is None:
+        tokens = np.concatenate([cache.tokens, prompt.tokens])
+        deep = _deep_rows(cache, tokens, rule)[cache.n_tokens :]
+    # With exact skipping, sink and tail need no full rows.
+    rule = NO_FULL_ROWS if cache.pruning.exact else rule
+    return _PlannedReading(cache, prompt, rule, deep, on_prefill).complete()
 
 
 def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
@@ -107,9 +102,8 @@ def read_context_only(cache: KvCache, prompt: Prompt) -> Read:
     This is the minimal work of a pruned prefill. Raises as `read` does.
     """
     cache.make_room(len(prompt))
-    reading = _PromptRead(cache, prompt, NO_FULL_ROWS, None)
-    reading.run_context()
-    return reading.result()
+    deep = np.zeros(len(prompt), bool)
+    return _PlannedReading(cache, prompt, NO_FULL_ROWS, deep, None, Outputs.NONE).complete()
 
 
 def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int]:
@@ -128,45 +122,10 @@ def append_all(cache: KvCache, tokens: Sequence[int], step: int) -> Iterator[int
             yield len(piece)
 
 
-def _n_usable(states: CacheStates, prompt: Prompt, rule: RowRule) -> int:
-    """Return the number of leading cached rows that a prompt may reuse.
-
-    They end at the first context row among this prompt's tail and deep rows. The sink must be full.
-    """
-    rows = states.cache.rows
-    usable = states.n_same(prompt)
-    must_be_full = _deep_rows(states.cache, np.asarray(prompt.tokens), rule)[:usable]
-    must_be_full[max(prompt.text_from, len(prompt) - rule.tail_tokens) :] = True
-    lacking = np.flatnonzero(must_be_full & ~rows.is_full[:usable])
-    usable = int(lacking[0]) if lacking.size else usable
-    n_sink = min(usable, rule.sink_tokens)
-    return usable if rows.is_full[:n_sink].all() else 0
-
-
-def _edit(cache: KvCache, prompt: Prompt, rule: RowRule, n_usable: int) -> Edit | None:
-    """Return how a pruned prompt reuses rows after an edit, or None if it saves too little."""
-    if rule.reuse is not Reuse.EDITED or not _is_pruning(cache) or cache.images or prompt.images:
-        return None
-    if not pays(min(cache.n_tokens, len(prompt)), n_usable, len(prompt)):
-        return None
-    tokens = np.asarray(prompt.tokens, np.int32)
-    sources = find_edit(cache.tokens, tokens).sources
-    must_be_full = _deep_rows(cache, tokens, rule)
-    must_be_full[: rule.sink_tokens] = True
-    sources[must_be_full & ~cache.rows.is_full[sources]] = -1
-    sources[max(0, len(tokens) - max(1, rule.tail_tokens)) :] = -1
-    edit = Edit(sources)
-    return edit if pays(edit.n_reused, n_usable, len(tokens)) else None
-
-
-def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> np.ndarray:
+def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> NDArray[np.bool_]:
     """Return a prompt's deep rows, all False if pruning is off: bool [n_tokens]."""
-    criterion = rule.deep_rows if _is_pruning(cache) else DeepRows.NONE
+    criterion = rule.deep_rows if cache.pruning.is_pruning else DeepRows.NONE
     return find_deep_rows(cache.context, tokens, criterion)
-
-
-def _is_pruning(cache: KvCache) -> bool:
-    return cache.pruning.mode is Mode.CONTEXT and not cache.pruning.exact
 
 
 def _require_room(cache: KvCache, image: ImageChunk) -> None:
@@ -178,40 +137,35 @@ def _require_room(cache: KvCache, image: ImageChunk) -> None:
         )
 
 
-class _PromptRead:
-    """A read in progress."""
+class _PlannedReading(PromptReading):
+    """A read of a prompt after the cached rows, according to a PrefillPlan."""
 
     def __init__(
-        self, cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None
+        self,
+        cache: KvCache,
+        prompt: Prompt,
+        rule: RowRule,
+        deep: NDArray[np.bool_],
+        on_prefill: OnPrefill | None,
+        last: Outputs = Outputs.LAST,
     ) -> None:
-        self._cache, self._prompt = cache, prompt
-        # With exact skipping, sink and tail need no full rows.
-        self._rule = NO_FULL_ROWS if cache.pruning.exact else rule
-        self._on_prefill = on_prefill
-        self._epoch = cache.epoch
+        """`last`: the outputs of the last batch."""
+        super().__init__(cache, rule, on_prefill, len(prompt))
+        self._prompt, self._deep, self._last = prompt, deep, last
         self._n_cached = cache.n_tokens
-        tokens = np.concatenate([cache.tokens, prompt.tokens])
-        self._deep = _deep_rows(cache, tokens, self._rule)[self._n_cached :]
         n_batch, end_rows_from = cache.context.n_batch, 0
         if cache.checkpoints.is_needed:
             n_batch = min(n_batch, EVERY)
             if len(prompt) >= 2 * END_ROWS:
                 end_rows_from = max(prompt.text_from, len(prompt) - END_ROWS)
         self._plan = plan_prefill(
-            self._n_cached,
-            len(prompt),
-            self._rule,
-            n_batch,
-            prompt.spans,
-            self._deep,
+            self._n_cached, len(prompt), rule, n_batch, prompt.spans, self._deep
         )
         self._chunks = split_at(self._plan.chunks, end_rows_from)
         self._checkpoints_at = (end_rows_from, len(prompt))
         self._encode_s = 0.0
-        cache.slot.begin_prefill()
 
     def result(self) -> Read:
-        """Return the result of the rows decoded so far."""
         cache = self._cache
         counters = cache.slot.counters
         return Read(
@@ -222,55 +176,38 @@ class _PromptRead:
             encode_s=self._encode_s,
             n_exact=cache.n_exact,
             n_stale=cache.rows.n_stale(self._n_cached),
-            is_short=_is_pruning(cache) and self._plan.n_pruned == 0,
+            is_short=cache.pruning.is_pruning and self._plan.n_pruned == 0,
         )
 
     def run(self) -> None:
-        """Read the prompt with full and context rows."""
+        cache = self._cache
         self._report(0)
         # The tail is text, so its rows have consecutive positions.
         full_from = self._position_of(self._plan.full_from - self._n_cached)
-        self._cache.slot.set_full(self._rule.sink_tokens, full_from)
-        self._run(self._rule, full_from, Outputs.LAST)
-
-    def run_context(self) -> None:
-        """Read the whole prompt as context rows."""
-        self._deep[:] = False
-        self._cache.slot.set_full(0, NO_TAIL)
-        self._run(NO_FULL_ROWS, NO_TAIL, Outputs.NONE)
-
-    def _run(self, rule: RowRule, full_from: int, last: Outputs) -> None:
-        cache, prompt = self._cache, self._prompt
+        cache.slot.set_full(self._rule.sink_tokens, full_from)
         cache.checkpoints.add(cache.n_tokens)
         with cache.slot.interruptible():
             for start, end in self._chunks:
-                outputs = last if end == len(prompt) else Outputs.NONE
-                n = end - start
-                if start in prompt.images:
-                    image = prompt.images[start]
-                    positions = self._next + np.arange(n) * (not cache.context.is_mrope)
-                    full = full_rows(positions, rule, full_from, Outputs.NONE)
-                    cache.slot.set_deep_rows(positions[:0])
-                    self._encode_s += cache.append_image(image, full)
-                else:
-                    positions = self._next + np.arange(n)
-                    deep = self._deep[start:end]
-                    full = full_rows(positions, rule, full_from, outputs) | deep
-                    cache.slot.set_deep_rows(positions[deep])
-                    cache.append(prompt.tokens[start:end], outputs, full)
+                self._decode(start, end, full_from)
                 cache.slot.raise_if_stopped()
-                if cache.epoch != self._epoch:
-                    raise DisplacedError
+                self._require_undisplaced()
                 is_due = cache.n_tokens - cache.checkpoints.last >= EVERY
                 if is_due or end in self._checkpoints_at:
                     cache.checkpoints.add(cache.n_tokens)
                 self._report(end)
 
-    def _report(self, done: int) -> None:
-        if self._on_prefill is not None:
-            self._on_prefill(done, len(self._prompt))
-        if self._cache.epoch != self._epoch:
-            raise DisplacedError
+    def _decode(self, start: int, end: int, full_from: int) -> None:
+        cache, prompt = self._cache, self._prompt
+        positions = np.arange(end - start)
+        outputs = self._last if end == len(prompt) else Outputs.NONE
+        image = prompt.images.get(start)
+        if image is not None:
+            positions, outputs = positions * (not cache.context.is_mrope), Outputs.NONE
+        full = self._full_rows(self._next + positions, self._deep[start:end], full_from, outputs)
+        if image is None:
+            cache.append(prompt.tokens[start:end], outputs, full)
+        else:
+            self._encode_s += cache.append_image(image, full)
 
     def _position_of(self, n: int) -> int:
         """Return the position of the row after the next `n`, which must not end in an image."""

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from pop_local.engine.cache.align import MIN_RUN, TokenRun, find_runs, in_order
+from pop_local.engine.cache.align import MIN_RUN, TokenRun, find_runs, in_order, window_hashes
 
 N_EDITS = int(os.environ.get("ALIGN_EDITS", "2000"))
 
@@ -53,7 +53,9 @@ def edited(rng: random.Random, tokens: list[int]) -> list[int]:
 
 
 def runs_of(cached: list[int], prompt: list[int], min_run: int) -> list[TokenRun]:
-    return find_runs(np.array(cached, np.int32), np.array(prompt, np.int32), min_run)
+    tokens = np.array(prompt, np.int32)
+    hashes = window_hashes(tokens, min_run)
+    return find_runs(np.array(cached, np.int32), tokens, hashes, min_run)
 
 
 @pytest.mark.parametrize("n_distinct", [3, 1000])

@@ -59,13 +59,15 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_a_prompt_is_found_after_a_restart(pop_file, folder):
+    longer = [*OLD, 5, 6]
     cells = store_prompt(pop_file, folder)
-    found, _, restored = restart(pop_file, folder, [*OLD, 5, 6])
+    found, logits, restored = restart(pop_file, folder, longer)
     assert found.n_cached == len(OLD)
     with opened(pop_file) as model:
         read(model, OLD)
         assert kv_bytes(model) == cells
-    assert len(restored) > 0
+        np.testing.assert_array_equal(read(model, longer), logits)
+        assert kv_bytes(model) == restored
 
 
 def test_an_edited_prompt_is_found_after_a_restart(pop_file, folder):

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import StoppedError
+from pop_local.engine.cache import align
 from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
 from pop_local.engine.cache.rows import NO_STALE
+from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill import edit
+from pop_local.engine.prefill import read as prefill
 from pop_local.engine.prefill.edit import MIN_REUSED
 from pop_local.engine.prefill.plan import Reuse
 from pop_local.engine.prompt.prompt import Prompt
@@ -86,9 +90,10 @@ def stopping(after: int) -> Callable[[int, int], None]:
     return on_prefill
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_prompt_decodes_the_new_rows_and_its_tail(pop_file, edit):
-    tokens = EDITS[edit]
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_decodes_only_new_rows_and_a_refill_makes_the_cache_exact(pop_file, name):
+    tokens = EDITS[name]
+    state, logits = fresh(pop_file, tokens)
     with pruned(pop_file) as model:
         read(model, OLD)
         found = model.read(Prompt(tokens))
@@ -99,17 +104,30 @@ def test_an_edited_prompt_decodes_the_new_rows_and_its_tail(pop_file, edit):
         assert MIN_REUSED < found.n_stale <= found.n_cached
         assert cache.rows.n_stale(len(tokens)) >= found.n_stale
         assert cache.slot.cells.end == len(tokens)
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_a_refill_makes_an_edited_prompt_equal_to_a_fresh_one(pop_file, edit):
-    state, logits = fresh(pop_file, EDITS[edit])
-    with pruned(pop_file) as model:
-        read(model, OLD)
-        read(model, EDITS[edit])
         found_state, found_logits = repaired(model)
     assert found_state == state
     np.testing.assert_allclose(found_logits, logits, rtol=0, atol=NOISE)  # a batch of one row
+
+
+def test_a_read_searches_each_cached_prompt_once(llama_file, monkeypatch):
+    searched, n_deep = [], []
+
+    def counted(cached, prompt, hashes):
+        searched.append(cached.tobytes())
+        return align.find_runs(cached, prompt, hashes)
+
+    def counted_deep(*arguments):
+        n_deep.append(arguments)
+        return find_deep_rows(*arguments)
+
+    with pruned(llama_file, prompt_cache=PromptCache(2**24)) as model:
+        read(model, OLD)
+        read(model, prompt(600, seed=7))
+        monkeypatch.setattr(edit, "find_runs", counted)
+        monkeypatch.setattr(prefill, "find_deep_rows", counted_deep)
+        assert model.read(Prompt(EDITS["a changed line"])).n_stale > MIN_REUSED
+    assert len(searched) == len(set(searched)) == 2
+    assert len(n_deep) == 1
 
 
 @pytest.mark.parametrize(

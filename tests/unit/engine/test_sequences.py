@@ -16,7 +16,7 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
 from pop_local.engine.prefill.read import read as read_prompt
-from pop_local.engine.prefill.read_result import Read
+from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.slot_scheduler import SlotScheduler
 from support.calls import NOISE, keep_prompts, opened, prompt, set_rule
