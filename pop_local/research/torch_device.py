@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.llama.threads import default_threads
+from pop_local.engine.llama.devices import default_threads
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:

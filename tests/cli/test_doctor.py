@@ -161,7 +161,7 @@ def test_the_kernels_are_named(install, monkeypatch, kernels, asked, found, stat
 
 
 def test_a_backend_without_kernels_has_none(monkeypatch):
-    monkeypatch.setattr(devices.GgmlLibrary, "function", lambda *_: None)
+    monkeypatch.setattr(devices, "ggml", lambda *_: None)
     assert devices.cpu_kernels() == devices.NO_KERNELS
     assert not devices.has_kernels()
 

@@ -16,9 +16,9 @@ from support.serving import served
 from support.synthetic import make_gguf
 
 ABORT = """
-from pop_local.engine.llama.devices import GgmlLibrary
+from pop_local.engine.llama.devices import ggml
 from pop_local.server.worker import Worker
-Worker._answer = lambda *_: GgmlLibrary()("ggml_abort", None, b"ops.cpp", 1, b"chance")
+Worker._answer = lambda *_: ggml("ggml_abort", None, b"ops.cpp", 1, b"chance")
 """
 # This simulates an assertion that no check prevents.
 UNCHECKED = """

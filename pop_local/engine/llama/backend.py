@@ -146,8 +146,7 @@ def bindings() -> ModuleType:
         raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
     from llama_cpp._ctypes_extensions import load_shared_library
 
-    logs.take_over(llama_cpp)
-    logs.take_over_aborts(load_shared_library("ggml-base", llama_cpp._base_path))
+    logs.take_over(llama_cpp, load_shared_library("ggml-base", llama_cpp._base_path))
     report_exceptions = getattr(llama_cpp._lib, "llama_pop_report_exceptions", None)
     if report_exceptions is not None:
         report_exceptions.restype = None

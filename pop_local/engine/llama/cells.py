@@ -1,4 +1,4 @@
-"""The cells of one sequence in llama.cpp's memory."""
+"""The KV cells of one sequence in llama.cpp's memory."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,14 +14,14 @@ Lock = Callable[[], AbstractContextManager[None]]
 
 
 class Cells:
-    """The cells of a context's only sequence.
+    """The KV cells of a context's only sequence.
 
-    Saved states hold the whole context, because a sequence's state lacks rows that a sliding
-    window has passed.
+    Saved states contain the whole context, because the state of a single sequence lacks the rows
+    that have left a sliding window.
     """
 
     def __init__(self, context: Context, sequence: int = 0, locked: Lock = nullcontext) -> None:
-        """`locked`: prevents other threads from changing the cells."""
+        """`locked` must keep other threads from changing the cells while its context is active."""
         self._context, self._sequence, self._locked = context, sequence, locked
         self._api = backend.bindings()
 
@@ -48,7 +48,7 @@ class Cells:
             return int(self._api.llama_memory_seq_pos_min(self._memory, self._sequence))
 
     def truncate(self, position: int) -> bool:
-        """Drop the cells from a position on. Return False if the memory cannot do so."""
+        """Drop the cells from a position on. Returns False if the memory type cannot do this."""
         with self._locked():
             if self.end <= position:
                 return True
@@ -70,31 +70,33 @@ class Cells:
             backend.move_rows(self._ctx, self._sequence, start, sources, tokens)
 
     def state_size(self) -> int:
-        """Return the upper limit of the state's size in bytes."""
+        """Return the maximum size of `state` in bytes."""
         with self._locked():
-            return self._get_size()
+            return self._state("get_size")
 
     def state(self) -> bytes:
         """Return the cells in llama.cpp's format."""
         with self._locked():
-            buffer = np.empty(self._get_size(), dtype=np.uint8)
-            return buffer[: self._read(buffer)].tobytes()
+            buffer = np.empty(self._state("get_size"), dtype=np.uint8)
+            n_read = self._state("get_data", _address(buffer), buffer.size)
+            return buffer[:n_read].tobytes()
 
     def restore(self, state: bytes) -> bool:
-        """Replace the cells by a saved state. If it does not fit, return False.
+        """Replace the cells with a saved state, or return False if the state does not fit.
 
-        The cells are undefined then. Rejects an empty state, which llama.cpp would accept.
+        After False, the content of the cells is undefined. An empty state is rejected here because
+        llama.cpp would accept it.
         """
         if not state:
             return False
         buffer = np.frombuffer(state, dtype=np.uint8)
         with self._locked():
-            return self._write(buffer) == buffer.size
+            return self._state("set_data", _address(buffer), buffer.size) == buffer.size
 
     def checkpoint(self, max_bytes: int) -> np.ndarray | None:
-        """Return a copy of the recurrent states and the sliding windows' rows.
+        """Return a copy of the recurrent states and of the rows in sliding windows.
 
-        The copy is uint8 [n_bytes] in llama.cpp's format, or None above `max_bytes`.
+        The copy is uint8 [n_bytes] in llama.cpp's format, or None if it exceeds `max_bytes`.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         with self._locked():
@@ -108,7 +110,7 @@ class Cells:
     def return_to(self, checkpoint: np.ndarray, position: int) -> bool:
         """Restore a checkpoint, and drop the other cells from `position` on.
 
-        The cells are undefined after False.
+        Returns False on failure, which leaves the content of the cells undefined.
         """
         api, flags = self._api, self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         n_bytes, put = checkpoint.size, api.llama_state_seq_set_data_ext
@@ -118,32 +120,21 @@ class Cells:
                 api.llama_memory_seq_rm(self._memory, self._sequence, position, -1)
             )
 
-    def _get_size(self) -> int:
-        return int(self._api.llama_state_get_size(self._ctx))
-
-    def _read(self, buffer: np.ndarray) -> int:
-        return int(self._api.llama_state_get_data(self._ctx, _address(buffer), buffer.size))
-
-    def _write(self, buffer: np.ndarray) -> int:
-        return int(self._api.llama_state_set_data(self._ctx, _address(buffer), buffer.size))
+    def _state(self, action: str, *values: Any) -> int:
+        """Call one of llama.cpp's three functions for saved states. Returns a number of bytes."""
+        call = getattr(self._api, f"llama_state_{action}")
+        return int(call(self._ctx, *values))
 
 
 class SequenceCells(Cells):
-    """The cells of one sequence among several. Saved states hold this sequence only."""
+    """The KV cells of one of several sequences. Saved states contain only this sequence."""
 
     def clear(self) -> None:
         self.truncate(0)
 
-    def _get_size(self) -> int:
-        return int(self._api.llama_state_seq_get_size(self._ctx, self._sequence))
-
-    def _read(self, buffer: np.ndarray) -> int:
-        get, at = self._api.llama_state_seq_get_data, _address(buffer)
-        return int(get(self._ctx, at, buffer.size, self._sequence))
-
-    def _write(self, buffer: np.ndarray) -> int:
-        put, at = self._api.llama_state_seq_set_data, _address(buffer)
-        return int(put(self._ctx, at, buffer.size, self._sequence))
+    def _state(self, action: str, *values: Any) -> int:
+        call = getattr(self._api, f"llama_state_seq_{action}")
+        return int(call(self._ctx, *values, self._sequence))
 
 
 def _address(buffer: np.ndarray) -> Any:

@@ -15,10 +15,9 @@ from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.batch import TokenBatch
-from pop_local.engine.llama.devices import devices, has_kernels
+from pop_local.engine.llama.devices import default_threads, devices, has_kernels
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.opened_files import OpenedFiles
-from pop_local.engine.llama.threads import default_threads
 from pop_local.engine.llama.vocabulary import Vocabulary
 
 _N_BATCH = 512

@@ -1,32 +1,29 @@
-"""ggml's backends and devices, and its functions by name."""
+"""ggml's backends, devices and CPU kernels."""
 
 import ctypes
+import functools
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pop_converter.base.errors import PopError
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.threads import default_threads
 
 _POINTER = ctypes.c_void_p
 NO_KERNELS = "none"
 KERNELS_OFF = "off"
-
-
-class Kind(IntEnum):
-    """The values of enum ggml_backend_dev_type that pop-local uses."""
-
-    GPU = 1
-    INTEGRATED_GPU = 2
+# GGML_BACKEND_DEVICE_TYPE_GPU and GGML_BACKEND_DEVICE_TYPE_IGPU.
+_GPU_TYPES = (1, 2)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A ggml device; memory in bytes."""
+    """A ggml device."""
 
     name: str
     description: str
@@ -37,11 +34,11 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """Description of the backend for `doctor`.
+    """Description of the loaded backend, for `doctor`.
 
-    `abi`: None if the library is unpatched. `built_in`: ggml's backends, as (name, number of
-    devices found). `cpu_variant`: name of the CPU library that ggml loaded, "" without variants.
-    `kernels`: see `cpu_kernels`.
+    `abi`: None if the library is unpatched. `built_in`: (name, number of devices) of each ggml
+    backend. `cpu_variant`: the variant of the CPU library that ggml loaded, or "" if the build has
+    only one. `kernels`: the result of `cpu_kernels`.
     """
 
     version: str
@@ -63,7 +60,7 @@ def describe_backend() -> BackendInfo:
         library_path=Path(llama_cpp._lib._name),
         abi=backend.library_abi(),
         devices=devices(),
-        built_in=tuple(GgmlLibrary().backends()),
+        built_in=tuple(_built_in()),
         features=llama_cpp.llama_print_system_info().decode(),
         n_threads=default_threads(),
         cpu_variant=_cpu_variant("".join(getattr(llama_cpp, "_backends_log", ()))),
@@ -74,84 +71,83 @@ def describe_backend() -> BackendInfo:
 def cpu_kernels() -> str:
     """Return the name of pop-local's kernels for this CPU (ggml_pop_kernels).
 
-    NO_KERNELS: no kernels exist for this CPU. KERNELS_OFF: the environment sets
+    Returns NO_KERNELS if no kernels exist for this CPU, and KERNELS_OFF if the environment sets
     GGML_POP_KERNELS=0.
     """
-    named = GgmlLibrary().function("CPU", "ggml_pop_kernels", ctypes.c_char_p)
-    return NO_KERNELS if named is None else str(named().decode())
+    cpu = ggml("ggml_backend_reg_by_name", _POINTER, b"CPU")
+    get = "ggml_backend_reg_get_proc_address"  # also finds functions of a separate CPU library
+    found = cpu and ggml(get, _POINTER, _POINTER(cpu), b"ggml_pop_kernels")
+    return ctypes.CFUNCTYPE(ctypes.c_char_p)(found)().decode() if found else NO_KERNELS
 
 
 def has_kernels() -> bool:
-    """Return whether pop-local's kernels exist for this CPU and are on."""
+    """Return whether this CPU has pop-local kernels that are enabled."""
     return cpu_kernels() not in (NO_KERNELS, KERNELS_OFF)
 
 
 def _cpu_variant(log: str) -> str:
-    """Return the variant in the library's file name, from ggml's log."""
+    """Return the variant in the name of the library file that ggml's log reports, or ""."""
     found = re.search(r"loaded CPU backend from .*ggml-cpu-(.+)\.\w+$", log, re.MULTILINE)
     return found[1] if found else ""
 
 
+def default_threads() -> int:
+    """Return the number of physical cores that this process may use.
+
+    Two threads that share a core are slower than one.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cpus = os.sched_getaffinity(0)
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        try:
+            return len({Path(siblings.format(cpu)).read_text() for cpu in cpus})
+        except OSError:
+            return len(cpus)
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
 def devices() -> tuple[Device, ...]:
     """Return ggml's devices in ggml's order, the CPU last."""
-    ggml = GgmlLibrary()
-    return tuple(ggml.device(handle) for handle in ggml.devices())
-
-
-class GgmlLibrary:
-    """ggml's functions by name, since llama_cpp binds few of them."""
-
-    _LIBRARIES = ("ggml", "ggml-base")
-
-    def __init__(self) -> None:
-        from llama_cpp._ctypes_extensions import load_shared_library
-
-        llama_cpp = backend.bindings()
-        self._handles = [load_shared_library(n, llama_cpp._base_path) for n in self._LIBRARIES]
-
-    def __call__(self, name: str, result_type: Any, *arguments: Any) -> Any:
-        for handle in self._handles:
-            if (function := getattr(handle, name, None)) is not None:
-                function.restype = result_type
-                return function(*arguments)
-        raise PopError(f"the backend has no function {name}", backend.INSTALL_HINT)
-
-    def function(
-        self, of: str, name: str, result_type: Any, *argument_types: Any
-    ) -> Callable[..., Any] | None:
-        """Return a function of the ggml backend `of`, or None if the backend lacks it.
-
-        This also finds functions of a backend in a separate file.
-        """
-        registered = self("ggml_backend_reg_by_name", _POINTER, of.encode())
-        get = "ggml_backend_reg_get_proc_address"
-        found = registered and self(get, _POINTER, _POINTER(registered), name.encode())
-        return ctypes.CFUNCTYPE(result_type, *argument_types)(found) if found else None
-
-    def devices(self) -> Iterator[int]:
-        """Yield the pointers (ggml_backend_dev_t) of all devices."""
-        for i in range(self("ggml_backend_dev_count", ctypes.c_size_t)):
-            yield self("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i))
-
-    def backends(self) -> Iterator[tuple[str, int]]:
-        """Yield each built-in backend's name and number of devices."""
-        for i in range(self("ggml_backend_reg_count", ctypes.c_size_t)):
-            registered = _POINTER(self("ggml_backend_reg_get", _POINTER, ctypes.c_size_t(i)))
-            name = self("ggml_backend_reg_name", ctypes.c_char_p, registered).decode()
-            yield name, self("ggml_backend_reg_dev_count", ctypes.c_size_t, registered)
-
-    def kind(self, device: int) -> int:
-        """Return a device's `Kind`, or the number of an unlisted kind."""
-        return int(self("ggml_backend_dev_type", ctypes.c_int, _POINTER(device)))
-
-    def device(self, device: int) -> Device:
-        handle = _POINTER(device)
+    found = []
+    for i in range(ggml("ggml_backend_dev_count", ctypes.c_size_t)):
+        device = _POINTER(ggml("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i)))
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self("ggml_backend_dev_memory", None, handle, ctypes.byref(free), ctypes.byref(total))
-        return Device(
-            name=self("ggml_backend_dev_name", ctypes.c_char_p, handle).decode(),
-            description=self("ggml_backend_dev_description", ctypes.c_char_p, handle).decode(),
-            is_gpu=self.kind(device) in (Kind.GPU, Kind.INTEGRATED_GPU),
-            memory_free_bytes=free.value,
-            memory_total_bytes=total.value,
+        ggml("ggml_backend_dev_memory", None, device, ctypes.byref(free), ctypes.byref(total))
+        found.append(
+            Device(
+                name=ggml("ggml_backend_dev_name", ctypes.c_char_p, device).decode(),
+                description=ggml("ggml_backend_dev_description", ctypes.c_char_p, device).decode(),
+                is_gpu=ggml("ggml_backend_dev_type", ctypes.c_int, device) in _GPU_TYPES,
+                memory_free_bytes=free.value,
+                memory_total_bytes=total.value,
+            )
         )
+    return tuple(found)
+
+
+def _built_in() -> Iterator[tuple[str, int]]:
+    """Yield each built-in backend's name and number of devices."""
+    for i in range(ggml("ggml_backend_reg_count", ctypes.c_size_t)):
+        registered = _POINTER(ggml("ggml_backend_reg_get", _POINTER, ctypes.c_size_t(i)))
+        name = ggml("ggml_backend_reg_name", ctypes.c_char_p, registered).decode()
+        yield name, ggml("ggml_backend_reg_dev_count", ctypes.c_size_t, registered)
+
+
+def ggml(name: str, result_type: Any, *arguments: Any) -> Any:
+    """Call one of ggml's functions, few of which llama_cpp binds.
+
+    Raises PopError if the library lacks the function.
+    """
+    for library in _libraries():
+        if (function := getattr(library, name, None)) is not None:
+            function.restype = result_type
+            return function(*arguments)
+    raise PopError(f"the backend has no function {name}", backend.INSTALL_HINT)
+
+
+@functools.cache
+def _libraries() -> list[ctypes.CDLL]:
+    llama_cpp = backend.bindings()
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    return [load_shared_library(name, llama_cpp._base_path) for name in ("ggml", "ggml-base")]

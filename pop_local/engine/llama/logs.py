@@ -34,8 +34,7 @@ class _Errors(threading.local):
 
 _errors = _Errors()
 _last_level = logging.DEBUG
-_callback: Any = None
-_abort_callback: Any = None
+_callbacks: tuple[Any, ...] = ()  # llama.cpp does not keep them alive
 # Called with the reason in the aborting thread; the process then ends. None: write to stderr.
 on_abort: Callable[[str], None] | None = None
 
@@ -44,24 +43,12 @@ _FUNCTION = re.compile(r"^\w+: ")
 _WRAPPING = re.compile(r"^error loading model( \w+)?: ")
 
 
-def take_over(llama_cpp: Any) -> None:
-    """Redirect llama.cpp's log, which llama_cpp prints to stderr."""
-    global _callback
-    if _callback is None:
-        _callback = llama_cpp.llama_log_callback(_on_log)
-        llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+def take_over(llama_cpp: Any, ggml: ctypes.CDLL) -> None:
+    """Redirect llama.cpp's log, which llama_cpp prints to stderr, and ggml's aborts to `on_abort`.
 
-
-def take_over_images(mtmd: Any) -> None:
-    """Redirect libmtmd's log. Call this after `take_over`."""
-    mtmd.mtmd_helper_log_set(_callback, ctypes.c_void_p(0))
-
-
-def take_over_aborts(ggml: ctypes.CDLL) -> None:
-    """Make ggml call `on_abort` before it aborts the process."""
-    global _abort_callback
-    if _abort_callback is not None:
-        return
+    Call this once per process.
+    """
+    global _callbacks
     stderr = 2
     with suppress(OSError):  # llama_cpp redirects descriptor 2 while it opens a model
         stderr = os.dup(2)
@@ -73,8 +60,17 @@ def take_over_aborts(ggml: ctypes.CDLL) -> None:
         else:
             os.write(stderr, f"llama.cpp gave up: {reason}\n".encode())
 
-    _abort_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(report)
-    ggml.ggml_set_abort_callback(_abort_callback)
+    _callbacks = (
+        llama_cpp.llama_log_callback(_on_log),
+        ctypes.CFUNCTYPE(None, ctypes.c_char_p)(report),
+    )
+    llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
+    ggml.ggml_set_abort_callback(_callbacks[1])
+
+
+def take_over_images(mtmd: Any) -> None:
+    """Redirect libmtmd's log. Call this after `take_over`."""
+    mtmd.mtmd_helper_log_set(_callbacks[0], ctypes.c_void_p(0))
 
 
 def _on_log(level: int, text: bytes, _user_data: object) -> None:

@@ -5,7 +5,6 @@ See llama_pop_add_tap in llama-pop.h. A batch or a deep pass provides the values
 
 import ctypes
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,6 @@ from numpy.typing import NDArray
 from pop_local.engine.llama import backend
 
 Rows = NDArray[np.float32]
-
-
-class _Kind(IntEnum):
-    STATE, K, V, MASS = 0, 1, 2, 3
 
 
 class _CTapped(ctypes.Structure):
@@ -66,13 +61,9 @@ def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
     """Select the values of the following batches (None: no values). Raises PopError."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:
-        kinds = {
-            _Kind.STATE: wanted.boundaries,
-            _Kind.K: wanted.layers,
-            _Kind.V: wanted.layers,
-            _Kind.MASS: wanted.weighing,
-        }
-        for kind, layers in kinds.items():
+        # In the order of enum llama_pop_tap_kind.
+        kinds = (wanted.boundaries, wanted.layers, wanted.layers, wanted.weighing)
+        for kind, layers in enumerate(kinds):
             for layer in layers:
                 backend.add_tap(ctx, kind, layer)
 
@@ -92,15 +83,11 @@ def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
     ends = np.cumsum([each.n_rows * each.n_cols for each in found])
     block = used if used is not None and used.size >= ends[-1] else np.empty(ends[-1], np.float32)
     tapped = Tapped(found[0].pos, found[0].n_rows, block)
-    by_kind = {
-        _Kind.STATE: tapped.states,
-        _Kind.K: tapped.k,
-        _Kind.V: tapped.v,
-        _Kind.MASS: tapped.mass,
-    }
+    by_kind = (tapped.states, tapped.k, tapped.v, tapped.mass)
     for number, (each, end) in enumerate(zip(found, ends, strict=True)):
         rows = block[end - each.n_rows * each.n_cols : end]
         library.llama_pop_read_tapped(ctx, number, rows.ctypes.data_as(ctypes.c_void_p))
-        shape = (each.n_rows,) if each.kind == _Kind.MASS else (each.n_rows, each.n_cols)
-        by_kind[each.kind][each.layer] = rows.reshape(shape)
+        values = by_kind[each.kind]
+        shape = (each.n_rows,) if values is tapped.mass else (each.n_rows, each.n_cols)
+        values[each.layer] = rows.reshape(shape)
     return tapped

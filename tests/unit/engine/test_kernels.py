@@ -13,7 +13,7 @@ from pop_local.calibration.activations import loaded
 from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode, Reading
 from pop_local.engine.llama.batch import Outputs, TokenBatch
-from pop_local.engine.llama.devices import Device, GgmlLibrary, has_kernels
+from pop_local.engine.llama.devices import Device, ggml, has_kernels
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import Sessions
 from support.calls import append, greedy, kv_bytes, last_logits, opened, prompt, read
@@ -38,7 +38,6 @@ class Watched:
         sizes = {"n_ctx": 256, "n_batch": N_UBATCH, "n_ubatch": N_UBATCH}
         another = context.extra_context(**sizes, cb_eval=self._callback, **options)
         self.ctx = self._opened.enter_context(another)
-        self._name = GgmlLibrary()
         self.n_tokens = 0
 
     def __enter__(self) -> "Watched":
@@ -49,7 +48,7 @@ class Watched:
 
     def _note(self, address: int, is_asked: bool, _: object) -> bool:
         tensor = Tensor.from_address(address)
-        name = self._name("ggml_op_name", ctypes.c_char_p, tensor.op).decode()
+        name = ggml("ggml_op_name", ctypes.c_char_p, tensor.op).decode()
         if name in MARKED:
             self._marks.add((name, tensor.op_params[OP_PARAM]))
         return False
