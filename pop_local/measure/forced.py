@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.prompt_cache import SavedState
+from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode

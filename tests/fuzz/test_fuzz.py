@@ -20,7 +20,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.popfile.sidecar import existing_sidecar, read_sidecar, sidecar_meta
 from pop_converter.projection import Projection
-from pop_local.engine.cache.state_arrays import decoded_array, encoded_array
+from pop_local.engine.cache.saved_state import decoded_array, encoded_array
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.fields import (

@@ -158,7 +158,7 @@ def test_evicted_states_return_memory_to_system(path):
 import random, resource
 import numpy as np
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.cache.prompt_cache import SavedState
+from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.chat_messages import Chunk, TurnStats
 from pop_local.server import worker
 

@@ -8,7 +8,8 @@ import numpy as np
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.cache_keys import FULL, CacheKeys
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.cache.prompt_cache import CountReusable, PromptCache, SavedState
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.cache.saved_state import CountReusable, SavedState
 from pop_local.engine.prompt.prompt import Prompt
 
 

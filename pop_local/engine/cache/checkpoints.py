@@ -1,7 +1,5 @@
 """Checkpoints of the state that a memory cannot roll back."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from pop_local.engine.llama.cells import Cells
@@ -19,14 +17,6 @@ MAX_CHECKPOINTS = 16
 MAX_BYTES = 512 * 2**20
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """A copy of the state after a sequence's first `n_rows`."""
-
-    n_rows: int
-    state: np.ndarray
-
-
 class Checkpoints:
     """Checkpoints of one sequence, in ascending order of rows.
 
@@ -37,23 +27,23 @@ class Checkpoints:
     def __init__(self, context: Context, cells: Cells) -> None:
         self.is_needed = context.is_recurrent or context.window > 0
         self._cells = cells
-        self._list: list[_Checkpoint] = []
+        self._states: dict[int, np.ndarray] = {}  # by the number of rows that precede them
 
     def __len__(self) -> int:
-        return len(self._list)
+        return len(self._states)
 
     @property
     def size_bytes(self) -> int:
-        return sum(each.state.size for each in self._list)
+        return sum(state.size for state in self._states.values())
 
     @property
     def last(self) -> int:
         """Number of rows of the last checkpoint, 0 without checkpoints."""
-        return self._list[-1].n_rows if self._list else 0
+        return max(self._states, default=0)
 
     def best(self, n_rows: int) -> int:
         """Return the number of rows of the last checkpoint within the first `n_rows`, or 0."""
-        return max((each.n_rows for each in self._list if each.n_rows <= n_rows), default=0)
+        return max((n for n in self._states if n <= n_rows), default=0)
 
     def add(self, n_rows: int) -> None:
         """Copy the state after the first `n_rows`, which are all rows of the sequence."""
@@ -62,24 +52,20 @@ class Checkpoints:
         state = self._cells.checkpoint(MAX_BYTES)
         if state is None:
             return
-        self._list.append(_Checkpoint(n_rows, state))
-        while len(self._list) > MAX_CHECKPOINTS or self.size_bytes > MAX_BYTES:
-            del self._list[self._least_useful()]
+        self._states[n_rows] = state
+        while len(self._states) > MAX_CHECKPOINTS or self.size_bytes > MAX_BYTES:
+            # Drop the checkpoint between the closest neighbours, but never the last one.
+            rows = [0, *self._states]
+            gaps = {rows[i]: rows[i + 1] - rows[i - 1] for i in range(1, len(rows) - 1)}
+            del self._states[min(gaps, key=gaps.__getitem__)]
 
     def return_to(self, n_rows: int, position: int) -> bool:
         """Restore the checkpoint after `n_rows`, and drop the cells from `position` on.
 
-        The cells are undefined after False.
+        If it returns False, the cells are undefined.
         """
-        found = next(each for each in self._list if each.n_rows == n_rows)
-        return self._cells.return_to(found.state, position)
+        return self._cells.return_to(self._states[n_rows], position)
 
     def drop_after(self, n_rows: int) -> None:
         """Drop the checkpoints of more than `n_rows`, because later rows change."""
-        self._list = [each for each in self._list if each.n_rows <= n_rows]
-
-    def _least_useful(self) -> int:
-        """Return the index of the checkpoint between the closest neighbours, except the last."""
-        rows = [0, *(each.n_rows for each in self._list)]
-        gaps = [rows[i + 2] - rows[i] for i in range(len(self._list) - 1)]
-        return gaps.index(min(gaps))
+        self._states = {n: state for n, state in self._states.items() if n <= n_rows}

@@ -1,6 +1,6 @@
 """Saved states in a folder of the user, found again after a restart.
 
-Each state is one zip file (see state_arrays) with the mode 0600, named by a hash of its key and
+Each state is one zip file (see saved_state.py) with the mode 0600, named by a hash of its key and
 tokens. The least recently used files are removed above the capacity. Several processes may share
 the folder: files that another process removed are ignored, and its new files are found.
 """
@@ -20,14 +20,15 @@ import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import make_private, remove_leftovers, replacing
-from pop_local.engine.cache.prompt_cache import CountReusable, SavedState
-from pop_local.engine.cache.state_arrays import (
+from pop_local.engine.cache.saved_state import (
     DAMAGES,
+    CountReusable,
+    SavedState,
     add_member,
+    decoded_array,
     members,
     read_member,
     read_state,
-    read_tokens,
 )
 from pop_local.engine.llama import backend
 
@@ -137,6 +138,7 @@ class DiskStore:
     ) -> StoredState | None:
         try:
             with zipfile.ZipFile(path) as archive:
+                tokens = read_member(archive, "tokens.npy")
                 about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
                 if about["format"] != self._format:
                     raise ValueError(f"it has the format {about['format']}")
@@ -147,7 +149,7 @@ class DiskStore:
                     prompts_key=str(about["prompts_key"]),
                     key=str(about["key"]),
                     model=str(about["model"]),
-                    tokens=read_tokens(archive, int(about["n_tokens"])),
+                    tokens=decoded_array(tokens, np.int32, int(about["n_tokens"])),
                     images={int(row): str(key) for row, key in about["images"]},
                 )
         except FileNotFoundError:
@@ -196,10 +198,9 @@ class DiskStore:
 
     def _evict(self, newest_path: Path, prompts_key: str, newest: SavedState) -> None:
         """Remove states of the newest state's prefixes, then the least recently used states."""
-        tokens, images = newest.tokens.tobytes(), newest.images.items()
         for each in self.stored():
-            is_prefix = tokens.startswith(each.tokens.tobytes()) and each.images.items() <= images
-            if each.path != newest_path and each.prompts_key == prompts_key and is_prefix:
+            is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
+            if each.path != newest_path and is_prefix:
                 each.path.unlink(missing_ok=True)
         files = list(self._files())
         n_bytes = sum(status.st_size for _, status in files)

@@ -57,7 +57,7 @@ class CachedRows:
             self.n_exact = end
 
     def edit(self, sources: np.ndarray) -> None:
-        """Replace all rows by those of an edited prompt (see edited_rows.move_rows)."""
+        """Replace all rows by those of an edited prompt (see kv_cache.move_rows)."""
         n = len(sources)
         is_full = (sources >= 0) & self.is_full[sources]
         n_same = n_leading(sources == np.arange(n))

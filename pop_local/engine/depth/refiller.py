@@ -7,8 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from pop_converter.base.errors import StoppedError
-from pop_local.engine.cache.edited_rows import decode_again
-from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.kv_cache import KvCache, decode_again
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by

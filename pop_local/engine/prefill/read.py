@@ -10,8 +10,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import DeepRows
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.checkpoints import END_ROWS, EVERY
-from pop_local.engine.cache.edited_rows import move_rows
-from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.kv_cache import KvCache, move_rows
 from pop_local.engine.cache.rows import n_leading
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.images.mmproj import ImageChunk

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pop_local.engine.cache.edited_rows import decode_again
-from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.kv_cache import KvCache, decode_again
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.prefill.edit import gaps
 from pop_local.engine.prefill.plan import RowRule
@@ -15,7 +14,7 @@ from pop_local.engine.prefill.reading import OnPrefill, PromptReading, Read
 
 
 class EditedReading(PromptReading):
-    """A read that decodes the rows without a cached source, after `move_rows` has moved the rest.
+    """A read that decodes the rows without a cached source, after `move_rows` moved the rest.
 
     `run` raises PopError if the rows cannot be decoded. If it fails or is stopped, the cache keeps
     the rows before the first row that has not been decoded.

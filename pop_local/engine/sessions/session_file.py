@@ -2,7 +2,7 @@
 
     session.json   format, model, backend, KV key and the transcript
     pictures/HASH  image files by SHA-256
-    *.npy, kv.bin  the KV cache, see cache/state_arrays.py
+    *.npy, kv.bin  the KV cache, see cache/saved_state.py
 
 If the model's cache holds another conversation, n_tokens is 0 and the arrays are missing.
 
@@ -25,9 +25,9 @@ from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import make_private, replacing
 from pop_converter.gguf.source import sampled_sha256
 from pop_local.engine.cache.cache_keys import opened_with
-from pop_local.engine.cache.prompt_cache import SavedState
-from pop_local.engine.cache.state_arrays import (
+from pop_local.engine.cache.saved_state import (
     DAMAGES,
+    SavedState,
     add_member,
     members,
     read_member,

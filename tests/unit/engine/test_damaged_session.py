@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.cache.state_arrays import encoded_array
+from pop_local.engine.cache.saved_state import encoded_array
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.session_file import Sessions
 from support.conversations import QUESTION, answered, follow_up, opened

@@ -165,7 +165,7 @@ import sys, threading
 from pathlib import Path
 import numpy as np
 from pop_local.engine.cache.disk_store import DiskStore
-from pop_local.engine.cache.prompt_cache import SavedState
+from pop_local.engine.cache.saved_state import SavedState
 n = 1000
 state = SavedState("key", "model", np.arange(n, dtype=np.int32), np.ones(n, bool),
                    np.arange(n + 1, dtype=np.int32), bytes(2**27))

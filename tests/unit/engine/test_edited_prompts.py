@@ -10,8 +10,9 @@ import pytest
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache import align
-from pop_local.engine.cache.prompt_cache import PromptCache, SavedState
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.rows import NO_STALE
+from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.depth.deep_rows import find_deep_rows
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel

@@ -1,4 +1,4 @@
-"""Arrays and cells of a saved state as members of a zip archive, whose CRC-32 detects damage.
+"""A sequence's saved state, and its arrays and cells as members of a zip archive.
 
     tokens.npy     int32 (n_tokens): each cached row's token, NO_TOKEN for image rows
     full.npy       bool (n_tokens): rows that ran all layers
@@ -6,18 +6,19 @@
     stale.npy      int32 (2): number of exact rows and first stale row, only if a row is stale
     kv.bin         llama.cpp's state: only the used cells
 
-numpy's reader evaluates headers and allocates any size in them, so `decoded_array` checks both.
+zip's CRC-32 detects damage. numpy's reader parses any header and allocates whatever size it names,
+so `decoded_array` checks both.
 """
 
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pop_local.engine.cache.cache_keys import FULL
-from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.cache.rows import NO_STALE
 from pop_local.engine.images.mmproj import NO_TOKEN
 
@@ -31,6 +32,38 @@ _NPY = re.compile(
     rb" *\n",
     re.DOTALL,
 )
+
+# Returns the number of rows that a prompt can reuse, given cached tokens and image keys.
+CountReusable = Callable[[np.ndarray, Mapping[int, str]], int]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The used cells of a sequence, with each row's token, position and depth.
+
+    `tokens`: int32 [n]. `is_full`: bool [n]. `positions`: int32 [n + 1], see CachedRows. `images`:
+    see Prompt.n_equal. `key`: CacheStates.key. `model`: CacheKeys.model. `first_stale`, `n_exact`:
+    see CachedRows.
+    """
+
+    key: str
+    model: str
+    tokens: np.ndarray
+    is_full: np.ndarray
+    positions: np.ndarray
+    cells: bytes
+    images: Mapping[int, str] = field(default_factory=dict)
+    first_stale: int = NO_STALE
+    n_exact: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    def extends(self, tokens: np.ndarray, images: Mapping[int, str]) -> bool:
+        """Return whether the state starts with these rows."""
+        is_start = self.tokens.tobytes().startswith(tokens.tobytes())
+        return is_start and images.items() <= self.images.items()
 
 
 def members(state: SavedState) -> Iterator[tuple[str, bytes]]:
@@ -47,16 +80,19 @@ def read_state(
     archive: zipfile.ZipFile, key: str, model: str, images: Mapping[int, str], n_tokens: int
 ) -> SavedState:
     """Read a state's members. Raises one of DAMAGES, also for inconsistent arrays."""
+
+    def array(name: str, kind: type[np.generic], length: int) -> np.ndarray:
+        return decoded_array(read_member(archive, name), kind, length)
+
     n_exact, first_stale = 0, NO_STALE
     if "stale.npy" in archive.namelist():
-        stale = decoded_array(read_member(archive, "stale.npy"), np.int32, 2)
-        n_exact, first_stale = stale.tolist()
+        n_exact, first_stale = array("stale.npy", np.int32, 2).tolist()
     state = SavedState(
         key=key,
         model=model,
-        tokens=read_tokens(archive, n_tokens),
-        is_full=decoded_array(read_member(archive, "full.npy"), np.bool_, n_tokens),
-        positions=decoded_array(read_member(archive, "positions.npy"), np.int32, n_tokens + 1),
+        tokens=array("tokens.npy", np.int32, n_tokens),
+        is_full=array("full.npy", np.bool_, n_tokens),
+        positions=array("positions.npy", np.int32, n_tokens + 1),
         cells=read_member(archive, "kv.bin"),
         images=images,
         first_stale=first_stale,
@@ -83,11 +119,6 @@ def _is_consistent(state: SavedState) -> bool:
         and (steps >= 0).all()
         and (steps[is_text] == 1).all()
     )
-
-
-def read_tokens(archive: zipfile.ZipFile, n_tokens: int) -> np.ndarray:
-    """Read a state's tokens alone. Raises one of DAMAGES."""
-    return decoded_array(read_member(archive, "tokens.npy"), np.int32, n_tokens)
 
 
 def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
