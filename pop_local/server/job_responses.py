@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
@@ -12,7 +13,7 @@ from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.reader import CallReader, Piece
 from pop_local.server.api_errors import as_api_error, client_gone, stopping
-from pop_local.server.replies import AnswerEnd, CompleteAnswer, Json, Reply, usage
+from pop_local.server.replies import AnswerEnd, Json, Reply, usage
 from pop_local.server.worker import Job
 
 # Tokens that arrive within this time are sent in one write, each as a separate event.
@@ -24,6 +25,9 @@ _PING_S = 10.0
 # Interval of progress comments in streams.
 _PROGRESS_S = 0.5
 
+# A part of an answer with its log probabilities.
+ParsedPiece = tuple[Piece, Sequence[TokenLogprob]]
+
 
 async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Response:
     wholes: list[Json] = []
@@ -32,11 +36,12 @@ async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Respo
         reply.begin(index, job.task)
         chunks = [chunk async for batch in job.batches(_LONG_PAUSE_S) for chunk in batch]
         parser = _AnswerParser(job)
-        text = "".join(chunk.text for chunk in chunks)
-        pieces = [*await parser.push(text), *await parser.finish()]
-        ends.append(parser.end(state, job, chunks[-1]))
-        logprobs = [token for chunk in chunks for token in chunk.logprobs]
-        wholes.append(reply.whole(CompleteAnswer(ends[-1], pieces, logprobs)))
+        parsed = [*await parser.parse(chunks), *await parser.finish()]
+        pieces = [piece for piece, _ in parsed]
+        logprobs = [token for _, tokens in parsed for token in tokens]
+        end = parser.end(state, job, chunks[-1])
+        ends.append(replace(end, pieces=pieces, logprobs=logprobs))
+        wholes.append(reply.whole(ends[-1]))
     return JSONResponse(reply.joined(wholes, ends))
 
 
@@ -46,27 +51,24 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
     complete = False
     last = b""
 
-    def framed(events: Iterable[Json]) -> bytes:
+    def framed(parsed: Iterable[ParsedPiece]) -> bytes:
+        events = [event for one in parsed for event in reply.pieces(*one)]
         return b"".join(map(reply.frame, events))
 
     try:
         for index, job in enumerate(jobs):
-            yield last + framed(reply.begin(index, job.task))
+            yield last + b"".join(map(reply.frame, reply.begin(index, job.task)))
             parser = _AnswerParser(job)
             shown, shown_s = "", time.monotonic()
             async for batch in job.batches(_PAUSE_S, _PROGRESS_S):
-                if not batch:
-                    is_news = job.progress != shown
-                    if is_news or time.monotonic() - shown_s >= _PING_S:
-                        shown, shown_s = job.progress, time.monotonic()
-                        yield reply.comment(shown)
-                    continue
-                events = [reply.pieces(*parsed) for parsed in await parser.parse(batch)]
-                yield b"".join(map(framed, events))
-            rest = [reply.pieces(piece, ()) for piece in await parser.finish()]
-            last = b"".join(map(framed, rest))
+                if batch:
+                    yield framed(await parser.parse(batch))
+                elif job.progress != shown or time.monotonic() - shown_s >= _PING_S:
+                    shown, shown_s = job.progress, time.monotonic()
+                    yield reply.comment(shown)
+            last = framed(await parser.finish())
             ends.append(parser.end(state, job, batch[-1]))
-            last += framed(reply.ending(ends[-1]))
+            last += b"".join(map(reply.frame, reply.ending(ends[-1])))
         complete = True
         yield last + reply.closing(ends)
     except Exception as error:
@@ -89,22 +91,18 @@ class _AnswerParser:
         form = job.task.options.calls
         self._reader = None if form is None else CallReader(form)
 
-    async def push(self, text: str) -> list[Piece]:
-        if self._reader is None:
-            return [Piece(text)] if text else []
-        return await run_in_threadpool(self._reader.push, text)
-
-    async def parse(self, batch: Sequence[Chunk]) -> list[tuple[Piece, Sequence[TokenLogprob]]]:
-        """Return the pieces of a batch of chunks, each with its log probabilities."""
+    async def parse(self, batch: Sequence[Chunk]) -> list[ParsedPiece]:
         if self._reader is None:
             shown = (chunk for chunk in batch if chunk.text or chunk.logprobs)
             return [(Piece(chunk.text), chunk.logprobs) for chunk in shown]
-        pieces = await self.push("".join(chunk.text for chunk in batch))
+        text = "".join(chunk.text for chunk in batch)
         logprobs = [token for chunk in batch for token in chunk.logprobs]
+        pieces = await run_in_threadpool(self._reader.push, text)
         return [*((piece, ()) for piece in pieces), *([(Piece(), logprobs)] if logprobs else [])]
 
-    async def finish(self) -> list[Piece]:
-        return [] if self._reader is None else await run_in_threadpool(self._reader.end)
+    async def finish(self) -> list[ParsedPiece]:
+        rest = [] if self._reader is None else await run_in_threadpool(self._reader.end)
+        return [(piece, ()) for piece in rest]
 
     def end(self, state: State, job: Job, last: Chunk) -> AnswerEnd:
         """Return the reason and the usage of a finished answer.

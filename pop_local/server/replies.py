@@ -36,18 +36,14 @@ class AnswerEnd:
     """The end of an answer.
 
     `reason` is OpenAI's finish reason, `stop` the matched stop string ("" for none), and `usage`
-    the result of `usage()`. `embedding`: see Chunk.
+    the result of `usage()`. `embedding`: see Chunk. `pieces` and `logprobs` contain the whole
+    answer, and are empty at the end of a stream.
     """
 
     reason: str
     stop: str
     usage: Json
     embedding: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class CompleteAnswer:
-    end: AnswerEnd
     pieces: Sequence[Piece] = ()
     logprobs: Sequence[TokenLogprob] = ()
 
@@ -100,8 +96,7 @@ def _sum(one: Any, other: Any) -> Any:
 class Reply:
     """A formatter for answers in the form of OpenAI's text completions."""
 
-    id_prefix = "cmpl"
-    whole_kind = piece_kind = "text_completion"
+    id_prefix, kind = "cmpl", "text_completion"
     media_type = "text/event-stream"
 
     def __init__(self, served: ServedModel, body: GenerationBody | None = None) -> None:
@@ -117,24 +112,23 @@ class Reply:
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         """Start an answer, and return the events that precede its first token."""
-        self._index = index
+        self._index, self._options = index, task.options
         self._wants_logprobs = task.options.n_top_logprobs is not None
         return ()
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
-        return (self._piece({"text": piece.content}, logprobs),)
+        return (self._choice({"text": piece.content}, logprobs),)
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
-        return (self._piece({"text": ""}, (), end.reason),)
+        return (self._choice({"text": ""}, (), end.reason),)
 
     def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
         """Return the bytes that follow a stream's last event."""
-        figures = self._object(self.piece_kind, []) | {"usage": total(ends)}
+        figures = self._object([]) | {"usage": total(ends)}
         return (self.frame(figures) if self._no_usage else b"") + b"data: [DONE]\n\n"
 
-    def whole(self, answer: CompleteAnswer) -> Json:
-        text, reason = {"text": text_of(answer.pieces)}, answer.end.reason
-        return self._choice(self.whole_kind, text, answer.logprobs, reason)
+    def whole(self, end: AnswerEnd) -> Json:
+        return self._choice({"text": text_of(end.pieces)}, end.logprobs, end.reason)
 
     def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Any:
         choices = [choice for whole in wholes for choice in whole["choices"]]
@@ -146,33 +140,19 @@ class Reply:
     def frame(self, content: Json) -> bytes:
         return f"data: {encoded(content)}\n\n".encode()
 
-    def _piece(
+    def _choice(
         self,
         content: Json,
         logprobs: Sequence[TokenLogprob] | None = None,
         finish_reason: str | None = None,
     ) -> Json:
-        return self._choice(self.piece_kind, content, logprobs, finish_reason) | self._no_usage
-
-    def _choice(
-        self,
-        kind: str,
-        content: Json,
-        logprobs: Sequence[TokenLogprob] | None,
-        finish_reason: str | None,
-    ) -> Json:
         shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
-        choice = {
-            "index": self._index,
-            **content,
-            "logprobs": shown,
-            "finish_reason": finish_reason,
-        }
-        return self._object(kind, [choice])
+        choice = {"index": self._index, **content, "logprobs": shown}
+        return self._object([choice | {"finish_reason": finish_reason}]) | self._no_usage
 
-    def _object(self, kind: str, choices: list[Json]) -> Json:
-        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-        return head | {"choices": choices}
+    def _object(self, choices: list[Json]) -> Json:
+        head = {"id": self._id, "object": self.kind, "created": self._created}
+        return head | {"model": self._model, "choices": choices}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {
@@ -183,11 +163,11 @@ class Reply:
 
 
 class ChatReply(Reply):
-    id_prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, kind = "chatcmpl", "chat.completion.chunk"
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         super().begin(index, task)
-        return (self._piece({"delta": {"role": "assistant", "content": ""}}),)
+        return (self._choice({"delta": {"role": "assistant", "content": ""}}),)
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
         delta: Json = {"content": piece.content}
@@ -195,20 +175,20 @@ class ChatReply(Reply):
             delta = {"tool_calls": [{"index": piece.index, **call_json(piece.call)}]}
         elif piece.reasoning:
             delta = {"reasoning_content": piece.reasoning}
-        return (self._piece({"delta": delta}, logprobs),)
+        return (self._choice({"delta": delta}, logprobs),)
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
-        return (self._piece({"delta": {}}, None, end.reason),)
+        return (self._choice({"delta": {}}, None, end.reason),)
 
-    def whole(self, answer: CompleteAnswer) -> Json:
-        text, calls = text_of(answer.pieces), list(map(call_json, calls_of(answer.pieces)))
+    def whole(self, end: AnswerEnd) -> Json:
+        text, calls = text_of(end.pieces), list(map(call_json, calls_of(end.pieces)))
         message: Json = {"role": "assistant", "content": text or (None if calls else "")}
-        if reasoning := reasoning_of(answer.pieces):
+        if reasoning := reasoning_of(end.pieces):
             message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = calls
-        reason = answer.end.reason
-        return self._choice(self.whole_kind, {"message": message}, answer.logprobs, reason)
+        found = self._choice({"message": message}, end.logprobs, end.reason)
+        return found | {"object": "chat.completion"}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
@@ -218,7 +198,7 @@ class OtherApiReply(Reply):
     """Replies whose streams end with the complete answer's fields, except for the text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
-        return (self.whole(CompleteAnswer(end)),)
+        return (self.whole(end),)
 
     def closing(self, ends: Sequence[AnswerEnd]) -> bytes:
         return b""

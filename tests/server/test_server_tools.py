@@ -1,6 +1,7 @@
 """Tool calls by OpenAI's and Ollama's APIs, on a small random model."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.apis.ollama import OllamaChatReply
-from pop_local.server.replies import AnswerEnd, CompleteAnswer
+from pop_local.server.replies import AnswerEnd
 from pop_local.server.worker import Task
 from support.calls import opened
 from support.chat_tools import DOUBLE, QWEN, TEMPLATES, WEATHER, function
@@ -223,7 +224,7 @@ def test_ollama_sends_complete_calls_last():
     reply = OllamaChatReply(served)
     reply.begin(0, Task(Prompt([1]), TurnOptions(), Mode.OFF))
     calls = [{"function": {"name": "double", "arguments": {"n": 2}}}]
-    whole = reply.whole(CompleteAnswer(end, said))["message"]
+    whole = reply.whole(replace(end, pieces=said))["message"]
     assert whole == {"role": "assistant", "content": "Hm.", "tool_calls": calls}
     events = [event for piece in said for event in reply.pieces(piece, ())]
     told, last = reply.ending(end)

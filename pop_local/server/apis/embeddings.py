@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from pop_local.server.api import Api
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, CompleteAnswer, Json, OtherApiReply, total
+from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, total
 from pop_local.server.request_bodies import EmbeddingsBody
 from pop_local.server.task_factory import TaskFactory
 
@@ -20,8 +20,8 @@ class EmbeddingsReply(OtherApiReply):
         super().__init__(served, body)
         self._is_packed = body.encoding_format == "base64"
 
-    def whole(self, answer: CompleteAnswer) -> Json:
-        found: Any = answer.end.embedding
+    def whole(self, end: AnswerEnd) -> Json:
+        found: Any = end.embedding
         if self._is_packed:
             found = b64encode(np.asarray(found, "<f4").tobytes()).decode()
         return {"object": "embedding", "index": self._index, "embedding": found}
@@ -34,8 +34,8 @@ class EmbeddingsReply(OtherApiReply):
 
 
 class OllamaEmbedReply(OtherApiReply):
-    def whole(self, answer: CompleteAnswer) -> Json:
-        return {"embedding": answer.end.embedding}
+    def whole(self, end: AnswerEnd) -> Json:
+        return {"embedding": end.embedding}
 
     def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Json:
         return {

@@ -20,7 +20,7 @@ from pop_local.server.api import Api
 from pop_local.server.api_errors import bad_request
 from pop_local.server.model_listing import printable
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import CompleteAnswer, Json, OtherApiReply, chat_logprob, text_of
+from pop_local.server.replies import AnswerEnd, Json, OtherApiReply, chat_logprob, text_of
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -87,10 +87,6 @@ class LlamaReply(OtherApiReply):
         super().__init__(served, body)
         self._n_ctx = served.model.engine.context.n_ctx
 
-    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
-        self._options = task.options
-        return super().begin(index, task)
-
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown(piece.content, logprobs),)
 
@@ -100,12 +96,12 @@ class LlamaReply(OtherApiReply):
             found["completion_probabilities"] = [chat_logprob(token) for token in logprobs]
         return found
 
-    def whole(self, answer: CompleteAnswer) -> Json:
-        end, usage = answer.end, answer.end.usage
+    def whole(self, end: AnswerEnd) -> Json:
+        usage = end.usage
         n_cached = usage["prompt_tokens_details"]["cached_tokens"]
         n_prompt, n_predicted = usage["prompt_tokens"], usage["completion_tokens"]
         kind = "limit" if end.reason == "length" else "word" if end.stop else "eos"
-        return self._shown(text_of(answer.pieces), answer.logprobs) | {
+        return self._shown(text_of(end.pieces), end.logprobs) | {
             "stop": True,
             "model": self._model,
             "tokens_predicted": n_predicted,

@@ -195,9 +195,8 @@ class MessagesReply(replies.EventReply):
             {"type": "message_stop"},
         ]
 
-    def whole(self, answer: replies.CompleteAnswer) -> Json:
-        end = answer.end
-        for piece in answer.pieces:
+    def whole(self, end: replies.AnswerEnd) -> Json:
+        for piece in end.pieces:
             list(self.pieces(piece, ()))
         self.ending(end)
         # A call that the token limit cut off is omitted.

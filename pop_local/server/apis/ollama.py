@@ -32,7 +32,7 @@ from pop_local.server.replies import Json
 from pop_local.server.request_images import MAX_IMAGES
 from pop_local.server.task_factory import TaskFactory
 
-# The implemented version of Ollama's API. Clients use only features of this version.
+# The version of Ollama's API that this module implements. Clients adapt to this version.
 _VERSION = "0.6.4"
 # Options that have the same name in GenerationBody. All other options are ignored.
 _OPTIONS = (
@@ -78,7 +78,7 @@ class OllamaBody(bodies.ModelRequest):
 
     @property
     def common_fields(self) -> Json:
-        """The request's fields under OpenAI's names."""
+        """The request's fields under the names of OpenAI and llama-server."""
         options = self.options or {}
         found = {name: options[name] for name in _OPTIONS if name in options}
         limit = options.get("num_predict", -1)
@@ -125,16 +125,6 @@ class OllamaGenerate(OllamaBody):
             raise ValueError("images cannot be combined with raw or suffix")
         return self
 
-    def completion(self) -> bodies.CompletionBody:
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        fields = {"prompt": self.prompt or "", "suffix": self.suffix, "logprobs": logprobs}
-        return bodies.CompletionBody.model_validate(self.common_fields | fields)
-
-    def as_chat(self) -> bodies.ChatBody:
-        system = [OllamaMessage(role="system", content=self.system)] if self.system else []
-        question = OllamaMessage(role="user", content=self.prompt, images=self.images)
-        return self.chat([*system, question])
-
 
 class OllamaReply(replies.OtherApiReply):
     """A formatter for the replies of /api/generate, which are lines of JSON."""
@@ -155,8 +145,8 @@ class OllamaReply(replies.OtherApiReply):
     def _content(self, pieces: Sequence[Piece]) -> Json:
         return {"response": replies.text_of(pieces)}
 
-    def whole(self, answer: replies.CompleteAnswer) -> Json:
-        end, pop = answer.end, answer.end.usage["pop"]
+    def whole(self, end: replies.AnswerEnd) -> Json:
+        pop = end.usage["pop"]
         times = {
             "total_duration": pop["queued_s"] + pop["ttft_s"] + pop["decode_s"],
             "load_duration": 0,
@@ -170,10 +160,10 @@ class OllamaReply(replies.OtherApiReply):
         }
         reason = "stop" if end.reason == "tool_calls" else end.reason
         done = {"done": True, "done_reason": reason}
-        return self._shown(answer.pieces, answer.logprobs) | done | figures
+        return self._shown(end.pieces, end.logprobs) | done | figures
 
     def loaded(self) -> Response:
-        """Answer a request without a prompt, which Ollama's clients send to load a model."""
+        """Return the response to a request without a prompt, which clients send to load a model."""
         return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
@@ -205,26 +195,24 @@ class OllamaChatReply(OllamaReply):
         if reasoning := replies.reasoning_of(pieces):
             message["thinking"] = reasoning
         calls = [(call.name, replies.arguments_of(call.arguments)) for call in calls_of(pieces)]
-        if complete := [(name, arguments) for name, arguments in calls if arguments is not None]:
-            message["tool_calls"] = [
-                {"function": {"name": name, "arguments": arguments}} for name, arguments in complete
-            ]
-        return {"message": message}
+        shown = [
+            {"function": {"name": name, "arguments": arguments}}
+            for name, arguments in calls
+            if arguments is not None
+        ]
+        return {"message": message | ({"tool_calls": shown} if shown else {})}
 
 
 def routes(api: Api) -> list[Route]:
+    version = JSONResponse({"version": _VERSION, "pop_local": __version__})
     return [
-        Route("/api/version", partial(_version, api)),
+        Route("/api/version", version, methods=["GET"]),
         Route("/api/tags", partial(_tags, api)),
         Route("/api/ps", partial(_running, api)),
         Route("/api/show", partial(_show, api), methods=["POST"]),
         Route("/api/chat", partial(_chat, api), methods=["POST"]),
         Route("/api/generate", partial(_generate, api), methods=["POST"]),
     ]
-
-
-async def _version(api: Api, request: Request) -> Response:
-    return JSONResponse({"version": _VERSION, "pop_local": __version__})
 
 
 async def _tags(api: Api, request: Request) -> Response:
@@ -257,47 +245,50 @@ async def _generate(api: Api, request: Request) -> Response:
     if not (body.prompt or body.images or body.suffix):
         return OllamaReply(await api.served(request, body.model)).loaded()
     if body.raw or body.suffix:
-        return await api.answer(request, body.completion(), TaskFactory.completions, OllamaReply)
-    return await api.answer(request, body.as_chat(), TaskFactory.chat, OllamaReply)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        fields = {"prompt": body.prompt or "", "suffix": body.suffix, "logprobs": logprobs}
+        completion = bodies.CompletionBody.model_validate(body.common_fields | fields)
+        return await api.answer(request, completion, TaskFactory.completions, OllamaReply)
+    system = [OllamaMessage(role="system", content=body.system)] if body.system else []
+    question = OllamaMessage(role="user", content=body.prompt, images=body.images)
+    chat = body.chat([*system, question])
+    return await api.answer(request, chat, TaskFactory.chat, OllamaReply)
 
 
 def _details(info: ModelInfo) -> Json:
     header = info.source.first
     family = str(header.get("general.architecture"))
     size = sum(tensor.n_elements for tensor in info.source.tensors)
-    kind = header.get("general.file_type")
-    kinds = {int(one): one.name.removeprefix("MOSTLY_") for one in gguf.LlamaFileType}
+    file_type = header.get("general.file_type")
+    kinds = (kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType if kind == file_type)
     return {
         "parent_model": "",
         "format": "gguf",
         "family": family,
         "families": [family],
         "parameter_size": f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M",
-        "quantization_level": next((kinds[one] for one in kinds if one == kind), "unknown"),
+        "quantization_level": next(kinds, "unknown"),
     }
 
 
 def _cards(listed: Sequence[ModelInfo]) -> list[Json]:
     """Return descriptions of the models, except those with unreadable files."""
     cards: list[Json] = []
-    for one in listed:
+    for info in listed:
+        tagged = info.name if ":" in info.name else f"{info.name}:latest"
+        path = info.source.first.path
         with suppress(PopError, OSError):
-            cards.append(_card(one))
+            card = {
+                "name": tagged,
+                "model": tagged,
+                "modified_at": _changed(info),
+                "size": info.source.size_bytes,
+                "digest": _digest(path, path.stat().st_mtime_ns),
+                "details": _details(info),
+                "context_length": info.n_ctx,
+            }
+            cards.append(card)
     return cards
-
-
-def _card(info: ModelInfo) -> Json:
-    tagged = info.name if ":" in info.name else f"{info.name}:latest"
-    path = info.source.first.path
-    return {
-        "name": tagged,
-        "model": tagged,
-        "modified_at": _changed(info),
-        "size": info.source.size_bytes,
-        "digest": _digest(path, path.stat().st_mtime_ns),
-        "details": _details(info),
-        "context_length": info.n_ctx,
-    }
 
 
 def _changed(info: ModelInfo) -> str:

@@ -19,7 +19,7 @@ from pop_local.server import request_bodies as bodies
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError
 from pop_local.server.model_pool import ServedModel
-from pop_local.server.replies import AnswerEnd, CompleteAnswer, EventReply, Json, call_json
+from pop_local.server.replies import AnswerEnd, EventReply, Json, call_json
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
@@ -33,23 +33,14 @@ class TextContent(bodies.LenientBody):
     type: Literal["input_text", "output_text", "text"]
     text: str
 
-    @property
-    def chat_part(self) -> Json:
-        return {"type": "text", "text": self.text}
-
 
 class ImageContent(bodies.LenientBody):
     type: Literal["input_image"]
     image_url: str
 
-    @property
-    def chat_part(self) -> Json:
-        return bodies.image_part(self.image_url)
 
-
-ContentPart = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 ContentParts = Annotated[
-    list[ContentPart],
+    list[Annotated[TextContent | ImageContent, Field(discriminator="type")]],
     Field(fail_fast=True, max_length=bodies.MAX_PARTS),
     bodies.wrap_text(lambda text: {"type": "input_text", "text": text}),
 ]
@@ -59,10 +50,6 @@ class MessageItem(bodies.LenientBody):
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
     content: ContentParts
-
-    @property
-    def chat_message(self) -> Json:
-        return {"role": self.role, "content": [part.chat_part for part in self.content]}
 
 
 class FunctionCallItem(bodies.LenientBody):
@@ -76,11 +63,6 @@ class FunctionOutputItem(bodies.LenientBody):
     type: Literal["function_call_output"]
     call_id: str
     output: ContentParts
-
-    @property
-    def chat_message(self) -> Json:
-        content = [part.chat_part for part in self.output]
-        return {"role": "tool", "tool_call_id": self.call_id, "content": content}
 
 
 class ReasoningItem(bodies.LenientBody):
@@ -160,13 +142,16 @@ class ResponsesBody(bodies.ModelRequest):
         """
         found: list[Json] = []
         for item in self.input:
-            if isinstance(item, FunctionCallItem):
+            if isinstance(item, MessageItem):
+                found.append({"role": item.role, "content": _parts(item.content)})
+            elif isinstance(item, FunctionOutputItem):
+                output = _parts(item.output)
+                found.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+            elif isinstance(item, FunctionCallItem):
                 if not found or found[-1]["role"] != "assistant":
                     found.append({"role": "assistant", "content": None})
                 call = call_json(ToolCall(item.call_id, item.name, item.arguments))
                 found[-1].setdefault("tool_calls", []).append(call)
-            elif not isinstance(item, ReasoningItem):
-                found.append(item.chat_message)
         return found
 
 
@@ -283,10 +268,10 @@ class ResponsesReply(EventReply):
         response = self._response(status, end)
         return [*closed, self._event(status, response=response)]
 
-    def whole(self, answer: CompleteAnswer) -> Json:
-        for piece in answer.pieces:
+    def whole(self, end: AnswerEnd) -> Json:
+        for piece in end.pieces:
             list(self.pieces(piece, ()))
-        response: Json = self.ending(answer.end)[-1]["response"]
+        response: Json = self.ending(end)[-1]["response"]
         return response
 
     def failed(self, error: ApiError) -> Json:
@@ -339,6 +324,15 @@ async def _create(api: Api, conversations: ConversationStore, request: Request) 
     chat = await run_in_threadpool(body.chat, earlier)
     reply = partial(ResponsesReply, body=body, earlier=earlier, conversations=conversations)
     return await api.answer(request, chat, TaskFactory.chat, reply)
+
+
+def _parts(content: Sequence[TextContent | ImageContent]) -> list[Json]:
+    return [
+        {"type": "text", "text": part.text}
+        if isinstance(part, TextContent)
+        else bodies.image_part(part.image_url)
+        for part in content
+    ]
 
 
 def _size(value: Any) -> int:
