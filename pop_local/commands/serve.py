@@ -191,7 +191,7 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
     for served in pool.loaded:
         _announce_model(served.name, served.model)
     if to.models is not None:
-        names = ", ".join(pool.names) or "none yet"
+        names = ", ".join(pool.registry.files()) or "none yet"
         if to.ram:
             note(f"Models in {to.models}, opened on demand in up to {to.ram:g} GiB: {names}.")
         else:

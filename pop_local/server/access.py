@@ -1,4 +1,4 @@
-"""The outermost middleware, with access rules, request counts and the access log."""
+"""Middleware that enforces the access rules, counts requests and writes the access log."""
 
 import asyncio
 import hmac
@@ -34,9 +34,9 @@ _MAX_LOGGED_NAME = 80  # characters
 class AccessRules:
     """The rules for accepting requests.
 
-    A server with an `api_key` accepts requests that carry the key. A server without a key ("")
-    accepts requests to this machine's loopback names or to `host`, the listening address. Such a
-    server also accepts requests from web pages of the listed `origins`, which are in lower case.
+    With an `api_key`, the server accepts requests that carry the key. Without a key (""), the
+    server accepts requests to loopback names and to `host`, the address that it listens on. It also
+    accepts requests from web pages of the listed `origins`, which are in lower case.
     """
 
     api_key: str = ""
@@ -50,7 +50,7 @@ class AccessRules:
 
 
 def parse_origin(text: str) -> str:
-    """Return a web page's origin in the form that browsers send. Raises PopError."""
+    """Return a web page's origin as browsers send it. Raises PopError."""
     origin = text.strip().removesuffix("/").lower()
     if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
         raise PopError(
@@ -66,7 +66,7 @@ class AccessMiddleware:
 
     The metrics count requests to each of `paths` separately. Handlers use the scope's state: `note`
     is appended to the log line, `client_gone` marks an aborted stream, and `held` is closed after
-    the response. If the requested model does not exist, `requested` is its name, and `answering`
+    the response. If the requested model does not exist, `requested` is its name and `answering` is
     the name of the model that answers instead.
     """
 
@@ -119,17 +119,16 @@ class AccessMiddleware:
             requested = state["requested"][:_MAX_LOGGED_NAME]
             notes.append(f"the requested model {requested!r} does not exist")
         level = logging.DEBUG if path in _PROBES and status == 200 else logging.INFO
-        request = f"{scope['method']} {scope['path']!r}"
-        figures = ", ".join([f"{seconds:.2f} s", *notes])
-        log.log(level, "%s %s %d, %s", client, request, status, figures)
+        line = f"{client} {scope['method']} {scope['path']!r} {status}, {seconds:.2f} s"
+        log.log(level, "%s", ", ".join([line, *notes]))
 
 
 def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
     """Return the error for a request that the rules refuse, or None.
 
-    Without a key, the Host header must name this machine, which blocks DNS rebinding, and web pages
-    of foreign origins are refused. A server that listens on 0.0.0.0 accepts every IP address as
-    Host, because DNS cannot rebind an address.
+    Without a key, the Host header must name this machine, which blocks DNS rebinding, and the
+    server refuses web pages from other origins. A server that listens on 0.0.0.0 accepts any IP
+    address as Host, because DNS cannot rebind an address.
     """
     headers = Headers(scope=scope)
     if rules.api_key:
@@ -143,8 +142,11 @@ def refusal(scope: Scope, rules: AccessRules) -> ApiError | None:
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
     requested, origin = headers.get("host", ""), headers.get("origin")
     host, name = rules.host.lower(), _host_name(f"//{requested}")
-    address, listening = _address(name), _address(host)
-    is_any_address = address is not None and listening is not None and listening.is_unspecified
+    try:
+        ipaddress.ip_address(name)
+        is_any_address = ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # the name or the host is not an address
+        is_any_address = False
     is_docker = name == _DOCKER and host not in LOOPBACK
     if name not in (*LOOPBACK, host) and not is_any_address and not is_docker:
         message = (
@@ -171,10 +173,3 @@ def _host_name(url: str) -> str:
         return "" if is_more else parts.hostname or ""
     except ValueError:
         return ""
-
-
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None

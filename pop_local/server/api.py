@@ -1,4 +1,4 @@
-"""The request handling that all APIs share."""
+"""Request handling shared by all APIs."""
 
 import asyncio
 import json
@@ -60,7 +60,7 @@ class Api:
     # Request bodies
 
     async def read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
-        """Return the request's body.
+        """Read and validate a request's body.
 
         Raises ApiError if the body is too large, and ValidationError if the body is invalid.
         """
@@ -69,19 +69,22 @@ class Api:
             raw += piece
             if is_full := len(raw) > self._max_body_bytes + self._max_image_bytes:
                 break
-        message = ""
         if len(raw) - n_image_bytes(raw) > self._max_body_bytes:
             message = (
                 f"the request is larger than {self._max_body_bytes:,} bytes, the limit for this"
                 f" server's context of {self.models.registry.max_ctx:,} tokens"
             )
-        elif is_full:
+            raise ApiError(413, message, code="request_too_large")
+        if is_full:
             message = f"the images of a request are limited to {MAX_BYTES >> 20} MiB"
-        if message:
             raise ApiError(413, message, code="request_too_large")
         body = kind.model_validate_json(raw)
-        if _MAYBE_NO_NUMBER.search(raw):
-            _require_finite(raw)
+        if _MAYBE_NO_NUMBER.search(raw):  # Pydantic accepts NaN and infinity within JSON schemas
+            try:
+                json.dumps(json.loads(raw), allow_nan=False)
+            except ValueError as error:
+                message = "JSON cannot contain NaN, Infinity or numbers beyond 1e308"
+                raise ApiError(400, message) from error
         return body
 
     # Models
@@ -100,7 +103,7 @@ class Api:
         return file
 
     def unknown_model(self, name: str | None) -> ApiError:
-        names = ", ".join(map(repr, self.models.names)) or "no models"
+        names = ", ".join(map(repr, self.models.registry.files())) or "no models"
         message = f"no model named {name!r} exists; this server has {names}"
         if not name:
             message = "this server has no models"
@@ -126,7 +129,7 @@ class Api:
 
         def stoppable() -> Result:
             worker.require_open()
-            with stopped_by(lambda: gone.done() or worker.is_stopping):
+            with stopped_by(lambda: gone.done() or worker.stopping.is_set()):
                 return function()
 
         try:
@@ -156,9 +159,9 @@ class Api:
         make: Callable[[TaskFactory, AnyBody], list[Task]],
         reply: Callable[[ServedModel, AnyBody], Reply],
     ) -> Response:
-        """Answer a request's tasks in order.
+        """Run a request's tasks in order and return the response.
 
-        The server may answer other requests between two tasks.
+        Other requests may run between two tasks.
         """
         served, gone = await self.served(request, body.model), self._disconnected(request)
         form = reply(served, body)
@@ -193,7 +196,7 @@ class Api:
         return Route(path, handle, methods=["POST"])
 
     def _disconnected(self, request: Request) -> "asyncio.Task[None]":
-        """Return a task that ends when the client disconnects."""
+        """Return an asyncio task that ends when the client disconnects."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -206,11 +209,3 @@ class Api:
             state.disconnected.add_done_callback(self._watchers.discard)
         task: asyncio.Task[None] = state.disconnected
         return task
-
-
-def _require_finite(raw: bytes | bytearray) -> None:
-    """Raise ApiError for NaN and infinite numbers, which Pydantic accepts within JSON schemas."""
-    try:
-        json.dumps(json.loads(raw), allow_nan=False)
-    except ValueError as error:
-        raise ApiError(400, "JSON cannot contain NaN, Infinity or numbers beyond 1e308") from error

@@ -14,13 +14,13 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.limited.process import NoChildError
 
-CLIENT_GONE = 499  # nginx's status for a client that disconnected before the answer's end
+CLIENT_GONE = 499  # nginx's status for a client that disconnected before the answer was complete
 _ANTHROPIC_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
 class ApiError(HTTPException):
-    """The error of a refused or failed request.
+    """An HTTP error response to a refused or failed request.
 
     `param` is the name of the invalid field, if any.
     """
@@ -38,10 +38,6 @@ class ApiError(HTTPException):
         return {"error": error}
 
     @property
-    def ollama_body(self) -> dict[str, Any]:
-        return {"error": self.detail}
-
-    @property
     def anthropic_body(self) -> dict[str, Any]:
         usual = "invalid_request_error" if self.status_code < 500 else "api_error"
         kind = _ANTHROPIC_KINDS.get(self.status_code, usual)
@@ -49,7 +45,7 @@ class ApiError(HTTPException):
 
     def response(self, path: str) -> JSONResponse:
         """Return the response in the format of the API that `path` belongs to."""
-        body = self.ollama_body if path.startswith("/api/") else self.openai_body
+        body = {"error": self.detail} if path.startswith("/api/") else self.openai_body
         body = self.anthropic_body if path.startswith("/v1/messages") else body
         return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))
 

@@ -24,7 +24,7 @@ from pop_converter.base.errors import PopError
 from pop_local.server.access import LOCAL_ORIGIN, AccessMiddleware, AccessRules
 from pop_local.server.api import Api
 from pop_local.server.api_errors import ApiError, as_api_error
-from pop_local.server.apis import embeddings, llama_server, messages, ollama, openai, responses
+from pop_local.server.apis import llama_server, messages, ollama, openai, responses
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.model_pool import ModelPool
 from pop_local.server.page import page_routes
@@ -131,7 +131,6 @@ def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = Fa
         *llama_server.routes(api),
         *responses.routes(api),
         *messages.routes(api),
-        *embeddings.routes(api),
         *page_routes.routes(),
     ]
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
@@ -218,8 +217,8 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
 def _return_large_blocks() -> None:
     """Make glibc return freed blocks of 1 MiB and more to the system.
 
-    By default glibc raises this threshold up to 32 MiB, and takes smaller blocks from heaps. With
-    such heaps, the gaps between cached states of many sizes can need as much memory as the states.
+    By default, glibc raises this threshold to up to 32 MiB and allocates smaller blocks from heaps.
+    Fragmentation by cached states of many sizes can then waste as much memory as the states use.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

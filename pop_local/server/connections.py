@@ -14,7 +14,7 @@ _SPARE = 32  # file descriptors for connections in transition and for child proc
 
 
 def max_connections() -> int:
-    """Return the number of connections for which this process has file descriptors."""
+    """Return how many connections fit within this process's limit on file descriptors."""
     if sys.platform == "win32":
         return _MAX_CONNECTIONS
     import resource
@@ -27,7 +27,7 @@ def max_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """An HTTP connection that is closed if a request does not arrive completely in time.
+    """An HTTP connection with a time limit for receiving each request.
 
     At the connection limit, a new connection replaces the longest idle connection.
     """

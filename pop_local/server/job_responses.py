@@ -1,4 +1,4 @@
-"""Complete and streamed responses, which are built from jobs' chunks in a Reply's format."""
+"""Build complete and streamed responses from the chunks of jobs."""
 
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -18,9 +18,9 @@ from pop_local.server.worker import Job
 
 # Tokens that arrive within this time are sent in one write, each as a separate event.
 _PAUSE_S = 0.02
-# Only an answer's end interrupts this pause.
+# Pause between two reads of a complete answer's chunks. Only the answer's end interrupts it.
 _LONG_PAUSE_S = 1.0
-# Interval of keep-alive comments: proxies and clients drop a connection that is silent for long.
+# Interval of keep-alive comments: proxies and clients drop idle connections.
 _PING_S = 10.0
 # Interval of progress comments in streams.
 _PROGRESS_S = 0.5

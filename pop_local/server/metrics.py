@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server, in a separate registry."""
+"""A server's Prometheus metrics, in a separate registry."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from pop_local.engine.chat_messages import TurnStats
 
-# Seconds, from a cached prompt on a GPU to a long prompt on an old CPU.
+# Upper bounds in seconds: from a cached prompt on a GPU to a long prompt on an old CPU.
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 

@@ -1,4 +1,4 @@
-"""Look-up of a server's models by name, and their descriptions from file headers."""
+"""Find a server's models by name, and describe them from their file headers."""
 
 import os
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _LATEST = ":latest"  # Ollama's default tag, which its clients append
 
 
 class ModelFile(NamedTuple):
-    """A model's name in the APIs, and the model's file."""
+    """A model's name in the APIs and its file."""
 
     name: str
     path: Path

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ class ServedModel:
 class Lease:
     """A request's claim to a model.
 
-    The model stays open from the call of `grant` until the call of `end`.
+    The model stays open between the calls to `grant` and `end`.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class Lease:
 class ModelPool:
     """A pool that opens requested models, and closes idle models to make room.
 
-    Only `load`, `stop`, `join` and `close` may be called outside the event loop.
+    Only `load`, `stop`, `join` and `close` may be called from outside the event loop.
     """
 
     def __init__(
@@ -134,14 +133,13 @@ class ModelPool:
         self._waiting: list[Lease] = []
         self._damaged: set[Path] = set()
         self._change: threading.Thread | None = None
-        self._closing: Sequence[ServedModel] = ()  # by the change
+        self._closing: Sequence[ServedModel] = ()  # models that the change closes
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        metrics = self.metrics
-        metrics.open.set_function(lambda: len(self._loaded))
-        metrics.queue.set_function(self.n_waiting)
-        metrics.unread.set_function(partial(self._total, lambda worker: worker.n_unread()))
-        metrics.refillable.set_function(partial(self._total, lambda worker: worker.n_refillable()))
+        self.metrics.open.set_function(lambda: len(self._loaded))
+        self.metrics.queue.set_function(self.n_waiting)
+        self.metrics.unread.set_function(lambda: self._total(Worker.n_unread))
+        self.metrics.refillable.set_function(lambda: self._total(Worker.n_refillable))
 
     @classmethod
     def of_one(
@@ -195,13 +193,8 @@ class ModelPool:
         requested += [lease.file.name for lease in self._still_waiting()]
         names = (self._default, *reversed(requested), *files)
         found = [ModelFile(name, files[name]) for name in names if name in files]
-        return next(
-            (file for file in found if file.path not in self._damaged), next(iter(found), None)
-        )
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.registry.files())
+        found.sort(key=lambda file: file.path in self._damaged)
+        return found[0] if found else None
 
     async def listed(self) -> list[ModelInfo]:
         """Describe all models. Damaged files are logged and omitted."""
@@ -268,7 +261,7 @@ class ModelPool:
 
     def n_waiting(self) -> int:
         """Return the number of requests that wait for a slot or for a closed model."""
-        return len(self._still_waiting()) + self._total(lambda worker: worker.n_waiting())
+        return len(self._still_waiting()) + self._total(Worker.n_waiting)
 
     def _total(self, figure: Callable[[Worker], int]) -> int:
         return sum(figure(served.worker) for served in self.loaded)
@@ -303,7 +296,7 @@ class ModelPool:
 
     def _to_close(self, needed_bytes: int) -> list[ServedModel] | None:
         """Return the idle models to close, or None while busy models leave too little memory."""
-        n_bytes = needed_bytes + sum(served.needed_bytes for served in self._loaded.values())
+        n_bytes = needed_bytes + sum(served.needed_bytes for served in self.loaded)
         idle: list[ServedModel] = []
         for served in self.loaded:
             if n_bytes > self._ram_bytes and not self._n_leases[served.path]:
@@ -355,12 +348,8 @@ class ModelPool:
             log.info("opened %s", lease.file.name)
             if 0 < self._ram_bytes < lease.needed_bytes:
                 needed, limit = size(lease.needed_bytes), size(self._ram_bytes)
-                log.warning(
-                    "%s needs about %s of memory, but --ram allows %s",
-                    lease.file.name,
-                    needed,
-                    limit,
-                )
+                message = "%s needs about %s of memory, but --ram allows %s"
+                log.warning(message, lease.file.name, needed, limit)
         else:
             for each in self._for_the_same(lease):
                 each.refuse(self._failed(lease.file, error))
@@ -397,7 +386,7 @@ class ModelPool:
             lease.refuse(stopping())
 
     def hung_s(self) -> float:
-        """Return the seconds for which a model has hung (0: no model hangs)."""
+        """Return how long a model has been hanging, in seconds (0: no model is hanging)."""
         in_memory = [*self.loaded, *self._closing]
         return max((served.worker.hung_s() for served in in_memory), default=0.0)
 

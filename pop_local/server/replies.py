@@ -63,7 +63,6 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     null if no row was prefilled. `pop.ignored` lists the JSON schema's keywords that were not
     enforced.
     """
-    counts = {name: getattr(stats, name) for name in _COUNTS}
     times = {"queued_s": queued_s} | {name: getattr(stats, name) for name in _TIMES}
     return {
         "prompt_tokens": stats.n_prompt,
@@ -71,7 +70,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
         "total_tokens": stats.n_prompt + stats.n_decoded,
         "prompt_tokens_details": {"cached_tokens": stats.n_cached},
         "pop": {
-            **counts,
+            **{name: getattr(stats, name) for name in _COUNTS},
             "reading": stats.reading if stats.n_evaluated else None,
             "fit": stats.fit or None,
             "reason": reason,
@@ -82,7 +81,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
 
 
 def total(ends: Sequence[AnswerEnd]) -> Json:
-    """Return the usage of several answers: summed numbers, and the last answer's other fields."""
+    """Sum the usage of several answers. Other fields are those of the last answer."""
     return reduce(_sum, (end.usage for end in ends))
 
 
@@ -94,7 +93,7 @@ def _sum(one: Any, other: Any) -> Any:
 
 
 class Reply:
-    """A formatter for answers in the form of OpenAI's text completions."""
+    """A formatter for OpenAI's text completions, and the base class of all formatters."""
 
     id_prefix, kind = "cmpl", "text_completion"
     media_type = "text/event-stream"
@@ -103,11 +102,12 @@ class Reply:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = served.name
+        options = body.stream_options if body else None
         # With stream_options.include_usage, every chunk has the field `usage`.
-        self._no_usage: Json = {"usage": None} if body and body.wants_usage else {}
+        self._no_usage: Json = {"usage": None} if options and options.include_usage else {}
 
     def comment(self, progress: str) -> bytes:
-        """Return bytes that keep the connection open and that clients ignore (see Job.progress)."""
+        """Return a keep-alive comment, which clients ignore (see Job.progress)."""
         return f": {progress or 'working'}\n\n".encode()
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
@@ -156,9 +156,9 @@ class Reply:
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {
-            "tokens": [_text(token.text) for token in logprobs],
+            "tokens": list(map(_text, logprobs)),
             "token_logprobs": [token.logprob for token in logprobs],
-            "top_logprobs": [_top(token) for token in logprobs],
+            "top_logprobs": list(map(_top, logprobs)),
         }
 
 
@@ -195,7 +195,7 @@ class ChatReply(Reply):
 
 
 class OtherApiReply(Reply):
-    """Replies whose streams end with the complete answer's fields, except for the text."""
+    """A formatter whose streams end with a complete answer's fields, but without its text."""
 
     def ending(self, end: AnswerEnd) -> Iterable[Json]:
         return (self.whole(end),)
@@ -208,7 +208,7 @@ class OtherApiReply(Reply):
 
 
 class EventReply(OtherApiReply):
-    """Replies whose streams consist of named events."""
+    """A formatter whose streams consist of named events."""
 
     def frame(self, content: Json) -> bytes:
         return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
@@ -223,7 +223,7 @@ def arguments_of(text: str) -> Any:
 
 
 def call_json(call: ToolCall) -> Json:
-    """Return a tool call, or a part of a tool call. Only the first part has an id and a name."""
+    """Format a tool call or a part of one. Only the first part has an id and a name."""
     function = {"arguments": call.arguments}
     if not call.name:
         return {"function": function}
@@ -235,20 +235,16 @@ def _top(token: TokenLogprob) -> Json | None:
     if token.logprob is None:
         return None
     # If two tokens have the same text, the more likely token counts.
-    by_text: dict[str, float | None] = {_text(token.text): token.logprob}
-    for likely in reversed(token.top):
-        by_text[_text(likely.text)] = likely.logprob
-    return by_text
+    return {_text(one): one.logprob for one in (token, *reversed(token.top))}
 
 
 def chat_logprob(token: TokenLogprob) -> Json:
-    likely = [_described(one.text, one.logprob) for one in token.top]
-    return _described(token.text, token.logprob) | {"top_logprobs": likely}
+    return _described(token) | {"top_logprobs": list(map(_described, token.top))}
 
 
-def _described(text: bytes, logprob: float | None) -> Json:
-    return {"token": _text(text), "logprob": logprob, "bytes": list(text)}
+def _described(token: TokenLogprob) -> Json:
+    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.text)}
 
 
-def _text(text: bytes) -> str:
-    return text.decode(errors="replace")
+def _text(token: TokenLogprob) -> str:
+    return token.text.decode(errors="replace")

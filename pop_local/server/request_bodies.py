@@ -77,15 +77,6 @@ class ResponseFormat(LenientBody):
             raise ValueError("send the schema as json_schema.schema")
         return self
 
-    @property
-    def answer_schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must match (None: free text)."""
-        if self.type == "text":
-            return None
-        if self.json_schema is not None:
-            return self.json_schema.schema_
-        return self.schema_ or {"type": "object"}
-
 
 class FormatOptions(LenientBody):
     """The answer options of OpenAI's Responses API (`text`) and Anthropic's (`output_config`)."""
@@ -123,13 +114,9 @@ def _as_parts(content: Any) -> Any:
     raise ValueError("the content must be a text or a list of parts")
 
 
-ChatPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-ChatParts = Annotated[list[ChatPart], Field(fail_fast=True, max_length=MAX_PARTS)]
-
-
-def replace_null(default: Any) -> BeforeValidator:
-    """Return a validator that replaces null, which some clients send, with the default."""
-    return BeforeValidator(lambda value: default if value is None else value)
+def replace(sent: Any, meant: Any) -> BeforeValidator:
+    """Return a validator that replaces one value, which some clients send, with another value."""
+    return BeforeValidator(lambda value: meant if value == sent else value)
 
 
 def wrap_text(wrap: Callable[[str], Any]) -> BeforeValidator:
@@ -138,17 +125,17 @@ def wrap_text(wrap: Callable[[str], Any]) -> BeforeValidator:
 
 
 def _as_json(arguments: Any) -> Any:
-    """Encode arguments as JSON if they are an object, which Ollama's clients send."""
+    """Encode arguments as JSON if the client sent an object, as Ollama's clients do."""
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 class FunctionCall(LenientBody):
     name: str
-    arguments: Annotated[str, BeforeValidator(_as_json), replace_null("{}")] = "{}"
+    arguments: Annotated[str, BeforeValidator(_as_json), replace(None, "{}")] = "{}"
 
 
 class ChatToolCall(LenientBody):
-    id: Annotated[str, replace_null("")] = ""
+    id: Annotated[str, replace(None, "")] = ""
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -167,7 +154,7 @@ class ChatTool(LenientBody):
 
 
 def keep_tool_types(*types: str | None) -> BeforeValidator:
-    """Return a validator that drops tools of other types, which run on the vendor's machines."""
+    """Return a validator that drops tools of other types, which the vendor would run."""
 
     def kept(tools: Any) -> Any:
         if not isinstance(tools, list):
@@ -177,16 +164,19 @@ def keep_tool_types(*types: str | None) -> BeforeValidator:
     return BeforeValidator(kept)
 
 
-class NamedToolChoice(LenientBody):
+class NamedToolChoice(ChatTool):
     type: Literal["function"] = "function"
-    function: FunctionSpec
 
 
 class ChatMessage(LenientBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[ChatParts | None, BeforeValidator(_as_parts)] = None
+    content: Annotated[
+        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None,
+        Field(fail_fast=True, max_length=MAX_PARTS),
+        BeforeValidator(_as_parts),
+    ] = None
     tool_calls: Annotated[list[ChatToolCall] | None, Field(max_length=MAX_TOOLS)] = None
-    tool_call_id: Annotated[str, replace_null("")] = ""
+    tool_call_id: Annotated[str, replace(None, "")] = ""
 
     @property
     def text(self) -> str:
@@ -206,19 +196,13 @@ class ChatMessage(LenientBody):
         return found
 
 
-def _replace_minus_one(unlimited: int) -> BeforeValidator:
-    """Return a validator that replaces -1, llama.cpp's "no limit", with `unlimited`."""
-    return BeforeValidator(lambda value: unlimited if value == -1 else value)
-
-
-Limit = Annotated[int | None, _replace_minus_one(MOST)]
-_NONE_IF_EMPTY = BeforeValidator(lambda text: None if text == "" else text)
+Limit = Annotated[int | None, replace(-1, MOST)]  # -1 is llama.cpp's "no limit"
 
 
 class SamplingFields(LenientBody):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Annotated[int | None, _replace_minus_one(0)] = Field(None, ge=0)
+    top_k: Annotated[int | None, replace(-1, 0)] = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -245,10 +229,10 @@ class GenerationBody(ModelRequest, SamplingFields):
         list[Annotated[str, Field(min_length=1)]] | None,
         Field(max_length=MAX_STOPS),
         wrap_text(lambda stop: stop),
-        _NONE_IF_EMPTY,
+        replace("", None),
     ] = None
     response_format: ResponseFormat | None = None
-    grammar: Annotated[str | None, _NONE_IF_EMPTY] = None
+    grammar: Annotated[str | None, replace("", None)] = None
     pop: bool | None = None
     repeatable: bool | None = None
     cache_prompt: bool | None = None
@@ -258,19 +242,22 @@ class GenerationBody(ModelRequest, SamplingFields):
         return False
 
     @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
     def limit(self) -> int | None:
         """Maximum number of generated tokens, from the first of three fields that has a value."""
         given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
         return next((limit for limit in given if limit is not None), None)
 
     @property
-    def has_grammar(self) -> bool:
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must match (None: free text)."""
         form = self.response_format
-        return self.grammar is not None or (form is not None and form.answer_schema is not None)
+        if form is None or form.type == "text":
+            return None
+        return form.json_schema.schema_ if form.json_schema else form.schema_ or {"type": "object"}
+
+    @property
+    def has_grammar(self) -> bool:
+        return self.grammar is not None or self.answer_schema is not None
 
     @model_validator(mode="after")
     def _check_values(self) -> "GenerationBody":
@@ -284,8 +271,7 @@ class GenerationBody(ModelRequest, SamplingFields):
             raise ValueError("reasoning_effort must not be none: reasoning cannot be disabled")
         if self.repeat_penalty is None:
             self.repeat_penalty = self.repetition_penalty
-        form = self.response_format
-        if self.grammar is not None and form is not None and form.answer_schema is not None:
+        if self.grammar is not None and self.answer_schema is not None:
             raise ValueError("send grammar or response_format, not both")
         return self
 
@@ -349,7 +335,7 @@ Prompts = Annotated[
 ]
 
 
-def as_prompts(prompt: Any) -> list[Any]:
+def as_prompts(prompt: Any) -> list[str] | list[list[int]]:
     """Return one or several prompts as a list of texts or token lists."""
     is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
     return [prompt] if is_one else prompt
@@ -374,13 +360,9 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[
         int | None,
         Field(ge=0, le=MAX_TOP_LOGPROBS),
-        # Clients of chats send `false`, which Pydantic would read as 0 alternatives.
+        # Some clients send `false`, as in chats. Pydantic would read it as 0 alternatives.
         BeforeValidator(lambda value: None if value is False else value),
     ] = None
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        return as_prompts(self.prompt)
 
     @model_validator(mode="after")
     def _check_combination(self) -> "CompletionBody":
@@ -388,9 +370,9 @@ class CompletionBody(GenerationBody):
             raise ValueError("max_tokens must be at least 1 unless echo is true")
         if self.suffix and self.echo:
             raise ValueError("suffix and echo cannot be combined")
-        if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
+        if len(as_prompts(self.prompt)) * (self.n or 1) > MAX_ANSWERS:
             raise ValueError(f"the number of prompts times n must not exceed {MAX_ANSWERS}")
-        # vLLM's clients may send false in chats only, whose template writes special tokens.
+        # vLLM's clients may send false only in chats, where the template adds special tokens.
         if (self.model_extra or {}).get("add_special_tokens") is False:
             raise ValueError("add_special_tokens must be true: no other value is supported")
         return self

@@ -1,4 +1,4 @@
-"""Images in requests. Only `data:` URLs are accepted, since the server never fetches a URL."""
+"""Images in requests. Only `data:` URLs are accepted: the server never fetches a URL."""
 
 import base64
 import binascii
@@ -12,8 +12,8 @@ from pop_local.server.api_errors import ApiError, bad_request
 # Limits for all images of a request, which are decoded before the request is queued.
 MAX_IMAGES = 64
 MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
-# The last image of a partly received body may lack its end. Ollama's clients send lists of base64,
-# which must not contain escapes: an escaped quote would hide an image's end.
+# In a partially received body, the last image may be incomplete. Ollama's clients send lists of
+# base64, which must not contain escapes: an escaped quote would hide the end of an image.
 _URL = re.compile(
     rb'"data:image[^"]*"?|"data"\s*:\s*"[^"\\]*"?|"images"\s*:\s*\[(?:\s*"[^"\\]*"?\s*,?){0,%d}'
     % MAX_IMAGES,

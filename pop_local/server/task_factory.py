@@ -1,4 +1,4 @@
-"""Conversion of validated request bodies to tasks for the model's worker."""
+"""Convert validated request bodies to tasks for a model's worker."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,16 +27,11 @@ COMPLETION_TOKENS = 16
 # Sampling is greedy at lower temperatures, which would overflow the scaled logits.
 _MIN_TEMPERATURE = 0.01
 
-# The values of usage.pop.reason.
 NO_KEYS = "the model has no pruning keys"
-REQUESTED = "the request disables pruning"
-EMBEDS = "embeddings need every layer"
-SERVER_OFF = "the server runs with --full"
-PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 
 class TaskFactory:
-    """A factory of a model's tasks, which rejects invalid requests before they are queued.
+    """A factory for a model's tasks, which rejects invalid requests before they are queued.
 
     Several threads may use the factory, even while the model decodes. `repeatable` is the default
     for requests without this field.
@@ -66,24 +61,23 @@ class TaskFactory:
                 prompt, calls = prompt_with_tools(prompter, messages, _tools(body))
             else:
                 prompt = prompter.conversation(messages)
-            if calls is not None:  # build the trie here to save the model's thread the time
+            if calls is not None:  # build the trie here, not in the worker thread
                 self.model.engine.token_tries.get(calls.shown)
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
         options = replace(options, calls=calls, ends_repeats=True)
-        task = Task(prompt, options, *self._mode(body.pop))
-        return _seeded(task, body.n)
+        return _seeded(Task(prompt, options, *self._mode(body.pop)), body.n)
 
     def completions(self, body: bodies.CompletionBody) -> list[Task]:
         """Return `n` tasks with different seeds for each prompt. Raises ApiError."""
-        prompts = self._tokens(body.prompts, "prompt", body.suffix)
+        prompts = self._tokens(bodies.as_prompts(body.prompt), "prompt", body.suffix)
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
         mode, reason = self._mode(body.pop)
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
-            mode, reason = Mode.OFF, PROMPT_LOGPROBS
+            mode, reason = Mode.OFF, "log probabilities of the prompt need every layer"
         tasks: list[Task] = []
         for tokens in prompts:
             echo = self.text(tokens) if body.echo else ""
@@ -98,16 +92,18 @@ class TaskFactory:
         with bad_request():
             require_pooling(self.model.engine.cache)
         prompts = map(Prompt, self._tokens(bodies.as_prompts(body.input), "input"))
-        return [Task(prompt, TurnOptions(), Mode.OFF, EMBEDS, embeds=True) for prompt in prompts]
+        reason = "embeddings need every layer"
+        return [Task(prompt, TurnOptions(), Mode.OFF, reason, embeds=True) for prompt in prompts]
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
+        """Return the mode for a prompt, and the reason if the prompt is read in full."""
         if not self.model.engine.pruning.can_switch:
             if pop:
                 raise ApiError(400, f"pop must not be true: {NO_KEYS}", param="pop")
             return Mode.OFF, NO_KEYS
-        if pop is None:
-            return (Mode.OFF, SERVER_OFF) if self._is_full else (Mode.CONTEXT, None)
-        return (Mode.CONTEXT, None) if pop else (Mode.OFF, REQUESTED)
+        if pop is None and self._is_full:
+            return Mode.OFF, "the server runs with --full"
+        return (Mode.OFF, "the request disables pruning") if pop is False else (Mode.CONTEXT, None)
 
     def _tokens(
         self, prompts: Sequence[str | list[int]], param: str, suffix: str | None = None
@@ -184,20 +180,18 @@ class TaskFactory:
         )
 
     def _grammar(self, body: bodies.GenerationBody) -> Grammar | None:
-        schema = body.response_format and body.response_format.answer_schema
+        schema = body.answer_schema
         if schema is None and body.grammar is None:
             return None
         with bad_request("grammar" if schema is None else "response_format"):
-            if schema is not None:
-                grammar = Grammar.of_schema(schema)
-            else:
-                grammar = Grammar.of_gbnf(body.grammar or "")
+            gbnf = body.grammar or ""
+            grammar = Grammar.of_gbnf(gbnf) if schema is None else Grammar.of_schema(schema)
             Constraint(self.model.engine.token_tries.get(), grammar).allowed()
         return grammar
 
 
 def _seeded(task: Task, n: int | None) -> list[Task]:
-    """Return `n` copies of a task. The copies' seeds count up from the task's seed."""
+    """Return `n` copies of a task with consecutive seeds, if the task has a seed."""
     seed = task.options.seed
     if seed is None:
         return [task] * (n or 1)
@@ -216,7 +210,7 @@ def _message(message: bodies.ChatMessage, images: Iterator[Picture]) -> Message:
 
 
 def _tools(body: bodies.ChatBody) -> Tools:
-    """Return the tools that the prompt lists and the tools that may be called."""
+    """Return the tools that the prompt lists and the tools that the model may call."""
     choice = body.tool_choice
     if not body.tools or choice == "none":
         return Tools((), ())

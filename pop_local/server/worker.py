@@ -53,8 +53,8 @@ class Task:
 class Job:
     """A queued or running task, whose answer a worker thread writes and the event loop reads.
 
-    `queued_s` is 0 until the task runs. `read` contains the number of the prompt's prefilled rows
-    and the number of all its rows. `place` returns a job's place in the queue.
+    `queued_s` is 0 until the task runs. `read` contains the number of prefilled rows and the number
+    of all rows of the prompt. `place` returns a job's position in the queue.
     """
 
     def __init__(self, task: Task, place: Callable[["Job"], int] = lambda _: 0) -> None:
@@ -107,7 +107,7 @@ class Job:
     ) -> AsyncIterator[list[Chunk]]:
         """Yield chunks that arrived together, or an empty list after `idle_s` without a chunk.
 
-        If an error ended the answer, this error is raised. For `pause_s` after a batch, only the
+        Raises the exception that ended the answer, if any. For `pause_s` after a batch, only the
         answer's end wakes this coroutine: on a busy core, wake-ups cost 5% of a small model's
         decode time.
         """
@@ -139,17 +139,11 @@ class Worker(threading.Thread):
     """
 
     def __init__(
-        self,
-        model: PopModel,
-        metrics: Metrics,
-        max_waiting: int,
-        fitter: Fitter | None = None,
+        self, model: PopModel, metrics: Metrics, max_waiting: int, fitter: Fitter | None = None
     ) -> None:
         super().__init__(name="pop-local model", daemon=True)
-        self._model, self._fitter = model, fitter
-        self._slots = SlotScheduler(model)
-        self._metrics = metrics
-        self._max_waiting = max_waiting
+        self._model, self._fitter, self._slots = model, fitter, SlotScheduler(model)
+        self._metrics, self._max_waiting = metrics, max_waiting
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
@@ -158,27 +152,23 @@ class Worker(threading.Thread):
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         # The time of each running job's last progress.
         self._seen_s: dict[Job, float] = {}
-        self._stopping = threading.Event()
+        self.stopping = threading.Event()
 
     def stop(self) -> None:
         """End running answers and refuse queued jobs. Any thread may call this method."""
-        self._stopping.set()
+        self.stopping.set()
         self._calls.put(None)
 
     def hung_s(self) -> float:
-        """Return the seconds for which the model has hung (0: it does not hang)."""
+        """Return how long the model has been hanging, in seconds (0: it is not hanging)."""
         # The most recent progress counts: jobs pause while another job has exclusive use.
         seen_s = max(self._seen_s.copy().values(), default=None)
         unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return unseen_s if unseen_s > _HUNG_S else 0.0
 
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopping.is_set()
-
     def require_open(self) -> None:
         """Raise ApiError if the server is stopping."""
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             raise stopping()
 
     def n_waiting(self) -> int:
@@ -193,7 +183,7 @@ class Worker(threading.Thread):
         return self._slots.n_refillable()
 
     def place(self, job: Job) -> int:
-        """Return a job's place in the queue, starting from 1 (0: the job has left the queue)."""
+        """Return a job's position in the queue, starting at 1 (0: the job has left the queue)."""
         with self._lock:
             waiting = self._still_waiting()
             return waiting.index(job) + 1 if job in waiting else 0
@@ -228,51 +218,42 @@ class Worker(threading.Thread):
             job.put(stopping())
 
     def _serve_all(self) -> None:
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             with ExitStack() as turn:
                 turn.enter_context(self._turn)
                 self._wait()
-                job = None if self._stopping.is_set() else self._next()
+                job = None if self.stopping.is_set() else self._next()
                 if job is not None and not job.cancelled.is_set():
                     self._serve(job, turn.close)
 
     def _wait(self) -> None:
-        """Wait for a job. In idle time, refill cached prompts and fit projections."""
-        while not self._stopping.is_set():
+        """Wait for a job. While idle, refill cached prompts and fit projections."""
+        while not self.stopping.is_set():
             is_free = self._calls.empty() and not self._seen_s
-            index = self._slots.refillable()
+            index, fitter = self._slots.refillable(), self._fitter
             if is_free and index is not None:
                 self._refill(index)
-            elif is_free and self._can_learn:
-                self._learn()
-            has_work = not self._seen_s and (index is not None or self._can_learn)
+            elif is_free and fitter is not None and fitter.has_work:
+                self._learn(fitter)
+            can_learn = self._fitter is not None and self._fitter.has_work
+            has_work = not self._seen_s and (index is not None or can_learn)
             with suppress(queue.Empty):
                 self._calls.get(timeout=0.0 if has_work else None)
                 return
 
-    @property
-    def _can_learn(self) -> bool:
-        return self._fitter is not None and self._fitter.has_work
-
-    def _is_called(self) -> bool:
-        return not self._calls.empty()
-
     def _refill(self, index: int) -> None:
         refiller = self._slots.sequence(index).refiller
         try:
-            n_rows = refiller.refill(self._is_called)
+            n_rows = refiller.refill(lambda: not self._calls.empty())
             self._slots.refilled(index)
+            self._metrics.refilled.inc(n_rows)
         except Exception:  # requests can still be answered
             log.exception("catching up failed and is now disabled")
             self._model.engine.set_refill(False)
-        else:
-            self._metrics.refilled.inc(n_rows)
 
-    def _learn(self) -> None:
-        assert self._fitter is not None
+    def _learn(self, fitter: Fitter) -> None:
         try:
-            fit = self._fitter.idle(self._is_called)
-            if fit is not None:
+            if fit := fitter.idle(lambda: not self._calls.empty()):
                 log.info("%s", fit)
                 self._model.swap_sidecar(fit.sidecar)
         except Exception:
@@ -317,7 +298,7 @@ class Worker(threading.Thread):
     ) -> Iterator[Chunk]:
         def should_stop() -> bool:
             self._seen_s[job] = time.monotonic()
-            return job.cancelled.is_set() or self._stopping.is_set()
+            return job.cancelled.is_set() or self.stopping.is_set()
 
         def has_read(n_done: int, n_rows: int) -> None:
             job.read = (n_done, n_rows)

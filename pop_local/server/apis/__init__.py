@@ -1,4 +1,1 @@
-"""The APIs of other programs.
-
-Each module converts the requests of an API to the classes of `request_bodies`.
-"""
+"""The HTTP APIs. Each module converts its requests to the classes of `request_bodies`."""

@@ -25,7 +25,7 @@ from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
-# Fields of editor plug-ins that only shorten the answer or its computation.
+# Fields that editor plug-ins send. Ignoring them can only make the answer longer or slower.
 _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 

@@ -53,7 +53,7 @@ def _blocks(kind: Any) -> Any:
         list[Annotated[kind, Field(discriminator="type")]],
         Field(fail_fast=True, max_length=bodies.MAX_PARTS),
         bodies.wrap_text(lambda text: {"type": "text", "text": text}),
-        bodies.replace_null([]),
+        bodies.replace(None, []),
     ]
 
 
@@ -140,7 +140,7 @@ class MessagesBody(CountTokensBody):
 
 
 class MessagesReply(replies.EventReply):
-    """A formatter for Anthropic messages, complete or as events, which omits the reasoning."""
+    """A formatter for Anthropic messages and their stream events, without reasoning."""
 
     id_prefix = "msg"
 
@@ -199,7 +199,7 @@ class MessagesReply(replies.EventReply):
         for piece in end.pieces:
             list(self.pieces(piece, ()))
         self.ending(end)
-        # A call that the token limit cut off is omitted.
+        # Omit a call that the token limit truncated.
         self._content = [block for block in self._content if block.get("input", {}) is not None]
         return self._message(_reason(end), end.stop, _usage(end.usage))
 

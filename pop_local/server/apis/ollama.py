@@ -55,7 +55,7 @@ class OllamaMessage(bodies.LenientBody):
 
     @property
     def chat_message(self) -> Json:
-        # The image's first bytes determine its format, so the MIME type is arbitrary.
+        # The MIME type is arbitrary, because an image's first bytes determine its format.
         shown = [bodies.image_part(f"data:image/any;base64,{one}") for one in self.images or ()]
         text = {"type": "text", "text": self.content or ""}
         message: Json = {"role": self.role, "content": [*shown, text]}
@@ -127,7 +127,7 @@ class OllamaGenerate(OllamaBody):
 
 
 class OllamaReply(replies.OtherApiReply):
-    """A formatter for the replies of /api/generate, which are lines of JSON."""
+    """A formatter for replies to /api/generate, which are streamed as lines of JSON."""
 
     media_type = "application/x-ndjson"
 
@@ -167,14 +167,14 @@ class OllamaReply(replies.OtherApiReply):
         return JSONResponse(self._shown(()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
-        return error.ollama_body
+        return {"error": error.detail}
 
     def frame(self, content: Json) -> bytes:
         return f"{replies.encoded(content)}\n".encode()
 
 
 class OllamaChatReply(OllamaReply):
-    """A formatter for the replies of /api/chat, whose streams end with the complete tool calls."""
+    """A formatter for replies to /api/chat, whose streams end with the complete tool calls."""
 
     def __init__(self, served: ServedModel, body: bodies.ChatBody | None = None) -> None:
         super().__init__(served, body)
@@ -203,8 +203,29 @@ class OllamaChatReply(OllamaReply):
         return {"message": message | ({"tool_calls": shown} if shown else {})}
 
 
+class OllamaEmbedReply(replies.OtherApiReply):
+    def joined(self, wholes: Sequence[Json], ends: Sequence[replies.AnswerEnd]) -> Json:
+        return {
+            "model": self._model,
+            "embeddings": [end.embedding for end in ends],
+            "prompt_eval_count": replies.total(ends)["prompt_tokens"],
+        }
+
+
+class OllamaTextBody(bodies.EmbeddingsBody):
+    """A request to /api/embeddings, Ollama's older endpoint."""
+
+    input: str = Field(alias="prompt")
+
+
+class OllamaEmbeddingReply(OllamaEmbedReply):
+    def joined(self, wholes: Sequence[Json], ends: Sequence[replies.AnswerEnd]) -> Json:
+        return {"embedding": ends[0].embedding}
+
+
 def routes(api: Api) -> list[Route]:
     version = JSONResponse({"version": _VERSION, "pop_local": __version__})
+    embed = TaskFactory.embeddings
     return [
         Route("/api/version", version, methods=["GET"]),
         Route("/api/tags", partial(_tags, api)),
@@ -212,6 +233,8 @@ def routes(api: Api) -> list[Route]:
         Route("/api/show", partial(_show, api), methods=["POST"]),
         Route("/api/chat", partial(_chat, api), methods=["POST"]),
         Route("/api/generate", partial(_generate, api), methods=["POST"]),
+        api.route("/api/embed", bodies.EmbeddingsBody, embed, OllamaEmbedReply),
+        api.route("/api/embeddings", OllamaTextBody, embed, OllamaEmbeddingReply),
     ]
 
 

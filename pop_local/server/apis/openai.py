@@ -1,17 +1,40 @@
-"""OpenAI's APIs for models, chat completions and text completions."""
+"""OpenAI's APIs for models, chat completions, text completions and embeddings."""
 
 import time
+from base64 import b64encode
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pop_local.server.api import Api
 from pop_local.server.model_listing import ModelInfo
-from pop_local.server.replies import ChatReply, Json, Reply
-from pop_local.server.request_bodies import ChatBody, CompletionBody
+from pop_local.server.model_pool import ServedModel
+from pop_local.server.replies import AnswerEnd, ChatReply, Json, OtherApiReply, Reply, total
+from pop_local.server.request_bodies import ChatBody, CompletionBody, EmbeddingsBody
 from pop_local.server.task_factory import TaskFactory
+
+
+class EmbeddingsReply(OtherApiReply):
+    def __init__(self, served: ServedModel, body: EmbeddingsBody) -> None:
+        super().__init__(served, body)
+        self._is_packed = body.encoding_format == "base64"
+
+    def whole(self, end: AnswerEnd) -> Json:
+        found: Any = end.embedding
+        if self._is_packed:
+            found = b64encode(np.asarray(found, "<f4").tobytes()).decode()
+        return {"object": "embedding", "index": self._index, "embedding": found}
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[AnswerEnd]) -> Json:
+        figures = total(ends)
+        n = figures["prompt_tokens"]
+        usage = {"prompt_tokens": n, "total_tokens": n, "pop": figures["pop"]}
+        return {"object": "list", "data": list(wholes), "model": self._model, "usage": usage}
 
 
 def routes(api: Api) -> list[Route]:
@@ -21,6 +44,7 @@ def routes(api: Api) -> list[Route]:
         Route("/v1/models/{name:path}", partial(_show, api, started_s)),
         api.route("/v1/chat/completions", ChatBody, TaskFactory.chat, ChatReply),
         api.route("/v1/completions", CompletionBody, TaskFactory.completions, Reply),
+        api.route("/v1/embeddings", EmbeddingsBody, TaskFactory.embeddings, EmbeddingsReply),
     ]
 
 

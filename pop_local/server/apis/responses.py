@@ -156,7 +156,7 @@ class ResponsesBody(bodies.ModelRequest):
 
 
 class ConversationStore:
-    """A store of the conversations that `previous_response_id` may continue."""
+    """The conversations that clients can continue with `previous_response_id`."""
 
     def __init__(self) -> None:
         # The least recently used conversation comes first.
@@ -164,7 +164,7 @@ class ConversationStore:
         self._n_bytes = 0
 
     def get(self, name: str | None) -> list[Json]:
-        """Return the conversation up to a response.
+        """Return a conversation's messages up to and including a response.
 
         Raises ApiError if the response is not stored.
         """
@@ -190,7 +190,7 @@ class ConversationStore:
 
 
 class ResponsesReply(EventReply):
-    """A formatter for OpenAI's responses, complete or as events, which omits the reasoning."""
+    """A formatter for OpenAI's responses and their stream events, without reasoning."""
 
     id_prefix = "resp"
 
@@ -241,7 +241,7 @@ class ResponsesReply(EventReply):
         return self._event("output_item.added", output_index=index, item=deepcopy(item))
 
     def _close(self) -> Iterator[Json]:
-        """Yield the events that end the last output item, if this item is open."""
+        """Yield the events that end the last output item, if it is open."""
         if not self._output or self._output[-1]["status"] == "completed":
             return
         item = self._output[-1]
@@ -260,7 +260,7 @@ class ResponsesReply(EventReply):
     def ending(self, end: AnswerEnd) -> list[Json]:
         closed = [*self._close()]
         if self._body.store is not False:
-            # The next request has this response as a part of its input.
+            # The next request continues the conversation after this response.
             output = self._body.model_validate({"input": self._output})
             messages = [*self._body.messages(), *output.messages()]
             self._conversations.add(self._id, [*self._earlier, *messages])
@@ -336,7 +336,7 @@ def _parts(content: Sequence[TextContent | ImageContent]) -> list[Json]:
 
 
 def _size(value: Any) -> int:
-    """Estimate the memory of a JSON value in bytes."""
+    """Estimate a JSON value's memory use in bytes."""
     if isinstance(value, dict | list):
         return 100 + sum(map(_size, value.values() if isinstance(value, dict) else value))
     return 100 + (len(value) if isinstance(value, str) else 0)

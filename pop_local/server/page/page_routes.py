@@ -34,7 +34,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-# Browsers run modules of type text/javascript only, which the system's table of types may lack.
+# Browsers only run modules served as text/javascript, which the system's MIME table may lack.
 _TYPES = {
     ".html": "text/html",
     ".css": "text/css",
