@@ -42,52 +42,20 @@ LEAST_RETENTION = 0.7
 # Largest changes of the retention by a fit: in a model that copies, and in any model.
 _RETENTION_GAIN = 0.05
 _LOST_RETENTION = 0.3
-# Number of standard errors that make a verdict clear. Two standard errors are too few, since few
-# windows give an uncertain error.
-_CLEAR = 3.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
     """Return True if all figures except the look-ups are within the budget."""
-    return all(over <= 0 for over, _ in _excesses(budget, quality))
-
-
-def is_clear(budget: Budget, quality: "Quality") -> bool:
-    """Return True if more windows would hardly change the result of `is_inside`.
-
-    A verdict is clear if one figure exceeds its limit, or if all figures are below their limits, by
-    _CLEAR standard errors.
-    """
-    excesses = _excesses(budget, quality)
-    is_outside = any(over > _CLEAR * error for over, error in excesses)
-    return is_outside or all(over < -_CLEAR * error for over, error in excesses)
-
-
-def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
-    """Return each figure's excess over its limit, and its standard error."""
-    limited = (
-        (quality.kl_mean, budget.max_kl),
-        (quality.ppl_ratio, budget.max_ppl_ratio),
-        (quality.copy_ppl_ratio, budget.max_copy_ratio),
+    return (
+        quality.kl_mean.value <= budget.max_kl
+        and quality.ppl_ratio.value <= budget.max_ppl_ratio
+        and quality.copy_ppl_ratio.value <= budget.max_copy_ratio
     )
-    return [(figure.value - limit, figure.se or 0.0) for figure, limit in limited]
 
 
 def keeps_lookups(budget: Budget, lookups: "Lookups") -> bool:
     """Return True if the budget allows the number of lost look-ups."""
     return lookups.lost <= budget.max_lost_lookups * lookups.full
-
-
-def has_lost(budget: Budget, lookups: "Lookups", n_questions: int) -> bool:
-    """Return True if the answers to `n_questions` would lose more look-ups than the budget allows.
-
-    This holds if the lost look-ups exceed the limit already, or if the mean probability of the
-    correct strings has clearly fallen by more than the limit. This probability has less noise than
-    the count.
-    """
-    expected, limit = lookups.expected_lost, budget.max_lost_lookups
-    has_fallen = expected.se is not None and expected.value - _CLEAR * expected.se > limit
-    return lookups.lost > limit * n_questions or (has_fallen and not keeps_lookups(budget, lookups))
 
 
 def copies(quality: "Quality") -> bool:

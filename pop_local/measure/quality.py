@@ -8,6 +8,7 @@ token.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
@@ -154,7 +155,7 @@ def measure_pruning(
         ran = counting(2 * (len(windows) + settings.n_draws), on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
         reference = QualityReference(settings, windows, _read_full(reader, windows, ran), repeated)
-        return _measure(reader, reference, pruning, ran)
+        return _measure(reader, reference, pruning, ran, [])
 
 
 def read_reference(
@@ -181,22 +182,32 @@ def read_reference(
 
 
 def measure_against(
-    reference: QualityReference, model: PopModel, pruning: Pruning, on_progress: Progress
+    reference: QualityReference,
+    model: PopModel,
+    pruning: Pruning,
+    on_progress: Progress,
+    known: list[Scores] | None = None,
 ) -> Quality:
     """Measure a pruning of the reference's model, with the loaded file's projections.
 
-    Raises the errors of `measure_pruning`.
+    `known` contains the scores of the first windows, like in `read_reference`. `on_progress` counts
+    windows and draws. Raises the errors of `measure_pruning`.
     """
+    known = [] if known is None else known
     with forced(model) as reader:
-        n_steps = len(reference.windows) + reference.settings.n_draws
-        return _measure(reader, reference, pruning, counting(n_steps, on_progress))
+        n_steps = len(reference.windows) - len(known) + reference.settings.n_draws
+        return _measure(reader, reference, pruning, counting(n_steps, on_progress), known)
 
 
-def _measure(reader: Forced, reference: QualityReference, pruning: Pruning, ran: Ran) -> Quality:
-    scores = score(reader, reference.windows, reference.full, pruning, ran)
+def _measure(
+    reader: Forced, reference: QualityReference, pruning: Pruning, ran: Ran, known: list[Scores]
+) -> Quality:
+    full = islice(reference.full, len(known), None)
+    for scores in score(reader, reference.windows[len(known) :], full, pruning, ran):
+        known.append(scores)
     repeated = reference.repeated
     nll = measure_induction(reader, repeated, pruning, ran)
-    return summarize(pruning, reference.settings, scores, repeated, nll)
+    return summarize(pruning, reference.settings, known, repeated, nll)
 
 
 def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:
@@ -215,13 +226,12 @@ def score(
     full: Iterable[FullScores],
     pruning: Pruning,
     ran: Ran,
-) -> list[Scores]:
-    """Return the scores of all windows under a pruning."""
-    scores = []
+) -> Iterator[Scores]:
+    """Yield the scores of each window under a pruning."""
     for window, of_full in zip(windows, full, strict=True):
         reader.read(window.context, pruning)
         predicted = predictions(reader.predict(window.continuation))
-        found = Scores(
+        scores = Scores(
             divergence=divergence(of_full.predicted, predicted),
             full=of_full.continuation,
             pruned=likelihood(predicted, np.asarray(window.continuation)),
@@ -229,9 +239,8 @@ def score(
             copy_pruned=copied(reader, window.passage),
             n_pruned=reader.n_pruned,
         )
-        scores.append(found)
         ran(1)
-    return scores
+        yield scores
 
 
 def choose_windows(

@@ -26,14 +26,12 @@ def _ignore(*_: object) -> bool:
 class PlannedStage:
     """Up to `n_most` planned stages whose names start with `name`.
 
-    `work`: the work of each stage, in a unit that all stages share. Up to `n_parts` consecutive
-    stages of the same name count as one stage.
+    `work`: the work of each stage, in a unit that all stages share.
     """
 
     name: str
     work: float
     n_most: int = 1
-    n_parts: int = 1
 
 
 class TimeLeft:
@@ -44,10 +42,9 @@ class TimeLeft:
 
     def __init__(self, stages: Sequence[PlannedStage]) -> None:
         self._stages, self._began_s = stages, time.monotonic()
-        # Number of parts of each stage that have not started.
-        self._n_left = [stage.n_most * stage.n_parts for stage in stages]
+        # Number of stages of each kind that have not started.
+        self._n_left = [stage.n_most for stage in stages]
         self._at: int | None = None
-        self._name = ""
         self._first = self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
@@ -63,10 +60,6 @@ class TimeLeft:
         is_last = self._at == len(self._stages) - 1
         for i, stage in enumerate(self._stages[: self._at]):
             self._n_left[i] *= not (is_last or stage.n_most == 1)
-        if name != self._name:
-            # The previous stage may have needed fewer parts than planned.
-            pairs = zip(self._n_left, self._stages, strict=True)
-            self._name, self._n_left = name, [n - n % stage.n_parts for n, stage in pairs]
         self._n_left[self._at] = max(0, self._n_left[self._at] - 1)
 
     def advance(self, done: int, total: int) -> None:

@@ -21,16 +21,15 @@ from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, is_inside
-from pop_local.measure.gradual import Gradual
-from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.measure.forced import Pruning
+from pop_local.measure.quality import Quality, QualitySettings, measure_against
 from pop_local.models.learned import LearnedFiles
 from pop_local.models.model_files import ModelFiles
-from pop_local.workflows.conversion.candidate import Candidate
 from pop_local.workflows.conversion.conversion_plan import RowOptions
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.refusals import OverBudgetError
-from pop_local.workflows.conversion.search import Search
+from pop_local.workflows.conversion.search import Candidate, Search
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
@@ -192,11 +191,11 @@ class OnlineCalibration:
 
     def _measured_in_use(self, full: FullModel) -> Quality:
         model, runner = self._model, self._runner
-        gradual = Gradual(full.reference, model.engine.pruning.boundary)
+        reference, pruning = full.reference, Pruning(model.engine.pruning.boundary)
         files = ModelFiles(model.engine.context.files.path, model.engine.context.files.sidecar)
         plan = replace(full.plan, deep_rows=model.engine.rule.deep_rows)
         with runner.opened(plan, files) as opened:
-            return gradual.measure_until(lambda _: False, opened, lambda: runner.watch.stage(""))
+            return measure_against(reference, opened, pruning, runner.watch.stage(""))
 
     def _is_better(self, chosen: Candidate) -> bool:
         """Return True if the fit skips more layers than the current fit, or has a smaller KL."""

@@ -76,7 +76,7 @@ def measure(
                 references[column] = read_reference(model, tokens, settings, _silent)
             full, pruning = references[column], Pruning(boundary)
             with forced(model) as reader:
-                scores = score(reader, full.windows, full.full, pruning, lambda n: None)
+                scores = [*score(reader, full.windows, full.full, pruning, lambda n: None)]
             row[column] = {
                 "kl": [float(each.divergence.kl.mean()) for each in scores],
                 "nll": [float((each.pruned.nll - each.full.nll).mean()) for each in scores],

@@ -28,7 +28,7 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
-from pop_local.measure.lookups import Answers, LookupSettings
+from pop_local.measure.lookups import Answers
 from pop_local.measure.quality import QualitySettings, measure_against
 from pop_local.models.model_files import ModelFiles
 from pop_local.ui.views.quality_figures import figures
@@ -79,7 +79,7 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
 def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
     """Return the losses of one sidecar, against the full model's predictions."""
     pruning = Pruning(plan.boundary)
-    reference, asked = full.reference, full.lookups(LookupSettings().n_documents)
+    reference, asked = full.reference, full.lookups
     runner = full.runner
     with runner.opened(plan, ModelFiles(runner.path, sidecar)) as model:
         advance = runner.watch.stage(f"Measuring boundary {plan.boundary}")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.measure import estimate, gradual, probes
+from pop_local.measure import estimate, probes
 from pop_local.workflows import benchmark
-from pop_local.workflows.conversion import candidate, named, search
+from pop_local.workflows.conversion import full_model, named
 from support import calibrating
 from support.synthetic import make_gguf
 
@@ -18,7 +18,7 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
     monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
-    for module in (named, candidate):
+    for module in (named, full_model):
         monkeypatch.setattr(module, "N_DOCUMENTS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(benchmark, "has_kernels", lambda: False)
@@ -44,7 +44,4 @@ def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure few windows and one document, and leave out the search for fewer deep rows."""
-    monkeypatch.setattr(search, "STAGES", search.STAGES[:3])
-    monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(candidate, "N_WINDOWS", 2)
+    monkeypatch.setattr(full_model, "N_WINDOWS", 2)

@@ -17,14 +17,13 @@ from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.calibration import needs, texts
 from pop_local.engine.llama.graph_macs import GraphMacs
-from pop_local.measure import gradual
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
+from pop_local.measure.quality import measure_against
 from pop_local.research.distilled import Distiller
-from pop_local.workflows.conversion import candidate
 from pop_local.workflows.conversion import search as searching
-from pop_local.workflows.conversion.candidate import Candidate
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions
+from pop_local.workflows.conversion.search import Candidate
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
 from support.shapes import read_pop_meta
@@ -60,17 +59,14 @@ def test_distilled_fits_are_tried_from_the_fastest_candidate(tiny, letters, tmp_
     read, trained = followed(monkeypatch)
     monkeypatch.setattr(searching, "N_DEEPER", 2)
 
-    class Scripted(gradual.Gradual):
-        def measure(self, model, on_progress):
-            super().measure(model, on_progress)
-            assert self.quality is not None
-            deepest = 3 if self.boundary in trained else 5
-            good = Estimate(1.0 if self.boundary >= deepest else 1.5, 0.0)
-            self.quality = replace(
-                self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
-            )
+    def scripted(*arguments):
+        found = measure_against(*arguments)
+        deepest = 3 if found.boundary in trained else 5
+        good = Estimate(1.0 if found.boundary >= deepest else 1.5, 0.0)
+        kl = Estimate(0.001, 1e-4)
+        return replace(found, kl_mean=kl, ppl_ratio=good, copy_ppl_ratio=good)
 
-    monkeypatch.setattr(candidate, "Gradual", Scripted)
+    monkeypatch.setattr(searching, "measure_against", scripted)
     done = convert(tiny, "--sidecar", *FIT, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
@@ -91,14 +87,11 @@ def test_a_named_boundary_is_distilled_if_its_plain_fit_is_outside(
 ):
     read, trained = followed(monkeypatch)
 
-    class Scripted(gradual.Gradual):
-        def measure(self, model, on_progress):
-            super().measure(model, on_progress)
-            assert self.quality is not None
-            found = Estimate(1.0 if trained else 2000.0, 0.0)
-            self.quality = replace(self.quality, copy_ppl_ratio=found)
+    def scripted(*arguments):
+        copy = Estimate(1.0 if trained else 2000.0, 0.0)
+        return replace(measure_against(*arguments), copy_ppl_ratio=copy)
 
-    monkeypatch.setattr(candidate, "Gradual", Scripted)
+    monkeypatch.setattr(searching, "measure_against", scripted)
     done = convert(tiny, *FIT, "--text", letters, "--boundary", 4, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -124,7 +117,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
     for each, kls in ((plain, windows), (distilled, windows + changes)):
         scores: Any = [SimpleNamespace(divergence=SimpleNamespace(kl=kl)) for kl in kls[:, None]]
         quality: Any = SimpleNamespace(kl_mean=Estimate(kls.mean(), 0.008))
-        each.gradual, each.is_inside = gradual.Gradual(unused, 4, quality, scores), True
+        each.scores, each.measured, each.is_inside = scores, quality, True
     assert search.fastest() is (distilled if is_taken else plain)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pop_converter.projection import Projection
 from pop_local.calibration import activations, needs
-from pop_local.workflows.conversion.candidate import Judge
+from pop_local.workflows.conversion.search import Search
 from support.conversion_runs import FEW, LOOSE, convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search", "few_fit")]
@@ -26,12 +26,12 @@ def own_pass_at(monkeypatch: pytest.MonkeyPatch):
     """
 
     def passing(shallowest: int) -> None:
-        def judge(self, candidate, is_enough, real=Judge._measure):
-            real(self, candidate, is_enough)
+        def judge(self, candidate, real=Search.judge):
+            real(self, candidate)
             is_own = candidate.plan.projection == Projection.OWN
             candidate.is_inside = not is_own or candidate.plan.boundary >= shallowest
 
-        monkeypatch.setattr(Judge, "_measure", judge)
+        monkeypatch.setattr(Search, "judge", judge)
 
     return passing
 
@@ -84,13 +84,13 @@ def test_a_stopped_search_resumes_with_the_same_fits(tiny, letters, own_pass_at,
     own_pass_at(7)
     options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
 
-    def stop(self, candidate, is_enough, real=Judge._measure):
+    def stop(self, candidate, real=Search.judge):
         if candidate.fitted is not None:
             raise KeyboardInterrupt
-        real(self, candidate, is_enough)
+        real(self, candidate)
 
     with monkeypatch.context() as stopping:
-        stopping.setattr(Judge, "_measure", stop)
+        stopping.setattr(Search, "judge", stop)
         assert convert(*options).exit_code == 130
     monkeypatch.setattr(activations.WindowReader, "window", None)
     done = convert(*options)

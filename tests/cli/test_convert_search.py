@@ -12,10 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.popfile import sidecar as sidecars
-from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import activations, texts
 from pop_local.cli import app
-from pop_local.measure import budget, gradual
+from pop_local.measure import budget
 from pop_local.measure.lookups import (
     LookupAnswer,
     LookupDocument,
@@ -23,14 +22,12 @@ from pop_local.measure.lookups import (
     TokenizedQuestion,
 )
 from pop_local.texts.carriers import LookupQuestion
-from pop_local.workflows.conversion import candidate, fits
+from pop_local.workflows.conversion import fits, full_model
 from pop_local.workflows.conversion import search as searching
 from support.conversion_runs import FEW, LOOSE, convert
 from support.converted import names
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
-
-ALL_STAGES = searching.STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
@@ -38,15 +35,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 STOPPED = """
 import sys, time
 
-from pop_local.measure.gradual import Gradual
+from pop_local.workflows.conversion import search
 
-def measure(*arguments):
+def measure(reference, model, pruning, advance, known):
     print("measuring", flush=True)
     while True:
         time.sleep(0.1)
-        arguments[-1](0, 1)
+        advance(0, 1)
 
-Gradual.measure = measure
+search.measure_against = measure
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
 main()
@@ -89,21 +86,6 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
     assert last["lookups"]["logprob_lost"] == meta.measured.lookups_logprob_lost
     assert found["verdict"].endswith("Use --full to avoid any loss.")
     assert min(seconds.values()) > 0
-
-
-def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):
-    """Expect the candidate without deep rows, the fastest, since all are within the budget."""
-    monkeypatch.setattr(searching, "STAGES", ALL_STAGES)
-    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
-    assert done.exit_code == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [each["deep_rows"] for each in found["tried"][-2:]] == ["spelling", "none"]
-    assert (found["boundary"], found["deep_rows"], found["deep_share"]) == (2, "none", 0)
-    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
-    assert meta is not None and meta.budget is not None and meta.deep_rows is DeepRows.NONE
-    assert meta.budget.tried.endswith("2 (names) inside, 2 (spelling) inside, 2 inside")
-    limits = [each["speedup_limit"] for each in found["tried"][-3:]]
-    assert limits == sorted(limits) and limits[0] < limits[-1]
 
 
 def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):
@@ -185,21 +167,21 @@ def test_lost_look_ups_put_a_boundary_outside(tiny, letters, tmp_path, monkeypat
         n = settings.n_documents
         return LookupReference(settings, (document,) * n, [answers(0)] * n)
 
-    monkeypatch.setattr(candidate, "N_DOCUMENTS", 10)
+    monkeypatch.setattr(full_model, "N_DOCUMENTS", 10)
     monkeypatch.setattr(LookupReference, "ask", ask)
     monkeypatch.setattr(LookupReference, "read", read)
     done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
-    assert asked == [(2, 2), (3, 2), (3, 8), (4, 2), (4, 8)]
+    assert asked == [(2, 10), (3, 10), (4, 10)]
     found = meta.measured
     assert (meta.boundary, found.lookups_n, found.lookups_lost) == (4, 200, 4)
     assert meta.budget.tried == (
         "5 (names) inside, 4 (names) inside, 3 (names) outside, 2 (names) outside"
     )
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[-1].split("|")[-3].strip() == "5 of 40"
+    assert rows[-1].split("|")[-3].strip() == "5 of 200"
     assert "Exact strings: 4 of 200 lost. Use --full to avoid any loss." in " ".join(
         done.stdout.split()
     )
@@ -286,7 +268,7 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
 def test_a_stopped_search_is_resumed_regardless_of_the_memory(tiny, letters, tmp_path, monkeypatch):
     options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
     with monkeypatch.context() as stopping:
-        stopping.setattr(gradual.Gradual, "measure", _interrupt)
+        stopping.setattr(searching, "measure_against", _interrupt)
         stopped = convert(*options, "--memory", 0)
     assert stopped.exit_code == 130
     assert "continues from there" in stopped.stderr

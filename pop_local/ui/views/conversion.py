@@ -41,14 +41,6 @@ def show_plan(conversion: Conversion) -> None:
     if n_few := conversion.n_few:
         past = f"{past}, first without a fit and then about {n_few} deeper boundaries with a fit"
     where = [*budget, ("Boundaries", past)]
-    if fewer := first.deep_rows.fewer:
-        rules = ", ".join(fewer)
-        where.append(
-            (
-                "Deep rows",
-                f"selected by the rule {first.deep_rows}; the search's last step tries {rules}",
-            )
-        )
     if most := conversion.limit(plan):
         limit = (
             f"{limit} if only the first boundary is within the budget, or {most:.2f}x if all"

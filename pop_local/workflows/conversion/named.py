@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.progress import Progress, counting
-from pop_converter.popfile.format import DeepRows, Measured
+from pop_converter.popfile.format import Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
 from pop_local.engine.model import PopModel
@@ -44,9 +44,8 @@ def write_named(run: ConversionRun) -> Outcome:
             " boundary."
         )
         return run.write(plan, None, None)
-    if plan.deep_rows is not DeepRows.NONE:
-        shares = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_shares
-        plan = replace(plan, deep_share=shares[plan.deep_rows])
+    share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share
+    plan = replace(plan, deep_share=share)
     examination = Examination(run.runner, plan, allow_broken_copy=run.force)
     examination.before_fit()
     with run.resumable():

@@ -1,41 +1,41 @@
 """Search for the fastest candidate within a budget, stage by stage.
 
-A candidate is a boundary, a fit and a rule for deep rows. STAGES defines the order of the stages,
-each stage's candidates, and their order. The search follows these rules:
+A candidate is a boundary with a fit. STAGES lists the stages in order. The search follows these
+rules:
 
 1. Each candidate is measured with the sidecar that would be written, on held-out text first and on
-look-ups last. 2. Clear verdicts need few windows, but the chosen candidate is measured on all
-windows. 3. Bisection assumes that skipping more layers never improves quality. It starts at the
-middle boundary (`budget.undecided`). 4. One pass fits a boundary and the boundaries that bisection
-may need next, if memory allows. 5. If the sums of all fits would exceed MOST_SUMS_BYTES, the search
-tries the layers' own projections first. It continues with one pass that fits a few evenly spaced,
-deeper boundaries. 6. A walk starts at the fastest candidate found by the earlier stages. Each step
-tries the next deeper boundary, until a candidate exceeds the budget. If a step fails (for example
-for lack of memory), the earlier results remain valid. 7. Deep rows restore look-ups and cost time.
-The last stage tries each rule with fewer deep rows at the deepest boundary within the budget, then
-at shallower boundaries. This stage stops at the first candidate within the budget, or if no
-remaining candidate would be the fastest. The search assumes that fewer deep rows never improve
-quality at the same boundary. 8. The search chooses the fastest candidate within the budget. Among
-equally fast candidates, it prefers a distilled candidate, unless its KL is larger by more than the
-standard error. Otherwise, it chooses the smallest KL.
+look-ups last. 2. Bisection assumes that skipping more layers never improves quality. It starts at
+the middle boundary (`budget.undecided`). 3. One pass fits a boundary and the boundaries that
+bisection may need next, if memory allows. 4. If the sums of all fits would exceed MOST_SUMS_BYTES,
+the search tries the layers' own projections first. It continues with one pass that fits a few
+evenly spaced, deeper boundaries. 5. A walk distils fits, starting at the fastest candidate. Each
+step tries the next deeper boundary, until a candidate exceeds the budget. If a step fails (for
+example for lack of memory), the earlier results remain valid. 6. The search chooses the fastest
+candidate within the budget. Among equally fast candidates, it prefers a distilled candidate, unless
+its KL is larger by more than the standard error. Otherwise, it chooses the smallest KL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.pruning_plan import Plan
+from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.needs import fit_needs, spaced
 from pop_local.calibration.state import kept_boundaries
 from pop_local.measure import budget as budgets
-from pop_local.measure.quality import QualitySettings
-from pop_local.workflows.conversion import candidate as candidates
-from pop_local.workflows.conversion.candidate import Candidate, Judge
+from pop_local.measure.estimate import mean
+from pop_local.measure.forced import Pruning
+from pop_local.measure.lookups import Answers, Lookups
+from pop_local.measure.quality import Quality, QualitySettings, Scores, measure_against
+from pop_local.workflows.conversion import full_model
 from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
@@ -48,17 +48,42 @@ from pop_local.workflows.measuring import measured
 N_DEEPER = 3
 
 
-@dataclass(frozen=True)
-class SearchStage:
-    """One stage of the search.
+@dataclass(eq=False)
+class Candidate:
+    """A plan that a search may choose, and the plan's fit and measurements so far.
 
-    `candidates` returns the candidates to try, in order of increasing depth. `order` tries the
-    candidates. `prepare` fits the first candidate, and further candidates if one pass saves work.
+    `fitted`: the fit (None before fitting, and always None for `Projection.OWN`). `start`: the fit
+    from which distilling starts. `is_inside`: whether the budget currently accepts the candidate
+    (None before the first measurement). `scores` and `answers` let a stopped search continue.
     """
 
-    candidates: Callable[[Search], Iterable[Candidate]]
-    order: Callable[[Search, SearchStage, Sequence[Candidate]], None]
-    prepare: Callable[[Search, Sequence[Candidate]], None]
+    plan: Plan
+    fitted: Fitted | None = None
+    start: Fitted | None = None
+    scores: list[Scores] = field(default_factory=list)
+    measured: Quality | None = None
+    is_inside: bool | None = None
+    lookups: Lookups | None = None
+    answers: Answers = field(default_factory=list)
+
+    @property
+    def boundary(self) -> int:
+        return self.plan.boundary
+
+    @property
+    def is_ready(self) -> bool:
+        return self.plan.projection == Projection.OWN or self.fitted is not None
+
+    @property
+    def quality(self) -> Quality:
+        assert self.measured is not None, "not measured"
+        return self.measured
+
+    def __str__(self) -> str:
+        own = " own" if self.plan.projection == Projection.OWN else ""
+        distilled = " distilled" if self.plan.is_distilled else ""
+        rows = "" if self.plan.deep_rows is DeepRows.NONE else f" ({self.plan.deep_rows})"
+        return f"{self.boundary}{own}{distilled}{rows}"
 
 
 def write_within(run: ConversionRun, budget: Budget) -> Outcome:
@@ -73,7 +98,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
         else:
             require_windows(run.runner, planned.deepest)
     with run.resumable(keeps_refused=is_named):
-        full = FullModel(run.runner, planned.plans[0], QualitySettings(candidates.N_WINDOWS))
+        full = FullModel(run.runner, planned.plans[0], QualitySettings(full_model.N_WINDOWS))
         search = Search(run.runner, budget, run.fitter(), full, planned.plans)
         chosen = search.run()
         found = measured(chosen.quality, chosen.lookups)
@@ -96,7 +121,10 @@ class Search:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        return tuple(each.trial for each in self.judged)
+        return tuple(
+            Trial(each.plan, each.quality, bool(each.is_inside), each.lookups)
+            for each in self.judged
+        )
 
     @property
     def judged(self) -> list[Candidate]:
@@ -106,19 +134,15 @@ class Search:
     def inside(self) -> list[Candidate]:
         return [each for each in self.judged if each.is_inside]
 
-    @property
-    def judge(self) -> Judge:
-        return Judge(self.runner, self.budget, self.full)
-
     def run(self) -> Candidate:
         """Return the fastest candidate within the budget, whose plan lists all tried candidates.
 
         Raises OverBudgetError, PopError, StoppedError.
         """
-        for number, stage in enumerate(STAGES):
+        for number, (candidates, order) in enumerate(STAGES):
             if number == len(self.rungs):
-                self.rungs.append(list(stage.candidates(self)))
-            stage.order(self, stage, self.rungs[number])
+                self.rungs.append(candidates(self))
+            order(self, self.rungs[number])
         if not self.inside:
             raise self._over()
         chosen = self.fastest()
@@ -131,11 +155,12 @@ class Search:
         return replace(chosen, plan=plan)
 
     def fastest(self) -> Candidate:
-        """Return the fastest candidate within the budget (rule 8)."""
+        """Return the fastest candidate within the budget (rule 6)."""
         best = max(self.inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
         for each in self.inside:
             if each.plan.is_distilled and each.plan.speedup_limit == best.plan.speedup_limit:
-                more = each.scores.kl_over(best.scores)
+                pairs = zip(each.scores, best.scores, strict=True)
+                more = mean(np.stack([a.divergence.kl - b.divergence.kl for a, b in pairs]))
                 if more.value <= (more.se or 0):
                     return each
         return best
@@ -154,56 +179,68 @@ class Search:
             self.trials,
         )
 
+    def judge(self, candidate: Candidate) -> None:
+        """Measure the candidate on held-out text."""
+        if candidate.measured is not None:
+            return
+        self._note(f"Measuring boundary {candidate} on held-out text")
+        reference = self.full.reference
+        with self.runner.tried(candidate.plan, candidate.fitted) as model:
+            advance = self.runner.watch.stage(f"Measuring boundary {candidate.boundary}")
+            candidate.measured = measure_against(
+                reference, model, Pruning(candidate.boundary), advance, candidate.scores
+            )
+        candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
+
+    def settle(self, candidate: Candidate) -> bool:
+        """Measure the candidate on text and on look-ups, and return the final verdict.
+
+        A candidate that exceeds the budget on text is rejected without look-ups.
+        """
+        self.judge(candidate)
+        if candidate.is_inside and candidate.lookups is None:
+            reference = self.full.lookups
+            with self.runner.tried(candidate.plan, candidate.fitted) as model:
+                advance = self.runner.watch.stage(f"Running look-ups, boundary {candidate}")
+                reference.ask(model, Pruning(candidate.boundary), advance, candidate.answers)
+            candidate.lookups = reference.compare(candidate.answers)
+            candidate.is_inside = budgets.keeps_lookups(self.budget, candidate.lookups)
+        return bool(candidate.is_inside)
+
     # Orders
 
-    def bisect(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
-        """Find the deepest candidate within the budget (rule 3)."""
+    def bisect(self, rung: Sequence[Candidate]) -> None:
+        """Find the deepest candidate within the budget (rule 2)."""
         by_boundary = {each.boundary: each for each in rung}
         while True:
             verdicts = {it.boundary: it.is_inside for it in rung if it.is_inside is not None}
             if wanted := budgets.undecided(list(by_boundary), verdicts):
                 candidate = by_boundary[wanted[0]]
                 if not candidate.is_ready:
-                    stage.prepare(self, [by_boundary[each] for each in wanted])
-                self.judge.judge(candidate)
+                    self.fit([by_boundary[each] for each in wanted])
+                self.judge(candidate)
                 continue
             deepest = budgets.deepest_inside(verdicts)
-            # Measuring all windows and look-ups may reverse the deepest candidate's verdict.
-            if deepest is None or self.judge.settle(by_boundary[deepest]):
+            # The look-ups may reverse the deepest candidate's verdict.
+            if deepest is None or self.settle(by_boundary[deepest]):
                 return
 
-    def walk(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
-        """Try the candidates in order until one of them exceeds the budget (rule 6)."""
+    def walk(self, rung: Sequence[Candidate]) -> None:
+        """Distil the candidates in order until one of them exceeds the budget (rule 5)."""
         for number, candidate in enumerate(rung):
             try:
                 if not candidate.is_ready:
-                    stage.prepare(self, rung[number:])
-                if not self.judge.settle(candidate):
+                    self.distil(rung[number:])
+                if not self.settle(candidate):
                     return
             except PopError as error:
                 self._note(f"Skipping boundary {candidate}: {error}")
                 return
 
-    def trade(self, stage: SearchStage, rung: Sequence[Candidate]) -> None:
-        """Find each rule's deepest candidate within the budget, if it is the fastest (rule 7)."""
-        deepest = dict.fromkeys(DeepRows, 0)
-        for candidate in rung:
-            rule, limit = candidate.plan.deep_rows, self.fastest().plan.speedup_limit
-            if candidate.boundary < deepest[rule]:
-                continue
-            if candidate.is_inside is None and candidate.plan.speedup_limit <= limit:
-                continue
-            is_inside = self.judge.settle(candidate)
-            least = candidate.boundary + (not is_inside)
-            deepest |= {fewer: max(least, deepest[fewer]) for fewer in rule.fewer}
-            if is_inside:
-                deepest[rule] = candidate.plan.shape.n_layer
-
     # Candidates
 
-    def _with_rows(self, plan: Plan, rule: DeepRows) -> Plan:
-        share = 0.0 if rule is DeepRows.NONE else self.full.deep_shares[rule]
-        return replace(plan, deep_rows=rule, deep_share=share)
+    def _unfitted(self, plans: Sequence[Plan]) -> list[Candidate]:
+        return [Candidate(replace(plan, deep_share=self.full.deep_share)) for plan in plans]
 
     def own(self) -> list[Candidate]:
         """Return a large model's unfitted candidates, if the options allow them."""
@@ -214,8 +251,7 @@ class Search:
             "Measuring the layers' own projections first, since memory is too small for fitting all"
             " boundaries at once"
         )
-        plans = [replace(plan, projection=Projection.OWN) for plan in self.plans]
-        return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in plans]
+        return self._unfitted([replace(plan, projection=Projection.OWN) for plan in self.plans])
 
     def fitted(self) -> list[Candidate]:
         """Return candidates to fit, at all boundaries or at a few deeper boundaries."""
@@ -227,8 +263,7 @@ class Search:
                 for plan in plans
                 if plan.boundary < shallowest and plan.projection != Projection.OWN
             ]
-        few = self._spaced(plans)
-        return [Candidate(self._with_rows(plan, plan.deep_rows)) for plan in few]
+        return self._unfitted(self._spaced(plans))
 
     def distilled(self) -> list[Candidate]:
         """Return candidates to distil, starting at the fastest candidate's boundary.
@@ -241,30 +276,13 @@ class Search:
         plain = [it for rung in self.rungs for it in rung if it.fitted and it.boundary <= first]
         return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
 
-    def fewer_rows(self) -> list[Candidate]:
-        """Return candidates with fewer deep rows, ordered by rule and then by boundary.
-
-        The first boundary is the deepest boundary within the budget. Each candidate reuses the last
-        fit at its boundary.
-        """
-        if not self.inside:
-            return []
-        deepest = min(each.boundary for each in self.inside)
-        ready = {it.boundary: it for rung in self.rungs for it in rung if it.is_ready}
-        found = [ready[boundary] for boundary in sorted(ready) if boundary >= deepest]
-        return [
-            Candidate(self._with_rows(it.plan, rule), it.fitted)
-            for rule in self.plans[0].deep_rows.fewer
-            for it in found
-        ]
-
     def _spaced(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
         return spaced(plans, self.runner.source, self.fitter.options)
 
     # Fits
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate, and the next candidates if the same pass has room (rule 4)."""
+        """Fit the first candidate, and the next candidates if the same pass has room (rule 3)."""
         options = self.fitter.options
         options = options if len(self.plans) == 1 else options.at(wanted[0].boundary)
         fitted = self._kept(wanted, options.state_path) or self._room_for(wanted)
@@ -302,9 +320,9 @@ class Search:
         candidate.fitted = self.fitter.distilled(candidate.plan, candidate.start, n_deeper)
 
 
+# Each stage's candidates, in order of increasing depth, and the order in which it tries them.
 STAGES = (
-    SearchStage(Search.own, Search.bisect, prepare=Search.fit),
-    SearchStage(Search.fitted, Search.bisect, prepare=Search.fit),
-    SearchStage(Search.distilled, Search.walk, prepare=Search.distil),
-    SearchStage(Search.fewer_rows, Search.trade, prepare=Search.fit),
+    (Search.own, Search.bisect),
+    (Search.fitted, Search.bisect),
+    (Search.distilled, Search.walk),
 )

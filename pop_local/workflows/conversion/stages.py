@@ -4,12 +4,10 @@ from pop_local.calibration.needs import FitWork, reading_work
 from pop_local.measure.lookups import LookupSettings
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import QualitySettings
-from pop_local.workflows.conversion.candidate import N_DOCUMENTS, N_WINDOWS
 from pop_local.workflows.conversion.conversion_plan import Conversion
+from pop_local.workflows.conversion.full_model import N_DOCUMENTS, N_WINDOWS
 from pop_local.workflows.events import PlannedStage
 
-# Number of stages that measure a boundary. Each stage doubles the number of measured windows.
-_N_PARTS = 3
 # Typical number of candidates whose look-ups are measured.
 _N_LOOKED_UP = 3
 # Number of multiply-accumulates that take as long as writing a byte and reading it back.
@@ -36,7 +34,8 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
     draws = settings.n_draws * reading_work(plan, 2 * N_REPEATED)
     lookups = N_DOCUMENTS * reading_work(plan, LookupSettings().n_ctx)
     is_searched = not planned.is_named
-    n_tried = len(planned.plans).bit_length() if is_searched else 1
+    # The steps of `undecided` double until one is too long, and are then halved.
+    n_tried = 2 * len(planned.plans).bit_length() - 1 if is_searched else 1
     n_tried *= 2 if planned.n_few else 1
     whole = N_WINDOWS * window + draws
     return (
@@ -44,9 +43,9 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
         *fit_stages(planned.fit_work, 2 if is_searched else 1),
         PlannedStage("Running the full model", whole),
         PlannedStage("Measuring", whole),
-        PlannedStage("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
+        PlannedStage("Measuring boundary", whole, n_tried),
         PlannedStage("Running look-ups", lookups),
-        PlannedStage("Running look-ups in full", lookups, 2),
-        PlannedStage("Running look-ups, boundary", lookups, 2 * _N_LOOKED_UP),
+        PlannedStage("Running look-ups in full", lookups),
+        PlannedStage("Running look-ups, boundary", lookups, _N_LOOKED_UP),
         PlannedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes),
     )

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
-from pop_converter.base.progress import Progress
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
@@ -19,11 +18,11 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
 from pop_local.measure.forced import FULL, Pruning, forced
-from pop_local.measure.gradual import Gradual
 from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import (
     Quality,
     QualitySettings,
+    Scores,
     measure_against,
     measure_pruning,
     read_reference,
@@ -229,28 +228,19 @@ def test_random_tokens_exclude_control_tokens(model):
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 
 
-def test_gradual_measurements_equal_those_of_one_run(model):
-    settings = replace(SHORT, n_windows=6)
-    parts = [text(400), text(400, seed=1)]
-    reference = read_reference(model, parts, settings, ignore)
-    gradual = Gradual(reference, 5)
-    steps: list[list[tuple[int, int]]] = []
+def test_a_stopped_measurement_continues_with_the_remaining_windows(model):
+    reference = read_reference(model, [text()], SHORT, ignore)
+    known: list[Scores] = []
 
-    def begin() -> Progress:
-        steps.append([])
-        return lambda *now: steps[-1].append(now)
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise StoppedError
 
-    first = gradual.measure_until(lambda found: found.n_windows >= 3, model, begin)
-    assert (first.n_windows, gradual.is_whole, len(steps)) == (4, False, 1)
-    assert gradual.measure_until(lambda _: True, model, begin) is first
-    found = gradual.measure_until(lambda _: False, model, begin)
-    assert (found.n_windows, gradual.is_whole, len(steps)) == (6, True, 2)
-    assert [step[-1][0] == step[-1][1] for step in steps] == [True, True]
-    whole = measure_pruning(model, parts, settings, Pruning(5), ignore)
-    for name in ("kl_mean", "ppl_ratio", "copy_ppl_ratio", "induction_delta_nll"):
-        assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
-    assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)
-    assert found.top1_agreement == whole.top1_agreement
+    with pytest.raises(StoppedError):
+        measure_against(reference, model, Pruning(5), stop, known)
+    assert len(known) < len(reference.windows)
+    found = measure_against(reference, model, Pruning(5), ignore, known)
+    assert found == measure_against(reference, model, Pruning(5), ignore)
 
 
 def test_a_reference_takes_half_the_memory_with_the_same_figures(model):

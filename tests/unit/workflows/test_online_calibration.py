@@ -10,20 +10,21 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.gguf.header import read_header
-from pop_converter.popfile.format import Budget
+from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.sidecar import sidecar_meta, write_sidecar
 from pop_converter.projection import Projection
 from pop_local.cli import app
 from pop_local.engine.learning import online_calibrator as learning
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.measure import estimate, gradual
+from pop_local.measure import estimate
 from pop_local.models.learned import learned_files
 from pop_local.models.sidecars import sidecar_of
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.workflows import learning as lessons_module
-from pop_local.workflows.conversion import candidate
+from pop_local.workflows.conversion import full_model
+from pop_local.workflows.conversion.conversion_plan import RowOptions
 from pop_local.workflows.learning import OnlineCalibration
 from support.calibrating import fitted_at, planned, settings, words
 from support.calls import last_logits, never, opened, prompt, read, wait_for
@@ -52,9 +53,10 @@ NONE = Budget(
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(candidate, "N_DOCUMENTS", 1)
+    monkeypatch.setattr(full_model, "N_DOCUMENTS", 1)
     monkeypatch.setattr(estimate, "_N_BOOTSTRAP", 20)
+    # Random tokens look like spelling, so nearly all of them would be deep rows.
+    monkeypatch.setattr(RowOptions, "deep_rows", DeepRows.NONE)
     monkeypatch.setattr(lessons_module, "LEAST_WINDOWS", 1)
     monkeypatch.setattr(learning, "N_APART", 3)
     monkeypatch.setattr(learning, "LEAST_SAVED", 1)

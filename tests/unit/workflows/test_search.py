@@ -11,24 +11,21 @@ from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
-from pop_local.workflows.conversion.candidate import Candidate, Judge
 from pop_local.workflows.conversion.refusals import OverBudgetError
-from pop_local.workflows.conversion.search import STAGES, Search
+from pop_local.workflows.conversion.search import Candidate, Search
 from support.calls import ignore
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
-NONE, SPELLING, NAMES = DeepRows
 N_LAYER = 8
-SHARES = {NAMES: 0.45, SPELLING: 0.1}
-OWN_STAGE, FITTED_STAGE, DISTILLED_STAGE, ROWS_STAGE = range(4)
+FITTED_STAGE = 1
 
 
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
     """Return a search over the fitted boundaries 7 to 2, and the candidates that it settles.
 
-    `least`: the deepest boundary inside for each rule. Other rules are always outside.
+    `least`: the deepest boundary within the budget.
     """
     shape = read_shape(make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=N_LAYER))
     watch = SimpleNamespace(on_note=ignore)
@@ -37,28 +34,27 @@ def searched(tmp_path, monkeypatch):
         n_deep = N_LAYER - (N_LAYER if boundary is None else boundary)
         return 10**6 * (n_prompt * (N_LAYER - n_deep) + n_full * n_deep)
 
-    def search(least: dict[DeepRows, int]) -> tuple[Search, list[str]]:
+    def search(least: int) -> tuple[Search, list[str]]:
         settled: list[str] = []
 
-        def settle(self: Judge, candidate: Candidate) -> bool:
+        def settle(self: Search, candidate: Candidate) -> bool:
             settled.append(str(candidate))
-            bound = least.get(candidate.plan.deep_rows, N_LAYER)
             quality: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
-            candidate.gradual = SimpleNamespace(quality=quality)  # type: ignore[assignment]
-            candidate.is_inside = candidate.boundary >= bound
+            candidate.measured = quality
+            candidate.is_inside = candidate.boundary >= least
             return candidate.is_inside
 
-        monkeypatch.setattr(Judge, "settle", settle)
-        rows: Any = {"projection": Projection.FITTED, "deep_rows": NAMES, "macs": macs}
+        monkeypatch.setattr(Search, "settle", settle)
+        rows: Any = {"projection": Projection.FITTED, "deep_rows": DeepRows.NAMES, "macs": macs}
         plans = [make_plan(shape, boundary=each, **rows) for each in range(7, 1, -1)]
-        full: Any = SimpleNamespace(deep_shares=SHARES)
+        full: Any = SimpleNamespace(deep_share=0.45)
         runner: Any = SimpleNamespace(watch=watch)
         fitter: Any = SimpleNamespace(distiller=None)
         found = Search(runner, BALANCED, fitter, full, plans)
         fits: Any = "fitted"
-        rung = [Candidate(found._with_rows(plan, NAMES), fits) for plan in plans]
+        rung = [Candidate(plan, fits) for plan in plans]
         for candidate in rung:
-            settle(found.judge, candidate)
+            settle(found, candidate)
         settled.clear()
         found.rungs = [[], rung, []]
         return found, settled
@@ -66,74 +62,28 @@ def searched(tmp_path, monkeypatch):
     return search
 
 
-def traded(search: Search) -> Candidate:
-    search.rungs.append(search.fewer_rows())
-    search.trade(STAGES[ROWS_STAGE], search.rungs[-1])
-    return search.fastest()
-
-
-@pytest.mark.parametrize(
-    ("least", "settled", "chosen"),
-    [
-        ({NAMES: 4}, ["4 (spelling)", "5 (spelling)"], "4 (names)"),
-        ({NAMES: 4, SPELLING: 4}, ["4 (spelling)", "4"], "4 (spelling)"),
-        ({NAMES: 4, SPELLING: 5}, ["4 (spelling)", "5 (spelling)", "5"], "5 (spelling)"),
-        ({NAMES: 4, SPELLING: 4, NONE: 4}, ["4 (spelling)", "4"], "4"),
-    ],
-)
-def test_rows_are_traded_for_layers_until_one_is_inside(searched, least, settled, chosen):
-    search, asked = searched(least)
-    assert str(traded(search)) == chosen
-    assert asked == settled
-
-
-def test_a_traded_candidate_is_chosen_only_if_it_is_faster(searched):
-    search, _ = searched({NAMES: 4, SPELLING: 7, NONE: 7})
-    before = search.fastest().plan.speedup_limit
-    assert str(traded(search)) == "4 (names)"
-    slower = [it for it in search.rungs[-1] if it.plan.speedup_limit <= before]
-    assert slower and all(it.is_inside is None for it in slower)
-
-
-def test_the_share_of_deep_rows_counts_in_the_speedup_limit(searched):
-    search, _ = searched({NAMES: 4})
-    plan = search.rungs[FITTED_STAGE][0].plan
-    limits = [search._with_rows(plan, rule).speedup_limit for rule in (NAMES, SPELLING, NONE)]
-    assert limits == sorted(limits) and len(set(limits)) == 3
-
-
-def test_nothing_is_traded_if_no_candidate_is_inside(searched):
-    search, asked = searched({})
-    assert search.fewer_rows() == [] and asked == []
-
-
 def test_a_walk_ends_at_the_first_candidate_outside(searched):
-    search, asked = searched({NAMES: 4})
-    search.walk(STAGES[DISTILLED_STAGE], search.rungs[FITTED_STAGE])
+    search, asked = searched(4)
+    search.walk(search.rungs[FITTED_STAGE])
     assert asked == ["7 own (names)", *(f"{boundary} (names)" for boundary in (6, 5, 4, 3))]
 
 
 def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
-    search, _ = searched({NAMES: 4})
+    search, _ = searched(4)
 
-    def fail(self: Judge, candidate: Candidate) -> bool:
+    def fail(self: Search, candidate: Candidate) -> bool:
         raise PopError("no memory is left")
 
     notes: list[str] = []
     search.runner.watch.on_note = notes.append
-    monkeypatch.setattr(Judge, "settle", fail)
-    search.walk(STAGES[DISTILLED_STAGE], [search.rungs[FITTED_STAGE][1]])
+    monkeypatch.setattr(Search, "settle", fail)
+    search.walk([search.rungs[FITTED_STAGE][1]])
     assert notes == ["Skipping boundary 6 (names): no memory is left"]
     assert str(search.fastest()) == "4 (names)"
 
 
-def test_rules_with_fewer_rows_end_at_none():
-    assert NAMES.fewer == (SPELLING, NONE)
-    assert NONE.fewer == ()
-
-
 def test_a_search_without_a_candidate_inside_is_over_budget(searched):
-    search, _ = searched({})
+    search, _ = searched(N_LAYER)
     for candidate in search.judged:
         figures: Any = candidate.quality
         figures.ppl_ratio = figures.copy_ppl_ratio = Estimate(2.0, 0.1)
