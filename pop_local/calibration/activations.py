@@ -12,7 +12,7 @@ from pop_local.engine.llama import taps
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context, ContextOptions
 from pop_local.engine.llama.devices import has_kernels
-from pop_local.engine.llama.slot import SingleSlot
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.llama.taps import Tapped, TapRequest
 
 
@@ -34,7 +34,7 @@ class WindowReader:
     """Reader of single windows that returns the requested activations."""
 
     def __init__(self, context: Context, wanted: TapRequest) -> None:
-        self._slot, self._wanted = SingleSlot(context), wanted
+        self._slot, self._wanted = Slot(context), wanted
         self._slot.begin_prefill()
         taps.set_taps(context.ctx, wanted)
 

@@ -23,7 +23,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batching import batched_slots
 from pop_local.engine.llama.context import Context
-from pop_local.engine.llama.slot import SingleSlot, Slot
+from pop_local.engine.llama.slot import Slot
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prompt import templates
@@ -82,7 +82,9 @@ class Engine:
         if prompter.has_template:
             _ = prompter.template  # raises for a broken template
         rule, sequences = _rule(options, meta), []
-        for slot in _slots(context):
+        n = options.context.n_sequences
+        slots: Sequence[Slot] = batched_slots(context, n) if n > 1 else [Slot(context)]
+        for slot in slots:
             cache = KvCache(slot, vision)
             keys = CacheKeys(context, cache.pruning, vision)
             states = CacheStates(cache, keys, options.prompt_cache)
@@ -203,13 +205,6 @@ def _vision(options: EngineOptions, context: Context) -> Mmproj | None:
         max_tokens=options.image_tokens,
         should_stop=context.interrupt.should_stop,
     )
-
-
-def _slots(context: Context) -> Sequence[Slot]:
-    n = context.options.n_sequences
-    if n > 1:
-        return batched_slots(context, n)
-    return [SingleSlot(context)]
 
 
 def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:
