@@ -1,5 +1,8 @@
 """`python -m pop_local` runs `pop-local`."""
 
+import codecs
+import io
+import os
 import sys
 
 
@@ -7,11 +10,30 @@ def main() -> None:
     """Run the command line; Ctrl-C exits quietly even during imports."""
     try:
         from pop_local.cli import main as run
-        from pop_local.ui.streams import prepare_streams
     except KeyboardInterrupt:
         sys.exit(130)
-    prepare_streams()
+    _prepare_streams()
     run()
+
+
+def _prepare_streams() -> None:
+    """Connect closed streams to the null device, and make stdout accept any character.
+
+    On Windows, stdout writes UTF-8 to pipes and files. If stdout is UTF-8, undecodable file names
+    are written as their original bytes. In other encodings, characters that cannot be encoded are
+    escaped.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    stdout = sys.stdout
+    if not isinstance(stdout, io.TextIOWrapper):
+        return
+    is_chosen = "PYTHONIOENCODING" in os.environ
+    if sys.platform == "win32" and not (is_chosen or stdout.isatty()):
+        stdout.reconfigure(encoding="utf-8")
+    is_utf8 = codecs.lookup(stdout.encoding).name == "utf-8"
+    stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 if __name__ == "__main__":

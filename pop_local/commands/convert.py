@@ -20,7 +20,6 @@ from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.console import note
 from pop_local.ui.tables import print_json
 from pop_local.ui.views import conversion as view
-from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch, terminal_watch
 from pop_local.workflows.conversion.conversion_plan import (
     ConvertOptions,
@@ -38,32 +37,27 @@ QualityName = Literal["near-lossless", "balanced", "fast"]
 @dataclass(frozen=True)
 class HowOptions(Group):
     quality: QualityName | None = option(
-        f"Maximum loss of quality (default: {BALANCED.quality}; no limit with --skip or"
-        " --boundary).",
+        f"Maximum quality loss (default: {BALANCED.quality}; unlimited with --skip or --boundary)."
     )
     projection: Projection | None = option(
-        "K/V projections of skipped layers: own (needs no fit, but loses more quality), fitted"
-        " (takes minutes) or fitted-wide (uses more inputs). The default is fitted-wide if it"
-        " costs little speed, and otherwise fitted.",
+        "K/V projections of skipped layers: own (no fit, but lower quality), fitted (takes minutes)"
+        " or fitted-wide (uses more inputs; the default if it costs little speed)."
     )
     text: list[Path] | None = option(
-        "Text file or folder to fit on; repeatable, with the same number of tokens from each"
-        " (default: documentation, code and the model's samples).",
+        "Text file or folder to fit on; repeatable, with equal shares (default: documentation, code"
+        " and text sampled from the model).",
         "FILE|DIR",
     )
     distill: bool = option(
-        "Also train the fit end to end, so that the model copies better. Training takes minutes per"
-        " boundary, needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
+        "Also train the fit end to end, which improves copying. Training takes minutes a boundary,"
+        " needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
         default=False,
     )
-    resume: bool = option("Save an interrupted fit, and resume a saved fit.", default=False)
-    sidecar: bool = option(
-        "Write only the projections, as a small sidecar file next to the model.", default=False
-    )
+    resume: bool = option("Save the fit if interrupted, and resume a saved fit.", default=False)
+    sidecar: bool = option("Write only the projections, to a small sidecar file.", default=False)
     dry_run: bool = option("Print the plan and write nothing.", default=False)
     force: bool = option(
-        "Replace an existing output file. With --skip or --boundary but without a limit, also write"
-        " a"
+        "Replace an existing output file. With --skip or --boundary and no limit, write even a"
         " model that can no longer copy from its prompt.",
         flag="--force -f",
         default=False,
@@ -79,34 +73,21 @@ class LimitOptions(Group):
     panel: ClassVar[str] = "Custom limits"
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
-    max_ppl_ratio: float | None = _limit(
-        "RATIO", "Maximum ratio of the perplexity to the full model's."
-    )
-    max_copy_ratio: float | None = _limit(
-        "RATIO", "Maximum ratio of a repeated passage's perplexity to the full model's."
-    )
+    max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity relative to the full model.")
+    max_copy_ratio: float | None = _limit("RATIO", "The same for a repeated text's perplexity.")
 
 
 @dataclass(frozen=True)
 class FullRowOptions(Group):
     panel: ClassVar[str] = "Tokens that run all layers"
 
-    sink: int = option(
-        "Number of tokens at a prompt's start that run all layers.",
-        min=0,
-        default=PopMeta.sink_tokens,
-    )
-    tail: int = option(
-        "Number of tokens at a prompt's end that run all layers.", min=0, default=TAIL_TOKENS
-    )
+    sink: int = option("Tokens at a prompt's start.", min=0, default=PopMeta.sink_tokens)
+    tail: int = option("Tokens at a prompt's end.", min=0, default=TAIL_TOKENS)
     min_prompt: int | None = option(
-        "Length in tokens of the shortest prompt to prune (default: computed from the saved work,"
-        " about 70).",
+        "All tokens of shorter prompts (default: computed from the saved work, about 70).",
         min=0,
     )
-    deep_rows: DeepRows = option(
-        "Rule that selects words whose tokens also run all layers.", default=RowOptions.deep_rows
-    )
+    deep_rows: DeepRows = option("Words chosen by this rule.", default=RowOptions.deep_rows)
 
     @property
     def rows(self) -> RowOptions:
@@ -118,30 +99,27 @@ class FittingOptions(Group):
     panel: ClassVar[str] = "The fit"
 
     tokens: int | None = option(
-        "Number of tokens to fit on (default: 24 per embedding dimension, but 16384 or more).",
-        min=1,
+        "Tokens to fit on (default: 24 per embedding dimension, but 16384 or more).", min=1
     )
     kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
     memory: float | None = option(
-        "Memory for accumulating the fit's statistics (default: half of the free memory).",
+        "Memory for the fit's statistics (default: half of the free memory).",
         "GB",
         min=0.0,
         max=1e9,
         callback=opt.finite,
     )
     distill_tokens: int | None = option(
-        "Number of tokens to distill on (default: the number for the fit, but 65536 or more).",
-        min=1,
+        "Tokens to distill on (default: the same as for the fit, but 65536 or more).", min=1
     )
 
     def fit(self, texts: Sequence[Path]) -> FitOptions | None:
         """Return the options of a fit on `texts`, or None if no option is set."""
-        memory_bytes = None if self.memory is None else int(self.memory * 10**9)
         found = opt.given(
             tokens=self.tokens,
             texts=tuple(texts) or None,
             kv_type=self.kv_type,
-            memory_bytes=memory_bytes,
+            memory_bytes=None if self.memory is None else int(self.memory * 10**9),
             distill_tokens=self.distill_tokens,
         )
         return FitOptions(**found) if found else None
@@ -171,15 +149,15 @@ def convert(
 ) -> None:
     """Write a copy of a model that reads long prompts faster.
 
-    --quality limits the loss of quality and thereby the number of skipped layers. The limits on the
-    perplexity of held-out text and of a repeated passage, relative to the full model, are 1.01 and
-    1.02 for near-lossless, 1.03 and 1.1 for balanced, and 1.06 and 1.3 for fast. --dry-run prints
-    all limits. --skip and --boundary choose the skipped layers directly.
+    --quality limits the quality loss, and thereby the number of skipped layers. It limits the
+    perplexity of held-out text and of a repeated passage, relative to the full model: 1.01 and 1.02
+    for near-lossless, 1.03 and 1.1 for balanced, 1.06 and 1.3 for fast. --dry-run prints all
+    limits. --skip and --boundary choose the skipped layers directly.
 
-    The copy contains the model's weights and the K/V projections fitted for the skipped layers.
-    Only pop-local opens such a copy. The command measures and prints the loss of quality, and
-    stores the figures in the copy. A copy with --projection own has no additional weights and opens
-    in stock llama.cpp, without pruning.
+    The copy contains the model's weights and K/V projections fitted for the skipped layers. Only
+    pop-local can open it. The command measures the quality loss, prints it and stores it in the
+    copy. With --projection own, the copy has no additional weights, and stock llama.cpp can open it
+    (without pruning).
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
@@ -187,9 +165,7 @@ def convert(
         raise typer.BadParameter("requires --distill", param_hint="--distill-tokens")
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.resume or how.distill):
-        raise typer.BadParameter(
-            "--projection own fits nothing; remove the options that configure a fit"
-        )
+        raise typer.BadParameter("--projection own fits nothing; remove the fit's options")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
     if how.distill:
@@ -223,7 +199,7 @@ def convert(
             done = run_conversion(planned, force=how.force, watch=watch)
     except OverBudgetError as error:
         if not json:
-            show_trials(error.trials)
+            view.show_trials(error.trials)
         raise
     if json:
         print_json(view.converted_json(planned, done))
@@ -234,9 +210,7 @@ def convert(
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
     """Return the requested goal, whose missing limits default to the limits of BALANCED."""
     if quality and limits:
-        raise typer.BadParameter(
-            "--quality and custom limits exclude each other; remove --quality or the limits"
-        )
+        raise typer.BadParameter("use either --quality or custom limits")
     if limits:
         budget = replace(BALANCED, quality="custom", **limits)  # type: ignore[arg-type]
         return Within(budget, named)

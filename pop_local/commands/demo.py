@@ -8,28 +8,47 @@ from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener
 from pop_local.commands.option_expansion import expand_options
 from pop_local.models.model_names import DEFAULT_MODEL
+from pop_local.ui.console import say
 from pop_local.ui.tables import print_json
 from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.demonstrate import MAX_TOKENS, Demonstration, demonstrate
 
 
 @expand_options
 def demo(
     model: opt.Converted = DEFAULT_MODEL,
     *,
-    pairs: Annotated[
-        int, typer.Option(min=1, help="Number of pairs of answers (full and pruned).")
-    ] = 3,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of answers (full and pruned).")] = 3,
     json: opt.Json = False,
     how: opt.OpenOptions,
 ) -> None:
     """Answer one question about a document with and without pruning.
 
-    Both answers are short and decoded greedily, which makes them comparable.
+    Both answers are short and decoded greedily, so that they can be compared.
     """
-    from pop_local.ui.views.demonstration import show_demonstration
-    from pop_local.workflows.demonstrate import demonstrate
-
     opened = Opener(model, opt.ModelOptions(**vars(how)))()
     with terminal_watch() as watch:
         found = demonstrate(opened, pairs, watch)
     print_json(found) if json else show_demonstration(found)
+
+
+def show_demonstration(found: Demonstration) -> None:
+    full, pop, speedup = found.full, found.pop, found.speedup
+    say(f"Model: {found.model}")
+    say(f"Prompt: a document and a question with {found.n_prompt:,} tokens")
+    say(f"Question: {found.question}")
+    say(f"Answers: decoded greedily, up to {MAX_TOKENS} tokens\n")
+    say(f"Pruning off, first token after {full.ttft_s:.2f} s:\n  {full.text}\n")
+    say(f"Pruning on, first token after {pop.ttft_s:.2f} s:\n  {pop.text}\n")
+    if full.text != pop.text:
+        say("The answers differ. `pop-local eval` measures how much quality pruning costs.\n")
+    pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
+    fewer = f"{found.limit:.2f} times fewer multiply-accumulates"
+    say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
+    if speedup.min > found.limit:
+        say(
+            "The speed-up exceeds this ratio, because skipped layers also save other operations,"
+            " and attention is slower than matrix products."
+        )
+    skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
+    say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,}, which skipped {skipped}")

@@ -35,7 +35,7 @@ _LINE_EVERY_S = 20.0
 
 @dataclass
 class Pace:
-    """State shared by consecutive bars: the last line's time, and the time left for all stages."""
+    """State shared by consecutive bars: when a line was last printed, and the time left."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
     time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
@@ -72,8 +72,9 @@ def prefill_progress(what: str) -> Iterator[Advance]:
         yield advance
 
 
-# Prompts have few batches, and rich reports no speed before the second batch.
 class _TokensPerSecond(ProgressColumn):
+    """The rate since the start; rich's own rate is unknown before the second batch."""
+
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed / _taken_s(task):,.0f} tokens/s" if task.completed else "")
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from pop_local.commands.demo import show_demonstration
 from pop_local.measure.speed import Spread
-from pop_local.ui.views.demonstration import show_demonstration
 from pop_local.workflows import demonstrate as workflow
 from pop_local.workflows.demonstrate import Demonstration, TimedAnswer
 from support.converted import converted
