@@ -18,24 +18,14 @@ _N_GATED = 20
 @dataclass(frozen=True)
 class ProbeOptions(Group):
     text: Path | None = option("Text to measure on (default: built-in prose).", "FILE")
-    context: int = option("Number of context tokens per window.", min=32, default=192)
-    continuation: int = option("Number of answer tokens after the context.", min=2, default=64)
-    windows: int | None = option(
-        f"Number of windows to train the gates on (default: {_N_GATED}).", min=2
-    )
-    probe_windows: int = option("Number of windows for the probes.", min=1, default=3)
-    no_gates: bool = option(
-        "Run only the probes, which is faster and needs no torch.", default=False
-    )
-    no_fit: bool = option(
-        "Measure only the layers' own projections, which is faster.", default=False
-    )
-    tokens: int | None = option(
-        "Number of tokens to fit on (default: a quarter of convert's default).", min=1
-    )
-    plot: Path | None = option(
-        "File for a plot of the KL divergence against the speed-up limit.", "OUT.png"
-    )
+    context: int = option("Context tokens per window.", min=32, default=192)
+    continuation: int = option("Answer tokens per window, after the context.", min=2, default=64)
+    windows: int | None = option(f"Windows to train the gates on (default: {_N_GATED}).", min=2)
+    probe_windows: int = option("Windows for the probes.", min=1, default=3)
+    no_gates: bool = option("Run only the probes: faster, and without torch.", default=False)
+    no_fit: bool = option("Measure only the layers' own projections (faster).", default=False)
+    tokens: int | None = option("Tokens to fit on (default: a quarter of convert's).", min=1)
+    plot: Path | None = option("Plot KL divergence against the speed-up limit.", "OUT.png")
     force: bool = option("Replace an existing plot file.", flag="--force -f", default=False)
     seed: int = option("Seed for choosing targets, passages and random tokens.", min=0, default=0)
 
@@ -48,18 +38,16 @@ def analyze(
     json: opt.Json = False,
     processors: opt.HardwareOptions,
 ) -> None:
-    """Measure which layers matter for prompts and answers, and how many layers prompts can skip."""
+    """Measure which layers prompts and answers need, and how many layers prompts can skip."""
     if by.no_fit and by.tokens is not None:
         raise typer.BadParameter("--tokens requires a fit; remove --tokens or --no-fit")
     if by.no_gates and by.windows is not None:
         raise typer.BadParameter("--windows requires gates; remove --windows or --no-gates")
-    from pop_local.research import analysis_plot
+    from pop_local.research import analysis_plot, layer_analysis
+    from pop_local.research.analyze_options import AnalyzeOptions
 
     if by.plot is not None:
         analysis_plot.require_plot(by.plot, model, force=by.force)
-    from pop_local.research.analyze_options import AnalyzeOptions
-    from pop_local.research.layer_analysis import analyze as analyze_model
-
     options = AnalyzeOptions(
         text=by.text,
         n_context=by.context,
@@ -71,7 +59,7 @@ def analyze(
         seed=by.seed,
     )
     with stoppable_watch() as watch:
-        found = analyze_model(model, options, hardware=processors.hardware, watch=watch)
+        found = layer_analysis.analyze(model, options, hardware=processors.hardware, watch=watch)
     if by.plot is not None:
         analysis_plot.plot_analysis(found, by.plot, force=by.force)
         note(f"The plot is in {by.plot}.")

@@ -1,6 +1,9 @@
 """`pop-local bench MODEL`: measure the time to first token with and without pruning."""
 
+from contextlib import suppress
 from dataclasses import dataclass
+
+import typer
 
 from pop_converter.popfile.format import DeepRows
 from pop_local.commands import shared_options as opt
@@ -14,9 +17,7 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class PromptOptions(Group):
     prompt: str = option("Prompt lengths in tokens.", "N,N,...", default="512,1024,2048")
-    repeat: int = option(
-        "Number of pairs of runs (full and pruned) per prompt length.", min=1, default=5
-    )
+    repeat: int = option("Pairs of runs (full and pruned) per prompt length.", min=1, default=5)
     boundary: int | None = option("First layer to skip (default: the file's boundary).", min=1)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 
@@ -29,12 +30,11 @@ def bench(
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
-    """Measure the time to first token with and without pruning, in alternating runs of a model."""
-    n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
+    """Measure the time to first token with and without pruning, in alternating runs."""
     from pop_local.workflows import benchmark as workflow
 
     options = workflow.BenchOptions(
-        n_prompts,
+        _lengths(read.prompt),
         n_pairs=read.repeat,
         boundary=read.boundary,
         n_ctx=measured.n_ctx,
@@ -46,3 +46,13 @@ def bench(
     print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
         warn("One pair of runs does not show the noise of the timings; pass --repeat 3 or more.")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    with suppress(ValueError):
+        found = tuple(int(part) for part in text.split(","))
+        if min(found) >= 1:
+            return found
+    raise typer.BadParameter(
+        f"{text!r} is not a list of positive numbers like 512,2048", param_hint="--prompt"
+    )

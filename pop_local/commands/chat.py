@@ -9,15 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pop_local.commands import opening
 from pop_local.commands import shared_options as opt
-from pop_local.commands.opening import (
-    Opener,
-    default_model,
-    lessons,
-    open_prompt_cache,
-    store_prompts,
-    without_refill,
-)
 from pop_local.commands.option_expansion import expand_options
 from pop_local.commands.serve import ServerOptions, serve_named
 from pop_local.ui.chat.dialogue import Dialogue, pruning_state, warn_of_base_model
@@ -44,10 +37,7 @@ def _in_browser(model: str | None, opened: opt.ModelOptions, asked: set[str]) ->
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError:
-        note(
-            f"Port {port} is in use. The page opens on another port and does not show earlier"
-            " chats."
-        )
+        note(f"Port {port} is in use, so the page opens on another port, without earlier chats.")
         port = 0
     serve_named(model, ServerOptions(port=port), opened, asked, show)
 
@@ -75,10 +65,11 @@ def chat(
     screen = Screen()
     # A pipe delivers its next line immediately, without idle time.
     if not sys.stdin.isatty() and opened.refill == "idle":
-        opened = without_refill(opened, "piped questions leave the model no idle time", asked)
+        opened = opening.without_refill(opened, "piped questions leave no idle time", asked)
         opened = replace(opened, learn="off")
-    prompts = open_prompt_cache(opened)
-    open_named = Opener(model or default_model(), opened, asked, prompt_cache=prompts)
+    prompts = opening.open_prompt_cache(opened)
+    name = model or opening.default_model()
+    open_named = opening.Opener(name, opened, asked, prompt_cache=prompts)
     begun = Dialogue(
         open_named(),
         open_named,
@@ -86,7 +77,7 @@ def chat(
         system=system,
         sampling=sampling.given,
         refill=opened.refill,
-        make_fitter=lessons,
+        make_fitter=opening.lessons,
     )
     warn_of_base_model(begun)
     if sys.stdin.isatty():
@@ -104,7 +95,7 @@ def chat(
     try:
         talk(begun)
     finally:
-        store_prompts(begun.model)
+        opening.store_prompts(begun.model)
         begun.model.close()  # saves learned statistics
     if begun.has_failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_FAILED)

@@ -16,9 +16,7 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class GreedyOptions(Group):
     # Not named max_tokens: the setting of that name is for conversations.
-    longest: int = option(
-        "Maximum answer length in tokens.", flag="--max-tokens", min=1, default=256
-    )
+    longest: int = option("Maximum tokens per answer.", flag="--max-tokens", min=1, default=256)
     mmproj: Path | None = option(opt.MMPROJ, "FILE")
 
 
@@ -29,8 +27,8 @@ def compare(
         Path,
         typer.Argument(
             metavar="PROMPTS.jsonl",
-            help='Each line is {"messages": [...]} or {"prompt": ...}, with optional "documents":'
-            ' [TEXT, {"file": PATH}], "images": [PATH] and "answer", the right answer.',
+            help='Each line is {"messages": [...]} or {"prompt": ...}. Optional keys: "documents":'
+            ' [TEXT, {"file": PATH}], "images": [PATH], and "answer" for the right answer.',
         ),
     ],
     *,
@@ -40,8 +38,8 @@ def compare(
 ) -> None:
     """Answer your prompts with and without pruning, and compare the answers and their speed.
 
-    Decoding is greedy. If lines contain an "answer", McNemar's test checks whether pruning changes
-    the number of right answers.
+    Decoding is greedy. If lines have an "answer", McNemar's test checks whether pruning changes the
+    number of right answers.
     """
     from pop_local.workflows.compare_answers import CompareOptions, compare_answers
 

@@ -14,12 +14,10 @@ from pop_local.ui.watch import stoppable_watch
 @dataclass(frozen=True)
 class WindowOptions(Group):
     text: Path | None = option("Held-out text to measure on (default: built-in text).", "FILE")
-    context: int = option("Number of context tokens per window.", min=2, default=512)
-    continuation: int = option("Number of scored tokens after the context.", min=2, default=128)
-    windows: int = option("Number of windows.", min=1, default=32)
-    lookups: int = option(
-        "Number of look-ups, questions about exact strings (0: none).", min=0, default=100
-    )
+    context: int = option("Context tokens per window.", min=2, default=512)
+    continuation: int = option("Scored tokens per window, after the context.", min=2, default=128)
+    windows: int = option("Windows to score.", min=1, default=32)
+    lookups: int = option("Look-ups: questions about exact strings.", min=0, default=100)
     seed: int = option("Seed for choosing passages, random tokens and look-ups.", min=0, default=0)
     deep_rows: DeepRows | None = option(opt.DEEP_ROWS)
 

@@ -8,8 +8,7 @@ from pop_local.commands.shared_options import Json, Sidecar
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.views.inspection import inspection_facts
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.inspect_file import inspect as inspect_file
-from pop_local.workflows.inspect_file import require_unchanged
+from pop_local.workflows import inspect_file
 
 
 def inspect(
@@ -19,15 +18,11 @@ def inspect(
     sidecar: Sidecar = None,
     json: Json = False,
     verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Read the whole file and compare its hash with the original file's hash.",
-        ),
+        bool, typer.Option("--verify", help="Hash the whole file and compare with the original.")
     ] = False,
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes and origin."""
     with terminal_watch() as watch:
-        found = inspect_file(model, sidecar, with_hash=verify, watch=watch)
+        found = inspect_file.inspect(model, sidecar, with_hash=verify, watch=watch)
     print_json(found) if json else print_facts(inspection_facts(found))
-    require_unchanged(found)
+    inspect_file.require_unchanged(found)

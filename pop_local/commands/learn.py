@@ -42,24 +42,21 @@ def show(json: Json = False) -> None:
     found = [_shown(each) for each in learned_files()]
     if json:
         print_json({"learned": found})
-        return
-    if not found:
+    elif found:
+        print_table(_COLUMNS, found)
+    else:
         note("No learned statistics yet.")
-        return
-    print_table(_COLUMNS, found)
 
 
 def _shown(files: LearnedFiles) -> dict[str, Any]:
     n_rows = SumsFile(files.sums, "").rows()
-    pruned = None
-    if files.sidecar.exists():
-        pruned = sidecar_meta(read_header(files.sidecar)).boundary
+    sidecar = files.sidecar
     return {
         "model": files.name,
         "n_tokens": max(n_rows.values(), default=0),
         "boundaries": sorted(n_rows),
         "size_bytes": files.size_bytes,
-        "pruned_from": pruned,
+        "pruned_from": sidecar_meta(read_header(sidecar)).boundary if sidecar.exists() else None,
     }
 
 

@@ -28,33 +28,29 @@ def pull(
         typer.Argument(
             metavar="MODEL",
             help="A known name, hf:OWNER/REPO[:FILE], or the URL of a GGUF file (default: list the"
-            " known names). FILE may be a part of the file's name, as in hf:OWNER/REPO:Q4_K_M.",
+            " known names). FILE may be part of the file's name, as in hf:OWNER/REPO:Q4_K_M.",
         ),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--dir", help="Target folder (default: the models folder).")
     ] = None,
     sha256: Annotated[
-        str | None,
-        typer.Option(
-            "--sha256", metavar="HASH", help="Expected SHA-256 hash of the file at the URL."
-        ),
+        str | None, typer.Option(metavar="HASH", help="Expected SHA-256 of the file at the URL.")
     ] = None,
     force: Force = False,
 ) -> None:
     """Fetch a model, check its hash and print its path.
 
-    An interrupted download resumes if the server supports it. If a name is unknown, the command
-    searches the hub for models with this name.
+    An interrupted download resumes if the server supports it. If the name is unknown, the command
+    searches the hub for it.
     """
     if model is None:
         catalog = ((each.short_name, each.source) for each in load_catalog())
         print_table(_NAMES, (*catalog, *hub_names().items()))
         return
     if sha256 is not None and not is_url(model):
-        raise typer.BadParameter(
-            "--sha256 requires the URL of a file; remove --sha256", param_hint="--sha256"
-        )
+        message = "--sha256 requires the URL of a file; remove --sha256"
+        raise typer.BadParameter(message, param_hint="--sha256")
     folder = folder or models_dir()
     try:
         path = _fetched(model, folder, sha256, force=force)
@@ -87,11 +83,8 @@ def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Pa
 def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:
     if not sha256:
         is_plain = url.lower().startswith("http:")
-        warn(
-            "Without --sha256 the file is not verified, and http:// is not encrypted."
-            if is_plain
-            else "Without --sha256 the file is not verified."
-        )
+        more = ", and http:// is not encrypted" if is_plain else ""
+        warn(f"Without --sha256 the file is not verified{more}.")
     with terminal_watch() as watch:
         advance = watch.stage(f"Fetching {file_name(url)}", Unit.BYTES)
         return fetch_url(url, folder, sha256, advance, force=force)

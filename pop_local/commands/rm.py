@@ -29,9 +29,8 @@ def rm(
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 
-    The command also removes a model's sidecar and the mmproj named after the model. A converted
-    copy is a separate model and is not removed with its original. A catalog name, however, refers
-    to both the model and its converted copy.
+    A model's sidecar and the mmproj named after the model are removed, too. A converted copy counts
+    as a separate model, but a catalog name stands for both the model and its copy.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))

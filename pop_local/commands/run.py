@@ -40,20 +40,15 @@ def run(
     model: opt.Model,
     question: Annotated[
         str,
-        typer.Argument(
-            metavar="QUESTION", help="The question, which is optional if text is piped in."
-        ),
+        typer.Argument(metavar="QUESTION", help="The question (optional with piped text)."),
     ] = "",
     *,
     file: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--file", "-f", help="Text, PDF or DOCX file to add to the prompt; repeatable."
-        ),
+        typer.Option("--file", "-f", help="Text, PDF or DOCX file for the prompt; repeatable."),
     ] = None,
     image: Annotated[
-        list[Path] | None,
-        typer.Option("--image", help="Picture to add to the prompt; repeatable."),
+        list[Path] | None, typer.Option(help="Picture for the prompt; repeatable.")
     ] = None,
     json: opt.Json = False,
     system: opt.System = "",
@@ -72,11 +67,7 @@ def run(
     screen = Screen()
     asked = opt.given_names(call)
     if how.full or how.refill == "idle":
-        why = (
-            "--full prunes nothing"
-            if how.full
-            else "a single question leaves the model no idle time"
-        )
+        why = "--full prunes nothing" if how.full else "a single question leaves no idle time"
         how = without_refill(how, why, asked)
     opened = Opener(model, how, asked, prompt_cache=open_prompt_cache(how))()
     engine = opened.engine
@@ -122,7 +113,7 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 def _piped() -> bytes:
     timer = threading.Timer(
-        _PATIENCE_S, note, ["Waiting for the end of the piped text (add < /dev/null to skip it)."]
+        _PATIENCE_S, note, ["Waiting for the end of the piped text (skip it with < /dev/null)."]
     )
     timer.daemon = True
     timer.start()

@@ -22,63 +22,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerOptions(Group):
-    host: str = option("Address to listen on (0.0.0.0: all networks).", default="127.0.0.1")
+    host: str = option("Address to listen on (0.0.0.0: all interfaces).", default="127.0.0.1")
     port: int = option("Port to listen on (0: any free port).", min=0, max=65535, default=8080)
     api_key: str = option(
-        "API key that clients must send. Without a key, the server refuses requests to foreign host"
-        " names and requests from other machines' web pages.",
+        "API key that clients must send. Without a key, the server rejects requests for other host"
+        " names and from other sites' web pages.",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
         default="",
     )
-    name: str = option(
-        "The model's name in the APIs (default: the catalog name, or else the file name).",
-        default="",
-    )
-    strict_model: bool = option(
-        "Refuse requests for unknown models instead of answering such requests with MODEL.",
-        default=False,
-    )
+    name: str = option("Model name in the APIs (default: the catalog or file name).", default="")
+    strict_model: bool = option("Reject requests that name an unknown model.", default=False)
     models: Path | None = option(
-        "Serve all models in this folder under the names that `list` shows, and open each model on"
-        " demand. The server opens MODEL at the start, and answers requests without a model name"
-        " with MODEL (default: with the last requested model).",
+        "Serve every model in this folder under the name that `list` shows, and open each one on"
+        " demand. MODEL, if given, is opened at startup and answers requests that name no model"
+        " (default: the last requested model).",
         "FOLDER",
         exists=True,
         file_okay=False,
     )
     ram: float | None = option(
-        "Memory limit for --models, above which the server closes idle models (default: one open"
-        " model at a time).",
+        "Memory limit for --models; above it, idle models are closed (default: one open model).",
         "GIB",
         min=0.0,
         callback=opt.finite,
     )
     cors: list[str] | None = option(
-        "Allow web pages of this origin to send requests without a key; repeatable.",
-        "ORIGIN",
+        "Allow this origin's web pages to send requests without a key; repeatable.", "ORIGIN"
     )
     cache_ram: int = option(
-        "Memory for the KV caches of earlier prompts (0: keep only the last prompt's cache).",
-        "MIB",
-        min=0,
-        default=2048,
+        "Memory for KV caches of earlier prompts (0: only the last).", "MIB", min=0, default=2048
     )
     parallel: int | None = option(
-        "Number of slots, each with a separate context. The default is 2 with 8 GB of free memory,"
-        " but 1 with less memory, with --repeatable, or for a model that learns.",
+        "Slots, each with its own context (default: 2 with 8 GB of free memory; 1 with less memory,"
+        " with --repeatable, or for a model that learns).",
         "N",
         min=1,
         max=64,
     )
-    max_waiting: int = option(
-        "Maximum queue length; the server refuses further requests (status 503).",
-        min=1,
-        default=256,
-    )
+    max_waiting: int = option("Maximum queue length (then: status 503).", min=1, default=256)
     repeatable: bool = option(
-        "Read each prompt without the cache, so that equal requests get equal answers at"
-        " temperature 0 or with a seed.",
+        "Read prompts without the cache, so that equal requests get equal answers at temperature 0"
+        " or with a seed.",
         default=False,
     )
 
@@ -93,8 +78,8 @@ def serve(
 ) -> None:
     """Serve a model over the APIs of OpenAI, Anthropic, Ollama and llama-server, with a web page.
 
-    --parallel sets the number of concurrent answers. Further requests wait in a queue. A request
-    with "pop": false turns pruning off for its prompt. /health and /metrics (Prometheus) report the
+    --parallel sets the number of concurrent answers; further requests wait in a queue. "pop": false
+    in a request turns pruning off for its prompt. /health and /metrics (Prometheus) report the
     server's state.
     """
     serve_named(model, to, how, opt.given_names(call))
@@ -145,17 +130,13 @@ def serve_named(
 
 
 def _require_usage(to: ServerOptions, how: opt.ModelOptions) -> int | None:
-    """Return the number of sequences, or None for the model's default.
-
-    Raises BadParameter for options that exclude each other.
-    """
+    """Return the number of slots (None: the model's default). Raises BadParameter."""
     if to.models is None and to.ram is not None:
         raise typer.BadParameter("requires --models", param_hint="--ram")
     single = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
     for name, value in single.items():
         if value and to.models is not None:
-            message = "this option is for a single model; remove the option or --models"
-            raise typer.BadParameter(message, param_hint=name)
+            raise typer.BadParameter("cannot be combined with --models", param_hint=name)
     if to.repeatable and (to.parallel or 1) > 1:
         message = "--repeatable supports one slot; remove --repeatable or pass --parallel 1"
         raise typer.BadParameter(message, param_hint="--parallel")

@@ -2,7 +2,6 @@
 
 import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def finite(value: float | None) -> float | None:
-    """Reject nan and inf, which typer's ranges accept.
-
-    All float options use this callback.
-    """
+    """Reject nan and inf, which Typer's ranges accept. Every float option uses this callback."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
@@ -41,9 +37,8 @@ def positive(value: float | None) -> float | None:
 def one_output(argument: Path | None, option: Path | None) -> Path | None:
     """Return the output path from the argument or from --output."""
     if argument and option:
-        raise typer.BadParameter(
-            "the argument OUT.gguf already names the output; remove --output", param_hint="--output"
-        )
+        message = "the argument OUT.gguf already names the output; remove --output"
+        raise typer.BadParameter(message, param_hint="--output")
     return argument or option
 
 
@@ -59,12 +54,9 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     return n_cores
 
 
-_SIDECAR = (
-    "The model's sidecar (default: NAME.pop-sidecar.gguf in the model's folder, or a sidecar that"
-    " pop-local ships)."
-)
+_SIDECAR = "Sidecar (default: NAME.pop-sidecar.gguf next to the model, or the shipped one)."
 MMPROJ = "Multimodal projector for pictures (default: mmproj*.gguf in the model's folder)."
-DEEP_ROWS = "Rule that selects words whose tokens run all layers (default: the file's rule)."
+DEEP_ROWS = "Which words run all layers (default: the file's rule)."
 _MODEL = "A GGUF file, a name that `pop-local pull` lists, or hf:OWNER/REPO"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL}.")]
 OptionalModel = Annotated[
@@ -80,12 +72,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Output = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="OUT.gguf",
-        help="Output file, instead of the argument OUT.gguf.",
-    ),
+    typer.Option("--output", "-o", metavar="OUT.gguf", help="Output file, like OUT.gguf."),
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
@@ -114,10 +101,7 @@ class MeasureOptions(HardwareOptions):
     sidecar: Path | None = option(_SIDECAR, "PATH")
     # Not named ctx: the setting of that name is for conversations.
     n_ctx: int | None = option(
-        "Context length in tokens (default: the length that the command needs).",
-        flag="--ctx",
-        min=1,
-        max=MOST,
+        "Context length in tokens (default: as long as needed).", flag="--ctx", min=1, max=MOST
     )
 
 
@@ -127,10 +111,7 @@ class PictureOptions(Group):
 
     mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = option(
-        "Maximum number of tokens per picture, for models with a variable number.",
-        "MAX",
-        min=1,
-        max=MOST,
+        "Maximum tokens per picture, if the model's number varies.", "MAX", min=1, max=MOST
     )
 
 
@@ -158,20 +139,14 @@ class ModelOptions(OpenOptions, PictureOptions):
         "Store statistics of prompts, never text, to speed up later prompts.", default="off"
     )
     reuse: Reuse = option(
-        "Cached rows that a prompt may reuse: an equal beginning and equal passages after an edit"
-        " (approximate until the passages have caught up), only an equal beginning, or no rows.",
+        "What a prompt may reuse from the cache: a common prefix and the passages after an edit"
+        " (approximate until they have caught up), only a common prefix, or nothing.",
         default=Reuse.EDITED,
     )
     cache_disk: int = option(
-        "Disk space for the KV caches of earlier prompts (0: store none).",
-        "GIB",
-        min=0,
-        max=MOST_GIB,
-        default=0,
+        "Disk space for KV caches of earlier prompts.", "GIB", min=0, max=MOST_GIB, default=0
     )
-    parse_special: bool = option(
-        "Parse special tokens in messages and documents. Use only with trusted text.", default=False
-    )
+    parse_special: bool = option("Parse special tokens (only for trusted text).", default=False)
 
 
 @dataclass(frozen=True)
@@ -179,21 +154,16 @@ class SamplingOptions(Group):
     panel: ClassVar[str] = "Answers"
 
     max_tokens: int | None = option("Maximum answer length in tokens (default: no limit).", min=1)
-    temperature: float | None = option(
-        "Sampling temperature (0: greedy).", min=0.0, callback=finite
-    )
+    temperature: float | None = option("Temperature (0: greedy).", min=0.0, callback=finite)
     top_k: int | None = option("Sample from the K most likely tokens (0: all).", min=0, max=MOST)
     top_p: float | None = option(
-        "Nucleus sampling: sample from the most likely tokens with this total probability.",
-        min=0.0,
-        max=1.0,
-        callback=finite,
+        "Nucleus sampling threshold (1: all tokens).", min=0.0, max=1.0, callback=finite
     )
     seed: int | None = option("Random seed (default: random).", min=0, max=MOST_SEED)
 
     @property
     def given(self) -> dict[str, Any]:
-        """Return the options that are set. The engine has defaults for the remaining options."""
+        """Return the options that the user set. The engine has defaults for the others."""
         return given(**vars(self))
 
 
@@ -210,10 +180,8 @@ class BoundaryOptions(Group):
         if self.skip is None:
             return None if self.boundary is None else Boundary(self.boundary)
         if self.boundary is not None:
-            raise typer.BadParameter(
-                "--skip and --boundary exclude each other; remove --skip or --boundary",
-                param_hint="--boundary",
-            )
+            message = "--skip and --boundary are mutually exclusive; remove one of them"
+            raise typer.BadParameter(message, param_hint="--boundary")
         try:
             parse_skip(self.skip)
         except PlanError as error:
@@ -232,14 +200,3 @@ def given_names(call: typer.Context) -> set[str]:
     names = (option.name or "" for option in call.command.params)
     sources = {name: call.get_parameter_source(name) for name in names}
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
-
-
-def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
-    """Parse a comma-separated list of lengths of `least` or more tokens. Raises BadParameter."""
-    with suppress(ValueError):
-        found = tuple(int(part) for part in text.split(","))
-        if min(found) >= least:
-            return found
-    raise typer.BadParameter(
-        f"{text!r} is not a list of lengths like 512,2048, each {least} or more", param_hint=option
-    )

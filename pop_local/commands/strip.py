@@ -9,8 +9,8 @@ from pop_converter.base.errors import FormatError
 from pop_converter.base.numbers import size
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import is_sidecar
+from pop_converter.popfile import rewrite
 from pop_converter.popfile.format import pop_meta
-from pop_converter.popfile.rewrite import strip as write_original
 from pop_local.commands.shared_options import Force, Json, Output, one_output
 from pop_local.models.model_names import resolve
 from pop_local.ui.tables import print_facts, print_json
@@ -33,7 +33,7 @@ def strip(
 ) -> None:
     """Restore the original file from a converted copy, byte for byte, and check its hash.
 
-    The original of a split model is restored as one merged file.
+    A model that was split into several files is restored as one file.
     """
     output = one_output(output, out)
     path = resolve(model)
@@ -49,7 +49,7 @@ def strip(
     target = output or path.with_name(name or f"{path.name.removesuffix('.gguf')}.stripped.gguf")
     with terminal_watch() as watch:
         advance = watch.stage("Restoring", Unit.BYTES)
-        meta = write_original(path, target, progress=advance, force=force)
+        meta = rewrite.strip(path, target, progress=advance, force=force)
     n_bytes, sha256 = target.stat().st_size, meta.source_sha256
     if json:
         print_json({"source": path, "output": target, "output_bytes": n_bytes, "sha256": sha256})
