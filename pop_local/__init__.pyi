@@ -2,10 +2,10 @@ from pop_converter.base.errors import OutputExistsError as OutputExistsError
 from pop_converter.base.errors import PopError as PopError
 from pop_converter.base.errors import StoppedError as StoppedError
 from pop_local.calibration.fit_options import FitOptions as FitOptions
+from pop_local.engine.answer import ContextFullError as ContextFullError
 from pop_local.engine.cache.prompt_cache import PromptCache as PromptCache
 from pop_local.engine.chat_messages import SessionStats as SessionStats
 from pop_local.engine.chat_messages import TurnStats as TurnStats
-from pop_local.engine.context_full import ContextFullError as ContextFullError
 from pop_local.engine.decode.grammar import Grammar as Grammar
 from pop_local.engine.decode.grammar import GrammarError as GrammarError
 from pop_local.engine.engine_options import EngineOptions as EngineOptions

@@ -15,8 +15,8 @@ import typer
 from pop_local.commands import shared_options as opt
 from pop_local.commands.opening import Opener, open_prompt_cache, store_prompts, without_refill
 from pop_local.commands.option_expansion import expand_options
+from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Chunk
-from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn

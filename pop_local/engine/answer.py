@@ -9,7 +9,6 @@ from dataclasses import replace
 from pop_converter.base.errors import PopError
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.chat_messages import Chunk, FinishReason, TurnStats
-from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.decode.logprobs import Logprobs
 from pop_local.engine.decode.repeats import Repeats
 from pop_local.engine.decode.sampler import Allowed, Sampler
@@ -27,6 +26,30 @@ from pop_local.engine.turn_options import TurnOptions
 Answering = Generator[Chunk, None, None]
 
 
+class ContextFullError(PopError):
+    """A prompt and its answer exceed the context. All numbers are tokens.
+
+    `n_answer`: tokens reserved for the answer. `n_short`: missing tokens.
+    """
+
+    def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
+        larger = n_prompt + max(512, n_answer)
+        super().__init__(
+            f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
+            f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
+            f"open the model with a larger context (n_ctx={larger}) or a shorter prompt",
+            cause="context-full",
+            n_ctx=larger,
+        )
+        self.n_prompt = n_prompt
+        self.n_answer = n_answer
+        self.n_ctx = n_ctx
+
+    @property
+    def n_short(self) -> int:
+        return self.n_prompt + self.n_answer - self.n_ctx
+
+
 def answer(
     sequence: CachedSequence,
     render: Callable[[], Prompt],
@@ -36,8 +59,8 @@ def answer(
     """Stream the answer to a prompt; the last chunk contains the statistics."""
     if options.repeatable:
         sequence = replace(sequence, rule=replace(sequence.rule, reuse=Reuse.OFF))
-    with closing(_Turn(sequence, render, options, constraint)) as turn:
-        yield from turn.chunks()
+    turn = _Turn(sequence, render, options, constraint)
+    yield from turn.chunks()
 
 
 class _Turn:
@@ -78,39 +101,34 @@ class _Turn:
         self._n_shown = 0
         self._constraint = constraint()
         self._sampler = Sampler(sequence.cache.slot, options, self._constraint)
-        self._sampled: Generator[int] | None = None
         self._n_decoded = 0
         self._decode_s = 0.0
-
-    def close(self) -> None:
-        if self._sampled is not None:
-            self._sampled.close()
-        self._sampler.close()
 
     def chunks(self) -> Iterator[Chunk]:
         options = self._options
         self._n_refilled = self._sequence.refiller.take_refilled()
         prefill_started_s = time.perf_counter()
-        try:
-            with stopped_by(options.should_stop):
-                found = self._sequence.read(self._prompt, options.on_prefill)
-                self._sampled = self._sequence.sampled(self._sampler)
-                token = next(self._sampled)
-        except PrefillStoppedError as error:
-            if options.should_stop is None:  # stopped from outside, not by this answer's options
-                raise
-            found, token = error.read, -1
-        now_s = time.perf_counter()
-        self._read, self._ttft_s = found, now_s - self._started_s
-        self._prefill_s = now_s - prefill_started_s - found.encode_s
-        if token == -1:
-            yield Chunk("", self._stats("interrupted"))
-            return
-        if self._prompt.begun and options.grammar is None:  # no grammar allows the prefix
-            yield Chunk(self._prompt.begun)
-        yield from self._decode(token)
+        with closing(self._sequence.sampled(self._sampler)) as sampled:
+            try:
+                with stopped_by(options.should_stop):
+                    self._read = self._sequence.read(self._prompt, options.on_prefill)
+                    token = next(sampled)
+            except PrefillStoppedError as error:
+                if options.should_stop is None:  # another caller's `should_stop` returned true
+                    raise
+                self._read, token = error.read, -1
+            now_s = time.perf_counter()
+            self._ttft_s = now_s - self._started_s
+            self._prefill_s = now_s - prefill_started_s - self._read.encode_s
+            if token == -1:
+                yield Chunk("", self._stats("interrupted"))
+                return
+            if self._prompt.begun and options.grammar is None:  # no grammar allows the prefix
+                yield Chunk(self._prompt.begun)
+            yield from self._decode(token, sampled)
 
-    def _decode(self, token: int) -> Iterator[Chunk]:
+    def _decode(self, token: int, sampled: Iterator[int]) -> Iterator[Chunk]:
+        should_stop = self._options.should_stop
         while True:
             self._n_decoded += 1
             at_end = self._context.vocabulary.is_end(token)
@@ -123,14 +141,21 @@ class _Turn:
             self._is_repeating = self._repeats is not None and self._repeats.push(token, piece)
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):
                 self._logprobs.push(token)
-            is_over = at_end or self._text.stop or self._is_repeating
-            reason = "stop" if is_over else self._limit_reason()
+            reason: FinishReason | None = None
+            if at_end or self._text.stop or self._is_repeating:
+                reason = "stop"
+            elif self._n_decoded >= self._limit:
+                reason = "length"
+            elif should_stop is not None and should_stop():
+                reason = "interrupted"
             if reason is not None:
                 yield self._chunk(shown + self._text.flush(), self._stats(reason))
                 return
             if shown:
                 yield self._chunk(shown)
-            token = self._next_token()
+            started_s = time.perf_counter()
+            token = next(sampled)
+            self._decode_s += time.perf_counter() - started_s
 
     def _chunk(self, text: str, stats: TurnStats | None = None) -> Chunk:
         if self._logprobs is None:
@@ -139,20 +164,6 @@ class _Turn:
         # The last chunk includes tokens without text, and tokens of half a character.
         is_whole = stats is not None and not self._text.stop
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
-
-    def _next_token(self) -> int:
-        assert self._sampled is not None, "chunks() has created the generator"
-        started_s = time.perf_counter()
-        token = next(self._sampled)
-        self._decode_s += time.perf_counter() - started_s
-        return token
-
-    def _limit_reason(self) -> FinishReason | None:
-        if self._n_decoded >= self._limit:
-            return "length"
-        if self._options.should_stop is not None and self._options.should_stop():
-            return "interrupted"
-        return None
 
     def _stats(self, reason: FinishReason) -> TurnStats:
         found = self._read

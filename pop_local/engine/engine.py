@@ -1,4 +1,4 @@
-"""The parts of an open model, which read prompts and answer them."""
+"""The parts of an open model: they read prompts and generate answers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class EngineOwner(Protocol):
-    """A handle whose engine may be replaced."""
+    """A handle of a model. Its engine may be replaced while the model is open."""
 
     @property
     def engine(self) -> Engine: ...
@@ -53,8 +53,9 @@ class EngineOwner(Protocol):
 class Engine:
     """The parts of an open model.
 
-    Pruning is on at first if the model is converted. `sequences`: one for each concurrent prompt.
-    `vision`: the mmproj, or None. `calibrator`: learns from full rows, or None.
+    Pruning is initially on if the model is converted. `sequences`: one for each concurrent prompt.
+    `vision`: the vision encoder, if the model has an mmproj. `calibrator`: learns from full rows,
+    if learning is on.
     """
 
     options: EngineOptions
@@ -77,7 +78,14 @@ class Engine:
         context = Context(
             source, meta, options.context, sidecar=options.sidecar, holds_states=holds_states
         )
-        vision = _vision(options, context)
+        vision = None
+        if options.mmproj is not None:
+            vision = Mmproj(
+                options.mmproj,
+                use_gpu=options.context.n_gpu_layers != 0,
+                max_tokens=options.image_tokens,
+                should_stop=context.interrupt.should_stop,
+            )
         prompter = Prompter(context, vision, parse_special=options.parse_special)
         if prompter.has_template:
             _ = prompter.template  # raises for a broken template
@@ -142,9 +150,9 @@ class Engine:
             sequence.set_boundary(layer)
 
     def set_refill(self, is_on: bool) -> None:
-        """Turn refilling on, which stores boundary states, or turn it off and drop the states.
+        """Turn refilling on or off. Boundary states are stored while it is on, and then dropped.
 
-        The call has no effect on a model that cannot be refilled.
+        Has no effect on a model that cannot be refilled.
         """
         self.context.interrupt.require_idle()
         for sequence in self.sequences:
@@ -167,9 +175,9 @@ class Engine:
     ) -> Answering:
         """Answer a prompt. The last chunk contains the statistics.
 
-        `prompt`: a prompt or a function that renders it, whose time counts towards TTFT.
-        `sequence` (default: the first). The engine stays usable after the iterator was closed or
-        has raised. Raises PopError if the prompt exceeds the context.
+        `prompt`: a prompt, or a function that renders one; its time counts towards TTFT.
+        `sequence`: the sequence to use (default: the first). The engine stays usable after the
+        iterator is closed or raises. Raises PopError if the prompt exceeds the context.
         """
         render = prompt if callable(prompt) else lambda: prompt
         return answer(
@@ -177,15 +185,12 @@ class Engine:
         )
 
     def sampled(self, options: TurnOptions) -> Generator[int]:
-        """Yield sampled tokens after the first sequence's cached rows, without end."""
+        """Yield tokens that continue the first sequence's cached rows, without end."""
         sequence = self.sequences[0]
         return sequence.sampled(Sampler(sequence.cache.slot, options, self.constraint(options)))
 
     def constraint(self, options: TurnOptions) -> Allowed | None:
-        """Return the constraint on the answer's tokens:
-
-        tool calls or a grammar (None: no limit).
-        """
+        """Return the constraint of the options' tool calls or grammar, or None without either."""
         grammar, calls = options.grammar, options.calls
         if calls is not None:
             pieces = Pieces(self.context.vocabulary, calls.shown)
@@ -196,19 +201,8 @@ class Engine:
         return Constraint(self.token_tries.get(), parsed)
 
 
-def _vision(options: EngineOptions, context: Context) -> Mmproj | None:
-    if options.mmproj is None:
-        return None
-    return Mmproj(
-        options.mmproj,
-        use_gpu=options.context.n_gpu_layers != 0,
-        max_tokens=options.image_tokens,
-        should_stop=context.interrupt.should_stop,
-    )
-
-
 def _rule(options: EngineOptions, meta: PopMeta | None) -> RowRule:
-    """Return the file's rule for full rows, changed by the options."""
+    """Return the file's rule for full rows, with the options' changes."""
     changes: dict[str, Any] = {"reuse": options.reuse} | {
         name: value
         for name in ("sink_tokens", "tail_tokens", "deep_rows")

@@ -1,15 +1,15 @@
-"""A sequence of an engine, which reads prompts and yields sampled tokens."""
+"""A sequence of an engine: read prompts into its cache, and sample tokens."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.decode.sampler import Sampler
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
@@ -21,22 +21,12 @@ from pop_local.engine.prefill.reading import OnPrefill, Read
 from pop_local.engine.prompt.prompt import Prompt
 
 
-class TokenSource(Protocol):
-    """Source of sampled tokens."""
-
-    def sample(self) -> int:
-        """Sample the next token from the last logits."""
-
-    def close(self) -> None:
-        """Free native resources."""
-
-
 @dataclass(frozen=True)
 class CachedSequence:
-    """A KV cache, its saved states, its refiller and the rule that selects full rows.
+    """A KV cache with its saved states, its refiller, and the rule that selects full rows.
 
-    Switching the boundary empties the cache. Switching the mode does so unless the model skips
-    layers exactly, or the new mode is OFF and all rows equal the full model's.
+    Changing the boundary empties the cache. Changing the mode also empties the cache, unless the
+    model skips layers exactly, or the new mode is OFF and all rows equal the full model's.
     """
 
     states: CacheStates
@@ -50,7 +40,7 @@ class CachedSequence:
     # Settings
 
     def set_mode(self, mode: Mode) -> None:
-        """Switch the mode, and empty the cache if its rows depend on it.
+        """Switch the mode, and empty the cache if its rows depend on the mode.
 
         Raises PopError if the model can neither prune nor skip layers exactly.
         """
@@ -67,10 +57,10 @@ class CachedSequence:
             )
         if not pruning.exact:
             self.states.store()
-        # Drop a full prompt before pruning, so that the user can compare both.
-        is_its_own = mode is Mode.OFF and cache.n_exact == cache.n_tokens
+        # Full rows are dropped before pruning, so that the user can compare both modes.
+        is_reusable = mode is Mode.OFF and cache.n_exact == cache.n_tokens
         pruning.set_mode(mode)
-        if not (is_its_own or pruning.exact):
+        if not (is_reusable or pruning.exact):
             cache.clear()
 
     def set_boundary(self, layer: int) -> None:
@@ -120,18 +110,16 @@ class CachedSequence:
         self.cache.slot.begin_decode()
         self.cache.append([token], Outputs.LAST, np.ones(1, bool))
 
-    def sampled(self, source: TokenSource) -> Generator[int]:
+    def sampled(self, sampler: Sampler) -> Generator[int]:
         """Yield sampled tokens after the cached prompt, without end.
 
-        Raises DisplacedError once another prompt has replaced the cache.
+        Raises DisplacedError if another prompt replaces the cache after the first token.
         """
-        return self._sampled(source, self.cache.epoch)
-
-    def _sampled(self, source: TokenSource, epoch: int) -> Generator[int]:
         cache = self.cache
+        epoch = cache.epoch
         try:
             while True:
-                token = source.sample()
+                token = sampler.sample()
                 yield token
                 if cache.epoch != epoch:
                     raise DisplacedError
@@ -139,4 +127,4 @@ class CachedSequence:
                 if cache.epoch != epoch:
                     raise DisplacedError
         finally:
-            source.close()
+            sampler.close()

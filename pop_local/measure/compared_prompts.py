@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Turn

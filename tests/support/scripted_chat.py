@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Chunk, Message, TurnStats
-from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation

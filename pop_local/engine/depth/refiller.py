@@ -37,7 +37,7 @@ class Refiller:
     @property
     def held_bytes(self) -> int:
         """Size of the stored boundary states in bytes."""
-        return backend.snapshots_size(self._cache.context.ctx)
+        return int(backend.require_patched().llama_pop_snapshots_size(self._cache.context.ctx))
 
     @property
     def n_refillable(self) -> int:

@@ -189,21 +189,9 @@ def require_patched() -> ctypes.CDLL:
     return library
 
 
-def model_boundary(model: Any) -> int:
-    """Return the file's boundary layer (0: none, -1: the architecture cannot be pruned)."""
-    return int(require_patched().llama_pop_model_boundary(model))
-
-
 def model_exact(model: Any) -> int:
     """Return the first layer that rows without logits can skip exactly (0: none)."""
     return int(require_patched().llama_pop_model_exact(model))
-
-
-def is_mrope(model: Any) -> bool:
-    """Return whether each row has several positions (an image's time, height and width)."""
-    api = bindings()
-    kinds = (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
-    return api.llama_model_rope_type(model) in kinds
 
 
 def get_mode(ctx: Any) -> Mode:
@@ -211,7 +199,7 @@ def get_mode(ctx: Any) -> Mode:
 
 
 def set_mode(ctx: Any, mode: Mode) -> None:
-    _set("llama_pop_set_mode", ctx, mode)
+    call("llama_pop_set_mode", ctx, mode)
 
 
 def get_boundary(ctx: Any) -> int:
@@ -220,34 +208,29 @@ def get_boundary(ctx: Any) -> int:
 
 def set_boundary(ctx: Any, layer: int) -> None:
     """Prune from another layer, with the model's own projections (0: the file's boundary)."""
-    _set("llama_pop_set_boundary", ctx, layer)
+    call("llama_pop_set_boundary", ctx, layer)
 
 
 def set_full_from(ctx: Any, sequence: int, position: int) -> None:
     """Run a sequence's rows from a position on in full (-1: no rows)."""
-    _set("llama_pop_set_full_from", ctx, sequence, position)
+    call("llama_pop_set_full_from", ctx, sequence, position)
 
 
 def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
     """Run a sequence's rows at these ascending positions in full. Replaces earlier positions."""
     pointed = np.ascontiguousarray(positions, np.int32)
     pointer = pointed.ctypes.data_as(_POINTER)
-    _set("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
+    call("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
     """Run every sequence's rows below position `n_tokens` in full (-1: the file's number)."""
-    _set("llama_pop_set_sink", ctx, n_tokens)
+    call("llama_pop_set_sink", ctx, n_tokens)
 
 
 def set_snapshots(ctx: Any, are_on: bool) -> None:
     """Store each row's boundary state from the next decode on, or drop all states."""
-    _set("llama_pop_set_snapshots", ctx, are_on)
-
-
-def snapshots_size(ctx: Any) -> int:
-    """Return the size of all snapshots in bytes."""
-    return int(require_patched().llama_pop_snapshots_size(ctx))
+    call("llama_pop_set_snapshots", ctx, are_on)
 
 
 def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
@@ -272,7 +255,7 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
     """
     arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
     pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
-    _set("llama_pop_move_rows", ctx, sequence, start, *pointers, len(sources))
+    call("llama_pop_move_rows", ctx, sequence, start, *pointers, len(sources))
 
 
 def set_overwrite(ctx: Any, is_on: bool) -> None:
@@ -280,7 +263,7 @@ def set_overwrite(ctx: Any, is_on: bool) -> None:
 
     A row attends to rows up to its position. A failed batch leaves its rows partly overwritten.
     """
-    _set("llama_pop_set_overwrite", ctx, is_on)
+    call("llama_pop_set_overwrite", ctx, is_on)
 
 
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
@@ -297,7 +280,7 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
 
 def set_kernels(ctx: Any, are_on: bool) -> None:
     """Allow or forbid pop-local's CPU kernels."""
-    _set("llama_pop_set_kernels", ctx, are_on)
+    call("llama_pop_set_kernels", ctx, are_on)
 
 
 def set_reading(ctx: Any, reading: Reading) -> None:
@@ -306,12 +289,7 @@ def set_reading(ctx: Any, reading: Reading) -> None:
     This holds with flash attention and pop-local's kernels, which compute even the smallest prompt
     batch. In decode, the kernels compute only the operations that they speed up.
     """
-    _set("llama_pop_set_reading", ctx, reading)
-
-
-def add_tap(ctx: Any, kind: int, layer: int) -> None:
-    """Copy a layer's values from the next batch on (see engine/llama/taps.py)."""
-    _set("llama_pop_add_tap", ctx, kind, layer)
+    call("llama_pop_set_reading", ctx, reading)
 
 
 def get_counters(ctx: Any) -> Counters:
@@ -324,7 +302,8 @@ def reset_counters(ctx: Any) -> None:
     require_patched().llama_pop_reset_counters(ctx)
 
 
-def _set(name: str, ctx: Any, *values: Any) -> None:
+def call(name: str, ctx: Any, *values: Any) -> None:
+    """Call a function that returns 0 on success. Raises PopError if it fails."""
     logs.forget_errors()
     if getattr(require_patched(), name)(ctx, *values) != 0:
         raise PopError(logs.first_error() or f"{name}{values} was refused")

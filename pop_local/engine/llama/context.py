@@ -79,7 +79,8 @@ class Context:
 
     `model` and `ctx` are llama.cpp's pointers, `settings` its llama_context_params. `on_device`:
     whether layers are on a GPU. `window`: positions that layers with a sliding window keep
-    (0: all). Only one thread may use a context at a time.
+    (0: all). `is_mrope`: whether each row has several positions (an image's time, height and
+    width). Only one thread may use a context at a time.
     """
 
     def __init__(
@@ -125,7 +126,8 @@ class Context:
             self.close()
             raise
         self.window = self._api.llama_model_n_swa(self.model) if is_windowed else 0
-        self.is_mrope = backend.is_mrope(self.model)
+        mrope = (self._api.LLAMA_ROPE_TYPE_MROPE, self._api.LLAMA_ROPE_TYPE_IMROPE)
+        self.is_mrope = self._api.llama_model_rope_type(self.model) in mrope
         self._opened_by = os.getpid()
 
     def _context_params(self) -> Any:

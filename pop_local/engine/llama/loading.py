@@ -42,7 +42,9 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
         reason = logs.first_error() or "llama.cpp refuses it"
         raise PopError(f"{named} cannot be opened: {reason}")
     wanted = meta.boundary if meta else 0
-    if (found := max(0, backend.model_boundary(model))) != wanted:
+    # -1: the architecture cannot be pruned.
+    found = max(0, backend.require_patched().llama_pop_model_boundary(model))
+    if found != wanted:
         api.llama_model_free(model)
         raise PopError(
             f"the backend prunes from layer {found}, the file states layer {wanted}",

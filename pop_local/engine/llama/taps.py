@@ -65,7 +65,7 @@ def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
         kinds = (wanted.boundaries, wanted.layers, wanted.layers, wanted.weighing)
         for kind, layers in enumerate(kinds):
             for layer in layers:
-                backend.add_tap(ctx, kind, layer)
+                backend.call("llama_pop_add_tap", ctx, kind, layer)
 
 
 def take(ctx: Any, used: Rows | None = None) -> Tapped | None:

@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Any
 
 from pop_converter.base.errors import PopError
+from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import TurnStats
-from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.learned_fit import Fitter, LearnedFit
 from pop_local.engine.llama.backend import Mode

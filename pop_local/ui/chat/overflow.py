@@ -1,7 +1,7 @@
 """Remedies for prompts that exceed the context."""
 
 from pop_converter.base.errors import PopError
-from pop_local.engine.context_full import ContextFullError
+from pop_local.engine.answer import ContextFullError
 from pop_local.engine.engine import EngineOwner
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.ui.chat.screen import Screen

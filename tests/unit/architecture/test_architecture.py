@@ -45,10 +45,8 @@ INSIDE = {
             " sequence tools turn_options"
         ),
         "engine_options": "cache llama prefill",
-        "answer": (
-            "chat_messages context_full decode llama prefill prompt sequence tools turn_options"
-        ),
-        "sequence": "cache depth llama prefill prompt",
+        "answer": ("chat_messages decode llama prefill prompt sequence tools turn_options"),
+        "sequence": "cache decode depth llama prefill prompt",
         "turn_options": "decode tools",
         "tools": "decode limited llama chat_messages prompt",
         "prefill": "cache depth images llama prompt",
@@ -60,7 +58,6 @@ INSIDE = {
         "prompt": "images limited llama chat_messages",
         "chat_messages": "images",
         "images": "limited llama",
-        "context_full": "",
         "llama": "",
         "limited": "",
     },

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError, StoppedError
+from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import Message
-from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images import mmproj
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import picture_of
