@@ -1,7 +1,7 @@
 """Find and download models of the Hugging Face Hub.
 
 The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN. http_download.py
-downloads the files, since the client discards an interrupted download.
+downloads the files, since the client would discard an interrupted download.
 """
 
 import logging
@@ -31,7 +31,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 class HubModel:
     """A model in a hub repository at one commit, as one file or several parts.
 
-    `mmproj` is the model's image encoder, None if the repository has none.
+    `mmproj` is the model's image encoder (None if the repository has none).
     """
 
     repo: str
@@ -72,8 +72,8 @@ def search_hub(words: str) -> tuple[str, ...]:
 def find_on_hub(name: str) -> HubModel:
     """Find the model hf:OWNER/REPO[:FILE]. FILE may be a part of a file name, such as Q4_K_M.
 
-    Raises PopError for a missing or private repository. Raises PopError, with a list of the files,
-    for a name that matches no file or several files.
+    Raises PopError if the repository is missing or private. If FILE matches no file or several
+    files, the error lists the repository's files.
     """
     match = _SPEC.fullmatch(name)
     if match is None:
@@ -86,19 +86,14 @@ def find_on_hub(name: str) -> HubModel:
     with _explained(repo):
         info = _client().model_info(repo, files_metadata=True)
         headers = _client()._build_hf_headers()
-    commit = info.sha or "main"
+    token = {key: headers[key] for key in headers if key.lower() == "authorization"}
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
 
     def remote(name: str) -> RemoteFile:
         # Tiny files are in git itself, so they have no hash.
         sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
-        return RemoteFile(
-            hf_hub_url(repo, name, revision=commit),
-            headers={key: headers[key] for key in headers if key.lower() == "authorization"},
-            sha256=sha256,
-            name=name,
-            size_bytes=siblings[name].size or 0,
-        )
+        url = hf_hub_url(repo, name, revision=info.sha or "main")
+        return RemoteFile(url, token, sha256, name, siblings[name].size or 0)
 
     files = choose(repo, tuple(siblings), match["file"] or "").files
     licence = info.card_data.get("license") if info.card_data else None
@@ -114,8 +109,8 @@ def find_on_hub(name: str) -> HubModel:
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Download a model's files into `folder`, and return the first file's path.
 
-    Existing files with the hub's hash are kept. Any other existing file raises OutputExistsError,
-    unless `force`. `advance` is called with (done_bytes, total_bytes). Raises PopError.
+    Existing files with the hub's hash are kept. `advance` is called with (done_bytes, total_bytes).
+    Raises PopError, and OutputExistsError for a different existing file, unless `force` is true.
     """
     targets = model.targets(folder)
     missing = [

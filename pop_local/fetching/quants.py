@@ -10,8 +10,8 @@ from pop_converter.gguf.source import part_names, part_of
 from pop_local.models.mmproj_files import n_shared
 from pop_local.models.model_files import SUFFIX
 
-# The default quantization is the first match: small types with good quality, then larger types, and
-# last the types with lower quality or unnecessary size.
+# The first match is the default quantization: small types with good quality, then larger types, and
+# finally types that lose quality or waste space.
 PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_K_L", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
@@ -26,41 +26,29 @@ _MAX_LISTED = 40
 
 @dataclass(frozen=True)
 class QuantFile:
-    """A model in a repository: its name without suffix, and its files in order.
-
-    `missing` is the first part that the repository lacks, "" for a complete model.
-    """
+    """A model in a repository: its name without suffix, and its files in order."""
 
     name: str
     files: tuple[str, ...]
-    missing: str = ""
 
 
-def _choices(files: Sequence[str]) -> tuple[QuantFile, ...]:
-    """Return the models among a repository's files, including helper files."""
-    found: dict[tuple[str, int], QuantFile] = {}
+def _complete_models(files: Sequence[str]) -> list[QuantFile]:
+    """Return the models of which the repository has all parts, including helper files."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
+    found = []
     for name in sorted(by_name):
         part = part_of(name)
-        if part is None:
-            found[name, 1] = QuantFile(name.removesuffix(SUFFIX), (by_name[name],))
-        elif (part.stem, part.count) not in found:
-            parts = part_names(part.stem, part.count)
-            here = tuple(by_name[each] for each in parts if each in by_name)
-            missing = next((each for each in parts if each not in by_name), "")
-            found[part.stem, part.count] = QuantFile(part.stem, here, missing)
-    return tuple(found.values())
-
-
-def _whole(models: list[QuantFile]) -> list[QuantFile]:
-    """Return the complete models, or all models if none is complete."""
-    return [model for model in models if not model.missing] or models
+        names = part_names(part.stem, part.count) if part else [name]
+        if name == names[0] and by_name.keys() >= set(names):
+            stem = part.stem if part else name.removesuffix(SUFFIX)
+            found.append(QuantFile(stem, tuple(by_name[each] for each in names)))
+    return found
 
 
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
-    """Return a model file's mmproj, None if the repository has none.
+    """Return the mmproj for a model file, or None if the repository has none.
 
-    Prefer mmprojs in the model's folder, then the most similar names, then the smallest type.
+    Prefer mmprojs in the model's folder, then the most similar name, then the smallest type.
     """
     of = PurePosixPath(model)
 
@@ -84,25 +72,20 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> QuantFile:
 
     Raises PopError, with a list of the models, unless exactly one model matches.
     """
-    known = list(_choices(files))
+    known = _complete_models(files)
     if not known:
         raise PopError(f"{repo} has no GGUF files", "search for a GGUF repository of this model")
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
-    whole = _whole(models)
-    if not wanted and len(whole) != 1:
-        known = models = whole
-        wanted = next((quant for quant in PREFERRED if _matching(whole, quant)), "")
+    if not wanted and len(models) != 1:
+        known = models
+        wanted = next((quant for quant in PREFERRED if _matching(models, quant)), "")
         if not wanted:
-            raise PopError(f"{repo} has several models", _listed(repo, whole))
-    found = _whole(_named(known, models, wanted)) if wanted else whole
+            raise PopError(f"{repo} has several models", _listed(repo, models))
+    found = _named(known, models, wanted) if wanted else models
     if not found:
-        raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, whole))
+        raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
     if len(found) > 1:
         raise PopError(f"{wanted!r} matches {len(found)} files of {repo}", _listed(repo, found))
-    if found[0].missing:
-        raise PopError(
-            f"{repo} lacks the file {found[0].missing}", f"choose another model from {repo}"
-        )
     return found[0]
 
 

@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def safe_name(name: str) -> str:
-    """Replace characters that any system forbids in file names. The result may be ""."""
+    """Replace characters that some system forbids in file names. The result may be ""."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
@@ -31,8 +31,8 @@ def file_sha256(path: Path) -> str:
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Return True if the target exists with the hash `sha256`, False if it must be fetched.
 
-    Raises PopError for a folder or a name that is too long. Raises OutputExistsError if the target
-    is a different file, unless `force` is true.
+    Raises PopError if the target is a folder or its name is too long. Raises OutputExistsError if
+    it is a different file, unless `force` is true.
     """
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
         raise PopError(
@@ -51,11 +51,9 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
         return True
     if force:
         return False
-    message = f"{target} already exists"
-    if sha256:
-        message = f"{target} already exists, but its sha256 differs from that of {what}"
+    differs = f", but its sha256 differs from that of {what}" if sha256 else ""
     raise OutputExistsError(
-        message,
+        f"{target} already exists{differs}",
         "move the file, pass force=True to replace it, or choose another folder",
         cause="download-exists",
     )
@@ -63,7 +61,7 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
 
 @contextmanager
 def download_lock(target: Path) -> Iterator[None]:
-    """Lock the target against other processes. Raises PopError if the lock is taken."""
+    """Lock the target against other processes. Raises PopError if another process locked it."""
     from filelock import FileLock, Timeout
 
     lock = target.with_name(f".{target.name}.lock")
