@@ -14,7 +14,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
-from pop_local.texts.carriers import AnsweredCarrier, CarrierSettings, make_carrier, with_answers
+from pop_local.texts.carriers import AnsweredCarrier, make_carrier, with_answers
 
 # One in SHARE windows is a look-up document.
 SHARE = 4
@@ -67,8 +67,10 @@ def _written(
     def count(text: str) -> int:
         return len(context.vocabulary.tokenize(text))
 
-    settings = CarrierSettings(int(_DOCUMENT * n_tokens), _MOST, Use.FITTING)
-    carrier = make_carrier(rng, settings, prose, count)
+    n_document = int(_DOCUMENT * n_tokens)
+    carrier = make_carrier(
+        rng, prose, count, use=Use.FITTING, n_tokens=n_document, n_questions=_MOST
+    )
     for n in range(len(carrier.questions), 1, -1):
         answered = with_answers(replace(carrier, questions=carrier.questions[:n]))
         if count(answered.text) <= n_tokens:

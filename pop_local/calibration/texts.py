@@ -17,7 +17,7 @@ from pop_local.calibration.samples import NOT_SAMPLED, sample_windows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompter import Prompter
-from pop_local.texts.decoding import decoded, read_bytes
+from pop_local.texts.document_readers import decoded
 from pop_local.texts.folders import read_kinds
 
 Windows = NDArray[np.int32]
@@ -261,7 +261,7 @@ def _topics() -> str:
 def _library_code() -> str:
     """Return the source code of Python's library as one text, or "" if it is not installed."""
     folder = Path(sysconfig.get_path("stdlib"))
-    sources = [decoded(read_bytes(file), str(file)) for file in sorted(folder.glob("*.py"))]
+    sources = [decoded(file.read_bytes(), str(file)) for file in sorted(folder.glob("*.py"))]
     return "\n\n".join(sources)
 
 

@@ -20,8 +20,7 @@ from pop_local.engine.chat_messages import Chunk
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.texts.decoding import decoded
-from pop_local.texts.document_readers import Document, read_document, read_limited
+from pop_local.texts.document_readers import Document, decoded, read_document, read_limited
 from pop_local.ui.chat.overflow import answer_reserve, too_long
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.console import note, warn

@@ -15,8 +15,7 @@ from pop_local.engine.chat_messages import Message
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Turn
-from pop_local.texts.decoding import read_text
-from pop_local.texts.document_readers import Document, read_document
+from pop_local.texts.document_readers import Document, read_document, read_text
 
 _ROLES = ("system", "user", "assistant")
 

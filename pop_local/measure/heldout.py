@@ -10,7 +10,7 @@ import numpy as np
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.model import PopModel
-from pop_local.texts.decoding import read_text
+from pop_local.texts.document_readers import read_text
 
 _HELDOUT = importlib.resources.files("pop_local") / "data" / "heldout"
 

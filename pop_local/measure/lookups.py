@@ -25,7 +25,7 @@ from pop_local.measure.estimate import Estimate, ratio
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import shipped_part
 from pop_local.texts.carrier_values import Use
-from pop_local.texts.carriers import CarrierSettings, LookupQuestion, make_carrier
+from pop_local.texts.carriers import LookupQuestion, make_carrier
 
 # Maximum number of tokens that a question and its answer add to a document.
 _N_AROUND = 256
@@ -169,17 +169,19 @@ def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDoc
     documents are too short for a look-up.
     """
     rng, prose = np.random.default_rng(settings.seed), shipped_part("prose")
-    sized = CarrierSettings(settings.n_tokens, settings.n_per_document, Use.HELD_OUT)
+    vocabulary = model.engine.context.vocabulary
     documents = []
     for _ in range(settings.n_documents):
         carrier = make_carrier(
-            rng, sized, prose, lambda text: len(model.engine.context.vocabulary.tokenize(text))
+            rng,
+            prose,
+            lambda text: len(vocabulary.tokenize(text)),
+            use=Use.HELD_OUT,
+            n_tokens=settings.n_tokens,
+            n_questions=settings.n_per_document,
         )
         # The document includes the blank line, which most vocabularies merge with a full stop.
-        tokens = (
-            *model.engine.context.vocabulary.bos,
-            *model.engine.context.vocabulary.tokenize(carrier.text + "\n\n"),
-        )
+        tokens = (*vocabulary.bos, *vocabulary.tokenize(carrier.text + "\n\n"))
         questions = tuple(_tokenize_question(model, each) for each in carrier.questions)
         documents.append(LookupDocument(tokens, questions))
     return tuple(documents)

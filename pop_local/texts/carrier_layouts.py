@@ -1,159 +1,95 @@
 """Layouts of look-up documents: records as lines, CSV, JSON, log entries and other formats."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pop_local.texts.carrier_values import Use
 
 
 @dataclass(frozen=True)
-class Record:
-    """An entity, with one value for each field of its block."""
-
-    entity: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Block:
-    """Records with the same fields. `kinds` has the kind of each field's values."""
+    """Records with the same fields: pairs of an entity and its values, one for each field."""
 
     noun: str
     fields: tuple[str, ...]
-    kinds: tuple[str, ...]
-    records: tuple[Record, ...]
-
-    def pairs(self, record: Record, form: str, separator: str) -> str:
-        """Format a record's fields; `form` may contain {field}, {key} and {value}."""
-        return separator.join(
-            form.format(field=field, key=_key(field), value=value)
-            for field, value in zip(self.fields, record.values, strict=True)
-        )
+    records: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A block's format. `subject(noun, field, entity)` describes one value in words."""
+    """The format strings for a block.
 
-    name: str
-    write: Callable[[Block], str]
-    subject: Callable[[str, str, str], str]
+    `records`: the formats of consecutive records, which repeat from the first one. `pair`: the
+    format of a field and its value. Pairs are joined by `separator`, and records by `between`.
+    `subject`: a phrase that identifies one value.
+    """
+
+    records: tuple[str, ...]
+    pair: str
+    separator: str
+    head: str = ""
+    between: str = "\n"
+    tail: str = ""
+    subject: str = "the {field} of the {noun} {entity}"
+
+    def write(self, block: Block) -> str:
+        """Return the block's text."""
+        rows = []
+        for i, (entity, values) in enumerate(block.records):
+            pairs = self.separator.join(
+                self.pair.format(value=value, **_names(field, entity))
+                for field, value in zip(block.fields, values, strict=True)
+            )
+            row = self.records[i % len(self.records)]
+            time = f"08:{12 + i:02d}:{(17 * i + 5) % 60:02d}"
+            rows.append(row.format(noun=block.noun, entity=entity, pairs=pairs, time=time))
+        head = self.head.format(
+            noun=block.noun,
+            keys=",".join(map(_key, block.fields)),
+            fields=" | ".join(block.fields),
+            rules=" | ".join(["---"] * len(block.fields)),
+        )
+        return head + self.between.join(rows) + self.tail
+
+    def describe(self, noun: str, field: str, entity: str) -> str:
+        """Return a phrase that identifies one of a document's values."""
+        return self.subject.format(noun=noun, **_names(field, entity))
 
 
 def _key(field: str) -> str:
     return field.lower().replace(" ", "_").replace("-", "_")
 
 
-def _constant(entity: str, field: str) -> str:
-    return f"{entity}_{_key(field)}".upper()
+def _names(field: str, entity: str) -> dict[str, str]:
+    key = _key(field)
+    return {"field": field, "key": key, "entity": entity, "constant": f"{entity}_{key}".upper()}
 
 
-def _of_entity(noun: str, field: str, entity: str) -> str:
-    return f"the {field} of the {noun} {entity}"
-
-
-def _of_constant(_noun: str, field: str, entity: str) -> str:
-    return f"the value of {_constant(entity, field)}"
-
-
-def _lines(block: Block) -> str:
-    return "\n".join(
-        f"{block.noun} {record.entity}: {block.pairs(record, '{field} {value}', '; ')}"
-        for record in block.records
-    )
-
-
-def _sentences(block: Block) -> str:
-    form = "the {field} is {value}"
-    return "\n".join(
-        f"For the {block.noun} {record.entity}, {block.pairs(record, form, ' and ')}."
-        for record in block.records
-    )
-
-
-def _csv(block: Block) -> str:
-    head = (block.noun, *map(_key, block.fields))
-    rows = ((record.entity, *record.values) for record in block.records)
-    return "\n".join(map(",".join, (head, *rows)))
-
-
-def _json(block: Block) -> str:
-    form = '"{key}": "{value}"'
-    rows = (
-        f'  {{"{block.noun}": "{record.entity}", {block.pairs(record, form, ", ")}}}'
-        for record in block.records
-    )
-    return "[\n" + ",\n".join(rows) + "\n]"
-
-
-def _code(block: Block) -> str:
-    return "\n".join(
-        f'{_constant(record.entity, field)} = "{value}"'
-        for record in block.records
-        for field, value in zip(block.fields, record.values, strict=True)
-    )
-
-
-def _markdown(block: Block) -> str:
-    head = (block.noun, *block.fields)
-    rows = ((record.entity, *record.values) for record in block.records)
-    table = (head, ["---"] * len(head), *rows)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-
-
-def _log(block: Block) -> str:
-    return "\n".join(
-        f"08:{12 + i:02d}:{(17 * i + 5) % 60:02d} INFO {block.noun} {record.entity}"
-        f" {block.pairs(record, '{key}={value}', ' ')}"
-        for i, record in enumerate(block.records)
-    )
-
-
-def _yaml(block: Block) -> str:
-    form = "    {key}: {value}"
-    entries = [f"  {each.entity}:\n" + block.pairs(each, form, "\n") for each in block.records]
-    return "\n".join((f"{block.noun}s:", *entries))
-
-
-def _ini(block: Block) -> str:
-    form = "{key} = {value}"
-    return "\n\n".join(
-        f"[{block.noun} {each.entity}]\n" + block.pairs(each, form, "\n") for each in block.records
-    )
-
-
-_TOLD = (
-    "The report on the {noun} {entity} gives {facts}, and nobody objected.",
-    "When the {noun} {entity} was visited in spring, {facts} had just been confirmed.",
-    "About the {noun} {entity} little else is known than {facts}.",
-    "Every letter to the {noun} {entity} has to quote {facts} in the first line.",
+_PROSE = (
+    "The report on the {noun} {entity} gives {pairs}, and nobody objected.",
+    "When the {noun} {entity} was visited in spring, {pairs} had just been confirmed.",
+    "About the {noun} {entity} little else is known than {pairs}.",
+    "Every letter to the {noun} {entity} has to quote {pairs} in the first line.",
 )
-
-
-def _prose(block: Block) -> str:
-    return " ".join(
-        _TOLD[i % len(_TOLD)].format(
-            noun=block.noun,
-            entity=record.entity,
-            facts=block.pairs(record, "{value} as its {field}", " and "),
-        )
-        for i, record in enumerate(block.records)
-    )
-
+_JSON = '  {{"{noun}": "{entity}", {pairs}}}'
+_MARKDOWN_HEAD = "| {noun} | {fields} |\n| --- | {rules} |\n"
 
 LAYOUTS = {
-    Use.FITTING: (
-        Layout("lines", _lines, _of_entity),
-        Layout("sentences", _sentences, _of_entity),
-        Layout("csv", _csv, _of_entity),
-        Layout("json", _json, _of_entity),
-        Layout("code", _code, _of_constant),
-    ),
-    Use.HELD_OUT: (
-        Layout("markdown", _markdown, _of_entity),
-        Layout("log", _log, _of_entity),
-        Layout("yaml", _yaml, _of_entity),
-        Layout("ini", _ini, _of_entity),
-        Layout("prose", _prose, _of_entity),
-    ),
+    Use.FITTING: {
+        "lines": Layout(("{noun} {entity}: {pairs}",), "{field} {value}", "; "),
+        "sentences": Layout(
+            ("For the {noun} {entity}, {pairs}.",), "the {field} is {value}", " and "
+        ),
+        "csv": Layout(("{entity},{pairs}",), "{value}", ",", head="{noun},{keys}\n"),
+        "json": Layout((_JSON,), '"{key}": "{value}"', ", ", "[\n", ",\n", "\n]"),
+        "code": Layout(
+            ("{pairs}",), '{constant} = "{value}"', "\n", subject="the value of {constant}"
+        ),
+    },
+    Use.HELD_OUT: {
+        "markdown": Layout(("| {entity} | {pairs} |",), "{value}", " | ", _MARKDOWN_HEAD),
+        "log": Layout(("{time} INFO {noun} {entity} {pairs}",), "{key}={value}", " "),
+        "yaml": Layout(("  {entity}:\n{pairs}",), "    {key}: {value}", "\n", head="{noun}s:\n"),
+        "ini": Layout(("[{noun} {entity}]\n{pairs}",), "{key} = {value}", "\n", between="\n\n"),
+        "prose": Layout(_PROSE, "{value} as its {field}", " and ", between=" "),
+    },
 }

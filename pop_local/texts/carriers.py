@@ -13,8 +13,8 @@ from typing import TypeVar
 import numpy as np
 
 from pop_converter.base.errors import PopError
-from pop_local.texts.carrier_layouts import LAYOUTS, Block, Layout, Record
-from pop_local.texts.carrier_values import KINDS, Use, Words, entities, value, words
+from pop_local.texts.carrier_layouts import LAYOUTS, Block
+from pop_local.texts.carrier_values import KINDS, Use, value, words
 
 _T = TypeVar("_T")
 CountTokens = Callable[[str], int]
@@ -64,38 +64,35 @@ class AnsweredCarrier:
     answers: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class CarrierSettings:
-    """Requirements for a document: use, approximate length, and maximum number of questions."""
-
-    n_tokens: int
-    n_questions: int
-    use: Use
-
-
 def make_carrier(
-    rng: np.random.Generator, settings: CarrierSettings, prose: str, count: CountTokens
+    rng: np.random.Generator,
+    prose: str,
+    count: CountTokens,
+    *,
+    use: Use,
+    n_tokens: int,
+    n_questions: int,
 ) -> Carrier:
-    """Build a document of blocks in the use's layouts, with prose before, between and after them.
+    """Build a document of about `n_tokens` tokens: blocks in the use's layouts, and prose.
 
-    The document's prose starts at a random sentence of `prose`. `count` returns a text's length in
-    tokens. The document has one question for each value, but no more than `n_questions`. Raises
-    PopError if the blocks leave no room for prose.
+    The prose, which starts at a random sentence of `prose`, surrounds the blocks. `count` returns a
+    text's length in tokens. The document has one question for each value, up to `n_questions`.
+    Raises PopError if the blocks leave no room for prose.
     """
     # Seed with the use, so that one seed yields different values for both uses.
-    rng = np.random.default_rng([*settings.use.value.encode(), int(rng.integers(1 << 62))])
-    writer = _Writer(rng, settings.use)
+    rng = np.random.default_rng([*use.value.encode(), int(rng.integers(1 << 62))])
+    writer = _Writer(rng, use)
     sentences = _sentences(prose)
-    blocks, questions, n_left = [], [], settings.n_tokens * (1 - _PROSE_SHARE)
+    blocks, questions, n_left = [], [], n_tokens * (1 - _PROSE_SHARE)
     while n_left > 0:
         text, about = writer.block(n_left, count)
         blocks.append(text)
         questions += about
         n_left -= count(text)
-    n_prose = settings.n_tokens - sum(map(count, blocks))
+    n_prose = n_tokens - sum(map(count, blocks))
     if n_prose <= 0:
         raise PopError(
-            f"a document of {settings.n_tokens} tokens has no room for a look-up",
+            f"a document of {n_tokens} tokens has no room for a look-up",
             "increase the documents' length",
             cause="documents-too-short",
         )
@@ -103,7 +100,7 @@ def make_carrier(
     pieces = [between[0]]
     for block, paragraph in zip(blocks, between[1:], strict=True):
         pieces += [block, paragraph]
-    chosen = _even_over_kinds(rng, questions)[: settings.n_questions]
+    chosen = _even_over_kinds(rng, questions)[:n_questions]
     return Carrier("\n\n".join(filter(None, pieces)), tuple(chosen))
 
 
@@ -157,41 +154,44 @@ class _Writer:
     """A writer of one document's blocks, which never repeats an entity or a value."""
 
     def __init__(self, rng: np.random.Generator, use: Use) -> None:
-        self._rng = rng
-        self._use = use
-        self._words: Words = words(use)
-        self._entities = iter(entities(rng, use))
-        self._layouts = _cycle(rng, LAYOUTS[use])
+        self._rng, self._words = rng, words(use)
+        lists = self._words
+        names = [start + end for start in lists.entity_starts for end in lists.entity_ends]
+        self._entities = iter([names[i] for i in rng.permutation(len(names))])
+        self._layouts = _cycle(rng, [*LAYOUTS[use].items()])
         self._kinds = _cycle(rng, KINDS)
         self._seen: list[str] = []
 
     def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
         """Return a block of up to `n_tokens` tokens, or a single record, and its questions."""
-        layout = next(self._layouts)
-        kinds = self._distinct_kinds()
-        fields = tuple(str(self._rng.choice(self._words.fields[kind])) for kind in kinds)
-        noun = str(self._rng.choice(self._words.nouns))
-        records = tuple(self._record(kinds) for _ in range(_N_RECORDS))
-        block = Block(noun, fields, kinds, records)
-        while len(block.records) > 1 and count(layout.write(block)) > n_tokens:
-            block = replace(block, records=block.records[:-1])
-        return layout.write(block), list(_questions(layout, block))
-
-    def _distinct_kinds(self) -> tuple[str, ...]:
+        name, layout = next(self._layouts)
         kinds: list[str] = []
         while len(kinds) < _N_FIELDS:
             kind = next(self._kinds)
             if kind not in kinds:
                 kinds.append(kind)
-        return tuple(kinds)
+        fields = tuple(str(self._rng.choice(self._words.fields[kind])) for kind in kinds)
+        noun = str(self._rng.choice(self._words.nouns))
+        records = tuple(self._record(kinds) for _ in range(_N_RECORDS))
+        block = Block(noun, fields, records)
+        while len(block.records) > 1 and count(layout.write(block)) > n_tokens:
+            block = replace(block, records=block.records[:-1])
+        questions = []
+        for entity, values in block.records:
+            for field, kind, answer in zip(fields, kinds, values, strict=True):
+                what = layout.describe(noun, field, entity)
+                stem = f"{what[0].upper()}{what[1:]} is"
+                questions.append(LookupQuestion(f"What is {what}?", answer, kind, name, stem))
+        return layout.write(block), questions
 
-    def _record(self, kinds: Sequence[str]) -> Record:
+    def _record(self, kinds: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+        """Return an entity and its values."""
         entity = next(self._entities, None)
         if entity is None:
             raise PopError(
                 "a look-up document needs more names than the word list has", "shorten the document"
             )
-        return Record(entity, tuple(self._new_value(kind) for kind in kinds))
+        return entity, tuple(map(self._new_value, kinds))
 
     def _new_value(self, kind: str) -> str:
         while True:
@@ -199,14 +199,6 @@ class _Writer:
             if not any(found in other or other in found for other in self._seen):
                 self._seen.append(found)
                 return found
-
-
-def _questions(layout: Layout, block: Block) -> Iterator[LookupQuestion]:
-    for record in block.records:
-        for field, kind, answer in zip(block.fields, block.kinds, record.values, strict=True):
-            subject = layout.subject(block.noun, field, record.entity)
-            stem = f"{subject[0].upper()}{subject[1:]} is"
-            yield LookupQuestion(f"What is {subject}?", answer, kind, layout.name, stem)
 
 
 def _cycle(rng: np.random.Generator, items: Sequence[_T]) -> Iterator[_T]:

@@ -1,8 +1,9 @@
-"""Read documents: plain text, mail, PDF and DOCX.
+"""Read documents: plain text (UTF-8, or UTF-16 with a byte order mark), mail, PDF and DOCX.
 
 PDF and DOCX need the optional dependencies of the extra `documents`.
 """
 
+import codecs
 import io
 import logging
 import os
@@ -13,12 +14,14 @@ from typing import Any, BinaryIO
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.files import read_file
-from pop_local.texts.decoding import decoded, read_text
 
 MAX_BYTES = 100_000_000
-# Maximum growth of a DOCX when unpacked, since parsed XML needs twelve times as much memory.
+# The maximum growth of a DOCX when unpacked, since parsed XML takes twelve times as much memory.
 _MAX_GROWTH_BYTES = 32_000_000
 EXTRA_HINT = "install the reader: pip install 'pop-local[documents]'"
+_PLAIN_HINT = "save the file as plain text first"
+_TEXT_HINT = "convert the file to plain text first"
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -29,53 +32,59 @@ class Document:
     text: str
 
 
+def decoded(content: bytes, origin: str) -> str:
+    """Decode `content`. Raises PopError, which names `origin`, if the bytes are not text."""
+    try:
+        text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PopError(f"{origin} is not UTF-8 text", _TEXT_HINT) from error
+    if "\0" in text:
+        raise PopError(f"{origin} is a binary file, not text", _TEXT_HINT)
+    return text
+
+
+def read_text(path: Path) -> str:
+    """Return a document's text. Raises PopError. Plain text may have any size."""
+    try:
+        if path.suffix.lower() in _READERS:
+            # A PDF may contain lone surrogates.
+            return read_document(path).text.encode(errors="replace").decode()
+        text = decoded(read_file(path), str(path))
+    except OSError as error:
+        raise PopError(f"cannot read {path}: {error.strerror}", "pass a readable file") from error
+    if not text.strip():
+        raise PopError(f"{path} has no text", "pass a file with text")
+    return text
+
+
 def read_document(path: str | os.PathLike[str]) -> Document:
     """Read a plain text, mail, PDF or DOCX file.
 
     Raises OSError if reading fails, and PopError if the file is binary, too large, or without text.
     """
-    document = _read(Path(path))
-    if not document.text.strip():
-        raise PopError(
-            f"{path} has no text", "pass a file with text, or run OCR on scanned pages first"
-        )
-    return document
-
-
-def read_text_of(path: Path) -> str:
-    """Return a document's text, without a size limit for plain text. Raises PopError."""
-    if path.suffix.lower() not in _READERS:
-        return read_text(path)
-    try:
-        # A PDF may contain lone surrogates.
-        return read_document(path).text.encode(errors="replace").decode()
-    except OSError as error:
-        raise PopError(f"cannot read {path}: {error.strerror}", "pass a readable file") from error
-
-
-def _read(path: Path) -> Document:
+    path = Path(path)
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
-    # Session files must be valid Unicode.
-    name = os.fsencode(path).decode(errors="replace")
-    if path.suffix.lower() not in _READERS:
-        return Document(name, decoded(content, str(path)))
-    kind, library, text_of = _READERS[path.suffix.lower()]
+    kind, library, text_of = _READERS.get(path.suffix.lower(), ("text", "", _plain))
     try:
-        return Document(name, text_of(path, content))
+        text = text_of(path, content)
     except (PopError, OSError):
         raise
     except ImportError as error:
         raise PopError(
             f"reading {path} requires {library}, which is not installed", EXTRA_HINT
         ) from error
-    except Exception as error:  # on broken files, the libraries raise many types
+    except Exception as error:  # the libraries raise many types for broken files
+        raise PopError(f"{path} cannot be read as {kind}: {error}", _PLAIN_HINT) from error
+    if not text.strip():
         raise PopError(
-            f"{path} cannot be read as {kind}: {error}", "save the file as plain text first"
-        ) from error
+            f"{path} has no text", "pass a file with text, or run OCR on scanned pages first"
+        )
+    # Session files must be valid Unicode.
+    return Document(os.fsencode(path).decode(errors="replace"), text)
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """Read a file. Raises PopError beyond MAX_BYTES, before reading the rest."""
+    """Read a file. Raises PopError if it exceeds MAX_BYTES, before reading the rest."""
     return _within_limit(file.read(MAX_BYTES + 1), origin)
 
 
@@ -89,7 +98,11 @@ def _within_limit(content: bytes, origin: str) -> bytes:
 
 
 def _too_much(path: Path) -> PopError:
-    return PopError(f"{path} is too large when unpacked", "save the file as plain text first")
+    return PopError(f"{path} is too large when unpacked", _PLAIN_HINT)
+
+
+def _plain(path: Path, content: bytes) -> str:
+    return decoded(content, str(path))
 
 
 def _pdf(path: Path, content: bytes) -> str:
@@ -121,7 +134,7 @@ def _docx(path: Path, content: bytes) -> str:
     document = docx.Document(io.BytesIO(content))
     if document.element.getroottree().docinfo.internalDTD is not None:
         # python-docx would drop the text of entities.
-        raise PopError(f"{path} has a DTD, which DOCX forbids", "save the file as plain text first")
+        raise PopError(f"{path} has a DTD, which DOCX forbids", _PLAIN_HINT)
     blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
     return "\n\n".join(text for text in texts if text.strip())
@@ -138,12 +151,11 @@ def _mail(path: Path, content: bytes) -> str:
 
 def _table(table: Any) -> str:
     """Return a table's text. Unlike `row.cells`, do not repeat cells that span several columns."""
-    rows = ([_cell(cell) for cell in row.tc_lst] for row in table._tbl.tr_lst)
-    return "\n".join(" | ".join(cells) for cells in rows)
-
-
-def _cell(cell: Any) -> str:
-    return "\n".join(paragraph.text for paragraph in cell.p_lst)
+    rows = []
+    for row in table._tbl.tr_lst:
+        cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
+        rows.append(" | ".join(cells))
+    return "\n".join(rows)
 
 
 _READERS = {

@@ -10,7 +10,7 @@ from pop_converter.base.errors import PopError
 from pop_local.measure.heldout import shipped_part
 from pop_local.texts.carrier_layouts import LAYOUTS
 from pop_local.texts.carrier_values import KINDS, Use, words
-from pop_local.texts.carriers import Carrier, CarrierSettings, make_carrier, with_answers
+from pop_local.texts.carriers import Carrier, make_carrier, with_answers
 
 
 def _n_tokens(text: str) -> int:
@@ -19,8 +19,11 @@ def _n_tokens(text: str) -> int:
 
 def _carriers(use: Use, n: int = 5, n_tokens: int = 1024) -> list[Carrier]:
     rng = np.random.default_rng(7)
-    settings = CarrierSettings(n_tokens, 20, use)
-    return [make_carrier(rng, settings, shipped_part("prose"), _n_tokens) for _ in range(n)]
+    prose = shipped_part("prose")
+    return [
+        make_carrier(rng, prose, _n_tokens, use=use, n_tokens=n_tokens, n_questions=20)
+        for _ in range(n)
+    ]
 
 
 @pytest.mark.parametrize("use", Use)
@@ -48,13 +51,11 @@ def test_questions_cover_all_kinds_and_layouts(use: Use) -> None:
     kinds = Counter(each.kind for each in questions)
     assert set(kinds) == set(KINDS)
     assert min(kinds.values()) > 8
-    assert {each.layout for each in questions} == {layout.name for layout in LAYOUTS[use]}
+    assert {each.layout for each in questions} == set(LAYOUTS[use])
 
 
 def test_fitting_and_measuring_share_no_layout_word_or_value() -> None:
-    assert not {each.name for each in LAYOUTS[Use.FITTING]} & {
-        each.name for each in LAYOUTS[Use.HELD_OUT]
-    }
+    assert not set(LAYOUTS[Use.FITTING]) & set(LAYOUTS[Use.HELD_OUT])
     fitting, held_out = words(Use.FITTING), words(Use.HELD_OUT)
     for field in fields(fitting):
         first, second = getattr(fitting, field.name), getattr(held_out, field.name)
