@@ -16,8 +16,7 @@ class FitOptions:
     tokens to read (None: depends on the model's size). `texts`: the files and folders to read
     (empty: Python's documentation and code, and samples of the model). `memory_bytes`: the memory
     for the sums of one pass (None: half of the free memory). `state_path`: the file in which a
-    stopped fit is stored (None: a stopped fit is lost). `distill_tokens`: the number of tokens for
-    distilling (None: the fit's number, 64k or more).
+    stopped fit is stored (None: a stopped fit is lost).
     """
 
     tokens: int | None = None
@@ -27,7 +26,6 @@ class FitOptions:
     memory_bytes: int | None = None
     state_path: Path | None = None
     projection: Projection | None = None
-    distill_tokens: int | None = None
 
     @property
     def text_name(self) -> str:
@@ -47,10 +45,7 @@ class FitOptions:
         """Return the maximum number of windows for distilling. Raises CalibrationError."""
         from pop_local.calibration.texts import N_DISTILLED, N_WINDOW
 
-        n_tokens, least = self.n_tokens(n_embd), N_DISTILLED
-        if self.distill_tokens is not None:
-            n_tokens, least = self.distill_tokens, 1
-        return max(n_tokens // N_WINDOW, least)
+        return max(self.n_tokens(n_embd) // N_WINDOW, N_DISTILLED)
 
     def require_text(self, n_embd: int) -> None:
         """Raise PopError, before any measurement, for a text on which a fit would fail."""

@@ -99,7 +99,9 @@ class FittingOptions(Group):
     panel: ClassVar[str] = "The fit"
 
     tokens: int | None = option(
-        "Tokens to fit on (default: 24 per embedding dimension, but 16384 or more).", min=1
+        "Tokens to fit on (default: 24 per embedding dimension, but 16384 or more). --distill uses"
+        " the same number, but 65536 or more.",
+        min=1,
     )
     kv_type: KvType | None = option("Type of the fitted weights (default: q8_0).")
     memory: float | None = option(
@@ -109,9 +111,6 @@ class FittingOptions(Group):
         max=1e9,
         callback=opt.finite,
     )
-    distill_tokens: int | None = option(
-        "Tokens to distill on (default: the same as for the fit, but 65536 or more).", min=1
-    )
 
     def fit(self, texts: Sequence[Path]) -> FitOptions | None:
         """Return the options of a fit on `texts`, or None if no option is set."""
@@ -120,7 +119,6 @@ class FittingOptions(Group):
             texts=tuple(texts) or None,
             kv_type=self.kv_type,
             memory_bytes=None if self.memory is None else int(self.memory * 10**9),
-            distill_tokens=self.distill_tokens,
         )
         return FitOptions(**found) if found else None
 
@@ -161,8 +159,6 @@ def convert(
     """
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
-    if fitting.distill_tokens is not None and not how.distill:
-        raise typer.BadParameter("requires --distill", param_hint="--distill-tokens")
     fit = fitting.fit(how.text or ())
     if how.projection is Projection.OWN and (fit or how.resume or how.distill):
         raise typer.BadParameter("--projection own fits nothing; remove the fit's options")

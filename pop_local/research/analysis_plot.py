@@ -1,19 +1,14 @@
-"""Plot an analysis: the loss of quality at each boundary over the speed-up."""
+"""Plot an analysis: the loss in quality at each boundary against the speed-up."""
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import check_output, replacing
 from pop_local.models.model_names import resolve_base
-from pop_local.research.depths import DepthCost
 from pop_local.research.layer_analysis import Analysis
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# The KL of skipping the last layer alone is 0, which a logarithmic axis cannot show.
+# Skipping only the last layer has a KL of 0, which a logarithmic axis cannot show.
 _MIN_KL = 1e-4
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -38,29 +33,24 @@ def require_plot(path: Path, model: str, *, force: bool) -> None:
 
 
 def plot_analysis(found: Analysis, path: Path, *, force: bool) -> None:
-    """Write a plot of each measured boundary's KL over its speed-up limit."""
+    """Plot the KL at each measured boundary against its speed-up limit.
+
+    The plot shows the budget's limit, and a labelled point with an error bar for each boundary.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), layout="constrained")
-    _draw_losses(figure.subplots(), found)
-    figure.suptitle(f"{found.model.name}: loss and speed-up by boundary")
-    with replacing(path, force=force) as file:
-        figure.savefig(file, format=path.suffix.lower().lstrip(".") or "png", dpi=130)
-
-
-def _draw_losses(axes: "Axes", found: Analysis) -> None:
-    """Draw the budget's limit, and a labelled point with an error bar for each boundary."""
+    axes = figure.subplots()
     for depth in found.depths:
         if depth.quality is None or depth.quality.kl_mean.value <= _MIN_KL:
             continue
-        kl, color = depth.quality.kl_mean, _color(depth, found)
-        at = (depth.speedup_limit, kl.value)
+        color = "tab:green" if depth is found.chosen else "tab:red" if depth.is_cliff else "0.35"
+        kl, at = depth.quality.kl_mean, (depth.speedup_limit, depth.quality.kl_mean.value)
         axes.errorbar(*at, kl.se or 0.0, fmt="o", capsize=2, color=color)
         axes.annotate(str(depth.boundary), at, (6, 6), textcoords="offset points", color=color)
     budget = found.budget
-    axes.axhline(
-        budget.max_kl, color="tab:green", ls="dashed", lw=1, label=f"{budget.quality} limit"
-    )
+    label = f"{budget.quality} limit"
+    axes.axhline(budget.max_kl, color="tab:green", ls="dashed", lw=1, label=label)
     if found.chosen is not None:
         label = f"{budget.quality}: boundary {found.chosen.boundary} (estimate)"
         axes.axvline(found.chosen.speedup_limit, color="tab:green", lw=1, label=label)
@@ -72,7 +62,6 @@ def _draw_losses(axes: "Axes", found: Analysis) -> None:
     )
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize="small")
-
-
-def _color(depth: DepthCost, found: Analysis) -> str:
-    return "tab:green" if depth is found.chosen else "tab:red" if depth.is_cliff else "0.35"
+    figure.suptitle(f"{found.model.name}: loss and speed-up by boundary")
+    with replacing(path, force=force) as file:
+        figure.savefig(file, format=path.suffix.lower().lstrip(".") or "png", dpi=130)

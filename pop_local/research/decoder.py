@@ -1,8 +1,8 @@
-"""A dense decoder in torch for computing gradients, which loads a GGUF's weights layer by layer.
+"""A dense decoder in torch, which loads a GGUF's weights layer by layer to compute gradients.
 
 The decoder computes the same function as llama.cpp (models/llama.cpp, qwen2, qwen3, gemma2,
-gemma3), by default in float32. Since llama.cpp rounds activations and the KV cache, the predictions
-differ by a KL of about 0.001.
+gemma3), in float32 by default. Since llama.cpp rounds activations and the KV cache, its predictions
+differ from the decoder's by a KL of about 0.001.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from pop_converter.gguf.source import Source
 from pop_local.research.hyper import Hyper, Rope, read_hyper
 
 _FREQS = "rope_freqs.weight"
-# Memory in bytes of the Python interpreter with torch.
+# Memory of the Python interpreter with torch, in bytes.
 BASE_BYTES = 400_000_000
 
 
 class Decoder:
     """A dense model whose LM head stays in memory and whose layers are loaded on demand.
 
-    `matrices`: the data type of stored and multiplied matrices (default: the states' type). Raises
-    UnsupportedArchitectureError, and FormatError for an invalid file.
+    `matrices`: the data type for storing and multiplying matrices (default: the states' type).
+    Raises UnsupportedArchitectureError, and FormatError for an invalid file.
     """
 
     def __init__(
@@ -101,38 +101,47 @@ class DecoderLayer:
     ) -> Tensor:
         """Return the layer's output for states [n_windows, n_rows, n_embd], in the same shape.
 
-        `positions` [n_rows]: the rows' positions (default: 0, 1, ...). `stored`: K and V of further
-        rows to which these rows attend.
+        `positions` [n_rows]: the rows' positions (default: 0, 1, ...). `stored`: K and V of other
+        rows that these rows also attend to.
         """
-        attended = self._linear("attn_output", self._heads(states, positions, stored))
+        attended = self._linear("attn_output", self._attended(states, positions, stored))
         states = states + self._norm("post_attention_norm", attended)
         passed = self._ffn(self._norm("ffn_norm", states))
         return states + self._norm("post_ffw_norm", passed)
 
     def key_value(self, states: Tensor, positions: Tensor) -> StoredKv:
         """Return K and V from the layer's own weights, for states [n_windows, n_rows, n_embd]."""
-        return self._key_value(self._norm("attn_norm", states), positions)
+        x = self._norm("attn_norm", states)
+        return StoredKv(self._linear("attn_k", x), self._linear("attn_v", x), positions)
 
-    def _heads(self, states: Tensor, positions: Tensor | None, stored: StoredKv | None) -> Tensor:
+    def _attended(
+        self, states: Tensor, positions: Tensor | None, stored: StoredKv | None
+    ) -> Tensor:
         """Return the outputs of the attention heads [n_windows, n_rows, n_head * dim_v]."""
         h = self.hyper
         if positions is None:
             positions = torch.arange(states.shape[1], device=states.device)
-        x = self._norm("attn_norm", states)
-        own = self._key_value(x, positions)
-        kv = own if stored is None else _joined(stored, own)
-        q = _heads(self._linear("attn_q", x), h.dim_k)
-        q = self._turned(self._norm("attn_q_norm", q), positions)
-        k = self._turned(self._norm("attn_k_norm", _heads(kv.k, h.dim_k)), kv.positions)
-        v = _heads(kv.v, h.dim_v)
-        hidden = self._hidden(positions, kv.positions)
-        return self._mixed(q, k, v, hidden).transpose(1, 2).flatten(2)
-
-    def _key_value(self, x: Tensor, positions: Tensor) -> StoredKv:
-        return StoredKv(self._linear("attn_k", x), self._linear("attn_v", x), positions)
+        kv = self.key_value(states, positions)
+        if stored is not None:
+            kv = StoredKv(
+                torch.cat([stored.k, kv.k], 1),
+                torch.cat([stored.v, kv.v], 1),
+                torch.cat([stored.positions, kv.positions]),
+            )
+        q = _heads(self._linear("attn_q", self._norm("attn_norm", states)), h.dim_k)
+        q = self._rotated(self._norm("attn_q_norm", q), positions)
+        k = self._rotated(self._norm("attn_k_norm", _heads(kv.k, h.dim_k)), kv.positions)
+        distance = positions[:, None] - kv.positions
+        hidden = distance < 0
+        if self.window:
+            hidden |= distance >= self.window
+        return self._mixed(q, k, _heads(kv.v, h.dim_v), hidden).transpose(1, 2).flatten(2)
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        """Return the attention output [n_windows, n_head, n_rows, dim_v]."""
+        """Return the attention output [n_windows, n_head, n_rows, dim_v].
+
+        `hidden` [n_rows, n_keys] is True for the keys that a row must not see.
+        """
         # Query heads that share a key head are adjacent.
         n_sharing = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(n_sharing, 1), v.repeat_interleave(n_sharing, 1)
@@ -144,10 +153,8 @@ class DecoderLayer:
 
     def _ffn(self, x: Tensor) -> Tensor:
         gate = self._linear("ffn_gate", x)
-        if self.hyper.gelu:
-            gate = functional.gelu(gate, approximate="tanh")
-        else:
-            gate = functional.silu(gate)
+        gelu = self.hyper.gelu
+        gate = functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
         return self._linear("ffn_down", gate * self._linear("ffn_up", x))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -160,45 +167,27 @@ class DecoderLayer:
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 
-    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """Apply RoPE to the first n_rot elements of the last axis of [..., n_rows, dim]."""
-        n = self.hyper.n_rot
-        angles = self._angles(positions)
-        cos, sin = angles.cos(), angles.sin()
-        if self.hyper.interleaved:
-            a, b = x[..., 0:n:2], x[..., 1:n:2]
-            turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-        else:
-            a, b = x[..., : n // 2], x[..., n // 2 : n]
-            turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-        return torch.cat((turned, x[..., n:]), -1)
-
-    def _angles(self, positions: Tensor) -> Tensor:
         n = self.hyper.n_rot
         exponents = torch.arange(0, n, 2, device=positions.device) / n
         frequencies = self.rope.scale * self.rope.base**-exponents
         if self.rope_factors is not None:
             frequencies = frequencies / self.rope_factors
-        return positions[:, None] * frequencies
-
-    def _hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return a mask [n_queries, n_keys] that is True for hidden positions."""
-        distance = queries[:, None] - keys
-        hidden = distance < 0
-        return hidden | (distance >= self.window) if self.window else hidden
+        angles = positions[:, None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        if self.hyper.interleaved:
+            a, b = x[..., 0:n:2], x[..., 1:n:2]
+            rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+        else:
+            a, b = x[..., : n // 2], x[..., n // 2 : n]
+            rotated = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+        return torch.cat((rotated, x[..., n:]), -1)
 
 
 def _heads(x: Tensor, dim: int) -> Tensor:
     """Reshape [n_windows, n_rows, n_heads * dim] to [n_windows, n_heads, n_rows, dim]."""
     return x.reshape(*x.shape[:2], -1, dim).transpose(1, 2)
-
-
-def _joined(first: StoredKv, second: StoredKv) -> StoredKv:
-    return StoredKv(
-        torch.cat([first.k, second.k], 1),
-        torch.cat([first.v, second.v], 1),
-        torch.cat([first.positions, second.positions]),
-    )
 
 
 def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

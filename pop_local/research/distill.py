@@ -182,39 +182,36 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
     return made
 
 
-@torch.no_grad()
-def _entering(decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran) -> Tensor:
-    """Return the states [n_windows, n_tokens, n_embd] that enter the boundary layer."""
-    states = reference.states if reference.first == start.boundary else reference.states.clone()
-    for index in range(reference.first, start.boundary):
-        _run(decoder, index, states, ran)
-    return states
-
-
-@torch.no_grad()
-def _inputs(decoder: Decoder, start: InitialFit, states: Tensor, n_inputs: int, ran: Ran) -> Tensor:
-    """Return the projections' inputs [n_windows, n_tokens, n_inputs]; the last is constant."""
-    made = torch.ones(*states.shape[:2], n_inputs)
-    for window, inputs in zip(states, made, strict=True):
-        x = normalised(window.numpy(), decoder.hyper.eps)
-        seen = [x] if start.wide is None else [x, start.wide(x)]
-        inputs[:, :-1] = torch.from_numpy(np.hstack(seen))
-        ran(1)
-    return made
-
-
 class _Student:
     """The skipped layers in a pruned prompt, with the trained changes of their projections."""
 
+    @torch.no_grad()
     def __init__(
         self, decoder: Decoder, start: InitialFit, reference: TeacherStates, ran: Ran
     ) -> None:
         self._decoder, self._start, self._reference = decoder, start, reference
         self._deep = [decoder.layer(index) for index in range(start.boundary, decoder.n_layer)]
-        self._weights = {layer: self._joined(each) for layer, each in start.projections.items()}
+        # The weights for uncentered inputs without the norm's gain; the last column is the bias.
+        self._weights: dict[int, Tensor] = {}
+        for layer, fit in start.projections.items():
+            parts = [fit.weight, fit.bias[:, None]]
+            if fit.wide is not None:
+                parts.insert(1, fit.wide)
+            self._weights[layer] = torch.from_numpy(np.hstack(parts)).to(decoder.device)
         n_inputs = next(iter(self._weights.values())).shape[1]
-        self._states = _entering(decoder, start, reference, ran)
-        self._inputs = _inputs(decoder, start, self._states, n_inputs, ran)
+        # The states that enter the boundary layer.
+        self._states = reference.states
+        if reference.first < start.boundary:
+            self._states = reference.states.clone()
+        for index in range(reference.first, start.boundary):
+            _run(decoder, index, self._states, ran)
+        # The projections' inputs; the last one is constant.
+        self._inputs = torch.ones(*self._states.shape[:2], n_inputs)
+        for window, inputs in zip(self._states, self._inputs, strict=True):
+            x = normalised(window.numpy(), decoder.hyper.eps)
+            seen = [x] if start.wide is None else [x, start.wide(x)]
+            inputs[:, :-1] = torch.from_numpy(np.hstack(seen))
+            ran(1)
         # The first row of each window is an outlier, so the statistics omit it.
         context = self._inputs[:, 1:]
         mean = context.mean((0, 1))
@@ -223,18 +220,15 @@ class _Student:
         self._mean = mean.to(decoder.device)
         each = -(-self._inputs.shape[1] // _ROWS_EACH)
         rows = context[:, ::each].flatten(0, 1).to(decoder.device)
-        self._gains, self._units = {}, {}
+        self._gains, self._units, self._changes = {}, {}, {}
         for layer, weights in self._weights.items():
             gain = torch.tensor(start.projections[layer].gain, device=decoder.device)
             gain = functional.pad(gain, (0, n_inputs - len(gain)), value=1.0)
-            # The inputs are centered, so that changes of the weights do not change the mean of K
+            # The inputs are centered, so that a change of the weights does not move the mean of K
             # and V.
             weights[:, -1] += weights @ (gain * self._mean)
             self._gains[layer], self._units[layer] = gain, _units(rows * gain, weights)
-        self._changes = {
-            layer: torch.zeros_like(weights, requires_grad=True)
-            for layer, weights in self._weights.items()
-        }
+            self._changes[layer] = torch.zeros_like(weights, requires_grad=True)
 
     @property
     def changes(self) -> list[Tensor]:
@@ -271,22 +265,11 @@ class _Student:
         inputs = inputs[:, context]
         for layer, computed in enumerate(self._deep, self._start.boundary):
             if layer in self._changes:
-                stored = self._stored(layer, inputs, context)
+                both = functional.linear(inputs, self._changed(layer) * self._gains[layer])
+                n_k = self._start.projections[layer].n_k
+                stored = StoredKv(both[..., :n_k], both[..., n_k:], context)
             rows = computed(rows, full, stored)
         return rows[:, n_sink:]
-
-    def _stored(self, layer: int, inputs: Tensor, positions: Tensor) -> StoredKv:
-        n_k = self._start.projections[layer].n_k
-        both = functional.linear(inputs, self._changed(layer) * self._gains[layer])
-        return StoredKv(both[..., :n_k], both[..., n_k:], positions)
-
-    def _joined(self, projection: KvProjection) -> Tensor:
-        """Return a layer's trained weights for uncentered inputs without the norm's gain."""
-        parts = [projection.weight]
-        if projection.wide is not None:
-            parts.append(projection.wide)
-        joined = np.hstack([*parts, projection.bias[:, None]])
-        return torch.from_numpy(joined).to(self._decoder.device)
 
     def _changed(self, layer: int) -> Tensor:
         return self._weights[layer] + self._units[layer] * self._changes[layer]
@@ -317,8 +300,9 @@ class _Student:
 def _units(rows: Tensor, weights: Tensor) -> Tensor:
     """Return the units [n_out, n_in] of a projection's changes, given inputs [n_rows, n_in].
 
-    A change of 1 unit moves an output by the output's spread divided by n_in. Weak inputs count
-    with a minimum power, since large weights would increase the quantization error of their blocks.
+    A change of 1 unit moves an output by the output's spread divided by n_in. The power of weak
+    inputs is raised to a minimum, since large weights would increase the quantization error of
+    their blocks.
     """
     spread = (rows @ weights.T).std(0)
     power = rows.square().mean(0).sqrt()
@@ -332,49 +316,28 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
     return min(wanted, n_tokens // 4)
 
 
-@dataclass(frozen=True)
-class DistillMemory:
-    """Memory for distilling in bytes.
-
-    `reference`: main memory for the result of `read`. `main`: main memory for `distill`. `device`:
-    device memory.
-    """
-
-    reference: int
-    main: int
-    device: int
-
-
 def memory(
     plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
-) -> DistillMemory:
+) -> tuple[int, int, int]:
     """Return the memory for distilling on windows [n_windows, n_tokens] and on their copies.
 
-    `matrices`: the data type of the skipped layers' matrices.
+    The result is the main memory for the result of `read`, the main memory for `distill`, and the
+    device memory, all in bytes. `matrices`: the data type of the skipped layers' matrices.
     """
-    n_embd, n_rows = plan.shape.n_embd, round((1 + _COPIES) * n_windows) * n_tokens
-    return DistillMemory(
-        reference=4 * n_rows * (2 * n_embd + _N_LIKELY),
-        main=BASE_BYTES + 4 * n_rows * (n_embd + _n_inputs(plan)),
-        device=_device_bytes(plan, hyper, n_tokens, matrices),
-    )
-
-
-def _device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype) -> int:
-    shape = plan.shape
+    shape, n_inputs = plan.shape, plan.shape.n_wide(plan.boundary, plan.projection)
+    n_inputs += shape.n_embd + 1
+    n_all = round((1 + _COPIES) * n_windows) * n_tokens
+    reference = 4 * n_all * (2 * shape.n_embd + _N_LIKELY)
+    main = BASE_BYTES + 4 * n_all * (shape.n_embd + n_inputs)
     head = shape.n_vocab * shape.n_embd
     kept = sum(shape.n_weights[plan.boundary :]) + head
     # Either one layer or the LM head is loaded in float32 at a time.
     weights = matrices.itemsize * kept + 4 * max(*shape.n_weights, head)
-    projections = 6 * _n_inputs(plan) * sum(map(shape.n_kv, plan.fitted_layers))
+    projections = 6 * n_inputs * sum(map(shape.n_kv, plan.fitted_layers))
     n_head = max(shape.n_heads_out) // hyper.dim_v
     n_answer = n_tokens - int(_CONTEXT[0] * n_tokens)
     n_rows = N_BATCH * (n_answer + _n_sink(plan.sink_tokens, n_tokens))
     per_row = 4 * min(shape.n_vocab, n_rows * _N_LIKELY) + plan.n_skipped * (
         12 * max(shape.n_neurons) + 5 * n_head * n_tokens
     )
-    return weights + 4 * (projections + n_rows * per_row)
-
-
-def _n_inputs(plan: Plan) -> int:
-    return plan.shape.n_embd + plan.shape.n_wide(plan.boundary, plan.projection) + 1
+    return reference, main, weights + 4 * (projections + n_rows * per_row)

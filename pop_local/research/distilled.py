@@ -62,11 +62,14 @@ class Distiller:
         from pop_local.research.distill import memory
 
         n_windows = self.options.n_distilled(plan.shape.n_embd)
-        takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
-        is_read = self.reference is not None and self.reference.first <= plan.boundary
-        needed, free = takes.main + (0 if is_read else takes.reference), needs.free_bytes()
+        reference_bytes, needed, device_bytes = memory(
+            plan, hyper, n_windows, N_WINDOW, device.matrices
+        )
+        if self.reference is None or self.reference.first > plan.boundary:
+            needed += reference_bytes
         if device.name == "cpu":  # torch reports a lack of GPU memory
-            needed += takes.device
+            needed += device_bytes
+        free = needs.free_bytes()
         if needed > free:
             raise TooLittleMemoryError(
                 "distilling the fit needs", needed, free, _HINT, cause="no-memory-to-distill"
@@ -83,16 +86,16 @@ class Distiller:
         device = self.require(plan)
         reference = self.reference
         if reference is None or plan.boundary < reference.first:
-            chosen = reference.text if reference else self._text(plan, text)
+            n_windows = self.options.n_distilled(plan.shape.n_embd)
+            if reference:
+                chosen = reference.text
+            else:
+                with loaded(self.source.first.path, **vars(self.hardware)) as context:
+                    chosen = distill_text(context, text, self.options.texts, n_windows)
             self.reference = reference = None  # memory has room for only one reference
             reference = self.read(max(plan.boundary - n_deeper, 0), chosen, device)
         self.reference = reference if n_deeper else None
         return self.trained(plan, fitted, reference, device)
-
-    def _text(self, plan: Plan, text: CalibrationText) -> DistillText:
-        n_windows = self.options.n_distilled(plan.shape.n_embd)
-        with loaded(self.source.first.path, **vars(self.hardware)) as context:
-            return distill_text(context, text, self.options.texts, n_windows)
 
     def read(self, first: int, text: DistillText, device: TorchDevice) -> TeacherStates:
         """Read a text's windows in full, for boundaries from `first` on."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.base.progress import Progress, Ran, counting
-from pop_local.research.decoder import BASE_BYTES, Decoder, DecoderLayer
+from pop_local.research.decoder import BASE_BYTES, Decoder
 from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
@@ -89,16 +89,11 @@ def _batch(
     for index in reversed(range(decoder.n_layer)):
         before = states.pop()
         found.append((gradient * (output - before)).sum(-1))
-        gradient = _backwards(decoder.layer(index), before, gradient)
+        states_in = before.detach().requires_grad_()
+        [gradient] = torch.autograd.grad(decoder.layer(index)(states_in), states_in, gradient)
         output = before
         ran(len(windows))
     return torch.stack(found[::-1])
-
-
-def _backwards(layer: DecoderLayer, states: Tensor, gradient: Tensor) -> Tensor:
-    """Return dL/dh of a layer's input from dL/dh of its output, [n_windows, n_tokens, n_embd]."""
-    states = states.detach().requires_grad_()
-    return torch.autograd.grad(layer(states), states, gradient)[0]
 
 
 def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator) -> Tensor:

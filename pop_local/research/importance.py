@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +19,10 @@ from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
-if TYPE_CHECKING:
-    from pop_local.research.analyze_options import AnalyzeOptions
-
 Windows = Sequence[Sequence[int]]
 # Windows per batch. Larger batches are not faster on a CPU.
 _N_BATCH = 4
-_SHORTER = "use shorter windows"
+_HINT = "use shorter windows, or close other programs"
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,11 @@ class Importance:
 
 
 def gates_device(
-    source: Source, options: AnalyzeOptions, hardware: Hardware, watch: Watch
+    source: Source, n_windows: int, n_context: int, n_answer: int, hardware: Hardware, watch: Watch
 ) -> TorchDevice | None:
-    """Return the device for the gates, or warn and return None if gates cannot be computed.
+    """Return the device for the gates, or warn and return None if they cannot be computed.
 
-    Raises PopError if too little memory is free.
+    Raises PopError if too little memory is free for windows of `n_context` + `n_answer` tokens.
     """
     try:
         device = torch_device(hardware, "the layers' importance is not measured")
@@ -78,36 +74,33 @@ def gates_device(
         return None
     from pop_local.research.gates import needed_bytes
 
-    shape, n_batch = source_shape(source), min(_N_BATCH, options.n_gated)
-    needed = needed_bytes(shape, hyper, options.n_window, options.n_answer, n_batch)
+    shape, n_batch = source_shape(source), min(_N_BATCH, n_windows)
+    needed = needed_bytes(shape, hyper, n_context + n_answer, n_answer, n_batch)
     free = needs.free_bytes()
     if device.name == "cpu" and needed > free:
-        hint = f"{_SHORTER}, close other programs, or analyze without gates"
         raise TooLittleMemoryError(
-            "the gates need", needed, free, hint, cause="no-memory-for-gates"
+            "the gates need", needed, free, _HINT, cause="no-memory-for-gates"
         )
     return device
 
 
 def importance(
-    source: Source, device: TorchDevice, windows: Windows, options: AnalyzeOptions, watch: Watch
+    source: Source, device: TorchDevice, windows: Windows, n_context: int, seed: int, watch: Watch
 ) -> Importance:
     """Measure the importance of each layer on windows of equal length.
 
-    The windows must start with the model's BOS token, if the model has this token. Raises PopError,
-    StoppedError.
+    If the model has a BOS token, the windows must start with it. `n_context`: the number of context
+    tokens per window. Raises PopError, StoppedError.
     """
     from pop_local.research.decoder import Decoder
     from pop_local.research.gates import gate_gradients
 
-    tokens, n_context = np.array(windows, np.int32), options.n_context
+    tokens = np.array(windows, np.int32)
     stage = watch.stage("Virtual gates")
-    with computing(
-        "the gates", f"{_SHORTER}, or analyze without gates", cause="no-memory-for-gates"
-    ):
+    with computing("the gates", _HINT, cause="no-memory-for-gates"):
         decoder = Decoder(source, device.name)
         found = gate_gradients(
-            decoder, tokens, n_context, n_batch=_N_BATCH, seed=options.seed, on_progress=stage
+            decoder, tokens, n_context, n_batch=_N_BATCH, seed=seed, on_progress=stage
         )
     return Importance(
         n_windows=len(tokens),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.architecture.shape import source_shape
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, Calibration
@@ -29,7 +29,6 @@ from pop_local.measure.quality import (
     read_reference,
 )
 from pop_local.models.model_files import ModelFiles
-from pop_local.research.analyze_options import AnalyzeOptions
 from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
 from pop_local.research.importance import Importance, Windows, gates_device, importance
 from pop_local.workflows.conversion.fits import PlanFitter
@@ -41,21 +40,43 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
-# Number of random sequences. With two sequences, the retention has an error of some percent.
+# Windows of prose for the probes: enough to compare boundaries. `convert` measures more.
+_N_PROBED = 3
+# Number of random sequences. With two sequences, the retention has an error of a few percent.
 _N_DRAWS = 2
-# A quarter of the tokens for `convert` is enough for comparing boundaries.
+# A quarter of the tokens that `convert` reads is enough to compare boundaries.
 _FIT_SHARE = 4
 # Time of a window's forward and backward passes in torch, relative to the window's prefill.
 _GATES_COST = 4
 
 
 @dataclass(frozen=True)
+class AnalyzeOptions:
+    """Options of an analysis; `text`: the text file to measure on (default: the shipped prose).
+
+    Each window has `n_context` + `n_answer` tokens. `n_gated`: the number of windows for the gates.
+    `fit_tokens`: the number of tokens for fitting (default: a quarter of a conversion's number).
+    """
+
+    text: Path | None = None
+    n_context: int = 192
+    n_answer: int = 64
+    n_gated: int = 20
+    fit_tokens: int | None = None
+    seed: int = 0
+
+    @property
+    def n_window(self) -> int:
+        return self.n_context + self.n_answer
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The result of an analysis.
 
-    `importance` is None without gates, and `calibration` is None without fits. `depths`: the
-    boundaries in order of increasing depth, starting at the last layer. `chosen`: the deepest
-    boundary that `budget` accepts with the measured figures.
+    `importance` is None if the gates could not be computed, and `calibration` is None if no
+    boundary needed a fit. `depths`: the boundaries in order of increasing depth, starting at the
+    last layer. `chosen`: the deepest boundary whose measured loss is within `budget`.
     """
 
     model: Path
@@ -87,21 +108,29 @@ def analyze(
     PopError, StoppedError.
     """
     source = read_source(base_file(os.fspath(model), watch))
-    require_unconverted(source)
+    if pop_of(source, None) is not None:
+        raise PopError(
+            f"{source.first.path} is converted already",
+            "analyze the original model, which strip restores",
+            cause="analyze-converted",
+            path=source.first.path,
+        )
     shipped = Text("prose of pop-local", (shipped_part("prose"),))
     text = given_text(options.text) if options.text else shipped
-    run = _Run(source, source_shape(source), text, options, hardware, watch)
-    require_passage(options.n_context, RowRule(run.ends.sink_tokens, run.ends.tail_tokens))
-    if options.with_fit:
-        run.require_memory()
-    device = gates_device(source, options, hardware, watch) if options.n_gated else None
+    run = _Run(source, text, options, hardware, watch)
+    require_passage(options.n_context, RowRule(run.last.sink_tokens, run.last.tail_tokens))
+    run.require_memory()
+    device = gates_device(
+        source, options.n_gated, options.n_context, options.n_answer, hardware, watch
+    )
     n_gated = options.n_gated if device else 0
     watch.on_stages(run.planned_stages(n_gated))
     depths, reference, windows = run.probed(n_gated)
-    if wanted := worth_measuring(depths):
-        measured = {depth.boundary: depth for depth in run.measured(reference, wanted)}
-        depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
-    gates = None if device is None else importance(source, device, windows, options, watch)
+    measured = {depth.boundary: depth for depth in run.measured(reference, worth_measuring(depths))}
+    depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
+    gates = None
+    if device is not None:
+        gates = importance(source, device, windows, options.n_context, options.seed, watch)
     return Analysis(
         model=source.first.path,
         text=text,
@@ -114,54 +143,59 @@ def analyze(
     )
 
 
-def require_unconverted(source: Source) -> None:
-    """Raise PopError if the model file is converted."""
-    path = source.first.path
-    if pop_of(source, None) is not None:
-        raise PopError(
-            f"{path} is converted already",
-            "analyze the original model, which strip restores",
-            cause="analyze-converted",
-            path=path,
-        )
-
-
 @dataclass(frozen=True)
 class _Run:
     """A running analysis."""
 
     source: Source
-    shape: ModelShape
     text: Text
     options: AnalyzeOptions
     hardware: Hardware
     watch: Watch
 
-    @property
-    def ends(self) -> Plan:
-        """The plan of skipping the last layer, with the same full rows as a conversion."""
-        return self._plan(self.shape.n_layer - 1)
+    @cached_property
+    def plans(self) -> dict[int, Plan]:
+        """The plan for each boundary, with the same full rows as a conversion."""
+        shape, macs = source_shape(self.source), GraphMacs(self.source.first.path)
+        return {
+            boundary: make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
+            for boundary in budget.boundaries(shape)
+        }
 
     @property
+    def last(self) -> Plan:
+        """The plan that skips only the last layer."""
+        return self.plans[max(self.plans)]
+
+    @cached_property
     def _fitted(self) -> list[Plan]:
-        return [
-            plan for plan in map(self._plan, budget.boundaries(self.shape)) if plan.fitted_layers
-        ]
+        return [plan for plan in self.plans.values() if plan.fitted_layers]
+
+    @cached_property
+    def _fit_options(self) -> FitOptions:
+        default = default_tokens(self.last.shape.n_embd) // _FIT_SHARE
+        return FitOptions(self.options.fit_tokens or default, projection=Projection.FITTED)
 
     @cached_property
     def _needs(self) -> memory.FitNeeds | None:
-        plans = self._fitted if self.options.with_fit else []
-        return memory.fit_needs(plans, self.source, self._fit_options()) if plans else None
+        if not self._fitted:
+            return None
+        return memory.fit_needs(self._fitted, self.source, self._fit_options)
+
+    @property
+    def _n_ctx(self) -> int:
+        return max(self.options.n_window, 2 * N_REPEATED + 1)
 
     def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
         """Return the analysis's possible stages; `n_gated`: the number of windows for the gates."""
-        options, ends, n_tried = self.options, self.ends, len(budget.boundaries(self.shape))
-        draws = _N_DRAWS * memory.reading_work(ends, 2 * N_REPEATED)
-        probes = options.n_probed * memory.reading_work(ends, options.n_window) + draws
-        gates = _GATES_COST * n_gated * memory.reading_work(ends, options.n_window)
+        n_tried = len(self.plans)
+        window = memory.reading_work(self.last, self.options.n_window)
+        draws = _N_DRAWS * memory.reading_work(self.last, 2 * N_REPEATED)
+        probes = _N_PROBED * window + draws
+        gates = _GATES_COST * n_gated * window
         fit = None
         if self._needs:
-            fit = memory.fit_work(self._fitted, self._fit_options(), self._needs)
+            fit = memory.fit_work(self._fitted, self._fit_options, self._needs)
         return (
             PlannedStage("Running the full model", probes),
             PlannedStage("Measuring copying by boundary", n_tried * draws),
@@ -181,7 +215,7 @@ class _Run:
                 "the fit needs",
                 needed_bytes,
                 free_bytes,
-                "fit on fewer tokens, close other programs, or measure without a fit",
+                "fit on fewer tokens, or close other programs",
                 cause="no-memory-for-fit",
             )
 
@@ -191,11 +225,10 @@ class _Run:
         Return the boundaries with their retentions, the full model's scores, and `n_gated` windows.
         """
         options = self.options
-        n_probed, n_context, n_answer = options.n_probed, options.n_context, options.n_answer
         settings = QualitySettings(
-            n_probed, n_context, n_answer, seed=options.seed, n_draws=_N_DRAWS
+            _N_PROBED, options.n_context, options.n_answer, seed=options.seed, n_draws=_N_DRAWS
         )
-        files, rows = ModelFiles(self.source.first.path), row_options(self.ends)
+        files, rows = ModelFiles(self.source.first.path), row_options(self.last)
         with opened(files, self.hardware, self.watch, n_ctx=self._n_ctx, **rows) as model:
             tokens = tokenize(model, self.text)
             start = model.engine.context.vocabulary.bos
@@ -208,41 +241,21 @@ class _Run:
         return depths, reference, [[*start, *text] for text in texts]
 
     def measured(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
-        """Measure the boundaries `tried` on prose.
-
-        If the options request fits, one pass first fits all boundaries.
-        """
+        """Fit the boundaries `tried` in one pass, and measure their quality on prose."""
         runner = TrialRunner(self.source, self.hardware, self.watch)
-        plans, options = [self._plan(depth.boundary) for depth in tried], self._fit_options()
-        if not self.options.with_fit:
-            plans = [replace(plan, projection=Projection.OWN) for plan in plans]
-        runner.require_room(plans, options.kv_type)
-        to_fit = [plan for plan in plans if plan.projection != Projection.OWN]
-        fits = dict(zip(to_fit, PlanFitter(runner, options).fit(to_fit, None), strict=True))
+        plans = [self.plans[depth.boundary] for depth in tried]
+        runner.require_room(plans, self._fit_options.kv_type)
+        to_fit = [plan for plan in plans if plan.fitted_layers]
+        fitted = PlanFitter(runner, self._fit_options).fit(to_fit, None)
+        fits = dict(zip(to_fit, fitted, strict=True))
         found = []
         for depth, plan in zip(tried, plans, strict=True):
-            fitted = fits.get(plan)
-            with runner.tried(plan, fitted, n_ctx=self._n_ctx) as model:
+            fit = fits.get(plan)
+            with runner.tried(plan, fit, n_ctx=self._n_ctx) as model:
                 advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
                 quality = measure_against(reference, model, Pruning(plan.boundary), advance)
-            calibration = None if fitted is None else fitted.calibration
-            measured = replace(depth, quality=quality, projection=plan.projection)
-            found.append(replace(measured, calibration=calibration))
+            calibration = fit.calibration if fit else None
+            found.append(
+                replace(depth, quality=quality, projection=plan.projection, calibration=calibration)
+            )
         return found
-
-    def _plan(self, boundary: int) -> Plan:
-        return make_plan(
-            self.shape, boundary=boundary, projection=Projection.FITTED, macs=self._macs
-        )
-
-    @cached_property
-    def _macs(self) -> GraphMacs:
-        return GraphMacs(self.source.first.path)
-
-    def _fit_options(self) -> FitOptions:
-        n_tokens = self.options.fit_tokens or default_tokens(self.shape.n_embd) // _FIT_SHARE
-        return FitOptions(n_tokens, projection=Projection.FITTED)
-
-    @property
-    def _n_ctx(self) -> int:
-        return max(self.options.n_window, 2 * N_REPEATED + 1)

@@ -8,11 +8,10 @@ from typing import NoReturn
 import pytest
 
 from pop_converter.base.errors import PlanError, PopError
-from pop_local.calibration import needs
 from pop_local.measure.budget import boundaries
 from pop_local.measure.estimate import Estimate
 from pop_local.research import depths
-from support.analyzed import FITTED, UNFITTED, analyze, report
+from support.analyzed import analyze, report
 from support.converted import paired
 from support.synthetic import make_gguf
 
@@ -50,7 +49,7 @@ def test_a_seed_gives_the_same_figures_again(model, text):
 
 def test_a_pipe_gets_one_table_and_the_findings(model, text):
     pytest.importorskip("torch")
-    done = analyze(model, "--text", text, *UNFITTED)
+    done = analyze(model, "--text", text)
     assert done.exit_code == 0, done.output
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6
@@ -62,27 +61,20 @@ def test_a_pipe_gets_one_table_and_the_findings(model, text):
 
 def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
     monkeypatch.setattr(depths, "may_copy", lambda retention: False)
-    given = (model, "--text", text, "--no-gates")
+    given = (model, "--text", text)
     first, *others = report(*given)["boundaries"]
     assert first["quality"] is not None
     assert [(row["projection"], row["quality"]) for row in others] == [(None, None)] * 2
-    lines = analyze(*given, *UNFITTED).stdout.splitlines()
-    rows = [line.split("|")[1:4] for line in lines if line.startswith("|")][2:]
-    found = [(layer.strip(), kind.strip()) for layer, _, kind in rows]
-    assert found == [("3", ""), ("4", ""), ("5", "own")]
-
-
-def test_without_gates_only_the_probed_layers_are_listed(model, text):
-    found = report(model, "--text", text, "--no-gates")
-    assert found["gates"] is None
-    assert len(found["boundaries"]) == 3
-    assert "Prefill" not in analyze(model, "--text", text, "--no-gates", *UNFITTED).stdout
+    lines = analyze(*given).stdout.splitlines()
+    head, _, *rows = ([*map(str.strip, line.split("|"))] for line in lines if line.startswith("|"))
+    kinds = {row[1]: row[head.index("K/V")] for row in rows}
+    assert [kinds[layer] for layer in ("3", "4", "5")] == ["", "", "own"]
 
 
 def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "out.png"
-    given = (model, "--text", text, *UNFITTED, "--plot", target)
+    given = (model, "--text", text, "--plot", target)
     assert analyze(*given).exit_code == 0
     drawn = target.read_bytes()
     assert drawn.startswith(PNG)
@@ -93,14 +85,13 @@ def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
-@pytest.mark.parametrize("options", [UNFITTED, FITTED])
-def test_a_plot_has_units_and_the_chosen_boundary(model, text, tmp_path, monkeypatch, options):
+def test_a_plot_has_units_and_the_chosen_boundary(model, text, tmp_path, monkeypatch):
     figure_module = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(
         figure_module.Figure, "savefig", lambda figure, file, **how: drawn.append(figure)
     )
-    assert analyze(model, "--text", text, *options, "--plot", tmp_path / "out.png").exit_code == 0
+    assert analyze(model, "--text", text, "--plot", tmp_path / "out.png").exit_code == 0
     [axes] = drawn[0].axes
     assert "times" in axes.get_xlabel() and "nats" in axes.get_ylabel()
     limit, chosen = axes.get_legend_handles_labels()[1]
@@ -130,7 +121,7 @@ def test_without_torch_the_probes_still_run(model, text, monkeypatch):
         if name.endswith((".gates", ".decoder")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
-    done = analyze(model, "--text", text, *UNFITTED, "--json")
+    done = analyze(model, "--text", text, "--json")
     assert done.exit_code == 0, done.output
     assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
     found = json.loads(done.stdout)
@@ -141,7 +132,7 @@ def test_without_torch_the_probes_still_run(model, text, monkeypatch):
 def test_on_other_architectures_the_probes_still_run(tmp_path, text):
     pytest.importorskip("torch")
     other = make_gguf(tmp_path / "moe.gguf", "qwen3moe", n_layer=4)
-    done = analyze(other, "--text", text, *UNFITTED, "--json")
+    done = analyze(other, "--text", text, "--json")
     assert done.exit_code == 0, done.output
     assert "'qwen3moe'" in done.stderr
     assert len(json.loads(done.stdout)["boundaries"]) == 2
@@ -149,11 +140,11 @@ def test_on_other_architectures_the_probes_still_run(tmp_path, text):
 
 def test_too_little_memory_is_reported_with_a_remedy(model, text, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(needs, "free_bytes", lambda: 100_000_000)
-    done = analyze(model, "--text", text, *UNFITTED)
+    monkeypatch.setattr("pop_local.research.gates.needed_bytes", lambda *shape: 10**15)
+    done = analyze(model, "--text", text)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
-    assert "MB of memory, 100.0 MB are free" in message
+    assert "the gates need" in message
     assert "--context" in message
     assert done.stdout == ""
 
@@ -162,13 +153,12 @@ def test_too_little_memory_is_reported_with_a_remedy(model, text, monkeypatch):
     ("options", "reason"),
     [
         (["--windows", "500"], "too short for 500 windows"),
-        (["--probe-windows", "500"], "too short for 500 windows"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--plot", "nowhere/out.png"], "does not exist"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason):
-    done = analyze(model, "--text", text, *UNFITTED, *options)
+    done = analyze(model, "--text", text, *options)
     assert done.exit_code == 1
     assert reason in " ".join(done.stderr.split())
     assert done.stdout == ""
@@ -180,7 +170,7 @@ def test_a_short_context_is_refused_before_loading(model, text, monkeypatch, con
         raise PopError("loaded")
 
     monkeypatch.setattr("pop_local.research.layer_analysis.opened", load)
-    done = analyze(model, "--text", text, *UNFITTED, "--no-gates", "--context", context)
+    done = analyze(model, "--text", text, "--context", context)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
     assert ("loaded" in message) == is_enough
@@ -192,7 +182,7 @@ def test_a_short_context_is_refused_before_loading(model, text, monkeypatch, con
 @pytest.mark.parametrize("projection", ["own", "fitted"])
 def test_a_converted_file_is_refused(tmp_path, projection):
     base = make_gguf(tmp_path / "base.gguf", "llama", n_layer=6)
-    done = analyze(paired(base, tmp_path, projection, boundary=3).single, *FITTED)
+    done = analyze(paired(base, tmp_path, projection, boundary=3).single)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
     assert "is converted already" in message
@@ -217,7 +207,3 @@ def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
     found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
     assert depths.losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
     assert depths.losses([None]) == [None]
-
-
-def test_windows_are_for_the_gates(model):
-    assert analyze(model, "--windows", 3, "--no-gates").exit_code == 2

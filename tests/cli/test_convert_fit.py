@@ -103,17 +103,10 @@ def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
     assert shown.count("only pop-local opens") == 1
 
 
-def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination):
+def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination, monkeypatch):
     pytest.importorskip("torch")
-    fit = (
-        "--projection",
-        "fitted-wide",
-        "--text",
-        words,
-        "--distill",
-        "--distill-tokens",
-        6 * 512,
-    )
+    monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    fit = ("--projection", "fitted-wide", "--text", words, "--distill")
     done = convert(tiny, *fit, "--sidecar", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -234,8 +227,7 @@ def test_activations_that_are_not_finite_are_refused(tiny, tmp_path, words, own_
     assert_refused(done, tmp_path, "predicts NaN" if own_text else "not finite")
 
 
-def test_options_without_their_main_option_are_wrong_usage(tiny):
-    assert convert(tiny, "--distill-tokens", 4096).exit_code == 2
+def test_fit_options_with_own_projections_are_wrong_usage(tiny):
     assert convert(tiny, "--projection", "own").exit_code == 2  # because of --tokens
 
 

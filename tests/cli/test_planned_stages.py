@@ -9,7 +9,7 @@ from pop_local.calibration import needs
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.measure.budget import BALANCED
 from pop_local.research import layer_analysis as analyses
-from pop_local.research.analyze_options import AnalyzeOptions
+from pop_local.research.layer_analysis import AnalyzeOptions
 from pop_local.workflows import benchmark
 from pop_local.workflows.conversion.conversion_plan import ConvertOptions, plan_conversion
 from pop_local.workflows.conversion.convert_model import convert
@@ -61,10 +61,9 @@ def test_a_conversion_announces_its_stages(
     followed.check()
 
 
-@pytest.mark.parametrize("with_fit", [False, True])
-def test_an_analysis_announces_its_stages(tiny, with_fit):
+def test_an_analysis_announces_its_stages(tiny):
     followed = Followed()
-    options = AnalyzeOptions(None, 64, 10, 2, 2, with_fit=with_fit, fit_tokens=2048)
+    options = AnalyzeOptions(None, 64, 10, 2, fit_tokens=2048)
     analyses.analyze(tiny, options, hardware=ONE_THREAD, watch=followed.watch)
     followed.check()
 

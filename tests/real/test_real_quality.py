@@ -88,7 +88,6 @@ def test_torch_logits_of_a_real_model_equal_the_backends(smollm2):
 def test_deep_layers_of_a_real_model_matter_in_decode_and_not_in_prefill(smollm2):
     """Compared with the other layers, SmolLM2's last third has importance 0.2 and 2."""
     pytest.importorskip("torch")
-    from pop_local.research.analyze_options import AnalyzeOptions
     from pop_local.research.importance import importance
     from pop_local.research.torch_device import torch_device
     from pop_local.workflows.events import Watch
@@ -98,8 +97,7 @@ def test_deep_layers_of_a_real_model_matter_in_decode_and_not_in_prefill(smollm2
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))
     windows = spread_windows(text, 2, 96)
     device = torch_device(Hardware(1, 0), "")
-    options = AnalyzeOptions(n_context=64)
-    found = importance(read_source(smollm2), device, windows, options, Watch())
+    found = importance(read_source(smollm2), device, windows, 64, 0, Watch())
     assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
     assert found.prefill.median_ratio.value < 0.5
     assert found.decode.median_ratio.value > 1

@@ -7,21 +7,22 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 
-SHORT = (
-    *("--probe-windows", 2, "--context", 64, "--continuation", 10),
-    *("--threads", 1, "--gpu-layers", 0),
-)
-UNFITTED = (*SHORT, "--no-fit")
-FITTED = (*SHORT, "--no-gates", "--tokens", 2048)
+SHORT = {
+    "--context": 64,
+    "--continuation": 10,
+    "--windows": 3,
+    "--tokens": 2048,
+    "--threads": 1,
+    "--gpu-layers": 0,
+}
 
 
 def analyze(*arguments: object) -> Any:
-    has_gates = not {"--no-gates", "--windows"} & set(arguments)
-    windows = ("--windows", 3) if has_gates else ()
-    return CliRunner().invoke(app, ["analyze", *map(str, (*arguments, *windows))])
+    given = [word for pair in SHORT.items() if pair[0] not in arguments for word in pair]
+    return CliRunner().invoke(app, ["analyze", *map(str, (*arguments, *given))])
 
 
 def report(*arguments: object) -> Any:
-    done = analyze(*arguments, *UNFITTED, "--json")
+    done = analyze(*arguments, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)

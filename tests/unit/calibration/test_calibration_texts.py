@@ -91,8 +91,6 @@ def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path)
 def test_how_much_is_distilled_on():
     assert FitOptions().n_distilled(576) == 128
     assert FitOptions(tokens=200 * 512).n_distilled(576) == 200
-    assert FitOptions(distill_tokens=300 * 512).n_distilled(576) == 300
-    assert FitOptions(distill_tokens=1).n_distilled(576) == 1
 
 
 def test_samples_are_repeatable_and_begin_as_told(llama: Path):
