@@ -7,7 +7,7 @@ questions.
 
 An answer is *right* if the greedy continuation contains the exact string (see `is_right`). Its
 *log-probability* is the right string's log-probability after the question, teacher-forced. The
-log-probability has far less noise than the counts, so searches use it first.
+log-probability has far less noise than the counts.
 """
 
 import re
@@ -123,10 +123,11 @@ def measure_lookups(
     `on_progress` counts questions. Raises PopError if a prompt does not fit into the context or was
     not pruned as planned.
     """
-    documents = make_documents(model, settings)
-    ran = counting(2 * sum(len(each.questions) for each in documents), on_progress)
-    full, pruned = (_ask(model, documents, each, ran) for each in (FULL, pruning))
-    return compare_lookups(full, pruned, settings)
+    reference = LookupReference(settings, make_documents(model, settings), [])
+    pruned: Answers = []
+    reference.ask(model, FULL, lambda done, n: on_progress(done, 2 * n), reference.full)
+    reference.ask(model, pruning, lambda done, n: on_progress(n + done, 2 * n), pruned)
+    return reference.compare(pruned)
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,10 @@ class LookupReference:
         """Add a pruned model's answers to `known`, as `read` does for the full model."""
         new = self.documents[len(known) :]
         ran = counting(sum(len(each.questions) for each in new), on_progress)
-        for document in new:
-            known += _ask(model, [document], pruning, ran)
+        with forced(model) as reader:
+            for document in new:
+                reader.read(document.tokens, pruning)
+                known.append(answer_questions(reader, document.questions, ran))
 
     def compare(self, answers: Answers) -> Lookups:
         """Compare all answers with the full model's answers."""
@@ -206,20 +209,6 @@ def is_right(text: str, answer: str) -> bool:
     line = text.strip().split("\n")[0]
     before, after = r"(?<!\w)(?<!\w[-.,/@])", r"(?!\w|[-.,/@]\w)"
     return re.search(f"{before}{re.escape(answer)}{after}", line) is not None
-
-
-def _ask(
-    model: PopModel,
-    documents: Sequence[LookupDocument],
-    pruning: Pruning,
-    ran: Callable[[int], None],
-) -> Answers:
-    answers: Answers = []
-    with forced(model) as reader:
-        for document in documents:
-            reader.read(document.tokens, pruning)
-            answers.append(answer_questions(reader, document.questions, ran))
-    return answers
 
 
 def answer_questions(

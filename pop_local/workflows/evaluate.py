@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pop_converter.architecture.arch_keys import trained_ctx
-from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.architecture.shape import source_shape
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import Source, read_source
@@ -20,7 +20,6 @@ from pop_local.measure.lookups import Lookups, LookupSettings, measure_lookups
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_pruning
 from pop_local.measure.verdict import verdict_in_words
-from pop_local.models.model_files import ModelFiles
 from pop_local.workflows.conversion.goals import Named
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
@@ -85,20 +84,38 @@ def evaluate(
     find = model_files if at is None else files_at_boundary
     files = find(os.fspath(model), sidecar, watch)
     source = read_source(files.path)
-    shape = source_shape(source)
-    boundary = _boundary(source, files, shape) if at is None else at.plan(shape).boundary
+    shape, meta = source_shape(source), pop_of(source, files.sidecar)
+    if at is not None:
+        boundary = at.plan(shape).boundary
+    elif meta is not None:
+        boundary = meta.boundary
+    else:
+        require_prunable(shape)
+        raise PopError(
+            f"{files.path} is not converted, so it has no boundary to measure",
+            "convert the model, or choose a boundary",
+            cause="nothing-to-evaluate",
+            model=files.path,
+        )
     text = shipped_text() if options.text is None else given_text(options.text)
-    _require_projections(source, files.sidecar, boundary)
-    meta, lookup_settings = pop_of(source, files.sidecar), _lookup_settings(options)
-    n_ctx, pruning = _n_ctx(source, options, lookup_settings), Pruning(boundary)
+    if meta is not None and meta.is_fitted and boundary != meta.boundary:
+        raise PopError(
+            f"{files.sidecar or files.path} has projections for boundary {meta.boundary} only",
+            f"measure other boundaries on the original model, {meta.source_name}",
+            cause="projections-for-one-boundary",
+            model=meta.source_name,
+        )
+    asked = None
+    if options.n_lookups:
+        asked = LookupSettings.of_questions(options.n_lookups, options.settings.seed)
+    n_ctx, pruning = _n_ctx(source, options, asked), Pruning(boundary)
     with opened(files, hardware, watch, n_ctx=n_ctx, deep_rows=options.deep_rows) as loaded:
         rule, tokens = loaded.engine.rule, tokenize(loaded, text)
         advance = watch.stage("Measuring")
         quality = measure_pruning(loaded, tokens, options.settings, pruning, advance)
         lookups = None
-        if lookup_settings is not None:
-            advance = watch.stage("Running look-ups")
-            lookups = measure_lookups(loaded, lookup_settings, pruning, advance)
+        if asked is not None:
+            lookups = measure_lookups(loaded, asked, pruning, watch.stage("Running look-ups"))
         macs = loaded.engine.context.files.macs
         limit = speedup_limit(macs, LIMIT_PROMPT, boundary, _n_full(rule, quality))
     return Evaluation(
@@ -111,38 +128,6 @@ def evaluate(
         lookups=lookups,
         deep_rows=rule.deep_rows,
     )
-
-
-def _boundary(source: Source, files: ModelFiles, shape: ModelShape) -> int:
-    """Return a converted model's boundary. Raises PopError for an unconverted model."""
-    meta = pop_of(source, files.sidecar)
-    if meta is not None:
-        return meta.boundary
-    require_prunable(shape)
-    raise PopError(
-        f"{source.first.path} is not converted, so it has no boundary to measure",
-        "convert the model, or choose a boundary",
-        cause="nothing-to-evaluate",
-        model=source.first.path,
-    )
-
-
-def _require_projections(source: Source, sidecar: Path | None, boundary: int) -> None:
-    """Raise PopError if the model has fitted projections, but not for this boundary."""
-    meta = pop_of(source, sidecar)
-    if meta is not None and meta.is_fitted and boundary != meta.boundary:
-        raise PopError(
-            f"{sidecar or source.first.path} has projections for boundary {meta.boundary} only",
-            f"measure other boundaries on the original model, {meta.source_name}",
-            cause="projections-for-one-boundary",
-            model=meta.source_name,
-        )
-
-
-def _lookup_settings(options: EvaluateOptions) -> LookupSettings | None:
-    """Return the look-ups' settings, or None if the options disable look-ups."""
-    n_lookups, seed = options.n_lookups, options.settings.seed
-    return LookupSettings.of_questions(n_lookups, seed) if n_lookups else None
 
 
 def _n_full(rule: RowRule, quality: Quality) -> int:

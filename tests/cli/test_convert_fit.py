@@ -325,7 +325,7 @@ def test_a_stop_during_the_measurement_keeps_the_fit(
 ):
     options = (tiny, "--text", words, "--resume")
     with monkeypatch.context() as stopping:
-        stopping.setattr(examining.Examination, "of_fit", _interrupt)
+        stopping.setattr(examining, "examine", _interrupt)
         stopped = convert(*options)
     assert stopped.exit_code == 130
     assert "continues from there" in stopped.stderr

@@ -1,6 +1,6 @@
 """Conversion at a named boundary: fit the projections, measure the loss briefly, and write."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
@@ -15,17 +15,16 @@ from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import shipped_text, tokenize
-from pop_local.measure.lookups import Lookups, LookupSettings
-from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.models.model_files import ModelFiles
+from pop_local.measure.lookups import LookupSettings
+from pop_local.measure.quality import QualitySettings
 from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_copy
+from pop_local.workflows.conversion.refusals import CopyingBrokenError
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# The numbers of windows and look-up documents for measuring a fit, and of random sequences for
-# checking copying before the fit.
+# Numbers of windows and look-up documents for measuring a fit, and number of random sequences for
+# checking before the fit whether the model can copy.
 N_WINDOWS = 8
 N_DOCUMENTS = 5
 N_OWN_DRAWS = 2
@@ -34,8 +33,8 @@ N_OWN_DRAWS = 2
 def write_named(run: ConversionRun) -> Outcome:
     """Fit, measure and write the model at a named boundary. Without a fit, only write it.
 
-    Raises PopError, StoppedError, and CopyingBrokenError if the model can no longer copy and the
-    run is not forced.
+    Raises PopError, StoppedError, and CopyingBrokenError if the model can no longer copy, unless
+    the run is forced.
     """
     [plan] = run.conversion.plans
     if plan.projection == Projection.OWN:
@@ -46,77 +45,58 @@ def write_named(run: ConversionRun) -> Outcome:
         return run.write(plan, None, None)
     share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share
     plan = replace(plan, deep_share=share)
-    examination = Examination(run.runner, plan, allow_broken_copy=run.force)
-    examination.before_fit()
+    require_windows(run.runner, plan)
+    if not run.force:
+        require_hope(run.runner, plan)
     with run.resumable():
         fitter = run.fitter()
         [fitted] = fitter.fit((plan,), run.fit.state_path)
         if fitter.distiller is not None:
             fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
-
-        def examined(written: Path) -> Measured:
-            return examination.of_fit(run.conversion.files(written))
-
-        return run.write(plan, fitted, examined)
+        return run.write(plan, fitted, lambda written: examine(run, plan, written))
 
 
-@dataclass(frozen=True)
-class Examination:
-    """Checks of a named plan.
-
-    `allow_broken_copy`: whether to only warn if the model can no longer copy from its prompt.
-    """
-
-    runner: TrialRunner
-    plan: Plan
-    allow_broken_copy: bool
-
-    def before_fit(self) -> None:
-        """Raise PopError if the loss cannot be measured, or if no fit can restore copying."""
-        require_windows(self.runner, self.plan)
-        if self.allow_broken_copy:
-            return
-        with self.runner.opened(self.plan) as model:
-            advance = self.runner.watch.stage("Trying the boundary without a fit")
-            kept = own_retention(model, self.plan.boundary, advance)
-        if budgets.is_hopeless(kept):
-            assert kept is not None, "an undefined retention is not hopeless"
-            raise CopyingBrokenError(
-                self.plan.boundary,
-                f"the model's own projections retain {kept.value:.0%} of the ability to copy random"
-                " tokens, and no fit restores the rest",
+def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
+    """Measure the written file's loss. Raises CopyingBrokenError, PopError, StoppedError."""
+    watch, pruning = run.runner.watch, Pruning(plan.boundary)
+    watch.on_note("Measuring the written file on held-out text")
+    with run.runner.opened(plan, run.conversion.files(written)) as model:
+        tokens, settings = tokenize(model, shipped_text()), QualitySettings(N_WINDOWS)
+        advance = watch.stage("Measuring")
+        found = quality.measure_pruning(model, tokens, settings, pruning, advance)
+        advance = watch.stage("Running look-ups")
+        asked = LookupSettings(N_DOCUMENTS)
+        answered = lookups.measure_lookups(model, asked, pruning, advance)
+    figures = budgets.figures_in_words(found, answered)
+    if not budgets.copies(found):
+        error = CopyingBrokenError(plan.boundary, figures)
+        if not run.force:
+            raise error
+        watch.on_warning(PopError(error.message))
+    elif not (budgets.is_inside(BALANCED, found) and budgets.keeps_lookups(BALANCED, answered)):
+        limits = budgets.limits_in_words(BALANCED)
+        watch.on_warning(
+            PopError(
+                f"boundary {plan.boundary} exceeds the {BALANCED.quality} budget ({limits}):"
+                f" {figures}",
+                "to find the fastest boundary within a budget, set a budget and no boundary",
+                cause="outside-budget",
             )
+        )
+    return measured(found, answered)
 
-    def of_fit(self, files: ModelFiles) -> Measured:
-        """Measure the written files' loss. Raises CopyingBrokenError, PopError, StoppedError."""
-        watch, pruning = self.runner.watch, Pruning(self.plan.boundary)
-        watch.on_note("Measuring the written file on held-out text")
-        with self.runner.opened(self.plan, files) as model:
-            tokens, settings = tokenize(model, shipped_text()), QualitySettings(N_WINDOWS)
-            advance = watch.stage("Measuring")
-            found = quality.measure_pruning(model, tokens, settings, pruning, advance)
-            advance = watch.stage("Running look-ups")
-            asked = LookupSettings(N_DOCUMENTS)
-            answered = lookups.measure_lookups(model, asked, pruning, advance)
-        if not (self.allow_broken_copy or budgets.copies(found)):
-            raise CopyingBrokenError(self.plan.boundary, budgets.figures_in_words(found))
-        self._warn_outside(found, answered)
-        return measured(found, answered)
 
-    def _warn_outside(self, found: Quality, answered: Lookups) -> None:
-        boundary, figures = found.boundary, budgets.figures_in_words(found, answered)
-        if not budgets.copies(found):
-            self.runner.watch.on_warning(PopError(broken_copy(boundary, figures)))
-        elif not (budgets.is_inside(BALANCED, found) and budgets.keeps_lookups(BALANCED, answered)):
-            limits = budgets.limits_in_words(BALANCED)
-            self.runner.watch.on_warning(
-                PopError(
-                    f"boundary {boundary} exceeds the {BALANCED.quality} budget ({limits}):"
-                    f" {figures}",
-                    "to find the fastest boundary within a budget, set a budget and no boundary",
-                    cause="outside-budget",
-                )
-            )
+def require_hope(runner: TrialRunner, plan: Plan) -> None:
+    """Raise CopyingBrokenError if no fit can restore the model's ability to copy."""
+    with runner.opened(plan) as model:
+        advance = runner.watch.stage("Trying the boundary without a fit")
+        kept = own_retention(model, plan.boundary, advance)
+    if kept is not None and budgets.is_hopeless(kept):
+        raise CopyingBrokenError(
+            plan.boundary,
+            f"the model's own projections retain {kept.value:.0%} of the ability to copy random"
+            " tokens, and no fit restores the rest",
+        )
 
 
 def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Estimate | None:

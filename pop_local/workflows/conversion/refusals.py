@@ -12,17 +12,12 @@ from pop_local.measure.quality import Quality
 
 
 class CopyingBrokenError(PopError):
-    """Error for a boundary at which the model can no longer copy from its prompt."""
+    """Error for a boundary where the model can no longer copy from its prompt; `found`: why."""
 
     def __init__(self, boundary: int, found: str) -> None:
         hint = "skip fewer layers, or set a budget and no boundary"
-        super().__init__(broken_copy(boundary, found), hint, cause="copying-broken")
-        self.boundary = boundary
-
-
-def broken_copy(boundary: int, found: str) -> str:
-    """Return the message for a boundary at which the model can no longer copy from its prompt."""
-    return f"with boundary {boundary} the model can no longer copy from its prompt: {found}"
+        message = f"with boundary {boundary} the model can no longer copy from its prompt: {found}"
+        super().__init__(message, hint, cause="copying-broken")
 
 
 @dataclass(frozen=True)
