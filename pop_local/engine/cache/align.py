@@ -1,4 +1,4 @@
-"""Alignment of an edited prompt with the cached tokens: the runs of tokens that both contain."""
+"""Find the runs of tokens that an edited prompt shares with the cached tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-# Shorter runs of equal tokens are read again: their K/V depend mostly on the tokens around them.
+# Shorter runs are read again, because their K/V depend mostly on the tokens around them.
 MIN_RUN = 32
-# Repeated text has many occurrences. A few of them are compared, which keeps the time linear.
+# Repeated text matches in many places. Comparing only a few of them keeps the search linear.
 _MAX_CANDIDATES = 8
-_HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that powers of it stay invertible modulo 2^64
+_HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that its powers are invertible modulo 2^64
 _COMPARED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class TokenRun:
-    """`n` equal tokens, from row `cached` of the cache and from row `prompt` of the prompt."""
+    """A run of `n` equal tokens, which starts at these rows of the cache and the prompt."""
 
     cached: int
     prompt: int
@@ -62,15 +62,15 @@ def find_runs(
         found = (TokenRun(c, row, _n_equal(cached[c:], prompt[row:])) for c in candidates)
         run = max(found, key=lambda each: each.n)
         at = row + 1
-        if run.n >= min_run:  # else two different windows have one hash
+        if run.n >= min_run:  # otherwise two different windows have the same hash
             runs.append(run)
             at = row + run.n
     return runs
 
 
 def in_order(runs: Sequence[TokenRun]) -> list[TokenRun]:
-    """Return the runs with the most tokens that have the same order in cache and prompt."""
-    best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the run before it
+    """Return the runs that have the same order in cache and prompt and the most tokens in total."""
+    best: list[tuple[int, int]] = []  # for each run: tokens up to its end, and the previous run
     for at, run in enumerate(runs):
         before = [
             (best[other][0], other)

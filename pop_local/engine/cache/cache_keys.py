@@ -1,9 +1,9 @@
-"""Keys of K/V: the model, mode, boundary and conversion that computed them."""
+"""Keys of cached rows: the model, mode, boundary and conversion that computed them."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import SAMPLED_BYTES, Source
@@ -16,7 +16,6 @@ from pop_local.engine.llama.context import Context
 
 # Key of K/V that equal the full model's (see CacheStates.key).
 FULL = "mode OFF"
-NO_CONVERSION = f"{Projection.OWN} projections"
 # Fields of llama_context_params that K/V depend on. V's layout depends on flash attention.
 _FIELDS = (
     *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
@@ -30,19 +29,19 @@ class CacheKeys:
     def __init__(
         self, context: Context, pruning: PruningSettings, vision: Mmproj | None = None
     ) -> None:
-        """`vision`: encoder of images, if the model has one."""
+        """`vision`: the image encoder, if the model has one."""
         self._context, self._pruning, self._vision = context, pruning, vision
-        self._conversion = conversion(
-            context.files.meta, context.files.source, context.files.sidecar
-        )
-        # Computed now, since the file may be deleted later.
-        self._own_sha256 = own_sha256(context.files.source)
+        files = context.files
+        self._conversion = conversion(files.meta, files.source, files.sidecar)
+        # Hashes are computed now, because the file may be deleted later. A model and its
+        # conversion have the same hash. The hash distinguishes models of the same shape.
+        self._model_hash = _tensors_hash(files.source.parts, are_fitted=False)
 
     @property
     def model(self) -> str:
         """Key of the model, its options and its vision model, in any mode."""
         images = self._vision.key if self._vision else ""
-        return f"model {self._own_sha256[:16]}{opened_with(self._context)}, images {images}"
+        return f"model {self._model_hash}{opened_with(self._context)}, images {images}"
 
     @property
     def mode(self) -> str:
@@ -61,17 +60,16 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     """Return a conversion's name and fingerprint.
 
     The fingerprint covers the keys that pruned K/V depend on, and the table and first bytes of
-    fitted tensors. A sidecar and a single converted file of one fit have the same fingerprint.
+    fitted tensors. A sidecar and a converted file with the same fit have the same fingerprint.
     """
     if meta is None:
-        return NO_CONVERSION
-    # K/V do not depend on the keys' origin, measured quality or budget.
+        return f"{Projection.OWN} projections"
+    # K/V do not depend on the source of the keys, the measured quality or the budget.
     keys = replace(meta, source_name="", source_bytes=0, tool="")
     keys = replace(keys, measured=None, budget=None)
-    digest = hashlib.sha256(b"".join(encode_keys(keys)))
-    for header in base.parts if sidecar is None else (read_header(sidecar),):
-        _add_tensors(digest, header, are_fitted=True)
-    return f"{meta.projection} projections {digest.hexdigest()[:16]}"
+    headers = base.parts if sidecar is None else (read_header(sidecar),)
+    digest = _tensors_hash(headers, are_fitted=True, start=b"".join(encode_keys(keys)))
+    return f"{meta.projection} projections {digest}"
 
 
 def opened_with(context: Context) -> str:
@@ -85,21 +83,14 @@ def opened_with(context: Context) -> str:
     return "".join(f", {each}" for each in given)
 
 
-def own_sha256(source: Source) -> str:
-    """Return a hash of the first bytes of a model's tensors.
-
-    The hash distinguishes models of one shape. A model and its conversion have the same hash.
-    """
-    digest = hashlib.sha256()
-    for header in source.parts:
-        _add_tensors(digest, header, are_fitted=False)
-    return digest.hexdigest()
-
-
-def _add_tensors(digest: Any, header: Header, *, are_fitted: bool) -> None:
-    with header.path.open("rb") as file:
-        for tensor in header.tensors:
-            if (TENSOR_MARK in tensor.name) is are_fitted:
-                digest.update(f"{tensor.name} {tensor.dims} {tensor.type}".encode())
-                file.seek(header.data_start + tensor.offset)
-                digest.update(file.read(min(tensor.size_bytes, SAMPLED_BYTES)))
+def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:
+    """Return a hash of `start` and the first bytes of all fitted tensors, or of all others."""
+    digest = hashlib.sha256(start)
+    for header in headers:
+        with header.path.open("rb") as file:
+            for tensor in header.tensors:
+                if (TENSOR_MARK in tensor.name) is are_fitted:
+                    digest.update(f"{tensor.name} {tensor.dims} {tensor.type}".encode())
+                    file.seek(header.data_start + tensor.offset)
+                    digest.update(file.read(min(tensor.size_bytes, SAMPLED_BYTES)))
+    return digest.hexdigest()[:16]

@@ -14,7 +14,7 @@ from pop_local.engine.prompt.prompt import Prompt
 
 
 class CacheStates:
-    """A KV cache's states: saved, restored, stored in the prompt cache `prompts`, or shared."""
+    """Saved states of a KV cache. `prompts`: the prompt cache that stores them, if any."""
 
     def __init__(self, cache: KvCache, keys: CacheKeys, prompts: PromptCache | None) -> None:
         self.cache, self.keys, self.prompts = cache, keys, prompts
@@ -46,9 +46,9 @@ class CacheStates:
         )
 
     def restore(self, state: SavedState) -> None:
-        """Replace the cache by a saved state.
+        """Replace the cached rows with a saved state.
 
-        Raises PopError if the state has another model, mode, boundary or conversion.
+        Raises PopError if the state belongs to another model, mode, boundary or conversion.
         """
         if state.model != self.keys.model:
             raise PopError(
@@ -74,7 +74,7 @@ class CacheStates:
         if self.prompts is None or not self.cache.n_tokens:
             return
         if self.prompts.accepts(self.cache.slot.cells.state_size()):
-            with suppress(PopError):  # a recurrent state that is ahead of its tokens
+            with suppress(PopError):  # the recurrent state is ahead of the tokens
                 self.prompts.add(self._prompts_key, self.save())
 
     def restore_best(self, count: CountReusable) -> None:
@@ -91,7 +91,7 @@ class CacheStates:
                 self.restore(state)
 
     def _count_kept(self, count: CountReusable) -> CountReusable:
-        """Return a function that counts reusable rows that are kept without a checkpoint."""
+        """Return a function that counts the rows that a prompt can reuse without a checkpoint."""
         if not self.cache.checkpoints.is_needed:
             return count
         window = self.cache.context.window
@@ -121,7 +121,7 @@ class CacheStates:
             self.cache.share(other.cache, n)
 
     def follow(self, other: "CacheStates") -> None:
-        """Copy the depth of shared rows that another sequence has refilled."""
+        """Mark shared rows as full if another sequence has refilled them."""
         n_rows = min(self.cache.n_tokens, other.cache.n_tokens)
         if self.cache.rows.follow(other.cache.rows, n_rows):
             self.cache.has_logits = False

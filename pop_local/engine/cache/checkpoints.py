@@ -1,27 +1,27 @@
-"""Checkpoints of the state that a memory cannot roll back."""
+"""Checkpoints of states that llama.cpp cannot roll back."""
 
 import numpy as np
 
 from pop_local.engine.llama.cells import Cells
 from pop_local.engine.llama.context import Context
 
-# A prompt that differs reads up to this number of equal rows again. 1,024 rows are two batches.
+# A prompt that diverges reads up to this many unchanged rows again. 1,024 rows are two batches.
 EVERY = 1024
 # A prompt ends with the start of the answer, which a chat template may change once the answer is
 # complete. A checkpoint precedes these rows, where the tail of a pruned prompt starts by default.
 END_ROWS = 32
 # Each turn adds three checkpoints, so five turns fit before the gaps between older ones grow.
 MAX_CHECKPOINTS = 16
-# Recurrent states of 24 to 48 layers with 32 heads of 128 x 128 floats take 48 to 96 MiB, so five
-# or more checkpoints of such a model fit.
+# Recurrent states of 24 to 48 layers with 32 heads of 128 x 128 floats take 48 to 96 MiB, so at
+# least five checkpoints of such a model fit.
 MAX_BYTES = 512 * 2**20
 
 
 class Checkpoints:
     """Checkpoints of one sequence, in ascending order of rows.
 
-    `is_needed`: whether the model has recurrent layers, or sliding windows that drop rows. Without
-    either, no method copies anything.
+    `is_needed`: whether the model has recurrent layers, or sliding windows that drop rows. If not,
+    no method copies anything.
     """
 
     def __init__(self, context: Context, cells: Cells) -> None:

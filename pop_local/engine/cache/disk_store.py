@@ -1,8 +1,8 @@
-"""Saved states in a folder of the user, found again after a restart.
+"""Saved states in a folder, which survive a restart.
 
-Each state is one zip file (see saved_state.py) with the mode 0600, named by a hash of its key and
-tokens. The least recently used files are removed above the capacity. Several processes may share
-the folder: files that another process removed are ignored, and its new files are found.
+Each state is one zip file (see saved_state.py) with mode 0600, named after a hash of its key and
+tokens. If the files exceed the capacity, the least recently used files are removed. Several
+processes may share the folder: each process finds new files and ignores removed ones.
 """
 
 import hashlib
@@ -10,11 +10,12 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -36,12 +37,13 @@ _FORMAT = 1
 SUFFIX = ".popstate"
 _ABOUT = "state.json"
 _MOST_ABOUT_BYTES = 2**20
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StoredState:
-    """A file of the store without its cells. `used_s`: time of its last use."""
+    """A stored state without its cells. `used_s`: the time of its last use in seconds."""
 
     path: Path
     size_bytes: int
@@ -54,7 +56,7 @@ class StoredState:
 
 
 class DiskStore:
-    """Saved states in a folder, up to `capacity_bytes`. Files are written by a thread."""
+    """Saved states in a folder, up to `capacity_bytes`. A background thread writes the files."""
 
     def __init__(self, folder: Path, capacity_bytes: int) -> None:
         """Raises PopError if the folder cannot be created."""
@@ -72,7 +74,7 @@ class DiskStore:
             ) from error
 
     def add(self, prompts_key: str, state: SavedState) -> None:
-        """Write a state in the background. Logs an error, such as a full disk."""
+        """Write a state in the background. Errors, such as a full disk, are logged."""
         if len(state.cells) <= self.capacity_bytes:
             self._writer.submit(self._write, prompts_key, state)
 
@@ -104,17 +106,16 @@ class DiskStore:
         return None if best is None else self._load(best)
 
     def _load(self, stored: StoredState) -> SavedState | None:
-        """Read a state and mark it as used. Removes a damaged file, and returns None then."""
-        try:
-            with zipfile.ZipFile(stored.path) as archive:
-                n_tokens = len(stored.tokens)
-                state = read_state(archive, stored.key, stored.model, stored.images, n_tokens)
-            os.utime(stored.path)
-        except FileNotFoundError:  # another process removed it
-            return None
-        except (OSError, *DAMAGES) as error:
-            self._remove_damaged(stored.path, error)
-            return None
+        """Read a state and mark it as used. Removes a damaged file and returns None."""
+
+        def read(archive: zipfile.ZipFile) -> SavedState:
+            n_tokens = len(stored.tokens)
+            return read_state(archive, stored.key, stored.model, stored.images, n_tokens)
+
+        state = _read(stored.path, read)
+        if state is not None:
+            with suppress(OSError):  # another process may remove the file
+                os.utime(stored.path)
         return state
 
     def clear(self) -> int:
@@ -125,44 +126,34 @@ class DiskStore:
                 path.unlink()
         return len(files)
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield each file and its status, the least recently used first."""
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        """Return each file and its status, the least recently used first."""
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             with suppress(OSError):
                 found.append((path, path.stat()))
-        yield from sorted(found, key=lambda each: each[1].st_mtime_ns)
+        return sorted(found, key=lambda each: each[1].st_mtime_ns)
 
     def _open(
         self, path: Path, status: os.stat_result, remove_unreadable: bool
     ) -> StoredState | None:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                tokens = read_member(archive, "tokens.npy")
-                about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
-                if about["format"] != self._format:
-                    raise ValueError(f"it has the format {about['format']}")
-                return StoredState(
-                    path=path,
-                    size_bytes=status.st_size,
-                    used_s=status.st_mtime,
-                    prompts_key=str(about["prompts_key"]),
-                    key=str(about["key"]),
-                    model=str(about["model"]),
-                    tokens=decoded_array(tokens, np.int32, int(about["n_tokens"])),
-                    images={int(row): str(key) for row, key in about["images"]},
-                )
-        except FileNotFoundError:
-            return None
-        except (OSError, TypeError, *DAMAGES) as error:
-            if remove_unreadable:
-                self._remove_damaged(path, error)
-            return None
+        def read(archive: zipfile.ZipFile) -> StoredState:
+            tokens = read_member(archive, "tokens.npy")
+            about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
+            if about["format"] != self._format:
+                raise ValueError(f"it has the format {about['format']}")
+            return StoredState(
+                path=path,
+                size_bytes=status.st_size,
+                used_s=status.st_mtime,
+                prompts_key=str(about["prompts_key"]),
+                key=str(about["key"]),
+                model=str(about["model"]),
+                tokens=decoded_array(tokens, np.int32, int(about["n_tokens"])),
+                images={int(row): str(key) for row, key in about["images"]},
+            )
 
-    def _remove_damaged(self, path: Path, error: Exception) -> None:
-        log.warning("removed %s, which is not a readable state: %s", path, error)
-        with suppress(OSError):
-            path.unlink()
+        return _read(path, read)
 
     def _write(self, prompts_key: str, state: SavedState) -> None:
         about = {
@@ -202,10 +193,24 @@ class DiskStore:
             is_prefix = each.prompts_key == prompts_key and newest.extends(each.tokens, each.images)
             if each.path != newest_path and is_prefix:
                 each.path.unlink(missing_ok=True)
-        files = list(self._files())
+        files = self._files()
         n_bytes = sum(status.st_size for _, status in files)
         for path, status in files:
             if n_bytes <= self.capacity_bytes:
                 break
             path.unlink(missing_ok=True)
             n_bytes -= status.st_size
+
+
+def _read(path: Path, read: Callable[[zipfile.ZipFile], T]) -> T | None:
+    """Return the result of `read`, or None for a missing or damaged file. Removes a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return read(archive)
+    except FileNotFoundError:  # another process removed it
+        return None
+    except (OSError, TypeError, *DAMAGES) as error:
+        log.warning("removed %s, which is not a readable state: %s", path, error)
+        with suppress(OSError):
+            path.unlink()
+        return None

@@ -41,7 +41,7 @@ class KvCache:
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
-        """`vision`: encoder of images, if the model has one."""
+        """`vision`: the image encoder, if the model has one."""
         context = slot.context
         self.context, self.slot = context, slot
         self.pruning = PruningSettings(slot)
@@ -120,8 +120,8 @@ class KvCache:
     def _lacks_rows_before(self, row: int) -> bool:
         """Return whether a sliding window has dropped rows that this row attends to.
 
-        llama.cpp does not check this (llama_kv_cache_iswa::seq_rm). It never truncates a recurrent
-        state, whose only position is its last.
+        llama.cpp does not check this (llama_kv_cache_iswa::seq_rm). A recurrent state has a single
+        position, and llama.cpp never truncates it.
         """
         window = 0 if self.context.is_recurrent else self.context.window
         seen_from = max(0, int(self.rows.positions[row]) - window + 1)
@@ -130,7 +130,7 @@ class KvCache:
     # Replacing
 
     def share(self, other: "KvCache", n_rows: int) -> None:
-        """Replace the rows by another sequence's first rows. The caller must lock the cells."""
+        """Replace the rows with another sequence's first rows. The caller must lock the cells."""
         self.clear()
         self.slot.cells.share(other.slot.cells, int(other.rows.positions[n_rows]))
         self._tokens[:n_rows] = other.tokens[:n_rows]
@@ -139,7 +139,7 @@ class KvCache:
         self.n_tokens = n_rows
 
     def load(self, state: SavedState) -> None:
-        """Replace the rows by a state, regardless of its key.
+        """Replace the rows with a saved state, regardless of its key.
 
         Empties the cache and raises PopError if the state does not fit.
         """
@@ -155,14 +155,14 @@ class KvCache:
         self.images = dict(state.images)
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
         if state.first_stale < n:
-            # Earlier rows have lost their boundary states, so a refill decodes them again as well.
+            # Earlier rows have lost their boundary states, so a refill must decode them again too.
             self.rows.n_exact = self.rows.first_stale = state.n_exact
         self.n_tokens = n
 
     # Reading
 
     def make_room(self, n_rows: int) -> None:
-        """Drop a failed batch's cells. Raises PopError unless `n_rows` more rows fit."""
+        """Drop a failed batch's cells. Raises PopError if `n_rows` more rows do not fit."""
         context = self.context
         self.slot.require_idle()
         context.require_usable()
@@ -231,11 +231,11 @@ class KvCache:
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._tokens[start:end] = tokens
         self.rows.read(start, full, keeps_states=keeps_states, positions=positions)
-        self.n_tokens = end  # last, since other threads read it concurrently
+        self.n_tokens = end  # set last, because other threads read it concurrently
 
 
 def move_rows(cache: KvCache, tokens: np.ndarray, sources: np.ndarray) -> bool:
-    """Replace the rows by those of an edited prompt. Neither prompt may have images.
+    """Replace the rows with those of an edited prompt. Neither prompt may have images.
 
     `tokens`: int32 [n]. `sources`: int32 [n], the row with each token's K/V, or -1 for rows that
     `decode_again` must decode. The cache ends before these rows until the caller extends it, so

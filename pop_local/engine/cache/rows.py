@@ -18,8 +18,8 @@ class CachedRows:
     """Position, depth and exactness of each row.
 
     The first `n_exact` rows equal the full model's. A row is exact only if all earlier rows are,
-    since it attends to them. Full rows after a context row are deep, and a refill recomputes them
-    as well. A refill needs each row's boundary state (`has_state`).
+    because it attends to them. Full rows after a context row are not exact, so a refill also
+    recomputes them. A refill needs each row's boundary state (`has_state`).
 
     Rows from `first_stale` on are stale: they were computed before an earlier row was edited. A
     refill decodes them again, so they need no state.
@@ -57,7 +57,7 @@ class CachedRows:
             self.n_exact = end
 
     def edit(self, sources: np.ndarray) -> None:
-        """Replace all rows by those of an edited prompt (see kv_cache.move_rows)."""
+        """Replace all rows with those of an edited prompt (see kv_cache.move_rows)."""
         n = len(sources)
         is_full = (sources >= 0) & self.is_full[sources]
         n_same = n_leading(sources == np.arange(n))
@@ -95,7 +95,7 @@ class CachedRows:
             self.first_stale = NO_STALE
 
     def take_over(self, is_full: np.ndarray, positions: np.ndarray, *, is_exact: bool) -> None:
-        """Replace all rows by those of a saved state, which contains no boundary states."""
+        """Replace all rows with those of a saved state, which contains no boundary states."""
         n = len(is_full)
         self.positions[: n + 1] = positions
         self.forget_from(0)
@@ -104,7 +104,7 @@ class CachedRows:
         self.n_exact = n if is_exact else 0
 
     def share(self, other: "CachedRows", n_rows: int) -> None:
-        """Replace all rows by another sequence's first rows."""
+        """Replace all rows with another sequence's first rows."""
         self.forget_from(0)
         self.positions[: n_rows + 1] = other.positions[: n_rows + 1]
         self.is_full[:n_rows] = other.is_full[:n_rows]
@@ -115,7 +115,7 @@ class CachedRows:
             self.first_stale = other.first_stale
 
     def follow(self, other: "CachedRows", n_rows: int) -> bool:
-        """Copy the depth of shared rows. Returns whether more rows are exact."""
+        """Mark shared rows as full if `other` has refilled them. Returns whether more are exact."""
         n_shared = n_leading(self.readings[:n_rows] == other.readings[:n_rows])
         n_exact = min(other.n_exact, n_shared)
         self.is_full[:n_shared] |= other.is_full[:n_shared]

@@ -1,4 +1,4 @@
-"""Translation of llama.cpp's GBNF into llguidance's Lark.
+"""Translate llama.cpp's GBNF into llguidance's Lark.
 
 llguidance's own converter turns whole words and classes into lexemes, and its lexer matches the
 longest lexeme. With `"a" "b" | "ab" "c"` the lexer rejects "ab". In this translation, each
@@ -29,7 +29,7 @@ _CONTROL = {"t": 9, "n": 10, "r": 13}
 def lark_of(text: str, instead: Mapping[str, str]) -> str:
     """Translate a GBNF grammar into Lark. Raises ValueError for an invalid grammar.
 
-    `instead`: right sides in Lark for some rules. Rules that only those rules used are dropped.
+    `instead`: Lark bodies that replace some rules. Rules that only those rules used are dropped.
     """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None

@@ -17,7 +17,7 @@ LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
 _MAX_CHARACTERS = 2**20
 _MAX_MESSAGE = 300
-# The model chooses all tokens, and llguidance does not expand `a{400000000}` in advance.
+# The model chooses every token, so llguidance does not expand `a{400000000}` in advance.
 _HEAD = '%llguidance {"no_forcing": true}\n'
 _OPTIONS: Any = {
     # With unlimited white space, an answer may never end.
@@ -54,7 +54,7 @@ _child = KeptProcess(grammar_child.GrammarCompiler, limit_s=LIMIT_S, limit_bytes
 
 @dataclass(frozen=True)
 class JsonRule:
-    """A JSON schema as the right side of a Lark rule. `ignored`: keywords without effect."""
+    """A JSON schema as the body of a Lark rule. `ignored`: keywords without effect."""
 
     text: str
     ignored: tuple[str, ...]
@@ -66,7 +66,7 @@ class GrammarError(PopError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """A grammar that compiles within limits on time and memory.
+    """A grammar that compiles within the limits on time and memory.
 
     `text`: the grammar in llguidance's format. `ignored`: a JSON schema's keywords without effect.
     """
@@ -76,7 +76,7 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Grammar":
-        """Allow the JSON texts of a JSON schema (draft 2020-12), with properties in its order.
+        """Allow JSON that matches a schema (draft 2020-12), with properties in the schema's order.
 
         Raises GrammarError if the schema is invalid, unsatisfiable or not supported.
         """
@@ -85,14 +85,25 @@ class Grammar:
 
     @classmethod
     def of_lark(cls, lark: str, noun: str, ignored: Sequence[str] = ()) -> "Grammar":
-        """Allow the texts of a Lark grammar. Raises GrammarError for an invalid grammar."""
-        text, warnings = _checked(lark, noun)
+        """Compile a Lark grammar in the child process. `noun` names the grammar in messages.
+
+        Raises GrammarError if the grammar is invalid or exceeds the limits.
+        """
+        text = LLMatcher.grammar_from_lark(f"{_HEAD}{lark}")
+        if len(text) > _MAX_CHARACTERS:
+            raise GrammarError(f"{noun} is too large: {len(text):,} characters")
+        try:
+            warnings = _child.call("warnings", text)
+        except RefusedError as error:
+            raise GrammarError(f"{noun} is not valid: {short(error.message)}") from error
+        except BeyondLimitsError as error:
+            raise GrammarError(f"{noun} takes {_child.limits}", "simplify it") from error
         found = [*ignored, *(name for each in warnings for name in _named(each))]
         return cls(text, tuple(dict.fromkeys(found)))
 
     @classmethod
     def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
-        """Allow the texts of the rule `root` in llama.cpp's GBNF.
+        """Allow text that matches the rule `root` of a grammar in llama.cpp's GBNF.
 
         `instead`: JSON schemas that replace some rules. Raises GrammarError for an invalid grammar.
         """
@@ -110,7 +121,7 @@ class Grammar:
 
     @classmethod
     def of_regex(cls, pattern: str) -> "Grammar":
-        """Allow the texts that a regular expression (Rust's `regex`) matches as a whole.
+        """Allow text that a regular expression (Rust's `regex`) matches as a whole.
 
         Raises GrammarError for an invalid expression.
         """
@@ -133,35 +144,19 @@ def json_rule(schema: Any) -> JsonRule:
 
 
 def unchecked(lark: str) -> Grammar:
-    """Return a grammar without compiling it, if another grammar has checked its parts."""
+    """Return a grammar without compiling it. Its parts must already be checked."""
     return Grammar(LLMatcher.grammar_from_lark(f"{_HEAD}{lark}"))
 
 
-def _checked(lark: str, noun: str) -> tuple[str, list[str]]:
-    """Compile a grammar in the child process. Return llguidance's text and warnings.
-
-    Raises GrammarError if the grammar is invalid or exceeds the limits.
-    """
-    text = LLMatcher.grammar_from_lark(f"{_HEAD}{lark}")
-    if len(text) > _MAX_CHARACTERS:
-        raise GrammarError(f"{noun} is too large: {len(text):,} characters")
-    try:
-        return text, _child.call("warnings", text)
-    except RefusedError as error:
-        raise GrammarError(f"{noun} is not valid: {short(error.message)}") from error
-    except BeyondLimitsError as error:
-        raise GrammarError(f"{noun} takes {_child.limits}", "simplify it") from error
-
-
 def short(message: str) -> str:
-    """Return llguidance's message in one line, in the terms of JSON schemas."""
+    """Return llguidance's message on one line, in JSON Schema terms."""
     text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
     text = re.split(r"\n<|\n +\d+ \| ", text)[0]
     return " ".join(text.split()).replace("regex", "pattern")[:_MAX_MESSAGE]
 
 
 def _named(warning: str) -> list[str]:
-    """Return the keywords in one of llguidance's warnings."""
+    """Return the keywords that one of llguidance's warnings names."""
     head, _, tail = warning.partition(": ")
     if head == "Unimplemented keys":
         return [str(key) for key in json.loads(tail)]
@@ -185,7 +180,7 @@ def _schemas(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(schema: dict[str, Any]) -> list[str]:
-    """Add constraints that llguidance lacks. Return keywords that llguidance enforces only in part.
+    """Add constraints that llguidance lacks. Return keywords that it enforces only partly.
 
     Raises GrammarError for values that llguidance would confuse with other values.
     """

@@ -1,4 +1,4 @@
-"""Child process that compiles grammars first, so that a hostile grammar cannot end the parent.
+"""Child process that compiles grammars first, so that a hostile grammar cannot crash the parent.
 
 llguidance limits single steps of its compiler, but not their sum. A chain of 1,000 `$ref` overflows
 the stack. A `multipleOf` of six digits takes half a minute, and so do 10,000 optional properties.
@@ -11,7 +11,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 # Messages omit the parser's state. Large lexemes are not precomputed, because compile time must not
 # depend on the vocabulary.
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
-# The size is below the stack size of any server thread.
+# Smaller than the stack of any server thread.
 _STACK_BYTES = 4 << 20
 
 

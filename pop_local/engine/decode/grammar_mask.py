@@ -13,7 +13,7 @@ from pop_local.engine.llama.vocabulary import Pieces, Vocabulary
 
 
 class _TokenBytes:
-    """A llama.cpp vocabulary in the interface that llguidance expects (`TokenizerWrapper`).
+    """A llama.cpp vocabulary behind the interface that llguidance expects (`TokenizerWrapper`).
 
     Pieces provides each token's bytes. Control tokens have no bytes, so they are never allowed.
     """
@@ -32,7 +32,7 @@ class _TokenBytes:
 
 
 class TokenTries:
-    """Token tries of one vocabulary, built on first use."""
+    """A vocabulary's token tries, built on first use."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -55,7 +55,7 @@ class TokenTries:
 
 
 class Constraint:
-    """An answer's state in a grammar, which is not thread-safe.
+    """An answer's state in a grammar (not thread-safe).
 
     Raises GrammarError if the grammar exceeds llguidance's limits.
     """
@@ -66,7 +66,7 @@ class Constraint:
         self._check()
 
     def allowed(self) -> NDArray[np.intp]:
-        """Return the allowed token ids in order, with end tokens after a complete text.
+        """Return the allowed token ids in order, including end tokens if the text is complete.
 
         Raises GrammarError if the grammar allows no token.
         """

@@ -4,7 +4,7 @@ import re
 from collections import deque
 
 _LONGEST = 64
-# Minimum number of repeated tokens and of repeats, for blocks of whole sentences.
+# Minimum numbers of repeated tokens and of repeats for blocks that contain whole sentences.
 _N_TOKENS, _N_TIMES = 128, 3
 # Other blocks need more repeats, because users may request repeated numbers, words or table rows.
 _N_TIMES_OF_ANY = 256
@@ -13,9 +13,11 @@ _SENTENCE_END = re.compile(r"[.!?…][\"'”»*]?\s")
 
 
 class Repeats:
+    """Detector of an answer that repeats itself."""
+
     def __init__(self) -> None:
         self._last: deque[tuple[int, bytes]] = deque(maxlen=_LONGEST + 1)
-        # By block length: number of last tokens that equal the token one block earlier.
+        # By block length: the number of last tokens that equal the token one block earlier.
         self._n_equal = [0] * (_LONGEST + 1)
 
     def push(self, token: int, piece: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Sampling with llama.cpp's samplers, in the order of llama_cpp's chain.
+"""Sample with llama.cpp's samplers, in the order of llama_cpp's chain.
 
 Greedy sampling uses the largest logit directly. A chain would choose the same token, but would
 first fill a list with {id, logit, p} of the whole vocabulary.
@@ -16,7 +16,7 @@ from pop_converter.gguf.header import Header
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.slot import Slot
 
-_N_PENALISED = 64  # number of last tokens that penalties consider
+_N_PENALISED = 64  # number of recent tokens that penalties apply to
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 # GGUF keys of recommended options (llama.cpp's src/llama-arch.cpp). Older files have no such keys.
 _RECOMMENDED = {
@@ -63,7 +63,7 @@ class Allowed(Protocol):
 
 
 class Sampler:
-    """Sampler of one answer's tokens, from the slot's last logits."""
+    """Samples one answer's tokens from the slot's last logits."""
 
     def __init__(
         self, slot: Slot, options: SamplerOptions, constraint: Allowed | None = None

@@ -1,4 +1,4 @@
-"""Decoding of sampled tokens to text, in whole characters and without stop strings."""
+"""Decode sampled tokens to text, in whole characters and without stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ class TextStream:
         self._stops = ()
 
     def flush(self) -> str:
-        """Return the text held back, at the end of an answer, without an incomplete character."""
+        """Return the text held back at the end of an answer, without an incomplete character."""
         shown, self._held = self._held, ""
         return shown
 
 
 def n_begun(text: str, whole: str) -> int:
-    """Return how many of the first characters of `whole` (up to all but one) end `text`."""
+    """Return the length of the longest proper prefix of `whole` that `text` ends with."""
     longest = min(len(whole) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(whole[:n])), 0)

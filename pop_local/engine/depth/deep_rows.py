@@ -1,4 +1,4 @@
-"""Deep rows by token: the prompt rows that run all layers because of their words.
+"""Deep rows by token: prompt rows that run all layers because they spell a name or a number.
 
 The choice depends only on the prompt's tokens, so later questions can reuse the cached rows with
 any batch size and number of sequences.
@@ -15,7 +15,7 @@ from pop_local.engine.llama.vocabulary import Pieces
 
 # Brackets, quotes and commas end a word. Otherwise one number would make a line of CSV deep.
 _WORD = re.compile(rb"[^\s,;\"'`(){}\[\]<>|*]+")
-# Up to 4 bytes separate a word from the preceding sentence: a blank, quotes, brackets.
+# Up to 4 bytes separate a word from the preceding sentence: a space, quotes, brackets.
 _LOOK_BACK = 4
 _SPELLED = re.compile(rb"\d|[a-z][A-Z]|/|\w[@_\\#=+~-]+\w")
 

@@ -1,4 +1,4 @@
-"""Refill cached rows to full depth while the model is idle."""
+"""Run the skipped layers for cached rows while the model is idle."""
 
 import time
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 
 # Target time of a refill chunk. On the CPU, the abort callback stops a chunk between graph nodes.
-# A device completes the chunk while a question waits.
+# On a GPU, a question waits until the chunk is complete.
 CHUNK_S = 1.0
 CHUNK_ON_DEVICE_S = 0.2
 _FIRST_CHUNK = 64
 
 
 class Refiller:
-    """A refiller of a cache's pruned rows, from their boundary states, and of its stale rows."""
+    """Refills a cache's pruned rows from their boundary states, and decodes stale rows again."""
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
@@ -36,12 +36,12 @@ class Refiller:
 
     @property
     def held_bytes(self) -> int:
-        """Size of the stored boundary states in bytes."""
+        """The size of the stored boundary states in bytes."""
         return int(backend.require_patched().llama_pop_snapshots_size(self._cache.context.ctx))
 
     @property
     def n_refillable(self) -> int:
-        """Number of rows that `refill` would make exact."""
+        """The number of rows that `refill` would make exact."""
         cache = self._cache
         redo = cache.rows.can_be_redone(cache.n_tokens)
         # Images are decoded from pixels, which the cache does not keep.
@@ -53,9 +53,10 @@ class Refiller:
         should_stop: Callable[[], bool] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Make the cached rows exact in order: by deep passes, and stale rows by decoding again.
+        """Make the cached rows exact, in order. Deep passes refill pruned rows.
 
-        Returns the number of refilled rows, 0 if a pruned row lacks its boundary state.
+        Stale rows are decoded again. Returns the number of refilled rows, or 0 if a pruned row
+        lacks its boundary state.
         `should_stop` is called during and after each chunk. `on_progress` gets
         (done_rows, total_rows).
         """
@@ -96,7 +97,7 @@ class Refiller:
         self._adapt(len(rows), time.perf_counter() - started_s)
 
     def _decode_again(self, rows: range) -> None:
-        """Decode stale rows in full and in place, after exact rows. Stopped rows stay stale."""
+        """Decode stale rows again in full, in place. If stopped, the remaining rows stay stale."""
         slot = self._cache.slot
         slot.begin_prefill()
         slot.set_full(0, 0)

@@ -1,4 +1,4 @@
-"""A learned fit, and the protocol of the fitter that computes learned fits between answers."""
+"""A learned fit, and the interface of the fitter that computes such fits between answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class LearnedFit:
 
 @dataclass(frozen=True)
 class Loss:
-    """The current fit's loss, measured on the `n_windows` newest held-out windows.
+    """The current fit's loss, measured on the newest `n_windows` held-out windows.
 
     `kl`: the KL divergence in nats, with its standard error. `is_inside`: whether the loss is
     within the budget.
@@ -39,7 +39,7 @@ class Loss:
 
 
 class Fitter(Protocol):
-    """Protocol of a fitter for learned sums (implemented in pop_local.workflows.learning)."""
+    """A fitter for learned sums (implemented in pop_local.workflows.learning)."""
 
     loss: Loss | None
 

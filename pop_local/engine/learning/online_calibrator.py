@@ -1,7 +1,7 @@
 """Online calibration: add rows that run all layers anyway to the sums for fits.
 
-Full prompts provide rows at several boundaries, while refilled rows provide only the current
-boundary. Prefill queues rows, and the calibrator adds them to the sums while the model is idle.
+Full prompts provide rows for several boundaries, refilled rows only for the current boundary.
+Prefill queues rows, and the calibrator adds them to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pop_local.learning")
 
-# The shares of skipped layers at the candidate boundaries.
+# The share of layers that each candidate boundary skips.
 _SHARES = (0.5, 0.46, 0.4, 1 / 3)
 # One prompt chunk in N_APART is held out for measuring. The newest N_HELD_OUT chunks are kept.
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
-# Number of rows per dimension of the state for choosing the wider input, and for trying a fit.
+# Rows per dimension of the state before the wider input is chosen, and before a fit is tried.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
-# Sums of fewer rows are not written, because such sums might reveal text.
+# Sums over fewer rows are not written, because they might reveal text.
 LEAST_SAVED = 2048
 # Sums are written each time this number of rows has been added, and on detach.
 _ROWS_TO_SAVE = 16_384
@@ -72,7 +72,7 @@ def require_learnable(context: Context, *, cannot: bool) -> None:
 
 @dataclass(frozen=True)
 class Learned:
-    """A model's learning statistics over all processes.
+    """A model's learning statistics across all processes.
 
     `n_rows`: the largest number of rows of any boundary. `n_waiting`: the number of queued rows.
     `n_missed`: the number of rows dropped for lack of memory. `boundaries`: the learned boundaries,
@@ -250,7 +250,7 @@ class OnlineCalibrator:
                 self.save()
 
     def save(self) -> None:
-        """Add the new sums to the file. On failure, raise PopError and keep them in memory."""
+        """Add the new sums to the file. If this fails, raise PopError and keep them in memory."""
         if self._n_new >= LEAST_SAVED:
             kinds = {each: list(self.summing.projections[each]) for each in self._new.grams}
             self.file.add(self._new, kinds)

@@ -1,4 +1,4 @@
-"""The file of a model's sums, to which several processes add their sums under a lock.
+"""A model's file of sums. Several processes add their sums to it under a lock.
 
 The file contains sums of products over thousands of rows, but no single row or token. Only the
 folder's owner can read the folder (docs/learning.md).
@@ -45,24 +45,24 @@ class Known:
         return {int(boundary): kinds for boundary, kinds in self.head.get("kinds", {}).items()}
 
     def is_own(self, boundary: int) -> bool:
-        """Return True if the boundary's sums started without a fit, as all kinds of fit require."""
+        """Return True if the boundary's sums started without a fit, so any kind can be fitted."""
         return len(self.kinds.get(boundary, ())) > 1
 
 
 @dataclass(frozen=True)
 class SumsFile:
-    """A model's file of sums; `model`: the hash of the model."""
+    """A model's file of sums. `model`: the model's hash."""
 
     path: Path
     model: str
 
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
-        """Return the path object of a model's sums, whether or not the file exists."""
+        """Return a model's file of sums, which may not exist yet."""
         return cls(LearnedFiles.of(source).sums, sampled_sha256(source))
 
     def load(self) -> Sums:
-        """Return the stored sums (default: empty). A damaged file is renamed to *.damaged."""
+        """Return the stored sums, empty without a file. A damaged file is renamed to *.damaged."""
         return self._read(Sums.of) or Sums()
 
     def known(self) -> Known:
@@ -101,8 +101,8 @@ class SumsFile:
     def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
         """Add sums for some projection kinds to the file. Raises PopError if writing fails.
 
-        If the file has another wider input for a boundary, its new sums are dropped, since the
-        products differ.
+        If the file has a different wider input for a boundary, the boundary's new sums are dropped,
+        because sums over different inputs cannot be added.
         """
         try:
             make_private(self.path.parent)

@@ -20,13 +20,13 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 from pop_local.engine.llama.taps import Rows, Tapped, TapRequest
 
-# Number of last layers whose attention determines the weights of the rows.
+# The attention of this many last layers determines the weights of the rows.
 N_WEIGHING = 4
 
 
 @dataclass
 class Sums:
-    """Gram sums by boundary; `wides`: the parameters of each boundary's wider input, if any."""
+    """Gram sums by boundary. `wides`: the parameters of each boundary's wider input, if any."""
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Sums:
 
     @classmethod
     def of(cls, head: Any, arrays: Any) -> "Sums":
-        """Return the sums from the results of `arrays`."""
+        """Return the sums that `arrays` converted."""
         sums = cls(stored_inputs(head, arrays))
         for boundary, layers, n_rows in head["grams"]:
             xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
@@ -72,7 +72,7 @@ class Sums:
 
 
 def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
-    """Return each boundary's wider input from the results of `Sums.arrays`."""
+    """Return each boundary's wider input, given the results of `Sums.arrays`."""
     wides = {}
     for boundary, is_gelu in head["wides"]:
         neurons = None
@@ -84,7 +84,7 @@ def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
 
 
 class Summing:
-    """Accumulator of a model's rows, and solver of the model's fits."""
+    """Adds up a model's rows, and solves for its fits."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Summing:
     ) -> None:
         """`projections`: the kinds of fit at each boundary, without `Projection.OWN`.
 
-        `start`: the tensors of an earlier fit, toward which the ridge pulls (None: the layers' own
+        `start`: tensors of an earlier fit, toward which the ridge pulls (None: the layers' own
         projections).
         """
         self.shape, self.projections = shape, projections
@@ -117,7 +117,7 @@ class Summing:
         return TapRequest(at, layers, tuple(weighing))
 
     def is_wide(self, boundary: int) -> bool:
-        """Return True if `choose_input` must precede adding rows."""
+        """Return True if `choose_input` must be called before rows are added."""
         return Projection.WIDE in self.projections[boundary]
 
     def state(self, boundary: int, tapped: Tapped) -> Rows:

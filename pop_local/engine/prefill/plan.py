@@ -57,12 +57,11 @@ NO_FULL_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
 class PrefillPlan:
     """Plan for decoding a prompt's uncached tokens.
 
-    `full_from`: first row of the tail. `text_from`: the row after the last image. `chunks`:
-    (start, end) offsets among the uncached tokens, each of text or of one image. `n_pruned`: rows
-    that stop at the boundary in mode CONTEXT.
+    `full_from`: first row of the tail. `chunks`: (start, end) offsets among the uncached
+    tokens; each chunk is text or one image. `n_pruned`: number of rows that stop at the boundary
+    in mode CONTEXT.
     """
 
-    text_from: int
     full_from: int
     chunks: tuple[tuple[int, int], ...]
     n_pruned: int
@@ -94,7 +93,6 @@ def plan_prefill(
     first_pruned = max(n_past, rule.sink_tokens)
     n_deep = 0 if deep is None else int(deep[first_pruned - n_past : first_full - n_past].sum())
     return PrefillPlan(
-        text_from=text_from,
         full_from=full_from,
         chunks=tuple(_chunks(n_tokens, full_from - n_past, n_batch, images)),
         n_pruned=max(0, first_full - first_pruned) - n_deep,
@@ -121,7 +119,7 @@ def _chunks(
 
 
 def split_at(chunks: Sequence[tuple[int, int]], row: int) -> tuple[tuple[int, int], ...]:
-    """Return the chunks, of which none extends across a row of text."""
+    """Split the chunk that extends across a row of text, if any."""
     return tuple(
         piece
         for start, end in chunks

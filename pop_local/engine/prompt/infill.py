@@ -22,9 +22,9 @@ def infilling(
 ) -> list[int]:
     """Return a FIM prompt's tokens, in the order of llama.cpp's server (format_prompt_infill).
 
-    `prefix`: a text or its tokens. `begun`: start of the answer. `files`: (name, text) pairs that
-    precede the prefix. Special tokens in texts are tokenized as plain text. Raises PopError for
-    a model without FIM tokens.
+    `prefix`: a text or its tokens. `begun`: the start of the answer. `files`: (name, text) pairs
+    that precede the prefix. Special tokens in texts are tokenized as plain text. Raises PopError
+    for a model without FIM tokens.
     """
     if not can_infill(context):
         raise PopError(

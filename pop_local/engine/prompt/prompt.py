@@ -13,7 +13,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}Assistant:"
 )
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
-# Some templates of reasoning models end with this tag, so the model samples only the end tag.
+# Some templates of reasoning models end with this tag, so the model generates only the end tag.
 THINK = "<think>"
 
 
@@ -57,7 +57,7 @@ class Prompt:
         return next((start for start, end in self.spans if start < n_rows < end), n_rows)
 
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:
-        """Return the number of leading rows that are equal, with whole images only.
+        """Return the number of equal leading rows, without splitting an image.
 
         `tokens`: int32 [n]. `images`: each image's key by its first row.
         """

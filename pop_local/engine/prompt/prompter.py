@@ -1,4 +1,4 @@
-"""Building of prompts from conversations, with the chat template in the model's file."""
+"""Build prompts from conversations with the chat template in the model's file."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ Write = Callable[[list[str], Callable[[str], str]], str]
 
 
 class Prompter:
-    """Builder of one model's prompts.
+    """Builds a model's prompts.
 
-    `parse_special`: parse special tokens in messages and documents. The author of a document can
-    then write turns of the conversation.
+    `parse_special`: parse special tokens in messages and documents. A document can then contain
+    forged turns of the conversation.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Prompter:
     ) -> None:
         self.parse_special = parse_special
         self.context, self._vision = context, vision
+        self._special = SpecialTokens(context)
 
     @property
     def has_template(self) -> bool:
@@ -59,10 +60,6 @@ class Prompter:
         """Return whether the model can read pictures, which needs an mmproj and Pillow."""
         return self._vision is not None and has_pillow()
 
-    @cached_property
-    def _special(self) -> SpecialTokens:
-        return SpecialTokens(self.context)
-
     def text(self, text: str) -> Prompt:
         """Return the prompt that continues a text. Raises PopError."""
         return Prompt(self.context.vocabulary.tokenize(text, add_bos=True))
@@ -80,7 +77,8 @@ class Prompter:
         """Return the prompt that `write` renders from the messages' contents and the other texts.
 
         If a text spells special tokens, `write` is called again with marks instead of the tokens.
-        The first argument of `write` has the marked contents, the second marks the other texts.
+        The first argument of `write` is the marked contents, the second a function that marks the
+        other texts. Raises PopError if `write` raises ValueError.
         """
         texts = [*(message.content for message in messages), *others]
         utf8("".join(texts))
@@ -95,7 +93,11 @@ class Prompter:
             return text
 
         while True:
-            text = write([marked(content) for content in contents], marked)
+            try:
+                text = write([marked(content) for content in contents], marked)
+            except ValueError as error:
+                message = f"the chat template refuses this conversation: {error}"
+                raise PopError(message) from error
             tokens = self.context.vocabulary.tokenize(text, special=True)
             left = [marked(each) for each in texts]
             spelled = [] if self.parse_special else self._special.spelled(tokens, left)
@@ -105,7 +107,7 @@ class Prompter:
         bos = list(self.context.vocabulary.bos)
         images: dict[int, ImageChunk] = {}
         if marks or pictures:
-            shown = {mark: self.see(picture) for mark, picture in pictures.items()}
+            shown = {mark: self.open_vision().see(each) for mark, each in pictures.items()}
             tokens, images = self._with_pictures(text, marks, shown)
         if bos and tokens[:1] != bos:
             tokens = bos + tokens
@@ -128,13 +130,9 @@ class Prompter:
         before, found, _ = shown.partition(_PROBE)
         return before if found else ""
 
-    def see(self, picture: Picture) -> TokenizedPicture:
-        """Split a picture into the model's images. Raises the errors of Mmproj.see."""
-        return self.open_vision().see(picture)
-
     def count_picture(self, picture: Picture) -> int:
         """Return a picture's number of tokens. Raises the errors of Mmproj.see."""
-        return len(self.see(picture).tokens)
+        return len(self.open_vision().see(picture).tokens)
 
     def open_vision(self) -> Mmproj:
         """Load the mmproj on first use. Raises PopError without an mmproj or if loading fails."""
@@ -169,7 +167,7 @@ class Prompter:
     @cached_property
     def _needs_parts(self) -> bool:
         """Test whether the template renders a message's content only as a list of parts."""
-        # BeyondLimitsError passes, because the conversation would also exceed the limits.
+        # BeyondLimitsError propagates, because the conversation would also exceed the limits.
         with suppress(ValueError):
             if self._is_shown({"role": "user", "content": _PROBE}):
                 return False
@@ -194,16 +192,11 @@ class Prompter:
 
     def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
         pairs = zip(messages, contents, strict=True)
-        try:
-            return self.template.render(
-                [self._given(message.role, content) for message, content in pairs]
-            )
-        except ValueError as error:
-            raise PopError(f"the chat template refuses this conversation: {error}") from error
+        return self.template.render([self._given(each.role, content) for each, content in pairs])
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:
-    """Return a message's content with a mark for each picture. Add the marks to `pictures`."""
+    """Return a message's content with a mark for each picture, and add the marks to `pictures`."""
     pieces, at = [], 0
     for offset, picture in message.pictures:
         pictures[mark := next(unused)] = picture
@@ -218,16 +211,13 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
     held: Message | None = None
     for message in messages:
         if held is not None and message.role != "assistant":
-            message, held = _joined(held, message), None
+            content = f"{held.content}\n{message.content}"
+            n_before = len(content) - len(message.content)
+            moved = ((n_before + offset, picture) for offset, picture in message.pictures)
+            message = Message(message.role, content, (*held.pictures, *moved))
+            held = None
         if message.role == "system":
             held = message
         else:
             found.append(message)
     return found if held is None else [*found, replace(held, role="user")]
-
-
-def _joined(first: Message, second: Message) -> Message:
-    content = f"{first.content}\n{second.content}"
-    n_before = len(content) - len(second.content)
-    moved = ((n_before + offset, picture) for offset, picture in second.pictures)
-    return Message(second.role, content, (*first.pictures, *moved))

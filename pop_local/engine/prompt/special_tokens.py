@@ -1,6 +1,6 @@
-"""Special tokens in a prompt, which only the template may write.
+"""Keep special tokens in messages from acting as special tokens.
 
-Otherwise a document with `<|im_end|>` in its text could end its turn and start a system message.
+Otherwise a document that contains `<|im_end|>` could end its turn and start a system message.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,11 +9,11 @@ from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 
 _SPACES = " \t\n\v\f\r"  # C's isspace
-_FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a plane for private use
+_FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a private-use plane
 
 
 class SpecialTokens:
-    """A vocabulary's special tokens, which texts can spell."""
+    """A vocabulary's special tokens, which a text may spell out."""
 
     def __init__(self, context: Context) -> None:
         self._api, self._context = bindings(), context
@@ -24,7 +24,7 @@ class SpecialTokens:
         return sorted(each for each in special if any(each in text for text in texts))
 
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
-        """Tokenize a prompt after replacing each mark by its plain text.
+        """Tokenize a prompt after replacing each mark with its plain text.
 
         Like llama.cpp, tokenize text between two special tokens in one piece.
         """

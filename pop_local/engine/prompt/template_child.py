@@ -18,7 +18,7 @@ MAX_CHARACTERS = 1 << 26
 
 
 class _Generation(Extension):
-    """The block {% generation %}, with which transformers marks training text."""
+    """The block {% generation %}, which transformers uses to mark training text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's type)
 
@@ -50,7 +50,7 @@ class TemplateRenderer:
 
     @staticmethod
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
-        """Render a template. Without arguments, only compile it, and return "".
+        """Render a template. Without arguments, only compile it and return "".
 
         Raises ValueError if the template refuses its arguments, and any error of the template.
         """

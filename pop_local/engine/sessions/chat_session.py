@@ -29,6 +29,8 @@ GivenImage = str | os.PathLike[str] | bytes | Picture
 
 @dataclass(frozen=True)
 class Answer:
+    """A complete answer and its statistics."""
+
     text: str
     stats: TurnStats
 
@@ -179,7 +181,7 @@ class ChatSession:
         return self.edit(None, **options)
 
     def edit(self, question: str | None, **options: Unpack[AnswerOptions]) -> Stream:
-        """Replace the last question's text (None: keep it), and answer it like `retry`."""
+        """Replace the last question's text (None: keep it), and answer it again like `retry`."""
         turn = self.last_asked
         if turn is None:
             raise PopError("the session has no question yet", "call chat or stream first")
@@ -252,7 +254,7 @@ class ChatSession:
 
 
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
-    """Load a saved conversation, with its mode and its KV cache if these fit the model.
+    """Load a saved conversation, including its mode and KV cache if they fit the model.
 
     Otherwise `reread` is the reason, and the next question reads the conversation again. Raises
     PopError if the file is not a session.

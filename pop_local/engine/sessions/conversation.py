@@ -1,4 +1,4 @@
-"""Data of a conversation: its questions with documents and pictures, and its answers."""
+"""A conversation: questions with documents and pictures, and their answers."""
 
 from dataclasses import dataclass, replace
 

@@ -7,8 +7,9 @@
 If the model's cache holds another conversation, n_tokens is 0 and the arrays are missing.
 
 Loading restores the K/V only if the model, mmproj, POP mode, boundary, projections, backend version
-and RoPE options are the same. Models are compared by size and by a hash of headers and samples of
-the tensors. In all other cases, loading restores the transcript alone. zip's CRC-32 detects damage.
+and RoPE options are the same. Models are compared by size and by a hash of the headers and of
+samples of the tensors. Otherwise, loading restores only the transcript. zip's CRC-32 detects
+damage.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ from pop_converter.gguf.source import sampled_sha256
 from pop_local.engine.cache.cache_keys import opened_with
 from pop_local.engine.cache.saved_state import (
     DAMAGES,
-    SavedState,
     add_member,
     members,
     read_member,
@@ -61,7 +61,7 @@ ReadFrom = Callable[[zipfile.ZipFile, str, str], Picture]
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A session file; `session` is None if the file is unreadable."""
+    """A session file. `session` is None if the file is unreadable."""
 
     name: str
     size_bytes: int
@@ -71,7 +71,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Restored:
-    """A loaded session; `reread`: the reason why its K/V cannot be used, or ""."""
+    """A loaded session. `reread`: the reason why its K/V cannot be used, or ""."""
 
     session: Session
     reread: str
@@ -81,8 +81,8 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
     These tokens are the last question's prompt and the cached part of its answer. Return 0 if part
-    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may not
-    return the sampled tokens.
+    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may
+    return different tokens than were sampled.
     """
     if not conversation.turns:
         return 0
@@ -131,6 +131,7 @@ class Sessions:
         return sorted(filter(_NAME.fullmatch, names))
 
     def listed(self) -> Iterator[SavedFile]:
+        """Yield all sessions by name, without their pictures' content."""
         for name in self.names():
             status = self.path(name).stat()
             session = None
@@ -147,23 +148,18 @@ class Sessions:
             )
         return self._folder / f"{name}{SUFFIX}"
 
-    def save(self, name: str, engine: Engine, conversation: Conversation) -> int:
-        """Write the file atomically; return its size in bytes. Raises PopError.
-
-        If the cache holds the conversation, cached rows of later text are dropped.
-        """
-        n_own = n_own_tokens(engine, conversation)
-        state = engine.states.save() if n_own and engine.cache.truncate(n_own) else None
-        return self._write(name, engine, conversation, state)
-
-    def save_transcript(self, name: str, engine: Engine, conversation: Conversation) -> int:
-        """Write a small file without K/V; leave the cache unchanged. Raises PopError."""
-        return self._write(name, engine, conversation, None)
-
-    def _write(
-        self, name: str, engine: Engine, conversation: Conversation, state: SavedState | None
+    def save(
+        self, name: str, engine: Engine, conversation: Conversation, *, with_cache: bool = True
     ) -> int:
-        path = self.path(name)
+        """Write the file atomically, and return its size in bytes. Raises PopError.
+
+        `with_cache`: include the cached rows if they belong to the conversation. Rows of later text
+        are then dropped from the cache.
+        """
+        path, state = self.path(name), None
+        n_own = n_own_tokens(engine, conversation) if with_cache else 0
+        if n_own and engine.cache.truncate(n_own):
+            state = engine.states.save()
         session = Session(
             name=name,
             model=str(engine.context.files.path),
@@ -194,7 +190,7 @@ class Sessions:
         return path.stat().st_size
 
     def load(self, name: str, engine: Engine) -> Restored:
-        """Load a session, with its mode and K/V if these fit the model.
+        """Load a session, including its mode and K/V if they fit the model.
 
         Raises PopError for a missing or damaged file, which leaves the model unchanged.
         """
@@ -236,7 +232,7 @@ def _session(archive: zipfile.ZipFile, picture: ReadFrom) -> Session:
 def _stored_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
     found = picture_of(read_member(archive, _PICTURE.format(sha256)), name)
     if found.sha256 != sha256:
-        raise ValueError("another picture's content")
+        raise ValueError("the picture has another hash")
     return found
 
 

@@ -1,1 +1,1 @@
-"""Tools: their description in prompts, the form of calls, and parsing of calls in answers."""
+"""Tools: describe them in prompts, constrain the form of calls, and parse calls in answers."""

@@ -13,7 +13,7 @@ from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
 
-# Number of last characters in which triggers are searched for.
+# Triggers are searched for in this many of the last characters.
 _N_TRIGGER = 512
 
 
@@ -22,19 +22,11 @@ class Trigger:
     """A pattern that starts a grammar for the rest of an answer.
 
     `grammars`: grammars by the text of group `name` ("" if the pattern has no such group). The
-    rest starts at the group `rest`, or else at the first group that matched.
+    grammar applies from group `rest` on, or else from the first group that matched.
     """
 
     pattern: re.Pattern[str]
     grammars: Mapping[str, Grammar]
-
-    def grammar(self, match: re.Match[str]) -> Grammar:
-        return self.grammars[match["name"] if "name" in self.pattern.groupindex else ""]
-
-    def rest_from(self, match: re.Match[str]) -> int:
-        if "rest" in self.pattern.groupindex:
-            return match.start("rest")
-        return next(start for start, _ in match.regs[1:] if start >= 0)
 
 
 @dataclass(frozen=True)
@@ -42,8 +34,8 @@ class CallForm:
     """The form of an answer's tool calls.
 
     `must_call`: the answer must not end before a call. `triggers`: patterns that start a grammar.
-    Without triggers, `grammar` applies from the first token. `shown`: special tokens that are
-    text in this form. `native`: llama.cpp's format, None for the text form.
+    Without triggers, `grammar` applies from the first token on. `shown`: special tokens that
+    appear as text in this form. `native`: llama.cpp's format, None for the text form.
     """
 
     names: tuple[str, ...]
@@ -102,7 +94,10 @@ class CallConstraint:
         start = max(0, len(self._text) - _N_TRIGGER)
         for trigger in self._form.triggers:
             if match := trigger.pattern.search(self._text, start):
-                self._begin(trigger.grammar(match), self._text[trigger.rest_from(match) :])
+                groups = match.groupdict()
+                matched = (at for at, _ in match.regs[1:] if at >= 0)
+                rest_from = match.start("rest") if "rest" in groups else next(matched)
+                self._begin(trigger.grammars[groups.get("name", "")], self._text[rest_from:])
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:

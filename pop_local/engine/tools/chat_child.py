@@ -28,7 +28,10 @@ def _library() -> ctypes.CDLL:
 
 
 class ChatFormatter:
-    """The methods that the parent calls. All raise ValueError for input that llama.cpp rejects."""
+    """The methods that the parent process calls.
+
+    They raise ValueError for input that llama.cpp rejects.
+    """
 
     def __init__(self) -> None:
         self._library = _library()

@@ -1,4 +1,4 @@
-"""Tool calls in the template's form, by llama.cpp's chat code in a child process."""
+"""Render and parse tool calls in the template's form, with llama.cpp's chat code."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,7 +8,7 @@ from pop_local.engine.limited.process import KeptProcess
 from pop_local.engine.prompt.templates import LIMIT_BYTES, LIMIT_S, Template
 from pop_local.engine.tools import chat_child
 
-_UNKNOWN = "unknown key"  # error of a child process that has not cached the format
+_UNKNOWN = "unknown key"  # the error of a child process that has not cached the format
 _SEVERAL = "root ::= tool-call | tool-calls"
 
 
@@ -69,7 +69,7 @@ def render(
     }
     made = _chat.call("render", request)
     grammar = made["grammar"]
-    if not grammar:  # `auto` has no grammar without triggers
+    if not grammar:  # without triggers, `auto` has no grammar
         required = _chat.call("render", {**request, "tool_choice": "required"})
         grammar = required["grammar"] and _with_root(required["grammar"], "tool-call")
     elif _SEVERAL in grammar:  # this root also matches white space alone
@@ -91,7 +91,10 @@ def _with_root(grammar: str, rule: str) -> str:
 
 
 def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
-    """Parse an answer. Raises ValueError for another form, PopError beyond the limits."""
+    """Parse an answer.
+
+    Raises ValueError if the answer has another form, PopError if parsing exceeds the limits.
+    """
     request = {"key": form["key"], "text": text, "partial": partial}
     try:
         read = _chat.call("parse", request)

@@ -1,4 +1,4 @@
-"""Building of prompts with tools, and of the forms of their answers."""
+"""Build prompts with tools, and the forms of their answers."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -39,10 +39,9 @@ def prompt_with_tools(
         raise PopError("the model has no chat template, so it cannot call tools", hint)
     rules = {tool.name: json_rule(tool.schema) for tool in tools.all}
     own = _Native(prompter, messages, tools)
-    if own.is_known and tools.callable_:
-        return replace(own.prompt(), begun=""), own.form(rules)
     if own.is_known:
-        return own.prompt(), None
+        prompt = own.prompt()
+        return (replace(prompt, begun=""), own.form(rules)) if tools.callable_ else (prompt, None)
     prompt = prompter.conversation(text_form.with_tools(messages, tools.all))
     if not tools.callable_:
         return prompt, None
@@ -50,7 +49,7 @@ def prompt_with_tools(
 
 
 class _Native:
-    """A conversation with tools, rendered by llama.cpp in the template's form."""
+    """A conversation with tools that llama.cpp renders in the template's form."""
 
     def __init__(self, prompter: Prompter, messages: Sequence[Message], tools: Tools) -> None:
         self._prompter, self._messages, self._tools = prompter, _numbered(messages), tools
@@ -72,15 +71,11 @@ class _Native:
         """Render the conversation. Special tokens in texts become plain text."""
         others = [text for message in self._messages for text in _texts(_calls(message))]
         others += _texts([tool.openai for tool in self._tools.all])
-        made = self._prompter.render(self._messages, others, self._write)
+        made = self._prompter.render(
+            self._messages, others, lambda *arguments: self._render(*arguments).prompt
+        )
         assert self._rendered is not None
         return replace(made, stops=(*made.stops, *self._rendered.stops))
-
-    def _write(self, contents: list[str], marked: Callable[[str], str]) -> str:
-        try:
-            return self._render(contents, marked).prompt
-        except ValueError as error:
-            raise PopError(f"the chat template refuses this conversation: {error}") from error
 
     def _render(
         self, contents: list[str], marked: Callable[[str], str], only: Sequence[Tool] = ()
@@ -140,16 +135,16 @@ def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
 
 
 def _pattern(kind: str, value: str) -> re.Pattern[str]:
-    """Convert llama.cpp's common_grammar_trigger into a pattern with a group."""
+    """Convert a common_grammar_trigger of llama.cpp into a pattern with a group."""
     source = value if kind.startswith("pattern") else re.escape(value)
     found = re.compile(source)
     return found if found.groups else re.compile(f"({source})")
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """Replace calls' ids by ids that every template accepts, and set the ids of results.
+    """Replace call ids with ids that every template accepts, and set the ids of results.
 
-    Ollama's clients send results without an id. Such a result belongs to the first open call.
+    Ollama's clients send results without an id. Such a result answers the first open call.
     """
     found: list[Message] = []
     open_: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Parsing of tool calls in an answer during its generation."""
+"""Parse tool calls in an answer while it is generated."""
 
 import secrets
 import string
@@ -28,6 +28,8 @@ class Piece:
 
 
 class CallReader:
+    """Parser of one answer, which arrives in parts."""
+
     def __init__(self, form: CallForm) -> None:
         self._form, self._native = form, form.native
         self._text = ""
@@ -83,10 +85,9 @@ def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
     calls: dict[int, ToolCall] = {}
     for piece in pieces:
         if piece.call is not None:
-            first = calls.get(piece.index)
-            more = piece.call.arguments
-            joined = replace(first, arguments=first.arguments + more) if first else piece.call
-            calls[piece.index] = joined
+            call = calls.setdefault(piece.index, replace(piece.call, arguments=""))
+            arguments = call.arguments + piece.call.arguments
+            calls[piece.index] = replace(call, arguments=arguments)
     return [*calls.values()]
 
 

@@ -1,4 +1,4 @@
-"""Tool calls as plain text, for templates without tools and models that ignore their template."""
+"""Tool calls as plain text, for templates without tools and models that ignore the template."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
 
 def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
-    """Return a grammar of calls between tags. `rules`: tools with their arguments in Lark."""
+    """Return a grammar for calls between tags. `rules`: tools with their arguments in Lark."""
     calls = " | ".join(f"call{number}" for number in range(len(rules)))
     more = f"({_SPACE} call)*" if several else ""
     lines = [
@@ -80,12 +80,12 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 
 def rest_of_json(rule: str) -> str:
-    """Return a grammar of a call's text after `opening`: the arguments and the end."""
+    """Return a grammar for the rest of a call after `opening`: its arguments and its end."""
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
 def opening(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern of a call's start. Group `rest` is where its arguments start."""
+    """Return a pattern that matches the start of a call. Group `rest`: the arguments' start."""
     either = "|".join(map(re.escape, names))
     return re.compile(
         rf'{_OPEN}\{{{{1,2}}\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'

@@ -57,7 +57,7 @@ class Tools:
         rules: dict[str, str] = {}
         for tool in self.all:
             if other := rules.get(tool.rule):
-                message = f"the tools {other!r} and {tool.name!r} are named alike"
+                message = f"the names of the tools {other!r} and {tool.name!r} collide"
                 raise PopError(message, "rename one of the two tools")
             rules[tool.rule] = tool.name
 

@@ -122,7 +122,7 @@ class Unsaved:
         try:
             make_private(self._folder)
             self._lock.acquire()
-            self._sessions.save_transcript(self._name, chat.model.engine, said)
+            self._sessions.save(self._name, chat.model.engine, said, with_cache=False)
         except Exception as error:
             self._is_possible = False
             reason = as_pop_error(error).message

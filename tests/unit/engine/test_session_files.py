@@ -58,7 +58,7 @@ def test_only_the_cells_in_use_are_saved(chat_model, sessions):
 
 def test_a_file_name_with_lone_surrogates_is_saved(chat_model, sessions):
     said = Conversation("", (Turn("What?", (Document("\udcff.txt", "Words."),), "Words."),))
-    sessions.save_transcript("talk", opened(chat_model).engine, said)
+    sessions.save("talk", opened(chat_model).engine, said, with_cache=False)
     [stored] = sessions.listed()
     assert stored.session is not None
     assert stored.session.conversation.turns[0].documents == (Document("?.txt", "Words."),)
@@ -244,7 +244,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? Session one already exists."
     assert "# Nothing was saved." in shown
-    assert "! no session has the name oen; did you mean one? (/load lists all sessions)" in shown
+    assert "! no session has the name oen; did you mean one? (/load lists the sessions)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 

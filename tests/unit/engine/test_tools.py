@@ -144,12 +144,10 @@ def test_brackets_beyond_limits_end_nothing(model):
     assert [call.arguments for call in calls_of(said)] == ["[" * 100_001]
 
 
-@pytest.mark.parametrize(
-    ("names", "reason"), [(("a", "a"), "alike"), (("get_a", "get-a"), "alike")]
-)
-def test_tools_of_equal_names_are_refused(names, reason):
+@pytest.mark.parametrize("names", [("a", "a"), ("get_a", "get-a")])
+def test_tools_of_equal_names_are_refused(names):
     tools = tuple(replace(WEATHER, name=name) for name in names)
-    with pytest.raises(PopError, match=reason):
+    with pytest.raises(PopError, match="collide"):
         Tools(tools, tools)
 
 
