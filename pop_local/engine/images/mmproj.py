@@ -1,7 +1,7 @@
-"""An mmproj: the vision encoder of a vision-language model.
+"""An mmproj: the vision encoder of a vision-language model, run by libmtmd.
 
-llama_cpp has the bindings of libmtmd. An image's rows have NO_TOKEN among the prompt's tokens.
-The image's key identifies its cached rows.
+A prompt's tokens contain NO_TOKEN for each row of an image. Cached rows of an image are identified
+by the image's key.
 """
 
 import ctypes
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 # Token id of an image's rows (LLAMA_TOKEN_NULL).
 NO_TOKEN = -1
-# Maximum rows of remembered pictures, so that a chat's pictures are not split for each question.
+# Maximum rows of the pictures whose split is cached, so that a chat splits each picture once.
 _KNOWN_ROWS = 1 << 16
-# All layers have the same of these tensors.
+# Tensors that either all layers or no layers have.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
 # Projector types of libmtmd's clip.cpp without a token limit. Old files name no type.
 _FIXED = re.compile(
@@ -46,7 +46,7 @@ _FIXED = re.compile(
 )
 # Projector types that scale each picture to one square.
 _SQUARE = re.compile("gemma3|gemma3nv|nemotron_v2_vl")
-# Maximum bytes of pixels, kept from the count of a picture's tokens until its rows are encoded.
+# Maximum bytes of decoded pixels that wait for encoding.
 _KEPT_BYTES = 1 << 26
 # Nodes of the encoder's graph between two calls of `should_stop`.
 _NODES_AT_ONCE = 32
@@ -54,11 +54,11 @@ _NODES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """A part of a picture. Some models split a picture into several images.
+    """An image: a whole picture, or a part of it if the model splits pictures.
 
     `number`: index among libmtmd's chunks of the picture. `key`: identifies the image's rows.
-    `n_pos`: number of positions of all rows. `is_mutual`: attention among its rows is not
-    causal, so they are decoded in one batch.
+    `n_pos`: number of positions that the rows take up. `is_mutual`: every row attends to all rows
+    of the image, which must therefore be decoded in one batch.
     """
 
     picture: Picture
@@ -71,21 +71,21 @@ class ImageChunk:
 
 @dataclass(frozen=True)
 class TokenizedPicture:
-    """The tokens of a picture: rows of images, and the text tokens around them.
+    """A picture's tokens: NO_TOKEN for each image row, and the text tokens around the images.
 
-    `images`: keyed by their first offset in `tokens`.
+    `images`: images by the offset of their first row in `tokens`.
     """
 
     tokens: tuple[int, ...]
     images: Mapping[int, ImageChunk]
 
 
-# Width, height and bytes, see Picture.rgb.
+# Width, height and RGB bytes (see Picture.rgb).
 _Pixels = tuple[int, int, bytes]
 
 
 class _Cut:
-    """libmtmd's chunks of a picture, with megabytes of scaled pixels, freed with this object."""
+    """libmtmd's chunks of a picture, freed with this object. They hold megabytes of pixels."""
 
     def __init__(self, mtmd: Any, picture: Picture) -> None:
         self.sha256 = picture.sha256
@@ -101,9 +101,10 @@ class _Cut:
 
 
 class Mmproj:
-    """A model's mmproj file, which `open` loads. `key` identifies the file.
+    """A model's mmproj file, which `open` loads.
 
-    Several threads may call `see` while another thread decodes.
+    `key` identifies the file. `is_fixed`: the projector ignores `max_tokens`. Several threads may
+    call `see` while another thread decodes.
     """
 
     def __init__(
@@ -114,13 +115,21 @@ class Mmproj:
         max_tokens: int | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`max_tokens`: maximum tokens of one image, if the projector has a limit.
+        """`max_tokens`: maximum tokens per image (None: the projector's default).
 
         `should_stop` is called while an image is encoded. Raises PopError for an invalid mmproj.
         """
+        if not path.is_file():
+            raise PopError(f"the mmproj {path} does not exist", "check the path")
+        source = read_source(path)
+        header = source.first
+        if header.get("general.architecture") != ARCHITECTURE:
+            raise PopError(f"{path} is not an mmproj", "use the file with mmproj in its name")
+        _require_layers(path, [tensor.name for tensor in source.tensors])
         self.path = path
         self.max_tokens = max_tokens
-        self.key = fingerprint(path)
+        # The hash covers the header and the first bytes of each tensor.
+        self.key = f"{source.size_bytes} {sampled_sha256(source)}"
         self._use_gpu = use_gpu
         self._should_stop = should_stop
         self._stop_error: BaseException | None = None
@@ -130,18 +139,16 @@ class Mmproj:
         self._known: OrderedDict[str, TokenizedPicture] = OrderedDict()
         self._kept: OrderedDict[str, _Pixels] = OrderedDict()
         self._last: _Cut | None = None
-        header = read_source(path).first
         kinds = map(header.get, ("clip.projector_type", "clip.vision.projector_type"))
         kind = next((str(kind) for kind in kinds if kind), "")
-        # True if `max_tokens` has no effect.
         self.is_fixed = bool(_FIXED.fullmatch(kind))
         side = header.get("clip.vision.image_size")
         self._side = side if isinstance(side, int) and _SQUARE.fullmatch(kind) else 0
 
     def open(self, model: Any, n_threads: int) -> "Self":
-        """Load the file on first use; `model`: a llama_model pointer.
+        """Load the file on first use. `model`: a llama_model pointer.
 
-        Raises PopError if the file belongs to another model, and without Pillow.
+        Raises PopError if the file does not fit the model, or if Pillow is not installed.
         """
         with self._lock:
             if self._ctx is None:
@@ -176,9 +183,9 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> TokenizedPicture:
-        """Split a picture into the model's images and tokens.
+        """Split a picture into images and tokens.
 
-        Raises PopError for a damaged picture, and for one that libmtmd rejects.
+        Raises PopError if the picture is damaged or libmtmd rejects it.
         """
         if picture.sha256 not in self._known:
             self._cut_up(picture)
@@ -191,10 +198,10 @@ class Mmproj:
         return known
 
     def decode(self, slot: Slot, image: ImageChunk, first: int) -> float:
-        """Encode an image, decode its rows from position `first` on, and return the encoding time.
+        """Encode an image and decode its rows from position `first` on.
 
-        The time is in seconds. Raises PopError if encoding or decoding fails, and StoppedError or
-        the signal handler's exception if interrupted.
+        Returns the encoding time in seconds. Raises PopError if encoding or decoding fails, and
+        StoppedError or the signal handler's exception if interrupted.
         """
         ctx, n_batch = slot.context.ctx, slot.context.n_batch
         started_s = time.perf_counter()
@@ -237,9 +244,9 @@ class Mmproj:
         return np.ctypeslib.as_array(rows, (image.n_rows, self._n_embd)).copy()
 
     def positions(self, image: ImageChunk, first: int) -> np.ndarray:
-        """Return the positions of an image's rows from `first` on: int32 [n_pos, n_rows].
+        """Return the positions of an image's rows, int32 [1, n_rows], starting at `first`.
 
-        With M-RoPE, a row's positions are time, height, width and an unused one.
+        With M-RoPE, the shape is [4, n_rows]: time, height, width, and an unused position.
         """
         if not self._mtmd.mtmd_decode_use_mrope(self._ctx):
             return first + np.arange(image.n_rows, dtype=np.int32)[None]
@@ -262,9 +269,10 @@ class Mmproj:
             self.close()
 
     def _on_node(self, _tensor: int, is_query: bool, _data: object) -> bool:
-        """Return whether libmtmd calls again after this node (`is_query`), or whether it continues.
+        """Handle a node of the encoder's graph (ggml_backend_sched_eval_callback).
 
-        A False after a node stops the encoder, which still returns success. So `_stop_error`
+        With `is_query`, returns whether to call again after the node was computed. That second
+        call returns False to stop the encoder, which still reports success. So `_stop_error`
         stores the reason.
         """
         if is_query:
@@ -278,14 +286,17 @@ class Mmproj:
         return self._stop_error is None
 
     def _cut_up(self, picture: Picture) -> _Cut:
-        """Return a picture's chunks. The last picture's chunks are kept for decoding.
+        """Return a picture's chunks, which are cached until the next picture.
 
         Decoding pixels takes seconds, so it runs without the lock. The pixels are kept until the
         picture's rows are encoded, so that each request decodes them only once.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last
-        pixels = self._kept.get(picture.sha256) or picture.rgb(self._max_pixels(picture))
+        # Decode enough pixels for the shorter side to be twice the side of the encoder's square.
+        shorter, longer = sorted((picture.width, picture.height))
+        n_pixels = min(MAX_SHOWN, 4 * self._side**2 * longer // shorter or MAX_SHOWN)
+        pixels = self._kept.get(picture.sha256) or picture.rgb(n_pixels)
         with self._lock:
             if self._ctx is None:
                 raise PopError(f"{self.path} is closed", "open the model with its mmproj again")
@@ -294,11 +305,6 @@ class Mmproj:
             while sum(len(rgb) for *_, rgb in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
             return self._last
-
-    def _max_pixels(self, picture: Picture) -> int:
-        """Return the number of pixels to decode: the shorter side is twice the encoder's square."""
-        sides = sorted((picture.width, picture.height))
-        return min(MAX_SHOWN, 4 * self._side**2 * sides[1] // sides[0] or MAX_SHOWN)
 
     def _newly_cut(self, picture: Picture, width: int, height: int, rgb: bytes) -> _Cut:
         mtmd = self._mtmd
@@ -325,13 +331,20 @@ class Mmproj:
         for number in range(len(cut)):
             chunk = cut[number]
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-                tokens += self._text_tokens(chunk)
+                n = ctypes.c_size_t()
+                words = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
+                tokens += words[: n.value]
+                if min(words[: n.value], default=0) < 0:
+                    raise PopError(
+                        f"the model lacks tokens that {self.path} puts around images",
+                        "use the mmproj that was published with the model",
+                    )
                 continue
             n_rows = int(mtmd.mtmd_input_chunk_get_n_tokens(chunk))
             images[len(tokens)] = ImageChunk(
                 picture=picture,
                 number=number,
-                # The number of rows depends on `max_tokens`.
+                # The key includes the number of rows, which depends on `max_tokens`.
                 key=f"{self.key} {picture.sha256} {number} {n_rows}",
                 n_rows=n_rows,
                 n_pos=int(mtmd.mtmd_input_chunk_get_n_pos(chunk)),
@@ -340,35 +353,9 @@ class Mmproj:
             tokens += [NO_TOKEN] * n_rows
         return TokenizedPicture(tuple(tokens), images)
 
-    def _text_tokens(self, chunk: Any) -> list[int]:
-        """Return the tokens of a text chunk, as some models have around images."""
-        n = ctypes.c_size_t()
-        words = self._mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
-        found: list[int] = words[: n.value]
-        if min(found, default=0) < 0:
-            raise PopError(
-                f"the model lacks tokens that {self.path} puts around images",
-                "use the mmproj that was published with the model",
-            )
-        return found
-
-
-def fingerprint(path: Path) -> str:
-    """Return an mmproj's fingerprint: its size, and a hash of header and tensors' first bytes.
-
-    Raises PopError if the file is not an mmproj.
-    """
-    if not path.is_file():
-        raise PopError(f"the mmproj {path} does not exist", "check the path")
-    source = read_source(path)
-    if source.first.get("general.architecture") != ARCHITECTURE:
-        raise PopError(f"{path} is not an mmproj", "use the file with mmproj in its name")
-    _require_layers(path, [tensor.name for tensor in source.tensors])
-    return f"{source.size_bytes} {sampled_sha256(source)}"
-
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:
-    """Raise PopError if a layer lacks a part, since libmtmd would then read at address 0."""
+    """Raise PopError if a layer lacks a tensor: libmtmd would dereference a null pointer."""
     found = [match for name in names if (match := _PART.fullmatch(name))]
     parts = {(match[1], match[2]) for match in found}
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):

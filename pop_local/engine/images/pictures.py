@@ -1,8 +1,8 @@
 """Read pictures from files, and decode them within limits.
 
-Pillow decodes pictures, since libmtmd's decoder is not meant for untrusted files, lacks WebP and
-ignores the orientation of photographs. A child process decodes large WebPs, because Pillow blocks
-all threads while it decodes one.
+Pillow decodes pictures, because libmtmd's decoder is not meant for untrusted files, does not
+support WebP and ignores the EXIF orientation. Large WebPs are decoded in a child process, because
+Pillow blocks all threads while it decodes a WebP.
 """
 
 import base64
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
-# Pixels in all passes of a progressive JPEG, which needs few bytes for any number of passes.
+# Pixels in all passes of a progressive JPEG. A small file may have any number of passes.
 MAX_SCANNED = 20 * MAX_PIXELS
-# A longer strip would vanish when it is scaled to a model's input.
+# A longer strip would disappear when scaled to a model's input.
 MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
-# Models use fewer pixels. Larger pictures are scaled down before any other step.
+# Larger pictures are scaled down first. Models use fewer pixels.
 MAX_SHOWN = 8_000_000
-# Pillow cannot decode WebPs at a smaller size, and holds several copies.
+# Pillow cannot decode a WebP at reduced size, and holds several copies of it.
 MAX_WEBP_PIXELS = 2 * MAX_SHOWN
-# Decoding a larger WebP takes longer than starting a child.
+# Decoding a larger WebP takes longer than starting a child process.
 _MAX_INLINE = 1_000_000
 LIMIT_S = 20.0
 LIMIT_BYTES = 512 * 2**20
@@ -49,10 +49,10 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture's file. `name` is for messages. `width`, `height`: upright, in pixels.
+    """A picture file, whose header `picture_of` has checked.
 
-    Two pictures are equal if their files' bytes are equal. `picture_of` has checked the header in
-    `content`.
+    `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Pictures are
+    equal if their files' bytes are equal.
     """
 
     name: str = field(compare=False)
@@ -65,15 +65,21 @@ class Picture:
         return hashlib.sha256(self.content).hexdigest()
 
     def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
-        """Return width, height and pixels of the first frame, row by row, three bytes each.
+        """Decode the first frame. Returns its width, its height and its pixels as RGB bytes.
 
-        The frame is upright, on white if transparent, and scaled down to about `most` pixels.
-        Raises PopError for a damaged file.
+        The frame is rotated upright, drawn on white if transparent, and scaled down to about
+        `most` pixels. Raises PopError for a damaged file.
         """
         is_webp = self.content[8:12] == b"WEBP"
-        if is_webp and self.width * self.height > _MAX_INLINE:
-            return _rgb_by_child(self, most)
-        return _rgb(self.content, self.name, most)
+        if not is_webp or self.width * self.height <= _MAX_INLINE:
+            return _rgb(self.content, self.name, most)
+        content = base64.b64encode(self.content).decode()
+        try:
+            width, height, pixels = _decoder.call("rgb", content, self.name, most)
+        except BeyondLimitsError as error:
+            message = f"{self.name} takes {_decoder.limits} to decode"
+            raise PopError(message, "scale the picture down") from error
+        return width, height, base64.b64decode(pixels)
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
@@ -85,7 +91,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
 
 
 def picture_of(content: bytes, name: str) -> Picture:
-    """Return the picture in a file's bytes. Only the header is decoded.
+    """Return a picture from a file's bytes. Decodes only the header.
 
     Raises PopError if the bytes are not a picture, or exceed MAX_BYTES, MAX_PIXELS or MAX_ASPECT.
     """
@@ -126,11 +132,11 @@ def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
 
 
 class PictureDecoder:
-    """Methods that the parent calls."""
+    """Methods that the parent process calls in the child process."""
 
     @staticmethod
     def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
-        """Return the same as Picture.rgb, with bytes as base64."""
+        """Decode a picture as Picture.rgb does, with base64 instead of bytes."""
         width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
 
@@ -138,22 +144,12 @@ class PictureDecoder:
 _decoder = KeptProcess(PictureDecoder, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
 
 
-def _rgb_by_child(picture: Picture, most: int) -> tuple[int, int, bytes]:
-    content = base64.b64encode(picture.content).decode()
-    try:
-        width, height, pixels = _decoder.call("rgb", content, picture.name, most)
-    except BeyondLimitsError as error:
-        message = f"{picture.name} takes {_decoder.limits} to decode"
-        raise PopError(message, "scale the picture down") from error
-    return width, height, base64.b64decode(pixels)
-
-
 def has_pillow() -> bool:
     return importlib.util.find_spec("PIL") is not None
 
 
 def require_pillow() -> None:
-    """Raise PopError without Pillow."""
+    """Raise PopError if Pillow is not installed."""
     if not has_pillow():
         raise PopError(
             "reading pictures needs Pillow", "install it with: pip install 'pop-local[images]'"
@@ -161,7 +157,7 @@ def require_pillow() -> None:
 
 
 def _orientation(opened: "Image") -> object:
-    """Return the header's EXIF orientation; a PNG's own `getexif` would decode all pixels."""
+    """Return the EXIF orientation in the header. `getexif` of a PNG would decode all pixels."""
     from PIL import Image
 
     return Image.Image.getexif(opened).get(0x0112)
@@ -176,7 +172,16 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(BytesIO(content), formats=FORMATS) as opened:
-                _check(opened, name)
+                n_pixels = opened.width * opened.height
+                if n_pixels > MAX_PIXELS:
+                    raise _too_large(name)
+                if opened.format == "WEBP" and n_pixels > MAX_WEBP_PIXELS:
+                    raise _too_large(f"{name}, a WebP,", MAX_WEBP_PIXELS)
+                if max(opened.size) > MAX_ASPECT * min(opened.size):
+                    raise PopError(
+                        f"{name} is a strip of {opened.width} x {opened.height} pixels",
+                        "crop the picture",
+                    )
                 yield opened
     except Image.DecompressionBombError:
         raise _too_large(name) from None
@@ -190,16 +195,6 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
             f"{name} is not a readable picture",
             f"use a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
         ) from error
-
-
-def _check(opened: "Image", name: str) -> None:
-    width, height = opened.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(name)
-    if opened.format == "WEBP" and width * height > MAX_WEBP_PIXELS:
-        raise _too_large(f"{name}, a WebP,", MAX_WEBP_PIXELS)
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise PopError(f"{name} is a strip of {width} x {height} pixels", "crop the picture")
 
 
 def _too_large(name: str, limit: int = MAX_PIXELS) -> PopError:

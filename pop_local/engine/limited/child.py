@@ -1,4 +1,4 @@
-"""Child side of a limited process: runs methods, with one JSON line for each call and result."""
+"""The child's side of a limited process. Each call and each result is one line of JSON."""
 
 import faulthandler
 import importlib
@@ -12,10 +12,11 @@ from pop_converter.base.errors import PopError
 
 
 def main(module: str, worker: str, limit_s: float, limit_bytes: int) -> None:
-    """Run calls of a class's methods from standard input until the input is closed.
+    """Read method calls of class `worker` from standard input, and run them until it is closed.
 
-    A call longer than `limit_s` seconds ends this process. On Linux, calls may use `limit_bytes`
-    in addition to the memory in use at the start. A method's exception becomes a refusal.
+    A call that takes longer than `limit_s` seconds ends this process. On Linux, calls may use
+    `limit_bytes` more memory than the process uses at the start. If a method raises an exception,
+    the caller gets a RefusedError.
     """
     work = getattr(importlib.import_module(module), worker)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

@@ -1,4 +1,4 @@
-"""Parent side of a child process with limits on time and memory."""
+"""The parent's side of a child process with limits on time and memory."""
 
 import atexit
 import json
@@ -19,19 +19,19 @@ _START = (
 
 
 class RefusedError(PopError, ValueError):
-    """An exception of the called method, with its message and hint."""
+    """The called method raised an exception, whose message and hint this error has."""
 
 
 class NoChildError(PopError):
-    """The child process did not start, for a reason unrelated to the call."""
+    """The child process could not be started, which is unrelated to the call."""
 
 
 class BeyondLimitsError(PopError):
-    """A call exceeded its limit on time or memory."""
+    """A call exceeded its time or memory limit."""
 
 
 def _python() -> str:
-    """Return multiprocessing's interpreter, which an embedding application can set."""
+    """Return the interpreter that multiprocessing uses, which an embedding application can set."""
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
@@ -42,10 +42,10 @@ def _python() -> str:
 
 
 class KeptProcess:
-    """A child process that runs calls. A call after the child's end starts a new child.
+    """A child process that runs a worker's methods. After it has ended, a call starts a new one.
 
-    The class is thread-safe: calls run one at a time. An interrupted call and a call that exceeds
-    the limits end the child.
+    The class is thread-safe: calls run one at a time. An interrupted call, or a call that exceeds
+    the limits, ends the child.
     """
 
     def __init__(
@@ -57,7 +57,10 @@ class KeptProcess:
         takes: str = "it takes",
         hint: str = "",
     ) -> None:
-        """`worker`: class of the methods to call. `takes`, `hint`: texts of BeyondLimitsError."""
+        """`worker`: the class whose methods the child runs.
+
+        `takes`, `hint`: start of the message, and hint, of BeyondLimitsError.
+        """
         self.limit_s, self.limit_bytes = limit_s, limit_bytes
         self._place = (worker.__module__, worker.__qualname__)
         self._takes, self._hint = takes, hint
@@ -75,7 +78,7 @@ class KeptProcess:
         """Start the child, unless it is running. Starting takes a fraction of a second."""
         with self._lock:
             child = self._child
-            # After a fork, the child belongs to the parent process.
+            # After a fork, the child still belongs to the forking process.
             if child is None or self._owner != os.getpid() or child.poll() is not None:
                 self.close()
                 given = json.dumps([*self._place, self.limit_s, self.limit_bytes])
@@ -91,10 +94,21 @@ class KeptProcess:
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a method with JSON arguments and return its JSON result.
 
-        Raises RefusedError, BeyondLimitsError, NoChildError.
+        Raises RefusedError, BeyondLimitsError or NoChildError.
         """
         with self._lock:
-            line = self._answer([name, *arguments])
+            child, line = self.start(), b""
+            assert child.stdin is not None and child.stdout is not None
+            try:
+                if not self._is_ready:
+                    self._is_ready = child.stdout.readline().endswith(b"\n")
+                with suppress(OSError):  # the child has ended
+                    child.stdin.write(json.dumps([name, *arguments]).encode() + b"\n")
+                    child.stdin.flush()
+                    line = child.stdout.readline()
+            except BaseException:  # the next call would read this call's result
+                self.close()
+                raise
             if not line.endswith(b"\n"):
                 self.close()
                 if not self._is_ready:
@@ -105,23 +119,8 @@ class KeptProcess:
             raise RefusedError(answer["refused"], answer.get("hint", ""))
         return answer["result"]
 
-    def _answer(self, call: list[Any]) -> bytes:
-        child = self.start()
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            if not self._is_ready:
-                self._is_ready = child.stdout.readline().endswith(b"\n")
-            with suppress(OSError):  # the child has ended
-                child.stdin.write(json.dumps(call).encode() + b"\n")
-                child.stdin.flush()
-                return child.stdout.readline()
-        except BaseException:  # the next call would read this call's answer
-            self.close()
-            raise
-        return b""
-
     def close(self) -> None:
-        """End the child, unless it belongs to another process."""
+        """End the child, unless another process started it."""
         child, self._child = self._child, None
         if child is None or self._owner != os.getpid():
             return

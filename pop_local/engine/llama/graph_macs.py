@@ -1,4 +1,4 @@
-"""Multiply-accumulates, counted on llama.cpp's graph without reading weights."""
+"""Count multiply-accumulates in llama.cpp's graph, without reading weights."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,16 +10,16 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.backend import Mode
 
-# Longest counted prompt in tokens, since graphs of some recurrent layers grow with it.
+# Longest prompt that is counted directly, in tokens: graphs of some recurrent layers grow with it.
 _N_CTX = 2048
 
 
 class GraphMacs:
-    """Counter of a prompt's work (pop_converter.architecture.work.Macs).
+    """Counter of a prompt's multiply-accumulates (pop_converter.architecture.work.Macs).
 
-    The first call reads the headers of the model's file and sidecar, which takes some tenths of a
-    second for the vocabulary. Counts are cached. Counts of more than 2,048 tokens are extrapolated,
-    which is exact for sliding windows of up to 1,024 tokens.
+    The first call reads the headers of the model's file and sidecar, which takes a few tenths of a
+    second. Counts are cached. Counts for more than 2,048 tokens are extrapolated, which is exact
+    for sliding windows of up to 1,024 tokens.
     """
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
@@ -29,9 +29,10 @@ class GraphMacs:
         self._found: dict[tuple[int, int | None, int], int] = {}
 
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Return the multiply-accumulates (architecture.work.Macs).
+        """Return a prompt's multiply-accumulates (`boundary`: None for a full prompt).
 
-        A fit applies only at the file's boundary. Raises PopError for an invalid model or boundary.
+        Fitted projections count only at the file's boundary. Raises PopError for an invalid model
+        or boundary.
         """
         key = n_prompt, boundary, 1 if boundary is None else n_full
         if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:
@@ -58,7 +59,12 @@ class GraphMacs:
     def _context(self, n_prompt: int) -> Any:
         api = backend.bindings()
         if self._model is None:
-            self._model = self._open()
+            source = read_source(self._path)
+            params = api.llama_model_default_params()
+            params.no_alloc, params.load_mode = True, api.LLAMA_LOAD_MODE_NONE
+            params.n_gpu_layers, params.use_extra_bufts = 0, False
+            meta = pop_of(source, self._sidecar)
+            self._model = loading.load_model(source, self._sidecar, meta, params)
             self._exact = backend.model_exact(self._model)
         if self._ctx is None or api.llama_n_ctx(self._ctx) < n_prompt:
             if self._ctx is not None:
@@ -72,14 +78,6 @@ class GraphMacs:
             if not self._ctx:
                 raise PopError(f"cannot create a context for {self._path}: {logs.first_error()}")
         return self._ctx
-
-    def _open(self) -> Any:
-        api, source = backend.bindings(), read_source(self._path)
-        params = api.llama_model_default_params()
-        params.no_alloc, params.load_mode = True, api.LLAMA_LOAD_MODE_NONE
-        params.n_gpu_layers, params.use_extra_bufts = 0, False
-        meta = pop_of(source, self._sidecar)
-        return loading.load_model(source, self._sidecar, meta, params)
 
     def __del__(self) -> None:
         with suppress(Exception):

@@ -1,6 +1,5 @@
 """The files of an open model, and values from their headers."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from pop_local.models.sidecars import is_learned
 class OpenedFiles:
     """The files of an open model.
 
-    `sidecar`: None without one. `meta`: POP keys of the file or the sidecar (None: not converted).
+    `meta`: POP keys of the file or its sidecar (None: the model is not converted).
     """
 
     def __init__(
@@ -27,19 +26,15 @@ class OpenedFiles:
         """`are_mapped`: whether llama.cpp maps the files into memory."""
         self.source, self.meta, self.sidecar = source, meta, sidecar
         self.path = source.first.path
-        mapped = self._mapped() if are_mapped else ()
-        self._marks = {path: _mark(path) for path in mapped}
-
-    def _mapped(self) -> Iterator[Path]:
-        """Yield the files that must not change while the model is open."""
-        yield from self.source.paths
+        mapped = list(source.paths) if are_mapped else []
         # A learned sidecar is only replaced by renaming, so its pages stay mapped.
-        if self.sidecar is not None and not is_learned(self.sidecar):
-            yield self.sidecar
+        if are_mapped and sidecar is not None and not is_learned(sidecar):
+            mapped.append(sidecar)
+        self._marks = {path: _mark(path) for path in mapped}
 
     @property
     def replaced(self) -> list[Path]:
-        """Mapped files that changed since they were opened. Deleted files stay mapped."""
+        """Mapped files that were changed after opening. Deleted files are not included."""
         return [path for path, mark in self._marks.items() if _mark(path) not in (None, mark)]
 
     @property
@@ -54,20 +49,20 @@ class OpenedFiles:
 
     @cached_property
     def n_positions(self) -> int:
-        """Number of learned positions (0: no limit). llama.cpp aborts past it."""
+        """Number of learned positions (0: no limit). llama.cpp aborts at later positions."""
         dims = {tensor.name: tensor.dims for tensor in self.source.tensors}
         return dims.get("position_embd.weight", (0,))[-1]
 
     @property
     def n_embd(self) -> int:
-        """Width of a row's state."""
+        """Width of the hidden state."""
         n_embd = self.header.of_arch("embedding_length")
         assert isinstance(n_embd, int), "llama.cpp has loaded the file"
         return n_embd
 
     @cached_property
     def shape(self) -> ModelShape:
-        """Sizes of the model's layers.
+        """Shape of the model's layers.
 
         Raises UnsupportedArchitectureError for a model that cannot be pruned.
         """
@@ -75,19 +70,19 @@ class OpenedFiles:
 
     @cached_property
     def no_refill(self) -> str:
-        """Reason why rows cannot be selected or refilled, or ""."""
+        """Reason why rows of this model cannot be deep or refilled, or ""."""
         with suppress(PopError):
             return self.shape.no_refill
         return ""
 
     @cached_property
     def macs(self) -> GraphMacs:
-        """Counter of multiply-accumulates."""
+        """Counter of the model's multiply-accumulates."""
         return GraphMacs(self.path, self.sidecar)
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return values that change if a file is replaced, or None if it is missing."""
+    """Return metadata that changes if a file is replaced, or None if the file is missing."""
     try:
         stat = path.stat()
     except OSError:
