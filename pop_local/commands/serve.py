@@ -99,7 +99,7 @@ def serve_named(
     n_parallel = _require_usage(to, how)
     try:
         from pop_local.server import app
-        from pop_local.server.access import AccessRules, parse_origin
+        from pop_local.server.access import LOOPBACK, AccessRules, parse_origin
     except ModuleNotFoundError as error:
         hint = "install the server's packages with: pip install 'pop-local[server]'"
         raise PopError(f"serving needs {error.name}", hint) from error
@@ -117,7 +117,7 @@ def serve_named(
 
     def announce(url: str) -> None:
         _announce(pool, to)
-        if rules.is_open:
+        if rules.host not in LOOPBACK and not rules.api_key:
             warn("Anyone who can reach this machine can use the model; set --api-key.")
         note(f"Serving at {url}/v1, with a web page at {url}/ (Ctrl-C to stop)")
         on_ready(url)

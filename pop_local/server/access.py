@@ -43,11 +43,6 @@ class AccessRules:
     host: str = "127.0.0.1"
     origins: tuple[str, ...] = ()
 
-    @property
-    def is_open(self) -> bool:
-        """True if every machine in the network may use the models."""
-        return self.host not in LOOPBACK and not self.api_key
-
 
 def parse_origin(text: str) -> str:
     """Return a web page's origin as browsers send it. Raises PopError."""

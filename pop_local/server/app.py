@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from prometheus_client import generate_latest
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -120,7 +121,8 @@ def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = Fa
         return JSONResponse({"status": "ok"})
 
     async def metrics(request: Request) -> Response:
-        return Response(models.metrics.text, media_type="text/plain; version=0.0.4")
+        text = generate_latest(models.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     routes = [
         Route("/health", health),

@@ -9,8 +9,6 @@ from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response
 
 from pop_local.engine.chat_messages import Chunk, TokenLogprob
-from pop_local.engine.decode.grammar import Grammar
-from pop_local.engine.tools.call_form import CallForm
 from pop_local.engine.tools.reader import CallReader, Piece
 from pop_local.server.api_errors import as_api_error, client_gone, stopping
 from pop_local.server.replies import AnswerEnd, Json, Reply, usage
@@ -119,8 +117,7 @@ class _AnswerParser:
         if stats.finish_reason == "interrupted":
             raise client_gone() if job.cancelled.is_set() else stopping()
         form = job.task.options.calls or job.task.options.grammar
-        ignored = form.ignored if isinstance(form, CallForm | Grammar) else ()
-        figures = usage(stats, job.queued_s, job.task.reason, ignored)
+        figures = usage(stats, job.queued_s, job.task.reason, getattr(form, "ignored", ()))
         reason: str = stats.finish_reason
         if reason == "stop" and self._reader is not None and self._reader.n_calls:
             reason = "tool_calls"

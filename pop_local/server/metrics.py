@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from pop_local.engine.chat_messages import TurnStats
 
@@ -12,10 +12,10 @@ _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 class Metrics:
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        seconds = partial(Histogram, buckets=_BUCKETS, registry=self._registry)
-        counter = partial(Counter, registry=self._registry)
-        gauge = partial(Gauge, registry=self._registry)
+        self.registry = CollectorRegistry()
+        seconds = partial(Histogram, buckets=_BUCKETS, registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
         self._ttft = seconds("pop_ttft_seconds", "Time from prefill start to the first token")
         self.queued = seconds("pop_queue_seconds", "Time that requests spent in the queue")
         kinds = "Prompt tokens by kind: pruned, skipped exactly, read in full, or cached"
@@ -53,7 +53,3 @@ class Metrics:
             metric.inc(getattr(stats, name))
         if stats.n_decoded:
             self._ttft.observe(stats.ttft_s)
-
-    @property
-    def text(self) -> bytes:
-        return generate_latest(self._registry)

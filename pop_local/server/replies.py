@@ -19,14 +19,8 @@ Json = dict[str, Any]
 encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 _COUNTS = (
-    "n_pruned",
-    "n_skipped_exact",
-    "n_full",
-    "n_deep",
-    "n_refilled",
-    "n_exact",
-    "n_stale",
-    "n_image",
+    *("n_pruned", "n_skipped_exact", "n_full", "n_deep"),
+    *("n_refilled", "n_exact", "n_stale", "n_image"),
 )
 _TIMES = ("ttft_s", "encode_s", "prefill_s", "decode_s")
 

@@ -27,8 +27,6 @@ COMPLETION_TOKENS = 16
 # Sampling is greedy at lower temperatures, which would overflow the scaled logits.
 _MIN_TEMPERATURE = 0.01
 
-NO_KEYS = "the model has no pruning keys"
-
 
 class TaskFactory:
     """A factory for a model's tasks, which rejects invalid requests before they are queued.
@@ -67,21 +65,21 @@ class TaskFactory:
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
         options = replace(options, calls=calls, ends_repeats=True)
-        return _seeded(Task(prompt, options, *self._mode(body.pop)), body.n)
+        return _seeded(Task(prompt, options, self._full_reason(body.pop)), body.n)
 
     def completions(self, body: bodies.CompletionBody) -> list[Task]:
         """Return `n` tasks with different seeds for each prompt. Raises ApiError."""
         prompts = self._tokens(bodies.as_prompts(body.prompt), "prompt", body.suffix)
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
-        mode, reason = self._mode(body.pop)
+        reason = self._full_reason(body.pop)
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
-            mode, reason = Mode.OFF, "log probabilities of the prompt need every layer"
+            reason = "log probabilities of the prompt need every layer"
         tasks: list[Task] = []
         for tokens in prompts:
             echo = self.text(tokens) if body.echo else ""
-            task = Task(Prompt(tokens), options, mode, reason, echo, n_prompt_logprobs)
+            task = Task(Prompt(tokens), options, reason, echo, n_prompt_logprobs)
             tasks += _seeded(task, body.n)
         return tasks
 
@@ -93,17 +91,18 @@ class TaskFactory:
             require_pooling(self.model.engine.cache)
         prompts = map(Prompt, self._tokens(bodies.as_prompts(body.input), "input"))
         reason = "embeddings need every layer"
-        return [Task(prompt, TurnOptions(), Mode.OFF, reason, embeds=True) for prompt in prompts]
+        return [Task(prompt, TurnOptions(), reason, embeds=True) for prompt in prompts]
 
-    def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
-        """Return the mode for a prompt, and the reason if the prompt is read in full."""
+    def _full_reason(self, pop: bool | None) -> str | None:
+        """Return the reason for reading a prompt in full, or None to prune the prompt."""
         if not self.model.engine.pruning.can_switch:
+            no_keys = "the model has no pruning keys"
             if pop:
-                raise ApiError(400, f"pop must not be true: {NO_KEYS}", param="pop")
-            return Mode.OFF, NO_KEYS
+                raise ApiError(400, f"pop must not be true: {no_keys}", param="pop")
+            return no_keys
         if pop is None and self._is_full:
-            return Mode.OFF, "the server runs with --full"
-        return (Mode.OFF, "the request disables pruning") if pop is False else (Mode.CONTEXT, None)
+            return "the server runs with --full"
+        return "the request disables pruning" if pop is False else None
 
     def _tokens(
         self, prompts: Sequence[str | list[int]], param: str, suffix: str | None = None

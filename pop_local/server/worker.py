@@ -43,7 +43,6 @@ class Task:
 
     prompt: Prompt
     options: TurnOptions
-    mode: Mode
     reason: str | None = None
     echo: str = ""
     n_prompt_logprobs: int | None = None
@@ -274,7 +273,7 @@ class Worker(threading.Thread):
         try:
             with sequence.cache.slot.working():
                 # A change of mode clears the KV cache: its rows are either full or pruned.
-                sequence.set_mode(job.task.mode)
+                sequence.set_mode(Mode.CONTEXT if job.task.reason is None else Mode.OFF)
                 if not job.task.options.repeatable:
                     self._slots.share(index, job.task.prompt)
                 for chunk in self._answer(job, sequence, end_turn):

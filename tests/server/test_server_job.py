@@ -7,7 +7,6 @@ import pytest
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.chat_messages import Chunk
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.worker import Job, Task
@@ -21,7 +20,7 @@ def run(check) -> None:
     """Run `check(job)` in an event loop."""
 
     async def checked() -> None:
-        await check(Job(Task(Prompt([1], ()), TurnOptions(), Mode.OFF)))
+        await check(Job(Task(Prompt([1], ()), TurnOptions(), reason="test")))
 
     asyncio.run(asyncio.wait_for(checked(), timeout=20))
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_PICTURE_BYTES
+from pop_local.engine.limited.process import KeptProcess
 from pop_local.server.access import AccessRules
 from pop_local.server.page import file_reader, page_routes
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
@@ -195,12 +196,11 @@ def test_aborted_upload_leaves_no_file(client, monkeypatch, tmp_path):
     assert events == [] and [*tmp_path.iterdir()] == []
 
 
-def test_slow_reader_is_killed(monkeypatch, tmp_path):
-    slow = file_reader._Reader(file_reader.FileReader, limit_s=0.0, limit_bytes=2**30)
-    path = tmp_path / "a.txt"
-    path.write_text("text " * 1_000_000)
-    with pytest.raises(Exception, match=r"reading story takes more than 0 s"):
-        slow.read("text", path, "story")
+def test_slow_reader_is_killed(client, monkeypatch):
+    slow = KeptProcess(file_reader.FileReader, limit_s=0.0, limit_bytes=2**30)
+    monkeypatch.setattr(page_routes, "reader", slow)
+    message = refusal(sent(client, b"text " * 1_000_000, "story"), 400)
+    assert message.startswith("reading story takes more than 0 s")
     slow.close()
 
 
@@ -208,11 +208,9 @@ def test_refillable_tokens_metric(client):
     assert counted(client)["pop_refillable_tokens"] == 0
 
 
-def test_document_length_is_limited(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("x" * (file_reader.MAX_CHARACTERS + 1))
-    with pytest.raises(Exception, match=r"^a\.txt is too long: it has 8,000,001 characters"):
-        file_reader.reader.read("text", path, "a.txt")
+def test_document_length_is_limited(client):
+    message = refusal(sent(client, b"x" * (file_reader.MAX_CHARACTERS + 1)), 400)
+    assert message.startswith("a.txt is too long: it has 8,000,001 characters")
 
 
 def test_web_option_opens_the_browser(path, monkeypatch):

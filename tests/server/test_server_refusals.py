@@ -4,9 +4,9 @@ import asyncio
 import json
 
 import pytest
+from prometheus_client import generate_latest
 from pydantic import TypeAdapter, ValidationError
 
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.api_errors import ApiError
@@ -241,7 +241,7 @@ def test_full_queue_is_503(path):
 
 
 def test_command_sets_queue_length(path, monkeypatch):
-    task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
+    task = Task(Prompt([1], ()), TurnOptions(), reason="test")
 
     async def fill(worker: Worker) -> None:
         for _ in range(3):
@@ -262,16 +262,16 @@ def test_disconnected_request_leaves_the_queue(full):
     metrics = Metrics()
     worker = Worker(full, metrics, max_waiting=2)  # not started, so requests queue
     metrics.queue.set_function(worker.n_waiting)
-    task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
+    task = Task(Prompt([1], ()), TurnOptions(), reason="test")
 
     async def hang_up() -> None:
         first, second = (worker.submit(task) for _ in range(2))
         with pytest.raises(ApiError, match=r"queue is full \(2 requests\)"):
             worker.submit(task)
         first.cancel()
-        assert b"pop_queue_length 1.0" in metrics.text
+        assert b"pop_queue_length 1.0" in generate_latest(metrics.registry)
         third = worker.submit(task)
-        assert b"pop_queue_length 2.0" in metrics.text
+        assert b"pop_queue_length 2.0" in generate_latest(metrics.registry)
         with pytest.raises(ApiError, match=r"queue is full \(2 requests\)"):
             worker.submit(task)
         worker.stop()
@@ -282,7 +282,7 @@ def test_disconnected_request_leaves_the_queue(full):
 
     asyncio.run(hang_up())
     worker.join()
-    assert b"pop_queue_length 0.0" in metrics.text
+    assert b"pop_queue_length 0.0" in generate_latest(metrics.registry)
 
 
 def test_unconverted_model_reports_reason(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 from starlette.datastructures import State
 
 from pop_local.engine.chat_messages import Chunk
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn_options import TurnOptions
 from pop_local.server.job_responses import streamed_answer
@@ -87,7 +86,7 @@ def test_disconnect_skips_remaining_answers():
 
     def jobs() -> Iterator[Job]:
         for _ in range(3):
-            begun.append(Job(Task(Prompt([1], ()), TurnOptions(), Mode.OFF)))
+            begun.append(Job(Task(Prompt([1], ()), TurnOptions(), reason="test")))
             begun[-1].put(Chunk("a"))
             yield begun[-1]
 

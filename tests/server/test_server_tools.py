@@ -9,7 +9,6 @@ import pytest
 
 from pop_local.engine.chat_messages import ToolCall
 from pop_local.engine.decode import grammar
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn_options import TurnOptions
@@ -222,7 +221,7 @@ def test_ollama_sends_complete_calls_last():
     end = AnswerEnd("length", "", usage)
     served: Any = SimpleNamespace(name=NAME)
     reply = OllamaChatReply(served)
-    reply.begin(0, Task(Prompt([1]), TurnOptions(), Mode.OFF))
+    reply.begin(0, Task(Prompt([1]), TurnOptions(), reason="test"))
     calls = [{"function": {"name": "double", "arguments": {"n": 2}}}]
     whole = reply.whole(replace(end, pieces=said))["message"]
     assert whole == {"role": "assistant", "content": "Hm.", "tool_calls": calls}

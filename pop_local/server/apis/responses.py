@@ -25,6 +25,11 @@ from pop_local.server.worker import Task
 
 # Fields that have the same name in ChatBody, which validates them.
 _SAME = {"model", "temperature", "top_p", "stream", "pop", "parallel_tool_calls"}
+# Request fields that the response repeats.
+_REPEATED = {
+    *("instructions", "previous_response_id", "max_output_tokens"),
+    *("temperature", "top_p", "tool_choice"),
+}
 # Limit for all stored conversations, in estimated bytes.
 _MAX_STORED = 1 << 25
 
@@ -215,14 +220,10 @@ class ResponsesReply(EventReply):
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterator[Json]:
         if piece.call is not None and piece.call.id:
-            yield from self._close()
-            item = {"type": "function_call", "id": _new("fc"), "status": "in_progress"}
             call = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
-            yield self._added(item | call)
+            yield from self._open("fc", "function_call", call)
         elif piece.content and (not self._output or self._output[-1]["type"] != "message"):
-            yield from self._close()
-            item = {"type": "message", "id": _new("msg"), "status": "in_progress"}
-            yield self._added(item | {"role": "assistant", "content": []})
+            yield from self._open("msg", "message", {"role": "assistant", "content": []})
             part = {"type": "output_text", "text": "", "annotations": []}
             yield self._of_item("content_part.added", content_index=0, part=part)
             self._output[-1]["content"].append(dict(part))
@@ -231,14 +232,16 @@ class ResponsesReply(EventReply):
             yield self._of_item("function_call_arguments.delta", delta=piece.call.arguments)
         elif piece.content:
             self._output[-1]["content"][0]["text"] += piece.content
-            yield self._of_item(
-                "output_text.delta", content_index=0, delta=piece.content, logprobs=[]
-            )
+            text = {"content_index": 0, "delta": piece.content, "logprobs": []}
+            yield self._of_item("output_text.delta", **text)
 
-    def _added(self, item: Json) -> Json:
-        self._output.append(item)
+    def _open(self, id_prefix: str, kind: str, fields: Json) -> Iterator[Json]:
+        """Start an output item, and yield the events that end the last item and start this one."""
+        yield from self._close()
+        item = {"type": kind, "id": f"{id_prefix}_{uuid.uuid4().hex}", "status": "in_progress"}
+        self._output.append(item | fields)
         index = len(self._output) - 1
-        return self._event("output_item.added", output_index=index, item=deepcopy(item))
+        yield self._event("output_item.added", output_index=index, item=deepcopy(item | fields))
 
     def _close(self) -> Iterator[Json]:
         """Yield the events that end the last output item, if it is open."""
@@ -248,8 +251,8 @@ class ResponsesReply(EventReply):
         item["status"] = "completed"
         if item["type"] == "message":
             [part] = item["content"]
-            text = part["text"]
-            yield self._of_item("output_text.done", content_index=0, text=text, logprobs=[])
+            text = {"content_index": 0, "text": part["text"], "logprobs": []}
+            yield self._of_item("output_text.done", **text)
             yield self._of_item("content_part.done", content_index=0, part=part)
         else:
             call = {"name": item["name"], "arguments": item["arguments"]}
@@ -288,12 +291,7 @@ class ResponsesReply(EventReply):
 
     def _response(self, status: str, end: AnswerEnd | None = None) -> Json:
         body = self._body
-        given = body.model_dump(
-            include={
-                *("instructions", "previous_response_id", "max_output_tokens", "temperature"),
-                *("top_p", "tool_choice"),
-            },
-        )
+        given = body.model_dump(include=_REPEATED)
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": self._id,
@@ -351,7 +349,3 @@ def _usage(usage: Json) -> Json:
         "total_tokens": usage["total_tokens"],
         "pop": usage["pop"],
     }
-
-
-def _new(kind: str) -> str:
-    return f"{kind}_{uuid.uuid4().hex}"

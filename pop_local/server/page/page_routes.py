@@ -16,9 +16,8 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Scope
 
-from pop_converter.base.errors import PopError
 from pop_local.engine.images.pictures import MAX_BYTES as MAX_IMAGE_BYTES
-from pop_local.engine.limited.process import NoChildError
+from pop_local.engine.limited.process import BeyondLimitsError, RefusedError
 from pop_local.server.api_errors import ApiError
 from pop_local.server.page.file_reader import reader
 from pop_local.texts.document_readers import MAX_BYTES as MAX_DOCUMENT_BYTES
@@ -45,6 +44,7 @@ _TYPES = {
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
 _MAX_NAME = 200
 _MAX_UPLOADS = 4  # concurrent uploads, which use disk space
+_HINT = "save the file as plain text first"
 _IMAGE = re.compile(r"image/[\w.+-]{1,40}")
 
 
@@ -95,11 +95,13 @@ async def _file(limit: anyio.CapacityLimiter, request: Request) -> Response:
             await _receive(request, path, max_bytes, name)
             kind = "picture" if image else "text"
             try:
-                found = await run_in_threadpool(reader.read, kind, path, name)
-            except NoChildError:
-                raise
-            except PopError as error:
-                raise ApiError(400, f"{error.message}; {error.hint}", code="unreadable") from error
+                found = await run_in_threadpool(reader.call, kind, str(path))
+            except RefusedError as error:
+                message = f"{error.message.replace(str(path), name)}; {error.hint or _HINT}"
+                raise ApiError(400, message, code="unreadable") from error
+            except BeyondLimitsError as error:
+                message = f"reading {name} takes {reader.limits}; {_HINT}"
+                raise ApiError(400, message, code="unreadable") from error
     shown = {"url": f"data:{image[0]};base64,{found}"} if image else {"text": found}
     return JSONResponse({"name": name, **shown})
 
