@@ -34,6 +34,8 @@ _BODY_BYTES_PER_TOKEN = 32
 AnyRequest = TypeVar("AnyRequest", bound=ModelRequest)
 AnyBody = TypeVar("AnyBody", bound=GenerationBody)
 Result = TypeVar("Result")
+MakeTasks = Callable[[TaskFactory, AnyBody], list[Task]]
+MakeReply = Callable[[ServedModel, AnyBody], Reply]
 
 
 class Api:
@@ -139,11 +141,7 @@ class Api:
             raise client_gone() from None
 
     async def tasks(
-        self,
-        request: Request,
-        served: ServedModel,
-        body: AnyBody,
-        make: Callable[[TaskFactory, AnyBody], list[Task]],
+        self, request: Request, served: ServedModel, body: AnyBody, make: MakeTasks[AnyBody]
     ) -> list[Task]:
         async with AsyncExitStack() as limits:
             if body.has_grammar:
@@ -153,11 +151,7 @@ class Api:
             return await self.work(request, served, lambda: make(served.tasks, body))
 
     async def answer(
-        self,
-        request: Request,
-        body: AnyBody,
-        make: Callable[[TaskFactory, AnyBody], list[Task]],
-        reply: Callable[[ServedModel, AnyBody], Reply],
+        self, request: Request, body: AnyBody, make: MakeTasks[AnyBody], reply: MakeReply[AnyBody]
     ) -> Response:
         """Run a request's tasks in order and return the response.
 
@@ -182,11 +176,7 @@ class Api:
         )
 
     def route(
-        self,
-        path: str,
-        kind: type[AnyBody],
-        make: Callable[[TaskFactory, AnyBody], list[Task]],
-        reply: Callable[[ServedModel, AnyBody], Reply],
+        self, path: str, kind: type[AnyBody], make: MakeTasks[AnyBody], reply: MakeReply[AnyBody]
     ) -> Route:
         """Return a route that reads a body of type `kind` and answers the tasks built by `make`."""
 

@@ -43,11 +43,11 @@ class ModelInfo:
     source: Source
     n_ctx: int
     boundary: int
-    exact: int | None
     can_see: bool
-    can_infill: bool
-    is_loaded: bool
     n_parallel: int
+    exact: int | None = None
+    can_infill: bool = False
+    is_loaded: bool = False
 
     @classmethod
     def of_model(cls, name: str, model: PopModel) -> "ModelInfo":
@@ -57,11 +57,11 @@ class ModelInfo:
             engine.context.files.source,
             engine.context.n_ctx,
             engine.pruning.boundary,
-            engine.pruning.exact,
             engine.prompter.can_see,
+            len(engine.sequences),
+            engine.pruning.exact,
             can_infill(engine.context),
             is_loaded=True,
-            n_parallel=len(engine.sequences),
         )
 
     @classmethod
@@ -80,11 +80,8 @@ class ModelInfo:
             source,
             n_ctx or default_ctx(source.first),
             meta.boundary if meta else 0,
-            None,
             has_pillow() and find_mmproj(file.path) is not None,
-            can_infill=False,
-            is_loaded=False,
-            n_parallel=n_parallel,
+            n_parallel,
         )
 
     @property

@@ -1,5 +1,5 @@
 // Chats in the browser's storage. Each chat has a separate record, so that tabs do not overwrite each
-// other's chats. A record's key contains id and title, so that the list reads no records.
+// other's chats. A record's key contains the chat's id and title, so listing chats reads no records.
 
 const tabs = new BroadcastChannel("pop-local chats");
 const result = (request) => new Promise((resolve, reject) => {

@@ -74,7 +74,7 @@ async function keep(kept) {
   const before = kept.id;
   await chats.save(kept).catch(unkept);
   if (kept === chat) history.replaceState(null, "", `#${kept.id}`);
-  if (kept.id !== before) tell("Another tab changed this chat, so this tab saved its chat as a copy.");
+  if (kept.id !== before) tell("Another tab changed this chat, so your version was saved as a copy.");
   await showList().catch(unkept);
 }
 
@@ -201,7 +201,7 @@ async function stream(mine, target, asked) {
 
 async function watchRefilling() {
   let most = 0;
-  // If the server has ended, the next question reports this.
+  // If the server is down, the next question reports it.
   for (let n; !running && (n = await refillable().catch(() => 0)); ) {
     most = Math.max(most, n);
     showBar("refilling", "Catching up", most - n, most);

@@ -1,4 +1,4 @@
-// Requests to the server, with an API key if the server needs it, and the events of a stream.
+// Sends requests to the server, with an API key if required, and reads the events of a stream.
 
 let asking = null;
 

@@ -1,4 +1,4 @@
-// The elements of messages. DOMPurify sanitises all HTML that Markdown becomes.
+// Builds the elements of messages. DOMPurify sanitizes all HTML generated from Markdown.
 
 import DOMPurify from "./vendor/purify.es.mjs";
 import { Marked } from "./vendor/marked.esm.js";
