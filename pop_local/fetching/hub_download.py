@@ -35,7 +35,7 @@ class HubModel:
     """
 
     repo: str
-    licence: str
+    license: str
     files: tuple[RemoteFile, ...]
     mmproj: RemoteFile | None = None
 
@@ -96,11 +96,11 @@ def find_on_hub(name: str) -> HubModel:
         return RemoteFile(url, token, sha256, name, siblings[name].size or 0)
 
     files = choose(repo, tuple(siblings), match["file"] or "").files
-    licence = info.card_data.get("license") if info.card_data else None
+    license = info.card_data.get("license") if info.card_data else None
     mmproj = choose_mmproj(tuple(siblings), files[0])
     return HubModel(
         repo,
-        str(licence or "not stated"),
+        str(license or "not stated"),
         tuple(map(remote, files)),
         None if mmproj is None or mmproj in files else remote(mmproj),
     )

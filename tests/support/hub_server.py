@@ -35,7 +35,7 @@ class Repo:
     token: str = ""
     gated: bool = False
     in_git: bool = False
-    licence: str = "apache-2.0"
+    license: str = "apache-2.0"
 
 
 @dataclass
@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
             "private": False,
             "downloads": 0,
             "likes": 0,
-            "cardData": {"license": repo.licence},
+            "cardData": {"license": repo.license},
         }
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 

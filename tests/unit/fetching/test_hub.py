@@ -60,7 +60,7 @@ def test_default_quant_is_fetched_and_its_path_printed(hub, tmp_path):
     done = pull_by_environment(hub, folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder / 'tiny-Q4_K_M.gguf'}\n"
-    assert "licence apache-2.0" in done.stderr
+    assert "license apache-2.0" in done.stderr
     assert "tiny-Q4_K_M.gguf (400.0 kB)" in done.stderr
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         "tiny-Q4_K_M.gguf": FILES["tiny-Q4_K_M.gguf"]

