@@ -44,7 +44,7 @@ class PruningSettings:
 
     def keep_states(self, keep: bool) -> None:
         """Store the boundary states of the following rows, or drop all states."""
-        backend.set_snapshots(self._slot.context.ctx, keep)
+        backend.call("llama_pop_set_snapshots", self._slot.context.ctx, keep)
         self.keeps_states = keep
 
     def _exact_layer(self) -> int:

@@ -1,6 +1,6 @@
 """Bindings of the C ABI in llama-pop.h, in the library that llama_cpp has loaded.
 
-Every setter raises PopError if the library refuses. `ctx` is a llama_context pointer.
+Setters raise PopError if the library rejects a value. `ctx`: a llama_context pointer.
 """
 
 import ctypes
@@ -24,16 +24,16 @@ OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or reinstall the wheel of {OURS}"
 )
-# Spins of libgomp at a barrier. The default of 300,000 takes milliseconds: on a busy machine,
-# threads would spend their time slices on waiting for each other.
+# Number of times that a libgomp thread spins at a barrier. The default of 300,000 takes
+# milliseconds, so threads on a busy machine would spend their time slices waiting for each other.
 SPINS = "1000"
 
 
 class Reading(IntEnum):
-    """Kinds of prompt rows in a batch.
+    """The prompt rows in a batch.
 
-    NONE: the batch has no prompt rows. SOME: some prompt rows are full. CONTEXT: no prompt row is
-    full, so full rows belong to answers.
+    NONE: the batch has no prompt rows. SOME: prompt rows may be full. CONTEXT: all prompt rows are
+    context rows, so full rows belong to answers.
     """
 
     NONE = 0
@@ -55,11 +55,11 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Counters:
-    """Rows computed since the last reset.
+    """Numbers of rows computed since the last reset.
 
     `n_context` rows stopped at the boundary, and `n_full` rows ran all layers. `n_exact` rows
-    stopped at a layer from which on all layers share earlier KV. `n_full` includes `n_deep` deep
-    rows by token (llama_pop_counters: n_marked).
+    skipped layers exactly: all of these layers share the K/V of earlier layers. `n_deep`: the rows
+    in `n_full` that `set_deep_rows` selected (llama_pop_counters: n_marked).
     """
 
     n_context: int
@@ -72,12 +72,7 @@ class Counters:
         return self.n_context + self.n_full + self.n_exact
 
 
-class _CCounters(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("n_context", "n_full", "n_exact", "n_deep", "n_marked")
-    ]
-
-
+_CCounters = ctypes.c_int64 * 5  # llama_pop_counters
 _ABORTED = 2  # LLAMA_POP_DEEP_ABORTED
 _INT32 = ctypes.c_int32
 _POINTER = ctypes.c_void_p
@@ -119,14 +114,14 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 @functools.cache
 def bindings() -> ModuleType:
-    """Return llama_cpp's low-level module, and redirect its log.
+    """Import and return llama_cpp's low-level module, with its log redirected.
 
-    Raises PopError if the module is missing, or if another distribution owns the same files.
+    Raises PopError if the module is missing, or if another distribution installs the same files.
     """
     ours = find_spec("llama_cpp")
     used = ours and ours.origin and Path(ours.origin).resolve()
     for other in metadata.distributions(name=OTHER):
-        # A virtual environment's backend shadows a distribution of the system.
+        # A backend in a virtual environment shadows the system's distribution.
         if used and Path(str(other.locate_file("llama_cpp/__init__.py"))).resolve() != used:
             continue
         raise PopError(
@@ -172,9 +167,9 @@ def library_abi() -> int | None:
 
 @functools.cache
 def require_patched() -> ctypes.CDLL:
-    """Return the library with the ABI's functions declared.
+    """Return the library with the argument types of the ABI's functions.
 
-    Raises PopError for an unpatched library.
+    Raises PopError if the library is unpatched or has another ABI.
     """
     abi = library_abi()
     if abi is None:
@@ -190,7 +185,7 @@ def require_patched() -> ctypes.CDLL:
 
 
 def model_exact(model: Any) -> int:
-    """Return the first layer that rows without logits can skip exactly (0: none)."""
+    """Return the first layer that rows without logits skip exactly (0: none)."""
     return int(require_patched().llama_pop_model_exact(model))
 
 
@@ -207,7 +202,7 @@ def get_boundary(ctx: Any) -> int:
 
 
 def set_boundary(ctx: Any, layer: int) -> None:
-    """Prune from another layer, with the model's own projections (0: the file's boundary)."""
+    """Prune from `layer` on with the model's own projections (0: from the file's boundary on)."""
     call("llama_pop_set_boundary", ctx, layer)
 
 
@@ -217,27 +212,22 @@ def set_full_from(ctx: Any, sequence: int, position: int) -> None:
 
 
 def set_deep_rows(ctx: Any, sequence: int, positions: np.ndarray) -> None:
-    """Run a sequence's rows at these ascending positions in full. Replaces earlier positions."""
+    """Run a sequence's rows at these ascending positions in full. Replaces the last call's."""
     pointed = np.ascontiguousarray(positions, np.int32)
     pointer = pointed.ctypes.data_as(_POINTER)
     call("llama_pop_set_deep_rows", ctx, sequence, pointer, len(pointed))
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
-    """Run every sequence's rows below position `n_tokens` in full (-1: the file's number)."""
+    """Run every sequence's first `n_tokens` positions in full (-1: the file's number)."""
     call("llama_pop_set_sink", ctx, n_tokens)
 
 
-def set_snapshots(ctx: Any, are_on: bool) -> None:
-    """Store each row's boundary state from the next decode on, or drop all states."""
-    call("llama_pop_set_snapshots", ctx, are_on)
-
-
 def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
-    """Run the layers from the boundary on for up to a ubatch of a sequence's rows, without logits.
+    """Run the layers from the boundary on for up to one ubatch of a sequence's rows.
 
-    `positions`: int32, ascending. Returns False if the abort callback stopped the pass, which the
-    caller must repeat. Raises PopError with the backend's reason.
+    `positions`: int32, ascending. Computes no logits. Returns False if the abort callback stopped
+    the pass, so that the caller must repeat it. Raises PopError with the backend's reason.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
@@ -248,10 +238,11 @@ def run_deep(ctx: Any, sequence: int, positions: np.ndarray) -> bool:
 
 
 def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: np.ndarray) -> None:
-    """Replace a sequence's rows from position `start` on by rows of an edited prompt.
+    """Replace a sequence's rows from position `start` on with rows of an edited prompt.
 
-    `sources`: int32 [n], the position of each row's K/V, or -1 for rows that must be decoded in
-    place (see `set_overwrite`) before later rows attend to them. `tokens`: int32 [n].
+    `sources`: int32 [n], the position from which each row's K/V are copied, or -1 for rows that
+    must be decoded in place (see `set_overwrite`) before later rows attend to them. `tokens`:
+    int32 [n].
     """
     arrays = [np.ascontiguousarray(each, np.int32) for each in (sources, tokens)]
     pointers = [each.ctypes.data_as(_POINTER) for each in arrays]
@@ -259,7 +250,7 @@ def move_rows(ctx: Any, sequence: int, start: int, sources: np.ndarray, tokens: 
 
 
 def set_overwrite(ctx: Any, is_on: bool) -> None:
-    """Let batches of one sequence compute rows that have cells, in place.
+    """Let batches of one sequence overwrite rows that have cells.
 
     A row attends to rows up to its position. A failed batch leaves its rows partly overwritten.
     """
@@ -269,7 +260,8 @@ def set_overwrite(ctx: Any, is_on: bool) -> None:
 def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     """Return the multiply-accumulates of a prompt with `n_full` full rows in the context's mode.
 
-    The count assumes an empty cache, and includes the last row's logits. Raises PopError.
+    The count assumes an empty cache, and includes the last row's logits. Raises PopError if the
+    backend cannot build the graph.
     """
     logs.forget_errors()
     found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
@@ -278,16 +270,12 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     return found
 
 
-def set_kernels(ctx: Any, are_on: bool) -> None:
-    """Allow or forbid pop-local's CPU kernels."""
-    call("llama_pop_set_kernels", ctx, are_on)
-
-
 def set_reading(ctx: Any, reading: Reading) -> None:
-    """Declare the following batches' prompt rows, so that results do not depend on the batch size.
+    """Declare the prompt rows of the following batches.
 
-    This holds with flash attention and pop-local's kernels, which compute even the smallest prompt
-    batch. In decode, the kernels compute only the operations that they speed up.
+    With flash attention and pop-local's kernels, results then do not depend on the batch size: the
+    kernels compute even the smallest prompt batch. In decode, the kernels compute only the
+    operations that they speed up.
     """
     call("llama_pop_set_reading", ctx, reading)
 
@@ -295,7 +283,8 @@ def set_reading(ctx: Any, reading: Reading) -> None:
 def get_counters(ctx: Any) -> Counters:
     counters = _CCounters()
     require_patched().llama_pop_get_counters(ctx, ctypes.byref(counters))
-    return Counters(counters.n_context, counters.n_full, counters.n_exact, n_deep=counters.n_marked)
+    n_context, n_full, n_exact, _, n_marked = counters
+    return Counters(n_context, n_full, n_exact, n_deep=n_marked)
 
 
 def reset_counters(ctx: Any) -> None:

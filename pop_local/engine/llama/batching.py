@@ -56,7 +56,10 @@ class _Request:
 
 
 class Batcher:
-    """A queue of decode requests. One of the waiting threads runs them as shared batches."""
+    """A queue of decode requests. One of the waiting threads runs them as shared batches.
+
+    `holder`: the thread that has locked the context (0: none).
+    """
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -64,7 +67,7 @@ class Batcher:
         self._n_working = 0
         self._queue: list[_Request] = []
         self._throttle = PrefillThrottle(context.n_batch)
-        self._holder = 0
+        self.holder = 0
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -78,20 +81,15 @@ class Batcher:
                 self._n_working -= 1
                 self._turn.notify_all()
 
-    @property
-    def is_held(self) -> bool:
-        """True if the calling thread holds the context."""
-        return self._holder == threading.get_ident()
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Prevent other threads from decoding and from changing cells until exit."""
         with self._turn:
-            before, self._holder = self._holder, threading.get_ident()
+            before, self.holder = self.holder, threading.get_ident()
             try:
                 yield
             finally:
-                self._holder = before
+                self.holder = before
 
     def decode(self, request: _Request) -> None:
         """Queue a request and block until it is decoded. Raises its error."""
@@ -279,7 +277,7 @@ class BatchedSlot(Slot):
         return bool(start == end)
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
-        if self._batcher.is_held:
+        if self._batcher.holder == threading.get_ident():
             with super().overwriting() if self._is_overwriting else nullcontext():
                 super().decode(tokens, first_position, outputs)
             if outputs is not Outputs.NONE:

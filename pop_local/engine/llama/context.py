@@ -31,10 +31,10 @@ class ContextOptions:
     `n_parallel`: number of sequences, whose rows share batches.
     `n_threads`: CPU threads (None: the number of physical cores).
     `n_gpu_layers`: layers on GPUs (-1: all), ignored without a GPU.
-    `kernels`: whether to use pop-local's kernels if this CPU has any.
+    `kernels`: whether to use pop-local's kernels, if they support this CPU.
     `flash_attn`: None enables it on a CPU with these kernels, and on GPUs that support it.
-    `repack`: whether llama.cpp reorders weights for its own CPU kernels (None: without
-    pop-local's kernels). pop-local's kernels do not compute with reordered weights.
+    `repack`: whether llama.cpp reorders weights for its own CPU kernels, which pop-local's kernels
+    cannot use (None: only if pop-local's kernels are not used).
     `others`: fields of llama_model_params and llama_context_params by name.
     """
 
@@ -92,7 +92,7 @@ class Context:
         sidecar: Path | None = None,
         holds_states: bool = False,
     ) -> None:
-        """Open a model with the POP keys of its file or sidecar.
+        """Open a model. `meta`: the POP keys of its file or sidecar.
 
         `holds_states`: whether the memory check includes boundary states. Raises PopError with
         llama.cpp's reason if the file cannot be opened.
@@ -102,9 +102,10 @@ class Context:
         backend.require_patched()
         self._api = backend.bindings()
         self.options = options
-        # Before loading, so that later changes of the files are found.
+        # Created before loading, to detect any later change of the files.
         self.files = OpenedFiles(source, meta, sidecar, are_mapped=options.use_mmap)
         self.n_threads = options.n_threads or default_threads()
+        self._has_kernels = options.kernels and has_kernels()
         has_gpu = any(device.is_gpu for device in devices())
         self.on_device = options.n_gpu_layers != 0 and has_gpu
         self.settings = self._context_params()
@@ -154,10 +155,6 @@ class Context:
         _fill(params, options.others)
         return params
 
-    @property
-    def _has_kernels(self) -> bool:
-        return self.options.kernels and has_kernels()
-
     def _model_params(self) -> Any:
         api, options = self._api, self.options
         params = api.llama_model_default_params()
@@ -180,9 +177,9 @@ class Context:
         if not self._ctx:
             self.batch.close()
             raise PopError(f"{self.files.path} cannot be opened: {logs.first_error()}")
-        # llama.cpp rounds the context up.
+        # llama.cpp rounds the context length up.
         self.n_ctx = int(api.llama_n_ctx(self._ctx)) // options.n_sequences
-        backend.set_kernels(self._ctx, options.kernels)
+        backend.call("llama_pop_set_kernels", self._ctx, options.kernels)
 
     @contextmanager
     def extra_context(self, **params: Any) -> Iterator[Any]:
@@ -247,7 +244,7 @@ class Context:
         return np.ctypeslib.as_array(found, (n_rows, self.vocabulary.n_tokens))
 
     def close(self) -> None:
-        """Free the model. A running batch is stopped first, and its end frees the model."""
+        """Free the model. If a batch is running, stop it; the model is freed when it ends."""
         if self._model is None or self.interrupt.postponed(self.close):
             return
         if self._ctx:

@@ -7,7 +7,6 @@ from pathlib import Path
 from pop_converter.architecture.arch_keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.base.errors import PopError
-from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -17,7 +16,10 @@ from pop_local.models.sidecars import is_learned
 class OpenedFiles:
     """The files of an open model.
 
-    `meta`: POP keys of the file or its sidecar (None: the model is not converted).
+    `meta`: POP keys of the file or its sidecar (None: the model is not converted). `header`: keys
+    of the model's file. `n_ctx_train`: trained context length in tokens (0: unknown).
+    `n_positions`: number of learned positions, since llama.cpp aborts at later ones (0: no limit).
+    `macs`: counts the model's multiply-accumulates.
     """
 
     def __init__(
@@ -25,7 +27,11 @@ class OpenedFiles:
     ) -> None:
         """`are_mapped`: whether llama.cpp maps the files into memory."""
         self.source, self.meta, self.sidecar = source, meta, sidecar
-        self.path = source.first.path
+        self.header, self.path = source.first, source.first.path
+        self.n_ctx_train = trained_ctx(self.header) or 0
+        dims = {tensor.name: tensor.dims for tensor in source.tensors}
+        self.n_positions = dims.get("position_embd.weight", (0,))[-1]
+        self.macs = GraphMacs(self.path, sidecar)
         mapped = list(source.paths) if are_mapped else []
         # A learned sidecar is only replaced by renaming, so its pages stay mapped.
         if are_mapped and sidecar is not None and not is_learned(sidecar):
@@ -36,22 +42,6 @@ class OpenedFiles:
     def replaced(self) -> list[Path]:
         """Mapped files that were changed after opening. Deleted files are not included."""
         return [path for path, mark in self._marks.items() if _mark(path) not in (None, mark)]
-
-    @property
-    def header(self) -> Header:
-        """The keys of the model's file."""
-        return self.source.first
-
-    @property
-    def n_ctx_train(self) -> int:
-        """Trained context length in tokens (0: unknown)."""
-        return trained_ctx(self.header) or 0
-
-    @cached_property
-    def n_positions(self) -> int:
-        """Number of learned positions (0: no limit). llama.cpp aborts at later positions."""
-        dims = {tensor.name: tensor.dims for tensor in self.source.tensors}
-        return dims.get("position_embd.weight", (0,))[-1]
 
     @property
     def n_embd(self) -> int:
@@ -74,11 +64,6 @@ class OpenedFiles:
         with suppress(PopError):
             return self.shape.no_refill
         return ""
-
-    @cached_property
-    def macs(self) -> GraphMacs:
-        """Counter of the model's multiply-accumulates."""
-        return GraphMacs(self.path, self.sidecar)
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:

@@ -86,20 +86,20 @@ def test_prompts_of_any_size_use_the_kernels_and_steps_do_not(watched):
 
 def test_a_deep_pass_uses_the_kernels(pop_file):
     with Watched(pop_file) as watched:
-        backend.set_snapshots(watched.ctx, True)
+        backend.call("llama_pop_set_snapshots", watched.ctx, True)
         watched.decoded(40)
         assert {mark for _, mark in watched.deepened(range(2))} == {ALL}
 
 
 def test_no_operation_uses_disabled_kernels(pop_file):
     with Watched(pop_file) as watched:
-        backend.set_kernels(watched.ctx, False)
-        backend.set_snapshots(watched.ctx, True)
+        backend.call("llama_pop_set_kernels", watched.ctx, False)
+        backend.call("llama_pop_set_snapshots", watched.ctx, True)
         assert {mark for _, mark in watched.decoded(1)} == {NONE}
         backend.set_reading(watched.ctx, Reading.SOME)
         assert {mark for _, mark in watched.decoded(40)} == {NONE}
         assert {mark for _, mark in watched.deepened(range(2))} == {NONE}
-        backend.set_kernels(watched.ctx, True)
+        backend.call("llama_pop_set_kernels", watched.ctx, True)
         assert {mark for _, mark in watched.decoded(1)} == {ALL}
 
 
