@@ -39,9 +39,8 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 # A model that retains less than this share of the full model's gain on random tokens can no longer
 # copy.
 LEAST_RETENTION = 0.7
-# Largest changes of the retention by a fit: in a model that copies, and in any model.
+# The most by which a fit raises the retention of a model that copies.
 _RETENTION_GAIN = 0.05
-_LOST_RETENTION = 0.3
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
@@ -67,12 +66,6 @@ def copies(quality: "Quality") -> bool:
 def may_copy(retention: "Estimate | None") -> bool:
     """Return True if a fit may retain enough copying, given the retention without a fit."""
     return _keeps(retention, _RETENTION_GAIN)
-
-
-def is_hopeless(retention: "Estimate | None") -> bool:
-    """Return True if no fit can restore copying, given the retention without a fit."""
-    # NaN is not hopeless: the fit explains its cause.
-    return retention is not None and retention.value < LEAST_RETENTION - _LOST_RETENTION
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:

@@ -17,7 +17,6 @@ def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     `bench` skips the unpatched library, which needs three more processes; test_bench.py runs it.
     """
-    monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     for module in (named, full_model):
         monkeypatch.setattr(module, "N_DOCUMENTS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)

@@ -64,7 +64,7 @@ def load(*arguments, real=job.load):
     return real(*arguments)
 
 job.load, job.SAVE_EVERY_S = load, 0.0
-named.N_WINDOWS = named.N_DOCUMENTS = named.N_OWN_DRAWS = probes.N_DRAWS = 1
+named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
 main()

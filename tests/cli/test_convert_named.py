@@ -13,7 +13,6 @@ from typer.testing import CliRunner, Result
 from pop_converter.fit import weights
 from pop_local.cli import app
 from pop_local.measure import budget
-from pop_local.measure.estimate import Estimate
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import named as examining
 from support.shapes import read_pop_meta
@@ -62,22 +61,6 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_pat
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-def test_a_hopeless_boundary_is_refused_before_the_fit(tiny, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
-    arguments = (tiny, "--boundary", 6, "--text", words, "--tokens", 2048)
-    with monkeypatch.context() as unfitted:
-        unfitted.setattr(fits, "calibrate", None)
-        done = convert(*arguments)
-    assert done.exit_code == 1
-    error = " ".join(done.stderr.split())
-    assert "the model's own projections retain 10% of the ability to copy random tokens" in error
-    assert "skip fewer layers" in done.stderr
-    assert not (tmp_path / "tiny.pop.gguf").exists()
-    forced = convert(*arguments, "--force")
-    assert forced.exit_code == 0, forced.stderr
-    assert (tmp_path / "tiny.pop.gguf").exists()
-
-
 def test_a_fit_that_cannot_be_measured_is_not_started(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "calibrate", None)
     done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", words, "--tokens", 2048)
@@ -94,15 +77,6 @@ def test_a_search_that_cannot_measure_is_not_started(tiny, words, monkeypatch, d
     done = convert(*given, "--tail", 600)
     assert done.exit_code == 1
     assert "the fit could not be measured: the context is too short" in done.stderr
-
-
-def test_a_hopeless_boundary_is_refused_with_a_budget(tiny, words, monkeypatch):
-    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
-    monkeypatch.setattr(fits, "calibrate", None)
-    given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--quality", "fast", "--force")
-    done = convert(tiny, *given)
-    assert done.exit_code == 1
-    assert "no fit restores the rest" in " ".join(done.stderr.split())
 
 
 def test_a_trained_context_shorter_than_a_window_is_a_warning(tmp_path):
@@ -138,13 +112,3 @@ def test_own_projections_are_written_without_a_backend(tiny, tmp_path):
     assert json.loads(done.stdout)["speedup_limit"] is None
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "unknown: pop-local-llama-cpp cannot be imported" in done.stdout
-
-
-def test_a_refusal_keeps_the_fit_of_another_boundary(tiny, words, tmp_path, monkeypatch):
-    state = tmp_path / ".tiny.pop.gguf.calibration"
-    state.write_bytes(b"kept by a run that was stopped")
-    monkeypatch.setattr(examining, "own_retention", lambda *_: Estimate(0.1, 0.01))
-    done = convert(tiny, "--boundary", 6, "--text", words, "--tokens", 2048, "--resume")
-    assert done.exit_code == 1
-    assert "no fit restores the rest" in " ".join(done.stderr.split())
-    assert state.exists()

@@ -4,15 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.progress import Progress, counting
 from pop_converter.popfile.format import Measured
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import Projection
-from pop_local.engine.model import PopModel
 from pop_local.measure import budget as budgets
-from pop_local.measure import lookups, probes, quality
+from pop_local.measure import lookups, quality
 from pop_local.measure.budget import BALANCED
-from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.lookups import LookupSettings
@@ -23,11 +20,9 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
 
-# Numbers of windows and look-up documents for measuring a fit, and number of random sequences for
-# checking before the fit whether the model can copy.
+# Numbers of windows and look-up documents for measuring a fit.
 N_WINDOWS = 8
 N_DOCUMENTS = 5
-N_OWN_DRAWS = 2
 
 
 def write_named(run: ConversionRun) -> Outcome:
@@ -46,8 +41,6 @@ def write_named(run: ConversionRun) -> Outcome:
     share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share
     plan = replace(plan, deep_share=share)
     require_windows(run.runner, plan)
-    if not run.force:
-        require_hope(run.runner, plan)
     with run.resumable():
         fitter = run.fitter()
         [fitted] = fitter.fit((plan,), run.fit.state_path)
@@ -84,28 +77,6 @@ def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
             )
         )
     return measured(found, answered)
-
-
-def require_hope(runner: TrialRunner, plan: Plan) -> None:
-    """Raise CopyingBrokenError if no fit can restore the model's ability to copy."""
-    with runner.opened(plan) as model:
-        advance = runner.watch.stage("Trying the boundary without a fit")
-        kept = own_retention(model, plan.boundary, advance)
-    if kept is not None and budgets.is_hopeless(kept):
-        raise CopyingBrokenError(
-            plan.boundary,
-            f"the model's own projections retain {kept.value:.0%} of the ability to copy random"
-            " tokens, and no fit restores the rest",
-        )
-
-
-def own_retention(model: PopModel, boundary: int, on_progress: Progress) -> Estimate | None:
-    """Measure `Quality.induction_retention` without a fit; `on_progress` counts the draws."""
-    settings, ran = QualitySettings(n_draws=N_OWN_DRAWS), counting(2 * N_OWN_DRAWS, on_progress)
-    with forced(model) as reader:
-        repeated = probes.read_repeated(reader, N_OWN_DRAWS, settings.seed, ran)
-        found = probes.measure_induction(reader, repeated, Pruning(boundary), ran)
-    return quality.retention(repeated, found)
 
 
 def require_windows(runner: TrialRunner, plan: Plan) -> None:

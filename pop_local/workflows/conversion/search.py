@@ -39,7 +39,7 @@ from pop_local.workflows.conversion import full_model
 from pop_local.workflows.conversion.conversion_plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.named import require_hope, require_windows
+from pop_local.workflows.conversion.named import require_windows
 from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.measuring import measured
@@ -94,8 +94,6 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
     planned, is_named = run.conversion, run.conversion.is_named
     if any(plan.projection != Projection.OWN for plan in planned.plans):
         require_windows(run.runner, planned.deepest)
-        if is_named:
-            require_hope(run.runner, planned.deepest)
     with run.resumable(keeps_refused=is_named):
         full = FullModel(run.runner, planned.plans[0], QualitySettings(full_model.N_WINDOWS))
         search = Search(run.runner, budget, run.fitter(), full, planned.plans)

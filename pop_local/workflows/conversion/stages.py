@@ -39,7 +39,6 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
     n_tried *= 2 if planned.n_few else 1
     whole = N_WINDOWS * window + draws
     return (
-        PlannedStage("Trying the boundary without a fit", draws),
         *fit_stages(planned.fit_work, 2 if is_searched else 1),
         PlannedStage("Running the full model", whole),
         PlannedStage("Measuring", whole),

@@ -12,7 +12,6 @@ from pop_local.measure.budget import (
     NEAR_LOSSLESS,
     copies,
     deepest_inside,
-    is_hopeless,
     is_inside,
     keeps_lookups,
     limits_in_words,
@@ -91,12 +90,6 @@ def test_a_model_copies_by_both_probes(figures, copied):
 )
 def test_lost_look_ups_are_a_share_of_the_full_models(budget, found, kept):
     assert keeps_lookups(budget, found) is kept
-
-
-def test_a_low_retention_is_hopeless():
-    assert not is_hopeless(Estimate(0.41, 0.01))
-    assert is_hopeless(Estimate(0.39, 0.01))
-    assert not is_hopeless(None)
 
 
 def test_budgets_are_ordered_by_their_limits():
