@@ -31,7 +31,7 @@ from pop_local.workflows.open import best_model
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
 BUSY_SAMPLE_S = 0.2
-DRIVER = "check that the device's driver is installed and that this user may open the device"
+DRIVER = "check that the device's driver is installed and that you may open the device"
 NO_DEVICE = {
     "CUDA": "check that nvidia-smi shows a device and a driver for the CUDA version of this build",
     "Vulkan": "ggml ignores CPU devices like lavapipe; GGML_VK_VISIBLE_DEVICES=0 enables device 0",
@@ -54,7 +54,7 @@ class Check:
 
 
 def doctor(json: Json = False) -> None:
-    """Check the backend, devices, memory and default model. Exit with code 1 if a check fails."""
+    """Check the backend, devices, memory and default model. The exit code is 1 if a check fails."""
     checks = (
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
@@ -116,29 +116,27 @@ def _threads(n_threads: int) -> Check:
     n_busy = psutil.cpu_percent(BUSY_SAMPLE_S) * n_cpus / 100
     if n_busy + n_threads < n_cpus + 0.5:
         return Check("threads", "Threads", "ok", found)
-    busy = f"{found}, of which other processes keep {n_busy:.1f} busy"
+    found += f", of which other processes keep {n_busy:.1f} busy"
     to_do = "expect slower answers and unreliable timings"
     if n_threads > 1:
-        to_do = f"{to_do}; a smaller number of --threads may be faster"
-    return Check("threads", "Threads", "note", busy, to_do)
+        to_do += "; fewer --threads may be faster"
+    return Check("threads", "Threads", "note", found, to_do)
 
 
 def _abi(abi: int | None) -> Check:
     if abi == backend.ABI:
         return Check("pop_abi", "Pruning", "ok", f"patched, ABI {abi}")
-    unpatched = "pruning is not available, because this llama.cpp is not patched"
-    found = (
-        unpatched
-        if abi is None
-        else f"the backend has ABI {abi}, but this pop-local needs ABI {backend.ABI}"
-    )
+    found = "not available, because this llama.cpp is not patched"
+    if abi is not None:
+        found = f"the backend has ABI {abi}, but this pop-local needs ABI {backend.ABI}"
     return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
 
 
 def _gpus(info: devices.BackendInfo) -> list[Check]:
-    gpus = [
-        Check("gpu", "GPU", "ok", _described(device)) for device in info.devices if device.is_gpu
-    ]
+    gpus = []
+    for each in filter(lambda device: device.is_gpu, info.devices):
+        memory = f"{size(each.memory_free_bytes)} of {size(each.memory_total_bytes)} memory free"
+        gpus.append(Check("gpu", "GPU", "ok", f"{each.name}: {each.description}, {memory}"))
     for name, n_devices in info.built_in:
         if n_devices == 0 and name != "RPC":
             found = f"this build supports {name}, but no {name} device was found"
@@ -149,11 +147,6 @@ def _gpus(info: devices.BackendInfo) -> list[Check]:
         unused = "this machine has an NVIDIA GPU, but this build supports the CPU only"
         return [Check("gpu", "GPU", "note", unused, CUDA_HINT)]
     return [Check("gpu", "GPU", "ok", "this build has no GPU support, so models run on the CPU")]
-
-
-def _described(device: devices.Device) -> str:
-    free, total = size(device.memory_free_bytes), size(device.memory_total_bytes)
-    return f"{device.name}: {device.description}, {free} of {total} memory free"
 
 
 def _enabled(features: str) -> str:

@@ -1,4 +1,4 @@
-"""Read settings: environment variables override the user's file, command options override both."""
+"""User settings from a file and from environment variables, which override the file."""
 
 import math
 import os
@@ -37,10 +37,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """A user setting.
-
-    `default` is a text for users. `least` and `most` are inclusive limits.
-    """
+    """A user setting. `default` describes its default value; `least` and `most` are inclusive."""
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -73,7 +70,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class SettingValue:
-    """A setting's value and its origin. `where` is the file or variable that sets the value."""
+    """A setting's value and its origin. `where`: the file or variable that sets it."""
 
     key: str
     value: Scalar | None
@@ -99,11 +96,11 @@ def expanded(path: str) -> Path:
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings in order.
-
-    For an invalid setting, raises PopError, which names the file and line or the variable.
-    """
-    in_file = _from_file(config_path())
+    """Return all settings in order. Raises PopError, which locates an invalid setting."""
+    path = config_path()
+    document = read_document(path)
+    text = tomlkit.dumps(document)
+    in_file = {key: _file_value(path, text, key, value) for key, value in document.unwrap().items()}
     return tuple(
         _from_environment(setting) or in_file.get(setting.key) or SettingValue(setting.key, None)
         for setting in SETTINGS
@@ -111,17 +108,17 @@ def load() -> tuple[SettingValue, ...]:
 
 
 def given() -> dict[str, Scalar]:
-    """Return the values that the user set, by key. Raises PopError like `load`."""
+    """Return the values that the user has set, by key. Raises PopError like `load`."""
     return {value.key: value.value for value in load() if value.value is not None}
 
 
 def get(key: str) -> Scalar | None:
-    """Return a setting's value, None if it is not set. Raises PopError like `load`."""
+    """Return a setting's value, or None if it is not set. Raises PopError like `load`."""
     return next(value.value for value in load() if value.key == key)
 
 
 def state_dir() -> Path:
-    """Return the state folder from the settings, else the system's. It may not exist yet."""
+    """Return the setting state_dir, or the system's folder for state. It may not exist yet."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 
@@ -130,35 +127,23 @@ def sessions_dir() -> Path:
     return state_dir() / "sessions"
 
 
-def unsaved_dir() -> Path:
-    """Return the folder that stores unsaved chats, which can be recovered after a crash."""
-    return state_dir() / "unsaved"
-
-
 def learned_dir() -> Path:
     return state_dir() / "learned"
 
 
 def prompts_dir() -> Path:
-    """Return the folder of earlier prompts' KV caches."""
+    """Return the folder for KV caches of earlier prompts."""
     return state_dir() / "prompts"
 
 
-def history_file() -> Path:
-    return state_dir() / "history"
-
-
 def unknown_variables() -> list[str]:
-    """Return the environment variables with the settings' prefix that are not settings."""
+    """Return the environment variables that start with POP_LOCAL_ but are not settings."""
     known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def find(key: str) -> Setting:
-    """Return the setting with this key.
-
-    For an unknown key, raises PopError with the nearest key.
-    """
+    """Return the setting with this key. Raises PopError, which suggests a similar key."""
     for setting in SETTINGS:
         if setting.key == key:
             return setting
@@ -167,7 +152,7 @@ def find(key: str) -> Setting:
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """Parse a setting's value. Raises PopError, which names the expected kind of value."""
+    """Parse a setting's value. Raises PopError, which describes valid values."""
     try:
         text.encode()  # raises for bytes that the command line could not decode
         return _checked(setting, setting.kind(text))
@@ -179,22 +164,15 @@ def _from_environment(setting: Setting) -> SettingValue | None:
     text = os.environ.get(setting.variable)
     if not text:
         return None
-    value = located(
-        lambda: parse(setting, text), setting.variable, "correct the value, or unset the variable"
-    )
+    hint = "correct the value, or unset the variable"
+    value = located(lambda: parse(setting, text), setting.variable, hint)
     if setting.is_path:
         value = str(expanded(str(value)))
     return SettingValue(setting.key, value, "environment", setting.variable)
 
 
-def _from_file(path: Path) -> dict[str, SettingValue]:
-    document = read_document(path)
-    text = tomlkit.dumps(document)
-    return {key: _file_value(path, text, key, value) for key, value in document.unwrap().items()}
-
-
 def read_document(path: Path) -> tomlkit.TOMLDocument:
-    """Read a settings file with its comments. Treat a missing file as empty. Raises PopError."""
+    """Read a settings file, including comments. A missing file counts as empty. Raises PopError."""
     try:
         if str(path) == os.devnull:
             return tomlkit.document()
@@ -231,7 +209,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Return the result of `call`, and add `where` and a default hint to a PopError."""
+    """Return the result of `call`. Adds `where`, and `hint` if it has none, to a PopError."""
     try:
         return call()
     except PopError as error:
@@ -246,7 +224,7 @@ def _checked(setting: Setting, value: object) -> Scalar:
         if setting.is_path:
             expanded(value)
         return value
-    # This also rejects NaN and numbers beyond a float's range.
+    # This also rejects NaN and integers beyond a float's range.
     if not setting.least <= value <= min(setting.most, sys.float_info.max):
         raise PopError(f"{_shown(value)} is not {_wanted(setting)}")
     return setting.kind(value)

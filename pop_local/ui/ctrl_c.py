@@ -1,4 +1,4 @@
-"""Deferred handling of Ctrl-C, which stops work between two steps."""
+"""Handle Ctrl-C between two steps of the work."""
 
 import signal
 import threading
@@ -8,11 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """The state of Ctrl-C.
-
-    `asked` is set once the user has pressed Ctrl-C, and `at_once` makes the next press raise
-    KeyboardInterrupt.
-    """
+    """`asked`: the user has pressed Ctrl-C. `at_once`: the next Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

@@ -1,4 +1,4 @@
-"""Convert exceptions to an error line and a hint line on stderr, and to an exit code."""
+"""Turn exceptions into an error line and a hint line on stderr, and into an exit code."""
 
 import functools
 import logging
@@ -27,12 +27,14 @@ EXIT_PIPE_CLOSED = 141
 
 @contextmanager
 def guard(*, debug: bool) -> Iterator[None]:
-    """Run a command, and convert a failure to two lines on stderr and exit code 1.
+    """Run a command, and turn a failure into two lines on stderr and exit code 1.
 
-    With `debug`, stderr also receives the traceback and llama.cpp's log.
+    With `debug`, the traceback and llama.cpp's log also go to stderr.
     """
     if debug:
-        _log_to_stderr()
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Printable("%(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
     with suppress(OSError):  # stderr may be closed
         logs.on_abort = _last_words()
     try:
@@ -42,7 +44,9 @@ def guard(*, debug: bool) -> Iterator[None]:
     except (KeyboardInterrupt, StoppedError):
         raise _stopped() from None
     except BrokenPipeError:
-        _forget_stdout()
+        # Otherwise the interpreter reports the closed pipe again at exit.
+        with open(os.devnull, "wb") as devnull:  # noqa: PTH123
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
         raise typer.Exit(EXIT_PIPE_CLOSED) from None
     except Exception as error:
         if isinstance(error, typer.Abort) and isinstance(error.__context__, KeyboardInterrupt):
@@ -71,7 +75,9 @@ def as_pop_error(error: Exception) -> PopError:
         return PopError("not enough memory", hints.MEMORY)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return PopError(f"{where}{error.strerror}", hints.os_hint(error))
+        return PopError(
+            f"{where}{error.strerror}", hints.BY_ERRNO.get(error.errno or 0, hints.TRACE)
+        )
     return PopError(f"unexpected {type(error).__name__}: {error}", hints.TRACE)
 
 
@@ -103,28 +109,15 @@ def _last_words() -> Callable[[str], None]:
 
 
 class _Printable(logging.Formatter):
-    """A formatter that escapes log lines, which may quote a model's metadata."""
+    """A log formatter that escapes untrusted text, such as a model's metadata."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), kept="\n")
 
 
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
-def _forget_stdout() -> None:
-    # Otherwise the interpreter reports the closed pipe again at exit.
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
-    os.close(devnull)
-
-
 @contextmanager
 def _terminations_unwind() -> Iterator[None]:
-    """Raise SystemExit for SIGTERM and SIGHUP, so that temporary files are removed."""
+    """Raise SystemExit on SIGTERM and SIGHUP, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

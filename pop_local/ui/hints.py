@@ -1,7 +1,4 @@
-"""Hints for errors that name the command line's options and commands (hints.toml).
-
-The hints in the library address Python programmers.
-"""
+"""Hints for command-line users (hints.toml). The library's own hints are for Python callers."""
 
 import errno
 import functools
@@ -17,7 +14,7 @@ GAVE_UP = "the model file may be damaged; download it again or use another model
 MEMORY = "close other programs, or use a smaller model or context (--ctx)"
 _SPACE = "free some space, or write to another disk"
 _PERMISSION = "check the permissions of the file and of its folder"
-_BY_ERRNO = {
+BY_ERRNO = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
     errno.EACCES: _PERMISSION,
@@ -32,16 +29,12 @@ _BY_ERRNO = {
 
 @functools.cache
 def hints_for(kind: Literal["causes", "commands", "options"]) -> dict[str, str]:
-    """Return the hints by error cause, or by another program's command or option."""
+    """Return hints by error cause, or by the name of another program's command or option."""
     text = Path(__file__).with_suffix(".toml").read_text("utf-8")
     return dict(tomlkit.parse(text).unwrap()[kind])
 
 
 def hint_of(error: PopError) -> str:
-    """Return the command line's hint for an error, or else the library's hint (maybe "")."""
+    """Return the command line's hint for an error, or else the library's hint, if any."""
     template = hints_for("causes").get(error.cause, "{hint}")
     return template.format_map({**error.fields, "hint": error.hint})
-
-
-def os_hint(error: OSError) -> str:
-    return _BY_ERRNO.get(error.errno or 0, TRACE)

@@ -16,10 +16,7 @@ HELP_OPTIONS = ["-h", "--help"]
 
 
 def sub_app(**how: Any) -> typer.Typer:
-    """Return a Typer app for a command or a group of commands.
-
-    `how`: further arguments of typer.Typer.
-    """
+    """Return a Typer app for one command or a group. `how`: further arguments of typer.Typer."""
     return typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -29,7 +26,7 @@ def sub_app(**how: Any) -> typer.Typer:
 
 
 def imported(package: str, name: str) -> Any:
-    """Import the module named after a command, and return the command's function or app."""
+    """Import a command's module, and return its function or Typer app of the same name."""
     word = name.replace("-", "_")
     return getattr(importlib.import_module(f"{package}.{word}"), word)
 
@@ -49,7 +46,7 @@ def _command(package: str, name: str) -> Any:
 
 
 def _defaults(command: Any) -> dict[str, Any]:
-    """Return the settings that replace the defaults of a command's parameters."""
+    """Return the settings that replace defaults of a command's parameters."""
     # Never fill in required arguments: `rm` would delete the default model.
     wanted = {param.name for param in command.params if not param.required} & {*settings.KEYS}
     found = settings.given() if wanted else {}
@@ -66,7 +63,7 @@ def _shown_without_type(command: Any, ctx: Any) -> None:
 
 
 def _paragraphs(docstring: str | None) -> str:
-    """Join the lines of every paragraph, because Typer joins only the first paragraph's lines."""
+    """Join the lines of each paragraph; Typer does this only for the first paragraph."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 

@@ -39,7 +39,7 @@ def echo_again() -> None:
 
 
 def _is_in_foreground() -> bool:
-    """Return True if this process is in the foreground, so that it may change the terminal."""
+    """Return True if this process may change the terminal."""
     try:
         return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except OSError:

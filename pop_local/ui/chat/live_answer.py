@@ -23,12 +23,12 @@ from pop_local.ui.chat.markdown import Lines, rendered, top_level
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
 _THINK_END = "</think>"
-# Pause between two drawings, in multiples of a drawing's time.
+# Pause between two drawings, as a multiple of the time that a drawing takes.
 _REST = 74
 
 
 class PlainAnswer:
-    """A writer of answers as plain text, which removes control characters in a terminal."""
+    """Writes an answer as plain text, without control characters if stdout is a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -54,17 +54,18 @@ class ThinkingSplitter:
         self._held = ""
         self._at: Literal["beginning", "thought", "gap", "answer"] = "beginning"
 
-    def push(self, text: str) -> Iterator[Piece]:
+    def push(self, text: str, *, is_last: bool = False) -> Iterator[Piece]:
+        """Yield the next pieces. Text that may be part of a mark is held back unless `is_last`."""
         self._held += text
         if self._at == "beginning":
             begun = self._held.lstrip()
             if begun.startswith(THINK):
                 self._at, self._held = "thought", begun.removeprefix(THINK)
-            elif not THINK.startswith(begun):
+            elif is_last or not THINK.startswith(begun):
                 self._at = "answer"
         if self._at == "thought":
             thought, end, rest = self._held.partition(_THINK_END)
-            n_ready = len(thought) - (0 if end else n_begun(thought, _THINK_END))
+            n_ready = len(thought) - (0 if end or is_last else n_begun(thought, _THINK_END))
             if n_ready:
                 yield Piece(reasoning=thought[:n_ready])
             self._at, self._held = ("gap", rest) if end else ("thought", thought[n_ready:])
@@ -74,13 +75,6 @@ class ThinkingSplitter:
         if self._at == "answer" and self._held:
             yield Piece(self._held)
             self._held = ""
-
-    def flush(self) -> Iterator[Piece]:
-        """Yield the text that `push` has held back. Must be called at the end of the answer."""
-        if self._held:
-            is_thought = self._at == "thought"
-            yield Piece(reasoning=self._held) if is_thought else Piece(self._held)
-        self._held = ""
 
 
 class Tail:
@@ -107,7 +101,7 @@ class Tail:
 
 
 class MarkdownAnswer:
-    """A renderer of Markdown answers, which shows the model's reasoning as dim plain text."""
+    """Renders an answer as Markdown, with the model's reasoning as dim plain text."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -127,7 +121,7 @@ class MarkdownAnswer:
             self._next_draw_s = now_s + max(_INTERVAL_S, _REST * (now_s - started_s))
 
     def end(self) -> None:
-        self._take(self._splitter.flush())
+        self._take(self._splitter.push("", is_last=True))
         self._end_thinking()
         self._finish(top_level(self._pending))
         self._tail.draw([], [])
@@ -168,7 +162,3 @@ class MarkdownAnswer:
             lines = rendered(self._console, block)
             found += [[], *lines] if lines and (found or self._has_blocks) else lines
         return found
-
-
-# `push` shows the next piece of an answer, and `end` completes the last line.
-AnswerView = PlainAnswer | MarkdownAnswer

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from pop_converter.base.errors import PopError
-from pop_local.config.settings import history_file, unsaved_dir
+from pop_local.config.settings import state_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
 from pop_local.ui.chat.refill import idling, status
@@ -20,16 +20,17 @@ LEAVE_HINT = "To quit, type /exit or press Ctrl-D."
 def talk(chat: Dialogue) -> None:
     """Chat until the user quits or the piped lines end."""
     words = {name: command.words for name, command in COMMANDS.items()}
-    with unechoed_keys(), Unsaved(unsaved_dir()) as unsaved:
+    with unechoed_keys(), Unsaved(state_dir() / "unsaved") as unsaved:
         if sys.stdin.isatty():
             unsaved.offer(chat)
-        converse(chat, line_reader(history_file(), words, lambda: status(chat)), unsaved.keep)
+        read_line = line_reader(state_dir() / "history", words, lambda: status(chat))
+        converse(chat, read_line, unsaved.keep)
 
 
 def converse(
     chat: Dialogue, read_line: LineReader, keep: Callable[[Dialogue], None] = lambda chat: None
 ) -> None:
-    """Run each line until the user quits or the input ends. Call `keep` before reading each line.
+    """Read and run lines until the user quits or the input ends, and call `keep` before each line.
 
     Raises KeyboardInterrupt after Ctrl-C if the input is piped.
     """

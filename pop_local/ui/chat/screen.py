@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager
 
 from pop_converter.base.errors import PopError
 from pop_local.ui import error_output
-from pop_local.ui.chat.live_answer import AnswerView, MarkdownAnswer, PlainAnswer
+from pop_local.ui.chat.live_answer import MarkdownAnswer, PlainAnswer
 from pop_local.ui.console import note, out, warn
 from pop_local.ui.progress_bars import Advance, prefill_progress
 
 
 class Screen:
-    """The output of a chat's answers, notes and errors, and the input of choices."""
+    """Shows a chat's answers, notes and errors, and asks the user to choose."""
 
     def __init__(self) -> None:
-        self._answer: AnswerView | None = None
+        self._answer: PlainAnswer | MarkdownAnswer | None = None
 
     def text(self, piece: str) -> None:
         if self._answer is None:
@@ -50,8 +50,8 @@ class Screen:
     def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
         """Return the key that the user chooses, or None without a choice or a terminal.
 
-        `choices` maps each key to the choice's text. The last choice must have no effect, and if it
-        is the only choice, the user is not asked.
+        `choices` maps keys to texts. The last choice must have no effect: if it is the only one,
+        the user is not asked.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

@@ -162,7 +162,7 @@ def test_only_a_block_at_the_start_is_thinking(size):
         pieces = [
             p for at in range(0, len(text), size) for p in splitter.push(text[at : at + size])
         ]
-        pieces += splitter.flush()
+        pieces += splitter.push("", is_last=True)
         assert "".join(p.reasoning for p in pieces) == thought
         assert "".join(p.content for p in pieces) == said
 
