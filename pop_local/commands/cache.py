@@ -27,7 +27,7 @@ def _used(stored: StoredState) -> str:
 def about() -> None:
     """Show or remove the stored KV caches of earlier prompts.
 
-    `chat`, `run` and `serve` store them if --cache-disk or the setting cache_disk is given.
+    `chat`, `run` and `serve` store them with --cache-disk or the setting cache_disk.
     """
 
 

@@ -19,10 +19,9 @@ _COLUMNS = (
 
 
 def list(json: Json = False) -> None:  # noqa: A001
-    """List the local models with their problems, and the models that can be fetched by name.
+    """List the local models with any problems, and the models that can be fetched by name.
 
-    Every command with a MODEL argument accepts the listed names. `chat`, `run` and `pull` fetch a
-    model that is not local.
+    Commands with a MODEL argument accept these names. `chat` and `run` fetch missing models.
     """
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))

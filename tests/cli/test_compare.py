@@ -64,7 +64,7 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert done.exit_code == 0, done.stderr
     facts = " ".join(done.stdout.split())
     assert "Right 1 in full and 1 pruned, of 2; 0 only in full, 0 only pruned" in facts
-    assert "Not pruned 2 prompts, because they are short or cached" in facts
+    assert "Not pruned 2 prompts (short or cached)" in facts
     found = compared(pop_file, mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert found["n_same"] < 3

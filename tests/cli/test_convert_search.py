@@ -247,7 +247,7 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
-    limits = r"if only the first boundary is within the budget, or \d\.\d\dx if all boundaries are"
+    limits = r"if only the first boundary is within the budget, \d\.\d\dx if all are"
     assert re.search(rf"up to 1\.\d\dx for [\d,]+ prompt tokens without deep rows {limits}", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(

@@ -135,10 +135,9 @@ def _room_in(chat: Dialogue) -> int:
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
-    """Ask the user how to attach a file that does not fit into the context.
+    """Ask the user what to do with an attachment that does not fit into the context.
 
-    Return the chosen key of `cuts`, "l" after the context was enlarged, or None if the user
-    attaches nothing.
+    Return a key of `cuts`, "l" after enlarging the context, or None to attach nothing.
     """
     n_larger = larger_ctx(chat.model, n_tokens - room + chat.model.engine.context.n_ctx)
     larger = {"l": f"use a larger context (--ctx {n_larger})"} if n_larger else {}

@@ -22,15 +22,13 @@ from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
 
 WARN_SHARE = 0.8
-# Values whose spelling matters: four characters or more with a digit, e-mail addresses, paths.
+# Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
 _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
 _OFFER = "Pruned prompts may cause errors in numbers, names and paths: /full on disables pruning."
 
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).
 ModelOpener = Callable[[str | None, int | None], PopModel]
-# Returns a model's fitter, or None if the model does not learn.
-MakeFitter = Callable[[PopModel], Fitter | None]
 # ChatSession's stream, retry or edit, called with the options of an answer.
 Ask = Callable[..., Stream]
 
@@ -38,8 +36,7 @@ Ask = Callable[..., Stream]
 class Dialogue:
     """A session with its sampling options and the attachments of the next question.
 
-    `refill` is one of ui.chat.refill.MODES. `saved_as` is the name of the saved session ("" if
-    none), which /save replaces without confirmation.
+    `refill` is one of refill.MODES. /save overwrites the session `saved_as` without confirmation.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class Dialogue:
         system: str = "",
         sampling: Mapping[str, Any],
         refill: str = "off",
-        make_fitter: MakeFitter = lambda model: None,
+        make_fitter: Callable[[PopModel], Fitter | None] = lambda model: None,
     ) -> None:
         self.model = model
         self.session: ChatSession = model.session(system=system)
@@ -72,10 +69,7 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model or its context.
-
-        Raises PopError, and keeps the current model, if opening fails.
-        """
+        """Replace the model or its context. Raises PopError, and then keeps the current model."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
@@ -190,10 +184,7 @@ class Dialogue:
         self._offer_full(stream.text, stats)
 
     def _offer_full(self, answer: str, stats: TurnStats) -> None:
-        """Offer /full once if an answer from inexact rows contains an exact string.
-
-        The user gets no offer if the measured look-ups of the model file show no loss.
-        """
+        """Suggest /full once, if an answer has exact strings that pruning may have changed."""
         meta = self.model.engine.context.files.meta
         found = meta and meta.measured
         is_lossless = bool(found and found.lookups_n and not found.lookups_lost)
@@ -233,7 +224,7 @@ def costs_of(model: PopModel) -> FullCosts:
 
 
 def pruning_state(model: PopModel) -> str:
-    """Describe in one sentence whether prompt tokens skip layers."""
+    """Describe in a sentence whether prompt tokens skip layers."""
     pruning = model.engine.pruning
     is_off = pruning.mode is Mode.OFF
     if pruning.exact and is_off:

@@ -43,9 +43,8 @@ def line_reader(
 ) -> LineReader:
     """Return a function that reads a line from stdin.
 
-    `commands` maps each slash command to a function that returns completions of its argument.
-    `status` returns the text to show below the line while the user types. If this text is empty
-    when a line starts, it is not shown for the whole line.
+    `commands` maps slash commands to functions that return completions of their arguments. `status`
+    returns the text below the line. If it is empty when a line starts, nothing is shown below it.
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -73,10 +72,7 @@ def line_reader(
 
 
 def piped_line(default: str = "") -> str:
-    """Read a line from stdin.
-
-    Raises EOFError at the end of stdin, and PopError for invalid UTF-8.
-    """
+    """Read a line from stdin. Raises EOFError at its end, and PopError for invalid UTF-8."""
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
@@ -170,13 +166,11 @@ class _History(FileHistory):
     def store_string(self, string: str) -> None:
         if len(string) > _MAX_REMEMBERED:
             return
-        try:
+        with suppress(OSError, UnicodeError):
             make_private(self._path.parent)
             self._path.touch()
             self._path.chmod(0o600)
             super().store_string(string)
-        except (OSError, UnicodeError):
-            return
 
 
 class _Completer(Completer):

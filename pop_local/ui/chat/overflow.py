@@ -18,8 +18,7 @@ def answer_reserve(max_tokens: int | None, n_ctx: int) -> int:
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> tuple[int, int]:
     """Ask the user how to make room for the prompt.
 
-    Return the number of turns to drop, and the larger context length to use (0 to keep the current
-    context).
+    Return the number of turns to drop, and the new context length (0: keep the current context).
     """
     message = (
         f"The context is {error.n_short:,} tokens too small: the prompt has {error.n_prompt:,}"
@@ -44,10 +43,8 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
     """Return a PopError whose hint names a sufficient context length."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
-    hint = "shorten the prompt"
-    if n_larger:
-        hint = f"use a larger context (--ctx {n_larger}) or shorten the prompt"
-    return PopError(error.message, hint)
+    larger = f"use a larger context (--ctx {n_larger}) or " if n_larger else ""
+    return PopError(error.message, f"{larger}shorten the prompt")
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:

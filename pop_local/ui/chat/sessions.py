@@ -1,7 +1,7 @@
 """Session files of the chat: /save, /load, and recovery after a crash.
 
-Each chat stores its transcript without the KV cache in a file, locks this file with a lock file,
-and removes both files at exit. If a file's lock is free, its chat has crashed.
+A running chat keeps its transcript (without the KV cache) in a file that it locks, and removes the
+file at exit. A file without a lock belongs to a chat that crashed.
 """
 
 import time
@@ -36,7 +36,7 @@ def save(chat: Dialogue, name: str) -> None:
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
-        choices = {"r": "replace it", "k": "keep the saved session and save nothing"}
+        choices = {"r": "replace it", "k": "keep it and save nothing"}
         if chat.screen.choose(f"Session {name} already exists.", choices) != "r":
             chat.refuse("Nothing was saved.")
             return
@@ -94,7 +94,7 @@ def _changed(stored: SavedFile) -> str:
 
 
 class Unsaved:
-    """This chat's transcript in `folder`, which is removed if the block ends without an error."""
+    """This chat's transcript in `folder`, removed when the block ends without an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -131,7 +131,7 @@ class Unsaved:
             )
 
     def offer(self, chat: Dialogue) -> None:
-        """Offer the conversations of crashed chats, newest first, until the user picks one."""
+        """Offer the conversations of crashed chats, newest first, until the user continues one."""
         try:
             for stored in reversed(list(self._sessions.listed())):
                 with suppress(Timeout), self._lock_of(stored.name):
@@ -141,7 +141,7 @@ class Unsaved:
             chat.fail(as_pop_error(error))
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, conversation: Conversation) -> bool:
-        """Offer one conversation. Return True if the remaining conversations need no offer."""
+        """Offer one conversation. Return True to stop offering further ones."""
         n_turns = _turns(len(conversation.turns))
         question = f"A chat with {n_turns} ended unexpectedly on {_changed(stored)}."
         chosen = chat.screen.choose(question, _CHOICES)

@@ -43,7 +43,7 @@ class LeaveRequest(Exception):  # noqa: N818 (no error)
 
 
 class EditRequest(Exception):  # noqa: N818 (no error)
-    """A request to edit the question in the argument and to send the edited question."""
+    """A request to edit the question in the exception's argument, and to ask it again."""
 
 
 def run_command(chat: Dialogue, line: str) -> None:
@@ -183,10 +183,7 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command.
-
-    `action` runs the command with its argument, and `words` returns completions of the argument.
-    """
+    """A slash command. `action` receives its argument; `words` returns completions of it."""
 
     usage: str
     help: str
@@ -212,12 +209,7 @@ _ALL = (
     Command("/edit", "edit the last question and ask it again", _edit),
     Command("/clear", "drop the conversation but keep the system prompt", _clear),
     Command("/system TEXT", "set the system prompt, or show it", _system),
-    Command(
-        "/set PARAM VALUE",
-        "set a sampling parameter, or show all parameters",
-        _set,
-        _PARAMS.keys,
-    ),
+    Command("/set PARAM VALUE", "set a sampling parameter, or show them", _set, _PARAMS.keys),
     Command("/model NAME", "switch to another model, or show the current model", _model),
     Command("/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()),
     Command(

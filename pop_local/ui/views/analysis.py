@@ -59,10 +59,7 @@ def show(found: Analysis) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns.
-
-    Each row shows a layer's importance and the cost of skipping from this layer on.
-    """
+    """Yield the columns of a layer's importance, and of the cost of skipping from it on."""
     gates, depths = found.importance, {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:
@@ -76,9 +73,7 @@ def _columns(found: Analysis) -> Iterator[Column]:
     yield of_depth("Limit", lambda depth: f"{depth.speedup_limit:.2f}x")
     yield of_depth("K/V", lambda depth: depth.projection, numeric=False)
     yield of_depth("KL", lambda depth: depth.quality and bare(depth.quality.kl_mean, ".3f"))
-    yield of_depth(
-        "Copy", lambda depth: depth.quality and bare(depth.quality.copy_ppl_ratio, ".2f")
-    )
+    yield of_depth("Copy", lambda d: d.quality and bare(d.quality.copy_ppl_ratio, ".2f"))
     yield of_depth("Induction", lambda d: "-" if d.retention is None else _share(d.retention.value))
     yield of_depth("Lost", lambda depth: _share(depth.lost_retention))
     yield of_depth("Note", lambda depth: _note(depth, found), numeric=False)
@@ -92,8 +87,7 @@ def _facts(found: Analysis) -> Iterator[Fact]:
     gates, made = found.importance, found.calibration
     if gates is not None:
         windows = f"{gates.n_windows} windows of {gates.n_context} + {gates.n_answer} tokens"
-        how = f"mean of (dL/dg)^2 ± one standard error over {windows}"
-        yield "Importance", how
+        yield "Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}"
         yield "Reading", _thirds(gates.prefill)
         yield "Answering", _thirds(gates.decode)
     yield "Copying", _cliff(found)
@@ -106,11 +100,11 @@ def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
         return f"no measured boundary is within the {name} budget"
-    n_windows = depth.quality.n_windows
+    n = depth.quality.n_windows
     return (
-        f"{name} allows boundary {depth.boundary}, for a speed-up up to {depth.speedup_limit:.2f}x"
-        " (estimated from"
-        f" {n_windows} window{'s' * (n_windows > 1)}; `convert` measures more windows)"
+        f"{name} allows boundary {depth.boundary}, for a speed-up of up to"
+        f" {depth.speedup_limit:.2f}x (estimated from {n} window{'s' * (n > 1)}; `convert` measures"
+        " more)"
     )
 
 
@@ -118,14 +112,8 @@ def _thirds(stage: StageImportance) -> str:
     last, others = with_se(stage.last_third_median, ".2f"), with_se(stage.others_median, ".2f")
     if stage.median_ratio:
         others += f" ({with_se(stage.median_ratio, '.2f')} times)"
-    last_mean, others_mean = (
-        with_se(stage.last_third_mean, ".2f"),
-        with_se(stage.others_mean, ".2f"),
-    )
-    return (
-        f"the last third of the layers has the median {last}, the other layers have {others}; the"
-        f" means are {last_mean} and {others_mean}"
-    )
+    means = f"{with_se(stage.last_third_mean, '.2f')} and {with_se(stage.others_mean, '.2f')}"
+    return f"median {last} in the last third of the layers, {others} in the others; means {means}"
 
 
 def _cliff(found: Analysis) -> str:
@@ -133,9 +121,9 @@ def _cliff(found: Analysis) -> str:
     if deepest.lost_retention is None:
         return "unknown: the full model does not copy random tokens"
     if not found.cliff:
-        return f"copying is kept down to boundary {deepest.boundary}"
+        return f"works down to boundary {deepest.boundary}"
     layers = [f"{depth.boundary} ({_share(depth.lost_retention)})" for depth in found.cliff]
-    return f"copying is lost at layer {' and '.join(layers)}"
+    return f"lost at layer {' and '.join(layers)}"
 
 
 def _share(value: float | None) -> str:

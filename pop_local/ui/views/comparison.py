@@ -32,9 +32,7 @@ def show_comparison(found: Comparison) -> None:
     times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s pruned in total"
     facts.append(("To first token", f"{times}: {ratio:.2f}x (not paired)"))
     if found.n_unpruned:
-        facts.append(
-            ("Not pruned", f"{found.n_unpruned} prompts, because they are short or cached")
-        )
+        facts.append(("Not pruned", f"{found.n_unpruned} prompts (short or cached)"))
     facts.append(("Verdict", with_advice(comparison_in_words(found))))
     print_facts(facts)
     if found.different:
@@ -62,7 +60,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
 
 
 def _shown(each: Compared, text: str) -> str:
-    """Return an excerpt of a text that starts shortly before the answers' first difference."""
+    """Return an excerpt of `text` around the first difference between the answers."""
     pairs = zip(each.full.text, each.pruned.text, strict=False)
     n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     start = max(0, n_alike - _N_SHARED)

@@ -97,13 +97,10 @@ def show_plan(conversion: Conversion) -> None:
     limit = _limit(conversion, first)
     past = f"from {first.boundary} down to {plan.boundary}"
     if n_few := conversion.n_few:
-        past = f"{past}, first without a fit and then about {n_few} deeper boundaries with a fit"
+        past += f", first without a fit, then about {n_few} deeper boundaries with a fit"
     where = [*budget, ("Boundaries", past)]
     if most := conversion.limit(plan):
-        limit = (
-            f"{limit} if only the first boundary is within the budget, or {most:.2f}x if all"
-            " boundaries are"
-        )
+        limit += f" if only the first boundary is within the budget, {most:.2f}x if all are"
     layers = f"up to {plan.n_skipped} within the budget"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
@@ -233,13 +230,8 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     if fit is None or needs is None:
         return
     n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
-    is_searched = not conversion.is_named
-    at_most = "up to " if is_searched else ""
-    passes = (
-        "one pass"
-        if n == 1
-        else f"{at_most}{n} passes, with {at_most}{n} times the work of one pass"
-    )
+    at_most = "" if conversion.is_named else "up to "
+    passes = "one pass" if n == 1 else f"{at_most}{n} passes"
     distilled = ", then distilled" if conversion.options.distiller else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     more = " without distilling" if conversion.options.distiller else ""
@@ -279,10 +271,9 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
     ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
     if rows.deep_rows is DeepRows.NONE:
         return "Run all layers", ends
-    share = getattr(rows, "deep_share", 0.0)
     words = f"words selected by the rule {rows.deep_rows}"
-    if share:
-        words = f"{words} ({share:.0%} of ordinary text)"
+    if share := getattr(rows, "deep_share", 0.0):
+        words += f" ({share:.0%} of ordinary text)"
     return "Run all layers", f"{ends}, and {words}"
 
 
@@ -290,16 +281,11 @@ def measured_facts(meta: PopMeta) -> Iterator[Fact]:
     """Yield the facts about a file's quality, or nothing if the quality was not measured."""
     if (found := meta.measured) is None:
         return
-    yield (
-        "Quality",
-        f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the "
-        f"full model's, same first choice for {found.top1_agreement:.1%} of the tokens",
-    )
-    yield (
-        "Copying",
-        f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, first choice right for "
-        f"{found.copy_top1:.1%} of the tokens",
-    )
+    kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"
+    agreement = f"{found.top1_agreement:.1%}"
+    yield "Quality", f"KL {kl}, perplexity ratio {ratio}, same first choice for {agreement}"
+    ratio, right = f"{found.copy_ppl_ratio:.3f}", f"{found.copy_top1:.1%}"
+    yield "Copying", f"perplexity ratio {ratio}, right first choice for {right}"
     if found.copy_ppl_ratio > FAST.max_copy_ratio:
         most = FAST.max_copy_ratio
         yield "", f"BROKEN: above {most:g}, a model no longer copies from its prompt"

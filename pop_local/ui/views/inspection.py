@@ -35,6 +35,11 @@ def _model_facts(found: Inspection) -> list[Fact]:
     if found.architecture == ARCHITECTURE:
         return [*facts, ("Kind", "multimodal projector for pictures (--mmproj)")]
     refused = f" (cannot be pruned: {found.refused})" if found.refused else ""
+    stock = "opens this file"
+    if not found.opens_in_stock_llama_cpp:
+        stock = "cannot open this file, which contains fitted projections"
+    elif found.pop is not None and found.sidecar is None:
+        stock = "opens this file without pruning"
     is_exact = found.pop is None and found.skipping is not None and found.skipping.exact > 0
     return [
         *facts,
@@ -46,7 +51,7 @@ def _model_facts(found: Inspection) -> list[Fact]:
         *([("Reads pictures with", found.mmproj)] if found.mmproj else []),
         *(skipping_facts(found.skipping, found.work) if found.skipping else []),
         *([] if is_exact else _pruning_facts(found.pop)),
-        ("Stock llama.cpp", _stock(found)),
+        ("Stock llama.cpp", stock),
     ]
 
 
@@ -60,32 +65,23 @@ def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
     ]
 
 
-def _stock(found: Inspection) -> str:
-    if not found.opens_in_stock_llama_cpp:
-        return "cannot open this file, which contains fitted projections"
-    is_marked = found.pop is not None and found.sidecar is None
-    return "opens this file without pruning" if is_marked else "opens this file"
-
-
 def _tensors(groups: tuple[TensorGroup, ...]) -> str:
-    texts = [f"{g.n_tensors} {g.type} ({size(g.size_bytes)})" for g in groups]
-    return ", ".join(texts) or "none"
+    return ", ".join(f"{g.n_tensors} {g.type} ({size(g.size_bytes)})" for g in groups) or "none"
 
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
     if meta is None:
-        return [
-            (
-                "Pruning",
-                "not available, because the model is not converted (run `pop-local convert`)",
-            )
-        ]
+        return [("Pruning", "not available until the model is converted (`pop-local convert`)")]
     skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
-    own = meta.projection == Projection.OWN
+    projections = meta.projection
+    if meta.projection == Projection.OWN:
+        projections += " (the skipped layers' weights)"
+    elif meta.calibration is not None and meta.calibration.n_distilled > 0:
+        projections += ", distilled"
     return [
         ("Boundary", f"layer {meta.boundary}: prompt tokens skip the last {skipped}"),
         ("Schedule", meta.schedule),
-        ("K/V projections", "own (the skipped layers' weights)" if own else _fitted(meta)),
+        ("K/V projections", projections),
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
         *([budget_fact(meta.budget)] if meta.budget else []),
@@ -95,11 +91,6 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),
     ]
-
-
-def _fitted(meta: PopMeta) -> str:
-    is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
-    return f"{meta.projection}{', distilled' if is_distilled else ''}"
 
 
 def _verification_facts(verification: Verification) -> list[Fact]:

@@ -43,7 +43,7 @@ def figures(quality: Quality | Lookups) -> dict[str, Any]:
 
 
 def with_advice(verdict: str) -> str:
-    """Append advice to a verdict: the option that avoids any loss."""
+    """Append the option that avoids any loss to a verdict."""
     return f"{verdict} Use --full to avoid any loss."
 
 
@@ -67,7 +67,6 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
 
 
 def show_evaluation(found: Evaluation) -> None:
-    """Print an evaluation's figures and verdict."""
     print_facts([*_facts(found), ("Verdict", with_advice(found.verdict))])
 
 
@@ -75,11 +74,9 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     q = found.quality
     yield "Model", str(found.model)
     yield "Text", found.text.name
-    layers = (
-        f"{found.n_skipped} layers from layer {q.boundary} on, with {found.projection} projections"
-    )
+    layers = f"{found.n_skipped} layers from {q.boundary} on, with {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
-        layers = f"{layers} and deep rows by the rule {found.deep_rows}"
+        layers += f" and deep rows by the rule {found.deep_rows}"
     yield "Skipped", f"{layers}; the speed-up is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
@@ -103,8 +100,4 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         yield "Look-ups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
-        yield (
-            "",
-            f"the right string's log-probability is {full} in full, and lower by {lost} when"
-            " pruned",
-        )
+        yield "", f"log-probability of the right string: full {full}, pruned {lost} lower"

@@ -18,10 +18,7 @@ def show_speed(found: Speed) -> None:
     say(f"{found.model}: prompt tokens skip layers {layers}")
     say(f"{found.backend}; medians (minimum-maximum)")
     if found.upstream is not None:
-        say(
-            f"Kernels for prompts: {found.kernels}, compared with llama.cpp's kernels"
-            f" ({found.upstream})"
-        )
+        say(f"Prompt kernels: {found.kernels}, compared with llama.cpp's ({found.upstream})")
     say("")
     say(markdown([*_columns(found)], found.rows))
     if any(row.speedup.min > row.limit for row in found.rows):

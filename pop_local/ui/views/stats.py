@@ -12,18 +12,13 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Return an answer's statistics, or how much of the prompt was read if there is no answer.
-
-    The TTFT includes the time for encoding pictures, but the prefill speed excludes this time.
-    """
+    """Return an answer's statistics. TTFT includes encoding pictures, the prefill rate does not."""
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
         return f"Reading stopped after {n_read:,} of {stats.n_prompt:,} prompt tokens."
-    pictures = ""
-    if stats.n_image:
-        pictures = f" · pictures {stats.n_image:,} tokens"
-        if stats.encode_s:
-            pictures += f" encoded in {stats.encode_s:.2f} s"
+    pictures = f" · pictures {stats.n_image:,} tokens" if stats.n_image else ""
+    if stats.encode_s:
+        pictures += f" encoded in {stats.encode_s:.2f} s"
     ending = " · the answer repeated itself" if stats.is_repeating else ENDINGS[stats.finish_reason]
     return (
         f"prompt {stats.n_prompt:,} tokens ({stats.left}){pictures}"
@@ -66,7 +61,7 @@ def session_lines(
             f" Exact tokens in the last prompt: {last.n_exact:,}."
         )
     if total.n_image:
-        yield (f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not shorten.")
+        yield f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not shorten."
     if len(answers) > 1:
         yield _reading("all prompts", answers, full_cost)
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
