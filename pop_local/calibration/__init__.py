@@ -1,1 +1,1 @@
-"""Fit a plan's K/V projections on a text: choose windows, read them, and store the progress."""
+"""Fit K/V projections on text: choose windows, read them, and solve the fits."""

@@ -1,7 +1,6 @@
-"""Options of a fit, which the library, the commands and stored fits share."""
+"""Options for a fit, shared by the library and the commands."""
 
-import glob
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pop_converter.fit.least_squares import RIDGE, KvType
@@ -13,10 +12,9 @@ class FitOptions:
     """Options for fitting the K/V projections of skipped layers.
 
     `projection`: the kind of fit (None: a wide fit if its cost is small). `tokens`: the number of
-    tokens to read (None: depends on the model's size). `texts`: the files and folders to read
+    tokens to fit on (None: depends on the model's size). `texts`: the files and folders to fit on
     (empty: Python's documentation and code, and samples of the model). `memory_bytes`: the memory
-    for the sums of one pass (None: half of the free memory). `state_path`: the file in which a
-    stopped fit is stored (None: a stopped fit is lost).
+    for the sums of one pass (None: half of the free memory).
     """
 
     tokens: int | None = None
@@ -24,7 +22,6 @@ class FitOptions:
     kv_type: KvType = KvType.Q8_0
     ridge: float = RIDGE
     memory_bytes: int | None = None
-    state_path: Path | None = None
     projection: Projection | None = None
 
     @property
@@ -54,19 +51,3 @@ class FitOptions:
         self.n_tokens(n_embd)
         if self.texts:
             require_text(self.texts, n_embd)
-
-    def at(self, boundary: int) -> "FitOptions":
-        """Return options whose state file is named after the boundary and the projection."""
-        if self.state_path is None:
-            return self
-        path = self.state_path
-        kind = f"-{self.projection}" if self.projection else ""
-        return replace(self, state_path=path.with_name(f"{path.name}-{boundary}{kind}"))
-
-    def state_files(self) -> list[Path]:
-        """Return the existing state files of all boundaries (see `at`)."""
-        if self.state_path is None:
-            return []
-        name = glob.escape(self.state_path.name)
-        folder = self.state_path.parent
-        return sorted([*folder.glob(name), *folder.glob(f"{name}-[0-9]*")])

@@ -3,7 +3,7 @@
 import hashlib
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pop_converter.base.errors import PopError
+from pop_converter.base.progress import Progress
 from pop_local.calibration.carrier_windows import SHARE, carrier_windows
-from pop_local.calibration.samples import NOT_SAMPLED, sample_windows
+from pop_local.calibration.samples import sample_windows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompter import Prompter
@@ -37,7 +38,7 @@ _LEAST_DISTINCT = 16
 
 
 class CalibrationError(PopError):
-    """Error for an unusable or too short text, or an unusable stored calibration."""
+    """Error for a text that is unusable or too short."""
 
 
 @dataclass(frozen=True)
@@ -92,37 +93,19 @@ def n_sampled_of(count: int) -> int:
     return count // 2
 
 
-def own_text(context: Context, count: int) -> CalibrationText:
+def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
     """Build a text from look-ups, Python's documentation and library code, and model samples.
 
     Half of the samples are free text. The other half are questions and answers, which start like
-    the chat template. Nothing is downloaded. The samples contain only their first tokens, and
-    `sampled` completes the samples.
+    the chat template. Nothing is downloaded. `on_progress` counts the samples' tokens.
     """
-    n_cut = count - n_sampled_of(count)
+    n_sampled = n_sampled_of(count)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
-    cut = _spread(context, [_texts()], n_cut - len(carriers))
-    starts = _starts(context, count - n_cut)
-    begun = np.full((len(starts), N_WINDOW), NOT_SAMPLED, np.int32)
-    for row, start in zip(begun, starts, strict=True):
-        row[: len(start)] = start
-    return CalibrationText(DEFAULT_NAME, "", np.concatenate([carriers, cut, begun]))
-
-
-def sampled(
-    context: Context, text: CalibrationText, on_progress: Callable[[int, int], object]
-) -> CalibrationText:
-    """Complete the samples of `own_text` in place, and return any other text unchanged.
-
-    `on_progress` is called with (done_tokens, total_tokens).
-    """
-    windows = text.windows
-    if (windows != NOT_SAMPLED).all():
-        return text
-    n_sampled = n_sampled_of(len(windows))
-    n_given = [len(start) for start in _starts(context, n_sampled)]
-    sample_windows(context, windows[-n_sampled:], n_given, seed=SEED, on_progress=on_progress)
-    return replace(text, sha256=hashlib.sha256(windows.tobytes()).hexdigest())
+    cut = _spread(context, [_texts()], count - n_sampled - len(carriers))
+    starts = _starts(context, n_sampled)
+    sampled = sample_windows(context, starts, N_WINDOW, seed=SEED, on_progress=on_progress)
+    windows = np.concatenate([carriers, cut, sampled])
+    return CalibrationText(DEFAULT_NAME, hashlib.sha256(windows.tobytes()).hexdigest(), windows)
 
 
 def _starts(context: Context, n_sampled: int) -> list[list[int]]:
@@ -185,16 +168,8 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
             f"{_names(paths)} is repetitive: it has fewer than {_LEAST_DISTINCT} distinct tokens",
             "use a more varied text, or the default text",
         )
-    return CalibrationText(_names(paths), _sha256(groups), windows)
-
-
-def given_sha256(paths: Sequence[Path], count: int) -> str:
-    """Return the hash of the texts from which `count` windows are chosen. Raises PopError."""
-    return _sha256(_grouped_texts(paths, count))
-
-
-def _sha256(groups: Sequence[Sequence[str]]) -> str:
-    return hashlib.sha256("\n\n".join(chain.from_iterable(groups)).encode()).hexdigest()
+    whole = "\n\n".join(chain.from_iterable(groups))
+    return CalibrationText(_names(paths), hashlib.sha256(whole.encode()).hexdigest(), windows)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:

@@ -53,7 +53,6 @@ class HowOptions(Group):
         " needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
         default=False,
     )
-    resume: bool = option("Save the fit if interrupted, and resume a saved fit.", default=False)
     sidecar: bool = option("Write only the projections, to a small sidecar file.", default=False)
     dry_run: bool = option("Print the plan and write nothing.", default=False)
     force: bool = option(
@@ -160,7 +159,7 @@ def convert(
     output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
     fit = fitting.fit(how.text or ())
-    if how.projection is Projection.OWN and (fit or how.resume or how.distill):
+    if how.projection is Projection.OWN and (fit or how.distill):
         raise typer.BadParameter("--projection own fits nothing; remove the fit's options")
     fit = replace(fit or FitOptions(), projection=how.projection)
     distiller = None
@@ -173,7 +172,6 @@ def convert(
         fit=None if how.projection is Projection.OWN else fit,
         rows=full.rows,
         output="sidecar" if how.sidecar else "copy",
-        resume=how.resume,
         distiller=distiller,
         hardware=processors.hardware,
     )

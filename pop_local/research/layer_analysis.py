@@ -246,7 +246,7 @@ class _Run:
         plans = [self.plans[depth.boundary] for depth in tried]
         runner.require_room(plans, self._fit_options.kv_type)
         to_fit = [plan for plan in plans if plan.fitted_layers]
-        fitted = PlanFitter(runner, self._fit_options).fit(to_fit, None)
+        fitted = PlanFitter(runner, self._fit_options).fit(to_fit)
         fits = dict(zip(to_fit, fitted, strict=True))
         found = []
         for depth, plan in zip(tried, plans, strict=True):

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.fit.least_squares import ROWS_KEPT, KvType
@@ -49,7 +48,7 @@ class _LearnedFitter(PlanFitter):
     learner: OnlineCalibrator
     sums: Sums
 
-    def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
+    def fit(self, plans: Sequence[Plan]) -> tuple[Fitted, ...]:
         return tuple(map(self._solved, plans))
 
     def _solved(self, plan: Plan) -> Fitted:

@@ -28,7 +28,6 @@ import numpy as np
 
 import shared  # noqa: F401
 from pop_converter.fit.least_squares import Gram
-from pop_local.calibration import job
 from pop_local.commands import convert, pull, strip  # noqa: F401  # not in each child
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Sums
@@ -108,8 +107,7 @@ def works(folder: Path) -> dict[str, Work]:
     url, sha256 = urls.get(), hashlib.sha256(content).hexdigest()
     learn(folder)
     named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
-    job.SAVE_EVERY_S = 0.0
-    fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1, "--resume"]
+    fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1]
 
     def to(*words: object) -> Work:
         return Work(lambda at: command(*words, at / "out.gguf", "--force"))
@@ -118,7 +116,7 @@ def works(folder: Path) -> dict[str, Work]:
     return {
         "a session": Work(lambda at: save(tiny, at), f"talk{SUFFIX}"),
         "convert to a copy": to("convert", "--boundary", 1, "--projection", "own", model),
-        "convert --resume": to("convert", *fit, tiny),
+        "convert with a fit": to("convert", *fit, tiny),
         "convert to a sidecar": to("convert", *fit, "--sidecar", tiny),
         "pull": Work(lambda at: command("pull", url, "--sha256", sha256, "--force", "--dir", at)),
         "strip": to("strip", pop),

@@ -260,7 +260,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
         ("--skip", "1/3", "--boundary", "5"),
         ("--skip", "x"),
         ("--tail", "-1"),
-        ("--projection", "own", "--resume"),
+        ("--projection", "own", "--distill"),
     ],
 )
 def test_wrong_usage_exits_with_two(tiny, tmp_path, options):

@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -52,24 +49,6 @@ from pop_local.cli import main
 sys.argv = ["pop-local", *sys.argv[1:]]
 main()
 """
-# Runs the command, which saves each window, measures little and reports its start.
-KEEPING = """
-import sys
-from pop_local.calibration import job
-from pop_local.measure import probes
-from pop_local.workflows.conversion import named
-
-def load(*arguments, real=job.load):
-    print("started", flush=True)
-    return real(*arguments)
-
-job.load, job.SAVE_EVERY_S = load, 0.0
-named.N_WINDOWS = named.N_DOCUMENTS = probes.N_DRAWS = 1
-from pop_local.cli import main
-sys.argv = ["pop-local", "convert", *sys.argv[1:]]
-main()
-"""
-N_KILLS = 1  # tests/bench/measure_kills.py has more
 
 
 def convert(*arguments: object):
@@ -266,74 +245,3 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_leaves_no_file(tiny, tmp_path, words):
     stopped(tmp_path, "convert", tiny, "--text", words, *THIRD)
     assert names(tmp_path) == {"tiny.gguf"}
-
-
-@posix
-def test_resume_after_ctrl_c_gives_the_same_file(tiny, tmp_path, words, short_examination):
-    target, whole = tmp_path / "tiny.pop.gguf", tmp_path / "whole.gguf"
-    options = ("--text", words, "--resume", *THIRD)
-    assert "continues from there" in stopped(tmp_path, "convert", tiny, *options)
-    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
-    assert convert(tiny, *options).exit_code == 0
-    assert convert(tiny, whole, "--text", words).exit_code == 0
-    assert target.read_bytes() == whole.read_bytes()
-    assert names(tmp_path) == {"tiny.gguf", target.name, whole.name}
-
-
-@posix
-def test_resume_after_kills_gives_the_same_file(tiny, tmp_path, words):
-    """Kill at random times after the first checkpoint; restart conversions that finish earlier."""
-    target, kept = tmp_path / "tiny.pop.gguf", tmp_path / ".tiny.pop.gguf.calibration"
-    rng, n_kills = random.Random(0), 0
-
-    def run(*output: Path, killed_within_s: float = 0.0) -> float:
-        options = [tiny, *output, "--text", words, *FEW, *THIRD]
-        command = [sys.executable, "-c", KEEPING, *map(str, options), "--resume"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert b"started\n" in iter(process.stdout.readline, b"")
-            began_s = time.monotonic()
-            if killed_within_s:
-                while not kept.exists():
-                    time.sleep(0.001)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(rng.uniform(0, killed_within_s))
-                process.kill()
-            _, stderr = process.communicate()
-            assert process.returncode in (0, -signal.SIGKILL), stderr
-            nonlocal n_kills
-            n_kills += process.returncode != 0
-        return time.monotonic() - began_s
-
-    whole = tmp_path / "whole.gguf"
-    took_s = run(whole)
-    n_done = 0
-    while n_kills < N_KILLS:
-        run(killed_within_s=took_s)
-        if target.exists():
-            assert target.read_bytes() == whole.read_bytes()
-            target.unlink()
-            n_done += 1
-    run()
-    assert target.read_bytes() == whole.read_bytes()
-    assert names(tmp_path) == {"tiny.gguf", target.name, whole.name}
-    print(f"{n_kills} kills; {n_done} conversions were done before")
-
-
-def test_a_stop_during_the_measurement_keeps_the_fit(
-    tiny, tmp_path, words, monkeypatch, short_examination
-):
-    options = (tiny, "--text", words, "--resume")
-    with monkeypatch.context() as stopping:
-        stopping.setattr(examining, "examine", _interrupt)
-        stopped = convert(*options)
-    assert stopped.exit_code == 130
-    assert "continues from there" in stopped.stderr
-    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
-    monkeypatch.setattr("pop_local.calibration.job.WindowReader", None)
-    assert convert(*options).exit_code == 0
-    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
-
-
-def _interrupt(*arguments: object) -> None:
-    raise KeyboardInterrupt

@@ -78,21 +78,3 @@ def test_a_named_projection_is_fitted_without_own_ones(tiny, letters, own_pass_a
     own_pass_at(7)
     _, tried = found_by(tiny, letters, "--projection", "fitted")
     assert {kind for boundary, kind in tried if boundary < 7} == {"fitted"}
-
-
-def test_a_stopped_search_resumes_with_the_same_fits(tiny, letters, own_pass_at, monkeypatch):
-    own_pass_at(7)
-    options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
-
-    def stop(self, candidate, real=Search.judge):
-        if candidate.fitted is not None:
-            raise KeyboardInterrupt
-        real(self, candidate)
-
-    with monkeypatch.context() as stopping:
-        stopping.setattr(Search, "judge", stop)
-        assert convert(*options).exit_code == 130
-    monkeypatch.setattr(activations.WindowReader, "window", None)
-    done = convert(*options)
-    assert done.exit_code == 0, done.stderr
-    assert "Fitting the projections for boundary 3, 6\n" in done.stderr

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.popfile import sidecar as sidecars
-from pop_local.calibration import activations, texts
+from pop_local.calibration import texts
 from pop_local.cli import app
 from pop_local.measure import budget
 from pop_local.measure.lookups import (
@@ -121,7 +121,7 @@ def test_a_strict_budget_skips_one_layer(tiny, tmp_path):
     assert "custom allows KL 0.0001" in done.stdout
 
 
-def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path, monkeypatch):
+def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path):
     named = ("--text", letters, "--projection", "fitted", *FEW, "--skip", "1/2", "--json")
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
@@ -130,12 +130,7 @@ def test_a_named_boundary_must_be_within_a_given_budget(tiny, letters, tmp_path,
     assert names(tmp_path) == {"tiny.gguf"}
     planned = json.loads(convert(tiny, *named, *LOOSE, "--dry-run").stdout)
     assert (planned["boundary"], planned["budget"]["max_kl"]) == (4, 50)
-    # The fits are kept for another budget.
-    assert convert(tiny, *named, "--max-kl", 0.0001, "--resume").exit_code == 1
-    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
-    with monkeypatch.context() as unread:
-        unread.setattr(activations.WindowReader, "window", None)
-        done = convert(tiny, *named, *LOOSE, "--resume")
+    done = convert(tiny, *named, *LOOSE)
     assert done.exit_code == 0, done.stderr
     [trial] = json.loads(done.stdout)["tried"]
     assert (trial["boundary"], trial["in_budget"]) == (4, True)
@@ -265,29 +260,6 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_a_stopped_search_is_resumed_regardless_of_the_memory(tiny, letters, tmp_path, monkeypatch):
-    options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
-    with monkeypatch.context() as stopping:
-        stopping.setattr(searching, "measure_against", _interrupt)
-        stopped = convert(*options, "--memory", 0)
-    assert stopped.exit_code == 130
-    assert "continues from there" in stopped.stderr
-    assert "for boundary 5\n" in stopped.stderr
-    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration-5"}
-    (tmp_path / ".tiny.pop.gguf.calibration-6").write_text("left by a search of other boundaries")
-    read: list[object] = []
-
-    def window(self, tokens, real=activations.WindowReader.window):
-        read.append(tokens)
-        return real(self, tokens)
-
-    monkeypatch.setattr(activations.WindowReader, "window", window)
-    done = convert(*options, "--memory", 1)
-    assert done.exit_code == 0, done.stderr
-    assert len(read) == 4, "boundary 5 was saved, and boundaries 2 to 4 share a pass"
-    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
-
-
 def test_text_is_sampled_once_for_several_fits(tmp_path, monkeypatch):
     tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=4)
     sampled, fitted = [], []
@@ -296,9 +268,9 @@ def test_text_is_sampled_once_for_several_fits(tmp_path, monkeypatch):
         sampled.append(arguments)
         return real(*arguments, **how)
 
-    def fit(self, plans, state_path, real=fits.PlanFitter.fit):
+    def fit(self, plans, real=fits.PlanFitter.fit):
         fitted.append([plan.boundary for plan in plans])
-        return real(self, plans, state_path)
+        return real(self, plans)
 
     monkeypatch.setattr(texts, "sample_windows", sample)
     monkeypatch.setattr(fits.PlanFitter, "fit", fit)
@@ -306,10 +278,6 @@ def test_text_is_sampled_once_for_several_fits(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
     assert fitted == [[2], [1]]
     assert len(sampled) == 1
-
-
-def _interrupt(*arguments: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
@@ -338,7 +306,7 @@ def test_a_stop_leaves_no_file(tiny, letters, tmp_path):
 
 def test_a_search_without_a_candidate_inside_leaves_no_file(tiny, letters, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "is_inside", lambda *_: False)
-    done = convert(tiny, "--text", letters, *FEW, *LOOSE, "--resume")
+    done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 1
     assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr
     assert "skipping 1 layer loses more than the budget allows" in done.stderr

@@ -9,15 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_converter.fit.least_squares import Gram
-from pop_local.calibration import state
-from pop_local.calibration.needs import FitPair
-from pop_local.calibration.texts import CalibrationText
-from pop_local.engine.learning.sums import Sums
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from support.calls import completed, opened
@@ -152,15 +146,3 @@ def test_a_session(model, tmp_path, number, monkeypatch):
             ),
             makes_folder=True,
         )
-
-
-def test_a_checkpoint_of_a_fit(tmp_path, number):
-    text = CalibrationText("text", "0" * 64, np.zeros((4, 8), np.int32))
-    gram = Gram(np.ones((5, 5), np.float32), {2: np.ones((5, 4), np.float32)})
-    made = state.CalibrationState(text, ((FitPair(1, 2),),), 0, 3, sums=Sums(grams={1: gram}))
-    check(
-        tmp_path,
-        number,
-        lambda folder: refusal(lambda: state.save(folder / NAME, "this", made)),
-        lambda path: getattr(state.load(path, "this"), "n_done", 0) == 3,
-    )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pop_converter.architecture.shape import source_shape
-from pop_converter.base.errors import PopError, StoppedError, WriteError
+from pop_converter.base.errors import PopError
 from pop_converter.fit.weights import Weights
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import Budget, DeepRows, Measured, PopMeta
@@ -29,12 +28,10 @@ from pop_local.models.model_files import ModelFiles
 from pop_local.models.model_names import resolve_base
 from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
 from pop_local.workflows.conversion.goals import Goal, Within, plans_of
-from pop_local.workflows.conversion.refusals import CopyingBrokenError, OverBudgetError, Trial
+from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.hardware import Hardware
-
-STATE_SUFFIX = ".calibration"
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ class ConvertOptions:
 
     `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`), for which the fastest
     candidate is searched. `fit`: the fit's options (None keeps the skipped layers' own
-    projections). `resume`: whether to store a stopped fit next to the output and to continue a
-    stored fit. `distiller`: a factory for an object that trains the fit end to end (None: no
+    projections). `distiller`: a factory for an object that trains the fit end to end (None: no
     training).
     """
 
@@ -66,7 +62,6 @@ class ConvertOptions:
     fit: FitOptions | None = FitOptions()
     rows: RowOptions = RowOptions()
     output: Literal["copy", "sidecar"] = "copy"
-    resume: bool = False
     distiller: MakeDistiller | None = None
     hardware: Hardware = Hardware()
 
@@ -186,9 +181,6 @@ def plan_conversion(
     target = target if out is None else Path(out)
     if fit is not None:
         fit.require_text(shape.n_embd)
-        if options.resume:
-            fit = replace(fit, state_path=target.with_name(f".{target.name}{STATE_SUFFIX}"))
-            options = replace(options, fit=fit)
     projection = Projection.OWN if fit is None else fit.projection or Projection.FITTED
     macs = GraphMacs(source.first.path)
     rows = {"projection": projection, "macs": macs, **vars(options.rows)}
@@ -237,16 +229,12 @@ class ConversionRun:
     force: bool
     runner: TrialRunner
 
-    @property
-    def fit(self) -> FitOptions:
-        return self.conversion.fit or FitOptions()
-
     def fitter(self) -> PlanFitter:
         """Return a fitter for the conversion's plans."""
-        runner = self.runner
+        runner, fit = self.runner, self.conversion.fit or FitOptions()
         make = self.conversion.options.distiller
-        distiller = make and make(runner.source, self.fit, runner.hardware, runner.watch)
-        return PlanFitter(runner, self.fit, distiller=distiller)
+        distiller = make and make(runner.source, fit, runner.hardware, runner.watch)
+        return PlanFitter(runner, fit, distiller=distiller)
 
     def write(
         self,
@@ -276,31 +264,3 @@ class ConversionRun:
             force=self.force,
         )
         return Outcome(plan, meta, trials)
-
-    @contextmanager
-    def resumable(self, *, keeps_refused: bool = False) -> Iterator[None]:
-        """Keep the stored fit if the `with` block is stopped or cannot write the output.
-
-        `keeps_refused`: whether to also keep a fit that exceeds the budget, for a retry with
-        another budget.
-        """
-        keeping: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
-        keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))
-        try:
-            yield
-        except keeping as error:
-            if kept := ", ".join(map(str, self.fit.state_files())):
-                again = "The same conversion"
-                if isinstance(error, OverBudgetError):
-                    again = "A conversion at this boundary, with another budget or none,"
-                note = f"The unfinished fit is kept in {kept}. {again} continues from there."
-                self.runner.watch.on_note(note)
-            raise
-        except (CopyingBrokenError, OverBudgetError):
-            self._forget()
-            raise
-        self._forget()
-
-    def _forget(self) -> None:
-        for path in self.fit.state_files():
-            path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 from pop_converter.gguf.source import Source
@@ -50,15 +49,15 @@ class PlanFitter:
     kind: Projection | None = None
     distiller: Distilling | None = None
 
-    def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
-        """Fit all plans in one pass, resuming from `state_path`. Raises PopError, StoppedError."""
+    def fit(self, plans: Sequence[Plan]) -> tuple[Fitted, ...]:
+        """Fit all plans on the same text. Raises PopError, StoppedError."""
         if not plans:
             return ()
         follow = Callbacks(
             self._lazily("Sampling text"), self._lazily("Fitting"), self.runner.watch.should_stop
         )
         self.kind = self.kind or fit_kind(plans[0], self.options)
-        options = replace(self.options, state_path=state_path, projection=self.kind)
+        options = replace(self.options, projection=self.kind)
         wanted = [replace(plan, projection=self.kind) for plan in plans]
         with loaded(self.runner.path, **vars(self.runner.hardware)) as context:
             done = calibrate(wanted, context, self.runner.source, options, follow, self.text)

@@ -41,12 +41,11 @@ def write_named(run: ConversionRun) -> Outcome:
     share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share
     plan = replace(plan, deep_share=share)
     require_windows(run.runner, plan)
-    with run.resumable():
-        fitter = run.fitter()
-        [fitted] = fitter.fit((plan,), run.fit.state_path)
-        if fitter.distiller is not None:
-            fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
-        return run.write(plan, fitted, lambda written: examine(run, plan, written))
+    fitter = run.fitter()
+    [fitted] = fitter.fit((plan,))
+    if fitter.distiller is not None:
+        fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
+    return run.write(plan, fitted, lambda written: examine(run, plan, written))
 
 
 def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:

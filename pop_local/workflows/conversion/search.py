@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -29,7 +28,6 @@ from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.needs import fit_needs, spaced
-from pop_local.calibration.state import kept_boundaries
 from pop_local.measure import budget as budgets
 from pop_local.measure.estimate import mean
 from pop_local.measure.forced import Pruning
@@ -91,15 +89,14 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 
     Raises OverBudgetError, PopError, StoppedError.
     """
-    planned, is_named = run.conversion, run.conversion.is_named
+    planned = run.conversion
     if any(plan.projection != Projection.OWN for plan in planned.plans):
         require_windows(run.runner, planned.deepest)
-    with run.resumable(keeps_refused=is_named):
-        full = FullModel(run.runner, planned.plans[0], QualitySettings(full_model.N_WINDOWS))
-        search = Search(run.runner, budget, run.fitter(), full, planned.plans)
-        chosen = search.run()
-        found = measured(chosen.quality, chosen.lookups)
-        return run.write(chosen.plan, chosen.fitted, lambda _: found, search.trials)
+    full = FullModel(run.runner, planned.plans[0], QualitySettings(full_model.N_WINDOWS))
+    search = Search(run.runner, budget, run.fitter(), full, planned.plans)
+    chosen = search.run()
+    found = measured(chosen.quality, chosen.lookups)
+    return run.write(chosen.plan, chosen.fitted, lambda _: found, search.trials)
 
 
 @dataclass
@@ -280,24 +277,15 @@ class Search:
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
         """Fit the first candidate, and the next candidates if the same pass has room (rule 3)."""
-        options = self.fitter.options
-        options = options if len(self.plans) == 1 else options.at(wanted[0].boundary)
-        fitted = self._kept(wanted, options.state_path) or self._room_for(wanted)
+        fitted = self._room_for(wanted)
         plans = [each.plan for each in fitted]
-        self.runner.require_room(plans, options.kv_type)
+        self.runner.require_room(plans, self.fitter.options.kv_type)
         names = ", ".join(map(str, sorted(plan.boundary for plan in plans)))
         self._note(f"Fitting the projections for boundary {names}")
-        made = self.fitter.fit(plans, options.state_path)
+        made = self.fitter.fit(plans)
         for candidate, fit in zip(fitted, made, strict=True):
             candidate.fitted = fit
             candidate.plan = replace(candidate.plan, projection=fit.projection)
-
-    def _kept(self, wanted: Sequence[Candidate], state_path: Path | None) -> list[Candidate]:
-        """Return a stored fit's candidates; the fit continues regardless of the free memory."""
-        kept = kept_boundaries(state_path) if state_path else ()
-        known = {each.boundary: each for each in wanted}
-        is_ours = wanted[0].boundary in kept and known.keys() >= set(kept)
-        return [known[each] for each in kept] if is_ours else []
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
         """Return the first candidate, and the next candidates whose sums also fit into memory."""

@@ -9,7 +9,7 @@ from pop_converter.base.errors import PopError
 from pop_local.calibration import texts
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.samples import NOT_SAMPLED, draw, sample_windows
+from pop_local.calibration.samples import draw, sample_windows
 from pop_local.calibration.texts import (
     CalibrationError,
     default_tokens,
@@ -17,7 +17,6 @@ from pop_local.calibration.texts import (
     given_text,
     n_windows,
     own_text,
-    sampled,
 )
 from pop_local.engine.prompt.prompter import Prompter
 from support.calibrating import SILENT, fitted, settings
@@ -94,11 +93,11 @@ def test_how_much_is_distilled_on():
 
 
 def test_samples_are_repeatable_and_begin_as_told(llama: Path):
-    first, again, other = (np.full((3, 32), NOT_SAMPLED, np.int32) for _ in range(3))
+    starts, silent = [[1], [5, 6, 7], [9]], SILENT.on_sampling
     with loaded(llama, n_threads=1) as context:
-        for windows, seed in ((first, 0), (again, 0), (other, 1)):
-            windows[:, 0], windows[1, :3] = (1, 5, 9), (5, 6, 7)
-            sample_windows(context, windows, [1, 3, 1], seed=seed, on_progress=SILENT.on_sampling)
+        first, again, other = (
+            sample_windows(context, starts, 32, seed=seed, on_progress=silent) for seed in (0, 0, 1)
+        )
     assert first[:, 0].tolist() == other[:, 0].tolist() == [1, 5, 9]
     assert first[1, :3].tolist() == other[1, :3].tolist() == [5, 6, 7]
     np.testing.assert_array_equal(first, again)
@@ -110,7 +109,7 @@ def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(te
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=template)
     with loaded(path, n_threads=1) as context:
         before = context.vocabulary.tokenize("<s>user: ", special=True)
-        text = sampled(context, own_text(context, 8), SILENT.on_sampling)
+        text = own_text(context, 8, SILENT.on_sampling)
         topics, code = (
             texts._cut(context, whole, 1) for whole in (texts._topics(), texts._library_code())
         )

@@ -1,6 +1,5 @@
-"""Calibration in one pass, in groups and resumed; its memory and its stored tensors."""
+"""Calibration in one pass, in groups and stopped; its memory and its stored tensors."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pop_local.calibration import samples
 from pop_local.calibration.activations import loaded
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import plan_needs
-from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
+from pop_local.calibration.texts import N_WINDOW, given_text
 from support.calibrating import (
     BOUNDARY,
     N_LAYER,
@@ -111,84 +110,24 @@ def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama, letters, apa
     assert list(together) == apart
 
 
-# Asked after each window and after each layer that is solved.
-@pytest.mark.parametrize(
-    ("memory_bytes", "stop_after", "first_read"),
-    [
-        (1 << 30, 1, 2 * N_WINDOW),
-        (1 << 30, 3, 4 * N_WINDOW),
-        (1 << 30, 6, None),
-        (1, 3, 4 * N_WINDOW),
-        (1, 5, 5 * N_WINDOW),
-        (1, 7, 7 * N_WINDOW),
-    ],
-)
-def test_a_resumed_fit_equals_one_without_a_stop(
-    memory_bytes, stop_after, first_read, llama, letters, whole, tmp_path
-):
-    kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
+@pytest.mark.parametrize(("memory_bytes", "stop_after"), [(1 << 30, 3), (1 << 30, 6), (1, 7)])
+def test_a_stop_ends_a_fit_after_a_window_or_a_layer(memory_bytes, stop_after, llama, letters):
     with pytest.raises(StoppedError):
-        fitted(llama, kept, stopped_at(stop_after))
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
-    read: list[int] = []
-    again = fitted(llama, kept, replace(SILENT, on_reading=lambda done, total: read.append(done)))
-    assert next(iter(read), None) == first_read
-    assert again == whole
-    read.clear()
-    watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
-    assert (fitted(llama, kept, watch), read) == (again, [])
+        fitted(llama, settings(letters, memory_bytes=memory_bytes), stopped_at(stop_after))
 
 
-def test_what_was_sampled_until_a_stop_is_kept(tmp_path, monkeypatch):
+def test_a_stop_ends_sampling(tmp_path, monkeypatch):
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=TEMPLATE)
-    kept = replace(settings(tmp_path), texts=(), state_path=tmp_path / "state")
     drawn: list[int] = []
 
     def counted(logits, chance, real=samples.draw):
         drawn.append(real(logits, chance))
         return drawn[-1]
 
-    monkeypatch.setattr(samples, "MAX_SEQUENCES", 1)
     monkeypatch.setattr(samples, "draw", counted)
-    fitted(path, replace(kept, state_path=None))
-    all_drawn = drawn.copy()
-    drawn.clear()
-    with pytest.raises(StoppedError):  # at a step of the second sample
-        fitted(path, kept, stopped_at(N_WINDOW + 99))
-    n_kept = len(drawn)
-    assert N_WINDOW < n_kept < len(all_drawn)
-    fitted(path, kept)
-    assert len(drawn) == len(all_drawn)
-    assert drawn[: n_kept + 1] == all_drawn[: n_kept + 1], "the last one after reading again"
-
-
-@pytest.mark.parametrize(("first", "then"), [(1, 1 << 30), (1 << 30, 1)])
-def test_a_fit_is_resumed_with_whatever_memory_is_free(
-    first, then, llama, letters, whole, tmp_path
-):
-    kept = settings(letters, state_path=tmp_path / "state", memory_bytes=first)
     with pytest.raises(StoppedError):
-        fitted(llama, kept, stopped_at(7 if first == 1 else 2))
-    assert fitted(llama, replace(kept, memory_bytes=then)) == whole
-
-
-def test_a_state_of_other_settings_is_refused(llama: Path, letters: Path, tmp_path: Path):
-    kept = settings(letters, state_path=tmp_path / "state")
-    with pytest.raises(StoppedError):
-        fitted(llama, kept, replace(SILENT, should_stop=lambda: True))
-    with pytest.raises(CalibrationError, match="a calibration with another model, text or setting"):
-        fitted(llama, replace(kept, ridge=0.5))
-    encrypted = bytearray((tmp_path / "state").read_bytes())
-    # In the list of what a zip holds, the first entry's flags.
-    encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
-    # The head of a large array, which numpy takes apart as Python.
-    whole = (tmp_path / "state").read_bytes()
-    unclosed = re.sub(rb"(\(\d+, \d+\)), }", rb"\1,  ", whole)
-    assert unclosed != whole
-    for damaged in (encrypted, unclosed, b"PK junk"):
-        (tmp_path / "state").write_bytes(damaged)
-        with pytest.raises(CalibrationError, match="damaged"):
-            fitted(llama, kept)
+        fitted(path, replace(settings(tmp_path), texts=()), stopped_at(99))
+    assert 0 < len(drawn) < 2 * N_WINDOW
 
 
 def _n_kv(path: Path) -> int:

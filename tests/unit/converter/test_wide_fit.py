@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pop_converter.architecture.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
-from pop_converter.base.errors import StoppedError
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import KvType
 from pop_converter.fit.weights import Weights
@@ -40,7 +39,6 @@ from support.calibrating import (
     planned,
     recorded,
     settings,
-    stopped_at,
     weights,
 )
 from support.converted import made_up
@@ -126,18 +124,6 @@ def test_plain_fits_use_the_same_sums(llama, letters):
             np.testing.assert_allclose(values, theirs[name], atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("memory_bytes", "stop_after"), [(1 << 30, 7), (1, 14)])
-def test_resumed_fit_equals_uninterrupted_fit(memory_bytes, stop_after, llama, letters, tmp_path):
-    """The inputs are chosen by the first four windows; each of them may be the last one read."""
-    kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
-    with pytest.raises(StoppedError):
-        fitted(llama, kept, stopped_at(stop_after), WIDE)
-    assert (tmp_path / "state").exists()
-    again = fitted(llama, kept, projection=WIDE)
-    assert again == fitted(llama, settings(letters, memory_bytes=memory_bytes), projection=WIDE)
-
-
 def test_strongest_neurons_are_chosen_and_scaled(tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     shape, weights = read_shape(path), Weights(read_source(path))
@@ -217,7 +203,7 @@ def test_the_first_plan_decides_the_kind_of_all_fits(llama, monkeypatch):
     for first, kind in ((cheap, WIDE), (dear, FITTED)):
         fitter = PlanFitter(runner, FitOptions())
         for plan in (first, cheap, dear):
-            assert [each.projection for each in fitter.fit([plan], None)] == [kind]
+            assert [each.projection for each in fitter.fit([plan])] == [kind]
 
 
 def test_an_expensive_wide_fit_is_made_on_request_only(llama):
