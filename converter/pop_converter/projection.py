@@ -1,4 +1,4 @@
-"""Kinds of K/V projections for context tokens in skipped layers."""
+"""The kinds of K/V projections for context tokens in skipped layers."""
 
 from enum import Enum
 
@@ -18,5 +18,5 @@ class Projection(str, Enum):
         return self.value
 
 
-# Every tensor that a conversion adds has this text in its name.
+# Part of the name of every tensor that a conversion adds.
 TENSOR_MARK = ".pop_"

@@ -1,4 +1,4 @@
-"""Read windows of text in full, and return the model's activations."""
+"""Run windows of text through all layers, and return the model's activations."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,7 +17,7 @@ from pop_local.engine.llama.taps import Tapped, TapRequest
 
 
 def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) -> closing[Context]:
-    """Open a model for reading windows of N_WINDOW tokens. Raises PopError."""
+    """Open a model with a context for windows of N_WINDOW tokens. Raises PopError."""
     options = ContextOptions(
         n_ctx=N_WINDOW,
         n_batch=N_WINDOW,
@@ -31,7 +31,7 @@ def loaded(path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) 
 
 
 class WindowReader:
-    """Reader of single windows that returns the requested activations."""
+    """Reader that returns the requested activations of one window at a time."""
 
     def __init__(self, context: Context, wanted: TapRequest) -> None:
         self._slot, self._wanted = Slot(context), wanted
@@ -39,7 +39,7 @@ class WindowReader:
         taps.set_taps(context.ctx, wanted)
 
     def window(self, tokens: Sequence[int]) -> Tapped:
-        """Read a window of two or more tokens into an empty KV cache.
+        """Run a window of two or more tokens, starting with an empty KV cache.
 
         Raises PopError if llama.cpp fails. Exceptions of signal handlers (Ctrl-C) propagate.
         """

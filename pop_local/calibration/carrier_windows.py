@@ -1,7 +1,7 @@
 """Windows of synthetic look-ups: documents with exact values, followed by questions and answers.
 
-Running text rarely repeats an exact string from its context, so a fit on running text alone first
-loses the ability to answer look-ups.
+Ordinary text rarely repeats an exact string from its context, so with a fit on ordinary text alone,
+look-ups fail first.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
 from pop_local.texts.carriers import AnsweredCarrier, make_carrier, with_answers
 
-# One in SHARE windows is a look-up document.
+# One in SHARE windows is a window of look-ups.
 SHARE = 4
-# The document's share of a window; questions and answers fill the rest.
+# The document's share of a window. Questions and answers fill the rest.
 _DOCUMENT = 0.55
 _MOST = 64
 
 
 @dataclass(frozen=True)
 class CarrierWindows:
-    """Look-up windows, int32 [n, n_tokens]; `answers`, bool [n, n_tokens], marks answer tokens."""
+    """Look-up windows [n, n_tokens]. `answers` [n, n_tokens] marks the tokens of answers."""
 
     windows: NDArray[np.int32]
     answers: NDArray[np.bool_]
@@ -34,9 +34,9 @@ class CarrierWindows:
 def carrier_windows(
     context: Context, n: int, n_tokens: int, prose: str, seed: int
 ) -> CarrierWindows:
-    """Build `n` windows of `n_tokens` tokens, which the seed determines.
+    """Build `n` windows of `n_tokens` tokens. Equal seeds build equal windows.
 
-    The result is empty if a document would not fit into a window, as with tiny vocabularies.
+    The result has fewer windows if a document does not fit, which happens with tiny vocabularies.
     """
     rng = np.random.default_rng(seed)
     windows = np.zeros((n, n_tokens), np.int32)
@@ -50,8 +50,8 @@ def carrier_windows(
             return CarrierWindows(windows[:i], answers[:i])
         tokens = context.vocabulary.tokenize(carrier.text)
         is_answer = _marked(context, tokens, carrier)
-        # With a tiny vocabulary, the first block may be too long. The start is cut, since the
-        # questions at the end must stay.
+        # With a tiny vocabulary, the text may be too long. Its start is cut, since the questions
+        # at the end must stay.
         tokens, is_answer = tokens[-n_tokens + len(prefix) :], is_answer[-n_tokens + len(prefix) :]
         row = [*prefix, *tokens]
         window[:] = np.resize([*row, *filler], n_tokens)
@@ -62,7 +62,7 @@ def carrier_windows(
 def _written(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
 ) -> AnsweredCarrier:
-    """Build a document with one question or more, up to the number that fits into `n_tokens`."""
+    """Build a document with as many questions as fit into `n_tokens`, but one or more."""
 
     def count(text: str) -> int:
         return len(context.vocabulary.tokenize(text))
@@ -79,7 +79,7 @@ def _written(
 
 
 def _marked(context: Context, tokens: Sequence[int], carrier: AnsweredCarrier) -> list[bool]:
-    """Return a flag for each token: True if the token spells a part of an answer."""
+    """Return a flag for each token that is True if the token overlaps an answer."""
     pieces = Pieces(context.vocabulary)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
     # Some tokenizers insert a space at the start of a text.

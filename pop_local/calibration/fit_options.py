@@ -5,6 +5,18 @@ from pathlib import Path
 
 from pop_converter.fit.least_squares import RIDGE, KvType
 from pop_converter.projection import Projection
+from pop_local.calibration.texts import (
+    DEFAULT_NAME,
+    N_WINDOW,
+    CalibrationError,
+    default_tokens,
+    least_tokens,
+    require_text,
+)
+
+# Distilling on fewer windows overfits: SmolLM2 did with 32 windows. More windows help, but take
+# time.
+N_DISTILLED = 128
 
 
 @dataclass(frozen=True)
@@ -26,28 +38,28 @@ class FitOptions:
 
     @property
     def text_name(self) -> str:
-        from pop_local.calibration.texts import DEFAULT_NAME
-
         return ", ".join(map(str, self.texts)) or DEFAULT_NAME
 
     def n_tokens(self, n_embd: int) -> int:
-        """Return the number of tokens to read, as whole windows. Raises CalibrationError."""
-        from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
-
-        if self.tokens is None:
-            return default_tokens(n_embd)
-        return n_windows(self.tokens, n_embd) * N_WINDOW
+        """Return the number of tokens to fit on, in whole windows. Raises CalibrationError."""
+        default, least = default_tokens(n_embd), least_tokens(n_embd)
+        n_tokens = default if self.tokens is None else self.tokens
+        if n_tokens < least:
+            raise CalibrationError(
+                f"{n_tokens:,} tokens are too few for a fit: this model needs {least:,} tokens",
+                f"use {least} tokens or more (default: {default})",
+                cause="too-few-tokens",
+                n_least=least,
+                n_default=default,
+            )
+        return -(-n_tokens // N_WINDOW) * N_WINDOW
 
     def n_distilled(self, n_embd: int) -> int:
-        """Return the maximum number of windows for distilling. Raises CalibrationError."""
-        from pop_local.calibration.texts import N_DISTILLED, N_WINDOW
-
+        """Return the maximum number of windows to distill on. Raises CalibrationError."""
         return max(self.n_tokens(n_embd) // N_WINDOW, N_DISTILLED)
 
     def require_text(self, n_embd: int) -> None:
-        """Raise PopError, before any measurement, for a text on which a fit would fail."""
-        from pop_local.calibration.texts import require_text
-
+        """Raise PopError, before any measurement, for a text that is too short to fit on."""
         self.n_tokens(n_embd)
         if self.texts:
             require_text(self.texts, n_embd)

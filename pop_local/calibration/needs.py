@@ -1,4 +1,4 @@
-"""A calibration's cost: the passes over the text, the memory and the time."""
+"""The cost of a calibration: its passes over the text, its memory and its time."""
 
 import time
 from collections.abc import Sequence
@@ -20,35 +20,35 @@ from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 from pop_local.engine.llama.devices import has_kernels
 
-# Number of rows and columns of the matrix product that measures the machine's speed.
+# Size of the square matrices whose product measures the machine's speed.
 _N_PRODUCT = 1024
-# Speed of pop-local's kernels relative to numpy's products (four with AMX, less on some CPUs).
+# Conservative speed of pop-local's kernels relative to numpy (four with AMX, less on some CPUs).
 _READING_GAIN = 2
-# Cost of sampling a token relative to reading a token, since each step reads all weights for few
-# tokens.
+# Cost of sampling a token relative to reading one. Each sampling step reads all weights for only a
+# few tokens.
 _SAMPLING_COST = 3
-# Memory that Python with numpy and llama.cpp takes without a model.
+# Memory of Python with numpy and llama.cpp, before a model is opened.
 _BASE_BYTES = 100 * 10**6
-# If the sums of all boundaries would take more memory, a search fits only a few boundaries.
+# If the sums of all boundaries exceed this size, a search fits only a few boundaries.
 MOST_SUMS_BYTES = 6 * 10**9
 _ANY = 1 << 60
-# Number of rows per dimension of the state for choosing the parts of a wider input.
+# Number of rows per dimension of the state for choosing a wide input.
 _ROWS_PER_DIM = 2
 _LEAST_WINDOWS = 4
-# Size of the weights that llama.cpp repacks for AMX, relative to their size in the file (measured
-# on an 8B model in Q8_0).
+# Size of the weights after llama.cpp repacks them for AMX, relative to their size in the file
+# (measured on an 8B model in Q8_0).
 _REPACKED = 1.05
-# Number of stored rows of the full model's predictions, which take two bytes per token of the
-# vocabulary. The rows of the compared window take eight more.
+# Number of stored rows of the full model's predictions, which take two bytes for each token of the
+# vocabulary. In the window that is being compared, rows take eight more bytes.
 _N_PREDICTED = 16 * 128
 _N_COMPARED = 128
-# Largest share of the speed that a wide fit may cost, compared with a plain fit
+# Maximum share of a plain fit's speed that a wide fit may cost
 # (docs/notebook/wide-fits.md).
 MAX_WIDE_COST = 0.015
 
 
 class FitPair(NamedTuple):
-    """A skipped layer's projections that are fitted on the state at one boundary."""
+    """A skipped layer whose projections are fitted on the state at a boundary."""
 
     boundary: int
     layer: int
@@ -56,12 +56,12 @@ class FitPair(NamedTuple):
 
 @dataclass(frozen=True)
 class FitNeeds:
-    """A calibration's cost.
+    """The cost of a calibration.
 
-    `groups`: the pairs that each pass over the text fits. `n_inputs`: the maximum number of inputs
+    `groups`: the pairs to fit in each pass over the text. `n_inputs`: the maximum number of inputs
     of a fit. `n_sampled`: the number of windows that the model samples first. `sums_bytes`: the
-    memory for the largest group's Gram matrices and for temporary data. `total_bytes`: the
-    process's peak memory without the mapped model file.
+    memory for the largest group's Gram matrices, with scratch memory. `total_bytes`: the process's
+    peak memory, excluding the mapped model file.
     """
 
     groups: tuple[tuple[FitPair, ...], ...]
@@ -76,7 +76,7 @@ def free_bytes() -> int:
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:
-    """Return the share of a plain fit's speed that is lost with another kind of fit."""
+    """Return the share of a plain fit's speed that another kind of fit loses."""
     plain, wide = (
         replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
     )
@@ -92,18 +92,18 @@ def fit_kind(plan: Plan, options: FitOptions) -> Projection:
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> FitNeeds:
-    """Return the cost of fitting all plans. Raises CalibrationError for too small `tokens`."""
+    """Return the cost of fitting all plans. Raises CalibrationError if `tokens` is too small."""
     kind = fit_kind(plans[0], options)
     plans = [replace(plan, projection=kind) for plan in plans]
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
-    n_sampled = n_sampled_of(n_windows) if not options.texts else 0
+    n_sampled = 0 if options.texts else n_sampled_of(n_windows)
     return plan_needs(plans, source, options, n_sampled)
 
 
 def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[Plan, ...]:
-    """Return the first plan and evenly spaced further plans whose sums one pass can hold.
+    """Return the first plan and evenly spaced later plans whose sums fit into one pass.
 
-    The sums may take MOST_SUMS_BYTES, or the memory in the options if it is larger.
+    The sums may take MOST_SUMS_BYTES, or the memory in the options if that is larger.
     """
     most = max(MOST_SUMS_BYTES, options.memory_bytes or 0)
     options = replace(options, memory_bytes=_ANY)
@@ -118,10 +118,10 @@ def spaced(plans: Sequence[Plan], source: Source, options: FitOptions) -> tuple[
 def plan_needs(
     plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
 ) -> FitNeeds:
-    """Group the pairs of all plans into passes whose sums fit into memory.
+    """Divide the pairs of all plans into passes whose sums fit into memory.
 
-    The limit is the memory in the options (default: half of the free memory). Each pass has one or
-    more pairs.
+    The limit is the memory in the options (default: half of the free memory). Each pass has one
+    pair or more. `n_sampled`: the number of windows that the model samples first.
     """
     shape, memory_bytes = plans[0].shape, options.memory_bytes
     if memory_bytes is None:
@@ -147,20 +147,23 @@ def plan_needs(
     n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
     boundaries = {pair.boundary for pair in max(groups, key=len)}
     n_tapped = len(boundaries) * n_inputs + sum(shape.n_k + shape.n_v)
-    # The activations exist three times: in the graph, in the tap, and as inputs of the sums.
+    # Three copies of the activations exist: in the graph, in the tap, and as inputs of the sums.
     reading = 3 * 4 * N_WINDOW * n_tapped + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
     is_wide = any(plan.projection != Projection.FITTED for plan in plans)
     choosing = is_wide * _choosing_bytes(shape, len(boundaries))
     fitting = reading + max(n_sums, choosing)
-    most = max(fitting, sampling, _measuring_bytes(shape))
-    total = _BASE_BYTES + n_stored + _repacked_bytes(source) + most
+    # Measuring a fit stores predictions of the full model.
+    predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
+    measuring = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW) + predicted
+    repacked = 0 if has_kernels() else int(_REPACKED * source.size_bytes)
+    total = _BASE_BYTES + n_stored + repacked + max(fitting, sampling, measuring)
     return FitNeeds(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
 class FitWork(NamedTuple):
-    """The work of each part of a fit in multiply-accumulates."""
+    """The work of a fit's parts in multiply-accumulates."""
 
     sampling: float
     reading: float
@@ -168,14 +171,14 @@ class FitWork(NamedTuple):
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return the work of reading `n_tokens` in full. Raises the errors of `Plan.macs`."""
+    """Return the work of a full prefill of `n_tokens`. Raises the errors of `Plan.macs`."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work of fitting all plans without measuring. Raises the errors of `Plan.macs`.
+    """Return the work of fitting all plans, without measuring. Raises the errors of `Plan.macs`.
 
-    Each pass reads the text and adds its rows to the sums. Each pair is solved in float64.
+    Each pass runs the text and adds its rows to the sums. Each pair is solved in float64.
     """
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
@@ -194,7 +197,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> Fit
 
 @cache
 def macs_per_s() -> float:
-    """Measure this machine's multiply-accumulates per second, in some tenths of a second."""
+    """Measure this machine's multiply-accumulates per second, which takes under a second."""
     a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
     times_s = []
     for _ in range(4):
@@ -205,7 +208,7 @@ def macs_per_s() -> float:
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """Return the memory in bytes of an F16 KV cache and of a batch of `n_rows` with logits."""
+    """Return the bytes of an F16 KV cache and of a batch of `n_rows` with logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 
@@ -215,19 +218,8 @@ def n_choosing(n_embd: int) -> int:
 
 
 def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
-    """Return the bytes for choosing a wider input: states, their axes, and a layer's neurons."""
+    """Return the bytes for choosing a wide input: states, their axes, and a layer's neurons."""
     n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
     axes = 8 * n * (2 * n_rows + 3 * n)
     neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)
     return 4 * n * n_rows * n_boundaries + 8 * n * (n_rows + n) + max(axes, neurons)
-
-
-def _measuring_bytes(shape: ModelShape) -> int:
-    """Return the memory in bytes for measuring a fit, including stored predictions."""
-    context = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW)
-    predicted = (2 * _N_PREDICTED + 8 * _N_COMPARED) * shape.n_vocab
-    return context + predicted
-
-
-def _repacked_bytes(source: Source) -> int:
-    return 0 if has_kernels() else int(_REPACKED * source.size_bytes)

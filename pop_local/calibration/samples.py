@@ -1,4 +1,4 @@
-"""Sample text from the model at temperature 1, in batches of many sequences."""
+"""Sample text from a model at temperature 1, with many sequences in each batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,8 +14,7 @@ from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.context import Context
 
 MAX_SEQUENCES = 64
-# Block size of a two-level sum, since a full cumulative sum over the vocabulary would double the
-# time.
+# Block size of a two-level sum. A full cumulative sum over the vocabulary takes twice as long.
 _BLOCK = 256
 
 

@@ -1,4 +1,4 @@
-"""Calibration text: the user's files, or a default text that is available on every machine."""
+"""Calibration text: the user's files, or a default text that every machine has."""
 
 import hashlib
 import sysconfig
@@ -26,13 +26,10 @@ T = TypeVar("T")
 
 N_WINDOW = 512
 SEED = 0
-# Distilling on fewer windows overfits: SmolLM2 did with 32 windows. More windows help, but take
-# time.
-N_DISTILLED = 128
-# Additional weight of the answers' tokens in the loss for distilling.
+# Extra weight of answer tokens in the distillation loss.
 _ANSWER_WEIGHT = 3.0
 DEFAULT_NAME = "look-ups, Python's documentation and code, samples of the model alone and in chat"
-# Upper bound of a token's length in characters, which limits the text to tokenize for a window.
+# Maximum number of characters to tokenize for each token of a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
 
@@ -43,10 +40,7 @@ class CalibrationError(PopError):
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The windows [n_windows, N_WINDOW] on which a fit is computed.
-
-    `sha256`: the hash of the text or of its tokens.
-    """
+    """The windows [n_windows, N_WINDOW] to fit on. `sha256`: the hash of the text or its tokens."""
 
     name: str
     sha256: str
@@ -58,35 +52,21 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """Return the default text length: 24 tokens per dimension of the state, 16k or more.
+    """Return the default text length: 24 tokens per dimension of the state, but 16k or more.
 
-    The fit's error is proportional to n_embd / n_tokens. The length is a multiple of two windows.
+    The error of a fit is proportional to n_embd / n_tokens. The length is a multiple of two
+    windows.
     """
     pair = 2 * N_WINDOW
     return max(16 * 1024, -(-24 * n_embd // pair) * pair)
 
 
 def least_tokens(n_embd: int) -> int:
-    """Return the minimum text length: one token per dimension of the state, four windows or more.
+    """Return the minimum text length: one token per dimension of the state, and 4 windows or more.
 
-    With fewer tokens, the ridge would determine the fit.
+    With fewer tokens, the ridge would dominate the fit.
     """
     return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
-
-
-def n_windows(n_tokens: int, n_embd: int) -> int:
-    """Return the number of windows for `n_tokens`, rounded up. Raises CalibrationError."""
-    least = least_tokens(n_embd)
-    if n_tokens < least:
-        default = default_tokens(n_embd)
-        raise CalibrationError(
-            f"{n_tokens:,} tokens are too few for a fit: this model needs {least:,} tokens",
-            f"use {least} tokens or more (default: {default})",
-            cause="too-few-tokens",
-            n_least=least,
-            n_default=default,
-        )
-    return -(-n_tokens // N_WINDOW)
 
 
 def n_sampled_of(count: int) -> int:
@@ -96,8 +76,8 @@ def n_sampled_of(count: int) -> int:
 def own_text(context: Context, count: int, on_progress: Progress) -> CalibrationText:
     """Build a text from look-ups, Python's documentation and library code, and model samples.
 
-    Half of the samples are free text. The other half are questions and answers, which start like
-    the chat template. Nothing is downloaded. `on_progress` counts the samples' tokens.
+    Half of the samples are free text. The other half are questions and answers that start with the
+    chat template's first tokens. Nothing is downloaded. `on_progress` counts sampled tokens.
     """
     n_sampled = n_sampled_of(count)
     carriers = carrier_windows(context, count // SHARE, N_WINDOW, _topics(), SEED).windows
@@ -115,7 +95,7 @@ def _starts(context: Context, n_sampled: int) -> list[list[int]]:
 
 
 def first_token(context: Context) -> int:
-    """Return the token that starts a generated text: BOS, otherwise EOS, otherwise token 0."""
+    """Return the first token of a generated text: BOS, or else EOS, or else token 0."""
     api, vocab = bindings(), context.vocabulary.pointer
     found = (api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab))
     return next((int(token) for token in found if token >= 0), 0)
@@ -123,7 +103,7 @@ def first_token(context: Context) -> int:
 
 @dataclass(frozen=True)
 class DistillText:
-    """The windows [n_windows, N_WINDOW] for distilling, and each row's weight in the loss."""
+    """The windows [n_windows, N_WINDOW] to distill on, and each row's weight in the loss."""
 
     windows: Windows
     weights: NDArray[np.float32]
@@ -132,10 +112,10 @@ class DistillText:
 def distill_text(
     context: Context, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> DistillText:
-    """Return a calibration's windows, further windows from its texts, and look-ups.
+    """Return a calibration's windows, more windows from its texts, and look-ups.
 
     `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
-    or fewer if the texts have too few distinct windows.
+    or fewer if the texts are too short for that many distinct windows.
     """
     groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)
@@ -150,11 +130,10 @@ def distill_text(
 
 
 def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int) -> CalibrationText:
-    """Choose windows in equal shares from all paths, and from all kinds of files in a folder.
+    """Choose windows in equal shares from all paths, and from each kind of file in a folder.
 
-    If a text is too short for its share, longer texts provide more windows. Windows are spread
-    evenly over each text. Raises CalibrationError if the texts are empty, binary, too short, or
-    repeat one phrase.
+    If a text is too short for its share, longer texts make up for it. Windows are spread evenly
+    over each text. Raises PopError if the texts are empty, binary, too short or repetitive.
     """
     groups = _grouped_texts(paths, count)
     least = least_tokens(n_embd)
@@ -173,7 +152,7 @@ def given_text(context: Context, paths: Sequence[Path], count: int, n_embd: int)
 
 
 def require_text(paths: Sequence[Path], n_embd: int) -> None:
-    """Raise PopError if `given_text` would certainly fail, judged without a tokenizer."""
+    """Raise PopError if `given_text` is certain to fail, which needs no tokenizer."""
     for path in paths:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CalibrationError(
@@ -199,12 +178,12 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
-    """Return the texts of each path, limited to the maximum length of `count` windows."""
+    """Return the texts of each path, each limited to the length of `count` windows."""
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
 def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Windows:
-    """Choose windows in equal shares from all groups, and from all texts in a group."""
+    """Choose windows in equal shares from all groups, and from the texts of each group."""
 
     def of_group(group: Sequence[str], n: int) -> Windows:
         return _shared(group, n, len, lambda text, n: _cut(context, text, n))
@@ -215,7 +194,7 @@ def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Wi
 def _shared(
     parts: Sequence[T], count: int, size: Callable[[T], int], cut: Callable[[T, int], Windows]
 ) -> Windows:
-    """Choose windows in equal shares from all parts; long parts compensate for short parts."""
+    """Choose windows in equal shares from all parts. Long parts make up for short ones."""
     found: list[Windows] = []
     for n_open, part in zip(range(len(parts), 0, -1), sorted(parts, key=size), strict=True):
         found.append(cut(part, count // n_open))
@@ -241,7 +220,7 @@ def _library_code() -> str:
 
 
 def _cut(context: Context, text: str, count: int) -> Windows:
-    """Choose up to `count` evenly spread windows of a text, each starting with the model's BOS."""
+    """Choose up to `count` windows spread evenly over a text, each starting with BOS."""
     prefix = list(context.vocabulary.bos)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN

@@ -15,7 +15,7 @@ from pop_converter.base.errors import PopError
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
-from pop_local.calibration import needs, texts
+from pop_local.calibration import fit_options, needs, texts
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
@@ -50,7 +50,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
 
     monkeypatch.setattr(Distiller, "read", noted_read)
     monkeypatch.setattr(Distiller, "trained", noted_trained)
-    monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    monkeypatch.setattr(fit_options, "N_DISTILLED", 6)
     return read, trained
 
 

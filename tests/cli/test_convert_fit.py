@@ -17,7 +17,7 @@ import pop_local
 from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
 from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
-from pop_local.calibration import texts
+from pop_local.calibration import fit_options, texts
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -84,7 +84,7 @@ def test_the_shown_figures_are_those_stored(tiny, tmp_path, words, monkeypatch):
 
 def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    monkeypatch.setattr(fit_options, "N_DISTILLED", 6)
     fit = ("--projection", "fitted-wide", "--text", words, "--distill")
     done = convert(tiny, *fit, "--sidecar", "--json")
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""Read a model's keys `ARCH.*`, and check them against llama.cpp's requirements."""
+"""Read a model's `ARCH.*` keys, and check them against llama.cpp's requirements."""
 
 from pop_converter.architecture.arch_names import (
     DOUBLE_INNER,
@@ -16,10 +16,10 @@ from pop_converter.gguf.header import Header
 
 # llama.cpp stores dimensions and counts in 32 bits.
 _MAX_NUMBER = 2**31 - 1
-# llama_cpp allocates a buffer of the context's length for every tokenization.
+# llama_cpp allocates a buffer as long as the context for every tokenization.
 _MAX_CTX = 1 << 27
-_MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
-# llama.cpp treats these architectures as dense if they have one expert.
+MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
+# llama.cpp treats models of these architectures as dense if they have only one expert.
 _DENSE_BY_COUNT = ("hunyuan-dense", "hunyuan_vl")
 _EPSILONS = tuple(
     f"attention.{kind}_epsilon" for kind in ("layer_norm", "layer_norm_rms", "group_norm")
@@ -27,7 +27,7 @@ _EPSILONS = tuple(
 
 
 def trained_ctx(header: Header) -> int | None:
-    """Return the training context in tokens, None without this key. Raises FormatError."""
+    """Return the training context length in tokens, or None if unknown. Raises FormatError."""
     value = header.of_arch("context_length")
     if value is None:
         return None
@@ -62,10 +62,10 @@ def require_loadable(header: Header) -> None:
     is_recurrent = any(name.startswith((f"{arch}.ssm.", f"{arch}.wkv.")) for name in header.keys)
     is_mla = most("attention.key_length_mla") and most("attention.value_length_mla")
     wrong = {
-        "block_count": n_layer > _MOST_LAYERS or numbers("block_count") == [0],
+        "block_count": n_layer > MAX_LAYERS or numbers("block_count") == [0],
         "attention.head_count": not is_recurrent and most("attention.head_count") < 1,
         "nextn_predict_layers": most("nextn_predict_layers") > n_layer,
-        "expert_count": n_expert > _MOST_EXPERTS,
+        "expert_count": n_expert > _MAX_EXPERTS,
         "expert_used_count": not is_dense and not (n_expert > 0) <= n_used <= n_expert,
         "expert_group_count": n_group >= max(n_expert, 1)
         or (n_group > 1 and n_expert % n_group > 0),
@@ -91,7 +91,7 @@ def require_loadable(header: Header) -> None:
 
 
 class ArchKeys:
-    """A reader of a prunable model's keys `ARCH.*`."""
+    """Reader for the `ARCH.*` keys of a model to prune."""
 
     def __init__(self, header: Header) -> None:
         """Raise FormatError or UnsupportedArchitectureError if the model cannot be pruned."""
@@ -115,7 +115,7 @@ class ArchKeys:
         return FormatError(f"{self.header.path}: {problem}", "download the file again")
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return a number or flag, or the first item of an array. Raises FormatError."""
+        """Return an integer or flag, or the first item of an array. Raises FormatError."""
         value = self.header.of_arch(name)
         if isinstance(value, tuple):
             value = value[0] if value else None
@@ -136,7 +136,7 @@ class ArchKeys:
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
 
     def windows(self, n_layer: int) -> tuple[int, ...]:
-        """Return each layer's attention window in tokens, 0 for all positions."""
+        """Return each layer's attention window in tokens, or 0 for unlimited attention."""
         tokens = self.number("attention.sliding_window", WINDOWS.get(self.arch, 0))
         name = "attention.sliding_window_pattern"
         pattern = self.header.of_arch(name)

@@ -1,6 +1,6 @@
-"""List properties of architectures that a model's file does not contain.
+"""Properties of architectures that GGUF files do not record.
 
-The names are from llama.cpp's src/llama-arch.cpp. Unlisted architectures are treated as ordinary
+The names come from llama.cpp's src/llama-arch.cpp. Unlisted architectures are treated as ordinary
 decoders.
 """
 
@@ -11,7 +11,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Architectures that do not read a prompt token by token, or that no schedule can prune.
+# Architectures that do not read prompts token by token, or whose layers cannot be skipped.
 REFUSED = {
     **dict.fromkeys(
         _names(
@@ -33,10 +33,10 @@ REFUSED = {
     "chameleon": "llama.cpp cannot read the model's prompts without logits",
 }
 LOOPS_KEY = "num_loops"
-# Architectures whose later layers run with earlier layers' tensors.
+# Architectures whose later layers reuse the tensors of earlier layers.
 REPEATED = ("hrm_text",)
 
-# Architectures whose K and V cannot be fitted, although their tensors have the usual names.
+# Architectures whose K and V cannot be fitted even though their tensors have the usual names.
 UNFITTED = {
     **dict.fromkeys(
         _names("cogvlm gemma4 graniteswitch mimo2 openelm plamo2 plamo3"),
@@ -49,7 +49,7 @@ UNFITTED = {
     "gemma3n": "the state has several streams",
 }
 
-# Architectures with several positions per row (M-RoPE), if their file has sections for them.
+# Architectures with several positions per row (M-RoPE) if the file has RoPE sections.
 SEVERAL_POSITIONS = _names(
     "bailingmoe3 glm4 glm4moe hunyuan_vl paddleocr qwen2vl qwen35 qwen35moe qwen3tts qwen3vl"
     " qwen3vlmoe qwen4exp"
@@ -63,30 +63,31 @@ TURNS_ALL = re.compile(
     "|qwen2vl|qwen3|qwen3moe|qwen3tts|qwen3vl|qwen3vlmoe|seed_oss|smallthinker|smollm3|starcoder2"
     "|talkie|xverse"
 )
-# Architectures for which llama.cpp asserts K and V heads of the same width, besides TURNS_ALL.
+# Further architectures for which llama.cpp asserts that K and V heads have the same width.
 SAME_WIDTHS = re.compile(
     "bailingmoe|bitnet|bloom|cohere2|command-r|deepseek2-ocr|deepseek4|falcon|gpt2|gpt-oss|gptneox"
     "|jais|jamba|lfm2|lfm2moe|maple|mpt|nemotron|openelm|phi2|phimoe|qwen|starcoder"
 )
-# Architectures whose recurrent layers are twice as wide as the model, or have heads as wide as a
-# state.
+# Architectures whose recurrent layers are twice as wide as the model, and architectures whose
+# recurrent heads are as wide as the state.
 DOUBLE_INNER = ("granitehybrid", "jamba")
 HEADS_OF_STATES = ("qwen35", "qwen35moe", "qwen3next", "qwen4exp")
 # Architectures whose gated FFN uses GELU instead of SiLU.
 GELU = ("gemma", "gemma2", "gemma3", "grok", "spark2_5")
 
-# Layers per period if the file has no such key; a period's last layer attends to all positions.
+# Layers per attention period if the file does not say. The last layer of each period attends to all
+# positions.
 PERIODS = {"gemma2": 2, "gemma3": 6, "llama": 1, "phi3": 1, "qwen2": 1, "qwen3": 1}
-# Attention window in tokens if the file has no such key.
+# Attention window in tokens if the file has no key for it.
 WINDOWS = {"gemma2": 4096}
 
-# Gemma 3n files have no key for the number of layers that compute K/V.
+# Gemma 3n files do not record how many layers compute K/V.
 GEMMA3N_KV_LAYERS = 20
 
-# Architectures measured on real models; all other architectures were tested on random weights.
+# Architectures measured on real models. All others were only tested with random weights.
 MEASURED = ("llama", "qwen2", "gemma3")
 
 
 def refusal(arch: str, n_loops: int) -> str:
-    """Return the reason why an architecture cannot be pruned, "" if it can."""
+    """Return the reason that an architecture cannot be pruned, or "" if it can."""
     return REFUSED.get(arch, "the model runs its layers several times" if n_loops > 1 else "")

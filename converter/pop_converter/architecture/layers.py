@@ -8,9 +8,9 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import TENSOR_MARK
 
 _NAME = re.compile(r"blk\.([0-9]{1,4})\.(.+)")
-# Layers with these tensors keep one state instead of K/V per token, or merge several tokens.
+# Layers with these tensors keep a single state instead of K/V for each token, or merge tokens.
 _RECURRENT = ("ssm_", "shortconv.", "time_mix_", "attn_compressor_")
-# Lightning attention (MiniMax) has both of these tensors.
+# Layers with lightning attention (MiniMax) have both of these tensors.
 _LIGHTNING = {"attn_norm_2", "attn_gate"}
 
 
@@ -24,7 +24,7 @@ class LayerTensors(dict[str, TensorInfo]):
         return self[name].dims[0] if self.rows(name) else 0
 
     def attention(self, dim_k: int, dim_v: int) -> tuple[int, int, int]:
-        """Return the numbers of Q, K and V rows, 0 for a missing projection."""
+        """Return the number of Q, K and V rows, each 0 if the projection is missing."""
         # KDA convolves K inside its recurrence, so the cache has no K.
         if self.is_recurrent and ("attn_k" not in self or "ssm_conv1d_k" in self):
             return 0, 0, 0
@@ -43,7 +43,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """The reason why rows cannot run deep later, "" if they can."""
+        """The reason that rows cannot run the layer later, or "" if they can."""
         if self.is_recurrent:
             return "the recurrent layers keep one state for all rows"
         if any(name.startswith("indexer") for name in self):
@@ -58,7 +58,7 @@ class LayerTensors(dict[str, TensorInfo]):
 
     @property
     def n_neurons(self) -> int:
-        """The neurons in a dense, gated FFN, whose `ffn_up` may start with the gate's rows."""
+        """The number of neurons in a dense gated FFN, whose `ffn_up` may include the gate."""
         n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
         is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
         return n_down if is_gated and "ffn_norm" in self else 0
@@ -72,8 +72,8 @@ class LayerTensors(dict[str, TensorInfo]):
 def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[LayerTensors]:
     """Return a model's layers, excluding the tensors that a conversion added.
 
-    With `repeat`, layers without tensors reuse earlier layers' tensors. Raises FormatError for a
-    layer without tensors.
+    With `repeat`, layers without tensors reuse the tensors of earlier layers. Raises FormatError if
+    a layer has no tensors.
     """
     path, layers = source.first.path, [LayerTensors() for _ in range(n_layer)]
     if not source.tensors:

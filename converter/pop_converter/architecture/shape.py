@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from pop_converter.architecture.arch_keys import ArchKeys
+from pop_converter.architecture.arch_keys import MAX_LAYERS, ArchKeys
 from pop_converter.architecture.arch_names import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
 from pop_converter.architecture.layers import read_layers
 from pop_converter.base.errors import FormatError
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 
-_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Block size of ggml's quantized types. Rows of added tensors must have whole blocks.
 _BLOCK_SIZE = 32
 _MROPE = "each row has several positions (M-RoPE)"
@@ -18,19 +17,19 @@ _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's sizes. Tuples have one entry per layer.
+    """The sizes of a model's layers. Tuples have one entry per layer.
 
-    `n_q`, `n_k` and `n_v` are the numbers of rows of the attention projections. MLA layers have K
-    rows but no V rows, and layers that compute no K/V have neither. `n_heads_out` is the width of
-    the heads' output. `n_neurons` is the number of neurons in a dense, gated FFN, otherwise 0.
+    `n_q`, `n_k` and `n_v` are the row counts of the attention projections. MLA layers have K rows
+    but no V rows, and layers that compute no K/V have neither. `n_heads_out` is the width of the
+    heads' output. `n_neurons` is the number of neurons in a dense gated FFN, or 0 for other FFNs.
     `n_weights` is the number of matrix elements. `windows` are the attention windows in tokens, 0
-    for all positions. `is_recurrent` marks layers with a state that rows cannot overwrite.
-    `is_fittable` marks layers whose K and V can be fitted. `is_fused` marks layers with one tensor
-    for Q, K and V.
+    if unlimited. `is_recurrent` marks layers with a state that rows cannot overwrite. `is_fittable`
+    marks layers whose K and V can be fitted. `is_fused` marks layers with a single tensor for Q, K
+    and V.
 
-    `no_refill` is the reason why rows cannot run deep later, "" if they can. `exact` is the first
-    layer that reads an earlier layer's K/V, 0 if no layer does. `n_deepstack` is the number of
-    layers, counted from the first, that add image features to the state.
+    `no_refill` is the reason that rows cannot run the skipped layers later, or "" if they can.
+    `exact` is the first layer that reads K/V computed by an earlier layer, or 0 if no layer does.
+    The first `n_deepstack` layers add image features to the state.
     """
 
     arch: str
@@ -60,17 +59,16 @@ class ModelShape:
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
-        """Return a wide fit's numbers of previous-state values and of neurons (fit/wide.py).
+        """Return the number of previous-token values and of neurons in a wide fit (fit/wide.py).
 
-        These numbers are up to a quarter and a half of the state's size, in whole quantization
-        blocks.
+        They are up to a quarter and a half of the state's size, rounded to quantization blocks.
         """
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
         return n_prev, n_most // _BLOCK_SIZE * _BLOCK_SIZE
 
     def n_wide(self, boundary: int, projection: Projection) -> int:
-        """Return the number of a fit's extra inputs, 0 for a fit that is not wide."""
+        """Return the number of a wide fit's extra inputs, or 0 for other projections."""
         return sum(self.wide_inputs(boundary)) if projection == Projection.WIDE else 0
 
 
@@ -78,9 +76,9 @@ def source_shape(source: Source) -> ModelShape:
     """Read a model's layer sizes. Raises FormatError, UnsupportedArchitectureError."""
     keys = ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
-    if not 0 < n_layer <= _MAX_LAYERS:
+    if not 0 < n_layer <= MAX_LAYERS:
         raise keys.wrong(
-            f"the model has {n_layer} layers, but llama.cpp supports 1 to {_MAX_LAYERS}"
+            f"the model has {n_layer} layers, but llama.cpp supports 1 to {MAX_LAYERS}"
         )
     layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
     if (n_embd := keys.number("embedding_length")) < 1:

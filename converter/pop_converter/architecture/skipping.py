@@ -1,4 +1,4 @@
-"""The layers that context tokens can skip, and what those layers still compute."""
+"""The layers that context tokens can skip, and the work that remains in them."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 class SkippableLayers:
     """The layers that context tokens can skip: `first` to `last`.
 
-    `left` names the results that skipped layers still compute. `fits_from` is the first boundary
-    whose projections can be fitted, None if `no_fit` prevents every fit. `exact` is the layer at
-    which context tokens leave the model without loss, 0 without such a layer. `no_refill` is the
-    reason why rows cannot run deep later, "" if they can. `is_measured` is true if pruning was
-    measured on real models of this architecture.
+    `left` names what the skipped layers still compute. `fits_from` is the first boundary whose
+    projections can be fitted, or None if `no_fit` rules out every fit. From layer `exact` on,
+    context tokens can skip all layers without any loss (0: no such layer). `no_refill` is the
+    reason that rows cannot run the skipped layers later, or "" if they can. `is_measured` is true
+    if pruning was measured on real models of this architecture.
     """
 
     first: int

@@ -1,13 +1,13 @@
 """The speed-up limit: the ratio of multiply-accumulates without and with pruning.
 
-The caller counts the multiply-accumulates of a prompt on llama.cpp's graph, from an empty cache to
-the last token's logits. The limit covers matrix products only, and assumes that products with few
-rows are as efficient as large products.
+The caller counts a prompt's multiply-accumulates in llama.cpp's graph, from an empty cache to the
+last token's logits. The limit covers only matrix products, and assumes that products with few rows
+are as efficient as large ones.
 
-Fitted projections replace the layers' own projections at the same cost, or at a lower cost if the
-layers' own K and V are fused with Q. A *wide* fit (fit/wide.py) also computes its input once per
-row, and multiplies this input by weights for each layer after the boundary. This module adds the
-work of planned fits to the caller's count.
+Fitted projections cost as much as the layers' own projections, or less if the layers' own K and V
+are fused with Q. A *wide* fit (fit/wide.py) also computes extra inputs once per row, and multiplies
+them by weights in each layer after the boundary. This module adds the work of planned fits to the
+caller's count.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.base.errors import PopError
 from pop_converter.projection import Projection
 
-# A typical length of a document with a question, at which full rows hardly matter.
+# A typical length of a document with a question, long enough for full rows to hardly matter.
 LIMIT_PROMPT = 2048
 
 # Returns the multiply-accumulates for (n_prompt, boundary, n_full). `boundary` is None for the full
@@ -26,7 +26,7 @@ Macs = Callable[[int, int | None, int], int]
 
 
 def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
-    """Raise PopError. A plan uses this function if the caller passes no `macs`."""
+    """Raise PopError: the default `macs` of a plan."""
     raise PopError(
         "the plan has no function for counting multiply-accumulates", "pass macs to make_plan"
     )
@@ -39,7 +39,7 @@ def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: i
 
 
 def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> int:
-    """Return the number of weights that a wide fit adds to a plain fit, 0 for other fits."""
+    """Return the number of weights that a wide fit adds to a plain fit, or 0 for other fits."""
     n_wide = shape.n_wide(boundary, projection)
     if not n_wide:
         return 0
@@ -49,18 +49,17 @@ def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> in
 
 
 def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
-    """Return the multiply-accumulates that a fit adds, negative if Q, K and V are fused."""
+    """Return the multiply-accumulates that a fit adds (negative if it replaces a fused QKV)."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
     saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     return n_prompt * (wide_weights(shape, boundary, projection) - saved)
 
 
 def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:
-    """Return the share of the skipped layers' work that context rows still need.
+    """Return the share of the skipped layers' work that remains for context rows.
 
-    Full rows need this work twice, since their true K/V replace projected K/V. The share is
-    computed from this difference. Return None if full rows are read separately, as with recurrent
-    states.
+    Full rows do this work twice, since their true K/V replace projected K/V. The share is computed
+    from this difference. Return None if full rows run separately, as with recurrent states.
     """
     full = macs(n_prompt, None, n_prompt)
     left = macs(n_prompt, boundary, n_prompt - 1) - full

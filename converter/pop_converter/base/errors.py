@@ -1,11 +1,11 @@
-"""Define the error types of both packages, with a message, a hint and a cause."""
+"""Error types that both packages raise, with a message, a hint and a cause."""
 
 import zlib
 from tokenize import TokenError
 from zipfile import BadZipFile
 
-# Errors of numpy.load for a damaged archive. RuntimeError: an encrypted zip or an unknown
-# compression. TokenError: numpy parses an array's header as Python.
+# Errors that numpy.load raises for a damaged archive. RuntimeError: the zip is encrypted or has an
+# unknown compression. TokenError: numpy parses array headers as Python.
 DAMAGED_ARCHIVE = (
     OSError,
     ValueError,
@@ -21,11 +21,11 @@ DAMAGED_ARCHIVE = (
 
 
 class PopError(Exception):
-    """A failure with a message that users can understand.
+    """An error with a message for users.
 
-    `hint` is a remedy for the library's caller ("" for none). The hint names parameters, never a
-    command. Programs with their own remedies identify the failure by `cause` ("" for most failures)
-    and read numbers, names and paths from `fields`.
+    `hint` tells callers of the library what to do, in terms of parameters instead of commands (""
+    for no hint). Programs that show their own hints identify the error by `cause` ("" for most
+    errors), and take numbers, names and paths from `fields`.
     """
 
     def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
@@ -39,28 +39,28 @@ class PopError(Exception):
 
 
 class StoppedError(Exception):
-    """The error for work that the caller's `should_stop` has stopped."""
+    """Error for work that the caller's `should_stop` stopped."""
 
 
 class FormatError(PopError):
-    """The error for a file that is not GGUF, is truncated, or has inconsistent POP keys."""
+    """Error for a file that is not GGUF, is truncated, or has inconsistent POP keys."""
 
 
 class TruncatedError(FormatError):
-    """The error for a file that is shorter than its header requires."""
+    """Error for a file that is shorter than its header requires."""
 
 
 class UnsupportedArchitectureError(PopError):
-    """The error for a model whose architecture cannot be pruned, or is missing in this build."""
+    """Error for an architecture that cannot be pruned, or that this build lacks."""
 
 
 class PlanError(PopError):
-    """The error for a boundary, skipped share or token count that does not fit the model."""
+    """Error for a boundary, skipped share or token count that is invalid for the model."""
 
 
 class OutputExistsError(PopError):
-    """The error for an existing output file that must not be replaced."""
+    """Error for an output file that exists and must not be replaced."""
 
 
 class WriteError(PopError):
-    """The error for a failed write, or for a file whose content differs after writing."""
+    """Error for a write that failed or that produced a damaged file."""

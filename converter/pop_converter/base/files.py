@@ -1,4 +1,4 @@
-"""Read files and pipes by path, without waiting forever for a pipe's writer."""
+"""Read a file or pipe by path, with a limit on the wait for a pipe's writer."""
 
 import os
 import stat
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 
-# The maximum wait for a pipe's writer.
+# How long to wait for a pipe's writer.
 _PATIENCE_S = 5.0
 
 

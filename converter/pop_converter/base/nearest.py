@@ -7,10 +7,10 @@ _CUTOFF = 0.5
 
 
 def nearest_hint(wanted: str, known: Mapping[str, str], listed: str = "") -> str:
-    """Suggest the known name that is most similar to `wanted`, followed by `listed`.
+    """Return a hint that suggests the known name most similar to `wanted`, followed by `listed`.
 
-    Without a similar name, only `listed` is returned. `known` maps names, whose case is ignored, to
-    texts for users.
+    If no name is similar, the hint is only `listed`. `known` maps names to the texts shown to the
+    user. Case is ignored.
     """
     shown = {name.lower(): text for name, text in known.items()}
     near = difflib.get_close_matches(wanted.lower(), shown, n=1, cutoff=_CUTOFF)

@@ -2,7 +2,7 @@
 
 
 def size(n_bytes: int) -> str:
-    """Format bytes in decimal units: 512 B, 1.5 MB."""
+    """Format a number of bytes in decimal units: 512 B, 1.5 MB."""
     amount = float(n_bytes)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:
@@ -12,7 +12,7 @@ def size(n_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format an estimated time with about two digits: 40 s, 12 min, 3 h."""
+    """Format an estimated duration with about two digits: 40 s, 12 min, 3 h."""
     if seconds < 90:
         return f"{max(1, round(seconds)):d} s"
     minutes = seconds / 60

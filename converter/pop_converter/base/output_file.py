@@ -1,4 +1,4 @@
-"""Write files atomically, so that an output file is either complete or missing."""
+"""Write files atomically, so that an output file is either complete or absent."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ _SUFFIX = ".partial"
 
 
 def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: bool) -> None:
-    """Raise OutputExistsError or WriteError if writing to `dst` is impossible or forbidden."""
+    """Raise OutputExistsError or WriteError if `dst` cannot or must not be written."""
     try:
         _check_name(dst, sources, force=force)
         TemporaryFile(dir=dst.parent).close()
@@ -48,12 +48,12 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
 
 @contextmanager
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """Open a temporary file, which replaces `dst` if the block succeeds.
+    """Open a temporary file that replaces `dst` if the block succeeds.
 
     If the block raises an exception, the temporary file is removed. If the process is killed, the
     next call for `dst` removes the temporary file. The data is not synced to disk. Raises
-    OutputExistsError if another process created `dst` during the block, unless `force` is true.
-    Raises WriteError for an I/O error.
+    OutputExistsError if another process created `dst` in the meantime and `force` is false, and
+    WriteError for an I/O error.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     remove_leftovers(dst.parent, dst.name)
@@ -71,7 +71,7 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder and its missing parents with mode 0700, under any umask. Raises OSError."""
+    """Create a folder and missing parents with mode 0700, whatever the umask. Raises OSError."""
     for missing in [each for each in (folder, *folder.parents) if not each.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
         missing.chmod(0o700)
@@ -83,7 +83,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove temporary files whose processes have ended, for one output or for all ("")."""
+    """Remove temporary files left by ended processes, for one output or for all outputs ("")."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             stem, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")

@@ -1,15 +1,15 @@
-"""Types of progress callbacks, and a counter of steps."""
+"""Types of progress callbacks, and a function that counts steps."""
 
 from collections.abc import Callable
 
 # Called with (done, total).
 Progress = Callable[[int, int], object]
-# Called with the size of each step.
+# Called with each step's size.
 Ran = Callable[[int], None]
 
 
 def counting(total: int, on_progress: Progress) -> Ran:
-    """Return a function that adds a step's size and calls `on_progress(done, total)`.
+    """Return a function that adds up step sizes and reports them to `on_progress`.
 
     `on_progress(0, total)` is called immediately.
     """

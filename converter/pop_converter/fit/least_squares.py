@@ -1,17 +1,17 @@
 """Least-squares fits of skipped layers' K/V projections to the full model's K and V.
 
 The fit is a weighted least-squares solution in float64, with a ridge toward the layer's own
-projections. The solution needs only Gram matrices. In the formula, x is the normalized boundary
-state, X = [x, 1], Y contains the full model's K and V, D contains the token weights, and W0 is the
-layer's own projections:
+projections. It needs only Gram matrices. In the formula, x is the normalized boundary state, X =
+[x, 1], Y is the full model's K and V, D holds the token weights, and W0 is the layer's own
+projections:
 
     W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
 
-The stored tensor multiplies gain * x, so its weight is W / gain. The ridge is proportional to
-diag(X'DX), so the gain does not change the solution.
+The stored weight is W / gain, because it is multiplied by gain * x. The ridge is proportional to
+diag(X'DX), so the gain does not affect the solution.
 
-A wide fit (fit/wide.py) has more inputs, X = [x, z, 1]. The ridge pulls the weights of z toward
-zero. The sums of a wide fit include the sums of the plain fit.
+A wide fit (fit/wide.py) has more inputs: X = [x, z, 1]. The ridge pulls the weights of z toward
+zero. A wide fit's sums include the plain fit's sums.
 """
 
 from collections.abc import Mapping
@@ -32,27 +32,27 @@ Doubles = NDArray[np.float64]
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
-# Rows of a triangular system solved at once.
+# Number of rows of a triangular system to solve at once.
 _BLOCK = 128
-# Rows per input before `Gram.merge` scales older rows down.
+# Maximum number of rows per input at full weight. Beyond it, `Gram.merge` scales older rows down.
 ROWS_KEPT = 64
 # Inputs with less than this share of the mean power keep their own weights. Dividing by their small
-# gain would yield large weights, which spoil the scale of their quantization block.
+# gain would yield large weights, which would ruin the scale of their quantization block.
 _WEAK_INPUT = 1e-4
-# The minimum token weight, and the maximum attention as a multiple of its mean.
+# Minimum token weight, and maximum attention as a multiple of the mean.
 LEAST_WEIGHT = 0.2
 _MOST_ATTENTION = 50.0
-# The system's diagonal is 1, so smaller pivots are rounding errors.
+# The diagonal is scaled to 1, so smaller pivots are rounding errors.
 _LEAST_PIVOT = 1e-12
 DAMAGED_HINT = "the model file may be damaged: check that the model answers a prompt"
 
 
 class FitError(PopError):
-    """The error for activations from which no projections can be computed."""
+    """Error for activations that admit no fit."""
 
 
 class KvType(str, Enum):
-    """The type in which fitted weights are stored."""
+    """Storage type of fitted weights."""
 
     Q8_0 = "q8_0"
     F16 = "f16"
@@ -66,10 +66,10 @@ class KvType(str, Enum):
 
 @dataclass(eq=False)
 class Gram:
-    """The sums from which all fits at one boundary are computed.
+    """Sums that determine all fits at one boundary.
 
-    `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` is X'DY [n_inputs + 1, n_k + n_v] by layer. The
-    last input is constant. `n_rows` is the number of rows in the sums. The sums are in float32,
+    `xx` is X'DX [n_inputs + 1, n_inputs + 1]. `xy` maps layers to X'DY [n_inputs + 1, n_k + n_v].
+    The last input is constant. `n_rows` is the number of summed rows. The sums are in float32,
     since the ridge far exceeds the rounding error.
     """
 
@@ -79,28 +79,28 @@ class Gram:
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
-        """Return sums of zero. `n_kv` maps layers to n_k + n_v."""
+        """Return sums without any rows. `n_kv` maps layers to n_k + n_v."""
         n = n_inputs + 1
         xy = {layer: np.zeros((n, width), np.float32) for layer, width in n_kv.items()}
         return cls(np.zeros((n, n), np.float32), xy)
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
-        """Add the rows of a window: inputs `x` [n, n_inputs + 1] from `with_bias`, `weights` [n].
+        """Add a window's rows: inputs `x` [n, n_inputs + 1] from `with_bias`, and `weights` [n].
 
-        `y` maps the layers, and possibly further layers, to K and V [n, n_k + n_v].
+        `y` maps the layers, and possibly others, to K and V [n, n_k + n_v].
         """
         root = np.sqrt(weights)[:, None]
         weighted = x * root
-        # For a product with its own transpose, numpy does half the work (syrk).
+        # numpy computes the product of a matrix and its transpose with half the work (syrk).
         self.xx += weighted.T @ weighted
         for layer, xy in self.xy.items():
             xy += weighted.T @ (y[layer] * root)
         self.n_rows += len(x)
 
     def merge(self, other: "Gram") -> None:
-        """Add the sums of later rows with the same inputs and layers.
+        """Add the sums of newer rows, which must have the same inputs and layers.
 
-        Beyond ROWS_KEPT rows per input, each added row scales the older sums down.
+        Beyond ROWS_KEPT rows per input, each newer row scales the older sums down.
         """
         n_kept = ROWS_KEPT * len(self.xx)
         is_full = self.n_rows + other.n_rows > n_kept
@@ -113,7 +113,7 @@ class Gram:
         self.n_rows += other.n_rows
 
     def of_first(self, n_inputs: int) -> "Gram":
-        """Return the sums of the first `n_inputs` inputs and the constant input."""
+        """Return the sums for the first `n_inputs` inputs and the constant input."""
         kept = np.append(np.arange(n_inputs), len(self.xx) - 1)
         if kept.size == len(self.xx):
             return self
@@ -132,7 +132,7 @@ def cross_bytes(n_inputs: int, n_kv: int) -> int:
 
 
 def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
-    """Return the peak temporary memory in bytes for adding `n_rows` rows or solving a layer."""
+    """Return the peak scratch memory in bytes for adding `n_rows` rows or solving a layer."""
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
     solving = 8 * (3 * n**2 + 6 * n * n_kv)
@@ -140,7 +140,7 @@ def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
 
 
 def normalised(state: Floats, eps: float) -> Floats:
-    """Divide states [n, n_embd] by their root mean square."""
+    """Divide each state [n, n_embd] by its root mean square."""
     rms = np.sqrt(np.mean(np.square(state, dtype=np.float64), axis=1, keepdims=True) + eps)
     return np.asarray(state / rms, np.float32)
 
@@ -151,7 +151,7 @@ def with_bias(*inputs: Floats) -> Floats:
 
 
 def token_weights(mass: Floats) -> Floats:
-    """Return token weights [n] from the attention [n] that later tokens pay to each token."""
+    """Return token weights [n] for the attention `mass` [n] that later tokens pay to each one."""
     mean = float(mass.mean())
     if mean <= 0:
         return np.ones_like(mass)
@@ -160,10 +160,10 @@ def token_weights(mass: Floats) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Fit a layer's projections. `own` are the layer's own projections or an earlier fit.
+    """Fit a layer's projections, starting from `own`: its own projections or an earlier fit.
 
-    `ridge` is the strength of the pull toward `own`, in units of X'DX's diagonal. Raises FitError
-    for singular or non-finite sums.
+    `ridge` is the strength of the pull toward `own`, relative to the diagonal of X'DX. Raises
+    FitError for singular or non-finite sums.
     """
     xy = gram.xy[layer]
     if not (np.isfinite(gram.xx).all() and np.isfinite(xy).all()):
@@ -190,7 +190,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
-    """Return each input's ridge in units of its diagonal element in X'DX."""
+    """Return the ridge of each input, relative to its diagonal element in X'DX."""
     seen = gain**2 * xx.diagonal()[: gain.size]
     weak = _WEAK_INPUT * seen.mean()
     raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
@@ -223,7 +223,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def _solve_triangles(lower: Doubles, x: Doubles) -> None:
-    """Replace x by (lower lower')^-1 x, in blocks, since numpy has no triangular solver."""
+    """Replace x by (lower lower')^-1 x. Works in blocks, since numpy has no triangular solver."""
     parts = [slice(at, at + _BLOCK) for at in range(0, len(x), _BLOCK)]
     for part in parts:
         x[part] -= lower[part, : part.start] @ x[: part.start]
@@ -234,7 +234,7 @@ def _solve_triangles(lower: Doubles, x: Doubles) -> None:
 
 
 def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:
-    """Return a layer's four encoded tensors, or the six of a wide fit."""
+    """Encode a layer's fit as four tensors, or as six for a wide fit."""
     tensors = []
     for part, rows in (("k", slice(fitted.n_k)), ("v", slice(fitted.n_k, None))):
         name = f"blk.{layer}.pop_attn_{part}"
@@ -247,7 +247,7 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
 
 
 def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
-    """Decode tensors from `encode`. `own` holds the layer's own projections."""
+    """Decode the tensors that `encode` returned. `own` is the layer's own projections."""
     parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
     biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
     weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]
@@ -268,6 +268,6 @@ def decode_weight(tensor: NewTensor) -> Floats:
 
 
 def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:
-    """Encode a matrix [n_out, n_in] in the stored type."""
+    """Encode a matrix [n_out, n_in] in a storage type."""
     data = quantize(weight, kind.ggml).tobytes()
     return NewTensor(name, weight.shape[::-1], kind.ggml, data)

@@ -18,9 +18,9 @@ Floats = NDArray[np.float32]
 class KvProjection:
     """A layer's own or fitted K/V projections, with K's rows first.
 
-    `weight` [n_k + n_v, n_embd] multiplies gain * x, with the normalized input x and attn_norm's
-    `gain` [n_embd]. `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] multiplies a wide fit's extra
-    inputs (fit/wide.py), None for other projections.
+    `weight` [n_k + n_v, n_embd] is multiplied by gain * x, where x is the normalized input and
+    `gain` [n_embd] belongs to attn_norm. `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is
+    multiplied by a wide fit's extra inputs (fit/wide.py), and is None for other projections.
     """
 
     gain: Floats
@@ -33,7 +33,7 @@ class KvProjection:
 class Weights:
     """A source's tensors by name, dequantized to float32 on access.
 
-    Access raises FormatError for a missing tensor or a type that cannot be dequantized.
+    Access raises FormatError if the tensor is missing or its type cannot be dequantized.
     """
 
     def __init__(self, source: Source) -> None:
@@ -52,7 +52,7 @@ class Weights:
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:
-        """Read the given rows [len(numbers), n] of a matrix."""
+        """Return some rows [len(numbers), n] of a matrix."""
         if name not in self._places:
             raise FormatError(f"the model has no tensor {name}", "download the file again")
         part, tensor = self._places[name]
@@ -61,7 +61,9 @@ class Weights:
         by_row = raw.reshape(*tensor.dims[:0:-1], -1)
         try:
             values = dequantize(by_row[numbers], GGMLQuantizationType(tensor.type))
-            if (scale := self._scale_of(name)) in self:
+            # The scale of an NVFP4 matrix is another tensor (llama.cpp's build_lora_mm).
+            scale = name.removesuffix("weight") + "scale"
+            if name.endswith(".weight") and scale in self:
                 values = values * self[scale]
         except (ValueError, NotImplementedError) as error:
             raise FormatError(
@@ -71,11 +73,6 @@ class Weights:
             ) from error
         return np.asarray(values, np.float32)
 
-    @staticmethod
-    def _scale_of(name: str) -> str:
-        """Return the name of an NVFP4 matrix's scale tensor (llama.cpp's build_lora_mm)."""
-        return name.removesuffix("weight") + "scale" if name.endswith(".weight") else ""
-
     def require_readable(self, layer: int) -> None:
         """Raise FormatError if the type of the layer's K or V cannot be dequantized."""
         for part in ("qkv", "k", "v"):
@@ -83,18 +80,15 @@ class Weights:
                 self.rows(name, slice(1))
 
     def own_projection(self, layer: int, n_k: int, n_v: int) -> KvProjection:
-        """Read a layer's own K/V projections, which `n_k` and `n_v` locate in a fused tensor."""
+        """Return a layer's own K/V projections. `n_k` and `n_v` locate them in a fused tensor."""
         n_kv = n_k + n_v
         gain = self[f"blk.{layer}.attn_norm.weight"]
         if f"blk.{layer}.attn_qkv.weight" in self:
-            weight = self._part(layer, "qkv")[-n_kv:]
+            weight = self[f"blk.{layer}.attn_qkv.weight"][-n_kv:]
             return KvProjection(gain, weight, self._bias(layer, "qkv", n_kv), n_k)
-        k, v = self._part(layer, "k"), self._part(layer, "v")
+        k, v = (self[f"blk.{layer}.attn_{part}.weight"] for part in "kv")
         bias = np.concatenate([self._bias(layer, "k", len(k)), self._bias(layer, "v", len(v))])
         return KvProjection(gain, np.concatenate([k, v]), bias, len(k))
-
-    def _part(self, layer: int, part: str) -> Floats:
-        return self[f"blk.{layer}.attn_{part}.weight"]
 
     def _bias(self, layer: int, part: str, n: int) -> Floats:
         name = f"blk.{layer}.attn_{part}.bias"

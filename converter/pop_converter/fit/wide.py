@@ -1,12 +1,12 @@
-"""Compute wide fits, whose projections have more inputs than the token's own boundary state.
+"""Inputs of wide fits, whose projections read more than the token's own boundary state.
 
 In addition to x, the normalized boundary state, the projections of later layers read z = [p, a]:
 
 - p is the previous token's x, reduced to a quarter of its size by PCA. Attention in the skipped
-  layers copies information from the previous token (induction), which the token's own state lacks.
-- a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN for x. A
-  neuron's strength is the power that it adds to the layer's output. Neurons are scaled to unit
-  variance and clamped, since outliers would ruin the results of single windows. For a mixture of
+  layers copies information from the previous token (induction), and the token's own state lacks it.
+- a is the output up * act(gate) of the strongest neurons in the boundary layer's FFN, applied to x.
+  A neuron's strength is the power that it adds to the layer's output. Neurons are scaled to unit
+  variance and clamped, since outliers would ruin the results of some windows. For a mixture of
   experts, a is empty.
 
 The first token of a ubatch counts as its own predecessor (docs/notebook/wide-fits.md).
@@ -49,7 +49,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """The function from x to z, with PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
+    """The function from x to z: PCA axes `previous` [n_prev, n_embd] and scaled neurons."""
 
     previous: Floats
     neurons: Neurons | None
@@ -83,7 +83,7 @@ def wide_input(
 
 
 def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTensor, ...]:
-    """Return the encoded tensors of a wide input."""
+    """Encode a wide input as tensors."""
     parts = {"prev": made.previous}
     if made.neurons is not None:
         parts |= {"ffn_gate": made.neurons.gate, "ffn_up": made.neurons.up}
@@ -94,7 +94,7 @@ def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTenso
 def decode_input(
     shape: ModelShape, weights: Weights, boundary: int, tensors: Mapping[str, NewTensor]
 ) -> WideInput:
-    """Return the wide input that `encode_input` wrote to `tensors`."""
+    """Decode the tensors that `encode_input` returned."""
     name = f"blk.{boundary}.pop_"
     found = {
         part: decode_weight(tensors[f"{name}{part}.weight"])
@@ -109,7 +109,7 @@ def decode_input(
 
 
 def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
-    """Return the standard deviation [n] over all rows, with one window in memory at a time."""
+    """Return the standard deviation [n] over all rows, holding one window in memory at a time."""
     n_rows, total, squares = 0, np.zeros(1), np.zeros(1)
     for window in windows:
         n_rows += len(window)

@@ -1,6 +1,6 @@
-"""The content of a GGUF file to write: a new header, and data copied from other files.
+"""Content of a GGUF file to write: a new header, and data copied from other files.
 
-The source's keys, tensor table and data are copied byte for byte.
+Keys, tensor tables and data of the source are copied byte for byte.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from pop_converter.gguf.header import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     VERSIONS,
-    Header,
     TensorInfo,
     align,
     truncated,
@@ -33,7 +32,7 @@ Write = Callable[[memoryview], object]
 
 @dataclass(frozen=True)
 class FileRange:
-    """A byte range of an existing file, which `n_zeros` zeros follow in the output."""
+    """A byte range of an existing file, followed by `n_zeros` zeros in the output."""
 
     path: Path
     start: int
@@ -53,11 +52,11 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file to write. By default, the file has no keys and no tensors.
+    """The content of a file to write, by default without keys and tensors.
 
-    `keys` and `tensors` are the raw bytes of both tables. `data_end` is the last tensor's end in
-    bytes from the data's start. `ranges` is the copied data. `added` is the padding and the new
-    tensors after the copied data.
+    `keys` and `tensors` are the raw bytes of the two tables. `ranges` is the copied data.
+    `data_end` is the end of its last tensor, in bytes from the start of the data. `added` is the
+    padding and the new tensors that follow the copied data.
     """
 
     version: int = VERSIONS[-1]
@@ -72,7 +71,7 @@ class Content:
 
     @property
     def header(self) -> bytes:
-        """The file's bytes before the data, including padding."""
+        """The bytes before the data, including padding."""
         counts = _COUNTS.pack(self.version, self.n_tensors, self.n_keys)
         table = MAGIC + counts + self.keys + self.tensors
         return table.ljust(align(len(table), self.alignment), b"\0")
@@ -118,10 +117,9 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
 
 
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
-    """Return the content without `tensors`, the table's last rows.
+    """Return the content without `tensors`, which must be the last rows of the table.
 
-    `size_bytes` is the file's size without these tensors. Raises FormatError for an impossible
-    size.
+    `size_bytes` is the file's size without these tensors. Raises FormatError if it is impossible.
     """
     n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
     shorter = replace(
@@ -141,61 +139,44 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """Read a source's tables, with its parts joined and without keys that start with `without`.
+    """Return a source's content with its parts joined, dropping keys that start with `without`.
 
-    Raises FormatError for bytes between the tensor table and the data, since no keys describe them.
+    Raises FormatError if bytes between the tensor table and the data would be lost.
     """
     first = source.first
+    with first.path.open("rb") as file:
+        raw = file.read(first.data_start)
+    if any(raw[first.tensors_end :]):
+        raise FormatError(
+            f"{first.path} has unexpected bytes between its tensor table and its data",
+            "rewrite the file with llama-quantize (type COPY)",
+        )
     dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
-    raw = _read_tables(first)
-    whole = FileRange(first.path, first.data_start, first.size_bytes - first.data_start)
     keys = [key for name, key in first.keys.items() if not name.startswith(dropped)]
-    ranges = _joined_data(source) if source.is_split else (whole,)
     ends = (tensor.offset + tensor.size_bytes for tensor in first.tensors)
-    joined_end = sum(source_range.size_bytes + source_range.n_zeros for source_range in ranges)
-    return Content(
+    content = Content(
         version=first.version,
         n_keys=len(keys),
         keys=b"".join(raw[key.start : key.end] for key in keys),
         n_tensors=len(source.tensors),
-        tensors=_joined_table(source) if source.is_split else raw[first.keys_end :],
+        tensors=raw[first.keys_end : first.tensors_end],
         alignment=first.alignment,
-        ranges=ranges,
-        data_end=joined_end if source.is_split else max(ends, default=0),
+        ranges=(FileRange(first.path, first.data_start, first.size_bytes - first.data_start),),
+        data_end=max(ends, default=0),
     )
+    return _joined(content, source) if source.is_split else content
 
 
-def _read_tables(header: Header) -> bytes:
-    with header.path.open("rb") as file:
-        raw = file.read(header.data_start)
-    if any(raw[header.tensors_end :]):
-        raise FormatError(
-            f"{header.path} has unexpected bytes between its tensor table and its data",
-            "rewrite the file with llama-quantize (type COPY)",
-        )
-    return raw[: header.tensors_end]
-
-
-def _joined_data(source: Source) -> tuple[FileRange, ...]:
-    return tuple(
-        FileRange(
-            part.path,
-            part.data_start + tensor.offset,
-            tensor.size_bytes,
-            -tensor.size_bytes % source.first.alignment,
-        )
-        for part in source.parts
-        for tensor in part.tensors
-    )
-
-
-def _joined_table(source: Source) -> bytes:
-    rows = []
-    offset = 0
-    for tensor in source.tensors:
-        rows.append(_encode_tensor(tensor, offset))
-        offset = align(offset + tensor.size_bytes, source.first.alignment)
-    return b"".join(rows)
+def _joined(content: Content, source: Source) -> Content:
+    """Return the content with the tensors of all parts, each padded to the alignment."""
+    rows, ranges, offset = [], [], 0
+    for part in source.parts:
+        for tensor in part.tensors:
+            rows.append(_encode_tensor(tensor, offset))
+            n_bytes, start = tensor.size_bytes, part.data_start + tensor.offset
+            ranges.append(FileRange(part.path, start, n_bytes, -n_bytes % content.alignment))
+            offset = align(offset + n_bytes, content.alignment)
+    return replace(content, tensors=b"".join(rows), ranges=tuple(ranges), data_end=offset)
 
 
 def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
@@ -207,11 +188,10 @@ def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
-    """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data in
-    hex.
+    """Pass the copied data to `write`, and return the sha256 of `hashed_header` and the data.
 
-    `advance` is called with each step's bytes. Raises FormatError if a source cannot be read, and
-    any error of `write`.
+    The sha256 is in hex. `advance` is called with the number of bytes in each step. Raises
+    FormatError if a source cannot be read, and any error that `write` raises.
     """
     digest, buffer = hashlib.sha256(hashed_header), memoryview(bytearray(CHUNK_BYTES))
     for source_range in content.ranges:
@@ -223,10 +203,10 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran
 
 
 def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
-    """Return True if `written` equals the data of `content` from byte `start` to its end.
+    """Return True if `written` contains exactly the data of `content` from byte `start` on.
 
-    `advance` is called with each step's bytes. Raises FormatError if a source cannot be read,
-    OSError if `written` cannot be read.
+    `advance` is called with the number of bytes in each step. Raises FormatError if a source cannot
+    be read, and OSError if `written` cannot be read.
     """
     expected, found = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
     with written.open("rb") as file:
@@ -234,7 +214,7 @@ def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool
         for source_range in content.ranges:
             for chunk in _read(source_range, expected):
                 n_bytes = file.readinto(found[: len(chunk)])
-                # Comparing memoryviews is slow: they compare element by element.
+                # Comparing memoryviews directly is slow, since it is done element by element.
                 if not np.array_equal(np.asarray(chunk), np.asarray(found[:n_bytes])):
                     return False
                 advance(len(chunk))
@@ -251,7 +231,7 @@ def _read(source_range: FileRange, buffer: memoryview) -> Iterator[memoryview]:
                 n_bytes = file.readinto(buffer[:left])
                 if not n_bytes:
                     raise truncated(
-                        source_range.path, "the file became shorter while pop-local read it"
+                        source_range.path, "the file was shortened while pop-local was reading it"
                     )
                 yield buffer[:n_bytes]
                 left -= n_bytes

@@ -1,8 +1,8 @@
 """Scan the header of a GGUF file, which contains the keys and the tensor table.
 
-`gguf.GGUFReader` builds two numpy arrays per vocabulary entry, which takes too long (Gemma-3-270M:
-12 s, 680 MB). The parts of a file are: magic, version, counts, keys, tensors, padding, data
-(ggml/docs/gguf.md).
+`gguf.GGUFReader` builds two numpy arrays for each vocabulary entry, which takes too much time and
+memory (Gemma-3-270M: 12 s, 680 MB). A file consists of a magic, a version, counts, keys, tensors,
+padding and data, in this order (ggml/docs/gguf.md).
 """
 
 import math
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, cast
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
@@ -21,14 +22,14 @@ from pop_converter.base.errors import FormatError, TruncatedError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-# Limits far above every model's header, which needs some megabytes for the vocabulary.
+# Limits far above any model's header, whose vocabulary takes a few megabytes.
 MAX_HEADER_BYTES = 1 << 28
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 18
 _MAX_NAME_BYTES = (1 << 16) - 1
 # llama.cpp reads tensors in place, with vectors of MIN_ALIGNMENT bytes.
 MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20
-# Longer arrays are vocabularies: llama.cpp allows up to 512 layers.
+# Longer arrays belong to vocabularies, since llama.cpp allows up to 512 layers.
 MAX_KEPT_ITEMS = 1024
 
 _SCALARS: dict[int, str] = {
@@ -44,12 +45,10 @@ _SCALARS: dict[int, str] = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
-_NUMBERS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
-# Layouts of a tensor's entry (dimensions, type, offset) by number of dimensions.
-_ROWS = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5))
-# (elements, bytes) per block by ggml type; the gguf package lacks Q2_0 (42).
+_MAX_DIMS = 4
+# (elements, bytes) of a block by ggml type. The gguf package lacks Q2_0 (42).
 BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
-# llama.cpp loads weights of these types, then crashes at the first product.
+# llama.cpp loads weights of these types, but crashes at the first matrix product.
 _WITHOUT_PRODUCT = (
     GGMLQuantizationType.I8,
     GGMLQuantizationType.I16,
@@ -61,13 +60,13 @@ _WITHOUT_PRODUCT = (
 )
 
 Scalar = int | float | bool | str
-# An array's items; empty for strings, and for more than MAX_KEPT_ITEMS items.
+# An array's items. Arrays of strings and arrays with more than MAX_KEPT_ITEMS items are left empty.
 Array = tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
 class HeaderKey:
-    """A key's value, its GGUF `type`, and its byte range in the file, which includes the name."""
+    """A key's value, its GGUF `type`, and its byte range in the file (including the name)."""
 
     value: Scalar | Array
     type: int
@@ -95,7 +94,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A GGUF file without its data. Positions are in bytes from the file's start."""
+    """A GGUF file without its data. Positions are in bytes from the start of the file."""
 
     path: Path
     version: int
@@ -108,19 +107,19 @@ class Header:
     size_bytes: int
 
     def get(self, name: str) -> Scalar | Array | None:
-        """Return a key's value, None if the key is missing."""
+        """Return a key's value, or None if the key is missing."""
         key = self.keys.get(name)
         return None if key is None else key.value
 
     def of_arch(self, name: str) -> Scalar | Array | None:
-        """Return the value of the key `ARCH.name`, for example llama.context_length."""
+        """Return the value of the key `ARCH.name`, for example of llama.context_length."""
         return self.get(f"{self.get('general.architecture')}.{name}")
 
 
 class _Cursor:
-    """A reader of little-endian values.
+    """Reader for little-endian values.
 
-    Methods raise FormatError beyond the file's end or the size limit of headers.
+    Methods raise FormatError at the end of the file, and beyond the size limit of headers.
     """
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
@@ -143,12 +142,14 @@ class _Cursor:
         return truncated(self.path, "the header is incomplete")
 
     def number(self, code: str) -> int:
-        layout = _NUMBERS[code]
-        value: int = layout.unpack_from(self.view, self.skip(layout.size))[0]
-        return value
+        return int(self.numbers(code)[0])
+
+    def numbers(self, codes: str) -> tuple[Any, ...]:
+        layout = f"<{codes}"
+        return struct.unpack_from(layout, self.view, self.skip(struct.calcsize(layout)))
 
     def count(self, most: int, what: str) -> int:
-        """Read a 64-bit number. Raises FormatError if it exceeds `most`."""
+        """Read a 64-bit count. Raises FormatError if it exceeds `most`."""
         found = self.number("Q")
         if found > most:
             raise corrupt(self.path, f"the file has {found:,} {what}")
@@ -167,7 +168,8 @@ class _Cursor:
         if kind == GGUFValueType.STRING:
             start = self.skip(self.number("Q"))
             return self.view[start : self.at].decode(errors="replace")
-        return self.number(self._code(kind))
+        [value] = self.numbers(self._code(kind))
+        return cast(Scalar, value)
 
     def _code(self, kind: int) -> str:
         code = _SCALARS.get(kind)
@@ -181,10 +183,10 @@ class _Cursor:
             self._skip_texts(length)
             return ()
         code = self._code(kind)
-        start = self.skip(length * struct.calcsize("<" + code))
         if length > MAX_KEPT_ITEMS:
+            self.skip(length * struct.calcsize(f"<{code}"))
             return ()
-        return struct.unpack_from(f"<{length}{code}", self.view, start)
+        return self.numbers(f"{length}{code}")
 
     def _skip_texts(self, count: int) -> None:
         # Inlined for speed: a vocabulary has up to half a million entries.
@@ -209,12 +211,12 @@ def corrupt(path: Path, detail: str) -> FormatError:
 
 
 def align(position: int, alignment: int) -> int:
-    """Round a position up to a multiple of the alignment."""
+    """Round a position up to the next multiple of the alignment."""
     return -(-position // alignment) * alignment
 
 
 def read_header(path: Path) -> Header:
-    """Read the keys and the tensor table of a little-endian GGUF file of version 2 or 3.
+    """Read the keys and the tensor table of a little-endian GGUF file (version 2 or 3).
 
     Raises FormatError for any other file, and for an incomplete file.
     """
@@ -240,7 +242,7 @@ def _check_magic(path: Path, start: bytes) -> None:
         raise truncated(path, "the header is incomplete")
     version = int.from_bytes(start[4:8], "little")
     if version not in VERSIONS:
-        # The low half of a byte-swapped small number is 0 (llama.cpp's test).
+        # In a byte-swapped small number, the low half is 0 (llama.cpp has the same test).
         if version & 0xFFFF == 0:
             raise FormatError(f"{path} is a big-endian GGUF file", "use a little-endian file")
         raise FormatError(
@@ -291,10 +293,9 @@ def _scan_keys(cursor: _Cursor, count: int) -> dict[str, HeaderKey]:
 def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     name = cursor.text()
     n_dims = cursor.number("I")
-    if n_dims >= len(_ROWS):
+    if n_dims > _MAX_DIMS:
         raise corrupt(cursor.path, f"tensor {name} has {n_dims} dimensions")
-    layout = _ROWS[n_dims]
-    *dims, kind, offset = layout.unpack_from(cursor.view, cursor.skip(layout.size))
+    *dims, kind, offset = cursor.numbers(f"{n_dims}QIQ")
     if kind not in BLOCK_SIZES:
         raise FormatError(
             f"{cursor.path}: tensor {name} has the unknown type {kind}",
@@ -328,7 +329,7 @@ def _alignment(path: Path, keys: Mapping[str, HeaderKey]) -> int:
 
 
 def _check_data(header: Header) -> None:
-    """Require contiguous tensors inside the file, as llama.cpp does."""
+    """Raise FormatError unless the tensors are contiguous and inside the file, as in llama.cpp."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:

@@ -9,16 +9,16 @@ from pop_converter.base.errors import FormatError
 from pop_converter.gguf.header import Header, Scalar, TensorInfo, read_header
 
 SPLIT_PREFIX = "split."
-# The architecture of a sidecar: llama.cpp refuses it as unknown.
+# Architecture of a sidecar, which llama.cpp rejects as unknown.
 SIDECAR_ARCH = "pop-sidecar"
-# Bytes per tensor that `sampled_sha256` hashes.
+# Number of bytes of each tensor that `sampled_sha256` hashes.
 SAMPLED_BYTES = 4096
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class SplitPart:
-    """The parsed file name of a split model's part, with `number` counting from 1."""
+    """The parsed file name of a split model's part. `number` counts from 1."""
 
     stem: str
     number: int
@@ -26,19 +26,19 @@ class SplitPart:
 
 
 def part_of(name: str) -> SplitPart | None:
-    """Parse a file name like NAME-00001-of-00002.gguf, and return None for any other name."""
+    """Parse a file name like NAME-00001-of-00002.gguf. Return None for any other name."""
     match = _PART.fullmatch(name)
     return match and SplitPart(match["stem"], int(match["number"]), int(match["count"]))
 
 
 def part_names(stem: str, count: int) -> tuple[str, ...]:
-    """Return the file names of a split model's parts."""
+    """Return the file names of all parts of a split model."""
     return tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
 
 
 @dataclass(frozen=True)
 class Source:
-    """The headers of a model's parts in order. Only the first part has the model's keys."""
+    """Headers of a model's parts in order. Only the first part has the model's keys."""
 
     parts: tuple[Header, ...]
 
@@ -56,13 +56,13 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The model's file name, or its name after joining its parts."""
+        """The model's file name. For a split model, the name of the joined file."""
         part = part_of(self.first.path.name) if self.is_split else None
         return f"{part.stem}.gguf" if part else self.first.path.name
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """All parts' tensors in order."""
+        """The tensors of all parts in order."""
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
     @property
@@ -71,9 +71,10 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Read a model's header, or all parts' headers if `path` is a split model's first part.
+    """Read a model's header, or the headers of all parts if `path` is the first part.
 
-    Raises FormatError for a missing or foreign part, and if `path` is a later part or a sidecar.
+    Raises FormatError if a part is missing or belongs to another model, and if `path` is a later
+    part or a sidecar.
     """
     first = read_header(path)
     if is_sidecar(first):
@@ -109,7 +110,7 @@ def read_source(path: Path) -> Source:
 
 
 def sampled_sha256(source: Source) -> str:
-    """Return a hash (hex) of the headers and each tensor's start, which differs for fine-tunes."""
+    """Return a hash (hex) of headers and tensor starts, which tells fine-tunes apart."""
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:

@@ -22,15 +22,15 @@ MAX_TOKENS = 2**31 - 1
 _MAX_TEXT = 1 << 16
 _MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
-# The value of a budget's missing limit.
+# Value of a missing limit in a budget.
 NO_LIMIT = 1e9
 
 
 class DeepRows(str, Enum):
-    """The context words that run all layers, because projections lose the words' spelling.
+    """Rules for words in the context whose tokens run all layers, to preserve their spelling.
 
     `SPELLING` selects words with a digit, an inner capital, or a sign between letters. `NAMES` also
-    selects capitalised words within a sentence.
+    selects words that are capitalized in the middle of a sentence.
     """
 
     NONE = "none"
@@ -46,8 +46,8 @@ class Calibration:
     """The text on which a fit was computed.
 
     `sha256` is the hash of the text, or of its tokens if the model generated some of them.
-    `weighting` is the kind of token weights: "attention" is the attention that a token receives.
-    `n_distilled` is the number of tokens for training the fit end to end, 0 without such training.
+    `weighting` is the kind of token weights, "attention" for the attention that a token receives.
+    `n_distilled` is the number of tokens on which the fit was trained end to end, 0 if it was not.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """The quality of pruned reading, compared with full reading on held-out text. KL is in nats.
+    """Quality after pruned prefill, compared with full prefill on held-out text. KL is in nats.
 
     `lookups_n` is the number of look-ups, 0 if they were not measured. `lookups_full` and
-    `lookups_pruned` are the numbers of correct answers after full and pruned reading.
-    `lookups_lost` counts answers that are correct after full reading only. `lookups_gained` counts
-    answers that are correct after pruned reading only. `lookups_logprob_lost` is the decrease of
-    the correct string's log-probability, in nats per string.
+    `lookups_pruned` are the numbers of correct answers after full and pruned prefill.
+    `lookups_lost` counts answers that are correct only after full prefill, `lookups_gained` answers
+    that are correct only after pruned prefill. `lookups_logprob_lost` is the decrease in the
+    log-probability of the correct string, in nats per string.
     """
 
     kl_mean: float = 0.0
@@ -91,10 +91,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """The quality limits for which the search chose the boundary. `quality` is their name.
+    """The quality limits within which the search chose a boundary. `quality` is their name.
 
-    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the lost share of
-    the full model's correct look-ups. `tried` lists the measured boundaries with their verdicts.
+    The limits apply to kl_mean, ppl_ratio and copy_ppl_ratio of Measured, and to the share of the
+    full model's correct look-ups that are lost. `tried` lists the measured boundaries with their
+    verdicts.
     """
 
     quality: str
@@ -117,12 +118,12 @@ class Binding:
 class PopMeta:
     """The POP keys of a converted file or sidecar, with defaults for missing keys.
 
-    `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
-    `sink_tokens` and `tail_tokens` are the numbers of tokens that run in full at the prompt's two
-    ends. Prompts shorter than `min_prompt` tokens run in full. `deep_rows` is the rule that chooses
-    context rows to run all layers because of their tokens. `source_sha256` is the hash of the file
-    that `strip` restores, or of a sidecar's base. The parts of a split source count as one file.
-    `source_bytes` is the size of this file if the conversion added tensors, otherwise 0.
+    `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens. The
+    first `sink_tokens` and the last `tail_tokens` tokens of a prompt run all layers, and so do
+    prompts shorter than `min_prompt` tokens. `deep_rows` is the rule for words in the context that
+    run all layers. `source_sha256` is the hash of the file that `strip` restores, or of a sidecar's
+    base model, with the parts of a split model joined. `source_bytes` is the size of this file if
+    the conversion added tensors, otherwise 0.
     """
 
     schedule: str
@@ -155,7 +156,7 @@ class PopMeta:
         return self.projection != Projection.OWN
 
 
-# Key, field of PopMeta and type, in the file's order.
+# Key, field of PopMeta and type, in the order of the file.
 _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.version", "version", int),
     ("pop.schedule", "schedule", str),
@@ -167,29 +168,29 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
-# Written only if they differ from their defaults.
-# Older files may have `pop.select`, `pop.refilled.*` and `pop.image_rows`. Only the backend reads
-# one of them: with `pop.image_rows`, the fit applies to image rows.
+# Keys that are written only if they differ from their defaults. Older files may also have
+# `pop.select`, `pop.refilled.*` and `pop.image_rows`. The backend still
+# reads `pop.image_rows`, which applies the fit to image rows.
 _OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.deep_rows", "deep_rows", str),
     ("pop.source.size_bytes", "source_bytes", int),
 )
-# Groups of keys by PopMeta's field: `budget` holds the keys `pop.budget.*`.
+# Groups of keys by field of PopMeta: `budget` holds the keys `pop.budget.*`.
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
     "measured": Measured,
     "budget": Budget,
 }
-# Prefix of the Binding's keys in sidecars.
+# Prefix of a sidecar's keys for its Binding.
 _BINDING = "pop.sidecar."
-# Keys with this suffix have 64-bit integers.
+# Keys with this suffix hold 64-bit integers.
 _SIZE = "_bytes"
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """Return a header's POP keys, None if it has none.
+    """Return a header's POP keys, or None if it has none.
 
-    Raises FormatError for keys that are inconsistent with each other or with the model.
+    Raises FormatError if the keys contradict each other or the model.
     """
     if not any(name.startswith(PREFIX) for name in header.keys):
         return None
@@ -235,7 +236,7 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """Return the keys that start with `prefix`, None if no key does. Raises FormatError."""
+    """Return the keys that start with `prefix`, or None if no key does. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None
@@ -285,7 +286,7 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
 
 
 def _n_layer(header: Header) -> int | None:
-    """Return the number of layers without MTP layers, which the schedule excludes."""
+    """Return the number of layers, excluding MTP layers, which the schedule omits."""
     n_layer = header.of_arch("block_count")
     n_nextn = header.of_arch("nextn_predict_layers") or 0
     return n_layer - n_nextn if isinstance(n_layer, int) and isinstance(n_nextn, int) else None
@@ -316,11 +317,10 @@ def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
 
 def _encode_group(prefix: str, group: Group) -> list[bytes]:
     # Missing limits are not written.
-    lacks = {each.name for each in fields(group) if each.default == NO_LIMIT}
     return [
-        _encode_key(prefix + name, value)
-        for name, value in vars(group).items()
-        if not (name in lacks and value == NO_LIMIT)
+        _encode_key(prefix + each.name, value)
+        for each in fields(group)
+        if (value := getattr(group, each.name)) != NO_LIMIT or each.default != NO_LIMIT
     ]
 
 

@@ -1,4 +1,4 @@
-"""Plans of conversions: the layers that context tokens skip, and the tokens that run in full."""
+"""Conversion plans: the layers that context tokens skip, and the tokens that run all layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ from pop_converter.projection import Projection
 
 # The paper's middle setting.
 DEFAULT_SKIP = Fraction(1, 3)
-# Compared with 16: a prompt takes 0.5 % longer, and 16 had 1.4 times the error at the first answer
-# token (docs/notebook).
+# With 32 tokens instead of 16, a prompt takes 0.5 % longer, but the error at the first answer token
+# drops by a factor of 1.4 (docs/notebook).
 TAIL_TOKENS = 32
 
 # A fraction of a model's layers, or a number of layers.
@@ -25,10 +25,10 @@ Share = Fraction | int
 class Plan:
     """A planned conversion: context tokens skip the layers from `boundary` on.
 
-    `deep_rows` is the rule for context rows that run all layers. `deep_share` is the share of these
-    rows in ordinary text, 0 while unknown. `budget` has the limits for which the search chose the
-    boundary, and is None if the user chose the boundary. `is_distilled` is true if the fit is also
-    trained end to end. `macs` counts the model's multiply-accumulates.
+    `deep_rows` is the rule for context rows that run all layers. `deep_share` is the share of such
+    rows in ordinary text, 0 while unknown. `budget` has the limits within which the search chose
+    the boundary, or is None if the user chose it. `is_distilled` is true if the fit is also trained
+    end to end. `macs` counts the model's multiply-accumulates.
     """
 
     shape: ModelShape
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def schedule(self) -> str:
-        """The letters for all layers: F below the boundary, S for skipped layers."""
+        """A string with one letter per layer: F below the boundary, S for skipped layers."""
         return "F" * self.boundary + "S" * self.n_skipped
 
     @property
@@ -62,26 +62,13 @@ class Plan:
 
     @property
     def fitted_layers(self) -> range:
-        """The layers with fitted K/V projections. The boundary layer needs no fit."""
+        """The layers with fitted K/V projections. The boundary layer needs none."""
         first = self.shape.n_layer if self.projection == Projection.OWN else self.boundary + 1
         return range(first, self.shape.n_layer)
 
-    @property
-    def meta(self) -> PopMeta:
-        """The planned file's POP keys, except for the keys of its source and fit."""
-        return PopMeta(
-            schedule=self.schedule,
-            projection=self.projection,
-            sink_tokens=self.sink_tokens,
-            tail_tokens=self.tail_tokens,
-            min_prompt=self.min_prompt,
-            deep_rows=self.deep_rows,
-            budget=self.budget,
-        )
-
 
 def parse_skip(text: str) -> Share:
-    """Parse a share of the layers ('1/3', '0.33') or a number ('10'). Raises PlanError."""
+    """Parse a share of the layers ('1/3', '0.33') or their number ('10'). Raises PlanError."""
     try:
         skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError):
@@ -95,9 +82,9 @@ def parse_skip(text: str) -> Share:
 
 
 def boundary_of(shape: ModelShape, skip: Share) -> int:
-    """Return the boundary for a number of skipped layers, or for a share, rounded to 1 or more.
+    """Return the boundary for a number or share of skipped layers.
 
-    Raises PlanError if every layer would be skipped.
+    A share is rounded to one layer or more. Raises PlanError if no layer would remain.
     """
     if isinstance(skip, Fraction):
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
@@ -122,13 +109,13 @@ def make_plan(
 ) -> Plan:
     """Plan a conversion that skips the layers from `boundary` on (None: the last third).
 
-    `min_prompt` is the length in tokens of the shortest pruned prompt. The default (None) is twice
-    the number of full rows, for which pruning saves half as much as for a long prompt. The plan
-    uses OWN instead of `projection` if a skipped layer cannot be fitted, or if only one layer is
-    skipped, whose own projections are exact.
+    `min_prompt` is the length in tokens of the shortest prompt to prune (None: twice the number of
+    full rows, a length at which pruning saves half as much as for a long prompt). The plan falls
+    back from `projection` to OWN if a skipped layer cannot be fitted, or if only one layer is
+    skipped, because its own projections are exact.
 
     Raises PlanError for an impossible boundary or token count. Raises UnsupportedArchitectureError
-    if context tokens already leave the model earlier, without loss.
+    if context tokens already skip these layers without loss.
     """
     if boundary is None:
         boundary = boundary_of(shape, DEFAULT_SKIP)
@@ -159,7 +146,7 @@ def make_plan(
 
 
 def require_prunable(shape: ModelShape) -> None:
-    """Raise UnsupportedArchitectureError if context tokens skip layers without a conversion."""
+    """Raise UnsupportedArchitectureError if context tokens already skip layers without loss."""
     if shape.exact:
         earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
@@ -171,7 +158,7 @@ def require_prunable(shape: ModelShape) -> None:
 
 
 def require_fit(plans: Sequence[Plan]) -> None:
-    """Raise PlanError if a plan skips several layers, but no plan can be fitted."""
+    """Raise PlanError if none of the plans can be fitted, but one of them needs a fit."""
     if all(plan.projection == Projection.OWN for plan in plans) and any(
         plan.n_skipped > 1 for plan in plans
     ):

@@ -1,4 +1,4 @@
-"""Stream a model to a converted file atomically, verify it, and restore the original."""
+"""Stream a model to a converted file atomically, verify the file, and restore the original."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from pop_converter.popfile.format import (
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.projection import TENSOR_MARK, Projection
 
-# A placeholder of the final length, so that the header's size stays the same.
+# Placeholder of the final length, so that the size of the header does not change.
 UNKNOWN_SHA256 = "0" * 64
 
 
@@ -48,7 +48,7 @@ class Fitted:
     projection: Projection = Projection.FITTED
 
 
-# Measures the written file before it replaces the target. An exception keeps the target unchanged.
+# Measures the written file before it replaces the target. An exception leaves the target unchanged.
 Examine = Callable[[Path], Measured]
 
 
@@ -61,7 +61,7 @@ class FileSizes:
 
 
 def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return a conversion's sizes, excluding padding and the keys of measured quality.
+    """Return a conversion's sizes, without padding and the keys for measured quality.
 
     Raises FormatError for an invalid source.
     """
@@ -74,7 +74,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the size in bytes of a plan's fitted weights and biases, 0 without a fit."""
+    """Return the size in bytes of a plan's fitted weights and biases, or 0 without a fit."""
     if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
@@ -98,11 +98,11 @@ def convert(
     progress: Progress = lambda done, total: None,
     force: bool = False,
 ) -> PopMeta:
-    """Write `src`, a file or a split model's first part, to `dst` with `plan`'s keys.
+    """Write `src`, a file or a split model's first part, to `dst` with the keys of `plan`.
 
-    The written file is then compared with its source byte for byte. `progress` is called with the
-    bytes done and the total bytes of writing and comparing. `fitted` is required if the plan has
-    fitted projections. `examine` measures the written file. Return the written keys.
+    The written file is then compared with its source byte for byte. `progress` counts the bytes
+    written and compared. `fitted` is required if the plan has fitted projections. `examine`
+    measures the written file. Return the written keys.
 
     Raises FormatError, PlanError, OutputExistsError, WriteError, and any error of `examine`. After
     an error, an existing `dst` is unchanged and no temporary file remains.
@@ -134,7 +134,7 @@ def finish(
     examine: Examine | None,
     encode: Callable[[PopMeta], tuple[bytes, ...]],
 ) -> PopMeta:
-    """Append the added tensors, measure the file, and add the measurement to its header."""
+    """Append the added tensors, measure the file, and write the measurement to its header."""
     file.writelines(whole.added)
     file.flush()
     if examine:
@@ -148,9 +148,9 @@ def finish(
 def strip(
     src: Path, dst: Path, *, progress: Progress = lambda done, total: None, force: bool = False
 ) -> PopMeta:
-    """Restore the original of the converted file `src` at `dst`, with its parts joined.
+    """Restore the original of the converted file `src` to `dst`, with the parts joined.
 
-    Return the keys of `src`. Raises FormatError if the written bytes do not hash to
+    Return the keys of `src`. Raises FormatError if the restored file's hash is not
     `pop.source.sha256`, OutputExistsError and WriteError. After an error, an existing `dst` is
     unchanged and no temporary file remains.
     """
@@ -180,7 +180,7 @@ def original(source: Source, meta: PopMeta) -> Content:
 
 
 def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, advance: Ran) -> bool:
-    """Return True if the file has `meta`, the original's bytes and the added tensors."""
+    """Return True if the file contains `meta`, the original's bytes and the added tensors."""
     source = read_source(written)
     return (
         pop_meta(source.first) == meta
@@ -190,7 +190,7 @@ def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, adva
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """Read the model to convert. Raises FormatError, PlanError for another model's plan."""
+    """Read the model to convert. Raises FormatError, and PlanError if the plan does not match."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan is for a different model than {src}")
@@ -208,13 +208,22 @@ def draft_meta(
     source_bytes: int = 0,
 ) -> PopMeta:
     """Return keys of the final length, with placeholders for the hash and the measurement."""
-    return replace(
-        plan.meta,
+    try:
+        tool = f"pop-local {version('pop-local')}"
+    except PackageNotFoundError:
+        tool = f"pop-converter {__version__}"
+    return PopMeta(
+        schedule=plan.schedule,
         projection=fitted.projection if fitted else plan.projection,
+        sink_tokens=plan.sink_tokens,
+        tail_tokens=plan.tail_tokens,
+        min_prompt=plan.min_prompt,
+        deep_rows=plan.deep_rows,
+        budget=plan.budget,
         source_name=source.name,
         source_sha256=UNKNOWN_SHA256,
-        tool=tool_name(),
         source_bytes=source_bytes,
+        tool=tool,
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
     )
@@ -230,11 +239,3 @@ def unconverted(src: Path) -> Source:
             cause="converted-already",
         )
     return source
-
-
-def tool_name() -> str:
-    """Return the value of `pop.tool`: the installed program's name and version."""
-    try:
-        return f"pop-local {version('pop-local')}"
-    except PackageNotFoundError:
-        return f"pop-converter {__version__}"

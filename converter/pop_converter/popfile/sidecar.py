@@ -1,7 +1,7 @@
 """Sidecars: small files with a model's POP keys and added tensors.
 
-The model is neither copied nor changed. Opening a sidecar compares the model's size and a hash of
-its headers, since hashing the whole model (`pop.source.sha256`) would take too long.
+The model is neither copied nor changed. When a sidecar is opened, only the model's size and a hash
+of its headers are compared, since hashing the whole model (`pop.source.sha256`) takes too long.
 """
 
 import glob
@@ -57,16 +57,16 @@ def sidecar_path(base: Source) -> Path:
 
 
 def existing_sidecar(base: Source) -> Path | None:
-    """Return the file at `sidecar_path`, None for a missing file or a converted model."""
+    """Return the file at `sidecar_path`, or None if it is missing or the model is converted."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 
 
 def base_path(sidecar: Path, source_name: str) -> Path | None:
-    """Return the sidecar's model (or its first part) in the same folder, None if it is missing.
+    """Return the sidecar's model (or its first part) in the same folder, or None if it is missing.
 
-    The caller checks the model's identity (`bind`). `source_name` is untrusted, so its folder is
-    ignored.
+    The caller must check the model's identity (`bind`). `source_name` is untrusted, so its folder
+    is ignored.
     """
     name = Path(source_name).name
     found = sidecar.with_name(name or sidecar.name)
@@ -89,10 +89,9 @@ def bind(base: Source) -> Binding:
 
 
 def read_sidecar(path: Path, base: Source) -> PopMeta:
-    """Read the POP keys of the sidecar at `path` for the model `base`.
+    """Read the POP keys of the sidecar at `path`, which must belong to the model `base`.
 
-    Raises FormatError if `path` is not a sidecar of `base` or has wrong tensors, and if `base` is
-    converted.
+    Raises FormatError if it does not or has the wrong tensors, and if `base` is converted.
     """
     header = read_header(path)
     meta = sidecar_meta(header)
@@ -116,7 +115,7 @@ def read_sidecar(path: Path, base: Source) -> PopMeta:
 
 
 def sidecar_meta(header: Header) -> PopMeta:
-    """Return the POP keys of any model's sidecar. Raises FormatError for any other file."""
+    """Return a sidecar's POP keys, whatever its model. Raises FormatError for other files."""
     meta = pop_meta(header)
     if meta is None:
         raise FormatError(
@@ -149,12 +148,12 @@ def fitted_tensors(path: Path) -> dict[str, NewTensor]:
 
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
-    """Return the POP keys of the sidecar if given, else of the model. Raises FormatError."""
+    """Return the POP keys of the sidecar if given, otherwise the model's. Raises FormatError."""
     return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base)
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
-    """Check the tensors' names. llama.cpp checks the tensors' shapes and types at load time."""
+    """Check the names of the tensors. llama.cpp checks their shapes and types at load time."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
     is_wide = meta.projection == Projection.WIDE
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
@@ -180,7 +179,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> FileSizes:
-    """Return the sizes of the model and of its future sidecar, like `rewrite.measure`."""
+    """Return the sizes of the model and of its future sidecar, as `rewrite.measure` does."""
     source = unconverted(src)
     binding = Binding(source.size_bytes, UNKNOWN_SHA256)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
@@ -199,8 +198,8 @@ def write_sidecar(
 ) -> PopMeta:
     """Write a sidecar of `src` to `dst`, with the keys of `plan` and the tensors of `fitted`.
 
-    `src` is read once for its hash. `progress` is called with the bytes read and the total bytes.
-    For parameters, result and errors, see `rewrite.convert`.
+    `src` is read once for its hash, and `progress` counts the bytes read. Other parameters, result
+    and errors are those of `rewrite.convert`.
     """
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)

@@ -15,7 +15,6 @@ from pop_local.calibration.texts import (
     default_tokens,
     distill_text,
     given_text,
-    n_windows,
     own_text,
 )
 from pop_local.engine.prompt.prompter import Prompter
@@ -44,7 +43,7 @@ def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
     with pytest.raises(PopError, match="needs 2,048"):
         fitted(llama, settings(path))
     with pytest.raises(CalibrationError, match="needs 2,048"):
-        n_windows(100, 128)
+        FitOptions(tokens=100).n_tokens(128)
 
 
 def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
