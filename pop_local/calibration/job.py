@@ -7,6 +7,7 @@ import numpy as np
 
 from pop_converter.base.errors import StoppedError
 from pop_converter.base.progress import Progress
+from pop_converter.fit.wide import WideInput
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Calibration
@@ -16,7 +17,7 @@ from pop_converter.projection import Projection
 from pop_local.calibration import texts
 from pop_local.calibration.activations import WindowReader
 from pop_local.calibration.fit_options import FitOptions
-from pop_local.calibration.needs import FitPair, n_choosing, plan_needs
+from pop_local.calibration.needs import n_choosing, plan_needs
 from pop_local.calibration.texts import N_WINDOW, CalibrationText, Windows
 from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama.context import Context
@@ -59,16 +60,38 @@ def calibrate(
     serves all plans (see `plan_needs`). `text`: the text of an earlier calibration with the same
     model and options. Raises PopError and StoppedError.
     """
+    shape = plans[0].shape
     if text is None:
-        text = _text(context, options, plans[0].shape.n_embd, follow)
-    job = _Job(plans, context, source, options, follow, text.windows)
-    groups = plan_needs(plans, source, options).groups
-    for number, pairs in enumerate(groups):
-        job.read(pairs, number, len(groups))
-        job.solve(pairs)
+        text = _text(context, options, shape.n_embd, follow)
+    kinds: dict[int, list[Projection]] = {}
+    for plan in plans:
+        kinds.setdefault(plan.boundary, []).append(plan.projection)
+    summing, sums = Summing(source, shape, kinds), Sums()
+    tensors: dict[tuple[int, Projection], list[NewTensor]] = {}
+    groups, n_read = plan_needs(plans, source, options).groups, 0
+    for pairs in groups:
+        boundaries = {pair.boundary for pair in pairs}
+        unknown = boundaries - sums.wides.keys()
+        sums.wides |= _choose_inputs(summing, context, text.windows, unknown, follow)
+        layers = {each: [layer for b, layer in pairs if b == each] for each in boundaries}
+        sums.grams = {each: summing.empty(each, layers[each]) for each in boundaries}
+        reader = WindowReader(context, summing.wanted(boundaries))
+        for window in text.windows:
+            summing.add(sums, reader.window(window.tolist()))
+            n_read += N_WINDOW
+            follow.on_reading(n_read, len(groups) * text.n_tokens)
+            follow.check_stop()
+        for boundary, layer in pairs:
+            for kind in kinds[boundary]:
+                made = tensors.setdefault((boundary, kind), [])
+                if not made and kind == Projection.WIDE:
+                    made += summing.encode_input(sums, boundary, options.kv_type)
+                gram, stored = sums.grams[boundary], options.kv_type
+                made += summing.solve(gram, boundary, layer, kind, options.ridge, stored)
+                follow.check_stop()
     calibration = Calibration(text.name, text.sha256, text.n_tokens, options.ridge)
     fitted = tuple(
-        Fitted(calibration, tuple(job.tensors[plan.boundary, plan.projection]), plan.projection)
+        Fitted(calibration, tuple(tensors[plan.boundary, plan.projection]), plan.projection)
         for plan in plans
     )
     return Calibrated(fitted, text)
@@ -86,74 +109,23 @@ def _text(context: Context, options: FitOptions, n_embd: int, follow: Callbacks)
     return texts.own_text(context, count, sampled)
 
 
-class _Job:
-    def __init__(
-        self,
-        plans: Sequence[Plan],
-        context: Context,
-        source: Source,
-        options: FitOptions,
-        follow: Callbacks,
-        windows: Windows,
-    ) -> None:
-        self._context, self._options, self._follow = context, options, follow
-        self._windows = windows
-        projections: dict[int, list[Projection]] = {}
-        for plan in plans:
-            projections.setdefault(plan.boundary, []).append(plan.projection)
-        self._summing = Summing(source, plans[0].shape, projections)
-        self._sums = Sums()
-        self.tensors: dict[tuple[int, Projection], list[NewTensor]] = {}
-
-    def read(self, pairs: Sequence[FitPair], number: int, n_groups: int) -> None:
-        """Sum the rows of all windows for a group of pairs."""
-        boundaries = {pair.boundary for pair in pairs}
-        self._choose_inputs(boundaries - self._sums.wides.keys())
-        self._sums.grams.clear()
-        for boundary in boundaries:
-            layers = [pair.layer for pair in pairs if pair.boundary == boundary]
-            self._sums.grams[boundary] = self._summing.empty(boundary, layers)
-        reading = WindowReader(self._context, self._summing.wanted(boundaries))
-        n_read, n_all = number * self._windows.size, n_groups * self._windows.size
-        for window in self._windows:
-            self._summing.add(self._sums, reading.window(window.tolist()))
-            n_read += N_WINDOW
-            self._follow.on_reading(n_read, n_all)
-            self._follow.check_stop()
-
-    def _choose_inputs(self, boundaries: Set[int]) -> None:
-        """Choose the wide inputs from the states of windows that are spread over the text."""
-        wanted = sorted(filter(self._summing.is_wide, boundaries))
-        if not wanted:
-            return
-        n_windows = len(self._windows)
-        n_chosen = min(n_windows, n_choosing(self._summing.shape.n_embd))
-        seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
-        reading = WindowReader(self._context, TapRequest(tuple(wanted)))
-        for number in np.linspace(0, n_windows - 1, n_chosen).astype(int):
-            tapped = reading.window(self._windows[number].tolist())
-            for boundary in wanted:
-                seen[boundary].append(self._summing.state(boundary, tapped)[1:])
-            self._follow.check_stop()
+def _choose_inputs(
+    summing: Summing, context: Context, windows: Windows, boundaries: Set[int], follow: Callbacks
+) -> dict[int, WideInput]:
+    """Choose the inputs of wide fits from the states of windows that are spread over the text."""
+    wanted = sorted(filter(summing.is_wide, boundaries))
+    if not wanted:
+        return {}
+    n_chosen = min(len(windows), n_choosing(summing.shape.n_embd))
+    seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
+    reader = WindowReader(context, TapRequest(tuple(wanted)))
+    for number in np.linspace(0, len(windows) - 1, n_chosen).astype(int):
+        tapped = reader.window(windows[number].tolist())
         for boundary in wanted:
-            self._follow.check_stop()
-            chosen_input = self._summing.choose_input(boundary, seen.pop(boundary))
-            self._sums.wides[boundary] = chosen_input
-
-    def solve(self, pairs: Sequence[FitPair]) -> None:
-        """Solve a group's projections from its sums, and add them to `tensors`."""
-        options, summing = self._options, self._summing
-        for boundary, layer in pairs:
-            for kind in summing.projections[boundary]:
-                tensors = self.tensors.setdefault((boundary, kind), [])
-                if not tensors and kind == Projection.WIDE:
-                    tensors += summing.encode_input(self._sums, boundary, options.kv_type)
-                tensors += summing.solve(
-                    self._sums.grams[boundary],
-                    boundary,
-                    layer,
-                    kind,
-                    options.ridge,
-                    options.kv_type,
-                )
-                self._follow.check_stop()
+            seen[boundary].append(summing.state(boundary, tapped)[1:])
+        follow.check_stop()
+    chosen = {}
+    for boundary in wanted:
+        follow.check_stop()
+        chosen[boundary] = summing.choose_input(boundary, seen.pop(boundary))
+    return chosen

@@ -1,6 +1,6 @@
 """Sample text from a model at temperature 1, with many sequences in each batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 
 import numpy as np
@@ -37,44 +37,28 @@ def sample_windows(
         window[: len(start)] = start
     n_given = np.array([len(start) for start in starts])
     done = 0
-    n_parts = -(-len(windows) // MAX_SEQUENCES)
-    parts = np.array_split(windows, n_parts), np.array_split(n_given, n_parts)
-    for tokens, given in zip(*parts, strict=True):
-        for n_steps in _fill(tokens, given, context, rng):
-            on_progress(done + len(tokens) * n_steps, windows.size)
-        done += tokens.size
-    return windows
-
-
-def _fill(
-    tokens: NDArray[np.int32],
-    n_given: NDArray[np.int64],
-    context: Context,
-    rng: np.random.Generator,
-) -> Iterator[int]:
-    """Sample the tokens [n, n_window] after each row's first `n_given` tokens, column by column.
-
-    Yield the number of complete columns after each step.
-    """
-    n, n_window = tokens.shape
-    shape = {"n_ctx": n * n_window, "n_batch": n, "n_ubatch": n, "n_seq_max": n}
-    with context.extra_context(**shape) as ctx, closing(TokenBatch(n)) as batch:
-        for step in range(1, n_window):
-            logs.forget_errors()
-            at = (np.full(n, step - 1), np.arange(n), np.ones(n, bool))
-            if code := batch.run(ctx, tokens[:, step - 1], *at):
-                raise logs.not_decoded(code)
-            logits = np.ctypeslib.as_array(
-                bindings().llama_get_logits(ctx), (n, context.vocabulary.n_tokens)
-            )
-            if np.isnan(logits.max(axis=1)).any():
-                raise PopError(
-                    "the model predicts NaN",
-                    "the model file may be damaged: download it again",
+    for part in np.array_split(np.arange(len(starts)), -(-len(starts) // MAX_SEQUENCES)):
+        n = len(part)
+        sizes = {"n_ctx": n * n_window, "n_batch": n, "n_ubatch": n, "n_seq_max": n}
+        with context.extra_context(**sizes) as ctx, closing(TokenBatch(n)) as batch:
+            for step in range(1, n_window):
+                logs.forget_errors()
+                at = (np.full(n, step - 1), np.arange(n), np.ones(n, bool))
+                if code := batch.run(ctx, windows[part, step - 1], *at):
+                    raise logs.not_decoded(code)
+                logits = np.ctypeslib.as_array(
+                    bindings().llama_get_logits(ctx), (n, context.vocabulary.n_tokens)
                 )
-            for row in np.flatnonzero(n_given <= step):
-                tokens[row, step] = draw(logits[row], rng.random())
-            yield step + 1
+                if np.isnan(logits.max(axis=1)).any():
+                    raise PopError(
+                        "the model predicts NaN",
+                        "the model file may be damaged: download it again",
+                    )
+                for number in np.flatnonzero(n_given[part] <= step):
+                    windows[part[number], step] = draw(logits[number], rng.random())
+                on_progress(done + n * (step + 1), windows.size)
+        done += n * n_window
+    return windows
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:

@@ -115,7 +115,7 @@ def distill_text(
     """Return a calibration's windows, more windows from its texts, and look-ups.
 
     `paths`: the calibration's texts (empty: the default texts). The result has `n_windows` windows,
-    or fewer if the texts are too short for that many distinct windows.
+    or fewer if the texts are too short.
     """
     groups = _grouped_texts(paths, n_windows) if paths else [_texts()]
     carriers = carrier_windows(context, n_windows // SHARE, N_WINDOW, groups[0][0], SEED + 1)

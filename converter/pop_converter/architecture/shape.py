@@ -81,6 +81,9 @@ def source_shape(source: Source) -> ModelShape:
             f"the model has {n_layer} layers, but llama.cpp supports 1 to {MAX_LAYERS}"
         )
     layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
+    embedding = {tensor.name: tensor.dims for tensor in source.tensors}.get("token_embd.weight", ())
+    if len(embedding) != 2:
+        raise FormatError(f"{source.first.path} has no token embeddings", "pass a language model")
     if (n_embd := keys.number("embedding_length")) < 1:
         raise keys.wrong("the embedding length is 0")
     if (n_deepstack := keys.number("n_deepstack_layers", 0)) >= n_layer:
@@ -103,7 +106,7 @@ def source_shape(source: Source) -> ModelShape:
     return ModelShape(
         arch=keys.arch,
         n_layer=n_layer,
-        n_vocab=_n_vocab(source),
+        n_vocab=embedding[1],
         n_embd=n_embd,
         n_q=n_q,
         n_k=n_k,
@@ -119,10 +122,3 @@ def source_shape(source: Source) -> ModelShape:
         n_deepstack=n_deepstack,
         no_refill=next(filter(None, reasons), ""),
     )
-
-
-def _n_vocab(source: Source) -> int:
-    dims = {tensor.name: tensor.dims for tensor in source.tensors}.get("token_embd.weight", ())
-    if len(dims) != 2:
-        raise FormatError(f"{source.first.path} has no token embeddings", "pass a language model")
-    return dims[1]

@@ -32,22 +32,22 @@ class SkippableLayers:
 def skipping_of(shape: ModelShape) -> SkippableLayers:
     first = max(1, shape.n_deepstack)
     fits = [boundary for boundary in range(first, shape.n_layer) if shape.fits(boundary)]
-    kinds = {kind: None for layer in range(first, shape.n_layer) for kind in _left(shape, layer)}
+    left: dict[str, None] = {}
+    for layer in range(first, shape.n_layer):
+        if shape.n_k[layer]:
+            left[_KV if shape.n_v[layer] else _LATENT] = None
+        if shape.is_recurrent[layer]:
+            left[_STATE] = None
     return SkippableLayers(
         first=first,
         last=shape.n_layer - 1,
-        left=tuple(kinds),
+        left=tuple(left),
         fits_from=min(fits, default=None),
         no_fit="" if fits else _no_fit(shape),
         exact=shape.exact,
         no_refill=shape.no_refill,
         is_measured=shape.arch in MEASURED,
     )
-
-
-def _left(shape: ModelShape, layer: int) -> list[str]:
-    kv = [_KV if shape.n_v[layer] else _LATENT] if shape.n_k[layer] else []
-    return kv + [_STATE] * shape.is_recurrent[layer]
 
 
 def _no_fit(shape: ModelShape) -> str:

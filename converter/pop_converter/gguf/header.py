@@ -163,30 +163,23 @@ class _Cursor:
             raise corrupt(self.path, "a name is not UTF-8 text") from error
 
     def value(self, kind: int) -> Scalar | Array:
-        if kind == GGUFValueType.ARRAY:
-            return self._array()
+        length, is_array = 1, kind == GGUFValueType.ARRAY
+        if is_array:
+            kind, length = self.number("I"), self.number("Q")
+        if kind == GGUFValueType.STRING and is_array:
+            self._skip_texts(length)
+            return ()
         if kind == GGUFValueType.STRING:
             start = self.skip(self.number("Q"))
             return self.view[start : self.at].decode(errors="replace")
-        [value] = self.numbers(self._code(kind))
-        return cast(Scalar, value)
-
-    def _code(self, kind: int) -> str:
-        code = _SCALARS.get(kind)
-        if code is None:
+        if kind not in _SCALARS:
             raise corrupt(self.path, f"a value has the unknown type {kind}")
-        return code
-
-    def _array(self) -> Array:
-        kind, length = self.number("I"), self.number("Q")
-        if kind == GGUFValueType.STRING:
-            self._skip_texts(length)
-            return ()
-        code = self._code(kind)
+        code = _SCALARS[kind]
         if length > MAX_KEPT_ITEMS:
             self.skip(length * struct.calcsize(f"<{code}"))
             return ()
-        return self.numbers(f"{length}{code}")
+        items = self.numbers(f"{length}{code}")
+        return items if is_array else cast(Scalar, items[0])
 
     def _skip_texts(self, count: int) -> None:
         # Inlined for speed: a vocabulary has up to half a million entries.

@@ -220,7 +220,7 @@ def pop_meta(header: Header) -> PopMeta | None:
     if "schedule" not in values:
         raise FormatError(f"{header.path} has pruning keys but no pop.schedule", CONVERT_AGAIN)
     meta = PopMeta(**values)
-    _check_fit(meta, header)
+    _check_schedule(meta, header)
     return meta
 
 
@@ -265,31 +265,20 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
     return value
 
 
-def _check_fit(meta: PopMeta, header: Header) -> None:
-    unknown = sorted(set(meta.schedule) - set("FS"))
-    if unknown:
-        raise FormatError(
-            f"schedule {meta.schedule!r} has letters other than F and S: {', '.join(unknown)}",
-            CONVERT_AGAIN,
-        )
+def _check_schedule(meta: PopMeta, header: Header) -> None:
     if not re.fullmatch("F+S+", meta.schedule):
         raise FormatError(
             f"schedule {meta.schedule!r} must have one or more F's, then one or more S's",
             CONVERT_AGAIN,
         )
-    n_layer = _n_layer(header)
-    if n_layer is not None and n_layer != meta.n_layer:
+    n_layer, n_nextn = header.of_arch("block_count"), header.of_arch("nextn_predict_layers") or 0
+    # The schedule omits MTP layers.
+    if isinstance(n_layer, int) and isinstance(n_nextn, int) and n_layer - n_nextn != meta.n_layer:
         raise FormatError(
-            f"{header.path} has {n_layer} layers, but its schedule has {meta.n_layer} letters",
+            f"{header.path} has {n_layer - n_nextn} layers, but its schedule has {meta.n_layer}"
+            " letters",
             CONVERT_AGAIN,
         )
-
-
-def _n_layer(header: Header) -> int | None:
-    """Return the number of layers, excluding MTP layers, which the schedule omits."""
-    n_layer = header.of_arch("block_count")
-    n_nextn = header.of_arch("nextn_predict_layers") or 0
-    return n_layer - n_nextn if isinstance(n_layer, int) and isinstance(n_nextn, int) else None
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:

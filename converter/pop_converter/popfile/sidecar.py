@@ -214,7 +214,10 @@ def write_sidecar(
     with replacing(dst, force=force) as file:
         file.write(draft.header)
         meta = finish(file, whole, replace(meta, source_sha256=sha256), examine, encode)
-        if not _holds(Path(file.name), whole.with_keys(encode(meta))):
+        header, written = whole.with_keys(encode(meta)).header, Path(file.name)
+        with written.open("rb") as check:
+            is_same = check.read(len(header)) == header
+        if not (is_same and same_data(whole, written, len(header), lambda n_bytes: None)):
             raise WriteError(f"the written file {dst} is damaged", "check the disk, then try again")
         if bind(read_source(src)) != binding:
             raise WriteError(f"{src} changed during the conversion", "try again")
@@ -230,9 +233,3 @@ def write_trial(
     with replacing(dst, force=False) as file:
         file.write(written.header)
         file.writelines(written.added)
-
-
-def _holds(written: Path, content: Content) -> bool:
-    with written.open("rb") as file:
-        same_header = file.read(len(content.header)) == content.header
-    return same_header and same_data(content, written, len(content.header), lambda n_bytes: None)
