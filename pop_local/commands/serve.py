@@ -123,7 +123,7 @@ def serve_named(
         on_ready(url)
 
     try:
-        app.serve_models(pool, listening, rules, strict_model=to.strict_model, on_ready=announce)
+        app.serve_models(pool, listening, rules, announce)
     finally:
         if prompts is not None:
             prompts.close()
@@ -149,7 +149,12 @@ def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "Mo
     from pop_local.server.model_pool import ModelPool, ModelRegistry
 
     opener = replace(opener, prompt_cache=prompts)
-    options: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
+    options: dict[str, Any] = {
+        "max_waiting": to.max_waiting,
+        "repeatable": to.repeatable,
+        "ram_bytes": int((to.ram or 0) * 2**30),
+        "strict_model": to.strict_model,
+    }
     if (folder := to.models) is None:
         opened = opener()
         # Clients probably use the catalog name that the user typed.
@@ -163,9 +168,9 @@ def _pool(to: ServerOptions, opener: Opener, prompts: PromptCache | None) -> "Mo
         opener.options.ctx,
         can_see=True,
         n_parallel=opener.n_parallel or 2,  # the largest default of a model
+        **options,
     )
-    ram_bytes = int((to.ram or 0) * 2**30)
-    return ModelPool.of_folder(folder, registry, opener.model, ram_bytes=ram_bytes, **options)
+    return ModelPool.of_folder(folder, registry, opener.model)
 
 
 def _announce(pool: "ModelPool", to: ServerOptions) -> None:

@@ -56,6 +56,7 @@ def parse_origin(text: str) -> str:
     return origin
 
 
+@dataclass(frozen=True)
 class AccessMiddleware:
     """ASGI middleware that checks, counts and logs each request.
 
@@ -65,17 +66,14 @@ class AccessMiddleware:
     the name of the model that answers instead.
     """
 
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics, rules: AccessRules, paths: frozenset[str]
-    ) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._rules = rules
-        self._paths = paths
+    app: ASGIApp
+    metrics: Metrics
+    rules: AccessRules
+    paths: frozenset[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         started_s = time.perf_counter()
         status, is_started = 500, False
@@ -92,8 +90,8 @@ class AccessMiddleware:
         state: dict[str, Any] = scope.setdefault("state", {})
         held = state["held"] = ExitStack()
         try:
-            error = refusal(scope, self._rules)
-            app = self._app if error is None else error.response(scope["path"])
+            error = refusal(scope, self.rules)
+            app = self.app if error is None else error.response(scope["path"])
             await app(scope, receive, send_and_note)
         except asyncio.CancelledError:  # the server stopped before the body was complete
             if is_started:
@@ -106,8 +104,8 @@ class AccessMiddleware:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         state = scope["state"]
-        path = scope["path"] if scope["path"] in self._paths else "other"
-        self._metrics.requests.labels(path, str(status)).inc()
+        path = scope["path"] if scope["path"] in self.paths else "other"
+        self.metrics.requests.labels(path, str(status)).inc()
         client = scope["client"][0] if scope.get("client") else "-"
         notes = [state["note"]] if "note" in state else []
         if "requested" in state:

@@ -39,9 +39,8 @@ MakeReply = Callable[[ServedModel, AnyBody], Reply]
 
 
 class Api:
-    def __init__(self, models: ModelPool, *, strict_model: bool) -> None:
+    def __init__(self, models: ModelPool) -> None:
         self.models = models
-        self._is_strict = strict_model
         max_ctx = models.registry.max_ctx
         self._max_body_bytes = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * max_ctx)
         self._max_image_bytes = MAX_DATA_URL if models.registry.can_see else 0
@@ -95,7 +94,7 @@ class Api:
         """Return the file of the requested or default model. Raises ApiError."""
         file = self.models.find(name)
         if name and file is None:
-            if self._is_strict:
+            if self.models.registry.strict_model:
                 raise self.unknown_model(name)
             request.state.requested = name
         file = file or self.models.default

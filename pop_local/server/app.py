@@ -77,16 +77,14 @@ def serve_models(
     pool: ModelPool,
     listening: socket.socket,
     rules: AccessRules,
-    *,
-    strict_model: bool = False,
-    on_ready: Callable[[str], None] = lambda url: None,
+    on_ready: Callable[[str], None],
 ) -> None:
     """Serve models until a signal arrives, and then close the pool and the socket.
 
     `on_ready` is called with the server's URL once clients can connect. Raises PopError.
     """
     try:
-        app = create_app(pool, rules, strict_model=strict_model)
+        app = create_app(pool, rules)
         host, port = listening.getsockname()[:2]
         try:
             listening.listen(_BACKLOG)
@@ -107,13 +105,9 @@ def log_to_stderr() -> None:
     log.addHandler(handler)
 
 
-def create_app(models: ModelPool, rules: AccessRules, *, strict_model: bool = False) -> Starlette:
-    """Return the application of a model pool, whose workers run during its lifespan.
-
-    With `strict_model`, requests for unknown models are refused. Without `strict_model`, the
-    default model answers such requests.
-    """
-    api = Api(models, strict_model=strict_model)
+def create_app(models: ModelPool, rules: AccessRules) -> Starlette:
+    """Return the application of a model pool, whose workers run during the app's lifespan."""
+    api = Api(models)
 
     async def health(request: Request) -> Response:
         if hung_s := models.hung_s():

@@ -30,12 +30,17 @@ log = logging.getLogger("pop_local.server")
 
 @dataclass(frozen=True)
 class ModelRegistry:
-    """The models that a server can open.
+    """The models that a server can open, and the limits and defaults for serving them.
 
     `files` returns the current model files by name. `open` opens a file and may raise PopError.
     `make_fitter` returns an open model's fitter, or None if the model does not learn. `n_ctx` is
     each model's context length (None: the model's default), and `n_parallel` its number of
     sequences. `can_see` is true if at least one model may be able to read images.
+
+    `max_waiting` is the maximum queue length. `repeatable` is the default for requests without this
+    field. `ram_bytes` limits the memory of all open models. A model that needs more memory is
+    opened alone. With `strict_model`, requests for unknown models are refused. Without it, the
+    default model answers such requests.
     """
 
     files: Callable[[], Mapping[str, Path]]
@@ -44,6 +49,10 @@ class ModelRegistry:
     n_ctx: int | None
     can_see: bool
     n_parallel: int
+    max_waiting: int = 256
+    repeatable: bool = False
+    ram_bytes: int = 0
+    strict_model: bool = False
 
     @property
     def max_ctx(self) -> int:
@@ -74,19 +83,15 @@ class ServedModel:
             self.model.close()
 
 
+@dataclass(eq=False)
 class Lease:
-    """A request's claim to a model.
+    """A request's claim to a model, which stays open between the calls to `grant` and `end`."""
 
-    The model stays open between the calls to `grant` and `end`.
-    """
-
-    def __init__(
-        self, file: ModelFile, needed_bytes: int, on_end: Callable[["Lease"], None]
-    ) -> None:
-        self.file, self.needed_bytes = file, needed_bytes
-        self.served: asyncio.Future[ServedModel] = asyncio.get_running_loop().create_future()
-        self.is_granted = False
-        self._on_end = on_end
+    file: ModelFile
+    needed_bytes: int
+    on_end: Callable[["Lease"], None]
+    served: asyncio.Future[ServedModel]
+    is_granted: bool = False
 
     def grant(self, served: ServedModel) -> None:
         self.is_granted = True
@@ -99,7 +104,7 @@ class Lease:
 
     def end(self) -> None:
         self.served.cancel()
-        self._on_end(self)
+        self.on_end(self)
 
 
 class ModelPool:
@@ -108,25 +113,14 @@ class ModelPool:
     Only `load`, `stop`, `join` and `close` may be called from outside the event loop.
     """
 
-    def __init__(
-        self,
-        registry: ModelRegistry,
-        *,
-        max_waiting: int = 256,
-        repeatable: bool = False,
-        ram_bytes: int = 0,
-        default: str = "",
-    ) -> None:
+    def __init__(self, registry: ModelRegistry, default: str = "") -> None:
         """Create a pool without open models.
 
-        `ram_bytes` limits the memory of all open models. A model that needs more memory is opened
-        alone. `default` names the model that answers requests without a model name ("": the last
-        requested model, and before any request the first model).
+        `default` names the model that answers requests without a model name ("": the last requested
+        model, and before any request the first model).
         """
-        self.registry = registry
+        self.registry, self._default = registry, default
         self.metrics = Metrics()
-        self._max_waiting, self._repeatable = max_waiting, repeatable
-        self._ram_bytes, self._default = ram_bytes, default
         self._loaded: dict[Path, ServedModel] = {}  # least recently used first
         self._n_leases: Counter[Path] = Counter()
         self._waiting: list[Lease] = []
@@ -148,30 +142,28 @@ class ModelPool:
         make_fitter: Callable[[PopModel], Fitter | None],
         **options: Any,
     ) -> "ModelPool":
-        """Create a pool of one open model. `options`: keyword arguments of the constructor."""
+        """Create a pool of one open model. `options`: fields of ModelRegistry with defaults."""
         files, engine = {file.name: file.path}, model.engine
         can_see, n = engine.prompter.can_see, len(engine.sequences)
         registry = ModelRegistry(
-            lambda: files, lambda _: model, make_fitter, engine.context.n_ctx, can_see, n
+            lambda: files, lambda _: model, make_fitter, engine.context.n_ctx, can_see, n, **options
         )
-        pool = cls(registry, **options)
+        pool = cls(registry)
         pool.load(file)
         return pool
 
     @classmethod
-    def of_folder(
-        cls, folder: Path, registry: ModelRegistry, model: str, **options: Any
-    ) -> "ModelPool":
+    def of_folder(cls, folder: Path, registry: ModelRegistry, model: str) -> "ModelPool":
         """Create a pool of a folder's models, with `model` open ("": no model is open).
 
-        `options`: keyword arguments of the constructor. Raises PopError.
+        Raises PopError if the folder does not contain the model, or if the model cannot be opened.
         """
         files = registry.files()
         file = find(model, files) if model else None
         if model and file is None:
             hint = nearest_hint(model, {name: name for name in files}, "see `pop-local list`")
             raise PopError(f"the folder {folder} contains no model named {model!r}", hint)
-        pool = cls(registry, default=file.name if file else "", **options)
+        pool = cls(registry, file.name if file else "")
         if file:
             pool.load(file)
         else:  # a damaged file must never become the default model
@@ -241,7 +233,8 @@ class ModelPool:
             raise self._failed(file, error) from error
         if self._stopping.is_set():
             raise stopping()
-        lease = Lease(file, needed_bytes, self._ended)
+        future = asyncio.get_running_loop().create_future()
+        lease = Lease(file, needed_bytes, self._ended, future)
         self._waiting = self._still_waiting()
         n_waiting = len(self._waiting)
         served = self._loaded.get(file.path)
@@ -249,7 +242,7 @@ class ModelPool:
             self._grant(lease, served)
             return lease
         # A request for an open model waits in the queue, so that the model becomes idle.
-        if n_waiting >= self._max_waiting:
+        if n_waiting >= self.registry.max_waiting:
             raise ApiError(503, f"{n_waiting} requests are waiting for models; try again later")
         self._waiting.append(lease)
         self._advance()
@@ -295,14 +288,14 @@ class ModelPool:
 
     def _to_close(self, needed_bytes: int) -> list[ServedModel] | None:
         """Return the idle models to close, or None while busy models leave too little memory."""
+        limit = self.registry.ram_bytes
         n_bytes = needed_bytes + sum(served.needed_bytes for served in self.loaded)
         idle: list[ServedModel] = []
         for served in self.loaded:
-            if n_bytes > self._ram_bytes and not self._n_leases[served.path]:
+            if n_bytes > limit and not self._n_leases[served.path]:
                 idle.append(served)
                 n_bytes -= served.needed_bytes
-        is_alone = len(idle) == len(self._loaded)
-        return idle if is_alone or n_bytes <= self._ram_bytes else None
+        return idle if n_bytes <= limit or len(idle) == len(self._loaded) else None
 
     # Opening and closing
 
@@ -310,8 +303,9 @@ class ModelPool:
         """Open a model without starting its worker. Raises PopError."""
         with stopped_by(self._stopping.is_set):
             model = self.registry.open(file.path)
-        tasks = TaskFactory(model, repeatable=self._repeatable)
-        worker = Worker(model, self.metrics, self._max_waiting, self.registry.make_fitter(model))
+        tasks = TaskFactory(model, repeatable=self.registry.repeatable)
+        fitter = self.registry.make_fitter(model)
+        worker = Worker(model, self.metrics, self.registry.max_waiting, fitter)
         needed_bytes = ModelInfo.of_model(file.name, model).needed_bytes
         served = ServedModel(file.name, file.path, model, tasks, worker, needed_bytes)
         self._loaded[file.path] = served
@@ -345,8 +339,8 @@ class ModelPool:
         self._change, self._closing = None, ()
         if error is None:
             log.info("opened %s", lease.file.name)
-            if 0 < self._ram_bytes < lease.needed_bytes:
-                needed, limit = size(lease.needed_bytes), size(self._ram_bytes)
+            if 0 < self.registry.ram_bytes < lease.needed_bytes:
+                needed, limit = size(lease.needed_bytes), size(self.registry.ram_bytes)
                 message = "%s needs about %s of memory, but --ram allows %s"
                 log.warning(message, lease.file.name, needed, limit)
         else:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,8 +152,8 @@ def test_busy_model_cannot_starve_other_models(library, n_files):
     ram_bytes = n_files * (library.folder / "one.gguf").stat().st_size
 
     async def take_turns() -> None:
-        registry = library.registry()
-        async with begun(ModelPool(registry, max_waiting=2, ram_bytes=ram_bytes)) as models:
+        registry = replace(library.registry(), max_waiting=2, ram_bytes=ram_bytes)
+        async with begun(ModelPool(registry)) as models:
 
             async def ask(name: str) -> Lease:
                 return await models.lease(file_of(library, name))
@@ -364,7 +365,7 @@ def test_model_closes_if_storing_its_prompt_fails(library, expected, monkeypatch
         for name in ("one", "two"):
             complete(client, model=name)
         monkeypatch.setattr(CacheStates, "store", store)
-        library.behind._ram_bytes = 0
+        library.behind.registry = replace(library.behind.registry, ram_bytes=0)
         assert text_of(complete(client, model="three")) == expected["three"]
         assert library.open_ones == ["three"]
 

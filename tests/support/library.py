@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ class Library:
 
 
 @contextmanager
-def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
-    library.behind = models = ModelPool(library.registry(), **how)
-    with asking(create_app(models, LOCAL, strict_model=strict_model)) as client:
+def asked(library: Library, *, default: str = "", **how) -> Iterator[TestClient]:
+    library.behind = models = ModelPool(replace(library.registry(), **how), default)
+    with asking(create_app(models, LOCAL)) as client:
         yield client
     assert not any(models._n_leases.values())
     assert models.n_waiting() == 0

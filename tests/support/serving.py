@@ -78,14 +78,12 @@ def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
     raise AssertionError(log_file.read_text())
 
 
-def app_of(
-    model: PopModel, name: str, *, fitter=None, strict_model=False, rules=LOCAL, **how
-) -> Starlette:
-    """Return the application of one model; `how`: options of ModelPool."""
+def app_of(model: PopModel, name: str, *, fitter=None, rules=LOCAL, **how) -> Starlette:
+    """Return the application of one model; `how`: options of ModelRegistry."""
     models = ModelPool.of_one(
         ModelFile(name, model.engine.context.files.path), model, lambda _: fitter, **how
     )
-    return create_app(models, rules, strict_model=strict_model)
+    return create_app(models, rules)
 
 
 def asking(app: Starlette) -> TestClient:
