@@ -153,9 +153,9 @@ def test_listings_open_no_model(folder, tmp_path, caplog):
     ("words", "reason"),
     [
         ("x.gguf --ram 2", "requires --models"),
-        ("--models {folder} --name x", "for a single model"),
-        ("--models {folder} --sidecar x", "for a single model"),
-        ("--models {folder} --mmproj x", "for a single model"),
+        ("--models {folder} --name x", "cannot be combined with --models"),
+        ("--models {folder} --sidecar x", "cannot be combined with --models"),
+        ("--models {folder} --mmproj x", "cannot be combined with --models"),
         ("--models {folder}/nowhere", "does not exist"),
         ("--models {folder} --ram inf", "finite"),
     ],
