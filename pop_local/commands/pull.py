@@ -53,7 +53,12 @@ def pull(
         raise typer.BadParameter(message, param_hint="--sha256")
     folder = folder or models_dir()
     try:
-        path = _fetched(model, folder, sha256, force=force)
+        if is_url(model):
+            path = _from_url(model, folder, _hash(sha256), force=force)
+        else:
+            with terminal_watch() as watch:
+                may = replace(watch, may=lambda question: True)  # `pull` is the permission
+                path = fetch_named(model, folder, may, force=force)
     except KeyboardInterrupt:
         note("Run the same command again to resume the download.")
         raise
@@ -70,14 +75,6 @@ def _show_hits(name: str) -> None:
             note(f"pop-local pull hf:{repo}")
     except PopError as error:
         note(f"Could not search the hub for {name}: {error.message}.")
-
-
-def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:
-    if is_url(model):
-        return _from_url(model, folder, _hash(sha256), force=force)
-    with terminal_watch() as watch:
-        may = replace(watch, may=lambda question: True)  # the user already allowed the download
-        return fetch_named(model, folder, may, force=force)
 
 
 def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:

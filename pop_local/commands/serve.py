@@ -178,10 +178,8 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
         _announce_model(served.name, served.model)
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
-        if to.ram:
-            note(f"Models in {to.models}, opened on demand in up to {to.ram:g} GiB: {names}.")
-        else:
-            note(f"Models in {to.models}, opened on demand, one at a time: {names}.")
+        limit = f"in up to {to.ram:g} GiB" if to.ram else "one at a time"
+        note(f"Models in {to.models}, opened on demand, {limit}: {names}.")
 
 
 def _announce_model(name: str, opened: PopModel) -> None:

@@ -74,6 +74,11 @@ def print_json(value: Any) -> None:
     out.file.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
+def fields_of(source: object, *names: str) -> dict[str, Any]:
+    """Return some of an object's attributes by name."""
+    return {name: getattr(source, name) for name in names}
+
+
 def _jsonable(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)

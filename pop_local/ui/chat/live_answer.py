@@ -86,7 +86,9 @@ class Tail:
 
     def draw(self, above: Lines, lines: Lines) -> None:
         """Print `above` and `lines` over the `lines` of the previous call."""
-        n_rows = sum(map(self._n_rows, self._widths))
+        # The terminal wraps lines that are wider than its window.
+        n_columns = max(1, self._console.width)
+        n_rows = sum(max(1, -(-width // n_columns)) for width in self._widths)
         with self._console:  # a single write avoids flicker
             if n_rows:
                 up = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
@@ -94,10 +96,6 @@ class Tail:
             ended = chain.from_iterable([*line, Segment.line()] for line in [*above, *lines])
             self._console.print(Segments(ended), end="", crop=False)
         self._widths = [Segment.get_line_length(line) for line in lines]
-
-    def _n_rows(self, width: int) -> int:
-        """Return the number of terminal rows of a line, which the terminal may wrap."""
-        return max(1, -(-width // max(1, self._console.width)))
 
 
 class MarkdownAnswer:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pop_local.ui.console import say
-from pop_local.ui.tables import Column, Fact, markdown, print_facts
-from pop_local.ui.views.quality_figures import bare, figures, text_json, with_se
+from pop_local.ui.tables import Column, Fact, fields_of, markdown, print_facts
+from pop_local.ui.views.quality_figures import bare, figures, with_se
 
 if TYPE_CHECKING:
     from pop_local.research.depths import DepthCost
@@ -20,7 +20,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
     chosen = found.chosen
     return {
         "model": str(found.model),
-        "text": text_json(found.text),
+        "text": fields_of(found.text, "name", "sha256"),
         "seed": found.seed,
         "gates": found.importance,
         "boundaries": [_depth_json(depth) for depth in found.depths],
@@ -38,13 +38,10 @@ def as_json(found: Analysis) -> dict[str, Any]:
 def _depth_json(depth: DepthCost) -> dict[str, Any]:
     kept = depth.retention
     return {
-        "boundary": depth.boundary,
-        "n_skipped": depth.n_skipped,
-        "speedup_limit": depth.speedup_limit,
+        **fields_of(depth, "boundary", "n_skipped", "speedup_limit"),
         "induction_retention": kept and kept.value,
         "induction_retention_se": kept and kept.se,
-        "lost_retention": depth.lost_retention,
-        "projection": depth.projection,
+        **fields_of(depth, "lost_retention", "projection"),
         "quality": depth.quality and figures(depth.quality),
     }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pop_local.measure.verdict import comparison_in_words
 from pop_local.ui.console import out
-from pop_local.ui.tables import Column, Fact, print_facts, print_table
+from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_table
 from pop_local.ui.views.quality_figures import with_advice
 
 if TYPE_CHECKING:
@@ -42,19 +42,13 @@ def show_comparison(found: Comparison) -> None:
 
 def comparison_json(found: Comparison) -> dict[str, Any]:
     return {
-        "prompts": {"name": found.prompts.name, "sha256": found.prompts.sha256},
+        "prompts": fields_of(found.prompts, "name", "sha256"),
         "n": len(found.answers),
         "n_same": len(found.answers) - len(found.different),
-        "n_judged": found.n_judged,
-        "full_hits": found.full_hits,
-        "pruned_hits": found.pruned_hits,
-        "n_only_full": found.n_only_full,
-        "n_only_pruned": found.n_only_pruned,
+        **fields_of(found, "n_judged", "full_hits", "pruned_hits", "n_only_full", "n_only_pruned"),
         "p_value": found.p_value,
         "verdict": with_advice(comparison_in_words(found)),
-        "full_ttft_s": found.full_ttft_s,
-        "pruned_ttft_s": found.pruned_ttft_s,
-        "n_unpruned": found.n_unpruned,
+        **fields_of(found, "full_ttft_s", "pruned_ttft_s", "n_unpruned"),
         "answers": [asdict(each) for each in found.answers],
     }
 

@@ -15,7 +15,7 @@ from pop_converter.projection import Projection
 from pop_local.measure.budget import FAST, limits_in_words
 from pop_local.measure.verdict import verdict_in_words
 from pop_local.ui.console import note, out
-from pop_local.ui.tables import Column, Fact, print_facts, print_table
+from pop_local.ui.tables import Column, Fact, fields_of, print_facts, print_table
 from pop_local.ui.views.quality_figures import figures, with_advice, with_se
 
 if TYPE_CHECKING:
@@ -74,13 +74,9 @@ def trial_json(trial: Trial) -> dict[str, Any]:
     """Return a candidate for JSON, with the figures that a budget limits."""
     plan, found = trial.plan, figures(trial.quality)
     return {
-        "boundary": plan.boundary,
-        "n_skipped": plan.n_skipped,
-        "projection": plan.projection,
+        **fields_of(plan, "boundary", "n_skipped", "projection"),
         "distilled": plan.is_distilled,
-        "deep_rows": plan.deep_rows,
-        "deep_share": plan.deep_share,
-        "speedup_limit": plan.speedup_limit,
+        **fields_of(plan, "deep_rows", "deep_share", "speedup_limit"),
         **{name: found[name] for name in _JUDGED},
         "lookups": trial.lookups and figures(trial.lookups),
         "in_budget": trial.in_budget,
@@ -123,8 +119,8 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 def plan_json(conversion: Conversion) -> dict[str, Any]:
     """Return a conversion's plan for JSON. A search's plan lists the boundaries to choose from."""
     plans, limits = conversion.plans, conversion.budget
-    is_distilled = conversion.options.distiller is not None
-    wished = replace(conversion.deepest, is_distilled=is_distilled)
+    distills = conversion.options.distiller is not None
+    wished = replace(conversion.deepest, is_distilled=distills)
     budget = {} if limits is None else {"budget": limits}
     if conversion.is_named:
         return _object(conversion, wished, conversion.sizes, None) | budget
@@ -148,9 +144,7 @@ def _object(
     conversion: Conversion, plan: Plan, sizes: FileSizes, meta: PopMeta | None
 ) -> dict[str, Any]:
     return _common(conversion, plan) | {
-        "boundary": plan.boundary,
-        "n_skipped": plan.n_skipped,
-        "schedule": plan.schedule,
+        **fields_of(plan, "boundary", "n_skipped", "schedule"),
         "output_bytes": sizes.output_bytes,
         "speedup_limit": conversion.limit(plan),
         "source_sha256": meta and meta.source_sha256,
@@ -174,11 +168,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "n_layer": plan.shape.n_layer,
         "projection": plan.projection,
         "distilled": plan.is_distilled,
-        "sink_tokens": plan.sink_tokens,
-        "tail_tokens": plan.tail_tokens,
-        "min_prompt": plan.min_prompt,
-        "deep_rows": plan.deep_rows,
-        "deep_share": plan.deep_share,
+        **fields_of(plan, "sink_tokens", "tail_tokens", "min_prompt", "deep_rows", "deep_share"),
         "source_bytes": conversion.sizes.source_bytes,
         "limit_n_prompt": LIMIT_PROMPT,
         "memory_bytes": needs.total_bytes if needs else None,

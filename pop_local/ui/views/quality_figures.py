@@ -7,11 +7,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from pop_converter.popfile.format import DeepRows
-from pop_local.ui.tables import Fact, print_facts
+from pop_local.ui.tables import Fact, fields_of, print_facts
 
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
-    from pop_local.measure.heldout import Text
     from pop_local.measure.lookups import Lookups
     from pop_local.measure.quality import Quality
     from pop_local.workflows.evaluate import Evaluation
@@ -47,18 +46,12 @@ def with_advice(verdict: str) -> str:
     return f"{verdict} Use --full to avoid any loss."
 
 
-def text_json(text: Text) -> dict[str, str]:
-    return {"name": text.name, "sha256": text.sha256}
-
-
 def evaluation_json(found: Evaluation) -> dict[str, Any]:
     """Return an evaluation's figures and verdict for JSON."""
     return {
         "model": str(found.model),
-        "text": text_json(found.text),
-        "n_skipped": found.n_skipped,
-        "projection": found.projection,
-        "speedup_limit": found.speedup_limit,
+        "text": fields_of(found.text, "name", "sha256"),
+        **fields_of(found, "n_skipped", "projection", "speedup_limit"),
         **figures(found.quality),
         "deep_rows": found.deep_rows,
         "lookups": found.lookups and figures(found.lookups),
