@@ -1,12 +1,13 @@
 """Measure what stale rows cost after an edit, and what they save. Not a test.
 
     python tests/bench/measure_edits.py MODEL.gguf [--tokens 2048] [--documents 4] [--questions 0]
-        [--text FILE] [--sidecar FILE] [--threads 1]
+        [--facts] [--text FILE] [--sidecar FILE] [--threads 1]
 
 Reads a prompt pruned, then edits it in each of several ways. Compares three readings of the edited
 prompt by 128 tokens that follow: in full, pruned in an empty cache, and pruned after the edit.
 `--questions`: look-ups after a changed first line, instead of edits (`--head 1`: a changed date,
-which moves no rows; 2: another line). Prints rows as JSON.
+which moves no rows; 2: another line). `--facts`: an access code near the top is changed or removed,
+and the log-probabilities of the new, the old and a random code are compared. Prints rows as JSON.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pop_local.engine.cache.prompt_cache import SavedState
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
@@ -99,13 +101,24 @@ class Reader:
     def __init__(self, model: PopModel, scores: Forced) -> None:
         self._model, self._scores = model, scores
         self.n_rows, self.seconds = 0, 0.0
+        self._start: tuple[Tokens, SavedState] | None = None
 
     def read(self, prompts: list[Tokens], mode: Mode) -> None:
-        """Read the prompts one after another into an empty cache."""
+        """Read the prompts one after another into an empty cache.
+
+        Of several prompts, the first one is restored if the last call with several also read it.
+        """
         engine = self._model.engine
         sequence = engine.sequences[0]
         sequence.cache.clear()
         engine.set_mode(mode)
+        if len(prompts) > 1:
+            if self._start is None or self._start[0] != prompts[0]:
+                sequence.read(Prompt(prompts[0]))
+                self._start = prompts[0], sequence.states.save()
+            else:
+                sequence.states.restore(self._start[1])
+            prompts = prompts[1:]
         for prompt in prompts:
             started_s = time.perf_counter()
             found = sequence.read(Prompt(prompt))
@@ -178,6 +191,40 @@ def measure_lookups(model: PopModel, options: argparse.Namespace) -> None:
         print(json.dumps({"reading": name, **shown}), flush=True)
 
 
+def measure_facts(model: PopModel, options: argparse.Namespace) -> None:
+    text = options.text.read_text(encoding="utf-8") if options.text else None
+    tokenize = model.engine.context.vocabulary.tokenize
+    bos = [*model.engine.context.vocabulary.bos]
+    tokens = [t for part in ([text] if text else shipped_text().parts) for t in tokenize(part)]
+    random = np.random.default_rng(0)
+    with forced(model) as scores:
+        reader = Reader(model, scores)
+        for document in documents(tokens, options.tokens, options.documents):
+            old, new, other = (f"{n:06d}" for n in random.integers(10**6, size=3).tolist())
+            rest = [token for part in document.passages[1:] for token in part]
+
+            def prompt(fact: str, rest: Tokens = rest, document: Document = document) -> Tokens:
+                ask = "\nQuestion: What is the access code of the north gate?\nAnswer: The access code of the north gate is"  # noqa: E501
+                return [*bos, *document.passages[0], *tokenize(fact), *rest, *tokenize(ask)]
+
+            sentence = "\nThe access code of the north gate is {}. Visitors must know it.\n"
+            after = {"changed": prompt(sentence.format(new)), "removed": prompt("\n")}
+            for edit, edited in after.items():
+                start = prompt(sentence.format(old))
+                for name, history, mode in (
+                    ("full", [edited], Mode.OFF),
+                    ("pruned", [edited], Mode.CONTEXT),
+                    ("edited", [start, edited], Mode.CONTEXT),
+                ):
+                    reader.read(history, mode)
+                    row: dict[str, object] = {"edit": edit, "reading": name, "rows": reader.n_rows}
+                    for kind, code in (("new", new), ("old", old), ("random", other)):
+                        answer = tokenize(f" {code}")
+                        found = predictions(scores.predict(answer))
+                        row[kind] = -float(likelihood(found, np.asarray(answer)).nll.sum())
+                    print(json.dumps(row), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -185,6 +232,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--questions", type=int, default=0)
     parser.add_argument("--head", type=int, default=2, help="first line of look-ups: 1 or 2")
+    parser.add_argument("--facts", action="store_true", help="changed and removed facts")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--sidecar", type=Path)
     parser.add_argument("--threads", type=int, default=1)
@@ -200,7 +248,8 @@ def main() -> None:
                 replace(each, rule=replace(each.rule, min_prompt=0)) for each in engine.sequences
             ),
         )
-        (measure_lookups if options.questions else measure_edits)(model, options)
+        measure = measure_facts if options.facts else measure_edits
+        (measure_lookups if options.questions else measure)(model, options)
 
 
 if __name__ == "__main__":
