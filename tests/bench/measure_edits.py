@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_local.engine.cache.prompt_cache import SavedState
+from pop_local.engine.cache.saved_state import SavedState
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
@@ -106,7 +106,7 @@ class Reader:
     def read(self, prompts: list[Tokens], mode: Mode) -> None:
         """Read the prompts one after another into an empty cache.
 
-        Of several prompts, the first one is restored if the last call with several also read it.
+        If the last call with several prompts read the same first prompt, its rows are restored.
         """
         engine = self._model.engine
         sequence = engine.sequences[0]
