@@ -105,7 +105,7 @@ def test_a_named_boundary_is_distilled_if_its_plain_fit_is_outside(
 
 @pytest.mark.parametrize(("more", "is_taken"), [(-0.001, True), (0.0004, True), (0.001, False)])
 def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_taken, tiny):
-    """Use windows that differ more than both fits differ on one window."""
+    """Let windows differ from each other more than the two fits differ on one window."""
     given: Any = {"projection": Projection.FITTED, "macs": GraphMacs(tiny)}
     plan = make_plan(source_shape(read_source(tiny)), boundary=4, **given)
     unused: Any = None

@@ -121,7 +121,7 @@ def test_the_cost_of_a_wide_fit_is_in_each_limit(tiny, tmp_path, words, short_ex
 
 
 def test_a_cheap_wide_fit_is_the_default(tmp_path, words, short_examination):
-    """The model has few K/V heads and a wide FFN."""
+    """Use a model with few K/V heads and a wide FFN."""
     model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
     done = convert(model, "--boundary", 6, "--text", words)
     assert done.exit_code == 0, done.output

@@ -109,7 +109,7 @@ def kv(shown: Sequence[Tapped], layer: int) -> np.ndarray:
 
 
 def weights(shown: Sequence[Tapped], layer: int) -> np.ndarray:
-    """Return a layer's attention weights of all tokens, without each window's first one."""
+    """Return a layer's token weights, without each window's first token."""
     return np.concatenate([fit.token_weights(each.mass[layer][1:]) for each in shown])
 
 

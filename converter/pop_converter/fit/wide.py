@@ -13,7 +13,7 @@ The first token of a ubatch counts as its own predecessor (docs/notebook/wide-fi
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +73,18 @@ def wide_input(
     previous = np.ascontiguousarray(axes[:, ::-1][:, :n_prev].T, np.float32)
     if not n_neurons:
         return WideInput(previous, None)
-    every, strength = _neurons(shape, weights, boundary)
+    name = f"blk.{boundary}.ffn_"
+    up = weights[f"{name}up.weight"]
+    if f"{name}gate.weight" in weights:
+        gate = weights[f"{name}gate.weight"]
+    else:
+        gate, up = np.split(up, 2)
+    every = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in GELU)
+    strength = np.linalg.norm(weights[f"{name}down.weight"], axis=0)
     spread = _spread(map(every, windows))
     chosen = np.sort(np.argsort(-spread * strength, kind="stable")[:n_neurons])
-    up = every.up[chosen] / np.maximum(spread[chosen, None], 1e-6)
-    return WideInput(
-        previous, Neurons(every.gain, every.gate[chosen], up.astype(np.float32), every.is_gelu)
-    )
+    scaled = np.asarray(up[chosen] / np.maximum(spread[chosen, None], 1e-6), np.float32)
+    return WideInput(previous, replace(every, gate=gate[chosen], up=scaled))
 
 
 def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTensor, ...]:
@@ -117,16 +122,3 @@ def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
         squares = squares + np.square(window, dtype=np.float64).sum(0)
     variance = squares / n_rows - np.square(total / n_rows)
     return np.sqrt(np.maximum(np.asarray(variance, np.float64), 0))
-
-
-def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, Floats]:
-    """Return a layer's neurons and the norms [n] of their output weights."""
-    name = f"blk.{layer}.ffn_"
-    up = weights[f"{name}up.weight"]
-    if f"{name}gate.weight" in weights:
-        gate = weights[f"{name}gate.weight"]
-    else:
-        gate, up = np.split(up, 2)
-    strength = np.linalg.norm(weights[f"{name}down.weight"], axis=0)
-    made = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in GELU)
-    return made, strength

@@ -1,4 +1,4 @@
-"""The taps: what the calibration sees of a model while it computes."""
+"""Test the taps, which copy activations out of a model's graph."""
 
 import signal
 import threading
@@ -21,7 +21,7 @@ STRIDE = 16  # LLAMA_POP_TAP_STRIDE
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_taps_show_what_the_layer_computes(arch: str, tmp_path: Path):
-    """K and V of layer l are its own projections of the state before it; attention adds up."""
+    """Expect layer l's K and V to be its projections of the preceding state."""
     path = make_gguf(tmp_path / "model.gguf", arch)
     tokens = prompt(N_WINDOW)
     [shown] = recorded(path, [tokens], boundaries=(5, 6), layers=(5, 6))
@@ -35,7 +35,7 @@ def test_the_taps_show_what_the_layer_computes(arch: str, tmp_path: Path):
         earlier = np.tril(heads.sum(0), -1)[::STRIDE].sum(0)
         np.testing.assert_allclose(
             shown.mass[layer], earlier, rtol=0.02, atol=0.05
-        )  # an expert may be another one
+        )  # the router may choose another expert
 
 
 def test_windows_do_not_see_each_other(llama: Path):

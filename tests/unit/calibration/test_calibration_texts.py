@@ -1,4 +1,4 @@
-"""Calibration data: texts, given or refused, and samples of the model."""
+"""Test calibration texts: accepted and refused files, and samples of the model."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
 
 
 def test_no_folder_drowns_another(llama: Path, tmp_path: Path):
-    """Each path has an equal share; in a folder, each kind of files has."""
+    """Expect equal shares for all paths, and for all kinds of files in a folder."""
     code, notes = tmp_path / "code", tmp_path / "notes.md"
     for folder, n in (("large", 400), ("small", 2)):
         (code / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Windows of synthetic look-ups for fits and distilling."""
+"""Test windows of synthetic look-ups for fits and distilling."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Calibration in one pass, in groups and stopped; its memory and its stored tensors."""
+"""Test calibration in one or several passes, its stops, its memory and its tensors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,13 +40,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def whole(llama: Path, letters: Path) -> Fitted:
-    """The plain fit of one model, in one go."""
+    """Return a plain fit of the model from a single pass."""
     return fitted(llama, settings(letters))
 
 
 @pytest.fixture(scope="module")
 def apart(llama: Path, letters: Path) -> list[Fitted]:
-    """Two depths, fitted separately."""
+    """Return separate fits at two boundaries."""
     return [fitted_at((boundary,), llama, settings(letters))[0] for boundary in (3, 5)]
 
 
@@ -67,18 +67,19 @@ def test_the_fit_equals_direct_least_squares(arch, letters, tmp_path):
     weighted = x.astype(np.float64) * root
     start = np.vstack([own.gain[:, None] * own.weight.T, own.bias]).astype(np.float64)
     power = np.square(weighted).sum(0) * np.append(np.full(128, fit.RIDGE), fit.BIAS_RIDGE)
-    # The ridge as further rows of the least squares.
+    # The ridge acts like additional rows of the least-squares problem.
     rows = np.vstack([weighted, np.diag(np.sqrt(power))])
     rest = np.vstack([(y - x @ start) * root, np.zeros((129, y.shape[1]))])
     wanted = start + np.linalg.lstsq(rows, rest, rcond=None)[0]
     found = _stored(tensors, 6)
-    # Predictions, since qwen2's biases make the inputs nearly collinear with the column of ones.
+    # Compare predictions instead of weights, since qwen2's biases make the inputs nearly collinear
+    # with the column of ones.
     predicted = (x[:, :-1] * own.gain) @ found[0].T + found[1]
     np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
 
 
 def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weight [n_kv, n_embd] and bias [n_kv] of F32 tensors."""
+    """Return the weight [n_kv, n_embd] and bias [n_kv] of F32 tensors."""
     weights, biases = [], []
     for part in "kv":
         weight = tensors[f"blk.{layer}.pop_attn_{part}.weight"]

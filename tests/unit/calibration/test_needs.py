@@ -1,4 +1,4 @@
-"""A fit takes what it is said to take: one of an 8B model below 12 GB, a smaller one measured."""
+"""Compare the estimated memory of fits with the measured memory and a laptop's memory."""
 
 import os
 import subprocess
@@ -22,10 +22,10 @@ import make_shaped
 
 pytestmark = pytest.mark.slow
 Q8_0 = GGMLQuantizationType.Q8_0
-# A laptop with 16 GB, most of them free.
+# Free memory of a laptop with 16 GB.
 FREE_BYTES = 12 * 10**9
 
-# Prints the announced and the measured memory of two wide fits, without the modules' memory.
+# Prints the estimated and the measured memory of two wide fits, without the modules' memory.
 FITTING = """
 import re, sys, threading, time
 from pathlib import Path
@@ -61,7 +61,7 @@ print(plan_needs(plans, read_source(path), options).total_bytes - _BASE_BYTES, m
 
 @pytest.fixture(scope="module")
 def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its header; all weights are a hole in the file."""
+    """Write the header of an 8B model, followed by a hole instead of weights."""
     path = tmp_path_factory.mktemp("large") / "8b.gguf"
     recipe = make_shaped.LLAMA_8B
     writer = GGUFWriter(path, recipe.arch)
@@ -95,7 +95,7 @@ def test_no_flags_are_needed_to_fit_8b_on_a_laptop(llama_8b, monkeypatch):
     assert min(fitted) <= 32 // 2 - 2
 
 
-def test_the_memory_of_a_fit_is_what_is_announced(tmp_path):
+def test_estimated_memory_of_a_fit_matches_measurement(tmp_path):
     shape = {"n_layer": 4, "n_embd": 1024, "n_ff": 2816, "n_head": 8, "head_dim": 128}
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=4, type=Q8_0, **shape)
     command = [sys.executable, "-c", FITTING, str(path), str(words(tmp_path))]

@@ -31,7 +31,7 @@ def tiny(tmp_path_factory) -> Path:
     return make_gguf(tmp_path_factory.mktemp("format") / "tiny.gguf", "llama", **SMALL)
 
 
-# --- the container
+# --- container
 
 
 @pytest.mark.parametrize("arch", DEFAULTS)
@@ -112,7 +112,7 @@ def test_truncated_headers_are_refused(tiny, tmp_path):
 
 
 def test_damaged_headers_never_crash(tiny, tmp_path):
-    """Random damage changes a value or raises FormatError."""
+    """Expect random damage to change a value or to raise FormatError."""
     header = read_header(tiny)
     data = bytearray(tiny.read_bytes())
     bad = tmp_path / "bad.gguf"
@@ -347,7 +347,7 @@ def _written(src: Path, dst: Path, meta: PopMeta) -> dict[str, gguf.ReaderField]
 
 @pytest.mark.parametrize("wrong", ["I16", "I32", "Q8_1", "Q8_K"])
 def test_weights_without_a_matrix_product_are_refused(tmp_path, wrong):
-    """llama.cpp opens such a file, then crashes at the first token (found by fuzzing)."""
+    """llama.cpp would open such a file and crash at the first token (found by fuzzing)."""
     path = make_gguf(tmp_path / "model.gguf", "llama")
     content, name = bytearray(path.read_bytes()), b"blk.0.ffn_up.weight"
     kind = content.index(name) + len(name) + 4 + 2 * 8

@@ -68,7 +68,7 @@ def test_sliding_window_flag_for_each_layer(tmp_path):
 
 
 def test_unused_window_is_ignored(tmp_path):
-    """llama.cpp ignores the windows of llama and phi3."""
+    """Ignore the windows of llama and phi3, as llama.cpp does."""
     for arch in ("llama", "phi3"):
         path = make_gguf(tmp_path / f"{arch}.gguf", arch)
         windowed = add_keys(

@@ -1,4 +1,4 @@
-"""The converter's own distribution converts a model in an environment without pop_local."""
+"""Test that pop-converter converts a model in an environment without pop_local."""
 
 import re
 import shutil
@@ -57,7 +57,7 @@ def with_dependencies(names: list[str]) -> set[str]:
             continue
         try:
             names += distribution(name).requires or []
-        except PackageNotFoundError:  # for another system or Python
+        except PackageNotFoundError:  # needed only on another system or Python version
             continue
         found.add(name)
     return found

@@ -136,7 +136,7 @@ def test_strongest_neurons_are_chosen_and_scaled(tmp_path):
     assert np.abs(z[:, N_PREV:]).max() <= _MOST_NEURON
     together = np.concatenate([made.neurons(window) for window in windows])
     np.testing.assert_allclose(together.std(axis=0), 1, atol=1e-3)
-    # The previous row; the first row is its own predecessor.
+    # p is the projected previous row. The first row is its own predecessor.
     np.testing.assert_allclose(z[1:, :N_PREV], windows[0][:-1] @ made.previous.T, atol=1e-5)
     np.testing.assert_allclose(z[0, :N_PREV], windows[0][0] @ made.previous.T, atol=1e-5)
     name = f"blk.{BOUNDARY}.ffn_"
@@ -187,7 +187,7 @@ def test_wide_file_can_be_stripped(llama, tmp_path):
     assert back.read_bytes() == llama.read_bytes()
 
 
-# --- which kind is taken
+# --- choice of the kind of fit
 
 
 def test_the_first_plan_decides_the_kind_of_all_fits(llama, monkeypatch):
@@ -214,7 +214,7 @@ def test_an_expensive_wide_fit_is_made_on_request_only(llama):
 
 
 def test_a_cheap_wide_fit_is_the_default(tmp_path):
-    """A model with few K/V heads and a wide FFN."""
+    """Use a model with few K/V heads and a wide FFN."""
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=2048)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED, macs=GraphMacs(path))
     assert fit_kind(plan, FitOptions()) == WIDE
