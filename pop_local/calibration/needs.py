@@ -171,12 +171,12 @@ class FitWork(NamedTuple):
 
 
 def reading_work(plan: Plan, n_tokens: int) -> float:
-    """Return the work of a full prefill of `n_tokens`. Raises the errors of `Plan.macs`."""
+    """Return the work of a full prefill of `n_tokens`. Propagates errors from `Plan.macs`."""
     return plan.macs(n_tokens, None, n_tokens) / (_READING_GAIN if has_kernels() else 1)
 
 
 def fit_work(plans: Sequence[Plan], options: FitOptions, needs: FitNeeds) -> FitWork:
-    """Return the work of fitting all plans, without measuring. Raises the errors of `Plan.macs`.
+    """Return the work of fitting all plans, without measuring. Propagates errors from `Plan.macs`.
 
     Each pass runs the text and adds its rows to the sums. Each pair is solved in float64.
     """

@@ -157,24 +157,23 @@ class PopMeta:
 
 
 # Key, field of PopMeta and type, in the order of the file.
-_KEYS: tuple[tuple[str, str, type], ...] = (
+_KEYS: tuple[tuple[str, str, type[Any]], ...] = (
     ("pop.version", "version", int),
     ("pop.schedule", "schedule", str),
-    ("pop.projection", "projection", str),
+    ("pop.projection", "projection", Projection),
     ("pop.sink_tokens", "sink_tokens", int),
     ("pop.tail_tokens", "tail_tokens", int),
     ("pop.min_prompt", "min_prompt", int),
     ("pop.source.name", "source_name", str),
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
-)
-# Keys that are written only if they differ from their defaults. Older files may also have
-# `pop.select`, `pop.refilled.*` and `pop.image_rows`. The backend still
-# reads `pop.image_rows`, which applies the fit to image rows.
-_OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
-    ("pop.deep_rows", "deep_rows", str),
+    ("pop.deep_rows", "deep_rows", DeepRows),
     ("pop.source.size_bytes", "source_bytes", int),
 )
+# Keys that are written only if they differ from their defaults. Older files may also have
+# `pop.select`, `pop.refilled.*` and `pop.image_rows`. The backend still reads `pop.image_rows`,
+# which applies the fit to image rows.
+_OPTIONAL = ("pop.deep_rows", "pop.source.size_bytes")
 # Groups of keys by field of PopMeta: `budget` holds the keys `pop.budget.*`.
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
@@ -200,21 +199,18 @@ def pop_meta(header: Header) -> PopMeta | None:
             CONVERT_AGAIN,
         )
     values: dict[str, Any] = {}
-    for name, field, kind in (*_KEYS, *_OPTIONAL_KEYS):
+    for name, field, kind in _KEYS:
         value = header.get(name)
         if value is None:
             continue
-        if type(value) is not kind:
-            raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
-        values[field] = _in_range(header, name, value)
-    for name, kind in (("deep_rows", DeepRows), ("projection", Projection)):
-        if name in values and values[name] not in list(kind):
+        stored = str if issubclass(kind, Enum) else kind
+        if type(value) is not stored:
+            raise FormatError(f"{header.path}: {name} is not of type {stored.__name__}")
+        if issubclass(kind, Enum) and value not in [each.value for each in kind]:
             raise FormatError(
-                f"{header.path}: {PREFIX}{name} has the unknown value {values[name]!r}",
-                CONVERT_AGAIN,
+                f"{header.path}: {name} has the unknown value {value!r}", CONVERT_AGAIN
             )
-        if name in values:
-            values[name] = kind(values[name])
+        values[field] = kind(_in_range(header, name, value))
     for name, group in _GROUPS.items():
         values[name] = _read_group(header, f"{PREFIX}{name}.", group)
     if "schedule" not in values:
@@ -283,11 +279,10 @@ def _check_schedule(meta: PopMeta, header: Header) -> None:
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     """Encode a converted file's keys, one bytes object per key."""
-    keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
-    keys += [
+    keys = [
         _encode_key(name, value)
-        for name, field, _ in _OPTIONAL_KEYS
-        if (value := getattr(meta, field)) and value != DeepRows.NONE
+        for name, field, _ in _KEYS
+        if (value := getattr(meta, field)) not in (0, DeepRows.NONE) or name not in _OPTIONAL
     ]
     for name in _GROUPS:
         if (group := getattr(meta, name)) is not None:

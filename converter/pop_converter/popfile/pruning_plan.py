@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up limit for a prompt of LIMIT_PROMPT tokens. Raises the errors of `macs`."""
+        """The speed-up limit for a prompt of LIMIT_PROMPT tokens. Propagates errors from `macs`."""
         n_ends = self.sink_tokens + self.tail_tokens
         n_full = n_ends + round(self.deep_share * (LIMIT_PROMPT - n_ends))
         more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
@@ -90,7 +90,7 @@ def boundary_of(shape: ModelShape, skip: Share) -> int:
         skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
     if skip >= shape.n_layer:
         raise PlanError(
-            f"{skip} of {shape.n_layer} layers cannot be skipped: one or more layers must remain",
+            f"{skip} of {shape.n_layer} layers cannot be skipped: at least one layer must remain",
             f"skip up to {shape.n_layer - 1}" if shape.n_layer > 1 else "",
         )
     return shape.n_layer - skip
@@ -150,9 +150,9 @@ def require_prunable(shape: ModelShape) -> None:
     if shape.exact:
         earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
-            f"this {shape.arch} model needs no conversion: context tokens skip the layers from"
-            f" {shape.exact} of {shape.n_layer} on without loss, since later layers share earlier"
-            " layers' K/V",
+            f"this {shape.arch} model needs no conversion: context tokens skip layers {shape.exact}"
+            f" and up (of {shape.n_layer}) without any loss, because these layers reuse the K/V of"
+            " earlier layers",
             f"use the file unchanged{earlier}",
         )
 
