@@ -111,7 +111,7 @@ def test_a_distilled_fit_wins_unless_its_kl_is_larger_beyond_the_error(more, is_
     unused: Any = None
     search = searching.Search(unused, BALANCED, unused, unused, [plan])
     plain, distilled = Candidate(plan), Candidate(replace(plan, is_distilled=True))
-    search.rungs = [[plain], [distilled]]
+    search.plain, search.distilled = [plain], [distilled]
     windows = np.array([0.002, 0.01, 0.02, 0.04])
     changes = more + np.array([-0.001, 0.001, 0.001, -0.001])
     for each, kls in ((plain, windows), (distilled, windows + changes)):

@@ -92,8 +92,8 @@ def show_plan(conversion: Conversion) -> None:
         return
     limit = _limit(conversion, first)
     past = f"from {first.boundary} down to {plan.boundary}"
-    if n_few := conversion.n_few:
-        past += f", first without a fit, then about {n_few} deeper boundaries with a fit"
+    if len(conversion.tried) < len(conversion.plans):
+        past = ", ".join(str(each.boundary) for each in conversion.tried)
     where = [*budget, ("Boundaries", past)]
     if most := conversion.limit(plan):
         limit += f" if only the first boundary is within the budget, {most:.2f}x if all are"
@@ -126,7 +126,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
         return _object(conversion, wished, conversion.sizes, None) | budget
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
     return found | {
-        "boundaries": [plan.boundary for plan in plans],
+        "boundaries": [plan.boundary for plan in conversion.tried],
         "least_speedup_limit": conversion.limit(plans[0]),
         "most_speedup_limit": conversion.limit(conversion.deepest),
         **budget,

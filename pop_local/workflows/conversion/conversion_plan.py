@@ -113,7 +113,7 @@ class Conversion:
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
         """Return the memory and work of all fits, or None without a fit or countable work."""
-        if self.fit is None or not self._fittable or self.not_counted:
+        if self.fit is None or not self._fitted or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
 
@@ -133,19 +133,15 @@ class Conversion:
         return None if self.not_counted else plan.speedup_limit
 
     @cached_property
-    def n_few(self) -> int:
-        """Return the number of boundaries to fit if memory limits it, otherwise 0."""
-        return len(self._fitted) if self.needs and len(self._fitted) < len(self._fittable) else 0
+    def tried(self) -> Sequence[Plan]:
+        """Return the plans that a search may try: all plans, or fewer if their fits are large."""
+        if self.fit is None or self.budget is None or self.not_counted:
+            return self.plans
+        return costs.spaced(self.plans, self.source, self.fit)
 
     @property
-    def _fittable(self) -> list[Plan]:
-        return [plan for plan in self.plans if plan.projection != Projection.OWN]
-
-    @cached_property
-    def _fitted(self) -> Sequence[Plan]:
-        if self.fit is None or self.budget is None:
-            return self._fittable
-        return costs.spaced(self._fittable, self.source, self.fit)
+    def _fitted(self) -> list[Plan]:
+        return [plan for plan in self.tried if plan.projection != Projection.OWN]
 
     @cached_property
     def sizes(self) -> FileSizes:

@@ -1,18 +1,16 @@
-"""Search for the fastest candidate within a budget, stage by stage.
+"""Search for the fastest candidate within a budget.
 
-A candidate is a boundary with a fit. STAGES lists the stages in order. The search follows these
-rules:
+A candidate is a boundary with a fit. The search follows these rules:
 
 1. Each candidate is measured with the sidecar that would be written, on held-out text first and on
 look-ups last. 2. Bisection assumes that skipping more layers never improves quality. It starts at
-the middle boundary (`budget.undecided`). 3. One pass fits a boundary and the boundaries that
-bisection may need next, if memory allows. 4. If the sums of all fits would exceed MOST_SUMS_BYTES,
-the search tries the layers' own projections first. It continues with one pass that fits a few
-evenly spaced, deeper boundaries. 5. A walk distils fits, starting at the fastest candidate. Each
-step tries the next deeper boundary, until a candidate exceeds the budget. If a step fails (for
-example for lack of memory), the earlier results remain valid. 6. The search chooses the fastest
-candidate within the budget. Among equally fast candidates, it prefers a distilled candidate, unless
-its KL is larger by more than the standard error. Otherwise, it chooses the smallest KL.
+the middle boundary (`budget.undecided`). 3. One pass over the text fits a boundary and the
+boundaries that bisection may need next, if memory allows. 4. After bisection, the search distills
+fits, starting at the fastest candidate. It continues with the next deeper boundary
+until a candidate exceeds the budget. If a step fails (for example for lack of memory), the earlier
+results remain valid. 5. The search chooses the fastest candidate within the budget. Among equally
+fast candidates, it prefers a distilled candidate, unless its KL is larger by more than the standard
+error. Otherwise, it chooses the smallest KL.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from pop_converter.popfile.format import Budget, DeepRows
 from pop_converter.popfile.pruning_plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
-from pop_local.calibration.needs import fit_needs, spaced
+from pop_local.calibration.needs import fit_needs
 from pop_local.measure import budget as budgets
 from pop_local.measure.estimate import mean
 from pop_local.measure.forced import Pruning
@@ -93,7 +91,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
     if any(plan.projection != Projection.OWN for plan in planned.plans):
         require_windows(run.runner, planned.deepest)
     full = FullModel(run.runner, planned.plans[0], QualitySettings(full_model.N_WINDOWS))
-    search = Search(run.runner, budget, run.fitter(), full, planned.plans)
+    search = Search(run.runner, budget, run.fitter(), full, planned.tried)
     chosen = search.run()
     found = measured(chosen.quality, chosen.lookups)
     return run.write(chosen.plan, chosen.fitted, lambda _: found, search.trials)
@@ -103,7 +101,8 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 class Search:
     """A search among plans, which are in order of increasing depth.
 
-    `rungs`: each stage's candidates. After a stop, `run` continues the search.
+    `plain` and `distilled`: the candidates, in order of increasing depth. After a stop, `run`
+    continues the search.
     """
 
     runner: TrialRunner
@@ -111,7 +110,8 @@ class Search:
     fitter: PlanFitter
     full: FullModel
     plans: Sequence[Plan]
-    rungs: list[list[Candidate]] = field(default_factory=list)
+    plain: list[Candidate] = field(default_factory=list)
+    distilled: list[Candidate] = field(default_factory=list)
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -122,7 +122,7 @@ class Search:
 
     @property
     def judged(self) -> list[Candidate]:
-        return [each for rung in self.rungs for each in rung if each.is_inside is not None]
+        return [it for it in (*self.plain, *self.distilled) if it.is_inside is not None]
 
     @property
     def inside(self) -> list[Candidate]:
@@ -133,10 +133,13 @@ class Search:
 
         Raises OverBudgetError, PopError, StoppedError.
         """
-        for number, (candidates, order) in enumerate(STAGES):
-            if number == len(self.rungs):
-                self.rungs.append(candidates(self))
-            order(self, self.rungs[number])
+        if not self.plain:
+            share = self.full.deep_share
+            self.plain = [Candidate(replace(plan, deep_share=share)) for plan in self.plans]
+        self.bisect()
+        if self.fitter.distiller is not None:
+            self.distilled = self.distilled or self._to_distill()
+            self.distill()
         if not self.inside:
             raise self._over()
         chosen = self.fastest()
@@ -149,7 +152,7 @@ class Search:
         return replace(chosen, plan=plan)
 
     def fastest(self) -> Candidate:
-        """Return the fastest candidate within the budget (rule 6)."""
+        """Return the fastest candidate within the budget (rule 5)."""
         best = max(self.inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
         for each in self.inside:
             if each.plan.is_distilled and each.plan.speedup_limit == best.plan.speedup_limit:
@@ -201,13 +204,11 @@ class Search:
             candidate.is_inside = budgets.keeps_lookups(self.budget, candidate.lookups)
         return bool(candidate.is_inside)
 
-    # Orders
-
-    def bisect(self, rung: Sequence[Candidate]) -> None:
-        """Find the deepest candidate within the budget (rule 2)."""
-        by_boundary = {each.boundary: each for each in rung}
+    def bisect(self) -> None:
+        """Find the deepest plain candidate within the budget (rule 2)."""
+        by_boundary = {each.boundary: each for each in self.plain}
         while True:
-            verdicts = {it.boundary: it.is_inside for it in rung if it.is_inside is not None}
+            verdicts = {it.boundary: it.is_inside for it in self.plain if it.is_inside is not None}
             if wanted := budgets.undecided(list(by_boundary), verdicts):
                 candidate = by_boundary[wanted[0]]
                 if not candidate.is_ready:
@@ -219,61 +220,30 @@ class Search:
             if deepest is None or self.settle(by_boundary[deepest]):
                 return
 
-    def walk(self, rung: Sequence[Candidate]) -> None:
-        """Distil the candidates in order until one of them exceeds the budget (rule 5)."""
-        for number, candidate in enumerate(rung):
+    def _to_distill(self) -> list[Candidate]:
+        """Return candidates to distill, starting at the fastest candidate's boundary.
+
+        If no candidate is within the budget, the result starts at the first measured boundary.
+        """
+        first = (self.fastest() if self.inside else self.judged[0]).boundary
+        plain = [it for it in self.plain if it.fitted and it.boundary <= first]
+        return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
+
+    def distill(self) -> None:
+        """Distill the candidates in order until one of them exceeds the budget (rule 4)."""
+        for number, candidate in enumerate(self.distilled):
             try:
-                if not candidate.is_ready:
-                    self.distil(rung[number:])
+                if candidate.fitted is None:
+                    assert candidate.start is not None
+                    n_deeper = min(N_DEEPER, len(self.distilled) - number - 1)
+                    candidate.fitted = self.fitter.distilled(
+                        candidate.plan, candidate.start, n_deeper
+                    )
                 if not self.settle(candidate):
                     return
             except PopError as error:
                 self._note(f"Skipping boundary {candidate}: {error}")
                 return
-
-    # Candidates
-
-    def _unfitted(self, plans: Sequence[Plan]) -> list[Candidate]:
-        return [Candidate(replace(plan, deep_share=self.full.deep_share)) for plan in plans]
-
-    def own(self) -> list[Candidate]:
-        """Return a large model's unfitted candidates, if the options allow them."""
-        fitted = [plan for plan in self.plans if plan.projection != Projection.OWN]
-        if self.fitter.options.projection is not None or len(self._spaced(fitted)) == len(fitted):
-            return []
-        self._note(
-            "Measuring the layers' own projections first, since memory is too small for fitting all"
-            " boundaries at once"
-        )
-        return self._unfitted([replace(plan, projection=Projection.OWN) for plan in self.plans])
-
-    def fitted(self) -> list[Candidate]:
-        """Return candidates to fit, at all boundaries or at a few deeper boundaries."""
-        plans = self.plans
-        if any(self.rungs):
-            shallowest = min((each.boundary for each in self.inside), default=plans[0].boundary + 1)
-            plans = [
-                plan
-                for plan in plans
-                if plan.boundary < shallowest and plan.projection != Projection.OWN
-            ]
-        return self._unfitted(self._spaced(plans))
-
-    def distilled(self) -> list[Candidate]:
-        """Return candidates to distil, starting at the fastest candidate's boundary.
-
-        If no candidate is within the budget, the result starts at the first measured boundary.
-        """
-        if self.fitter.distiller is None:
-            return []
-        first = (self.fastest() if self.inside else self.judged[0]).boundary
-        plain = [it for rung in self.rungs for it in rung if it.fitted and it.boundary <= first]
-        return [Candidate(replace(it.plan, is_distilled=True), start=it.fitted) for it in plain]
-
-    def _spaced(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
-        return spaced(plans, self.runner.source, self.fitter.options)
-
-    # Fits
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
         """Fit the first candidate, and the next candidates if the same pass has room (rule 3)."""
@@ -297,17 +267,3 @@ class Search:
                 break
             chosen.append(candidate)
         return chosen
-
-    def distil(self, wanted: Sequence[Candidate]) -> None:
-        """Train the first candidate's fit end to end."""
-        candidate, n_deeper = wanted[0], min(N_DEEPER, len(wanted) - 1)
-        assert candidate.start is not None
-        candidate.fitted = self.fitter.distilled(candidate.plan, candidate.start, n_deeper)
-
-
-# Each stage's candidates, in order of increasing depth, and the order in which it tries them.
-STAGES = (
-    (Search.own, Search.bisect),
-    (Search.fitted, Search.bisect),
-    (Search.distilled, Search.walk),
-)

@@ -36,7 +36,6 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
     is_searched = not planned.is_named
     # The steps of `undecided` double until one is too long, and are then halved.
     n_tried = 2 * len(planned.plans).bit_length() - 1 if is_searched else 1
-    n_tried *= 2 if planned.n_few else 1
     whole = N_WINDOWS * window + draws
     return (
         *fit_stages(planned.fit_work, 2 if is_searched else 1),

@@ -18,7 +18,6 @@ from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 N_LAYER = 8
-FITTED_STAGE = 1
 
 
 @pytest.fixture
@@ -52,11 +51,10 @@ def searched(tmp_path, monkeypatch):
         fitter: Any = SimpleNamespace(distiller=None)
         found = Search(runner, BALANCED, fitter, full, plans)
         fits: Any = "fitted"
-        rung = [Candidate(plan, fits) for plan in plans]
-        for candidate in rung:
+        found.plain = [Candidate(plan, fits) for plan in plans]
+        for candidate in found.plain:
             settle(found, candidate)
         settled.clear()
-        found.rungs = [[], rung, []]
         return found, settled
 
     return search
@@ -64,7 +62,8 @@ def searched(tmp_path, monkeypatch):
 
 def test_a_walk_ends_at_the_first_candidate_outside(searched):
     search, asked = searched(4)
-    search.walk(search.rungs[FITTED_STAGE])
+    search.distilled = [Candidate(it.plan, it.fitted) for it in search.plain]
+    search.distill()
     assert asked == ["7 own (names)", *(f"{boundary} (names)" for boundary in (6, 5, 4, 3))]
 
 
@@ -77,7 +76,8 @@ def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
     notes: list[str] = []
     search.runner.watch.on_note = notes.append
     monkeypatch.setattr(Search, "settle", fail)
-    search.walk([search.rungs[FITTED_STAGE][1]])
+    search.distilled = [Candidate(search.plain[1].plan, search.plain[1].fitted)]
+    search.distill()
     assert notes == ["Skipping boundary 6 (names): no memory is left"]
     assert str(search.fastest()) == "4 (names)"
 
