@@ -17,11 +17,10 @@ def main() -> None:
 
 
 def _prepare_streams() -> None:
-    """Connect closed streams to the null device, and make stdout accept any character.
+    """Redirect closed streams to the null device, and let stdout accept any character.
 
-    On Windows, stdout writes UTF-8 to pipes and files. If stdout is UTF-8, undecodable file names
-    are written as their original bytes. In other encodings, characters that cannot be encoded are
-    escaped.
+    On Windows, pipes and files get UTF-8. In UTF-8, undecodable file names are written as their
+    original bytes. In other encodings, characters that cannot be encoded are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

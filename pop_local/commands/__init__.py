@@ -1,1 +1,1 @@
-"""The commands of the command line, with one module per command."""
+"""The command-line commands, one module each."""

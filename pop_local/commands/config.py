@@ -28,9 +28,9 @@ _COLUMNS = (
 
 @config.callback()
 def show(context: typer.Context, json: Json = False) -> None:
-    """Show each setting and its source: a default, the file or the environment.
+    """Show each setting and where it comes from: a default, the file or the environment.
 
-    A command's options override the settings.
+    Command-line options override settings.
     """
     if context.invoked_subcommand is not None:
         return
@@ -57,13 +57,13 @@ def path() -> None:
     say(str(settings.config_path()))
 
 
-# With this setting, -1 is a value and not an option.
+# Without this, Click would parse the value -1 as an option.
 @config.command("set", context_settings={"ignore_unknown_options": True})
 def set_value(
     key: Annotated[str, typer.Argument(metavar="KEY", help=", ".join(settings.KEYS))],
     value: Annotated[str, typer.Argument(metavar="VALUE")],
 ) -> None:
-    """Write a setting to the settings file, whose comments are kept."""
+    """Write a setting to the settings file. Comments in the file are kept."""
     setting = settings.find(key)
     _edit(key, settings.located(lambda: _checked(setting, value), key))
 
@@ -75,7 +75,7 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
             "an empty path is not allowed",
             f"restore the default with: pop-local config unset {setting.key}",
         )
-    # A relative path starts at the current folder, as in a shell.
+    # Paths are relative to the current folder, as in a shell.
     return str(expanded(text).absolute()) if setting.is_path else value
 
 

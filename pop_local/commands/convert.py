@@ -202,7 +202,7 @@ def convert(
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
-    """Return the requested goal, whose missing limits default to the limits of BALANCED."""
+    """Return the requested goal. Missing limits default to those of BALANCED."""
     if quality and limits:
         raise typer.BadParameter("use either --quality or custom limits")
     if limits:

@@ -156,7 +156,7 @@ def _enabled(features: str) -> str:
 
 
 def _as_read(path: Path) -> str:
-    """Describe a model by its path and, if they exist, its exact boundary and its mmproj."""
+    """Return the model's path, and its exact boundary and its mmproj if it has them."""
     found = [str(path)]
     with suppress(PopError):
         if exact := source_shape(read_source(path)).exact:

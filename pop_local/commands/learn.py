@@ -38,7 +38,7 @@ def about() -> None:
 
 @learn.command()
 def show(json: Json = False) -> None:
-    """Show the learned statistics of each model: tokens, boundaries and size."""
+    """Show each model's learned statistics: tokens, boundaries and size."""
     found = [_shown(each) for each in learned_files()]
     if json:
         print_json({"learned": found})
@@ -67,7 +67,7 @@ def forget(
         typer.Argument(metavar="MODEL", help="A GGUF file or a model name (default: all models)."),
     ] = None,
 ) -> None:
-    """Delete learned statistics and the sidecars fitted from these statistics."""
+    """Delete learned statistics and the sidecars fitted from them."""
     wanted = None if model is None else LearnedFiles.of(read_source(resolve_base(model)))
     forgotten = [each for each in learned_files() if wanted in (None, each)]
     for each in forgotten:

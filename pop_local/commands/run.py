@@ -29,7 +29,7 @@ from pop_local.ui.tables import print_json
 from pop_local.ui.typed_keys import unechoed_keys
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
-# Seconds until a note explains the wait for piped text.
+# Seconds to wait for piped text before a note explains the wait.
 _PATIENCE_S = 5.0
 
 

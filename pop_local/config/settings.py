@@ -24,7 +24,6 @@ CONFIG_VARIABLE = PREFIX + "CONFIG"
 _OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
 
 Scalar = int | float | str
-Origin = Literal["default", "file", "environment"]
 # llama.cpp's counts have 32 bits.
 MOST = 2**31 - 1
 MOST_GIB = 2**20
@@ -74,7 +73,7 @@ class SettingValue:
 
     key: str
     value: Scalar | None
-    origin: Origin = "default"
+    origin: Literal["default", "file", "environment"] = "default"
     where: str = ""
 
 
@@ -118,7 +117,7 @@ def get(key: str) -> Scalar | None:
 
 
 def state_dir() -> Path:
-    """Return the setting state_dir, or the system's folder for state. It may not exist yet."""
+    """Return the folder from the setting state_dir, or the system's default. It may not exist."""
     chosen = get("state_dir")
     return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
 

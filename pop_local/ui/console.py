@@ -34,7 +34,7 @@ class _Console(Console):
 
 
 def _console(*, stderr: bool) -> Console:
-    # With NO_COLOR, rich keeps bold and dim unless the colour system is None.
+    # With NO_COLOR, rich keeps bold and dim unless the color system is None.
     plain = bool(os.environ.get("NO_COLOR"))
     return _Console(
         theme=THEME,

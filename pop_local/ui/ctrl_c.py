@@ -1,4 +1,4 @@
-"""Handle Ctrl-C between two steps of the work."""
+"""Defer Ctrl-C until the current step of the work has ended."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """`asked`: the user has pressed Ctrl-C. `at_once`: the next Ctrl-C raises KeyboardInterrupt."""
+    """The state of Ctrl-C: pressed (`asked`), or the next press raises an error (`at_once`)."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False
@@ -16,14 +16,14 @@ class CtrlC:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[CtrlC]:
-    """Record the first Ctrl-C, and raise KeyboardInterrupt only for the second Ctrl-C.
+    """Record the first Ctrl-C, and raise KeyboardInterrupt only on the second.
 
-    An exception between a decode and its token count would corrupt the KV cache. A process that
-    ignores Ctrl-C, such as a script's background job, continues to ignore Ctrl-C.
+    An exception between a decode and its bookkeeping would corrupt the KV cache. A process that
+    ignores Ctrl-C, such as a shell script's background job, continues to ignore it.
     """
     interrupt = CtrlC()
     is_main = threading.current_thread() is threading.main_thread()
-    # None means a handler of C code, which Python could not restore.
+    # None means that C code installed the handler, so Python could not restore it.
     if not is_main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield interrupt
         return

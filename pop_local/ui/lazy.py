@@ -1,4 +1,4 @@
-"""A typer group that imports a command's module on first use."""
+"""A Typer group that imports a command's module on first use."""
 
 import importlib
 import inspect
@@ -54,7 +54,7 @@ def _defaults(command: Any) -> dict[str, Any]:
 
 
 def _shown_without_type(command: Any, ctx: Any) -> None:
-    """Remove the type <bool>, which Typer 0.29 and later show for flags in help pages."""
+    """Hide the type <bool>, which Typer 0.29 and later show for flags."""
     for param in command.get_params(ctx):
         if getattr(param, "is_flag", False):
             param.metavar = ""
@@ -69,12 +69,12 @@ def _paragraphs(docstring: str | None) -> str:
 
 
 def lazy_group(package: str, commands: Mapping[str, str]) -> type[TyperGroup]:
-    """Return a class for `typer.Typer(cls=...)`. `commands` maps command names to help texts."""
+    """Return a group class for typer.Typer. `commands` maps command names to help texts."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
-            # The listing needs no more than these placeholders.
+            # The list of commands needs only these placeholders.
             self.commands = {name: TyperCommand(name, help=commands[name]) for name in commands}
 
         def format_help(self, ctx: Any, formatter: Any) -> None:

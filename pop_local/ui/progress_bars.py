@@ -28,7 +28,7 @@ from pop_local.workflows.events import TimeLeft, Unit
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
 _LONG_TOKENS = 256
-# Drawing takes computing time from the model.
+# Drawing takes CPU time from the model.
 _DRAWN_PER_S = 4
 _LINE_EVERY_S = 20.0
 
@@ -41,7 +41,7 @@ class Pace:
     time_left: TimeLeft = field(default_factory=lambda: TimeLeft(()))
 
     def left(self) -> str:
-        """Return the time left for all stages, or "" if this time is unknown."""
+        """Return the time left for all stages, or "" if it is unknown."""
         if (left_s := self.time_left.left_s) is None:
             return ""
         about = "up to" if self.time_left.is_at_most else "about"
@@ -57,7 +57,7 @@ def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[
 
 @contextmanager
 def prefill_progress(what: str) -> Iterator[Advance]:
-    """Show the progress of a prefill in tokens and tokens/s. Short prompts have no progress bar."""
+    """Show a prefill's progress in tokens and tokens/s, unless the prompt is short."""
     with ExitStack() as stack:
         bars: list[Advance] = []
 

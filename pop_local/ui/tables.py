@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pop_local.ui.console import out, printable
 
-# json.dumps escapes all other control characters.
+# json.dumps escapes the other control characters.
 _CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

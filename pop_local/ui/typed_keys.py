@@ -9,7 +9,7 @@ from typing import Any
 if sys.platform != "win32":
     import termios
 
-# Original modes of terminals whose echo is off.
+# The terminal's original modes while its echo is off.
 _before: list[list[Any]] = []
 
 

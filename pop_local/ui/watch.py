@@ -1,4 +1,4 @@
-"""Terminal output and Ctrl-C for a workflow's Watch, with progress bars and notes."""
+"""Connect a workflow's Watch to the terminal: progress bars, notes, questions and Ctrl-C."""
 
 import sys
 from collections.abc import Iterator, Sequence

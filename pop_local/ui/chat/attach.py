@@ -171,7 +171,7 @@ def _cut(chat: Dialogue, document: Document, n_tokens: int, end: str) -> Documen
 
 
 def given_path(path: str) -> Path:
-    """Return a path without the quotes or backslashes of a terminal's drag and drop."""
+    """Return a path without the quotes or backslashes that terminals add on drag and drop."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         return expanded(path[1:-1])
     if os.sep == "/" and not expanded(path).exists():

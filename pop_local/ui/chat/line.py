@@ -149,7 +149,7 @@ def _bindings() -> KeyBindings:
 
 
 class _History(FileHistory):
-    """A history file that only its owner can read. Errors while writing the file are ignored."""
+    """A history file that only its owner can read. I/O errors are ignored."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))

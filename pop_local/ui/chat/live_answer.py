@@ -19,7 +19,7 @@ from pop_local.engine.prompt.prompt import THINK
 from pop_local.engine.tools.reader import Piece
 from pop_local.ui.chat.markdown import Lines, rendered, top_level
 
-# Answers are shown without control characters, which could move the cursor or change colours.
+# Answers are shown without control characters, which could move the cursor or change colors.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
 _THINK_END = "</think>"
@@ -28,7 +28,7 @@ _REST = 74
 
 
 class PlainAnswer:
-    """Writes an answer as plain text, without control characters if stdout is a terminal."""
+    """Writes an answer as plain text, without control characters if it goes to a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -48,14 +48,14 @@ class PlainAnswer:
 
 
 class ThinkingSplitter:
-    """A splitter of a streamed answer into reasoning (a block at the start) and content."""
+    """Splits a streamed answer into reasoning (a <think> block at its start) and content."""
 
     def __init__(self) -> None:
         self._held = ""
         self._at: Literal["beginning", "thought", "gap", "answer"] = "beginning"
 
     def push(self, text: str, *, is_last: bool = False) -> Iterator[Piece]:
-        """Yield the next pieces. Text that may be part of a mark is held back unless `is_last`."""
+        """Yield the next pieces. Unless `is_last`, text that may belong to a tag is held back."""
         self._held += text
         if self._at == "beginning":
             begun = self._held.lstrip()
@@ -78,7 +78,7 @@ class ThinkingSplitter:
 
 
 class Tail:
-    """The last lines on a terminal, which can be redrawn."""
+    """The last lines of the terminal's output, which can be redrawn."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

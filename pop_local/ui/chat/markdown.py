@@ -60,7 +60,7 @@ class _Markdown(Markdown):
     }
 
     def __init__(self, text: str) -> None:
-        # The style ansi_dark uses the terminal's own colours.
+        # The style ansi_dark uses the terminal's own colors.
         super().__init__("", code_theme="ansi_dark", hyperlinks=False)
         self.parsed = _PARSER.parse(text)
         for child in chain.from_iterable(token.children or () for token in self.parsed):

@@ -1,4 +1,4 @@
-"""Remedies for prompts that exceed the context."""
+"""Make room for prompts that do not fit into the context."""
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.answer import ContextFullError
@@ -48,7 +48,7 @@ def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Return a context length for 1.5 times the tokens, or None if the model cannot use it."""
+    """Return a larger context length with room to spare, or None if the model has no room."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.files.n_ctx_train)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

@@ -56,7 +56,7 @@ def idling(chat: Dialogue) -> Iterator[None]:
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for the thread despite Ctrl-C, because the thread uses the model."""
+    """Wait for the thread even after Ctrl-C, because it uses the model."""
     interrupted = False
     while thread.is_alive():
         try:
@@ -73,7 +73,7 @@ def _switch(chat: Dialogue, mode: str) -> None:
 
 
 def set_mode(chat: Dialogue, mode: str) -> None:
-    """Set the refill mode unless `mode` is empty, and show the progress of refilling."""
+    """Set the refill mode, unless it is empty, and show the progress."""
     if mode and mode not in MODES:
         chat.refuse(f"/refill accepts {' or '.join(MODES)}, not {mode}.")
         return

@@ -1,4 +1,4 @@
-"""The chat loop, which answers questions and runs slash commands."""
+"""The chat loop: answer questions and run slash commands."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
 from pop_local.ui.chat.refill import idling, status
 from pop_local.ui.chat.sessions import Unsaved
-from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, run_command
+from pop_local.ui.chat.slash import COMMANDS, EditRequest, run_command
 from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.typed_keys import unechoed_keys
 
@@ -18,7 +18,7 @@ LEAVE_HINT = "To quit, type /exit or press Ctrl-D."
 
 
 def talk(chat: Dialogue) -> None:
-    """Chat until the user quits or the piped lines end."""
+    """Chat until the user quits or the piped input ends."""
     words = {name: command.words for name, command in COMMANDS.items()}
     with unechoed_keys(), Unsaved(state_dir() / "unsaved") as unsaved:
         if sys.stdin.isatty():
@@ -42,7 +42,7 @@ def converse(
             if not chat.screen.is_typed:
                 raise
             chat.screen.note(LEAVE_HINT)
-        except (EOFError, LeaveRequest):
+        except EOFError:
             return
         except BrokenPipeError:
             raise
@@ -59,7 +59,7 @@ def _read_and_run(chat: Dialogue, read_line: LineReader) -> None:
     except OSError as error:  # nohup closes stdin
         hint = "run pop-local chat in a terminal, or pipe lines into it"
         chat.fail(PopError(f"cannot read the input: {error.strerror or error}", hint))
-        raise LeaveRequest from error
+        raise EOFError from error
     if not line.strip():
         return
     if not line.startswith("/"):

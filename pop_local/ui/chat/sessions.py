@@ -108,7 +108,7 @@ class Unsaved:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Ctrl-C is a normal end of piped lines.
+        # With piped input, Ctrl-C is a normal way to end the chat.
         if kind in (None, KeyboardInterrupt) and self._lock.is_locked:
             self._remove(self._name)
         self._lock.release(force=True)

@@ -38,16 +38,12 @@ _DEFAULT = "default"
 _DEFAULTS = TurnOptions()
 
 
-class LeaveRequest(Exception):  # noqa: N818 (no error)
-    """A request to leave the chat."""
-
-
 class EditRequest(Exception):  # noqa: N818 (no error)
-    """A request to edit the question in the exception's argument, and to ask it again."""
+    """A request to let the user edit the question in `args[0]`, and to ask it again."""
 
 
 def run_command(chat: Dialogue, line: str) -> None:
-    """Run a slash command. Raises PopError, LeaveRequest and EditRequest."""
+    """Run a slash command. Raises PopError, EditRequest, and EOFError to leave the chat."""
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
     if command is not None:
@@ -173,7 +169,7 @@ def _help(chat: Dialogue, argument: str) -> None:
 
 
 def _leave(chat: Dialogue, argument: str) -> None:
-    raise LeaveRequest
+    raise EOFError
 
 
 def _short(text: str) -> str:

@@ -56,7 +56,7 @@ def show(found: Analysis) -> None:
 
 
 def _columns(found: Analysis) -> Iterator[Column]:
-    """Yield the columns of a layer's importance, and of the cost of skipping from it on."""
+    """Yield the columns: each layer's importance, and the cost of skipping from that layer on."""
     gates, depths = found.importance, {depth.boundary: depth for depth in found.depths}
 
     def of_depth(title: str, show: Callable[[DepthCost], object], numeric: bool = True) -> Column:

@@ -46,7 +46,7 @@ _COLUMNS = (
     Column("Look-ups lost", lambda trial: _lost(trial), numeric=True),
     Column("In budget", lambda trial: "yes" if trial.in_budget else "no"),
 )
-# Names of the figures that a budget limits, as `figures` returns them.
+# Names in `figures` of the values that a budget limits.
 _JUDGED = (
     *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
     "copy_ppl_ratio_se",
@@ -117,7 +117,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """Return a conversion's plan for JSON. A search's plan lists the boundaries to choose from."""
+    """Return a conversion's plan for JSON. If the depth is searched, list the boundaries to try."""
     plans, limits = conversion.plans, conversion.budget
     distills = conversion.options.distiller is not None
     wished = replace(conversion.deepest, is_distilled=distills)
@@ -134,7 +134,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """Return a conversion's result for JSON, with the tried boundaries and the phases' seconds."""
+    """Return a conversion's result for JSON, with the tried boundaries and the time per phase."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
@@ -158,7 +158,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """Return the fields that all plans have. The memory and the seconds exclude distillation."""
+    """Return the fields of every plan. Memory and time exclude distillation."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -232,7 +232,7 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 
 def skipping_facts(found: SkippableLayers, work: SkippingGain | None = None) -> list[Fact]:
-    """Return facts about the skippable layers and the work that prompt tokens still do in them."""
+    """Return facts about the skippable layers, and about the work that remains in them."""
     layers = f"layers {found.first} to {found.last}"
     if found.exact:
         layers += f"; layers {found.exact} and up without any loss"
@@ -268,7 +268,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
-    """Yield the facts about a file's quality, or nothing if the quality was not measured."""
+    """Yield the facts about a file's measured quality, if any."""
     if (found := meta.measured) is None:
         return
     kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"

@@ -28,7 +28,7 @@ def bare(estimate: Estimate | None, spec: str) -> str:
 
 
 def figures(quality: Quality | Lookups) -> dict[str, Any]:
-    """Return the figures for JSON, with NAME_se for each estimate NAME (kl_se for kl_mean)."""
+    """Return the figures for JSON. An estimate NAME adds its error as NAME_se (kl_mean: kl_se)."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)

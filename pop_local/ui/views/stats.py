@@ -12,7 +12,7 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Return an answer's statistics. TTFT includes encoding pictures, the prefill rate does not."""
+    """Return an answer's statistics. Only TTFT, not the prefill rate, includes picture encoding."""
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
         return f"Reading stopped after {n_read:,} of {stats.n_prompt:,} prompt tokens."
@@ -88,7 +88,7 @@ def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
 def _reading(
     what: str, answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]
 ) -> str:
-    """Return the time of reading the prompts, and the time of reading them in full."""
+    """Return the prompts' prefill time, and the time that full prefills would take."""
     taken_s = sum(stats.prefill_s for stats in answers)
     pruned = [stats for stats in answers if stats.n_pruned or stats.n_skipped_exact]
     if not pruned:
