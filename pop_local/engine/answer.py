@@ -1,4 +1,4 @@
-"""Answer a prompt: yield text while tokens are sampled, then statistics."""
+"""Answer a prompt: yield text as tokens are sampled, then statistics."""
 
 import math
 import time
@@ -22,14 +22,14 @@ from pop_local.engine.sequence import CachedSequence
 from pop_local.engine.tools.call_form import CallConstraint
 from pop_local.engine.turn_options import TurnOptions
 
-# The caller closes the generator to end the answer.
+# Closing the generator ends the answer.
 Answering = Generator[Chunk, None, None]
 
 
 class ContextFullError(PopError):
-    """A prompt and its answer exceed the context. All numbers are tokens.
+    """The prompt and its answer do not fit the context. All numbers are in tokens.
 
-    `n_answer`: tokens reserved for the answer. `n_short`: missing tokens.
+    `n_answer`: tokens reserved for the answer. `n_short`: additional tokens that they need.
     """
 
     def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
@@ -80,7 +80,7 @@ class _Turn:
                 "use max_tokens=1 or more, or None to fill the context",
             )
         stops: object = options.stops
-        if isinstance(stops, str):  # a tuple of its characters would be wrong
+        if isinstance(stops, str):  # tuple() would split it into characters
             raise PopError("stops is a string, not a tuple", f"use stops=({stops!r},)")
         self._sequence = sequence
         self._options = options
@@ -161,7 +161,7 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        # The last chunk includes tokens without text, and tokens of half a character.
+        # The last chunk includes tokens without text and with incomplete characters.
         is_whole = stats is not None and not self._text.stop
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 

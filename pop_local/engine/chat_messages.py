@@ -24,9 +24,9 @@ class ToolCall:
 class Message:
     """One message of a conversation.
 
-    `pictures`: ascending (offset, picture) pairs; each precedes that character of `content`.
-    `calls`: an assistant's function calls. `call_id`: ID of the call whose result a tool message
-    contains.
+    `pictures`: (offset, picture) pairs in ascending order. Each picture precedes the character of
+    `content` at its offset. `calls`: an assistant's function calls. `call_id`: in a tool message,
+    the ID of the call that it answers.
     """
 
     role: Role
@@ -38,22 +38,23 @@ class Message:
 
 @dataclass(frozen=True)
 class TurnStats:
-    """Statistics of one answer; n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
+    """Statistics of one answer. n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
-    n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens whose K/V were computed
-    before an earlier part of the prompt changed, so they are approximate. n_pruned: prompt tokens
-    that stopped at the boundary layer. n_deep: deep rows, which n_full includes. n_refilled: cached
-    tokens that were refilled since the previous answer. n_image: the prompt's image rows, cached
-    rows included.
-    n_exact: prompt tokens whose K/V equal the full model's. n_skipped_exact: prompt tokens that
-    stopped at exact_layer without loss, because later layers share earlier layers' K/V.
-    n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, including the last one.
+    n_cached: prompt tokens with K/V in the cache. n_stale: cached tokens with approximate K/V,
+    because an earlier part of the prompt changed afterwards. n_pruned: prompt tokens that stopped
+    at the boundary layer. n_skipped_exact: prompt tokens that stopped at exact_layer without loss,
+    because later layers share the K/V of earlier layers. n_full: prompt tokens that ran all
+    layers, including n_deep deep rows. n_exact: prompt tokens with the same K/V as in the full
+    model. n_refilled: cached tokens that were refilled since the previous answer. n_image: the
+    prompt's image rows, including cached ones. n_decoded: sampled tokens, including the last one.
+
     ttft_s: seconds from the question to the first token, including the template and tokenization.
-    encode_s: seconds for encoding images, which pruning does not change. prefill_s: seconds for
-    the prompt, without encode_s. decode_s: seconds from the first to the last sampled token,
-    without the caller's time. is_short: pruning was on, but the uncached prompt was too short to be
-    pruned. fit: the origin of the pruned tokens' projections, or "". stop: the stop string that
-    ended the answer, or "". is_repeating: repetition ended the answer.
+    encode_s: seconds for encoding images. prefill_s: seconds for the prompt, without encode_s.
+    decode_s: seconds from the first to the last sampled token, without the caller's time.
+
+    is_short: pruning was on, but the uncached part of the prompt was too short to prune. fit: the
+    source of the pruned tokens' projections, or "". stop: the stop string that ended the answer,
+    or "". is_repeating: the answer ended because it repeated itself.
     """
 
     n_prompt: int
@@ -89,7 +90,7 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """Description of the prompt tokens that were cached or skipped layers."""
+        """Summary of the prompt tokens that were cached, or that skipped layers."""
         stale = f" ({self.n_stale:,} stale)" if self.n_stale else ""
         cached = f"{self.n_cached:,} cached{stale}, " if self.n_cached else ""
         if self.n_skipped_exact:
@@ -109,13 +110,13 @@ class TurnStats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Decoded tokens per second without the first, which prefill samples (0 if it is alone)."""
+        """Decoded tokens per second, excluding the first token, which counts towards TTFT."""
         return _rate(self.n_decoded - 1, self.decode_s)
 
 
 @dataclass(frozen=True)
 class SessionStats:
-    """Sums over a conversation (see TurnStats). n_answers: answers with at least one token."""
+    """Totals of a conversation (see TurnStats). n_answers: answers with at least one token."""
 
     n_answers: int
     n_prompt: int
@@ -145,13 +146,13 @@ class SessionStats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Decoded tokens per second, without each answer's first, which prefill samples."""
+        """Decoded tokens per second, excluding each answer's first token."""
         return _rate(self.n_decoded - self.n_answers, self.decode_s)
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and its natural log probability. `top`: the most likely tokens, best first."""
+    """A token and its log probability (base e). `top`: the most likely tokens, best first."""
 
     text: bytes
     logprob: float | None
@@ -160,10 +161,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the answer. The last chunk has the statistics, and possibly no text.
+    """A piece of an answer. The last chunk has the statistics and may have no text.
 
-    `logprobs`: the tokens' log probabilities, if requested. `embedding`: the prompt's embedding,
-    instead of an answer.
+    `logprobs`: the tokens' log probabilities, if requested. `embedding`: for a request that asks
+    for an embedding instead of an answer.
     """
 
     text: str

@@ -17,7 +17,7 @@ _MAX_ROWS = 512
 def require_pooling(cache: KvCache) -> gguf.PoolingType:
     """Return the file's pooling type (default: mean).
 
-    Raises PopError for any other type than mean and last row.
+    Raises PopError for types other than mean and last row.
     """
     kind = cache.context.files.header.of_arch("pooling_type")
     if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
@@ -32,8 +32,8 @@ def require_pooling(cache: KvCache) -> gguf.PoolingType:
 def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Return a text's normalized embedding, float32 [n_embd] (llama_get_embeddings_ith).
 
-    All rows run in full. The call empties the KV cache. Raises PopError if the text cannot be
-    decoded, and StoppedError or the signal handler's exception if interrupted.
+    All rows run in full, and the KV cache is empty afterwards. Raises PopError if the text cannot
+    be decoded, and StoppedError or the signal handler's exception if interrupted.
     """
     pooling = require_pooling(cache)
     context, api = cache.context, backend.bindings()

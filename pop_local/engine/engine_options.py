@@ -18,12 +18,12 @@ class EngineOptions:
 
     `model`: the GGUF file, or a name that the caller resolves before opening. `sidecar`: a file
     with the model's POP keys and tensors. `mmproj`: the vision encoder, loaded with the first
-    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: full rows at a
-    prompt's ends (default: the file's). `deep_rows`: criterion for context rows that run all layers
-    (default: the file's). `reuse`: cached rows that a prompt may reuse. `keep_states`: keep
-    boundary states for refilling. `parse_special`: parse special tokens in messages and documents,
-    which lets a document inject turns. `full`: start with pruning off. `learn`: see PopModel.learn.
-    `prompt_cache`: store for earlier prompts' KV caches.
+    image. `image_tokens`: maximum tokens per image. `sink_tokens`, `tail_tokens`: number of full
+    rows at the start and at the end of a prompt (default: the file's). `deep_rows`: criterion for
+    deep rows (default: the file's). `reuse`: cached rows that a prompt may reuse. `keep_states`:
+    keep boundary states for refilling. `parse_special`: parse special tokens in messages and
+    documents, which lets a document inject turns. `full`: start with pruning off. `learn`: see
+    PopModel.learn. `prompt_cache`: a store for the KV caches of earlier prompts.
     """
 
     model: str
@@ -47,7 +47,7 @@ class EngineOptions:
 
     @classmethod
     def of(cls, model: str | os.PathLike[str], **options: Any) -> "EngineOptions":
-        """Build options from keywords: fields of this class, of ContextOptions and of llama.cpp.
+        """Build options from keywords: fields of this class, ContextOptions or llama.cpp's params.
 
         Raises TypeError for an unknown keyword.
         """

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class PopModel:
-    """An open model. `engine` has its parts."""
+    """An open model. Its parts are in `engine`."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._engine = Engine.open(options)
@@ -79,7 +79,7 @@ class PopModel:
 
     @property
     def engine(self) -> Engine:
-        """The model's parts. swap_sidecar and learn replace the engine."""
+        """The model's parts. Methods such as `learn` replace the engine."""
         return self._engine
 
     def __enter__(self) -> Self:
@@ -95,7 +95,7 @@ class PopModel:
     def swap_sidecar(self, sidecar: Path) -> None:
         """Prune with another sidecar from now on. The cache is kept if all rows are exact.
 
-        If opening fails, and for a model with an mmproj, it raises PopError and changes nothing.
+        Raises PopError and changes nothing if opening fails, or if the model has an mmproj.
         """
         with self._lock:
             before = self._engine
@@ -202,7 +202,7 @@ class PopModel:
     def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Stream chunks of the answer to the last message.
 
-        A base model has no chat template. It continues the messages' text, unless they have
+        A base model, which has no chat template, continues the messages' text if they have no
         pictures. `options`: fields of TurnOptions (default: the file's recommendation). Raises
         PopError if the template rejects the conversation, or if the prompt cannot be read.
         """

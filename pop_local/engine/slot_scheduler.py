@@ -6,7 +6,10 @@ from pop_local.engine.sequence import CachedSequence
 
 
 class SlotScheduler:
-    """Assignment of an engine's sequences to answers, one answer at a time. Not thread-safe."""
+    """A scheduler that assigns each of an engine's sequences to one answer at a time.
+
+    It is not thread-safe.
+    """
 
     def __init__(self, model: EngineOwner) -> None:
         self._model = model
@@ -14,7 +17,10 @@ class SlotScheduler:
         self._free = list(range(len(model.engine.sequences)))
 
     def take(self, prompt: Prompt) -> int:
-        """Return the free sequence with the longest common prefix, or the fewest rows."""
+        """Reserve the free sequence with the most reusable rows, or else the fewest rows.
+
+        Returns its index.
+        """
         best = max(self._free, key=lambda index: self._score(index, prompt))
         self._free.remove(best)
         return best
@@ -26,9 +32,9 @@ class SlotScheduler:
         return self._model.engine.sequences[index]
 
     def share(self, index: int, prompt: Prompt) -> None:
-        """Share the longest common prefix of all sequences, including busy ones.
+        """Copy the longest prefix of the prompt that another sequence has cached, even a busy one.
 
-        Does nothing if the sequence can reuse more of its rows (see CachedSequence.n_reusable).
+        Does nothing if sequence `index` already has as long a prefix.
         """
         states = [sequence.states for sequence in self._model.engine.sequences]
         if len(states) > 1:
@@ -38,16 +44,16 @@ class SlotScheduler:
                 states[index].share(best, prompt)
 
     def refillable(self) -> int | None:
-        """Return the most recently used free sequence whose rows can be refilled."""
+        """Return the most recently used free sequence with rows to refill, or None."""
         found = (index for index in reversed(self._free) if self._n_refillable(index))
         return next(found, None)
 
     def n_refillable(self) -> int:
-        """Count the cached rows that must still run the skipped layers."""
+        """Return the number of cached rows that have not run the skipped layers yet."""
         return sum(map(self._n_refillable, range(len(self._model.engine.sequences))))
 
     def refilled(self, index: int) -> None:
-        """Mark the rows that other sequences share with a refilled one as refilled."""
+        """Mark the rows that other sequences share with refilled sequence `index` as refilled."""
         states = self.sequence(index).states
         for other in self._model.engine.sequences:
             if other.states is not states:
@@ -58,7 +64,10 @@ class SlotScheduler:
         return refiller.n_refillable if refiller.is_on else 0
 
     def _score(self, index: int, prompt: Prompt) -> tuple[int, int]:
-        """Return the score. Rows count if CacheStates.stash would keep them for the prompt."""
+        """Return (rows to reuse, minus the cached rows), for comparing sequences.
+
+        Reusable rows count only if CacheStates.stash would not move them to the prompt cache.
+        """
         sequence = self.sequence(index)
         n_reusable, n_tokens = sequence.n_reusable(prompt), sequence.cache.n_tokens
         return (n_reusable if 2 * n_reusable >= n_tokens else 0), -n_tokens

@@ -13,17 +13,18 @@ from pop_local.engine.tools.call_form import CallForm
 class TurnOptions(SamplerOptions):
     """Options of one answer.
 
-    `max_tokens`: default: the rest of the context. `min_answer`: tokens to reserve for the answer.
-    A longer prompt raises ContextFullError. `stops`: strings that end the answer, and are removed
-    from it. `grammar`: GBNF if it is a string. `calls`: the form of tool calls, instead of a
-    grammar. `n_top_logprobs`: alternatives per token (None: no log probabilities).
-    `has_end_logprob`: include the token that ends the answer. `repeatable`: ignore cached rows, so
-    that equal options give equal answers. It also requires a seed or temperature 0.
-    `ends_repeats`: end an answer that repeats a block, unless it has a grammar.
+    `max_tokens`: maximum length of the answer (default: the rest of the context). `min_answer`:
+    tokens to reserve for the answer. A prompt that leaves fewer raises ContextFullError. `stops`:
+    strings that end the answer and are removed from it. `grammar`: a Grammar, or GBNF text.
+    `calls`: the form of tool calls, instead of a grammar. `n_top_logprobs`: alternatives per token
+    (None: no log probabilities). `has_end_logprob`: include the token that ends the answer.
+    `repeatable`: ignore cached rows, so that equal options give equal answers. This also needs a
+    seed or temperature 0. `ends_repeats`: end an answer that repeats a block, unless it has a
+    grammar.
 
-    `on_prefill(done, total)` is called once per batch; it counts uncached prompt tokens.
-    `should_stop` is called during prefill and after each token. It ends the answer as
-    "interrupted", with its statistics. During tokenization it raises StoppedError instead.
+    `on_prefill(done, total)` is called once per batch with numbers of uncached prompt tokens.
+    `should_stop` is called during prefill and after each token. If it returns true, the answer
+    ends as "interrupted", with its statistics. During tokenization, StoppedError is raised instead.
     """
 
     max_tokens: int | None = None

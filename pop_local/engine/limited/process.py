@@ -35,7 +35,7 @@ def _python() -> str:
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no Python for templates, grammars and large pictures",
+            "a frozen application has no interpreter for templates, grammars and large pictures",
             "call multiprocessing.set_executable with a Python that has the same packages",
         )
     return python

@@ -12,7 +12,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 class Outputs(Enum):
-    """The rows whose logits are requested."""
+    """The rows of a batch for which logits are computed."""
 
     NONE = "none"
     LAST = "last"
@@ -29,7 +29,7 @@ def decode_rows(
 ) -> int:
     """Decode rows of embeddings without logits. Returns llama_decode's code.
 
-    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: each row attends
+    `rows`: float32 [n, n_embd_inp]. `positions`: int32 [n_pos, n]. `is_mutual`: every row attends
     to all rows.
     """
     api = bindings()
@@ -81,7 +81,7 @@ class TokenBatch:
         sequences: Tokens,
         wants_logits: Sequence[bool] | np.ndarray,
     ) -> int:
-        """Decode tokens. Returns the return code of llama_decode (0: success)."""
+        """Decode tokens of any sequences. Returns llama_decode's code (0: success)."""
         n = len(tokens)
         self._batch.n_tokens = n
         self._token[:n], self._pos[:n], self._logits[:n] = tokens, positions, wants_logits

@@ -27,7 +27,7 @@ _NO_COUNTERS = Counters(0, 0)
 
 @dataclass(eq=False)
 class _Request:
-    """A sequence's rows to decode. The first `n_done` rows are decoded."""
+    """Rows of a sequence to decode. The first `n_done` rows have been decoded."""
 
     slot: "BatchedSlot"
     tokens: Sequence[int]

@@ -1,4 +1,4 @@
-"""Interruption of a prefill between graph nodes and between batches."""
+"""Interrupt a prefill between graph nodes and between batches."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import bindings
 
-# A context variable, since each thread has its own caller.
+# A context variable, because each thread has a different caller.
 _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
 _SIGNALS = [
     getattr(signal, name)
@@ -31,7 +31,7 @@ def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
 
 
 def current_should_stop() -> Callable[[], bool]:
-    """Return the calling thread's `should_stop`, so that another thread can call it."""
+    """Return the calling thread's `should_stop`, for use in another thread."""
     return _should_stop.get()
 
 
@@ -46,10 +46,10 @@ class DisplacedError(PopError):
 
 
 class Interrupt:
-    """Abort callback that stops llama_decode at a signal or the caller's `should_stop`.
+    """The abort callback that stops llama_decode on a signal or at the caller's `should_stop`.
 
-    Python handles signals only between bytecodes: without a callback, Ctrl-C would wait for the
-    end of the batch. Exceptions cannot cross ctypes, so signal handlers are deferred.
+    Python handles signals only between bytecodes, so Ctrl-C would otherwise have no effect until
+    the batch ends. Exceptions cannot cross ctypes, so signal handlers are deferred.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Interrupt:
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
         """Install the abort callback on a llama_context until exit."""
-        if self._is_watching:  # a progress callback may use the same model
+        if self._is_watching:  # nested: a progress callback uses the same model
             try:
                 yield
             finally:
@@ -87,9 +87,9 @@ class Interrupt:
 
     @contextmanager
     def opening(self, model_params: Any) -> Iterator[None]:
-        """Abort a model's loading (llama_progress_callback) at a signal or `should_stop`.
+        """Let a signal or `should_stop` abort loading a model (llama_progress_callback).
 
-        llama.cpp then fails to open the model. Signals are handled at exit.
+        llama.cpp then fails to open the model. Signal handlers run at exit.
         """
         should_stop = current_should_stop()
         callback = self._api.llama_progress_callback(
@@ -108,7 +108,7 @@ class Interrupt:
                 raise self._raised
 
     def postponed(self, work: Callable[[], None]) -> bool:
-        """If a batch is running, stop it, call `work` at the batch's end and return True."""
+        """Return whether a batch is running. If so, stop the batch and call `work` when it ends."""
         if self._is_watching:
             self._on_exit = work
         return self._is_watching
@@ -122,7 +122,7 @@ class Interrupt:
             )
 
     def check(self) -> None:
-        """Raise the exception that the callback deferred. Call this after each batch.
+        """Raise the exception that stopped the last batch, if any. Call this after each batch.
 
         The exception is StoppedError if `should_stop` returned true. Decoded rows stay cached.
         """
@@ -133,7 +133,7 @@ class Interrupt:
             raise StoppedError
 
     def should_stop(self) -> bool:
-        """Return whether the batch must stop. `check` then raises the reason."""
+        """Return whether the batch must stop. If so, `check` raises the reason afterwards."""
         if self._raised is None:
             self._in_callback = True
             try:
@@ -148,7 +148,7 @@ class Interrupt:
 
     @contextmanager
     def _deferred_signals(self) -> Iterator[None]:
-        """Defer signal handlers until exit. Only the main thread handles signals."""
+        """Defer signal handlers until exit, in the main thread, which handles all signals."""
         self._pending.clear()
         self._handlers.clear()
         if threading.current_thread() is threading.main_thread():

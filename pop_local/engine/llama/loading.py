@@ -22,8 +22,8 @@ DEFAULT_CTX = 8192
 def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, params: Any) -> Any:
     """Load a model with llama_model_params. Returns llama.cpp's pointer, which the caller frees.
 
-    With a sidecar, llama_model_load_from_splits reads all files. Raises PopError with llama.cpp's
-    reason, and if the library's boundary differs from `meta`'s.
+    Raises PopError with llama.cpp's reason if the files cannot be loaded, and if the library's
+    boundary differs from `meta`'s.
     """
     backend.require_patched()
     require_loadable(source.first)
@@ -47,7 +47,7 @@ def load_model(source: Source, sidecar: Path | None, meta: PopMeta | None, param
     if found != wanted:
         api.llama_model_free(model)
         raise PopError(
-            f"the backend prunes from layer {found}, the file states layer {wanted}",
+            f"the backend prunes from layer {found}, but the file specifies layer {wanted}",
             backend.INSTALL_HINT,
         )
     return model
@@ -70,10 +70,10 @@ def require_room(
 ) -> None:
     """Raise PopError if a context needs more than the free memory.
 
-    Without this check, llama.cpp fills the cache with zeros and the system kills the process.
-    `is_windowed`: whether layers with a sliding window keep only the window. `holds_kv`: whether
-    K/V are in main memory and in F16. `holds_states`: whether each row's boundary state is stored,
-    in F32 in main memory on every device. Other parts of a context are not counted.
+    Without this check, the system would kill the process when llama.cpp fills the cache with
+    zeros. `is_windowed`: whether layers with a sliding window keep only the window. `holds_kv`:
+    whether K/V are in main memory, in F16. `holds_states`: whether each row's boundary state is
+    stored (in main memory, in F32). Other parts of a context are not counted.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):

@@ -1,8 +1,7 @@
-"""llama.cpp's log, forwarded to `logging`, with error lines kept for messages.
+"""Forward llama.cpp's log to `logging`, and keep error lines for messages.
 
-The logger "pop_local.llama_cpp" is silent unless the application configures it. If llama.cpp
-aborts the process, as its assertions do for some damaged files, it calls `on_abort` with the
-reason.
+The logger "pop_local.llama_cpp" is silent unless the application configures it. Some damaged files
+make an assertion of llama.cpp fail, which aborts the process after calling `on_abort`.
 """
 
 import ctypes
@@ -26,7 +25,7 @@ _CONTINUED = 5
 
 
 class _Errors(threading.local):
-    """Error lines per thread, since another thread's errors do not explain this one's."""
+    """Error lines of the current thread. Errors of other threads would be misleading."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=64)
@@ -35,7 +34,7 @@ class _Errors(threading.local):
 _errors = _Errors()
 _last_level = logging.DEBUG
 _callbacks: tuple[Any, ...] = ()  # llama.cpp does not keep them alive
-# Called with the reason in the aborting thread; the process then ends. None: write to stderr.
+# Called with the reason in the aborting thread, before the process ends. None: write to stderr.
 on_abort: Callable[[str], None] | None = None
 
 _PLACE = re.compile(r"^.*[/\\](?=[\w.-]+:\d+: )")
@@ -93,7 +92,7 @@ def forget_errors() -> None:
 
 
 def not_decoded(code: int) -> PopError:
-    """Return the error for a batch that llama_decode refused."""
+    """Return the error for a batch that llama_decode failed to decode, with its code."""
     return PopError(first_error() or f"llama.cpp could not decode (code {code})")
 
 

@@ -1,8 +1,9 @@
 """Limit the prompt rows in batches with answers."""
 
-# Prompt rows next to answers, until batches have been timed.
+# Prompt rows in a batch with answers until enough batches have been timed.
 _FIRST_ROWS = 64
-# Maximum delay of an answer's token by prompt rows. Smaller batches would not be faster.
+# Maximum time that prompt rows delay an answer's next token. Shorter batches would read a prompt
+# more slowly.
 _WAIT_S = 0.25
 # 0.52: answers keep half their tokens per second during a prefill (docs/server.md).
 _SHARE = 0.52
@@ -10,10 +11,10 @@ _SMOOTHING = 0.3
 
 
 class PrefillThrottle:
-    """Limit on prompt rows in batches with answers, computed from the time of earlier batches.
+    """A limit on prompt rows in batches with answers, computed from the times of earlier batches.
 
-    A batch's time is modelled as a batch without a prompt, plus a constant, plus a time per prompt
-    row. After a slow batch, batches contain answers only.
+    A batch's predicted time is the time of a batch without prompt rows, plus a constant, plus a
+    time per prompt row. After a slow batch, some batches contain only answers.
     """
 
     def __init__(self, n_batch: int) -> None:
@@ -35,7 +36,7 @@ class PrefillThrottle:
         return min(max(int(wait_s / self._row_s), _FIRST_ROWS), self._n_batch - n_answers)
 
     def record(self, n_answers: int, n_rows: int, seconds: float) -> None:
-        """Record a batch's time. `n_rows`: its prompt rows."""
+        """Record the time of a batch with `n_rows` prompt rows."""
         if not n_answers:
             self._owed_s = 0.0
             if n_rows >= _FIRST_ROWS:
@@ -48,11 +49,11 @@ class PrefillThrottle:
             self._step_s[n_answers] = _smoothed(self._step_s.get(n_answers), seconds)
         step_s = self._step_of(n_answers)
         owed_s = self._owed_s + _SHARE * seconds - step_s
-        # Capped: a delay by other programs must not stop the prompt for long.
+        # Capped, so that a delay caused by other programs does not stall the prompt for long.
         self._owed_s = min(max(0.0, owed_s), max(_WAIT_S, step_s))
 
     def _step_of(self, n_answers: int) -> float:
-        """Return the seconds of a batch of `n_answers`, or of the nearest timed number."""
+        """Return the seconds of a batch of `n_answers` alone, or of the nearest timed number."""
         if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]

@@ -23,9 +23,9 @@ class _CTapped(ctypes.Structure):
 
 @dataclass(frozen=True)
 class TapRequest:
-    """Selection of values: states at `boundaries`, K and V of `layers`.
+    """The requested values: states at `boundaries`, and K and V of `layers`.
 
-    `weighing`: layers whose attention weights the rows in a fit.
+    `weighing`: layers with requested `mass`, which weights the rows in a fit.
     """
 
     boundaries: tuple[int, ...]
@@ -51,14 +51,14 @@ class Tapped:
     mass: dict[int, Rows] = field(default_factory=dict)
 
     def has(self, wanted: TapRequest) -> bool:
-        """Return whether all selected values exist, except mass, which some memories lack."""
+        """Return whether all requested values are present. Some memory types lack mass."""
         return self.states.keys() >= set(wanted.boundaries) and min(
             self.k.keys(), self.v.keys(), key=len
         ) >= set(wanted.layers)
 
 
 def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
-    """Select the values of the following batches (None: no values). Raises PopError."""
+    """Request values of the following batches (None: no values). Raises PopError."""
     backend.require_patched().llama_pop_remove_taps(ctx)
     if wanted is not None:
         # In the order of enum llama_pop_tap_kind.
@@ -71,8 +71,8 @@ def set_taps(ctx: Any, wanted: TapRequest | None) -> None:
 def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
     """Return the last ubatch's values, or None if it has no values.
 
-    `used`: an earlier result's block, to be overwritten if it is large enough, since allocating
-    memory costs more than the copy.
+    `used`: an earlier result's block, which is overwritten if it is large enough. Allocating a new
+    block would take longer than copying the values.
     """
     library = backend.require_patched()
     found = [_CTapped() for _ in range(library.llama_pop_n_tapped(ctx))]

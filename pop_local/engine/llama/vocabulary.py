@@ -1,4 +1,4 @@
-"""A model's vocabulary: tokens of texts, and bytes of tokens."""
+"""A model's vocabulary: convert text to tokens, and tokens to bytes."""
 
 import ctypes
 from collections.abc import Container, Iterable
@@ -12,8 +12,8 @@ from pop_local.engine.llama.interrupt import Interrupt
 class Vocabulary:
     """A model's vocabulary (llama_vocab).
 
-    `n_tokens`: its number of tokens. Methods raise PopError after `close`, which the owner of the
-    model calls before freeing it.
+    `n_tokens`: number of tokens in the vocabulary. Methods raise PopError after `close`, which the
+    model's owner calls before freeing the model.
     """
 
     def __init__(self, pointer: Any) -> None:
@@ -30,7 +30,7 @@ class Vocabulary:
 
     @property
     def bos(self) -> tuple[int, ...]:
-        """Beginning-of-sequence token that the model needs, or ()."""
+        """The beginning-of-sequence token, or () if the model does not use one."""
         adds = self._api.llama_vocab_get_add_bos(self.pointer)
         return (int(self._api.llama_vocab_bos(self.pointer)),) if adds else ()
 
