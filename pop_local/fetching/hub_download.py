@@ -96,11 +96,11 @@ def find_on_hub(name: str) -> HubModel:
         return RemoteFile(url, token, sha256, name, siblings[name].size or 0)
 
     files = choose(repo, tuple(siblings), match["file"] or "").files
-    license = info.card_data.get("license") if info.card_data else None
+    stated_license = info.card_data.get("license") if info.card_data else None
     mmproj = choose_mmproj(tuple(siblings), files[0])
     return HubModel(
         repo,
-        str(license or "not stated"),
+        str(stated_license or "not stated"),
         tuple(map(remote, files)),
         None if mmproj is None or mmproj in files else remote(mmproj),
     )

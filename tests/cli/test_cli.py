@@ -233,8 +233,8 @@ def test_pull_into_a_path_that_is_no_folder(tmp_path):
     done = called("pull", "smollm2", "--dir", str(tmp_path / "file" / "models"))
     assert done.returncode == 1
     assert done.stdout == ""
-    license, error, hint = done.stderr.splitlines()
-    assert "Apache-2.0" in license
+    notice, error, hint = done.stderr.splitlines()
+    assert "Apache-2.0" in notice
     assert error.startswith("error: ")
     assert error.endswith("Not a directory")
     assert "one of its folders is a file" in hint
