@@ -73,7 +73,7 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
     if meta is None:
         return [("Pruning", "not available until the model is converted (`pop-local convert`)")]
     skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
-    projections = meta.projection
+    projections = str(meta.projection)
     if meta.projection == Projection.OWN:
         projections += " (the skipped layers' weights)"
     elif meta.calibration is not None and meta.calibration.n_distilled > 0:
