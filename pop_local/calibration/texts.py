@@ -2,11 +2,10 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from pop_local.texts.document_readers import decoded
 from pop_local.texts.folders import read_kinds
 
 Windows = NDArray[np.int32]
-T = TypeVar("T")
 
 N_WINDOW = 512
 SEED = 0
@@ -182,23 +180,18 @@ def _grouped_texts(paths: Sequence[Path], count: int) -> list[list[str]]:
     return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
 
 
-def _spread(context: Context, groups: Sequence[Sequence[str]], count: int) -> Windows:
-    """Choose windows in equal shares from all groups, and from the texts of each group."""
+def _spread(context: Context, parts: Sequence[str | Sequence[str]], count: int) -> Windows:
+    """Choose windows in equal shares from all parts, which are texts or groups of texts.
 
-    def of_group(group: Sequence[str], n: int) -> Windows:
-        return _shared(group, n, len, lambda text, n: _cut(context, text, n))
-
-    return _shared(groups, count, lambda group: sum(map(len, group)), of_group)
-
-
-def _shared(
-    parts: Sequence[T], count: int, size: Callable[[T], int], cut: Callable[[T, int], Windows]
-) -> Windows:
-    """Choose windows in equal shares from all parts. Long parts make up for short ones."""
+    Long parts make up for short ones.
+    """
+    sizes = [len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts]
     found: list[Windows] = []
-    for n_open, part in zip(range(len(parts), 0, -1), sorted(parts, key=size), strict=True):
-        found.append(cut(part, count // n_open))
-        count -= len(found[-1])
+    for n_done, number in enumerate(np.argsort(sizes, kind="stable")):
+        part, n = parts[number], count // (len(parts) - n_done)
+        windows = _cut(context, part, n) if isinstance(part, str) else _spread(context, part, n)
+        found.append(windows)
+        count -= len(windows)
     return np.concatenate(found)
 
 
