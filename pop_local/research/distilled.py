@@ -1,9 +1,7 @@
-"""Distillation as a part of a conversion: requirements on the machine, and the steps."""
+"""Distillation during a conversion: check the requirements, read the text, train the fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +25,6 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
 if TYPE_CHECKING:
-    from pop_local.research.decoder import Decoder
     from pop_local.research.distill import InitialFit, TeacherStates
 
 _HINT = "close other programs, or convert without distilling"
@@ -35,10 +32,10 @@ _HINT = "close other programs, or convert without distilling"
 
 @dataclass
 class Distiller:
-    """Distiller of one model's fits (pop_local.workflows.conversion.fits).
+    """Distiller of one model's fits (see pop_local.workflows.conversion.fits).
 
-    `reference`: the full model's states on the text, which are kept for further fits (about 0.5 GB
-    for states of 500 dimensions).
+    `reference`: the full model's states on the text, kept for further fits (about 0.5 GB for states
+    of 500 dimensions).
     """
 
     source: Source
@@ -79,9 +76,8 @@ class Distiller:
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
         """Train the fit on `text`, and return the trained fit. Raises PopError, StoppedError.
 
-        The full model first reads the text, unless an earlier call has done so for this boundary.
-        `n_deeper`: the number of deeper boundaries whose fits will also need the full model's
-        states.
+        The full model first reads the text, unless an earlier call read it for this boundary.
+        `n_deeper`: the number of deeper boundaries whose fits will need the same states.
         """
         device = self.require(plan)
         reference = self.reference
@@ -98,34 +94,31 @@ class Distiller:
         return self.trained(plan, fitted, reference, device)
 
     def read(self, first: int, text: DistillText, device: TorchDevice) -> TeacherStates:
-        """Read a text's windows in full, for boundaries from `first` on."""
+        """Run the full model on a text's windows, for distilling at boundary `first` and deeper."""
+        from pop_local.research.decoder import Decoder
         from pop_local.research.distill import read
 
         stage = self.watch.stage("Reading text for distilling")
-        with self._decoding(device) as decoder:
+        with computing("distilling", _HINT, cause="no-memory-to-distill"):
+            decoder = Decoder(self.source, device.name, device.matrices)
             return read(decoder, first, text, seed=SEED, on_progress=stage)
 
     def trained(
         self, plan: Plan, fitted: Fitted, reference: TeacherStates, device: TorchDevice
     ) -> Fitted:
+        from pop_local.research.decoder import Decoder
         from pop_local.research.distill import distill
 
         start, kv_type = start_of(plan, self.source, fitted), self.options.kv_type
         stage = self.watch.stage(f"Distilling boundary {plan.boundary}")
-        with self._decoding(device) as decoder:
+        with computing("distilling", _HINT, cause="no-memory-to-distill"):
+            decoder = Decoder(self.source, device.name, device.matrices)
             found = distill(decoder, start, reference, seed=SEED, on_progress=stage)
         new = [each for layer, made in found.items() for each in fit.encode(layer, made, kv_type)]
         names = {tensor.name for tensor in new}
         kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
         calibration = replace(fitted.calibration, n_distilled=int(reference.text.windows.size))
         return replace(fitted, tensors=(*kept, *new), calibration=calibration)
-
-    @contextmanager
-    def _decoding(self, device: TorchDevice) -> Iterator[Decoder]:
-        from pop_local.research.decoder import Decoder
-
-        with computing("distilling", _HINT, cause="no-memory-to-distill"):
-            yield Decoder(self.source, device.name, device.matrices)
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:

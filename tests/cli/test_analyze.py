@@ -10,7 +10,7 @@ import pytest
 from pop_converter.base.errors import PlanError, PopError
 from pop_local.measure.budget import boundaries
 from pop_local.measure.estimate import Estimate
-from pop_local.research import depths
+from pop_local.research import layer_analysis
 from support.analyzed import analyze, report
 from support.converted import paired
 from support.synthetic import make_gguf
@@ -60,7 +60,7 @@ def test_a_pipe_gets_one_table_and_the_findings(model, text):
 
 
 def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
-    monkeypatch.setattr(depths, "may_copy", lambda retention: False)
+    monkeypatch.setattr(layer_analysis, "may_copy", lambda retention: False)
     given = (model, "--text", text)
     first, *others = report(*given)["boundaries"]
     assert first["quality"] is not None
@@ -205,5 +205,5 @@ def test_a_single_layer_has_nothing_to_skip():
 
 def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
     found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
-    assert depths.losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
-    assert depths.losses([None]) == [None]
+    assert layer_analysis.losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
+    assert layer_analysis.losses([None]) == [None]

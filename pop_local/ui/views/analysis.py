@@ -10,9 +10,8 @@ from pop_local.ui.tables import Column, Fact, fields_of, markdown, print_facts
 from pop_local.ui.views.quality_figures import bare, figures, with_se
 
 if TYPE_CHECKING:
-    from pop_local.research.depths import DepthCost
     from pop_local.research.importance import StageImportance
-    from pop_local.research.layer_analysis import Analysis
+    from pop_local.research.layer_analysis import Analysis, DepthCost
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
