@@ -1,13 +1,14 @@
 """Distill fitted K/V projections by training them on the full model's predictions.
 
-Least squares (pop_converter.fit.least_squares) approximates each layer's K and V, regardless of the
-effect on later layers. Distilling runs the skipped layers as in a pruned prompt: context rows after
-the sinks stop at the boundary, and answer rows run all layers and attend to the projected K and V.
-The loss is KL(full || pruned) over the answer rows. Adam updates the projections with the loss's
-gradient through the skipped layers, while the model's weights stay unchanged (knowledge
+Least squares (pop_converter.fit.least_squares) approximates each layer's K and V without regard to
+the effect on later layers. Distilling runs the skipped layers as in a pruned prompt: context rows
+after the sinks stop at the boundary, and answer rows run all layers and attend to the projected K
+and V. The loss is KL(full || pruned) over the answer rows. Adam updates the projections with the
+loss's gradient through the skipped layers, while the model's weights stay unchanged (knowledge
 distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980).
 
-Some windows end with a passage of their context, since pruning first loses the ability to copy.
+Some windows end by repeating a passage of their context, since copying is the first ability that
+pruning damages.
 """
 
 from collections.abc import Mapping
@@ -31,36 +32,35 @@ from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
 
-# The number of windows per step, of passes over all windows, and of windows read at a time.
+# Windows per step, passes over all windows, and windows read at a time.
 N_BATCH = 2
 _N_PASSES = 2
 _N_READ = 4
-# The maximum change of K or V in a step, in units of their spread, for inputs of typical power.
+# The maximum change of K or V per step, relative to their spread, for inputs of typical power.
 _STEP = 0.2
 _N_WARM = 10
 _BETAS = (0.9, 0.98)
-# The share of windows that are read again with a repeated passage, and the passage's length in
+# The share of windows read again with a repeated passage, and the range of the passage's length in
 # tokens.
 _COPIES = 0.4
 _PASSAGE = (96, 200)
-# The minimum and maximum share of a window that is context. The share is smaller in a step with a
-# repeated passage.
+# The range of the context's share of a window. Steps with a repeated passage use a smaller share.
 _CONTEXT = (0.47, 0.78)
 _COPY_CONTEXT = (0.47, 0.58)
-# Number of rows of each window that enter the statistics of the inputs.
+# Rows of each window that are used for the statistics of the inputs.
 _ROWS_EACH = 64
-# The minimum power of an input relative to the mean power of all inputs.
+# The minimum power of an input, relative to the mean power of all inputs.
 _LEAST_POWER = 0.1
-# Number of likeliest tokens of each answer row; the loss covers the union over all rows.
+# The loss covers the N likeliest tokens of each answer row, combined over all rows.
 _N_LIKELY = 64
 
 
 @dataclass(frozen=True)
 class InitialFit:
-    """The fit from which distilling starts: projections of all skipped layers except the first.
+    """The fit that distilling starts from: projections for all skipped layers except the first.
 
     `wide`: the parameters of the projections' wider input (None: no wider input). `n_sink`: the
-    number of a prompt's first rows that are never pruned, limited to a quarter of a window.
+    number of rows at the prompt's start that are never pruned, up to a quarter of a window.
     """
 
     boundary: int
@@ -73,11 +73,11 @@ class InitialFit:
 class TeacherStates:
     """The full model's states on the text's windows and on windows with a repeated passage.
 
-    `first`: the shallowest boundary that a fit may have. `states` [n_all, n_tokens, n_embd]: the
-    inputs of layer `first`. `last`: the outputs of the last layer, in the same shape. `likely`
-    [n_all, n_tokens, n_likely]: the likeliest tokens after each possible answer row (0 for all
-    other rows). `weights` [n_all, n_tokens]: each row's weight in the loss. All tensors are in main
-    memory.
+    `first`: the shallowest boundary whose fits can be distilled. `states` [n_all, n_tokens,
+    n_embd]: the inputs of layer `first`. `last`: the outputs of the last layer, in the same shape.
+    `likely` [n_all, n_tokens, n_likely]: the likeliest tokens after each row that can be an answer
+    row (0 for all other rows). `weights` [n_all, n_tokens]: each row's weight in the loss. All
+    tensors are in main memory.
     """
 
     text: DistillText
@@ -92,11 +92,11 @@ class TeacherStates:
 def read(
     decoder: Decoder, first: int, text: DistillText, *, seed: int, on_progress: Progress
 ) -> TeacherStates:
-    """Read a text's windows in full, and read some windows again with a repeated passage.
+    """Run the full model on a text's windows, and on copies of some with a repeated passage.
 
-    `first`: the shallowest boundary that a fit may have. `seed`: the seed for choosing the
-    passages. `on_progress(done, total)` counts windows times layers, and exceptions that it raises
-    end the work.
+    `first`: the shallowest boundary whose fits can be distilled. `seed`: the seed for choosing the
+    passages. `on_progress(done, total)` counts windows times layers, and may raise an exception to
+    stop.
     """
     copies = _repeating(text.windows, np.random.default_rng(seed))
     every = np.concatenate([text.windows, copies])
@@ -119,7 +119,7 @@ def read(
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
-    """Replace the layer's input [n_windows, n_tokens, n_embd] in place by the layer's output."""
+    """Run a layer, and overwrite its input [n_windows, n_tokens, n_embd] with its output."""
     layer = decoder.layer(index)
     for at in range(0, len(states), _N_READ):
         part = states[at : at + _N_READ]
@@ -138,8 +138,9 @@ def distill(
     """Train a fit's projections on the full model's states, and return the trained projections.
 
     The fit's boundary must be `reference.first` or deeper. `on_progress(done, total)` counts
-    windows times layers, forward and backward, and exceptions that it raises end the work. The seed
-    determines the contexts. Raises FitError for trained weights that are not finite.
+    windows times layers, forward and backward, and may raise an exception to stop. The seed
+    determines the order of the windows and the lengths of their contexts. Raises FitError if
+    trained weights are not finite.
     """
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
@@ -171,7 +172,7 @@ def distill(
 
 
 def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
-    """Return some of the windows [n, n_tokens], each with a context passage repeated at its end."""
+    """Copy some windows [n, n_tokens], and end each copy with a passage of its context."""
     n_windows, n_tokens = windows.shape
     made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
@@ -183,7 +184,7 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
 
 
 class _Student:
-    """The skipped layers in a pruned prompt, with the trained changes of their projections."""
+    """The skipped layers of the pruned model, and the trained changes to their projections."""
 
     @torch.no_grad()
     def __init__(
@@ -240,9 +241,9 @@ class _Student:
         return (self.kl(chosen, n_context) * weights).sum() / weights.sum()
 
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
-        """Return KL(full || pruned) in nats of some windows' answer rows, [n, n_answer].
+        """Return KL(full || pruned) in nats for the answer rows of some windows, [n, n_answer].
 
-        The KL covers only the tokens that are likely in one of these rows. With a large vocabulary,
+        The KL covers only tokens that are likely in one of these rows. With a large vocabulary,
         computing all logits would take most of the time.
         """
         reference, device = self._reference, self._decoder.device
@@ -319,7 +320,7 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
 def memory(
     plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
 ) -> tuple[int, int, int]:
-    """Return the memory for distilling on windows [n_windows, n_tokens] and on their copies.
+    """Return the memory needed to distill on windows [n_windows, n_tokens] and on their copies.
 
     The result is the main memory for the result of `read`, the main memory for `distill`, and the
     device memory, all in bytes. `matrices`: the data type of the skipped layers' matrices.

@@ -1,14 +1,14 @@
 """Virtual gates: the importance of each layer, separately for context and answer rows.
 
-This module implements the importance analysis of the paper arXiv 2602.03295 (see docs/analysis.md).
+This module implements the importance analysis of arXiv 2602.03295 (see docs/analysis.md).
 A gate g_l = 1 multiplies layer l's contribution to the residual stream. Each layer has one gate for
 the context rows of a window and one gate for the answer rows. The loss L has one target for each
 answer row, drawn from the model's predictions, so that dL/dg_l has expectation zero and I_l =
 E[(dL/dg_l)^2] grows with the number of rows.
 
-The last context row predicts the first answer token. This row counts as an answer row, since
-pruning runs it in full. Each window yields one sample of each square, with a relative standard
-deviation of sqrt(2) or more.
+The last context row predicts the first answer token. It counts as an answer row, since it runs all
+layers even in a pruned prompt. Each window yields one sample of each square, with a relative
+standard deviation of sqrt(2) or more.
 """
 
 from dataclasses import dataclass
@@ -46,9 +46,9 @@ def gate_gradients(
 ) -> GateGradients:
     """Differentiate the loss on windows [n_windows, n_tokens] with respect to each gate.
 
-    The first `n_context` tokens of each window are its context. `n_batch`: the number of windows to
-    compute at a time. `on_progress(done, total)` counts layers times windows, forward and backward.
-    The seed determines the targets.
+    The first `n_context` tokens of each window are its context. `n_batch`: windows per batch.
+    `on_progress(done, total)` counts layers times windows, forward and backward. The seed
+    determines the targets.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
     ran = counting(2 * decoder.n_layer * len(windows), on_progress)

@@ -1,4 +1,4 @@
-"""A dense decoder's hyperparameters, from the keys of the model file.
+"""A dense decoder's hyperparameters, read from the model file's keys.
 
 The keys' names and defaults follow llama.cpp (llama-model.cpp, models/ARCH.cpp).
 """
@@ -13,7 +13,7 @@ from pop_converter.gguf.source import Source
 
 GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
-# Gemma's 27B models, which the number of layers identifies, scale scores by the state's width
+# Gemma's 27B models, identified by their number of layers, scale scores by the state's width
 # instead of the head's width.
 _WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
 _FINAL_CAP = {"gemma2": 30, "gemma3": 0}
@@ -44,8 +44,8 @@ class Hyper:
     """A decoder's hyperparameters.
 
     `interleaved`: whether RoPE rotates pairs of adjacent elements (llama) instead of pairs from
-    both halves. A cap of 0 means that values are not capped. `ropes` and `windows` have an entry
-    for each layer. A window is the number of visible positions (0: all positions).
+    both halves. A cap of 0 means that values are not capped. `ropes` and `windows` have one entry
+    per layer. A window is the number of visible positions (0: all positions).
     """
 
     n_layer: int
@@ -112,7 +112,7 @@ def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
 
 
 def _unknown_tensor(source: Source) -> str | None:
-    """Return the name of the first tensor that the decoder would ignore."""
+    """Return the name of the first tensor that the decoder does not use, or None."""
     for tensor in source.tensors:
         prefix, _, rest = tensor.name.partition(".")
         name = rest.partition(".")[2]
@@ -137,7 +137,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """Return a key's number, or the first layer's number if the key has a number for each layer."""
+    """Return a key's number, or the first layer's if the key has one number per layer."""
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

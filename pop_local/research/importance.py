@@ -1,4 +1,4 @@
-"""Importance of each layer for prompts and for answers, measured with virtual gates (gates.py)."""
+"""Each layer's importance for prompts and for answers, measured with virtual gates (gates.py)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _HINT = "use shorter windows, or close other programs"
 class StageImportance:
     """The importance I_l of each layer in squared nats, summed over a window's answer rows.
 
-    The last third of the layers and the other layers are summarized by median and mean, since few
-    layers dominate a mean. `median_ratio`: the median of the last third divided by the median of
-    the other layers (None if the median of the other layers is zero).
+    The last third of the layers and the other layers are each summarized by median and mean, since
+    a few layers dominate the mean. `median_ratio`: the median of the last third divided by the
+    median of the other layers (None if the latter is zero).
     """
 
     layers: tuple[Estimate, ...]
@@ -44,7 +44,7 @@ class StageImportance:
 
 @dataclass(frozen=True)
 class Importance:
-    """The importance of layers, measured on windows of `n_context` + `n_answer` tokens."""
+    """Each layer's importance, measured on windows of `n_context` + `n_answer` tokens."""
 
     n_windows: int
     n_context: int

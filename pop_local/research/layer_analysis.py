@@ -61,7 +61,7 @@ LEAST_LIMIT = 1.05
 _N_PROBED = 3
 # Number of random sequences. With two sequences, the retention has an error of a few percent.
 _N_DRAWS = 2
-# A quarter of the tokens that `convert` reads is enough to compare boundaries.
+# To compare boundaries, a quarter of the tokens that `convert` reads is enough.
 _FIT_SHARE = 4
 # Time of a window's forward and backward passes in torch, relative to the window's prefill.
 _GATES_COST = 4
@@ -92,10 +92,9 @@ class DepthCost:
     """The loss and the speed-up at one boundary.
 
     `retention`: the `induction_retention` of `Quality` with the layers' own projections.
-    `lost_retention`: the share of the full model's gain that is additionally lost by skipping the
-    boundary layer. Both are None if the full model has no gain. `quality` (on prose) and
-    `projection` are None if the boundary was not measured on prose. `calibration` is None without a
-    fit.
+    `lost_retention`: the share of the full model's gain that skipping the boundary layer loses in
+    addition. Both are None if the full model has no gain. `quality` and `projection` are None if
+    the boundary was not measured on prose. `calibration` is None without a fit.
     """
 
     boundary: int
@@ -264,7 +263,7 @@ class _Run:
     def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], QualityReference, Windows]:
         """Run the full model, then measure each boundary's retention. Raises PopError.
 
-        Return the boundaries with their retentions, the full model's scores, and `n_gated` windows.
+        Return each boundary's retention, the full model's scores, and `n_gated` windows of text.
         """
         options = self.options
         settings = QualitySettings(
@@ -306,7 +305,7 @@ class _Run:
 def measure_cliff(
     model: PopModel, reference: QualityReference, on_progress: Progress
 ) -> tuple[DepthCost, ...]:
-    """Measure the retention at each boundary, and the retention that skipping each layer loses.
+    """Measure the retention at each boundary, and how much of it skipping each layer loses.
 
     The speed-up limits apply to prompts of LIMIT_PROMPT tokens. `on_progress` counts draws.
     """
@@ -331,9 +330,10 @@ def measure_cliff(
 
 
 def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
-    """Return the additional loss of retention at each boundary, in order of increasing depth.
+    """Return how much retention each boundary loses compared with the next shallower boundary.
 
-    Negative retentions count as 0. All losses are None if the full model cannot copy.
+    The boundaries are in order of increasing depth. Negative retentions count as 0. All losses are
+    None if the full model cannot copy.
     """
     kept = [max(0.0, each.value) for each in retentions if each is not None]
     if len(kept) < len(retentions):
@@ -342,7 +342,7 @@ def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
 
 
 def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
-    """Return the boundaries that may retain enough copying, and the next deeper boundary.
+    """Return the boundaries at which copying may survive, and the next deeper boundary.
 
     Boundaries with a speed-up limit below LEAST_LIMIT are omitted.
     """
@@ -352,6 +352,6 @@ def worth_measuring(depths: Sequence[DepthCost]) -> list[DepthCost]:
 
 
 def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
-    """Return the deepest boundary within a budget, or None if all boundaries exceed the budget."""
+    """Return the deepest boundary within a budget, or None if every boundary exceeds it."""
     inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
     return min(inside, key=lambda depth: depth.boundary, default=None)

@@ -1,4 +1,4 @@
-"""Choose the torch device for computing gradients, which llama.cpp does not support."""
+"""Choose the torch device for gradients, which llama.cpp cannot compute."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ class TorchDevice:
 
 
 def torch_device(hardware: Hardware, what: str) -> TorchDevice:
-    """Choose the device and set its number of threads.
+    """Choose the device, and set torch's number of threads.
 
-    `what`: the consequence of a missing torch, for the error message. Raises PopError if torch is
-    missing.
+    Raises PopError if torch is missing. `what`: the consequence, for the error message.
     """
     try:
         import torch
@@ -48,7 +47,7 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
 def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
     """Convert torch's out-of-memory errors in the `with` block to PopError.
 
-    `what`: the work in words, for the error message.
+    `what`: a name for the computation, for the error message.
     """
     import torch
 
