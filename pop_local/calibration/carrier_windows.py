@@ -14,7 +14,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.texts.carrier_values import Use
-from pop_local.texts.carriers import AnsweredCarrier, make_carrier, with_answers
+from pop_local.texts.carriers import Span, make_carrier, with_answers
 
 # One in SHARE windows is a window of look-ups.
 SHARE = 4
@@ -45,11 +45,11 @@ def carrier_windows(
     filler = context.vocabulary.tokenize(prose[: 8 * n_tokens])
     for i, (window, marked) in enumerate(zip(windows, answers, strict=True)):
         try:
-            carrier = _written(context, rng, n_tokens - len(prefix), prose)
+            text, answer_spans = _written(context, rng, n_tokens - len(prefix), prose)
         except PopError:
             return CarrierWindows(windows[:i], answers[:i])
-        tokens = context.vocabulary.tokenize(carrier.text)
-        is_answer = _marked(context, tokens, carrier)
+        tokens = context.vocabulary.tokenize(text)
+        is_answer = _marked(context, tokens, text, answer_spans)
         # With a tiny vocabulary, the text may be too long. Its start is cut, since the questions
         # at the end must stay.
         tokens, is_answer = tokens[-n_tokens + len(prefix) :], is_answer[-n_tokens + len(prefix) :]
@@ -61,7 +61,7 @@ def carrier_windows(
 
 def _written(
     context: Context, rng: np.random.Generator, n_tokens: int, prose: str
-) -> AnsweredCarrier:
+) -> tuple[str, list[Span]]:
     """Build a document with as many questions as fit into `n_tokens`, but one or more."""
 
     def count(text: str) -> int:
@@ -72,22 +72,24 @@ def _written(
         rng, prose, count, use=Use.FITTING, n_tokens=n_document, n_questions=_MOST
     )
     for n in range(len(carrier.questions), 1, -1):
-        answered = with_answers(replace(carrier, questions=carrier.questions[:n]))
-        if count(answered.text) <= n_tokens:
-            return answered
+        text, spans = with_answers(replace(carrier, questions=carrier.questions[:n]))
+        if count(text) <= n_tokens:
+            return text, spans
     return with_answers(replace(carrier, questions=carrier.questions[:1]))
 
 
-def _marked(context: Context, tokens: Sequence[int], carrier: AnsweredCarrier) -> list[bool]:
+def _marked(
+    context: Context, tokens: Sequence[int], text: str, answers: Sequence[Span]
+) -> list[bool]:
     """Return a flag for each token that is True if the token overlaps an answer."""
     pieces = Pieces(context.vocabulary)
     ends = np.cumsum([len(pieces[token]) for token in tokens])
     # Some tokenizers insert a space at the start of a text.
-    shift = int(ends[-1]) - len(carrier.text.encode())
+    shift = int(ends[-1]) - len(text.encode())
     starts = np.append(0, ends[:-1])
     marked = np.zeros(len(tokens), bool)
-    for first, last in carrier.answers:
-        start = len(carrier.text[:first].encode()) + shift
-        end = len(carrier.text[:last].encode()) + shift
+    for first, last in answers:
+        start = len(text[:first].encode()) + shift
+        end = len(text[:last].encode()) + shift
         marked |= (ends > start) & (starts < end)
     return [bool(each) for each in marked]

@@ -10,6 +10,8 @@ import numpy as np
 import psutil
 
 from pop_converter.architecture.shape import ModelShape
+from pop_converter.base.errors import PopError
+from pop_converter.base.numbers import size
 from pop_converter.fit import least_squares as fit
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.pruning_plan import Plan
@@ -73,6 +75,14 @@ class FitNeeds:
 
 def free_bytes() -> int:
     return int(psutil.virtual_memory().available)
+
+
+def require_memory(what: str, needed_bytes: int, hint: str, *, cause: str) -> None:
+    """Raise PopError if too little memory is free; `what`: subject and verb ("the fit needs")."""
+    free = free_bytes()
+    if needed_bytes > free:
+        message = f"{what} {size(needed_bytes)} of memory, but only {size(free)} are free"
+        raise PopError(message, hint, cause=cause)
 
 
 def fit_cost(plan: Plan, projection: Projection) -> float:

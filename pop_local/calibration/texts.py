@@ -17,8 +17,7 @@ from pop_local.calibration.samples import sample_windows
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompter import Prompter
-from pop_local.texts.document_readers import decoded
-from pop_local.texts.folders import read_kinds
+from pop_local.texts.document_readers import decoded, read_kinds
 
 Windows = NDArray[np.int32]
 

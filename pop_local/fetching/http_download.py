@@ -269,7 +269,13 @@ class _Transfer:
             begun += chunk
         # The start is checked first, so that a web page does not replace the partial file.
         if not start and not begun.startswith(MAGIC):
-            self._refuse(response, begun)
+            is_page = response.headers.get("Content-Type", "").startswith("text/html")
+            what = "empty" if not begun else "a web page" if is_page else "not a GGUF file"
+            raise FormatError(
+                f"{self._shown} is {what}",
+                "pass the URL of the GGUF file itself, or hf:OWNER/REPO for a Hugging Face"
+                " repository",
+            )
         origin = (self._identity, validator, total)
         self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
         done = start
@@ -285,14 +291,6 @@ class _Transfer:
                 self._advance(done, total)
         if done < total:
             raise _Dropped(_BROKE_OFF)
-
-    def _refuse(self, response: "requests.Response", begun: bytes) -> None:
-        is_page = response.headers.get("Content-Type", "").startswith("text/html")
-        what = "empty" if not begun else "a web page" if is_page else "not a GGUF file"
-        raise FormatError(
-            f"{self._shown} is {what}",
-            "pass the URL of the GGUF file itself, or hf:OWNER/REPO for a Hugging Face repository",
-        )
 
     def _check(self) -> None:
         """Check the hash, and also the header, since a server may report a wrong length."""

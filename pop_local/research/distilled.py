@@ -20,7 +20,6 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, DistillText, distill_text
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
-from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
@@ -66,11 +65,9 @@ class Distiller:
             needed += reference_bytes
         if device.name == "cpu":  # torch reports a lack of GPU memory
             needed += device_bytes
-        free = needs.free_bytes()
-        if needed > free:
-            raise TooLittleMemoryError(
-                "distilling the fit needs", needed, free, _HINT, cause="no-memory-to-distill"
-            )
+        needs.require_memory(
+            "distilling the fit needs", needed, _HINT, cause="no-memory-to-distill"
+        )
         return device
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:

@@ -11,8 +11,6 @@ layers even in a pruned prompt. Each window yields one sample of each square, wi
 standard deviation of sqrt(2) or more.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,14 +25,6 @@ Tokens = NDArray[np.int32]
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class GateGradients:
-    """The derivatives dL/dg [n_windows, n_layer] in nats, summed over all answer rows."""
-
-    prefill: Floats
-    decode: Floats
-
-
 def gate_gradients(
     decoder: Decoder,
     windows: Tokens,
@@ -43,12 +33,13 @@ def gate_gradients(
     n_batch: int,
     seed: int,
     on_progress: Progress,
-) -> GateGradients:
+) -> tuple[Floats, Floats]:
     """Differentiate the loss on windows [n_windows, n_tokens] with respect to each gate.
 
-    The first `n_context` tokens of each window are its context. `n_batch`: windows per batch.
-    `on_progress(done, total)` counts layers times windows, forward and backward. The seed
-    determines the targets.
+    Return dL/dg [n_windows, n_layer] in nats, summed over all answer rows, for the gates of the
+    context rows and of the answer rows. The first `n_context` tokens of each window are its
+    context. `n_batch`: windows per batch. `on_progress(done, total)` counts layers times windows,
+    forward and backward. The seed determines the targets.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
     ran = counting(2 * decoder.n_layer * len(windows), on_progress)
@@ -60,9 +51,7 @@ def gate_gradients(
         dim=1,
     )
     by_row = found.cpu().double().numpy().transpose(1, 0, 2)
-    return GateGradients(
-        prefill=by_row[..., :n_context].sum(axis=-1), decode=by_row[..., n_context:].sum(axis=-1)
-    )
+    return by_row[..., :n_context].sum(axis=-1), by_row[..., n_context:].sum(axis=-1)
 
 
 def _batch(

@@ -15,7 +15,6 @@ from pop_local.calibration import needs
 from pop_local.measure.estimate import Estimate, mean, redrawn
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
-from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
@@ -76,11 +75,8 @@ def gates_device(
 
     shape, n_batch = source_shape(source), min(_N_BATCH, n_windows)
     needed = needed_bytes(shape, hyper, n_context + n_answer, n_answer, n_batch)
-    free = needs.free_bytes()
-    if device.name == "cpu" and needed > free:
-        raise TooLittleMemoryError(
-            "the gates need", needed, free, _HINT, cause="no-memory-for-gates"
-        )
+    if device.name == "cpu":  # torch reports a lack of GPU memory
+        needs.require_memory("the gates need", needed, _HINT, cause="no-memory-for-gates")
     return device
 
 
@@ -99,15 +95,15 @@ def importance(
     stage = watch.stage("Virtual gates")
     with computing("the gates", _HINT, cause="no-memory-for-gates"):
         decoder = Decoder(source, device.name)
-        found = gate_gradients(
+        prefill, decode = gate_gradients(
             decoder, tokens, n_context, n_batch=_N_BATCH, seed=seed, on_progress=stage
         )
     return Importance(
         n_windows=len(tokens),
         n_context=n_context,
         n_answer=tokens.shape[1] - n_context,
-        prefill=stage_of(found.prefill**2),
-        decode=stage_of(found.decode**2),
+        prefill=stage_of(prefill**2),
+        decode=stage_of(decode**2),
     )
 
 

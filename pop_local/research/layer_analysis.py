@@ -45,7 +45,6 @@ from pop_local.measure.quality import (
 from pop_local.models.model_files import ModelFiles
 from pop_local.research.importance import Importance, Windows, gates_device, importance
 from pop_local.workflows.conversion.fits import PlanFitter
-from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.conversion.stages import fit_stages
 from pop_local.workflows.conversion.trial_runner import TrialRunner
 from pop_local.workflows.events import PlannedStage, Watch
@@ -160,7 +159,10 @@ def analyze(
     text = given_text(options.text) if options.text else shipped
     run = _Run(source, text, options, hardware, watch)
     require_passage(options.n_context, RowRule(run.last.sink_tokens, run.last.tail_tokens))
-    run.require_memory()
+    if run.needs:
+        needed_bytes, hint = run.needs.total_bytes, "fit on fewer tokens, or close other programs"
+        needed_bytes += source.size_bytes
+        memory.require_memory("the fit needs", needed_bytes, hint, cause="no-memory-for-fit")
     device = gates_device(
         source, options.n_gated, options.n_context, options.n_answer, hardware, watch
     )
@@ -218,7 +220,7 @@ class _Run:
         return FitOptions(self.options.fit_tokens or default, projection=Projection.FITTED)
 
     @cached_property
-    def _needs(self) -> memory.FitNeeds | None:
+    def needs(self) -> memory.FitNeeds | None:
         if not self._fitted:
             return None
         return memory.fit_needs(self._fitted, self.source, self._fit_options)
@@ -235,8 +237,8 @@ class _Run:
         probes = _N_PROBED * window + draws
         gates = _GATES_COST * n_gated * window
         fit = None
-        if self._needs:
-            fit = memory.fit_work(self._fitted, self._fit_options, self._needs)
+        if self.needs:
+            fit = memory.fit_work(self._fitted, self._fit_options, self.needs)
         return (
             PlannedStage("Running the full model", probes),
             PlannedStage("Measuring copying by boundary", n_tried * draws),
@@ -244,21 +246,6 @@ class _Run:
             PlannedStage("Measuring boundary", probes, n_tried),
             *([PlannedStage("Virtual gates", gates)] if n_gated else []),
         )
-
-    def require_memory(self) -> None:
-        """Raise PopError if too little memory is free for the fits."""
-        if (needs := self._needs) is None:
-            return
-        free_bytes = memory.free_bytes()
-        needed_bytes = needs.total_bytes + self.source.size_bytes
-        if needed_bytes > free_bytes:
-            raise TooLittleMemoryError(
-                "the fit needs",
-                needed_bytes,
-                free_bytes,
-                "fit on fewer tokens, or close other programs",
-                cause="no-memory-for-fit",
-            )
 
     def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], QualityReference, Windows]:
         """Run the full model, then measure each boundary's retention. Raises PopError.

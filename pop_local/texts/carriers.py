@@ -18,6 +18,8 @@ from pop_local.texts.carrier_values import KINDS, Use, value, words
 
 _T = TypeVar("_T")
 CountTokens = Callable[[str], int]
+# The (start, end) of a part of a text, in characters.
+Span = tuple[int, int]
 
 # Records and fields per block, so that several similar values compete for every answer.
 _N_RECORDS = 4
@@ -51,17 +53,6 @@ class Carrier:
 
     text: str
     questions: tuple[LookupQuestion, ...]
-
-
-@dataclass(frozen=True)
-class AnsweredCarrier:
-    """A text for training: a document, followed by its questions and answers.
-
-    `answers` holds the answers' (start, end) positions in `text`, without the preceding space.
-    """
-
-    text: str
-    answers: tuple[tuple[int, int], ...]
 
 
 def make_carrier(
@@ -104,14 +95,18 @@ def make_carrier(
     return Carrier("\n\n".join(filter(None, pieces)), tuple(chosen))
 
 
-def with_answers(carrier: Carrier) -> AnsweredCarrier:
-    """Return a text for training: the document, followed by its questions and answers."""
+def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
+    """Return a text for training, and the answers' positions in the text.
+
+    The text is the document, followed by its questions and answers. An answer's position excludes
+    the preceding space.
+    """
     text, spans = carrier.text, []
     for question in carrier.questions:
         text += f"\n\n{question.completion} "
         spans.append((len(text), len(text) + len(question.answer)))
         text += question.answer + "."
-    return AnsweredCarrier(text, tuple(spans))
+    return text, spans
 
 
 def _even_over_kinds(

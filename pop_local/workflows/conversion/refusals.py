@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pop_converter.base.errors import PopError
-from pop_converter.base.numbers import size
 from pop_converter.popfile.pruning_plan import Plan
 from pop_local.measure.lookups import Lookups
 from pop_local.measure.quality import Quality
@@ -39,16 +38,3 @@ class OverBudgetError(PopError):
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
         super().__init__(message, "use a looser budget, or name the boundary", cause="over-budget")
         self.trials = trials
-
-
-class TooLittleMemoryError(PopError):
-    """Error for too little free memory; `what`: the work and its verb ("the fits need")."""
-
-    def __init__(
-        self, what: str, needed_bytes: int, free_bytes: int, hint: str, *, cause: str
-    ) -> None:
-        super().__init__(
-            f"{what} {size(needed_bytes)} of memory, {size(free_bytes)} are free",
-            hint,
-            cause=cause,
-        )

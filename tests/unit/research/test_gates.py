@@ -63,16 +63,16 @@ def test_gradients_are_those_of_finite_differences(decoder):
         step = np.zeros_like(ones)
         step[layer, stage] = 1e-5
         expected = (losses(ones + step) - losses(ones - step)) / 2e-5
-        computed = (found.prefill, found.decode)[stage][:, layer]
+        computed = found[stage][:, layer]
         np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=1e-6)
-    assert abs(found.prefill[:, :-1]).min() > 1e-3
+    assert abs(found[0][:, :-1]).min() > 1e-3
 
 
 def test_nothing_reads_what_context_rows_take_from_the_last_layer(decoder):
     windows = np.array([prompt(16)], np.int32)
     found = gate_gradients(decoder, windows, N_CONTEXT, n_batch=1, seed=0, on_progress=ignore)
-    assert found.prefill[0, -1] == 0
-    assert found.decode[0, -1] != 0
+    assert found[0][0, -1] == 0
+    assert found[1][0, -1] != 0
 
 
 def test_importance_is_the_curvature_of_the_kl(decoder):
@@ -86,7 +86,7 @@ def test_importance_is_the_curvature_of_the_kl(decoder):
         gates = ones.copy()
         gates[layer, stage] -= closed
         kl = (full.exp() * (full - gated(decoder, windows[:1], gates))).sum().item()
-        gradients = (found.prefill, found.decode)[stage][:, layer]
+        gradients = found[stage][:, layer]
         assert (gradients**2).mean() == pytest.approx(2 * kl / closed**2, rel=0.35)
         assert abs(gradients.mean()) < 4 * gradients.std() / n_draws**0.5
 
@@ -97,7 +97,7 @@ def test_the_seed_decides_and_the_batch_does_not(decoder):
     def run(n_batch: int, seed: int) -> np.ndarray:
         return gate_gradients(
             decoder, windows, N_CONTEXT, n_batch=n_batch, seed=seed, on_progress=ignore
-        ).decode
+        )[1]
 
     np.testing.assert_allclose(run(3, 0), run(2, 0), rtol=1e-9)
     assert not np.allclose(run(3, 0), run(3, 1))

@@ -76,11 +76,11 @@ def test_documents_depend_on_the_seed_alone() -> None:
 
 def test_answers_for_training_are_located_by_character() -> None:
     carrier = _carriers(Use.FITTING, 1)[0]
-    answered = with_answers(carrier)
-    assert answered.text.startswith(carrier.text)
-    found = [answered.text[start:end] for start, end in answered.answers]
+    text, spans = with_answers(carrier)
+    assert text.startswith(carrier.text)
+    found = [text[start:end] for start, end in spans]
     assert found == [each.answer for each in carrier.questions]
-    assert all(answered.text[start - 1] == " " for start, _ in answered.answers)
+    assert all(text[start - 1] == " " for start, _ in spans)
 
 
 def test_short_documents_have_fewer_questions() -> None:

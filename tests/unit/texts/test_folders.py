@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pop_converter.base.errors import PopError
-from pop_local.texts.folders import read_kinds
+from pop_local.texts.document_readers import read_kinds
 
 MAIL = b"""From: a@example.org
 To: b@example.org
