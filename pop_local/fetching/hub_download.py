@@ -1,4 +1,4 @@
-"""Find and download models of the Hugging Face Hub.
+"""Find and download models on the Hugging Face Hub.
 
 The huggingface_hub client finds the files, and handles HF_ENDPOINT and HF_TOKEN. http_download.py
 downloads the files, since the client would discard an interrupted download.
@@ -29,7 +29,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model in a hub repository at one commit, as one file or several parts.
+    """A model in a hub repository at one commit, in one file or several parts.
 
     `mmproj` is the model's image encoder (None if the repository has none).
     """

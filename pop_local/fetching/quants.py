@@ -1,4 +1,4 @@
-"""Choose a model and its mmproj among a repository's GGUF files."""
+"""Choose a model and its mmproj from a repository's GGUF files."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ PREFERRED = (
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "Q2_K", "BF16", "F16", "F32"),
 )
-# Names of GGUF files that are not language models: image encoders, calibration statistics.
+# GGUF files that are not language models: image encoders and calibration statistics.
 _HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 # Types of mmprojs, smallest first.
 _MMPROJ_TYPES = ("Q8_0", "F16", "BF16", "F32")
@@ -33,7 +33,7 @@ class QuantFile:
 
 
 def _complete_models(files: Sequence[str]) -> list[QuantFile]:
-    """Return the models of which the repository has all parts, including helper files."""
+    """Return the models whose parts are all in the repository, including helper files."""
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     found = []
     for name in sorted(by_name):
@@ -63,7 +63,7 @@ def choose_mmproj(files: Sequence[str], model: str) -> str | None:
 
 
 def usual_ending(file: str) -> str:
-    """Return the name with a lower-case suffix, which llama.cpp requires for split models."""
+    """Return the name with a lower-case suffix, since llama.cpp requires it for split models."""
     return file[: -len(SUFFIX)] + SUFFIX
 
 
@@ -97,7 +97,7 @@ def _named(known: list[QuantFile], models: list[QuantFile], wanted: str) -> list
 
 
 def _matching(models: list[QuantFile], wanted: str) -> list[QuantFile]:
-    """Return the models with the word `wanted` in their names, else with it as a substring."""
+    """Return the models whose names contain `wanted` as a word, or else as a substring."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained

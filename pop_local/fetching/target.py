@@ -1,4 +1,4 @@
-"""Check a download's target: the name, an existing file, the lock, and free disk space."""
+"""Prepare a download's target: check its name, an existing file and the free space, and lock it."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ def file_sha256(path: Path) -> str:
 
 
 def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
-    """Return True if the target exists with the hash `sha256`, False if it must be fetched.
+    """Return whether the target exists with the hash `sha256`, and need not be fetched.
 
     Raises PopError if the target is a folder or its name is too long. Raises OutputExistsError if
     it is a different file, unless `force` is true.
@@ -37,7 +37,7 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
         raise PopError(
             f"the file name {target.name} is too long",
-            "download the file with a browser, under a shorter name",
+            "download the file with a browser under a shorter name",
         )
     if target.is_dir():
         raise PopError(

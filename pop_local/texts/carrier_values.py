@@ -1,4 +1,4 @@
-"""Draw random values, names and keys for look-up documents, from different words for each use."""
+"""Draw random values for look-up documents. Each use has its own word lists."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ KINDS = ("hex", "decimal", "phone", "e-mail", "path", "identifier", "date", "amo
 
 
 class Use(Enum):
-    """The purpose of a document: fitting and training, or measurement only."""
+    """The purpose of a document: fitting (including training), or measurement only."""
 
     FITTING = "fitting"
     HELD_OUT = "held-out"
@@ -23,8 +23,8 @@ class Use(Enum):
 class Words:
     """The word lists for the documents of one use.
 
-    `fields` maps each kind of value to field names. The names of entities and families are joined
-    from a start and an end. `phone`, `date` and `amount` are format strings.
+    `fields` maps each kind of value to field names. Names of entities and families consist of a
+    start and an end. `phone`, `date` and `amount` are format strings.
     """
 
     nouns: list[str]
@@ -45,7 +45,7 @@ class Words:
 
 @cache
 def words(use: Use) -> Words:
-    """Read the word lists for one use from carrier_words.json."""
+    """Return the word lists for one use, from carrier_words.json."""
     text = Path(__file__).with_name("carrier_words.json").read_text("utf-8")
     return Words(**json.loads(text)[use.value])
 

@@ -1,7 +1,7 @@
 """Carriers: synthetic documents of prose and random values, with questions about the values.
 
-A model cannot guess a value, so it must copy a correct answer from the document. Half of the
-layouts and words are for fitting and training (`Use.FITTING`), the other half only for measuring
+A model cannot guess a value, so it must copy the answer from the document. Half of the layouts and
+words are for fitting and training (`Use.FITTING`), and the other half only for measurement
 (`Use.HELD_OUT`). The random generator, the prose and the token counter determine each document.
 """
 
@@ -29,10 +29,10 @@ _PROSE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class LookupQuestion:
-    """A question whose answer is a value of the document, as an exact string.
+    """A question whose answer is a value from the document, as an exact string.
 
-    `stem` is the start of the answering sentence, and `answer` follows after a space. `kind` is the
-    value's kind (one of `KINDS`), and `layout` is the layout of the value's block.
+    `stem` is the start of the answer sentence; `answer` follows it after a space. `kind` is the
+    value's kind (one of `KINDS`), and `layout` names the layout of the value's block.
     """
 
     question: str
@@ -43,13 +43,13 @@ class LookupQuestion:
 
     @property
     def completion(self) -> str:
-        """The text that follows the document after a blank line, and that the answer completes."""
+        """The text that follows the document after a blank line, up to the answer."""
         return f"Question: {self.question}\nAnswer: {self.stem}"
 
 
 @dataclass(frozen=True)
 class Carrier:
-    """A document and questions about its values."""
+    """A document, with questions about its values."""
 
     text: str
     questions: tuple[LookupQuestion, ...]
@@ -112,7 +112,7 @@ def with_answers(carrier: Carrier) -> tuple[str, list[Span]]:
 def _even_over_kinds(
     rng: np.random.Generator, questions: Sequence[LookupQuestion]
 ) -> list[LookupQuestion]:
-    """Shuffle the questions, with one question of every kind before any kind's second question."""
+    """Shuffle the questions so that each kind occurs once before any kind occurs twice."""
     rounds: Counter[str] = Counter()
     ranked = []
     for i in rng.permutation(len(questions)):
@@ -132,7 +132,7 @@ def _sentences(prose: str) -> list[str]:
 def _paragraphs(
     rng: np.random.Generator, sentences: Sequence[str], n: int, n_tokens: int, count: CountTokens
 ) -> list[str]:
-    """Return `n` paragraphs, with about `n_tokens` tokens in total."""
+    """Return `n` paragraphs with a total of about `n_tokens` tokens."""
     first = int(rng.integers(len(sentences)))
     paragraphs: list[list[str]] = [[] for _ in range(n)]
     used = 0
@@ -146,7 +146,7 @@ def _paragraphs(
 
 
 class _Writer:
-    """A writer of one document's blocks, which never repeats an entity or a value."""
+    """Writer of one document's blocks, which never repeats an entity or a value."""
 
     def __init__(self, rng: np.random.Generator, use: Use) -> None:
         self._rng, self._words = rng, words(use)
@@ -158,7 +158,10 @@ class _Writer:
         self._seen: list[str] = []
 
     def block(self, n_tokens: float, count: CountTokens) -> tuple[str, list[LookupQuestion]]:
-        """Return a block of up to `n_tokens` tokens, or a single record, and its questions."""
+        """Return the text of a block, and questions about it.
+
+        The block has up to `n_tokens` tokens, or only one record.
+        """
         name, layout = next(self._layouts)
         kinds: list[str] = []
         while len(kinds) < _N_FIELDS:
@@ -197,7 +200,7 @@ class _Writer:
 
 
 def _cycle(rng: np.random.Generator, items: Sequence[_T]) -> Iterator[_T]:
-    """Yield all items in random order, then all items in another random order, and so on."""
+    """Yield all items in random order, then again in a new random order, and so on."""
     while True:
         for i in rng.permutation(len(items)):
             yield items[i]

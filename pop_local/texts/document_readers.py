@@ -30,14 +30,14 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 @dataclass(frozen=True)
 class Document:
-    """A file's text, or a part of the text, with a name for users."""
+    """The text of a file, or a part of it, with a name to show to the user."""
 
     name: str
     text: str
 
 
 def decoded(content: bytes, origin: str) -> str:
-    """Decode `content`. Raises PopError, which names `origin`, if the bytes are not text."""
+    """Decode `content`. Raises PopError, with a message that names `origin`, if it is not text."""
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -48,7 +48,7 @@ def decoded(content: bytes, origin: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return a document's text. Raises PopError. Plain text may have any size."""
+    """Return the text of a document. Plain text may have any size. Raises PopError."""
     try:
         if path.suffix.lower() in _READERS:
             # A PDF may contain lone surrogates.
@@ -154,7 +154,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text. Unlike `row.cells`, do not repeat cells that span several columns."""
+    """Return a table's text. Unlike `row.cells`, return cells that span columns only once."""
     rows = []
     for row in table._tbl.tr_lst:
         cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
@@ -165,10 +165,9 @@ def _table(table: Any) -> str:
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
     """Return each path's texts: a file's text, or one text per kind of file in a folder.
 
-    Files of one kind share a top-level subfolder and a suffix. From each kind, about `most_chars`
-    characters are read, from files in a fixed pseudorandom order. Binary files, duplicates and
-    hidden files are skipped. Raises PopError for an unreadable path and for a path without new
-    text.
+    Files of one kind share a top-level subfolder and a suffix. About `most_chars` characters of
+    each kind are read, from files in a fixed pseudorandom order. Binary files, duplicates and
+    hidden files are skipped. Raises PopError if a path is unreadable or has no new text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []

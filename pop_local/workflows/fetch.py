@@ -1,4 +1,4 @@
-"""Fetching of models by name from the catalog or from a hub."""
+"""Fetch models by name, from the catalog or from a hub."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from pop_local.workflows.events import Unit, Watch
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
     """Fetch a model by name into `folder`, and return the model file's path.
 
-    A download from a hub requires the permission of the watch's `may`. `force`: whether to replace
-    an existing file. Raises PopError.
+    Before a download from a hub, the watch's `may` must agree. `force`: whether to replace an
+    existing file. Raises PopError.
     """
     hub = hub_name(name)
     if hub is not None:

@@ -96,11 +96,10 @@ def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
         return f"no measured boundary is within the {name} budget"
-    n = depth.quality.n_windows
     return (
         f"{name} allows boundary {depth.boundary}, for a speed-up of up to"
-        f" {depth.speedup_limit:.2f}x (estimated from {n} window{'s' * (n > 1)}; `convert` measures"
-        " more)"
+        f" {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows; `convert`"
+        " measures more)"
     )
 
 
