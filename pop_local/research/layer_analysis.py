@@ -93,7 +93,7 @@ class DepthCost:
     `retention`: the `induction_retention` of `Quality` with the layers' own projections.
     `lost_retention`: the share of the full model's gain that skipping the boundary layer loses in
     addition. Both are None if the full model has no gain. `quality` and `projection` are None if
-    the boundary was not measured on prose. `calibration` is None without a fit.
+    the boundary was not measured on prose.
     """
 
     boundary: int
@@ -103,7 +103,6 @@ class DepthCost:
     lost_retention: float | None
     quality: Quality | None = None
     projection: Projection | None = None
-    calibration: Calibration | None = None
 
     @property
     def is_cliff(self) -> bool:
@@ -169,7 +168,8 @@ def analyze(
     n_gated = options.n_gated if device else 0
     watch.on_stages(run.planned_stages(n_gated))
     depths, reference, windows = run.probed(n_gated)
-    measured = {depth.boundary: depth for depth in run.measured(reference, worth_measuring(depths))}
+    found, calibration = run.measured(reference, worth_measuring(depths))
+    measured = {depth.boundary: depth for depth in found}
     depths = tuple(measured.get(depth.boundary, depth) for depth in depths)
     gates = None
     if device is not None:
@@ -180,7 +180,7 @@ def analyze(
         seed=options.seed,
         importance=gates,
         depths=depths,
-        calibration=next((depth.calibration for depth in depths if depth.calibration), None),
+        calibration=calibration,
         budget=budget.BALANCED,
         chosen=deepest_within(budget.BALANCED, depths),
     )
@@ -268,7 +268,9 @@ class _Run:
             )
         return depths, reference, [[*start, *text] for text in texts]
 
-    def measured(self, reference: QualityReference, tried: Sequence[DepthCost]) -> list[DepthCost]:
+    def measured(
+        self, reference: QualityReference, tried: Sequence[DepthCost]
+    ) -> tuple[list[DepthCost], Calibration | None]:
         """Fit the boundaries `tried` in one pass, and measure their quality on prose."""
         runner = TrialRunner(self.source, self.hardware, self.watch)
         plans = [self.plans[depth.boundary] for depth in tried]
@@ -278,15 +280,11 @@ class _Run:
         fits = dict(zip(to_fit, fitted, strict=True))
         found = []
         for depth, plan in zip(tried, plans, strict=True):
-            fit = fits.get(plan)
-            with runner.tried(plan, fit, n_ctx=self._n_ctx) as model:
+            with runner.tried(plan, fits.get(plan), n_ctx=self._n_ctx) as model:
                 advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
                 quality = measure_against(reference, model, Pruning(plan.boundary), advance)
-            calibration = fit.calibration if fit else None
-            found.append(
-                replace(depth, quality=quality, projection=plan.projection, calibration=calibration)
-            )
-        return found
+            found.append(replace(depth, quality=quality, projection=plan.projection))
+        return found, fitted[0].calibration if fitted else None
 
 
 def measure_cliff(
