@@ -22,7 +22,7 @@ from pop_local.server.job_responses import streamed_answer, whole_answer
 from pop_local.server.model_listing import ModelFile
 from pop_local.server.model_pool import ModelPool, ServedModel
 from pop_local.server.replies import Reply
-from pop_local.server.request_bodies import GenerationBody, ModelRequest
+from pop_local.server.request_bodies import ChatBody, GenerationBody, ModelRequest
 from pop_local.server.request_images import MAX_BYTES, MAX_DATA_URL, n_image_bytes
 from pop_local.server.task_factory import TaskFactory
 from pop_local.server.worker import Job, Task
@@ -105,9 +105,8 @@ class Api:
 
     def unknown_model(self, name: str | None) -> ApiError:
         names = ", ".join(map(repr, self.models.registry.files())) or "no models"
-        message = f"no model named {name!r} exists; this server has {names}"
-        if not name:
-            message = "this server has no models"
+        prefix = f"no model named {name!r} exists; " if name else ""
+        message = f"{prefix}this server has {names}"
         return ApiError(404, message, code="model_not_found", param="model")
 
     async def served(self, request: Request, name: str | None) -> ServedModel:
@@ -145,7 +144,7 @@ class Api:
         async with AsyncExitStack() as limits:
             if body.has_grammar:
                 await limits.enter_async_context(self._grammar_limit)
-            if body.has_images:
+            if isinstance(body, ChatBody) and body.has_images:
                 await limits.enter_async_context(self._image_limit)
             return await self.work(request, served, lambda: make(served.tasks, body))
 

@@ -74,10 +74,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> PopError:
 
 
 def serve_models(
-    pool: ModelPool,
-    listening: socket.socket,
-    rules: AccessRules,
-    on_ready: Callable[[str], None],
+    pool: ModelPool, listening: socket.socket, rules: AccessRules, on_ready: Callable[[str], None]
 ) -> None:
     """Serve models until a signal arrives, and then close the pool and the socket.
 
@@ -153,7 +150,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that ends answers at a signal, and kills the process if an answer hangs."""
+    """A uvicorn server that ends answers on a signal, and kills the process if an answer hangs."""
 
     models: ModelPool
     end: threading.Timer | None = None
@@ -184,7 +181,11 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
 
     Returns or raises KeyboardInterrupt once no thread uses a model.
     """
-    _return_large_blocks()
+    # Make glibc return freed blocks of 1 MiB and more to the system. By default, glibc raises this
+    # threshold to up to 32 MiB and allocates smaller blocks from heaps. Fragmentation by cached
+    # states of many sizes can then waste as much memory as the states use.
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -208,13 +209,3 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         server.models.join()
         if server.end is not None:
             server.end.cancel()
-
-
-def _return_large_blocks() -> None:
-    """Make glibc return freed blocks of 1 MiB and more to the system.
-
-    By default, glibc raises this threshold to up to 32 MiB and allocates smaller blocks from heaps.
-    Fragmentation by cached states of many sizes can then waste as much memory as the states use.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -106,7 +106,7 @@ def _source(path: Path, _state: tuple[int, int]) -> Source:
 
 
 def models_in(folder: Path) -> dict[str, Path]:
-    """Return the first file of each model in a folder, by the names that `pop-local list` shows."""
+    """Return each model's first file in a folder, keyed by the name that `pop-local list` shows."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
     return {printable(name): files[0] for name, files in found if "mmproj" not in name}
 

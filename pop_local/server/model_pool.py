@@ -77,7 +77,7 @@ class ServedModel:
         try:
             for sequence in self.model.engine.sequences:
                 sequence.states.store()
-        except Exception:  # for lack of memory, for example, which closing the model frees
+        except Exception:  # for example a lack of memory, which closing the model frees
             log.exception("the KV cache of %s could not be stashed", self.name)
         finally:
             self.model.close()
@@ -241,7 +241,7 @@ class ModelPool:
         if served is not None and (self._change is not None or not n_waiting):
             self._grant(lease, served)
             return lease
-        # A request for an open model waits in the queue, so that the model becomes idle.
+        # Requests for an open model also wait in the queue, so that the model can become idle.
         if n_waiting >= self.registry.max_waiting:
             raise ApiError(503, f"{n_waiting} requests are waiting for models; try again later")
         self._waiting.append(lease)
@@ -269,7 +269,7 @@ class ModelPool:
         self._advance()
 
     def _advance(self) -> None:
-        """Grant waiting leases in order, and start to open the first waiting lease's model."""
+        """Grant waiting leases in order, and start opening the first waiting lease's model."""
         while self._change is None and not self._stopping.is_set():
             self._waiting = self._still_waiting()
             if not self._waiting:
@@ -366,7 +366,7 @@ class ModelPool:
             served.worker.start()
 
     def stop(self) -> None:
-        """End answers and loading, and refuse waiting requests. Any thread may call this method."""
+        """Stop answers and loading, and refuse waiting requests. Any thread may call this."""
         self._stopping.set()
         for served in self.loaded:
             served.worker.stop()

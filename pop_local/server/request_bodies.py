@@ -238,12 +238,8 @@ class GenerationBody(ModelRequest, SamplingFields):
     cache_prompt: bool | None = None
 
     @property
-    def has_images(self) -> bool:
-        return False
-
-    @property
     def limit(self) -> int | None:
-        """Maximum number of generated tokens, from the first of three fields that has a value."""
+        """Maximum number of generated tokens, from the first of three fields that is set."""
         given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
         return next((limit for limit in given if limit is not None), None)
 

@@ -22,9 +22,9 @@ from pop_local.server.api_errors import ApiError, bad_request
 from pop_local.server.request_images import parse_images
 from pop_local.server.worker import Task
 
-# OpenAI's default for text completions. The answers of chats may fill the context.
+# OpenAI's default for text completions. Chat answers may fill the context.
 COMPLETION_TOKENS = 16
-# Sampling is greedy at lower temperatures, which would overflow the scaled logits.
+# Sampling is greedy below this temperature, because scaled logits would overflow.
 _MIN_TEMPERATURE = 0.01
 
 
@@ -156,7 +156,7 @@ class TaskFactory:
     def _options(
         self, body: bodies.GenerationBody, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Return the body's options.
+        """Return a request's options.
 
         Missing options default to the model's recommended values, or else to the engine's values.
         """

@@ -27,8 +27,8 @@ from pop_local.server.metrics import Metrics
 
 log = logging.getLogger("pop_local.server")
 
-# A model hangs if no answer progresses for this time. Workers record progress between a graph's
-# nodes, or between batches on a GPU.
+# A model counts as hung if no answer makes progress for this long. Workers record progress between
+# a graph's nodes, or between batches on a GPU.
 _HUNG_S = 60.0
 
 
@@ -69,7 +69,7 @@ class Job:
         self._is_awaited = False
 
     def cancel(self) -> None:
-        """End a queued job immediately, and a running job soon.
+        """End a queued job immediately, or a running job soon.
 
         Must be called in the event loop.
         """
@@ -146,7 +146,7 @@ class Worker(threading.Thread):
         self._waiting: deque[Job] = deque()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        # submit() and stop() put an item each. Signal handlers call stop(), so the queue must be
+        # submit() and stop() each add an item. Signal handlers call stop(), so the queue must be
         # reentrant.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         # The time of each running job's last progress.
@@ -154,13 +154,13 @@ class Worker(threading.Thread):
         self.stopping = threading.Event()
 
     def stop(self) -> None:
-        """End running answers and refuse queued jobs. Any thread may call this method."""
+        """Stop running answers and refuse queued jobs. Any thread may call this method."""
         self.stopping.set()
         self._calls.put(None)
 
     def hung_s(self) -> float:
         """Return how long the model has been hanging, in seconds (0: it is not hanging)."""
-        # The most recent progress counts: jobs pause while another job has exclusive use.
+        # The most recent progress counts: jobs pause while another job has the model to itself.
         seen_s = max(self._seen_s.copy().values(), default=None)
         unseen_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return unseen_s if unseen_s > _HUNG_S else 0.0

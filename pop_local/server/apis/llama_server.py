@@ -30,7 +30,7 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
 class LlamaBody(bodies.CompletionBody):
-    """A request to /completion, whose fields have other names than OpenAI's.
+    """A request to /completion, whose field names differ from OpenAI's.
 
     If `n_predict` is 0, this server generates one token, while llama-server only fills its cache.
     """
