@@ -87,7 +87,7 @@ def test_stream_equals_complete_answer(client, ask):
 
 
 def test_stream_sends_progress_comments(client, monkeypatch):
-    monkeypatch.setattr(job_responses, "_PROGRESS_S", 0.001)
+    monkeypatch.setattr(job_responses, "_PROGRESS_S", 0.0)
     response = complete(client, "something new. " + LONG[::-1], stream=True, max_tokens=2)
     assert re.match(r": (queued 1|read \d+ of \d+)\n\n", response.text)
     assert len(events(response)) >= 2
