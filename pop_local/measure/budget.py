@@ -39,7 +39,7 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 # A model that retains less than this share of the full model's gain on random tokens can no longer
 # copy.
 LEAST_RETENTION = 0.7
-# The most by which a fit raises the retention of a model that copies.
+# Largest increase in retention that a fit brings to a model that still copies.
 _RETENTION_GAIN = 0.05
 
 
@@ -64,7 +64,7 @@ def copies(quality: "Quality") -> bool:
 
 
 def may_copy(retention: "Estimate | None") -> bool:
-    """Return True if a fit may retain enough copying, given the retention without a fit."""
+    """Return True if a fit may restore copying; `retention`: the retention without a fit."""
     return _keeps(retention, _RETENTION_GAIN)
 
 
@@ -85,14 +85,13 @@ def boundaries(shape: "ModelShape", divisor: int = 2) -> tuple[int, ...]:
 
 
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
-    """Return the boundaries to measure next, the most useful boundary first.
+    """Return the boundaries to measure next, most useful first.
 
-    `plans`: the boundaries that may be chosen. `verdicts`: whether each measured boundary is within
-    the budget. The search assumes that a deeper boundary never improves quality. It starts at the
-    middle boundary, which is close to most models' result. It doubles its steps until one boundary
-    is within the budget and another boundary exceeds the budget, and continues with bisection. The
-    result is empty once the deepest boundary within the budget is known, or if all boundaries
-    exceed the budget.
+    `plans`: the available boundaries. `verdicts`: whether each measured boundary is within the
+    budget. The search assumes that a deeper boundary never improves quality. It starts at the
+    middle boundary, which is close to most models' result. It doubles its step until it has found
+    one boundary within the budget and one outside, and then bisects. The result is empty once the
+    deepest boundary within the budget is known, or if all boundaries exceed the budget.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
@@ -106,11 +105,6 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
     else:
         first = between[len(between) // 2]
     return tuple(sorted(between, key=lambda boundary: abs(boundary - first)))
-
-
-def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
-    """Return the deepest boundary within the budget, or None if no boundary is within it."""
-    return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
 
 
 def limits_in_words(budget: Budget) -> str:

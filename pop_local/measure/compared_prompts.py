@@ -1,4 +1,4 @@
-"""Answer the user's prompts greedily, in full and pruned, and compare the answers."""
+"""Answer the user's prompts greedily, with and without pruning, and compare the answers."""
 
 import json
 import re
@@ -22,9 +22,9 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """A conversation to answer; `line`: the number of its line in the file, starting at 1.
+    """A conversation to answer; `line`: its line number in the file, starting at 1.
 
-    `expected`: the pattern that right answers match (None if the line has no expected answer).
+    `expected`: the pattern that correct answers match (None if the line has no expected answer).
     """
 
     line: int

@@ -1,6 +1,6 @@
 """Figures computed over windows, with their standard errors.
 
-The statistical unit is a window, since the tokens in a window depend on each other. The errors of
+Windows are the independent samples, because tokens within a window are correlated. The errors of
 means are computed from the spread between windows, and all other errors by bootstrap over windows.
 """
 

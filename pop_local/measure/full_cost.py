@@ -22,7 +22,7 @@ class FullCost:
 class FullCosts:
     """Prompts that were prefilled in full, from which the cost of other prompts is estimated.
 
-    `boundary`: the layer at which context tokens stop (None without pruning).
+    `boundary`: the first layer that context tokens skip (None without pruning).
     """
 
     def __init__(self, macs: Macs, boundary: int | None) -> None:

@@ -1,8 +1,8 @@
 """Two probes of copying from the prompt, since the KL of prose hides the loss of this ability.
 
-The *copy* probe repeats a passage of the context after the context. The *induction* probe repeats
-random tokens; a model that cannot copy has the same loss on both occurrences. Both probes score
-only tokens whose first occurrence was pruned, or all random tokens if none of them was pruned.
+The *copy* probe appends a passage of the context to the context again. The *induction* probe
+repeats random tokens; a model that cannot copy has the same loss on both occurrences. Both probes
+score only tokens whose first occurrence was pruned, or all random tokens if none was pruned.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def pick_passage(
 
 
 def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
-    """Score all tokens of the passage except the first token, which is not predictable."""
+    """Score all tokens of the passage except the first token, which nothing predicts."""
     targets = np.asarray(passage)[1:]
     return likelihood(predictions(reader.predict(passage)[1:]), targets)
 
@@ -99,11 +99,9 @@ def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> floa
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Return the range of the random tokens whose first occurrence is pruned.
+    """Return the range of random tokens whose first occurrence is pruned, or all if none is pruned.
 
-    The range covers all tokens if none of them is pruned.
-
-    The first token is excluded, because it is not predictable.
+    The first token is excluded, because nothing predicts it.
     """
     start = max(1, reader.rule.sink_tokens - len(reader.model.engine.context.vocabulary.bos))
     end = N_REPEATED - reader.rule.tail_tokens

@@ -1,4 +1,4 @@
-"""Benchmark of the time to first token, with and without pruning, on the same weights."""
+"""Benchmark the time to first token with and without pruning, on the same weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""Comparison of full and pruned answers to the user's prompts."""
+"""Compare full and pruned answers to the user's prompts."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Demonstration: answer a question about a long document in full and pruned."""
+"""Answer a question about a long document with and without pruning, as a demonstration."""
 
 import importlib.resources
 from dataclasses import dataclass, replace
@@ -54,17 +54,19 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     Pruning is on afterwards. Raises StoppedError, and PopError for an unconverted model or
     unexpected row counters.
     """
-    path = opened.engine.context.files.path
+    files, boundary = opened.engine.context.files, opened.engine.pruning.boundary
     if opened.engine.pruning.exact:
-        require_prunable(opened.engine.context.files.shape)
-    if opened.engine.context.files.meta is None:
+        require_prunable(files.shape)
+    if files.meta is None:
         raise PopError(
-            f"{path} is not converted", "convert the model first", cause="not-converted", model=path
+            f"{files.path} is not converted",
+            "convert the model first",
+            cause="not-converted",
+            model=files.path,
         )
     # The first run is slower, because it reads the weights from the disk.
-    opened.read(
-        Prompt(opened.engine.context.vocabulary.tokenize(_text("document.md"))[:WARM_UP_TOKENS])
-    )
+    tokens = opened.engine.context.vocabulary.tokenize(_text("document.md"))
+    opened.read(Prompt(tokens[:WARM_UP_TOKENS]))
     pairs = []
     for pair in range(n_pairs):
         order = [Mode.CONTEXT, Mode.OFF] if pair % 2 else [Mode.OFF, Mode.CONTEXT]
@@ -74,21 +76,16 @@ def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     opened.engine.set_mode(Mode.CONTEXT)
     full, pop = pairs[0]
     return Demonstration(
-        model=str(opened.engine.context.files.path),
-        boundary=opened.engine.pruning.boundary,
-        n_layer=opened.engine.context.files.shape.n_layer,
+        model=str(files.path),
+        boundary=boundary,
+        n_layer=files.shape.n_layer,
         question=_text("question.md"),
         n_prompt=full.n_full,
         full=replace(full, ttft_s=median(each.ttft_s for each, _ in pairs)),
         pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
         n_pairs=n_pairs,
         speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
-        limit=speedup_limit(
-            opened.engine.context.files.macs,
-            full.n_full,
-            opened.engine.pruning.boundary,
-            pop.n_full,
-        ),
+        limit=speedup_limit(files.macs, full.n_full, boundary, pop.n_full),
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a model: the loss in quality from pruning at one boundary."""
+"""Evaluate the loss in quality from pruning a model at one boundary."""
 
 import os
 from dataclasses import dataclass, field

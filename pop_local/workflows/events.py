@@ -37,7 +37,7 @@ class PlannedStage:
 class TimeLeft:
     """Estimator of the time that all planned stages still take, based on the rate so far.
 
-    Skipped stages, and work that an earlier run has done, do not change the rate.
+    Skipped stages do not change the rate.
     """
 
     def __init__(self, stages: Sequence[PlannedStage]) -> None:
@@ -45,14 +45,14 @@ class TimeLeft:
         # Number of stages of each kind that have not started.
         self._n_left = [stage.n_most for stage in stages]
         self._at: int | None = None
-        self._first = self._share = self._done = 0.0
+        self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
         """Start a stage, which ends all earlier stages that occur only once.
 
         The last stage ends all stages.
         """
-        self._done, self._share, self._first = self._passed, 0.0, -1.0
+        self._done, self._share = self._passed, 0.0
         found = [i for i, stage in enumerate(self._stages) if name.startswith(stage.name)]
         self._at = max(found, key=lambda i: len(self._stages[i].name), default=None)
         if self._at is None:
@@ -64,7 +64,6 @@ class TimeLeft:
 
     def advance(self, done: int, total: int) -> None:
         self._share = done / total if total else 0.0
-        self._first = self._share if self._first < 0 else self._first
 
     @property
     def left_s(self) -> float | None:
@@ -87,7 +86,7 @@ class TimeLeft:
     @property
     def _passed(self) -> float:
         work = 0.0 if self._at is None else self._stages[self._at].work
-        return self._done + work * (self._share - max(0.0, self._first))
+        return self._done + work * self._share
 
 
 @dataclass(frozen=True)

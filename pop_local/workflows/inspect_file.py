@@ -1,4 +1,4 @@
-"""Inspection of model files and sidecars."""
+"""Inspect model files and sidecars."""
 
 from collections import Counter
 from collections.abc import Iterable

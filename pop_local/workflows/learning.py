@@ -207,7 +207,7 @@ class OnlineCalibration:
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
-        """Return the row count for the next attempt: 1.5 times `n_rows`, limited by ROWS_KEPT."""
+        """Return the row count that triggers the next attempt after one at `n_rows`."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2
 
     def _end(self) -> None:

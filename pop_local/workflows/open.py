@@ -1,4 +1,4 @@
-"""Opening of models by name or path."""
+"""Open models by name or path."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -160,7 +160,7 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files to open at a new boundary, with a sidecar only if the caller passes it."""
+    """Return the files for measuring another boundary, without the model's default sidecar."""
     if sidecar is None:
         return ModelFiles(base_file(model, watch))
     return model_files(model, sidecar, watch)

@@ -79,7 +79,7 @@ def test_a_speedup_above_the_limit_is_explained(capsys, limit, is_above):
     assert ("can exceed the limit" in shown) == is_above and "ours" not in shown
     show_speed(replace(found, upstream="without flash attention"))
     shown = capsys.readouterr().out
-    assert "ours, compared with llama.cpp's kernels (without flash attention)" in shown
+    assert "ours, compared with llama.cpp's (without flash attention)" in shown
     assert "TTFT llama.cpp (s)" in shown
 
 

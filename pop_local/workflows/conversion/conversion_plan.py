@@ -1,4 +1,4 @@
-"""The plan of a conversion, and the conversion's execution."""
+"""Plan and run conversions."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class Conversion:
 def plan_conversion(
     model: str | os.PathLike[str], out: str | os.PathLike[str] | None, options: ConvertOptions
 ) -> Conversion:
-    """Plan a conversion within milliseconds. Raises PopError for a conversion that must fail."""
+    """Plan a conversion without opening the model. Raises PopError if the conversion must fail."""
     source = read_source(resolve_base(os.fspath(model)))
     shape, fit = source_shape(source), options.fit
     target = sidecar_path(source) if options.output == "sidecar" else _copy_path(source)

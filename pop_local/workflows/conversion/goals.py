@@ -1,4 +1,4 @@
-"""A conversion's goal, which is a named boundary or a budget."""
+"""Goals of a conversion: a named boundary or a budget."""
 
 from __future__ import annotations
 

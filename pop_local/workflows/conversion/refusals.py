@@ -11,7 +11,7 @@ from pop_local.measure.quality import Quality
 
 
 class CopyingBrokenError(PopError):
-    """Error for a boundary where the model can no longer copy from its prompt; `found`: why."""
+    """Error for a model that can no longer copy from its prompt; `found`: the measured figures."""
 
     def __init__(self, boundary: int, found: str) -> None:
         hint = "skip fewer layers, or set a budget and no boundary"

@@ -215,7 +215,7 @@ class Search:
                     self.fit([by_boundary[each] for each in wanted])
                 self.judge(candidate)
                 continue
-            deepest = budgets.deepest_inside(verdicts)
+            deepest = min((each for each, passed in verdicts.items() if passed), default=None)
             # The look-ups may reverse the deepest candidate's verdict.
             if deepest is None or self.settle(by_boundary[deepest]):
                 return

@@ -1,4 +1,4 @@
-"""Measurements of a source model, either unchanged or with a temporary sidecar."""
+"""Open a source model for measurements, either unchanged or with a temporary sidecar."""
 
 from __future__ import annotations
 

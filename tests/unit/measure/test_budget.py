@@ -11,7 +11,6 @@ from pop_local.measure.budget import (
     FAST,
     NEAR_LOSSLESS,
     copies,
-    deepest_inside,
     is_inside,
     keeps_lookups,
     limits_in_words,
@@ -40,7 +39,8 @@ def searched(deepest: int) -> tuple[int | None, list[int]]:
     while wanted := undecided(range(15, 30), verdicts):
         assert wanted[0] not in verdicts
         verdicts[wanted[0]] = wanted[0] >= deepest
-    return deepest_inside(verdicts), list(verdicts)
+    inside = (boundary for boundary, passed in verdicts.items() if passed)
+    return min(inside, default=None), list(verdicts)
 
 
 # --- verdicts
