@@ -59,8 +59,9 @@ class CacheKeys:
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     """Return a conversion's name and fingerprint.
 
-    The fingerprint covers the keys that pruned K/V depend on, and the table and first bytes of
-    fitted tensors. A sidecar and a converted file with the same fit have the same fingerprint.
+    The fingerprint covers the keys that pruned K/V depend on, and the names, shapes and
+    first bytes of the fitted tensors. A sidecar and a converted file with the same fit have the
+    same fingerprint.
     """
     if meta is None:
         return f"{Projection.OWN} projections"
@@ -84,7 +85,7 @@ def opened_with(context: Context) -> str:
 
 
 def _tensors_hash(headers: Iterable[Header], *, are_fitted: bool, start: bytes = b"") -> str:
-    """Return a hash of `start` and the first bytes of all fitted tensors, or of all others."""
+    """Return a hash of `start` and the first bytes of all fitted, or all other, tensors."""
     digest = hashlib.sha256(start)
     for header in headers:
         with header.path.open("rb") as file:

@@ -25,11 +25,11 @@ class CacheStates:
         return FULL if 0 < self.cache.n_tokens == self.cache.n_exact else self.keys.mode
 
     def n_same(self, prompt: Prompt) -> int:
-        """Return the length in rows of a prompt's cached prefix."""
+        """Return the number of a prompt's leading rows that are cached."""
         return prompt.n_equal(self.cache.tokens, self.cache.images)
 
     def save(self) -> SavedState:
-        """Return the cache's state. Raises PopError as KvCache.forget_unfinished does."""
+        """Return the cache's state. Raises PopError like KvCache.forget_unfinished."""
         cache = self.cache
         cache.forget_unfinished()
         n = cache.n_tokens
@@ -82,25 +82,20 @@ class CacheStates:
         if self.prompts is None:
             return
         tokens, images = self.cache.tokens, self.cache.images
-        count_kept = self._count_kept(count)
-        n_returned = self.cache.checkpoints.best(count(tokens, images))
+        checkpoints, window = self.cache.checkpoints, self.cache.context.window
+
+        def count_kept(tokens: np.ndarray, images: Mapping[int, str]) -> int:
+            """Count the rows that a prompt can reuse without a checkpoint."""
+            n = count(tokens, images)
+            is_kept = not checkpoints.is_needed or n == len(tokens) or len(tokens) <= window
+            return n if is_kept else 0
+
+        n_returned = checkpoints.best(count(tokens, images))
         n_here = max(count_kept(tokens, images), n_returned)
         state = self.prompts.best(self._prompts_key, count_kept, n_here)
         if state is not None:
-            with suppress(PopError):  # such as a larger context's state
+            with suppress(PopError):  # for example, if a larger context saved the state
                 self.restore(state)
-
-    def _count_kept(self, count: CountReusable) -> CountReusable:
-        """Return a function that counts the rows that a prompt can reuse without a checkpoint."""
-        if not self.cache.checkpoints.is_needed:
-            return count
-        window = self.cache.context.window
-
-        def count_kept(tokens: np.ndarray, images: Mapping[int, str]) -> int:
-            n = count(tokens, images)
-            return n if n == len(tokens) or len(tokens) <= window else 0
-
-        return count_kept
 
     @property
     def _prompts_key(self) -> str:
@@ -109,9 +104,9 @@ class CacheStates:
     # Other sequences
 
     def share(self, other: "CacheStates", prompt: Prompt) -> None:
-        """Share the longest prefix of a prompt that another sequence has cached.
+        """Share the prefix of a prompt that another sequence has cached.
 
-        Does nothing if this cache's prefix is as long, or if the keys differ.
+        Does nothing if this cache has a prefix of the same length, or if the keys differ.
         """
         with self.cache.slot.locked():
             n = prompt.whole(other.n_same(prompt))

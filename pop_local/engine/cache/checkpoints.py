@@ -67,5 +67,5 @@ class Checkpoints:
         return self._cells.return_to(self._states[n_rows], position)
 
     def drop_after(self, n_rows: int) -> None:
-        """Drop the checkpoints of more than `n_rows`, because later rows change."""
+        """Drop the checkpoints after more than `n_rows` rows, because later rows change."""
         self._states = {n: state for n, state in self._states.items() if n <= n_rows}

@@ -94,11 +94,11 @@ class DiskStore:
                 state = self._open(path, status, remove_unreadable)
             if state is not None:
                 found[path] = state
-        self._known = found  # one assignment, since several threads read it
+        self._known = found  # a single assignment, because several threads read it
         return list(found.values())
 
     def find(self, key: str, count: CountReusable, n_least: int) -> SavedState | None:
-        """Return the state with the most reusable rows, if more than `n_least`."""
+        """Return the state with the most reusable rows, or None if none has more than `n_least`."""
         best, n_best = None, n_least
         for each in self.stored():
             if each.prompts_key == key and (n := count(each.tokens, each.images)) > n_best:
@@ -119,7 +119,7 @@ class DiskStore:
         return state
 
     def clear(self) -> int:
-        """Remove all states; return their number."""
+        """Remove all states and return their number."""
         files = [path for path, _ in self._files()]
         for path in files:
             with suppress(OSError):

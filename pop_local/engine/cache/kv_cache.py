@@ -30,14 +30,14 @@ class ReadObserver(Protocol):
         """Handle tokens that were prefilled into the rows from `start` on."""
 
     def computed(self) -> None:
-        """Handle computed rows, whose taps may be read (engine/llama/taps.py)."""
+        """Handle computed rows. Their taps can now be read (engine/llama/taps.py)."""
 
 
 class KvCache:
     """The cached rows of a sequence, in one mode.
 
     `images`: each image's key by its first row. `has_logits`: whether the last row's logits can be
-    sampled from. `epoch` changes if a running answer cannot continue. `learner` observes reads.
+    sampled from. `epoch` changes once a running answer cannot continue. `learner` observes reads.
     """
 
     def __init__(self, slot: Slot, vision: Mmproj | None = None) -> None:
@@ -82,8 +82,8 @@ class KvCache:
     def truncate(self, n_rows: int) -> bool:
         """Keep the first `n_rows`, which must not end within an image, and drop the later ones.
 
-        Returns False if the memory cannot do so and has no checkpoint there. Raises PopError if
-        called during a batch.
+        Returns False if the memory can neither truncate nor return to a checkpoint there. Raises
+        PopError if called during a batch.
         """
         self.slot.require_idle()
         with self.slot.locked():
@@ -185,7 +185,7 @@ class KvCache:
     def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
         """Decode tokens after the last row. `full`: bool [n], the rows that run all layers.
 
-        Raises PopError if they cannot be decoded.
+        Raises PopError if the tokens cannot be decoded.
         """
         self.has_logits = False
         first = int(self.rows.positions[self.n_tokens])
@@ -262,8 +262,8 @@ def decode_again(
 ) -> None:
     """Decode the rows from `start` on in place, within Slot.overwriting.
 
-    `tokens`: int32 [n]. `full`: bool [n], the rows that run all layers. Raises PopError if they
-    cannot be decoded.
+    `tokens`: int32 [n]. `full`: bool [n], the rows that run all layers. Raises PopError if the
+    rows cannot be decoded.
     """
     cache.has_logits = False
     cache.slot.decode(tokens.tolist(), int(cache.rows.positions[start]), outputs)

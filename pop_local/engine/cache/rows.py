@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _serial = itertools.count(1)
-NO_STALE = 2**31 - 1  # past all rows
+NO_STALE = 2**31 - 1  # beyond all rows
 
 
 def n_leading(flags: np.ndarray) -> int:
@@ -24,7 +24,8 @@ class CachedRows:
     Rows from `first_stale` on are stale: they were computed before an earlier row was edited. A
     refill decodes them again, so they need no state.
 
-    `positions`: int32 [n_ctx + 1], with the next row's position; rows of an image may share one.
+    `positions`: int32 [n_ctx + 1], ending with the next row's position. Rows of an image may share
+    one.
     `readings`: serial number of the read that computed a row, which identifies shared rows.
     """
 
@@ -125,6 +126,6 @@ class CachedRows:
         return is_more
 
     def can_be_redone(self, n_rows: int) -> bool:
-        """Return whether rows from `n_exact` to `n_rows` exist, and have states or are stale."""
+        """Return whether any of the first `n_rows` are not exact, and a refill can redo them."""
         with_states = slice(self.n_exact, min(n_rows, self.first_stale))
         return bool(self.n_exact < n_rows and self.has_state[with_states].all())

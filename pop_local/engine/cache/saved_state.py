@@ -122,12 +122,12 @@ def _is_consistent(state: SavedState) -> bool:
 
 
 def add_member(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Add a member without a timestamp, since zip cannot represent every clock value."""
+    """Add a member without a timestamp, because zip cannot represent every date."""
     archive.writestr(zipfile.ZipInfo(name), content)
 
 
 def read_member(archive: zipfile.ZipFile, name: str, most_bytes: int | None = None) -> bytes:
-    """Return a member. Raises ValueError for a compressed one, which could expand to any size."""
+    """Return a member. Raises ValueError if it is compressed and could expand to any size."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
@@ -143,7 +143,7 @@ def encoded_array(values: np.ndarray) -> bytes:
 
 
 def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
-    """Parse a .npy file. Raises ValueError for another type, length or size."""
+    """Parse a .npy file. Raises ValueError if its type, length or size differs."""
     head, dtype = _NPY.match(content), np.dtype(kind)
     if (
         head is None

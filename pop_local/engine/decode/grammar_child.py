@@ -1,6 +1,6 @@
 """Child process that compiles grammars first, so that a hostile grammar cannot crash the parent.
 
-llguidance limits single steps of its compiler, but not their sum. A chain of 1,000 `$ref` overflows
+llguidance limits each step of its compiler, but not their total. A chain of 1,000 `$ref` overflows
 the stack. A `multipleOf` of six digits takes half a minute, and so do 10,000 optional properties.
 """
 

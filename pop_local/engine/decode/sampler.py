@@ -1,7 +1,7 @@
 """Sample with llama.cpp's samplers, in the order of llama_cpp's chain.
 
 Greedy sampling uses the largest logit directly. A chain would choose the same token, but would
-first fill a list with {id, logit, p} of the whole vocabulary.
+first fill a list with {id, logit, p} for the whole vocabulary.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ class SamplerOptions:
 
 
 def recommended(header: Header) -> dict[str, float]:
-    """Return the publisher's SamplerOptions. Ignore negative and non-finite values."""
+    """Return the options that the publisher recommends, except negative and non-finite values."""
     found: dict[str, float] = {}
     for key, (option, kind) in _RECOMMENDED.items():
         value = header.get(key)

@@ -17,7 +17,7 @@ class TextStream:
         self.stop = ""
 
     def push(self, piece: bytes) -> str:
-        """Return the text that can be shown now. After a stop string, set `stop`."""
+        """Return the text that can be shown now. If a stop string is complete, set `stop`."""
         self._held += self._decoder.decode(piece)
         found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:

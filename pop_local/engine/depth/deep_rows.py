@@ -13,7 +13,8 @@ from pop_converter.popfile.format import DeepRows
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.vocabulary import Pieces
 
-# Brackets, quotes and commas end a word. Otherwise one number would make a line of CSV deep.
+# Brackets, quotes and commas end a word. Otherwise a single number would make a
+# whole line of CSV deep.
 _WORD = re.compile(rb"[^\s,;\"'`(){}\[\]<>|*]+")
 # Up to 4 bytes separate a word from the preceding sentence: a space, quotes, brackets.
 _LOOK_BACK = 4

@@ -95,10 +95,8 @@ class _HeldOutChunk:
     tokens: np.ndarray
 
     def overlaps(self, start: int, tokens: np.ndarray) -> bool:
-        first, last = (
-            max(start, self.start),
-            min(start + len(tokens), self.start + len(self.tokens)),
-        )
+        first = max(start, self.start)
+        last = min(start + len(tokens), self.start + len(self.tokens))
         ours, theirs = self.tokens[first - self.start : last - self.start], tokens[first - start :]
         return first < last and bool(np.array_equal(ours, theirs[: last - first]))
 
@@ -215,15 +213,14 @@ class OnlineCalibrator:
         key = _key(tokens)
         is_known = key in self._seen
         is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_held_out or is_known)
-        has_room = self._waiting_bytes + tapped.block.nbytes <= self._room_bytes
-        if end <= cache.n_exact and is_wanted and has_room:
-            self._seen.add(key)
-            self._waiting.append(tapped)
-            self._waiting_bytes += tapped.block.nbytes
-            return
-        self._used.append(tapped.block)
         if end <= cache.n_exact and is_wanted:
+            if self._waiting_bytes + tapped.block.nbytes <= self._room_bytes:
+                self._seen.add(key)
+                self._waiting.append(tapped)
+                self._waiting_bytes += tapped.block.nbytes
+                return
             self._n_missed += tapped.n_rows
+        self._used.append(tapped.block)
 
     # While the model is idle
 

@@ -13,7 +13,6 @@ from pop_local.engine.cache.checkpoints import END_ROWS, EVERY
 from pop_local.engine.cache.kv_cache import KvCache, move_rows
 from pop_local.engine.cache.rows import n_leading
 from pop_local.engine.depth.deep_rows import find_deep_rows
-from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.llama.backend import Counters
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.prefill.edit import ReusableRows
@@ -85,8 +84,13 @@ def append(
     cache.make_room(len(prompt))
     if prompt.images and prompt.text_from == len(prompt):
         raise PopError("the prompt ends with a picture", "add a question after the picture")
-    for image in prompt.images.values():
-        _require_room(cache, image)
+    n_at_once = min(cache.context.n_batch, cache.context.n_ubatch)
+    n = max((each.n_rows for each in prompt.images.values() if each.is_mutual), default=0)
+    if n > n_at_once:
+        raise PopError(
+            f"an image of {n} tokens, which attend to each other, exceeds a ubatch of {n_at_once}",
+            f"open the model with n_batch={n} and n_ubatch={n} or more",
+        )
     if deep is None:
         tokens = np.concatenate([cache.tokens, prompt.tokens])
         deep = _deep_rows(cache, tokens, rule)[cache.n_tokens :]
@@ -125,15 +129,6 @@ def _deep_rows(cache: KvCache, tokens: np.ndarray, rule: RowRule) -> NDArray[np.
     """Return a prompt's deep rows, all False if pruning is off: bool [n_tokens]."""
     criterion = rule.deep_rows if cache.pruning.is_pruning else DeepRows.NONE
     return find_deep_rows(cache.context, tokens, criterion)
-
-
-def _require_room(cache: KvCache, image: ImageChunk) -> None:
-    n, n_at_once = image.n_rows, min(cache.context.n_batch, cache.context.n_ubatch)
-    if image.is_mutual and n > n_at_once:
-        raise PopError(
-            f"an image of {n} tokens, which attend to each other, exceeds a ubatch of {n_at_once}",
-            f"open the model with n_batch={n} and n_ubatch={n} or more",
-        )
 
 
 class _PlannedReading(PromptReading):

@@ -48,7 +48,10 @@ class EditedReading(PromptReading):
             # The outer block may free the context at its exit, which the inner block uses.
             with cache.slot.interruptible(), cache.slot.overwriting():
                 for (start, stop), (next_start, _) in itertools.pairwise([*self._chunks(), end]):
-                    self._decode(start, stop)
+                    outputs = Outputs.LAST if stop == end[0] else Outputs.NONE
+                    deep = self._deep[start:stop]
+                    full = self._full_rows(np.arange(start, stop), deep, self._full_from, outputs)
+                    decode_again(cache, start, self._tokens[start:stop], outputs, full)
                     cache.n_tokens = next_start
                     cache.slot.raise_if_stopped()
                     n_done += stop - start
@@ -77,10 +80,3 @@ class EditedReading(PromptReading):
         for start, end in gaps(self._sources):
             for at in range(start, end, n_batch):
                 yield at, min(at + n_batch, end)
-
-    def _decode(self, start: int, end: int) -> None:
-        outputs = Outputs.LAST if end == len(self._tokens) else Outputs.NONE
-        full = self._full_rows(
-            np.arange(start, end), self._deep[start:end], self._full_from, outputs
-        )
-        decode_again(self._cache, start, self._tokens[start:end], outputs, full)

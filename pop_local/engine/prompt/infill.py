@@ -44,7 +44,7 @@ def infilling(
 
 
 def _marks(context: Context, *names: str) -> list[int]:
-    """Return the FIM tokens of these names, -1 for each missing token."""
+    """Return the FIM tokens with these names, -1 for each missing token."""
     api = bindings()
     return [
         int(getattr(api, f"llama_vocab_fim_{name}")(context.vocabulary.pointer)) for name in names

@@ -53,7 +53,7 @@ class Prompt:
         return Prompt(self.tokens[row:], self.stops, self.begun, images)
 
     def whole(self, n_rows: int) -> int:
-        """Round `n_rows` down so that the rows contain whole images only."""
+        """Round `n_rows` down to a row that does not split an image."""
         return next((start for start, end in self.spans if start < n_rows < end), n_rows)
 
     def n_equal(self, tokens: np.ndarray, images: Mapping[int, str]) -> int:

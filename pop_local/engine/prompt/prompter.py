@@ -36,15 +36,12 @@ class Prompter:
         self.parse_special = parse_special
         self.context, self._vision = context, vision
         self._special = SpecialTokens(context)
+        self._source = str(context.files.header.get("tokenizer.chat_template") or "")
 
     @property
     def has_template(self) -> bool:
         """Return whether the model's file has a chat template. Base models have no template."""
         return bool(self._source)
-
-    @property
-    def _source(self) -> str:
-        return str(self.context.files.header.get("tokenizer.chat_template") or "")
 
     @cached_property
     def template(self) -> Template:
@@ -131,7 +128,7 @@ class Prompter:
         return before if found else ""
 
     def count_picture(self, picture: Picture) -> int:
-        """Return a picture's number of tokens. Raises the errors of Mmproj.see."""
+        """Return the number of tokens that a picture takes. Raises the errors of Mmproj.see."""
         return len(self.open_vision().see(picture).tokens)
 
     def open_vision(self) -> Mmproj:

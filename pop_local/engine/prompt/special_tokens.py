@@ -26,7 +26,7 @@ class SpecialTokens:
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
         """Tokenize a prompt after replacing each mark with its plain text.
 
-        Like llama.cpp, tokenize text between two special tokens in one piece.
+        Like llama.cpp, tokenize text between two special tokens as one piece.
         """
         restored = str.maketrans(marks)
         found: list[int] = []

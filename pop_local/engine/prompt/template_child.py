@@ -52,7 +52,7 @@ class TemplateRenderer:
     def rendered(template: str, arguments: dict[str, Any] | None) -> str:
         """Render a template. Without arguments, only compile it and return "".
 
-        Raises ValueError if the template refuses its arguments, and any error of the template.
+        Raises ValueError if the template refuses its arguments, and any error that it raises.
         """
         if arguments is None:
             _compiled(template)

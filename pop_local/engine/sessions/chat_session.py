@@ -76,7 +76,7 @@ class Stream(Iterator[str]):
 
 
 class ChatSession:
-    """A conversation; each prompt contains all earlier turns.
+    """A conversation whose prompts contain all earlier turns.
 
     Sessions are not thread-safe. A model has one KV cache and generates one answer at a time. A
     question in another session evicts this conversation, which must then be read again.
@@ -146,7 +146,7 @@ class ChatSession:
         images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """Return the whole answer. Arguments and errors are those of `stream`."""
+        """Return the complete answer. Arguments and errors are those of `stream`."""
         stream = self.stream(question, documents=documents, images=images, **options)
         for _ in stream:
             pass
@@ -166,9 +166,10 @@ class ChatSession:
         `images`: paths or contents of image files, for a model with its mmproj. The prompt
         contains images and documents before the question.
 
-        After the end, close() or Ctrl-C, the conversation includes question and answer. If the
-        answer is empty, the question is `dropped` instead. Raises ContextFullError if the prompt
-        exceeds the context, and PopError if the template rejects the prompt.
+        Once the stream ends or is closed, or after Ctrl-C, the conversation includes the question
+        and the answer. If the answer is empty, the question is `dropped` instead. Raises
+        ContextFullError if the prompt exceeds the context, and PopError if the template rejects the
+        prompt.
         """
         turn = Turn(question, _documents(documents), pictures=_pictures(images))
         return self._ask(turn, self.conversation, options)
@@ -239,7 +240,7 @@ class ChatSession:
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write transcript and KV cache atomically. Return the path, with suffix .popsession.
+        """Write transcript and KV cache atomically, and return the path with suffix .popsession.
 
         If the cache holds another session, the file has no KV cache. Raises PopError if the file
         exists or cannot be written.
@@ -256,8 +257,8 @@ class ChatSession:
 def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSession:
     """Load a saved conversation, including its mode and KV cache if they fit the model.
 
-    Otherwise `reread` is the reason, and the next question reads the conversation again. Raises
-    PopError if the file is not a session.
+    Otherwise, `reread` contains the reason, and the next question reads the conversation again.
+    Raises PopError if the file is not a session.
     """
     folder, name = _split(path)
     sessions = Sessions(folder)

@@ -1,4 +1,4 @@
-"""The fields of a session file, with checks of their types and ranges."""
+"""The fields of a session file, and checks of their types and ranges."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def encoded(session: Session) -> str:
     return json.dumps(fields, ensure_ascii=False, indent=1)
 
 
-# Returns the picture with a name and a hash.
+# Returns the picture with this name and hash.
 ReadPicture = Callable[[str, str], Picture]
 
 

@@ -55,7 +55,7 @@ _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
 _NAME = re.compile(r"\w(?:[\w .+-]{0,78}[\w.+-])?")
 
-# Returns an archive's picture by its name and hash.
+# Returns an archive's picture with this name and hash.
 ReadFrom = Callable[[zipfile.ZipFile, str, str], Picture]
 
 
