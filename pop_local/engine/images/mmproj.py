@@ -5,7 +5,6 @@ by the image's key.
 """
 
 import ctypes
-import functools
 import os
 import re
 import threading
@@ -157,7 +156,14 @@ class Mmproj:
 
     def _load(self, model: Any, n_threads: int) -> None:
         require_pillow()
-        self._mtmd = mtmd = _bindings()
+        try:
+            import llama_cpp.mtmd_cpp as mtmd
+        except (AttributeError, ImportError, OSError, RuntimeError) as error:
+            raise PopError(
+                f"llama.cpp's library for images cannot be loaded: {error}", INSTALL_HINT
+            ) from error
+        logs.take_over_images(mtmd)
+        self._mtmd: Any = mtmd
         self._n_embd = int(bindings().llama_model_n_embd_inp(model))
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.n_threads, params.warmup = self._use_gpu, n_threads, False
@@ -257,6 +263,7 @@ class Mmproj:
         return np.array([[p.t, p.y, p.x, p.z] for p in rows], np.int32).T
 
     def close(self) -> None:
+        """Free the encoder and everything cached. `open` loads it again."""
         with self._lock:
             if self._ctx:
                 self._mtmd.mtmd_free(self._ctx)
@@ -361,15 +368,3 @@ def _require_layers(path: Path, names: Sequence[str]) -> None:
     for layer, part in product({match[1] for match in found}, {match[2] for match in found}):
         if (layer, part) not in parts:
             raise PopError(f"{path} has no v.blk.{layer}.{part}", "download the file again")
-
-
-@functools.cache
-def _bindings() -> Any:
-    try:
-        import llama_cpp.mtmd_cpp as mtmd
-    except (AttributeError, ImportError, OSError, RuntimeError) as error:
-        raise PopError(
-            f"llama.cpp's library for images cannot be loaded: {error}", INSTALL_HINT
-        ) from error
-    logs.take_over_images(mtmd)
-    return mtmd

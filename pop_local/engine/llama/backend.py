@@ -77,7 +77,6 @@ _ABORTED = 2  # LLAMA_POP_DEEP_ABORTED
 _INT32 = ctypes.c_int32
 _POINTER = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
-    "llama_pop_abi": ([], _INT32),
     "llama_pop_model_boundary": ([_POINTER], _INT32),
     "llama_pop_model_exact": ([_POINTER], _INT32),
     "llama_pop_set_mode": ([_POINTER, _INT32], _INT32),

@@ -22,8 +22,6 @@ from pop_local.engine.llama.interrupt import current_should_stop
 from pop_local.engine.llama.prefill_throttle import PrefillThrottle
 from pop_local.engine.llama.slot import Slot
 
-_NO_COUNTERS = Counters(0, 0)
-
 
 @dataclass(eq=False)
 class _Request:
@@ -202,7 +200,7 @@ class BatchedSlot(Slot):
         self._batcher = batcher
         self._mode = backend.get_mode(context.ctx)
         self._is_prefilling = False
-        self._counted = _NO_COUNTERS
+        self._counted = Counters(0, 0)
         self._context_rows = range(0)
         self._deep_rows = np.empty(0, np.int32)
         self._logits = np.zeros(0, np.float32)
@@ -243,7 +241,7 @@ class BatchedSlot(Slot):
 
     def begin_prefill(self) -> None:
         self._is_prefilling = True
-        self._counted = _NO_COUNTERS
+        self._counted = Counters(0, 0)
 
     def begin_decode(self) -> None:
         self._is_prefilling = False

@@ -70,8 +70,7 @@ class ContextOptions:
         }
         if unknown := sorted(others.keys() - fields):
             raise TypeError(f"unknown option {unknown[0]!r}")
-        ours = {name: value for name, value in given.items() if name in known}
-        return cls(**ours, others=others)
+        return cls(**{name: given[name] for name in given.keys() & known}, others=others)
 
 
 class Context:
