@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from math import comb
 from pathlib import Path
@@ -232,29 +232,20 @@ def answered(model: PopModel, prompt: ComparedPrompt, max_tokens: int) -> Answer
         raise
     stats = chunks[-1].stats
     assert stats is not None, "the last chunk has the statistics"
-    return Answered(
-        text="".join(chunk.text for chunk in chunks),
-        n_prompt=stats.n_prompt,
-        n_cached=stats.n_cached,
-        n_pruned=stats.n_pruned,
-        ttft_s=stats.ttft_s,
-        decode_s=stats.decode_s,
-        finish_reason=stats.finish_reason,
-    )
+    shared = {each.name: getattr(stats, each.name) for each in fields(Answered)[1:]}
+    return Answered("".join(chunk.text for chunk in chunks), **shared)
 
 
 def compared(model: PopModel, prompt: ComparedPrompt, full: Answered, pruned: Answered) -> Compared:
     """Compare both answers to a prompt with each other and with the expected answer."""
+    tokenize = model.engine.context.vocabulary.tokenize
     return Compared(
         line=prompt.line,
         full=full,
         pruned=pruned,
         is_full_right=prompt.is_right(full.text),
         is_pruned_right=prompt.is_right(pruned.text),
-        first_difference=_first_difference(
-            model.engine.context.vocabulary.tokenize(full.text),
-            model.engine.context.vocabulary.tokenize(pruned.text),
-        ),
+        first_difference=_first_difference(tokenize(full.text), tokenize(pruned.text)),
     )
 
 

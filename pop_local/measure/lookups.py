@@ -12,7 +12,7 @@ log-probability has far less noise than the counts.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import exp
 
 import numpy as np
@@ -149,7 +149,7 @@ class LookupReference:
         """
         found = cls(settings, make_documents(model, settings), known)
         found.ask(model, FULL, on_progress, known)
-        return replace(found, full=known[: len(found.documents)])
+        return found
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
         """Add a pruned model's answers to `known`, as `read` does for the full model."""

@@ -15,8 +15,6 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import model_files
 
-MAX_TOKENS = 256
-
 
 @dataclass(frozen=True)
 class CompareOptions:
@@ -27,7 +25,7 @@ class CompareOptions:
     next to the model).
     """
 
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int = 256
     n_ctx: int | None = None
     mmproj: Path | None = None
 

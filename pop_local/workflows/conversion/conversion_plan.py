@@ -173,8 +173,10 @@ def plan_conversion(
     """Plan a conversion without opening the model. Raises PopError if the conversion must fail."""
     source = read_source(resolve_base(os.fspath(model)))
     shape, fit = source_shape(source), options.fit
-    target = sidecar_path(source) if options.output == "sidecar" else _copy_path(source)
-    target = target if out is None else Path(out)
+    default = source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
+    if options.output == "sidecar":
+        default = sidecar_path(source)
+    target = default if out is None else Path(out)
     if fit is not None:
         fit.require_text(shape.n_embd)
     projection = Projection.OWN if fit is None else fit.projection or Projection.FITTED
@@ -199,10 +201,6 @@ def plan_conversion(
             deepest = replace(deepest, projection=Projection.WIDE)
         options.distiller(source, fit, options.hardware, Watch()).require(deepest)
     return Conversion(source, target, plans, options)
-
-
-def _copy_path(source: Source) -> Path:
-    return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
 
 
 @dataclass(frozen=True)
