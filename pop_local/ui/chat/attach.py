@@ -30,7 +30,7 @@ _Counted = tuple[Document, int]
 def attach_file(chat: Dialogue, argument: str) -> None:
     """Attach a file. Without an argument, list the attached files."""
     if argument:
-        _offer(chat, [given_path(argument)])
+        _offer(chat, [given_path(argument)], may_cut=True)
         return
     if not chat.documents:
         chat.screen.note("No file is attached; /file PATH attaches a file.")
@@ -51,7 +51,7 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
         number = f"{len(paths)} files match" if paths else "No file matches"
         chat.refuse(f"{number} {argument}. Nothing was attached.")
         return
-    _offer(chat, paths)
+    _offer(chat, paths, may_cut=False)
 
 
 def attach_image(chat: Dialogue, argument: str) -> None:
@@ -82,7 +82,7 @@ def _note_picture(chat: Dialogue, picture: Picture) -> int:
     return n_tokens
 
 
-def _offer(chat: Dialogue, paths: Sequence[Path]) -> None:
+def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
     n_ctx = chat.model.engine.context.n_ctx
     files = [counted for path in paths if (counted := _counted(chat, path))]
     for document, n_tokens in files:
@@ -90,17 +90,17 @@ def _offer(chat: Dialogue, paths: Sequence[Path]) -> None:
     if len(files) > 1:
         chat.screen.note(counted_line(f"All {len(files)}", sum(n for _, n in files), n_ctx))
     if files:
-        _attach(chat, files)
+        _attach(chat, files, may_cut)
 
 
-def _attach(chat: Dialogue, files: Sequence[_Counted]) -> None:
+def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
     room = _room_in(chat)
     sums = [*accumulate(n for _, n in files)]
     fitting = [document for (document, _), n in zip(files, sums, strict=True) if n <= room]
     chosen = "f"
     if len(fitting) < len(files):
         cuts = {}
-        if len(files) == 1 and room > 0:
+        if may_cut and room > 0:
             cuts = {
                 "b": f"attach only the first {room:,} tokens",
                 "e": f"attach only the last {room:,} tokens",
@@ -109,7 +109,7 @@ def _attach(chat: Dialogue, files: Sequence[_Counted]) -> None:
             cuts = {"f": f"attach only the first {len(fitting)} of {len(files)} files"}
         chosen = _choose(chat, sums[-1], room, cuts) or ""
     if chosen == "l":
-        _attach(chat, files)
+        _attach(chat, files, may_cut)
         return
     if chosen == "f":
         chat.documents += fitting
