@@ -69,19 +69,19 @@ class AnthropicMessage(bodies.LenientBody):
 
     def chat_messages(self) -> Iterator[Json]:
         """Yield this message as chat messages, with tool results before the user's text."""
-        shown = [block for block in self.content if isinstance(block, bodies.TextPart | ImageBlock)]
+        shown: list[Json] = []
+        calls: list[Json] = []
         for block in self.content:
             if isinstance(block, ToolResultBlock):
-                parts = [_part(one) for one in block.content]
+                parts = list(map(_part, block.content))
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": parts}
-        calls = [
-            replies.call_json(ToolCall(block.id, block.name, replies.encoded(block.input)))
-            for block in self.content
-            if isinstance(block, ToolUseBlock)
-        ]
+            elif isinstance(block, ToolUseBlock):
+                call = ToolCall(block.id, block.name, replies.encoded(block.input))
+                calls.append(replies.call_json(call))
+            elif not isinstance(block, ThinkingBlock):
+                shown.append(_part(block))
         if shown or calls or not self.content:
-            message: Json = {"role": self.role, "content": [_part(block) for block in shown]}
-            yield message | ({"tool_calls": calls} if calls else {})
+            yield {"role": self.role, "content": shown} | ({"tool_calls": calls} if calls else {})
 
 
 class AnthropicTool(bodies.FunctionSpec):
@@ -116,7 +116,7 @@ class CountTokensBody(bodies.ModelRequest):
     output_config: bodies.FormatOptions | None = None
 
     def chat(self) -> bodies.ChatBody:
-        system = [{"role": "system", "content": [_part(block) for block in self.system]}]
+        system = [{"role": "system", "content": list(map(_part, self.system))}]
         messages = [each for message in self.messages for each in message.chat_messages()]
         chat = self.model_dump(include=_SAME)
         chat["messages"] = [*system[: len(self.system)], *messages]
