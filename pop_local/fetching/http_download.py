@@ -1,4 +1,4 @@
-"""Download a GGUF file from a URL, with resumption and checks.
+"""Download a GGUF file from a URL, resume interrupted downloads, and verify the file.
 
 An unfinished download is stored as NAME.gguf.partial. The file NAME.gguf.partial.origin identifies
 the complete file.
@@ -118,7 +118,7 @@ def file_name(url: str) -> str:
 
 
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)
-    """A broken connection or a busy server, after which the download is retried."""
+    """A broken connection or a busy server. The download is retried."""
 
 
 def download(remote: RemoteFile, target: Path, advance: Progress) -> None:
@@ -222,7 +222,7 @@ class _Transfer:
             requests.exceptions.ChunkedEncodingError,
         ) as error:
             raise _Dropped(_BROKE_OFF) from error
-        except (requests.RequestException, ValueError) as error:  # ValueError: from urllib3
+        except (requests.RequestException, ValueError) as error:  # urllib3 raises ValueError
             raise PopError(
                 f"{self._shown} cannot be fetched ({type(error).__name__})", "check the URL"
             ) from error
@@ -267,7 +267,7 @@ class _Transfer:
         begun = b""
         while not start and len(begun) < len(MAGIC) and (chunk := next(chunks, b"")):
             begun += chunk
-        # The start is checked first, so that a web page does not replace the partial file.
+        # Check the first bytes before writing, so a web page does not replace the partial file.
         if not start and not begun.startswith(MAGIC):
             is_page = response.headers.get("Content-Type", "").startswith("text/html")
             what = "empty" if not begun else "a web page" if is_page else "not a GGUF file"
@@ -315,7 +315,7 @@ class _Transfer:
 def _extent(response: "requests.Response") -> tuple[int, int]:
     """Return the offset of the reply's first byte in the file, and the file's size (0: unknown).
 
-    The offset is -1 if the reply is a part of the file without a valid range.
+    The offset is -1 for a partial reply whose range is invalid.
     """
     if response.status_code == 206:
         extent = response.headers.get("Content-Range", "")

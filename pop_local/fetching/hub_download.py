@@ -90,7 +90,7 @@ def find_on_hub(name: str) -> HubModel:
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
 
     def remote(name: str) -> RemoteFile:
-        # Tiny files are in git itself, so they have no hash.
+        # The hub stores tiny files in git itself, and reports no hash for them.
         sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
         url = hf_hub_url(repo, name, revision=info.sha or "main")
         return RemoteFile(url, token, sha256, name, siblings[name].size or 0)
@@ -130,7 +130,7 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: b
 
     for file, target in missing:
         with _explained(model.repo):
-            # A gated model's description is public, so access is checked here.
+            # Check access here, since even a gated model's description is public.
             _client().get_hf_file_metadata(url=file.url)
         download(file, target, advance_all)
         before += file.size_bytes
@@ -147,7 +147,7 @@ def _client() -> "HfApi":
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Convert the client's exceptions to PopError."""
+    """Convert exceptions of the hub's client to PopError."""
     from huggingface_hub import errors
 
     try:

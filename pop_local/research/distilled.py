@@ -44,7 +44,7 @@ class Distiller:
     reference: TeacherStates | None = None
 
     def require(self, plan: Plan) -> TorchDevice:
-        """Return a device that can distil the plan's fit. Raises PopError if none exists."""
+        """Return the device for distilling the plan's fit. Raises PopError if it is impossible."""
         cannot, why = "the fit cannot be distilled", ""
         try:
             hyper = read_hyper(self.source)
@@ -119,7 +119,7 @@ class Distiller:
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> InitialFit:
-    """Return the projections of a fit from which distilling starts. Raises FormatError."""
+    """Return a fit's projections in the form that `distill` trains. Raises FormatError."""
     from pop_local.research.distill import InitialFit
 
     shape, weights = source_shape(source), Weights(source)

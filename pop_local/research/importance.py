@@ -19,7 +19,7 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.hardware import Hardware
 
 Windows = Sequence[Sequence[int]]
-# Windows per batch. Larger batches are not faster on a CPU.
+# Windows per batch. On a CPU, larger batches are no faster.
 _N_BATCH = 4
 _HINT = "use shorter windows, or close other programs"
 

@@ -52,7 +52,7 @@ from pop_local.workflows.hardware import Hardware
 from pop_local.workflows.measuring import opened, row_options
 from pop_local.workflows.open import base_file
 
-# Skipping a layer at the cliff loses at least this share of the full model's gain.
+# A layer is a cliff if skipping it loses this share of the full model's gain or more.
 CLIFF = 0.2
 # Boundaries with a smaller speed-up limit are not measured.
 LEAST_LIMIT = 1.05
@@ -71,7 +71,7 @@ class AnalyzeOptions:
     """Options of an analysis; `text`: the text file to measure on (default: the shipped prose).
 
     Each window has `n_context` + `n_answer` tokens. `n_gated`: the number of windows for the gates.
-    `fit_tokens`: the number of tokens for fitting (default: a quarter of a conversion's number).
+    `fit_tokens`: the number of tokens for fitting (default: a quarter of convert's default).
     """
 
     text: Path | None = None
@@ -111,7 +111,7 @@ class DepthCost:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The result of an analysis.
+    """The results of `analyze`.
 
     `importance` is None if the gates could not be computed, and `calibration` is None if no
     boundary needed a fit. `depths`: the boundaries in order of increasing depth, starting at the
@@ -129,7 +129,7 @@ class Analysis:
 
     @property
     def cliff(self) -> tuple[DepthCost, ...]:
-        """The boundaries at which the model loses much of its ability to copy."""
+        """The boundaries whose layers carry much of the model's ability to copy."""
         return tuple(depth for depth in self.depths if depth.is_cliff)
 
 
@@ -188,7 +188,7 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Run:
-    """A running analysis."""
+    """One call of `analyze`, with its inputs."""
 
     source: Source
     text: Text
@@ -230,7 +230,7 @@ class _Run:
         return max(self.options.n_window, 2 * N_REPEATED + 1)
 
     def planned_stages(self, n_gated: int) -> tuple[PlannedStage, ...]:
-        """Return the analysis's possible stages; `n_gated`: the number of windows for the gates."""
+        """Return the stages that may run; `n_gated`: the number of windows for the gates."""
         n_tried = len(self.plans)
         window = memory.reading_work(self.last, self.options.n_window)
         draws = _N_DRAWS * memory.reading_work(self.last, 2 * N_REPEATED)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TorchDevice:
-    """A device's name in torch, and the data type for fast matrix products."""
+    """A torch device's name, and the data type in which it multiplies matrices fastest."""
 
     name: str
     matrices: torch.dtype
