@@ -153,7 +153,7 @@ class DiskStore:
                 images={int(row): str(key) for row, key in about["images"]},
             )
 
-        return _read(path, read)
+        return _read(path, read, remove_unreadable)
 
     def _write(self, prompts_key: str, state: SavedState) -> None:
         about = {
@@ -202,15 +202,18 @@ class DiskStore:
             n_bytes -= status.st_size
 
 
-def _read(path: Path, read: Callable[[zipfile.ZipFile], T]) -> T | None:
-    """Return the result of `read`, or None for a missing or damaged file. Removes a damaged one."""
+def _read(
+    path: Path, read: Callable[[zipfile.ZipFile], T], remove_unreadable: bool = True
+) -> T | None:
+    """Return the result of `read`, or None for a missing or unreadable file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return read(archive)
     except FileNotFoundError:  # another process removed it
         return None
     except (OSError, TypeError, *DAMAGES) as error:
-        log.warning("removed %s, which is not a readable state: %s", path, error)
-        with suppress(OSError):
-            path.unlink()
+        if remove_unreadable:
+            log.warning("removed %s, which is not a readable state: %s", path, error)
+            with suppress(OSError):
+                path.unlink()
         return None
