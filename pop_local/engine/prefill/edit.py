@@ -6,6 +6,7 @@ and a refill decodes the stale rows again later.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,11 @@ class ReusableRows:
             rule.reuse is Reuse.EDITED and cache.pruning.is_pruning and not prompt.images
         )
         self._tokens = np.asarray(prompt.tokens, np.int32)
-        self._hashes = window_hashes(self._tokens, MIN_RUN)
         self._found: dict[bytes, NDArray[np.int32]] = {}
+
+    @cached_property
+    def _hashes(self) -> NDArray[np.uint64]:
+        return window_hashes(self._tokens, MIN_RUN)
 
     def count(self, cached: np.ndarray, images: Mapping[int, str]) -> int:
         """Return the number of reusable rows (see CountReusable)."""
