@@ -166,18 +166,24 @@ def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
     return [a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)]
 
 
-def run(model: PopModel, mode: Mode, prompt: Prompt, n_decode: int = N_DECODE) -> Run:
+def run(
+    model: PopModel,
+    mode: Mode,
+    prompt: Prompt,
+    n_decode: int = N_DECODE,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Run:
     """Read a prompt into an empty cache, sample a token, and decode `n_decode` more tokens."""
     model.engine.set_mode(mode)
     model.engine.cache.clear()
-    started_s = time.perf_counter()
+    started_s = clock()
     read = model.read(prompt)
     with closing(model.engine.sampled(TurnOptions(temperature=0.0))) as sampled:
         next(sampled)
-        first_s = time.perf_counter()
+        first_s = clock()
         for _ in range(n_decode):
             next(sampled)
-        decoded_s = time.perf_counter()
+        decoded_s = clock()
     require_rows(model, mode, prompt, read.counters)
     return Run(first_s - started_s, n_decode / (decoded_s - first_s), read)
 
