@@ -6,7 +6,7 @@ import pytest
 
 from pop_local.measure import estimate, probes
 from pop_local.workflows import benchmark
-from pop_local.workflows.conversion import full_model, named
+from pop_local.workflows.conversion import full_model, named, search
 from support import calibrating
 from support.synthetic import make_gguf
 
@@ -43,4 +43,6 @@ def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure few windows, and try no rules with fewer deep rows."""
+    monkeypatch.setattr(search.Search, "trade_rows", lambda _: None)
     monkeypatch.setattr(full_model, "N_WINDOWS", 2)

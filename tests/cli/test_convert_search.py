@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pop_converter.popfile import sidecar as sidecars
+from pop_converter.popfile.format import DeepRows
 from pop_local.calibration import texts
 from pop_local.cli import app
 from pop_local.measure import budget
@@ -29,6 +30,7 @@ from support.converted import names
 from support.shapes import read_pop_meta
 from support.synthetic import make_gguf
 
+TRADE_ROWS = searching.Search.trade_rows
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
 # Runs the command, which waits forever in the first candidate's measurement.
@@ -86,6 +88,21 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
     assert last["lookups"]["logprob_lost"] == meta.measured.lookups_logprob_lost
     assert found["verdict"].endswith("Use --full to avoid any loss.")
     assert min(seconds.values()) > 0
+
+
+def test_deep_rows_are_traded_if_the_budget_allows(tiny, letters, tmp_path, monkeypatch):
+    """Expect the candidate without deep rows, the fastest, since all are within the budget."""
+    monkeypatch.setattr(searching.Search, "trade_rows", TRADE_ROWS)
+    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [each["deep_rows"] for each in found["tried"][-2:]] == ["spelling", "none"]
+    assert (found["boundary"], found["deep_rows"], found["deep_share"]) == (2, "none", 0)
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.budget is not None and meta.deep_rows is DeepRows.NONE
+    assert meta.budget.tried.endswith("2 (names) inside, 2 (spelling) inside, 2 inside")
+    limits = [each["speedup_limit"] for each in found["tried"][-3:]]
+    assert limits == sorted(limits) and limits[0] < limits[-1]
 
 
 def test_trials_do_not_hash_the_model(tiny, letters, monkeypatch):

@@ -40,6 +40,12 @@ class DeepRows(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+    @property
+    def fewer(self) -> tuple["DeepRows", ...]:
+        """The rules that select fewer rows than this rule, in descending order."""
+        rules = list(DeepRows)
+        return tuple(reversed(rules[: rules.index(self)]))
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -95,6 +95,8 @@ def show_plan(conversion: Conversion) -> None:
     if len(conversion.tried) < len(conversion.plans):
         past = ", ".join(str(each.boundary) for each in conversion.tried)
     where = [*budget, ("Boundaries", past)]
+    if fewer := first.deep_rows.fewer:
+        where.append(("Deep rows", f"{first.deep_rows}, then {', '.join(fewer)} if faster"))
     if most := conversion.limit(plan):
         limit += f" if only the first boundary is within the budget, {most:.2f}x if all are"
     layers = f"up to {plan.n_skipped} within the budget"

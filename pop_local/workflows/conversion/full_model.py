@@ -35,10 +35,8 @@ class FullModel:
     _scores: list[FullScores] = field(default_factory=list)
     _answers: Answers = field(default_factory=list)
 
-    @cached_property
-    def deep_share(self) -> float:
-        """Return the share of the text's tokens that run all layers because of their words."""
-        rule = self.plan.deep_rows
+    def deep_share(self, rule: DeepRows) -> float:
+        """Return the share of the text's tokens that `rule` selects."""
         if rule is DeepRows.NONE:
             return 0.0
         with self.runner.opened(self.plan) as model:

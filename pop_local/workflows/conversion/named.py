@@ -38,7 +38,7 @@ def write_named(run: ConversionRun) -> Outcome:
             " boundary."
         )
         return run.write(plan, None, None)
-    share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share
+    share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share(plan.deep_rows)
     plan = replace(plan, deep_share=share)
     require_windows(run.runner, plan)
     fitter = run.fitter()

@@ -8,7 +8,9 @@ the middle boundary (`budget.undecided`). 3. One pass over the text fits a bound
 boundaries that bisection may need next, if memory allows. 4. After bisection, the search distills
 fits, starting at the fastest candidate. It continues with the next deeper boundary
 until a candidate exceeds the budget. If a step fails (for example for lack of memory), the earlier
-results remain valid. 5. The search chooses the fastest candidate within the budget. Among equally
+results remain valid. 5. At the end, the search tries rules that select fewer deep rows. Each rule
+starts at the deepest boundary within the budget, and skips fewer layers as long as the candidate
+would be the fastest. 6. The search chooses the fastest candidate within the budget. Among equally
 fast candidates, it prefers a distilled candidate, unless its KL is larger by more than the standard
 error. Otherwise, it chooses the smallest KL.
 """
@@ -101,8 +103,8 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 class Search:
     """A search among plans, which are in order of increasing depth.
 
-    `plain` and `distilled`: the candidates, in order of increasing depth. After a stop, `run`
-    continues the search.
+    `plain` and `distilled`: the candidates, in order of increasing depth. `traded`: the candidates
+    with fewer deep rows. After a stop, `run` continues the search.
     """
 
     runner: TrialRunner
@@ -112,6 +114,7 @@ class Search:
     plans: Sequence[Plan]
     plain: list[Candidate] = field(default_factory=list)
     distilled: list[Candidate] = field(default_factory=list)
+    traded: dict[str, Candidate] = field(default_factory=dict)
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -122,7 +125,8 @@ class Search:
 
     @property
     def judged(self) -> list[Candidate]:
-        return [it for it in (*self.plain, *self.distilled) if it.is_inside is not None]
+        tried = (*self.plain, *self.distilled, *self.traded.values())
+        return [it for it in tried if it.is_inside is not None]
 
     @property
     def inside(self) -> list[Candidate]:
@@ -134,7 +138,7 @@ class Search:
         Raises OverBudgetError, PopError, StoppedError.
         """
         if not self.plain:
-            share = self.full.deep_share
+            share = self.full.deep_share(self.plans[0].deep_rows)
             self.plain = [Candidate(replace(plan, deep_share=share)) for plan in self.plans]
         self.bisect()
         if self.fitter.distiller is not None:
@@ -142,6 +146,7 @@ class Search:
             self.distill()
         if not self.inside:
             raise self._over()
+        self.trade_rows()
         chosen = self.fastest()
         figures = budgets.figures_in_words(chosen.quality, chosen.lookups)
         self._note(f"Boundary {chosen} is the fastest within the budget: {figures}")
@@ -152,7 +157,7 @@ class Search:
         return replace(chosen, plan=plan)
 
     def fastest(self) -> Candidate:
-        """Return the fastest candidate within the budget (rule 5)."""
+        """Return the fastest candidate within the budget (rule 6)."""
         best = max(self.inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
         for each in self.inside:
             if each.plan.is_distilled and each.plan.speedup_limit == best.plan.speedup_limit:
@@ -244,6 +249,27 @@ class Search:
             except PopError as error:
                 self._note(f"Skipping boundary {candidate}: {error}")
                 return
+
+    def trade_rows(self) -> None:
+        """Try rules with fewer deep rows (rule 5).
+
+        The search assumes that fewer deep rows never improve quality, so a rule starts at the
+        boundary that the previous rule reached.
+        """
+        ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
+        start = min(each.boundary for each in self.inside)
+        for rule in self.plans[0].deep_rows.fewer:
+            share = self.full.deep_share(rule)
+            for boundary in sorted(each for each in ready if each >= start):
+                base = ready[boundary]
+                plan = replace(base.plan, deep_rows=rule, deep_share=share)
+                if plan.speedup_limit <= self.fastest().plan.speedup_limit:
+                    break
+                traded = Candidate(plan, base.fitted)
+                if self.settle(self.traded.setdefault(str(traded), traded)):
+                    start = boundary
+                    break
+                start = boundary + 1
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
         """Fit the first candidate, and the next candidates if the same pass has room (rule 3)."""

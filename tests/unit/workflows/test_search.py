@@ -1,5 +1,6 @@
 """Stages of a search, with verdicts from the tests instead of a model."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +18,16 @@ from support.calls import ignore
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
+NONE, SPELLING, NAMES = DeepRows
 N_LAYER = 8
+SHARES = {NAMES: 0.45, SPELLING: 0.1, NONE: 0.0}
 
 
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
     """Return a search over the fitted boundaries 7 to 2, and the candidates that it settles.
 
-    `least`: the deepest boundary within the budget.
+    `least`: the deepest boundary within the budget for each rule. Other rules are always outside.
     """
     shape = read_shape(make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=N_LAYER))
     watch = SimpleNamespace(on_note=ignore)
@@ -33,20 +36,24 @@ def searched(tmp_path, monkeypatch):
         n_deep = N_LAYER - (N_LAYER if boundary is None else boundary)
         return 10**6 * (n_prompt * (N_LAYER - n_deep) + n_full * n_deep)
 
-    def search(least: int) -> tuple[Search, list[str]]:
+    def search(least: dict[DeepRows, int]) -> tuple[Search, list[str]]:
         settled: list[str] = []
 
         def settle(self: Search, candidate: Candidate) -> bool:
             settled.append(str(candidate))
             quality: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
             candidate.measured = quality
-            candidate.is_inside = candidate.boundary >= least
+            bound = least.get(candidate.plan.deep_rows, N_LAYER)
+            candidate.is_inside = candidate.boundary >= bound
             return candidate.is_inside
 
         monkeypatch.setattr(Search, "settle", settle)
-        rows: Any = {"projection": Projection.FITTED, "deep_rows": DeepRows.NAMES, "macs": macs}
-        plans = [make_plan(shape, boundary=each, **rows) for each in range(7, 1, -1)]
-        full: Any = SimpleNamespace(deep_share=0.45)
+        rows: Any = {"projection": Projection.FITTED, "deep_rows": NAMES, "macs": macs}
+        plans = [
+            replace(make_plan(shape, boundary=each, **rows), deep_share=SHARES[NAMES])
+            for each in range(7, 1, -1)
+        ]
+        full: Any = SimpleNamespace(deep_share=SHARES.get)
         runner: Any = SimpleNamespace(watch=watch)
         fitter: Any = SimpleNamespace(distiller=None)
         found = Search(runner, BALANCED, fitter, full, plans)
@@ -60,15 +67,45 @@ def searched(tmp_path, monkeypatch):
     return search
 
 
+@pytest.mark.parametrize(
+    ("least", "settled", "chosen"),
+    [
+        ({NAMES: 4}, ["4 (spelling)", "5 (spelling)"], "4 (names)"),
+        ({NAMES: 4, SPELLING: 4}, ["4 (spelling)", "4"], "4 (spelling)"),
+        ({NAMES: 4, SPELLING: 5}, ["4 (spelling)", "5 (spelling)", "5"], "5 (spelling)"),
+        ({NAMES: 4, SPELLING: 4, NONE: 4}, ["4 (spelling)", "4"], "4"),
+    ],
+)
+def test_rows_are_traded_for_layers_while_that_is_faster(searched, least, settled, chosen):
+    search, asked = searched(least)
+    before = search.fastest().plan.speedup_limit
+    search.trade_rows()
+    assert str(search.fastest()) == chosen
+    assert asked == settled
+    assert all(each.plan.speedup_limit > before for each in search.traded.values())
+
+
+def test_the_share_of_deep_rows_counts_in_the_speedup_limit(searched):
+    search, _ = searched({NAMES: 4})
+    plan = search.plans[0]
+    limits = [replace(plan, deep_share=share).speedup_limit for share in SHARES.values()]
+    assert limits == sorted(limits) and len(set(limits)) == 3
+
+
+def test_rules_with_fewer_rows_end_at_none():
+    assert NAMES.fewer == (SPELLING, NONE)
+    assert NONE.fewer == ()
+
+
 def test_a_walk_ends_at_the_first_candidate_outside(searched):
-    search, asked = searched(4)
+    search, asked = searched({NAMES: 4})
     search.distilled = [Candidate(it.plan, it.fitted) for it in search.plain]
     search.distill()
     assert asked == ["7 own (names)", *(f"{boundary} (names)" for boundary in (6, 5, 4, 3))]
 
 
 def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
-    search, _ = searched(4)
+    search, _ = searched({NAMES: 4})
 
     def fail(self: Search, candidate: Candidate) -> bool:
         raise PopError("no memory is left")
@@ -83,7 +120,7 @@ def test_a_walk_that_fails_keeps_the_earlier_results(searched, monkeypatch):
 
 
 def test_a_search_without_a_candidate_inside_is_over_budget(searched):
-    search, _ = searched(N_LAYER)
+    search, _ = searched({})
     for candidate in search.judged:
         figures: Any = candidate.quality
         figures.ppl_ratio = figures.copy_ppl_ratio = Estimate(2.0, 0.1)
