@@ -23,12 +23,7 @@ from pop_converter.projection import Projection
 from pop_local.engine.cache.saved_state import decoded_array, encoded_array
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.engine.sessions.fields import (
-    Fingerprint,
-    Session,
-    encoded,
-)
-from pop_local.engine.sessions.session_file import Sessions
+from pop_local.engine.sessions.session_file import Fingerprint, Session, Sessions, encoded
 from pop_local.measure.budget import boundaries
 from pop_local.texts.document_readers import Document
 from pop_local.workflows import inspect_file as inspection

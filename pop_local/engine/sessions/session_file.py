@@ -13,14 +13,15 @@ damage.
 """
 
 import dataclasses
+import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import make_private, replacing
@@ -40,23 +41,46 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.vocabulary import Pieces
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.sessions.fields import (
-    Fingerprint,
-    OtherFormatError,
-    Session,
-    decoded,
-    encoded,
-)
 
 SUFFIX = ".popsession"
+FORMAT = 3
 _NOT_SAVED = "the file has no KV cache, because another conversation had replaced the cached rows"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
 _NAME = re.compile(r"\w(?:[\w .+-]{0,78}[\w.+-])?")
 
-# Returns an archive's picture with this name and hash.
-ReadFrom = Callable[[zipfile.ZipFile, str, str], Picture]
+T = TypeVar("T")
+
+# Returns the picture with this name and hash.
+ReadPicture = Callable[[str, str], Picture]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of the model and backend that computed the K/V, without the POP key."""
+
+    model_bytes: int
+    model_sha256: str
+    backend: str
+    mmproj: str = ""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session file without its K/V.
+
+    `mode`: the mode that computed the K/V. `images`: (first row, key) of each image.
+    """
+
+    name: str
+    model: str
+    n_tokens: int
+    mode: Mode
+    key: str
+    fingerprint: Fingerprint
+    conversation: Conversation
+    images: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +160,7 @@ class Sessions:
             status = self.path(name).stat()
             session = None
             with suppress(PopError), _opened(self.path(name)) as archive:
-                session = _session(archive, _named_picture)
+                session = _session(archive, with_pictures=False)
             yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
@@ -197,7 +221,7 @@ class Sessions:
         path = self.path(name)
         ours, state = fingerprint(engine), None
         with _opened(path) as archive:  # opened once, because another process may replace the file
-            session = _session(archive, _stored_picture)
+            session = _session(archive)
             reread = _difference(session, ours, engine)
             if session.n_tokens and not reread:
                 state = read_state(
@@ -224,22 +248,81 @@ class Sessions:
         return Restored(session, "")
 
 
-def _session(archive: zipfile.ZipFile, picture: ReadFrom) -> Session:
-    content = read_member(archive, _TRANSCRIPT, _MAX_TRANSCRIPT_BYTES)
-    return decoded(content, partial(picture, archive))
+def encoded(session: Session) -> str:
+    """Return the session as JSON, with names and hashes instead of pictures."""
+    fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
+    for turn, raw in zip(session.conversation.turns, fields["conversation"]["turns"], strict=True):
+        raw["pictures"] = [{"name": one.name, "sha256": one.sha256} for one in turn.pictures]
+    return json.dumps(fields, ensure_ascii=False, indent=1)
 
 
-def _stored_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
-    found = picture_of(read_member(archive, _PICTURE.format(sha256)), name)
-    if found.sha256 != sha256:
-        raise ValueError("the picture has another hash")
-    return found
+def _session(archive: zipfile.ZipFile, *, with_pictures: bool = True) -> Session:
+    """Parse an archive's transcript. Without `with_pictures`, pictures have no content.
+
+    Raises PopError for another format version, and one of DAMAGES for invalid JSON.
+    """
+
+    def picture(name: str, sha256: str) -> Picture:
+        member = _PICTURE.format(sha256)
+        if not with_pictures:
+            archive.getinfo(member)  # raises if the picture is missing
+            return Picture(name, b"", 0, 0)
+        found = picture_of(read_member(archive, member), name)
+        if found.sha256 != sha256:
+            raise ValueError("the picture has another hash")
+        return found
+
+    raw = _typed(json.loads(read_member(archive, _TRANSCRIPT, _MAX_TRANSCRIPT_BYTES)), dict)
+    if (found := _typed(raw.pop("format", None), int)) != FORMAT:
+        raise PopError(
+            f"the session {archive.filename} cannot be read: the file has format {found}, this"
+            f" version reads format {FORMAT}",
+            "load the session with the version of pop-local that saved it",
+        )
+    session: Session = _value(Session, raw, picture)
+    return session
 
 
-def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
-    """Return a picture without content, for listings."""
-    archive.getinfo(_PICTURE.format(sha256))
-    return Picture(name, b"", 0, 0)
+def _value(kind: Any, raw: object, picture: ReadPicture) -> Any:
+    """Convert a field's JSON to its type. Raises ValueError or KeyError if it does not fit."""
+    if kind is Picture:
+        named = _fields(raw, {"name", "sha256"})
+        return picture(_text(named["name"]), _text(named["sha256"]))
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        fields = _fields(raw, hints.keys())
+        return kind(**{name: _value(hint, fields[name], picture) for name, hint in hints.items()})
+    if get_origin(kind) is tuple:
+        items, kinds = _typed(raw, list), get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(items)
+        return tuple(_value(of, item, picture) for of, item in zip(kinds, items, strict=True))
+    if kind is Mode:
+        return Mode[_text(raw)]
+    if kind is not int:
+        return _text(raw)
+    if not 0 <= (number := _typed(raw, int)) < 2**63:
+        raise ValueError("number out of range")
+    return number
+
+
+def _fields(value: object, names: Set[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = _typed(value, dict)
+    if fields.keys() != names:
+        raise ValueError("missing or unknown fields")
+    return fields
+
+
+def _typed(value: object, kind: type[T]) -> T:
+    if type(value) is not kind:
+        raise ValueError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _text(value: object) -> str:
+    text = _typed(value, str)
+    text.encode()  # raises for lone surrogates
+    return text
 
 
 def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
@@ -266,9 +349,6 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except OSError as error:
         hint = "check the file's permissions"
         raise PopError(f"cannot read {path}: {error.strerror}", hint) from error
-    except OtherFormatError as error:
-        hint = "load the session with the version of pop-local that saved it"
-        raise PopError(f"the session {path} cannot be read: {error}", hint) from error
     except DAMAGES as error:
         raise _damaged(path) from error
 
