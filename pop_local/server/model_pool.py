@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from pop_converter.base.errors import PopError
 from pop_converter.base.nearest import nearest_hint
 from pop_converter.base.numbers import size
-from pop_local.engine.learning.learned_fit import Fitter
+from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.llama.loading import DEFAULT_CTX
 from pop_local.engine.model import PopModel

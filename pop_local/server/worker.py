@@ -14,7 +14,7 @@ from pop_converter.base.errors import PopError, StoppedError
 from pop_local.engine.chat_messages import Chunk, TokenLogprob, TurnStats
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.embedding import embedding
-from pop_local.engine.learning.learned_fit import Fitter
+from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel

@@ -14,8 +14,7 @@ from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.fit_options import FitOptions
 from pop_local.calibration.needs import MAX_WIDE_COST, fit_cost
-from pop_local.engine.learning.learned_fit import LearnedFit, Loss
-from pop_local.engine.learning.online_calibrator import N_WINDOW, OnlineCalibrator
+from pop_local.engine.learning.online_calibrator import N_WINDOW, LearnedFit, OnlineCalibrator
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
@@ -73,15 +72,15 @@ class _LearnedFitter(PlanFitter):
 class OnlineCalibration:
     """Fitter that creates sidecars from an open model's learned sums while the model is idle.
 
-    `loss`: the current fit's loss (None until it is measured).
+    `quality`: the current fit's quality on the newest held-out windows (None until it is measured).
     """
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
         if model.engine.calibrator is None:
             raise PopError("the model does not learn", "call the model's learn()")
-        self.loss: Loss | None = None
-        self._in_use: Quality | None = None
-        self._model, self._learner, self._budget = model, model.engine.calibrator, budget
+        self.quality: Quality | None = None
+        self.budget = budget
+        self._model, self._learner = model, model.engine.calibrator
         self._should_stop: Callable[[], bool] = lambda: False
         watch = Watch(should_stop=lambda: self._should_stop())
         context = model.engine.context
@@ -127,8 +126,8 @@ class OnlineCalibration:
         if search is None:  # another process or the user has deleted the sums
             self._end()
             return None
-        if self._model.engine.pruning.boundary and self._in_use is None:
-            self._take(self._measured_in_use(search.full))
+        if self._model.engine.pruning.boundary and self.quality is None:
+            self.quality = self._measured_in_use(search.full)
         chosen = search.run()
         if not self._is_better(chosen):
             self._end()
@@ -146,20 +145,9 @@ class OnlineCalibration:
             force=True,
         )
         self._end()
-        self._take(chosen.quality)
+        self.quality = chosen.quality
         plan, n_rows = chosen.plan, chosen.fitted.calibration.n_tokens
         return LearnedFit(target, plan.boundary, plan.speedup_limit, n_rows)
-
-    def _take(self, quality: Quality) -> None:
-        self._in_use = quality
-        self.loss = Loss(
-            quality.n_windows,
-            quality.kl_mean.value,
-            quality.kl_mean.se or 0.0,
-            quality.ppl_ratio.value,
-            quality.copy_ppl_ratio.value,
-            is_inside(self._budget, quality),
-        )
 
     def _begun(self) -> Search | None:
         learner, shape = self._learner, self._model.engine.context.files.shape
@@ -178,15 +166,15 @@ class OnlineCalibration:
             plans.append(replace(plan, projection=kinds[-1]))
         if not plans:
             return None
-        self._in_use = None
+        self.quality = None
         settings = QualitySettings(
             len(learner.held_out), N_WINDOW - _N_CONTINUATION, _N_CONTINUATION, n_draws=_N_DRAWS
         )
-        texts = tuple(tuple(window.tolist()) for window in learner.held_out)
+        texts = tuple(tuple(chunk.tokens.tolist()) for chunk in learner.held_out)
         full = FullModel(self._runner, plans[0], settings, texts)
         options = FitOptions(kv_type=KvType.Q8_0, projection=plans[0].projection)
         fitter = _LearnedFitter(self._runner, options, learner=learner, sums=sums)
-        return Search(self._runner, self._budget, fitter, full, plans)
+        return Search(self._runner, self.budget, fitter, full, plans)
 
     def _measured_in_use(self, full: FullModel) -> Quality:
         model, runner = self._model, self._runner
@@ -198,8 +186,8 @@ class OnlineCalibration:
 
     def _is_better(self, chosen: Candidate) -> bool:
         """Return True if the fit skips more layers than the current fit, or has a smaller KL."""
-        before = self._in_use
-        if before is None or not is_inside(self._budget, before):
+        before = self.quality
+        if before is None or not is_inside(self.budget, before):
             return True
         in_use = self._model.engine.pruning.boundary
         if chosen.plan.boundary != in_use:

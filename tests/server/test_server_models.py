@@ -19,7 +19,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.cache.cache_states import CacheStates
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.refiller import Refiller
-from pop_local.engine.learning.learned_fit import LearnedFit
+from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.server.api_errors import ApiError
 from pop_local.server.app import create_app

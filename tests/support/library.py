@@ -10,7 +10,7 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from pop_local.engine.cache.prompt_cache import PromptCache
-from pop_local.engine.learning.learned_fit import Fitter
+from pop_local.engine.learning.online_calibrator import Fitter
 from pop_local.engine.model import PopModel
 from pop_local.server.app import create_app
 from pop_local.server.model_listing import models_in

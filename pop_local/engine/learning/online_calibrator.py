@@ -10,7 +10,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import psutil
@@ -88,7 +89,34 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class _HeldOutChunk:
+class LearnedFit:
+    """A sidecar learned from `n_rows` tokens; `speedup_limit`: the maximum prefill speed-up."""
+
+    sidecar: Path
+    boundary: int
+    speedup_limit: float
+    n_rows: int
+
+    def __str__(self) -> str:
+        return (
+            f"Learned from {self.n_rows:,} tokens of your prompts: prompts are read up to"
+            f" {self.speedup_limit:.1f} times as fast from now on."
+        )
+
+
+class Fitter(Protocol):
+    """A fitter for learned sums (implemented in pop_local.workflows.learning)."""
+
+    @property
+    def has_work(self) -> bool:
+        """Return True if `idle` has work."""
+
+    def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
+        """Work until a fit is ready, no work is left, or a stop is requested. Raises PopError."""
+
+
+@dataclass(frozen=True)
+class HeldOutChunk:
     """A held-out prompt chunk, with its first row and its tokens."""
 
     start: int
@@ -116,8 +144,7 @@ class OnlineCalibrator:
     ) -> None:
         """`memory_bytes`: the memory limit for the sums and the queued rows together."""
         self.file, self._shape = file, shape
-        self.held_out: deque[np.ndarray] = deque(maxlen=N_HELD_OUT)
-        self._held_out_chunks: deque[_HeldOutChunk] = deque(maxlen=N_HELD_OUT)
+        self.held_out: deque[HeldOutChunk] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
         self._used: list[Rows] = []
         # Hashes of the added chunks, so that a repeated prompt counts only once.
@@ -194,9 +221,7 @@ class OnlineCalibrator:
             return
         self._n_chunks += 1
         if self._n_chunks % N_APART == 0:
-            chunk = _HeldOutChunk(start, np.asarray(tokens[:N_WINDOW]))
-            self.held_out.append(chunk.tokens)
-            self._held_out_chunks.append(chunk)
+            self.held_out.append(HeldOutChunk(start, np.asarray(tokens[:N_WINDOW])))
 
     def computed(self) -> None:
         """Queue the computed rows whose states equal the full model's states."""
@@ -209,7 +234,7 @@ class OnlineCalibrator:
             return
         start, end = tapped.position, tapped.position + tapped.n_rows
         tokens = cache.tokens[start:end]
-        is_held_out = any(each.overlaps(start, tokens) for each in self._held_out_chunks)
+        is_held_out = any(each.overlaps(start, tokens) for each in self.held_out)
         key = _key(tokens)
         is_known = key in self._seen
         is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_held_out or is_known)

@@ -10,7 +10,7 @@ from pop_converter.base.errors import PopError
 from pop_local.engine.answer import ContextFullError
 from pop_local.engine.chat_messages import TurnStats
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.learning.learned_fit import Fitter, LearnedFit
+from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
@@ -20,6 +20,7 @@ from pop_local.ui.chat.overflow import answer_reserve, ask_for_room
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.ctrl_c import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
+from pop_local.workflows.learning import OnlineCalibration
 
 WARN_SHARE = 0.8
 # Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
@@ -48,7 +49,7 @@ class Dialogue:
         system: str = "",
         sampling: Mapping[str, Any],
         refill: str = "off",
-        make_fitter: Callable[[PopModel], Fitter | None] = lambda model: None,
+        make_fitter: Callable[[PopModel], OnlineCalibration | None] = lambda model: None,
     ) -> None:
         self.model = model
         self.session: ChatSession = model.session(system=system)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pop_converter.base.numbers import size
-from pop_local.engine.learning.learned_fit import LearnedFit
+from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.error_output import as_pop_error
 

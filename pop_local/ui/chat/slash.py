@@ -67,8 +67,7 @@ def _stats(chat: Dialogue, argument: str) -> None:
     engine = chat.model.engine
     lines = [*session_lines(chat.session.answer_stats, engine.context.n_ctx, chat.costs.of)]
     if engine.calibrator is not None:
-        loss = chat.fitter.loss if chat.fitter else None
-        lines += learned_lines(engine.calibrator.learned, loss)
+        lines += learned_lines(engine.calibrator.learned, chat.fitter)
     for line in lines:
         chat.screen.note(line)
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.learning.learned_fit import Loss
 from pop_local.engine.learning.online_calibrator import Learned
+from pop_local.measure.budget import is_inside
 from pop_local.measure.full_cost import FullCost
+from pop_local.workflows.learning import OnlineCalibration
 
 ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted": " · stopped"}
 
@@ -67,7 +68,7 @@ def session_lines(
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 
 
-def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
+def learned_lines(learned: Learned, fitter: OnlineCalibration | None) -> Iterator[str]:
     """Yield the progress of learning, and the fit's loss on the latest prompts."""
     rows = f"{learned.n_rows:,} tokens"
     if learned.n_rows < learned.n_wanted:
@@ -76,12 +77,14 @@ def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
     yield f"Learned: {rows}{waiting}."
     if learned.n_missed:
         yield f"Not learned for lack of memory: {learned.n_missed:,} tokens."
-    if loss is None:
+    if fitter is None or fitter.quality is None:
         return
+    quality, kl = fitter.quality, fitter.quality.kl_mean
+    ending = "" if is_inside(fitter.budget, quality) else ", above the budget"
     yield (
-        f"Loss on your prompts ({loss.n_windows} chunks): KL {loss.kl:.3f} ± {loss.kl_se:.3f},"
-        f" perplexity ratio {loss.ppl_ratio:.3f}, copying {loss.copy_ppl_ratio:.3f}"
-        f"{'' if loss.is_inside else ', above the budget'}."
+        f"Loss on your prompts ({quality.n_windows} chunks): KL {kl.value:.3f} ± {kl.se or 0:.3f},"
+        f" perplexity ratio {quality.ppl_ratio.value:.3f},"
+        f" copying {quality.copy_ppl_ratio.value:.3f}{ending}."
     )
 
 

@@ -128,7 +128,7 @@ def test_held_out_rows_are_in_no_sum(plain):
     assert model.engine.calibrator.learned.n_held_out == 1
     model.engine.calibrator.work(never)
     assert model.engine.calibrator.learned.n_rows == 5 * (N - 1)
-    assert model.engine.calibrator.held_out[0].tolist() == prompt(N * 3, seed=1)[2 * N :]
+    assert model.engine.calibrator.held_out[0].tokens.tolist() == prompt(N * 3, seed=1)[2 * N :]
     # Rereading adds nothing.
     read(model, prompt(N * 3, seed=1))
     model.engine.calibrator.work(never)

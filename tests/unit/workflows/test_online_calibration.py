@@ -96,7 +96,7 @@ def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_pa
     assert found.counters.n_context > 1000
     meta: Any = sidecar_meta(read_header(lesson.sidecar))
     assert meta.calibration.n_tokens == lesson.n_rows
-    assert meta.measured.kl_mean == pytest.approx(lessons.loss.kl)
+    assert meta.measured.kl_mean == pytest.approx(lessons.quality.kl_mean.value)
 
 
 def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
@@ -118,7 +118,7 @@ def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
         read(again, prompt(3 * N, seed))
         again.engine.refiller.refill()
     lessons.idle(never)
-    assert again.engine.calibrator.learned.n_rows > n_rows and lessons.loss is not None
+    assert again.engine.calibrator.learned.n_rows > n_rows and lessons.quality is not None
     # The next sidecar may replace the one in use.
     lesson.sidecar.replace(lesson.sidecar.with_suffix(".old"))
     again.read(Prompt(prompt(600, 9)))
@@ -186,7 +186,7 @@ def test_a_later_fit_must_be_better(plain, monkeypatch):
     better = lessons.idle(never)
     # More random text may or may not improve the fit.
     assert better is None or better.boundary == 4
-    assert lessons.loss.n_windows > 1
+    assert lessons.quality.n_windows > 1
 
 
 @pytest.mark.parametrize("kind", [Projection.FITTED, Projection.WIDE])
