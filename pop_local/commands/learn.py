@@ -10,8 +10,8 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.commands.shared_options import Json
 from pop_local.engine.learning.store import SumsFile
-from pop_local.models.learned import LearnedFiles, learned_files
 from pop_local.models.model_names import resolve_base
+from pop_local.models.sidecars import LearnedFiles, learned_files
 from pop_local.ui.console import note
 from pop_local.ui.lazy import sub_app
 from pop_local.ui.tables import Column, print_json, print_table

@@ -21,7 +21,7 @@ from pop_converter.fit.wide import WideInput
 from pop_converter.gguf.source import Source, sampled_sha256
 from pop_converter.projection import Projection
 from pop_local.engine.learning.sums import Sums, stored_inputs
-from pop_local.models.learned import LearnedFiles
+from pop_local.models.sidecars import LearnedFiles
 
 log = logging.getLogger("pop_local.learning")
 

@@ -18,8 +18,7 @@ from pop_local.engine.learning import online_calibrator as learning
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import estimate
-from pop_local.models.learned import learned_files
-from pop_local.models.sidecars import sidecar_of
+from pop_local.models.sidecars import learned_files, sidecar_of
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.workflows import learning as lessons_module
