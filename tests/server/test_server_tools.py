@@ -157,7 +157,7 @@ def test_usage_lists_ignored_tool_keywords(client):
         ({"tools": [], "tool_choice": "required"}, "tool_choice requires tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-        ({"tools": [WEATHER, WEATHER]}, "collide"),
+        ({"tools": [WEATHER, WEATHER]}, "two tools have the same name"),
         ({"tools": [WEATHER] * 257}, "tools"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},

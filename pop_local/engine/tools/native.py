@@ -1,6 +1,6 @@
 """Render and parse tool calls in the template's form, with llama.cpp's chat code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import Any
 
@@ -17,15 +17,15 @@ class Rendered:
     """A prompt and the form of its answer, from pop-chat.cpp.
 
     `takes_tools`: whether the template renders tools. `grammar`: GBNF of the answer after a match
-    of one of the `triggers` (kind, value). `shown`: special tokens in the form's text.
+    of one of the `triggers` (type and value). `shown`: special tokens in the form's text.
     """
 
     prompt: str
     takes_tools: bool
     grammar: str
-    triggers: tuple[tuple[str, str], ...]
-    shown: tuple[str, ...]
-    stops: tuple[str, ...]
+    triggers: list[dict[str, str]]
+    shown: list[str]
+    stops: list[str]
     format: dict[str, Any]
 
 
@@ -68,21 +68,15 @@ def render(
         "tool_choice": "auto",
     }
     made = _chat.call("render", request)
-    grammar = made["grammar"]
+    grammar, form = made["grammar"], made["format"]
     if not grammar:  # without triggers, `auto` has no grammar
-        required = _chat.call("render", {**request, "tool_choice": "required"})
-        grammar = required["grammar"] and _with_root(required["grammar"], "tool-call")
+        grammar = _chat.call("render", {**request, "tool_choice": "required"})["grammar"]
+        grammar = grammar and _with_root(grammar, "tool-call")
     elif _SEVERAL in grammar:  # this root also matches white space alone
         grammar = _with_root(grammar, "tool-call (space tool-call)*" if several else "tool-call")
-    return Rendered(
-        made["prompt"],
-        made["takes_tools"],
-        grammar,
-        tuple((each["type"], each["value"]) for each in made["triggers"]),
-        tuple(made["shown"]),
-        tuple(made["stops"]),
-        {**made["format"], "key": sha256(repr(made["format"]).encode()).hexdigest()},
-    )
+    form = {**form, "key": sha256(repr(form).encode()).hexdigest()}
+    made |= {"grammar": grammar, "format": form}
+    return Rendered(**{each.name: made[each.name] for each in fields(Rendered)})
 
 
 def _with_root(grammar: str, rule: str) -> str:

@@ -69,7 +69,7 @@ class _Native:
 
     def prompt(self) -> Prompt:
         """Render the conversation. Special tokens in texts become plain text."""
-        others = [text for message in self._messages for text in _texts(_calls(message))]
+        others = _texts([_calls(message) for message in self._messages])
         others += _texts([tool.openai for tool in self._tools.all])
         made = self._prompter.render(
             self._messages, others, lambda *arguments: self._render(*arguments).prompt
@@ -82,7 +82,10 @@ class _Native:
     ) -> Rendered:
         """Render the conversation. `only`: tools in the prompt (default: all)."""
         pairs = zip(self._messages, contents, strict=True)
-        messages = [_openai(message, content, marked) for message, content in pairs]
+        messages = [
+            {"role": message.role, "content": content, **_mapped(_calls(message), marked)}
+            for message, content in pairs
+        ]
         tools = [_mapped(tool.openai, marked) for tool in only or self._tools.all]
         several = self._tools.several
         return native.render(self._prompter.template, messages, tools, several=several)
@@ -100,7 +103,7 @@ class _Native:
         grammar = Grammar.of_gbnf(gbnf, instead)
         shown = frozenset(self._shown(made))
         if not tools.must_call:
-            triggers = tuple(Trigger(_pattern(*each), {"": grammar}) for each in made.triggers)
+            triggers = tuple(Trigger(_pattern(each), {"": grammar}) for each in made.triggers)
             triggers += (_in_json(tools, rules),)
         else:
             triggers = (Trigger(_THOUGHT, {"": grammar}),) if thinks else ()
@@ -134,11 +137,11 @@ def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
     return Trigger(text_form.opening(tools.names), rest)
 
 
-def _pattern(kind: str, value: str) -> re.Pattern[str]:
-    """Convert a common_grammar_trigger of llama.cpp into a pattern with a group."""
-    source = value if kind.startswith("pattern") else re.escape(value)
-    found = re.compile(source)
-    return found if found.groups else re.compile(f"({source})")
+def _pattern(trigger: dict[str, str]) -> re.Pattern[str]:
+    """Convert one of llama.cpp's common_grammar_triggers to a pattern with a group."""
+    value, is_pattern = trigger["value"], trigger["type"].startswith("pattern")
+    found = re.compile(value if is_pattern else re.escape(value))
+    return found if found.groups else re.compile(f"({found.pattern})")
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
@@ -164,17 +167,11 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def _openai(message: Message, content: str, marked: Callable[[str], str]) -> dict[str, Any]:
-    made: dict[str, Any] = {"role": message.role, "content": content}
-    if message.calls:
-        made["tool_calls"] = _mapped(_calls(message), marked)
+def _calls(message: Message) -> dict[str, Any]:
+    """Return a message's calls, or the id of the call that it answers, in OpenAI's format."""
     if message.role == "tool":
-        made["tool_call_id"] = message.call_id
-    return made
-
-
-def _calls(message: Message) -> list[Any]:
-    return [
+        return {"tool_call_id": message.call_id}
+    calls = [
         {
             "id": call.id,
             "type": "function",
@@ -182,6 +179,7 @@ def _calls(message: Message) -> list[Any]:
         }
         for call in message.calls
     ]
+    return {"tool_calls": calls} if calls else {}
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

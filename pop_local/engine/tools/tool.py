@@ -57,7 +57,8 @@ class Tools:
         rules: dict[str, str] = {}
         for tool in self.all:
             if other := rules.get(tool.rule):
-                message = f"the names of the tools {other!r} and {tool.name!r} collide"
+                names = f"{other!r} and {tool.name!r}"
+                message = f"two tools have the same name, apart from punctuation: {names}"
                 raise PopError(message, "rename one of the two tools")
             rules[tool.rule] = tool.name
 

@@ -147,7 +147,7 @@ def test_brackets_beyond_limits_end_nothing(model):
 @pytest.mark.parametrize("names", [("a", "a"), ("get_a", "get-a")])
 def test_tools_of_equal_names_are_refused(names):
     tools = tuple(replace(WEATHER, name=name) for name in names)
-    with pytest.raises(PopError, match="collide"):
+    with pytest.raises(PopError, match="two tools have the same name"):
         Tools(tools, tools)
 
 
