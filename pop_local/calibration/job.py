@@ -7,7 +7,7 @@ import numpy as np
 
 from pop_converter.base.errors import StoppedError
 from pop_converter.base.progress import Progress
-from pop_converter.fit.wide import WideInput
+from pop_converter.fit.wide import WideInput, encode_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Calibration
@@ -85,7 +85,7 @@ def calibrate(
             for kind in kinds[boundary]:
                 made = tensors.setdefault((boundary, kind), [])
                 if not made and kind == Projection.WIDE:
-                    made += summing.encode_input(sums, boundary, options.kv_type)
+                    made += encode_input(boundary, sums.wides[boundary], options.kv_type)
                 gram, stored = sums.grams[boundary], options.kv_type
                 made += summing.solve(gram, boundary, layer, kind, options.ridge, stored)
                 follow.check_stop()

@@ -28,16 +28,15 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sessions.chat_session import (
     Answer,
     ChatSession,
-    GivenImage,
+    QuestionOptions,
     Stream,
     load_session,
 )
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.turn_options import AnswerOptions, TurnOptions
+from pop_local.engine.turn_options import TurnOptions
 from pop_local.models import model_names
 from pop_local.models.mmproj_files import find_mmproj
 from pop_local.models.sidecars import sidecar_of
-from pop_local.texts.document_readers import Document
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -160,32 +159,16 @@ class PopModel:
     # Questions
 
     def chat(
-        self,
-        question: str,
-        *,
-        system: str = "",
-        documents: Sequence[str | Document] = (),
-        images: Sequence[GivenImage] = (),
-        **options: Unpack[AnswerOptions],
+        self, question: str, *, system: str = "", **options: Unpack[QuestionOptions]
     ) -> Answer:
-        """Answer a single question without history; see ChatSession.chat."""
-        return self.session(system=system).chat(
-            question, documents=documents, images=images, **options
-        )
+        """Answer a single question without history; see ChatSession.stream."""
+        return self.session(system=system).chat(question, **options)
 
     def stream(
-        self,
-        question: str,
-        *,
-        system: str = "",
-        documents: Sequence[str | Document] = (),
-        images: Sequence[GivenImage] = (),
-        **options: Unpack[AnswerOptions],
+        self, question: str, *, system: str = "", **options: Unpack[QuestionOptions]
     ) -> Stream:
         """Stream the answer to a single question; see ChatSession.stream."""
-        return self.session(system=system).stream(
-            question, documents=documents, images=images, **options
-        )
+        return self.session(system=system).stream(question, **options)
 
     def session(self, *, system: str = "") -> ChatSession:
         """Start a conversation."""
@@ -207,15 +190,10 @@ class PopModel:
         PopError if the template rejects the conversation, or if the prompt cannot be read.
         """
         prompter = self._engine.prompter
-        if prompter.has_template or any(message.pictures for message in messages):
-            return self._answer(lambda: prompter.conversation(messages), options)
-        return self.continue_text("\n\n".join(each.content for each in messages), **options)
-
-    def continue_text(self, text: str, **options: Any) -> Answering:
-        """Stream chunks that continue the text, without a chat template."""
-        prompter = self._engine.prompter
-        return self._answer(lambda: prompter.text(text), options)
-
-    def _answer(self, render: Callable[[], Prompt], options: dict[str, Any]) -> Answering:
         chosen: dict[str, Any] = self._engine.recommended | options
-        return self._engine.answer(render, TurnOptions(**chosen))
+        if prompter.has_template or any(message.pictures for message in messages):
+            return self._engine.answer(
+                lambda: prompter.conversation(messages), TurnOptions(**chosen)
+            )
+        text = "\n\n".join(each.content for each in messages)
+        return self._engine.answer(lambda: prompter.text(text), TurnOptions(**chosen))

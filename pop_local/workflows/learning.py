@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from pop_converter.base.errors import PopError, StoppedError
 from pop_converter.fit.least_squares import ROWS_KEPT, KvType
+from pop_converter.fit.wide import encode_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.popfile.format import Budget, Calibration
 from pop_converter.popfile.pruning_plan import Plan, make_plan
@@ -21,8 +22,8 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, is_inside
 from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import Quality, QualitySettings, measure_against
-from pop_local.models.learned import LearnedFiles
 from pop_local.models.model_files import ModelFiles
+from pop_local.models.sidecars import LearnedFiles
 from pop_local.workflows.conversion.conversion_plan import RowOptions
 from pop_local.workflows.conversion.fits import PlanFitter
 from pop_local.workflows.conversion.full_model import FullModel
@@ -55,7 +56,7 @@ class _LearnedFitter(PlanFitter):
         gram, stored = self.sums.grams[boundary], options.kv_type
         tensors: list[NewTensor] = []
         if plan.projection == Projection.WIDE:
-            tensors += summing.encode_input(self.sums, boundary, stored)
+            tensors += encode_input(boundary, self.sums.wides[boundary], stored)
         for layer in plan.fitted_layers:
             tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
             if self.runner.watch.should_stop():

@@ -124,7 +124,7 @@ def test_state_of_another_conversion_is_refused(fitted, tmp_path):
     read(model, prompt(100))
     state = model.engine.states.save()
     for sidecar in (other.sidecar, own.sidecar):
-        with pytest.raises(PopError, match="has the key 'mode CONTEXT, boundary 4, fitted"):
+        with pytest.raises(PopError, match="computed in mode CONTEXT, boundary 4, fitted"):
             opened(fitted.base, sidecar=sidecar).engine.states.restore(state)
     single = opened(fitted.single)
     single.engine.states.restore(state)

@@ -10,6 +10,7 @@ from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import PLAIN_STOPS
+from support.calls import continued
 from support.conversations import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 16 + "When is it gone?")
@@ -54,8 +55,8 @@ def test_base_model_gets_a_plain_transcript(gemma):
 
 
 def test_plain_text_is_continued(model):
-    *_, last = model.continue_text("A, B, C, D, E,", temperature=0.0, max_tokens=8)
+    *_, last = continued(model, "A, B, C, D, E,", temperature=0.0, max_tokens=8)
     assert last.stats is not None
     assert last.stats.n_prompt < 12
-    pieces = model.continue_text("A, B, C, D, E,", temperature=0.0, max_tokens=8)
+    pieces = continued(model, "A, B, C, D, E,", temperature=0.0, max_tokens=8)
     assert "F, G" in "".join(piece.text for piece in pieces)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pop_local.engine.answer import Answering
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.llama import backend
@@ -52,6 +53,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def opened(path: Path, **options: Any) -> PopModel:
     defaults: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_batch": 64, "n_ubatch": 64}
     return PopModel(EngineOptions.of(path, **defaults | options))
+
+
+def continued(model: PopModel, text: str, **options: Any) -> Answering:
+    """Stream chunks that continue the text, without a chat template."""
+    engine = model.engine
+    return engine.answer(lambda: engine.prompter.text(text), TurnOptions(**options))
 
 
 def set_rule(model: PopModel, **changes: Any) -> None:

@@ -57,7 +57,7 @@ class CacheStates:
             )
         if not self.keys.accepts(state.key):
             raise PopError(
-                f"the saved state has the key {state.key!r}, the model has {self.key!r}",
+                f"the saved rows were computed in {state.key}, but this is {self.keys.mode}",
                 "switch the model's mode first, or read the prompt again",
             )
         self.cache.load(state)

@@ -14,7 +14,7 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import DAMAGED_HINT, FitError, Gram, KvType
 from pop_converter.fit.weights import Weights
-from pop_converter.fit.wide import Neurons, WideInput, decode_input, encode_input, wide_input
+from pop_converter.fit.wide import Neurons, WideInput, decode_input, wide_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
@@ -173,10 +173,6 @@ class Summing:
             own = fit.decode(layer, self._start, own)
         fitted = fit.fit_layer(layer, gram.of_first(self._n_inputs(boundary, kind)), own, ridge)
         return fit.encode(layer, fitted, stored)
-
-    def encode_input(self, sums: Sums, boundary: int, stored: KvType) -> tuple[NewTensor, ...]:
-        """Return the tensors of a boundary's wider input."""
-        return encode_input(boundary, sums.wides[boundary], stored)
 
     def _n_inputs(self, boundary: int, kind: Projection) -> int:
         return self.shape.n_embd + self.shape.n_wide(boundary, kind)

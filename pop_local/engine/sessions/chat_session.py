@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 GivenImage = str | os.PathLike[str] | bytes | Picture
 
 
+class QuestionOptions(AnswerOptions, total=False):
+    """The keyword arguments of ChatSession.stream."""
+
+    documents: Sequence[str | Document]
+    images: Sequence[GivenImage]
+
+
 @dataclass(frozen=True)
 class Answer:
     """A complete answer and its statistics."""
@@ -138,16 +145,9 @@ class ChatSession:
         """The statistics of each answer in `stats` that has a token."""
         return tuple(stats for stats in self._stats if stats.n_decoded)
 
-    def chat(
-        self,
-        question: str,
-        *,
-        documents: Sequence[str | Document] = (),
-        images: Sequence[GivenImage] = (),
-        **options: Unpack[AnswerOptions],
-    ) -> Answer:
+    def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
         """Return the complete answer. Arguments and errors are those of `stream`."""
-        stream = self.stream(question, documents=documents, images=images, **options)
+        stream = self.stream(question, **options)
         for _ in stream:
             pass
         assert stream.stats is not None, "the last chunk carries the figures"

@@ -240,7 +240,7 @@ class Sessions:
             raise _damaged(path)
         engine.set_mode(session.mode)
         if not engine.states.keys.accepts(session.key):
-            return Restored(session, f"the session belongs to {session.key}")
+            return Restored(session, f"its rows were computed in {session.key}")
         try:
             engine.cache.load(state)
         except PopError as error:
@@ -333,7 +333,7 @@ def _difference(session: Session, ours: Fingerprint, engine: Engine) -> str:
     if saved.mmproj != ours.mmproj and session.conversation.pictures:
         return "the session belongs to another mmproj"
     if saved.backend != ours.backend:
-        return f"the session belongs to backend {saved.backend}, and this backend is {ours.backend}"
+        return f"the session was saved with backend {saved.backend}, but this is {ours.backend}"
     if session.mode is not Mode.OFF and not engine.pruning.can_switch:
         return "the session is pruned, but this model has not been converted"
     if session.n_tokens > engine.context.n_ctx:

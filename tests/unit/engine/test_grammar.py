@@ -10,7 +10,7 @@ import pytest
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
-from support.calls import N_VOCAB, opened, read
+from support.calls import N_VOCAB, continued, opened, read
 from support.converted import tiny
 from support.server_requests import BOMB
 
@@ -40,7 +40,7 @@ def model(path):
 
 
 def answer(model, **options) -> str:
-    return "".join(chunk.text for chunk in model.continue_text("Once upon a time", **options))
+    return "".join(chunk.text for chunk in continued(model, "Once upon a time", **options))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
