@@ -34,8 +34,10 @@ def about() -> None:
 @cache.command()
 def show(json: Json = False) -> None:
     """Show each stored prompt's tokens, size and last use."""
-    store = DiskStore(settings.prompts_dir(), 0)
-    found = store.stored(remove_unreadable=False)
+    store = DiskStore(settings.prompts_dir())
+    found = store.stored()
+    used_bytes = sum(each.size_bytes for each in found)
+    unreadable_bytes = store.size_bytes - used_bytes
     if json:
         prompts = [
             {
@@ -46,18 +48,24 @@ def show(json: Json = False) -> None:
             }
             for each in found
         ]
-        print_json({"folder": store.folder, "prompts": prompts})
+        shown = {"folder": store.folder, "prompts": prompts, "unreadable_bytes": unreadable_bytes}
+        print_json(shown)
         return
     if found:
         print_table(_COLUMNS, found)
-        note(f"{size(sum(each.size_bytes for each in found))} in {store.folder}")
+        note(f"The prompts take up {size(used_bytes)} in {store.folder}.")
     else:
         note("No prompts are stored.")
+    if unreadable_bytes:
+        note(
+            f"{store.folder} also contains {size(unreadable_bytes)} in files that are damaged or"
+            " from another version. `pop-local cache clear` removes them."
+        )
 
 
 @cache.command()
 def clear() -> None:
     """Remove all stored prompts."""
-    store = DiskStore(settings.prompts_dir(), 0)
+    store = DiskStore(settings.prompts_dir())
     n = store.clear()
     note(f"Removed {n} stored prompt{'' if n == 1 else 's'} from {store.folder}.")

@@ -52,9 +52,20 @@ def test_show_keeps_files_of_another_version():
     settings.prompts_dir().mkdir(parents=True)
     foreign = settings.prompts_dir() / "another version.popstate"
     foreign.write_bytes(b"x")
+    leftover = settings.prompts_dir() / ".a.popstate.4194305.partial"
+    leftover.write_bytes(b"x")
     shown = called("cache", "show")
-    assert shown.stderr == "No prompts are stored.\n"
-    assert foreign.exists()
+    first, second = shown.stderr.splitlines()
+    assert first == "No prompts are stored."
+    assert "1 B in files that are damaged or from another version" in second
+    assert json.loads(called("cache", "show", "--json").stdout)["unreadable_bytes"] == 1
+    assert foreign.exists() and leftover.exists()
+
+
+def test_showing_and_clearing_create_no_folder():
+    assert called("cache", "show").stderr == "No prompts are stored.\n"
+    assert "Removed 0 stored prompts" in called("cache", "clear").stderr
+    assert not settings.prompts_dir().parent.exists()
 
 
 def test_nothing_is_stored_without_the_option(model):

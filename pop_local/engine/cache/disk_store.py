@@ -56,15 +56,21 @@ class StoredState:
 
 
 class DiskStore:
-    """Saved states in a folder, up to `capacity_bytes`. A background thread writes the files."""
+    """Saved states in a folder, up to `capacity_bytes`. A background thread writes the files.
 
-    def __init__(self, folder: Path, capacity_bytes: int) -> None:
+    A store with a capacity of 0 lists or clears the folder. It creates no folder, and it removes
+    files only in `clear`.
+    """
+
+    def __init__(self, folder: Path, capacity_bytes: int = 0) -> None:
         """Raises PopError if the folder cannot be created."""
         self.folder, self.capacity_bytes = folder, capacity_bytes
         # Another version of llama.cpp may compute other K/V.
         self._format = f"{_FORMAT}, {backend.version()} abi {backend.library_abi()}"
         self._known: dict[Path, StoredState] = {}
         self._writer = ThreadPoolExecutor(1, "pop-local disk store")
+        if not capacity_bytes:
+            return
         try:
             make_private(folder)
             remove_leftovers(folder)
@@ -82,16 +88,21 @@ class DiskStore:
         """Wait until all states are written."""
         self._writer.shutdown()
 
-    def stored(self, *, remove_unreadable: bool = True) -> list[StoredState]:
+    @property
+    def size_bytes(self) -> int:
+        """Return the total size of all stored files, including unreadable files."""
+        return sum(status.st_size for _, status in self._files())
+
+    def stored(self) -> list[StoredState]:
         """Return the readable states, the least recently used first.
 
-        Unless `remove_unreadable` is False, removes damaged files and files of other versions.
+        With a capacity above 0, removes damaged files and files written by other versions.
         """
         found: dict[Path, StoredState] = {}
         for path, status in self._files():
             state = self._known.get(path)
             if state is None or state.size_bytes != status.st_size:
-                state = self._open(path, status, remove_unreadable)
+                state = self._open(path, status)
             if state is not None:
                 found[path] = state
         self._known = found  # a single assignment, because several threads read it
@@ -112,14 +123,15 @@ class DiskStore:
             n_tokens = len(stored.tokens)
             return read_state(archive, stored.key, stored.model, stored.images, n_tokens)
 
-        state = _read(stored.path, read)
+        state = self._read(stored.path, read)
         if state is not None:
             with suppress(OSError):  # another process may remove the file
                 os.utime(stored.path)
         return state
 
     def clear(self) -> int:
-        """Remove all states and return their number."""
+        """Remove all states and leftover temporary files, and return the number of states."""
+        remove_leftovers(self.folder)
         files = [path for path, _ in self._files()]
         for path in files:
             with suppress(OSError):
@@ -134,9 +146,7 @@ class DiskStore:
                 found.append((path, path.stat()))
         return sorted(found, key=lambda each: each[1].st_mtime_ns)
 
-    def _open(
-        self, path: Path, status: os.stat_result, remove_unreadable: bool
-    ) -> StoredState | None:
+    def _open(self, path: Path, status: os.stat_result) -> StoredState | None:
         def read(archive: zipfile.ZipFile) -> StoredState:
             tokens = read_member(archive, "tokens.npy")
             about = json.loads(read_member(archive, _ABOUT, _MOST_ABOUT_BYTES))
@@ -153,7 +163,7 @@ class DiskStore:
                 images={int(row): str(key) for row, key in about["images"]},
             )
 
-        return _read(path, read, remove_unreadable)
+        return self._read(path, read)
 
     def _write(self, prompts_key: str, state: SavedState) -> None:
         about = {
@@ -201,19 +211,16 @@ class DiskStore:
             path.unlink(missing_ok=True)
             n_bytes -= status.st_size
 
-
-def _read(
-    path: Path, read: Callable[[zipfile.ZipFile], T], remove_unreadable: bool = True
-) -> T | None:
-    """Return the result of `read`, or None for a missing or unreadable file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return read(archive)
-    except FileNotFoundError:  # another process removed it
-        return None
-    except (OSError, TypeError, *DAMAGES) as error:
-        if remove_unreadable:
-            log.warning("removed %s, which is not a readable state: %s", path, error)
-            with suppress(OSError):
-                path.unlink()
-        return None
+    def _read(self, path: Path, read: Callable[[zipfile.ZipFile], T]) -> T | None:
+        """Return the result of `read`, or None for a missing or unreadable file."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return read(archive)
+        except FileNotFoundError:  # another process removed it
+            return None
+        except (OSError, TypeError, *DAMAGES) as error:
+            if self.capacity_bytes:
+                log.warning("removed %s, which is not a readable state: %s", path, error)
+                with suppress(OSError):
+                    path.unlink()
+            return None
