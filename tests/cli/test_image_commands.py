@@ -112,15 +112,6 @@ def test_chat_refuses_files_that_are_no_pictures(path):
     assert "--mmproj FILE" in shown
 
 
-def test_refilling_reports_its_limits(path, tmp_path):
-    assert "each row has several positions (M-RoPE)" in chatted(path, "/refill idle")
-    gemma = make_vision_model(tmp_path, "gemma3")
-    (tmp_path / "a.png").write_bytes(png(3))
-    lines = ("/refill idle", "what?", f"/image {tmp_path / 'a.png'}", "and?", "/refill")
-    shown = chatted(gemma, *lines)
-    assert shown.count("The remaining tokens stay pruned") == 1
-
-
 def test_a_chat_with_pictures_is_saved_and_loaded(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save seen", "/clear", "/load seen", "and?")

@@ -129,7 +129,7 @@ def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     chat = terminal("chat", str(model), "--ctx", "256", "--max-tokens", "3", *ANSWER_OPTIONS)
     chat.expect_prompt()
     # Unless there is no choice.
-    chat.line(f"/glob {book}")
+    chat.line(f"/file {book}")
     chat.expect(r"The attachment is [\d,]+ tokens too long")
     chat.expect("Nothing was attached")
     chat.expect_prompt()

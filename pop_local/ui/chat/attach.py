@@ -1,17 +1,15 @@
-"""The commands /file, /glob and /image, which attach files to the next question."""
+"""The commands /file and /image, which attach files to the next question."""
 
-import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
 from pop_local.config.settings import expanded
 from pop_local.engine.images.pictures import Picture, read_picture
-from pop_local.texts.document_readers import Document, read_document
+from pop_local.texts.document_readers import read_document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.overflow import answer_reserve, larger_ctx
 from pop_local.ui.error_output import as_pop_error
@@ -19,39 +17,43 @@ from pop_local.ui.views.stats import counted_line, picture_line
 
 # Context tokens reserved for the question and the template.
 _QUESTION_TOKENS = 64
-_MAX_FILES = 500
 _ATTACHED = "Your next question includes the attachment."
-
-
-# A document and its number of tokens.
-_Counted = tuple[Document, int]
 
 
 def attach_file(chat: Dialogue, argument: str) -> None:
     """Attach a file. Without an argument, list the attached files."""
-    if argument:
-        _offer(chat, [given_path(argument)], may_cut=True)
-        return
-    if not chat.documents:
-        chat.screen.note("No file is attached; /file PATH attaches a file.")
-    n_ctx = chat.model.engine.context.n_ctx
-    for document in chat.documents:
-        n_tokens = _count_tokens(chat, document.text)
-        chat.screen.note(counted_line(document.name, n_tokens, n_ctx))
-
-
-def attach_glob(chat: Dialogue, argument: str) -> None:
+    context = chat.model.engine.context
     if not argument:
-        chat.refuse("/glob needs a pattern, for example docs/**/*.md.")
+        if not chat.documents:
+            chat.screen.note("No file is attached; /file PATH attaches a file.")
+        for document in chat.documents:
+            n_tokens = _count_tokens(chat, document.text)
+            chat.screen.note(counted_line(document.name, n_tokens, context.n_ctx))
         return
-    pattern = str(given_path(argument))
-    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
-    paths = sorted(path for path in found if path.is_file() and path.stat().st_size)
-    if not paths or len(paths) > _MAX_FILES:
-        number = f"{len(paths)} files match" if paths else "No file matches"
-        chat.refuse(f"{number} {argument}. Nothing was attached.")
+    try:
+        document = read_document(given_path(argument))
+    except (OSError, PopError) as error:
+        chat.fail(as_pop_error(error))
         return
-    _offer(chat, paths, may_cut=False)
+    tokens = context.vocabulary.tokenize(document.text)
+    chat.screen.note(counted_line(document.name, len(tokens), context.n_ctx))
+    while len(tokens) > (room := _room_in(chat)):
+        cuts = {}
+        if room > 0:
+            cuts = {
+                "b": f"attach only the first {room:,} tokens",
+                "e": f"attach only the last {room:,} tokens",
+            }
+        chosen = _choose(chat, len(tokens), room, cuts)
+        if chosen is None:
+            return
+        if chosen != "l":
+            tokens = tokens[:room] if chosen == "b" else tokens[-room:]
+            vocabulary = chat.model.engine.context.vocabulary
+            document = replace(document, text=vocabulary.detokenize(tokens))
+            break
+    chat.documents.append(document)
+    chat.screen.note(_ATTACHED)
 
 
 def attach_image(chat: Dialogue, argument: str) -> None:
@@ -80,43 +82,6 @@ def _note_picture(chat: Dialogue, picture: Picture) -> int:
     n_tokens = engine.prompter.count_picture(picture)
     chat.screen.note(picture_line(picture, n_tokens, engine.context.n_ctx))
     return n_tokens
-
-
-def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
-    n_ctx = chat.model.engine.context.n_ctx
-    files = [counted for path in paths if (counted := _counted(chat, path))]
-    for document, n_tokens in files:
-        chat.screen.note(counted_line(document.name, n_tokens, n_ctx))
-    if len(files) > 1:
-        chat.screen.note(counted_line(f"All {len(files)}", sum(n for _, n in files), n_ctx))
-    if files:
-        _attach(chat, files, may_cut)
-
-
-def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
-    room = _room_in(chat)
-    sums = [*accumulate(n for _, n in files)]
-    fitting = [document for (document, _), n in zip(files, sums, strict=True) if n <= room]
-    chosen = "f"
-    if len(fitting) < len(files):
-        cuts = {}
-        if may_cut and room > 0:
-            cuts = {
-                "b": f"attach only the first {room:,} tokens",
-                "e": f"attach only the last {room:,} tokens",
-            }
-        elif fitting:
-            cuts = {"f": f"attach only the first {len(fitting)} of {len(files)} files"}
-        chosen = _choose(chat, sums[-1], room, cuts) or ""
-    if chosen == "l":
-        _attach(chat, files, may_cut)
-        return
-    if chosen == "f":
-        chat.documents += fitting
-    elif chosen in ("b", "e"):
-        chat.documents.append(_cut(chat, files[0][0], room, chosen))
-    if chosen:
-        chat.screen.note(_ATTACHED)
 
 
 def _count_tokens(chat: Dialogue, text: str) -> int:
@@ -152,22 +117,6 @@ def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -
         chat.screen.note("Nothing was attached.")
         return None
     return chosen
-
-
-def _counted(chat: Dialogue, path: Path) -> _Counted | None:
-    try:
-        document = read_document(path)
-    except (OSError, PopError) as error:
-        chat.fail(as_pop_error(error))
-        return None
-    return document, _count_tokens(chat, document.text)
-
-
-def _cut(chat: Dialogue, document: Document, n_tokens: int, end: str) -> Document:
-    context = chat.model.engine.context
-    tokens = context.vocabulary.tokenize(document.text)
-    kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
-    return replace(document, text=context.vocabulary.detokenize(kept))
 
 
 def given_path(path: str) -> Path:

@@ -14,7 +14,6 @@ from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession, Stream
-from pop_local.measure.full_cost import FullCosts
 from pop_local.texts.document_readers import Document
 from pop_local.ui.chat.overflow import answer_reserve, ask_for_room
 from pop_local.ui.chat.screen import Screen
@@ -37,7 +36,7 @@ Ask = Callable[..., Stream]
 class Dialogue:
     """A session with its sampling options and the attachments of the next question.
 
-    `refill` is one of refill.MODES. /save overwrites the session `saved_as` without confirmation.
+    `refill`: "idle" to catch up while the user types, or "off". /save overwrites the session `saved_as` without confirmation.
     """
 
     def __init__(
@@ -53,7 +52,6 @@ class Dialogue:
     ) -> None:
         self.model = model
         self.session: ChatSession = model.session(system=system)
-        self.costs = costs_of(model)
         self._make_fitter = make_fitter
         self.fitter = make_fitter(model)
         self.screen = screen
@@ -74,7 +72,7 @@ class Dialogue:
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
-        before, self.model, self.costs = self.model, opened, costs_of(opened)
+        before, self.model = self.model, opened
         self.session.model = opened
         self.fitter = self._make_fitter(opened)
         # A model that cannot be pruned is always OFF, which is not the user's choice.
@@ -91,7 +89,6 @@ class Dialogue:
         except PopError as error:
             self.screen.note(f"{fit} The fit takes effect at the next start: {error.message}.")
             return
-        self.costs = costs_of(self.model)
         self.model.engine.set_refill(self.refill != "off")
         self.screen.note(f"{fit} /full on disables fast reading.")
 
@@ -179,8 +176,6 @@ class Dialogue:
         stats = stream.stats
         if stats is None:
             return
-        if stats.n_decoded > 0:
-            self.costs.record(stats)
         self.screen.note(stats_line(stats))
         self._offer_full(stream.text, stats)
 
@@ -215,13 +210,6 @@ class Dialogue:
                 " /clear starts over, /undo drops the last turn, and --ctx N sets a larger context."
             )
         self._is_warned = is_full
-
-
-def costs_of(model: PopModel) -> FullCosts:
-    engine = model.engine
-    return FullCosts(
-        engine.context.files.macs, engine.pruning.boundary or engine.pruning.exact or None
-    )
 
 
 def pruning_state(model: PopModel) -> str:

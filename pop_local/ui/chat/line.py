@@ -30,7 +30,7 @@ QUOTES = '"""'
 _MAX_REMEMBERED = 10_000
 # Update interval of the status below the line.
 _REFRESH_S = 0.5
-PATH_COMMANDS = ("/file", "/glob", "/image", "/model")
+PATH_COMMANDS = ("/file", "/image", "/model")
 
 Words = Callable[[], Iterable[str]]
 # Returns the next line of input. An argument is the line's initial text. Raises EOFError,

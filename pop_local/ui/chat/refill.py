@@ -1,15 +1,12 @@
-"""Background work while the user types: refilling the cache (/refill) and learning."""
+"""Background work while the user types: refilling the cache and learning."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pop_converter.base.numbers import size
 from pop_local.engine.learning.online_calibrator import LearnedFit
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.error_output import as_pop_error
-
-MODES = ("idle", "off")
 
 
 def _learn(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None:
@@ -49,7 +46,8 @@ def idling(chat: Dialogue) -> Iterator[None]:
         stop.set()
         _join(thread)
         for error in failures:
-            _switch(chat, "off")
+            chat.refill = "off"
+            chat.model.engine.set_refill(False)
             chat.fail(as_pop_error(error))
     for fit in fits:
         chat.swap_sidecar(fit)
@@ -67,29 +65,6 @@ def _join(thread: threading.Thread) -> None:
         raise KeyboardInterrupt
 
 
-def _switch(chat: Dialogue, mode: str) -> None:
-    chat.refill = mode
-    chat.model.engine.set_refill(mode != "off")
-
-
-def set_mode(chat: Dialogue, mode: str) -> None:
-    """Set the refill mode, unless it is empty, and show the progress."""
-    if mode and mode not in MODES:
-        chat.refuse(f"/refill accepts {' or '.join(MODES)}, not {mode}.")
-        return
-    if mode:
-        _switch(chat, mode)
-    chat.screen.note(_state(chat))
-    engine = chat.model.engine
-    if line := status(chat):
-        chat.screen.note(line)
-        if engine.cache.n_exact < engine.cache.n_tokens and not engine.refiller.n_refillable:
-            chat.screen.note(
-                "The remaining tokens stay pruned: they were loaded from a file, were read while"
-                " catching up was off, or belong to a picture."
-            )
-
-
 def finish(chat: Dialogue) -> None:
     """Refill all cached rows before the session is saved, unless the user presses Ctrl-C."""
     refiller = chat.model.engine.refiller
@@ -101,7 +76,9 @@ def finish(chat: Dialogue) -> None:
     except KeyboardInterrupt:
         if not chat.screen.is_typed:
             raise
-        chat.screen.note("Catching up stopped before all tokens were exact.")
+        chat.screen.note(
+            "Catching up was interrupted; the saved session still contains pruned tokens."
+        )
 
 
 def status(chat: Dialogue) -> str:
@@ -111,18 +88,3 @@ def status(chat: Dialogue) -> str:
     if chat.refill == "off" or not can_refill or not engine.cache.n_tokens:
         return ""
     return f"Cache: {engine.cache.n_exact:,} of {engine.cache.n_tokens:,} tokens exact"
-
-
-def _state(chat: Dialogue) -> str:
-    engine = chat.model.engine
-    if not engine.pruning.boundary:
-        return "No tokens can catch up: this model is not pruned."
-    if engine.context.files.no_refill:
-        return f"Pruned tokens cannot catch up: {engine.context.files.no_refill}."
-    if chat.refill == "off":
-        return "Catching up is off: pruned tokens stay pruned."
-    held = size(engine.refiller.held_bytes)
-    return (
-        "Catching up is on: pruned tokens run the skipped layers while you type (memory for their"
-        f" states: {held})."
-    )

@@ -65,10 +65,10 @@ def _full(chat: Dialogue, argument: str) -> None:
 def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(pruning_state(chat.model))
     engine = chat.model.engine
-    lines = [*session_lines(chat.session.answer_stats, engine.context.n_ctx, chat.costs.of)]
+    lines = [*session_lines(chat.session.answer_stats, engine.context.n_ctx)]
     if engine.calibrator is not None:
         lines += learned_lines(engine.calibrator.learned, chat.fitter)
-    for line in lines:
+    for line in filter(None, [*lines, refill.status(chat)]):
         chat.screen.note(line)
 
 
@@ -189,16 +189,9 @@ class Command:
 _ALL = (
     Command("/help", "show this list", _help),
     Command("/full on|off", "read prompts with all layers, or skip layers", _full, _FULL.keys),
-    Command(
-        "/refill idle|off",
-        "let pruned tokens catch up while you type, or show the progress",
-        refill.set_mode,
-        lambda: refill.MODES,
-    ),
     Command("/stats", "show statistics of the last answer and of all answers", _stats),
     Command("/file PATH", "attach a file to the next question", attach.attach_file),
     Command("/image PATH", "attach a picture to the next question", attach.attach_image),
-    Command("/glob PATTERN", "attach several files", attach.attach_glob),
     Command("/retry", "answer the last question again", _retry),
     Command("/undo", "drop the last question and its answer", _undo),
     Command("/edit", "edit the last question and ask it again", _edit),

@@ -1,12 +1,11 @@
 """The statistics of answers, as lines of text."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.learning.online_calibrator import Learned
 from pop_local.measure.budget import is_inside
-from pop_local.measure.full_cost import FullCost
 from pop_local.workflows.learning import OnlineCalibration
 
 ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted": " · stopped"}
@@ -37,9 +36,7 @@ def counted_line(name: str, n_tokens: int, n_ctx: int) -> str:
     return f"{name}: {n_tokens:,} tokens, {n_tokens / n_ctx:.0%} of the context."
 
 
-def session_lines(
-    answers: Sequence[TurnStats], n_ctx: int, full_cost: Callable[[TurnStats], FullCost]
-) -> Iterator[str]:
+def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
     """Yield the last answer's statistics, the totals, and how full the context is."""
     if not answers:
         yield "No answers yet."
@@ -47,7 +44,6 @@ def session_lines(
     total = SessionStats.of(answers)
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
-    yield _reading("the last prompt", [last], full_cost)
     yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens in total."
     left = f"{total.n_pruned:,} pruned"
     if total.n_skipped_exact:
@@ -63,8 +59,6 @@ def session_lines(
         )
     if total.n_image:
         yield f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not shorten."
-    if len(answers) > 1:
-        yield _reading("all prompts", answers, full_cost)
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 
 
@@ -86,24 +80,3 @@ def learned_lines(learned: Learned, fitter: OnlineCalibration | None) -> Iterato
         f" perplexity ratio {quality.ppl_ratio.value:.3f},"
         f" copying {quality.copy_ppl_ratio.value:.3f}{ending}."
     )
-
-
-def _reading(
-    what: str, answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]
-) -> str:
-    """Return the prompts' prefill time, and the time that full prefills would take."""
-    taken_s = sum(stats.prefill_s for stats in answers)
-    pruned = [stats for stats in answers if stats.n_pruned or stats.n_skipped_exact]
-    if not pruned:
-        return f"Reading {what} took {taken_s:.2f} s, in full."
-    costs = [full_cost(stats) for stats in pruned]
-    rest_s = sum(stats.prefill_s for stats in answers if stats not in pruned)
-    full_s = rest_s + sum(cost.seconds for cost in costs)
-    n_measured = sum(cost.is_measured for cost in costs)
-    if n_measured == len(costs):
-        source = "measured here with pruning off"
-    elif n_measured:
-        source = "partly measured here, partly computed from the limit"
-    else:
-        source = "computed from the limit, not measured"
-    return f"Reading {what} took {taken_s:.2f} s; in full it takes {full_s:.2f} s ({source})."

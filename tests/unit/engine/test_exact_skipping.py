@@ -8,7 +8,6 @@ import pytest
 from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
-from pop_converter.architecture.work import speedup_limit
 from pop_converter.base.errors import PopError, UnsupportedArchitectureError
 from pop_converter.popfile.pruning_plan import make_plan
 from pop_converter.projection import Projection
@@ -20,7 +19,6 @@ from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.server.request_bodies import CompletionBody
 from pop_local.server.task_factory import TaskFactory
-from pop_local.ui.chat.dialogue import costs_of
 from support.calls import continued, evaluated, greedy, opened, prompt
 from support.scripted_chat import ScriptedModel, figures, talk
 from support.shapes import read_shape
@@ -173,17 +171,6 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
         for line in said
     )
     assert [line for line in said if "skipping is off" in line] == [off, off]
-
-
-def test_the_cost_of_a_full_prefill_is_estimated(shared: Path) -> None:
-    model = opened(shared)
-    stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
-    cost = costs_of(model).of(stats)
-    limit = speedup_limit(model.engine.context.files.macs, 1000, model.engine.pruning.exact, 1)
-    assert cost.seconds == pytest.approx(stats.prefill_s * limit)
-    assert not cost.is_measured
-    later = replace(stats, n_cached=400, n_skipped_exact=599)
-    assert costs_of(model).of(later).seconds > later.prefill_s
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])

@@ -1,20 +1,16 @@
-"""Recommended sampling options, and the estimated cost of full prefill."""
+"""Recommended sampling options."""
 
 import math
 
 import pytest
 
-from pop_converter.architecture.work import speedup_limit
 from pop_converter.gguf.header import read_header
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.decode.sampler import recommended
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
-from pop_local.measure.full_cost import FullCosts
 from support.converted import tiny
 from support.pop_files import Keys, add_to
-from support.scripted_chat import figures
 from support.synthetic import make_gguf
 
 
@@ -47,15 +43,3 @@ def test_the_model_answers_as_its_file_recommends(tmp_path):
     vars(model.engine)["recommended"] = {"temperature": 0.0}
     assert answer(seed=1) == greedy
     assert answer(seed=1, temperature=5.0) != greedy
-
-
-def test_without_a_measurement_the_cost_comes_from_the_limit(tmp_path):
-    macs = GraphMacs(tiny(tmp_path, boundary=5))
-    costs = FullCosts(macs, 5)
-    whole = figures(n_prompt=1000, n_cached=0, n_pruned=983, n_full=17, prefill_s=2.0)
-    cost = costs.of(whole)
-    assert not cost.is_measured
-    assert cost.seconds == pytest.approx(2.0 * speedup_limit(macs, 1000, 5, 17))
-    # Cached tokens cost nothing in full mode either.
-    rest = costs.of(figures(n_prompt=1000, n_cached=500, n_pruned=483, n_full=17, prefill_s=1.0))
-    assert 1.0 < rest.seconds < cost.seconds

@@ -94,8 +94,11 @@ def test_the_rest_is_refilled_after_other_commands(chat, lines):
 
 
 def test_rows_whose_states_were_dropped_stay_pruned(chat):
-    begun = chat(WORDS, "/refill off", "/refill idle", "what?")
-    talked(begun)
+    begun = chat()
+    begun.ask(WORDS)
+    begun.model.engine.set_refill(False)
+    begun.model.engine.set_refill(True)
+    begun.ask("what?")
     assert begun.model.engine.refiller.refill() == 0
     assert begun.model.engine.cache.n_exact < 200
 
@@ -111,12 +114,9 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
     assert other.engine.cache.n_exact == other.engine.cache.n_tokens > 200
 
 
-def test_the_command_reports_progress(chat):
-    shown = talked(chat(WORDS, "/refill", "/refill never", "/refill off"))
-    assert "pruned tokens run the skipped layers while you type" in shown
-    assert "tokens exact" in shown
-    assert "/refill accepts idle or off, not never." in shown
-    assert "Catching up is off" in shown
+def test_stats_report_progress(chat):
+    assert "tokens exact" in talked(chat(WORDS, "/stats"))
+    assert "tokens exact" not in talked(chat(WORDS, "/stats", mode="off"))
 
 
 def test_ctrl_c_during_the_end_stops_refilling(chat, monkeypatch):

@@ -15,7 +15,6 @@ from support.scripted_chat import (
     STATS_LINE,
     ScriptedModel,
     Transcript,
-    figures,
     scripted_chat,
     talk,
 )
@@ -182,22 +181,6 @@ def test_a_model_that_is_not_there_leaves_the_one_that_is():
     assert not model.is_closed and len(model.asked) == 1
 
 
-def test_stats_compare_with_what_was_measured_with_pruning_off():
-    full = figures(n_cached=0, n_pruned=0, n_full=1000, n_prompt=1000, prefill_s=0.5)
-    model = ScriptedModel(["One.", full], ["Two.", STATS])
-    shown = talk(model, "a", "b", "/stats")
-    assert (
-        "# Reading the last prompt took 0.25 s; in full it takes 0.50 s (measured here" in shown[-5]
-    )
-    assert "in full it takes 1.00 s (measured here with pruning off)." in shown[-2]
-
-
-def test_a_prompt_of_another_length_is_no_measure():
-    short = figures(n_cached=0, n_pruned=0, n_full=100, n_prompt=100, prefill_s=0.5)
-    model = ScriptedModel(["One.", short], ["Two.", STATS])
-    assert "computed from the limit" in talk(model, "a", "b", "/stats")[-5]
-
-
 # --- files
 
 
@@ -251,18 +234,6 @@ def test_a_larger_context_makes_room_for_a_file(report):
     assert "?   l  use a larger context (--ctx 1024)" in shown
     assert "# The context now has 4,096 tokens." in shown
     assert len(larger.asked[0][0].content.split()) == 51
-
-
-def test_glob_attaches_several_files(tmp_path):
-    for name in ("b.md", "a.md", "c.txt"):
-        (tmp_path / name).write_text(f"text of {name}")
-    (tmp_path / "d.md").write_bytes(b"\xff\xfe\xff")
-    model = ScriptedModel(["Hm.", STATS])
-    shown = talk(model, f"/glob {tmp_path}/*.md", f"/glob {tmp_path}/*.pdf", "what?")
-    assert f"! {tmp_path}/d.md is not UTF-8 text; convert the file to plain text first" in shown
-    assert "# All 2: 6 tokens, 0% of the context." in shown
-    assert f"# No file matches {tmp_path}/*.pdf. Nothing was attached." in shown
-    assert model.asked[0][0].content == "text of a.md\n\ntext of b.md\n\nwhat?"
 
 
 @pytest.mark.skipif(os.sep != "/", reason="there a backslash is between folders")
