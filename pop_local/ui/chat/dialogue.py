@@ -36,7 +36,8 @@ Ask = Callable[..., Stream]
 class Dialogue:
     """A session with its sampling options and the attachments of the next question.
 
-    `refill`: "idle" to catch up while the user types, or "off". /save overwrites the session `saved_as` without confirmation.
+    `refill`: "idle" (the cache catches up while the user types) or "off". /save overwrites the
+    session `saved_as` without confirmation.
     """
 
     def __init__(
