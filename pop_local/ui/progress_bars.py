@@ -13,13 +13,11 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    Task,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.text import Text
 
 from pop_converter.base.numbers import duration
 from pop_local.ui.console import err, note, printable
@@ -31,6 +29,7 @@ _LONG_TOKENS = 256
 # Drawing takes CPU time from the model.
 _DRAWN_PER_S = 4
 _LINE_EVERY_S = 20.0
+_RATE, _LEFT = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]}")
 
 
 @dataclass
@@ -52,7 +51,7 @@ def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[
     """Show the progress of a stage in `unit` while the block runs."""
     if unit is Unit.BYTES:
         return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), pace)
-    return _bar(what, (MofNCompleteColumn(), _TimeLeft(pace)), pace)
+    return _bar(what, (MofNCompleteColumn(), _LEFT), pace)
 
 
 @contextmanager
@@ -63,43 +62,17 @@ def prefill_progress(what: str) -> Iterator[Advance]:
 
         def advance(done: int, total: int) -> None:
             if not bars and total >= _LONG_TOKENS:
-                pace = Pace()
-                wide = (MofNCompleteColumn(), _TokensPerSecond(), _TimeLeft(pace))
-                bars.append(stack.enter_context(_bar(what, wide, pace)))
+                wide = (MofNCompleteColumn(), _RATE, _LEFT)
+                bars.append(stack.enter_context(_bar(what, wide, Pace())))
             for bar in bars:
                 bar(done, total)
 
         yield advance
 
 
-class _TokensPerSecond(ProgressColumn):
-    """The rate since the start; rich's own rate is unknown before the second batch."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.completed / _taken_s(task):,.0f} tokens/s" if task.completed else "")
-
-
-class _TimeLeft(ProgressColumn):
-    def __init__(self, pace: Pace) -> None:
-        super().__init__()
-        self._pace = pace
-
-    def render(self, task: Task) -> Text:
-        if left := self._pace.left():
-            return Text(left)
-        if not task.completed or not task.total:
-            return Text("-:--")
-        needed_s = _taken_s(task) * task.total / task.completed
-        return Text(_clock(needed_s - (task.elapsed or 0.0)))
-
-
 def _clock(left_s: float) -> str:
     minutes, seconds = divmod(math.ceil(max(0.0, left_s)), 60)
     return f"{minutes}:{seconds:02}"
-
-
-def _taken_s(task: Task) -> float:
-    return max(float(task.fields["taken_s"]), 1e-6)
 
 
 def _in_words(what: str, pace: Pace) -> Advance:
@@ -135,11 +108,15 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...], pace: Pace) -> Iterator[Ad
         refresh_per_second=_DRAWN_PER_S,
     )
     with shown:
-        task = shown.add_task(printable(what), total=None, taken_s=0.0)
+        task = shown.add_task(printable(what), total=None, rate="", left="-:--")
         begun_s = time.monotonic()
 
         def advance(done: int, total: int) -> None:
-            taken_s = time.monotonic() - begun_s
-            shown.update(task, completed=done, total=total or None, taken_s=taken_s)
+            taken_s = max(time.monotonic() - begun_s, 1e-6)
+            # rich's own rate is unknown before the second batch.
+            rate = f"{done / taken_s:,.0f} tokens/s" if done else ""
+            left = _clock(taken_s * (total - done) / done) if done else "-:--"
+            left = pace.left() or left
+            shown.update(task, completed=done, total=total or None, rate=rate, left=left)
 
         yield advance

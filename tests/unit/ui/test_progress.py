@@ -42,13 +42,13 @@ def test_speed_and_time_left_are_known_after_the_first_batch(shown):
     text = shown(100, (0, 2000), (512, 2000))
     assert "512/2000" in text
     assert "128 tokens/s" in text
-    assert "0:16" in text
+    assert "0:12" in text
 
 
 def test_a_narrow_one_has_the_share_and_the_time_left(shown):
     text = shown(40, (0, 2000), (1000, 2000))
     assert "50%" in text
-    assert "0:08" in text
+    assert "0:04" in text
     assert "tokens/s" not in text
 
 
