@@ -84,7 +84,7 @@ def chat(
         engine = begun.model.engine
         note(f"{engine.context.files.path} has a context of {engine.context.n_ctx:,} tokens.")
         note(pruning_state(begun.model))
-        if engine.calibrator is not None and not engine.calibrator.learned.n_rows:
+        if engine.calibrator is not None and not engine.calibrator.n_rows:
             note(
                 "Learning is on: pop-local stores statistics, never text, to speed up later"
                 " prompts. Turn learning off with --learn off."

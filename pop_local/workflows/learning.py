@@ -88,7 +88,7 @@ class OnlineCalibration:
         hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
         self._runner = TrialRunner(context.files.source, hardware, watch)
         self._search: Search | None = None
-        self._next_rows = float(model.engine.calibrator.learned.n_wanted)
+        self._next_rows = float(model.engine.calibrator.n_wanted)
         meta = model.engine.context.files.meta
         if meta and meta.calibration and meta.calibration.name == _NAME:
             self._next_rows = max(self._next_rows, self._later(meta.calibration.n_tokens))
@@ -100,8 +100,8 @@ class OnlineCalibration:
 
     @property
     def _is_due(self) -> bool:
-        learned = self._learner.learned
-        is_enough = learned.n_rows >= self._next_rows and learned.n_held_out >= LEAST_WINDOWS
+        n_rows, n_held_out = self._learner.n_rows, len(self._learner.held_out)
+        is_enough = n_rows >= self._next_rows and n_held_out >= LEAST_WINDOWS
         return self._search is not None or is_enough
 
     def idle(self, should_stop: Callable[[], bool]) -> LearnedFit | None:
@@ -201,5 +201,4 @@ class OnlineCalibration:
 
     def _end(self) -> None:
         self._search = None
-        learned = self._learner.learned
-        self._next_rows = max(learned.n_wanted, self._later(learned.n_rows))
+        self._next_rows = max(self._learner.n_wanted, self._later(self._learner.n_rows))

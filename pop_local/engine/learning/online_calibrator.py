@@ -72,23 +72,6 @@ def require_learnable(context: Context, *, cannot: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Learned:
-    """A model's learning statistics across all processes.
-
-    `n_rows`: the largest number of rows of any boundary. `n_waiting`: the number of queued rows.
-    `n_missed`: the number of rows dropped for lack of memory. `boundaries`: the learned boundaries,
-    starting at the deepest boundary.
-    """
-
-    n_rows: int
-    n_wanted: int
-    n_waiting: int
-    n_missed: int
-    n_held_out: int
-    boundaries: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class LearnedFit:
     """A sidecar learned from `n_rows` tokens; `speedup_limit`: the maximum prefill speed-up."""
 
@@ -134,9 +117,10 @@ def _key(tokens: Sequence[int] | np.ndarray) -> int:
 
 
 class OnlineCalibrator:
-    """Calibrator that learns from the rows of a KvCache.
+    """A calibrator that learns from the rows of a KvCache.
 
-    The caller must use the cache and the calibrator from one thread at a time.
+    `boundaries`: the learned boundaries, deepest first. `n_missed`: rows dropped for lack of
+    memory. The caller must use the cache and the calibrator from one thread at a time.
     """
 
     def __init__(
@@ -149,7 +133,7 @@ class OnlineCalibrator:
         self._used: list[Rows] = []
         # Hashes of the added chunks, so that a repeated prompt counts only once.
         self._seen: set[int] = set()
-        self._n_chunks = self._n_missed = self._waiting_bytes = 0
+        self._n_chunks = self.n_missed = self._waiting_bytes = 0
         self._known = file.known()
         self._new = Sums(dict(self._known.wides))
         self._room_bytes = memory_bytes
@@ -244,7 +228,7 @@ class OnlineCalibrator:
                 self._waiting.append(tapped)
                 self._waiting_bytes += tapped.block.nbytes
                 return
-            self._n_missed += tapped.n_rows
+            self.n_missed += tapped.n_rows
         self._used.append(tapped.block)
 
     # While the model is idle
@@ -286,15 +270,19 @@ class OnlineCalibrator:
         return self.file.load()
 
     @property
-    def learned(self) -> Learned:
-        return Learned(
-            n_rows=self._n_new + max(self._known.n_rows.values(), default=0),
-            n_wanted=ROWS_TO_FIT * self._shape.n_embd,
-            n_waiting=sum(each.n_rows for each in self._waiting),
-            n_missed=self._n_missed,
-            n_held_out=len(self.held_out),
-            boundaries=self.boundaries,
-        )
+    def n_rows(self) -> int:
+        """The number of rows that all processes have added for the boundary with the most rows."""
+        return self._n_new + max(self._known.n_rows.values(), default=0)
+
+    @property
+    def n_wanted(self) -> int:
+        """The number of rows that the first fit needs."""
+        return ROWS_TO_FIT * self._shape.n_embd
+
+    @property
+    def n_waiting(self) -> int:
+        """The number of queued rows."""
+        return sum(each.n_rows for each in self._waiting)
 
     @property
     def _n_new(self) -> int:
@@ -308,9 +296,8 @@ class OnlineCalibrator:
 
     @property
     def _can_choose(self) -> bool:
-        n_waiting = sum(each.n_rows for each in self._waiting)
         is_full = self._waiting_bytes > self._room_bytes * 3 // 4
-        return is_full or n_waiting >= _ROWS_TO_CHOOSE * self._shape.n_embd
+        return is_full or self.n_waiting >= _ROWS_TO_CHOOSE * self._shape.n_embd
 
     def _choose(self) -> None:
         for boundary in set(self.boundaries) - self._new.wides.keys():

@@ -67,7 +67,7 @@ def _stats(chat: Dialogue, argument: str) -> None:
     engine = chat.model.engine
     lines = [*session_lines(chat.session.answer_stats, engine.context.n_ctx)]
     if engine.calibrator is not None:
-        lines += learned_lines(engine.calibrator.learned, chat.fitter)
+        lines += learned_lines(engine.calibrator, chat.fitter)
     for line in filter(None, [*lines, refill.status(chat)]):
         chat.screen.note(line)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from pop_local.engine.chat_messages import SessionStats, TurnStats
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.learning.online_calibrator import Learned
+from pop_local.engine.learning.online_calibrator import OnlineCalibrator
 from pop_local.measure.budget import is_inside
 from pop_local.workflows.learning import OnlineCalibration
 
@@ -62,7 +62,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 
 
-def learned_lines(learned: Learned, fitter: OnlineCalibration | None) -> Iterator[str]:
+def learned_lines(learned: OnlineCalibrator, fitter: OnlineCalibration | None) -> Iterator[str]:
     """Yield the progress of learning, and the fit's loss on the latest prompts."""
     rows = f"{learned.n_rows:,} tokens"
     if learned.n_rows < learned.n_wanted:

@@ -75,7 +75,7 @@ def test_sums_of_full_prompts_equal_a_calibrations(each):
     for window in windows:
         read(model, window)
     model.engine.calibrator.work(never)
-    assert model.engine.calibrator.learned.n_rows == 3 * (N - 1)
+    assert model.engine.calibrator.n_rows == 3 * (N - 1)
     found, summing = model.engine.calibrator.sums(), model.engine.calibrator.summing
     wanted = Sums(dict(found.wides))
     for boundary in model.engine.calibrator.boundaries:
@@ -100,7 +100,7 @@ def test_sums_of_refilled_rows_equal_full_prompts(arch, tmp_path, monkeypatch):
     full.engine.set_mode(Mode.OFF)
     read(full, tokens)
     read(pruned, tokens)
-    assert pruned.engine.calibrator.learned.n_waiting == 0
+    assert pruned.engine.calibrator.n_waiting == 0
     monkeypatch.setattr(pruned.engine.refiller, "_chunk", N)
     pruned.engine.refiller.refill()
     [seen], [refilled] = full.engine.calibrator._waiting, pruned.engine.calibrator._waiting
@@ -117,7 +117,7 @@ def test_rows_that_attend_to_projected_rows_are_not_added(tmp_path):
     path, sidecar = with_sidecar(tmp_path, "llama", boundary=5)
     model = learning_model(path, sidecar=sidecar, keep_states=True)
     read(model, prompt(3 * N))
-    assert model.engine.calibrator.learned.n_waiting == 0
+    assert model.engine.calibrator.n_waiting == 0
 
 
 def test_held_out_rows_are_in_no_sum(plain):
@@ -125,14 +125,14 @@ def test_held_out_rows_are_in_no_sum(plain):
     tokens = prompt(N * 3)
     read(model, tokens)
     read(model, prompt(N * 3, seed=1))
-    assert model.engine.calibrator.learned.n_held_out == 1
+    assert len(model.engine.calibrator.held_out) == 1
     model.engine.calibrator.work(never)
-    assert model.engine.calibrator.learned.n_rows == 5 * (N - 1)
+    assert model.engine.calibrator.n_rows == 5 * (N - 1)
     assert model.engine.calibrator.held_out[0].tokens.tolist() == prompt(N * 3, seed=1)[2 * N :]
     # Rereading adds nothing.
     read(model, prompt(N * 3, seed=1))
     model.engine.calibrator.work(never)
-    assert (model.engine.calibrator.learned.n_rows, model.engine.calibrator.learned.n_held_out) == (
+    assert (model.engine.calibrator.n_rows, len(model.engine.calibrator.held_out)) == (
         5 * (N - 1),
         1,
     )
@@ -162,7 +162,7 @@ def test_concurrent_learners_share_one_file(plain):
         thread.start()
         thread.join()
     one.close()
-    n_rows = one.engine.calibrator.learned.n_rows
+    n_rows = one.engine.calibrator.n_rows
     two.close()
     # The second process chose another wider input, so its rows are dropped.
     assert (
@@ -173,7 +173,7 @@ def test_concurrent_learners_share_one_file(plain):
     read(three, prompt(3 * N, 3))
     three.engine.calibrator.work(never)
     three.close()
-    assert three.engine.calibrator.learned.n_rows == n_rows + 3 * (N - 1)
+    assert three.engine.calibrator.n_rows == n_rows + 3 * (N - 1)
 
 
 def test_a_damaged_file_is_replaced_with_a_warning(plain, folder, caplog):
@@ -184,7 +184,7 @@ def test_a_damaged_file_is_replaced_with_a_warning(plain, folder, caplog):
     [path] = folder.glob("*.sums.npz")
     path.write_bytes(path.read_bytes()[:-5000])
     other = learning_model(plain)
-    assert other.engine.calibrator.learned.n_rows == 0 and "damaged" in caplog.text
+    assert other.engine.calibrator.n_rows == 0 and "damaged" in caplog.text
     assert list(folder.glob("*.damaged")) and not path.exists()
 
 
@@ -227,7 +227,7 @@ def test_rows_beyond_the_memory_limit_are_counted_and_dropped(plain):
     model = learning_model(plain)
     model.engine.calibrator._room_bytes = 1_000_000
     read(model, prompt(3 * N))
-    assert model.engine.calibrator.learned.n_missed > 0
+    assert model.engine.calibrator.n_missed > 0
     assert model.engine.calibrator._waiting_bytes <= 1_000_000
 
 
@@ -271,5 +271,5 @@ def test_candidates_are_the_deepest_that_memory_allows(each):
 
 def test_learning_is_optional_and_has_a_goal(plain):
     model = learning_model(plain)
-    assert model.engine.calibrator.learned.n_wanted == learning.ROWS_TO_FIT * 128
+    assert model.engine.calibrator.n_wanted == learning.ROWS_TO_FIT * 128
     assert opened(plain, **LARGE).engine.calibrator is None

@@ -82,7 +82,7 @@ def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_pa
     model, lessons = taught(path)
     lesson = lessons.idle(never)
     assert lesson.boundary == model.engine.calibrator.boundaries[0] == 4
-    assert lesson.speedup_limit > 1.2 and lesson.n_rows == model.engine.calibrator.learned.n_rows
+    assert lesson.speedup_limit > 1.2 and lesson.n_rows == model.engine.calibrator.n_rows
     before = last_logits(model)
     n_cached = model.engine.cache.n_tokens
     model.swap_sidecar(lesson.sidecar)
@@ -111,13 +111,13 @@ def test_the_next_start_uses_learned_statistics_and_adds_to_them(plain):
     assert (shown["pruned_from"], shown["n_tokens"]) == (4, lesson.n_rows)
     assert lesson.boundary in shown["boundaries"]
     again, lessons = taught(plain, sidecar=lesson.sidecar, keep_states=True, n_prompts=0)
-    n_rows = again.engine.calibrator.learned.n_rows
+    n_rows = again.engine.calibrator.n_rows
     assert not lessons.has_work
     for seed in range(3, 7):
         read(again, prompt(3 * N, seed))
         again.engine.refiller.refill()
     lessons.idle(never)
-    assert again.engine.calibrator.learned.n_rows > n_rows and lessons.quality is not None
+    assert again.engine.calibrator.n_rows > n_rows and lessons.quality is not None
     # The next sidecar may replace the one in use.
     lesson.sidecar.replace(lesson.sidecar.with_suffix(".old"))
     again.read(Prompt(prompt(600, 9)))
@@ -213,7 +213,7 @@ def test_a_fit_in_use_adapts_to_new_prompts(plain, kind, tmp_path):
     if kind != Projection.FITTED:
         return
     # The next start adds to the same sums.
-    n_rows = model.engine.calibrator.learned.n_rows
+    n_rows = model.engine.calibrator.n_rows
     again, lessons = taught(plain, sidecar=sidecar, keep_states=True, n_prompts=0)
     for seed in range(3, 6):
         read(again, prompt(3 * N, seed))
