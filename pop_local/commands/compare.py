@@ -41,14 +41,16 @@ def compare(
     Decoding is greedy. If lines have an "answer", McNemar's test checks whether pruning changes the
     number of right answers.
     """
-    from pop_local.workflows.compare_answers import CompareOptions, compare_answers
+    from pop_local.workflows.compare_answers import compare_answers
 
     with stoppable_watch() as watch:
         found = compare_answers(
             model,
             prompts,
-            CompareOptions(how.longest, measured.n_ctx, how.mmproj),
+            max_tokens=how.longest,
+            n_ctx=measured.n_ctx,
             sidecar=measured.sidecar,
+            mmproj=how.mmproj,
             hardware=measured.hardware,
             watch=watch,
         )

@@ -1,7 +1,6 @@
 """Compare full and pruned answers to the user's prompts."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from pop_converter.base.errors import PopError
@@ -16,33 +15,23 @@ from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import model_files
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    """Options of a comparison.
-
-    `max_tokens`: the maximum length of each answer in tokens. `n_ctx`: the context length in tokens
-    (default: the model's, up to 8,192). `mmproj`: the multimodal projector (default: the projector
-    next to the model).
-    """
-
-    max_tokens: int = 256
-    n_ctx: int | None = None
-    mmproj: Path | None = None
-
-
 def compare_answers(
     model: str | os.PathLike[str],
     prompts: str | os.PathLike[str],
-    options: CompareOptions = CompareOptions(),
     *,
+    max_tokens: int = 256,
+    n_ctx: int | None = None,
     sidecar: Path | None = None,
+    mmproj: Path | None = None,
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Comparison:
     """Answer a file's prompts (see `read_prompts`) in full and pruned, and compare the answers.
 
-    The model must be converted. A prefix that consecutive prompts share is prefilled once. Raises
-    PopError, StoppedError.
+    The model must be converted. A prefix that consecutive prompts share is prefilled once.
+    `max_tokens`: the maximum length of each answer. `n_ctx`: the context length in tokens (default:
+    the model's, up to 8,192). `mmproj`: the multimodal projector (default: the one next to the
+    model). Raises PopError, StoppedError.
     """
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)
@@ -53,14 +42,14 @@ def compare_answers(
             cause="not-converted",
             model=files.path,
         )
-    mmproj = options.mmproj or find_mmproj(files.path)
-    with opened(files, hardware, watch, n_ctx=options.n_ctx, mmproj=mmproj) as loaded:
+    mmproj = mmproj or find_mmproj(files.path)
+    with opened(files, hardware, watch, n_ctx=n_ctx, mmproj=mmproj) as loaded:
         both = []
         for name, is_pruning in (("full", False), ("pruned", True)):
             loaded.pruning = is_pruning
             ran, answers = counting(len(given.prompts), watch.stage(f"Answering, {name}")), []
             for prompt in given.prompts:
-                answers.append(answered(loaded, prompt, options.max_tokens))
+                answers.append(answered(loaded, prompt, max_tokens))
                 ran(1)
             both.append(answers)
         triples = zip(given.prompts, *both, strict=True)

@@ -232,11 +232,6 @@ def test_a_dumb_terminal_gets_no_escape_sequences(history):
     terminal.line("hi")
     terminal.expect(re.escape("**2** characters in 1 lines: `hi`"))
     terminal.expect_prompt()
-    terminal.line("/edit")
-    terminal.expect("> hi$")
-    terminal.line("gher")
-    terminal.expect(re.escape("**6** characters in 1 lines: `higher`"))
-    terminal.expect_prompt()
     terminal.line("/exit")
     assert terminal.expect_end() == 0
     assert "\x1b" not in terminal.raw

@@ -141,14 +141,14 @@ class Transcript(Screen):
         self.lines = list(lines)
         self.shown = ""
 
-    def read_line(self, default: str = "") -> str:
+    def read_line(self) -> str:
         if not self.lines:
             raise EOFError
         line = self.lines.pop(0)
         if isinstance(line, BaseException):
             raise line
-        self.shown += f"> {default}{line}\n"
-        return default + line
+        self.shown += f"> {line}\n"
+        return line
 
     def text(self, piece: str) -> None:
         self.shown += piece

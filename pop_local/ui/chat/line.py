@@ -33,9 +33,8 @@ _REFRESH_S = 0.5
 PATH_COMMANDS = ("/file", "/image", "/model")
 
 Words = Callable[[], Iterable[str]]
-# Returns the next line of input. An argument is the line's initial text. Raises EOFError,
-# KeyboardInterrupt, and PopError for a line that is not UTF-8.
-LineReader = Callable[..., str]
+# Returns the next line. Raises EOFError, KeyboardInterrupt, and PopError if the line is not UTF-8.
+LineReader = Callable[[], str]
 
 
 def line_reader(
@@ -62,16 +61,14 @@ def line_reader(
         style=Style.from_dict({"bottom-toolbar": "noreverse"}),
     )
 
-    def read(default: str = "") -> str:
+    def read() -> str:
         below = status if status() else None
-        # A dumb terminal cannot show the initial text.
-        prompt = PROMPT + default if is_dumb_terminal() else PROMPT
-        return unquoted(_utf8(session.prompt(prompt, default=default, bottom_toolbar=below)))
+        return unquoted(_utf8(session.prompt(PROMPT, bottom_toolbar=below)))
 
     return read
 
 
-def piped_line(default: str = "") -> str:
+def piped_line() -> str:
     """Read a line from stdin. Raises EOFError at its end, and PopError for invalid UTF-8."""
     line = sys.stdin.buffer.readline()
     if not line:

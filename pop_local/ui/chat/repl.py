@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
 
 from pop_converter.base.errors import PopError
 from pop_local.config.settings import state_dir
@@ -10,7 +9,7 @@ from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
 from pop_local.ui.chat.refill import idling, status
 from pop_local.ui.chat.sessions import Unsaved
-from pop_local.ui.chat.slash import COMMANDS, EditRequest, run_command
+from pop_local.ui.chat.slash import COMMANDS, run_command
 from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.typed_keys import unechoed_keys
 
@@ -62,14 +61,7 @@ def _read_and_run(chat: Dialogue, read_line: LineReader) -> None:
         raise EOFError from error
     if not line.strip():
         return
-    if not line.startswith("/"):
-        chat.ask(line.strip())
-        return
-    try:
+    if line.startswith("/"):
         run_command(chat, line)
-    except EditRequest as request:
-        edited = read_line(request.args[0]).strip()
-        if edited:
-            chat.answer(partial(chat.session.edit, edited))
-        else:
-            chat.screen.note("Nothing was changed.")
+    else:
+        chat.ask(line.strip())

@@ -38,12 +38,8 @@ _DEFAULT = "default"
 _DEFAULTS = TurnOptions()
 
 
-class EditRequest(Exception):  # noqa: N818 (no error)
-    """A request to let the user edit the question in `args[0]`, and to ask it again."""
-
-
 def run_command(chat: Dialogue, line: str) -> None:
-    """Run a slash command. Raises PopError, EditRequest, and EOFError to leave the chat."""
+    """Run a slash command. Raises PopError, and EOFError to leave the chat."""
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
     if command is not None:
@@ -100,13 +96,6 @@ def _undo(chat: Dialogue, argument: str) -> None:
         chat.screen.note(f"Dropped: {_short(turn.question)}")
     else:
         chat.refuse("The conversation has no turn to drop.")
-
-
-def _edit(chat: Dialogue, argument: str) -> None:
-    turn = chat.session.last_asked
-    if turn is not None:
-        raise EditRequest(turn.question)
-    chat.refuse("No question yet.")
 
 
 def _set(chat: Dialogue, argument: str) -> None:
@@ -194,7 +183,6 @@ _ALL = (
     Command("/image PATH", "attach a picture to the next question", attach.attach_image),
     Command("/retry", "answer the last question again", _retry),
     Command("/undo", "drop the last question and its answer", _undo),
-    Command("/edit", "edit the last question and ask it again", _edit),
     Command("/clear", "drop the conversation but keep the system prompt", _clear),
     Command("/system TEXT", "set the system prompt, or show it", _system),
     Command("/set PARAM VALUE", "set a sampling parameter, or show them", _set, _PARAMS.keys),

@@ -197,7 +197,7 @@ def test_interrupt_ends_piped_lines(answer, monkeypatch):
 @pytest.mark.parametrize(
     "line",
     [
-        *("/retry", "/edit", "/undo", "/save", "/nonsense"),
+        *("/retry", "/undo", "/save", "/nonsense"),
         *("/full maybe", "/set top_p 2", "/set nothing"),
     ],
 )

@@ -54,7 +54,7 @@ def test_words_and_paths_are_both_completed(tmp_path):
 def test_a_pipe_that_cannot_be_read_ends_the_chat():
     """Fail every read, as under nohup, which closes stdin."""
 
-    def unreadable(default: str = "") -> str:
+    def unreadable() -> str:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
     screen = Transcript()

@@ -44,10 +44,9 @@ def test_retry_asks_a_dropped_question():
     assert model.asked == [[Message("user", "are you there?")]] * 2
 
 
-@pytest.mark.parametrize("lines", [("/retry", "/retry"), ("/edit", "?", "/retry")])
-def test_a_question_survives_an_unexpected_error(lines):
+def test_a_question_survives_an_unexpected_error():
     model = ScriptedModel(["One.", STATS], [RuntimeError("lost the GPU")], ["Two.", STATS])
-    shown = talk(model, "hi", *lines)
+    shown = talk(model, "hi", "/retry", "/retry")
     assert any("lost the GPU" in line for line in shown)
     assert model.asked[2] == model.asked[1]
     assert "Two." in shown
@@ -65,15 +64,6 @@ def test_undo_drops_one_turn_after_the_other():
         "# The conversation has no turn to drop.",
     ]
     assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
-
-
-def test_edit_offers_the_last_question_and_asks_the_new_one():
-    model = ScriptedModel(["One.", STATS], ["Two.", STATS])
-    shown = talk(model, "/edit", "who", "/edit", " are you?", "/edit", KeyboardInterrupt())
-    assert "# No question yet." in shown
-    assert "> who are you?" in shown
-    assert model.asked[1] == [Message("user", "who are you?")]
-    assert len(model.asked) == 2
 
 
 def test_set_shows_and_changes_how_answers_are_sampled():
