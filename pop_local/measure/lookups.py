@@ -162,7 +162,29 @@ class LookupReference:
 
     def compare(self, answers: Answers) -> Lookups:
         """Compare all answers with the full model's answers."""
-        return compare_lookups(self.full, answers, self.settings)
+        rights = [
+            (first.is_right, second.is_right)
+            for both in zip(self.full, answers, strict=True)
+            for first, second in zip(*both, strict=True)
+        ]
+        lost, gained = rights.count((True, False)), rights.count((False, True))
+        n_each = np.array([len(of_document) for of_document in self.full])
+        logs = [_sums(each, lambda it: it.logprob) for each in (self.full, answers)]
+        probable = [_sums(each, lambda it: exp(it.logprob)) for each in (self.full, answers)]
+        return Lookups(
+            n=len(rights),
+            full=sum(is_right for is_right, _ in rights),
+            pruned=sum(is_right for _, is_right in rights),
+            lost=lost,
+            gained=gained,
+            n_documents=len(self.full),
+            n_tokens=self.settings.n_tokens,
+            p=mcnemar(lost, gained),
+            logprob_full=ratio(logs[0], n_each),
+            logprob_pruned=ratio(logs[1], n_each),
+            logprob_lost=ratio(logs[0] - logs[1], n_each),
+            expected_lost=ratio(probable[0] - probable[1], probable[0]),
+        )
 
 
 def make_documents(model: PopModel, settings: LookupSettings) -> tuple[LookupDocument, ...]:
@@ -253,33 +275,6 @@ def _continue(reader: Forced, asked: TokenizedQuestion, n_right: int, token: int
         reader.extend(tokens[n_decoded:])
         n_decoded, token = len(tokens), reader.next_token
     return model.engine.context.vocabulary.detokenize(tokens)
-
-
-def compare_lookups(full: Answers, pruned: Answers, settings: LookupSettings) -> Lookups:
-    """Compare a model's answers with the full model's answers to the same documents."""
-    rights = [
-        (first.is_right, second.is_right)
-        for both in zip(full, pruned, strict=True)
-        for first, second in zip(*both, strict=True)
-    ]
-    lost, gained = rights.count((True, False)), rights.count((False, True))
-    n_each = np.array([len(of_document) for of_document in full])
-    logs = [_sums(answers, lambda it: it.logprob) for answers in (full, pruned)]
-    probable = [_sums(answers, lambda it: exp(it.logprob)) for answers in (full, pruned)]
-    return Lookups(
-        n=len(rights),
-        full=sum(is_right for is_right, _ in rights),
-        pruned=sum(is_right for _, is_right in rights),
-        lost=lost,
-        gained=gained,
-        n_documents=len(full),
-        n_tokens=settings.n_tokens,
-        p=mcnemar(lost, gained),
-        logprob_full=ratio(logs[0], n_each),
-        logprob_pruned=ratio(logs[1], n_each),
-        logprob_lost=ratio(logs[0] - logs[1], n_each),
-        expected_lost=ratio(probable[0] - probable[1], probable[0]),
-    )
 
 
 def _sums(answers: Answers, figure: Callable[[LookupAnswer], float]) -> np.ndarray:

@@ -203,32 +203,7 @@ def _measure(
     reader: Forced, reference: QualityReference, pruning: Pruning, ran: Ran, known: list[Scores]
 ) -> Quality:
     full = islice(reference.full, len(known), None)
-    for scores in score(reader, reference.windows[len(known) :], full, pruning, ran):
-        known.append(scores)
-    repeated = reference.repeated
-    nll = measure_induction(reader, repeated, pruning, ran)
-    return summarize(pruning, reference.settings, known, repeated, nll)
-
-
-def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:
-    for window in windows:
-        reader.read(window.context, FULL)
-        predicted = predictions(reader.predict(window.continuation))
-        targets = np.asarray(window.continuation)
-        full = FullScores(predicted, likelihood(predicted, targets), copied(reader, window.passage))
-        ran(1)
-        yield full
-
-
-def score(
-    reader: Forced,
-    windows: Sequence[Window],
-    full: Iterable[FullScores],
-    pruning: Pruning,
-    ran: Ran,
-) -> Iterator[Scores]:
-    """Yield the scores of each window under a pruning."""
-    for window, of_full in zip(windows, full, strict=True):
+    for window, of_full in zip(reference.windows[len(known) :], full, strict=True):
         reader.read(window.context, pruning)
         predicted = predictions(reader.predict(window.continuation))
         scores = Scores(
@@ -239,8 +214,20 @@ def score(
             copy_pruned=copied(reader, window.passage),
             n_pruned=reader.n_pruned,
         )
+        known.append(scores)
         ran(1)
-        yield scores
+    nll = measure_induction(reader, reference.repeated, pruning, ran)
+    return _summarize(pruning, reference, known, nll)
+
+
+def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:
+    for window in windows:
+        reader.read(window.context, FULL)
+        predicted = predictions(reader.predict(window.continuation))
+        targets = np.asarray(window.continuation)
+        full = FullScores(predicted, likelihood(predicted, targets), copied(reader, window.passage))
+        ran(1)
+        yield full
 
 
 def choose_windows(
@@ -259,17 +246,11 @@ def choose_windows(
     return tuple(windows)
 
 
-def summarize(
-    pruning: Pruning,
-    settings: QualitySettings,
-    scores: Sequence[Scores],
-    repeated: Repeated,
-    repeated_nll: Floats,
+def _summarize(
+    pruning: Pruning, reference: QualityReference, scores: Sequence[Scores], repeated_nll: Floats
 ) -> Quality:
-    """Summarize the scores of all windows under a pruning.
-
-    `repeated_nll`: the result of `measure_induction` [n_draws] under this pruning.
-    """
+    """Summarize all windows' scores; `repeated_nll`: `measure_induction`'s result [n_draws]."""
+    settings, repeated = reference.settings, reference.repeated
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
     copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)

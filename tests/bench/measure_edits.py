@@ -29,9 +29,9 @@ from pop_local.measure.forced import Forced, forced
 from pop_local.measure.heldout import shipped_text
 from pop_local.measure.lookups import (
     Answers,
+    LookupReference,
     LookupSettings,
     answer_questions,
-    compare_lookups,
     make_documents,
 )
 
@@ -184,8 +184,9 @@ def measure_lookups(model: PopModel, options: argparse.Namespace) -> None:
             for name, (prompts, mode) in ways.items():
                 reader.read(prompts, mode)
                 answers[name].append(answer_questions(scores, document.questions, lambda _: None))
+    reference = LookupReference(settings, asked, answers["full"])
     for name in ("pruned", "edited"):
-        found = compare_lookups(answers["full"], answers[name], settings)
+        found = reference.compare(answers[name])
         shown = {key: getattr(found, key) for key in ("n", "full", "pruned", "lost", "gained", "p")}
         shown["logprob_lost"] = vars(found.logprob_lost)
         print(json.dumps({"reading": name, **shown}), flush=True)

@@ -18,7 +18,6 @@ from pop_local.measure.lookups import (
     LookupReference,
     LookupSettings,
     TokenizedQuestion,
-    compare_lookups,
     is_right,
     make_documents,
     measure_lookups,
@@ -185,7 +184,7 @@ def answers(*rights: bool, logprob: float = -1.0) -> tuple[LookupAnswer, ...]:
 def test_lost_and_gained_answers_are_counted() -> None:
     full = [answers(True, True), answers(True, False)]
     pruned = [answers(False, True, logprob=-2), answers(True, True, logprob=-4)]
-    found = compare_lookups(full, pruned, SETTINGS)
+    found = LookupReference(SETTINGS, (), full).compare(pruned)
     assert (found.n, found.full, found.pruned, found.lost, found.gained) == (4, 3, 3, 1, 1)
     assert found.p == 1.0
     assert found.logprob_lost.value == pytest.approx(2)
@@ -195,5 +194,5 @@ def test_lost_and_gained_answers_are_counted() -> None:
 
 
 def test_a_model_without_right_answers_loses_none() -> None:
-    found = compare_lookups([answers(False)], [answers(False)], SETTINGS)
+    found = LookupReference(SETTINGS, (), [answers(False)]).compare([answers(False)])
     assert (found.lost, found.p, found.logprob_lost.se) == (0, 1.0, None)
