@@ -88,9 +88,9 @@ def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf", n_ctx: 
 
 def test_chat_attaches_pictures(path):
     a, b = path.parent / "a.png", path.parent / "b.png"
-    shown = chatted(path, "/image", f"/image '{a}'", "/image", "what?", f"/image {b}", "and?")
-    assert "# No picture is attached" in shown
-    assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 2
+    shown = chatted(path, "/image", f"/image '{a}'", "what?", f"/image {b}", "and?")
+    assert "# /image needs a path." in shown
+    assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 1
     assert shown.count("# Your next question includes the attachment.") == 2
     assert "pictures 48 tokens encoded in" in shown
     assert "pictures 96 tokens encoded in" in shown
@@ -122,10 +122,10 @@ def test_a_chat_with_pictures_is_saved_and_loaded(path):
 def test_a_picture_larger_than_the_context(path):
     big = path.parent / "big.png"
     big.write_bytes(png(5, 300, 300))
-    lines = (f"/image {big}", "s", "/image", f"/image {big}", "l", "/image", "what?")
+    lines = (f"/image {big}", "s", f"/image {big}", "l", "what?")
     shown = chatted(path, *lines, n_ctx=256)
     assert "tokens too long (" in shown
-    assert "# Nothing was attached.\n> /image\n# No picture is attached" in shown
+    assert "# Nothing was attached.\n> /image " in shown
     assert "pictures 361 tokens" in shown
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 from pop_local.config.settings import expanded
-from pop_local.engine.images.pictures import Picture, read_picture
+from pop_local.engine.images.pictures import read_picture
 from pop_local.texts.document_readers import read_document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.overflow import answer_reserve, larger_ctx
@@ -21,20 +21,16 @@ _ATTACHED = "Your next question includes the attachment."
 
 
 def attach_file(chat: Dialogue, argument: str) -> None:
-    """Attach a file. Without an argument, list the attached files."""
-    context = chat.model.engine.context
+    """Attach a file's text. If it is too long, the user may attach a part of it."""
     if not argument:
-        if not chat.documents:
-            chat.screen.note("No file is attached; /file PATH attaches a file.")
-        for document in chat.documents:
-            n_tokens = _count_tokens(chat, document.text)
-            chat.screen.note(counted_line(document.name, n_tokens, context.n_ctx))
+        chat.refuse("/file needs a path.")
         return
     try:
         document = read_document(given_path(argument))
     except (OSError, PopError) as error:
         chat.fail(as_pop_error(error))
         return
+    context = chat.model.engine.context
     tokens = context.vocabulary.tokenize(document.text)
     chat.screen.note(counted_line(document.name, len(tokens), context.n_ctx))
     while len(tokens) > (room := _room_in(chat)):
@@ -57,16 +53,14 @@ def attach_file(chat: Dialogue, argument: str) -> None:
 
 
 def attach_image(chat: Dialogue, argument: str) -> None:
-    """Attach a picture. Without an argument, list the attached pictures."""
     if not argument:
-        if not chat.pictures:
-            chat.screen.note("No picture is attached; /image PATH attaches a picture.")
-        for picture in chat.pictures:
-            _note_picture(chat, picture)
+        chat.refuse("/image needs a path.")
         return
+    engine = chat.model.engine
     try:
         picture = read_picture(given_path(argument))
-        n_tokens = _note_picture(chat, picture)
+        n_tokens = engine.prompter.count_picture(picture)
+        chat.screen.note(picture_line(picture, n_tokens, engine.context.n_ctx))
         while n_tokens > (room := _room_in(chat)):
             if _choose(chat, n_tokens, room, {}) is None:
                 return
@@ -77,26 +71,15 @@ def attach_image(chat: Dialogue, argument: str) -> None:
     chat.screen.note(_ATTACHED)
 
 
-def _note_picture(chat: Dialogue, picture: Picture) -> int:
-    engine = chat.model.engine
-    n_tokens = engine.prompter.count_picture(picture)
-    chat.screen.note(picture_line(picture, n_tokens, engine.context.n_ctx))
-    return n_tokens
-
-
-def _count_tokens(chat: Dialogue, text: str) -> int:
-    return len(chat.model.engine.context.vocabulary.tokenize(text))
-
-
 def _room_in(chat: Dialogue) -> int:
     """Return the number of context tokens left for attachments, which may be negative."""
-    n_ctx, prompter = chat.model.engine.context.n_ctx, chat.model.engine.prompter
+    context, prompter = chat.model.engine.context, chat.model.engine.prompter
     messages = chat.session.conversation.messages
     n_messages = len(prompter.conversation(messages)) if messages else 0
     n_attached = sum(map(prompter.count_picture, chat.pictures))
-    n_attached += sum(_count_tokens(chat, each.text) for each in chat.documents)
-    n_answer = answer_reserve(chat.sampling.get("max_tokens"), n_ctx)
-    return n_ctx - n_messages - n_attached - n_answer - _QUESTION_TOKENS
+    n_attached += sum(len(context.vocabulary.tokenize(each.text)) for each in chat.documents)
+    n_answer = answer_reserve(chat.sampling.get("max_tokens"), context.n_ctx)
+    return context.n_ctx - n_messages - n_attached - n_answer - _QUESTION_TOKENS
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:

@@ -188,7 +188,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
         f"# {report}: 50 tokens, 1% of the context.",
         "# Your next question includes the attachment.",
         "> /file",
-        f"# {report}: 50 tokens, 1% of the context.",
+        "# /file needs a path.",
     ]
     (asked,) = model.asked[0]
     assert asked.content == f"{report.read_text()}\n\nwhat is it?"
