@@ -68,10 +68,9 @@ def _files(folder: Path, name: str) -> tuple[Path, ...]:
     try:
         return removable(folder, name)
     except PopError:
-        entry = lookup(name)
-        known: tuple[str, ...] = ()
-        if entry is not None:
-            known = (entry.file, entry.pop_file, parts_folder(folder / entry.file).name)
+        if (entry := lookup(name)) is None:
+            raise
+        known = (entry.file, entry.pop_file, parts_folder(folder / entry.file).name)
         here = [file for file in known if os.path.lexists(folder / file)]
         if not here:
             raise

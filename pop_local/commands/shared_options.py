@@ -106,16 +106,6 @@ class MeasureOptions(HardwareOptions):
 
 
 @dataclass(frozen=True)
-class PictureOptions(Group):
-    panel: ClassVar[str] = "Pictures"
-
-    mmproj: Path | None = option(MMPROJ, "FILE")
-    image_tokens: int | None = option(
-        "Maximum tokens per picture, if the model's number varies.", "MAX", min=1, max=MOST
-    )
-
-
-@dataclass(frozen=True)
 class OpenOptions(HardwareOptions):
     """Options for opening a model."""
 
@@ -128,9 +118,13 @@ class OpenOptions(HardwareOptions):
 
 
 @dataclass(frozen=True)
-class ModelOptions(OpenOptions, PictureOptions):
+class ModelOptions(OpenOptions):
     """Options for opening a model and for reading prompts."""
 
+    mmproj: Path | None = option(MMPROJ, "FILE")
+    image_tokens: int | None = option(
+        "Maximum tokens per picture, if the number can vary.", "MAX", min=1, max=MOST
+    )
     full: bool = option("Read prompts with all layers, without pruning.", default=False)
     refill: Literal["idle", "off"] = option(
         "Run pruned tokens through the skipped layers while the model is idle.", default="off"

@@ -19,7 +19,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import RowRule, plan_prefill
+from pop_local.engine.prefill.plan import plan_prefill
 from pop_local.engine.prefill.read import append
 from pop_local.engine.prompt.prompt import Prompt
 
@@ -39,12 +39,6 @@ class Pruning:
 
 
 FULL = Pruning(0, Mode.OFF)
-
-
-def n_pruned(model: PopModel, context: Tokens, rule: RowRule) -> int:
-    """Return the number of tokens of a context that stop at the boundary."""
-    deep = find_deep_rows(model.engine.context, np.asarray(context), rule.deep_rows)
-    return plan_prefill(0, len(context), rule, len(context), deep=deep).n_pruned
 
 
 @contextmanager
@@ -79,8 +73,11 @@ class Forced:
             self._sequence.keep_states(False)
         self._sequence.set_mode(pruning.context)
         append(cache, Prompt(context), self.rule)
-        is_full = pruning.context is Mode.OFF
-        self.n_pruned = 0 if is_full else n_pruned(self.model, context, self.rule)
+        self.n_pruned = 0
+        if pruning.context is not Mode.OFF:
+            deep = find_deep_rows(self._context, np.asarray(context), self.rule.deep_rows)
+            plan = plan_prefill(0, len(context), self.rule, len(context), deep=deep)
+            self.n_pruned = plan.n_pruned
         self._require("context", len(context), self.n_pruned)
         self._next = self._context.logits().copy()
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
@@ -109,7 +106,7 @@ class Forced:
 
     @contextmanager
     def branch(self) -> Iterator[None]:
-        """Remove from the cache, on exit, all tokens that `extend` appended in the `with` block."""
+        """On exit, remove from the cache all tokens that `extend` appended in the `with` block."""
         n_tokens, following, state = self._cache.n_tokens, self._next, self._state
         try:
             yield

@@ -1,4 +1,4 @@
-"""Two probes of copying from the prompt, since the KL of prose hides the loss of this ability.
+"""Two probes of copying from the prompt, because the KL on prose hides lost copying ability.
 
 The *copy* probe appends a passage of the context to the context again. The *induction* probe
 repeats random tokens; a model that cannot copy has the same loss on both occurrences. Both probes
@@ -110,13 +110,10 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
     """Draw ordinary tokens uniformly, since models treat control tokens specially."""
-    vocab, attribute = (
-        model.engine.context.vocabulary.pointer,
-        backend.bindings().llama_vocab_get_attr,
-    )
+    vocabulary, attribute = model.engine.context.vocabulary, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:
-        token = int(rng.integers(model.engine.context.vocabulary.n_tokens))
-        if attribute(vocab, token) & _NORMAL:
+        token = int(rng.integers(vocabulary.n_tokens))
+        if attribute(vocabulary.pointer, token) & _NORMAL:
             tokens.append(token)
     return tokens
