@@ -49,8 +49,8 @@ class HowOptions(Group):
         "FILE|DIR",
     )
     distill: bool = option(
-        "Also train the fit end to end, which improves copying. Training takes minutes a boundary,"
-        " needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
+        "Also train the fit end to end, which improves copying. Training takes minutes per"
+        " boundary, needs torch, and supports dense llama, qwen2, qwen3, gemma2 and gemma3 models.",
         default=False,
     )
     sidecar: bool = option("Write only the projections, to a small sidecar file.", default=False)
@@ -73,7 +73,7 @@ class LimitOptions(Group):
 
     max_kl: float | None = _limit("NATS", "Maximum KL divergence from the full model.")
     max_ppl_ratio: float | None = _limit("RATIO", "Maximum perplexity relative to the full model.")
-    max_copy_ratio: float | None = _limit("RATIO", "The same for a repeated text's perplexity.")
+    max_copy_ratio: float | None = _limit("RATIO", "The same limit for a repeated passage.")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def open_prompt_cache(options: ModelOptions, ram_bytes: int = 0) -> PromptCache 
 
 
 def store_prompts(model: PopModel) -> None:
-    """Store the model's cached prompts on disk, if requested. Call this before closing it."""
+    """Store the model's cached prompts on disk if requested. Call before closing the model."""
     prompts = model.engine.options.prompt_cache
     if prompts is not None:
         for sequence in model.engine.sequences:

@@ -57,7 +57,7 @@ def pull(
             path = _from_url(model, folder, _hash(sha256), force=force)
         else:
             with terminal_watch() as watch:
-                may = replace(watch, may=lambda question: True)  # `pull` is the permission
+                may = replace(watch, may=lambda question: True)  # running `pull` is consent
                 path = fetch_named(model, folder, may, force=force)
     except KeyboardInterrupt:
         note("Run the same command again to resume the download.")

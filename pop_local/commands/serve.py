@@ -62,8 +62,8 @@ class ServerOptions(Group):
     )
     max_waiting: int = option("Maximum queue length (then: status 503).", min=1, default=256)
     repeatable: bool = option(
-        "Read prompts without the cache, so that equal requests get equal answers at temperature 0"
-        " or with a seed.",
+        "Read prompts without the cache, so identical requests get identical answers at"
+        " temperature 0 or with a seed.",
         default=False,
     )
 
@@ -178,7 +178,7 @@ def _announce(pool: "ModelPool", to: ServerOptions) -> None:
         _announce_model(served.name, served.model)
     if to.models is not None:
         names = ", ".join(pool.registry.files()) or "none yet"
-        limit = f"in up to {to.ram:g} GiB" if to.ram else "one at a time"
+        limit = f"using up to {to.ram:g} GiB of memory" if to.ram else "one at a time"
         note(f"Models in {to.models}, opened on demand, {limit}: {names}.")
 
 

@@ -39,7 +39,7 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 # A model that retains less than this share of the full model's gain on random tokens can no longer
 # copy.
 LEAST_RETENTION = 0.7
-# Largest increase in retention that a fit brings to a model that still copies.
+# Largest gain in retention from a fit, among models that can still copy.
 _RETENTION_GAIN = 0.05
 
 

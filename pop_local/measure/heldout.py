@@ -19,7 +19,7 @@ TextTokens = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Text:
-    """A text that consists of parts, for example several kinds of text.
+    """A text that is split into parts, such as prose and code.
 
     No window crosses the end of a part.
     """

@@ -142,9 +142,9 @@ class LookupReference:
     def read(
         cls, model: PopModel, settings: LookupSettings, on_progress: Progress, known: Answers
     ) -> "LookupReference":
-        """Answer the questions in full, for the documents whose answers `known` lacks.
+        """Answer the questions about each document in full, unless `known` has its answers.
 
-        Each document's answers are added to `known`, so that they survive a stop. Raises the errors
+        New answers are added to `known`, so that they survive an interruption. Raises the errors
         of `measure_lookups`.
         """
         found = cls(settings, make_documents(model, settings), known)
@@ -152,7 +152,7 @@ class LookupReference:
         return found
 
     def ask(self, model: PopModel, pruning: Pruning, on_progress: Progress, known: Answers) -> None:
-        """Add a pruned model's answers to `known`, as `read` does for the full model."""
+        """Add a pruned model's missing answers to `known`, as `read` does for the full model."""
         new = self.documents[len(known) :]
         ran = counting(sum(len(each.questions) for each in new), on_progress)
         with forced(model) as reader:

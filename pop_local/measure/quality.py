@@ -190,7 +190,7 @@ def measure_against(
 ) -> Quality:
     """Measure a pruning of the reference's model, with the loaded file's projections.
 
-    `known` contains the scores of the first windows, like in `read_reference`. `on_progress` counts
+    `known` contains the scores of the first windows, as in `read_reference`. `on_progress` counts
     windows and draws. Raises the errors of `measure_pruning`.
     """
     known = [] if known is None else known

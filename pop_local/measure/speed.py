@@ -1,7 +1,7 @@
 """Measure the time to first token (TTFT) with and without pruning.
 
 Both modes run in each round, in one process and on the same weights. Ratios are computed within a
-round, so that a slow phase of the machine affects both modes. The order of the runs is reversed
+round, so that a temporary slowdown affects both modes. The order of the runs is reversed
 after each round. Each run starts with an empty KV cache. The measured time includes prefill and the
 sampling of the first token; decoding is measured separately. Every run raises PopError unless the
 backend's row counters show that all prompt tokens were evaluated and pruned as planned.

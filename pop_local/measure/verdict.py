@@ -7,9 +7,9 @@ from pop_converter.popfile.format import Measured
 if TYPE_CHECKING:
     from pop_local.measure.compared_prompts import Comparison
 
-# Largest relative increase of perplexity that is not visible in answers.
+# Largest relative increase in perplexity that is not visible in answers.
 _INVISIBLE = 0.01
-# Chance can explain a difference of up to 2 standard errors, or with a p-value of 0.05 or more.
+# A difference within 2 standard errors, or with a p-value of 0.05 or more, may be chance.
 _BY_CHANCE, _LEAST_P = 2.0, 0.05
 
 

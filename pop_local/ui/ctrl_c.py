@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """The state of Ctrl-C: pressed (`asked`), or the next press raises an error (`at_once`)."""
+    """Ctrl-C state. `asked`: it was pressed. `at_once`: the next press raises an error."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

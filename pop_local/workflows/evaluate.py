@@ -1,4 +1,4 @@
-"""Evaluate the loss in quality from pruning a model at one boundary."""
+"""Evaluate how much quality a model loses when it is pruned at one boundary."""
 
 import os
 from dataclasses import dataclass, field

@@ -238,7 +238,7 @@ def pruning_state(model: PopModel) -> str:
 def warn_of_base_model(chat: Dialogue) -> None:
     if not chat.model.engine.prompter.has_template:
         chat.screen.warn(
-            "This base model has no chat template and continues text instead of answering."
+            "This base model has no chat template, so it continues your text instead of answering."
         )
 
 

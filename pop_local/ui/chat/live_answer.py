@@ -23,7 +23,7 @@ from pop_local.ui.chat.markdown import Lines, rendered, top_level
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
 _THINK_END = "</think>"
-# Pause between two drawings, as a multiple of the time that a drawing takes.
+# Pause between two redraws, as a multiple of the time one redraw takes.
 _REST = 74
 
 

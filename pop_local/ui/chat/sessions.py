@@ -141,7 +141,7 @@ class Unsaved:
             chat.fail(as_pop_error(error))
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, conversation: Conversation) -> bool:
-        """Offer one conversation. Return True to stop offering further ones."""
+        """Offer one conversation. Return True if no other conversation should be offered."""
         n_turns = _turns(len(conversation.turns))
         question = f"A chat with {n_turns} ended unexpectedly on {_changed(stored)}."
         chosen = chat.screen.choose(question, _CHOICES)

@@ -99,7 +99,7 @@ def _choice(found: Analysis) -> str:
     return (
         f"{name} allows boundary {depth.boundary}, for a speed-up of up to"
         f" {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows; `convert`"
-        " measures more)"
+        " measures more windows)"
     )
 
 

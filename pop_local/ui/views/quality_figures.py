@@ -42,7 +42,7 @@ def figures(quality: Quality | Lookups) -> dict[str, Any]:
 
 
 def with_advice(verdict: str) -> str:
-    """Append the option that avoids any loss to a verdict."""
+    """Append a hint about --full, which avoids any loss, to a verdict."""
     return f"{verdict} Use --full to avoid any loss."
 
 

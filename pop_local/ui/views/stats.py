@@ -70,7 +70,7 @@ def learned_lines(learned: OnlineCalibrator, fitter: OnlineCalibration | None) -
     waiting = f", {learned.n_waiting:,} waiting" if learned.n_waiting else ""
     yield f"Learned: {rows}{waiting}."
     if learned.n_missed:
-        yield f"Not learned for lack of memory: {learned.n_missed:,} tokens."
+        yield f"Skipped because memory was low: {learned.n_missed:,} tokens."
     if fitter is None or fitter.quality is None:
         return
     quality, kl = fitter.quality, fitter.quality.kl_mean
