@@ -29,9 +29,15 @@ from pop_local.calibration.job import Callbacks, calibrate
 from pop_local.engine.engine_options import EngineOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
-from pop_local.measure.forced import Pruning, forced
+from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import given_text, tokenize
-from pop_local.measure.quality import QualityReference, QualitySettings, read_reference, score
+from pop_local.measure.quality import (
+    QualityReference,
+    QualitySettings,
+    Scores,
+    measure_against,
+    read_reference,
+)
 from pop_local.ui.watch import terminal_watch
 
 WIDE = Projection.WIDE
@@ -75,8 +81,8 @@ def measure(
                 tokens = tokenize(model, given_text(text))
                 references[column] = read_reference(model, tokens, settings, _silent)
             full, pruning = references[column], Pruning(boundary)
-            with forced(model) as reader:
-                scores = [*score(reader, full.windows, full.full, pruning, lambda n: None)]
+            scores: list[Scores] = []
+            measure_against(full, model, pruning, _silent, scores)
             row[column] = {
                 "kl": [float(each.divergence.kl.mean()) for each in scores],
                 "nll": [float((each.pruned.nll - each.full.nll).mean()) for each in scores],
