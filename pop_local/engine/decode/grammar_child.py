@@ -5,13 +5,14 @@ the stack. A `multipleOf` of six digits takes half a minute, and so do 10,000 op
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 # Messages omit the parser's state. Large lexemes are not precomputed, because compile time must not
 # depend on the vocabulary.
 LIMITS = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
-# Smaller than the stack of any server thread.
+# The stack of a compiling thread, smaller than any server thread's.
 _STACK_BYTES = 4 << 20
 
 
@@ -24,14 +25,10 @@ class GrammarCompiler:
 
     def warnings(self, grammar: str) -> list[str]:
         """Compile a grammar and return its warnings. Raises ValueError for an invalid grammar."""
-        made: list[LLMatcher] = []
-
-        def compile_() -> None:
-            made.append(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS))
-
-        thread = threading.Thread(target=compile_)
-        thread.start()
-        thread.join()
-        if made[0].is_error():
-            raise ValueError(made[0].get_error())
-        return made[0].get_grammar_warnings()
+        with ThreadPoolExecutor(1) as thread:  # a thread's stack is limited
+            made = thread.submit(
+                LLMatcher, self._tokenizer, grammar, log_level=0, limits=LIMITS
+            ).result()
+        if made.is_error():
+            raise ValueError(made.get_error())
+        return made.get_grammar_warnings()
