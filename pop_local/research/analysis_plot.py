@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pop_converter.base.errors import PopError
 from pop_converter.base.output_file import check_output, replacing
-from pop_local.models.model_names import resolve_base
+from pop_local.models.model_names import resolve
 from pop_local.research.layer_analysis import Analysis
 
 # Skipping only the last layer has a KL of 0, which a logarithmic axis cannot show.
@@ -28,7 +28,7 @@ def require_plot(path: Path, model: str, *, force: bool) -> None:
         ) from error
     files: tuple[Path, ...] = ()
     with suppress(PopError):
-        files = (resolve_base(model),)
+        files = (resolve(model, base=True),)
     check_output(path, files, 0, force=force)
 
 

@@ -169,7 +169,7 @@ def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFi
 def base_file(model: str, watch: Watch) -> Path:
     """Return the path of the unconverted model, fetched if necessary. Raises PopError."""
     try:
-        return names.resolve_base(model)
+        return names.resolve(model, base=True)
     except PopError as error:
         if error.cause != "not-fetched":
             raise

@@ -25,7 +25,7 @@ from pop_local.calibration.fit_options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.models.model_files import ModelFiles
-from pop_local.models.model_names import resolve_base
+from pop_local.models.model_names import resolve
 from pop_local.workflows.conversion.fits import MakeDistiller, PlanFitter
 from pop_local.workflows.conversion.goals import Goal, Within, plans_of
 from pop_local.workflows.conversion.refusals import Trial
@@ -171,7 +171,7 @@ def plan_conversion(
     model: str | os.PathLike[str], out: str | os.PathLike[str] | None, options: ConvertOptions
 ) -> Conversion:
     """Plan a conversion without opening the model. Raises PopError if the conversion must fail."""
-    source = read_source(resolve_base(os.fspath(model)))
+    source = read_source(resolve(os.fspath(model), base=True))
     shape, fit = source_shape(source), options.fit
     default = source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
     if options.output == "sidecar":

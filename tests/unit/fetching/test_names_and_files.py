@@ -23,7 +23,6 @@ from pop_local.models.model_names import (
     load_catalog,
     models_dir,
     resolve,
-    resolve_base,
 )
 from pop_local.ui.hints import hint_of
 
@@ -234,7 +233,7 @@ def test_resolve_prefers_the_converted_file(tiny, store):
     assert resolve("tiny") == store / tiny.file
     (store / tiny.pop_file).touch()
     assert resolve("tiny") == store / tiny.pop_file
-    assert resolve_base("tiny") == store / tiny.file
+    assert resolve("tiny", base=True) == store / tiny.file
 
 
 @pytest.mark.parametrize("name", ["tiny", "TINY", "tiny.gguf"])
@@ -242,7 +241,7 @@ def test_resolve_prefers_a_stored_file_with_a_catalog_name(tiny, store, name):
     store.mkdir()
     for file in (tiny.file, tiny.pop_file, "tiny.gguf"):
         (store / file).touch()
-    assert resolve(name) == resolve_base(name) == store / "tiny.gguf"
+    assert resolve(name) == resolve(name, base=True) == store / "tiny.gguf"
 
 
 def test_folder_does_not_hide_a_catalog_name(tiny, store, tmp_path, monkeypatch):
