@@ -62,7 +62,7 @@ def find_mmproj(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmprojs in `folder` that only the removed models `gone` have used."""
+    """Return the mmprojs in `folder` that only the removed models `gone` used."""
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {find_mmproj(path) for path in models if path not in gone}
     named = {folder / mmproj_name(path.name) for path in gone} - kept

@@ -119,7 +119,7 @@ def total_bytes(files: Iterable[Path]) -> int:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the total size of a folder's files, although pip may delete files during the call."""
+    """Return the total size of a folder's files, except files that pip deletes during the call."""
     n_bytes = 0
     for at, _, names in os.walk(folder):
         for name in names:

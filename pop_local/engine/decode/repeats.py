@@ -1,4 +1,4 @@
-"""Detection of answers that repeat a block of tokens forever."""
+"""Detect answers that repeat a block of tokens forever."""
 
 import re
 from collections import deque

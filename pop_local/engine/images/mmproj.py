@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 # Token id of an image's rows (LLAMA_TOKEN_NULL).
 NO_TOKEN = -1
-# Maximum rows of the pictures whose split is cached, so that a chat splits each picture once.
+# Maximum number of rows of all cached TokenizedPictures, so that a chat splits each picture once.
 _KNOWN_ROWS = 1 << 16
-# Tensors that either all layers or no layers have.
+# Tensors that every layer has if one layer has them.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
 # Projector types of libmtmd's clip.cpp without a token limit. Old files name no type.
 _FIXED = re.compile(
@@ -180,7 +180,7 @@ class Mmproj:
         self.close()
         if self.max_tokens and "image_max_pixels" in reason:
             raise PopError(
-                f"no picture fits {self.max_tokens} tokens with {self.path}",
+                f"no picture fits into {self.max_tokens} tokens with {self.path}",
                 "allow more tokens per picture",
             )
         raise PopError(

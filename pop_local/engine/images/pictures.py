@@ -52,7 +52,7 @@ class Picture:
     """A picture file, whose header `picture_of` has checked.
 
     `name` appears in messages. `width`, `height`: size in pixels after EXIF rotation. Pictures are
-    equal if their files' bytes are equal.
+    equal if their files are.
     """
 
     name: str = field(compare=False)

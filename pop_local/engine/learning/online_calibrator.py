@@ -1,7 +1,7 @@
-"""Online calibration: add rows that run all layers anyway to the sums for fits.
+"""Online calibration: learn from rows that run all layers anyway.
 
 Full prompts provide rows for several boundaries, refilled rows only for the current boundary.
-Prefill queues rows, and the calibrator adds them to the sums while the model is idle.
+Prefill queues the rows, and the calibrator adds them to the sums while the model is idle.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHARES = (0.5, 0.46, 0.4, 1 / 3)
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
-# Rows per dimension of the state before the wider input is chosen, and before a fit is tried.
+# Rows per element of n_embd that are needed to choose the wider input, and to try a fit.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
 # Sums over fewer rows are not written, because they might reveal text.
@@ -142,7 +142,7 @@ class OnlineCalibrator:
         self.attach(cache)
 
     def _set_boundaries(self, context: Context, memory_bytes: int) -> None:
-        """Learn at the current fit's boundary, or at several boundaries without a current fit."""
+        """Learn at the current fit's boundary, or at several boundaries if no fit exists yet."""
         meta, source, start = context.files.meta, context.files.source, {}
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
@@ -174,7 +174,7 @@ class OnlineCalibrator:
             log.warning("cannot save the learned sums: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
-        """Return boundaries whose sums fit into memory: the file's or the default boundaries."""
+        """Choose from the file's boundaries, or the defaults, those whose sums fit into memory."""
         n = self._shape.n_layer
         known = sorted(self._known.n_rows)
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]

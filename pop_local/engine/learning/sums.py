@@ -150,7 +150,7 @@ class Summing:
 
         All layers share the same row weights, which are the mean over the last N_WEIGHING layers. A
         deep pass computes no state at shallower layers, so it adds nothing to the sums of
-        boundaries there.
+        shallower boundaries.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = [fit.token_weights(mass[1:]) for mass in tapped.mass.values()]

@@ -163,7 +163,7 @@ class Prompter:
 
     @cached_property
     def _needs_parts(self) -> bool:
-        """Test whether the template renders a message's content only as a list of parts."""
+        """Return whether the template accepts a message's content only as a list of parts."""
         # BeyondLimitsError propagates, because the conversation would also exceed the limits.
         with suppress(ValueError):
             if self._is_shown({"role": "user", "content": _PROBE}):
@@ -175,7 +175,7 @@ class Prompter:
 
     @cached_property
     def _supports_system(self) -> bool:
-        """Test whether the template renders system messages."""
+        """Return whether the template renders system messages."""
         with suppress(ValueError):
             return self._is_shown(self._given("system", _PROBE), self._given("user", "a"))
         return False

@@ -1,1 +1,1 @@
-"""Conversations with a model, and session files with transcript and KV cache."""
+"""Conversations with a model, and session files with a transcript and a KV cache."""

@@ -102,7 +102,7 @@ class ChatSession:
 
     @property
     def conversation(self) -> Conversation:
-        """The system prompt and all turns so far. Access ends a streaming answer.
+        """The system prompt and all turns so far. Accessing it ends a streaming answer.
 
         Raises PopError during that answer's on_prefill or should_stop.
         """
@@ -121,7 +121,7 @@ class ChatSession:
 
     @property
     def dropped(self) -> Turn | None:
-        """The last question if it has no answer. The conversation excludes such a question."""
+        """The last question if it has no answer. The conversation does not contain it."""
         self._settle()
         return self._dropped
 
@@ -163,8 +163,8 @@ class ChatSession:
     ) -> Stream:
         """Stream the answer. Prefill starts when the caller requests the first piece.
 
-        `images`: paths or contents of image files, for a model with its mmproj. The prompt
-        contains images and documents before the question.
+        `images`: paths or contents of image files, which require an mmproj. In the prompt, images
+        and documents precede the question.
 
         Once the stream ends or is closed, or after Ctrl-C, the conversation includes the question
         and the answer. If the answer is empty, the question is `dropped` instead. Raises

@@ -105,8 +105,8 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
     """Count the leading cached tokens that belong to the conversation.
 
     These tokens are the last question's prompt and the cached part of its answer. Return 0 if part
-    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may
-    return different tokens than were sampled.
+    of the prompt is not cached. Answers are compared as text, because tokenizing an answer may not
+    reproduce the sampled tokens.
     """
     if not conversation.turns:
         return 0
@@ -134,7 +134,7 @@ def n_own_tokens(engine: Engine, conversation: Conversation) -> int:
 
 
 def fingerprint(engine: Engine) -> Fingerprint:
-    """Return the fingerprint, without a hash if a model file was replaced while open."""
+    """Return the fingerprint, with an empty hash if a model file was replaced while open."""
     source = engine.context.files.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(engine.context)}"
     mmproj = engine.vision.key if engine.vision else ""
@@ -177,8 +177,8 @@ class Sessions:
     ) -> int:
         """Write the file atomically, and return its size in bytes. Raises PopError.
 
-        `with_cache`: include the cached rows if they belong to the conversation. Rows of later text
-        are then dropped from the cache.
+        `with_cache`: include the cached rows if they belong to the conversation. The cache then
+        drops all rows after the conversation.
         """
         path, state = self.path(name), None
         n_own = n_own_tokens(engine, conversation) if with_cache else 0
@@ -356,5 +356,5 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 def _damaged(path: Path) -> PopError:
     return PopError(
         f"the session {path} is damaged or not a session",
-        "wait until the file is copied completely, or load another file",
+        "if the file is still being copied, wait; otherwise, load another file",
     )

@@ -13,7 +13,7 @@ from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.grammar_mask import Constraint
 from pop_local.engine.llama.vocabulary import Pieces
 
-# Triggers are searched for in this many of the last characters.
+# Number of characters at the end of the text in which triggers are searched for.
 _N_TRIGGER = 512
 
 
