@@ -9,7 +9,7 @@ from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.commands.shared_options import Json
-from pop_local.engine.learning.store import SumsFile
+from pop_local.engine.learning.sums import SumsFile
 from pop_local.models.model_names import resolve
 from pop_local.models.sidecars import LearnedFiles, learned_files
 from pop_local.ui.console import note

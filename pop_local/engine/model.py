@@ -21,7 +21,7 @@ from pop_local.engine.learning.online_calibrator import (
     default_memory,
     require_learnable,
 )
-from pop_local.engine.learning.store import SumsFile
+from pop_local.engine.learning.sums import SumsFile
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt

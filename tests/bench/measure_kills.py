@@ -29,8 +29,7 @@ import numpy as np
 import shared  # noqa: F401
 from pop_converter.fit.least_squares import Gram
 from pop_local.commands import convert, pull, strip  # noqa: F401  # not in each child
-from pop_local.engine.learning.store import SumsFile
-from pop_local.engine.learning.sums import Sums
+from pop_local.engine.learning.sums import Sums, SumsFile
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions
 from pop_local.measure import probes

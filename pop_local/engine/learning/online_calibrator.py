@@ -21,8 +21,7 @@ from pop_converter.fit import least_squares as fit
 from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.sidecar import fitted_tensors
 from pop_converter.projection import Projection
-from pop_local.engine.learning.store import SumsFile
-from pop_local.engine.learning.sums import Summing, Sums
+from pop_local.engine.learning.sums import Summing, Sums, SumsFile
 from pop_local.engine.llama import taps
 from pop_local.engine.llama.taps import Rows, Tapped
 

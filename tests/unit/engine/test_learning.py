@@ -15,8 +15,7 @@ from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.calibration.activations import WindowReader, loaded
 from pop_local.engine.learning import online_calibrator as learning
-from pop_local.engine.learning.store import SumsFile
-from pop_local.engine.learning.sums import Sums
+from pop_local.engine.learning.sums import Sums, SumsFile
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from support.calibrating import planned
@@ -193,8 +192,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from pop_converter.fit.least_squares import Gram
-from pop_local.engine.learning.store import SumsFile
-from pop_local.engine.learning.sums import Sums
+from pop_local.engine.learning.sums import Sums, SumsFile
 
 gram = Gram(np.ones((900, 900), np.float32), {2: np.ones((900, 64), np.float32)}, 1)
 print("begun", flush=True)
