@@ -27,7 +27,7 @@ Scalar = int | float | str
 # llama.cpp's counts have 32 bits.
 MOST = 2**31 - 1
 MOST_GIB = 2**20
-# llama.cpp chooses a random seed for the next larger number.
+# The next larger number makes llama.cpp choose a random seed.
 MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
 _MOST_BYTES = 10**6
@@ -95,7 +95,7 @@ def expanded(path: str) -> Path:
 
 
 def load() -> tuple[SettingValue, ...]:
-    """Return all settings in order. Raises PopError, which locates an invalid setting."""
+    """Return all settings in order. Raises PopError with the location of an invalid setting."""
     path = config_path()
     document = read_document(path)
     text = tomlkit.dumps(document)
@@ -142,7 +142,7 @@ def unknown_variables() -> list[str]:
 
 
 def find(key: str) -> Setting:
-    """Return the setting with this key. Raises PopError, which suggests a similar key."""
+    """Return the setting with this key. Raises PopError, whose hint suggests a similar key."""
     for setting in SETTINGS:
         if setting.key == key:
             return setting
@@ -151,7 +151,7 @@ def find(key: str) -> Setting:
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """Parse a setting's value. Raises PopError, which describes valid values."""
+    """Parse a setting's value. Raises PopError, whose message describes valid values."""
     try:
         text.encode()  # raises for bytes that the command line could not decode
         return _checked(setting, setting.kind(text))

@@ -88,7 +88,7 @@ class PopModel:
         self.close()
 
     def close(self) -> None:
-        """Free the model, after stopping any prompt that this thread reads."""
+        """Stop any prompt that this thread is reading, and free the model."""
         self._engine.close()
 
     def swap_sidecar(self, sidecar: Path) -> None:

@@ -104,7 +104,7 @@ class ChatSession:
     def conversation(self) -> Conversation:
         """The system prompt and all turns so far. Accessing it ends a streaming answer.
 
-        Raises PopError during that answer's on_prefill or should_stop.
+        Raises PopError if that answer's on_prefill or should_stop accesses it.
         """
         self._settle()
         return self._conversation
