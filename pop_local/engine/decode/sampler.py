@@ -6,7 +6,6 @@ first fill a list with {id, logit, p} for the whole vocabulary.
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,27 +78,23 @@ class Sampler:
 
     def _chained(self, options: SamplerOptions, penalties: tuple[float, float, float]) -> Any:
         api = self._api
-        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-
-        def add(make: Callable[..., Any], *values: Any) -> None:
-            api.llama_sampler_chain_add(chain, make(*values))
-
-        add(
-            api.llama_sampler_init_penalties,
-            self._slot.context.vocabulary.n_tokens,
-            _N_PENALISED,
-            *penalties,
-        )
-        if options.temperature == 0:
-            add(api.llama_sampler_init_greedy)
-            return chain
+        n_vocab = self._slot.context.vocabulary.n_tokens
+        samplers = [api.llama_sampler_init_penalties(n_vocab, _N_PENALISED, *penalties)]
         if options.temperature > 0:
-            add(api.llama_sampler_init_top_k, options.top_k)
-            add(api.llama_sampler_init_top_p, options.top_p, 1)
-            add(api.llama_sampler_init_min_p, options.min_p, 1)
-            add(api.llama_sampler_init_temp, options.temperature)
-        seed = api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed
-        add(api.llama_sampler_init_dist, seed)
+            samplers += [
+                api.llama_sampler_init_top_k(options.top_k),
+                api.llama_sampler_init_top_p(options.top_p, 1),
+                api.llama_sampler_init_min_p(options.min_p, 1),
+                api.llama_sampler_init_temp(options.temperature),
+            ]
+        if options.temperature == 0:
+            samplers.append(api.llama_sampler_init_greedy())
+        else:
+            seed = api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed
+            samplers.append(api.llama_sampler_init_dist(seed))
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        for sampler in samplers:
+            api.llama_sampler_chain_add(chain, sampler)
         return chain
 
     def sample(self) -> int:
