@@ -49,10 +49,9 @@ class LearnedFiles:
 
 def learned_files() -> list[LearnedFiles]:
     """Return the learned files of every model."""
-    endings = (SUMS, SUFFIX)
     names = {
         path.name.removesuffix(ending)
-        for ending in endings
+        for ending in (SUMS, SUFFIX)
         for path in learned_dir().glob(f"*{ending}")
     }
     return [LearnedFiles(name) for name in sorted(names)]

@@ -146,7 +146,8 @@ class OnlineCalibrator:
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
         kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
-        if meta and meta.is_fitted and not self._known.is_own(meta.boundary):
+        # Sums that started without a fit have several kinds. Any of them can be fitted.
+        if meta and meta.is_fitted and len(self._known.kinds.get(meta.boundary, ())) <= 1:
             start = fitted_tensors(context.files.sidecar or context.files.path)
             kinds = {meta.boundary: (meta.projection,)}
         self.summing = Summing(source, self._shape, kinds, start=start)

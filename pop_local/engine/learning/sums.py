@@ -113,10 +113,6 @@ class Known:
     def kinds(self) -> dict[int, list[str]]:
         return {int(boundary): kinds for boundary, kinds in self.head.get("kinds", {}).items()}
 
-    def is_own(self, boundary: int) -> bool:
-        """Return True if the boundary's sums started without a fit, so any kind can be fitted."""
-        return len(self.kinds.get(boundary, ())) > 1
-
 
 @dataclass(frozen=True)
 class SumsFile:

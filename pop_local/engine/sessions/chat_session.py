@@ -245,8 +245,7 @@ class ChatSession:
         If the cache holds another session, the file has no KV cache. Raises PopError if the file
         exists or cannot be written.
         """
-        folder, name = _split(path)
-        sessions = Sessions(folder)
+        sessions, name = _split(path)
         target = sessions.path(name)
         if target.exists() and not overwrite:
             raise OutputExistsError(f"{target} exists", "pass overwrite=True to replace the file")
@@ -260,17 +259,16 @@ def load_session(model: EngineOwner, path: str | os.PathLike[str]) -> ChatSessio
     Otherwise, `reread` contains the reason, and the next question reads the conversation again.
     Raises PopError if the file is not a session.
     """
-    folder, name = _split(path)
-    sessions = Sessions(folder)
+    sessions, name = _split(path)
     if not sessions.path(name).is_file():
         raise PopError(f"no session {sessions.path(name)}", "check the path")
     restored = sessions.load(name, model.engine)
     return ChatSession(model, restored.session.conversation, reread=restored.reread)
 
 
-def _split(path: str | os.PathLike[str]) -> tuple[Path, str]:
+def _split(path: str | os.PathLike[str]) -> tuple[Sessions, str]:
     given = Path(path)
-    return given.parent, given.name.removesuffix(SUFFIX)
+    return Sessions(given.parent), given.name.removesuffix(SUFFIX)
 
 
 def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:

@@ -233,16 +233,13 @@ class Sessions:
                 )
         if reread:
             return Restored(session, reread)
-        if state is None:
-            engine.set_mode(session.mode)
-            return Restored(session, _NOT_SAVED if session.conversation.turns else "")
-        if state.tokens.max() >= engine.context.vocabulary.n_tokens:
+        if state is not None and state.tokens.max() >= engine.context.vocabulary.n_tokens:
             raise _damaged(path)
         engine.set_mode(session.mode)
-        if not engine.states.keys.accepts(session.key):
-            return Restored(session, f"its rows were computed in {session.key}")
+        if state is None:
+            return Restored(session, _NOT_SAVED if session.conversation.turns else "")
         try:
-            engine.cache.load(state)
+            engine.states.restore(state)
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")
