@@ -115,23 +115,23 @@ class OnlineCalibration:
         if should_stop() or not self._is_due:
             return None
         try:
-            return self._tried()
+            found = self._tried()
         except StoppedError:
             return None
         except OverBudgetError:
-            self._end()
-            return None
+            found = None
+        self._search = None
+        self._next_rows = max(self._learner.n_wanted, self._later(self._learner.n_rows))
+        return found
 
     def _tried(self) -> LearnedFit | None:
         search = self._search = self._search or self._begun()
         if search is None:  # another process or the user has deleted the sums
-            self._end()
             return None
         if self._model.engine.pruning.boundary and self.quality is None:
             self.quality = self._measured_in_use(search.full)
         chosen = search.run()
         if not self._is_better(chosen):
-            self._end()
             return None
         target = LearnedFiles.of(self._runner.source).sidecar
         assert chosen.fitted is not None and chosen.fitted.calibration is not None
@@ -145,7 +145,6 @@ class OnlineCalibration:
             progress=self._runner.watch.stage("Writing"),
             force=True,
         )
-        self._end()
         self.quality = chosen.quality
         plan, n_rows = chosen.plan, chosen.fitted.calibration.n_tokens
         return LearnedFit(target, plan.boundary, plan.speedup_limit, n_rows)
@@ -198,7 +197,3 @@ class OnlineCalibration:
     def _later(self, n_rows: int) -> float:
         """Return the row count that triggers the next attempt after one at `n_rows`."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2
-
-    def _end(self) -> None:
-        self._search = None
-        self._next_rows = max(self._learner.n_wanted, self._later(self._learner.n_rows))
