@@ -19,7 +19,7 @@ def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", *
     """Return a field of a Group for an option with the help text `words`.
 
     `unit`: the value's name in the help (default: its type). `flag`: the option's names (default:
-    -- and the field's name). `how`: further arguments of typer.Option.
+    -- and the field's name). `how`: additional arguments for typer.Option.
     """
     how |= {"metavar": unit or None, "help": words}
     return field(default=default, metadata={"flag": flag, "how": how})

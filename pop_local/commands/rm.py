@@ -29,8 +29,8 @@ def rm(
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 
-    A model's sidecar and the mmproj named after the model are removed, too. A converted copy counts
-    as a separate model, but a catalog name stands for both the model and its copy.
+    A model's sidecar and the mmproj named after the model are also removed. A converted copy counts
+    as a separate model, but a catalog name refers to both the model and its copy.
     """
     # Look up every name before deleting anything.
     files = tuple(dict.fromkeys(file for name in names for file in _found(name)))

@@ -69,7 +69,7 @@ def may_copy(retention: "Estimate | None") -> bool:
 
 
 def _keeps(retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Return True if a retention is high enough, or None because the full model cannot copy."""
+    """Return True if retention is high enough, or None because the full model cannot copy."""
     return retention is None or retention.value >= LEAST_RETENTION - slack
 
 

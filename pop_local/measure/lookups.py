@@ -1,9 +1,9 @@
 """Look-ups: questions about exact strings in a document, answered in full and pruned.
 
 The full model and the pruned model each read every synthetic document once. The documents
-(`carriers`) have layouts that no fit uses. Questions run all layers, like the tail of a prompt.
-Questions are completions, so that base models and instruction-tuned models can answer the same
-questions.
+(`carriers`) have layouts that are never used for fitting. Questions run all layers, like the tail
+of a prompt. Questions are completions, so that base models and instruction-tuned models can answer
+the same questions.
 
 An answer is *right* if the greedy continuation contains the exact string (see `is_right`). Its
 *log-probability* is the right string's log-probability after the question, teacher-forced. The

@@ -16,7 +16,7 @@ HELP_OPTIONS = ["-h", "--help"]
 
 
 def sub_app(**how: Any) -> typer.Typer:
-    """Return a Typer app for one command or a group. `how`: further arguments of typer.Typer."""
+    """Return a Typer app for a command or a group. `how`: additional arguments for typer.Typer."""
     return typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -46,7 +46,7 @@ def _command(package: str, name: str) -> Any:
 
 
 def _defaults(command: Any) -> dict[str, Any]:
-    """Return the settings that replace defaults of a command's parameters."""
+    """Return the settings that override the defaults of a command's parameters."""
     # Never fill in required arguments: `rm` would delete the default model.
     wanted = {param.name for param in command.params if not param.required} & {*settings.KEYS}
     found = settings.given() if wanted else {}

@@ -15,7 +15,7 @@ _before: list[list[Any]] = []
 
 @contextmanager
 def unechoed_keys() -> Iterator[None]:
-    """Turn off the terminal's echo, which would mix typed keys into an answer."""
+    """Turn off terminal echo, so that typed keys do not show up in an answer."""
     if sys.platform == "win32" or not _is_in_foreground():
         yield
         return

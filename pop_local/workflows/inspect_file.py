@@ -51,7 +51,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class SkippingGain:
-    """The work saved by skipping layers in a prompt of LIMIT_PROMPT tokens.
+    """The work saved when a prompt of LIMIT_PROMPT tokens skips layers.
 
     `left_share`: the share of the skipped layers' multiply-accumulates that remains (None:
     unknown).
@@ -64,7 +64,7 @@ class SkippingGain:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The content of a model; `pop`: the POP keys of the model or of its sidecar.
+    """The contents of a model. `pop`: the POP keys of the model or its sidecar.
 
     `mmproj`: the multimodal projector in the model's folder. `skipping`: the layers that can be
     skipped (None for a model that cannot be pruned; `refused` has the reason). `work`: the saved
@@ -95,7 +95,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class SidecarInspection:
-    """The content of a sidecar.
+    """The contents of a sidecar.
 
     `model`: the path of the sidecar's model (None if the model is not in the sidecar's folder).
     """
@@ -220,7 +220,7 @@ def _of_model(
 
 
 def _work(skipping: SkippableLayers, meta: PopMeta | None, macs: Macs) -> SkippingGain | None:
-    """Count the work at the file's boundary (default: the exact boundary, else two thirds)."""
+    """Count the work at the file's boundary, the exact boundary, or two thirds of the layers."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
     if not 0 < boundary <= skipping.last:

@@ -126,7 +126,7 @@ def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
 
 
 def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the model's files. A note names a sidecar found by default. Raises PopError."""
+    """Return the model's files. A note reports which sidecar was found, if any. Raises PopError."""
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
         named = str(files.sidecar)

@@ -69,7 +69,7 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model or its context. Raises PopError, and then keeps the current model."""
+        """Replace the model or its context. On PopError, the current model stays open."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name

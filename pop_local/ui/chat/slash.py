@@ -167,7 +167,7 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command. `action` receives its argument; `words` returns completions of it."""
+    """A slash command. `action` receives its argument; `words` returns completions for it."""
 
     usage: str
     help: str

@@ -71,7 +71,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """Return a candidate for JSON, with the figures that a budget limits."""
+    """Return a candidate as a JSON object that includes the figures a budget limits."""
     plan, found = trial.plan, figures(trial.quality)
     return {
         **fields_of(plan, "boundary", "n_skipped", "projection"),
@@ -119,7 +119,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """Return a conversion's plan for JSON. If the depth is searched, list the boundaries to try."""
+    """Return a plan as a JSON object, which lists the boundaries to try if there are several."""
     plans, limits = conversion.plans, conversion.budget
     distills = conversion.options.distiller is not None
     wished = replace(conversion.deepest, is_distilled=distills)
@@ -136,7 +136,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """Return a conversion's result for JSON, with the tried boundaries and the time per phase."""
+    """Return a result as a JSON object that includes all tried boundaries and each phase's time."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
@@ -160,7 +160,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """Return the fields of every plan. Memory and time exclude distillation."""
+    """Return the fields that all plans have. Memory and time exclude distillation."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -196,7 +196,7 @@ def _limit(conversion: Conversion, plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return a plan's facts. `where`: the facts about the position of the skipped `layers`."""
+    """Return a plan's facts. `where`: facts about where the skipped `layers` start."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp also opens the copy"
     if form == "sidecar":

@@ -28,7 +28,7 @@ def bare(estimate: Estimate | None, spec: str) -> str:
 
 
 def figures(quality: Quality | Lookups) -> dict[str, Any]:
-    """Return the figures for JSON. An estimate NAME adds its error as NAME_se (kl_mean: kl_se)."""
+    """Return figures as a JSON object. Estimate NAME has the error NAME_se (kl_mean: kl_se)."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)
@@ -47,7 +47,7 @@ def with_advice(verdict: str) -> str:
 
 
 def evaluation_json(found: Evaluation) -> dict[str, Any]:
-    """Return an evaluation's figures and verdict for JSON."""
+    """Return an evaluation's figures and verdict as a JSON object."""
     return {
         "model": str(found.model),
         "text": fields_of(found.text, "name", "sha256"),
