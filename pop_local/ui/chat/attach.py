@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from pop_converter.base.errors import PopError
 from pop_local.config.settings import expanded
 from pop_local.engine.images.pictures import read_picture
 from pop_local.texts.document_readers import read_document
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.overflow import answer_reserve, larger_ctx
-from pop_local.ui.error_output import as_pop_error
 from pop_local.ui.views.stats import counted_line, picture_line
 
 # Context tokens reserved for the question and the template.
@@ -25,11 +23,7 @@ def attach_file(chat: Dialogue, argument: str) -> None:
     if not argument:
         chat.refuse("/file needs a path.")
         return
-    try:
-        document = read_document(given_path(argument))
-    except (OSError, PopError) as error:
-        chat.fail(as_pop_error(error))
-        return
+    document = read_document(given_path(argument))
     context = chat.model.engine.context
     tokens = context.vocabulary.tokenize(document.text)
     chat.screen.note(counted_line(document.name, len(tokens), context.n_ctx))
@@ -57,16 +51,12 @@ def attach_image(chat: Dialogue, argument: str) -> None:
         chat.refuse("/image needs a path.")
         return
     engine = chat.model.engine
-    try:
-        picture = read_picture(given_path(argument))
-        n_tokens = engine.prompter.count_picture(picture)
-        chat.screen.note(picture_line(picture, n_tokens, engine.context.n_ctx))
-        while n_tokens > (room := _room_in(chat)):
-            if _choose(chat, n_tokens, room, {}) is None:
-                return
-    except (OSError, PopError) as error:
-        chat.fail(as_pop_error(error))
-        return
+    picture = read_picture(given_path(argument))
+    n_tokens = engine.prompter.count_picture(picture)
+    chat.screen.note(picture_line(picture, n_tokens, engine.context.n_ctx))
+    while n_tokens > (room := _room_in(chat)):
+        if _choose(chat, n_tokens, room, {}) is None:
+            return
     chat.pictures.append(picture)
     chat.screen.note(_ATTACHED)
 
