@@ -8,7 +8,6 @@ import numpy as np
 
 from pop_converter.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache, decode_again
-from pop_local.engine.llama import backend
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import stopped_by
 
@@ -33,11 +32,6 @@ class Refiller:
         """Return the number of rows refilled since the last call."""
         n, self._n_refilled = self._n_refilled, 0
         return n
-
-    @property
-    def held_bytes(self) -> int:
-        """The size of the stored boundary states in bytes."""
-        return int(backend.require_patched().llama_pop_snapshots_size(self._cache.context.ctx))
 
     @property
     def n_refillable(self) -> int:

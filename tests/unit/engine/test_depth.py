@@ -8,6 +8,7 @@ import pytest
 
 from pop_local.engine.cache.cache_keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.measure.forced import forced
 from support.calls import NOISE, append, greedy, kv_bytes, opened, prompt, read, set_rule
@@ -100,7 +101,7 @@ def test_without_states_nothing_is_refilled(pop_file):
     model = opened(pop_file)
     append(model, prompt(200))
     assert (model.engine.refiller.n_refillable, model.engine.refiller.refill()) == (0, 0)
-    assert model.engine.refiller.held_bytes == 0
+    assert backend.require_patched().llama_pop_snapshots_size(model.engine.context.ctx) == 0
 
 
 def test_rows_of_a_loaded_state_cannot_be_refilled(pop_file):
