@@ -16,12 +16,7 @@ from pop_local.engine.answer import Answering
 from pop_local.engine.chat_messages import Message
 from pop_local.engine.engine import Engine
 from pop_local.engine.engine_options import EngineOptions
-from pop_local.engine.learning.online_calibrator import (
-    OnlineCalibrator,
-    default_memory,
-    require_learnable,
-)
-from pop_local.engine.learning.sums import SumsFile
+from pop_local.engine.learning.online_calibrator import OnlineCalibrator
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prefill.reading import Read
 from pop_local.engine.prompt.prompt import Prompt
@@ -127,21 +122,12 @@ class PopModel:
     def learn(self, memory_bytes: int | None = None) -> None:
         """Start learning from rows that run in full (docs/learning.md).
 
-        `memory_bytes`: memory limit for sums and queued rows (default: see default_memory). Raises
-        PopError if no fit can prune the model.
+        `memory_bytes`: memory limit for sums and queued rows (default: see OnlineCalibrator).
+        Raises PopError if no fit can prune the model.
         """
         with self._lock:
-            engine = self._engine
-            context = engine.context
-            cannot = bool(engine.pruning.exact or context.files.shape.no_refill)
-            require_learnable(context, cannot=cannot)
-            calibrator = OnlineCalibrator(
-                engine.cache,
-                context.files.shape,
-                SumsFile.of(context.files.source),
-                memory_bytes or default_memory(),
-            )
-            self._engine = replace(engine, calibrator=calibrator)
+            calibrator = OnlineCalibrator(self._engine.cache, memory_bytes)
+            self._engine = replace(self._engine, calibrator=calibrator)
 
     @property
     def pruning(self) -> bool:

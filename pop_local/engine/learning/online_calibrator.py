@@ -26,7 +26,6 @@ from pop_local.engine.llama import taps
 from pop_local.engine.llama.taps import Rows, Tapped
 
 if TYPE_CHECKING:
-    from pop_converter.architecture.shape import ModelShape
     from pop_local.engine.cache.kv_cache import KvCache
     from pop_local.engine.llama.context import Context
 
@@ -47,27 +46,28 @@ LEAST_SAVED = 2048
 _ROWS_TO_SAVE = 16_384
 
 
-def require_learnable(context: Context, *, cannot: bool) -> None:
-    """Raise PopError if the model does not support learning.
-
-    `cannot`: True if the model cannot be pruned with a fit.
-    """
-    options = context.options
-    message, hint = "", "open the model without learning"
-    if options.n_sequences > 1:
+def _require_learnable(cache: KvCache) -> None:
+    """Raise PopError if the model does not support learning."""
+    context, hint = cache.context, "open the model without learning"
+    if context.options.n_sequences > 1:
         message, hint = (
             "a model learns from one prompt at a time",
             "open the model with n_parallel=1",
         )
-    elif cannot or pop_meta(context.files.source.first) is not None:
+    elif (
+        cache.pruning.exact
+        or context.files.shape.no_refill
+        or pop_meta(context.files.source.first) is not None
+    ):
         message = (
             "learning does not support this model: the file itself is converted, or the model skips"
             " layers exactly, or its rows have several positions"
         )
     elif not N_WINDOW <= context.n_ubatch == context.n_batch:
         message = f"learning requires equal batch and ubatch sizes of {N_WINDOW} tokens or more"
-    if message:
-        raise PopError(message, hint, cause="cannot-learn")
+    else:
+        return
+    raise PopError(message, hint, cause="cannot-learn")
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,24 @@ class OnlineCalibrator:
     memory. The caller must use the cache and the calibrator from one thread at a time.
     """
 
-    def __init__(
-        self, cache: KvCache, shape: ModelShape, file: SumsFile, memory_bytes: int
-    ) -> None:
-        """`memory_bytes`: the memory limit for the sums and the queued rows together."""
-        self.file, self._shape = file, shape
+    def __init__(self, cache: KvCache, memory_bytes: int | None = None) -> None:
+        """`memory_bytes`: the memory limit for the sums and the queued rows together.
+
+        By default, the limit is a sixth of the free memory, but at most 2 GiB. Raises PopError if
+        no fit can prune the model.
+        """
+        _require_learnable(cache)
+        if not memory_bytes:
+            memory_bytes = min(2**31, int(psutil.virtual_memory().available) // 6)
+        files = cache.context.files
+        self.file, self._shape = SumsFile.of(files.source), files.shape
         self.held_out: deque[HeldOutChunk] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
         self._used: list[Rows] = []
         # Hashes of the added chunks, so that a repeated prompt counts only once.
         self._seen: set[int] = set()
         self._n_chunks = self.n_missed = self._waiting_bytes = 0
-        self._known = file.known()
+        self._known = self.file.known()
         self._new = Sums(dict(self._known.wides))
         self._room_bytes = memory_bytes
         self._set_boundaries(cache.context, memory_bytes)
@@ -318,8 +324,3 @@ def _insufficient_memory() -> PopError:
         "open the model without learning, or convert it",
         cause="cannot-learn",
     )
-
-
-def default_memory() -> int:
-    """Return the default memory for learning in bytes: a sixth of the free memory, up to 2 GiB."""
-    return min(2**31, int(psutil.virtual_memory().available) // 6)
