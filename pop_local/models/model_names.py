@@ -169,10 +169,9 @@ def not_fetched() -> tuple[CatalogModel, ...]:
 
 def find(name: str) -> CatalogModel:
     """Return the catalog model with this name or alias, ignoring case. Raises PopError."""
-    model = lookup(name)
-    if model is None:
-        raise _unknown(f"the catalog has no model named {name!r}", name, {})
-    return model
+    if model := lookup(name):
+        return model
+    raise _unknown(f"the catalog has no model named {name!r}", name, {})
 
 
 def lookup(name: str) -> CatalogModel | None:

@@ -118,14 +118,12 @@ class Prompter:
         Return "" without a template, or if the template refuses a conversation of one question.
         Raises PopError if the template exceeds its limits.
         """
-        if not self.has_template:
-            return ""
-        try:
-            shown = self.template.render([{"role": "user", "content": _PROBE}])
-        except ValueError:
-            return ""
-        before, found, _ = shown.partition(_PROBE)
-        return before if found else ""
+        if self.has_template:
+            with suppress(ValueError):
+                shown = self.template.render([{"role": "user", "content": _PROBE}])
+                before, found, _ = shown.partition(_PROBE)
+                return before if found else ""
+        return ""
 
     def count_picture(self, picture: Picture) -> int:
         """Return the number of tokens that a picture takes. Raises the errors of Mmproj.see."""
