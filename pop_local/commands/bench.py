@@ -45,7 +45,7 @@ def bench(
         speed = workflow.bench(model, measured.sidecar, options, watch)
     print_json(speed) if json else show_speed(speed)
     if read.repeat < 2:
-        warn("One pair of runs does not show the noise of the timings; pass --repeat 3 or more.")
+        warn("One pair of runs does not show timing noise; pass --repeat 3 or more.")
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="OUT.gguf", help="Output file, like OUT.gguf."),
+    typer.Option("--output", "-o", metavar="OUT.gguf", help="Output file (same as OUT.gguf)."),
 ]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]

@@ -89,9 +89,9 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
 
     `plans`: the available boundaries. `verdicts`: whether each measured boundary is within the
     budget. The search assumes that a deeper boundary never improves quality. It starts at the
-    middle boundary, which is close to most models' result. It doubles its step until it has found
-    one boundary within the budget and one outside, and then bisects. The result is empty once the
-    deepest boundary within the budget is known, or if all boundaries exceed the budget.
+    middle boundary, which is close to the result for most models. It doubles its step until it has
+    found one boundary within the budget and one outside, and then bisects. The result is empty once
+    the deepest boundary within the budget is known, or if all boundaries exceed the budget.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)

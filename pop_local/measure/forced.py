@@ -83,7 +83,7 @@ class Forced:
         self._state = self._sequence.states.save() if self._context.is_recurrent else None
 
     def resume(self) -> None:
-        """Use the cached rows and the logits that the caller has read as the context."""
+        """Use the rows that the caller has cached, and their logits, as the context."""
         self._next, self._state = self._context.logits().copy(), None
 
     def predict(self, tokens: Tokens) -> Logits:

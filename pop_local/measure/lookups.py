@@ -58,7 +58,7 @@ class LookupSettings:
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """A question and its right answer as tokens, which follow the document's tokens."""
+    """The tokens of a question and its right answer, which follow the document's tokens."""
 
     question: LookupQuestion
     tokens: tuple[int, ...]
@@ -91,12 +91,12 @@ Answers = list[tuple[LookupAnswer, ...]]
 
 @dataclass(frozen=True)
 class Lookups:
-    """The results of look-ups under one pruning, compared with the full model's results.
+    """The results of look-ups with pruning, compared with the full model's results.
 
     `full` and `pruned`: the numbers of right answers among `n` answers. `lost`: the number of
-    answers that only the full model answers right. `gained`: the number of answers that only the
-    pruned model answers right. `p`: the two-sided p-value of McNemar's exact test. `logprob_*`: the
-    mean log-probability of the right strings in nats; `logprob_lost` is full minus pruned.
+    questions that only the full model answers right. `gained`: the number of questions that only
+    the pruned model answers right. `p`: the two-sided p-value of McNemar's exact test. `logprob_*`:
+    the mean log-probability of the right strings in nats; `logprob_lost` is full minus pruned.
     `expected_lost`: the lost share of the right strings' mean probability. Errors are computed from
     the spread between documents.
     """
@@ -118,7 +118,7 @@ class Lookups:
 def measure_lookups(
     model: PopModel, settings: LookupSettings, pruning: Pruning, on_progress: Progress
 ) -> Lookups:
-    """Answer the questions about each document once in full and once under a pruning.
+    """Answer the questions about each document once in full and once with pruning.
 
     `on_progress` counts questions. Raises PopError if a prompt does not fit into the context or was
     not pruned as planned.
@@ -236,7 +236,7 @@ def is_right(text: str, answer: str) -> bool:
 def answer_questions(
     reader: Forced, questions: Sequence[TokenizedQuestion], ran: Callable[[int], None]
 ) -> tuple[LookupAnswer, ...]:
-    """Answer each question after the reader's context, and call `ran(1)` after each answer."""
+    """Answer each question about the reader's context, and call `ran(1)` after each answer."""
     answers = []
     for each in questions:
         answers.append(_answer(reader, each))

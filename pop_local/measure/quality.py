@@ -113,7 +113,7 @@ class FullScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """A window's scores under one pruning, together with the full model's scores."""
+    """A window's scores with pruning, together with the full model's scores."""
 
     divergence: Divergence
     full: Likelihood
@@ -143,7 +143,7 @@ def measure_pruning(
     pruning: Pruning,
     on_progress: Progress,
 ) -> Quality:
-    """Measure the loss from a pruning, compared with the full model.
+    """Measure the loss from pruning, compared with the full model.
 
     A file's fitted projections apply only to the file's boundary. `text_tokens`: a token sequence
     for each part of the text, without BOS. `on_progress` counts windows and draws. The measurement
@@ -188,7 +188,7 @@ def measure_against(
     on_progress: Progress,
     known: list[Scores] | None = None,
 ) -> Quality:
-    """Measure a pruning of the reference's model, with the loaded file's projections.
+    """Measure pruning on the reference's model, with the loaded file's projections.
 
     `known` contains the scores of the first windows, as in `read_reference`. `on_progress` counts
     windows and draws. Raises the errors of `measure_pruning`.
@@ -233,7 +233,7 @@ def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[
 def choose_windows(
     reader: Forced, text_tokens: TextTokens, settings: QualitySettings
 ) -> tuple[Window, ...]:
-    """Choose windows of a text. Raises PopError if the text or the context is too short."""
+    """Choose windows from a text. Raises PopError if the text or the context is too short."""
     require_passage(settings.n_context, reader.rule)
     start = reader.model.engine.context.vocabulary.bos
     n_text = settings.n_context - len(start)

@@ -33,7 +33,7 @@ class TimedAnswer:
 class Demonstration:
     """A full and a pruned answer, and the measured speed-up.
 
-    `limit`: the ratio of multiply-accumulates in both prefills, which limits the speed-up.
+    `limit`: the ratio of the two prefills' multiply-accumulates, which limits the speed-up.
     """
 
     model: str

@@ -195,5 +195,5 @@ class OnlineCalibration:
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
-        """Return the row count that triggers the next attempt after one at `n_rows`."""
+        """Return how many rows trigger the next attempt, after an attempt at `n_rows` rows."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2

@@ -76,7 +76,7 @@ class Dialogue:
         before, self.model = self.model, opened
         self.session.model = opened
         self.fitter = self._make_fitter(opened)
-        # A model that cannot be pruned is always OFF, which is not the user's choice.
+        # A model that cannot be pruned is always OFF, even if the user did not choose this.
         if before.engine.pruning.can_switch and opened.engine.pruning.can_switch:
             opened.engine.set_mode(before.engine.pruning.mode)
         before.close()

@@ -24,7 +24,7 @@ _LEAST_COLUMN = 4
 
 
 class _LeftHeading(Heading):
-    """A left-aligned heading, which rich would centre or draw in a box."""
+    """A left-aligned heading, which rich would center or draw in a box."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         self.text.justify = "left"

@@ -48,7 +48,7 @@ class Screen:
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
-        """Return the key that the user chooses, or None without a choice or a terminal.
+        """Return the key that the user chooses, or None if there is no choice or no terminal.
 
         `choices` maps keys to texts. The last choice must have no effect: if it is the only one,
         the user is not asked.

@@ -63,7 +63,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
 
 
 def learned_lines(learned: OnlineCalibrator, fitter: OnlineCalibration | None) -> Iterator[str]:
-    """Yield the progress of learning, and the fit's loss on the latest prompts."""
+    """Yield lines about learning progress and the fit's loss on the latest prompts."""
     rows = f"{learned.n_rows:,} tokens"
     if learned.n_rows < learned.n_wanted:
         rows = f"{learned.n_rows:,} of the first {learned.n_wanted:,} tokens"
