@@ -12,6 +12,7 @@ from pop_local.engine.engine_options import EngineOptions as EngineOptions
 from pop_local.engine.model import PopModel as PopModel
 from pop_local.engine.sessions.chat_session import Answer as Answer
 from pop_local.engine.sessions.chat_session import ChatSession as ChatSession
+from pop_local.engine.sessions.chat_session import QuestionOptions as QuestionOptions
 from pop_local.engine.sessions.chat_session import Stream as Stream
 from pop_local.engine.sessions.conversation import Conversation as Conversation
 from pop_local.engine.sessions.conversation import Turn as Turn
