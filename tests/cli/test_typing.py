@@ -112,8 +112,12 @@ def test_several_lines(terminal):
     terminal.line("")
     terminal.expect("7 characters in 2 lines: one")
     terminal.expect_prompt()
-    terminal.send("/system Be brief." + ALT_ENTER + "Be kind.")
-    terminal.line("")
+    for line in ('"""three', "/four", 'five"""'):
+        terminal.line(line)
+    terminal.expect("16 characters in 3 lines: three")
+    terminal.expect_prompt()
+    terminal.line('/system """Be brief.')
+    terminal.line('Be kind."""')
     terminal.expect("System prompt set")
     terminal.expect_prompt()
 

@@ -25,6 +25,7 @@ from pop_converter.base.output_file import make_private
 PROMPT = "> "
 CONTINUATION = ". "
 WRAPPED = "  "
+QUOTES = '"""'
 # The history omits longer lines, which are mostly pasted texts.
 _MAX_REMEMBERED = 10_000
 # Update interval of the status below the line.
@@ -62,7 +63,7 @@ def line_reader(
 
     def read() -> str:
         below = status if status() else None
-        return _utf8(session.prompt(PROMPT, bottom_toolbar=below))
+        return unquoted(_utf8(session.prompt(PROMPT, bottom_toolbar=below)))
 
     return read
 
@@ -105,12 +106,37 @@ def _session(**options: Any) -> PromptSession[str]:
         return PromptSession(**options)
 
 
+def is_open(text: str) -> bool:
+    """Return True if the text contains an unclosed block in triple quotes."""
+    body = _body(text)
+    return body.startswith(QUOTES) and (not body.endswith(QUOTES) or body.count(QUOTES) % 2 == 1)
+
+
+def unquoted(text: str) -> str:
+    body = _body(text)
+    if not body.startswith(QUOTES) or is_open(text):
+        return text
+    head = text[: text.index(QUOTES)]
+    inner = body.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
+    # A leading slash in a block is text, not a command.
+    return head + inner if head.startswith("/") else " " + inner
+
+
+def _body(text: str) -> str:
+    stripped = text.strip()
+    return stripped.partition(" ")[2].strip() if stripped.startswith("/") else stripped
+
+
 def _bindings() -> KeyBindings:
     bindings = KeyBindings()
 
     @bindings.add("enter")
     def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
 
     @bindings.add("escape", "enter")
     def new_line(event: KeyPressEvent) -> None:

@@ -20,7 +20,7 @@ from pop_local.ui.views.stats import learned_lines, session_lines
 HELP_NOTES = (
     "Ctrl-C stops an answer.",
     "A line that starts with a space is always a question.",
-    "Alt-Enter, or Esc and then Enter, starts a new line.",
+    'Alt-Enter starts a new line, as does Enter between """ and """.',
 )
 _FULL = {"on": Mode.OFF, "off": Mode.CONTEXT}
 # Fields of TurnOptions.
