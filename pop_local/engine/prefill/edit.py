@@ -67,8 +67,11 @@ class ReusableRows:
         return self._can_edit and not images and self._pays(n_most, n_prefix)
 
     def _pays(self, n_reused: int, n_prefix: int) -> bool:
-        """Return whether an edit that reuses `n_reused` rows beats the common prefix alone."""
-        return n_reused >= n_prefix + MIN_REUSED and 2 * n_reused >= len(self._tokens)
+        """Return whether an edit that reuses `n_reused` rows beats the common prefix alone.
+
+        If a prompt reuses half of its rows, these lose more than pruning does (docs/quality.md).
+        """
+        return n_reused >= n_prefix + MIN_REUSED and 3 * n_reused >= 2 * len(self._tokens)
 
     def _sources(self, cached: np.ndarray) -> NDArray[np.int32]:
         """Return the cached row with the same text as each token, or -1: int32 [n_prompt]."""
@@ -76,7 +79,6 @@ class ReusableRows:
         if key in self._found:
             return self._found[key]
         sources = np.full(len(self._tokens), -1, np.int32)
-        # Rows of passages in another order would lose more than pruning does (docs/quality.md).
         for run in in_order(find_runs(cached, self._tokens, self._hashes)):
             sources[run.prompt : run.prompt + run.n] = np.arange(run.cached, run.cached + run.n)
         n = min(len(cached), len(sources))

@@ -348,8 +348,9 @@ def fresh_read(model: PopModel, tokens: Tokens) -> np.ndarray:
         NEW + OLD[:250],
         NEW + prompt(300, seed=2) + OLD[:300],
         OLD[:20] + OLD[400:] + OLD[200:400] + OLD[20:200],
+        NEW[:20] + OLD[40:400] + NEW[20:280],
     ],
-    ids=["a prefix", "few rows", "less than half", "another order"],
+    ids=["a prefix", "few rows", "less than half", "another order", "less than two thirds"],
 )
 def test_edits_that_save_little_are_read_normally(llama_file, tokens):
     with pruned(llama_file) as model:
