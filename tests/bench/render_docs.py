@@ -85,7 +85,7 @@ def kept_table(name: str, chosen: str | None) -> str:
         by_name = {column["name"]: column for column in [*LOOKUPS, *columns]}
         columns = [by_name[column] for column in chosen.split(", ")]
     commands = " and ".join(f"`{command}`" for command in kept["commands"])
-    when = f"on {kept['date']} with {commands} on {kept['machine']}"
+    when = f"on {kept['date']}, with {commands} on {kept['machine']}"
     source = kept.get("source", f"These figures were measured {when}.")
     notes = f" {kept['notes']}." if "notes" in kept else ""
     return f"\n{table(columns, [*map(with_lookups, kept['rows'])])}\n{source}{notes}\n"
