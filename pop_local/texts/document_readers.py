@@ -1,6 +1,6 @@
-"""Read documents: plain text (UTF-8, or UTF-16 with a byte order mark), mail, PDF and DOCX.
+"""Read documents: plain text (UTF-8, or UTF-16 with a byte order mark), email, PDF and DOCX.
 
-PDF and DOCX need the optional dependencies of the extra `documents`.
+PDF and DOCX require the optional dependencies in the `documents` extra.
 """
 
 import codecs
@@ -30,14 +30,14 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 @dataclass(frozen=True)
 class Document:
-    """The text of a file, or a part of it, with a name to show to the user."""
+    """All or part of a file's text, with a name to show to the user."""
 
     name: str
     text: str
 
 
 def decoded(content: bytes, origin: str) -> str:
-    """Decode `content`. Raises PopError, with a message that names `origin`, if it is not text."""
+    """Decode `content`. Raises a PopError that names `origin` if `content` is not text."""
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -48,7 +48,7 @@ def decoded(content: bytes, origin: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a document. Plain text may have any size. Raises PopError."""
+    """Return the text of a document. Plain-text files may be of any size. Raises PopError."""
     try:
         if path.suffix.lower() in _READERS:
             # A PDF may contain lone surrogates.
@@ -57,14 +57,15 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise PopError(f"cannot read {path}: {error.strerror}", "pass a readable file") from error
     if not text.strip():
-        raise PopError(f"{path} has no text", "pass a file with text")
+        raise PopError(f"{path} contains no text", "pass a file with text")
     return text
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """Read a plain text, mail, PDF or DOCX file.
+    """Read a plain-text, email, PDF or DOCX file.
 
-    Raises OSError if reading fails, and PopError if the file is binary, too large, or without text.
+    Raises OSError if reading fails, and PopError if the file is binary, is too large or has no
+    text.
     """
     path = Path(path)
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
@@ -81,14 +82,14 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         raise PopError(f"{path} cannot be read as {kind}: {error}", _PLAIN_HINT) from error
     if not text.strip():
         raise PopError(
-            f"{path} has no text", "pass a file with text, or run OCR on scanned pages first"
+            f"{path} contains no text", "pass a file with text, or run OCR on scanned pages first"
         )
     # Session files must be valid Unicode.
     return Document(os.fsencode(path).decode(errors="replace"), text)
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """Read a file. Raises PopError if it exceeds MAX_BYTES, before reading the rest."""
+    """Read a file. Raises PopError if the file exceeds MAX_BYTES, without reading the rest."""
     return _within_limit(file.read(MAX_BYTES + 1), origin)
 
 
@@ -96,7 +97,7 @@ def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
             f"{origin} is too large: it has more than {MAX_BYTES:,} bytes",
-            "pass only a part of the file",
+            "pass only part of the file",
         )
     return content
 
@@ -116,9 +117,7 @@ def _pdf(path: Path, content: bytes) -> str:
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     reader = pypdf.PdfReader(io.BytesIO(content))
     if reader.is_encrypted and not reader.decrypt(""):
-        raise PopError(
-            f"{path} is protected by a password", "save the file without a password first"
-        )
+        raise PopError(f"{path} is password-protected", "save the file without a password first")
     texts, n_chars = [], 0
     for page in reader.pages:
         texts.append(page.extract_text())
@@ -138,7 +137,7 @@ def _docx(path: Path, content: bytes) -> str:
     document = docx.Document(io.BytesIO(content))
     if document.element.getroottree().docinfo.internalDTD is not None:
         # python-docx would drop the text of entities.
-        raise PopError(f"{path} has a DTD, which DOCX forbids", _PLAIN_HINT)
+        raise PopError(f"{path} contains a DTD, which DOCX forbids", _PLAIN_HINT)
     blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
     return "\n\n".join(text for text in texts if text.strip())
@@ -154,7 +153,7 @@ def _mail(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Return a table's text. Unlike `row.cells`, return cells that span columns only once."""
+    """Return a table's text. Unlike `row.cells`, do not repeat cells that span columns."""
     rows = []
     for row in table._tbl.tr_lst:
         cells = ["\n".join(paragraph.text for paragraph in cell.p_lst) for cell in row.tc_lst]
@@ -165,9 +164,9 @@ def _table(table: Any) -> str:
 def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
     """Return each path's texts: a file's text, or one text per kind of file in a folder.
 
-    Files of one kind share a top-level subfolder and a suffix. About `most_chars` characters of
-    each kind are read, from files in a fixed pseudorandom order. Binary files, duplicates and
-    hidden files are skipped. Raises PopError if a path is unreadable or has no new text.
+    Files of the same kind share a top-level subfolder and a suffix. Files are read in a fixed
+    pseudorandom order, up to about `most_chars` characters of each kind. Binary files, duplicates
+    and hidden files are skipped. Raises PopError if a path is unreadable or has no new text.
     """
     seen: set[str] = set()
     found: list[list[str]] = []
@@ -177,7 +176,7 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
         found.append(texts)
         if not texts:
             raise PopError(
-                f"{path} has no text, or only copies of earlier texts",
+                f"{path} contains no text, or only copies of earlier texts",
                 "pass another file, or a folder of text files",
             )
     return found
@@ -204,7 +203,7 @@ def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
 
 
 def _new(text: str, seen: set[str]) -> list[str]:
-    """Return the text in a list, or an empty list for a copy of an earlier text."""
+    """Return a list with the text, or an empty list if the text is a copy of an earlier text."""
     sha256 = _sha256(text)
     if sha256 in seen:
         return []

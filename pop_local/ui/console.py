@@ -29,7 +29,7 @@ _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 class _Console(Console):
     @property
     def is_terminal(self) -> bool:
-        """Return False for a pipe, even with FORCE_COLOR or TTY_COMPATIBLE."""
+        """Return False for a pipe, even if FORCE_COLOR or TTY_COMPATIBLE is set."""
         return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
 
 
@@ -49,7 +49,7 @@ err = _console(stderr=True)
 
 
 def printable(text: str, *, kept: str = "") -> str:
-    """Escape characters that control a terminal or cannot be encoded, except for `kept`.
+    """Escape characters that control a terminal or cannot be encoded, except those in `kept`.
 
     Names, metadata and error messages from files and servers are untrusted text.
     """

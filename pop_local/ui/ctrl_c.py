@@ -1,4 +1,4 @@
-"""Defer Ctrl-C until the current step of the work has ended."""
+"""Defer Ctrl-C until the current step has finished."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """Ctrl-C state. `asked`: it was pressed. `at_once`: the next press raises an error."""
+    """The state of Ctrl-C: whether it was pressed (`asked`) or raises immediately (`at_once`)."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

@@ -1,4 +1,4 @@
-"""Turn exceptions into an error line and a hint line on stderr, and into an exit code."""
+"""Turn exceptions into an exit code and two lines on stderr: an error and a hint."""
 
 import functools
 import logging
@@ -29,7 +29,7 @@ EXIT_PIPE_CLOSED = 141
 def guard(*, debug: bool) -> Iterator[None]:
     """Run a command, and turn a failure into two lines on stderr and exit code 1.
 
-    With `debug`, the traceback and llama.cpp's log also go to stderr.
+    If `debug` is set, the traceback and llama.cpp's log also go to stderr.
     """
     if debug:
         handler = logging.StreamHandler()

@@ -19,7 +19,7 @@ BY_ERRNO = {
     errno.EDQUOT: _SPACE,
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
-    errno.EROFS: "this disk is read-only; use another folder",
+    errno.EROFS: "this disk is read-only; use a folder on another disk",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path: one of its folders is a file",
     errno.EISDIR: "pass a file instead of a folder",

@@ -63,7 +63,7 @@ def _shown_without_type(command: Any, ctx: Any) -> None:
 
 
 def _paragraphs(docstring: str | None) -> str:
-    """Join the lines of each paragraph; Typer does this only for the first paragraph."""
+    """Join the lines of each paragraph (Typer does this only for the first paragraph)."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 

@@ -48,7 +48,7 @@ class Pace:
 
 
 def stage_progress(what: str, unit: Unit, pace: Pace) -> AbstractContextManager[Advance]:
-    """Show the progress of a stage in `unit` while the block runs."""
+    """Show a stage's progress, measured in `unit`, while the block runs."""
     if unit is Unit.BYTES:
         return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), pace)
     return _bar(what, (MofNCompleteColumn(), _LEFT), pace)

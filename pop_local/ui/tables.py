@@ -75,7 +75,7 @@ def print_json(value: Any) -> None:
 
 
 def fields_of(source: object, *names: str) -> dict[str, Any]:
-    """Return some of an object's attributes by name."""
+    """Return the named attributes of an object."""
     return {name: getattr(source, name) for name in names}
 
 
@@ -91,7 +91,7 @@ Fact = tuple[str, str]
 
 
 def print_facts(facts: Sequence[Fact]) -> None:
-    """Print labels and values on stdout in two columns, which a terminal wraps."""
+    """Print labels and values on stdout in two columns, and wrap long values in a terminal."""
     facts = [(label, printable(value)) for label, value in facts]
     if not out.is_terminal:
         width = max(len(label) for label, _ in facts)

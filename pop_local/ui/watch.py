@@ -16,12 +16,12 @@ from pop_local.workflows.events import PlannedStage, TimeLeft, Unit, Watch
 
 
 def asked(question: str) -> bool:
-    """Ask the user a yes-or-no question. Without a terminal, the answer is no."""
+    """Ask the user a yes-or-no question. Return False if there is no terminal."""
     return sys.stdin.isatty() and typer.confirm(question, default=True, err=True)
 
 
 class _Stages:
-    """Progress bars of stages. Each bar disappears before a note or the next stage."""
+    """Progress bars for stages. Each bar disappears before a note or the next stage."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -62,7 +62,7 @@ class _Stages:
 
 @contextmanager
 def terminal_watch() -> Iterator[Watch]:
-    """Show a workflow's progress; Ctrl-C raises KeyboardInterrupt."""
+    """Show a workflow's progress. Ctrl-C raises KeyboardInterrupt."""
     stages = _Stages()
     try:
         shown = Watch(stages.begin, stages.advance, stages.tell, stages.warn)
@@ -73,7 +73,7 @@ def terminal_watch() -> Iterator[Watch]:
 
 @contextmanager
 def stoppable_watch() -> Iterator[Watch]:
-    """Show progress like `terminal_watch`; the first Ctrl-C only sets `should_stop`."""
+    """Show progress like `terminal_watch`. The first Ctrl-C only sets `should_stop`."""
     with deferred_interrupt() as interrupt, terminal_watch() as watch:
 
         def may(question: str) -> bool:

@@ -46,7 +46,7 @@ _N_TRIED = 512
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Options of a benchmark.
+    """Options for a benchmark.
 
     `n_prompts`: the prompt lengths to measure, in tokens. `n_pairs`: the number of run pairs (full
     and pruned) per prompt length. `boundary` and `deep_rows` default to the file's values, and
@@ -63,11 +63,11 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed-ups by prompt length, and the measuring conditions.
+    """The measured speed-ups by prompt length, and the measurement conditions.
 
     `backend`: the device's name and the number of threads. `kernels`: the result of `cpu_kernels`
-    ("" on a GPU). `is_exact`: True if skipping the layers from `boundary` on does not change the
-    output. `upstream`: llama.cpp's fastest settings without our kernels (None if they were not
+    ("" on a GPU). `is_exact`: whether skipping the layers from `boundary` on leaves the output
+    unchanged. `upstream`: llama.cpp's fastest settings without our kernels (None if they were not
     measured).
     """
 
@@ -84,7 +84,7 @@ class Speed:
 
 
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
-    """Measure the speed at each prompt length. Raises PopError, StoppedError."""
+    """Measure the speed at each prompt length. Raises PopError or StoppedError."""
     with _opened(model, sidecar, options, watch) as (loaded, files):
         backend, kernels = _backend(loaded, options.hardware)
         is_ours = kernels and has_kernels()
@@ -141,7 +141,7 @@ def _upstream(
 def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[PopModel, ModelFiles]]:
-    """Open the model at the boundary that the benchmark measures. Raises PopError."""
+    """Open the model at the boundary to benchmark. Raises PopError."""
     find = model_files if options.boundary is None else files_at_boundary
     files = find(model, sidecar, watch)
     source = read_source(files.path)
@@ -166,7 +166,7 @@ def _opened(
 
 
 def _context(source: Source, options: BenchOptions) -> int:
-    """Return the context length for the longest prompt and its decoded tokens. Raises PopError."""
+    """Return a context length for the longest prompt and its decoded tokens. Raises PopError."""
     n_needed, trained = max(options.n_prompts) + N_DECODE, trained_ctx(source.first)
     what = f"the longest prompt needs a context of {n_needed} tokens"
     if options.n_ctx is not None and options.n_ctx < n_needed:
@@ -177,7 +177,7 @@ def _context(source: Source, options: BenchOptions) -> int:
         )
     if trained is not None and trained < n_needed:
         raise PopError(
-            f"{what}, but the model has {trained}", "use shorter prompts", cause="bench-trained"
+            f"{what}, but the limit is {trained}", "use shorter prompts", cause="bench-trained"
         )
     return options.n_ctx or n_needed
 

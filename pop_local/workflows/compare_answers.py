@@ -26,12 +26,12 @@ def compare_answers(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Comparison:
-    """Answer a file's prompts (see `read_prompts`) in full and pruned, and compare the answers.
+    """Answer a file's prompts (see `read_prompts`) with and without pruning, and compare.
 
-    The model must be converted. A prefix that consecutive prompts share is prefilled once.
+    The model must be converted. A prefix that consecutive prompts share is prefilled only once.
     `max_tokens`: the maximum length of each answer. `n_ctx`: the context length in tokens (default:
     the model's, up to 8,192). `mmproj`: the multimodal projector (default: the one next to the
-    model). Raises PopError, StoppedError.
+    model). Raises PopError or StoppedError.
     """
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)

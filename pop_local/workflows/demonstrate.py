@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 64
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """An answer in the demonstration; `ttft_s`: the median time to first token over all pairs."""
+    """A demonstration's answer. `ttft_s`: the median time to first token over all pairs."""
 
     text: str
     ttft_s: float
@@ -49,10 +49,10 @@ class Demonstration:
 
 
 def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
-    """Answer the question in full and pruned, in pairs of alternating order.
+    """Answer the question with and without pruning, in pairs with alternating order.
 
-    Pruning is on afterwards. Raises StoppedError, and PopError for an unconverted model or
-    unexpected row counters.
+    Pruning is on when this returns. Raises StoppedError, or PopError if the model is not converted
+    or the row counters are unexpected.
     """
     files, boundary = opened.engine.context.files, opened.engine.pruning.boundary
     if opened.engine.pruning.exact:

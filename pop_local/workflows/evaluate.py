@@ -29,12 +29,12 @@ from pop_local.workflows.open import files_at_boundary, model_files
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of an evaluation.
+    """Options for an evaluation.
 
     `text`: the file to measure on (default: the shipped held-out text). `n_lookups`: the number of
-    questions about exact strings in documents. `deep_rows`: the rule for words whose tokens run all
-    layers (default: the file's rule). `n_ctx`: the context length in tokens (default: the required
-    length).
+    questions about exact strings in documents. `deep_rows`: the rule for words whose tokens run
+    through all layers (default: the file's rule). `n_ctx`: the context length in tokens (default:
+    the required length).
     """
 
     text: Path | None = None
@@ -48,7 +48,7 @@ class EvaluateOptions:
 class Evaluation:
     """A model's loss from pruning at one boundary.
 
-    `speedup_limit`: the ratio of multiply-accumulates without and with pruning.
+    `speedup_limit`: the number of multiply-accumulates in full, divided by the number with pruning.
     """
 
     model: Path
@@ -75,10 +75,10 @@ def evaluate(
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Evaluation:
-    """Measure the loss from pruning a model, which is given by path or name.
+    """Measure the loss from pruning a model, given by path or name.
 
     `at`: the boundary to measure (default: the converted file's boundary). Boundaries without
-    fitted projections are measured with the model's own projections. Raises PopError and
+    fitted projections are measured with the model's own projections. Raises PopError or
     StoppedError.
     """
     find = model_files if at is None else files_at_boundary
@@ -138,7 +138,7 @@ def _n_full(rule: RowRule, quality: Quality) -> int:
 
 
 def _n_ctx(source: Source, options: EvaluateOptions, lookups: LookupSettings | None) -> int:
-    """Return the context length in tokens. Raises PopError if it is too short for the windows."""
+    """Return the context length in tokens. Raises PopError if the windows need a longer context."""
     settings, given = options.settings, options.n_ctx
     n_window = settings.n_context + settings.n_continuation
     needed = max(n_window, 2 * N_REPEATED + 1, lookups.n_ctx if lookups else 0)

@@ -35,7 +35,7 @@ class PlannedStage:
 
 
 class TimeLeft:
-    """Estimator of the time that all planned stages still take, based on the rate so far.
+    """An estimator of the time left for all planned stages, based on the rate so far.
 
     Skipped stages do not change the rate.
     """
@@ -78,7 +78,7 @@ class TimeLeft:
 
     @property
     def is_at_most(self) -> bool:
-        """Return True if `left_s` is an upper bound, since optional stages may not run."""
+        """Return True if `left_s` is an upper bound because optional stages may not run."""
         return any(
             n and stage.n_most > 1 for n, stage in zip(self._n_left, self._stages, strict=True)
         )
@@ -91,13 +91,13 @@ class TimeLeft:
 
 @dataclass(frozen=True)
 class Watch:
-    """Callbacks of a workflow; all are optional.
+    """A workflow's callbacks, all of which are optional.
 
     `on_stages(stages)` announces the planned stages in order. `on_stage(name, unit)` announces the
-    start of a stage, and `on_progress(done, total)` reports its progress in this unit.
+    start of a stage, and `on_progress(done, total)` reports the stage's progress in `unit`.
     `on_note(text)` receives information for the user. `on_warning(error)` receives a problem that
     did not stop the work. Workflows call `should_stop` at each progress report and while llama.cpp
-    computes. If it returns True, the workflow raises StoppedError and leaves no files.
+    computes. If `should_stop` returns True, the workflow raises StoppedError and leaves no files.
     `may(question)` returns whether the user allows a download.
     """
 

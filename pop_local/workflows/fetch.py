@@ -13,8 +13,8 @@ from pop_local.workflows.events import Unit, Watch
 def fetch_named(name: str, folder: Path, watch: Watch, *, force: bool = False) -> Path:
     """Fetch a model by name into `folder`, and return the model file's path.
 
-    Before a download from a hub, the watch's `may` must agree. `force`: whether to replace an
-    existing file. Raises PopError.
+    A model is downloaded from a hub only if the watch's `may` returns True. `force`: whether to
+    replace an existing file. Raises PopError.
     """
     hub = hub_name(name)
     if hub is not None:

@@ -64,10 +64,10 @@ class SkippingGain:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The contents of a model. `pop`: the POP keys of the model or its sidecar.
+    """The contents of a model. `pop`: the POP keys of the model or of its sidecar.
 
     `mmproj`: the multimodal projector in the model's folder. `skipping`: the layers that can be
-    skipped (None for a model that cannot be pruned; `refused` has the reason). `work`: the saved
+    skipped (None for a model that cannot be pruned; `refused` states the reason). `work`: the saved
     work (None if it cannot be counted).
     """
 
@@ -119,7 +119,7 @@ def inspect(
 ) -> Inspection | SidecarInspection:
     """Inspect a model with its sidecar, or a sidecar alone, given by path or name.
 
-    `with_hash`: whether to read the whole file and compute its hash. Raises PopError, StoppedError.
+    `with_hash`: whether to read and hash the whole file. Raises PopError or StoppedError.
     """
     path = resolve(model)
     header = read_header(path)
@@ -142,7 +142,7 @@ def require_unchanged(found: Inspection | SidecarInspection) -> None:
 
 
 def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
-    """Hash the model without its POP keys. Raises FormatError, StoppedError."""
+    """Hash the model without its POP keys. Raises FormatError or StoppedError."""
     content = original(source, meta) if meta else read_content(source, without=PREFIX)
     ran = counting(content.data_bytes, watch.stage("Reading the file", Unit.BYTES))
     sha256 = copy_data(content, content.header, lambda chunk: None, ran)
@@ -187,7 +187,7 @@ def _of_model(
     first = source.first
     architecture = first.get("general.architecture")
     if not isinstance(architecture, str):
-        raise FormatError(f"{first.path} has no architecture", "use a language model")
+        raise FormatError(f"{first.path} does not specify an architecture", "use a language model")
     name = first.get("general.name")
     mmproj = None if architecture == ARCHITECTURE else find_mmproj(first.path)
     skipping, refused = None, ""

@@ -71,14 +71,14 @@ class _LearnedFitter(PlanFitter):
 
 
 class OnlineCalibration:
-    """Fitter that creates sidecars from an open model's learned sums while the model is idle.
+    """A fitter that creates sidecars from an open model's learned sums while the model is idle.
 
     `quality`: the current fit's quality on the newest held-out windows (None until it is measured).
     """
 
     def __init__(self, model: PopModel, budget: Budget = BALANCED) -> None:
         if model.engine.calibrator is None:
-            raise PopError("the model does not learn", "call the model's learn()")
+            raise PopError("learning is off for this model", "call the model's learn()")
         self.quality: Quality | None = None
         self.budget = budget
         self._model, self._learner = model, model.engine.calibrator
@@ -95,7 +95,7 @@ class OnlineCalibration:
 
     @property
     def has_work(self) -> bool:
-        """Return True if `idle` has work."""
+        """Return True if `idle` has work to do."""
         return self._learner.has_work or self._is_due
 
     @property
@@ -195,5 +195,5 @@ class OnlineCalibration:
         return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _later(self, n_rows: int) -> float:
-        """Return how many rows trigger the next attempt, after an attempt at `n_rows` rows."""
+        """Return the number of rows that triggers the next attempt after one at `n_rows` rows."""
         return n_rows + min(n_rows, ROWS_KEPT * self._model.engine.context.files.shape.n_embd) / 2

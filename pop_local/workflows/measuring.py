@@ -24,7 +24,7 @@ from pop_local.workflows.hardware import Hardware
 def opened(
     files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any
 ) -> Iterator[PopModel]:
-    """Open a model for a task that the watch can stop; `options`: see `EngineOptions.of`."""
+    """Open a model for a task that the watch can stop. `options`: see `EngineOptions.of`."""
     options |= {"reuse": Reuse.EXACT, "sidecar": files.sidecar}  # stale rows would add to the loss
     model = PopModel(EngineOptions.of(files.path, **vars(hardware), **options))
     with model, stopped_by(watch.should_stop):
@@ -46,7 +46,7 @@ def measured(quality: Quality, lookups: Lookups | None = None) -> Measured:
     names = {field.name for field in fields(Measured)} & {field.name for field in fields(Quality)}
     found = {name: getattr(quality, name).value for name in names}
     if any(map(isnan, found.values())):
-        raise PopError("the model predicts values that are not numbers", "download the model again")
+        raise PopError("the model's predictions contain NaN values", "download the model again")
     found |= {error: getattr(quality, name).se or 0.0 for error, name in _ERRORS.items()}
     if lookups is None:
         return Measured(**found)

@@ -33,17 +33,17 @@ _BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
 
 
 def best_model() -> names.CatalogModel:
-    """Return the catalog's best model that fits into the free memory."""
+    """Return the catalog's best model that fits in the free memory."""
     n_free = free_bytes()
     return names.find(next((name for name, least in _BEST if n_free >= least), names.DEFAULT_MODEL))
 
 
 def open_model(options: "EngineOptions", watch: Watch) -> "PopModel":
-    """Open a model by name or path; see `model_files`.
+    """Open a model by name or path (see `model_files`).
 
-    With `options.full`, a sidecar of another model is ignored with a warning. If the model cannot
-    learn, a note states the reason. If `options.context.n_parallel` is None, the model is opened
-    with two sequences, provided that memory and model allow this. Raises PopError, StoppedError.
+    If `options.full` is set, a sidecar for a different model is ignored with a warning. If the
+    model cannot learn, a note states the reason. If `options.context.n_parallel` is None, the model
+    gets two sequences if memory and the model allow it. Raises PopError or StoppedError.
     """
     files = _fitting_files(options, watch)
     options = replace(
@@ -106,7 +106,7 @@ def _warn_of_context(context: "Context", watch: Watch) -> None:
 
 
 def _n_at_once(options: "EngineOptions") -> int:
-    """Return the default number of sequences: 2 if memory and model allow this, otherwise 1."""
+    """Return the default number of sequences: 2 if memory and the model allow it, otherwise 1."""
     source = read_source(options.path)
     learns = options.learn and not options.full and options.sidecar is None
     will_learn = learns and pop_meta(source.first) is None
@@ -122,7 +122,7 @@ def _tell_memory(path: Path, n_ctx: int | None, n: int, watch: Watch) -> None:
     n_each = n_ctx or default_ctx(source.first)
     with suppress(PopError):
         n_bytes = kv_bytes(source_shape(source), n * n_each)
-        watch.on_note(f"{n} slots of {n_each:,} tokens each, {size(n_bytes)} of KV cache.")
+        watch.on_note(f"{n} slots of {n_each:,} tokens each, with a KV cache of {size(n_bytes)}.")
 
 
 def model_files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
@@ -160,14 +160,14 @@ def _files(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
 
 
 def files_at_boundary(model: str, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """Return the files for measuring another boundary, without the model's default sidecar."""
+    """Return the files for measuring a different boundary, without the model's default sidecar."""
     if sidecar is None:
         return ModelFiles(base_file(model, watch))
     return model_files(model, sidecar, watch)
 
 
 def base_file(model: str, watch: Watch) -> Path:
-    """Return the path of the unconverted model, fetched if necessary. Raises PopError."""
+    """Return the unconverted model's path, fetching the model if necessary. Raises PopError."""
     try:
         return names.resolve(model, base=True)
     except PopError as error:

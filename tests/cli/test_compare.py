@@ -63,7 +63,7 @@ def test_a_table_shows_what_differs(pop_file, mine):
     done = answered(pop_file, mine)
     assert done.exit_code == 0, done.stderr
     facts = " ".join(done.stdout.split())
-    assert "Right 1 in full and 1 pruned, of 2; 0 only in full, 0 only pruned" in facts
+    assert "Right 1 in full, 1 with pruning, of 2; 0 only in full, 0 only with pruning" in facts
     assert "Not pruned 2 prompts (short or cached)" in facts
     found = compared(pop_file, mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]

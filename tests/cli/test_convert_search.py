@@ -80,7 +80,7 @@ def test_the_deepest_boundary_inside_is_written_with_its_figures(
         "Fitting",
         "Running the full model",
         *(f"Measuring boundary {boundary}" for boundary in (5, 4, 3, 2)),
-        "Running look-ups in full",
+        "Running look-ups on the full model",
         "Running look-ups, boundary 2 (names)",
         "Reading the model",
     ]
@@ -263,7 +263,7 @@ def test_a_dry_run_shows_the_range_of_candidates(tiny, tmp_path, monkeypatch):
     assert re.search(rf"up to 1\.\d\dx for [\d,]+ prompt tokens without deep rows {limits}", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(
-        r"Memory [\d.]+ MB in addition to the model file, with [\d.]+ MB for the fit", facts
+        r"Memory [\d.]+ MB in addition to the model file, including [\d.]+ MB for the fit", facts
     )
     short_of_memory = convert(tiny, "--dry-run", "--memory", 0).stdout
     assert "up to 15 passes" in " ".join(short_of_memory.split())

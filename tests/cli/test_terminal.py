@@ -139,7 +139,7 @@ def test_a_prompt_longer_than_the_context_offers_choices(model, tmp_path):
     chat.expect(r"l  use a larger context \(--ctx (\d+)\)")
     n_ctx = chat.group(1)
     chat.line("l")
-    chat.expect(f"The context now has {n_ctx:,} tokens")
+    chat.expect(f"The context length is now {n_ctx:,} tokens")
     chat.expect(STATS)
     assert chat.group(1) > 256
     chat.line("/exit")

@@ -133,7 +133,7 @@ def test_image_upload_returns_data_url(client):
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
-        (b"", "empty.txt", "empty.txt has no text"),
+        (b"", "empty.txt", "empty.txt contains no text"),
         (b"\x80\x81", "a.bin", "a.bin is not UTF-8 text; convert the file to plain text first"),
         (b"%PDF-1.7 nothing", "a.pdf", "a.pdf cannot be read as PDF"),
         (b"PK", "a.docx", "a.docx cannot be read as DOCX"),

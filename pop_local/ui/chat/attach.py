@@ -19,7 +19,7 @@ _ATTACHED = "Your next question includes the attachment."
 
 
 def attach_file(chat: Dialogue, argument: str) -> None:
-    """Attach a file's text. If it is too long, the user may attach a part of it."""
+    """Attach a file's text. If the text is too long, the user may attach only part of it."""
     if not argument:
         chat.refuse("/file needs a path.")
         return
@@ -62,7 +62,7 @@ def attach_image(chat: Dialogue, argument: str) -> None:
 
 
 def _room_in(chat: Dialogue) -> int:
-    """Return the number of context tokens left for attachments, which may be negative."""
+    """Return the number of context tokens left for attachments (may be negative)."""
     context, prompter = chat.model.engine.context, chat.model.engine.prompter
     messages = chat.session.conversation.messages
     n_messages = len(prompter.conversation(messages)) if messages else 0
@@ -73,7 +73,7 @@ def _room_in(chat: Dialogue) -> int:
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Mapping[str, str]) -> str | None:
-    """Ask the user what to do with an attachment that does not fit into the context.
+    """Ask the user what to do with an attachment that does not fit in the context.
 
     Return a key of `cuts`, "l" after enlarging the context, or None to attach nothing.
     """

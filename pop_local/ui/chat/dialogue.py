@@ -24,7 +24,7 @@ from pop_local.workflows.learning import OnlineCalibration
 WARN_SHARE = 0.8
 # Strings that must be exact: four or more characters with a digit, e-mail addresses, paths.
 _EXACT_STRING = re.compile(r"\d[\w.,:/-]{3,}|\w{3,}\d|\w@\w|/\w+/\w")
-_OFFER = "Pruned prompts may cause errors in numbers, names and paths: /full on disables pruning."
+_OFFER = "Pruning may cause errors in numbers, names and paths; /full on disables pruning."
 
 
 # Opens a model by name (None: the current model) with a context in tokens (None: the default).
@@ -34,10 +34,10 @@ Ask = Callable[..., Stream]
 
 
 class Dialogue:
-    """A session with its sampling options and the attachments of the next question.
+    """A session with its sampling options and the attachments for the next question.
 
     `refill`: "idle" (the cache catches up while the user types) or "off". /save overwrites the
-    session `saved_as` without confirmation.
+    session named `saved_as` without confirmation.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Dialogue:
     # The model
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Replace the model or its context. On PopError, the current model stays open."""
+        """Replace the model or its context. If this fails, the current model stays open."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
@@ -88,7 +88,7 @@ class Dialogue:
         try:
             self.model.swap_sidecar(fit.sidecar)
         except PopError as error:
-            self.screen.note(f"{fit} The fit takes effect at the next start: {error.message}.")
+            self.screen.note(f"{fit} The fit will take effect at the next start ({error.message}).")
             return
         self.model.engine.set_refill(self.refill != "off")
         self.screen.note(f"{fit} /full on disables fast reading.")
@@ -100,7 +100,7 @@ class Dialogue:
         except PopError as error:
             self.fail(error)
             return False
-        self.screen.note(f"The context now has {self.model.engine.context.n_ctx:,} tokens.")
+        self.screen.note(f"The context length is now {self.model.engine.context.n_ctx:,} tokens.")
         return True
 
     # The conversation
@@ -123,7 +123,7 @@ class Dialogue:
         self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
-        """Show an answer. After Ctrl-C or a failure, the conversation keeps the shown part.
+        """Show an answer. After Ctrl-C or a failure, the conversation keeps the part shown so far.
 
         Raises KeyboardInterrupt after Ctrl-C if the input is piped.
         """
@@ -181,7 +181,7 @@ class Dialogue:
         self._offer_full(stream.text, stats)
 
     def _offer_full(self, answer: str, stats: TurnStats) -> None:
-        """Suggest /full once, if an answer has exact strings that pruning may have changed."""
+        """Suggest /full once if an answer contains exact strings that pruning may have changed."""
         meta = self.model.engine.context.files.meta
         found = meta and meta.measured
         is_lossless = bool(found and found.lookups_n and not found.lookups_lost)
@@ -221,11 +221,11 @@ def pruning_state(model: PopModel) -> str:
         return "Exact skipping is off: prompt tokens run all layers, with the same result."
     if pruning.exact:
         return (
-            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. Answers equal"
-            " the full model's answers."
+            f"Exact skipping is on: prompt tokens skip layers {pruning.exact} and up. Answers are"
+            " identical to the full model's."
         )
     if not pruning.boundary:
-        return "Fast reading is not available: this model is not converted."
+        return "Fast reading is not available because this model is not converted."
     if is_off:
         return "Fast reading is off: prompt tokens run all layers (/full off enables it)."
     n_layer = model.engine.context.files.shape.n_layer

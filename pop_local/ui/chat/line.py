@@ -1,4 +1,4 @@
-"""Read the user's lines, with editing and completion in a terminal."""
+"""Read lines from the user, with editing and completion in a terminal."""
 
 import codecs
 import sys
@@ -42,8 +42,8 @@ def line_reader(
 ) -> LineReader:
     """Return a function that reads a line from stdin.
 
-    `commands` maps slash commands to functions that return completions of their arguments. `status`
-    returns the text below the line. If it is empty when a line starts, nothing is shown below it.
+    `commands` maps slash commands to functions that return completions for their arguments.
+    `status` returns the text below the line. If the text is empty at first, nothing is shown.
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -69,7 +69,7 @@ def line_reader(
 
 
 def piped_line() -> str:
-    """Read a line from stdin. Raises EOFError at its end, and PopError for invalid UTF-8."""
+    """Read a line from stdin. Raises EOFError at end of input, and PopError for invalid UTF-8."""
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
@@ -79,14 +79,14 @@ def piped_line() -> str:
 
 
 def _utf8(line: str) -> str:
-    """Return the line unchanged. Raises PopError for NUL characters and invalid UTF-8."""
+    """Return the line unchanged. Raises PopError for NUL characters or invalid UTF-8."""
     if any("\ud800" <= char <= "\udfff" or char == "\0" for char in line):
         raise PopError("skipped a line that is not UTF-8 text", "save the input as UTF-8")
     return line
 
 
 def chosen_key(keys: Sequence[str]) -> str | None:
-    """Ask the user for one of the keys. Return None for an empty line, Ctrl-C or Ctrl-D."""
+    """Ask the user to choose one of the keys. Return None for an empty line, Ctrl-C or Ctrl-D."""
     session = _session()
     while True:
         try:

@@ -28,7 +28,7 @@ _REST = 74
 
 
 class PlainAnswer:
-    """Writes an answer as plain text, without control characters if it goes to a terminal."""
+    """Writes an answer as plain text, without control characters if the output is a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -55,7 +55,7 @@ class ThinkingSplitter:
         self._at: Literal["beginning", "thought", "gap", "answer"] = "beginning"
 
     def push(self, text: str, *, is_last: bool = False) -> Iterator[Piece]:
-        """Yield the next pieces. Unless `is_last`, text that may belong to a tag is held back."""
+        """Yield the next pieces. Hold back text that may belong to a tag, unless `is_last`."""
         self._held += text
         if self._at == "beginning":
             begun = self._held.lstrip()
@@ -85,7 +85,7 @@ class Tail:
         self._widths: list[int] = []
 
     def draw(self, above: Lines, lines: Lines) -> None:
-        """Print `above` and `lines` over the `lines` of the previous call."""
+        """Print `above` and `lines` over the previous call's `lines`."""
         # The terminal wraps lines that are wider than its window.
         n_columns = max(1, self._console.width)
         n_rows = sum(max(1, -(-width // n_columns)) for width in self._widths)
@@ -154,7 +154,7 @@ class MarkdownAnswer:
             self._has_blocks = True
 
     def _lines(self, blocks: list[str]) -> Lines:
-        """Return the blocks' lines, with a blank line between two blocks."""
+        """Return the blocks' lines, with a blank line between blocks."""
         found: Lines = []
         for block in blocks:
             lines = rendered(self._console, block)

@@ -24,7 +24,7 @@ _LEAST_COLUMN = 4
 
 
 class _LeftHeading(Heading):
-    """A left-aligned heading, which rich would center or draw in a box."""
+    """A left-aligned heading (rich would center the heading or draw it in a box)."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         self.text.justify = "left"
@@ -32,7 +32,7 @@ class _LeftHeading(Heading):
 
 
 class _WholeTable(TableElement):
-    """A table that wraps wide cells, which rich would cut off."""
+    """A table that wraps wide cells (rich would cut them off)."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         tables: Any = super().__rich_console__(console, options)
@@ -69,7 +69,7 @@ class _Markdown(Markdown):
 
 
 def top_level(text: str) -> list[str]:
-    """Split a text into top-level blocks: paragraphs, lists, tables, code and so on."""
+    """Split text into top-level blocks, such as paragraphs, lists, tables and code."""
     lines = re.split(r"(?<=\n)", text)
     starts = [token.map[0] for token in _BLOCKS.parse(text) if token.level == 0 and token.map]
     if not starts:
@@ -80,7 +80,7 @@ def top_level(text: str) -> list[str]:
 
 
 def rendered(console: Console, text: str) -> Lines:
-    """Return Markdown as unpadded terminal lines, without blank lines at the start and the end."""
+    """Render Markdown as unpadded terminal lines, without leading or trailing blank lines."""
     lines = [_trimmed(line) for line in console.render_lines(_Markdown(text), pad=False)]
     while lines and not lines[-1]:
         lines.pop()

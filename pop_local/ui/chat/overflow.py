@@ -1,4 +1,4 @@
-"""Make room for prompts that do not fit into the context."""
+"""Make room for prompts that do not fit in the context."""
 
 from pop_converter.base.errors import PopError
 from pop_local.engine.answer import ContextFullError
@@ -41,14 +41,14 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 
 
 def too_long(model: EngineOwner, error: ContextFullError) -> PopError:
-    """Return a PopError whose hint names a sufficient context length."""
+    """Return a PopError whose hint suggests a sufficient context length."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
     larger = f"use a larger context (--ctx {n_larger}) or " if n_larger else ""
     return PopError(error.message, f"{larger}shorten the prompt")
 
 
 def larger_ctx(model: EngineOwner, n_needed: int) -> int | None:
-    """Return a larger context length with room to spare, or None if the model allows none."""
+    """Return a larger context length with room to spare, or None if the model supports none."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.engine.context.files.n_ctx_train)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.engine.context.n_ctx else None

@@ -15,13 +15,13 @@ def _learn(chat: Dialogue, should_stop: Callable[[], bool]) -> LearnedFit | None
         return chat.fitter.idle(should_stop) if chat.fitter else None
     except Exception as error:
         chat.fitter = None
-        chat.screen.warn(f"Learning is off after an error: {as_pop_error(error).message}.")
+        chat.screen.warn(f"Learning stopped after an error: {as_pop_error(error).message}.")
         return None
 
 
 @contextmanager
 def idling(chat: Dialogue) -> Iterator[None]:
-    """Refill the cache and learn in another thread, which stops at the end of the block."""
+    """Refill the cache and learn in another thread until the end of the block."""
     stop = threading.Event()
     fits: list[LearnedFit] = []
     failures: list[Exception] = []
@@ -82,7 +82,7 @@ def finish(chat: Dialogue) -> None:
 
 
 def status(chat: Dialogue) -> str:
-    """Describe how many cached tokens are exact. Return "" if no token can be refilled."""
+    """Describe how many cached tokens are exact. Return "" if no tokens can be refilled."""
     engine = chat.model.engine
     can_refill = engine.pruning.boundary and not engine.context.files.no_refill
     if chat.refill == "off" or not can_refill or not engine.cache.n_tokens:

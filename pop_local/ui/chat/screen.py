@@ -44,14 +44,14 @@ class Screen:
 
     @property
     def is_typed(self) -> bool:
-        """Return True if the user types the lines and can answer questions."""
+        """Return True if the user types the input and can answer questions."""
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Mapping[str, str]) -> str | None:
         """Return the key that the user chooses, or None if there is no choice or no terminal.
 
-        `choices` maps keys to texts. The last choice must have no effect: if it is the only one,
-        the user is not asked.
+        `choices` maps keys to texts. The last choice must have no effect, because the user is not
+        asked if it is the only choice.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

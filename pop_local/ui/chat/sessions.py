@@ -1,7 +1,7 @@
-"""Session files of the chat: /save, /load, and recovery after a crash.
+"""The chat's session files: /save, /load, and recovery after a crash.
 
-A running chat keeps its transcript (without the KV cache) in a file that it locks, and removes the
-file at exit. A file without a lock belongs to a chat that crashed.
+A running chat keeps its transcript (without the KV cache) in a locked file, and removes the file at
+exit. An unlocked file was left by a chat that crashed.
 """
 
 import time
@@ -47,7 +47,7 @@ def save(chat: Dialogue, name: str) -> None:
 
 
 def load(chat: Dialogue, name: str) -> None:
-    """Load a session. Without a name, list the saved sessions."""
+    """Load a session, or list the saved sessions if no name is given."""
     if not name:
         _list(chat)
         return
@@ -57,13 +57,13 @@ def load(chat: Dialogue, name: str) -> None:
         hint = nearest_hint(
             name, {known: known for known in sessions.names()}, "/load lists the sessions"
         )
-        raise PopError(f"no session has the name {name}", hint)
+        raise PopError(f"no session is named {name}", hint)
     session = load_session(chat.model, path)
     chat.resume(session, name)
     chat.screen.note(f"Loaded {name}: {_turns(len(session.conversation.turns))}.")
     if session.reread:
         chat.screen.warn(
-            f"Cannot reuse the saved KV cache: {session.reread}. The model reads the transcript"
+            f"Cannot reuse the saved KV cache: {session.reread}. The model will read the transcript"
             " again with your next question."
         )
     else:
@@ -94,7 +94,7 @@ def _changed(stored: SavedFile) -> str:
 
 
 class Unsaved:
-    """This chat's transcript in `folder`, removed when the block ends without an error."""
+    """This chat's transcript in `folder`, which is removed when the block ends without an error."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -127,7 +127,7 @@ class Unsaved:
             self._is_possible = False
             reason = as_pop_error(error).message
             chat.screen.warn(
-                f"A crash would lose this conversation ({reason}); save it with /save NAME."
+                f"A crash would lose this conversation ({reason}); /save NAME saves it."
             )
 
     def offer(self, chat: Dialogue) -> None:
@@ -141,7 +141,7 @@ class Unsaved:
             chat.fail(as_pop_error(error))
 
     def _is_last(self, chat: Dialogue, stored: SavedFile, conversation: Conversation) -> bool:
-        """Offer one conversation. Return True if no other conversation should be offered."""
+        """Offer one conversation. Return True if no more conversations should be offered."""
         n_turns = _turns(len(conversation.turns))
         question = f"A chat with {n_turns} ended unexpectedly on {_changed(stored)}."
         chosen = chat.screen.choose(question, _CHOICES)
@@ -149,7 +149,7 @@ class Unsaved:
             before = chat.model.engine.pruning.mode
             chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
             self.keep(chat)
-            chat.screen.note("The model reads this conversation again with your next question.")
+            chat.screen.note("The model will read this conversation again with your next question.")
             if chat.model.engine.pruning.mode is not before:
                 chat.screen.note(pruning_state(chat.model))
         if chosen == "d" or (chosen == "c" and self._is_possible):

@@ -39,7 +39,7 @@ _DEFAULTS = TurnOptions()
 
 
 def run_command(chat: Dialogue, line: str) -> None:
-    """Run a slash command. Raises PopError, and EOFError to leave the chat."""
+    """Run a slash command. Raises PopError, or EOFError to leave the chat."""
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
     if command is not None:
@@ -95,7 +95,7 @@ def _undo(chat: Dialogue, argument: str) -> None:
     if turn := chat.session.undo():
         chat.screen.note(f"Dropped: {_short(turn.question)}")
     else:
-        chat.refuse("The conversation has no turn to drop.")
+        chat.refuse("The conversation has no turns to drop.")
 
 
 def _set(chat: Dialogue, argument: str) -> None:
@@ -167,7 +167,7 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command. `action` receives its argument; `words` returns completions for it."""
+    """A slash command. `action` receives the argument, and `words` returns completions for it."""
 
     usage: str
     help: str
@@ -184,8 +184,8 @@ _ALL = (
     Command("/retry", "answer the last question again", _retry),
     Command("/undo", "drop the last question and its answer", _undo),
     Command("/clear", "drop the conversation but keep the system prompt", _clear),
-    Command("/system TEXT", "set the system prompt, or show it", _system),
-    Command("/set PARAM VALUE", "set a sampling parameter, or show them", _set, _PARAMS.keys),
+    Command("/system TEXT", "set or show the system prompt", _system),
+    Command("/set PARAM VALUE", "set a sampling parameter, or show all", _set, _PARAMS.keys),
     Command("/model NAME", "switch to another model, or show the current model", _model),
     Command("/save NAME", "save the session", sessions.save, lambda: sessions.saved().names()),
     Command(

@@ -97,7 +97,7 @@ def _choice(found: Analysis) -> str:
     if depth is None or depth.quality is None:
         return f"no measured boundary is within the {name} budget"
     return (
-        f"{name} allows boundary {depth.boundary}, for a speed-up of up to"
+        f"the {name} budget allows boundary {depth.boundary}, for a speed-up of up to"
         f" {depth.speedup_limit:.2f}x (estimated from {depth.quality.n_windows} windows; `convert`"
         " measures more windows)"
     )

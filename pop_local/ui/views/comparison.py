@@ -21,15 +21,15 @@ _N_SHARED = 15
 def show_comparison(found: Comparison) -> None:
     n = len(found.answers)
     facts: list[Fact] = [
-        ("Prompts", f"{found.prompts.name}: {n} prompts, answered greedily"),
+        ("Prompts", f"{found.prompts.name}: {n} prompts, answered with greedy decoding"),
         ("Same answer", f"{n - len(found.different)} of {n}"),
     ]
     if found.n_judged:
-        right = f"{found.full_hits} in full and {found.pruned_hits} pruned, of {found.n_judged}"
-        only = f"{found.n_only_full} only in full, {found.n_only_pruned} only pruned"
+        right = f"{found.full_hits} in full, {found.pruned_hits} with pruning, of {found.n_judged}"
+        only = f"{found.n_only_full} only in full, {found.n_only_pruned} only with pruning"
         facts += [("Right", f"{right}; {only}"), ("", f"p = {found.p_value:.2g} (McNemar, exact)")]
     ratio = found.full_ttft_s / found.pruned_ttft_s
-    times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s pruned in total"
+    times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s with pruning, in total"
     facts.append(("To first token", f"{times}: {ratio:.2f}x (not paired)"))
     if found.n_unpruned:
         facts.append(("Not pruned", f"{found.n_unpruned} prompts (short or cached)"))

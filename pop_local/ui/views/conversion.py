@@ -71,7 +71,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
 
 
 def trial_json(trial: Trial) -> dict[str, Any]:
-    """Return a candidate as a JSON object that includes the figures a budget limits."""
+    """Return a candidate as a JSON object that includes the figures that a budget limits."""
     plan, found = trial.plan, figures(trial.quality)
     return {
         **fields_of(plan, "boundary", "n_skipped", "projection"),
@@ -160,7 +160,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """Return the fields that all plans have. Memory and time exclude distillation."""
+    """Return the fields that all plans share. Memory and time exclude distillation."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -196,13 +196,13 @@ def _limit(conversion: Conversion, plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """Return a plan's facts. `where`: facts about where the skipped `layers` start."""
+    """Return the facts about a plan. `where`: facts about where the skipped `layers` start."""
     form, read = conversion.options.output, size(conversion.sizes.source_bytes)
-    opened_by = "stock llama.cpp also opens the copy"
+    opened_by = "stock llama.cpp can also open the copy"
     if form == "sidecar":
         opened_by = "the model file stays unchanged"
     elif plan.projection != Projection.OWN:
-        opened_by = "only pop-local opens the copy"
+        opened_by = "only pop-local can open the copy"
     return [
         ("Model", str(conversion.path)),
         ("Architecture", plan.shape.arch),
@@ -217,7 +217,7 @@ def _facts(
 
 
 def fit_facts(conversion: Conversion) -> Iterator[Fact]:
-    """Yield the text, memory and time of a planned fit."""
+    """Yield facts about a planned fit's text, memory and time."""
     plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return
@@ -228,7 +228,7 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     more = " without distilling" if conversion.options.distiller else ""
     total, sums = size(needs.total_bytes), size(needs.sums_bytes)
-    yield "Memory", f"{total} in addition to the model file, with {sums} for the fit{more}"
+    yield "Memory", f"{total} in addition to the model file, including {sums} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:
         yield "Time", f"{at_most}about {duration(seconds)} for the fit{more} on this machine"
 
@@ -270,7 +270,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 
 def measured_facts(meta: PopMeta) -> Iterator[Fact]:
-    """Yield the facts about a file's measured quality, if any."""
+    """Yield facts about a file's measured quality, if any."""
     if (found := meta.measured) is None:
         return
     kl, ratio = f"{found.kl_mean:.4f} ± {found.kl_se:.4f}", f"{found.ppl_ratio:.3f}"

@@ -95,7 +95,7 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
 
 def _verification_facts(verification: Verification) -> list[Fact]:
     verdict = {
-        None: "the original's hash is unknown",
+        None: "the original file's hash is unknown",
         True: "unchanged: `pop-local strip` restores the original file",
         False: "CHANGED: the content differs from the original file",
     }

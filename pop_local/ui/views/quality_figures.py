@@ -28,7 +28,7 @@ def bare(estimate: Estimate | None, spec: str) -> str:
 
 
 def figures(quality: Quality | Lookups) -> dict[str, Any]:
-    """Return figures as a JSON object. Estimate NAME has the error NAME_se (kl_mean: kl_se)."""
+    """Return figures as a JSON object. NAME_se is the standard error of NAME (kl_mean: kl_se)."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)
@@ -69,7 +69,7 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
     yield "Text", found.text.name
     layers = f"{found.n_skipped} layers from {q.boundary} on, with {found.projection} projections"
     if found.deep_rows is not DeepRows.NONE:
-        layers += f" and deep rows by the rule {found.deep_rows}"
+        layers += f" and deep rows selected by the rule {found.deep_rows}"
     yield "Skipped", f"{layers}; the speed-up is up to {found.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} context tokens"
@@ -93,4 +93,4 @@ def _facts(found: Evaluation) -> Iterator[Fact]:
         changes = f"{lookups.lost} lost, {lookups.gained} gained, p = {lookups.p:.2g}"
         yield "Look-ups", f"{counts}; {changes}"
         full, lost = with_se(lookups.logprob_full, ".2f"), with_se(lookups.logprob_lost, ".2f")
-        yield "", f"log-probability of the right string: full {full}, pruned {lost} lower"
+        yield "", f"log-probability of the right string: full {full}, lower by {lost} with pruning"

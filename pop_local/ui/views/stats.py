@@ -12,7 +12,7 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Return an answer's statistics. Only TTFT, not the prefill rate, includes picture encoding."""
+    """Return an answer's statistics. TTFT includes picture encoding; the prefill rate does not."""
     if stats.n_decoded == 0:
         n_read = stats.n_cached + stats.n_evaluated
         return f"Reading stopped after {n_read:,} of {stats.n_prompt:,} prompt tokens."
@@ -58,7 +58,7 @@ def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
             f" Exact tokens in the last prompt: {last.n_exact:,}."
         )
     if total.n_image:
-        yield f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not shorten."
+        yield f"Encoding pictures took {total.encode_s:.2f} s, which pruning does not reduce."
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
 
 

@@ -1,1 +1,1 @@
-"""Conversion: choose a boundary, fit the projections, measure the loss, write the file."""
+"""Conversion: choose a boundary, fit the projections, measure the loss, and write the file."""

@@ -36,10 +36,10 @@ from pop_local.workflows.hardware import Hardware
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Options for the number and kind of prompt tokens that run all layers.
+    """Options that select the prompt tokens that run through all layers.
 
-    `deep_rows`: the words whose tokens run all layers. `min_prompt`: the minimum length in tokens
-    of a pruned prompt (default: the length from which pruning saves enough time).
+    `deep_rows`: the words whose tokens run through all layers. `min_prompt`: the minimum prompt
+    length for pruning, in tokens (default: the length from which pruning saves enough time).
     """
 
     sink_tokens: int = PopMeta.sink_tokens
@@ -50,12 +50,11 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Options of a conversion.
+    """Options for a conversion.
 
-    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`), for which the fastest
-    candidate is searched. `fit`: the fit's options (None keeps the skipped layers' own
-    projections). `distiller`: a factory for an object that trains the fit end to end (None: no
-    training).
+    `goal`: a named boundary (`Skip`, `Boundary`), or a budget (`Within`) that the fastest candidate
+    must meet. `fit`: the fit's options (None keeps the skipped layers' own projections).
+    `distiller`: a factory for an object that trains the fit end to end (None: no distillation).
     """
 
     goal: Goal = Within(BALANCED)
@@ -103,7 +102,7 @@ class Conversion:
 
     @cached_property
     def not_counted(self) -> str:
-        """Return the reason why the plans' work cannot be counted, or "" if it can be counted."""
+        """Return why the plans' work cannot be counted, or "" if the work can be counted."""
         try:
             _ = self.deepest.speedup_limit
         except PopError as error:
@@ -112,7 +111,7 @@ class Conversion:
 
     @cached_property
     def needs(self) -> costs.FitNeeds | None:
-        """Return the memory and work of all fits, or None without a fit or countable work."""
+        """Return the memory and work of all fits, or None if there is nothing to fit or count."""
         if self.fit is None or not self._fitted or self.not_counted:
             return None
         return costs.fit_needs(self._fitted, self.source, self.fit)
@@ -149,7 +148,7 @@ class Conversion:
         return self.sizes_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> FileSizes:
-        """Return the sizes of the files that one of the plans would write."""
+        """Return the sizes of the files that the given plan would write."""
         kv_type = (self.fit or FitOptions()).kv_type
         measure = measure_sidecar if self.is_sidecar else measure_copy
         return measure(plan, self.path, kv_type)
@@ -170,7 +169,7 @@ class Conversion:
 def plan_conversion(
     model: str | os.PathLike[str], out: str | os.PathLike[str] | None, options: ConvertOptions
 ) -> Conversion:
-    """Plan a conversion without opening the model. Raises PopError if the conversion must fail."""
+    """Plan a conversion without opening the model. Raises PopError if it cannot succeed."""
     source = read_source(resolve(os.fspath(model), base=True))
     shape, fit = source_shape(source), options.fit
     default = source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
@@ -193,7 +192,7 @@ def plan_conversion(
         if fit is None:
             raise PopError(
                 "the model's own projections cannot be distilled",
-                "convert with a fit, or without distilling",
+                "convert with a fit, or without distillation",
                 cause="not-distilled",
             )
         deepest = plans[-1]
@@ -237,7 +236,7 @@ class ConversionRun:
         examine: Examine | None,
         trials: tuple[Trial, ...] = (),
     ) -> Outcome:
-        """Write the plan's output file, including a fit if given. Raises PopError, StoppedError."""
+        """Write the plan's output file, including any fit. Raises PopError or StoppedError."""
         planned, watch = self.conversion, self.runner.watch
         write = write_sidecar if planned.is_sidecar else write_copy
         advance = watch.stage(planned.writing_stage, Unit.BYTES)

@@ -76,7 +76,7 @@ def convert(
 def run_conversion(
     conversion: Conversion, *, force: bool = False, watch: Watch = Watch()
 ) -> Converted:
-    """Run a planned conversion. Arguments, result and errors are those of `convert`."""
+    """Run a planned conversion. The arguments, result and errors are the same as for `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)
     warnings: list[PopError] = []
     stages = [("", time.monotonic())]
@@ -118,7 +118,7 @@ def run_conversion(
 
 
 def _phases(stages: Sequence[tuple[str, float]]) -> tuple[Phase, ...]:
-    """Return the duration of each stage; the first stage includes the time before its start."""
+    """Return the duration of each stage. The first stage includes the time before its start."""
     seconds: dict[str, float] = {}
     for (name, began_s), (following, ended_s) in pairwise([*stages, ("", time.monotonic())]):
         name = name or following

@@ -1,4 +1,4 @@
-"""Fits of one model on text that is sampled once, and the distillation of these fits."""
+"""Fit and distill one model's plans on text that is sampled only once."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pop_local.workflows.hardware import Hardware
 
 
 class Distilling(Protocol):
-    """Protocol of a distiller for one model's fits (see pop_local.research.distilled)."""
+    """Protocol for a distiller of one model's fits (see pop_local.research.distilled)."""
 
     def require(self, plan: Plan) -> object:
         """Raise PopError if the plan's fit cannot be distilled."""
 
     def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Train the fit on `text`, and return the trained fit. Raises PopError, StoppedError.
+        """Train the fit on `text`, and return the trained fit. Raises PopError or StoppedError.
 
         `n_deeper`: the number of deeper boundaries whose fits will probably be distilled next.
         """
@@ -38,7 +38,7 @@ MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]
 
 @dataclass
 class PlanFitter:
-    """Fitter that uses the same text and the same kind of fit for all plans of a model.
+    """A fitter that uses the same text and the same kind of fit for all plans of a model.
 
     If the options do not set the kind of fit, the first fitted plan determines it.
     """
@@ -50,7 +50,7 @@ class PlanFitter:
     distiller: Distilling | None = None
 
     def fit(self, plans: Sequence[Plan]) -> tuple[Fitted, ...]:
-        """Fit all plans on the same text. Raises PopError, StoppedError."""
+        """Fit all plans on the same text. Raises PopError or StoppedError."""
         if not plans:
             return ()
         follow = Callbacks(
@@ -65,12 +65,12 @@ class PlanFitter:
         return done.fitted
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train a plan's fit end to end, and return the result. Raises PopError, StoppedError."""
+        """Train a plan's fit end to end, and return the result. Raises PopError or StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)
 
     def _lazily(self, name: str) -> Progress:
-        """Return a progress callback that starts the stage when it is first called."""
+        """Return a progress callback that starts the stage on the first call."""
         watch, begun = self.runner.watch, False
 
         def advance(done: int, total: int) -> None:

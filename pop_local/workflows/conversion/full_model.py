@@ -1,4 +1,4 @@
-"""The full model's results on held-out text and look-ups, which are computed on first use."""
+"""The full model's results on held-out text and look-ups, computed on first use."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,10 +20,10 @@ N_DOCUMENTS = 10
 
 @dataclass(frozen=True)
 class FullModel:
-    """The full model's scores on held-out text and look-ups, on the rows that `plan` runs in full.
+    """The full model's scores on held-out text and look-ups, with the plan's full rows.
 
-    `settings`: the settings of the measurement, including the maximum number of windows. `text`:
-    the tokens to score (default: the shipped held-out text). The first use computes the scores, and
+    `settings`: the measurement's settings, including the maximum number of windows. `text`: the
+    tokens to score (default: the shipped held-out text). The first use computes the scores, and
     raises PopError or StoppedError if this fails. After a stop, the next use continues the
     computation.
     """
@@ -46,7 +46,7 @@ class FullModel:
 
     @cached_property
     def reference(self) -> QualityReference:
-        """Return the full model's scores of the held-out text."""
+        """Return the full model's scores on the held-out text."""
         watch, settings = self.runner.watch, self.settings
         watch.on_note("Measuring the full model on held-out text")
         with self.runner.opened(self.plan) as model:
@@ -60,6 +60,6 @@ class FullModel:
     def lookups(self) -> LookupReference:
         """Return the full model's answers to the look-ups."""
         with self.runner.opened(self.plan) as model:
-            advance = self.runner.watch.stage("Running look-ups in full")
+            advance = self.runner.watch.stage("Running look-ups on the full model")
             settings = LookupSettings(N_DOCUMENTS)
             return LookupReference.read(model, settings, advance, self._answers)

@@ -1,4 +1,4 @@
-"""Goals of a conversion: a named boundary or a budget."""
+"""A conversion's goals: a named boundary or a budget."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Named = Skip | Boundary
 
 @dataclass(frozen=True)
 class Within:
-    """Goal of converting within a budget, at the boundary `at` or at the fastest boundary."""
+    """The goal of meeting a budget at the boundary `at` (None: at the fastest boundary)."""
 
     budget: Budget
     at: Named | None = None

@@ -1,4 +1,4 @@
-"""Conversion at a named boundary: fit the projections, measure the loss briefly, and write."""
+"""Conversion at a named boundary: fit the projections, measure the loss, and write the file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +26,16 @@ N_DOCUMENTS = 5
 
 
 def write_named(run: ConversionRun) -> Outcome:
-    """Fit, measure and write the model at a named boundary. Without a fit, only write it.
+    """Fit, measure and write the model at a named boundary, or only write it if no fit is planned.
 
-    Raises PopError, StoppedError, and CopyingBrokenError if the model can no longer copy, unless
-    the run is forced.
+    Raises PopError or StoppedError. Unless the run is forced, raises CopyingBrokenError if the
+    model can no longer copy from its prompt.
     """
     [plan] = run.conversion.plans
     if plan.projection == Projection.OWN:
         run.runner.watch.on_note(
-            "The loss without a fit is not measured. To measure it, also set a budget for the"
-            " boundary."
+            "The loss is not measured, because the conversion has no fit. To measure the loss, also"
+            " set a budget for the boundary."
         )
         return run.write(plan, None, None)
     share = FullModel(run.runner, plan, QualitySettings(N_WINDOWS)).deep_share(plan.deep_rows)
@@ -49,7 +49,7 @@ def write_named(run: ConversionRun) -> Outcome:
 
 
 def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
-    """Measure the written file's loss. Raises CopyingBrokenError, PopError, StoppedError."""
+    """Measure the written file's loss. Raises CopyingBrokenError, PopError or StoppedError."""
     watch, pruning = run.runner.watch, Pruning(plan.boundary)
     watch.on_note("Measuring the written file on held-out text")
     with run.runner.opened(plan, run.conversion.files(written)) as model:
@@ -71,7 +71,7 @@ def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
             PopError(
                 f"boundary {plan.boundary} exceeds the {BALANCED.quality} budget ({limits}):"
                 f" {figures}",
-                "to find the fastest boundary within a budget, set a budget and no boundary",
+                "to find the fastest boundary within a budget, set a budget but no boundary",
                 cause="outside-budget",
             )
         )
@@ -79,7 +79,7 @@ def examine(run: ConversionRun, plan: Plan, written: Path) -> Measured:
 
 
 def require_windows(runner: TrialRunner, plan: Plan) -> None:
-    """Raise PopError if held-out text cannot be measured with the plan's number of full rows."""
+    """Raise PopError if the plan has too many full rows for measurements on held-out text."""
     try:
         with runner.opened(plan) as model, forced(model) as reader:
             tokens = tokenize(model, shipped_text())
@@ -87,6 +87,6 @@ def require_windows(runner: TrialRunner, plan: Plan) -> None:
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
-            "lower sink_tokens and tail_tokens, or convert without a fit and its measurement",
+            "lower sink_tokens and tail_tokens, or convert without a fit, which is not measured",
             cause="fit-not-measurable",
         ) from error

@@ -1,4 +1,4 @@
-"""Errors of a conversion, and the measured trials that OverBudgetError carries."""
+"""Conversion errors, and the measured trials stored in OverBudgetError."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class CopyingBrokenError(PopError):
     """Error for a model that can no longer copy from its prompt; `found`: the measured figures."""
 
     def __init__(self, boundary: int, found: str) -> None:
-        hint = "skip fewer layers, or set a budget and no boundary"
-        message = f"with boundary {boundary} the model can no longer copy from its prompt: {found}"
+        hint = "skip fewer layers, or set a budget but no boundary"
+        message = f"at boundary {boundary}, the model can no longer copy from its prompt: {found}"
         super().__init__(message, hint, cause="copying-broken")
 
 
@@ -36,5 +36,5 @@ class OverBudgetError(PopError):
     """Error for a budget that no candidate meets; `trials`: the measured candidates."""
 
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
-        super().__init__(message, "use a looser budget, or name the boundary", cause="over-budget")
+        super().__init__(message, "use a looser budget, or name a boundary", cause="over-budget")
         self.trials = trials

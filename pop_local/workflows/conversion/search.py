@@ -2,17 +2,18 @@
 
 A candidate is a boundary with a fit. The search follows these rules:
 
-1. Each candidate is measured with the sidecar that would be written, on held-out text first and on
-look-ups last. 2. Bisection assumes that skipping more layers never improves quality. It starts at
-the middle boundary (`budget.undecided`). 3. One pass over the text fits a boundary and the
-boundaries that bisection may need next, if memory allows. 4. After bisection, the search distills
-fits, starting at the fastest candidate. It continues with the next deeper boundary
-until a candidate exceeds the budget. If a step fails (for example for lack of memory), the earlier
-results remain valid. 5. At the end, the search tries rules that select fewer deep rows. Each rule
-starts at the deepest boundary within the budget, and skips fewer layers as long as the candidate
-would be the fastest. 6. The search chooses the fastest candidate within the budget. Among equally
-fast candidates, it prefers a distilled candidate, unless its KL is larger by more than the standard
-error. Otherwise, it chooses the smallest KL.
+1. Each candidate is measured with the sidecar that would be written, first on held-out text and
+then on look-ups. 2. Bisection assumes that skipping more layers never improves quality. Bisection
+starts at the middle boundary (`budget.undecided`). 3. One pass over the text fits a boundary and
+the boundaries that bisection may need next, if memory allows. 4. After bisection, the search
+distills fits, starting at the fastest candidate. Distillation continues with the next deeper
+boundary until a candidate exceeds the budget. If a step fails (for example, if memory runs out),
+the earlier results remain valid. 5. At the end, the search tries rules that select fewer deep rows.
+For each rule, the search starts at the deepest boundary within the budget, and skips fewer layers
+as long as the candidate would be the fastest. 6. The search chooses the fastest candidate within
+the budget. Among equally fast candidates, the search prefers a distilled candidate, unless its KL
+is larger by more than the standard error. Otherwise, the search chooses the candidate with the
+smallest KL.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Candidate:
 
     `fitted`: the fit (None before fitting, and always None for `Projection.OWN`). `start`: the fit
     from which distilling starts. `is_inside`: whether the budget currently accepts the candidate
-    (None before the first measurement). `scores` and `answers` let a stopped search continue.
+    (None before the first measurement). A stopped search resumes from `scores` and `answers`.
     """
 
     plan: Plan
@@ -87,7 +88,7 @@ class Candidate:
 def write_within(run: ConversionRun, budget: Budget) -> Outcome:
     """Write the conversion's fastest plan that is within the budget.
 
-    Raises OverBudgetError, PopError, StoppedError.
+    Raises OverBudgetError, PopError or StoppedError.
     """
     planned = run.conversion
     if any(plan.projection != Projection.OWN for plan in planned.plans):
@@ -101,7 +102,7 @@ def write_within(run: ConversionRun, budget: Budget) -> Outcome:
 
 @dataclass
 class Search:
-    """A search among plans, which are in order of increasing depth.
+    """A search among plans in order of increasing depth.
 
     `plain` and `distilled`: the candidates, in order of increasing depth. `traded`: the candidates
     with fewer deep rows. After a stop, `run` continues the search.
@@ -135,7 +136,7 @@ class Search:
     def run(self) -> Candidate:
         """Return the fastest candidate within the budget, whose plan lists all tried candidates.
 
-        Raises OverBudgetError, PopError, StoppedError.
+        Raises OverBudgetError, PopError or StoppedError.
         """
         if not self.plain:
             share = self.full.deep_share(self.plans[0].deep_rows)
@@ -210,7 +211,7 @@ class Search:
         return bool(candidate.is_inside)
 
     def bisect(self) -> None:
-        """Find the deepest plain candidate within the budget (rule 2)."""
+        """Find the deepest undistilled candidate within the budget (rule 2)."""
         by_boundary = {each.boundary: each for each in self.plain}
         while True:
             verdicts = {it.boundary: it.is_inside for it in self.plain if it.is_inside is not None}
@@ -228,7 +229,7 @@ class Search:
     def _to_distill(self) -> list[Candidate]:
         """Return candidates to distill, starting at the fastest candidate's boundary.
 
-        If no candidate is within the budget, the result starts at the first measured boundary.
+        If no candidate is within the budget, start at the first measured boundary.
         """
         first = (self.fastest() if self.inside else self.judged[0]).boundary
         plain = [it for it in self.plain if it.fitted and it.boundary <= first]
@@ -253,7 +254,7 @@ class Search:
     def trade_rows(self) -> None:
         """Try rules with fewer deep rows (rule 5).
 
-        The search assumes that fewer deep rows never improve quality, so a rule starts at the
+        The search assumes that fewer deep rows never improve quality, so each rule starts at the
         boundary that the previous rule reached.
         """
         ready = {it.boundary: it for it in (*self.plain, *self.distilled) if it.is_ready}
@@ -272,7 +273,7 @@ class Search:
                 start = boundary + 1
 
     def fit(self, wanted: Sequence[Candidate]) -> None:
-        """Fit the first candidate, and the next candidates if the same pass has room (rule 3)."""
+        """Fit the first candidate, and the next ones that the same pass has room for (rule 3)."""
         fitted = self._room_for(wanted)
         plans = [each.plan for each in fitted]
         self.runner.require_room(plans, self.fitter.options.kv_type)
@@ -284,7 +285,7 @@ class Search:
             candidate.plan = replace(candidate.plan, projection=fit.projection)
 
     def _room_for(self, wanted: Sequence[Candidate]) -> list[Candidate]:
-        """Return the first candidate, and the next candidates whose sums also fit into memory."""
+        """Return the first candidate, and the next candidates whose sums also fit in memory."""
         chosen: list[Candidate] = []
         for candidate in (each for each in wanted if not each.is_ready):
             plans = [each.plan for each in (*chosen, candidate)]

@@ -23,9 +23,9 @@ def fit_stages(work: FitWork | None, n_most: int = 1) -> tuple[PlannedStage, ...
 
 
 def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
-    """Return a conversion's possible stages; their work is in multiply-accumulates.
+    """Return a conversion's possible stages, with their work in multiply-accumulates.
 
-    The result is empty if the work cannot be counted or includes distilling.
+    The result is empty if the work cannot be counted or includes distillation.
     """
     if planned.not_counted or planned.options.distiller:
         return ()
@@ -43,7 +43,7 @@ def planned_stages(planned: Conversion) -> tuple[PlannedStage, ...]:
         PlannedStage("Measuring", whole),
         PlannedStage("Measuring boundary", whole, n_tried),
         PlannedStage("Running look-ups", lookups),
-        PlannedStage("Running look-ups in full", lookups),
+        PlannedStage("Running look-ups on the full model", lookups),
         PlannedStage("Running look-ups, boundary", lookups, _N_LOOKED_UP),
         PlannedStage(planned.writing_stage, _WRITING * planned.sizes.output_bytes),
     )

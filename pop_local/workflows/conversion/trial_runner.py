@@ -28,7 +28,7 @@ _NAME = "fitted.gguf"
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """Runner that opens a source model for measurements on some hardware, with a watch."""
+    """A runner that opens a source model for measurements on the given hardware."""
 
     source: Source
     hardware: Hardware
@@ -49,7 +49,7 @@ class TrialRunner:
         """Open the model, or `files` that were converted from it, with the plan's full rows.
 
         `n_ctx`: the context length in tokens (default: enough for the held-out windows). Raises
-        PopError, StoppedError.
+        PopError or StoppedError.
         """
         settings = QualitySettings()
         n_ctx = n_ctx or 2 * (settings.n_context + settings.n_continuation)
@@ -61,7 +61,7 @@ class TrialRunner:
     def tried(
         self, plan: Plan, fitted: Fitted | None, *, n_ctx: int | None = None
     ) -> Iterator[PopModel]:
-        """Open the model with the plan's temporary sidecar. Raises PopError, StoppedError."""
+        """Open the model with the plan's temporary sidecar. Raises PopError or StoppedError."""
         with (
             self.sidecar(plan, fitted) as sidecar,
             self.opened(plan, ModelFiles(self.path, sidecar), n_ctx=n_ctx) as model,
@@ -77,7 +77,7 @@ class TrialRunner:
             yield target
 
     def require_room(self, plans: Sequence[Plan], kv_type: KvType) -> None:
-        """Raise WriteError if the disk has too little room for the plans' sidecars."""
+        """Raise WriteError if the disk has too little space for the plans' sidecars."""
         with TemporaryDirectory(prefix=_PREFIX) as folder:
             for plan in plans:
                 sizes = measure_sidecar(plan, self.path, kv_type)

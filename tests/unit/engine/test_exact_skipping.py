@@ -160,8 +160,8 @@ def test_the_chat_reports_the_exact_layer_and_keeps_its_turns() -> None:
     model.engine.pruning.boundary, model.engine.pruning.exact = 0, 15
     said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = (
-        "# Exact skipping is on: prompt tokens skip layers 15 and up. Answers equal the full"
-        " model's answers."
+        "# Exact skipping is on: prompt tokens skip layers 15 and up. Answers are identical"
+        " to the full model's."
     )
     off = "# Exact skipping is off: prompt tokens run all layers, with the same result."
     assert said[1] == on

@@ -244,7 +244,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? Session one already exists."
     assert "# Nothing was saved." in shown
-    assert "! no session has the name oen; did you mean one? (/load lists the sessions)" in shown
+    assert "! no session is named oen; did you mean one? (/load lists the sessions)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 
@@ -270,7 +270,7 @@ def test_a_session_of_another_model_is_reported_and_read_again(chat_model, monke
     assert shown[2].startswith(
         "* Cannot reuse the saved KV cache: the session belongs to another model ("
     )
-    assert shown[2].endswith("The model reads the transcript again with your next question.")
+    assert shown[2].endswith("The model will read the transcript again with your next question.")
     (stats,) = chat.session.answer_stats
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
 
@@ -294,7 +294,7 @@ def test_other_files_next_to_sessions_are_ignored(chat_model, monkeypatch, tmp_p
     (folder / "bad.popsession").write_text("x")
     _, shown = talked(model, "/load", "/load gone")
     assert [line.split()[1] for line in shown[1:3]] == ["bad:", "talk:"]
-    assert shown[-1].startswith("! no session has the name gone; ")
+    assert shown[-1].startswith("! no session is named gone; ")
 
 
 def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_path):

@@ -80,8 +80,8 @@ def test_docx_with_a_table_between_paragraphs(tmp_path):
     [
         ("image.png", b"\x89PNG\r\n\x1a\n\xff", "is not UTF-8 text"),
         ("data.bin", b"abc\0def", "is a binary file"),
-        ("scan.pdf", pdf(b"0 0 10 10 re f"), "has no text"),
-        ("empty.txt", b" \n", "has no text"),
+        ("scan.pdf", pdf(b"0 0 10 10 re f"), "contains no text"),
+        ("empty.txt", b" \n", "contains no text"),
         ("broken.pdf", b"%PDF-1.4 nothing of the kind", "cannot be read as PDF"),
         ("broken.docx", b"PK\x03\x04 nothing of the kind", "cannot be read as DOCX"),
     ],
@@ -140,7 +140,7 @@ def test_spanning_cell_is_read_once(tmp_path, wide):
 def test_docx_with_entities_is_refused(tmp_path):
     dtd = b'<!DOCTYPE w:document [<!ENTITY e "entity">]><w:document '
     path = docx_with(tmp_path / "entity.docx", b"<w:document ", dtd)
-    with pytest.raises(PopError, match="has a DTD"):
+    with pytest.raises(PopError, match="contains a DTD"):
         read_document(path)
 
 

@@ -59,9 +59,9 @@ def test_paths_without_text_are_refused(tmp_path: Path):
     write(tmp_path / "more", a_txt=b"text")
     text = tmp_path / "more" / "a.txt"
     for message, *paths in (
-        ("other has no text", tmp_path / "other"),
+        ("other contains no text", tmp_path / "other"),
         ("cannot read", text, tmp_path / "nowhere"),
-        ("more has no text, or only copies", text, text.parent),
+        ("more contains no text, or only copies", text, text.parent),
     ):
         with pytest.raises(PopError, match=message):
             read_kinds(paths, 100)

@@ -68,7 +68,7 @@ def test_pop_on_a_model_that_is_not_converted():
     model.convert(boundary=0)
     assert talk(model, "/full", "/full off") == [
         "> /full",
-        "# Fast reading is not available: this model is not converted.",
+        "# Fast reading is not available because this model is not converted.",
         "> /full off",
         "! model.gguf has no pruning keys; convert it first",
     ]

@@ -61,7 +61,7 @@ def test_undo_drops_one_turn_after_the_other():
         "# Dropped: b",
         "# Dropped: c",
         "# Dropped: a",
-        "# The conversation has no turn to drop.",
+        "# The conversation has no turns to drop.",
     ]
     assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
 
@@ -222,7 +222,7 @@ def test_a_larger_context_makes_room_for_a_file(report):
     model, larger = ScriptedModel(n_ctx=98), ScriptedModel(["Hm.", STATS])
     shown = talk(model, f"/file {report}", "l", "what?", sampling={}, others={1024: larger})
     assert "?   l  use a larger context (--ctx 1024)" in shown
-    assert "# The context now has 4,096 tokens." in shown
+    assert "# The context length is now 4,096 tokens." in shown
     assert len(larger.asked[0][0].content.split()) == 51
 
 

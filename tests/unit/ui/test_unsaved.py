@@ -41,9 +41,9 @@ def test_a_crashed_chat_is_offered_until_it_is_continued(model, tmp_path):
     assert file.stat().st_mode & 0o077 == 0
     shown = talked(model, tmp_path, "k", "/undo")
     assert shown[0].startswith("? A chat with 2 turns ended unexpectedly on 20")
-    assert shown[-1] == "# The conversation has no turn to drop."
+    assert shown[-1] == "# The conversation has no turns to drop."
     shown = talked(model, tmp_path, "c", SystemExit(143))
-    assert "# The model reads this conversation again with your next question." in shown
+    assert "# The model will read this conversation again with your next question." in shown
     talked(model, tmp_path, "c", "third", SystemExit(143))
     shown = talked(model, tmp_path, "d")
     assert shown[0].startswith("? A chat with 3 turns ended")
